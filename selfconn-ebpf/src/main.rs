@@ -1,0 +1,77 @@
+//! The eBPF programs, one for each method of each hook. A program turns its context into what `body.rs` works on,
+//! and does nothing else.
+//!
+//! On the host this file is an empty `main`, so that the whole workspace checks, lints and formats there.
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+// build-std asks for an unstable compiler anyway; inline assembly is for the one instruction that core lacks here.
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
+
+#[cfg(target_arch = "bpf")]
+mod body;
+#[cfg(target_arch = "bpf")]
+mod report;
+#[cfg(target_arch = "bpf")]
+mod sock;
+#[cfg(target_arch = "bpf")]
+mod witness;
+
+#[cfg(target_arch = "bpf")]
+mod programs {
+    use aya_ebpf::{
+        macros::{btf_tracepoint, fentry, kprobe, tracepoint},
+        programs::{BtfTracePointContext, FEntryContext, ProbeContext, TracePointContext},
+    };
+
+    use crate::{
+        body,
+        sock::{Direct, Probe, Record, Sock},
+    };
+
+    /// `inet_sock_set_state(sk, oldstate, newstate)`, after the state is set.
+    #[btf_tracepoint(function = "inet_sock_set_state")]
+    fn selfconn_tp_btf(ctx: BtfTracePointContext) -> i32 {
+        let (old, new): (i32, i32) = (ctx.arg(1), ctx.arg(2));
+        body::socket(&ctx, 0, Sock::<Direct>::new(ctx.arg(0)), old as u8, new as u8);
+        0
+    }
+
+    /// The same tracepoint through perf: the record instead of the arguments.
+    #[tracepoint(category = "sock", name = "inet_sock_set_state")]
+    fn selfconn_perf(ctx: TracePointContext) -> u32 {
+        body::record(&ctx, 1, &Record::new(&ctx));
+        0
+    }
+
+    /// `tcp_set_state(sk, state)` on entry: the socket still has its old state.
+    #[fentry(function = "tcp_set_state")]
+    fn selfconn_fentry(ctx: FEntryContext) -> i32 {
+        let sock = Sock::<Direct>::new(ctx.arg(0));
+        let (old, new): (u8, i32) = (sock.state(), ctx.arg(1));
+        body::socket(&ctx, 2, sock, old, new as u8);
+        0
+    }
+
+    /// The same function through a kprobe.
+    #[kprobe(function = "tcp_set_state")]
+    fn selfconn_kprobe(ctx: ProbeContext) -> u32 {
+        if let (Some(sk), Some(new)) = (ctx.arg::<*const u8>(0), ctx.arg::<i32>(1)) {
+            let sock = Sock::<Probe>::new(sk);
+            body::socket(&ctx, 3, sock, sock.state(), new as u8);
+        }
+        0
+    }
+
+    /// The licence the kernel asks for: `bpf_probe_read_kernel` is for GPL-compatible programs.
+    #[unsafe(link_section = "license")]
+    #[unsafe(no_mangle)]
+    static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+    #[panic_handler]
+    fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+        // Never reached: the verifier refuses a program with a reachable endless loop.
+        loop {}
+    }
+}
+
+#[cfg(not(target_arch = "bpf"))]
+fn main() {}

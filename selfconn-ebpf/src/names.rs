@@ -1,0 +1,25 @@
+//! Names of programs, maps and globals: one spelling for the programs and their loader.
+
+/// The programs, in the order of [`crate::Transition::witness`].
+pub const PROGRAMS: [&str; 4] = [TP_BTF, PERF, FENTRY, KPROBE];
+
+/// `inet_sock_set_state`, BTF-typed tracepoint.
+pub const TP_BTF: &str = "selfconn_tp_btf";
+/// `inet_sock_set_state`, perf tracepoint.
+pub const PERF: &str = "selfconn_perf";
+/// `tcp_set_state`, fentry.
+pub const FENTRY: &str = "selfconn_fentry";
+/// `tcp_set_state`, kprobe.
+pub const KPROBE: &str = "selfconn_kprobe";
+
+/// Ring buffer of [`crate::Transition`]; owned by `report.rs`.
+pub const TRANSITIONS: &str = "TRANSITIONS";
+/// Per-CPU array of `u64`, indexed by [`crate::counter`]; owned by `report.rs`.
+pub const COUNTERS: &str = "COUNTERS";
+/// Hash from a socket's address to the dial in flight on it; owned by `witness.rs`.
+pub const DIALS: &str = "DIALS";
+
+/// Global `[u32; FIELDS]`: the offset of each [`crate::Field`].
+pub const OFFSETS: &str = "OFFSETS";
+/// Global `u32`: one of [`crate::task_access`].
+pub const TASK_ACCESS: &str = "TASK_ACCESS";

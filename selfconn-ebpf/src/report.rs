@@ -1,0 +1,78 @@
+//! What happened: the ring buffer to user space, and the counters that say what did not fit.
+
+use core::arch::asm;
+
+use aya_ebpf::{
+    EbpfContext,
+    helpers::generated::bpf_ktime_get_boot_ns,
+    macros::map,
+    maps::{PerCpuArray, RingBuf},
+};
+use aya_log_ebpf::warn;
+use selfconn_ebpf::{Transition, counter};
+
+use crate::{
+    sock::{self, Memory, Sock},
+    witness::{self, Tuple},
+};
+
+/// Records of [`Transition`]. The loader sets its size.
+#[map]
+static TRANSITIONS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
+
+/// Slots of [`counter`].
+#[map]
+static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(counter::COUNT, 0);
+
+#[inline(always)]
+fn count(slot: u32) {
+    if let Some(counter) = COUNTERS.get_ptr_mut(slot) {
+        // Another program may interrupt this one on the same CPU between load and store, so add in one instruction;
+        // core has no atomic addition for this target.
+        // SAFETY: a slot of a per-CPU array lives as long as the program; the instruction touches nothing else.
+        unsafe { asm!("lock *(u64 *)({slot} + 0) += {one}", slot = in(reg) counter, one = in(reg) 1_u64) };
+    }
+}
+
+/// An opener found no room in the table: its self-connection, if it becomes one, will have no name.
+#[inline(always)]
+pub(crate) fn count_not_remembered<C: EbpfContext>(ctx: &C) {
+    count(counter::NOT_REMEMBERED);
+    warn!(ctx, "the table of dials is full: an opener was not remembered");
+}
+
+/// Tells user space of one transition of a self-connection.
+#[inline(always)]
+pub(crate) fn report<C: EbpfContext, M: Memory>(
+    ctx: &C,
+    witness: u8,
+    sock: Sock<M>,
+    tuple: &Tuple,
+    old: u8,
+    new: u8,
+) {
+    let Some(mut entry) = TRANSITIONS.reserve::<Transition>(0) else {
+        count(counter::RING_FULL);
+        warn!(ctx, "the ring buffer is full: {} -> {} of port {} is lost", old, new, tuple.dport);
+        return;
+    };
+    // SAFETY: the ring buffer gave us room for a Transition, and every field is written before it is submitted.
+    let out = unsafe { &mut *entry.as_mut_ptr() };
+    // SAFETY: no arguments.
+    out.at_ns = unsafe { bpf_ktime_get_boot_ns() };
+    out.sock = sock.key();
+    let [a, b, c, d] = tuple.addr.map(u32::to_ne_bytes);
+    out.addr =
+        [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]];
+    out.port = tuple.dport;
+    out.family = tuple.family as u8;
+    out.old = old;
+    out.new = new;
+    out.witness = witness;
+    out.padding = 0;
+    sock.describe(out);
+    out.current = sock::current();
+    out.opener = witness::recall(sock.key(), tuple);
+    entry.submit(0);
+    count(counter::REPORTED);
+}

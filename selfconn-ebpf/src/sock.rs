@@ -1,0 +1,305 @@
+//! The only code that reads kernel memory. What it knows of the kernel's layout are the offsets that user space took
+//! from the running kernel's BTF, and the tracepoint's record, whose layout user space compared with the kernel's
+//! `format` file; both before the load.
+
+use core::{marker::PhantomData, ptr};
+
+use aya_ebpf::{
+    EbpfContext, Global,
+    helpers::{bpf_probe_read_kernel, generated as helpers},
+    programs::TracePointContext,
+};
+use selfconn_ebpf::{ABSENT, COMM_LEN, FIELDS, Field, Opener, Task, Transition, family, state, task_access};
+
+/// Offsets of [`Field`]s. In frozen `.rodata`, so the verifier knows each as a constant and drops what is absent.
+#[unsafe(no_mangle)]
+static OFFSETS: [u32; FIELDS] = [ABSENT; FIELDS];
+
+/// One of [`task_access`].
+#[unsafe(no_mangle)]
+static TASK_ACCESS: Global<u32> = Global::new(task_access::NONE);
+
+#[inline(always)]
+fn offset(field: Field) -> Option<usize> {
+    // SAFETY: the index of a Field is below FIELDS. Volatile, for user space changes the value before the load.
+    let offset = unsafe { ptr::read_volatile((&raw const OFFSETS).cast::<u32>().add(field as usize)) };
+    (offset != ABSENT).then_some(offset as usize)
+}
+
+/// A way for a program to read kernel memory.
+pub(crate) trait Memory: Copy {
+    /// Reads a value at an address the kernel gave us.
+    fn read<T: Copy + Default>(address: *const u8) -> T;
+
+    /// The same socket, seen so that fields beyond `struct sock` may be read.
+    fn full(sk: *const u8) -> Option<*const u8>;
+}
+
+/// Plain loads, which the verifier allows on the typed pointers of tp_btf and fentry programs.
+#[derive(Clone, Copy)]
+pub(crate) struct Direct;
+
+/// `bpf_probe_read_kernel`, for programs whose pointers are mere numbers; refused under lockdown=confidentiality.
+#[derive(Clone, Copy)]
+pub(crate) struct Probe;
+
+impl Memory for Direct {
+    #[inline(always)]
+    fn read<T: Copy + Default>(address: *const u8) -> T {
+        // SAFETY: the verifier accepts this load only where it can follow the pointer's type to this offset; a fault
+        // reads as zero. Fields have their natural alignment.
+        unsafe { address.cast::<T>().read() }
+    }
+
+    #[inline(always)]
+    fn full(sk: *const u8) -> Option<*const u8> {
+        // SAFETY: the helper checks what the pointer is, and answers NULL for all but a full TCP socket
+        // (`bpf_skc_to_tcp_sock`, net/core/filter.c at v5.10).
+        let tcp = unsafe { helpers::bpf_skc_to_tcp_sock(sk.cast_mut().cast()) };
+        (!tcp.is_null()).then_some(tcp.cast_const().cast())
+    }
+}
+
+impl Memory for Probe {
+    #[inline(always)]
+    fn read<T: Copy + Default>(address: *const u8) -> T {
+        // SAFETY: the helper copies or fails; it never faults.
+        unsafe { bpf_probe_read_kernel(address.cast::<T>()) }.unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn full(sk: *const u8) -> Option<*const u8> {
+        Some(sk)
+    }
+}
+
+/// A `struct sock`.
+#[derive(Clone, Copy)]
+pub(crate) struct Sock<M> {
+    sk: *const u8,
+    memory: PhantomData<M>,
+}
+
+impl<M: Memory> Sock<M> {
+    #[inline(always)]
+    pub(crate) fn new(sk: *const u8) -> Self {
+        Self { sk, memory: PhantomData }
+    }
+
+    /// The key of everything remembered about this socket.
+    #[inline(always)]
+    pub(crate) fn key(self) -> u64 {
+        self.sk as u64
+    }
+
+    #[inline(always)]
+    fn get<T: Copy + Default>(self, field: Field) -> T {
+        Self::at(self.sk, field)
+    }
+
+    #[inline(always)]
+    fn at<T: Copy + Default>(base: *const u8, field: Field) -> T {
+        match offset(field) {
+            Some(offset) => M::read(base.wrapping_add(offset)),
+            None => T::default(),
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn state(self) -> u8 {
+        self.get(Field::State)
+    }
+
+    /// The family and the address, network byte order, IPv4 as v4-mapped, if it is both source and destination.
+    #[inline(always)]
+    pub(crate) fn own_address(self) -> Option<(u8, [u32; 4])> {
+        let family = self.get::<u16>(Field::Family);
+        if family == u16::from(family::INET) {
+            let addr: u32 = self.get(Field::Daddr);
+            (addr == self.get::<u32>(Field::RcvSaddr)).then_some((family::INET, mapped(addr)))
+        } else if family == u16::from(family::INET6) {
+            offset(Field::V6Daddr)?;
+            let addr: [u32; 4] = self.get(Field::V6Daddr);
+            let source: [u32; 4] = self.get(Field::V6RcvSaddr);
+            // Not `==`, which becomes a call to memcmp.
+            let equal =
+                addr[0] == source[0] && addr[1] == source[1] && addr[2] == source[2] && addr[3] == source[3];
+            equal.then_some((family::INET6, addr))
+        } else {
+            None
+        }
+    }
+
+    /// Destination port, host byte order.
+    #[inline(always)]
+    pub(crate) fn dport(self) -> u16 {
+        u16::from_be(self.get(Field::Dport))
+    }
+
+    /// The port the socket holds, host byte order; 0: none.
+    #[inline(always)]
+    pub(crate) fn num(self) -> u16 {
+        self.get(Field::Num)
+    }
+
+    #[inline(always)]
+    pub(crate) fn protocol(self) -> u16 {
+        self.get(Field::Protocol)
+    }
+
+    /// The source port as [`selfconn_ebpf::judge`] wants it, host byte order.
+    #[inline(always)]
+    pub(crate) fn source_port(self, new: u8) -> u16 {
+        let num = self.num();
+        if num != 0 || new != state::CLOSE {
+            return num;
+        }
+        M::full(self.sk).map_or(0, |full| u16::from_be(Self::at(full, Field::Sport)))
+    }
+
+    /// Inode of the network namespace; 0: unknown.
+    #[inline(always)]
+    pub(crate) fn netns(self) -> u32 {
+        let (Some(net), Some(inum)) = (offset(Field::Net), offset(Field::NetnsInum)) else { return 0 };
+        let net: Pointer = M::read(self.sk.wrapping_add(net));
+        M::read(net.0.wrapping_add(inum))
+    }
+
+    /// Fills in what only the socket itself knows.
+    #[inline(always)]
+    pub(crate) fn describe(self, out: &mut Transition) {
+        out.cookie = self.get(Field::Cookie);
+        out.netns = self.netns();
+        out.ifindex = self.get(Field::BoundDevIf);
+        out.error = self.get(Field::Error);
+        out.has_counters = 0;
+        (out.bytes_sent, out.bytes_retrans, out.bytes_received) = (0, 0, 0);
+        (out.snd_una, out.rcv_nxt) = (0, 0);
+        let known = offset(Field::BytesSent).is_some() && offset(Field::SndUna).is_some();
+        let Some(full) = M::full(self.sk).filter(|_| known) else { return };
+        out.has_counters = 1;
+        out.bytes_sent = Self::at(full, Field::BytesSent);
+        out.bytes_retrans = Self::at(full, Field::BytesRetrans);
+        out.bytes_received = Self::at(full, Field::BytesReceived);
+        out.snd_una = Self::at(full, Field::SndUna);
+        out.rcv_nxt = Self::at(full, Field::RcvNxt);
+    }
+}
+
+/// A pointer that can be read out of kernel memory.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Pointer(*const u8);
+
+impl Default for Pointer {
+    fn default() -> Self {
+        Self(ptr::null())
+    }
+}
+
+/// `::ffff:a.b.c.d`, network byte order.
+#[inline(always)]
+fn mapped(v4: u32) -> [u32; 4] {
+    [0, 0, 0xffff_u32.to_be(), v4]
+}
+
+/// The record of the perf tracepoint: `trace_event_raw_inet_sock_set_state`, include/trace/events/sock.h at v5.10;
+/// the same from v5.6 on. The verifier refuses run-time offsets into a context, so they are constants here, and user
+/// space compares them with the kernel's `format` file.
+pub(crate) struct Record {
+    pub(crate) sock: Sock<Probe>,
+    pub(crate) old: u8,
+    pub(crate) new: u8,
+    /// Host byte order, from `inet_sport`.
+    pub(crate) sport: u16,
+    /// Host byte order.
+    pub(crate) dport: u16,
+    pub(crate) family: u16,
+    pub(crate) protocol: u16,
+    source: [u64; 2],
+    destination: [u64; 2],
+}
+
+impl Record {
+    #[inline(always)]
+    pub(crate) fn new(ctx: &TracePointContext) -> Self {
+        let record = ctx.as_ptr().cast_const().cast::<u8>();
+        #[inline(always)]
+        fn at<T: Copy>(record: *const u8, offset: usize) -> T {
+            // SAFETY: the record has 72 bytes, each field is aligned in it, and the verifier checks every load.
+            unsafe { record.add(offset).cast::<T>().read() }
+        }
+        Self {
+            sock: Sock::new(at::<Pointer>(record, 8).0),
+            old: at::<u32>(record, 16) as u8,
+            new: at::<u32>(record, 20) as u8,
+            sport: at(record, 24),
+            dport: at(record, 26),
+            family: at(record, 28),
+            protocol: at(record, 30),
+            source: [at(record, 40), at(record, 48)],
+            destination: [at(record, 56), at(record, 64)],
+        }
+    }
+
+    /// As [`Sock::own_address`]. The v6 fields hold IPv4 addresses too, v4-mapped; the v4 fields are junk for IPv6.
+    #[inline(always)]
+    pub(crate) fn own_address(&self) -> Option<(u8, [u32; 4])> {
+        if self.source[0] != self.destination[0] || self.source[1] != self.destination[1] {
+            return None;
+        }
+        let [high, low] = self.source;
+        Some((self.family as u8, [high as u32, (high >> 32) as u32, low as u32, (low >> 32) as u32]))
+    }
+}
+
+/// The running task.
+#[inline(always)]
+pub(crate) fn current() -> Task {
+    let pid_tgid = aya_ebpf::helpers::bpf_get_current_pid_tgid();
+    let mut comm = [0; COMM_LEN];
+    // SAFETY: the helper writes at most the size it is given; it fails only for want of a task, and then zeroes.
+    unsafe { helpers::bpf_get_current_comm(comm.as_mut_ptr().cast(), COMM_LEN as u32) };
+    Task { pid: (pid_tgid >> 32) as u32, tid: pid_tgid as u32, comm }
+}
+
+/// The running task as an opener. `at_ns` and `cause` are the caller's.
+#[inline(always)]
+pub(crate) fn opener(at_ns: u64, cause: u32) -> Opener {
+    let task = current();
+    let uid = aya_ebpf::helpers::bpf_get_current_uid_gid() as u32;
+    let mut opener = Opener { at_ns, start_ns: 0, task, uid, cause, leader: [0; COMM_LEN] };
+    let access = TASK_ACCESS.load();
+    if access == task_access::BTF {
+        // SAFETY: no arguments; the pointer is valid while the program runs.
+        let task = unsafe { helpers::bpf_get_current_task_btf() };
+        leader::<Direct>(task.cast_const().cast(), &mut opener);
+    } else if access == task_access::PROBE {
+        // SAFETY: no arguments; the number is only handed to bpf_probe_read_kernel.
+        let task = unsafe { helpers::bpf_get_current_task() };
+        leader::<Probe>(task as *const u8, &mut opener);
+    }
+    if opener.task.pid == opener.task.tid {
+        opener.leader = opener.task.comm;
+    }
+    opener
+}
+
+/// Name and start of the process, from its leader.
+#[inline(always)]
+fn leader<M: Memory>(task: *const u8, opener: &mut Opener) {
+    let Some(group_leader) = offset(Field::GroupLeader) else { return };
+    let leader: Pointer = M::read(task.wrapping_add(group_leader));
+    if let Some(start) = offset(Field::StartBoottime) {
+        opener.start_ns = M::read(leader.0.wrapping_add(start));
+    }
+    if opener.task.pid != opener.task.tid
+        && let Some(comm) = offset(Field::TaskComm)
+    {
+        let words: [[u8; 8]; 2] =
+            [M::read::<u64>(leader.0.wrapping_add(comm)), M::read::<u64>(leader.0.wrapping_add(comm + 8))]
+                .map(u64::to_ne_bytes);
+        opener.leader[..8].copy_from_slice(&words[0]);
+        opener.leader[8..].copy_from_slice(&words[1]);
+    }
+}

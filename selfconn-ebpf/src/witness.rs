@@ -1,0 +1,73 @@
+//! Who dialled: the table of dials in flight and of self-connections, by the socket's address.
+//!
+//! Only CLOSE -> SYN_SENT always runs in the connecting task, and there the source port may not be known yet. So every
+//! dial of a socket to its own address is remembered, and forgotten as soon as its port turns out to be another one.
+//! An entry counts only when the whole tuple matches: a missed SYN_SENT gives nobody, not a wrong name.
+
+use aya_ebpf::{helpers::generated::bpf_ktime_get_boot_ns, macros::map, maps::HashMap};
+use selfconn_ebpf::{Opener, cause};
+
+use crate::{report, sock};
+
+/// A plain hash, not an LRU, which would evict without telling. The loader may set its size.
+#[map]
+static DIALS: HashMap<u64, Dial> = HashMap::with_max_entries(16_384, 0);
+
+/// What a dial is known by, beside its socket.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) struct Tuple {
+    pub(crate) addr: [u32; 4],
+    pub(crate) netns: u32,
+    pub(crate) dport: u16,
+    pub(crate) family: u16,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Dial {
+    tuple: Tuple,
+    opener: Opener,
+}
+
+/// Remembers the running task as the opener; overwrites whatever an earlier life of the socket left.
+#[inline(always)]
+pub(crate) fn remember<C: aya_ebpf::EbpfContext>(ctx: &C, sock: u64, tuple: Tuple, source_port: u16) {
+    // SAFETY: no arguments.
+    let now_ns = unsafe { bpf_ktime_get_boot_ns() };
+    let cause = if source_port == 0 { cause::EPHEMERAL } else { cause::BOUND };
+    let dial = Dial { tuple, opener: sock::opener(now_ns, cause) };
+    if DIALS.insert(&sock, &dial, 0).is_err() {
+        report::count_not_remembered(ctx);
+    }
+}
+
+/// Who opened this socket, if that was seen.
+#[inline(always)]
+pub(crate) fn recall(sock: u64, tuple: &Tuple) -> Opener {
+    // SAFETY: another CPU may replace the entry while it is read only if the socket is dialled again meanwhile, and
+    // its transitions run under the socket's lock.
+    match unsafe { DIALS.get(&sock) } {
+        Some(dial) if same(&dial.tuple, tuple) => dial.opener,
+        Some(_) | None => Opener::UNKNOWN,
+    }
+}
+
+/// Ends what is known about this socket.
+#[inline(always)]
+pub(crate) fn forget(sock: u64) {
+    // Not there is what we want.
+    let _ = DIALS.remove(&sock);
+}
+
+/// Not `==`, which becomes a call to memcmp.
+#[inline(always)]
+fn same(a: &Tuple, b: &Tuple) -> bool {
+    a.addr[0] == b.addr[0]
+        && a.addr[1] == b.addr[1]
+        && a.addr[2] == b.addr[2]
+        && a.addr[3] == b.addr[3]
+        && a.netns == b.netns
+        && a.dport == b.dport
+        && a.family == b.family
+}
