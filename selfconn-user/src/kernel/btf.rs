@@ -1,0 +1,329 @@
+//! Reads the offsets of struct members out of a kernel's BTF. Pure: bytes in, offsets out.
+//!
+//! aya parses BTF too, but keeps members to itself, and the general parsers hold every type and string of the kernel
+//! in memory (60 MiB, 120 ms); this one walks the types once and keeps where each begins (`Documentation/bpf/btf.rst`
+//! at v6.12 is the format).
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+const MAGIC: u16 = 0xeb9f;
+
+/// `enum` of kinds in `include/uapi/linux/btf.h`; only those that are told apart here have names.
+mod kind {
+    pub(super) const INT: u32 = 1;
+    pub(super) const ARRAY: u32 = 3;
+    pub(super) const STRUCT: u32 = 4;
+    pub(super) const UNION: u32 = 5;
+    pub(super) const ENUM: u32 = 6;
+    pub(super) const TYPEDEF: u32 = 8;
+    pub(super) const VOLATILE: u32 = 9;
+    pub(super) const CONST: u32 = 10;
+    pub(super) const RESTRICT: u32 = 11;
+    pub(super) const FUNC: u32 = 12;
+    pub(super) const FUNC_PROTO: u32 = 13;
+    pub(super) const VAR: u32 = 14;
+    pub(super) const DATASEC: u32 = 15;
+    pub(super) const DECL_TAG: u32 = 17;
+    pub(super) const TYPE_TAG: u32 = 18;
+    pub(super) const ENUM64: u32 = 19;
+}
+
+/// What can be asked for by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Named {
+    /// A struct.
+    Struct,
+    /// A typedef; `btf_trace_NAME` is how a tracepoint shows.
+    Typedef,
+    /// A function.
+    Function,
+}
+
+/// A kernel's types, borrowed from the bytes of `/sys/kernel/btf/vmlinux`, in this machine's byte order.
+pub struct Btf<'a> {
+    types: &'a [u8],
+    strings: &'a [u8],
+    /// Where each type begins in `types`; type id n is at n - 1.
+    starts: Vec<u32>,
+}
+
+#[derive(Clone, Copy)]
+struct Type {
+    name: u32,
+    info: u32,
+    size_or_type: u32,
+    /// Where what follows the common part begins.
+    rest: usize,
+}
+
+impl Type {
+    fn kind(self) -> u32 {
+        (self.info >> 24) & 0x1f
+    }
+
+    fn members(self) -> usize {
+        (self.info & 0xffff) as usize
+    }
+}
+
+impl<'a> Btf<'a> {
+    /// Checks the header and finds where each type begins.
+    ///
+    /// # Errors
+    /// When the bytes are not BTF of this byte order, end early, or hold a kind that this reader doesn't know.
+    pub fn parse(bytes: &'a [u8]) -> Result<Self> {
+        let header = bytes.get(..24).context("BTF: shorter than its header")?;
+        let magic = u16::from_ne_bytes([header[0], header[1]]);
+        ensure!(magic == MAGIC, "BTF: magic {magic:#06x} instead of {MAGIC:#06x}");
+        let section = |at: usize| -> Result<&'a [u8]> {
+            let start =
+                word(header, 4)?.checked_add(word(header, at)?).context("BTF: an offset overflows")? as usize;
+            let end = start.checked_add(word(header, at + 4)? as usize).context("BTF: a length overflows")?;
+            bytes.get(start..end).context("BTF: a section ends beyond the file")
+        };
+        let mut btf = Self { types: section(8)?, strings: section(16)?, starts: Vec::new() };
+        let mut at = 0;
+        while at < btf.types.len() {
+            btf.starts.push(u32::try_from(at)?);
+            let ty = btf.type_at(at)?;
+            at = ty.rest + rest_len(ty)?;
+        }
+        ensure!(at == btf.types.len(), "BTF: the last type ends beyond its section");
+        Ok(btf)
+    }
+
+    /// Whether the kernel has something of this name.
+    #[must_use]
+    pub fn has(&self, named: Named, name: &str) -> bool {
+        self.find(named, name).is_some()
+    }
+
+    /// The offset in bytes of `member` in struct `name`; `a.b` reaches into member structs, and members of unnamed
+    /// structs and unions are found as C finds them. `None`: no such struct or member.
+    ///
+    /// # Errors
+    /// When the BTF contradicts itself, or the member is a bit field.
+    pub fn offset(&self, name: &str, member: &str) -> Result<Option<u32>> {
+        let Some(mut ty) = self.find(Named::Struct, name) else { return Ok(None) };
+        let mut bits = 0_u32;
+        for part in member.split('.') {
+            let Some((offset, of)) = self.member(ty, part, 0)? else { return Ok(None) };
+            bits = bits.checked_add(offset).context("BTF: an offset overflows")?;
+            ty = self.resolve(of)?;
+        }
+        ensure!(bits % 8 == 0, "BTF: {name}.{member} is a bit field");
+        Ok(Some(bits / 8))
+    }
+
+    fn find(&self, named: Named, name: &str) -> Option<Type> {
+        let kind = match named {
+            Named::Struct => kind::STRUCT,
+            Named::Typedef => kind::TYPEDEF,
+            Named::Function => kind::FUNC,
+        };
+        self.starts
+            .iter()
+            .filter_map(|start| self.type_at(*start as usize).ok())
+            .find(|ty| ty.kind() == kind && self.is_named(ty.name, name))
+    }
+
+    /// The offset in bits and the type id of a member.
+    fn member(&self, of: Type, name: &str, depth: u32) -> Result<Option<(u32, u32)>> {
+        ensure!(depth < 16, "BTF: structs nested without end");
+        if of.kind() != kind::STRUCT && of.kind() != kind::UNION {
+            return Ok(None);
+        }
+        // With the kind flag set an offset is 24 bits, and the upper 8 are the width of a bit field.
+        let has_widths = of.info >> 31 == 1;
+        for index in 0..of.members() {
+            let at = of.rest + index * 12;
+            let (member_name, ty, offset) =
+                (word(self.types, at)?, word(self.types, at + 4)?, word(self.types, at + 8)?);
+            let (bits, width) = if has_widths { (offset & 0x00ff_ffff, offset >> 24) } else { (offset, 0) };
+            if self.is_named(member_name, name) {
+                ensure!(width == 0, "BTF: {name} is a bit field");
+                return Ok(Some((bits, ty)));
+            }
+            if member_name == 0
+                && let Some((inner, ty)) = self.member(self.resolve(ty)?, name, depth + 1)?
+            {
+                return Ok(Some((bits.checked_add(inner).context("BTF: an offset overflows")?, ty)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The type behind typedefs and qualifiers.
+    fn resolve(&self, mut id: u32) -> Result<Type> {
+        for _ in 0..32 {
+            let index = (id as usize).checked_sub(1).context("BTF: a member of type void")?;
+            let ty = self.type_at(*self.starts.get(index).context("BTF: no such type id")? as usize)?;
+            match ty.kind() {
+                kind::TYPEDEF | kind::VOLATILE | kind::CONST | kind::RESTRICT | kind::TYPE_TAG => {
+                    id = ty.size_or_type;
+                }
+                _ => return Ok(ty),
+            }
+        }
+        bail!("BTF: typedefs nested without end")
+    }
+
+    fn type_at(&self, at: usize) -> Result<Type> {
+        Ok(Type {
+            name: word(self.types, at)?,
+            info: word(self.types, at + 4)?,
+            size_or_type: word(self.types, at + 8)?,
+            rest: at + 12,
+        })
+    }
+
+    fn is_named(&self, offset: u32, name: &str) -> bool {
+        self.strings
+            .get(offset as usize..)
+            .and_then(|rest| rest.strip_prefix(name.as_bytes()))
+            .is_some_and(|rest| rest.first() == Some(&0))
+    }
+}
+
+/// How many bytes follow the common part of a type.
+fn rest_len(ty: Type) -> Result<usize> {
+    Ok(match ty.kind() {
+        kind::INT | kind::VAR | kind::DECL_TAG => 4,
+        kind::ARRAY => 12,
+        kind::STRUCT | kind::UNION | kind::DATASEC | kind::ENUM64 => ty.members() * 12,
+        kind::ENUM | kind::FUNC_PROTO => ty.members() * 8,
+        // PTR, FWD, TYPEDEF, VOLATILE, CONST, RESTRICT, FUNC, FLOAT, TYPE_TAG
+        2 | 7..=12 | 16 | 18 => 0,
+        unknown => bail!("BTF: kind {unknown} is newer than this program"),
+    })
+}
+
+fn word(bytes: &[u8], at: usize) -> Result<u32> {
+    let bytes =
+        at.checked_add(4).and_then(|end| bytes.get(at..end)).context("BTF: ends in the middle of a type")?;
+    Ok(u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Builds BTF as a compiler would: `types` are the words of all types, `strings` follow the empty one.
+    fn btf(types: &[u32], strings: &str) -> Vec<u8> {
+        let types: Vec<u8> = types.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let mut out = MAGIC.to_ne_bytes().to_vec();
+        out.extend([1, 0]);
+        for word in [24, 0, types.len(), types.len(), strings.len() + 1] {
+            out.extend(u32::try_from(word).unwrap().to_ne_bytes());
+        }
+        out.extend(types);
+        out.push(0);
+        out.extend(strings.as_bytes());
+        out
+    }
+
+    const fn info(kind: u32, members: u32, flag: bool) -> u32 {
+        kind << 24 | members | (flag as u32) << 31
+    }
+
+    /// `struct outer { int a; union { int b; struct inner in; }; int flag:3; }; struct inner { int x; int y; };`
+    fn sample() -> Vec<u8> {
+        // offsets of strings: 1 int, 5 outer, 11 a, 13 b, 15 in, 18 flag, 23 inner, 29 x, 31 y, 33 btf_trace_t
+        let strings = "int\0outer\0a\0b\0in\0flag\0inner\0x\0y\0btf_trace_t\0";
+        btf(
+            &[
+                // 1: int
+                1,
+                info(kind::INT, 0, false),
+                4,
+                32,
+                // 2: struct outer, with bit field widths
+                5,
+                info(kind::STRUCT, 3, true),
+                16,
+                11,
+                1,
+                0,
+                0,
+                3,
+                32,
+                18,
+                1,
+                3 << 24 | 96,
+                // 3: the union
+                0,
+                info(kind::UNION, 2, false),
+                8,
+                13,
+                1,
+                0,
+                15,
+                5,
+                0,
+                // 4: struct inner
+                23,
+                info(kind::STRUCT, 2, false),
+                8,
+                29,
+                1,
+                0,
+                31,
+                1,
+                32,
+                // 5: const struct inner
+                0,
+                info(kind::CONST, 0, false),
+                4,
+                // 6: typedef
+                33,
+                info(kind::TYPEDEF, 0, false),
+                5,
+            ],
+            strings,
+        )
+    }
+
+    #[test]
+    fn members_are_found_through_unnamed_unions_qualifiers_and_paths() {
+        let bytes = sample();
+        let btf = Btf::parse(&bytes).unwrap();
+        for (of, member, offset) in [
+            ("outer", "a", Some(0)),
+            ("outer", "b", Some(4)),
+            ("outer", "in", Some(4)),
+            ("outer", "in.y", Some(8)),
+            ("inner", "y", Some(4)),
+            ("outer", "nothing", None),
+            ("outer", "a.b", None),
+            ("nothing", "a", None),
+            ("inne", "x", None),
+        ] {
+            assert_eq!(btf.offset(of, member).unwrap(), offset, "{of}.{member}");
+        }
+        assert!(btf.has(Named::Typedef, "btf_trace_t"));
+        assert!(!btf.has(Named::Typedef, "btf_trace"));
+        assert!(!btf.has(Named::Function, "outer"));
+    }
+
+    #[test]
+    fn a_bit_field_has_no_offset_to_read_at() {
+        let bytes = sample();
+        let error = Btf::parse(&bytes).unwrap().offset("outer", "flag").unwrap_err();
+        assert!(error.to_string().contains("bit field"), "{error}");
+    }
+
+    #[test]
+    fn damaged_btf_is_an_error_and_never_a_panic() {
+        let bytes = sample();
+        for cut in 0..bytes.len() {
+            let _ = Btf::parse(&bytes[..cut]).map(|btf| btf.offset("outer", "in.y"));
+        }
+        for at in 0..bytes.len() {
+            let mut bytes = bytes.clone();
+            bytes[at] ^= 0xff;
+            let _ = Btf::parse(&bytes).map(|btf| btf.offset("outer", "in.y"));
+        }
+        assert!(Btf::parse(b"").is_err());
+        assert!(Btf::parse(&[0; 64]).is_err());
+    }
+}

@@ -1,0 +1,75 @@
+//! Compares the tracepoint's `format` file with the record that the perf tracepoint program reads. Pure.
+//!
+//! The program's offsets are constants, for the verifier refuses run-time offsets into its context. A kernel whose
+//! record differs (before v5.6 `protocol` was one byte, and everything after it one byte nearer) must be refused.
+
+/// What the program reads: name, offset and size in bytes.
+const EXPECTED: [(&str, u32, u32); 9] = [
+    ("skaddr", 8, 8),
+    ("oldstate", 16, 4),
+    ("newstate", 20, 4),
+    ("sport", 24, 2),
+    ("dport", 26, 2),
+    ("family", 28, 2),
+    ("protocol", 30, 2),
+    ("saddr_v6", 40, 16),
+    ("daddr_v6", 56, 16),
+];
+
+/// `Err` says in what the record differs.
+///
+/// # Errors
+/// When a field is missing, or is elsewhere or of another size than the program expects.
+pub fn check(format: &str) -> Result<(), String> {
+    for (name, offset, size) in EXPECTED {
+        match format.lines().find_map(|line| field(line, name)) {
+            None => return Err(format!("the record has no field {name}")),
+            Some((o, s)) if (o, s) != (offset, size) => {
+                return Err(format!("field {name} has {s} bytes at {o}, not {size} at {offset}"));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Offset and size, if `line` describes the field `name`: `field:__u8 saddr_v6[16];	offset:40;	size:16;	signed:0;`.
+fn field(line: &str, name: &str) -> Option<(u32, u32)> {
+    let mut parts = line.trim().split(';').map(str::trim);
+    let declaration = parts.next()?.strip_prefix("field:")?;
+    let declared = declaration.rsplit([' ', '*']).next()?;
+    if declared.split('[').next()? != name {
+        return None;
+    }
+    let mut number = |key: &str| parts.next()?.strip_prefix(key)?.parse().ok();
+    Some((number("offset:")?, number("size:")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const V6_18: &str = include_str!("../../tests/fixtures/inet_sock_set_state-6.18.format");
+
+    #[test]
+    fn a_recorded_format_fits() {
+        assert_eq!(check(V6_18), Ok(()));
+    }
+
+    #[test]
+    fn a_record_that_differs_is_named() {
+        for (from, to, says) in [
+            ("protocol;\toffset:30;\tsize:2", "protocol;\toffset:30;\tsize:1", "protocol has 1 bytes at 30"),
+            ("saddr_v6[16];\toffset:40", "saddr_v6[16];\toffset:39", "saddr_v6 has 16 bytes at 39"),
+            ("dport", "dpork", "no field dport"),
+            ("offset:24", "offset:many", "no field sport"),
+        ] {
+            let changed = V6_18.replace(from, to);
+            assert_ne!(changed, V6_18, "the row must change something: {from}");
+            let why = check(&changed).unwrap_err();
+            assert!(why.contains(says), "{why}");
+        }
+        assert!(check("").is_err());
+        assert!(check("field:;;;\nfield:\n;\n").is_err());
+    }
+}

@@ -1,0 +1,323 @@
+//! Our programs in the kernel: loads and attaches them, and turns the bytes of the ring buffer into transitions.
+
+use std::{cell::OnceCell, io, os::fd::AsRawFd};
+
+use anyhow::{Context as _, Result, anyhow};
+use aya::{
+    Btf, Ebpf, EbpfLoader, Endianness,
+    maps::{HashMap, MapData, PerCpuArray, RingBuf},
+    programs::{
+        BtfTracePoint, FEntry, KProbe, Program, ProgramError, TracePoint, fentry::FEntryLink,
+        kprobe::KProbeLink, tp_btf::BtfTracePointLink, trace_point::TracePointLink,
+    },
+};
+use aya_log::EbpfLogger;
+use rustix::io::Errno;
+use selfconn_ebpf::{Transition, counter, names};
+use tokio::io::{Interest, unix::AsyncFd};
+
+use super::{
+    attach::{Choice, Method, Refusal, Wanted, choose},
+    host::Host,
+    tracefs,
+};
+
+/// The object that `cargo xtask build-ebpf` makes.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-hooks"));
+
+/// How to trace.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Which hooks and methods.
+    pub wanted: Wanted,
+    /// Size of the ring buffer in bytes: a power of two, and at least a page.
+    pub ring_bytes: u32,
+    /// How many dials in flight and self-connections are remembered.
+    pub dials: u32,
+    /// Whether the programs' own log is wanted.
+    pub log: bool,
+}
+
+/// What the programs counted since they were loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Transitions put into the ring buffer.
+    pub reported: u64,
+    /// Transitions that it had no room for.
+    pub ring_full: u64,
+    /// Openers that the table had no room for.
+    pub not_remembered: u64,
+}
+
+/// A live link; dropping it detaches the program.
+#[expect(dead_code, reason = "held for what dropping it does")]
+enum Link {
+    TpBtf(BtfTracePointLink),
+    Perf(TracePointLink),
+    Fentry(FEntryLink),
+    Kprobe(KProbeLink),
+}
+
+/// The live programs and what they write to. Dropping it detaches everything.
+pub struct Tracer {
+    ring: AsyncFd<RingBuf<MapData>>,
+    counters: PerCpuArray<MapData, u64>,
+    dials: HashMap<MapData, u64, Dial>,
+    log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
+    methods: Choice<()>,
+    links: Vec<Link>,
+    _programs: Ebpf,
+}
+
+impl Tracer {
+    /// Loads and attaches. Must run inside a tokio runtime with I/O.
+    ///
+    /// # Errors
+    /// When nothing of what was asked for can be attached, or the maps can't be made.
+    pub fn start(host: &Host, options: Options) -> Result<Self> {
+        raise_memlock();
+        let mut ebpf = load(host, options)?;
+        let choice = tracefs::with(|| {
+            let kernel_btf = KernelBtf { host, parsed: OnceCell::new() };
+            choose(options.wanted, |method| attach(&mut ebpf, method, host, &kernel_btf))
+        });
+        for (method, why) in &choice.refused {
+            if let Refusal::Broken(why) = why {
+                log::warn!("{method} should work on this kernel and doesn't; please report it: {why}");
+            }
+        }
+        choice.satisfies(options.wanted).map_err(|why| anyhow!(why))?;
+        let ring = RingBuf::try_from(take(&mut ebpf, names::TRANSITIONS)?)?;
+        let counters = PerCpuArray::try_from(take(&mut ebpf, names::COUNTERS)?)?;
+        let log = if options.log {
+            let logger = EbpfLogger::init(&mut ebpf).context("the programs' log")?;
+            Some(watch(logger)?)
+        } else {
+            None
+        };
+        let (live, links) = choice.live.into_iter().map(|(method, link)| ((method, ()), link)).unzip();
+        Ok(Self {
+            ring: watch(ring)?,
+            counters,
+            dials: HashMap::try_from(take(&mut ebpf, names::DIALS)?)?,
+            log,
+            methods: Choice { live, refused: choice.refused },
+            links,
+            _programs: ebpf,
+        })
+    }
+
+    /// Takes the programs off their hooks; what they have reported can still be read.
+    pub fn detach(&mut self) {
+        self.links.clear();
+    }
+
+    /// Which methods are live, and why the others aren't.
+    #[must_use]
+    pub fn methods(&self) -> &Choice<()> {
+        &self.methods
+    }
+
+    /// Waits until the ring buffer or the programs' log has something.
+    ///
+    /// # Errors
+    /// When the runtime can't wait.
+    pub async fn readable(&mut self) -> io::Result<()> {
+        let Self { ring, log, .. } = self;
+        match log {
+            None => ring.readable_mut().await?.clear_ready(),
+            Some(log) => tokio::select! {
+                guard = ring.readable_mut() => guard?.clear_ready(),
+                guard = log.readable_mut() => {
+                    let mut guard = guard?;
+                    guard.get_inner_mut().flush();
+                    guard.clear_ready();
+                }
+            },
+        }
+        Ok(())
+    }
+
+    /// Takes at most `limit` records out of the ring buffer; says how many there were.
+    pub fn drain(&mut self, limit: usize, mut each: impl FnMut(&Transition)) -> usize {
+        let ring = self.ring.get_mut();
+        for taken in 0..limit {
+            let Some(item) = ring.next() else { return taken };
+            match Transition::from_bytes(&item) {
+                Some(transition) => each(&transition),
+                None => log::error!("a record of {} bytes in the ring buffer", item.len()),
+            }
+        }
+        limit
+    }
+
+    /// What the programs counted.
+    ///
+    /// # Errors
+    /// When the map can't be read.
+    pub fn counters(&self) -> Result<Counters> {
+        let sum = |slot| -> Result<u64> { Ok(self.counters.get(&slot, 0)?.iter().sum()) };
+        Ok(Counters {
+            reported: sum(counter::REPORTED)?,
+            ring_full: sum(counter::RING_FULL)?,
+            not_remembered: sum(counter::NOT_REMEMBERED)?,
+        })
+    }
+
+    /// How many dials are remembered now. Walks the table.
+    ///
+    /// # Errors
+    /// When the map can't be read.
+    pub fn remembered(&self) -> Result<usize> {
+        let mut count = 0;
+        for key in self.dials.keys() {
+            key?;
+            count += 1;
+        }
+        Ok(count)
+    }
+}
+
+/// The value of [`names::DIALS`], which only the programs read: a tuple of 24 bytes and an opener.
+type Dial = [u64; 11];
+
+/// Attaches each method for a moment, to learn whether it can be.
+///
+/// # Errors
+/// When the maps can't be made.
+pub fn rehearse(host: &Host) -> Result<Vec<(Method, Result<(), Refusal>)>> {
+    raise_memlock();
+    let options = Options { wanted: Wanted::default(), ring_bytes: 1 << 16, dials: 8, log: false };
+    let mut ebpf = load(host, options)?;
+    Ok(tracefs::with(|| {
+        let kernel_btf = KernelBtf { host, parsed: OnceCell::new() };
+        let outcome = |method| (method, attach(&mut ebpf, method, host, &kernel_btf).map(drop));
+        Method::ALL.into_iter().map(outcome).collect()
+    }))
+}
+
+fn load(host: &Host, options: Options) -> Result<Ebpf> {
+    // 0 is below every level of aya-log, and the verifier drops what can't run.
+    let log_level = if options.log { aya_log::Level::Debug as u8 } else { 0 };
+    EbpfLoader::new()
+        .btf(None)
+        .override_global(names::OFFSETS, &host.offsets[..], true)
+        .override_global(names::TASK_ACCESS, &host.task_access, true)
+        .override_global(aya_log::LEVEL, &log_level, true)
+        .map_max_entries(names::TRANSITIONS, options.ring_bytes)
+        .map_max_entries(names::DIALS, options.dials)
+        .load(OBJECT)
+        .context("cannot load the maps")
+}
+
+fn watch<T: AsRawFd>(readable: T) -> io::Result<AsyncFd<T>> {
+    // SAFETY: both that come here own their map's descriptor, answer with that one always, and close it only when
+    // they are dropped.
+    Ok(unsafe { AsyncFd::register_with_interest(readable, Interest::READABLE) }?)
+}
+
+fn take(ebpf: &mut Ebpf, name: &str) -> Result<aya::maps::Map> {
+    ebpf.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))
+}
+
+/// aya's view of the kernel's BTF, parsed when the first method asks for it.
+struct KernelBtf<'a> {
+    host: &'a Host,
+    parsed: OnceCell<Result<Btf, String>>,
+}
+
+impl KernelBtf<'_> {
+    fn get(&self) -> Result<&Btf, Refusal> {
+        let parse = || {
+            let bytes = self.host.btf.as_deref().map_err(Clone::clone)?;
+            Btf::parse(bytes, Endianness::default()).map_err(|error| error.to_string())
+        };
+        self.parsed.get_or_init(parse).as_ref().map_err(|why| Refusal::Unsupported(why.clone()))
+    }
+}
+
+/// Loads and attaches one method.
+fn attach(ebpf: &mut Ebpf, method: Method, host: &Host, kernel_btf: &KernelBtf<'_>) -> Result<Link, Refusal> {
+    host.offers(method)?;
+    let Some(program) = ebpf.program_mut(method.program()) else {
+        return Err(Refusal::Broken(format!("the eBPF object has no program {}", method.program())));
+    };
+    let attached = match program {
+        Program::BtfTracePoint(program) => attach_tp_btf(program, kernel_btf.get()?).map(Link::TpBtf),
+        Program::TracePoint(program) => attach_perf(program).map(Link::Perf),
+        Program::FEntry(program) => attach_fentry(program, kernel_btf.get()?).map(Link::Fentry),
+        Program::KProbe(program) => attach_kprobe(program).map(Link::Kprobe),
+        _ => return Err(Refusal::Broken(format!("{} is of another type", method.program()))),
+    };
+    attached.map_err(|error| refusal(&error))
+}
+
+fn attach_tp_btf(program: &mut BtfTracePoint, btf: &Btf) -> Result<BtfTracePointLink, ProgramError> {
+    program.load("inet_sock_set_state", btf)?;
+    let id = program.attach()?;
+    program.take_link(id)
+}
+
+fn attach_perf(program: &mut TracePoint) -> Result<TracePointLink, ProgramError> {
+    program.load()?;
+    let id = program.attach("sock", "inet_sock_set_state")?;
+    program.take_link(id)
+}
+
+fn attach_fentry(program: &mut FEntry, btf: &Btf) -> Result<FEntryLink, ProgramError> {
+    program.load("tcp_set_state", btf)?;
+    let id = program.attach()?;
+    program.take_link(id)
+}
+
+fn attach_kprobe(program: &mut KProbe) -> Result<KProbeLink, ProgramError> {
+    program.load()?;
+    let id = program.attach("tcp_set_state", 0)?;
+    program.take_link(id)
+}
+
+/// What an error means, by its errno and by whether the verifier had a say. The capabilities were there: see
+/// [`Host::offers`].
+fn refusal(error: &ProgramError) -> Refusal {
+    match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let said = verifier_log.to_string();
+            match said.lines().rfind(|line| !line.trim().is_empty()) {
+                Some(last) => Refusal::Broken(format!("{io_error}; the verifier said: {last}")),
+                None => refusal_by_errno("BPF_PROG_LOAD", io_error),
+            }
+        }
+        ProgramError::SyscallError(error) => refusal_by_errno(error.call, &error.io_error),
+        ProgramError::TracePointError(_) | ProgramError::KProbeError(_) | ProgramError::Btf(_) => {
+            Refusal::Unsupported(error.to_string())
+        }
+        _ => Refusal::Broken(error.to_string()),
+    }
+}
+
+fn refusal_by_errno(call: &str, error: &io::Error) -> Refusal {
+    /// `include/linux/errno.h`; not among the errnos of user space.
+    const ENOTSUPP: i32 = 524;
+    let why = format!("{call}: {error}");
+    let errno = error.raw_os_error().unwrap_or(0);
+    if errno == ENOTSUPP {
+        return Refusal::Unsupported(why);
+    }
+    match Errno::from_raw_os_error(errno) {
+        Errno::PERM | Errno::ACCESS => {
+            Refusal::Refused(format!("{why}, though this process has every capability that it needs"))
+        }
+        Errno::INVAL | Errno::NOENT | Errno::NODEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::TOOBIG => {
+            Refusal::Unsupported(why)
+        }
+        _ => Refusal::Refused(why),
+    }
+}
+
+/// Before v5.11 maps count against RLIMIT_MEMLOCK; later kernels don't care.
+fn raise_memlock() {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    if let Err(error) = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }) {
+        log::debug!("RLIMIT_MEMLOCK stays as it is: {error}");
+    }
+}
