@@ -1,0 +1,515 @@
+//! From transitions to lifetimes: each self-connection is opened once and closed once, however many witnesses saw it
+//! and whatever they missed. Pure: no clock, no kernel, no I/O.
+//!
+//! Two programs may report the same transition. They run one after the other under the socket's lock, so in the ring
+//! buffer the records of one socket are in order, each there once or twice or, where a witness lost it, not at all.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    net::{IpAddr, Ipv6Addr},
+};
+
+use selfconn_ebpf::{Opener, Task, Transition, family, state};
+
+/// TIME_WAIT lasts this long: `TCP_TIMEWAIT_LEN`, include/net/tcp.h at v5.10, a constant of the kernel.
+pub const TIME_WAIT_NS: u64 = 60_000_000_000;
+
+/// For how long the second witness's report of a socket's end is still taken for that, rather than for news of the
+/// next socket at the same address.
+const ECHO_NS: u64 = 5_000_000_000;
+
+/// Kernel errnos that tell how a socket ended.
+const ECONNABORTED: u32 = 103;
+const ECONNRESET: u32 = 104;
+
+/// One self-connection, with what is known of it so far.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connection {
+    /// Counts from 1 in this run; with the run's own mark it makes the `id` of the events.
+    pub number: u64,
+    /// The socket cookie.
+    pub cookie: Option<u64>,
+    /// Source and destination address; IPv4 also where the socket is IPv6 and the address v4-mapped.
+    pub addr: IpAddr,
+    /// Source and destination port.
+    pub port: u16,
+    /// Whether the socket is IPv6.
+    pub is_ipv6: bool,
+    /// Inode of the network namespace.
+    pub netns: Option<u32>,
+    /// The interface of a link-local address.
+    pub ifindex: Option<u32>,
+    /// Who dialled.
+    pub opener: Option<Opener>,
+    /// Our initial sequence number and the peer's; equal, for we are the peer.
+    pub isns: Option<(u32, u32)>,
+    /// When it became ESTABLISHED: `CLOCK_BOOTTIME`, nanoseconds. `None`: nobody saw the moment.
+    pub established_ns: Option<u64>,
+}
+
+/// How a self-connection ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// In order, with FINs.
+    Fin,
+    /// Reset, by SO_LINGER 0 or a close with unread data.
+    Rst,
+    /// By SOCK_DESTROY.
+    Destroyed,
+}
+
+/// What is known at the end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct End {
+    /// From ESTABLISHED to here.
+    pub duration_ns: Option<u64>,
+    /// Payload sent, each byte once.
+    pub bytes_sent: Option<u64>,
+    /// Payload received.
+    pub bytes_received: Option<u64>,
+    /// `None`: the kernel's last words fit none of them.
+    pub how: Option<How>,
+    /// `CLOCK_BOOTTIME`, nanoseconds, when TIME_WAIT ends; `None`: the port is free.
+    pub port_blocked_until_ns: Option<u64>,
+}
+
+/// What a transition came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Happening<'a> {
+    /// A self-connection is there.
+    Established(&'a Connection),
+    /// It moved from one state to another.
+    State(&'a Connection, u8, u8),
+    /// It is gone.
+    Closed(&'a Connection, End),
+}
+
+/// All self-connections that are alive, by the kernel address of their socket.
+#[derive(Debug, Default)]
+pub struct Connections {
+    lives: HashMap<u64, Life>,
+    /// Ended, but a witness may still report the end: when, and which.
+    echoes: VecDeque<(u64, u64)>,
+    witnesses: u8,
+    numbered: u64,
+}
+
+#[derive(Debug)]
+struct Life {
+    connection: Connection,
+    /// The last transition, and a bit for each witness that reported it.
+    last: (u8, u8),
+    seen_by: u8,
+    is_announced: bool,
+    ended_ns: Option<u64>,
+}
+
+impl Connections {
+    /// `witnesses` is how many programs report.
+    #[must_use]
+    pub fn new(witnesses: u8) -> Self {
+        Self { witnesses, ..Self::default() }
+    }
+
+    /// How many are open, that is announced and not closed.
+    #[must_use]
+    pub fn open(&self) -> usize {
+        self.lives.values().filter(|life| life.is_announced && life.ended_ns.is_none()).count()
+    }
+
+    /// Takes one transition in; `each` learns what it came to.
+    pub fn apply(&mut self, t: &Transition, mut each: impl FnMut(Happening<'_>)) {
+        self.forget_echoes(t.at_ns);
+        if let Some(life) = self.lives.get_mut(&t.sock) {
+            if life.is_echo(t) {
+                life.seen_by |= 1 << t.witness;
+                life.learn(t);
+                if life.ended_ns.is_some() && life.seen_by.count_ones() >= u32::from(self.witnesses) {
+                    self.lives.remove(&t.sock);
+                }
+                return;
+            }
+            if !life.continues_with(t) {
+                let missed =
+                    self.lives.remove(&t.sock).filter(|life| life.is_announced && life.ended_ns.is_none());
+                if let Some(life) = missed {
+                    each(Happening::Closed(&life.connection, End::default()));
+                }
+            }
+        }
+        let numbered = &mut self.numbered;
+        let life = self.lives.entry(t.sock).or_insert_with(|| {
+            *numbered += 1;
+            Life::new(*numbered, t)
+        });
+        life.last = (t.old, t.new);
+        life.seen_by = 1 << t.witness;
+        life.learn(t);
+        if !life.is_announced && proves_established(t.old, t.new) {
+            life.is_announced = true;
+            each(Happening::Established(&life.connection));
+        }
+        each(Happening::State(&life.connection, t.old, t.new));
+        if t.new == state::CLOSE {
+            if life.is_announced {
+                each(Happening::Closed(&life.connection, end(&life.connection, t)));
+            }
+            life.ended_ns = Some(t.at_ns);
+            if self.witnesses > 1 {
+                self.echoes.push_back((t.at_ns, t.sock));
+            } else {
+                self.lives.remove(&t.sock);
+            }
+        }
+    }
+
+    fn forget_echoes(&mut self, now_ns: u64) {
+        while let Some((ended_ns, sock)) = self.echoes.front().copied() {
+            let is_awaited = self.lives.get(&sock).is_some_and(|life| life.ended_ns == Some(ended_ns));
+            if is_awaited && now_ns.saturating_sub(ended_ns) < ECHO_NS {
+                break;
+            }
+            self.echoes.pop_front();
+            if is_awaited {
+                self.lives.remove(&sock);
+            }
+        }
+    }
+}
+
+impl Life {
+    fn new(number: u64, t: &Transition) -> Self {
+        let v6 = Ipv6Addr::from(t.addr);
+        Self {
+            connection: Connection {
+                number,
+                cookie: None,
+                addr: v6.to_canonical(),
+                port: t.port,
+                is_ipv6: t.family == family::INET6,
+                netns: (t.netns != 0).then_some(t.netns),
+                ifindex: (t.ifindex != 0 && v6.is_unicast_link_local()).then_some(t.ifindex),
+                opener: None,
+                isns: None,
+                established_ns: None,
+            },
+            last: (t.old, t.new),
+            seen_by: 0,
+            is_announced: false,
+            ended_ns: None,
+        }
+    }
+
+    fn is_same_socket(&self, t: &Transition) -> bool {
+        let connection = &self.connection;
+        let dialled_ns = connection.opener.map_or(0, |opener| opener.at_ns);
+        // Each witness writes the opener down at SYN_SENT, the second over the first, a moment later.
+        let is_same_dial = dialled_ns == 0 || t.opener.at_ns == 0 || dialled_ns == t.opener.at_ns;
+        (is_same_dial || t.new == state::SYN_SENT)
+            && connection.port == t.port
+            && connection.addr == Ipv6Addr::from(t.addr).to_canonical()
+            && connection.netns.unwrap_or(0) == t.netns
+    }
+
+    /// Whether this is another witness's report of what is known already.
+    fn is_echo(&self, t: &Transition) -> bool {
+        self.last == (t.old, t.new)
+            && self.seen_by & 1 << t.witness == 0
+            && self.is_same_socket(t)
+            && self.ended_ns.is_none_or(|ended_ns| t.at_ns.saturating_sub(ended_ns) < ECHO_NS)
+    }
+
+    /// Whether this can be the next that is heard of the same socket, rather than of a later one at its address.
+    fn continues_with(&self, t: &Transition) -> bool {
+        self.ended_ns.is_none()
+            && t.new != state::SYN_SENT
+            && rank(t.old) >= rank(self.last.1)
+            && self.is_same_socket(t)
+    }
+
+    fn learn(&mut self, t: &Transition) {
+        let connection = &mut self.connection;
+        if t.cookie != 0 {
+            connection.cookie = Some(t.cookie);
+        }
+        if t.opener.at_ns != 0 {
+            connection.opener = Some(t.opener);
+        }
+        if (t.old, t.new) == (state::SYN_RECV, state::ESTABLISHED) && t.has_counters != 0 {
+            connection.isns = Some((t.snd_una.wrapping_sub(1), t.rcv_nxt.wrapping_sub(1)));
+        }
+        if t.new == state::ESTABLISHED && connection.established_ns.is_none() {
+            connection.established_ns = Some(t.at_ns);
+        }
+    }
+}
+
+/// How far a socket's life has come in a state. Within one life it never falls.
+const fn rank(state: u8) -> u8 {
+    match state {
+        state::SYN_SENT => 1,
+        state::SYN_RECV => 2,
+        state::ESTABLISHED => 3,
+        state::FIN_WAIT1 | state::CLOSE_WAIT => 4,
+        state::FIN_WAIT2 | state::CLOSING | state::LAST_ACK => 5,
+        state::TIME_WAIT => 6,
+        // CLOSE is also where a life begins, but only towards SYN_SENT, which is asked for first.
+        _ => 0,
+    }
+}
+
+/// Whether a socket that makes this transition is, or was, ESTABLISHED.
+const fn proves_established(old: u8, new: u8) -> bool {
+    new == state::ESTABLISHED || rank(old) >= rank(state::ESTABLISHED)
+}
+
+fn end(connection: &Connection, t: &Transition) -> End {
+    // A FIN has come in, and the kernel counts it as a byte received.
+    let fin_came = matches!(t.old, state::CLOSING | state::TIME_WAIT | state::CLOSE_WAIT | state::LAST_ACK);
+    let is_known = t.has_counters != 0;
+    let how = match (t.error, t.old) {
+        _ if !is_known => None,
+        (ECONNABORTED, _) => Some(How::Destroyed),
+        (ECONNRESET, _) | (0, state::ESTABLISHED) => Some(How::Rst),
+        (0, _) if fin_came => Some(How::Fin),
+        _ => None,
+    };
+    End {
+        duration_ns: connection.established_ns.map(|since_ns| t.at_ns.saturating_sub(since_ns)),
+        bytes_sent: is_known.then(|| t.bytes_sent.saturating_sub(t.bytes_retrans)),
+        bytes_received: is_known.then(|| t.bytes_received.saturating_sub(u64::from(fin_came))),
+        how,
+        port_blocked_until_ns: (how == Some(How::Fin)).then_some(t.at_ns + TIME_WAIT_NS),
+    }
+}
+
+/// The name in a task's `comm`: up to the NUL, escaped by whoever prints it.
+#[must_use]
+pub fn comm(bytes: &[u8]) -> String {
+    let len = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..len]).into_owned()
+}
+
+/// The name of a task's own thread.
+#[must_use]
+pub fn thread_comm(task: &Task) -> String {
+    comm(&task.comm)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use proptest::prelude::*;
+    use selfconn_ebpf::{COMM_LEN, state::*};
+
+    use super::*;
+
+    const BOTH: u8 = 2;
+
+    fn transition(sock: u64, at_ns: u64, old: u8, new: u8) -> Transition {
+        let mut addr = [0; 16];
+        addr[10..].copy_from_slice(&[0xff, 0xff, 127, 0, 0, 1]);
+        let task = Task { pid: 7, tid: 8, comm: [0; COMM_LEN] };
+        Transition {
+            at_ns,
+            sock,
+            cookie: 0,
+            bytes_sent: 0,
+            bytes_retrans: 0,
+            bytes_received: 0,
+            addr,
+            netns: 1,
+            ifindex: 0,
+            snd_una: 101,
+            rcv_nxt: 101,
+            error: 0,
+            port: 40_000,
+            family: family::INET,
+            old,
+            new,
+            witness: 0,
+            has_counters: 1,
+            padding: 0,
+            current: task,
+            opener: Opener { at_ns: at_ns / 1_000 * 1_000 + 1, task, ..Opener::UNKNOWN },
+        }
+    }
+
+    /// A whole life: SYN_SENT to an orderly end.
+    const ORDERLY: [(u8, u8); 6] = [
+        (CLOSE, SYN_SENT),
+        (SYN_SENT, SYN_RECV),
+        (SYN_RECV, ESTABLISHED),
+        (ESTABLISHED, FIN_WAIT1),
+        (FIN_WAIT1, CLOSING),
+        (CLOSING, CLOSE),
+    ];
+    const RESET: [(u8, u8); 4] =
+        [(CLOSE, SYN_SENT), (SYN_SENT, SYN_RECV), (SYN_RECV, ESTABLISHED), (ESTABLISHED, CLOSE)];
+    const REFUSED: [(u8, u8); 2] = [(CLOSE, SYN_SENT), (SYN_SENT, CLOSE)];
+
+    /// `+N` for an open, `-N` for a close, in order.
+    fn story(witnesses: u8, transitions: &[Transition]) -> Vec<String> {
+        let mut connections = Connections::new(witnesses);
+        let mut story = Vec::new();
+        for t in transitions {
+            connections.apply(t, |happening| match happening {
+                Happening::Established(connection) => story.push(format!("+{}", connection.number)),
+                Happening::Closed(connection, _) => story.push(format!("-{}", connection.number)),
+                Happening::State(..) => {}
+            });
+        }
+        story
+    }
+
+    #[test]
+    fn each_life_opens_once_and_closes_once_whoever_saw_it() {
+        for (life, expected) in [(&ORDERLY[..], &["+1", "-1"][..]), (&RESET, &["+1", "-1"]), (&REFUSED, &[])]
+        {
+            let once: Vec<_> =
+                life.iter().enumerate().map(|(n, (old, new))| transition(1, n as u64, *old, *new)).collect();
+            let twice: Vec<_> = once.iter().flat_map(|t| [*t, Transition { witness: 1, ..*t }]).collect();
+            assert_eq!(story(1, &once), expected);
+            assert_eq!(story(BOTH, &once), expected);
+            assert_eq!(story(BOTH, &twice), expected);
+        }
+    }
+
+    #[test]
+    fn the_end_says_what_it_was() {
+        for (old, error, counters, how, received, blocked) in [
+            (CLOSING, 0, 1, Some(How::Fin), Some(18), true),
+            (ESTABLISHED, 0, 1, Some(How::Rst), Some(19), false),
+            (ESTABLISHED, ECONNRESET, 1, Some(How::Rst), Some(19), false),
+            (ESTABLISHED, ECONNABORTED, 1, Some(How::Destroyed), Some(19), false),
+            (CLOSING, ECONNABORTED, 1, Some(How::Destroyed), Some(18), false),
+            (FIN_WAIT1, 110, 1, None, Some(19), false),
+            (CLOSING, 0, 0, None, None, false),
+        ] {
+            let mut connections = Connections::new(1);
+            connections.apply(&transition(1, 1_000, SYN_RECV, ESTABLISHED), |_| {});
+            let last = Transition {
+                error,
+                has_counters: counters,
+                bytes_sent: 20,
+                bytes_retrans: 2,
+                bytes_received: 19,
+                ..transition(1, 5_000, old, CLOSE)
+            };
+            let last = Transition { opener: Opener { at_ns: 1_001, ..last.opener }, ..last };
+            let mut ends = Vec::new();
+            connections.apply(&last, |happening| {
+                if let Happening::Closed(_, end) = happening {
+                    ends.push(end);
+                }
+            });
+            let expected = End {
+                duration_ns: Some(4_000),
+                bytes_sent: (counters == 1).then_some(18),
+                bytes_received: received,
+                how,
+                port_blocked_until_ns: blocked.then_some(5_000 + TIME_WAIT_NS),
+            };
+            assert_eq!(ends, [expected], "from {} with errno {error}", name(old));
+        }
+    }
+
+    #[test]
+    fn a_missed_close_is_told_when_the_address_lives_again() {
+        let mut first: Vec<_> =
+            (0..3).map(|n| transition(1, n, ORDERLY[n as usize].0, ORDERLY[n as usize].1)).collect();
+        first.extend((0..6).map(|n| transition(1, 10_000 + n, ORDERLY[n as usize].0, ORDERLY[n as usize].1)));
+        assert_eq!(story(1, &first), ["+1", "-1", "+2", "-2"]);
+    }
+
+    #[test]
+    fn a_name_ends_at_its_nul() {
+        assert_eq!(comm(b"nginx\0old\0\0\0\0\0\0\0"), "nginx");
+        assert_eq!(comm(b"sixteen-bytes-xx"), "sixteen-bytes-xx");
+        assert_eq!(comm(&[0; COMM_LEN]), "");
+    }
+
+    /// Lives of several sockets, each life with its witnesses' losses, in the kernel's order for each socket.
+    fn lives() -> impl Strategy<Value = Vec<(u64, Vec<(usize, u8)>)>> {
+        // (socket, the losses: for each transition of an orderly life, which of the witnesses saw it)
+        let seen = proptest::collection::vec((0..6_usize, 1..4_u8), 0..6);
+        proptest::collection::vec((0..3_u64, seen), 1..20)
+    }
+
+    proptest! {
+        /// Whatever is lost: never two opens, never a close without its open, never another's opener.
+        #[test]
+        fn opens_and_closes_pair_whatever_is_lost(lives in lives()) {
+            let mut connections = Connections::new(BOTH);
+            let mut open = HashSet::new();
+            let mut ever = HashSet::new();
+            for (life, (sock, seen)) in lives.iter().enumerate() {
+                let mut seen = seen.clone();
+                seen.sort_unstable();
+                seen.dedup_by_key(|(at, _)| *at);
+                let pid = u32::try_from(life).unwrap() + 1;
+                for (at, by) in seen {
+                    let (old, new) = ORDERLY[at];
+                    for witness in (0..2).filter(|witness| by & 1 << witness != 0) {
+                        let at_ns = life as u64 * 1_000_000 + at as u64;
+                        let mut t = Transition { witness, ..transition(*sock, at_ns, old, new) };
+                        t.opener = Opener { at_ns: life as u64 * 1_000_000 + 1, ..t.opener };
+                        t.opener.task.pid = pid;
+                        connections.apply(&t, |happening| match happening {
+                            Happening::Established(connection) => {
+                                assert!(ever.insert(connection.number), "opened twice");
+                                open.insert(connection.number);
+                                assert_eq!(connection.opener.unwrap().task.pid, pid);
+                            }
+                            Happening::Closed(connection, _) => {
+                                assert!(open.remove(&connection.number), "closed without being open");
+                            }
+                            Happening::State(connection, ..) => {
+                                assert_eq!(connection.opener.unwrap().task.pid, pid);
+                            }
+                        });
+                    }
+                }
+            }
+            prop_assert_eq!(connections.open(), open.len());
+        }
+
+        /// Nothing lost: as many opens and closes as lives, however the witnesses repeat each other.
+        #[test]
+        fn nothing_lost_is_nothing_merged(lives in proptest::collection::vec((0..3_u64, 1..4_u8), 1..30)) {
+            let mut transitions = Vec::new();
+            for (life, (sock, by)) in lives.iter().enumerate() {
+                for (at, (old, new)) in ORDERLY.into_iter().enumerate() {
+                    for witness in (0..2).filter(|witness| by & 1 << witness != 0) {
+                        let mut t = transition(*sock, life as u64 * 1_000_000 + at as u64, old, new);
+                        t.opener.at_ns = life as u64 * 1_000_000 + 1;
+                        transitions.push(Transition { witness, ..t });
+                    }
+                }
+            }
+            let story = story(BOTH, &transitions);
+            let expected: Vec<_> = (1..=lives.len()).flat_map(|n| [format!("+{n}"), format!("-{n}")]).collect();
+            prop_assert_eq!(story, expected);
+        }
+
+        /// Bytes of any kind make no panic and no unpaired close.
+        #[test]
+        fn senseless_transitions_do_no_harm(
+            steps in proptest::collection::vec((0..3_u64, 0..16_u8, 0..16_u8, 0..4_u8, 0..3_u64), 0..200)
+        ) {
+            let mut connections = Connections::new(BOTH);
+            let mut open = HashSet::new();
+            for (n, (sock, old, new, witness, dial)) in steps.into_iter().enumerate() {
+                let mut t = Transition { witness, ..transition(sock, n as u64, old, new) };
+                t.opener.at_ns = dial;
+                connections.apply(&t, |happening| match happening {
+                    Happening::Established(connection) => assert!(open.insert(connection.number)),
+                    Happening::Closed(connection, _) => assert!(open.remove(&connection.number)),
+                    Happening::State(..) => {}
+                });
+            }
+            prop_assert_eq!(connections.open(), open.len());
+        }
+    }
+}
