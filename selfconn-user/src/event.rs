@@ -1,0 +1,280 @@
+//! The public event schema: what a line of the event log holds. Everything here is written down in docs/events.md;
+//! fields are only ever added. Unknown is `null`, never a guess.
+
+use jiff::Timestamp;
+use selfconn_ebpf::{cause, state};
+use serde::{Serialize, Serializer};
+
+use crate::{
+    clock::Offset,
+    connection::{Connection, End, How, comm, thread_comm},
+    process,
+};
+
+/// One event.
+#[derive(Debug, Serialize)]
+pub struct Event {
+    /// When it happened, UTC.
+    #[serde(serialize_with = "rfc3339")]
+    pub time: Timestamp,
+    /// What happened.
+    #[serde(flatten)]
+    pub what: What,
+}
+
+/// What happened, by the name in `event`.
+#[derive(Debug, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum What {
+    /// Hooks are live.
+    Started(Started),
+    /// A self-connection is ESTABLISHED.
+    Established(Box<Subject>),
+    /// It moved; with `--states` only.
+    State(Box<Moved>),
+    /// It is gone.
+    Closed(Box<Ended>),
+    /// Something was not seen or not written.
+    Lost(Lost),
+    /// The run ends.
+    Stopped(Stopped),
+}
+
+/// `started`.
+#[derive(Debug, Serialize)]
+pub struct Started {
+    /// selfconn's.
+    pub version: &'static str,
+    /// `uname -r`.
+    pub kernel: String,
+    /// The daemon's own.
+    pub pid: u32,
+    /// Each live method, and each hook without one.
+    pub hooks: Vec<HookStatus>,
+    /// What can't be seen from here.
+    pub limits: Vec<String>,
+}
+
+/// What became of a hook.
+#[derive(Debug, Serialize)]
+pub struct HookStatus {
+    /// The kernel's name.
+    pub hook: &'static str,
+    /// How it is attached; null: not at all.
+    pub method: Option<&'static str>,
+    /// The other methods that were tried.
+    pub refused: Vec<Refused>,
+}
+
+/// A method that isn't live.
+#[derive(Debug, Serialize)]
+pub struct Refused {
+    /// Which.
+    pub method: &'static str,
+    /// Why.
+    pub why: String,
+}
+
+/// The self-connection that an event is about.
+#[derive(Clone, Debug, Serialize)]
+pub struct Subject {
+    /// The same in all its events, unique on this boot.
+    pub id: String,
+    /// As `ss -e` shows it.
+    pub cookie: Option<u64>,
+    /// `live`, or `scan` where it was found in the socket table.
+    pub source: &'static str,
+    /// `ipv4` or `ipv6`: the socket's.
+    pub family: &'static str,
+    /// Source and destination address.
+    pub addr: String,
+    /// Interface index of a link-local address.
+    pub ifindex: Option<u32>,
+    /// Source and destination port.
+    pub port: u16,
+    /// Inode of the network namespace.
+    pub netns: Option<u32>,
+    /// `ephemeral`, or `bound` where the socket had a port before it dialled.
+    pub cause: Option<&'static str>,
+    /// The process that dialled, in the initial pid namespace.
+    pub pid: Option<u32>,
+    /// Its thread.
+    pub tid: Option<u32>,
+    /// The process's name.
+    pub comm: Option<String>,
+    /// The thread's name.
+    pub thread_comm: Option<String>,
+    /// Path of its program.
+    pub exe: Option<String>,
+    /// Its arguments.
+    pub cmdline: Option<Vec<String>>,
+    /// Its real user id.
+    pub uid: Option<u32>,
+    /// Path of its control group.
+    pub cgroup: Option<String>,
+    /// Its systemd unit.
+    pub unit: Option<String>,
+    /// Its container's id.
+    pub container: Option<String>,
+    /// `witnessed` at connect, or `holder` by its open socket.
+    pub owner: Option<&'static str>,
+    /// Who holds the socket open now, where that was looked up.
+    pub holders: Option<Vec<Holder>>,
+    /// Initial sequence number.
+    pub isn: Option<u32>,
+    /// The peer's; equal to `isn`, which is the proof.
+    pub peer_isn: Option<u32>,
+}
+
+/// A process that holds or closed a socket.
+#[derive(Clone, Debug, Serialize)]
+pub struct Holder {
+    /// In the initial pid namespace.
+    pub pid: u32,
+    /// Its name.
+    pub comm: Option<String>,
+}
+
+/// `state`.
+#[derive(Debug, Serialize)]
+pub struct Moved {
+    /// Whose.
+    #[serde(flatten)]
+    pub subject: Subject,
+    /// The kernel's name of the state it left.
+    pub from: &'static str,
+    /// And of the one it is in.
+    pub to: &'static str,
+}
+
+/// `closed`.
+#[derive(Debug, Serialize)]
+pub struct Ended {
+    /// Whose.
+    #[serde(flatten)]
+    pub subject: Subject,
+    /// From ESTABLISHED to the end.
+    pub duration_ns: Option<u64>,
+    /// Payload bytes: no SYN, FIN or retransmission.
+    pub bytes_sent: Option<u64>,
+    /// Payload bytes.
+    pub bytes_received: Option<u64>,
+    /// `fin`, `rst` or `destroyed`.
+    pub how: Option<&'static str>,
+    /// Who closed it, where that is known.
+    pub closer: Option<Holder>,
+    /// When TIME_WAIT ends and a server can bind the port again.
+    #[serde(serialize_with = "optional_rfc3339")]
+    pub port_blocked_until: Option<Timestamp>,
+}
+
+/// `lost`.
+#[derive(Debug, Serialize)]
+pub struct Lost {
+    /// `ring`, `missed` or `log`.
+    pub r#where: &'static str,
+    /// How many since the last such event.
+    pub count: u64,
+}
+
+/// `stopped`.
+#[derive(Debug, Serialize)]
+pub struct Stopped {
+    /// Events made in this run, this one included.
+    pub made: u64,
+    /// Events written to the log file, this one included; null without one.
+    pub written: Option<u64>,
+    /// Transitions and events lost, by where.
+    pub lost: Losses,
+    /// Self-connections still open.
+    pub open: u64,
+}
+
+/// Totals of what was lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Losses {
+    /// Transitions for which the ring buffer had no room.
+    pub ring: u64,
+    /// Events that the log file refused.
+    pub log: u64,
+}
+
+impl Subject {
+    /// What is known of a connection. `run` is the mark of this run, by which ids stay unique on this boot.
+    #[must_use]
+    pub fn new(connection: &Connection, run: u64) -> Self {
+        let opener = connection.opener;
+        let task = opener.map(|opener| opener.task);
+        Self {
+            id: format!("{run:x}-{:x}", connection.number),
+            cookie: connection.cookie,
+            source: "live",
+            family: if connection.is_ipv6 { "ipv6" } else { "ipv4" },
+            addr: connection.addr.to_string(),
+            ifindex: connection.ifindex,
+            port: connection.port,
+            netns: connection.netns,
+            cause: opener.and_then(|opener| match opener.cause {
+                cause::EPHEMERAL => Some("ephemeral"),
+                cause::BOUND => Some("bound"),
+                _ => None,
+            }),
+            pid: task.map(|task| task.pid),
+            tid: task.map(|task| task.tid),
+            comm: opener.and_then(|opener| match opener.leader {
+                [0, ..] => process::name(opener.task.pid, opener.start_ns),
+                leader => Some(comm(&leader)),
+            }),
+            thread_comm: task.map(|task| thread_comm(&task)),
+            exe: None,
+            cmdline: None,
+            uid: opener.map(|opener| opener.uid),
+            cgroup: None,
+            unit: None,
+            container: None,
+            owner: opener.map(|_| "witnessed"),
+            holders: None,
+            isn: connection.isns.map(|(isn, _)| isn),
+            peer_isn: connection.isns.map(|(_, peer_isn)| peer_isn),
+        }
+    }
+}
+
+impl Moved {
+    /// A transition, by the kernel's numbers of its states.
+    #[must_use]
+    pub fn new(subject: Subject, from: u8, to: u8) -> Self {
+        Self { subject, from: state::name(from), to: state::name(to) }
+    }
+}
+
+impl Ended {
+    /// The end of a self-connection.
+    #[must_use]
+    pub fn new(subject: Subject, end: &End, clock: Offset) -> Self {
+        Self {
+            subject,
+            duration_ns: end.duration_ns,
+            bytes_sent: end.bytes_sent,
+            bytes_received: end.bytes_received,
+            how: end.how.map(|how| match how {
+                How::Fin => "fin",
+                How::Rst => "rst",
+                How::Destroyed => "destroyed",
+            }),
+            closer: None,
+            port_blocked_until: end.port_blocked_until_ns.map(|at_ns| clock.wall(at_ns)),
+        }
+    }
+}
+
+fn rfc3339<S: Serializer>(time: &Timestamp, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(&format_args!("{time:.9}"))
+}
+
+fn optional_rfc3339<S: Serializer>(time: &Option<Timestamp>, to: S) -> Result<S::Ok, S::Error> {
+    match time {
+        Some(time) => rfc3339(time, to),
+        None => to.serialize_none(),
+    }
+}
