@@ -1,1 +1,12 @@
-//! placeholder
+//! selfconn's user space: the daemon and the commands around it. ARCHITECTURE.md has the map.
+
+pub mod cli;
+pub mod clock;
+pub mod commands;
+pub mod connection;
+pub mod event;
+pub mod kernel;
+pub mod logger;
+pub mod ports;
+pub mod process;
+pub mod sink;

@@ -1,0 +1,260 @@
+//! `selfconn doctor`: what this kernel offers, what would be attached and why, what is missing and the cure.
+//!
+//! Each method is really attached for a moment: only the kernel knows what it refuses.
+
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+    process::ExitCode,
+};
+
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::{
+    kernel::{
+        attach::{Hook, Method, Refusal, Wanted, choose},
+        host::{CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, Host},
+        tracefs::Tracefs,
+        tracer,
+    },
+    logger,
+    sink::text::escape,
+};
+
+/// Shown below the options.
+pub const EXAMPLE: &str = "\
+Examples:
+  selfconn doctor              exit code 0: fit to run, 1: not
+  selfconn doctor --json | jq .would_attach";
+
+/// Options of `doctor`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// One JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was found, as `--json` has it.
+#[derive(Debug, Serialize)]
+struct Report {
+    version: &'static str,
+    kernel: String,
+    machine: String,
+    checks: Vec<Check>,
+    hooks: Vec<HookReport>,
+    would_attach: Vec<&'static str>,
+    limits: Vec<String>,
+    fit: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Check {
+    name: &'static str,
+    ok: bool,
+    finding: String,
+    cure: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct HookReport {
+    hook: &'static str,
+    methods: Vec<MethodReport>,
+}
+
+#[derive(Debug, Serialize)]
+struct MethodReport {
+    method: &'static str,
+    /// `ok`, `unsupported`, `refused`, `denied` or `broken`.
+    verdict: &'static str,
+    why: Option<String>,
+    cure: Option<&'static str>,
+    would_attach: bool,
+}
+
+/// Looks, tries, and tells.
+///
+/// # Errors
+/// When /proc can't be read or stdout not written.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    logger::init(0, false);
+    let report = examine(&Host::look(false)?);
+    let mut stdout = io::stdout().lock();
+    if args.json {
+        serde_json::to_writer(&mut stdout, &report)?;
+        writeln!(stdout)?;
+    } else {
+        stdout.write_all(text(&report).as_bytes())?;
+    }
+    stdout.flush()?;
+    Ok(if report.fit { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+fn examine(host: &Host) -> Report {
+    let rehearsal = tracer::rehearse(host);
+    let (outcomes, ring) = match rehearsal {
+        Ok(outcomes) => (outcomes, Ok(())),
+        Err(error) => {
+            let why = format!("{error:#}");
+            let refused = |method| (method, host.offers(method).and(Err(Refusal::Refused(why.clone()))));
+            (Method::ALL.into_iter().map(refused).collect(), Err(why.clone()))
+        }
+    };
+    let outcome = |method: Method| {
+        let known = outcomes.iter().find(|(known, _)| *known == method);
+        known.map_or(Err(Refusal::NotWanted), |(_, outcome)| outcome.clone())
+    };
+    let choice = choose(Wanted::default(), outcome);
+    let would_attach = |method| choice.live.iter().any(|(live, ())| *live == method);
+    let hooks = Hook::ALL
+        .into_iter()
+        .map(|hook| HookReport {
+            hook: hook.name(),
+            methods: hook
+                .candidates()
+                .iter()
+                .map(|method| method_report(*method, outcome(*method), would_attach(*method)))
+                .collect(),
+        })
+        .collect();
+    Report {
+        version: env!("CARGO_PKG_VERSION"),
+        kernel: host.release.clone(),
+        machine: host.machine.clone(),
+        checks: checks(host, ring),
+        hooks,
+        would_attach: choice.live.iter().map(|(method, ())| method.name()).collect(),
+        limits: host.limits(),
+        fit: !choice.live.is_empty(),
+    }
+}
+
+fn method_report(method: Method, outcome: Result<(), Refusal>, would_attach: bool) -> MethodReport {
+    let (verdict, why, cure) = match outcome {
+        Ok(()) => ("ok", None, None),
+        Err(Refusal::Unsupported(why)) => ("unsupported", Some(why), None),
+        Err(Refusal::Refused(why)) => {
+            ("refused", Some(why), Some("a policy of this host decides; the other methods do the same work"))
+        }
+        Err(Refusal::Denied(why)) => {
+            ("denied", Some(why), Some("run as root, or with CAP_BPF and CAP_PERFMON in the ambient set"))
+        }
+        Err(Refusal::Broken(why)) => {
+            ("broken", Some(why), Some("please report this: it is a bug in selfconn"))
+        }
+        Err(Refusal::NotWanted) => ("unsupported", None, None),
+    };
+    MethodReport { method: method.name(), verdict, why, cure, would_attach }
+}
+
+fn checks(host: &Host, ring: Result<(), String>) -> Vec<Check> {
+    let check = |name, ok, finding: String, cure: Option<&str>| {
+        let cure = if ok { None } else { cure.map(str::to_owned) };
+        Check { name, ok, finding, cure }
+    };
+    let btf = match (&host.btf, &host.offsets_missing) {
+        (Ok(bytes), None) => Ok(format!("{} KiB, every offset found", bytes.len() / 1024)),
+        (Ok(_), Some(why)) | (Err(why), _) => Err(why.clone()),
+    };
+    let tracefs = match host.tracefs {
+        Tracefs::At(at) => (true, format!("mounted on {at}")),
+        Tracefs::NotMounted if host.capabilities.has(CAP_SYS_ADMIN) => {
+            (true, "not mounted; selfconn mounts it for itself alone while it attaches".to_owned())
+        }
+        Tracefs::NotMounted => (false, "not mounted".to_owned()),
+        Tracefs::Absent => (false, "not in this kernel".to_owned()),
+    };
+    let lockdown = host.lockdown.clone().unwrap_or_else(|| "not told (securityfs is not mounted)".to_owned());
+    let missing: Vec<_> = [CAP_BPF, CAP_PERFMON]
+        .into_iter()
+        .filter(|capability| !host.capabilities.has(*capability))
+        .map(|capability| capability.name)
+        .collect();
+    vec![
+        check(
+            "btf",
+            btf.is_ok(),
+            btf.unwrap_or_else(|why| why),
+            Some("a kernel with CONFIG_DEBUG_INFO_BTF=y; without it only perf works"),
+        ),
+        check("tracefs", tracefs.0, tracefs.1, Some("mount -t tracefs tracefs /sys/kernel/tracing")),
+        check("lockdown", true, lockdown, None),
+        check(
+            "probe_read",
+            host.probe_read,
+            if host.probe_read {
+                "bpf_probe_read_kernel may be called"
+            } else {
+                "bpf_probe_read_kernel may not be called"
+            }
+            .to_owned(),
+            Some("tp_btf and fentry do without it"),
+        ),
+        check(
+            "capabilities",
+            missing.is_empty(),
+            if missing.is_empty() {
+                "CAP_BPF and CAP_PERFMON are there".to_owned()
+            } else {
+                format!("missing: {}", missing.join(", "))
+            },
+            Some("run as root, or with these in the ambient set"),
+        ),
+        check(
+            "ring_buffer",
+            ring.is_ok(),
+            ring.map_or_else(|why| why, |()| "can be made".to_owned()),
+            Some("a kernel from v5.8 on, and the capabilities above"),
+        ),
+        check(
+            "pid_namespace",
+            host.is_initial_pid_ns,
+            if host.is_initial_pid_ns {
+                "the initial one"
+            } else {
+                "not the initial one: names can't be looked up"
+            }
+            .to_owned(),
+            Some("run on the host, or with the host's pid namespace (hostPID, --pid=host)"),
+        ),
+    ]
+}
+
+fn text(report: &Report) -> String {
+    let mut out =
+        format!("selfconn {} on kernel {} ({})\n\n", report.version, escape(&report.kernel), report.machine);
+    let mut row = |mark: &str, name: &str, finding: &str, cure: Option<&str>| {
+        let _ = writeln!(out, "  {mark:<4} {name:<22} {}", escape(finding));
+        if let Some(cure) = cure {
+            let _ = writeln!(out, "       {:<22} cure: {}", "", escape(cure));
+        }
+    };
+    for check in &report.checks {
+        row(if check.ok { "ok" } else { "--" }, check.name, &check.finding, check.cure.as_deref());
+    }
+    for hook in &report.hooks {
+        let _ = writeln!(out, "\n  {}", hook.hook);
+        for method in &hook.methods {
+            let mark = if method.would_attach { "*" } else { " " };
+            let why = method.why.as_deref().map(|why| format!(": {}", escape(why))).unwrap_or_default();
+            let _ = writeln!(out, "  {mark:<4} {:<22} {}{why}", method.method, method.verdict);
+            if let Some(cure) = method.cure {
+                let _ = writeln!(out, "       {:<22} cure: {cure}", "");
+            }
+        }
+    }
+    for limit in &report.limits {
+        let _ = writeln!(out, "\n  limit: {limit}");
+    }
+    let _ = if report.fit {
+        writeln!(
+            out,
+            "\nFit to run: `selfconn run` would attach {} (marked *).",
+            report.would_attach.join(" and ")
+        )
+    } else {
+        writeln!(out, "\nNot fit to run: no hook can be attached.")
+    };
+    out
+}
