@@ -3,12 +3,12 @@
 //! The first comparison is the path of every TCP state change on the host: loads and compares, no helper, no store.
 
 use aya_ebpf::{EbpfContext, programs::TracePointContext};
-use selfconn_ebpf::{IPPROTO_TCP, Verdict, judge, state};
+use selfconn_ebpf::{IPPROTO_TCP, Tuple, Verdict, judge, state};
 
 use crate::{
     report::report,
     sock::{Memory, Record, Sock},
-    witness::{self, Tuple},
+    witness,
 };
 
 /// A program that was handed the socket.

@@ -162,6 +162,30 @@ impl Opener {
     };
 }
 
+/// What a dial is known by, beside its socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuple {
+    /// Source and destination address, network byte order; IPv4 as v4-mapped.
+    pub addr: [u32; 4],
+    /// Inode of the network namespace. 0: unknown.
+    pub netns: u32,
+    /// Destination port, host byte order.
+    pub dport: u16,
+    /// One of [`family`].
+    pub family: u16,
+}
+
+/// A dial in flight or a self-connection: the value of [`names::DIALS`], whose key is the socket's kernel address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dial {
+    /// An entry counts only where all of this matches.
+    pub tuple: Tuple,
+    /// Who dialled.
+    pub opener: Opener,
+}
+
 /// One transition of a self-connection: the record in the ring buffer, in the host's byte order.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -214,6 +238,8 @@ const _: () = {
     use core::mem::{offset_of, size_of};
     assert!(size_of::<Task>() == 24);
     assert!(size_of::<Opener>() == 64);
+    assert!(size_of::<Tuple>() == 24);
+    assert!(size_of::<Dial>() == 88);
     assert!(size_of::<Transition>() == 184);
     assert!(offset_of!(Transition, addr) == 48);
     assert!(offset_of!(Transition, port) == 84);

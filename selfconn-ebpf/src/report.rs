@@ -9,11 +9,11 @@ use aya_ebpf::{
     maps::{PerCpuArray, RingBuf},
 };
 use aya_log_ebpf::warn;
-use selfconn_ebpf::{Transition, counter};
+use selfconn_ebpf::{Transition, Tuple, counter};
 
 use crate::{
     sock::{self, Memory, Sock},
-    witness::{self, Tuple},
+    witness,
 };
 
 /// Records of [`Transition`]. The loader sets its size.

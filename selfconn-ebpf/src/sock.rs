@@ -26,6 +26,12 @@ fn offset(field: Field) -> Option<usize> {
     (offset != ABSENT).then_some(offset as usize)
 }
 
+/// Whether it can be told at SYN_SENT if the socket has a port already; not without BTF.
+#[inline(always)]
+pub(crate) fn knows_port() -> bool {
+    offset(Field::Num).is_some()
+}
+
 /// A way for a program to read kernel memory.
 pub(crate) trait Memory: Copy {
     /// Reads a value at an address the kernel gave us.

@@ -5,7 +5,7 @@
 //! An entry counts only when the whole tuple matches: a missed SYN_SENT gives nobody, not a wrong name.
 
 use aya_ebpf::{helpers::generated::bpf_ktime_get_boot_ns, macros::map, maps::HashMap};
-use selfconn_ebpf::{Opener, cause};
+use selfconn_ebpf::{Dial, Opener, Tuple, cause};
 
 use crate::{report, sock};
 
@@ -13,29 +13,16 @@ use crate::{report, sock};
 #[map]
 static DIALS: HashMap<u64, Dial> = HashMap::with_max_entries(16_384, 0);
 
-/// What a dial is known by, beside its socket.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq)]
-pub(crate) struct Tuple {
-    pub(crate) addr: [u32; 4],
-    pub(crate) netns: u32,
-    pub(crate) dport: u16,
-    pub(crate) family: u16,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Dial {
-    tuple: Tuple,
-    opener: Opener,
-}
-
 /// Remembers the running task as the opener; overwrites whatever an earlier life of the socket left.
 #[inline(always)]
 pub(crate) fn remember<C: aya_ebpf::EbpfContext>(ctx: &C, sock: u64, tuple: Tuple, source_port: u16) {
     // SAFETY: no arguments.
     let now_ns = unsafe { bpf_ktime_get_boot_ns() };
-    let cause = if source_port == 0 { cause::EPHEMERAL } else { cause::BOUND };
+    let cause = match source_port {
+        _ if !sock::knows_port() => 0,
+        0 => cause::EPHEMERAL,
+        _ => cause::BOUND,
+    };
     let dial = Dial { tuple, opener: sock::opener(now_ns, cause) };
     if DIALS.insert(&sock, &dial, 0).is_err() {
         report::count_not_remembered(ctx);

@@ -141,18 +141,26 @@ impl Host {
         })
     }
 
+    /// Whether this process may load and attach anything at all.
+    ///
+    /// # Errors
+    /// [`Refusal::Denied`], naming the missing capability.
+    pub fn permits(&self) -> Result<(), Refusal> {
+        match [CAP_BPF, CAP_PERFMON].into_iter().find(|capability| !self.capabilities.has(*capability)) {
+            None => Ok(()),
+            Some(Capability { name, .. }) => {
+                Err(Refusal::Denied(format!("needs {name} (or {}): run as root, or grant it", CAP_SYS_ADMIN.name)))
+            }
+        }
+    }
+
     /// Whether a method has what it needs here, before anything is loaded for it.
     ///
     /// # Errors
     /// The reason why it hasn't. For the perf method it opens the tracepoint's `format` file, so tracefs must be
     /// visible to this thread.
     pub fn offers(&self, method: Method) -> Result<(), Refusal> {
-        for capability in [CAP_BPF, CAP_PERFMON] {
-            if !self.capabilities.has(capability) {
-                let (name, admin) = (capability.name, CAP_SYS_ADMIN.name);
-                return Err(Refusal::Denied(format!("needs {name} (or {admin}): run as root, or grant it")));
-            }
-        }
+        self.permits()?;
         let unsupported = |why: &str| Err(Refusal::Unsupported(why.to_owned()));
         match method {
             Method::TpBtf => self.has_type(Named::Typedef, "btf_trace_inet_sock_set_state"),

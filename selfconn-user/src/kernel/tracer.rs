@@ -4,7 +4,7 @@ use std::{cell::OnceCell, io, os::fd::AsRawFd};
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
-    Btf, Ebpf, EbpfLoader, Endianness,
+    Btf, Ebpf, EbpfLoader, Endianness, Pod,
     maps::{HashMap, MapData, PerCpuArray, RingBuf},
     programs::{
         BtfTracePoint, FEntry, KProbe, Program, ProgramError, TracePoint, fentry::FEntryLink,
@@ -13,7 +13,7 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use rustix::io::Errno;
-use selfconn_ebpf::{Transition, counter, names};
+use selfconn_ebpf::{Dial, Transition, counter, names};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
@@ -62,7 +62,7 @@ enum Link {
 pub struct Tracer {
     ring: AsyncFd<RingBuf<MapData>>,
     counters: PerCpuArray<MapData, u64>,
-    dials: HashMap<MapData, u64, Dial>,
+    dials: HashMap<MapData, u64, Entry>,
     log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
     methods: Choice<()>,
     links: Vec<Link>,
@@ -75,6 +75,7 @@ impl Tracer {
     /// # Errors
     /// When nothing of what was asked for can be attached, or the maps can't be made.
     pub fn start(host: &Host, options: Options) -> Result<Self> {
+        host.permits().map_err(|why| anyhow!("{why}"))?;
         raise_memlock();
         let mut ebpf = load(host, options)?;
         let choice = tracefs::with(|| {
@@ -164,22 +165,22 @@ impl Tracer {
         })
     }
 
-    /// How many dials are remembered now. Walks the table.
+    /// The dials in flight and self-connections that are remembered now. Walks the table.
     ///
     /// # Errors
     /// When the map can't be read.
-    pub fn remembered(&self) -> Result<usize> {
-        let mut count = 0;
-        for key in self.dials.keys() {
-            key?;
-            count += 1;
-        }
-        Ok(count)
+    pub fn remembered(&self) -> Result<Vec<Dial>> {
+        self.dials.iter().map(|entry| Ok(entry?.1.0)).collect()
     }
 }
 
-/// The value of [`names::DIALS`], which only the programs read: a tuple of 24 bytes and an opener.
-type Dial = [u64; 11];
+/// A value of [`names::DIALS`].
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Entry(Dial);
+
+// SAFETY: integers and byte arrays without padding, for which every bit pattern is a value.
+unsafe impl Pod for Entry {}
 
 /// Attaches each method for a moment, to learn whether it can be.
 ///

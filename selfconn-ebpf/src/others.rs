@@ -1,0 +1,56 @@
+//! Programs that are not selfconn's, for tests and measurements: another agent's busy tracepoint program, and empty
+//! programs on the same hooks, whose cost is the floor. They are in an object of their own and never in the daemon.
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+
+#[cfg(target_arch = "bpf")]
+mod programs {
+    use aya_ebpf::{
+        helpers::generated::bpf_ktime_get_ns,
+        macros::{btf_tracepoint, fentry, kprobe, tracepoint},
+        programs::{BtfTracePointContext, FEntryContext, ProbeContext, TracePointContext},
+    };
+
+    /// Some microseconds of work on every system call, as a heavy agent's program does.
+    #[tracepoint(category = "raw_syscalls", name = "sys_enter")]
+    fn other_busy(_ctx: TracePointContext) -> u32 {
+        let mut last = 0;
+        for _ in 0..200 {
+            // SAFETY: no arguments.
+            last = unsafe { bpf_ktime_get_ns() };
+        }
+        u32::from(last == 0)
+    }
+
+    #[btf_tracepoint(function = "inet_sock_set_state")]
+    fn other_tp_btf(_ctx: BtfTracePointContext) -> i32 {
+        0
+    }
+
+    #[tracepoint(category = "sock", name = "inet_sock_set_state")]
+    fn other_perf(_ctx: TracePointContext) -> u32 {
+        0
+    }
+
+    #[fentry(function = "tcp_set_state")]
+    fn other_fentry(_ctx: FEntryContext) -> i32 {
+        0
+    }
+
+    #[kprobe(function = "tcp_set_state")]
+    fn other_kprobe(_ctx: ProbeContext) -> u32 {
+        0
+    }
+
+    #[unsafe(link_section = "license")]
+    #[unsafe(no_mangle)]
+    static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+    #[panic_handler]
+    fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+        // Never reached: the verifier refuses a program with a reachable endless loop.
+        loop {}
+    }
+}
+
+#[cfg(not(target_arch = "bpf"))]
+fn main() {}

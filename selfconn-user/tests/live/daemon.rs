@@ -1,0 +1,152 @@
+//! The daemon under test: starts it, and collects its events.
+
+use std::{
+    io::{BufRead as _, BufReader, Read as _},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+/// Generous, for emulated kernels; a passing test never waits for it.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
+
+/// The binary under test.
+pub(crate) fn selfconn() -> PathBuf {
+    std::env::var_os("SELFCONN_BIN").map_or_else(|| env!("CARGO_BIN_EXE_selfconn").into(), PathBuf::from)
+}
+
+/// How many of something to make: fewer where the kernel is emulated.
+pub(crate) fn scaled(count: usize) -> usize {
+    let scale = std::env::var("SELFCONN_SCALE").ok().and_then(|scale| scale.parse().ok()).unwrap_or(1);
+    (count / scale).max(1)
+}
+
+/// A way to run the daemon that this kernel supports, as the options that force it.
+#[derive(Clone, Debug)]
+pub(crate) struct Variant(pub(crate) Vec<&'static str>);
+
+/// The default, and each method alone that `doctor` says can be attached here.
+pub(crate) fn variants() -> Vec<Variant> {
+    let doctor = Command::new(selfconn()).args(["doctor", "--json"]).output().unwrap();
+    let report: Value = serde_json::from_slice(&doctor.stdout).unwrap();
+    let mut variants = vec![Variant(vec![])];
+    for (method, options) in [
+        ("tp_btf", ["--hooks", "tracepoint", "--tracepoint-method", "tp_btf"]),
+        ("perf", ["--hooks", "tracepoint", "--tracepoint-method", "perf"]),
+        ("fentry", ["--hooks", "function", "--function-method", "fentry"]),
+        ("kprobe", ["--hooks", "function", "--function-method", "kprobe"]),
+    ] {
+        let methods =
+            report["hooks"].as_array().unwrap().iter().flat_map(|hook| hook["methods"].as_array().unwrap());
+        if methods.into_iter().any(|known| known["method"] == method && known["verdict"] == "ok") {
+            variants.push(Variant(options.to_vec()));
+        }
+    }
+    assert!(variants.len() > 1, "nothing can be attached here: {report}");
+    variants
+}
+
+/// `selfconn run`, and what it has said so far.
+pub(crate) struct Daemon {
+    child: Child,
+    lines: Receiver<Value>,
+    stderr: Option<thread::JoinHandle<String>>,
+    seen: Vec<Value>,
+}
+
+impl Daemon {
+    /// Starts it and waits until its hooks are live.
+    pub(crate) fn start(variant: &Variant, options: &[&str]) -> Self {
+        let mut child = Command::new(selfconn())
+            .args(["run", "--json"])
+            .args(&variant.0)
+            .args(options)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut stderr = child.stderr.take().unwrap();
+        let (send, lines) = channel();
+        thread::spawn(move || {
+            for line in stdout.lines() {
+                let line = line.unwrap();
+                let value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+                if send.send(value).is_err() {
+                    break;
+                }
+            }
+        });
+        let stderr = thread::spawn(move || {
+            let mut text = String::new();
+            let _ = stderr.read_to_string(&mut text);
+            text
+        });
+        let mut daemon = Self { child, lines, stderr: Some(stderr), seen: Vec::new() };
+        if daemon.wait_for(1, |event| event["event"] == "started").is_err() {
+            let _ = daemon.child.kill();
+            panic!("{variant:?} did not start: {}", daemon.stderr.take().unwrap().join().unwrap());
+        }
+        daemon
+    }
+
+    /// Waits until `count` events match.
+    pub(crate) fn expect(&mut self, count: usize, matches: impl Fn(&Value) -> bool) -> Vec<Value> {
+        match self.wait_for(count, &matches) {
+            Ok(events) => events,
+            Err(why) => {
+                let got = self.seen.iter().filter(|event| matches(event)).count();
+                let last: Vec<_> = self.seen.iter().rev().take(12).map(ToString::to_string).collect();
+                panic!("{got} of {count} events ({why}); the newest first:\n{}", last.join("\n"));
+            }
+        }
+    }
+
+    fn wait_for(
+        &mut self,
+        count: usize,
+        matches: impl Fn(&Value) -> bool,
+    ) -> Result<Vec<Value>, RecvTimeoutError> {
+        let until = Instant::now() + DEADLINE;
+        let mut found = self.seen.iter().filter(|event| matches(event)).count();
+        while found < count {
+            let event = self.lines.recv_timeout(until.saturating_duration_since(Instant::now()))?;
+            found += usize::from(matches(&event));
+            self.seen.push(event);
+        }
+        Ok(self.seen.iter().filter(|event| matches(event)).cloned().collect())
+    }
+
+    /// Ends it by SIGTERM; all that it said on stdout and stderr. Everything that happened before is in there.
+    pub(crate) fn stop(mut self) -> (Vec<Value>, String) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let status = self.child.wait().unwrap();
+        let stderr = self.stderr.take().unwrap().join().unwrap();
+        assert!(status.success(), "{status}: {stderr}");
+        self.seen.extend(self.lines.iter());
+        (std::mem::take(&mut self.seen), stderr)
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Only after a panic; `stop` has waited for it.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Events of one kind about one namespace.
+pub(crate) fn of(kind: &'static str, netns: u64) -> impl Fn(&Value) -> bool {
+    move |event| event["event"] == kind && event["netns"] == netns
+}

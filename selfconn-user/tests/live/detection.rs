@@ -1,0 +1,216 @@
+//! What a self-connection is reported as: once, with its addresses, its process and its numbers.
+
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    thread,
+};
+
+use serde_json::Value;
+
+use crate::{
+    client::{self, WORDS, assert_opened_here, connect_to_self, talk_to_self},
+    daemon::{Daemon, Variant, of, scaled, variants},
+    net::Net,
+};
+
+/// The one `established` and the one `closed` of a namespace, after all that was to happen has happened.
+fn one_pair(mut daemon: Daemon, net: Net) -> (Value, Value) {
+    daemon.expect(1, of("closed", net.inode));
+    let (events, _) = daemon.stop();
+    let all = |kind| events.iter().filter(|event| of(kind, net.inode)(event)).cloned().collect::<Vec<_>>();
+    let (mut established, mut closed) = (all("established"), all("closed"));
+    assert_eq!((established.len(), closed.len()), (1, 1), "{events:#?}");
+    (established.remove(0), closed.remove(0))
+}
+
+fn textbook_client(address: &str, shown: &str, family: &str) {
+    let net = Net::private();
+    net.add_address(Ipv4Addr::new(192, 0, 2, 1));
+    for variant in variants() {
+        let daemon = Daemon::start(&variant, &[]);
+        let port = talk_to_self(address.parse().unwrap());
+        let (established, closed) = one_pair(daemon, net);
+        for event in [&established, &closed] {
+            assert_opened_here(event);
+            assert_eq!(event["addr"], shown, "{variant:?}: {event}");
+            assert_eq!(event["port"], port);
+            assert_eq!(event["family"], family);
+            assert_eq!(event["cause"], "bound");
+            assert_eq!(event["source"], "live");
+            assert_eq!(event["isn"], event["peer_isn"]);
+            assert!(event["isn"].is_u64(), "{event}");
+        }
+        assert_eq!(established["id"], closed["id"]);
+        assert_eq!(closed["how"], "fin", "{closed}");
+        assert_eq!(closed["bytes_sent"], WORDS.len(), "{closed}");
+        assert_eq!(closed["bytes_received"], WORDS.len(), "{closed}");
+        assert!(closed["duration_ns"].as_u64().is_some_and(|ns| ns > 0), "{closed}");
+        assert!(closed["port_blocked_until"].is_string(), "{closed}");
+    }
+}
+
+#[test]
+fn an_ipv4_client_of_itself_is_reported() {
+    textbook_client("127.0.0.1", "127.0.0.1", "ipv4");
+}
+
+#[test]
+fn an_ipv6_client_of_itself_is_reported() {
+    textbook_client("::1", "::1", "ipv6");
+}
+
+#[test]
+fn a_mapped_address_is_told_as_ipv4_on_an_ipv6_socket() {
+    textbook_client("::ffff:127.0.0.1", "127.0.0.1", "ipv6");
+}
+
+#[test]
+fn a_local_address_that_is_not_loopback_is_reported() {
+    textbook_client("192.0.2.1", "192.0.2.1", "ipv4");
+}
+
+#[test]
+fn a_reset_is_told_from_an_orderly_end() {
+    let net = Net::private();
+    for variant in variants() {
+        let daemon = Daemon::start(&variant, &[]);
+        let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+        socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
+        drop(socket);
+        let (_, closed) = one_pair(daemon, net);
+        assert_eq!(closed["how"], "rst", "{variant:?}: {closed}");
+        assert_eq!(closed["port_blocked_until"], Value::Null);
+        assert_eq!(closed["bytes_sent"], 0);
+    }
+}
+
+#[test]
+fn a_thread_is_told_from_its_process() {
+    let net = Net::private();
+    for variant in variants() {
+        let daemon = Daemon::start(&variant, &[]);
+        thread::Builder::new()
+            .name("a-thread".to_owned())
+            .spawn(|| {
+                talk_to_self(Ipv4Addr::LOCALHOST.into());
+            })
+            .unwrap()
+            .join()
+            .unwrap();
+        let (established, _) = one_pair(daemon, net);
+        assert_eq!(established["pid"], std::process::id(), "{established}");
+        assert_eq!(established["comm"], client::own_comm(), "{variant:?}: {established}");
+        assert_eq!(established["thread_comm"], "a-thread", "{established}");
+        assert_ne!(established["tid"], established["pid"]);
+    }
+}
+
+#[test]
+fn a_thousand_in_a_row_are_a_thousand_pairs() {
+    let net = Net::private();
+    let count = scaled(1_000);
+    for variant in variants() {
+        let mut daemon = Daemon::start(&variant, &[]);
+        // By a reset, so that no port is held by TIME_WAIT.
+        for _ in 0..count {
+            let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+            socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
+        }
+        daemon.expect(count, of("closed", net.inode));
+        let (events, _) = daemon.stop();
+        let established: Vec<_> = events.iter().filter(|event| of("established", net.inode)(event)).collect();
+        let closed: Vec<_> = events.iter().filter(|event| of("closed", net.inode)(event)).collect();
+        assert_eq!((established.len(), closed.len()), (count, count), "{variant:?}");
+        for (opened, closed) in established.iter().zip(&closed) {
+            assert_opened_here(opened);
+            assert_eq!(opened["id"], closed["id"]);
+        }
+        let ids: std::collections::HashSet<_> =
+            established.iter().map(|event| event["id"].to_string()).collect();
+        assert_eq!(ids.len(), count, "every id is unique");
+    }
+}
+
+#[test]
+fn states_are_told_in_the_kernels_order_when_asked_for() {
+    let net = Net::private();
+    for variant in variants() {
+        let mut daemon = Daemon::start(&variant, &["--states"]);
+        talk_to_self(Ipv4Addr::LOCALHOST.into());
+        daemon.expect(1, of("closed", net.inode));
+        let (events, _) = daemon.stop();
+        let states: Vec<_> = events
+            .iter()
+            .filter(|event| of("state", net.inode)(event))
+            .map(|event| (event["from"].as_str().unwrap(), event["to"].as_str().unwrap()))
+            .collect();
+        let expected = [
+            ("CLOSE", "SYN_SENT"),
+            ("SYN_SENT", "SYN_RECV"),
+            ("SYN_RECV", "ESTABLISHED"),
+            ("ESTABLISHED", "FIN_WAIT1"),
+            ("FIN_WAIT1", "CLOSING"),
+            ("CLOSING", "CLOSE"),
+        ];
+        assert_eq!(states, expected, "{variant:?}");
+    }
+}
+
+#[test]
+fn the_log_has_what_stdout_has_and_the_end_counts_it() {
+    let net = Net::private();
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("events.jsonl");
+    let mut daemon = Daemon::start(&Variant(vec![]), &["--log", log.to_str().unwrap()]);
+    for _ in 0..3 {
+        talk_to_self(Ipv4Addr::LOCALHOST.into());
+    }
+    daemon.expect(3, of("closed", net.inode));
+    let (events, _) = daemon.stop();
+    let text = std::fs::read_to_string(&log).unwrap();
+    let logged: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(logged, events);
+    let stopped = events.last().unwrap();
+    assert_eq!(stopped["event"], "stopped");
+    assert_eq!(stopped["made"], events.len());
+    assert_eq!(stopped["written"], events.len());
+    assert_eq!(stopped["lost"]["ring"], 0);
+    use std::os::unix::fs::PermissionsExt as _;
+    let mode = std::fs::metadata(&log).unwrap().permissions().mode();
+    assert_eq!(mode & 0o137, 0, "the log is for its owner and group: {mode:o}");
+}
+
+#[test]
+fn two_daemons_beside_each_other_both_see_everything() {
+    let net = Net::private();
+    let mut daemons: Vec<_> = (0..2).map(|_| Daemon::start(&Variant(vec![]), &[])).collect();
+    assert_ne!(daemons[0].pid(), daemons[1].pid());
+    let address: IpAddr = Ipv4Addr::LOCALHOST.into();
+    talk_to_self(address);
+    for daemon in &mut daemons {
+        daemon.expect(1, of("closed", net.inode));
+    }
+    for daemon in daemons {
+        let (events, _) = daemon.stop();
+        assert_eq!(events.iter().filter(|event| of("established", net.inode)(event)).count(), 1);
+    }
+}
+
+#[test]
+fn a_kernel_without_btf_is_watched_and_what_it_hides_is_null() {
+    let net = Net::private();
+    let without = Variant(vec!["--without-btf"]);
+    let mut daemon = Daemon::start(&without, &[]);
+    let port = talk_to_self(Ipv4Addr::LOCALHOST.into());
+    let is_it = |event: &Value| event["event"] == "closed" && event["port"] == port;
+    let closed = daemon.expect(1, is_it).remove(0);
+    assert_eq!(closed["pid"], std::process::id(), "{closed}");
+    assert_eq!(closed["thread_comm"], client::own_thread_comm(), "{closed}");
+    for unknown in ["netns", "cookie", "isn", "peer_isn", "bytes_sent", "bytes_received", "how", "cause"] {
+        assert_eq!(closed[unknown], Value::Null, "{unknown} in {closed}");
+    }
+    let (events, _) = daemon.stop();
+    let started = events.iter().find(|event| event["event"] == "started").unwrap();
+    assert!(started["limits"].to_string().contains("BTF"), "{started}");
+    let _ = net;
+}

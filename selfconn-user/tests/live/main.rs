@@ -1,0 +1,14 @@
+//! Live tests: real self-connections through the running kernel, watched by the real daemon.
+//!
+//! Every test works in a network namespace of its own, so that tests running beside each other, and whatever else the
+//! host does, can't be mistaken for it. They need root. The same binary runs on other kernels in a VM, where
+//! `SELFCONN_BIN` says where the daemon is, and `SELFCONN_SCALE` divides the counts.
+
+mod accident;
+mod client;
+mod daemon;
+mod detection;
+mod net;
+mod not_ours;
+mod openers;
+mod steering;
