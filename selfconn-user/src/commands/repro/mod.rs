@@ -96,8 +96,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const REQUEST: &str = "hello, is anybody there?";
 
 /// Makes the connection or connections and tells them on stdout. An error may quote the name of a process, which
-/// is the caller's to escape. Not from within an asynchronous runtime: the
-/// hold has its own.
+/// is the caller's to escape. Not from within an asynchronous runtime: the hold has its own.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let done = match &args.thread {
         None => repeat(args),
@@ -191,8 +190,7 @@ fn once(args: &Args, own: Own, narrator: &mut Narrator) -> Result<Held> {
 
 /// The two ends as the socket tells them, and the row of the kernel's table.
 fn look_at_ends(socket: &Socket, closely: bool, narrator: &mut Narrator) -> Result<SocketAddr> {
-    let ends = (socket.local_addr()?.as_socket(), socket.peer_addr()?.as_socket());
-    let (Some(local), Some(remote)) = ends else { bail!("the kernel gave no addresses") };
+    let (local, remote) = ends(socket)?;
     let row = if closely { table::self_connection(local)? } else { None };
     let state = row.map(|row| row.state);
     narrator.tell(&Step::Checked(Checked { local: Endpoint(local), remote: Endpoint(remote), state }))?;
@@ -200,6 +198,22 @@ fn look_at_ends(socket: &Socket, closely: bool, narrator: &mut Narrator) -> Resu
         bail!("{local} is connected to {remote}, which is not itself: choose another port");
     }
     Ok(local)
+}
+
+fn ends(socket: &Socket) -> Result<(SocketAddr, SocketAddr)> {
+    let local = socket.local_addr()?;
+    let remote = socket.peer_addr().map_err(|error| match error.kind() {
+        io::ErrorKind::NotConnected => destroyed(),
+        _ => error.into(),
+    })?;
+    local.as_socket().zip(remote.as_socket()).context("the kernel gave no addresses")
+}
+
+/// Only a deliberate act ends such a connection from outside.
+fn destroyed() -> anyhow::Error {
+    anyhow!(
+        "somebody destroyed the connection before it could talk: does `selfconn run --remedy` do that here?"
+    )
 }
 
 /// Asks, and hears the question: the client is its own server.
@@ -210,7 +224,7 @@ fn talk(mut socket: &Socket, narrator: &mut Narrator) -> Result<()> {
     // Told by its text alone: an EPIPE here is not the one of stdout.
     said.map_err(|error| match error.kind() {
         io::ErrorKind::ConnectionAborted | io::ErrorKind::BrokenPipe | io::ErrorKind::UnexpectedEof => {
-            anyhow!("somebody destroyed the connection before it could talk: is `selfconn run --remedy` on?")
+            destroyed()
         }
         _ => anyhow!("the connection did not carry its own data: {error}"),
     })?;

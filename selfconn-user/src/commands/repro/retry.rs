@@ -14,7 +14,7 @@ use super::address::{Endpoint, Own};
 use super::bind::{occupant, probe};
 use super::narrate::Narrator;
 use super::step::{Connected, Dialling, Progress, Step};
-use super::{Opened, PATIENCE, dial_error, nanos};
+use super::{Opened, PATIENCE, dial_error, ends, nanos};
 use crate::ports::{LocalPorts, Reach, chance_after};
 
 /// More dials than this many times the expected number are needed once in e^10, that is 22,000 runs.
@@ -61,16 +61,19 @@ pub(super) fn open(
         let socket = own.tcp_socket()?;
         socket.set_write_timeout(Some(PATIENCE))?;
         match socket.connect(&remote.into()) {
-            Ok(()) if socket.local_addr()? == socket.peer_addr()? => {
+            Ok(()) => {
+                let (local, peer) = ends(&socket)?;
+                if local != peer {
+                    bail!(
+                        "somebody began to listen on {remote} meanwhile, and was reached: choose another port"
+                    );
+                }
                 narrator.tell(&Step::Connected(Connected {
                     remote: Endpoint(remote),
                     duration_ns: nanos(begin.elapsed()),
                     dialled: Some(so_far(attempts)),
                 }))?;
                 return Ok(Opened { socket, attempts, cause: "ephemeral" });
-            }
-            Ok(()) => {
-                bail!("somebody began to listen on {remote} meanwhile, and was reached: choose another port")
             }
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
             Err(error) => return Err(dial_error(remote, &error)),
