@@ -1,2 +1,49 @@
-//! placeholder
-fn main() {}
+//! selfconn's build and test commands: `cargo xtask COMMAND`. Each sets up what it needs, or says how to.
+
+mod build_ebpf;
+mod environment;
+mod fingerprint;
+mod packages;
+mod progress;
+mod strip;
+mod toolchain;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use workspace::Workspace;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build the eBPF object that the daemon embeds
+    ///
+    /// Finds or installs what that takes: a Rust with the sources of its library, and bpf-linker.
+    BuildEbpf,
+}
+
+fn main() -> ExitCode {
+    let Arguments { command } = Arguments::parse();
+    match Workspace::find().and_then(|workspace| run(&command, &workspace)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(command: &Command, workspace: &Workspace) -> Result<()> {
+    match command {
+        Command::BuildEbpf => build_ebpf::build(workspace),
+    }
+}

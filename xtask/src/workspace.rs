@@ -1,0 +1,73 @@
+//! Where things are: the sources, the target directory, and what we put there for others to find.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::environment;
+
+/// The clone we work in.
+pub(crate) struct Workspace {
+    /// Of the workspace's Cargo.toml.
+    pub(crate) root: PathBuf,
+    /// Cargo's target directory, wherever it was told to put it.
+    pub(crate) target: PathBuf,
+}
+
+impl Workspace {
+    /// Asks cargo.
+    pub(crate) fn find() -> Result<Self> {
+        let manifest_dir =
+            env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+        let output = environment::cargo()
+            .args(["metadata", "--no-deps", "--format-version", "1"])
+            .current_dir(&manifest_dir)
+            .output()
+            .context("run cargo metadata: is cargo in PATH?")?;
+        if !output.status.success() {
+            bail!("cargo metadata failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        let metadata: serde_json::Value =
+            serde_json::from_slice(&output.stdout).context("read what cargo metadata says")?;
+        let path = |key: &str| {
+            let path = metadata[key].as_str().map(PathBuf::from);
+            path.with_context(|| format!("cargo metadata says no {key}: its format has changed"))
+        };
+        Ok(Self { root: path("workspace_root")?, target: path("target_directory")? })
+    }
+
+    /// The eBPF object that user space embeds. Its build script looks for `bpf/selfconn-hooks` above its own output.
+    pub(crate) fn object(&self) -> PathBuf {
+        self.target.join("bpf/selfconn-hooks")
+    }
+
+    /// The daemon as it is released.
+    #[expect(dead_code, reason = "`build` comes next")]
+    pub(crate) fn daemon(&self) -> PathBuf {
+        self.target.join("release/selfconn")
+    }
+}
+
+/// A path as a person would type it here.
+pub(crate) fn here(path: &Path) -> String {
+    let short = env::current_dir().ok().and_then(|dir| path.strip_prefix(dir).ok().map(Path::to_owned));
+    short.as_deref().unwrap_or(path).display().to_string()
+}
+
+/// Writes a file at once or not at all, and not when it is there already: what is built from it stays fresh.
+pub(crate) fn write_if_changed(path: &Path, content: &[u8]) -> Result<()> {
+    if fs::read(path).is_ok_and(|there| there == content) {
+        return Ok(());
+    }
+    let dir = path.parent().context("a file has a directory")?;
+    let write = || {
+        fs::create_dir_all(dir)?;
+        let new = path.with_extension(format!("new-{}", std::process::id()));
+        fs::write(&new, content)?;
+        fs::rename(&new, path)
+    };
+    write().with_context(|| format!("write {}", path.display()))
+}
