@@ -1,0 +1,75 @@
+//! Embeds the eBPF object, and says which commit and which object a binary has.
+//!
+//! The object is made by `cargo xtask build-ebpf`, for that needs another compiler than this one; here it is only
+//! found, and refused when it was not made from the sources at hand.
+
+#[path = "../xtask/src/fingerprint.rs"]
+mod fingerprint;
+
+use std::{
+    env, fs, io,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+};
+
+fn main() -> ExitCode {
+    match embed() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("cargo::error={error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn embed() -> Result<(), String> {
+    let directory =
+        |key| env::var_os(key).map(PathBuf::from).ok_or_else(|| format!("cargo did not set {key}"));
+    let (out_dir, package) = (directory("OUT_DIR")?, directory("CARGO_MANIFEST_DIR")?);
+    let root = package.parent().ok_or("the package is in no workspace")?;
+    for source in fingerprint::SOURCES {
+        println!("cargo::rerun-if-changed={}", root.join(source).display());
+    }
+    println!("cargo::rerun-if-changed={}", root.join("xtask/src/fingerprint.rs").display());
+
+    const BUILD: &str = "run `cargo xtask build-ebpf`";
+    // Whatever the target directory, the target and the profile are called, the object is above our output.
+    let object = out_dir.ancestors().map(|dir| dir.join("bpf/selfconn-hooks")).find(|path| path.exists());
+    let object = object.ok_or_else(|| format!("there is no eBPF object yet: {BUILD}"))?;
+    let made_from = object.with_extension("source");
+    println!("cargo::rerun-if-changed={}", object.display());
+    println!("cargo::rerun-if-changed={}", made_from.display());
+    let made_from = fs::read_to_string(made_from).unwrap_or_default();
+    let sources = fingerprint::of_sources(root).map_err(|error| error.to_string())?;
+    if made_from.trim() != sources {
+        return Err(format!("the eBPF object is older than its sources: {BUILD}"));
+    }
+
+    let bytes = fs::read(&object).map_err(|error| format!("read {}: {error}", object.display()))?;
+    let embedded = out_dir.join("selfconn-hooks");
+    fs::write(&embedded, &bytes).map_err(|error| format!("write {}: {error}", embedded.display()))?;
+    println!("cargo::rustc-env=SELFCONN_OBJECT={}", &fingerprint::of_bytes(&bytes)[..12]);
+    println!("cargo::rustc-env=SELFCONN_COMMIT={}", commit(root).unwrap_or_else(|| "unknown".to_owned()));
+    Ok(())
+}
+
+/// The commit that is checked out. None outside of git, also when the sources lie unpacked in another repository.
+fn commit(root: &Path) -> Option<String> {
+    let git = |arguments: &[&str]| -> Option<String> {
+        let output = Command::new("git").args(arguments).current_dir(root).output().ok()?;
+        let said = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| said.trim().to_owned())
+    };
+    let same = |path: &str| -> io::Result<bool> { Ok(fs::canonicalize(path)? == fs::canonicalize(root)?) };
+    if !same(&git(&["rev-parse", "--show-toplevel"])?).ok()? {
+        return None;
+    }
+    // HEAD changes with the branch, its log with each commit.
+    for file in ["HEAD", "logs/HEAD"] {
+        let path = root.join(git(&["rev-parse", "--git-path", file])?);
+        if path.exists() {
+            println!("cargo::rerun-if-changed={}", path.display());
+        }
+    }
+    git(&["rev-parse", "--short=12", "HEAD"])
+}
