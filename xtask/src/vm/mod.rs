@@ -1,0 +1,86 @@
+//! `cargo xtask vm`: the live tests on other kernels, in virtual machines without an accelerator. A row is a kernel in
+//! a variant, and a boot.
+
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, ensure};
+
+use self::{
+    bench::Bench, binaries::Binaries, kernel::Kernel, report::Report, stock::Stock, variant::VARIANTS,
+};
+use crate::{
+    progress::{say, seconds},
+    workspace::{Workspace, write_if_changed},
+};
+
+mod archive;
+mod bench;
+mod binaries;
+mod boot;
+mod facts;
+mod initramfs;
+mod kernel;
+mod plan;
+mod report;
+mod sources;
+mod stock;
+mod variant;
+
+/// What to run on what.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// A kernel image, a kernel package, or a version such as 6.12; without it the newest 5.10, 6.1, 6.12, 6.18 and
+    /// 7.x that Debian has
+    #[arg(long, value_name = "PATH|VERSION")]
+    pub(crate) kernel: Vec<String>,
+    /// How to boot the kernels and run the tests; without it in every way
+    #[arg(long, value_name = "NAME", value_parser = VARIANTS.map(|variant| variant.name))]
+    pub(crate) variant: Vec<String>,
+    /// How many machines run beside each other
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) jobs: usize,
+    /// How long a machine may take
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub(crate) deadline: u64,
+    /// Set for the tests; SELFCONN_SCALE divides their counts, and is 10 unless set
+    #[arg(long, value_name = "NAME=VALUE", value_parser = assignment)]
+    pub(crate) env: Vec<(String, String)>,
+    /// Arguments of the tests, such as a part of their names
+    #[arg(last = true, value_name = "TEST-ARGS")]
+    pub(crate) test_args: Vec<String>,
+}
+
+fn assignment(text: &str) -> Result<(String, String)> {
+    let (name, value) = text.split_once('=').context("not NAME=VALUE")?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+/// Runs every row; those that did not pass are an error.
+pub(crate) fn run(args: &Args, workspace: &Workspace) -> Result<()> {
+    let started = Instant::now();
+    let directory = workspace.target.join("vm");
+    let stock = Stock::get(&args.kernel, &directory)?;
+    let binaries = Binaries::build(workspace, &directory.join("build"))?;
+    let bench = Bench::new(&binaries, args, directory.join("logs"))?;
+    say(format!("ready to boot after {}", seconds(started.elapsed())));
+
+    let asked_for =
+        |name: &str| args.variant.is_empty() || args.variant.iter().any(|variant| variant == name);
+    let rows: Vec<_> = VARIANTS
+        .iter()
+        .filter(|variant| asked_for(variant.name))
+        .flat_map(|variant| stock.kernels.iter().map(move |kernel: &Kernel| (kernel, variant)))
+        .filter(|(kernel, variant)| !variant.repeats_another_with(kernel))
+        .collect();
+    let report = Report { rows: bench.run(&rows)?, skipped: stock.skipped };
+
+    let verdicts = report.verdicts();
+    println!("{verdicts}");
+    let rendered = verdicts + &report.facts();
+    write_if_changed(&directory.join("report.md"), rendered.as_bytes())?;
+    write_if_changed(&directory.join("report.json"), &serde_json::to_vec_pretty(&report)?)?;
+    let failed = report.rows.iter().filter(|row| !row.passed()).count();
+    ensure!(failed == 0, "{failed} of {} rows did not pass", report.rows.len());
+    say(format!("{} rows passed in {}", report.rows.len(), seconds(started.elapsed())));
+    Ok(())
+}
