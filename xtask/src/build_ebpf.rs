@@ -3,7 +3,7 @@
 
 use std::{env, fs, path::Path, time::Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
 use crate::{
     environment, fingerprint,
@@ -58,16 +58,10 @@ fn compile(workspace: &Workspace, rust: &Rust, linker: &Linker) -> Result<Result
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", rustflags(workspace, rust, linker)?.join("\x1f"));
     let finished = progress::run(WHAT, cargo, None)?;
-    if !finished.succeeded() {
-        if !linker.ours && finished.output.contains("linking with `") {
-            return Ok(Err(finished.why()));
-        }
-        eprint!("{}", finished.output);
-        bail!("{WHAT} failed: what cargo said is above");
+    if !finished.succeeded() && !linker.ours && finished.output.contains("linking with `") {
+        return Ok(Err(finished.why()));
     }
-    if finished.output.lines().any(|line| line.starts_with("warning")) {
-        eprint!("{}", finished.output);
-    }
+    finished.must_have_succeeded(WHAT)?;
     let linked = target_dir.join(TARGET).join("ebpf/selfconn-hooks");
     let raw = fs::read(&linked).with_context(|| format!("read {}", linked.display()))?;
     match strip::dwarf(&raw) {

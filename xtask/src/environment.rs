@@ -29,6 +29,11 @@ pub(crate) fn plain(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
+/// Whether this program can be started by its name.
+pub(crate) fn is_in_path(program: &str) -> bool {
+    env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|dir| dir.join(program).is_file()))
+}
+
 fn clean(command: &mut Command, leave_out: impl Fn(&str) -> bool) {
     for (key, _) in env::vars_os() {
         if key.to_str().is_some_and(&leave_out) {

@@ -56,3 +56,42 @@ fn with_path(error: &io::Error, path: &Path) -> io::Error {
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What happens to a source, and whether the object is stale after it.
+    #[test]
+    fn any_source_counts_by_name_and_content() {
+        let root = std::env::temp_dir().join(format!("selfconn-fingerprint-{}", std::process::id()));
+        let write = |name: &str, content: &str| {
+            let path = root.join(name);
+            fs::create_dir_all(path.parent().expect("a directory")).expect("a directory");
+            fs::write(path, content).expect("a file");
+        };
+        for source in ["Cargo.toml", "selfconn-ebpf/Cargo.toml", "selfconn-ebpf/src/main.rs"] {
+            write(source, "one");
+        }
+        let fingerprint = || of_sources(&root).expect("a fingerprint");
+        let before = fingerprint();
+
+        write("selfconn-user/src/main.rs", "user space");
+        assert_eq!(fingerprint(), before);
+        write("selfconn-ebpf/src/main.rs", "two");
+        assert_ne!(fingerprint(), before, "another content");
+        write("selfconn-ebpf/src/main.rs", "one");
+        assert_eq!(fingerprint(), before, "as it was");
+        write("selfconn-ebpf/src/deep/new.rs", "");
+        assert_ne!(fingerprint(), before, "a new file");
+        fs::remove_dir_all(&root).expect("removed");
+        let error = of_sources(&root).expect_err("no sources");
+        assert!(error.to_string().starts_with("read Cargo.toml: "), "{error}");
+    }
+
+    #[test]
+    fn hashes_are_as_sha256sum_prints_them() {
+        let empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        assert_eq!(of_bytes(b""), empty);
+    }
+}

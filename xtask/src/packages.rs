@@ -14,6 +14,13 @@ pub(crate) fn may_install() -> bool {
     rustix::process::geteuid().is_root()
 }
 
+/// Whether this package is there.
+pub(crate) fn is_installed(name: &str) -> bool {
+    let query =
+        environment::plain("dpkg-query").args(["--show", "--showformat=${db:Status-Status}", name]).output();
+    query.is_ok_and(|query| query.stdout == b"installed")
+}
+
 /// Fetches the package lists.
 pub(crate) fn update() -> Result<()> {
     let finished =
@@ -43,7 +50,7 @@ pub(crate) fn install(names: &[String]) -> Result<()> {
     }
     // Lists that are older than the mirror name files that it no longer has.
     update()?;
-    progress::must(&what, apt_get(&arguments)).map(drop)
+    progress::must(&what, apt_get(&arguments))
 }
 
 fn apt_get(arguments: &[&str]) -> std::process::Command {

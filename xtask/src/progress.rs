@@ -32,6 +32,19 @@ impl Finished {
         self.status.is_some_and(|status| status.success())
     }
 
+    /// Shows all it wrote if it failed, or if it warned.
+    pub(crate) fn must_have_succeeded(&self, what: &str) -> Result<()> {
+        let warned = self.output.lines().any(|line| line.starts_with("warning"));
+        if warned || !self.succeeded() {
+            eprint!("{}", self.output);
+        }
+        match self.status {
+            Some(status) if status.success() => Ok(()),
+            Some(_) => bail!("{what} failed: what it said is above"),
+            None => bail!("{what} took too long: what it said is above"),
+        }
+    }
+
     /// Why not, in few words.
     pub(crate) fn why(&self) -> String {
         let Some(status) = self.status else { return "took too long".to_owned() };
@@ -42,13 +55,8 @@ impl Finished {
 }
 
 /// Runs a step that must succeed; if it does not, shows all it wrote.
-pub(crate) fn must(what: &str, command: Command) -> Result<String> {
-    let finished = run(what, command, None)?;
-    if finished.succeeded() {
-        return Ok(finished.output);
-    }
-    eprint!("{}", finished.output);
-    bail!("{what} failed: what it said is above")
+pub(crate) fn must(what: &str, command: Command) -> Result<()> {
+    run(what, command, None)?.must_have_succeeded(what)
 }
 
 /// Runs a step, at most so long, and shows that it lives.

@@ -84,3 +84,76 @@ fn targets(object: &ElfFile64<'_>, section: &ElfSection64<'_, '_>) -> Result<Vec
     }
     Ok(targets)
 }
+
+#[cfg(test)]
+mod tests {
+    use object::{
+        Architecture, BinaryFormat, Endianness, SymbolFlags, SymbolKind, SymbolScope,
+        write::{Object, Relocation, Symbol, SymbolSection},
+    };
+
+    use super::*;
+
+    /// What bpf-linker writes, in small: a program that refers to a map, its BTF, and DWARF that refers to DWARF.
+    fn linked(sections: &[&str]) -> Vec<u8> {
+        let mut object = Object::new(BinaryFormat::Elf, Architecture::Bpf, Endianness::Little);
+        let mut add = |name: &str, kind, data: &[u8]| {
+            let id = object.add_section(Vec::new(), name.into(), kind);
+            object.append_section_data(id, data, 8);
+            id
+        };
+        let program = add("tp_btf/inet_sock_set_state", SectionKind::Text, &[0x18; 16]);
+        let info = add(".debug_info", SectionKind::Debug, &[1; 64]);
+        let strings = add(".debug_str", SectionKind::Debug, b"name\0");
+        let needed: Vec<_> =
+            sections.iter().map(|name| add(name, SectionKind::Data, name.as_bytes())).collect();
+
+        let map = object.add_symbol(Symbol {
+            name: b"TRANSITIONS".to_vec(),
+            value: 4,
+            size: 4,
+            kind: SymbolKind::Data,
+            scope: SymbolScope::Dynamic,
+            weak: false,
+            section: SymbolSection::Section(needed[needed.len() - 1]),
+            flags: SymbolFlags::None,
+        });
+        let strings = object.section_symbol(strings);
+        for (section, symbol, offset) in [(info, strings, 8), (program, map, 0)] {
+            let flags = RelocationFlags::Elf { r_type: elf::R_BPF_64_64 };
+            object
+                .add_relocation(section, Relocation { offset, symbol, addend: 0, flags })
+                .expect("a relocation");
+        }
+        object.write().expect("an object")
+    }
+
+    #[test]
+    fn only_dwarf_is_left_out() {
+        let raw = linked(&NEEDED);
+        let stripped = dwarf(&raw).expect("an object");
+        let object: ElfFile64<'_> = ElfFile64::parse(&*stripped).expect("an object");
+        let names: Vec<_> = object.sections().filter_map(|section| section.name().ok()).collect();
+        assert!(!names.iter().any(|name| name.contains("debug")), "{names:?}");
+        assert!(stripped.len() < raw.len());
+
+        let program = object.section_by_name("tp_btf/inet_sock_set_state").expect("the program");
+        let relocations = targets(&object, &program).expect("its relocations");
+        assert_eq!(relocations, [(0, elf::R_BPF_64_64, "TRANSITIONS".to_owned(), 4)]);
+        assert_eq!(dwarf(&stripped).expect("an object"), stripped, "nothing more to leave out");
+    }
+
+    #[test]
+    fn an_object_without_btf_is_refused() {
+        let error = dwarf(&linked(&["license", "maps"])).expect_err("no BTF");
+        assert_eq!(
+            error.to_string(),
+            "the linked object has no section .BTF: its bpf-linker is not fit for it"
+        );
+    }
+
+    #[test]
+    fn what_is_no_object_is_refused() {
+        dwarf(b"not an object").expect_err("no object");
+    }
+}

@@ -260,3 +260,5 @@ fn llvm_package(major: u32) -> String {
     format!("llvm-{major}-dev")
 }
 
+#[cfg(test)]
+mod tests;

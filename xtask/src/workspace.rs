@@ -45,7 +45,6 @@ impl Workspace {
     }
 
     /// The daemon as it is released.
-    #[expect(dead_code, reason = "`build` comes next")]
     pub(crate) fn daemon(&self) -> PathBuf {
         self.target.join("release/selfconn")
     }
