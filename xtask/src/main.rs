@@ -1,15 +1,17 @@
 //! selfconn's build and test commands: `cargo xtask COMMAND`. Each sets up what it needs, or says how to.
 
 mod build_ebpf;
+mod daemon;
 mod environment;
 mod fingerprint;
 mod packages;
 mod progress;
 mod strip;
+mod test;
 mod toolchain;
 mod workspace;
 
-use std::process::ExitCode;
+use std::{ffi::OsString, process::ExitCode};
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -29,6 +31,19 @@ enum Command {
     ///
     /// Finds or installs what that takes: a Rust with the sources of its library, and bpf-linker.
     BuildEbpf,
+    /// Build all, for release: target/release/selfconn
+    Build,
+    /// Build all and start the daemon (through sudo, if you are not root)
+    Run {
+        /// Options of `selfconn run`
+        #[arg(last = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Run everything that must pass: format, lints, unit tests, and as root live tests and CLI tests
+    Test {
+        /// Only the tests with this in their name
+        filter: Option<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -45,5 +60,8 @@ fn main() -> ExitCode {
 fn run(command: &Command, workspace: &Workspace) -> Result<()> {
     match command {
         Command::BuildEbpf => build_ebpf::build(workspace),
+        Command::Build => daemon::build(workspace),
+        Command::Run { arguments } => daemon::run(workspace, arguments),
+        Command::Test { filter } => test::test(workspace, filter.as_deref()),
     }
 }
