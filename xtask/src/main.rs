@@ -9,6 +9,7 @@ mod progress;
 mod strip;
 mod test;
 mod toolchain;
+mod vm;
 mod workspace;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -44,6 +45,8 @@ enum Command {
         /// Only the tests with this in their name
         filter: Option<String>,
     },
+    /// Run the live tests on other kernels, in virtual machines
+    Vm(vm::Args),
 }
 
 fn main() -> ExitCode {
@@ -63,5 +66,6 @@ fn run(command: &Command, workspace: &Workspace) -> Result<()> {
         Command::Build => daemon::build(workspace),
         Command::Run { arguments } => daemon::run(workspace, arguments),
         Command::Test { filter } => test::test(workspace, filter.as_deref()),
+        Command::Vm(arguments) => vm::run(arguments, workspace),
     }
 }

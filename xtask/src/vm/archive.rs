@@ -17,7 +17,7 @@ use super::sources::{Archive, Source, parse_deb822, parse_lines};
 use crate::{environment, progress::say, workspace::write_if_changed};
 
 /// The keyring of the package debian-archive-keyring, for machines whose sources don't name theirs.
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+pub(super) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// The archive changes a few times a day; a kernel that is a day late is none the worse.
 const LISTS_MAX_AGE: Duration = Duration::from_hours(24);

@@ -1,7 +1,7 @@
 //! `cargo xtask vm`: the live tests on other kernels, in virtual machines without an accelerator. A row is a kernel in
 //! a variant, and a boot.
 
-use std::time::Instant;
+use std::{path::Path, time::Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -9,6 +9,9 @@ use self::{
     bench::Bench, binaries::Binaries, kernel::Kernel, report::Report, stock::Stock, variant::VARIANTS,
 };
 use crate::{
+    build_ebpf,
+    environment::is_in_path,
+    packages,
     progress::{say, seconds},
     workspace::{Workspace, write_if_changed},
 };
@@ -55,11 +58,25 @@ fn assignment(text: &str) -> Result<(String, String)> {
     Ok((name.to_owned(), value.to_owned()))
 }
 
+/// What it takes, and the packages it comes in.
+const TOOLS: [(&str, &str); 4] =
+    [(boot::QEMU, "qemu-system-x86"), ("apt-get", "apt"), ("dpkg-deb", "dpkg"), ("xz", "xz-utils")];
+
+/// Installs what is missing, or says how to.
+fn set_up() -> Result<()> {
+    let tools = TOOLS.into_iter().filter(|(tool, _)| !is_in_path(tool)).map(|(_, package)| package);
+    let keyring = (!Path::new(archive::KEYRING).exists()).then_some("debian-archive-keyring");
+    let missing: Vec<String> = tools.chain(keyring).map(str::to_owned).collect();
+    if missing.is_empty() { Ok(()) } else { packages::install(&missing) }
+}
+
 /// Runs every row; those that did not pass are an error.
 pub(crate) fn run(args: &Args, workspace: &Workspace) -> Result<()> {
     let started = Instant::now();
     let directory = workspace.target.join("vm");
+    set_up()?;
     let stock = Stock::get(&args.kernel, &directory)?;
+    build_ebpf::build(workspace)?;
     let binaries = Binaries::build(workspace, &directory.join("build"))?;
     let bench = Bench::new(&binaries, args, directory.join("logs"))?;
     say(format!("ready to boot after {}", seconds(started.elapsed())));
