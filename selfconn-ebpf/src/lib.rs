@@ -130,6 +130,13 @@ pub struct Task {
     pub tid: u32,
     /// The thread's own name; NUL-padded.
     pub comm: [u8; COMM_LEN],
+    /// The process's name, that is its leader's. All zero: could not be read.
+    pub leader: [u8; COMM_LEN],
+}
+
+impl Task {
+    /// Nobody.
+    pub const UNKNOWN: Self = Self { pid: 0, tid: 0, comm: [0; COMM_LEN], leader: [0; COMM_LEN] };
 }
 
 /// Who dialled, as seen at CLOSE -> SYN_SENT, the one transition that always runs in the connecting task.
@@ -146,20 +153,11 @@ pub struct Opener {
     pub uid: u32,
     /// One of [`cause`]; 0: unknown.
     pub cause: u32,
-    /// The process's name, that is its leader's. All zero: could not be read.
-    pub leader: [u8; COMM_LEN],
 }
 
 impl Opener {
     /// Nobody was seen dialling.
-    pub const UNKNOWN: Self = Self {
-        at_ns: 0,
-        start_ns: 0,
-        task: Task { pid: 0, tid: 0, comm: [0; COMM_LEN] },
-        uid: 0,
-        cause: 0,
-        leader: [0; COMM_LEN],
-    };
+    pub const UNKNOWN: Self = Self { at_ns: 0, start_ns: 0, task: Task::UNKNOWN, uid: 0, cause: 0 };
 }
 
 /// What a dial is known by, beside its socket.
@@ -226,9 +224,10 @@ pub struct Transition {
     pub witness: u8,
     /// Whether the fields read from `tcp_sock` (bytes, `snd_una`, `rcv_nxt`, `error`) are there: 0 or 1.
     pub has_counters: u8,
-    /// Zero.
-    pub padding: u8,
-    /// The task that happened to run. It caused the transition only at SYN_SENT and FIN_WAIT1.
+    /// Whether a process holds the socket's lock (`sk_lock.owned`): [`Self::current`] then made a call on this socket,
+    /// rather than having been interrupted by somebody's packet. 0 or 1.
+    pub is_owned: u8,
+    /// The task that happened to run.
     pub current: Task,
     /// Who dialled.
     pub opener: Opener,
@@ -236,15 +235,15 @@ pub struct Transition {
 
 const _: () = {
     use core::mem::{offset_of, size_of};
-    assert!(size_of::<Task>() == 24);
+    assert!(size_of::<Task>() == 40);
     assert!(size_of::<Opener>() == 64);
     assert!(size_of::<Tuple>() == 24);
     assert!(size_of::<Dial>() == 88);
-    assert!(size_of::<Transition>() == 184);
+    assert!(size_of::<Transition>() == 200);
     assert!(offset_of!(Transition, addr) == 48);
     assert!(offset_of!(Transition, port) == 84);
     assert!(offset_of!(Transition, current) == 92);
-    assert!(offset_of!(Transition, opener) == 120);
+    assert!(offset_of!(Transition, opener) == 136);
 };
 
 impl Transition {
@@ -295,6 +294,8 @@ pub enum Field {
     Protocol,
     /// `int`.
     Error,
+    /// `int`.
+    LockOwned,
     /// `u16`, network byte order.
     Sport,
     /// `u64`.
@@ -338,6 +339,7 @@ impl Field {
         (Self::NetnsInum, "net", "ns.inum", false),
         (Self::Protocol, "sock", "sk_protocol", true),
         (Self::Error, "sock", "sk_err", false),
+        (Self::LockOwned, "sock", "sk_lock.owned", false),
         (Self::Sport, "inet_sock", "inet_sport", true),
         (Self::BytesSent, "tcp_sock", "bytes_sent", false),
         (Self::BytesRetrans, "tcp_sock", "bytes_retrans", false),

@@ -69,9 +69,8 @@ pub(crate) fn report<C: EbpfContext, M: Memory>(
     out.old = old;
     out.new = new;
     out.witness = witness;
-    out.padding = 0;
     sock.describe(out);
-    out.current = sock::current();
+    out.current = sock::current().0;
     out.opener = witness::recall(sock.key(), tuple);
     entry.submit(0);
     count(counter::REPORTED);

@@ -178,6 +178,7 @@ impl<M: Memory> Sock<M> {
         out.netns = self.netns();
         out.ifindex = self.get(Field::BoundDevIf);
         out.error = self.get(Field::Error);
+        out.is_owned = u8::from(self.get::<u32>(Field::LockOwned) != 0);
         out.has_counters = 0;
         (out.bytes_sent, out.bytes_retrans, out.bytes_received) = (0, 0, 0);
         (out.snd_una, out.rcv_nxt) = (0, 0);
@@ -259,53 +260,53 @@ impl Record {
     }
 }
 
-/// The running task.
+/// The running task, and when its process started: `start_boottime` of the leader, nanoseconds; 0: unknown.
 #[inline(always)]
-pub(crate) fn current() -> Task {
+pub(crate) fn current() -> (Task, u64) {
     let pid_tgid = aya_ebpf::helpers::bpf_get_current_pid_tgid();
+    let (pid, tid) = ((pid_tgid >> 32) as u32, pid_tgid as u32);
     let mut comm = [0; COMM_LEN];
     // SAFETY: the helper writes at most the size it is given; it fails only for want of a task, and then zeroes.
     unsafe { helpers::bpf_get_current_comm(comm.as_mut_ptr().cast(), COMM_LEN as u32) };
-    Task { pid: (pid_tgid >> 32) as u32, tid: pid_tgid as u32, comm }
+    let is_leader = pid == tid;
+    let (leader, start_ns) = match TASK_ACCESS.load() {
+        // SAFETY: no arguments; the pointer is valid while the program runs.
+        task_access::BTF => {
+            leader::<Direct>(unsafe { helpers::bpf_get_current_task_btf() }.cast(), is_leader)
+        }
+        // SAFETY: no arguments; the number is only handed to bpf_probe_read_kernel.
+        task_access::PROBE => {
+            leader::<Probe>(unsafe { helpers::bpf_get_current_task() } as *const u8, is_leader)
+        }
+        _ => ([0; COMM_LEN], 0),
+    };
+    (Task { pid, tid, comm, leader: if is_leader { comm } else { leader } }, start_ns)
 }
 
-/// The running task as an opener. `at_ns` and `cause` are the caller's.
+/// Name and start of the process, from its leader; the name only where it isn't the task's own.
+#[inline(always)]
+fn leader<M: Memory>(task: *const u8, is_leader: bool) -> ([u8; COMM_LEN], u64) {
+    let (mut name, mut start_ns) = ([0; COMM_LEN], 0);
+    if let Some(group_leader) = offset(Field::GroupLeader) {
+        let leader: Pointer = M::read(task.wrapping_add(group_leader));
+        if let Some(start) = offset(Field::StartBoottime) {
+            start_ns = M::read(leader.0.wrapping_add(start));
+        }
+        if let Some(comm) = offset(Field::TaskComm)
+            && !is_leader
+        {
+            let [low, high]: [u64; 2] =
+                [M::read(leader.0.wrapping_add(comm)), M::read(leader.0.wrapping_add(comm + 8))];
+            name[..8].copy_from_slice(&low.to_ne_bytes());
+            name[8..].copy_from_slice(&high.to_ne_bytes());
+        }
+    }
+    (name, start_ns)
+}
+
+/// The running task as an opener.
 #[inline(always)]
 pub(crate) fn opener(at_ns: u64, cause: u32) -> Opener {
-    let task = current();
-    let uid = aya_ebpf::helpers::bpf_get_current_uid_gid() as u32;
-    let mut opener = Opener { at_ns, start_ns: 0, task, uid, cause, leader: [0; COMM_LEN] };
-    let access = TASK_ACCESS.load();
-    if access == task_access::BTF {
-        // SAFETY: no arguments; the pointer is valid while the program runs.
-        let task = unsafe { helpers::bpf_get_current_task_btf() };
-        leader::<Direct>(task.cast_const().cast(), &mut opener);
-    } else if access == task_access::PROBE {
-        // SAFETY: no arguments; the number is only handed to bpf_probe_read_kernel.
-        let task = unsafe { helpers::bpf_get_current_task() };
-        leader::<Probe>(task as *const u8, &mut opener);
-    }
-    if opener.task.pid == opener.task.tid {
-        opener.leader = opener.task.comm;
-    }
-    opener
-}
-
-/// Name and start of the process, from its leader.
-#[inline(always)]
-fn leader<M: Memory>(task: *const u8, opener: &mut Opener) {
-    let Some(group_leader) = offset(Field::GroupLeader) else { return };
-    let leader: Pointer = M::read(task.wrapping_add(group_leader));
-    if let Some(start) = offset(Field::StartBoottime) {
-        opener.start_ns = M::read(leader.0.wrapping_add(start));
-    }
-    if opener.task.pid != opener.task.tid
-        && let Some(comm) = offset(Field::TaskComm)
-    {
-        let words: [[u8; 8]; 2] =
-            [M::read::<u64>(leader.0.wrapping_add(comm)), M::read::<u64>(leader.0.wrapping_add(comm + 8))]
-                .map(u64::to_ne_bytes);
-        opener.leader[..8].copy_from_slice(&words[0]);
-        opener.leader[8..].copy_from_slice(&words[1]);
-    }
+    let (task, start_ns) = current();
+    Opener { at_ns, start_ns, task, uid: aya_ebpf::helpers::bpf_get_current_uid_gid() as u32, cause }
 }

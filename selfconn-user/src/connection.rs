@@ -9,7 +9,7 @@ use std::{
     net::{IpAddr, Ipv6Addr},
 };
 
-use selfconn_ebpf::{Opener, Task, Transition, family, state};
+use selfconn_ebpf::{COMM_LEN, Opener, Task, Transition, family, state};
 
 /// TIME_WAIT lasts this long: `TCP_TIMEWAIT_LEN`, include/net/tcp.h at v5.10, a constant of the kernel.
 pub const TIME_WAIT_NS: u64 = 60_000_000_000;
@@ -43,6 +43,8 @@ pub struct Connection {
     pub opener: Option<Opener>,
     /// Our initial sequence number and the peer's; equal, for we are the peer.
     pub isns: Option<(u32, u32)>,
+    /// Who closed it: the task at ESTABLISHED -> FIN_WAIT1, or at a CLOSE that a call on the socket made.
+    pub closer: Option<Task>,
     /// When it became ESTABLISHED: `CLOCK_BOOTTIME`, nanoseconds. `None`: nobody saw the moment.
     pub established_ns: Option<u64>,
 }
@@ -191,6 +193,7 @@ impl Life {
                 ifindex: (t.ifindex != 0 && v6.is_unicast_link_local()).then_some(t.ifindex),
                 opener: None,
                 isns: None,
+                closer: None,
                 established_ns: None,
             },
             last: (t.old, t.new),
@@ -238,6 +241,10 @@ impl Life {
         if (t.old, t.new) == (state::SYN_RECV, state::ESTABLISHED) && t.has_counters != 0 {
             connection.isns = Some((t.snd_una.wrapping_sub(1), t.rcv_nxt.wrapping_sub(1)));
         }
+        let is_call = t.new == state::FIN_WAIT1 || (t.new == state::CLOSE && t.is_owned != 0);
+        if is_call && connection.closer.is_none() && rank(t.old) == rank(state::ESTABLISHED) {
+            connection.closer = Some(t.current);
+        }
         if t.new == state::ESTABLISHED && connection.established_ns.is_none() {
             connection.established_ns = Some(t.at_ns);
         }
@@ -283,233 +290,12 @@ fn end(connection: &Connection, t: &Transition) -> End {
     }
 }
 
-/// The name in a task's `comm`: up to the NUL, escaped by whoever prints it.
+/// The text of a name as the kernel keeps it: up to the NUL; whoever prints it must escape it.
 #[must_use]
-pub fn comm(bytes: &[u8]) -> String {
+pub fn comm(bytes: &[u8; COMM_LEN]) -> String {
     let len = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(&bytes[..len]).into_owned()
 }
 
-/// The name of a task's own thread.
-#[must_use]
-pub fn thread_comm(task: &Task) -> String {
-    comm(&task.comm)
-}
-
 #[cfg(test)]
-mod tests {
-    use std::collections::HashSet;
-
-    use proptest::prelude::*;
-    use selfconn_ebpf::{COMM_LEN, state::*};
-
-    use super::*;
-
-    const BOTH: u8 = 2;
-
-    fn transition(sock: u64, at_ns: u64, old: u8, new: u8) -> Transition {
-        let mut addr = [0; 16];
-        addr[10..].copy_from_slice(&[0xff, 0xff, 127, 0, 0, 1]);
-        let task = Task { pid: 7, tid: 8, comm: [0; COMM_LEN] };
-        Transition {
-            at_ns,
-            sock,
-            cookie: 0,
-            bytes_sent: 0,
-            bytes_retrans: 0,
-            bytes_received: 0,
-            addr,
-            netns: 1,
-            ifindex: 0,
-            snd_una: 101,
-            rcv_nxt: 101,
-            error: 0,
-            port: 40_000,
-            family: family::INET,
-            old,
-            new,
-            witness: 0,
-            has_counters: 1,
-            padding: 0,
-            current: task,
-            opener: Opener { at_ns: at_ns / 1_000 * 1_000 + 1, task, ..Opener::UNKNOWN },
-        }
-    }
-
-    /// A whole life: SYN_SENT to an orderly end.
-    const ORDERLY: [(u8, u8); 6] = [
-        (CLOSE, SYN_SENT),
-        (SYN_SENT, SYN_RECV),
-        (SYN_RECV, ESTABLISHED),
-        (ESTABLISHED, FIN_WAIT1),
-        (FIN_WAIT1, CLOSING),
-        (CLOSING, CLOSE),
-    ];
-    const RESET: [(u8, u8); 4] =
-        [(CLOSE, SYN_SENT), (SYN_SENT, SYN_RECV), (SYN_RECV, ESTABLISHED), (ESTABLISHED, CLOSE)];
-    const REFUSED: [(u8, u8); 2] = [(CLOSE, SYN_SENT), (SYN_SENT, CLOSE)];
-
-    /// `+N` for an open, `-N` for a close, in order.
-    fn story(witnesses: u8, transitions: &[Transition]) -> Vec<String> {
-        let mut connections = Connections::new(witnesses);
-        let mut story = Vec::new();
-        for t in transitions {
-            connections.apply(t, |happening| match happening {
-                Happening::Established(connection) => story.push(format!("+{}", connection.number)),
-                Happening::Closed(connection, _) => story.push(format!("-{}", connection.number)),
-                Happening::State(..) => {}
-            });
-        }
-        story
-    }
-
-    #[test]
-    fn each_life_opens_once_and_closes_once_whoever_saw_it() {
-        for (life, expected) in [(&ORDERLY[..], &["+1", "-1"][..]), (&RESET, &["+1", "-1"]), (&REFUSED, &[])]
-        {
-            let once: Vec<_> =
-                life.iter().enumerate().map(|(n, (old, new))| transition(1, n as u64, *old, *new)).collect();
-            let twice: Vec<_> = once.iter().flat_map(|t| [*t, Transition { witness: 1, ..*t }]).collect();
-            assert_eq!(story(1, &once), expected);
-            assert_eq!(story(BOTH, &once), expected);
-            assert_eq!(story(BOTH, &twice), expected);
-        }
-    }
-
-    #[test]
-    fn the_end_says_what_it_was() {
-        for (old, error, counters, how, received, blocked) in [
-            (CLOSING, 0, 1, Some(How::Fin), Some(18), true),
-            (ESTABLISHED, 0, 1, Some(How::Rst), Some(19), false),
-            (ESTABLISHED, ECONNRESET, 1, Some(How::Rst), Some(19), false),
-            (ESTABLISHED, ECONNABORTED, 1, Some(How::Destroyed), Some(19), false),
-            (CLOSING, ECONNABORTED, 1, Some(How::Destroyed), Some(18), false),
-            (FIN_WAIT1, 110, 1, None, Some(19), false),
-            (CLOSING, 0, 0, None, None, false),
-        ] {
-            let mut connections = Connections::new(1);
-            connections.apply(&transition(1, 1_000, SYN_RECV, ESTABLISHED), |_| {});
-            let last = Transition {
-                error,
-                has_counters: counters,
-                bytes_sent: 20,
-                bytes_retrans: 2,
-                bytes_received: 19,
-                ..transition(1, 5_000, old, CLOSE)
-            };
-            let last = Transition { opener: Opener { at_ns: 1_001, ..last.opener }, ..last };
-            let mut ends = Vec::new();
-            connections.apply(&last, |happening| {
-                if let Happening::Closed(_, end) = happening {
-                    ends.push(end);
-                }
-            });
-            let expected = End {
-                duration_ns: Some(4_000),
-                bytes_sent: (counters == 1).then_some(18),
-                bytes_received: received,
-                how,
-                port_blocked_until_ns: blocked.then_some(5_000 + TIME_WAIT_NS),
-            };
-            assert_eq!(ends, [expected], "from {} with errno {error}", name(old));
-        }
-    }
-
-    #[test]
-    fn a_missed_close_is_told_when_the_address_lives_again() {
-        let mut first: Vec<_> =
-            (0..3).map(|n| transition(1, n, ORDERLY[n as usize].0, ORDERLY[n as usize].1)).collect();
-        first.extend((0..6).map(|n| transition(1, 10_000 + n, ORDERLY[n as usize].0, ORDERLY[n as usize].1)));
-        assert_eq!(story(1, &first), ["+1", "-1", "+2", "-2"]);
-    }
-
-    #[test]
-    fn a_name_ends_at_its_nul() {
-        assert_eq!(comm(b"nginx\0old\0\0\0\0\0\0\0"), "nginx");
-        assert_eq!(comm(b"sixteen-bytes-xx"), "sixteen-bytes-xx");
-        assert_eq!(comm(&[0; COMM_LEN]), "");
-    }
-
-    /// Lives of several sockets, each life with its witnesses' losses, in the kernel's order for each socket.
-    fn lives() -> impl Strategy<Value = Vec<(u64, Vec<(usize, u8)>)>> {
-        // (socket, the losses: for each transition of an orderly life, which of the witnesses saw it)
-        let seen = proptest::collection::vec((0..6_usize, 1..4_u8), 0..6);
-        proptest::collection::vec((0..3_u64, seen), 1..20)
-    }
-
-    proptest! {
-        /// Whatever is lost: never two opens, never a close without its open, never another's opener.
-        #[test]
-        fn opens_and_closes_pair_whatever_is_lost(lives in lives()) {
-            let mut connections = Connections::new(BOTH);
-            let mut open = HashSet::new();
-            let mut ever = HashSet::new();
-            for (life, (sock, seen)) in lives.iter().enumerate() {
-                let mut seen = seen.clone();
-                seen.sort_unstable();
-                seen.dedup_by_key(|(at, _)| *at);
-                let pid = u32::try_from(life).unwrap() + 1;
-                for (at, by) in seen {
-                    let (old, new) = ORDERLY[at];
-                    for witness in (0..2).filter(|witness| by & 1 << witness != 0) {
-                        let at_ns = life as u64 * 1_000_000 + at as u64;
-                        let mut t = Transition { witness, ..transition(*sock, at_ns, old, new) };
-                        t.opener = Opener { at_ns: life as u64 * 1_000_000 + 1, ..t.opener };
-                        t.opener.task.pid = pid;
-                        connections.apply(&t, |happening| match happening {
-                            Happening::Established(connection) => {
-                                assert!(ever.insert(connection.number), "opened twice");
-                                open.insert(connection.number);
-                                assert_eq!(connection.opener.unwrap().task.pid, pid);
-                            }
-                            Happening::Closed(connection, _) => {
-                                assert!(open.remove(&connection.number), "closed without being open");
-                            }
-                            Happening::State(connection, ..) => {
-                                assert_eq!(connection.opener.unwrap().task.pid, pid);
-                            }
-                        });
-                    }
-                }
-            }
-            prop_assert_eq!(connections.open(), open.len());
-        }
-
-        /// Nothing lost: as many opens and closes as lives, however the witnesses repeat each other.
-        #[test]
-        fn nothing_lost_is_nothing_merged(lives in proptest::collection::vec((0..3_u64, 1..4_u8), 1..30)) {
-            let mut transitions = Vec::new();
-            for (life, (sock, by)) in lives.iter().enumerate() {
-                for (at, (old, new)) in ORDERLY.into_iter().enumerate() {
-                    for witness in (0..2).filter(|witness| by & 1 << witness != 0) {
-                        let mut t = transition(*sock, life as u64 * 1_000_000 + at as u64, old, new);
-                        t.opener.at_ns = life as u64 * 1_000_000 + 1;
-                        transitions.push(Transition { witness, ..t });
-                    }
-                }
-            }
-            let story = story(BOTH, &transitions);
-            let expected: Vec<_> = (1..=lives.len()).flat_map(|n| [format!("+{n}"), format!("-{n}")]).collect();
-            prop_assert_eq!(story, expected);
-        }
-
-        /// Bytes of any kind make no panic and no unpaired close.
-        #[test]
-        fn senseless_transitions_do_no_harm(
-            steps in proptest::collection::vec((0..3_u64, 0..16_u8, 0..16_u8, 0..4_u8, 0..3_u64), 0..200)
-        ) {
-            let mut connections = Connections::new(BOTH);
-            let mut open = HashSet::new();
-            for (n, (sock, old, new, witness, dial)) in steps.into_iter().enumerate() {
-                let mut t = Transition { witness, ..transition(sock, n as u64, old, new) };
-                t.opener.at_ns = dial;
-                connections.apply(&t, |happening| match happening {
-                    Happening::Established(connection) => assert!(open.insert(connection.number)),
-                    Happening::Closed(connection, _) => assert!(open.remove(&connection.number)),
-                    Happening::State(..) => {}
-                });
-            }
-            prop_assert_eq!(connections.open(), open.len());
-        }
-    }
-}
+mod tests;

@@ -2,13 +2,13 @@
 //! fields are only ever added. Unknown is `null`, never a guess.
 
 use jiff::Timestamp;
-use selfconn_ebpf::{cause, state};
+use selfconn_ebpf::{Task, cause, state};
 use serde::{Serialize, Serializer};
 
 use crate::{
     clock::Offset,
-    connection::{Connection, End, How, comm, thread_comm},
-    process,
+    connection::{Connection, End, How, comm},
+    process::Facts,
 };
 
 /// One event.
@@ -200,9 +200,10 @@ pub struct Losses {
 }
 
 impl Subject {
-    /// What is known of a connection. `run` is the mark of this run, by which ids stay unique on this boot.
+    /// What is known of a connection, and what `/proc` knows of its opener. `run` is the mark of this run, by which ids
+    /// stay unique on this boot.
     #[must_use]
-    pub fn new(connection: &Connection, run: u64) -> Self {
+    pub fn new(connection: &Connection, run: u64, facts: &Facts) -> Self {
         let opener = connection.opener;
         let task = opener.map(|opener| opener.task);
         Self {
@@ -221,23 +222,25 @@ impl Subject {
             }),
             pid: task.map(|task| task.pid),
             tid: task.map(|task| task.tid),
-            comm: opener.and_then(|opener| match opener.leader {
-                [0, ..] => process::name(opener.task.pid, opener.start_ns),
-                leader => Some(comm(&leader)),
-            }),
-            thread_comm: task.map(|task| thread_comm(&task)),
-            exe: None,
-            cmdline: None,
+            comm: task.and_then(|task| process_name(&task)).or_else(|| facts.comm.clone()),
+            thread_comm: task.map(|task| comm(&task.comm)),
+            exe: facts.exe.clone(),
+            cmdline: facts.cmdline.clone(),
             uid: opener.map(|opener| opener.uid),
-            cgroup: None,
-            unit: None,
-            container: None,
+            cgroup: facts.cgroup.clone(),
+            unit: facts.unit.clone(),
+            container: facts.container.clone(),
             owner: opener.map(|_| "witnessed"),
             holders: None,
             isn: connection.isns.map(|(isn, _)| isn),
             peer_isn: connection.isns.map(|(_, peer_isn)| peer_isn),
         }
     }
+}
+
+/// The process's name, where the kernel side could read it.
+fn process_name(task: &Task) -> Option<String> {
+    (task.leader[0] != 0 || task.pid == task.tid).then(|| comm(&task.leader))
 }
 
 impl Moved {
@@ -251,7 +254,7 @@ impl Moved {
 impl Ended {
     /// The end of a self-connection.
     #[must_use]
-    pub fn new(subject: Subject, end: &End, clock: Offset) -> Self {
+    pub fn new(subject: Subject, closer: Option<&Task>, end: &End, clock: Offset) -> Self {
         Self {
             subject,
             duration_ns: end.duration_ns,
@@ -262,7 +265,7 @@ impl Ended {
                 How::Rst => "rst",
                 How::Destroyed => "destroyed",
             }),
-            closer: None,
+            closer: closer.map(|task| Holder { pid: task.pid, comm: process_name(task) }),
             port_blocked_until: end.port_blocked_until_ns.map(|at_ns| clock.wall(at_ns)),
         }
     }

@@ -1,17 +1,103 @@
-//! Who: facts about a process from `/proc`, taken only when it is still the process that the kernel saw.
+//! Who: facts about a process from `/proc`, taken only while it is still the process that the kernel saw.
 
-use std::fs;
+use std::{fs, io::Read as _, os::unix::ffi::OsStrExt as _, rc::Rc};
 
 /// Kernel clock ticks a second as `/proc` has them: `USER_HZ`, a constant of the ABI on all of aya's architectures.
-const TICKS_PER_SECOND: u64 = 100;
-const TICK_NS: u64 = 1_000_000_000 / TICKS_PER_SECOND;
+const TICK_NS: u64 = 1_000_000_000 / 100;
 
-/// The process's name, if `pid` is still the process that started at `start_ns`; the kernel's boot-time clock.
+/// As much of a command line as is told.
+const CMDLINE_LIMIT: u64 = 4_096;
+
+/// For how long what was read of a process is told again without reading, so that a process which opens thousands of
+/// self-connections a second is read a few times.
+const FRESH_NS: u64 = 100_000_000;
+
+/// What `/proc` tells about a process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// Its name.
+    pub comm: Option<String>,
+    /// Path of its program.
+    pub exe: Option<String>,
+    /// Its arguments, of at most 4,096 bytes.
+    pub cmdline: Option<Vec<String>>,
+    /// Path of its control group.
+    pub cgroup: Option<String>,
+    /// The systemd unit in that path.
+    pub unit: Option<String>,
+    /// The container id in that path.
+    pub container: Option<String>,
+}
+
+/// Looks processes up.
+#[derive(Debug)]
+pub struct Processes {
+    /// Whether pids here are those that the kernel reports.
+    is_initial_pid_ns: bool,
+    last: Option<Seen>,
+}
+
+#[derive(Debug)]
+struct Seen {
+    pid: u32,
+    start_ns: u64,
+    at_ns: u64,
+    facts: Rc<Facts>,
+}
+
+impl Processes {
+    /// Outside the initial pid namespace nothing is looked up: the same number is somebody else there.
+    #[must_use]
+    pub fn new(is_initial_pid_ns: bool) -> Self {
+        Self { is_initial_pid_ns, last: None }
+    }
+
+    /// The facts about `pid`, if it still is the process that started at `start_ns`. `now_ns` and `start_ns` are of
+    /// `CLOCK_BOOTTIME`. Nothing is known of a process that is gone.
+    pub fn look_up(&mut self, pid: u32, start_ns: u64, now_ns: u64) -> Rc<Facts> {
+        if !self.is_initial_pid_ns || start_ns == 0 {
+            return Rc::default();
+        }
+        if let Some(last) = &self.last
+            && (last.pid, last.start_ns) == (pid, start_ns)
+            && now_ns.saturating_sub(last.at_ns) < FRESH_NS
+        {
+            return Rc::clone(&last.facts);
+        }
+        let facts = Rc::new(read(pid, Some(start_ns)).unwrap_or_default());
+        self.last = Some(Seen { pid, start_ns, at_ns: now_ns, facts: Rc::clone(&facts) });
+        facts
+    }
+}
+
+/// The facts about whoever has this pid now; with `start_ns`, only if that is when it started.
 #[must_use]
-pub fn name(pid: u32, start_ns: u64) -> Option<String> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let (name, start_ticks) = parse_stat(&stat)?;
-    (start_ns != 0 && start_ticks == start_ns / TICK_NS).then(|| name.to_owned())
+pub fn read(pid: u32, start_ns: Option<u64>) -> Option<Facts> {
+    let file = |name: &str| format!("/proc/{pid}/{name}");
+    let exe = fs::read_link(file("exe")).ok().map(|path| lossy(path.as_os_str().as_bytes()));
+    let mut cmdline = Vec::new();
+    let _ =
+        fs::File::open(file("cmdline")).and_then(|file| file.take(CMDLINE_LIMIT).read_to_end(&mut cmdline));
+    let cgroup = fs::read(file("cgroup")).ok().and_then(|text| cgroup_path(&lossy(&text)));
+    // Last, for it says whose all of that was.
+    let stat = lossy(&fs::read(file("stat")).ok()?);
+    let (comm, start_ticks) = parse_stat(&stat)?;
+    if start_ns.is_some_and(|start_ns| start_ticks != start_ns / TICK_NS) {
+        return None;
+    }
+    let place = cgroup.as_deref().map(Place::parse).unwrap_or_default();
+    Some(Facts {
+        comm: Some(comm.to_owned()),
+        exe,
+        cmdline: arguments(&cmdline),
+        unit: place.unit,
+        container: place.container,
+        cgroup,
+    })
+}
+
+fn lossy(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// Name and start, in clock ticks since boot, from the text of `/proc/PID/stat`. The name may hold anything, blanks
@@ -22,6 +108,54 @@ fn parse_stat(stat: &str) -> Option<(&str, u64)> {
     Some((name, start.parse().ok()?))
 }
 
+/// The arguments in `/proc/PID/cmdline`; `None`: a kernel thread, or a process that is nearly gone.
+fn arguments(cmdline: &[u8]) -> Option<Vec<String>> {
+    let cmdline = cmdline.strip_suffix(b"\0").unwrap_or(cmdline);
+    (!cmdline.is_empty()).then(|| cmdline.split(|byte| *byte == 0).map(lossy).collect())
+}
+
+/// The control group in the text of `/proc/PID/cgroup`: the unified hierarchy's, or systemd's own where the process is
+/// in no other place there.
+fn cgroup_path(text: &str) -> Option<String> {
+    let path_of = |wanted: &str| {
+        text.lines().find_map(|line| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+            (controllers == wanted).then_some(path)
+        })
+    };
+    let unified = path_of("");
+    let path = unified.filter(|path| *path != "/").or_else(|| path_of("name=systemd")).or(unified)?;
+    Some(path.to_owned())
+}
+
+/// What the path of a control group says about who is in it.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Place {
+    unit: Option<String>,
+    container: Option<String>,
+}
+
+impl Place {
+    /// The innermost unit (a service, or the scope of a session), and the innermost container: docker, containerd,
+    /// cri-o and podman name its group after its id of 64 hexadecimal digits, with or without a prefix.
+    fn parse(path: &str) -> Self {
+        let innermost = || path.rsplit('/');
+        let is_unit = |part: &&str| part.ends_with(".service") || part.ends_with(".scope");
+        Self {
+            unit: innermost().find(is_unit).map(str::to_owned),
+            container: innermost().find_map(container_id).map(str::to_owned),
+        }
+    }
+}
+
+fn container_id(part: &str) -> Option<&str> {
+    let part = part.strip_suffix(".scope").unwrap_or(part);
+    let (prefix, id) = part.rsplit_once('-').unwrap_or(("", part));
+    let is_id = id.len() == 64 && id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    // conmon watches a container from outside.
+    (is_id && !prefix.ends_with("conmon")).then_some(id)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -29,7 +163,7 @@ mod tests {
     #[test]
     fn a_name_may_hold_anything() {
         let rest = "S 1 2 2 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4711 0 0";
-        for name in ["sh", "a b", "(sd-pam)", ") 1 2 (", "", "a) S 1"] {
+        for name in ["sh", "a b", "(sd-pam)", ") 1 2 (", "", "a) S 1", "\n{\"event\":\"fake\"}"] {
             assert_eq!(parse_stat(&format!("42 ({name}) {rest}")), Some((name, 4711)), "{name:?}");
         }
         for broken in ["", "42", "42 (", "42 )(", "42 (sh) S 1"] {
@@ -38,12 +172,92 @@ mod tests {
     }
 
     #[test]
-    fn a_pid_that_somebody_else_has_now_has_no_name() {
+    fn a_pid_that_somebody_else_has_now_has_no_facts() {
         let pid = std::process::id();
         let stat = fs::read_to_string("/proc/self/stat").unwrap();
         let (comm, start) = parse_stat(&stat).unwrap();
-        assert_eq!(name(pid, start * TICK_NS).as_deref(), Some(comm));
-        assert_eq!(name(pid, (start + 1) * TICK_NS), None);
-        assert_eq!(name(pid, 0), None);
+        let facts = read(pid, Some(start * TICK_NS)).unwrap();
+        assert_eq!(facts.comm.as_deref(), Some(comm));
+        assert_eq!(facts.exe, std::env::current_exe().ok().map(|path| path.to_string_lossy().into_owned()));
+        assert_eq!(facts.cmdline.unwrap(), std::env::args().collect::<Vec<_>>());
+        assert_eq!(read(pid, Some((start + 1) * TICK_NS)), None);
+        assert_eq!(read(u32::MAX, None), None);
+        assert_eq!(*Processes::new(true).look_up(pid, 0, 0), Facts::default(), "no start, no proof");
+        assert_eq!(*Processes::new(false).look_up(pid, start * TICK_NS, 0), Facts::default());
+        assert_ne!(*Processes::new(true).look_up(pid, start * TICK_NS, 0), Facts::default());
+    }
+
+    #[test]
+    fn arguments_are_what_stands_between_nuls() {
+        for (bytes, expected) in [
+            (&b""[..], None),
+            (b"\0", None),
+            (b"sh\0-c\0a b\0", Some(vec!["sh", "-c", "a b"])),
+            (b"sh\0\0x\0", Some(vec!["sh", "", "x"])),
+            (b"renamed by itself", Some(vec!["renamed by itself"])),
+            (b"\xff\n\0", Some(vec!["\u{fffd}\n"])),
+        ] {
+            let expected: Option<Vec<String>> =
+                expected.map(|args| args.into_iter().map(str::to_owned).collect());
+            assert_eq!(arguments(bytes), expected);
+        }
+    }
+
+    #[test]
+    fn the_control_group_tells_unit_and_container() {
+        const ID: &str = "4a5b6c7d8e9f00112233445566778899aabbccddeeff00112233445566778899";
+        for (path, unit, container) in [
+            ("/system.slice/nginx.service".to_owned(), Some("nginx.service".to_owned()), None),
+            (
+                "/user.slice/user-1000.slice/user@1000.service/app.slice/web.service".to_owned(),
+                Some("web.service".to_owned()),
+                None,
+            ),
+            ("/user.slice/user-0.slice/session-3.scope".to_owned(), Some("session-3.scope".to_owned()), None),
+            ("/".to_owned(), None, None),
+            // docker, by cgroupfs and by systemd
+            (format!("/docker/{ID}"), None, Some(ID)),
+            (format!("/system.slice/docker-{ID}.scope"), Some(format!("docker-{ID}.scope")), Some(ID)),
+            // containerd and cri-o below Kubernetes
+            (
+                format!("/kubepods.slice/kubepods-pod1.slice/cri-containerd-{ID}.scope"),
+                Some(format!("cri-containerd-{ID}.scope")),
+                Some(ID),
+            ),
+            (format!("/kubepods/burstable/pod1/{ID}"), None, Some(ID)),
+            (format!("/kubepods.slice/crio-{ID}.scope"), Some(format!("crio-{ID}.scope")), Some(ID)),
+            // podman, and the container's own groups below
+            (
+                format!("/machine.slice/libpod-{ID}.scope/container"),
+                Some(format!("libpod-{ID}.scope")),
+                Some(ID),
+            ),
+            (format!("/machine.slice/libpod-{ID}.scope/init.scope"), Some("init.scope".to_owned()), Some(ID)),
+            (
+                format!("/machine.slice/libpod-conmon-{ID}.scope"),
+                Some(format!("libpod-conmon-{ID}.scope")),
+                None,
+            ),
+            (format!("/docker/{}", &ID[1..]), None, None),
+            (format!("/docker/{}", ID.to_uppercase()), None, None),
+        ] {
+            let expected = Place { unit, container: container.map(str::to_owned) };
+            assert_eq!(Place::parse(&path), expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn the_group_is_the_unified_one_or_systemds() {
+        for (text, path) in [
+            ("0::/system.slice/a.service\n", Some("/system.slice/a.service")),
+            ("12:pids:/x\n1:name=systemd:/system.slice/a.service\n0::/\n", Some("/system.slice/a.service")),
+            ("12:pids:/x\n1:name=systemd:/y\n", Some("/y")),
+            ("0::/\n", Some("/")),
+            ("0::/with:colon\n", Some("/with:colon")),
+            ("12:pids:/x\n", None),
+            ("", None),
+        ] {
+            assert_eq!(cgroup_path(text).as_deref(), path, "{text:?}");
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! The command line of the real binary: exit codes, one-line errors with their cure, and what needs no kernel of its
 //! own.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
 
 use std::{
     os::unix::process::CommandExt as _,

@@ -1,11 +1,12 @@
 //! `selfconn run`: the daemon. One loop on one thread owns the tracer, the connections and the sinks; nothing is
 //! shared, so nothing is locked.
 
-use std::{io, path::PathBuf, process::ExitCode, time::Duration};
+use std::{collections::HashMap, io, path::PathBuf, process::ExitCode, rc::Rc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 use jiff::Timestamp;
+use selfconn_ebpf::state;
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant, sleep_until},
@@ -21,6 +22,7 @@ use crate::{
         tracer::{Counters, Options, Tracer},
     },
     logger,
+    process::{Facts, Processes},
     sink::{Format, Stdout, file::LogFile, json_line},
 };
 
@@ -170,6 +172,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let mut daemon = Daemon {
             run: clock::boot_ns(),
             connections: Connections::new(u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX)),
+            processes: Processes::new(host.is_initial_pid_ns),
+            openers: HashMap::new(),
             states: args.states,
             out: Sinks { stdout: Stdout::new(args.format()), log, made: 0, line: Vec::new() },
             counted: Counters::default(),
@@ -189,6 +193,9 @@ struct Daemon {
     /// The mark of this run in every `id`: when it began.
     run: u64,
     connections: Connections,
+    processes: Processes,
+    /// What was learnt of the opener of each open connection, by its number.
+    openers: HashMap<u64, Rc<Facts>>,
     states: bool,
     out: Sinks,
     counted: Counters,
@@ -230,24 +237,41 @@ impl Daemon {
 
     /// Takes a batch of transitions; says how many.
     fn take(&mut self, tracer: &mut Tracer) -> usize {
-        let Self { run, connections, states, out, .. } = self;
+        let Self { run, connections, states, out, processes, openers, .. } = self;
         let clock = Offset::now();
+        let mut ended = Vec::new();
         tracer.drain(BATCH, |transition| {
+            let at_ns = transition.at_ns;
             connections.apply(transition, |happening| {
+                let (Happening::Established(connection)
+                | Happening::State(connection, ..)
+                | Happening::Closed(connection, _)) = happening;
+                // At the first event, while the process is there; the last one tells the same.
+                let facts = openers.entry(connection.number).or_insert_with(|| match connection.opener {
+                    Some(opener) => processes.look_up(opener.task.pid, opener.start_ns, at_ns),
+                    None => Rc::default(),
+                });
+                let subject = || Subject::new(connection, *run, facts);
                 let what = match happening {
-                    Happening::Established(connection) => {
-                        What::Established(Box::new(Subject::new(connection, *run)))
-                    }
-                    Happening::State(..) if !*states => return,
-                    Happening::State(connection, from, to) => {
-                        What::State(Box::new(Moved::new(Subject::new(connection, *run), from, to)))
+                    Happening::Established(_) => Some(What::Established(Box::new(subject()))),
+                    Happening::State(_, from, to) => {
+                        states.then(|| What::State(Box::new(Moved::new(subject(), from, to))))
                     }
                     Happening::Closed(connection, end) => {
-                        What::Closed(Box::new(Ended::new(Subject::new(connection, *run), &end, clock)))
+                        let closer = connection.closer.as_ref();
+                        Some(What::Closed(Box::new(Ended::new(subject(), closer, &end, clock))))
                     }
                 };
-                out.emit_at(clock.wall(transition.at_ns), what);
+                if let Some(what) = what {
+                    out.emit_at(clock.wall(at_ns), what);
+                }
+                if matches!(happening, Happening::Closed(..) | Happening::State(_, _, state::CLOSE)) {
+                    ended.push(connection.number);
+                }
             });
+            for number in ended.drain(..) {
+                openers.remove(&number);
+            }
         })
     }
 

@@ -111,7 +111,7 @@ impl<'a> Btf<'a> {
             bits = bits.checked_add(offset).context("BTF: an offset overflows")?;
             ty = self.resolve(of)?;
         }
-        ensure!(bits % 8 == 0, "BTF: {name}.{member} is a bit field");
+        ensure!(bits.is_multiple_of(8), "BTF: {name}.{member} is a bit field");
         Ok(Some(bits / 8))
     }
 

@@ -33,7 +33,7 @@ pub fn check(format: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Offset and size, if `line` describes the field `name`: `field:__u8 saddr_v6[16];	offset:40;	size:16;	signed:0;`.
+/// Offset and size, if `line` describes the field `name`: `field:__u8 saddr_v6[16];`, `offset:40;`, `size:16;`.
 fn field(line: &str, name: &str) -> Option<(u32, u32)> {
     let mut parts = line.trim().split(';').map(str::trim);
     let declaration = parts.next()?.strip_prefix("field:")?;

@@ -148,9 +148,10 @@ impl Host {
     pub fn permits(&self) -> Result<(), Refusal> {
         match [CAP_BPF, CAP_PERFMON].into_iter().find(|capability| !self.capabilities.has(*capability)) {
             None => Ok(()),
-            Some(Capability { name, .. }) => {
-                Err(Refusal::Denied(format!("needs {name} (or {}): run as root, or grant it", CAP_SYS_ADMIN.name)))
-            }
+            Some(Capability { name, .. }) => Err(Refusal::Denied(format!(
+                "needs {name} (or {}): run as root, or grant it",
+                CAP_SYS_ADMIN.name
+            ))),
         }
     }
 

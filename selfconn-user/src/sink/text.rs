@@ -105,11 +105,8 @@ fn render_stopped(stopped: &Stopped, out: &mut String) -> std::fmt::Result {
 
 fn render_subject(subject: &Subject, out: &mut String) -> std::fmt::Result {
     let Subject { addr, port, .. } = subject;
-    if addr.contains(':') {
-        write!(out, "[{addr}]:{port} ")?
-    } else {
-        write!(out, "{addr}:{port} ")?
-    }
+    let (open, close) = if addr.contains(':') { ("[", "]") } else { ("", "") };
+    write!(out, "{open}{addr}{close}:{port} ")?;
     match (&subject.comm, subject.pid) {
         (Some(comm), Some(pid)) => write!(out, "{}[{pid}]", escape(comm)),
         (None, Some(pid)) => write!(out, "[{pid}]"),

@@ -3,6 +3,7 @@
 //! Every test works in a network namespace of its own, so that tests running beside each other, and whatever else the
 //! host does, can't be mistaken for it. They need root. The same binary runs on other kernels in a VM, where
 //! `SELFCONN_BIN` says where the daemon is, and `SELFCONN_SCALE` divides the counts.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
 
 mod accident;
 mod client;
