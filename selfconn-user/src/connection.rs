@@ -1,15 +1,24 @@
 //! From transitions to lifetimes: each self-connection is opened once and closed once, however many witnesses saw it
 //! and whatever they missed. Pure: no clock, no kernel, no I/O.
 //!
+//! Beside the transitions there is the kernel's own socket table, read now and then: what it has and the hooks missed
+//! is opened, what it no longer has is closed.
+//!
 //! Two programs may report the same transition. They run one after the other under the socket's lock, so in the ring
 //! buffer the records of one socket are in order, each there once or twice or, where a witness lost it, not at all.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     net::{IpAddr, Ipv6Addr},
 };
 
 use selfconn_ebpf::{COMM_LEN, Opener, Task, Transition, family, state};
+
+mod table;
+#[cfg(test)]
+mod tests;
+
+pub use table::{Listed, Place};
 
 /// TIME_WAIT lasts this long: `TCP_TIMEWAIT_LEN`, include/net/tcp.h at v5.10, a constant of the kernel.
 pub const TIME_WAIT_NS: u64 = 60_000_000_000;
@@ -22,11 +31,22 @@ const ECHO_NS: u64 = 5_000_000_000;
 const ECONNABORTED: u32 = 103;
 const ECONNRESET: u32 = 104;
 
+/// How it came to be known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The hooks saw it.
+    Live,
+    /// It was found in the socket table.
+    Scan,
+}
+
 /// One self-connection, with what is known of it so far.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Connection {
     /// Counts from 1 in this run; with the run's own mark it makes the `id` of the events.
     pub number: u64,
+    /// How it came to be known.
+    pub source: Source,
     /// The socket cookie.
     pub cookie: Option<u64>,
     /// Source and destination address; IPv4 also where the socket is IPv6 and the address v4-mapped.
@@ -39,6 +59,8 @@ pub struct Connection {
     pub netns: Option<u32>,
     /// The interface of a link-local address.
     pub ifindex: Option<u32>,
+    /// Who the socket belongs to, as the socket table has it.
+    pub uid: Option<u32>,
     /// Who dialled.
     pub opener: Option<Opener>,
     /// Our initial sequence number and the peer's; equal, for we are the peer.
@@ -90,6 +112,10 @@ pub enum Happening<'a> {
 #[derive(Debug, Default)]
 pub struct Connections {
     lives: HashMap<u64, Life>,
+    /// The keys of those that were found in the socket table, and whose kernel address is yet unknown.
+    unaddressed: HashMap<Place, u64>,
+    /// What has ended since the socket table is being read; `None`: it isn't.
+    ended_since: Option<HashSet<Place>>,
     /// Ended, but a witness may still report the end: when, and which.
     echoes: VecDeque<(u64, u64)>,
     witnesses: u8,
@@ -102,6 +128,8 @@ struct Life {
     /// The last transition, and a bit for each witness that reported it.
     last: (u8, u8),
     seen_by: u8,
+    /// When it was last heard of: `CLOCK_BOOTTIME`, nanoseconds.
+    heard_ns: u64,
     is_announced: bool,
     ended_ns: Option<u64>,
 }
@@ -122,6 +150,7 @@ impl Connections {
     /// Takes one transition in; `each` learns what it came to.
     pub fn apply(&mut self, t: &Transition, mut each: impl FnMut(Happening<'_>)) {
         self.forget_echoes(t.at_ns);
+        self.address(t);
         if let Some(life) = self.lives.get_mut(&t.sock) {
             if life.is_echo(t) {
                 life.seen_by |= 1 << t.witness;
@@ -135,7 +164,7 @@ impl Connections {
                 let missed =
                     self.lives.remove(&t.sock).filter(|life| life.is_announced && life.ended_ns.is_none());
                 if let Some(life) = missed {
-                    each(Happening::Closed(&life.connection, End::default()));
+                    close(&mut self.ended_since, &life.connection, End::default(), &mut each);
                 }
             }
         }
@@ -146,6 +175,7 @@ impl Connections {
         });
         life.last = (t.old, t.new);
         life.seen_by = 1 << t.witness;
+        life.heard_ns = t.at_ns;
         life.learn(t);
         if !life.is_announced && proves_established(t.old, t.new) {
             life.is_announced = true;
@@ -154,7 +184,7 @@ impl Connections {
         each(Happening::State(&life.connection, t.old, t.new));
         if t.new == state::CLOSE {
             if life.is_announced {
-                each(Happening::Closed(&life.connection, end(&life.connection, t)));
+                close(&mut self.ended_since, &life.connection, end(&life.connection, t), &mut each);
             }
             life.ended_ns = Some(t.at_ns);
             if self.witnesses > 1 {
@@ -163,6 +193,12 @@ impl Connections {
                 self.lives.remove(&t.sock);
             }
         }
+    }
+
+    /// Every open self-connection.
+    pub fn iter(&self) -> impl Iterator<Item = &Connection> {
+        let is_open = |life: &&Life| life.is_announced && life.ended_ns.is_none();
+        self.lives.values().filter(is_open).map(|life| &life.connection)
     }
 
     fn forget_echoes(&mut self, now_ns: u64) {
@@ -179,18 +215,41 @@ impl Connections {
     }
 }
 
+/// Tells the end of a self-connection, and notes it for the reading of the socket table that is under way.
+fn close(
+    ended_since: &mut Option<HashSet<Place>>,
+    connection: &Connection,
+    end: End,
+    each: &mut impl FnMut(Happening<'_>),
+) {
+    if let Some(ended) = ended_since {
+        ended.insert(connection.place());
+    }
+    each(Happening::Closed(connection, end));
+}
+
+impl Connection {
+    /// Where the socket table has it.
+    #[must_use]
+    pub fn place(&self) -> Place {
+        (self.netns.unwrap_or(0), self.addr, self.port)
+    }
+}
+
 impl Life {
     fn new(number: u64, t: &Transition) -> Self {
         let v6 = Ipv6Addr::from(t.addr);
         Self {
             connection: Connection {
                 number,
+                source: Source::Live,
                 cookie: None,
                 addr: v6.to_canonical(),
                 port: t.port,
                 is_ipv6: t.family == family::INET6,
                 netns: (t.netns != 0).then_some(t.netns),
                 ifindex: (t.ifindex != 0 && v6.is_unicast_link_local()).then_some(t.ifindex),
+                uid: None,
                 opener: None,
                 isns: None,
                 closer: None,
@@ -198,6 +257,7 @@ impl Life {
             },
             last: (t.old, t.new),
             seen_by: 0,
+            heard_ns: t.at_ns,
             is_announced: false,
             ended_ns: None,
         }
@@ -296,6 +356,3 @@ pub fn comm(bytes: &[u8; COMM_LEN]) -> String {
     let len = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(&bytes[..len]).into_owned()
 }
-
-#[cfg(test)]
-mod tests;

@@ -124,6 +124,88 @@ fn a_missed_close_is_told_when_the_address_lives_again() {
     assert_eq!(story(1, &first), ["+1", "-1", "+2", "-2"]);
 }
 
+fn listed(port: u16, state: u8) -> Listed {
+    Listed {
+        netns: 1,
+        addr: [127, 0, 0, 1].into(),
+        port,
+        is_ipv6: false,
+        ifindex: None,
+        cookie: Some(9),
+        uid: 0,
+        state,
+        dial: None,
+    }
+}
+
+/// The story of a table read at 100, with transitions before it, while it is read, and after it.
+fn reconciled(
+    before: &[Transition],
+    meanwhile: &[Transition],
+    table: &[Listed],
+    after: &[Transition],
+    has_read: bool,
+) -> (Vec<String>, u64) {
+    let mut connections = Connections::new(1);
+    let story = std::cell::RefCell::new(Vec::new());
+    let tell = |happening: Happening<'_>| match happening {
+        Happening::Established(connection) => {
+            let mark = if connection.source == Source::Scan { "scan" } else { "" };
+            story.borrow_mut().push(format!("+{}{mark}", connection.number));
+        }
+        Happening::Closed(connection, _) => story.borrow_mut().push(format!("-{}", connection.number)),
+        Happening::State(..) => {}
+    };
+    before.iter().for_each(|t| connections.apply(t, tell));
+    connections.begin_reading();
+    meanwhile.iter().for_each(|t| connections.apply(t, tell));
+    let missed = connections.reconcile(table, 100, |_| has_read, tell);
+    after.iter().for_each(|t| connections.apply(t, tell));
+    (story.into_inner(), missed)
+}
+
+#[test]
+fn the_socket_table_opens_what_was_missed_and_closes_what_is_gone() {
+    let open = transition(1, 10, SYN_RECV, ESTABLISHED);
+    let dialled = transition(1, 10, CLOSE, SYN_SENT);
+    let opened_meanwhile = transition(1, 110, SYN_RECV, ESTABLISHED);
+    let closed_meanwhile = transition(1, 110, ESTABLISHED, CLOSE);
+    let closed_after = transition(1, 210, ESTABLISHED, CLOSE);
+    let again = transition(2, 220, SYN_RECV, ESTABLISHED);
+    let same = |t: &Transition| Transition { opener: open.opener, ..*t };
+    let table = [listed(40_000, ESTABLISHED)];
+    let dial = [Listed { dial: Some((1, open.opener)), ..listed(40_000, ESTABLISHED) }];
+    // (before, meanwhile, table, after, whether its namespace was read, story, missed)
+    type Row<'a> =
+        (&'a [Transition], &'a [Transition], &'a [Listed], &'a [Transition], bool, &'a [&'a str], u64);
+    let rows: [Row<'_>; 12] = [
+        // both know it, neither does
+        (&[open], &[], &table, &[], true, &["+1"], 0),
+        (&[], &[], &[], &[], true, &[], 0),
+        // missed, and then its end is heard, or the next life at its place
+        (&[], &[], &table, &[], true, &["+1scan"], 1),
+        (&[], &[], &table, &[closed_after], true, &["+1scan", "-1"], 1),
+        (&[], &[], &dial, &[same(&closed_after)], true, &["+1scan", "-1"], 1),
+        (&[], &[], &table, &[again], true, &["+1scan", "-1", "+2"], 1),
+        // dialled, and the rest was missed
+        (&[dialled], &[], &table, &[], true, &["+1"], 1),
+        // its end was missed; but not where the table was not read
+        (&[open], &[], &[], &[], true, &["+1", "-1"], 0),
+        (&[open], &[], &[], &[], false, &["+1"], 0),
+        // it came or went while the table was read
+        (&[], &[opened_meanwhile], &[], &[], true, &["+1"], 0),
+        (&[], &[opened_meanwhile], &table, &[], true, &["+1"], 0),
+        (&[open], &[same(&closed_meanwhile)], &table, &[], true, &["+1", "-1"], 0),
+    ];
+    for (row, (before, meanwhile, table, after, has_read, story, missed)) in rows.into_iter().enumerate() {
+        let got = reconciled(before, meanwhile, table, after, has_read);
+        assert_eq!(got, (story.iter().map(ToString::to_string).collect(), missed), "row {row}");
+    }
+    // What TIME_WAIT leaves is no self-connection any more, and a dial is none yet.
+    let leftovers = [listed(40_000, TIME_WAIT), listed(40_001, SYN_SENT)];
+    assert_eq!(reconciled(&[], &[], &leftovers, &[], true), (vec![], 0));
+}
+
 #[test]
 fn a_name_ends_at_its_nul() {
     assert_eq!(comm(b"nginx\0old\0\0\0\0\0\0\0"), "nginx");
