@@ -62,6 +62,7 @@ fn compile(workspace: &Workspace, rust: &Rust, linker: &Linker) -> Result<Result
         return Ok(Err(finished.why()));
     }
     finished.must_have_succeeded(WHAT)?;
+    finished.show_warnings();
     let linked = target_dir.join(TARGET).join("ebpf/selfconn-hooks");
     let raw = fs::read(&linked).with_context(|| format!("read {}", linked.display()))?;
     match strip::dwarf(&raw) {

@@ -16,8 +16,11 @@ pub(crate) fn build(workspace: &Workspace) -> Result<()> {
     build_ebpf::build(workspace)?;
     let mut cargo = environment::cargo();
     cargo.args(["build", "--release", "--package", "selfconn-user"]).current_dir(&workspace.root);
-    let daemon = here(&workspace.daemon());
-    progress::must(&format!("building {daemon}"), cargo)
+    let what = format!("building {}", here(&workspace.daemon()));
+    let finished = progress::run(&what, cargo, None)?;
+    finished.must_have_succeeded(&what)?;
+    finished.show_warnings();
+    Ok(())
 }
 
 /// Builds all, and becomes the daemon.

@@ -32,27 +32,38 @@ impl Finished {
         self.status.is_some_and(|status| status.success())
     }
 
-    /// Shows all it wrote if it failed, or if it warned.
+    /// An error if it failed, after all it wrote.
     pub(crate) fn must_have_succeeded(&self, what: &str) -> Result<()> {
-        let warned = self.output.lines().any(|line| line.starts_with("warning"));
-        if warned || !self.succeeded() {
-            eprint!("{}", self.output);
+        if self.succeeded() {
+            return Ok(());
         }
-        match self.status {
-            Some(status) if status.success() => Ok(()),
-            Some(_) => bail!("{what} failed: what it said is above"),
-            None => bail!("{what} took too long: what it said is above"),
+        eprint!("{}", self.output);
+        let how = if self.status.is_some() { "failed" } else { "took too long" };
+        bail!("{what} {how}: what it said is above")
+    }
+
+    /// Shows all that a compiler of ours wrote if it warned.
+    pub(crate) fn show_warnings(&self) {
+        if self.output.lines().any(|line| line.starts_with("warning")) {
+            eprint!("{}", self.output);
         }
     }
 
     /// Why not, in few words.
     pub(crate) fn why(&self) -> String {
         let Some(status) = self.status else { return "took too long".to_owned() };
-        let said = self.output.lines().rev().find(|line| line.contains("error"));
+        let said = self.output.lines().find(|line| line.contains("error:"));
         let said = said.or_else(|| self.output.lines().rev().find(|line| !line.trim().is_empty()));
-        said.map_or_else(|| status.to_string(), |line| line.trim().to_owned())
+        let Some(said) = said.map(|line| line.trim().trim_start_matches("error: ")) else {
+            return status.to_string();
+        };
+        let short: String = said.chars().take(MOST).collect();
+        if short == said { short } else { format!("{short}…") }
     }
 }
+
+/// Of a line that explains: some tools put a page into one.
+const MOST: usize = 120;
 
 /// Runs a step that must succeed; if it does not, shows all it wrote.
 pub(crate) fn must(what: &str, command: Command) -> Result<()> {
