@@ -34,10 +34,9 @@ fn embed() -> Result<(), String> {
 
     const BUILD: &str = "run `cargo xtask build-ebpf`";
     // Whatever the target directory, the target and the profile are called, the object is above our output.
-    let object = out_dir.ancestors().map(|dir| dir.join("bpf/selfconn-hooks")).find(|path| path.exists());
-    let object = object.ok_or_else(|| format!("there is no eBPF object yet: {BUILD}"))?;
-    let made_from = object.with_extension("source");
-    println!("cargo::rerun-if-changed={}", object.display());
+    let objects = out_dir.ancestors().map(|dir| dir.join("bpf")).find(|dir| dir.join("source").exists());
+    let objects = objects.ok_or_else(|| format!("there is no eBPF object yet: {BUILD}"))?;
+    let made_from = objects.join("source");
     println!("cargo::rerun-if-changed={}", made_from.display());
     let made_from = fs::read_to_string(made_from).unwrap_or_default();
     let sources = fingerprint::of_sources(root).map_err(|error| error.to_string())?;
@@ -45,9 +44,16 @@ fn embed() -> Result<(), String> {
         return Err(format!("the eBPF object is older than its sources: {BUILD}"));
     }
 
-    let bytes = fs::read(&object).map_err(|error| format!("read {}: {error}", object.display()))?;
-    let embedded = out_dir.join("selfconn-hooks");
-    fs::write(&embedded, &bytes).map_err(|error| format!("write {}: {error}", embedded.display()))?;
+    let embed = |name: &str| -> Result<Vec<u8>, String> {
+        let (object, embedded) = (objects.join(name), out_dir.join(name));
+        println!("cargo::rerun-if-changed={}", object.display());
+        let bytes = fs::read(&object).map_err(|error| format!("read {}: {error}", object.display()))?;
+        fs::write(&embedded, &bytes).map_err(|error| format!("write {}: {error}", embedded.display()))?;
+        Ok(bytes)
+    };
+    // For tests and measurements.
+    embed("selfconn-others")?;
+    let bytes = embed("selfconn-hooks")?;
     println!("cargo::rustc-env=SELFCONN_OBJECT={}", &fingerprint::of_bytes(&bytes)[..12]);
     println!("cargo::rustc-env=SELFCONN_COMMIT={}", commit(root).unwrap_or_else(|| "unknown".to_owned()));
     Ok(())

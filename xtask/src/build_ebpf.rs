@@ -1,5 +1,5 @@
-//! `cargo xtask build-ebpf`: the eBPF programs, compiled, linked, without DWARF, at `bpf/selfconn-hooks` in the target
-//! directory, with the fingerprint of their sources beside it.
+//! `cargo xtask build-ebpf`: the eBPF programs, compiled, linked, without DWARF, in `bpf/` of the target directory, with
+//! the fingerprint of their sources beside them.
 
 use std::{env, fs, path::Path, time::Instant};
 
@@ -16,40 +16,46 @@ use crate::{
 /// The byte order of this host, which is that of its kernel's BPF.
 const TARGET: &str = if cfg!(target_endian = "little") { "bpfel-unknown-none" } else { "bpfeb-unknown-none" };
 
-/// Builds the object, or finds it up to date.
+/// The daemon's object, and the one of other agents' programs that tests and measurements need.
+const OBJECTS: [&str; 2] = ["selfconn-hooks", "selfconn-others"];
+
+/// Builds the objects, or finds them up to date.
 pub(crate) fn build(workspace: &Workspace) -> Result<()> {
     let began = Instant::now();
     // Before the compiler reads them: what is edited meanwhile makes the object stale.
     let sources =
         fingerprint::of_sources(&workspace.root).context("take the fingerprint of the eBPF sources")?;
     let mut machine = Machine::default();
-    let object = loop {
+    let objects = loop {
         let (rust, linker) = toolchain::setup::ready(workspace, &mut machine)?;
         let (path, llvm) = (here(&linker.path), rust.llvm);
         say(format!("eBPF by {} ({}), {path} {}", rust.name, rust.release, linker.version));
         match compile(workspace, &rust, &linker)? {
-            Ok(object) => break object,
+            Ok(objects) => break objects,
             Err(why) => {
                 say(format!("not {path}: it can't link what a rustc with LLVM {llvm} makes: {why}"));
                 machine.failed.insert(linker.path.display().to_string(), why);
             }
         }
     };
-    let path = workspace.object();
-    write_if_changed(&path, &object)?;
-    write_if_changed(&path.with_extension("source"), format!("{sources}\n").as_bytes())?;
-    let (size, took) = (object.len().div_ceil(1024), progress::seconds(began.elapsed()));
-    say(format!("{}: {size} KiB, sha256 {}, {took}", here(&path), &fingerprint::of_bytes(&object)[..12]));
+    for (name, object) in OBJECTS.into_iter().zip(objects) {
+        let path = workspace.object(name);
+        write_if_changed(&path, &object)?;
+        let (size, hash) = (object.len().div_ceil(1024), &fingerprint::of_bytes(&object)[..12]);
+        say(format!("{}: {size} KiB, sha256 {hash}", here(&path)));
+    }
+    write_if_changed(&workspace.object("source"), format!("{sources}\n").as_bytes())?;
+    say(format!("eBPF: ready, {}", progress::seconds(began.elapsed())));
     Ok(())
 }
 
-/// The object without DWARF. The inner error: this linker, of which we knew no better, is not fit for this compiler.
-fn compile(workspace: &Workspace, rust: &Rust, linker: &Linker) -> Result<Result<Vec<u8>, String>> {
+/// The objects without DWARF. The inner error: this linker, of which we knew no better, is not fit for this compiler.
+fn compile(workspace: &Workspace, rust: &Rust, linker: &Linker) -> Result<Result<Vec<Vec<u8>>, String>> {
     const WHAT: &str = "compiling the eBPF programs";
     let target_dir = workspace.target.join("ebpf");
     let mut cargo = environment::other(rust.bin.join("cargo"));
     cargo
-        .args(["build", "--package", "selfconn-ebpf", "--bin", "selfconn-hooks", "--profile", "ebpf"])
+        .args(["build", "--package", "selfconn-ebpf", "--bins", "--profile", "ebpf"])
         .args(["-Z", "build-std=core", "--target", TARGET, "--target-dir"])
         .arg(&target_dir)
         .current_dir(&workspace.root)
@@ -63,12 +69,16 @@ fn compile(workspace: &Workspace, rust: &Rust, linker: &Linker) -> Result<Result
     }
     finished.must_have_succeeded(WHAT)?;
     finished.show_warnings();
-    let linked = target_dir.join(TARGET).join("ebpf/selfconn-hooks");
-    let raw = fs::read(&linked).with_context(|| format!("read {}", linked.display()))?;
-    match strip::dwarf(&raw) {
-        Err(why) if !linker.ours => Ok(Err(format!("{why:#}"))),
-        stripped => stripped.map(Ok),
+    let mut objects = Vec::new();
+    for name in OBJECTS {
+        let linked = target_dir.join(TARGET).join("ebpf").join(name);
+        let raw = fs::read(&linked).with_context(|| format!("read {}", linked.display()))?;
+        match strip::dwarf(&raw) {
+            Err(why) if !linker.ours => return Ok(Err(format!("{why:#}"))),
+            stripped => objects.push(stripped?),
+        }
     }
+    Ok(Ok(objects))
 }
 
 fn rustflags(workspace: &Workspace, rust: &Rust, linker: &Linker) -> Result<Vec<String>> {

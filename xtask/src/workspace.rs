@@ -39,9 +39,9 @@ impl Workspace {
         Ok(Self { root: path("workspace_root")?, target: path("target_directory")? })
     }
 
-    /// The eBPF object that user space embeds. Its build script looks for `bpf/selfconn-hooks` above its own output.
-    pub(crate) fn object(&self) -> PathBuf {
-        self.target.join("bpf/selfconn-hooks")
+    /// An eBPF object. The build script of user space looks for `bpf/` above its own output.
+    pub(crate) fn object(&self, name: &str) -> PathBuf {
+        self.target.join("bpf").join(name)
     }
 
     /// The daemon as it is released.
