@@ -10,8 +10,8 @@ use object::{
     read::elf::{ElfFile64, ElfSection64},
 };
 
-/// What an object of ours can't be without: `.BTF.ext` names the functions, `maps` and `license` are aya's.
-const NEEDED: [&str; 4] = [".BTF", ".BTF.ext", "license", "maps"];
+/// What an object of ours can't be without: `.BTF.ext` names the functions, `license` is the kernel's.
+const NEEDED: [&str; 3] = [".BTF", ".BTF.ext", "license"];
 
 /// The object without its DWARF.
 pub(crate) fn dwarf(raw: &[u8]) -> Result<Vec<u8>> {
