@@ -80,6 +80,11 @@ fn add_source(toolchain: &str) -> Result<Result<(), String>> {
 fn build_linker(workspace: &Workspace, machine: &Machine, llvm: &Llvm) -> Result<()> {
     let version =
         &machine.linker_crate.as_ref().context("bpf-linker's version is known before it is built")?.version;
+    for linker in machine.linkers.iter().filter(|linker| !linker.ours) {
+        if let Some(old) = linker.llvm.filter(|its| *its < llvm.major) {
+            say(format!("not {}: its LLVM is {old}", linker.path.display()));
+        }
+    }
     let build_dir = workspace.target.join("bpf-linker/build");
     let root = probe::our_linker(workspace, llvm.major);
     let mut command = environment::cargo();
