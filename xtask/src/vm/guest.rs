@@ -10,7 +10,7 @@ use std::{
     path::Path,
     process::{Child, Command, ExitCode, ExitStatus, Stdio},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
@@ -88,9 +88,12 @@ fn guest() -> Result<bool> {
     let mut passed = true;
     for run in &plan.runs {
         println!("{VOICE}start {}", run.name);
+        let started = Instant::now();
         let ended = start(run, &plan.env).and_then(|child| Ok(reap_until(&child)?));
         match &ended {
-            Ok(status) if status.success() => println!("{VOICE}{}: passed", run.name),
+            Ok(status) if status.success() => {
+                println!("{VOICE}{}: passed in {:.1} s", run.name, started.elapsed().as_secs_f64());
+            }
             Ok(status) => println!("{VOICE}{}: failed, {status}", run.name),
             Err(error) => println!("{VOICE}{}: failed, {error:#}", run.name),
         }

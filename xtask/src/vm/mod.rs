@@ -5,9 +5,7 @@ use std::{path::Path, time::Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
-use self::{
-    bench::Bench, binaries::Binaries, kernel::Kernel, report::Report, stock::Stock, variant::VARIANTS,
-};
+use self::{bench::Bench, binaries::Binaries, report::Report, stock::Stock, variant::VARIANTS};
 use crate::{
     build_ebpf,
     environment::is_in_path,
@@ -36,14 +34,14 @@ pub(crate) struct Args {
     /// 7.x that Debian has
     #[arg(long, value_name = "PATH|VERSION")]
     pub(crate) kernel: Vec<String>,
-    /// How to boot the kernels and run the tests; without it in every way
+    /// How to boot the kernels; without it as they come, and under each lockdown
     #[arg(long, value_name = "NAME", value_parser = VARIANTS.map(|variant| variant.name))]
     pub(crate) variant: Vec<String>,
     /// How many machines run beside each other
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub(crate) jobs: usize,
     /// How long a machine may take
-    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 900)]
     pub(crate) deadline: u64,
     /// Set for the tests; SELFCONN_SCALE divides their counts, and is 10 unless set
     #[arg(long, value_name = "NAME=VALUE", value_parser = assignment)]
@@ -81,13 +79,12 @@ pub(crate) fn run(args: &Args, workspace: &Workspace) -> Result<()> {
     let bench = Bench::new(&binaries, args, directory.join("logs"))?;
     say(format!("ready to boot after {}", seconds(started.elapsed())));
 
-    let asked_for =
-        |name: &str| args.variant.is_empty() || args.variant.iter().any(|variant| variant == name);
-    let rows: Vec<_> = VARIANTS
+    let variants = variant::asked_for(&args.variant);
+    let kernels = stock.kernels.iter();
+    let rows: Vec<_> = variants
         .iter()
-        .filter(|variant| asked_for(variant.name))
-        .flat_map(|variant| stock.kernels.iter().map(move |kernel: &Kernel| (kernel, variant)))
-        .filter(|(kernel, variant)| !variant.repeats_another_with(kernel))
+        .flat_map(|variant| kernels.clone().map(|kernel| (kernel, *variant)))
+        .filter(|(kernel, variant)| !variant.repeats_one_of(&variants, kernel))
         .collect();
     let report = Report { rows: bench.run(&rows)?, skipped: stock.skipped };
 

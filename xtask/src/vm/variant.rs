@@ -11,15 +11,17 @@ pub(super) struct Variant {
     pub(super) kernel_args: &'static [&'static str],
     /// How many CPUs the machine has.
     pub(super) cpus: u32,
+    /// Whether it is run when none is named.
+    pub(super) is_usual: bool,
 }
 
-/// As it comes; with what a kernel under Secure Boot denies, and more than that; and where nothing runs beside a
-/// preempted program.
+/// As it comes; with what a kernel under Secure Boot denies, and more than that; and, only when asked for, where
+/// nothing runs beside a preempted program.
 pub(super) const VARIANTS: [Variant; 4] = [
-    Variant { name: "default", kernel_args: &[], cpus: 2 },
-    Variant { name: "integrity", kernel_args: &["lockdown=integrity"], cpus: 2 },
-    Variant { name: "confidentiality", kernel_args: &["lockdown=confidentiality"], cpus: 2 },
-    Variant { name: "one-cpu", kernel_args: &[], cpus: 1 },
+    Variant { name: "default", kernel_args: &[], cpus: 2, is_usual: true },
+    Variant { name: "integrity", kernel_args: &["lockdown=integrity"], cpus: 2, is_usual: true },
+    Variant { name: "confidentiality", kernel_args: &["lockdown=confidentiality"], cpus: 2, is_usual: true },
+    Variant { name: "one-cpu", kernel_args: &[], cpus: 1, is_usual: false },
 ];
 
 impl Variant {
@@ -28,13 +30,22 @@ impl Variant {
         self.cpus.min(kernel.emulation().most_cpus)
     }
 
-    /// Whether an earlier variant is the same with this kernel.
-    pub(super) fn repeats_another_with(&self, kernel: &Kernel) -> bool {
-        let same = |other: &&Self| {
+    /// Whether one of these, before it, is the same with this kernel.
+    pub(super) fn repeats_one_of(&self, variants: &[&Self], kernel: &Kernel) -> bool {
+        let same = |other: &&&Self| {
             other.kernel_args == self.kernel_args && other.cpus_with(kernel) == self.cpus_with(kernel)
         };
-        VARIANTS.iter().find(same).is_some_and(|first| first.name != self.name)
+        variants.iter().find(same).is_some_and(|first| first.name != self.name)
     }
+}
+
+/// Those with these names; or the usual ones, where there are no names.
+pub(super) fn asked_for(names: &[String]) -> Vec<&'static Variant> {
+    let is_asked_for = |variant: &&Variant| match names {
+        [] => variant.is_usual,
+        names => names.iter().any(|name| name == variant.name),
+    };
+    VARIANTS.iter().filter(is_asked_for).collect()
 }
 
 #[cfg(test)]
@@ -44,18 +55,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_cpu_is_a_variant_of_its_own_only_where_there_can_be_two() {
-        for (version, expected) in [
-            ("6.1.1", ["default", "integrity", "confidentiality", "one-cpu"].as_slice()),
-            ("7.3.4", &["default", "integrity", "confidentiality"]),
+    fn one_cpu_is_a_row_of_its_own_only_where_there_can_be_two() {
+        for (version, names, expected) in [
+            ("6.1.1", [].as_slice(), ["default", "integrity", "confidentiality"].as_slice()),
+            ("6.1.1", &["one-cpu", "default"], &["default", "one-cpu"]),
+            ("7.3.4", &["one-cpu", "default"], &["default"]),
+            ("7.3.4", &["one-cpu"], &["one-cpu"]),
         ] {
             let kernel = Kernel { version: version.into(), image: PathBuf::new(), modules: Vec::new() };
-            let names: Vec<&str> = VARIANTS
-                .iter()
-                .filter(|variant| !variant.repeats_another_with(&kernel))
-                .map(|variant| variant.name)
-                .collect();
-            assert_eq!(names, expected, "{version}");
+            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            let variants = asked_for(&names);
+            let rows = variants.iter().filter(|variant| !variant.repeats_one_of(&variants, &kernel));
+            assert_eq!(rows.map(|variant| variant.name).collect::<Vec<_>>(), expected, "{version} {names:?}");
         }
     }
 }
