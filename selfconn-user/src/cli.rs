@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{doctor, repro, run};
+use crate::commands::{doctor, repro, run, scan};
 
 /// Finds TCP self-connections: sockets whose source is their own destination.
 #[derive(Debug, Parser)]
@@ -19,6 +19,9 @@ pub enum Command {
     /// Watch this host, and log each self-connection with its process
     #[command(after_help = run::EXAMPLE)]
     Run(run::Args),
+    /// List the self-connections that exist now, in every network namespace
+    #[command(after_help = scan::EXAMPLE)]
+    Scan(scan::Args),
     /// Make one harmless self-connection, and tell what happens
     #[command(after_help = repro::EXAMPLE)]
     Repro(repro::Args),

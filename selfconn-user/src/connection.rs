@@ -108,6 +108,16 @@ pub enum Happening<'a> {
     Closed(&'a Connection, End),
 }
 
+impl<'a> Happening<'a> {
+    /// Which it is about.
+    #[must_use]
+    pub fn connection(self) -> &'a Connection {
+        let (Self::Established(connection) | Self::State(connection, ..) | Self::Closed(connection, _)) =
+            self;
+        connection
+    }
+}
+
 /// All self-connections that are alive, by the kernel address of their socket.
 #[derive(Debug, Default)]
 pub struct Connections {
@@ -131,6 +141,8 @@ struct Life {
     /// When it was last heard of: `CLOCK_BOOTTIME`, nanoseconds.
     heard_ns: u64,
     is_announced: bool,
+    /// Whether the last reading of the socket table should have had it, and had not.
+    is_absent: bool,
     ended_ns: Option<u64>,
 }
 
@@ -139,12 +151,6 @@ impl Connections {
     #[must_use]
     pub fn new(witnesses: u8) -> Self {
         Self { witnesses, ..Self::default() }
-    }
-
-    /// How many are open, that is announced and not closed.
-    #[must_use]
-    pub fn open(&self) -> usize {
-        self.lives.values().filter(|life| life.is_announced && life.ended_ns.is_none()).count()
     }
 
     /// Takes one transition in; `each` learns what it came to.
@@ -259,6 +265,7 @@ impl Life {
             seen_by: 0,
             heard_ns: t.at_ns,
             is_announced: false,
+            is_absent: false,
             ended_ns: None,
         }
     }

@@ -7,8 +7,8 @@ use serde::{Serialize, Serializer};
 
 use crate::{
     clock::Offset,
-    connection::{Connection, End, How, comm},
-    process::Facts,
+    connection::{Connection, End, How, Source, comm},
+    process::{Holder, Who},
 };
 
 /// One event.
@@ -126,15 +126,6 @@ pub struct Subject {
     pub peer_isn: Option<u32>,
 }
 
-/// A process that holds or closed a socket.
-#[derive(Clone, Debug, Serialize)]
-pub struct Holder {
-    /// In the initial pid namespace.
-    pub pid: u32,
-    /// Its name.
-    pub comm: Option<String>,
-}
-
 /// `state`.
 #[derive(Debug, Serialize)]
 pub struct Moved {
@@ -195,6 +186,8 @@ pub struct Stopped {
 pub struct Losses {
     /// Transitions for which the ring buffer had no room.
     pub ring: u64,
+    /// Self-connections that the hooks missed and the socket table had.
+    pub missed: u64,
     /// Events that the log file refused.
     pub log: u64,
 }
@@ -203,13 +196,18 @@ impl Subject {
     /// What is known of a connection, and what `/proc` knows of its opener. `run` is the mark of this run, by which ids
     /// stay unique on this boot.
     #[must_use]
-    pub fn new(connection: &Connection, run: u64, facts: &Facts) -> Self {
-        let opener = connection.opener;
+    pub fn new(connection: &Connection, run: u64, who: &Who) -> Self {
+        let (opener, facts) = (connection.opener, &who.facts);
+        // Where nobody saw the dial, the first who has the socket open stands in.
+        let holder = who.holders.as_ref().and_then(|holders| holders.first()).filter(|_| opener.is_none());
         let task = opener.map(|opener| opener.task);
         Self {
             id: format!("{run:x}-{:x}", connection.number),
             cookie: connection.cookie,
-            source: "live",
+            source: match connection.source {
+                Source::Live => "live",
+                Source::Scan => "scan",
+            },
             family: if connection.is_ipv6 { "ipv6" } else { "ipv4" },
             addr: connection.addr.to_string(),
             ifindex: connection.ifindex,
@@ -220,18 +218,21 @@ impl Subject {
                 cause::BOUND => Some("bound"),
                 _ => None,
             }),
-            pid: task.map(|task| task.pid),
+            pid: task.map(|task| task.pid).or(holder.map(|holder| holder.pid)),
             tid: task.map(|task| task.tid),
-            comm: task.and_then(|task| process_name(&task)).or_else(|| facts.comm.clone()),
+            comm: task
+                .and_then(|task| process_name(&task))
+                .or_else(|| holder.and_then(|holder| holder.comm.clone()))
+                .or_else(|| facts.comm.clone()),
             thread_comm: task.map(|task| comm(&task.comm)),
             exe: facts.exe.clone(),
             cmdline: facts.cmdline.clone(),
-            uid: opener.map(|opener| opener.uid),
+            uid: opener.map(|opener| opener.uid).or(connection.uid),
             cgroup: facts.cgroup.clone(),
             unit: facts.unit.clone(),
             container: facts.container.clone(),
-            owner: opener.map(|_| "witnessed"),
-            holders: None,
+            owner: opener.map(|_| "witnessed").or(holder.map(|_| "holder")),
+            holders: who.holders.clone(),
             isn: connection.isns.map(|(isn, _)| isn),
             peer_isn: connection.isns.map(|(_, peer_isn)| peer_isn),
         }

@@ -5,13 +5,14 @@ use std::{io, process::ExitCode};
 use clap::Parser as _;
 use selfconn::{
     cli::{Cli, Command},
-    commands::{doctor, repro, run},
+    commands::{doctor, repro, run, scan},
     sink::text::escape,
 };
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Run(args) => run::run(&args),
+        Command::Scan(args) => scan::run(&args),
         Command::Repro(args) => repro::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };

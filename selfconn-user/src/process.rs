@@ -2,6 +2,8 @@
 
 use std::{fs, io::Read as _, os::unix::ffi::OsStrExt as _, rc::Rc};
 
+use serde::Serialize;
+
 /// Kernel clock ticks a second as `/proc` has them: `USER_HZ`, a constant of the ABI on all of aya's architectures.
 const TICK_NS: u64 = 1_000_000_000 / 100;
 
@@ -27,6 +29,40 @@ pub struct Facts {
     pub unit: Option<String>,
     /// The container id in that path.
     pub container: Option<String>,
+}
+
+/// Who is behind a connection, beside what the kernel saw of its opener.
+#[derive(Clone, Debug, Default)]
+pub struct Who {
+    /// About the opener; where it is unknown, about the first holder.
+    pub facts: Rc<Facts>,
+    /// Which process has the socket open, where that was looked up.
+    pub holders: Option<Vec<Holder>>,
+}
+
+/// A process that has a socket open, or closed it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Holder {
+    /// In the initial pid namespace.
+    pub pid: u32,
+    /// Its name.
+    pub comm: Option<String>,
+}
+
+impl Who {
+    /// The opener was seen.
+    #[must_use]
+    pub fn opened(facts: Rc<Facts>) -> Self {
+        Self { facts, holders: None }
+    }
+
+    /// Nobody saw it opened; these have it open.
+    #[must_use]
+    pub fn held(holders: Option<Vec<Holder>>, processes: &Processes) -> Self {
+        let first = holders.as_ref().and_then(|holders| holders.first());
+        let facts = first.filter(|_| processes.is_initial_pid_ns).and_then(|holder| read(holder.pid, None));
+        Self { facts: Rc::new(facts.unwrap_or_default()), holders }
+    }
 }
 
 /// Looks processes up.

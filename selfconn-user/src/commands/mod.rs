@@ -3,3 +3,4 @@
 pub mod doctor;
 pub mod repro;
 pub mod run;
+pub mod scan;

@@ -1,29 +1,19 @@
-//! `selfconn run`: the daemon. One loop on one thread owns the tracer, the connections and the sinks; nothing is
-//! shared, so nothing is locked.
+//! `selfconn run`: the options of the daemon, and how it is put together.
 
-use std::{collections::HashMap, io, path::PathBuf, process::ExitCode, rc::Rc, time::Duration};
+use std::{io, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
-use jiff::Timestamp;
-use selfconn_ebpf::state;
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    time::{Instant, sleep_until},
-};
 
 use crate::{
-    clock::{self, Offset},
-    connection::{Connections, Happening},
-    event::{Ended, Event, HookStatus, Losses, Lost, Moved, Refused, Started, Stopped, Subject, What},
+    daemon::Daemon,
     kernel::{
-        attach::{Choice, Hook, Hooks, Method, Wanted},
+        attach::{Hooks, Method, Wanted},
         host::Host,
-        tracer::{Counters, Options, Tracer},
+        tracer::{Options, Tracer},
     },
     logger,
-    process::{Facts, Processes},
-    sink::{Format, Stdout, file::LogFile, json_line},
+    sink::{Format, Sinks, file::LogFile},
 };
 
 /// Shown below the options.
@@ -32,12 +22,6 @@ Examples:
   selfconn run                                   watch, and tell people on this terminal
   selfconn run --log /var/log/selfconn/events.jsonl
   selfconn run --json | jq 'select(.event == \"established\") | .comm'";
-
-/// So many records are taken before signals get a turn.
-const BATCH: usize = 1024;
-
-/// How soon after some activity the programs' counters are looked at, and a refused log is tried again.
-const SOON: Duration = Duration::from_secs(1);
 
 /// Options of `run`.
 #[derive(Debug, clap::Args)]
@@ -75,6 +59,9 @@ pub struct Args {
     /// How many dials in flight and self-connections to remember
     #[arg(long, hide = true, default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
     dials: u32,
+    /// How often to compare with the kernel's socket table
+    #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    reconcile: u64,
     /// Work as if the kernel had no BTF
     #[arg(long, hide = true)]
     without_btf: bool,
@@ -169,204 +156,15 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             log: args.verbose > 1,
         };
         let tracer = Tracer::start(&host, options)?;
-        let mut daemon = Daemon {
-            run: clock::boot_ns(),
-            connections: Connections::new(u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX)),
-            processes: Processes::new(host.is_initial_pid_ns),
-            openers: HashMap::new(),
-            states: args.states,
-            out: Sinks { stdout: Stdout::new(args.format()), log, made: 0, line: Vec::new() },
-            counted: Counters::default(),
-            lost_told: Losses::default(),
-        };
-        daemon.out.emit(What::Started(started(&host, tracer.methods())));
+        let sinks = Sinks::new(args.format(), log);
+        let pace = Duration::from_secs(args.reconcile);
+        let daemon = Daemon::new(&host, tracer, sinks, args.states, pace)?;
         drop(host);
-        match daemon.watch(tracer).await {
+        match daemon.watch().await {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
             outcome => outcome.map(|()| ExitCode::SUCCESS).context("cannot write to stdout"),
         }
     })
-}
-
-/// All that the loop owns beside the tracer.
-struct Daemon {
-    /// The mark of this run in every `id`: when it began.
-    run: u64,
-    connections: Connections,
-    processes: Processes,
-    /// What was learnt of the opener of each open connection, by its number.
-    openers: HashMap<u64, Rc<Facts>>,
-    states: bool,
-    out: Sinks,
-    counted: Counters,
-    lost_told: Losses,
-}
-
-impl Daemon {
-    async fn watch(&mut self, mut tracer: Tracer) -> io::Result<()> {
-        let (mut interrupt, mut terminate) =
-            (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-        self.out.flush()?;
-        let mut has_more = false;
-        let mut look_at: Option<Instant> = None;
-        loop {
-            tokio::select! {
-                biased;
-                _ = interrupt.recv() => break,
-                _ = terminate.recv() => break,
-                () = std::future::ready(()), if has_more => {}
-                readable = tracer.readable() => readable?,
-                () = sleep_until(look_at.unwrap_or_else(Instant::now)), if look_at.is_some() => {
-                    self.tell_losses(&tracer);
-                    look_at = self.out.is_behind().then(|| Instant::now() + SOON);
-                }
-            }
-            let taken = self.take(&mut tracer);
-            has_more = taken == BATCH;
-            self.out.flush()?;
-            if taken > 0 && look_at.is_none() {
-                look_at = Some(Instant::now() + SOON);
-            }
-        }
-        // What happened before the signal is told; what happens from here on isn't seen.
-        tracer.detach();
-        while self.take(&mut tracer) > 0 {}
-        self.tell_losses(&tracer);
-        self.out.stop(self.losses(), self.connections.open() as u64)
-    }
-
-    /// Takes a batch of transitions; says how many.
-    fn take(&mut self, tracer: &mut Tracer) -> usize {
-        let Self { run, connections, states, out, processes, openers, .. } = self;
-        let clock = Offset::now();
-        let mut ended = Vec::new();
-        tracer.drain(BATCH, |transition| {
-            let at_ns = transition.at_ns;
-            connections.apply(transition, |happening| {
-                let (Happening::Established(connection)
-                | Happening::State(connection, ..)
-                | Happening::Closed(connection, _)) = happening;
-                // At the first event, while the process is there; the last one tells the same.
-                let facts = openers.entry(connection.number).or_insert_with(|| match connection.opener {
-                    Some(opener) => processes.look_up(opener.task.pid, opener.start_ns, at_ns),
-                    None => Rc::default(),
-                });
-                let subject = || Subject::new(connection, *run, facts);
-                let what = match happening {
-                    Happening::Established(_) => Some(What::Established(Box::new(subject()))),
-                    Happening::State(_, from, to) => {
-                        states.then(|| What::State(Box::new(Moved::new(subject(), from, to))))
-                    }
-                    Happening::Closed(connection, end) => {
-                        let closer = connection.closer.as_ref();
-                        Some(What::Closed(Box::new(Ended::new(subject(), closer, &end, clock))))
-                    }
-                };
-                if let Some(what) = what {
-                    out.emit_at(clock.wall(at_ns), what);
-                }
-                if matches!(happening, Happening::Closed(..) | Happening::State(_, _, state::CLOSE)) {
-                    ended.push(connection.number);
-                }
-            });
-            for number in ended.drain(..) {
-                openers.remove(&number);
-            }
-        })
-    }
-
-    /// Looks at the programs' counters, and tells what was lost since the last time.
-    fn tell_losses(&mut self, tracer: &Tracer) {
-        match tracer.counters() {
-            Ok(counters) => self.counted = counters,
-            Err(error) => log::error!("the programs' counters can't be read: {error:#}"),
-        }
-        let now = self.losses();
-        let told = self.lost_told;
-        for (place, count) in [("ring", now.ring - told.ring), ("log", now.log - told.log)] {
-            // What the log refused is told there once it takes lines again.
-            if count > 0 && !(place == "log" && self.out.is_behind()) {
-                self.out.emit(What::Lost(Lost { r#where: place, count }));
-                if place == "ring" { self.lost_told.ring = now.ring } else { self.lost_told.log = now.log }
-            }
-        }
-    }
-
-    fn losses(&self) -> Losses {
-        Losses { ring: self.counted.ring_full, log: self.out.log.as_ref().map_or(0, LogFile::lost) }
-    }
-}
-
-/// Where events go.
-struct Sinks {
-    stdout: Stdout,
-    log: Option<LogFile>,
-    made: u64,
-    line: Vec<u8>,
-}
-
-impl Sinks {
-    fn emit(&mut self, what: What) {
-        self.emit_at(Timestamp::now(), what);
-    }
-
-    fn emit_at(&mut self, time: Timestamp, what: What) {
-        let event = Event { time, what };
-        self.made += 1;
-        if let Some(log) = &mut self.log {
-            self.line.clear();
-            json_line(&event, &mut self.line);
-            log.push(&self.line);
-        }
-        self.stdout.push(&event);
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        // The log first: nobody who stops reading stdout keeps an event from it.
-        if let Some(log) = &mut self.log {
-            log.flush();
-        }
-        self.stdout.flush()
-    }
-
-    fn is_behind(&self) -> bool {
-        self.log.as_ref().is_some_and(LogFile::is_behind)
-    }
-
-    /// The last event, whose numbers count it, too.
-    fn stop(&mut self, lost: Losses, open: u64) -> io::Result<()> {
-        if let Some(log) = &mut self.log {
-            log.flush();
-        }
-        let written = self.log.as_ref().map(|log| log.written() + 1);
-        self.emit(What::Stopped(Stopped { made: self.made + 1, written, lost, open }));
-        self.flush()
-    }
-}
-
-fn started(host: &Host, methods: &Choice<()>) -> Started {
-    let refused = |hook| {
-        let told = |(method, why): &(Method, _)| Refused { method: method.name(), why: format!("{why}") };
-        methods.refused_of(hook).map(told).collect::<Vec<_>>()
-    };
-    let mut hooks = Vec::new();
-    for hook in Hook::ALL {
-        let mut refused = refused(hook);
-        for method in methods.live_of(hook) {
-            let refused = std::mem::take(&mut refused);
-            hooks.push(HookStatus { hook: hook.name(), method: Some(method.name()), refused });
-        }
-        if methods.live_of(hook).next().is_none() {
-            hooks.push(HookStatus { hook: hook.name(), method: None, refused });
-        }
-    }
-    Started {
-        version: env!("CARGO_PKG_VERSION"),
-        kernel: host.release.clone(),
-        pid: std::process::id(),
-        hooks,
-        limits: host.limits(),
-    }
 }
 
 #[cfg(test)]

@@ -1,4 +1,7 @@
 //! The socket table's say: what it lists and the hooks missed is opened, what it no longer lists is closed. Pure, too.
+//!
+//! A table is no snapshot: it is read in pieces, and a socket may be passed over when others of its bucket go between
+//! two of them. One reading that has it proves that it is there; that it is gone, only two that don't.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -29,7 +32,7 @@ pub struct Listed {
     /// As in [`Connection`].
     pub cookie: Option<u64>,
     /// As in [`Connection`].
-    pub uid: u32,
+    pub uid: Option<u32>,
     /// One of [`state`].
     pub state: u8,
     /// Its kernel address and who dialled, where the programs remember that.
@@ -93,12 +96,15 @@ impl Connections {
                 self.lives.insert(key, life);
             }
         }
-        let has_vanished = |life: &Life| {
+        let mut vanished = Vec::new();
+        for (key, life) in self.lives.iter_mut().filter(|(_, life)| life.ended_ns.is_none()) {
             let place = life.connection.place();
-            life.ended_ns.is_none() && life.heard_ns < began_ns && has_read(place.0) && !seen.contains(&place)
-        };
-        let vanished: Vec<u64> =
-            self.lives.iter().filter(|(_, life)| has_vanished(life)).map(|(key, _)| *key).collect();
+            let is_absent = life.heard_ns < began_ns && has_read(place.0) && !seen.contains(&place);
+            if is_absent && life.is_absent {
+                vanished.push(*key);
+            }
+            life.is_absent = is_absent;
+        }
         for life in vanished.into_iter().filter_map(|key| self.lives.remove(&key)) {
             self.unaddressed.remove(&life.connection.place());
             if life.is_announced {
@@ -135,7 +141,7 @@ impl Life {
                 is_ipv6: listed.is_ipv6,
                 netns: (listed.netns != 0).then_some(listed.netns),
                 ifindex: listed.ifindex,
-                uid: Some(listed.uid),
+                uid: listed.uid,
                 opener: listed.dial.map(|(_, opener)| opener),
                 isns: None,
                 closer: None,
@@ -145,6 +151,7 @@ impl Life {
             seen_by: u8::MAX,
             heard_ns: at_ns,
             is_announced: true,
+            is_absent: false,
             ended_ns: None,
         }
     }

@@ -165,12 +165,19 @@ impl Tracer {
         })
     }
 
-    /// The dials in flight and self-connections that are remembered now. Walks the table.
+    /// The dials in flight and self-connections that are remembered now, by their socket. Walks the table.
     ///
     /// # Errors
     /// When the map can't be read.
-    pub fn remembered(&self) -> Result<Vec<Dial>> {
-        self.dials.iter().map(|entry| Ok(entry?.1.0)).collect()
+    pub fn remembered(&self) -> Result<Vec<(u64, Dial)>> {
+        self.dials.iter().map(|entry| entry.map(|(sock, dial)| (sock, dial.0)).map_err(Into::into)).collect()
+    }
+
+    /// Forgets a dial whose socket is gone.
+    pub fn forget(&mut self, sock: u64) {
+        if let Err(error) = self.dials.remove(&sock) {
+            log::debug!("a stale dial could not be forgotten: {error}");
+        }
     }
 }
 

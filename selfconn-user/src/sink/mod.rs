@@ -2,7 +2,10 @@
 
 use std::io::{self, Write as _};
 
-use crate::event::Event;
+use jiff::Timestamp;
+
+use self::file::LogFile;
+use crate::event::{Event, Losses, Stopped, What};
 
 pub mod file;
 pub mod text;
@@ -64,5 +67,75 @@ impl Stdout {
         let outcome = stdout.write_all(&self.batch).and_then(|()| stdout.flush());
         self.batch.clear();
         outcome
+    }
+}
+
+/// Every place that events go to.
+#[derive(Debug)]
+pub struct Sinks {
+    stdout: Stdout,
+    log: Option<LogFile>,
+    made: u64,
+    line: Vec<u8>,
+}
+
+impl Sinks {
+    /// `None`: no such place.
+    #[must_use]
+    pub fn new(stdout: Option<Format>, log: Option<LogFile>) -> Self {
+        Self { stdout: Stdout::new(stdout), log, made: 0, line: Vec::new() }
+    }
+
+    /// Makes an event of now.
+    pub fn emit(&mut self, what: What) {
+        self.emit_at(Timestamp::now(), what);
+    }
+
+    /// Makes an event. It is written at the next flush.
+    pub fn emit_at(&mut self, time: Timestamp, what: What) {
+        let event = Event { time, what };
+        self.made += 1;
+        if let Some(log) = &mut self.log {
+            self.line.clear();
+            json_line(&event, &mut self.line);
+            log.push(&self.line);
+        }
+        self.stdout.push(&event);
+    }
+
+    /// Writes what was made. The log first: nobody who stops reading stdout keeps an event from it.
+    ///
+    /// # Errors
+    /// As [`Stdout::flush`]; the log says and counts its own.
+    pub fn flush(&mut self) -> io::Result<()> {
+        if let Some(log) = &mut self.log {
+            log.flush();
+        }
+        self.stdout.flush()
+    }
+
+    /// Whether events wait for a log that refuses them.
+    #[must_use]
+    pub fn is_behind(&self) -> bool {
+        self.log.as_ref().is_some_and(LogFile::is_behind)
+    }
+
+    /// Events that the log refused for good.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.log.as_ref().map_or(0, LogFile::lost)
+    }
+
+    /// Makes and writes the last event, whose numbers count it, too.
+    ///
+    /// # Errors
+    /// As [`Self::flush`].
+    pub fn stop(&mut self, lost: Losses, open: u64) -> io::Result<()> {
+        if let Some(log) = &mut self.log {
+            log.flush();
+        }
+        let written = self.log.as_ref().map(|log| log.written() + 1);
+        self.emit(What::Stopped(Stopped { made: self.made + 1, written, lost, open }));
+        self.flush()
     }
 }

@@ -99,8 +99,8 @@ fn render_stopped(stopped: &Stopped, out: &mut String) -> std::fmt::Result {
     if let Some(written) = stopped.written {
         write!(out, ", {written} in the log")?;
     }
-    let Losses { ring, log } = stopped.lost;
-    write!(out, ", lost {ring} transitions and {log} events; {} still open", stopped.open)
+    let Losses { ring, missed, log } = stopped.lost;
+    write!(out, ", lost {ring} transitions and {log} events, missed {missed}; {} still open", stopped.open)
 }
 
 fn render_subject(subject: &Subject, out: &mut String) -> std::fmt::Result {

@@ -14,5 +14,6 @@ mod net;
 mod not_ours;
 mod openers;
 mod role;
+mod scan;
 mod steering;
 mod who;

@@ -30,7 +30,7 @@ fn with_tracer(work: impl FnOnce(&mut Tracer)) {
 
 /// How many dials of a namespace are remembered.
 fn remembered(tracer: &Tracer, net: Net) -> usize {
-    tracer.remembered().unwrap().iter().filter(|dial| u64::from(dial.tuple.netns) == net.inode).count()
+    tracer.remembered().unwrap().iter().filter(|(_, dial)| u64::from(dial.tuple.netns) == net.inode).count()
 }
 
 /// Opens `count` ordinary loopback connections to one server.
@@ -102,7 +102,8 @@ fn a_self_connection_is_remembered_until_it_ends() {
     with_tracer(|tracer| {
         let (connection, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
         assert_eq!(remembered(tracer, net), 1);
-        let dial = tracer.remembered().unwrap().into_iter().find(|dial| dial.tuple.dport == port).unwrap();
+        let (_, dial) =
+            tracer.remembered().unwrap().into_iter().find(|(_, dial)| dial.tuple.dport == port).unwrap();
         assert_eq!(dial.opener.task.pid, std::process::id());
         drop(connection);
         assert_eq!(remembered(tracer, net), 0);

@@ -1,11 +1,15 @@
 //! Who opened, who holds, who closed: three facts, and each right or null.
 
-use std::net::Ipv4Addr;
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    os::fd::AsRawFd as _,
+};
 
 use serde_json::Value;
+use socket2::Socket;
 
 use crate::{
-    client::{connect_to_self, own_comm},
+    client::{self, connect_to_self, own_comm},
     daemon::{Daemon, Variant, of, variants},
     net::Net,
     role::Role,
@@ -139,5 +143,45 @@ fn a_reset_by_the_closer_names_it_and_a_bystander_is_never_named() {
         assert_eq!(closer["pid"], std::process::id(), "{variant:?}: {closed}");
         assert_eq!(closer["comm"], own_comm(), "{variant:?}: {closed}");
         daemon.stop();
+    }
+}
+
+/// Connects to itself through io_uring: inline in the caller, or on a worker thread of the kernel's.
+fn connect_by_io_uring(flags: io_uring::squeue::Flags) -> Option<Socket> {
+    let mut ring = match io_uring::IoUring::new(2) {
+        Ok(ring) => ring,
+        Err(error) => {
+            println!("this kernel has no io_uring for us: {error}");
+            return None;
+        }
+    };
+    let socket = client::socket(Ipv4Addr::LOCALHOST.into());
+    socket.bind(&SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0).into()).unwrap();
+    let own = socket.local_addr().unwrap();
+    let fd = io_uring::types::Fd(socket.as_raw_fd());
+    let connect = io_uring::opcode::Connect::new(fd, own.as_ptr().cast(), own.len()).build().flags(flags);
+    // SAFETY: the socket and the address outlive the wait below, after which the kernel is done with both.
+    unsafe { ring.submission().push(&connect) }.unwrap();
+    ring.submit_and_wait(1).unwrap();
+    assert_eq!(ring.completion().next().unwrap().result(), 0);
+    Some(socket)
+}
+
+#[test]
+fn io_uring_connects_for_the_process_that_asked() {
+    use io_uring::squeue::Flags;
+    let net = Net::private();
+    for variant in variants() {
+        for flags in [Flags::empty(), Flags::ASYNC] {
+            let mut daemon = Daemon::start(&variant, &[]);
+            let Some(socket) = connect_by_io_uring(flags) else { return };
+            drop(socket);
+            let closed = closed(&mut daemon, net);
+            assert_eq!(closed["pid"], std::process::id(), "{variant:?}: {closed}");
+            assert_eq!(closed["comm"], own_comm(), "{variant:?}: {closed}");
+            let is_worker = closed["thread_comm"].as_str().unwrap().starts_with("iou-wrk-");
+            assert_eq!(is_worker, flags == Flags::ASYNC, "{variant:?}: {closed}");
+            daemon.stop();
+        }
     }
 }

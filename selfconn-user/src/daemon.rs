@@ -1,0 +1,304 @@
+//! The daemon: one loop on one thread owns the tracer, the connections and the sinks; nothing is shared, so nothing is
+//! locked. What blocks or changes namespace runs on the reader's thread, which owns nothing.
+
+use std::{collections::HashMap, io, time::Duration};
+
+use selfconn_ebpf::{ABSENT, Field, Task, Transition, state};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{Instant, sleep_until},
+};
+
+use crate::{
+    clock::{self, Offset},
+    connection::{Connection, Connections, Happening, Listed},
+    event::{Ended, HookStatus, Losses, Lost, Moved, Refused, Started, Subject, What},
+    kernel::{
+        attach::{Choice, Hook, Method},
+        host::Host,
+        tracer::{Counters, Tracer},
+    },
+    process::{Processes, Who},
+    sink::Sinks,
+};
+
+mod reader;
+
+use reader::{Reader, Reading};
+
+/// So many records are taken before signals get a turn.
+const BATCH: usize = 1024;
+
+/// How soon after some activity the programs' counters are looked at, and a refused log is tried again.
+const SOON: Duration = Duration::from_secs(1);
+
+/// All that the loop owns.
+pub struct Daemon {
+    tracer: Tracer,
+    reader: Reader,
+    story: Story,
+    /// How often the socket table is read.
+    pace: Duration,
+    /// Whether the programs can tell a socket's namespace.
+    knows_netns: bool,
+    /// Whether the socket table was read in this run.
+    has_read: bool,
+    counted: Counters,
+    told: Losses,
+}
+
+/// What is told, and what must be known to tell it.
+struct Story {
+    /// The mark of this run in every `id`: when it began.
+    run: u64,
+    connections: Connections,
+    processes: Processes,
+    /// What was learnt of who is behind each open connection, by its number.
+    whos: HashMap<u64, Who>,
+    states: bool,
+    out: Sinks,
+    missed: u64,
+}
+
+impl Daemon {
+    /// Tells that the hooks are live.
+    ///
+    /// # Errors
+    /// When the reader's thread can't be started.
+    pub fn new(
+        host: &Host,
+        tracer: Tracer,
+        mut out: Sinks,
+        states: bool,
+        pace: Duration,
+    ) -> io::Result<Self> {
+        out.emit(What::Started(started(host, tracer.methods())));
+        let witnesses = u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX);
+        Ok(Self {
+            tracer,
+            reader: Reader::start()?,
+            story: Story {
+                run: clock::boot_ns(),
+                connections: Connections::new(witnesses),
+                processes: Processes::new(host.is_initial_pid_ns),
+                whos: HashMap::new(),
+                states,
+                out,
+                missed: 0,
+            },
+            pace,
+            knows_netns: host.offsets[Field::NetnsInum as usize] != ABSENT,
+            has_read: false,
+            counted: Counters::default(),
+            told: Losses::default(),
+        })
+    }
+
+    /// Runs until SIGINT or SIGTERM.
+    ///
+    /// # Errors
+    /// When stdout can't be written, a broken pipe included.
+    pub async fn watch(mut self) -> io::Result<()> {
+        let (mut interrupt, mut terminate) =
+            (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        self.story.out.flush()?;
+        let mut has_more = false;
+        let mut look_at: Option<Instant> = None;
+        // What is there already, now that nothing new can come without being seen.
+        let mut read_at: Option<Instant> = None;
+        self.read_table();
+        loop {
+            tokio::select! {
+                biased;
+                _ = interrupt.recv() => break,
+                _ = terminate.recv() => break,
+                () = std::future::ready(()), if has_more => {}
+                readable = self.tracer.readable() => readable?,
+                Some(reading) = self.reader.answer() => {
+                    self.reconcile(&reading);
+                    read_at = Some(Instant::now() + self.pace);
+                }
+                () = sleep_until(read_at.unwrap_or_else(Instant::now)), if read_at.is_some() => {
+                    read_at = None;
+                    self.read_table();
+                }
+                () = sleep_until(look_at.unwrap_or_else(Instant::now)), if look_at.is_some() => {
+                    self.tell_losses();
+                    look_at = self.story.out.is_behind().then(|| Instant::now() + SOON);
+                }
+            }
+            let taken = self.take();
+            has_more = taken == BATCH;
+            self.story.out.flush()?;
+            if taken > 0 && look_at.is_none() {
+                look_at = Some(Instant::now() + SOON);
+            }
+        }
+        // What happened before the signal is told; what happens from here on isn't seen.
+        self.tracer.detach();
+        while self.take() > 0 {}
+        self.tell_losses();
+        let (losses, open) = (self.losses(), self.story.connections.iter().count());
+        self.story.out.stop(losses, open as u64)
+    }
+
+    /// Takes a batch of transitions; says how many.
+    fn take(&mut self) -> usize {
+        let clock = Offset::now();
+        let Self { tracer, story, .. } = self;
+        tracer.drain(BATCH, |transition| story.apply(transition, clock))
+    }
+
+    /// Asks for the socket table.
+    fn read_table(&mut self) {
+        self.story.connections.begin_reading();
+        self.reader.ask();
+    }
+
+    /// Compares with the socket table.
+    fn reconcile(&mut self, reading: &Reading) {
+        // Everything that happened before the table was read must be known first.
+        while self.take() > 0 {}
+        let remembered = self.tracer.remembered().unwrap_or_else(|error| {
+            log::error!("the table of dials can't be read: {error:#}");
+            Vec::new()
+        });
+        let listed = reading.listed(&remembered, self.knows_netns);
+        let missed = self.story.reconcile(reading, &listed, self.knows_netns);
+        // What was there before us was not missed.
+        if self.has_read {
+            self.story.missed += missed;
+        }
+        self.has_read = true;
+        for sock in reading.stale(&remembered) {
+            self.tracer.forget(sock);
+        }
+        self.tell_losses();
+    }
+
+    /// Looks at the programs' counters, and tells what was lost since the last time.
+    fn tell_losses(&mut self) {
+        match self.tracer.counters() {
+            Ok(counters) => self.counted = counters,
+            Err(error) => log::error!("the programs' counters can't be read: {error:#}"),
+        }
+        let now = self.losses();
+        let is_behind = self.story.out.is_behind();
+        for (place, now, told) in [
+            ("ring", now.ring, &mut self.told.ring),
+            ("missed", now.missed, &mut self.told.missed),
+            ("log", now.log, &mut self.told.log),
+        ] {
+            // What the log refused is told there once it takes lines again.
+            if now > *told && !(place == "log" && is_behind) {
+                self.story.out.emit(What::Lost(Lost { r#where: place, count: now - *told }));
+                *told = now;
+            }
+        }
+    }
+
+    fn losses(&self) -> Losses {
+        Losses { ring: self.counted.ring_full, missed: self.story.missed, log: self.story.out.lost() }
+    }
+}
+
+impl Story {
+    /// Takes in a transition, and makes what events come of it.
+    fn apply(&mut self, transition: &Transition, clock: Offset) {
+        let Self { run, connections, processes, whos, states, out, .. } = self;
+        let at_ns = transition.at_ns;
+        let mut ended = [None; 2];
+        connections.apply(transition, |happening| {
+            let connection = happening.connection();
+            // At the first event, while the process is there; the last one tells the same.
+            let who = whos.entry(connection.number).or_insert_with(|| match connection.opener {
+                Some(opener) => Who::opened(processes.look_up(opener.task.pid, opener.start_ns, at_ns)),
+                None => Who::default(),
+            });
+            if let Some(what) = tell(happening, who, *run, *states, clock) {
+                out.emit_at(clock.wall(at_ns), what);
+            }
+            if matches!(happening, Happening::Closed(..) | Happening::State(_, _, state::CLOSE)) {
+                // The life that was missed ending, and the one that ends.
+                ended = [ended[1].filter(|number| *number != connection.number), Some(connection.number)];
+            }
+        });
+        for number in ended.into_iter().flatten() {
+            whos.remove(&number);
+        }
+    }
+
+    /// Takes in the socket table; says how many self-connections were missed.
+    fn reconcile(&mut self, reading: &Reading, listed: &[Listed], knows_netns: bool) -> u64 {
+        let Self { run, connections, processes, whos, states, out, .. } = self;
+        let clock = Offset::now();
+        let mut ended = Vec::new();
+        let has_read = |netns| !knows_netns || reading.has_read(netns);
+        let missed = connections.reconcile(listed, reading.began_ns(), has_read, |happening| {
+            let connection = happening.connection();
+            let who = whos.entry(connection.number).or_insert_with(|| match connection.opener {
+                Some(opener) => {
+                    Who::opened(processes.look_up(opener.task.pid, opener.start_ns, reading.began_ns()))
+                }
+                None => Who::held(reading.holders(connection), processes),
+            });
+            if let Some(what) = tell(happening, who, *run, *states, clock) {
+                out.emit(what);
+            }
+            if matches!(happening, Happening::Closed(..)) {
+                ended.push(connection.number);
+            }
+        });
+        for number in ended {
+            whos.remove(&number);
+        }
+        for connection in connections.iter() {
+            if let (Some(who), Some(holders)) =
+                (whos.get_mut(&connection.number), reading.holders(connection))
+            {
+                who.holders = Some(holders);
+            }
+        }
+        missed
+    }
+}
+
+/// The event that a happening makes, if any.
+fn tell(happening: Happening<'_>, who: &Who, run: u64, states: bool, clock: Offset) -> Option<What> {
+    let subject = |connection: &Connection| Subject::new(connection, run, who);
+    match happening {
+        Happening::Established(connection) => Some(What::Established(Box::new(subject(connection)))),
+        Happening::State(connection, from, to) => {
+            states.then(|| What::State(Box::new(Moved::new(subject(connection), from, to))))
+        }
+        Happening::Closed(connection, end) => {
+            let closer: Option<&Task> = connection.closer.as_ref();
+            Some(What::Closed(Box::new(Ended::new(subject(connection), closer, &end, clock))))
+        }
+    }
+}
+
+fn started(host: &Host, methods: &Choice<()>) -> Started {
+    let refused = |hook| {
+        let told = |(method, why): &(Method, _)| Refused { method: method.name(), why: format!("{why}") };
+        methods.refused_of(hook).map(told).collect::<Vec<_>>()
+    };
+    let mut hooks = Vec::new();
+    for hook in Hook::ALL {
+        let mut refused = refused(hook);
+        for method in methods.live_of(hook) {
+            let refused = std::mem::take(&mut refused);
+            hooks.push(HookStatus { hook: hook.name(), method: Some(method.name()), refused });
+        }
+        if methods.live_of(hook).next().is_none() {
+            hooks.push(HookStatus { hook: hook.name(), method: None, refused });
+        }
+    }
+    Started {
+        version: env!("CARGO_PKG_VERSION"),
+        kernel: host.release.clone(),
+        pid: std::process::id(),
+        hooks,
+        limits: host.limits(),
+    }
+}

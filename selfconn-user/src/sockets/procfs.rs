@@ -1,0 +1,139 @@
+//! The socket table of one network namespace through `/proc/net/tcp` and `tcp6`, for kernels without sock_diag. It is
+//! slower by an order of magnitude, and has no cookies and no interfaces.
+
+use std::{
+    fs::File,
+    io::{self, BufRead as _, BufReader},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
+
+use super::Row;
+
+/// The files are those of the calling thread's namespace.
+const IPV4: &str = "/proc/thread-self/net/tcp";
+const IPV6: &str = "/proc/thread-self/net/tcp6";
+
+/// `USER_HZ`, the unit of the timers.
+const TICKS_PER_SECOND: u64 = 100;
+
+/// The number of the timer that runs in TIME_WAIT (`get_timewait4_sock`, net/ipv4/tcp_ipv4.c at v5.10).
+const TIME_WAIT_TIMER: &str = "03";
+
+/// Appends the sockets whose two addresses are equal.
+pub(super) fn read(rows: &mut Vec<Row>) -> io::Result<()> {
+    read_file(IPV4, rows)?;
+    match read_file(IPV6, rows) {
+        // A kernel without IPv6.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        outcome => outcome,
+    }
+}
+
+fn read_file(path: &str, rows: &mut Vec<Row>) -> io::Result<()> {
+    let mut file = BufReader::with_capacity(1 << 16, File::open(path)?);
+    let mut line = String::new();
+    while file.read_line(&mut line)? != 0 {
+        rows.extend(parse(&line));
+        line.clear();
+    }
+    Ok(())
+}
+
+/// A line of the table, if its two addresses are equal. `None`: they are not, or it is the heading.
+fn parse(line: &str) -> Option<Row> {
+    let mut words = line.split_ascii_whitespace().skip(1);
+    let (source, destination) = (words.next()?.split_once(':')?, words.next()?.split_once(':')?);
+    if source.0 != destination.0 {
+        return None;
+    }
+    let address = address(source.0)?;
+    let port = |text| u16::from_str_radix(text, 16).ok();
+    let state = u8::from_str_radix(words.next()?, 16).ok()?;
+    let (timer, ticks) = words.nth(1)?.split_once(':')?;
+    let ticks = u64::from_str_radix(ticks, 16).ok()?;
+    let uid = words.nth(1)?.parse().ok()?;
+    let inode = words.nth(1)?.parse().ok()?;
+    Some(Row {
+        source: (address, port(source.1)?),
+        destination: (address, port(destination.1)?),
+        state,
+        ifindex: 0,
+        cookie: None,
+        inode,
+        uid,
+        time_wait_left: (timer == TIME_WAIT_TIMER)
+            .then(|| Duration::from_millis(ticks * (1_000 / TICKS_PER_SECOND))),
+    })
+}
+
+/// The kernel prints an address as numbers of 32 bits, in the machine's order.
+fn address(text: &str) -> Option<IpAddr> {
+    let mut bytes = [0; 16];
+    for (word, bytes) in text.as_bytes().chunks(8).zip(bytes.chunks_exact_mut(4)) {
+        let word = u32::from_str_radix(str::from_utf8(word).ok()?, 16).ok()?;
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    match text.len() {
+        8 => Some(Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]).into()),
+        32 => Some(Ipv6Addr::from(bytes).into()),
+        _ => None,
+    }
+}
+
+#[cfg(all(test, target_endian = "little"))]
+mod tests {
+    use selfconn_ebpf::state;
+
+    use super::*;
+
+    #[test]
+    fn a_line_is_read_as_the_kernel_prints_it() {
+        let row =
+            |source: (&str, u16), destination: (&str, u16), state, uid, inode, left_ms: Option<u64>| Row {
+                source: (source.0.parse().unwrap(), source.1),
+                destination: (destination.0.parse().unwrap(), destination.1),
+                state,
+                ifindex: 0,
+                cookie: None,
+                inode,
+                uid,
+                time_wait_left: left_ms.map(Duration::from_millis),
+            };
+        let own = ("127.0.0.1", 40_029);
+        let mapped = ("::ffff:127.0.0.1", 40_029);
+        for (line, expected) in [
+            (
+                "   1: 0100007F:9C5D 0100007F:9C5D 01 00000000:00000000 00:00000000 00000000  1000        0 23584 2 0000000000000000 20 4 30 10 -1",
+                Some(row(own, own, state::ESTABLISHED, 1_000, 23_584, None)),
+            ),
+            (
+                "   1: 0100007F:9C5D 0100007F:9C5D 06 00000000:00000000 03:00001770 00000000     0        0 0 3 0000000000000000",
+                Some(row(own, own, state::TIME_WAIT, 0, 0, Some(60_000))),
+            ),
+            (
+                "   2: 0000000000000000FFFF00000100007F:9C5D 0000000000000000FFFF00000100007F:9C5D 0B 00000000:00000000 01:00000014 00000000     0        0 77 1 0000000000000000",
+                Some(row(mapped, mapped, state::CLOSING, 0, 77, None)),
+            ),
+            (
+                "   3: 00000000000000000000000001000000:0050 00000000000000000000000001000000:0050 02 00000000:00000001 01:00000014 00000000     0        0 78 1 0",
+                Some(row(("::1", 80), ("::1", 80), state::SYN_SENT, 0, 78, None)),
+            ),
+            // A dial in flight.
+            (
+                "   4: 0100007F:9C5E 0100007F:9C5D 02 00000000:00000001 01:00000014 00000000     0        0 79 1 0",
+                Some(row(("127.0.0.1", 40_030), own, state::SYN_SENT, 0, 79, None)),
+            ),
+            ("   5: 0100007F:9C5D 0200007F:9C5D 01 00000000:00000000 00:00000000 00000000 0 0 80 1 0", None),
+            (
+                "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode",
+                None,
+            ),
+            ("   6: 0100007F:9C5D 0100007F:9C5D 01 00000000:00000000 00:00000000", None),
+            ("   7: 0100007:9C5D 0100007:9C5D 01 0:0 00:0 0 0 0 1", None),
+            ("", None),
+        ] {
+            assert_eq!(parse(line), expected, "{line}");
+        }
+    }
+}
