@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use super::{
     Args,
@@ -72,6 +72,7 @@ impl<'a> Bench<'a> {
             let workers: Vec<_> = (0..self.args.jobs.max(1)).map(|_| scope.spawn(work)).collect();
             workers.into_iter().flat_map(|worker| worker.join().unwrap_or_default()).collect()
         });
+        ensure!(done.len() == rows.len(), "{} of {} rows were not run", rows.len() - done.len(), rows.len());
         done.sort_by_key(|(index, _)| *index);
         done.into_iter().map(|(_, row)| row).collect()
     }

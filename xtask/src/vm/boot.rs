@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use serde::Serialize;
 
 use super::{kernel::Kernel, plan};
@@ -59,6 +59,8 @@ pub(super) enum Ending {
     Panicked(String),
     /// It was not over at the deadline; the last line it said.
     Hung(String),
+    /// The emulator failed, for this reason.
+    NotRun(String),
     /// It powered off without a verdict; the last line it said.
     Silent(String),
 }
@@ -66,6 +68,10 @@ pub(super) enum Ending {
 impl Boot<'_> {
     /// Runs the machine; its output and its console go to these files.
     pub(super) fn run(&self, output: &Path, console: &Path) -> Result<Remains> {
+        // What an earlier boot left must not be taken for this one's.
+        for file in [output, console] {
+            fs::write(file, "").with_context(|| format!("write {}", file.display()))?;
+        }
         let started = Instant::now();
         let mut qemu = self
             .command(output, console)
@@ -86,17 +92,17 @@ impl Boot<'_> {
             thread::sleep(Duration::from_millis(20));
         };
         let took = started.elapsed();
-        if let Some(status) = status {
-            let complaint = qemu.stderr.take().map(std::io::read_to_string).transpose()?.unwrap_or_default();
-            ensure!(status.success(), "{QEMU}: {status}: {}", complaint.trim());
-        }
+        let complaint = qemu.stderr.take().map(std::io::read_to_string).transpose()?.unwrap_or_default();
         let [output, console] = [output, console].map(|file| {
             // A console is bytes, not always text.
             let bytes = fs::read(file).with_context(|| format!("read {}", file.display()))?;
             Ok::<_, anyhow::Error>(String::from_utf8_lossy(&bytes).replace('\r', ""))
         });
         let (output, console) = (output?, console?);
-        let ending = ending(&output, &console, status.is_some());
+        let ending = match status {
+            Some(status) if !status.success() => Ending::NotRun(format!("{status}: {}", complaint.trim())),
+            status => ending(&output, &console, status.is_some()),
+        };
         Ok(Remains { output, console, ending, took })
     }
 

@@ -90,6 +90,7 @@ impl Row {
             Ending::Passed | Ending::Failed => {}
             Ending::Panicked(message) => words.push(format!("the kernel died: {message}")),
             Ending::Hung(line) => words.push(format!("hung after: {line}")),
+            Ending::NotRun(why) => words.push(format!("the emulator failed: {why}")),
             Ending::Silent(line) => words.push(format!("no verdict after: {line}")),
         }
         words.extend_from_slice(&self.faults);
@@ -290,6 +291,12 @@ mod tests {
             (Ending::Passed, "FACT hooks.h a=broken: x\ntest a ... ok\n", false, "1 passed, h a: broken: x"),
             (Ending::Panicked("BUG: x".into()), "test a ...", false, "1 unfinished, the kernel died: BUG: x"),
             (Ending::Hung("x".into()), "", false, "hung after: x"),
+            (
+                Ending::NotRun("exit status: 1: no".into()),
+                "",
+                false,
+                "the emulator failed: exit status: 1: no",
+            ),
             (Ending::Silent("y".into()), "test a ... ok", false, "1 passed, no verdict after: y"),
         ] {
             let row = row("6.1", "default", ending, output);
