@@ -182,6 +182,10 @@ pub struct Dial {
     pub tuple: Tuple,
     /// Who dialled.
     pub opener: Opener,
+    /// A bit for each state whose coming was reported, so that the second witness keeps quiet.
+    pub reported: u32,
+    /// Zero.
+    pub padding: u32,
 }
 
 /// One transition of a self-connection: the record in the ring buffer, in the host's byte order.
@@ -238,7 +242,7 @@ const _: () = {
     assert!(size_of::<Task>() == 40);
     assert!(size_of::<Opener>() == 64);
     assert!(size_of::<Tuple>() == 24);
-    assert!(size_of::<Dial>() == 88);
+    assert!(size_of::<Dial>() == 96);
     assert!(size_of::<Transition>() == 200);
     assert!(offset_of!(Transition, addr) == 48);
     assert!(offset_of!(Transition, port) == 84);
@@ -350,6 +354,16 @@ impl Field {
         (Self::TaskComm, "task_struct", "comm", false),
         (Self::StartBoottime, "task_struct", "start_boottime", false),
     ];
+}
+
+/// Which transitions are reported, by a bit for the state they lead to; the value of the global [`names::REPORTED`].
+pub mod reported {
+    use super::state;
+
+    /// As many as it takes to tell when a self-connection begins and ends, and who closes it.
+    pub const LIFETIMES: u32 = 1 << state::ESTABLISHED | 1 << state::FIN_WAIT1 | 1 << state::CLOSE;
+    /// All.
+    pub const STATES: u32 = u32::MAX;
 }
 
 /// How the programs reach the current task's `task_struct`; the value of the global [`names::TASK_ACCESS`].

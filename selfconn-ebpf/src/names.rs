@@ -23,3 +23,5 @@ pub const DIALS: &str = "DIALS";
 pub const OFFSETS: &str = "OFFSETS";
 /// Global `u32`: one of [`crate::task_access`].
 pub const TASK_ACCESS: &str = "TASK_ACCESS";
+/// Global `u32`: one of [`crate::reported`].
+pub const REPORTED: &str = "REPORTED";

@@ -3,13 +3,13 @@
 use core::arch::asm;
 
 use aya_ebpf::{
-    EbpfContext,
+    EbpfContext, Global,
     helpers::generated::bpf_ktime_get_boot_ns,
     macros::map,
     maps::{PerCpuArray, RingBuf},
 };
 use aya_log_ebpf::warn;
-use selfconn_ebpf::{Transition, Tuple, counter};
+use selfconn_ebpf::{Transition, Tuple, counter, reported};
 
 use crate::{
     sock::{self, Memory, Sock},
@@ -18,11 +18,15 @@ use crate::{
 
 /// Records of [`Transition`]. The loader sets its size.
 #[map]
-static TRANSITIONS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
+static TRANSITIONS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
 
 /// Slots of [`counter`].
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(counter::COUNT, 0);
+
+/// One of [`reported`].
+#[unsafe(no_mangle)]
+static REPORTED: Global<u32> = Global::new(reported::STATES);
 
 #[inline(always)]
 fn count(slot: u32) {
@@ -51,6 +55,10 @@ pub(crate) fn report<C: EbpfContext, M: Memory>(
     old: u8,
     new: u8,
 ) {
+    if REPORTED.load() & 1 << (new & 31) == 0 {
+        return;
+    }
+    let Some(opener) = witness::recall(sock.key(), tuple, new) else { return };
     let Some(mut entry) = TRANSITIONS.reserve::<Transition>(0) else {
         count(counter::RING_FULL);
         warn!(ctx, "the ring buffer is full: {} -> {} of port {} is lost", old, new, tuple.dport);
@@ -71,7 +79,7 @@ pub(crate) fn report<C: EbpfContext, M: Memory>(
     out.witness = witness;
     sock.describe(out);
     out.current = sock::current().0;
-    out.opener = witness::recall(sock.key(), tuple);
+    out.opener = opener;
     entry.submit(0);
     count(counter::REPORTED);
 }

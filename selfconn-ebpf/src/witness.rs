@@ -23,21 +23,28 @@ pub(crate) fn remember<C: aya_ebpf::EbpfContext>(ctx: &C, sock: u64, tuple: Tupl
         0 => cause::EPHEMERAL,
         _ => cause::BOUND,
     };
-    let dial = Dial { tuple, opener: sock::opener(now_ns, cause) };
+    let dial = Dial { tuple, opener: sock::opener(now_ns, cause), reported: 0, padding: 0 };
     if DIALS.insert(&sock, &dial, 0).is_err() {
         report::count_not_remembered(ctx);
     }
 }
 
-/// Who opened this socket, if that was seen.
+/// Who opened this socket, if that was seen. `None`: the other witness has reported that it comes to this state.
 #[inline(always)]
-pub(crate) fn recall(sock: u64, tuple: &Tuple) -> Opener {
-    // SAFETY: another CPU may replace the entry while it is read only if the socket is dialled again meanwhile, and
-    // its transitions run under the socket's lock.
-    match unsafe { DIALS.get(&sock) } {
-        Some(dial) if same(&dial.tuple, tuple) => dial.opener,
-        Some(_) | None => Opener::UNKNOWN,
+pub(crate) fn recall(sock: u64, tuple: &Tuple, new: u8) -> Option<Opener> {
+    let Some(dial) = DIALS.get_ptr_mut(&sock) else { return Some(Opener::UNKNOWN) };
+    // SAFETY: an entry lives as long as the program runs. It changes under our hands only if the socket is dialled
+    // again, and its transitions, which bring both witnesses here one after the other, run under the socket's lock.
+    let dial = unsafe { &mut *dial };
+    if !same(&dial.tuple, tuple) {
+        return Some(Opener::UNKNOWN);
     }
+    let bit = 1 << (new & 31);
+    if dial.reported & bit != 0 {
+        return None;
+    }
+    dial.reported |= bit;
+    Some(dial.opener)
 }
 
 /// Ends what is known about this socket.

@@ -165,6 +165,7 @@ impl Daemon {
         });
         let listed = reading.listed(&remembered, self.knows_netns);
         let missed = self.story.reconcile(reading, &listed, self.knows_netns);
+        log::debug!("read the socket table: {} self-connections, {missed} of them new", listed.len());
         // What was there before us was not missed.
         if self.has_read {
             self.story.missed += missed;

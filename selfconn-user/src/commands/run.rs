@@ -39,7 +39,7 @@ pub struct Args {
     #[arg(long)]
     text: bool,
     /// Size of the ring buffer: a power of two, from 4K to 1G
-    #[arg(long, value_name = "BYTES", default_value = "4M", value_parser = ring_bytes)]
+    #[arg(long, value_name = "BYTES", default_value = "8M", value_parser = ring_bytes)]
     ring_size: u32,
     /// Which hooks to attach
     #[arg(long, value_enum, default_value_t = HooksArg::Auto)]
@@ -153,6 +153,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             wanted: args.wanted(),
             ring_bytes: args.ring_size,
             dials: args.dials,
+            states: args.states,
             log: args.verbose > 1,
         };
         let tracer = Tracer::start(&host, options)?;

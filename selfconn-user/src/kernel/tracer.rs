@@ -13,7 +13,7 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use rustix::io::Errno;
-use selfconn_ebpf::{Dial, Transition, counter, names};
+use selfconn_ebpf::{Dial, Transition, counter, names, reported};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
@@ -34,6 +34,8 @@ pub struct Options {
     pub ring_bytes: u32,
     /// How many dials in flight and self-connections are remembered.
     pub dials: u32,
+    /// Whether every state is wanted, and not only what tells lifetimes.
+    pub states: bool,
     /// Whether the programs' own log is wanted.
     pub log: bool,
 }
@@ -195,7 +197,8 @@ unsafe impl Pod for Entry {}
 /// When the maps can't be made.
 pub fn rehearse(host: &Host) -> Result<Vec<(Method, Result<(), Refusal>)>> {
     raise_memlock();
-    let options = Options { wanted: Wanted::default(), ring_bytes: 1 << 16, dials: 8, log: false };
+    let options =
+        Options { wanted: Wanted::default(), ring_bytes: 1 << 16, dials: 8, states: false, log: false };
     let mut ebpf = load(host, options)?;
     Ok(tracefs::with(|| {
         let kernel_btf = KernelBtf { host, parsed: OnceCell::new() };
@@ -207,10 +210,12 @@ pub fn rehearse(host: &Host) -> Result<Vec<(Method, Result<(), Refusal>)>> {
 fn load(host: &Host, options: Options) -> Result<Ebpf> {
     // 0 is below every level of aya-log, and the verifier drops what can't run.
     let log_level = if options.log { aya_log::Level::Debug as u8 } else { 0 };
+    let reported = if options.states { reported::STATES } else { reported::LIFETIMES };
     EbpfLoader::new()
         .btf(None)
         .override_global(names::OFFSETS, &host.offsets[..], true)
         .override_global(names::TASK_ACCESS, &host.task_access, true)
+        .override_global(names::REPORTED, &reported, true)
         .override_global(aya_log::LEVEL, &log_level, true)
         .map_max_entries(names::TRANSITIONS, options.ring_bytes)
         .map_max_entries(names::DIALS, options.dials)

@@ -1,10 +1,13 @@
 //! The daemon under test: starts it, and collects its events.
 
 use std::{
-    io::{BufRead as _, BufReader, Read as _},
+    io::{BufRead as _, BufReader},
     path::PathBuf,
     process::{Child, Command, Stdio},
-    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    sync::{
+        Arc, Mutex,
+        mpsc::{Receiver, RecvTimeoutError, channel},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -54,7 +57,8 @@ pub(crate) fn variants() -> Vec<Variant> {
 pub(crate) struct Daemon {
     child: Child,
     lines: Receiver<Value>,
-    stderr: Option<thread::JoinHandle<String>>,
+    stderr: Option<thread::JoinHandle<()>>,
+    said: Arc<Mutex<String>>,
     seen: Vec<Value>,
 }
 
@@ -71,7 +75,7 @@ impl Daemon {
             .spawn()
             .unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
-        let mut stderr = child.stderr.take().unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
         let (send, lines) = channel();
         thread::spawn(move || {
             for line in stdout.lines() {
@@ -82,15 +86,18 @@ impl Daemon {
                 }
             }
         });
+        let said = Arc::new(Mutex::new(String::new()));
+        let hears = Arc::clone(&said);
         let stderr = thread::spawn(move || {
-            let mut text = String::new();
-            let _ = stderr.read_to_string(&mut text);
-            text
+            for line in stderr.lines() {
+                hears.lock().unwrap().push_str(&(line.unwrap() + "\n"));
+            }
         });
-        let mut daemon = Self { child, lines, stderr: Some(stderr), seen: Vec::new() };
+        let mut daemon = Self { child, lines, stderr: Some(stderr), said, seen: Vec::new() };
         if daemon.wait_for(1, |event| event["event"] == "started").is_err() {
             let _ = daemon.child.kill();
-            panic!("{variant:?} did not start: {}", daemon.stderr.take().unwrap().join().unwrap());
+            daemon.stderr.take().unwrap().join().unwrap();
+            panic!("{variant:?} did not start: {}", daemon.said.lock().unwrap());
         }
         daemon
     }
@@ -127,10 +134,30 @@ impl Daemon {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         let status = self.child.wait().unwrap();
-        let stderr = self.stderr.take().unwrap().join().unwrap();
-        assert!(status.success(), "{status}: {stderr}");
+        self.stderr.take().unwrap().join().unwrap();
+        let said = self.said.lock().unwrap().clone();
+        assert!(status.success(), "{status}: {said}");
         self.seen.extend(self.lines.iter());
-        (std::mem::take(&mut self.seen), stderr)
+        (std::mem::take(&mut self.seen), said)
+    }
+
+    /// How often it has read the socket table; needs `-vv`.
+    pub(crate) fn readings(&self) -> usize {
+        self.said.lock().unwrap().matches("read the socket table").count()
+    }
+
+    /// Does `work` until it has read the socket table `count` times from now on.
+    pub(crate) fn while_reading(&self, count: usize, mut work: impl FnMut()) {
+        let (before, until) = (self.readings(), Instant::now() + DEADLINE);
+        while self.readings() < before + count {
+            assert!(Instant::now() < until, "{}", self.said.lock().unwrap());
+            work();
+        }
+    }
+
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal).unwrap();
     }
 
     pub(crate) fn pid(&self) -> u32 {

@@ -16,4 +16,5 @@ mod openers;
 mod role;
 mod scan;
 mod steering;
+mod table;
 mod who;

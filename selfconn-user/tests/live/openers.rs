@@ -23,7 +23,13 @@ use crate::{
 fn with_tracer(work: impl FnOnce(&mut Tracer)) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let options = Options { wanted: Wanted::default(), ring_bytes: 1 << 16, dials: 1 << 14, log: false };
+        let options = Options {
+            wanted: Wanted::default(),
+            ring_bytes: 1 << 16,
+            dials: 1 << 14,
+            states: false,
+            log: false,
+        };
         work(&mut Tracer::start(&Host::look(false).unwrap(), options).unwrap());
     });
 }
