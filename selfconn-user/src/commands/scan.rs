@@ -14,11 +14,11 @@ use serde::Serialize;
 
 use crate::{
     clock::{self, Offset},
-    event::Subject,
+    event::{Holder, Subject},
     logger,
-    process::{self, Facts, Holder},
+    process::{self, Facts},
     sink::text::escape,
-    sockets::{self, Found, Options, Survey, holders},
+    sockets::{self, Found, Options, Search, Survey, holders},
 };
 
 /// Shown below the options.
@@ -38,6 +38,9 @@ pub struct Args {
     /// One JSON object a line, for each self-connection
     #[arg(long)]
     json: bool,
+    /// Look for every holder of a socket, however many files are open on this host
+    #[arg(long)]
+    holders: bool,
     /// Read /proc/net/tcp instead of asking sock_diag
     #[arg(long, hide = true)]
     procfs: bool,
@@ -62,11 +65,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     logger::init(0, false);
     let options = Options { procfs_only: args.procfs, ..Options::default() };
     let mut survey = sockets::survey(options).context("cannot start a thread")?;
-    if survey.namespaces.is_empty() {
+    if survey.namespaces == 0 {
         bail!("no socket table can be read: {}", survey.unseen.join("; "));
     }
     survey.found.sort_by_key(|found| (found.netns, found.addr, found.port, found.is_ipv6, found.cookie));
-    let mut holding = Holding::look(&survey.found);
+    let mut holding = Holding::look(&survey.found, args.holders);
     if let Some(why) = &survey.without_sock_diag {
         warn(&format!("sock_diag: {why}: cookies and interfaces are unknown: /proc/net/tcp has none"));
     }
@@ -90,11 +93,13 @@ struct Holding {
     /// Of each socket that has any, by its inode.
     of: HashMap<u64, Vec<Holder>>,
     facts: HashMap<u32, Facts>,
+    /// Whether there can't be more holders.
+    complete: bool,
     unseen: Vec<String>,
 }
 
 impl Holding {
-    fn look(found: &[Found]) -> Self {
+    fn look(found: &[Found], every: bool) -> Self {
         let inodes: HashSet<_> = found.iter().map(|found| found.inode).filter(|inode| *inode != 0).collect();
         if inodes.is_empty() {
             return Self::default();
@@ -103,17 +108,12 @@ impl Holding {
         let is_initial =
             fs::read_link("/proc/self/ns/pid").is_ok_and(|ns| ns.as_os_str() == "pid:[4026531836]");
         if !is_initial {
-            let why = "the holders' pids: this is not the initial pid namespace".to_owned();
+            let why = "holders: their pids are unknown outside the initial pid namespace".to_owned();
             return Self { unseen: vec![why], ..Self::default() };
         }
-        let holders = holders(&inodes);
-        let unseen = match holders.unseen {
-            0 => vec![],
-            count => vec![format!(
-                "the open files of {count} processes of other users: looking needs CAP_SYS_PTRACE, or root"
-            )],
-        };
-        Self { of: holders.of, unseen, ..Self::default() }
+        let holders = holders(&inodes, if every { Search::Complete } else { Search::Quick });
+        let unseen = holders.unseen.into_iter().collect();
+        Self { of: holders.of, complete: holders.complete, unseen, ..Self::default() }
     }
 
     /// Nobody holds a socket without an inode. `None`: who holds it could not be seen.
@@ -152,7 +152,7 @@ impl Holding {
             unit: facts.unit,
             container: facts.container,
             owner: first.map(|_| "holder"),
-            holders,
+            holders: holders.filter(|_| found.inode == 0 || self.complete),
             isn: None,
             peer_isn: None,
         }
@@ -201,7 +201,7 @@ fn text(survey: &Survey, holding: &Holding) -> String {
         out.push('\n');
     }
     let plural = |count, one: &str| if count == 1 { format!("1 {one}") } else { format!("{count} {one}s") };
-    let namespaces = plural(survey.namespaces.len(), "network namespace");
+    let namespaces = plural(survey.namespaces, "network namespace");
     let _ = match survey.found.len() {
         0 => writeln!(out, "nothing found in {namespaces}"),
         count => writeln!(out, "{} in {namespaces}", plural(count, "self-connection")),
@@ -260,8 +260,8 @@ mod tests {
         ];
         let holder = |pid| Holder { pid, comm: Some("a\nb".to_owned()) };
         let of = HashMap::from([(1, vec![holder(u32::MAX)]), (2, (1..=6).map(holder).collect())]);
-        let survey = Survey { found, namespaces: [1, 2, 3].into(), began_ns: 0xff, ..Survey::default() };
-        (survey, Holding { of, ..Holding::default() })
+        let survey = Survey { found, namespaces: 3, began_ns: 0xff, ..Survey::default() };
+        (survey, Holding { of, complete: true, ..Holding::default() })
     }
 
     #[test]
@@ -278,7 +278,7 @@ ESTABLISHED  127.0.0.3:40000    netns 4026531840  an unknown process
 5 self-connections in 3 network namespaces
 "
         );
-        let nothing = Survey { namespaces: [1].into(), ..Survey::default() };
+        let nothing = Survey { namespaces: 1, ..Survey::default() };
         assert_eq!(text(&nothing, &holding), "nothing found in 1 network namespace\n");
     }
 
@@ -300,6 +300,11 @@ ESTABLISHED  127.0.0.3:40000    netns 4026531840  an unknown process
         assert!(rows[2]["port_blocked_until"].is_string());
         assert_eq!(rows[2]["holders"], serde_json::json!([]));
         assert_eq!(rows[4]["id"], "scan-ff-4");
+        holding.complete = false;
+        let bytes = json(&survey, &mut holding).unwrap();
+        let first: serde_json::Value =
+            serde_json::from_slice(bytes.split(|byte| *byte == b'\n').next().unwrap()).unwrap();
+        assert_eq!((&first["comm"], &first["holders"]), (&"a\nb".into(), &serde_json::Value::Null));
         for unknown in ["holders", "pid", "comm", "owner", "cause", "isn", "cookie", "port_blocked_until"] {
             assert!(rows[4][unknown].is_null(), "{unknown}: {}", rows[4]);
         }

@@ -19,6 +19,12 @@ use super::{
 
 const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
 
+/// What the typed methods attach to, as BTF has it.
+const TARGETS: [(Method, Named, &str); 2] = [
+    (Method::TpBtf, Named::Typedef, "btf_trace_inet_sock_set_state"),
+    (Method::Fentry, Named::Function, "tcp_set_state"),
+];
+
 /// `include/uapi/linux/capability.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capability {
@@ -67,6 +73,8 @@ pub struct Host {
     pub offsets: [u32; FIELDS],
     /// What is wrong with the BTF, if a field that every typed program needs is missing.
     pub offsets_missing: Option<String>,
+    /// Which of the typed methods' targets the BTF has.
+    targets: Vec<Method>,
     /// How the programs reach the current task.
     pub task_access: u32,
     /// Whether `bpf_probe_read_kernel` may be called.
@@ -103,8 +111,14 @@ impl Host {
                 _ => format!("{BTF_PATH}: {error}"),
             })
         };
+        let mut targets = Vec::new();
         let (offsets, offsets_missing) = match btf.as_deref().map(Btf::parse) {
-            Ok(Ok(btf)) => offsets(&btf),
+            Ok(Ok(btf)) => {
+                targets.extend(
+                    TARGETS.iter().filter(|(_, named, name)| btf.has(*named, name)).map(|target| target.0),
+                );
+                offsets(&btf)
+            }
             Ok(Err(error)) => ([ABSENT; FIELDS], Some(error.to_string())),
             Err(_) => ([ABSENT; FIELDS], None),
         };
@@ -128,6 +142,7 @@ impl Host {
             btf,
             offsets,
             offsets_missing,
+            targets,
             task_access,
             probe_read,
             kprobes: fs::exists("/sys/bus/event_source/devices/kprobe/type").unwrap_or(false),
@@ -164,8 +179,7 @@ impl Host {
         self.permits()?;
         let unsupported = |why: &str| Err(Refusal::Unsupported(why.to_owned()));
         match method {
-            Method::TpBtf => self.has_type(Named::Typedef, "btf_trace_inet_sock_set_state"),
-            Method::Fentry => self.has_type(Named::Function, "tcp_set_state"),
+            Method::TpBtf | Method::Fentry => self.has_target(method),
             Method::Perf => {
                 match tracefs::read_format() {
                     Ok(text) => format::check(&text).map_err(Refusal::Unsupported)?,
@@ -204,11 +218,13 @@ impl Host {
         self.offsets_missing.clone().map_or(Ok(()), |why| Err(Refusal::Unsupported(why)))
     }
 
-    fn has_type(&self, named: Named, name: &str) -> Result<(), Refusal> {
+    fn has_target(&self, method: Method) -> Result<(), Refusal> {
         self.has_offsets()?;
-        let found =
-            self.btf.as_deref().is_ok_and(|bytes| Btf::parse(bytes).is_ok_and(|btf| btf.has(named, name)));
-        if found { Ok(()) } else { Err(Refusal::Unsupported(format!("the kernel's BTF has no {name}"))) }
+        if self.targets.contains(&method) {
+            return Ok(());
+        }
+        let name = TARGETS.iter().find(|target| target.0 == method).map_or("it", |target| target.2);
+        Err(Refusal::Unsupported(format!("the kernel's BTF has no {name}")))
     }
 
     fn reads_memory(&self) -> Result<(), Refusal> {

@@ -19,6 +19,8 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
+use super::NEEDS_PTRACE;
+
 const OWN: &str = "/proc/thread-self/ns/net";
 
 /// The file system that namespaces are files of: include/uapi/linux/magic.h at v5.10.
@@ -28,7 +30,7 @@ const NSFS_MAGIC: FsWord = 0x6e73_6673;
 #[derive(Debug, Default)]
 pub(super) struct Visited {
     /// Where `each` succeeded.
-    pub(super) namespaces: HashSet<u32>,
+    pub(super) namespaces: usize,
     /// What could not be visited, and why.
     pub(super) unseen: Vec<String>,
 }
@@ -66,7 +68,7 @@ enum Source {
 struct Visit {
     /// Device and inode of those that were visited, or refused for good.
     known: HashSet<(u64, u64)>,
-    namespaces: HashSet<u32>,
+    namespaces: usize,
     /// Processes whose namespace this process may not even know.
     closed_processes: usize,
     /// Why, how many, and the first of them.
@@ -79,7 +81,8 @@ impl Visit {
             Ok(()) => {}
             Err(error) if is_gone(&error) => {}
             Err(error) if source == Source::Process && error.kind() == io::ErrorKind::PermissionDenied => {
-                self.closed_processes += 1;
+                // A process that has ended is told in the same way (`proc_ns_get_link`, fs/proc/namespaces.c at v5.10).
+                self.closed_processes += usize::from(path.ancestors().nth(2).is_some_and(Path::exists));
             }
             Err(error) => self.refused(error.to_string(), Some(path.display().to_string())),
         }
@@ -112,15 +115,12 @@ impl Visit {
         if source != Source::Own
             && let Err(error) = move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
         {
-            let (why, which) = told(error.into(), ": entering it needs CAP_SYS_ADMIN, or root");
+            let (why, which) = told(error.into(), ": entering it needs CAP_SYS_ADMIN, which root has");
             self.refused(why, which);
             return Ok(());
         }
-        let netns = u32::try_from(inode).unwrap_or(0);
-        match each(netns) {
-            Ok(()) => {
-                self.namespaces.insert(netns);
-            }
+        match each(u32::try_from(inode).unwrap_or(0)) {
+            Ok(()) => self.namespaces += 1,
             Err(error) => {
                 let (why, which) = told(error, "");
                 self.refused(why, which);
@@ -145,9 +145,7 @@ impl Visit {
             .collect();
         match self.closed_processes {
             0 => {}
-            count => unseen.push(format!(
-                "the network namespaces of {count} processes of other users: looking needs CAP_SYS_PTRACE, or root"
-            )),
+            count => unseen.push(format!("network namespaces of processes ({count}): {NEEDS_PTRACE}")),
         }
         Visited { namespaces: self.namespaces, unseen }
     }
@@ -209,17 +207,17 @@ mod tests {
 
     #[test]
     fn what_is_refused_alike_is_one_line() {
-        let mut visit = Visit { closed_processes: 7, namespaces: [1].into(), ..Visit::default() };
+        let mut visit = Visit { closed_processes: 7, namespaces: 1, ..Visit::default() };
         visit.refused("no".to_owned(), Some("1 (/a)".to_owned()));
         visit.refused("no".to_owned(), Some("2 (/b)".to_owned()));
         visit.refused("never".to_owned(), Some("3 (/c)".to_owned()));
         let Visited { namespaces, unseen } = visit.done();
-        assert_eq!(namespaces, HashSet::from([1]));
+        assert_eq!(namespaces, 1);
         assert_eq!(
             unseen[..2],
             ["network namespace 3 (/c): never", "2 network namespaces, the first 1 (/a): no"]
         );
-        assert!(unseen[2].contains("7 processes") && unseen[2].contains("CAP_SYS_PTRACE"), "{unseen:?}");
+        assert!(unseen[2].contains("(7)") && unseen[2].contains("CAP_SYS_PTRACE"), "{unseen:?}");
         assert!(unseen.len() == 3);
     }
 }

@@ -3,12 +3,15 @@
 use std::{
     fs,
     mem::{MaybeUninit, size_of},
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddrV6, UdpSocket},
     os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+    time::{Duration, Instant},
 };
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use socket2::{Domain, Socket, Type};
+
+use crate::daemon::DEADLINE;
 
 /// The namespace that the calling thread is in from now on.
 #[derive(Clone, Copy, Debug)]
@@ -58,6 +61,12 @@ impl Net {
         // SAFETY: on an IPv6 socket this number takes a pointer to a struct in6_ifreq.
         let outcome = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR, &raw mut request) };
         assert_eq!(outcome, 0, "{}", std::io::Error::last_os_error());
+        // Until the kernel is sure that nobody else has it, it can't be used.
+        let until = Instant::now() + DEADLINE;
+        while UdpSocket::bind(SocketAddrV6::new(address, 0, 0, 1)).is_err() {
+            assert!(Instant::now() < until, "{address} stays tentative");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Sets a sysctl below `net.ipv4` of this namespace.
@@ -65,15 +74,16 @@ impl Net {
         fs::write(format!("/proc/sys/net/ipv4/{name}"), value).unwrap();
     }
 
-    /// Sets the CPUs that packets received on `lo` are steered to. The calling thread gets a mount namespace of its
-    /// own for it, for sysfs shows the namespace that it was mounted in.
-    pub(crate) fn steer(self, cpus: &str) {
+    /// Has packets received on `lo` steered to every CPU. The calling thread gets a mount namespace of its own for it,
+    /// for sysfs shows the namespace that it was mounted in.
+    pub(crate) fn steer(self) {
         use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
         // SAFETY: as above.
         unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
         mount("sysfs", "/sys", "sysfs", MountFlags::empty(), None).unwrap();
-        fs::write("/sys/class/net/lo/queues/rx-0/rps_cpus", cpus).unwrap();
+        let cpus = (1_u64 << std::thread::available_parallelism().unwrap().get()) - 1;
+        fs::write("/sys/class/net/lo/queues/rx-0/rps_cpus", format!("{cpus:x}")).unwrap();
     }
 }
 

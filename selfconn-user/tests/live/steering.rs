@@ -21,7 +21,7 @@ static OTHERS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/se
 /// 3,000 self-connections with packets of `lo` steered to both CPUs; each must be told once, with its opener.
 fn every_one_is_told_once() {
     let net = Net::private();
-    net.steer("3");
+    net.steer();
     let count = scaled(3_000);
     let mut daemon = Daemon::start(&Variant(vec![]), &[]);
     let mut ports = HashMap::new();

@@ -132,7 +132,7 @@ fn a_thread_that_renames_itself_does_not_rename_its_process() {
 #[test]
 fn a_reset_by_the_closer_names_it_and_a_bystander_is_never_named() {
     let net = Net::private();
-    net.steer("3");
+    net.steer();
     for variant in variants() {
         let mut daemon = Daemon::start(&variant, &[]);
         let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
