@@ -14,9 +14,9 @@ use serde::Serialize;
 
 use crate::{
     clock::{self, Offset},
-    event::{Holder, Subject},
+    event::Subject,
     logger,
-    process::{self, Facts},
+    process::{self, Facts, Holder},
     sink::text::escape,
     sockets::{self, Found, Options, Search, Survey, holders},
 };
@@ -65,7 +65,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     logger::init(0, false);
     let options = Options { procfs_only: args.procfs, ..Options::default() };
     let mut survey = sockets::survey(options).context("cannot start a thread")?;
-    if survey.namespaces == 0 {
+    if survey.namespaces.is_empty() {
         bail!("no socket table can be read: {}", survey.unseen.join("; "));
     }
     survey.found.sort_by_key(|found| (found.netns, found.addr, found.port, found.is_ipv6, found.cookie));
@@ -201,7 +201,7 @@ fn text(survey: &Survey, holding: &Holding) -> String {
         out.push('\n');
     }
     let plural = |count, one: &str| if count == 1 { format!("1 {one}") } else { format!("{count} {one}s") };
-    let namespaces = plural(survey.namespaces, "network namespace");
+    let namespaces = plural(survey.namespaces.len(), "network namespace");
     let _ = match survey.found.len() {
         0 => writeln!(out, "nothing found in {namespaces}"),
         count => writeln!(out, "{} in {namespaces}", plural(count, "self-connection")),
@@ -260,7 +260,7 @@ mod tests {
         ];
         let holder = |pid| Holder { pid, comm: Some("a\nb".to_owned()) };
         let of = HashMap::from([(1, vec![holder(u32::MAX)]), (2, (1..=6).map(holder).collect())]);
-        let survey = Survey { found, namespaces: 3, began_ns: 0xff, ..Survey::default() };
+        let survey = Survey { found, namespaces: [1, 2, 3].into(), began_ns: 0xff, ..Survey::default() };
         (survey, Holding { of, complete: true, ..Holding::default() })
     }
 
@@ -278,7 +278,7 @@ ESTABLISHED  127.0.0.3:40000    netns 4026531840  an unknown process
 5 self-connections in 3 network namespaces
 "
         );
-        let nothing = Survey { namespaces: 1, ..Survey::default() };
+        let nothing = Survey { namespaces: [1].into(), ..Survey::default() };
         assert_eq!(text(&nothing, &holding), "nothing found in 1 network namespace\n");
     }
 

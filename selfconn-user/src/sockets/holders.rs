@@ -14,7 +14,7 @@ use rustix::{
 };
 
 use super::NEEDS_PTRACE;
-use crate::event::Holder;
+use crate::process::Holder;
 
 /// Long enough for `socket:[18446744073709551615]`; a longer target isn't a socket.
 const TARGET_LEN: usize = 32;

@@ -41,8 +41,8 @@ pub struct Survey {
     pub found: Vec<Found>,
     /// Dials in flight from an address to itself; empty unless asked for.
     pub dials: Vec<Dial>,
-    /// How many network namespaces were read.
-    pub namespaces: usize,
+    /// The inodes of the network namespaces that were read.
+    pub namespaces: HashSet<u32>,
     /// What could not be seen, and why; a line for people each.
     pub unseen: Vec<String>,
     /// Why `/proc/net/tcp` was read instead of asking sock_diag, so that cookies and interfaces are unknown.
@@ -269,7 +269,7 @@ mod tests {
         let before = own();
         let survey = survey(Options::default()).unwrap();
         assert_eq!(own(), before);
-        assert!(survey.namespaces >= 1, "{survey:?}");
+        assert!(!survey.namespaces.is_empty(), "{survey:?}");
         assert!(survey.began_ns < survey.ended_ns);
     }
 }

@@ -30,7 +30,7 @@ const NSFS_MAGIC: FsWord = 0x6e73_6673;
 #[derive(Debug, Default)]
 pub(super) struct Visited {
     /// Where `each` succeeded.
-    pub(super) namespaces: usize,
+    pub(super) namespaces: HashSet<u32>,
     /// What could not be visited, and why.
     pub(super) unseen: Vec<String>,
 }
@@ -68,7 +68,7 @@ enum Source {
 struct Visit {
     /// Device and inode of those that were visited, or refused for good.
     known: HashSet<(u64, u64)>,
-    namespaces: usize,
+    namespaces: HashSet<u32>,
     /// Processes whose namespace this process may not even know.
     closed_processes: usize,
     /// Why, how many, and the first of them.
@@ -119,8 +119,11 @@ impl Visit {
             self.refused(why, which);
             return Ok(());
         }
-        match each(u32::try_from(inode).unwrap_or(0)) {
-            Ok(()) => self.namespaces += 1,
+        let netns = u32::try_from(inode).unwrap_or(0);
+        match each(netns) {
+            Ok(()) => {
+                self.namespaces.insert(netns);
+            }
             Err(error) => {
                 let (why, which) = told(error, "");
                 self.refused(why, which);
@@ -207,12 +210,12 @@ mod tests {
 
     #[test]
     fn what_is_refused_alike_is_one_line() {
-        let mut visit = Visit { closed_processes: 7, namespaces: 1, ..Visit::default() };
+        let mut visit = Visit { closed_processes: 7, namespaces: [1].into(), ..Visit::default() };
         visit.refused("no".to_owned(), Some("1 (/a)".to_owned()));
         visit.refused("no".to_owned(), Some("2 (/b)".to_owned()));
         visit.refused("never".to_owned(), Some("3 (/c)".to_owned()));
         let Visited { namespaces, unseen } = visit.done();
-        assert_eq!(namespaces, 1);
+        assert_eq!(namespaces, HashSet::from([1]));
         assert_eq!(
             unseen[..2],
             ["network namespace 3 (/c): never", "2 network namespaces, the first 1 (/a): no"]
