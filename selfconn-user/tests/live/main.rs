@@ -10,6 +10,7 @@ mod client;
 mod daemon;
 mod detection;
 mod kinds;
+mod load;
 mod net;
 mod not_ours;
 mod openers;
