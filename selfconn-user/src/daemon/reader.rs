@@ -67,8 +67,11 @@ fn read() -> Reading {
     let inodes: HashSet<u64> =
         survey.found.iter().map(|found| found.inode).filter(|inode| *inode != 0).collect();
     // The walk over every process's descriptors is for the rare host that has a self-connection.
-    let by_inode =
-        if inodes.is_empty() { HashMap::new() } else { sockets::holders(&inodes, sockets::Search::Complete).of };
+    let by_inode = if inodes.is_empty() {
+        HashMap::new()
+    } else {
+        sockets::holders(&inodes, sockets::Search::Complete).of
+    };
     let of = |found: &sockets::Found| {
         by_inode.get(&found.inode).map(|holders| ((found.netns, found.addr, found.port), holders.clone()))
     };

@@ -4,7 +4,7 @@ use std::{fmt::Write as _, time::Duration};
 
 use jiff::Timestamp;
 
-use crate::event::{Ended, Event, HookStatus, Losses, Lost, Moved, Started, Stopped, Subject, What};
+use crate::event::{Ended, Event, Losses, Lost, Moved, Started, Stopped, Subject, What};
 
 /// Appends an event as a line for people; `started` may take several.
 pub fn line(event: &Event, out: &mut Vec<u8>) {
@@ -57,12 +57,15 @@ fn render_started(started: &Started, out: &mut String) -> std::fmt::Result {
         started.pid,
         escape(&started.kernel)
     )?;
-    for HookStatus { hook, method, refused } in &started.hooks {
-        match method {
-            Some(method) => write!(out, "\n    {hook}: live by {method}")?,
-            None => write!(out, "\n    {hook}: not attached")?,
-        }
-        for refused in refused {
+    for statuses in started.hooks.chunk_by(|one, next| one.hook == next.hook) {
+        let live: Vec<_> = statuses.iter().filter_map(|status| status.method).collect();
+        let how = if live.is_empty() {
+            "not attached".to_owned()
+        } else {
+            format!("live by {}", live.join(" and "))
+        };
+        write!(out, "\n    {}: {how}", statuses[0].hook)?;
+        for refused in statuses.iter().flat_map(|status| &status.refused) {
             write!(out, "\n        {} {}", refused.method, escape(&refused.why))?;
         }
     }
