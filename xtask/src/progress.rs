@@ -32,6 +32,11 @@ impl Finished {
         self.status.is_some_and(|status| status.success())
     }
 
+    /// It was ended by us.
+    pub(crate) fn took_too_long(&self) -> bool {
+        self.status.is_none()
+    }
+
     /// An error if it failed, after all it wrote.
     pub(crate) fn must_have_succeeded(&self, what: &str) -> Result<()> {
         if self.succeeded() {

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 use super::{Linker, Llvm, Machine, Release, Rust, Step, next, probe};
 use crate::{
     environment, packages,
-    progress::{self, say},
+    progress::{self, Finished, say},
     workspace::{Workspace, here},
 };
 
@@ -44,9 +44,14 @@ pub(crate) fn ready(workspace: &Workspace, machine: &mut Machine) -> Result<(Rus
                 machine.apt = Some(probe::apt(true));
             }
             Step::AddSource(toolchain) => {
-                if let Err(why) = add_source(&toolchain)? {
-                    say(format!("not {toolchain}: its rust-src can't be added: {why}"));
-                    machine.failed.insert(toolchain, format!("its rust-src can't be added: {why}"));
+                let finished = add_source(&toolchain)?;
+                if !finished.succeeded() {
+                    let why = format!("its rust-src can't be added: {}", finished.why());
+                    say(format!("not {toolchain}: {why}"));
+                    // A server that did not answer for one toolchain won't for the others.
+                    let others = machine.rusts.iter().filter(|rust| finished.took_too_long() && !rust.source);
+                    machine.failed.extend(others.map(|rust| (rust.name.clone(), why.clone())));
+                    machine.failed.insert(toolchain, why);
                 }
             }
             Step::Install(names) => packages::install(&names)?,
@@ -67,14 +72,12 @@ fn nothing_fits(machine: &Machine, needed: Release, refused: &[String]) -> Strin
     format!("no Rust of {needed} or newer can build the eBPF programs here: {refused}: {cure}")
 }
 
-/// The inner error is why it can't be had.
-fn add_source(toolchain: &str) -> Result<Result<(), String>> {
+fn add_source(toolchain: &str) -> Result<Finished> {
     let mut command = environment::plain("rustup");
     command.args(["component", "add", "rust-src", "--toolchain", toolchain]);
     // It would try again and again, and no answer is an answer, for there are other ways.
     command.env("RUSTUP_MAX_RETRIES", "1");
-    let finished = progress::run(&format!("adding rust-src to {toolchain}"), command, Some(RUSTUP_LIMIT))?;
-    if finished.succeeded() { Ok(Ok(())) } else { Ok(Err(finished.why())) }
+    progress::run(&format!("adding rust-src to {toolchain}"), command, Some(RUSTUP_LIMIT))
 }
 
 fn build_linker(workspace: &Workspace, machine: &Machine, llvm: &Llvm) -> Result<()> {
