@@ -35,7 +35,7 @@ pub(super) fn rustc(output: &str) -> Option<(Release, u32)> {
 pub(super) fn rustup_toolchains(output: &str) -> Vec<(&str, &str)> {
     let mut toolchains: Vec<(&str, &str)> = Vec::new();
     for line in output.lines() {
-        // `stable-x86_64-unknown-linux-gnu (active, default) /root/.rustup/toolchains/stable-…`
+        // `stable-x86_64-unknown-linux-gnu (active, default) /home/me/.rustup/toolchains/stable-…`
         let Some((name, rest)) = line.trim().split_once(char::is_whitespace) else { continue };
         let Some(path) = rest.find('/').map(|start| rest[start..].trim()) else { continue };
         if toolchains.iter().all(|(_, known)| *known != path) {
