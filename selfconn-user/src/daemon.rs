@@ -235,13 +235,16 @@ impl Story {
         let clock = Offset::now();
         let mut ended = Vec::new();
         let has_read = |netns| !knows_netns || reading.has_read(netns);
+        // Outside the initial pid namespace the holders in /proc have other numbers than events tell.
+        let can_look_up = processes.can_look_up();
+        let holders = |connection: &Connection| can_look_up.then(|| reading.holders(connection)).flatten();
         let missed = connections.reconcile(listed, reading.began_ns(), has_read, |happening| {
             let connection = happening.connection();
             let who = whos.entry(connection.number).or_insert_with(|| match connection.opener {
                 Some(opener) => {
                     Who::opened(processes.look_up(opener.task.pid, opener.start_ns, reading.began_ns()))
                 }
-                None => Who::held(reading.holders(connection), processes),
+                None => Who::held(holders(connection)),
             });
             if let Some(what) = tell(happening, who, *run, *states, clock) {
                 out.emit(what);

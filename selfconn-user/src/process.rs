@@ -58,10 +58,10 @@ impl Who {
 
     /// Nobody saw it opened; these have it open.
     #[must_use]
-    pub fn held(holders: Option<Vec<Holder>>, processes: &Processes) -> Self {
+    pub fn held(holders: Option<Vec<Holder>>) -> Self {
         let first = holders.as_ref().and_then(|holders| holders.first());
-        let facts = first.filter(|_| processes.is_initial_pid_ns).and_then(|holder| read(holder.pid, None));
-        Self { facts: Rc::new(facts.unwrap_or_default()), holders }
+        let facts = first.and_then(|holder| read(holder.pid, None)).unwrap_or_default();
+        Self { facts: Rc::new(facts), holders }
     }
 }
 
@@ -88,6 +88,12 @@ impl Processes {
         Self { is_initial_pid_ns, last: None }
     }
 
+    /// Whether numbers in `/proc` are those that events tell.
+    #[must_use]
+    pub fn can_look_up(&self) -> bool {
+        self.is_initial_pid_ns
+    }
+
     /// The facts about `pid`, if it still is the process that started at `start_ns`. `now_ns` and `start_ns` are of
     /// `CLOCK_BOOTTIME`. Nothing is known of a process that is gone.
     pub fn look_up(&mut self, pid: u32, start_ns: u64, now_ns: u64) -> Rc<Facts> {
@@ -100,7 +106,12 @@ impl Processes {
         {
             return Rc::clone(&last.facts);
         }
-        let facts = Rc::new(read(pid, Some(start_ns)).unwrap_or_default());
+        let facts = match (read(pid, Some(start_ns)), self.last.take()) {
+            (Some(facts), _) => Rc::new(facts),
+            // It is gone, and what was read of it stays true.
+            (None, Some(last)) if (last.pid, last.start_ns) == (pid, start_ns) => last.facts,
+            (None, _) => Rc::default(),
+        };
         self.last = Some(Seen { pid, start_ns, at_ns: now_ns, facts: Rc::clone(&facts) });
         facts
     }

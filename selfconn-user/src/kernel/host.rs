@@ -206,7 +206,11 @@ impl Host {
             );
         }
         if self.offsets_missing.is_some() || self.btf.is_err() {
-            limits.push("no usable BTF: netns, cookie, bytes, ISNs and cause are unknown".into());
+            limits.push(
+                "no usable BTF: netns, ifindex, cookie, cause, bytes, ISNs, how a connection ends, and all that is in \
+                 /proc are unknown"
+                    .into(),
+            );
         }
         limits
     }

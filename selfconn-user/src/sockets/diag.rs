@@ -41,6 +41,8 @@ const EXPIRES_MS: Range<usize> = 52..56;
 /// The kernel fills at most 32 KiB at a time (`netlink_recvmsg`, net/netlink/af_netlink.c at v5.10).
 const BUFFER_LEN: usize = 1 << 16;
 
+const ENOBUFS: i32 = 105;
+
 /// How often a dump that was disturbed is begun again.
 const TRIES: u32 = 3;
 
@@ -115,8 +117,6 @@ impl Reader {
         }
     }
 }
-
-const ENOBUFS: i32 = 105;
 
 /// What a batch of answers came to.
 #[derive(Debug, PartialEq, Eq)]

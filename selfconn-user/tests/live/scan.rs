@@ -7,8 +7,7 @@ use std::{
     os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use jiff::Timestamp;
@@ -18,14 +17,14 @@ use selfconn_ebpf::state;
 use serde_json::{Value, json};
 use socket2::{SockFilter, Socket};
 
-mod many;
-
 use crate::{
     client::{connect_to_self, own_comm, socket, talk_to_self},
-    daemon::{DEADLINE, selfconn},
+    daemon::selfconn,
     net::Net,
     role::Role,
 };
+
+mod many;
 
 /// Both ways to read the kernel's table.
 const METHODS: [&[&str]; 2] = [&[], &["--procfs"]];
@@ -68,16 +67,6 @@ impl Scan {
         let rows = self.of_net(net);
         assert_eq!(rows.len(), 1, "{self:#?}");
         rows[0]
-    }
-}
-
-/// Adds an address, and waits until it can be used: the kernel first looks for duplicates, in its own time.
-fn add_address_v6(net: Net, address: Ipv6Addr, scope: u32) {
-    net.add_address_v6(address);
-    let until = Instant::now() + DEADLINE;
-    while TcpListener::bind(SocketAddrV6::new(address, 0, 0, scope)).is_err() {
-        assert!(Instant::now() < until, "{address} never comes");
-        thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -140,7 +129,7 @@ fn a_mapped_connection_is_found_as_ipv4_on_an_ipv6_socket() {
 fn a_link_local_connection_is_found_with_its_interface() {
     let net = Net::private();
     let address = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 9);
-    add_address_v6(net, address, 1);
+    net.add_address_v6(address);
     let socket = socket(address.into());
     socket.bind(&SocketAddrV6::new(address, 0, 0, 1).into()).unwrap();
     let own = socket.local_addr().unwrap();
@@ -179,7 +168,7 @@ fn what_time_wait_holds_is_found_with_its_time_and_nobody() {
 fn what_only_looks_like_one_is_not_found() {
     let net = Net::private();
     let other = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
-    add_address_v6(net, other, 0);
+    net.add_address_v6(other);
     let mapped = |last| IpAddr::from(Ipv4Addr::new(127, 0, 0, last).to_ipv6_mapped());
     let v4 = |last| IpAddr::from([127, 0, 0, last]);
     let equal_ports = |from: IpAddr, to: IpAddr| {
