@@ -7,7 +7,7 @@ use std::{
     os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Duration,
+    time::Instant,
 };
 
 use jiff::Timestamp;
@@ -17,13 +17,15 @@ use selfconn_ebpf::state;
 use serde_json::{Value, json};
 use socket2::{SockFilter, Socket};
 
+use self::crowd::{COMM, Crowd, Holds};
 use crate::{
-    client::{connect_to_self, own_comm, socket, talk_to_self},
-    daemon::selfconn,
+    client::{connect_to_self, socket},
+    daemon::{DEADLINE, selfconn},
     net::Net,
     role::Role,
 };
 
+mod crowd;
 mod many;
 
 /// Both ways to read the kernel's table.
@@ -70,33 +72,27 @@ impl Scan {
     }
 }
 
-/// Closes at once, and leaves nothing behind.
-fn close_by_reset(socket: Socket) {
-    socket.set_linger(Some(Duration::ZERO)).unwrap();
-    drop(socket);
-}
-
 fn is_found(address: &str, shown: &str, family: &str) {
     let net = Net::private();
-    let (socket, port) = connect_to_self(address.parse().unwrap());
+    let client = Crowd::start(Holds::Selves(1, address.parse().unwrap()));
+    let pid = client.pid();
     for options in METHODS {
         let scan = Scan::run(options);
         assert_eq!(scan.code, Some(1), "{scan:?}");
         let row = scan.only(net);
-        let pid = std::process::id();
         for (field, expected) in [
             ("addr", json!(shown)),
-            ("port", json!(port)),
+            ("port", client.said["port"].clone()),
             ("family", json!(family)),
             ("state", json!("ESTABLISHED")),
             ("source", json!("scan")),
             ("owner", json!("holder")),
             ("pid", json!(pid)),
-            ("comm", json!(own_comm())),
+            ("comm", json!(COMM)),
             ("exe", json!(fs::read_link("/proc/self/exe").unwrap())),
             ("uid", json!(0)),
-            ("holders", json!([{"pid": pid, "comm": own_comm()}])),
-            ("cookie", if options.is_empty() { json!(socket.cookie().unwrap()) } else { Value::Null }),
+            ("holders", json!([{"pid": pid, "comm": COMM}])),
+            ("cookie", if options.is_empty() { client.said["cookie"].clone() } else { Value::Null }),
         ] {
             assert_eq!(row[field], expected, "{field} in {row}");
         }
@@ -106,7 +102,7 @@ fn is_found(address: &str, shown: &str, family: &str) {
         assert!(row["id"].as_str().unwrap().starts_with("scan-"), "{row}");
         assert_eq!(scan.complaints(), [""; 0]);
     }
-    close_by_reset(socket);
+    drop(client);
     assert_eq!(Scan::run(&[]).of_net(net), [&Value::Null; 0]);
 }
 
@@ -143,11 +139,11 @@ fn a_link_local_connection_is_found_with_its_interface() {
 fn what_time_wait_holds_is_found_with_its_time_and_nobody() {
     for address in ["127.0.0.1", "::1"] {
         let net = Net::private();
-        let port = talk_to_self(address.parse().unwrap());
+        let client = Crowd::start(Holds::TimeWait(address.parse().unwrap()));
         for options in METHODS {
             let scan = Scan::run(options);
             let row = scan.only(net);
-            assert_eq!((&row["state"], &row["port"]), (&json!("TIME_WAIT"), &json!(port)), "{row}");
+            assert_eq!((&row["state"], &row["port"]), (&json!("TIME_WAIT"), &client.said["port"]), "{row}");
             for unknown in ["pid", "comm", "owner", "uid", "exe"] {
                 assert_eq!(row[unknown], Value::Null, "{unknown} in {row}");
             }
@@ -205,19 +201,35 @@ fn what_only_looks_like_one_is_not_found() {
 #[test]
 fn a_socket_that_others_hold_names_its_holders() {
     let net = Net::private();
-    let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
-    let mut child = Role::start_with("hold", &socket);
-    child.says();
+    let parent = Crowd::start(Holds::Shared);
     let scan = Scan::run(&["--holders"]);
     let holders = scan.only(net)["holders"].as_array().unwrap();
     let pids: HashSet<_> = holders.iter().map(|holder| holder["pid"].as_u64().unwrap()).collect();
-    assert_eq!(pids, HashSet::from([child.pid().into(), std::process::id().into()]), "{holders:?}");
-    drop(socket);
-    let scan = Scan::run(&["--holders"]);
-    let row = scan.only(net);
-    assert_eq!(row["holders"], json!([{"pid": child.pid(), "comm": "a-child"}]));
-    assert_eq!((&row["pid"], &row["comm"]), (&json!(child.pid()), &json!("a-child")));
-    child.end();
+    assert_eq!(
+        pids,
+        HashSet::from([parent.pid().into(), parent.said["child"].as_u64().unwrap()]),
+        "{holders:?}"
+    );
+}
+
+#[test]
+fn a_socket_that_was_handed_down_names_who_has_it_now() {
+    let net = Net::private();
+    let mut parent = Role::start("connect and hand down");
+    let child: u32 = parent.says().parse().unwrap();
+    let until = Instant::now() + DEADLINE;
+    loop {
+        let scan = Scan::run(&["--holders"]);
+        let row = scan.only(net);
+        assert_eq!(row["pid"], child, "{row}");
+        // The child has the socket before it has its name.
+        if row["comm"] == "a-child" {
+            assert_eq!(row["holders"], json!([{"pid": child, "comm": "a-child"}]));
+            break;
+        }
+        assert!(Instant::now() < until, "{row}");
+    }
+    parent.end();
 }
 
 /// A namespace bound to a file, as `ip netns add` does it.
@@ -241,7 +253,7 @@ impl Drop for Mounted {
 fn a_namespace_that_is_mounted_and_has_no_process_is_visited_once() {
     let folder = tempfile::tempdir().unwrap();
     let left = Net::private();
-    let (socket, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    let (_socket, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
     let first = Mounted::own_namespace(&folder.path().join("a namespace"));
     let second = Mounted::own_namespace(&folder.path().join("the same"));
     Net::private();
@@ -252,7 +264,6 @@ fn a_namespace_that_is_mounted_and_has_no_process_is_visited_once() {
     assert_eq!(survey.found.iter().filter(|found| u64::from(found.netns) == left.inode).count(), 1);
     drop((first, second));
     assert_eq!(Scan::run(&[]).of_net(left).len(), 0, "nothing leads there any more");
-    close_by_reset(socket);
 }
 
 #[test]
