@@ -65,15 +65,18 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts it and waits until its hooks are live.
     pub(crate) fn start(variant: &Variant, options: &[&str]) -> Self {
-        let mut child = Command::new(selfconn())
-            .args(["run", "--json"])
-            .args(&variant.0)
-            .args(options)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        Self::start_by(variant, options, |command| command.spawn().unwrap())
+    }
+
+    /// Likewise; `spawn` says where the process begins.
+    pub(crate) fn start_by(
+        variant: &Variant,
+        options: &[&str],
+        spawn: impl FnOnce(&mut Command) -> Child,
+    ) -> Self {
+        let mut command = Command::new(selfconn());
+        command.args(["run", "--json"]).args(&variant.0).args(options);
+        let mut child = spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()));
         let stdout = BufReader::new(child.stdout.take().unwrap());
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let (send, lines) = channel();

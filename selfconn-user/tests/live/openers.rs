@@ -7,17 +7,20 @@ use std::{
     time::Duration,
 };
 
+use aya::maps::{HashMap, Map, MapData};
 use selfconn::kernel::{
     attach::Wanted,
     host::Host,
     tracer::{Options, Tracer},
 };
+use selfconn_ebpf::{Dial, names};
 use socket2::SockRef;
 
 use crate::{
     client::{connect_to_self, dial_until_self},
     daemon::{Daemon, Variant, of, scaled},
     net::Net,
+    role::Role,
 };
 
 fn with_tracer(work: impl FnOnce(&mut Tracer)) {
@@ -137,4 +140,53 @@ fn a_full_table_names_nobody_and_says_so() {
     daemon.expect(3, of("closed", net.inode));
     let (_, stderr) = daemon.stop();
     assert!(stderr.contains("kernel: the table of dials is full"), "{stderr}");
+}
+
+/// The table of dials of a running daemon.
+fn dials_of(daemon: &Daemon) -> HashMap<MapData, u64, [u8; size_of::<Dial>()]> {
+    let descriptors = std::fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid())).unwrap();
+    let map_id =
+        |text: String| text.lines().find_map(|line| line.strip_prefix("map_id:")?.trim().parse().ok());
+    let ids = descriptors.filter_map(|entry| map_id(std::fs::read_to_string(entry.unwrap().path()).ok()?));
+    let of_dials = |id: u32| {
+        let map = MapData::from_id(id).unwrap();
+        (map.info().unwrap().name_as_str() == Some(names::DIALS)).then_some(map)
+    };
+    let map = ids.into_iter().find_map(of_dials).expect("the daemon has the map open");
+    HashMap::try_from(Map::HashMap(map)).unwrap()
+}
+
+#[test]
+fn an_entry_whose_socket_is_gone_is_swept_and_one_whose_socket_lives_stays() {
+    let net = Net::private();
+    // A reading finds namespaces by their processes, and this one is a thread's.
+    let mut inhabitant = Role::start("wait");
+    inhabitant.says();
+    let mut daemon = Daemon::start(&Variant(vec![]), &["--reconcile", "1", "-vv"]);
+    let (socket, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    daemon.expect(1, of("established", net.inode));
+    let mut dials = dials_of(&daemon);
+    let of_port = |dials: &HashMap<_, u64, [u8; size_of::<Dial>()]>, port: u16| {
+        // SAFETY: the programs wrote a Dial there, of integers and byte arrays.
+        let dial = |bytes: [u8; size_of::<Dial>()]| unsafe { std::mem::transmute::<_, Dial>(bytes) };
+        let entries = dials.iter().map(Result::unwrap).map(|(sock, bytes)| (sock, dial(bytes)));
+        let is_it =
+            |(_, dial): &(u64, Dial)| u64::from(dial.tuple.netns) == net.inode && dial.tuple.dport == port;
+        entries.into_iter().find(is_it)
+    };
+    let (sock, lives) = of_port(&dials, port).expect("it is remembered");
+    // As if both witnesses had lost the end of a dial: the address is of no socket.
+    let mut stale = lives;
+    stale.tuple.dport = port ^ 1;
+    // SAFETY: integers and byte arrays without padding.
+    let bytes = unsafe { std::mem::transmute::<Dial, [u8; size_of::<Dial>()]>(stale) };
+    dials.insert(sock ^ 1, bytes, 0).unwrap();
+    assert!(of_port(&dials, port ^ 1).is_some());
+    daemon.while_reading(2, || thread::sleep(Duration::from_millis(20)));
+    assert!(of_port(&dials, port ^ 1).is_none(), "it is swept");
+    assert_eq!(of_port(&dials, port), Some((sock, lives)), "it stays");
+    drop(socket);
+    daemon.expect(1, of("closed", net.inode));
+    daemon.stop();
+    inhabitant.end();
 }

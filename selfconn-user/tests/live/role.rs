@@ -5,7 +5,7 @@ use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
     net::Ipv4Addr,
     os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
         unix::process::CommandExt as _,
     },
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
@@ -98,6 +98,29 @@ fn wait_for_the_end() {
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
 }
 
+/// Passes a socket to whoever has the other end of a unix socket.
+pub(crate) fn pass(socket: &Socket, through: &Socket) {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut rights = SendAncillaryBuffer::new(&mut space);
+    let descriptors = [socket.as_fd()];
+    assert!(rights.push(SendAncillaryMessage::ScmRights(&descriptors)));
+    // A descriptor can't travel without a byte.
+    sendmsg(through, &[std::io::IoSlice::new(b"s")], &mut rights, SendFlags::empty()).unwrap();
+}
+
+fn receive(from: &OwnedFd) -> OwnedFd {
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut rights = RecvAncillaryBuffer::new(&mut space);
+    recvmsg(from, &mut [std::io::IoSliceMut::new(&mut [0])], &mut rights, RecvFlags::CMSG_CLOEXEC).unwrap();
+    let mut received = rights.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    received.next().expect("a descriptor came along")
+}
+
 fn name_this_process(name: &str) {
     std::fs::write("/proc/self/comm", name).unwrap();
 }
@@ -144,6 +167,14 @@ fn in_a_role() {
             // SAFETY: whoever starts this role gives it this descriptor, and nothing else here uses it.
             let _held = unsafe { OwnedFd::from_raw_fd(HANDED) };
             say("held");
+            wait_for_the_end();
+        }
+        "receive and hold" => {
+            name_this_process("a-receiver");
+            // SAFETY: whoever starts this role gives it this descriptor, and nothing else here uses it.
+            let from = unsafe { OwnedFd::from_raw_fd(HANDED) };
+            let _held = receive(&from);
+            say("received");
             wait_for_the_end();
         }
         "wait" => {

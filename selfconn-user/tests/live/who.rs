@@ -3,6 +3,7 @@
 use std::{
     net::{Ipv4Addr, SocketAddr},
     os::fd::AsRawFd as _,
+    process::{Child, Command, Stdio},
 };
 
 use serde_json::Value;
@@ -12,7 +13,7 @@ use crate::{
     client::{self, connect_to_self, own_comm},
     daemon::{Daemon, Variant, of, variants},
     net::Net,
-    role::Role,
+    role::{self, Role},
 };
 
 fn established(daemon: &mut Daemon, net: Net) -> Value {
@@ -114,6 +115,88 @@ fn a_socket_handed_down_is_opened_by_the_parent_and_closed_by_the_child() {
         assert_eq!(closed["closer"]["comm"], "a-child", "{variant:?}: {closed}");
         daemon.stop();
     }
+}
+
+#[test]
+fn a_socket_passed_to_a_stranger_is_opened_held_and_closed_by_who_did_it() {
+    let net = Net::private();
+    // A reading finds namespaces by their processes, and this one is a thread's.
+    let mut inhabitant = Role::start("wait");
+    inhabitant.says();
+    let mut daemon = Daemon::start(&Variant(vec![]), &["--reconcile", "1", "-vv"]);
+    let (ours, theirs) = Socket::pair(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+    let mut receiver = Role::start_with("receive and hold", &theirs);
+    let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    let opened = established(&mut daemon, net);
+    role::pass(&socket, &ours);
+    assert_eq!(receiver.says(), "received");
+    drop(socket);
+    // One reading may be under way; the second began after this.
+    daemon.while_reading(2, || std::thread::sleep(std::time::Duration::from_millis(20)));
+    let pid = receiver.pid();
+    receiver.end();
+    let closed = closed(&mut daemon, net);
+    for event in [&opened, &closed] {
+        assert_eq!(event["pid"], std::process::id(), "the opener stays who it was: {event}");
+        assert_eq!(event["comm"], own_comm(), "{event}");
+    }
+    assert_eq!(closed["holders"], serde_json::json!([{ "pid": pid, "comm": "a-receiver" }]), "{closed}");
+    assert_eq!(closed["closer"], serde_json::json!({ "pid": pid, "comm": "a-receiver" }), "{closed}");
+    daemon.stop();
+    inhabitant.end();
+}
+
+/// Starts a process as the first of a new pid namespace.
+fn in_its_own_pid_namespace(command: &mut Command) -> Child {
+    // A thread that has done this can't start threads any more.
+    let spawn = || {
+        // SAFETY: it takes no descriptor away from anybody.
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWPID) }.unwrap();
+        command.spawn().unwrap()
+    };
+    std::thread::scope(|scope| scope.spawn(spawn).join().unwrap())
+}
+
+fn says_that_it_is_outside(limits: &Value) -> bool {
+    limits.to_string().contains("not in the initial pid namespace")
+}
+
+#[test]
+fn outside_the_initial_pid_namespace_nothing_is_looked_up_and_that_is_said() {
+    let net = Net::private();
+    for is_outside in [true, false] {
+        let spawn = |command: &mut Command| match is_outside {
+            true => in_its_own_pid_namespace(command),
+            false => command.spawn().unwrap(),
+        };
+        let mut daemon = Daemon::start_by(&Variant(vec![]), &[], spawn);
+        let mut client = Role::start("connect");
+        client.says();
+        established(&mut daemon, net);
+        let pid = client.pid();
+        client.end();
+        closed(&mut daemon, net);
+        let (events, _) = daemon.stop();
+        let started = events.iter().find(|event| event["event"] == "started").unwrap();
+        assert_eq!(says_that_it_is_outside(&started["limits"]), is_outside, "{started}");
+        for event in events.iter().filter(|event| event["netns"] == net.inode) {
+            // What the kernel saw is right from everywhere.
+            assert_eq!((&event["pid"], &event["comm"]), (&pid.into(), &"a-client".into()), "{event}");
+            for fact in ["exe", "cmdline", "cgroup", "unit", "container", "holders"] {
+                assert!(!is_outside || event[fact].is_null(), "{fact} in {event}");
+            }
+            assert_eq!(event["exe"].is_null(), is_outside, "{event}");
+        }
+    }
+}
+
+#[test]
+fn doctor_outside_the_initial_pid_namespace_says_so() {
+    let mut doctor = Command::new(crate::daemon::selfconn());
+    let doctor = in_its_own_pid_namespace(doctor.args(["doctor", "--json"]).stdout(Stdio::piped()));
+    let output = doctor.wait_with_output().unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(says_that_it_is_outside(&report["limits"]), "{report}");
 }
 
 #[test]
