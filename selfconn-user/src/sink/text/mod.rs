@@ -1,185 +1,181 @@
 //! Events as people read them: one line each, and nothing in it that moves a cursor or turns text around.
+//!
+//! A line is made of an event's JSON object, and of nothing else: so an event of this run, one that is read back from a
+//! log, and one that a newer version wrote take the same path, and what `run` shows is what `tail` shows.
+//!
+//! A kind of event is a file here: its [`Kind`], and one line in [`KINDS`].
 
-use std::{fmt::Write as _, time::Duration};
+use std::fmt::Write as _;
 
-use jiff::Timestamp;
+use serde_json::{Map, Value};
 
-use crate::event::{Ended, Event, Losses, Lost, Moved, Started, Stopped, Subject, What};
+use crate::event::Event;
 
-/// Appends an event as a line for people; `started` may take several.
+mod closed;
+mod escape;
+mod established;
+mod lost;
+mod newer;
+mod record;
+mod started;
+mod state;
+mod stopped;
+mod subject;
+mod units;
+
+pub use escape::escape;
+pub use record::{Record, parse, reread};
+pub use units::duration;
+
+/// How a kind of event is told to people.
+#[derive(Debug)]
+pub struct Kind {
+    /// Its name in `event`.
+    pub event: &'static str,
+    /// What stands before the sentence, 12 characters at most; capitals for what somebody should look at.
+    pub word: &'static str,
+    /// How much it matters.
+    pub severity: Severity,
+    /// The rest of the line. It must escape what a process chose, and say nothing of a field that isn't there.
+    pub sentence: fn(Record<'_>, &mut String) -> std::fmt::Result,
+    /// Further lines, where there is room for them: each begins with a line break and four spaces.
+    pub details: Option<fn(Record<'_>, &mut String) -> std::fmt::Result>,
+}
+
+/// By the numbers of syslog.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// Something is broken, or was lost.
+    Error = 3,
+    /// Somebody should look at it.
+    Warning = 4,
+    /// Normal, and worth a line.
+    Notice = 5,
+    /// Normal.
+    Info = 6,
+}
+
+/// Every kind that this version knows.
+pub const KINDS: [&Kind; 6] =
+    [&started::KIND, &established::KIND, &state::KIND, &closed::KIND, &lost::KIND, &stopped::KIND];
+
+/// How an event of this name is told; one that only a newer version knows is told by its fields.
+#[must_use]
+pub fn kind_of(record: Record<'_>) -> &'static Kind {
+    KINDS.into_iter().find(|kind| kind.event == record.event()).unwrap_or(&newer::KIND)
+}
+
+/// Appends an event as a line for people, with its details.
 pub fn line(event: &Event, out: &mut Vec<u8>) {
+    let fields: Map<String, Value> = reread(event);
+    let record = Record::new(&fields);
     let mut text = String::with_capacity(160);
-    let written = render(event, &mut text);
+    let written = render(record, &mut text);
     debug_assert!(written.is_ok(), "writing to a String does not fail");
     out.extend_from_slice(text.as_bytes());
     out.push(b'\n');
 }
 
-fn render(event: &Event, out: &mut String) -> std::fmt::Result {
-    write!(out, "{}  ", clock(event.time))?;
-    match &event.what {
-        What::Started(started) => render_started(started, out),
-        What::Established(subject) => {
-            write!(out, "ESTABLISHED  ")?;
-            render_subject(subject, out)?;
-            write!(out, " is connected to itself")?;
-            match subject.cause {
-                Some("ephemeral") => write!(out, "; connect() chose its port")?,
-                Some(_) => write!(out, "; it had bound its port")?,
-                None => {}
-            }
-            match (subject.isn, subject.peer_isn) {
-                (Some(isn), Some(peer)) if isn == peer => write!(out, "; one ISN, {isn}")?,
-                (Some(isn), Some(peer)) => write!(out, "; ISNs {isn} and {peer}")?,
-                _ => {}
-            }
-            Ok(())
-        }
-        What::State(moved) => {
-            let Moved { subject, from, to } = &**moved;
-            write!(out, "state        ")?;
-            render_subject(subject, out)?;
-            write!(out, " {from} -> {to}")
-        }
-        What::Closed(ended) => render_closed(ended, out),
-        What::Lost(Lost { r#where, count }) => {
-            write!(out, "LOST         {count} ({where})", r#where = r#where)
-        }
-        What::Stopped(stopped) => render_stopped(stopped, out),
+fn render(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+    let kind = kind_of(record);
+    if let Some(time) = record.time() {
+        write!(out, "{}  ", units::clock(time))?;
     }
-}
-
-fn render_started(started: &Started, out: &mut String) -> std::fmt::Result {
-    write!(
-        out,
-        "started      selfconn {} [{}] on kernel {}",
-        started.version,
-        started.pid,
-        escape(&started.kernel)
-    )?;
-    for statuses in started.hooks.chunk_by(|one, next| one.hook == next.hook) {
-        let live: Vec<_> = statuses.iter().filter_map(|status| status.method).collect();
-        let how = if live.is_empty() {
-            "not attached".to_owned()
-        } else {
-            format!("live by {}", live.join(" and "))
-        };
-        write!(out, "\n    {}: {how}", statuses[0].hook)?;
-        for refused in statuses.iter().flat_map(|status| &status.refused) {
-            write!(out, "\n        {} {}", refused.method, escape(&refused.why))?;
-        }
-    }
-    for limit in &started.limits {
-        write!(out, "\n    limit: {}", escape(limit))?;
-    }
-    Ok(())
-}
-
-fn render_closed(ended: &Ended, out: &mut String) -> std::fmt::Result {
-    write!(out, "closed       ")?;
-    render_subject(&ended.subject, out)?;
-    match ended.duration_ns {
-        Some(ns) => write!(out, " after {}", duration(ns))?,
-        None => write!(out, " after an unknown time")?,
-    }
-    if let (Some(sent), Some(received)) = (ended.bytes_sent, ended.bytes_received) {
-        write!(out, ", {sent} B sent, {received} B received")?;
-    }
-    match ended.how {
-        Some("fin") => write!(out, ", in order")?,
-        Some("rst") => write!(out, ", by a reset")?,
-        Some(how) => write!(out, ", {how}")?,
-        None => {}
-    }
-    match ended.port_blocked_until {
-        Some(until) => write!(out, "; TIME_WAIT holds the port until {}", clock(until)),
-        None => Ok(()),
-    }
-}
-
-fn render_stopped(stopped: &Stopped, out: &mut String) -> std::fmt::Result {
-    write!(out, "stopped      {} events", stopped.made)?;
-    if let Some(written) = stopped.written {
-        write!(out, ", {written} in the log")?;
-    }
-    let Losses { ring, missed, log } = stopped.lost;
-    write!(out, ", lost {ring} transitions and {log} events, missed {missed}; {} still open", stopped.open)
-}
-
-fn render_subject(subject: &Subject, out: &mut String) -> std::fmt::Result {
-    let Subject { addr, port, .. } = subject;
-    let (open, close) = if addr.contains(':') { ("[", "]") } else { ("", "") };
-    write!(out, "{open}{addr}{close}:{port} ")?;
-    match (&subject.comm, subject.pid) {
-        (Some(comm), Some(pid)) => write!(out, "{}[{pid}]", escape(comm)),
-        (None, Some(pid)) => write!(out, "[{pid}]"),
-        _ => write!(out, "an unknown process"),
-    }
-}
-
-/// Seconds of UTC; the date is in the JSON.
-fn clock(time: Timestamp) -> String {
-    jiff::tz::TimeZone::UTC.to_datetime(time).strftime("%H:%M:%S.%6fZ").to_string()
-}
-
-/// A length of time in the two units that matter.
-#[must_use]
-pub fn duration(ns: u64) -> String {
-    let seconds = ns / 1_000_000_000;
-    match seconds {
-        0..60 => format!("{:.1?}", Duration::from_nanos(ns)),
-        60..3_600 => format!("{}m{}s", seconds / 60, seconds % 60),
-        3_600..86_400 => format!("{}h{}m", seconds / 3_600, seconds / 60 % 60),
-        _ => format!("{}d{}h", seconds / 86_400, seconds / 3_600 % 24),
-    }
-}
-
-/// Makes control and format characters visible, and a backslash unambiguous.
-#[must_use]
-pub fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '"' | '\'' => out.push(c),
-            _ => out.extend(c.escape_debug()),
-        }
-    }
-    out
+    write!(out, "{:<12} ", kind.word)?;
+    (kind.sentence)(record, out)?;
+    kind.details.map_or(Ok(()), |details| details(record, out))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// The line, less the time.
+    fn told(json: &str) -> String {
+        let fields = parse(json.as_bytes()).unwrap();
+        let mut text = String::new();
+        render(Record::new(&fields), &mut text).unwrap();
+        text
+    }
+
     #[test]
-    fn nothing_that_moves_the_cursor_or_turns_text_reaches_a_terminal() {
-        for (raw, safe) in [
-            ("nginx", "nginx"),
-            ("a b", "a b"),
-            ("\n{\"event\":\"fake\"}", "\\n{\"event\":\"fake\"}"),
-            ("\u{1b}[31mred", "\\u{1b}[31mred"),
-            ("\u{202e}txt.exe", "\\u{202e}txt.exe"),
-            ("\u{200b}", "\\u{200b}"),
-            ("\u{feff}", "\\u{feff}"),
-            ("\u{9b}31m", "\\u{9b}31m"),
-            ("back\\slash", "back\\\\slash"),
-            ("größe 大", "größe 大"),
+    fn a_line_says_what_is_known_and_nothing_of_what_is_not() {
+        for (json, line) in [
+            (
+                r#"{"time":"2026-11-22T23:09:58.5793Z","event":"established","addr":"127.0.0.1","port":38160,
+                    "comm":"nginx","pid":7,"cause":"ephemeral","isn":5,"peer_isn":5}"#,
+                "23:09:58.579300Z  ESTABLISHED  127.0.0.1:38160 nginx[7] is connected to itself; connect() \
+                 chose its port; one ISN, 5",
+            ),
+            (
+                r#"{"event":"established","addr":"::1","port":80,"comm":null,"pid":null,"cause":null}"#,
+                "ESTABLISHED  [::1]:80 an unknown process is connected to itself",
+            ),
+            (
+                r#"{"event":"established","addr":"127.0.0.1","port":80,"pid":7,"cause":"bound","isn":1,"peer_isn":2}"#,
+                "ESTABLISHED  127.0.0.1:80 [7] is connected to itself; it had bound its port; ISNs 1 and 2",
+            ),
+            (
+                r#"{"event":"state","addr":"127.0.0.1","port":80,"pid":7,"from":"SYN_SENT","to":"SYN_RECV"}"#,
+                "state        127.0.0.1:80 [7] SYN_SENT -> SYN_RECV",
+            ),
+            (
+                r#"{"event":"closed","addr":"127.0.0.1","port":80,"pid":7,"duration_ns":5000000,"bytes_sent":24,
+                    "bytes_received":24,"how":"fin","port_blocked_until":"2026-11-22T23:10:58.584252Z"}"#,
+                "closed       127.0.0.1:80 [7] after 5.0ms, 24 B sent, 24 B received, in order; TIME_WAIT holds \
+                 the port until 23:10:58.584252Z",
+            ),
+            (
+                r#"{"event":"closed","addr":"127.0.0.1","port":80,"pid":7,"duration_ns":null,"how":"rst"}"#,
+                "closed       127.0.0.1:80 [7] after an unknown time, by a reset",
+            ),
+            (r#"{"event":"lost","where":"ring","count":7}"#, "LOST         7 (ring)"),
+            (
+                r#"{"event":"stopped","made":9,"written":8,"lost":{"ring":1,"missed":2,"log":3},"open":4}"#,
+                "stopped      9 events, 8 in the log, lost: log 3, missed 2, ring 1; 4 still open",
+            ),
+            (
+                r#"{"event":"stopped","made":9,"written":null,"lost":{"ring":0,"missed":0},"open":0}"#,
+                "stopped      9 events, nothing lost; 0 still open",
+            ),
+            (
+                r#"{"event":"started","version":"0.1.0","pid":7,"kernel":"6.1\u001b","hooks":[{"hook":"h","method":
+                    "tp_btf","refused":[]},{"hook":"h","method":"perf","refused":[]},{"hook":"g","method":null,
+                    "refused":[{"method":"fentry","why":"refused"}]}],"limits":["one"]}"#,
+                "started      selfconn 0.1.0 [7] on kernel 6.1\\u{1b}\n    h: live by tp_btf and perf\n    g: not \
+                 attached\n        fentry refused\n    limit: one",
+            ),
         ] {
-            assert_eq!(escape(raw), safe);
+            assert_eq!(told(json), line);
         }
     }
 
     #[test]
-    fn durations_have_the_units_that_matter() {
-        for (ns, text) in [
-            (1_500, "1.5µs"),
-            (2_000_000, "2.0ms"),
-            (1_200_000_000, "1.2s"),
-            (61_000_000_000, "1m1s"),
-            (11_520_000_000_000, "3h12m"),
-            (90_000_000_000_000, "1d1h"),
-        ] {
-            assert_eq!(duration(ns), text);
-        }
+    fn what_a_newer_version_tells_is_shown_by_its_fields() {
+        assert_eq!(
+            told(
+                r#"{"event":"moved\u001b","addr":"127.0.0.1","port":80,"comm":"x\n","pid":7,"by":2,"to":{"a":"\u202e"},
+                    "on":["b",true],"off":null}"#
+            ),
+            "?            moved\\u{1b} 127.0.0.1:80 x\\n[7] by=2 on=[\"b\",true] to={\"a\":\"\\u{202e}\"}"
+        );
+        assert_eq!(told(r#"{"some":"object"}"#), "?            some=object");
+    }
+
+    #[test]
+    fn every_event_of_the_documents_has_a_kind() {
+        let documents = include_str!("../../../../docs/events.md");
+        let table = documents.split("| `event` | when |").nth(1).unwrap();
+        let rows = table.lines().skip(2).take_while(|row| row.starts_with("| ["));
+        let told: Vec<_> = rows.filter_map(|row| row.split('`').nth(1)).collect();
+        assert_eq!(KINDS.map(|kind| kind.event)[..], told[..]);
+    }
+
+    #[test]
+    fn a_field_of_an_unexpected_type_is_not_known() {
+        assert_eq!(
+            told(r#"{"time":7,"event":"lost","where":["ring"],"count":"many"}"#),
+            "LOST         an unknown number (somewhere)"
+        );
     }
 }

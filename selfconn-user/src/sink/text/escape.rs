@@ -1,0 +1,37 @@
+//! Text that somebody else chose, made harmless for a terminal.
+
+/// Makes control and format characters visible, and a backslash unambiguous.
+#[must_use]
+pub fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '"' | '\'' => out.push(c),
+            _ => out.extend(c.escape_debug()),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_moves_the_cursor_or_turns_text_reaches_a_terminal() {
+        for (raw, safe) in [
+            ("nginx", "nginx"),
+            ("a b", "a b"),
+            ("\n{\"event\":\"fake\"}", "\\n{\"event\":\"fake\"}"),
+            ("\u{1b}[31mred", "\\u{1b}[31mred"),
+            ("\u{202e}txt.exe", "\\u{202e}txt.exe"),
+            ("\u{200b}", "\\u{200b}"),
+            ("\u{feff}", "\\u{feff}"),
+            ("\u{9b}31m", "\\u{9b}31m"),
+            ("back\\slash", "back\\\\slash"),
+            ("größe 大", "größe 大"),
+        ] {
+            assert_eq!(escape(raw), safe);
+        }
+    }
+}

@@ -1,0 +1,27 @@
+//! `stopped`: the account of the run.
+
+use std::fmt::Write as _;
+
+use super::{Kind, Record, Severity, escape};
+
+pub(super) const KIND: Kind =
+    Kind { event: "stopped", word: "stopped", severity: Severity::Notice, sentence, details: None };
+
+fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+    write!(out, "{} events", record.number("made").unwrap_or(0))?;
+    if let Some(written) = record.number("written") {
+        write!(out, ", {written} in the log")?;
+    }
+    let losses: Vec<_> = record
+        .object("lost")
+        .into_iter()
+        .flat_map(Record::fields)
+        .filter_map(|(place, count)| Some((place, count.as_u64().filter(|count| *count > 0)?)))
+        .map(|(place, count)| format!("{} {count}", escape(place)))
+        .collect();
+    match &losses[..] {
+        [] => write!(out, ", nothing lost")?,
+        losses => write!(out, ", lost: {}", losses.join(", "))?,
+    }
+    write!(out, "; {} still open", record.number("open").unwrap_or(0))
+}

@@ -1,0 +1,42 @@
+//! Times and lengths of time, as people read them.
+
+use std::time::Duration;
+
+use jiff::{Timestamp, tz::TimeZone};
+
+/// Seconds of UTC; the date is in the JSON.
+#[must_use]
+pub(crate) fn clock(time: Timestamp) -> String {
+    TimeZone::UTC.to_datetime(time).strftime("%H:%M:%S.%6fZ").to_string()
+}
+
+/// A length of time in the two units that matter.
+#[must_use]
+pub fn duration(ns: u64) -> String {
+    let seconds = ns / 1_000_000_000;
+    match seconds {
+        0..60 => format!("{:.1?}", Duration::from_nanos(ns)),
+        60..3_600 => format!("{}m{}s", seconds / 60, seconds % 60),
+        3_600..86_400 => format!("{}h{}m", seconds / 3_600, seconds / 60 % 60),
+        _ => format!("{}d{}h", seconds / 86_400, seconds / 3_600 % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_have_the_units_that_matter() {
+        for (ns, text) in [
+            (1_500, "1.5µs"),
+            (2_000_000, "2.0ms"),
+            (1_200_000_000, "1.2s"),
+            (61_000_000_000, "1m1s"),
+            (11_520_000_000_000, "3h12m"),
+            (90_000_000_000_000, "1d1h"),
+        ] {
+            assert_eq!(duration(ns), text);
+        }
+    }
+}
