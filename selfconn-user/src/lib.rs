@@ -9,6 +9,7 @@ pub mod event;
 pub mod kernel;
 pub mod logger;
 pub mod ports;
+pub mod privileges;
 pub mod process;
 pub mod sink;
 pub mod sockets;

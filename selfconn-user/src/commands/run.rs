@@ -13,6 +13,7 @@ use crate::{
         tracer::{Options, Tracer},
     },
     logger,
+    privileges::{self, Plan},
     sink::{Format, Sinks, file::LogFile},
 };
 
@@ -157,9 +158,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             log: args.verbose > 1,
         };
         let tracer = Tracer::start(&host, options)?;
+        // Attached; and no other thread may have been started yet.
+        let plan = Plan { log: args.log.as_deref(), destroys: false };
+        let kept = privileges::drop_after_attach(plan, || tracer.counters().is_ok())?;
         let sinks = Sinks::new(args.format(), log);
         let pace = Duration::from_secs(args.reconcile);
         let daemon = Daemon::new(&host, tracer, sinks, args.states, pace)?;
+        kept.narrow().context("cannot give up capabilities")?;
         drop(host);
         match daemon.watch().await {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),

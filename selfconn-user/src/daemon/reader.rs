@@ -14,6 +14,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::{
     connection::{Connection, Listed, Place},
+    privileges,
     process::Holder,
     sockets::{self, Survey},
 };
@@ -35,6 +36,9 @@ impl Reader {
         let (questions, asked) = mpsc::channel();
         let (answer, answers) = unbounded_channel();
         thread::Builder::new().name("reader".to_owned()).spawn(move || {
+            if let Err(error) = privileges::keep(privileges::READER) {
+                log::error!("the thread that reads the socket table keeps too many privileges: {error}");
+            }
             // Ends when the daemon hangs up.
             while asked.recv().is_ok() && answer.send(read()).is_ok() {}
         })?;

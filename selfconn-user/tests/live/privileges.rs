@@ -1,0 +1,197 @@
+//! What the daemon may still do once its hooks are live, as the kernel has it for each of its threads.
+
+use std::{
+    fs, io,
+    net::Ipv4Addr,
+    os::unix::{fs::chown, process::CommandExt as _},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, configure_capability_in_ambient_set, set_capabilities,
+    set_keep_capabilities,
+};
+
+use crate::{
+    client::talk_to_self,
+    daemon::{DEADLINE, Daemon, Variant, of, selfconn, variants},
+    net::Net,
+};
+
+/// What `/proc/PID/task/TID/status` says.
+#[derive(Debug)]
+struct Thread {
+    name: String,
+    effective: CapabilitySet,
+    permitted: CapabilitySet,
+    inheritable: CapabilitySet,
+    ambient: CapabilitySet,
+    bounding: CapabilitySet,
+    no_new_privs: bool,
+}
+
+fn threads(pid: u32) -> Vec<Thread> {
+    let of_one = |task: io::Result<fs::DirEntry>| {
+        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+            line.trim_start_matches(':').trim().to_owned()
+        };
+        let set = |name| CapabilitySet::from_bits_retain(u64::from_str_radix(&field(name), 16).unwrap());
+        Thread {
+            name: field("Name"),
+            effective: set("CapEff"),
+            permitted: set("CapPrm"),
+            inheritable: set("CapInh"),
+            ambient: set("CapAmb"),
+            bounding: set("CapBnd"),
+            no_new_privs: field("NoNewPrivs") == "1",
+        }
+    };
+    fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(of_one).collect()
+}
+
+/// Waits until the daemon has given up what it does, which is right after `started`; then its threads.
+fn settled(pid: u32) -> Vec<Thread> {
+    let until = Instant::now() + DEADLINE;
+    loop {
+        let threads = threads(pid);
+        let is_narrow = |thread: &Thread| match thread.name.as_str() {
+            "reader" => !thread.permitted.contains(CapabilitySet::DAC_OVERRIDE),
+            _ => !thread.permitted.contains(CapabilitySet::SYS_ADMIN),
+        };
+        if threads.len() > 1 && threads.iter().all(is_narrow) {
+            return threads;
+        }
+        assert!(Instant::now() < until, "{threads:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// What the reader's thread may keep, and what any other.
+fn expected(name: &str) -> CapabilitySet {
+    match name {
+        "reader" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE | CapabilitySet::DAC_READ_SEARCH,
+        _ => CapabilitySet::SYS_PTRACE,
+    }
+}
+
+#[test]
+fn no_thread_keeps_what_only_attaching_takes() {
+    let net = Net::private();
+    let had = capabilities(None).unwrap().permitted;
+    assert!(had.contains(CapabilitySet::BPF | CapabilitySet::PERFMON), "{had:?}");
+    for variant in variants() {
+        let mut daemon = Daemon::start(&variant, &["-v"]);
+        let threads = settled(daemon.pid());
+        // And yet it sees, and knows who it was.
+        let port = talk_to_self(Ipv4Addr::LOCALHOST.into());
+        let closed = daemon.expect(1, of("closed", net.inode)).remove(0);
+        assert_eq!(closed["port"], port, "{closed}");
+        assert_eq!(closed["exe"], std::env::current_exe().unwrap().to_str().unwrap(), "{closed}");
+        let (_, said) = daemon.stop();
+        // Kernels that let nobody else read the programs' counters are said to be such.
+        let keeps_bpf = said.contains("CAP_BPF is kept");
+        for thread in threads {
+            let mut keeps = expected(&thread.name) & had;
+            if keeps_bpf && thread.name != "reader" {
+                keeps |= CapabilitySet::BPF;
+            }
+            assert_eq!(thread.permitted, keeps, "{variant:?}: {thread:?}");
+            assert_eq!(thread.effective, keeps, "{variant:?}: {thread:?}");
+            for given_up in [thread.inheritable, thread.ambient, thread.bounding] {
+                assert!(given_up.is_empty(), "{variant:?}: {thread:?}");
+            }
+            assert!(thread.no_new_privs, "{thread:?}");
+        }
+    }
+}
+
+#[test]
+fn the_counters_can_be_read_after_that() {
+    let net = Net::private();
+    let mut daemon = Daemon::start(&Variant(vec![]), &["--ring-size", "4K"]);
+    settled(daemon.pid());
+    // One page holds some twenty records.
+    daemon.signal(rustix::process::Signal::STOP);
+    for _ in 0..50 {
+        talk_to_self(Ipv4Addr::LOCALHOST.into());
+    }
+    daemon.signal(rustix::process::Signal::CONT);
+    daemon.expect(1, of("established", net.inode));
+    let lost = daemon.expect(1, |event| event["event"] == "lost" && event["where"] == "ring").remove(0);
+    assert!(lost["count"].as_u64().unwrap() > 0, "{lost}");
+    let (_, said) = daemon.stop();
+    assert!(!said.contains("can't be read"), "{said}");
+}
+
+#[test]
+fn overriding_permissions_is_kept_only_for_a_log_that_needs_it() {
+    let _net = Net::private();
+    if !capabilities(None).unwrap().permitted.contains(CapabilitySet::DAC_OVERRIDE) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for (owner, keeps) in [(0, CapabilitySet::empty()), (65_534, CapabilitySet::DAC_OVERRIDE)] {
+        chown(dir.path(), Some(owner), None).unwrap();
+        let log = dir.path().join("events.jsonl");
+        let daemon = Daemon::start(&Variant(vec![]), &["--log", log.to_str().unwrap()]);
+        let threads = settled(daemon.pid());
+        let own = threads.iter().find(|thread| thread.name != "reader").unwrap();
+        assert_eq!(own.permitted & CapabilitySet::DAC_OVERRIDE, keeps, "owner {owner}: {own:?}");
+        daemon.stop();
+    }
+}
+
+#[test]
+fn a_user_with_two_capabilities_is_left_with_none() {
+    const NOBODY: u32 = 65_534;
+    let _net = Net::private();
+    // Where that user can run it.
+    let dir = tempfile::tempdir().unwrap();
+    chown(dir.path(), Some(NOBODY), None).unwrap();
+    let program = dir.path().join("selfconn");
+    fs::copy(selfconn(), &program).unwrap();
+    let options = ["--hooks", "tracepoint", "-v"];
+    let mut daemon = Daemon::start_by(&Variant(vec![]), &options, |command| {
+        let mut as_nobody = Command::new(&program);
+        as_nobody.args(command.get_args()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // SAFETY: system calls only, and none that allocates.
+        unsafe { as_nobody.pre_exec(|| become_user(NOBODY)) };
+        as_nobody.spawn().unwrap()
+    });
+    let (mut seen, pid) = (Vec::new(), daemon.pid());
+    let until = Instant::now() + DEADLINE;
+    while Instant::now() < until {
+        seen = threads(pid);
+        if seen.len() > 1 && seen.iter().all(|thread| !thread.permitted.contains(CapabilitySet::PERFMON)) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(daemon.expect(1, |event| event["event"] == "started").len() == 1);
+    let (_, said) = daemon.stop();
+    let keeps = if said.contains("CAP_BPF is kept") { CapabilitySet::BPF } else { CapabilitySet::empty() };
+    for thread in seen {
+        assert!(
+            (thread.permitted | thread.effective | thread.ambient).difference(keeps).is_empty(),
+            "{thread:?}"
+        );
+        assert!(thread.no_new_privs, "{thread:?}");
+    }
+}
+
+/// Becomes a user that has CAP_BPF and CAP_PERFMON, as a service manager's `AmbientCapabilities` makes one.
+fn become_user(uid: u32) -> io::Result<()> {
+    let set = CapabilitySet::BPF | CapabilitySet::PERFMON;
+    set_keep_capabilities(true)?;
+    // SAFETY: no memory is involved; glibc would set it for all threads, of which the new process has one.
+    if unsafe { libc::setuid(uid) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    set_capabilities(None, CapabilitySets { effective: set, permitted: set, inheritable: set })?;
+    configure_capability_in_ambient_set(CapabilitySet::BPF, true)?;
+    configure_capability_in_ambient_set(CapabilitySet::PERFMON, true)?;
+    Ok(())
+}
