@@ -13,3 +13,4 @@ pub mod privileges;
 pub mod process;
 pub mod sink;
 pub mod sockets;
+pub mod sysctl;

@@ -1,15 +1,25 @@
-//! Which local ports `connect()` can choose as a source, and so which ports can hit themselves: pure arithmetic
-//! on the texts of `net.ipv4.ip_local_port_range` and `net.ipv4.ip_local_reserved_ports` (IPv6 uses the same
-//! two). Nothing here opens a file: a range belongs to a network namespace, and the caller knows which.
+//! Which local ports the kernel chooses as a source, and so which ports can hit themselves: pure arithmetic on the
+//! texts of `net.ipv4.ip_local_port_range` and `net.ipv4.ip_local_reserved_ports` (IPv6 uses the same two). Nothing
+//! here opens a file: a range belongs to a network namespace, and the caller knows which.
 //!
-//! The kernel's walk, from which every number here follows
-//! (`__inet_hash_connect` in <https://github.com/torvalds/linux/blob/v6.12/net/ipv4/inet_hashtables.c>): an
-//! unbound `connect()` starts at an even offset from the range's low bound and goes on in steps of two, so it
-//! tries the ports of the low bound's parity first, and the others only when each of those is taken. A dial to
-//! a closed port of the first kind hits itself once in as many attempts as there are such ports. `bind()` to
-//! port 0 does the opposite and starts with the other parity.
+//! The kernel's walk, from which every number here follows (`__inet_hash_connect` in
+//! <https://github.com/torvalds/linux/blob/v6.12/net/ipv4/inet_hashtables.c>): an unbound `connect()` starts at an even
+//! offset from the range's low bound and goes on in steps of two, so it tries the ports of the low bound's parity
+//! first, and the others only when each of those is taken. A dial to a closed port of the first kind hits itself once
+//! in as many attempts as there are such ports, more often where reserved ports lie just below it ([`odds`]). `bind()`
+//! to port 0 does the opposite and starts with the other parity (`inet_csk_find_open_port` in
+//! <https://github.com/torvalds/linux/blob/v6.12/net/ipv4/inet_connection_sock.c>).
+//!
+//! `ip_unprivileged_port_start` has no say: the kernel refuses a range that begins below it, and a start above the
+//! range's low bound (`ipv4_local_port_range` and `ipv4_privileged_ports` in
+//! <https://github.com/torvalds/linux/blob/v6.12/net/ipv4/sysctl_net_ipv4.c>), so no port of a range is privileged.
+//! `ip_local_port_step_width` (not every kernel has it; v7.3 has) keeps the parity, and only spreads what falls to reserved ports.
 
 use std::fmt;
+
+mod odds;
+
+pub use odds::Odds;
 
 /// The two bounds of `ip_local_port_range`, both included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +30,8 @@ pub struct PortRange {
     pub high: u16,
 }
 
-/// The ports of `ip_local_reserved_ports`: never chosen by the kernel, still free to be named in `bind()`.
+/// The ports of `ip_local_reserved_ports`: never chosen by the kernel, still free to be named in `bind()`. Spans in
+/// ascending order, none of which touches the next.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ReservedPorts(Vec<(u16, u16)>);
 
@@ -31,6 +42,8 @@ pub struct LocalPorts {
     pub range: PortRange,
     /// `ip_local_reserved_ports`.
     pub reserved: ReservedPorts,
+    /// `ip_local_port_step_width`; 0 also where the kernel has none.
+    pub step_width: u32,
 }
 
 /// How a `connect()` that did not bind comes by a port as its source.
@@ -108,35 +121,84 @@ impl ReservedPorts {
             let span = first.trim().parse().ok()?..=last.trim().parse().ok()?;
             (!span.is_empty()).then(|| span.into_inner())
         });
-        spans.collect::<Option<_>>().map(Self).ok_or_else(|| NotPorts {
+        spans.collect::<Option<_>>().map(Self::merged).ok_or_else(|| NotPorts {
             what: "a list of ports: numbers and spans between commas",
             text: text.to_owned(),
         })
     }
 
+    /// As few spans as there can be.
+    fn merged(mut spans: Vec<(u16, u16)>) -> Self {
+        spans.sort_unstable();
+        let mut merged: Vec<(u16, u16)> = Vec::with_capacity(spans.len());
+        for (first, last) in spans {
+            match merged.last_mut() {
+                Some(before) if first <= before.1.saturating_add(1) => before.1 = before.1.max(last),
+                _ => merged.push((first, last)),
+            }
+        }
+        Self(merged)
+    }
+
+    /// These, and those.
+    #[must_use]
+    pub fn with(&self, ports: impl IntoIterator<Item = u16>) -> Self {
+        let ports = ports.into_iter().map(|port| (port, port));
+        Self::merged(self.0.iter().copied().chain(ports).collect())
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Whether the port is reserved.
     pub fn contains(&self, port: u16) -> bool {
-        self.0.iter().any(|&(first, last)| (first..=last).contains(&port))
+        let after = self.0.partition_point(|&(first, _)| first <= port);
+        after.checked_sub(1).is_some_and(|at| port <= self.0[at].1)
+    }
+}
+
+/// As the kernel prints and takes it.
+impl fmt::Display for ReservedPorts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, (first, last)) in self.0.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            match first == last {
+                true => write!(f, "{comma}{first}")?,
+                false => write!(f, "{comma}{first}-{last}")?,
+            }
+        }
+        Ok(())
     }
 }
 
 impl LocalPorts {
     /// Reads the texts of both sysctls.
     pub fn parse(range: &str, reserved: &str) -> Result<Self, NotPorts> {
-        Ok(Self { range: PortRange::parse(range)?, reserved: ReservedPorts::parse(reserved)? })
+        Ok(Self { range: PortRange::parse(range)?, reserved: ReservedPorts::parse(reserved)?, step_width: 0 })
     }
 
-    /// How a `connect()` comes by this port.
+    /// How a `connect()` comes by this port. Where every port that is tried first is reserved, the others take their
+    /// place; and the topmost of an odd number of ports, which is no starting point, is come by over reserved ones.
     pub fn reach(&self, port: u16) -> Reach {
         if !self.range.contains(port) {
             Reach::Outside
         } else if self.reserved.contains(port) {
             Reach::Reserved
-        } else if self.range.is_first(port) {
+        } else if self.range.is_first(port) || self.is_behind_reserved(port) {
             Reach::First
-        } else {
+        } else if (port - self.range.low).is_multiple_of(2) || self.first_ports().next().is_some() {
             Reach::Last
+        } else {
+            Reach::First
         }
+    }
+
+    fn is_behind_reserved(&self, port: u16) -> bool {
+        port == self.range.high
+            && (port - self.range.low).is_multiple_of(2)
+            && port.checked_sub(2).is_some_and(|below| self.reserved.contains(below))
     }
 
     /// The ports that can be hit by dialling them.
@@ -209,6 +271,27 @@ mod tests {
     }
 
     #[test]
+    fn reserved_ports_are_merged_into_as_few_spans_as_there_can_be() {
+        let rows: [(&str, &[u16], &str); 9] = [
+            ("", &[], ""),
+            ("", &[44446], "44446"),
+            ("8080", &[], "8080"),
+            ("8080", &[8081], "8080-8081"),
+            ("8080", &[8082], "8080,8082"),
+            ("9000-9010,8080", &[8079, 9005, 9011], "8079-8080,9000-9011"),
+            ("1-10,5-20,3", &[], "1-20"),
+            ("65534", &[65535, 0], "0,65534-65535"),
+            ("0-65535", &[1, 65535], "0-65535"),
+        ];
+        for (text, more, want) in rows {
+            let merged = ReservedPorts::parse(text).unwrap().with(more.iter().copied());
+            assert_eq!(merged.to_string(), want, "{text:?} with {more:?}");
+            assert_eq!(ReservedPorts::parse(want).unwrap(), merged, "what is printed is read again");
+            assert_eq!(merged.is_empty(), want.is_empty());
+        }
+    }
+
+    #[test]
     fn reach_follows_the_parity_of_the_low_bound() {
         let rows = [
             ("32768 60999", "", 32768, Reach::First),
@@ -228,6 +311,13 @@ mod tests {
             ("1 65535", "", 65533, Reach::First),
             ("1 65535", "", 65535, Reach::Last),
             ("0 65535", "", 65534, Reach::First),
+            // The walk goes on from a reserved port to the one that is no starting point.
+            ("40000 40004", "40002", 40004, Reach::First),
+            ("40000 40004", "40000", 40004, Reach::Last),
+            // With every even port reserved, odd ones are all there is.
+            ("40000 40003", "40000,40002", 40001, Reach::First),
+            ("40000 40003", "40000,40002", 40003, Reach::First),
+            ("40000 40003", "40000", 40001, Reach::Last),
         ];
         for (range, reserved, port, want) in rows {
             assert_eq!(ports(range, reserved).reach(port), want, "{range} less {reserved:?}: {port}");

@@ -2,9 +2,8 @@
 //! happens to choose that very port as the source. First come the reasons why it could never happen.
 
 use std::collections::hash_map::RandomState;
-use std::fs::File;
 use std::hash::{BuildHasher as _, Hasher as _};
-use std::io::{self, Read as _};
+use std::io;
 use std::net::SocketAddr;
 use std::time::Instant;
 
@@ -16,6 +15,7 @@ use super::narrate::Narrator;
 use super::step::{Connected, Dialling, Progress, Step};
 use super::{Opened, PATIENCE, dial_error, ends, nanos};
 use crate::ports::{LocalPorts, Reach, chance_after};
+use crate::sysctl;
 
 /// More dials than this many times the expected number are needed once in e^10, that is 22,000 runs.
 const PATIENT: u64 = 10;
@@ -27,7 +27,7 @@ pub(super) fn open(
     limit: Option<u64>,
     narrator: &mut Narrator,
 ) -> Result<Opened> {
-    let ports = local_ports()?;
+    let ports = sysctl::local_ports()?;
     let port = match port {
         Some(port) => dialable(&ports, own, port)?,
         None => choose(&ports, own)?,
@@ -88,24 +88,6 @@ pub(super) fn open(
         "none of {limit} dials to {remote} hit itself, for a chance of {chance:.2} %: run it again, \
          or allow more with --attempts"
     ))
-}
-
-/// The sysctls of this process's network namespace.
-fn local_ports() -> Result<LocalPorts> {
-    let read = |name: &str| {
-        let path = format!("/proc/sys/net/ipv4/{name}");
-        read_sysctl(&path).with_context(|| format!("cannot read {path}"))
-    };
-    Ok(LocalPorts::parse(&read("ip_local_port_range")?, &read("ip_local_reserved_ports")?)?)
-}
-
-/// One read: a second one of `ip_local_reserved_ports` finds nothing, wherever the first one stopped, and
-/// `fs::read_to_string` begins with a small one. 65,536 ports, each with six characters at most, fit.
-fn read_sysctl(path: &str) -> io::Result<String> {
-    let mut text = vec![0; 6 << 16];
-    let length = File::open(path)?.read(&mut text)?;
-    text.truncate(length);
-    String::from_utf8(text).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 /// The port, if a dial to it can hit itself.
@@ -191,7 +173,7 @@ mod tests {
 
     #[test]
     fn the_sysctls_of_this_host_can_be_read() {
-        let ports = local_ports().unwrap();
+        let ports = sysctl::local_ports().unwrap();
         assert!(ports.range.low <= ports.range.high);
     }
 }
