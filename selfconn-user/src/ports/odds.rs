@@ -244,7 +244,7 @@ mod tests {
         if remaining > 1 {
             remaining &= !1;
         }
-        let mut offset = (*perturb + 12_345) % remaining & !1;
+        let mut offset = ((*perturb + 12_345) % remaining) & !1;
         loop {
             let mut port = low + offset;
             let mut i = 0;

@@ -57,8 +57,17 @@ pub(super) struct Reader {
 struct Question {
     family: u8,
     states: u32,
-    /// Else all whose addresses are equal.
-    equal_ports: bool,
+    wanted: Wanted,
+}
+
+/// Which of the sockets in these states.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    /// Those whose ports are equal, too.
+    Selves,
+    /// Those whose addresses are equal.
+    EqualAddresses,
+    All,
 }
 
 impl Reader {
@@ -70,14 +79,23 @@ impl Reader {
     pub(super) fn read(&mut self, dials: bool, rows: &mut Vec<Row>) -> io::Result<()> {
         let dialling = StateFlags::SYN_SENT.bits();
         for family in [AF_INET, AF_INET6] {
-            let mut ask = |states, equal_ports| self.ask(Question { family, states, equal_ports }, rows);
+            let mut ask = |states, wanted| self.ask(Question { family, states, wanted }, rows);
             if dials {
                 // First, for a dial that has meanwhile become a connection is then found as that.
-                ask(dialling, false)?;
-                ask(STATES & !dialling, true)?;
+                ask(dialling, Wanted::EqualAddresses)?;
+                ask(STATES & !dialling, Wanted::Selves)?;
             } else {
-                ask(STATES, true)?;
+                ask(STATES, Wanted::Selves)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Appends the listeners. For these alone the kernel leaves the table of connections alone.
+    pub(super) fn read_listeners(&mut self, rows: &mut Vec<Row>) -> io::Result<()> {
+        let states = StateFlags::LISTEN.bits();
+        for family in [AF_INET, AF_INET6] {
+            self.ask(Question { family, states, wanted: Wanted::All }, rows)?;
         }
         Ok(())
     }
@@ -101,7 +119,7 @@ impl Reader {
         // A socket for each dump: what a disturbed one leaves behind is never taken for the next one's.
         let mut socket =
             Socket::new(Domain::from(AF_NETLINK), Type::RAW, Some(Protocol::from(NETLINK_SOCK_DIAG)))?;
-        let request = question.encode(question.equal_ports.then_some(&self.filter));
+        let request = question.encode((question.wanted == Wanted::Selves).then_some(&self.filter));
         socket.send(&request)?;
         let mut calm = true;
         loop {
@@ -186,8 +204,14 @@ impl Question {
     fn wants(self, answer: &[u8]) -> bool {
         let Some(fixed) = answer.first_chunk::<ANSWER_LEN>() else { return false };
         let len = if fixed[FAMILY] == AF_INET6 { 16 } else { 4 };
-        (!self.equal_ports || fixed[SOURCE_PORT] == fixed[DESTINATION_PORT])
-            && fixed[SOURCE..SOURCE + len] == fixed[DESTINATION..DESTINATION + len]
+        let (source, destination) = (SOURCE..SOURCE + len, DESTINATION..DESTINATION + len);
+        match self.wanted {
+            Wanted::Selves => {
+                fixed[SOURCE_PORT] == fixed[DESTINATION_PORT] && fixed[source] == fixed[destination]
+            }
+            Wanted::EqualAddresses => fixed[source] == fixed[destination],
+            Wanted::All => true,
+        }
     }
 }
 
@@ -247,8 +271,9 @@ mod tests {
 
     use super::*;
 
-    const ANY: Question = Question { family: AF_INET, states: STATES, equal_ports: true };
-    const DIALS: Question = Question { equal_ports: false, ..ANY };
+    const ANY: Question = Question { family: AF_INET, states: STATES, wanted: Wanted::Selves };
+    const DIALS: Question = Question { wanted: Wanted::EqualAddresses, ..ANY };
+    const ALL: Question = Question { wanted: Wanted::All, ..ANY };
 
     /// A message as the kernel writes it.
     fn message(kind: u16, flags: u16, payload: &[u8]) -> Vec<u8> {
@@ -301,7 +326,7 @@ mod tests {
             (("2001:db8::1", 40_000), ("2001:db8::2", 40_000), false, false),
         ] {
             let bytes = message(SOCK_DIAG_BY_FAMILY, 2, &answer(source, destination, state::ESTABLISHED));
-            for (question, expected) in [(ANY, is_self), (DIALS, is_dial)] {
+            for (question, expected) in [(ANY, is_self), (DIALS, is_dial), (ALL, true)] {
                 let mut rows = Vec::new();
                 assert_eq!(question.take(&bytes, &mut rows).unwrap(), Taken::More { disturbed: false });
                 assert_eq!(rows.len(), usize::from(expected), "{source:?} {destination:?}");

@@ -17,10 +17,13 @@ use crate::clock;
 mod diag;
 mod filter;
 mod holders;
+mod listeners;
 mod namespaces;
 mod procfs;
 
 pub use holders::{Holders, Search, holders};
+pub use listeners::{Inspected, Listener, Which, inspect};
+pub use namespaces::Namespace;
 
 /// What helps where another process may not be looked into.
 const NEEDS_PTRACE: &str = "looking into them needs CAP_SYS_PTRACE, which root has";
@@ -107,9 +110,8 @@ pub fn survey(options: Options) -> io::Result<Survey> {
 /// To be called on a thread that ends afterwards, for it stays in the last namespace.
 fn visit_all(options: Options) -> Survey {
     let mut survey = Survey { began_ns: clock::boot_ns(), ..Survey::default() };
-    let diag = (!options.procfs_only).then(diag::Reader::new);
-    let mut tables = Tables { diag, without_diag: None, rows: Vec::new() };
-    let visited = namespaces::visit(|netns| {
+    let mut tables = Tables::new(options.procfs_only);
+    let visited = namespaces::visit(|&Namespace { inode: netns, .. }| {
         tables.read(options.dials)?;
         let mut cookies = HashSet::new();
         for row in &tables.rows {
@@ -142,18 +144,37 @@ struct Tables {
 }
 
 impl Tables {
-    /// Fills `rows`. Whatever sock_diag fails of, procfs is asked instead.
+    fn new(procfs_only: bool) -> Self {
+        let diag = (!procfs_only).then(diag::Reader::new);
+        Self { diag, without_diag: None, rows: Vec::new() }
+    }
+
+    /// Fills `rows`.
     fn read(&mut self, dials: bool) -> io::Result<()> {
+        self.fill(|diag, rows| diag.read(dials, rows), procfs::read)
+    }
+
+    /// Fills `rows` with the listeners.
+    fn read_listeners(&mut self) -> io::Result<()> {
+        self.fill(diag::Reader::read_listeners, procfs::read_listeners)
+    }
+
+    /// Whatever sock_diag fails of, procfs is asked instead.
+    fn fill(
+        &mut self,
+        by_diag: impl Fn(&mut diag::Reader, &mut Vec<Row>) -> io::Result<()>,
+        by_procfs: impl Fn(&mut Vec<Row>) -> io::Result<()>,
+    ) -> io::Result<()> {
         self.rows.clear();
         if let Some(diag) = &mut self.diag {
-            match diag.read(dials, &mut self.rows) {
+            match by_diag(diag, &mut self.rows) {
                 Ok(()) => return Ok(()),
                 Err(error) => self.without_diag = Some(error.to_string()),
             }
             self.diag = None;
             self.rows.clear();
         }
-        procfs::read(&mut self.rows)
+        by_procfs(&mut self.rows)
     }
 }
 
@@ -188,19 +209,23 @@ impl Row {
 
     fn found(&self, netns: u32) -> Found {
         let (addr, port) = self.source;
-        let is_link_local = matches!(addr, IpAddr::V6(addr) if addr.is_unicast_link_local());
         Found {
             addr: addr.to_canonical(),
             port,
             is_ipv6: addr.is_ipv6(),
             state: self.state,
             netns,
-            ifindex: (self.ifindex != 0 && is_link_local).then_some(self.ifindex),
+            ifindex: self.link_local_ifindex(),
             cookie: self.cookie,
             inode: self.inode,
             uid: (self.inode != 0).then_some(self.uid),
             time_wait_left: self.time_wait_left,
         }
+    }
+
+    fn link_local_ifindex(&self) -> Option<u32> {
+        let is_link_local = matches!(self.source.0, IpAddr::V6(addr) if addr.is_unicast_link_local());
+        (self.ifindex != 0 && is_link_local).then_some(self.ifindex)
     }
 
     fn dial(&self, netns: u32) -> Dial {

@@ -35,10 +35,40 @@ pub(super) struct Visited {
     pub(super) unseen: Vec<String>,
 }
 
-/// Calls `each` in every network namespace, with its inode: first in the calling thread's own, which takes no
-/// privilege, then in those that are mounted somewhere (`/run/netns` and the like), then in those of the processes.
-/// The thread stays in the last one. What vanishes meanwhile is no error.
-pub(super) fn visit(mut each: impl FnMut(u32) -> io::Result<()>) -> Visited {
+/// A network namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Namespace {
+    /// Its inode.
+    pub inode: u32,
+    /// By which file it was entered: one that is mounted, or a process's.
+    pub path: PathBuf,
+    /// Whether it is the one this process is in.
+    pub is_own: bool,
+}
+
+/// Calls `each` in the calling thread's own network namespace, which takes no privilege.
+pub(super) fn visit_own(mut each: impl FnMut(&Namespace) -> io::Result<()>) -> Visited {
+    let mut visit = Visit::default();
+    visit.one(Path::new(OWN), Source::Own, &mut each);
+    visit.done()
+}
+
+/// Calls `each` in the network namespace that this file is of. The thread stays there.
+pub(super) fn visit_at(
+    path: &Path,
+    mut each: impl FnMut(&Namespace) -> io::Result<()>,
+) -> io::Result<Visited> {
+    let mut visit = Visit::default();
+    match visit.try_one(path, Source::Named, &mut each)? {
+        true => Ok(visit.done()),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a network namespace")),
+    }
+}
+
+/// Calls `each` in every network namespace: first in the calling thread's own, which takes no privilege, then in those
+/// that are mounted somewhere (`/run/netns` and the like), then in those of the processes. The thread stays in the last
+/// one. What vanishes meanwhile is no error.
+pub(super) fn visit(mut each: impl FnMut(&Namespace) -> io::Result<()>) -> Visited {
     let mut visit = Visit::default();
     visit.one(Path::new(OWN), Source::Own, &mut each);
     for path in mounted(&fs::read("/proc/self/mountinfo").unwrap_or_default()) {
@@ -62,6 +92,8 @@ enum Source {
     Own,
     Mount,
     Process,
+    /// By the user.
+    Named,
 }
 
 #[derive(Default)]
@@ -76,9 +108,9 @@ struct Visit {
 }
 
 impl Visit {
-    fn one(&mut self, path: &Path, source: Source, each: &mut impl FnMut(u32) -> io::Result<()>) {
+    fn one(&mut self, path: &Path, source: Source, each: &mut impl FnMut(&Namespace) -> io::Result<()>) {
         match self.try_one(path, source, each) {
-            Ok(()) => {}
+            Ok(_) => {}
             Err(error) if is_gone(&error) => {}
             Err(error) if source == Source::Process && error.kind() == io::ErrorKind::PermissionDenied => {
                 // A process that has ended is told in the same way (`proc_ns_get_link`, fs/proc/namespaces.c at v5.10).
@@ -88,48 +120,55 @@ impl Visit {
         }
     }
 
+    /// Whether it is a namespace at all.
     fn try_one(
         &mut self,
         path: &Path,
         source: Source,
-        each: &mut impl FnMut(u32) -> io::Result<()>,
-    ) -> io::Result<()> {
+        each: &mut impl FnMut(&Namespace) -> io::Result<()>,
+    ) -> io::Result<bool> {
         let named = fs::metadata(path)?;
         if self.known.contains(&(named.dev(), named.ino())) {
-            return Ok(());
+            return Ok(true);
         }
         // By now the process may be another one, and nothing or something else may be mounted there.
         let file =
             fs::OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
         if fstatfs(&file)?.f_type != NSFS_MAGIC {
-            return Ok(());
+            return Ok(false);
         }
         let opened = file.metadata()?;
         if !self.known.insert((opened.dev(), opened.ino())) {
-            return Ok(());
+            return Ok(true);
         }
+        let is_own = source == Source::Own
+            || fs::metadata(OWN).is_ok_and(|own| (own.dev(), own.ino()) == (opened.dev(), opened.ino()));
         let inode = opened.ino();
         let told = |error: io::Error, cure| {
             (error.to_string() + cure, Some(format!("{inode} ({})", path.display())))
         };
-        if source != Source::Own
+        if !is_own
             && let Err(error) = move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
         {
             let (why, which) = told(error.into(), ": entering it needs CAP_SYS_ADMIN, which root has");
+            if source == Source::Named {
+                return Err(io::Error::other(why));
+            }
             self.refused(why, which);
-            return Ok(());
+            return Ok(true);
         }
         let netns = u32::try_from(inode).unwrap_or(0);
-        match each(netns) {
+        match each(&Namespace { inode: netns, path: path.to_owned(), is_own }) {
             Ok(()) => {
                 self.namespaces.insert(netns);
             }
+            Err(error) if source == Source::Named => return Err(error),
             Err(error) => {
                 let (why, which) = told(error, "");
                 self.refused(why, which);
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn refused(&mut self, why: String, which: Option<String>) {

@@ -20,17 +20,29 @@ const TICKS_PER_SECOND: u64 = 100;
 /// The number of the timer that runs in TIME_WAIT (`get_timewait4_sock`, net/ipv4/tcp_ipv4.c at v5.10).
 const TIME_WAIT_TIMER: &str = "03";
 
+/// `TCP_LISTEN` as the files have it.
+const LISTEN: &str = "0A";
+
 /// Appends the sockets whose two addresses are equal.
 pub(super) fn read(rows: &mut Vec<Row>) -> io::Result<()> {
-    read_file(IPV4, rows)?;
-    match read_file(IPV6, rows) {
+    read_files(rows, |line| parse(line, |source, destination, _| source == destination))
+}
+
+/// Appends the listeners.
+pub(super) fn read_listeners(rows: &mut Vec<Row>) -> io::Result<()> {
+    read_files(rows, |line| parse(line, |_, _, state| state == LISTEN))
+}
+
+fn read_files(rows: &mut Vec<Row>, parse: impl Fn(&str) -> Option<Row>) -> io::Result<()> {
+    read_file(IPV4, rows, &parse)?;
+    match read_file(IPV6, rows, &parse) {
         // A kernel without IPv6.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         outcome => outcome,
     }
 }
 
-fn read_file(path: &str, rows: &mut Vec<Row>) -> io::Result<()> {
+fn read_file(path: &str, rows: &mut Vec<Row>, parse: &impl Fn(&str) -> Option<Row>) -> io::Result<()> {
     let mut file = BufReader::with_capacity(1 << 16, File::open(path)?);
     let mut line = String::new();
     while file.read_line(&mut line)? != 0 {
@@ -40,23 +52,23 @@ fn read_file(path: &str, rows: &mut Vec<Row>) -> io::Result<()> {
     Ok(())
 }
 
-/// A line of the table, if its two addresses are equal. `None`: they are not, or it is the heading.
-fn parse(line: &str) -> Option<Row> {
+/// A line of the table, if its addresses and its state are wanted. `None`: they are not, or it is the heading.
+fn parse(line: &str, is_wanted: impl Fn(&str, &str, &str) -> bool) -> Option<Row> {
     let mut words = line.split_ascii_whitespace().skip(1);
     let (source, destination) = (words.next()?.split_once(':')?, words.next()?.split_once(':')?);
-    if source.0 != destination.0 {
+    let state = words.next()?;
+    if !is_wanted(source.0, destination.0, state) {
         return None;
     }
-    let address = address(source.0)?;
     let port = |text| u16::from_str_radix(text, 16).ok();
-    let state = u8::from_str_radix(words.next()?, 16).ok()?;
+    let state = u8::from_str_radix(state, 16).ok()?;
     let (timer, ticks) = words.nth(1)?.split_once(':')?;
     let ticks = u64::from_str_radix(ticks, 16).ok()?;
     let uid = words.nth(1)?.parse().ok()?;
     let inode = words.nth(1)?.parse().ok()?;
     Some(Row {
-        source: (address, port(source.1)?),
-        destination: (address, port(destination.1)?),
+        source: (address(source.0)?, port(source.1)?),
+        destination: (address(destination.0)?, port(destination.1)?),
         state,
         ifindex: 0,
         cookie: None,
@@ -133,7 +145,18 @@ mod tests {
             ("   7: 0100007:9C5D 0100007:9C5D 01 0:0 00:0 0 0 0 1", None),
             ("", None),
         ] {
-            assert_eq!(parse(line), expected, "{line}");
+            let equal = parse(line, |source, destination, _| source == destination);
+            assert_eq!(equal, expected, "{line}");
         }
+    }
+
+    #[test]
+    fn a_listener_has_no_destination() {
+        let is_listener = |_: &str, _: &str, state: &str| state == LISTEN;
+        let line = "   0: 0100007F:9C5D 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 812 1 0";
+        let row = parse(line, is_listener).unwrap();
+        assert_eq!((row.source, row.inode), (("127.0.0.1".parse().unwrap(), 40_029), 812));
+        let other = line.replace(" 0A ", " 01 ");
+        assert_eq!(parse(&other, is_listener), None);
     }
 }
