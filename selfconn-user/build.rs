@@ -52,12 +52,29 @@ fn embed() -> Result<(), String> {
     embed("selfconn-others")?;
     let bytes = embed("selfconn-hooks")?;
     println!("cargo::rustc-env=SELFCONN_OBJECT={}", &fingerprint::of_bytes(&bytes)[..12]);
-    println!("cargo::rustc-env=SELFCONN_COMMIT={}", commit(root).unwrap_or_else(|| "unknown".to_owned()));
+    println!("cargo::rustc-env=SELFCONN_COMMIT={}", commit(root)?);
     Ok(())
 }
 
+/// The commit of the sources: by git, else as noted in an archive that git made, else unknown.
+fn commit(root: &Path) -> Result<String, String> {
+    let noted = root.join(".commit");
+    println!("cargo::rerun-if-changed={}", noted.display());
+    if let Some(commit) = checked_out(root) {
+        return Ok(commit);
+    }
+    let text = fs::read_to_string(&noted).map_err(|error| format!("read {}: {error}", noted.display()))?;
+    let commit = text.trim();
+    // Outside of an archive it is the placeholder: .gitattributes.
+    let is_commit = commit.len() >= SHORT && commit.bytes().all(|byte| byte.is_ascii_hexdigit());
+    Ok(if is_commit { commit[..SHORT].to_owned() } else { "unknown".to_owned() })
+}
+
+/// As many digits of a commit as we show.
+const SHORT: usize = 12;
+
 /// The commit that is checked out. None outside of git, also when the sources lie unpacked in another repository.
-fn commit(root: &Path) -> Option<String> {
+fn checked_out(root: &Path) -> Option<String> {
     let git = |arguments: &[&str]| -> Option<String> {
         let output = Command::new("git").args(arguments).current_dir(root).output().ok()?;
         let said = String::from_utf8(output.stdout).ok()?;
@@ -74,5 +91,5 @@ fn commit(root: &Path) -> Option<String> {
             println!("cargo::rerun-if-changed={}", path.display());
         }
     }
-    git(&["rev-parse", "--short=12", "HEAD"])
+    git(&["rev-parse", "HEAD"])?.get(..SHORT).map(str::to_owned)
 }

@@ -1,6 +1,8 @@
 //! What the program says about itself, on stderr: warnings and errors, more with `-v`, and with `-vv` also the log of
 //! the eBPF programs (aya-log).
 
+use std::io::{self, Write as _};
+
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::sink::text::escape;
@@ -30,7 +32,9 @@ impl Log for Stderr {
         if self.enabled(record.metadata()) {
             let origin = if record.target().starts_with("selfconn_hooks") { "kernel: " } else { "" };
             let level = record.level().as_str().to_ascii_lowercase();
-            eprintln!("selfconn: {level}: {origin}{}", escape(&record.args().to_string()));
+            let text = escape(&record.args().to_string());
+            // A daemon whose stderr nobody reads any more has better to do than to end for it.
+            let _ = writeln!(io::stderr(), "selfconn: {level}: {origin}{text}");
         }
     }
 

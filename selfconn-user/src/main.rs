@@ -1,20 +1,26 @@
 //! `selfconn`: parses the command line, runs a command, and turns an error into one line and exit code 2.
 
-use std::{io, process::ExitCode};
+use std::{
+    io::{self, Write as _},
+    process::ExitCode,
+};
 
 use clap::Parser as _;
 use selfconn::{
-    cli::{Cli, Command},
+    cli::{self, Cli, Command},
     commands::{doctor, repro, run, scan},
     sink::text::escape,
 };
 
 fn main() -> ExitCode {
-    let outcome = match Cli::parse().command {
-        Command::Run(args) => run::run(&args),
-        Command::Scan(args) => scan::run(&args),
-        Command::Repro(args) => repro::run(&args),
-        Command::Doctor(args) => doctor::run(&args),
+    let outcome = match Cli::try_parse() {
+        Err(error) => cli::answer(&error),
+        Ok(Cli { command }) => match command {
+            Command::Run(args) => run::run(&args),
+            Command::Scan(args) => scan::run(&args),
+            Command::Repro(args) => repro::run(&args),
+            Command::Doctor(args) => doctor::run(&args),
+        },
     };
     outcome.unwrap_or_else(|error| {
         let is_broken_pipe = |cause: &(dyn std::error::Error + 'static)| {
@@ -23,7 +29,8 @@ fn main() -> ExitCode {
         if error.chain().any(is_broken_pipe) {
             return ExitCode::SUCCESS;
         }
-        eprintln!("selfconn: {}", escape(&format!("{error:#}")));
+        // Who reads stderr may be gone as well; the exit code still tells.
+        let _ = writeln!(io::stderr(), "selfconn: {}", escape(&format!("{error:#}")));
         ExitCode::from(2)
     })
 }

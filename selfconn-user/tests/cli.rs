@@ -48,16 +48,6 @@ fn a_log_that_cannot_be_written_is_an_error_before_anything_is_attached() {
 }
 
 #[test]
-fn an_unknown_option_is_an_error_that_names_it() {
-    let output = selfconn().args(["run", "--no-such-option"]).output().unwrap();
-    assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("--no-such-option"));
-    let output = selfconn().args(["run", "--ring-size", "3M"]).output().unwrap();
-    assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("power of two"));
-}
-
-#[test]
 fn without_privileges_the_missing_capability_is_named() {
     let (_folder, mut command) = without_privileges();
     let output = command.arg("run").output().unwrap();
@@ -110,15 +100,5 @@ fn doctor_without_privileges_says_not_fit_and_why() {
     assert_eq!(output.status.code(), Some(1), "{text}");
     for says in ["missing: CAP_BPF, CAP_PERFMON", "denied", "Not fit to run"] {
         assert!(text.contains(says), "{says} is not in: {text}");
-    }
-}
-
-#[test]
-fn every_command_has_help_with_an_example() {
-    for command in ["run", "doctor", "repro"] {
-        let output = selfconn().args([command, "--help"]).output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success());
-        assert!(text.contains("Example"), "{command}: {text}");
     }
 }

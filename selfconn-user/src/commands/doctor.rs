@@ -2,11 +2,7 @@
 //!
 //! Each method is really attached for a moment: only the kernel knows what it refuses.
 
-use std::{
-    fmt::Write as _,
-    io::{self, Write as _},
-    process::ExitCode,
-};
+use std::{fmt::Write as _, process::ExitCode};
 
 use anyhow::Result;
 use serde::Serialize;
@@ -80,14 +76,14 @@ struct MethodReport {
 pub fn run(args: &Args) -> Result<ExitCode> {
     logger::init(0, false);
     let report = examine(&Host::look(false)?);
-    let mut stdout = io::stdout().lock();
-    if args.json {
-        serde_json::to_writer(&mut stdout, &report)?;
-        writeln!(stdout)?;
+    let out = if args.json {
+        let mut line = serde_json::to_vec(&report)?;
+        line.push(b'\n');
+        line
     } else {
-        stdout.write_all(text(&report).as_bytes())?;
-    }
-    stdout.flush()?;
+        text(&report).into_bytes()
+    };
+    super::print(&out)?;
     Ok(if report.fit { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 

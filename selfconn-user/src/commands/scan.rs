@@ -77,9 +77,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         warn(&format!("not seen: {what}"));
     }
     let out = if args.json { json(&survey, &mut holding)? } else { text(&survey, &holding).into_bytes() };
-    let mut stdout = io::stdout().lock();
-    stdout.write_all(&out)?;
-    stdout.flush()?;
+    super::print(&out)?;
     Ok(if survey.found.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
