@@ -20,7 +20,7 @@ fn a_port_that_connect_chose_is_ephemeral_and_has_its_dialler() {
         for (address, port) in
             [(IpAddr::from(Ipv4Addr::LOCALHOST), 40_100), (Ipv6Addr::LOCALHOST.into(), 40_102)]
         {
-            let mut daemon = Daemon::start(&variant, &[]);
+            let mut daemon = Daemon::shared(&variant, &[]);
             let target = SocketAddr::new(address, port);
             let connection = dial_until_self(target, LIMIT).expect("an even port of the range is hit");
             // No TIME_WAIT, which would keep the next round from this port.
@@ -46,7 +46,7 @@ fn a_client_that_dials_again_on_one_socket_is_known_too() {
     net.sysctl("ip_local_port_range", RANGE);
     let target = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 40_104);
     for variant in variants() {
-        let mut daemon = Daemon::start(&variant, &[]);
+        let mut daemon = Daemon::shared(&variant, &[]);
         let connection = socket(target.ip());
         (0..LIMIT)
             .find(|_| connection.connect(&target.into()).is_ok())

@@ -2,10 +2,11 @@
 
 use std::{
     io::{BufRead as _, BufReader},
+    net::Ipv4Addr,
     path::PathBuf,
     process::{Child, Command, Stdio},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         mpsc::{Receiver, RecvTimeoutError, channel},
     },
     thread,
@@ -14,8 +15,19 @@ use std::{
 
 use serde_json::Value;
 
+use crate::{
+    client::connect_to_self,
+    pool::{self, Place},
+};
+
 /// Generous, for emulated kernels; a passing test never waits for it.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Self-connections to this address are the harness's own.
+const MARK: Ipv4Addr = Ipv4Addr::new(127, 255, 255, 253);
+
+/// A mark is told within milliseconds, unless it is lost, as anything can be that one method alone is to see.
+const MARK_TAKES: Duration = Duration::from_secs(5);
 
 /// The binary under test.
 pub(crate) fn selfconn() -> PathBuf {
@@ -29,11 +41,16 @@ pub(crate) fn scaled(count: usize) -> usize {
 }
 
 /// A way to run the daemon that this kernel supports, as the options that force it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Variant(pub(crate) Vec<&'static str>);
 
 /// The default, and each method alone that `doctor` says can be attached here.
 pub(crate) fn variants() -> Vec<Variant> {
+    static VARIANTS: OnceLock<Vec<Variant>> = OnceLock::new();
+    VARIANTS.get_or_init(ask_doctor).clone()
+}
+
+fn ask_doctor() -> Vec<Variant> {
     let doctor = Command::new(selfconn()).args(["doctor", "--json"]).output().unwrap();
     let report: Value = serde_json::from_slice(&doctor.stdout).unwrap();
     let mut variants = vec![Variant(vec![])];
@@ -60,9 +77,23 @@ pub(crate) struct Daemon {
     stderr: Option<thread::JoinHandle<()>>,
     said: Arc<Mutex<String>>,
     seen: Vec<Value>,
+    /// Where it is given back to, if it serves other tests, too.
+    lent: Option<Place>,
 }
 
 impl Daemon {
+    /// One that serves other tests before and after this one. What it said before is not seen here. Not for tests of
+    /// how a daemon starts, ends or is disturbed.
+    pub(crate) fn shared(variant: &Variant, options: &[&str]) -> Self {
+        let place = Place::of(variant, options);
+        let mut daemon = pool::take(&place).unwrap_or_else(|| Self::start_by(variant, options, pool::spawn));
+        // The number of a namespace is used again: what is still to be told of the last one must be over.
+        daemon.settle();
+        daemon.seen.retain(|event| event["event"] == "started");
+        daemon.lent = Some(place);
+        daemon
+    }
+
     /// Starts it and waits until its hooks are live.
     pub(crate) fn start(variant: &Variant, options: &[&str]) -> Self {
         Self::start_by(variant, options, |command| command.spawn().unwrap())
@@ -96,7 +127,7 @@ impl Daemon {
                 hears.lock().unwrap().push_str(&(line.unwrap() + "\n"));
             }
         });
-        let mut daemon = Self { child, lines, stderr: Some(stderr), said, seen: Vec::new() };
+        let mut daemon = Self { child, lines, stderr: Some(stderr), said, seen: Vec::new(), lent: None };
         if daemon.wait_for(1, |event| event["event"] == "started").is_err() {
             let _ = daemon.child.kill();
             daemon.stderr.take().unwrap().join().unwrap();
@@ -122,7 +153,15 @@ impl Daemon {
         count: usize,
         matches: impl Fn(&Value) -> bool,
     ) -> Result<Vec<Value>, RecvTimeoutError> {
-        let until = Instant::now() + DEADLINE;
+        self.wait_until(Instant::now() + DEADLINE, count, matches)
+    }
+
+    fn wait_until(
+        &mut self,
+        until: Instant,
+        count: usize,
+        matches: impl Fn(&Value) -> bool,
+    ) -> Result<Vec<Value>, RecvTimeoutError> {
         let mut found = self.seen.iter().filter(|event| matches(event)).count();
         while found < count {
             let event = self.lines.recv_timeout(until.saturating_duration_since(Instant::now()))?;
@@ -132,8 +171,34 @@ impl Daemon {
         Ok(self.seen.iter().filter(|event| matches(event)).cloned().collect())
     }
 
-    /// Ends it by SIGTERM; all that it said on stdout and stderr. Everything that happened before is in there.
+    /// Waits until everything that has happened is told. The ring buffer is in order, so that the end of a
+    /// self-connection made now is told after all else.
+    fn settle(&mut self) {
+        let until = Instant::now() + DEADLINE;
+        loop {
+            let (socket, port) = connect_to_self(MARK.into());
+            socket.set_linger(Some(Duration::ZERO)).unwrap();
+            drop(socket);
+            let is_it = |event: &Value| {
+                event["event"] == "closed" && event["addr"] == MARK.to_string() && event["port"] == port
+            };
+            if self.wait_until(Instant::now() + MARK_TAKES, 1, is_it).is_ok() {
+                break;
+            }
+            assert!(Instant::now() < until, "marks are not told: {}", self.said.lock().unwrap());
+        }
+        self.seen.retain(|event| event["addr"] != MARK.to_string());
+    }
+
+    /// All that it said on stdout and stderr; everything that happened before is in there. Ends it by SIGTERM, unless
+    /// it is shared.
     pub(crate) fn stop(mut self) -> (Vec<Value>, String) {
+        if let Some(place) = self.lent.take() {
+            self.settle();
+            let (events, said) = (self.seen.clone(), self.said.lock().unwrap().clone());
+            pool::give_back(place, self);
+            return (events, said);
+        }
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         let status = self.child.wait().unwrap();

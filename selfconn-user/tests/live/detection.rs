@@ -27,7 +27,7 @@ fn textbook_client(address: &str, shown: &str, family: &str) {
     let net = Net::private();
     net.add_address(Ipv4Addr::new(192, 0, 2, 1));
     for variant in variants() {
-        let daemon = Daemon::start(&variant, &[]);
+        let daemon = Daemon::shared(&variant, &[]);
         let port = talk_to_self(address.parse().unwrap());
         let (established, closed) = one_pair(daemon, net);
         for event in [&established, &closed] {
@@ -73,7 +73,7 @@ fn a_local_address_that_is_not_loopback_is_reported() {
 fn a_reset_is_told_from_an_orderly_end() {
     let net = Net::private();
     for variant in variants() {
-        let daemon = Daemon::start(&variant, &[]);
+        let daemon = Daemon::shared(&variant, &[]);
         let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
         socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
         drop(socket);
@@ -88,7 +88,7 @@ fn a_reset_is_told_from_an_orderly_end() {
 fn a_thread_is_told_from_its_process() {
     let net = Net::private();
     for variant in variants() {
-        let daemon = Daemon::start(&variant, &[]);
+        let daemon = Daemon::shared(&variant, &[]);
         thread::Builder::new()
             .name("a-thread".to_owned())
             .spawn(|| {
@@ -110,7 +110,7 @@ fn a_thousand_in_a_row_are_a_thousand_pairs() {
     let net = Net::private();
     let count = scaled(1_000);
     for variant in variants() {
-        let mut daemon = Daemon::start(&variant, &[]);
+        let mut daemon = Daemon::shared(&variant, &[]);
         // By a reset, so that no port is held by TIME_WAIT.
         for _ in 0..count {
             let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
@@ -135,7 +135,7 @@ fn a_thousand_in_a_row_are_a_thousand_pairs() {
 fn states_are_told_in_the_kernels_order_when_asked_for() {
     let net = Net::private();
     for variant in variants() {
-        let mut daemon = Daemon::start(&variant, &["--states"]);
+        let mut daemon = Daemon::shared(&variant, &["--states"]);
         talk_to_self(Ipv4Addr::LOCALHOST.into());
         daemon.expect(1, of("closed", net.inode));
         let (events, _) = daemon.stop();
@@ -183,7 +183,7 @@ fn the_log_has_what_stdout_has_and_the_end_counts_it() {
 #[test]
 fn two_daemons_beside_each_other_both_see_everything() {
     let net = Net::private();
-    let mut daemons: Vec<_> = (0..2).map(|_| Daemon::start(&Variant(vec![]), &[])).collect();
+    let mut daemons: Vec<_> = (0..2).map(|_| Daemon::shared(&Variant(vec![]), &[])).collect();
     assert_ne!(daemons[0].pid(), daemons[1].pid());
     let address: IpAddr = Ipv4Addr::LOCALHOST.into();
     talk_to_self(address);

@@ -17,7 +17,7 @@ use crate::{
 /// Runs `client` under each method; `check` gets its `established` and its `closed`, of which there is one each.
 fn for_each_method(net: Net, client: impl Fn() -> u16, check: impl Fn(&Value, &Value)) {
     for variant in variants() {
-        let mut daemon = Daemon::start(&variant, &[]);
+        let mut daemon = Daemon::shared(&variant, &[]);
         let port = client();
         daemon.expect(1, of("closed", net.inode));
         let (events, _) = daemon.stop();

@@ -14,6 +14,7 @@ mod load;
 mod net;
 mod not_ours;
 mod openers;
+mod pool;
 mod privileges;
 mod role;
 mod scan;

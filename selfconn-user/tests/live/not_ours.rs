@@ -17,7 +17,7 @@ fn only_the_last_is_reported(work: impl Fn()) {
 
 fn only_the_last_is_reported_in(net: Net, work: impl Fn()) {
     for variant in variants() {
-        let mut daemon = Daemon::start(&variant, &["--states"]);
+        let mut daemon = Daemon::shared(&variant, &["--states"]);
         work();
         let port = talk_to_self(Ipv4Addr::LOCALHOST.into());
         daemon.expect(1, of("closed", net.inode));

@@ -14,12 +14,14 @@ use crate::{
     client::{assert_opened_here, connect_to_self},
     daemon::{Daemon, Variant, of, scaled},
     net::Net,
+    pool,
 };
 
 static OTHERS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-others"));
 
 /// 3,000 self-connections with packets of `lo` steered to both CPUs; each must be told once, with its opener.
 fn every_one_is_told_once() {
+    pool::dismiss();
     let net = Net::private();
     net.steer();
     let count = scaled(3_000);

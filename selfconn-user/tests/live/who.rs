@@ -27,7 +27,7 @@ fn closed(daemon: &mut Daemon, net: Net) -> Value {
 #[test]
 fn the_openers_program_and_place_are_told_and_stay_told() {
     let net = Net::private();
-    let mut daemon = Daemon::start(&Variant(vec![]), &[]);
+    let mut daemon = Daemon::shared(&Variant(vec![]), &[]);
     let mut client = Role::start("connect");
     client.says();
     let opened = established(&mut daemon, net);
@@ -52,7 +52,7 @@ fn the_openers_program_and_place_are_told_and_stay_told() {
 fn who_dies_at_once_was_seen_by_the_kernel() {
     let net = Net::private();
     for variant in variants() {
-        let mut daemon = Daemon::start(&variant, &[]);
+        let mut daemon = Daemon::shared(&variant, &[]);
         let client = Role::start("connect and die");
         let pid = client.pid();
         client.end();
@@ -71,7 +71,7 @@ fn who_dies_at_once_was_seen_by_the_kernel() {
 #[test]
 fn sigkill_is_an_orderly_end_by_the_killed() {
     let net = Net::private();
-    let mut daemon = Daemon::start(&Variant(vec![]), &[]);
+    let mut daemon = Daemon::shared(&Variant(vec![]), &[]);
     let mut client = Role::start("connect");
     let (pid, port) = (client.pid(), client.says());
     client.kill();
@@ -86,7 +86,7 @@ fn sigkill_is_an_orderly_end_by_the_killed() {
 #[test]
 fn exec_after_connect_keeps_the_name_that_connected() {
     let net = Net::private();
-    let mut daemon = Daemon::start(&Variant(vec![]), &[]);
+    let mut daemon = Daemon::shared(&Variant(vec![]), &[]);
     let mut client = Role::start("connect and exec");
     let pid = client.pid();
     client.says();
@@ -104,7 +104,7 @@ fn exec_after_connect_keeps_the_name_that_connected() {
 fn a_socket_handed_down_is_opened_by_the_parent_and_closed_by_the_child() {
     let net = Net::private();
     for variant in variants() {
-        let mut daemon = Daemon::start(&variant, &[]);
+        let mut daemon = Daemon::shared(&variant, &[]);
         let mut parent = Role::start("connect and hand down");
         let pid = parent.pid();
         let child: u32 = parent.says().parse().unwrap();
@@ -202,7 +202,7 @@ fn doctor_outside_the_initial_pid_namespace_says_so() {
 #[test]
 fn a_thread_that_renames_itself_does_not_rename_its_process() {
     let net = Net::private();
-    let mut daemon = Daemon::start(&Variant(vec![]), &[]);
+    let mut daemon = Daemon::shared(&Variant(vec![]), &[]);
     let mut client = Role::start("rename threads");
     client.says();
     let opened = established(&mut daemon, net);
@@ -217,7 +217,7 @@ fn a_reset_by_the_closer_names_it_and_a_bystander_is_never_named() {
     let net = Net::private();
     net.steer();
     for variant in variants() {
-        let mut daemon = Daemon::start(&variant, &[]);
+        let mut daemon = Daemon::shared(&variant, &[]);
         let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
         socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
         drop(socket);
@@ -256,7 +256,7 @@ fn io_uring_connects_for_the_process_that_asked() {
     let net = Net::private();
     for variant in variants() {
         for flags in [Flags::empty(), Flags::ASYNC] {
-            let mut daemon = Daemon::start(&variant, &[]);
+            let mut daemon = Daemon::shared(&variant, &[]);
             let Some(socket) = connect_by_io_uring(flags) else { return };
             drop(socket);
             let closed = closed(&mut daemon, net);
