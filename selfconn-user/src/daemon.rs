@@ -3,6 +3,7 @@
 
 use std::{collections::HashMap, io, time::Duration};
 
+use rustix::process::Signal;
 use selfconn_ebpf::{ABSENT, Field, Task, Transition, state};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -94,26 +95,37 @@ impl Daemon {
         })
     }
 
-    /// Runs until SIGINT or SIGTERM.
+    /// Runs until SIGINT or SIGTERM, or until nobody reads stdout any more.
     ///
     /// # Errors
-    /// When stdout can't be written, a broken pipe included.
+    /// When signals or the ring buffer can't be waited for.
     pub async fn watch(mut self) -> io::Result<()> {
         let (mut interrupt, mut terminate) =
             (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-        self.story.out.flush()?;
+        // Without anything to reopen it keeps its default, which ends the run with its terminal.
+        let mut hangup = self.story.out.can_reopen().then(|| signal(SignalKind::hangup())).transpose()?;
+        // A limit on the log's size is an error of writing, not the end.
+        let _too_large = signal(SignalKind::from_raw(Signal::XFSZ.as_raw()))?;
+        let mut is_read = self.story.out.flush().is_ok();
         let mut has_more = false;
         let mut look_at: Option<Instant> = None;
         // What is there already, now that nothing new can come without being seen.
         let mut read_at: Option<Instant> = None;
         self.read_table();
-        loop {
+        while is_read {
             tokio::select! {
                 biased;
                 _ = interrupt.recv() => break,
                 _ = terminate.recv() => break,
+                () = next(&mut hangup) => {
+                    if self.story.out.reopen().is_err() {
+                        break;
+                    }
+                }
                 () = std::future::ready(()), if has_more => {}
                 readable = self.tracer.readable() => readable?,
+                // What waits behind it is handed over below.
+                () = self.story.out.ready() => {}
                 Some(reading) = self.reader.answer() => {
                     self.reconcile(&reading);
                     read_at = Some(Instant::now() + self.pace);
@@ -124,12 +136,12 @@ impl Daemon {
                 }
                 () = sleep_until(look_at.unwrap_or_else(Instant::now)), if look_at.is_some() => {
                     self.tell_losses();
-                    look_at = self.story.out.is_behind().then(|| Instant::now() + SOON);
+                    look_at = self.story.out.behind().any().then(|| Instant::now() + SOON);
                 }
             }
             let taken = self.take();
             has_more = taken == BATCH;
-            self.story.out.flush()?;
+            is_read = self.story.out.flush().is_ok();
             if taken > 0 && look_at.is_none() {
                 look_at = Some(Instant::now() + SOON);
             }
@@ -139,7 +151,8 @@ impl Daemon {
         while self.take() > 0 {}
         self.tell_losses();
         let (losses, open) = (self.losses(), self.story.connections.iter().count());
-        self.story.out.stop(losses, open as u64)
+        self.story.out.stop(losses, open as u64).await;
+        Ok(())
     }
 
     /// Takes a batch of transitions; says how many.
@@ -183,23 +196,25 @@ impl Daemon {
             Ok(counters) => self.counted = counters,
             Err(error) => log::error!("the programs' counters can't be read: {error:#}"),
         }
-        let now = self.losses();
-        let is_behind = self.story.out.is_behind();
-        for (place, now, told) in [
-            ("ring", now.ring, &mut self.told.ring),
-            ("missed", now.missed, &mut self.told.missed),
-            ("log", now.log, &mut self.told.log),
+        let now = self.losses().plus(self.story.out.lost());
+        let behind = self.story.out.behind();
+        for (place, is_behind, now, told) in [
+            ("ring", false, now.ring, &mut self.told.ring),
+            ("missed", false, now.missed, &mut self.told.missed),
+            ("log", behind.log, now.log, &mut self.told.log),
+            ("stdout", behind.stdout, now.stdout, &mut self.told.stdout),
         ] {
-            // What the log refused is told there once it takes lines again.
-            if now > *told && !(place == "log" && is_behind) {
+            // What a place refused is told once it takes events again; else the telling would be lost, too.
+            if now > *told && !is_behind {
                 self.story.out.emit(What::Lost(Lost { r#where: place, count: now - *told }));
                 *told = now;
             }
         }
     }
 
+    /// What never became an event.
     fn losses(&self) -> Losses {
-        Losses { ring: self.counted.ring_full, missed: self.story.missed, log: self.story.out.lost() }
+        Losses { ring: self.counted.ring_full, missed: self.story.missed, ..Losses::default() }
     }
 }
 
@@ -264,6 +279,16 @@ impl Story {
             }
         }
         missed
+    }
+}
+
+/// The next of a signal that may not be waited for.
+async fn next(signal: &mut Option<tokio::signal::unix::Signal>) {
+    match signal {
+        Some(signal) => {
+            signal.recv().await;
+        }
+        None => std::future::pending().await,
     }
 }
 

@@ -161,15 +161,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         // Attached; and no other thread may have been started yet.
         let plan = Plan { log: args.log.as_deref(), destroys: false };
         let kept = privileges::drop_after_attach(plan, || tracer.counters().is_ok())?;
-        let sinks = Sinks::new(args.format(), log);
+        let sinks = Sinks::new(args.format(), log).context("start the thread that writes stdout")?;
         let pace = Duration::from_secs(args.reconcile);
         let daemon = Daemon::new(&host, tracer, sinks, args.states, pace)?;
         kept.narrow().context("cannot give up capabilities")?;
         drop(host);
-        match daemon.watch().await {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
-            outcome => outcome.map(|()| ExitCode::SUCCESS).context("cannot write to stdout"),
-        }
+        daemon.watch().await.context("cannot wait for events")?;
+        Ok(ExitCode::SUCCESS)
     })
 }
 

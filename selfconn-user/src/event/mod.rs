@@ -162,7 +162,7 @@ pub struct Ended {
 /// `lost`.
 #[derive(Debug, Serialize)]
 pub struct Lost {
-    /// `ring`, `missed` or `log`.
+    /// `ring`, `missed`, `log` or `stdout`.
     pub r#where: &'static str,
     /// How many since the last such event.
     pub count: u64,
@@ -190,6 +190,21 @@ pub struct Losses {
     pub missed: u64,
     /// Events that the log file refused.
     pub log: u64,
+    /// Events that nobody took from stdout.
+    pub stdout: u64,
+}
+
+impl Losses {
+    /// Both together.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            ring: self.ring + other.ring,
+            missed: self.missed + other.missed,
+            log: self.log + other.log,
+            stdout: self.stdout + other.stdout,
+        }
+    }
 }
 
 impl Subject {

@@ -1,23 +1,20 @@
-//! Where events go: people's text or JSON lines on stdout, and the log file.
+//! Where events go: people's text or JSON lines on stdout, and the log file. Nothing here waits for a reader: what
+//! can't be written waits itself, within bounds, and is counted beyond them.
 
-use std::io::{self, Write as _};
+use std::io;
 
 use jiff::Timestamp;
 
-use self::file::LogFile;
+use self::{file::LogFile, stdout::Stdout};
 use crate::event::{Event, Losses, Stopped, What};
 
+mod backlog;
 pub mod file;
+mod stdout;
 pub mod text;
+mod writer;
 
-/// How stdout speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// For people.
-    Text,
-    /// One JSON object a line.
-    Json,
-}
+pub use stdout::Format;
 
 /// Appends an event as one JSON line.
 pub fn json_line(event: &Event, out: &mut Vec<u8>) {
@@ -32,48 +29,27 @@ pub fn json_line(event: &Event, out: &mut Vec<u8>) {
     }
 }
 
-/// Standard output, written a batch at a time.
-#[derive(Debug)]
-pub struct Stdout {
-    format: Option<Format>,
-    batch: Vec<u8>,
+/// The places that have events waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Behind {
+    /// The log file.
+    pub log: bool,
+    /// Standard output.
+    pub stdout: bool,
 }
 
-impl Stdout {
-    /// `None`: says nothing.
+impl Behind {
+    /// Whether any has.
     #[must_use]
-    pub fn new(format: Option<Format>) -> Self {
-        Self { format, batch: Vec::new() }
-    }
-
-    /// Adds an event to the batch.
-    pub fn push(&mut self, event: &Event) {
-        match self.format {
-            Some(Format::Json) => json_line(event, &mut self.batch),
-            Some(Format::Text) => text::line(event, &mut self.batch),
-            None => {}
-        }
-    }
-
-    /// Writes the batch.
-    ///
-    /// # Errors
-    /// As writing does; a broken pipe included, which the caller takes for a wish to end.
-    pub fn flush(&mut self) -> io::Result<()> {
-        if self.batch.is_empty() {
-            return Ok(());
-        }
-        let mut stdout = io::stdout().lock();
-        let outcome = stdout.write_all(&self.batch).and_then(|()| stdout.flush());
-        self.batch.clear();
-        outcome
+    pub fn any(self) -> bool {
+        self.log || self.stdout
     }
 }
 
 /// Every place that events go to.
 #[derive(Debug)]
 pub struct Sinks {
-    stdout: Stdout,
+    stdout: Option<Stdout>,
     log: Option<LogFile>,
     made: u64,
     line: Vec<u8>,
@@ -81,9 +57,12 @@ pub struct Sinks {
 
 impl Sinks {
     /// `None`: no such place.
-    #[must_use]
-    pub fn new(stdout: Option<Format>, log: Option<LogFile>) -> Self {
-        Self { stdout: Stdout::new(stdout), log, made: 0, line: Vec::new() }
+    ///
+    /// # Errors
+    /// When a thread can't be started.
+    pub fn new(stdout: Option<Format>, log: Option<LogFile>) -> io::Result<Self> {
+        let stdout = stdout.map(Stdout::start).transpose()?;
+        Ok(Self { stdout, log, made: 0, line: Vec::new() })
     }
 
     /// Makes an event of now.
@@ -95,47 +74,153 @@ impl Sinks {
     pub fn emit_at(&mut self, time: Timestamp, what: What) {
         let event = Event { time, what };
         self.made += 1;
+        self.write_json(&event);
         if let Some(log) = &mut self.log {
-            self.line.clear();
-            json_line(&event, &mut self.line);
             log.push(&self.line);
         }
-        self.stdout.push(&event);
+        if let Some(stdout) = &mut self.stdout {
+            stdout.push(&event, &self.line);
+        }
     }
 
-    /// Writes what was made. The log first: nobody who stops reading stdout keeps an event from it.
+    fn write_json(&mut self, event: &Event) {
+        self.line.clear();
+        json_line(event, &mut self.line);
+    }
+
+    /// Writes what was made, as far as it can be.
     ///
     /// # Errors
-    /// As [`Stdout::flush`]; the log says and counts its own.
+    /// A broken pipe: nobody reads stdout any more, which the caller takes for a wish to end. Every other error is said
+    /// and counted where it happens.
     pub fn flush(&mut self) -> io::Result<()> {
         if let Some(log) = &mut self.log {
             log.flush();
         }
-        self.stdout.flush()
+        match &mut self.stdout {
+            Some(stdout) => {
+                stdout.writer.flush();
+                if stdout.writer.is_gone() { Err(io::ErrorKind::BrokenPipe.into()) } else { Ok(()) }
+            }
+            None => Ok(()),
+        }
     }
 
-    /// Whether events wait for a log that refuses them.
-    #[must_use]
-    pub fn is_behind(&self) -> bool {
-        self.log.as_ref().is_some_and(LogFile::is_behind)
+    /// Waits until a reader took what it was given, so that it is time to flush. Dropped, it loses nothing.
+    pub async fn ready(&mut self) {
+        match &mut self.stdout {
+            Some(stdout) => stdout.writer.ready().await,
+            None => std::future::pending().await,
+        }
     }
 
-    /// Events that the log refused for good.
-    #[must_use]
-    pub fn lost(&self) -> u64 {
-        self.log.as_ref().map_or(0, LogFile::lost)
-    }
-
-    /// Makes and writes the last event, whose numbers count it, too.
+    /// SIGHUP: the log is opened anew.
     ///
     /// # Errors
-    /// As [`Self::flush`].
-    pub fn stop(&mut self, lost: Losses, open: u64) -> io::Result<()> {
+    /// A broken pipe, when stdout was a terminal and has gone.
+    pub fn reopen(&mut self) -> io::Result<()> {
         if let Some(log) = &mut self.log {
-            log.flush();
+            log.reopen();
         }
-        let written = self.log.as_ref().map(|log| log.written() + 1);
-        self.emit(What::Stopped(Stopped { made: self.made + 1, written, lost, open }));
-        self.flush()
+        match &self.stdout {
+            Some(stdout) if stdout.is_hung_up() => Err(io::ErrorKind::BrokenPipe.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether SIGHUP has something to reopen.
+    #[must_use]
+    pub fn can_reopen(&self) -> bool {
+        self.log.is_some()
+    }
+
+    /// Which places have events waiting. Of what such a place lost it is told once it takes events again.
+    #[must_use]
+    pub fn behind(&self) -> Behind {
+        Behind {
+            log: self.log.as_ref().is_some_and(LogFile::is_behind),
+            stdout: self.stdout.as_ref().is_some_and(|stdout| stdout.writer.is_behind()),
+        }
+    }
+
+    /// Events that a place never took and never will: its part of [`Losses`].
+    #[must_use]
+    pub fn lost(&self) -> Losses {
+        Losses {
+            log: self.log.as_ref().map_or(0, LogFile::lost),
+            stdout: self.stdout.as_ref().map_or(0, |stdout| stdout.writer.lost()),
+            ..Losses::default()
+        }
+    }
+
+    /// Events made so far.
+    #[must_use]
+    pub fn made(&self) -> u64 {
+        self.made
+    }
+
+    /// Events in the log file so far; none without one.
+    #[must_use]
+    pub fn written(&self) -> Option<u64> {
+        self.log.as_ref().map(LogFile::written)
+    }
+
+    /// Attempts to write or reopen the log that failed.
+    #[must_use]
+    pub fn log_write_errors(&self) -> u64 {
+        self.log.as_ref().map_or(0, LogFile::errors)
+    }
+
+    /// Whether the log takes lines, as far as is known from the last attempt. True without one.
+    #[must_use]
+    pub fn can_write_log(&self) -> bool {
+        !self.log.as_ref().is_some_and(LogFile::is_failing)
+    }
+
+    /// Makes and writes the last event. Its numbers count what became of everything, itself included: events made are
+    /// those written and those lost.
+    pub async fn stop(&mut self, lost: Losses, open: u64) {
+        let log_takes_it = self.log.as_mut().is_none_or(LogFile::finish);
+        self.drain().await;
+        self.made += 1;
+        // Where it can't go it is lost itself.
+        let own = Losses {
+            log: u64::from(!log_takes_it),
+            stdout: u64::from(self.stdout.as_ref().is_some_and(|stdout| stdout.writer.is_stuck())),
+            ..Losses::default()
+        };
+        let mut event = self.stopped(lost.plus(own), open, u64::from(log_takes_it));
+        if log_takes_it {
+            self.write_json(&event);
+            if let Some(log) = &mut self.log {
+                log.push(&self.line);
+                if !log.finish() {
+                    // It has counted the line as lost.
+                    event = self.stopped(lost.plus(own), open, 0);
+                }
+            }
+        }
+        self.write_json(&event);
+        if let Some(stdout) = &mut self.stdout {
+            stdout.push(&event, &self.line);
+        }
+        self.drain().await;
+    }
+
+    /// `written` of it will be in the log.
+    fn stopped(&self, lost: Losses, open: u64, written: u64) -> Event {
+        let stopped = Stopped {
+            made: self.made,
+            written: self.written().map(|before| before + written),
+            lost: lost.plus(self.lost()),
+            open,
+        };
+        Event { time: Timestamp::now(), what: What::Stopped(stopped) }
+    }
+
+    async fn drain(&mut self) {
+        if let Some(stdout) = &mut self.stdout {
+            stdout.writer.drain().await;
+        }
     }
 }
