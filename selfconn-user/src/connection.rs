@@ -353,7 +353,7 @@ fn end(connection: &Connection, t: &Transition) -> End {
         bytes_sent: is_known.then(|| t.bytes_sent.saturating_sub(t.bytes_retrans)),
         bytes_received: is_known.then(|| t.bytes_received.saturating_sub(u64::from(fin_came))),
         how,
-        port_blocked_until_ns: (how == Some(How::Fin)).then_some(t.at_ns + TIME_WAIT_NS),
+        port_blocked_until_ns: (how == Some(How::Fin)).then_some(t.at_ns.saturating_add(TIME_WAIT_NS)),
     }
 }
 

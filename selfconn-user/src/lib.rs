@@ -6,6 +6,8 @@ pub mod commands;
 pub mod connection;
 pub mod daemon;
 pub mod event;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod kernel;
 pub mod logger;
 pub mod ports;

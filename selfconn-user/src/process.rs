@@ -143,6 +143,14 @@ pub fn read(pid: u32, start_ns: Option<u64>) -> Option<Facts> {
     })
 }
 
+/// Every parser here, for whatever bytes.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn parse_anything(bytes: &[u8]) {
+    let text = lossy(bytes);
+    let _ = (parse_stat(&text), arguments(bytes));
+    let _ = (cgroup_path(&text), Place::parse(&text));
+}
+
 fn lossy(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }

@@ -4,6 +4,7 @@ mod build_ebpf;
 mod daemon;
 mod environment;
 mod fingerprint;
+mod fuzz;
 mod packages;
 mod progress;
 mod strip;
@@ -45,6 +46,8 @@ enum Command {
         /// Only the tests with this in their name
         filter: Option<String>,
     },
+    /// Run the fuzz targets, each for a bounded time, and tell what was tried
+    Fuzz(fuzz::Args),
     /// Run the live tests on other kernels, in virtual machines
     Vm(vm::Args),
 }
@@ -66,6 +69,7 @@ fn run(command: &Command, workspace: &Workspace) -> Result<()> {
         Command::Build => daemon::build(workspace),
         Command::Run { arguments } => daemon::run(workspace, arguments),
         Command::Test { filter } => test::test(workspace, filter.as_deref()),
+        Command::Fuzz(arguments) => fuzz::run(arguments, workspace),
         Command::Vm(arguments) => vm::run(arguments, workspace),
     }
 }

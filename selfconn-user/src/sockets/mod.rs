@@ -107,6 +107,13 @@ pub fn survey(options: Options) -> io::Result<Survey> {
     })
 }
 
+/// Every parser of text here, for whatever bytes.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn parse_anything(bytes: &[u8]) {
+    let _ = namespaces::mounted(bytes);
+    let _ = std::str::from_utf8(bytes).map(|line| procfs::parse(line, |_, _, _| true));
+}
+
 /// To be called on a thread that ends afterwards, for it stays in the last namespace.
 fn visit_all(options: Options) -> Survey {
     let mut survey = Survey { began_ns: clock::boot_ns(), ..Survey::default() };

@@ -199,7 +199,7 @@ fn is_gone(error: &io::Error) -> bool {
 }
 
 /// Where network namespaces are mounted, from the text of `/proc/self/mountinfo`.
-fn mounted(mountinfo: &[u8]) -> Vec<PathBuf> {
+pub(super) fn mounted(mountinfo: &[u8]) -> Vec<PathBuf> {
     let mounted = |line: &[u8]| {
         // id, parent, device, what of the file system is mounted, where.
         let mut fields = line.split(|byte| *byte == b' ').skip(3);

@@ -53,7 +53,7 @@ fn read_file(path: &str, rows: &mut Vec<Row>, parse: &impl Fn(&str) -> Option<Ro
 }
 
 /// A line of the table, if its addresses and its state are wanted. `None`: they are not, or it is the heading.
-fn parse(line: &str, is_wanted: impl Fn(&str, &str, &str) -> bool) -> Option<Row> {
+pub(super) fn parse(line: &str, is_wanted: impl Fn(&str, &str, &str) -> bool) -> Option<Row> {
     let mut words = line.split_ascii_whitespace().skip(1);
     let (source, destination) = (words.next()?.split_once(':')?, words.next()?.split_once(':')?);
     let state = words.next()?;

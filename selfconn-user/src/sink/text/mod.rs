@@ -76,7 +76,7 @@ pub fn line(event: &Event, out: &mut Vec<u8>) {
     out.push(b'\n');
 }
 
-fn render(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+pub(crate) fn render(record: Record<'_>, out: &mut String) -> std::fmt::Result {
     let kind = kind_of(record);
     if let Some(time) = record.time() {
         write!(out, "{}  ", units::clock(time))?;
