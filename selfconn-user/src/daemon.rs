@@ -20,12 +20,16 @@ use crate::{
         tracer::{Counters, Tracer},
     },
     process::{Processes, Who},
+    remedy::Remedy,
     sink::Sinks,
 };
 
 mod reader;
+mod reading;
+mod remedy;
 
-use reader::{Reader, Reading};
+use reader::{Answer, Question, Reader};
+use reading::Reading;
 
 /// So many records are taken before signals get a turn.
 const BATCH: usize = 1024;
@@ -57,6 +61,7 @@ struct Story {
     /// What was learnt of who is behind each open connection, by its number.
     whos: HashMap<u64, Who>,
     states: bool,
+    remedy: Option<Remedy>,
     out: Sinks,
     missed: u64,
 }
@@ -72,6 +77,7 @@ impl Daemon {
         mut out: Sinks,
         states: bool,
         pace: Duration,
+        remedy: Option<Remedy>,
     ) -> io::Result<Self> {
         out.emit(What::Started(started(host, tracer.methods())));
         let witnesses = u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX);
@@ -84,6 +90,7 @@ impl Daemon {
                 processes: Processes::new(host.is_initial_pid_ns),
                 whos: HashMap::new(),
                 states,
+                remedy,
                 out,
                 missed: 0,
             },
@@ -113,6 +120,7 @@ impl Daemon {
         let mut read_at: Option<Instant> = None;
         self.read_table();
         while is_read {
+            let remedy_at = self.remedy_at();
             tokio::select! {
                 biased;
                 _ = interrupt.recv() => break,
@@ -126,10 +134,15 @@ impl Daemon {
                 readable = self.tracer.readable() => readable?,
                 // What waits behind it is handed over below.
                 () = self.story.out.ready() => {}
-                Some(reading) = self.reader.answer() => {
-                    self.reconcile(&reading);
-                    read_at = Some(Instant::now() + self.pace);
-                }
+                Some(answer) = self.reader.answer() => match answer {
+                    Answer::Table(reading) => {
+                        self.reconcile(&reading);
+                        read_at = Some(Instant::now() + self.pace);
+                    }
+                    Answer::LookedUp(number, found) => self.looked_up(number, found),
+                    Answer::Destroyed(number, began_ns, outcome) => self.destroyed(number, began_ns, outcome),
+                },
+                () = sleep_until(remedy_at.unwrap_or_else(Instant::now)), if remedy_at.is_some() => {}
                 () = sleep_until(read_at.unwrap_or_else(Instant::now)), if read_at.is_some() => {
                     read_at = None;
                     self.read_table();
@@ -141,11 +154,15 @@ impl Daemon {
             }
             let taken = self.take();
             has_more = taken == BATCH;
+            if !has_more {
+                self.remedy();
+            }
             is_read = self.story.out.flush().is_ok();
             if taken > 0 && look_at.is_none() {
                 look_at = Some(Instant::now() + SOON);
             }
         }
+        self.end_remedy().await;
         // What happened before the signal is told; what happens from here on isn't seen.
         self.tracer.detach();
         while self.take() > 0 {}
@@ -165,7 +182,7 @@ impl Daemon {
     /// Asks for the socket table.
     fn read_table(&mut self) {
         self.story.connections.begin_reading();
-        self.reader.ask();
+        self.reader.ask(Question::Table);
     }
 
     /// Compares with the socket table.
@@ -221,7 +238,7 @@ impl Daemon {
 impl Story {
     /// Takes in a transition, and makes what events come of it.
     fn apply(&mut self, transition: &Transition, clock: Offset) {
-        let Self { run, connections, processes, whos, states, out, .. } = self;
+        let Self { run, connections, processes, whos, states, remedy, out, .. } = self;
         let at_ns = transition.at_ns;
         let mut ended = [None; 2];
         connections.apply(transition, |happening| {
@@ -233,6 +250,11 @@ impl Story {
             });
             if let Some(what) = tell(happening, who, *run, *states, clock) {
                 out.emit_at(clock.wall(at_ns), what);
+            }
+            if let Some(remedy) = remedy
+                && let Some(remedied) = remedy::note(remedy, happening, who, *run, at_ns)
+            {
+                out.emit_at(clock.wall(at_ns), What::Remedied(Box::new(remedied)));
             }
             if matches!(happening, Happening::Closed(..) | Happening::State(_, _, state::CLOSE)) {
                 // The life that was missed ending, and the one that ends.
@@ -246,7 +268,7 @@ impl Story {
 
     /// Takes in the socket table; says how many self-connections were missed.
     fn reconcile(&mut self, reading: &Reading, listed: &[Listed], knows_netns: bool) -> u64 {
-        let Self { run, connections, processes, whos, states, out, .. } = self;
+        let Self { run, connections, processes, whos, states, remedy, out, .. } = self;
         let clock = Offset::now();
         let mut ended = Vec::new();
         let has_read = |netns| !knows_netns || reading.has_read(netns);
@@ -263,6 +285,11 @@ impl Story {
             });
             if let Some(what) = tell(happening, who, *run, *states, clock) {
                 out.emit(what);
+            }
+            if let Some(remedy) = remedy
+                && let Some(remedied) = remedy::note(remedy, happening, who, *run, reading.began_ns())
+            {
+                out.emit(What::Remedied(Box::new(remedied)));
             }
             if matches!(happening, Happening::Closed(..)) {
                 ended.push(connection.number);

@@ -6,6 +6,7 @@ pub mod commands;
 pub mod connection;
 pub mod daemon;
 pub mod event;
+pub mod filter;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 pub mod kernel;
@@ -13,6 +14,7 @@ pub mod logger;
 pub mod ports;
 pub mod privileges;
 pub mod process;
+pub mod remedy;
 pub mod sink;
 pub mod sockets;
 pub mod sysctl;

@@ -16,6 +16,7 @@ use crate::{
     },
     logger,
     sink::text::escape,
+    sockets,
 };
 
 /// Shown below the options.
@@ -161,6 +162,7 @@ fn checks(host: &Host, ring: Result<(), String>) -> Vec<Check> {
         Tracefs::NotMounted => (false, "not mounted".to_owned()),
         Tracefs::Absent => (false, "not in this kernel".to_owned()),
     };
+    let remedy = sockets::can_destroy().and_then(|()| sockets::can_enter());
     let lockdown = host.lockdown.clone().unwrap_or_else(|| "not told (securityfs is not mounted)".to_owned());
     let missing: Vec<_> = [CAP_BPF, CAP_PERFMON]
         .into_iter()
@@ -202,6 +204,12 @@ fn checks(host: &Host, ring: Result<(), String>) -> Vec<Check> {
             ring.is_ok(),
             ring.map_or_else(|why| why, |()| "can be made".to_owned()),
             Some("a kernel from v5.8 on, and the capabilities above"),
+        ),
+        check(
+            "remedy",
+            remedy.is_ok(),
+            remedy.as_ref().map_or_else(Clone::clone, |()| "sockets can be destroyed".to_owned()),
+            Some("only --remedy and scan --destroy need it"),
         ),
         check(
             "pid_namespace",

@@ -4,7 +4,6 @@ use std::io::{self, Write as _};
 
 use anyhow::{Context as _, Result};
 
-pub mod audit;
 pub mod doctor;
 pub mod repro;
 pub mod run;

@@ -17,12 +17,16 @@ use crate::{
     sink::{Format, Sinks, file::LogFile},
 };
 
+mod remedy;
+
 /// Shown below the options.
 pub const EXAMPLE: &str = "\
 Examples:
   selfconn run                                   watch, and tell people on this terminal
   selfconn run --log /var/log/selfconn/events.jsonl
-  selfconn run --json | jq 'select(.event == \"established\") | .comm'";
+  selfconn run --json | jq 'select(.event == \"established\") | .comm'
+  selfconn run --remedy dry-run --remedy-except 'unit=postgresql*'
+                                                 say what --remedy destroy would destroy";
 
 /// Options of `run`.
 #[derive(Debug, clap::Args)]
@@ -51,6 +55,8 @@ pub struct Args {
     /// Attach tcp_set_state by this method only
     #[arg(long, value_enum, value_name = "METHOD")]
     function_method: Option<FunctionMethod>,
+    #[command(flatten)]
+    remedy: remedy::RemedyArgs,
     /// Say more on stderr; twice: let the eBPF programs speak, too
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -149,7 +155,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let log = args.log.as_deref().map(LogFile::open).transpose()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let host = Host::look(args.without_btf)?;
+        let mut host = Host::look(args.without_btf)?;
+        // Before anything is attached: a remedy that can't work is told at once.
+        let remedy = args.remedy.prepare(&mut host)?;
         let options = Options {
             wanted: args.wanted(),
             ring_bytes: args.ring_size,
@@ -159,11 +167,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         };
         let tracer = Tracer::start(&host, options)?;
         // Attached; and no other thread may have been started yet.
-        let plan = Plan { log: args.log.as_deref(), destroys: false };
+        let plan = Plan { log: args.log.as_deref(), destroys: args.remedy.destroys() };
         let kept = privileges::drop_after_attach(plan, || tracer.counters().is_ok())?;
         let sinks = Sinks::new(args.format(), log).context("start the thread that writes stdout")?;
         let pace = Duration::from_secs(args.reconcile);
-        let daemon = Daemon::new(&host, tracer, sinks, args.states, pace)?;
+        let daemon = Daemon::new(&host, tracer, sinks, args.states, pace, remedy)?;
         kept.narrow().context("cannot give up capabilities")?;
         drop(host);
         daemon.watch().await.context("cannot wait for events")?;

@@ -3,19 +3,22 @@
 use std::{
     collections::{HashMap, HashSet},
     fmt::Write as _,
+    fs,
     io::{self, Write as _},
     process::ExitCode,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use selfconn_ebpf::state;
 use serde::Serialize;
 
 use crate::{
     clock::{self, Offset},
     event::Subject,
+    filter::{Rule, Selection},
     logger,
     process::{self, Facts, Holder},
+    remedy::Outcome,
     sink::text::escape,
     sockets::{self, Found, Options, Search, Survey, holders},
 };
@@ -25,6 +28,9 @@ pub const EXAMPLE: &str = "\
 Examples:
   selfconn scan                exit code 0: nothing found, 1: something, 2: error
   selfconn scan --json | jq -r 'select(.state == \"ESTABLISHED\") | .pid'
+
+  selfconn scan --only comm=java             these...
+  selfconn scan --only comm=java --destroy   ...are destroyed; exit code 0: none of them is left
 
 As root it sees every network namespace; as another user its own, and says what it could not see.";
 
@@ -37,6 +43,15 @@ pub struct Args {
     /// One JSON object a line, for each self-connection
     #[arg(long)]
     json: bool,
+    /// Destroy each of them; without this, what is listed is what would be destroyed
+    #[arg(long, conflicts_with = "procfs")]
+    destroy: bool,
+    /// Only those of which this field matches, such as comm=java* or port=8080; may be repeated
+    #[arg(long, value_name = "KEY=GLOB")]
+    only: Vec<Rule>,
+    /// None of which this field matches, or is unknown; may be repeated, and wins
+    #[arg(long, value_name = "KEY=GLOB")]
+    except: Vec<Rule>,
     /// Look for every holder of a socket, however many files are open on this host
     #[arg(long)]
     holders: bool,
@@ -54,6 +69,21 @@ struct Row {
     state: &'static str,
     /// When TIME_WAIT ends and a server can bind the port again.
     port_blocked_until: Option<String>,
+    /// What `--destroy` came to; null without it.
+    result: Option<&'static str>,
+    /// Why it could not be destroyed.
+    why: Option<String>,
+}
+
+/// Of each that was found, what `--destroy` came to; empty without it.
+type Outcomes = Vec<Result<bool, String>>;
+
+fn result(outcome: &Result<bool, String>) -> Outcome {
+    match outcome {
+        Ok(true) => Outcome::Destroyed,
+        Ok(false) => Outcome::Gone,
+        Err(_) => Outcome::Failed,
+    }
 }
 
 /// Looks, and tells.
@@ -62,6 +92,9 @@ struct Row {
 /// When no socket table can be read, or stdout not written.
 pub fn run(args: &Args) -> Result<ExitCode> {
     logger::init(0, false);
+    if args.destroy {
+        sockets::can_destroy().map_err(|why| anyhow!("--destroy: {why}"))?;
+    }
     let options = Options { procfs_only: args.procfs, ..Options::default() };
     let mut survey = sockets::survey(options).context("cannot start a thread")?;
     if survey.namespaces.is_empty() {
@@ -69,15 +102,27 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     survey.found.sort_by_key(|found| (found.netns, found.addr, found.port, found.is_ipv6, found.cookie));
     let mut holding = Holding::look(&survey.found, args.holders);
+    let selection = Selection { only: args.only.clone(), except: args.except.clone() };
+    survey.found.retain(|found| selection.spares(&holding.subject(found, String::new())).is_none());
+    let outcomes = if args.destroy {
+        sockets::destroy_all(&survey.found).context("cannot start a thread")?
+    } else {
+        Outcomes::new()
+    };
     if let Some(why) = &survey.without_sock_diag {
         warn(&format!("sock_diag: {why}: cookies and interfaces are unknown: /proc/net/tcp has none"));
     }
     for what in survey.unseen.iter().chain(&holding.unseen) {
         warn(&format!("not seen: {what}"));
     }
-    let out = if args.json { json(&survey, &mut holding)? } else { text(&survey, &holding).into_bytes() };
+    let out = if args.json {
+        json(&survey, &mut holding, &outcomes)?
+    } else {
+        text(&survey, &holding, &outcomes).into_bytes()
+    };
     super::print(&out)?;
-    Ok(if survey.found.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
+    let gone = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
+    Ok(if survey.found.len() == gone { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
 fn warn(what: &str) {
@@ -101,7 +146,10 @@ impl Holding {
         if inodes.is_empty() {
             return Self::default();
         }
-        if !process::is_in_initial_pid_ns() {
+        // As the kernel numbers it: include/linux/proc_ns.h at v5.10.
+        let is_initial =
+            fs::read_link("/proc/self/ns/pid").is_ok_and(|ns| ns.as_os_str() == "pid:[4026531836]");
+        if !is_initial {
             let why = "holders: their pids are unknown outside the initial pid namespace".to_owned();
             return Self { unseen: vec![why], ..Self::default() };
         }
@@ -153,7 +201,7 @@ impl Holding {
     }
 }
 
-fn json(survey: &Survey, holding: &mut Holding) -> Result<Vec<u8>> {
+fn json(survey: &Survey, holding: &mut Holding, outcomes: &Outcomes) -> Result<Vec<u8>> {
     let clock = Offset::now();
     let now_ns = clock::boot_ns();
     let mut out = Vec::new();
@@ -167,10 +215,14 @@ fn json(survey: &Survey, holding: &mut Holding) -> Result<Vec<u8>> {
             let left_ns = u64::try_from(left).unwrap_or(0);
             format!("{:.9}", clock.wall(now_ns + left_ns))
         };
+        let outcome = outcomes.get(number);
+        let time_wait_left = found.time_wait_left.filter(|_| !matches!(outcome, Some(Ok(_))));
         let row = Row {
             subject: holding.subject(found, id),
             state: state::name(found.state),
-            port_blocked_until: found.time_wait_left.map(|left| until(left.as_nanos())),
+            port_blocked_until: time_wait_left.map(|left| until(left.as_nanos())),
+            result: outcome.map(|outcome| result(outcome).name()),
+            why: outcome.and_then(|outcome| outcome.as_ref().err()).cloned(),
         };
         serde_json::to_writer(&mut out, &row)?;
         out.push(b'\n');
@@ -178,11 +230,11 @@ fn json(survey: &Survey, holding: &mut Holding) -> Result<Vec<u8>> {
     Ok(out)
 }
 
-fn text(survey: &Survey, holding: &Holding) -> String {
+fn text(survey: &Survey, holding: &Holding, outcomes: &Outcomes) -> String {
     let mut out = String::new();
     let ends: Vec<_> = survey.found.iter().map(end).collect();
     let width = ends.iter().map(String::len).max().unwrap_or(0);
-    for (found, end) in survey.found.iter().zip(&ends) {
+    for (number, (found, end)) in survey.found.iter().zip(&ends).enumerate() {
         let _ = write!(out, "{:<11}  {end:<width$}  netns {:<10}  ", state::name(found.state), found.netns);
         match (found.time_wait_left, holding.holders(found)) {
             (Some(left), _) => {
@@ -192,13 +244,27 @@ fn text(survey: &Survey, holding: &Holding) -> String {
             (None, Some(holders)) => name_all(holders, &mut out),
             (None, None) => out.push_str("an unknown process"),
         }
+        match outcomes.get(number) {
+            None => {}
+            Some(Ok(true)) => out.push_str(": destroyed"),
+            Some(Ok(false)) => out.push_str(": gone by itself"),
+            Some(Err(why)) => {
+                let _ = write!(out, ": NOT destroyed: {}", escape(why));
+            }
+        }
         out.push('\n');
     }
     let plural = |count, one: &str| if count == 1 { format!("1 {one}") } else { format!("{count} {one}s") };
     let namespaces = plural(survey.namespaces.len(), "network namespace");
     let _ = match survey.found.len() {
         0 => writeln!(out, "nothing found in {namespaces}"),
-        count => writeln!(out, "{} in {namespaces}", plural(count, "self-connection")),
+        count if outcomes.is_empty() => {
+            writeln!(out, "{} in {namespaces}", plural(count, "self-connection"))
+        }
+        count => {
+            let destroyed = outcomes.iter().filter(|outcome| **outcome == Ok(true)).count();
+            writeln!(out, "{} in {namespaces}, {destroyed} destroyed", plural(count, "self-connection"))
+        }
     };
     out
 }
@@ -262,7 +328,7 @@ mod tests {
     fn people_get_a_line_for_each_and_the_counts() {
         let (survey, holding) = survey();
         assert_eq!(
-            text(&survey, &holding),
+            text(&survey, &holding, &vec![]),
             "\
 ESTABLISHED  127.0.0.1:40000    netns 4026531840  a\\nb[4294967295]
 ESTABLISHED  [fe80::1%2]:40000  netns 4026531840  a\\nb[1], a\\nb[2], a\\nb[3], a\\nb[4] and 2 more
@@ -273,13 +339,36 @@ ESTABLISHED  127.0.0.3:40000    netns 4026531840  an unknown process
 "
         );
         let nothing = Survey { namespaces: [1].into(), ..Survey::default() };
-        assert_eq!(text(&nothing, &holding), "nothing found in 1 network namespace\n");
+        assert_eq!(text(&nothing, &holding, &vec![]), "nothing found in 1 network namespace\n");
+    }
+
+    #[test]
+    fn what_was_destroyed_is_told_and_what_was_not_says_why() {
+        let (survey, mut holding) = survey();
+        let outcomes = vec![Ok(true), Ok(false), Ok(true), Err("no\nway".to_owned()), Ok(true)];
+        let text = text(&survey, &holding, &outcomes);
+        for says in [
+            "a\\nb[4294967295]: destroyed\n",
+            " and 2 more: gone by itself\n",
+            "s more: destroyed\n",
+            "the kernel ends it: NOT destroyed: no\\nway\n",
+            "5 self-connections in 3 network namespaces, 3 destroyed\n",
+        ] {
+            assert!(text.contains(says), "{says} is not in {text}");
+        }
+        let bytes = json(&survey, &mut holding, &outcomes).unwrap();
+        let rows: Vec<serde_json::Value> =
+            bytes.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
+        let results: Vec<_> = rows.iter().map(|row| row["result"].as_str().unwrap()).collect();
+        assert_eq!(results, ["destroyed", "gone", "destroyed", "failed", "destroyed"]);
+        assert_eq!(rows[3]["why"], "no\nway");
+        assert!(rows[2]["port_blocked_until"].is_null(), "it is free: {}", rows[2]);
     }
 
     #[test]
     fn json_has_a_line_for_each_and_null_for_the_unknown() {
         let (survey, mut holding) = survey();
-        let bytes = json(&survey, &mut holding).unwrap();
+        let bytes = json(&survey, &mut holding, &vec![]).unwrap();
         let rows: Vec<serde_json::Value> =
             bytes.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
         assert_eq!(rows.len(), 5);
@@ -295,11 +384,22 @@ ESTABLISHED  127.0.0.3:40000    netns 4026531840  an unknown process
         assert_eq!(rows[2]["holders"], serde_json::json!([]));
         assert_eq!(rows[4]["id"], "scan-ff-4");
         holding.complete = false;
-        let bytes = json(&survey, &mut holding).unwrap();
+        let bytes = json(&survey, &mut holding, &vec![]).unwrap();
         let first: serde_json::Value =
             serde_json::from_slice(bytes.split(|byte| *byte == b'\n').next().unwrap()).unwrap();
         assert_eq!((&first["comm"], &first["holders"]), (&"a\nb".into(), &serde_json::Value::Null));
-        for unknown in ["holders", "pid", "comm", "owner", "cause", "isn", "cookie", "port_blocked_until"] {
+        for unknown in [
+            "holders",
+            "pid",
+            "comm",
+            "owner",
+            "cause",
+            "isn",
+            "cookie",
+            "port_blocked_until",
+            "result",
+            "why",
+        ] {
             assert!(rows[4][unknown].is_null(), "{unknown}: {}", rows[4]);
         }
     }

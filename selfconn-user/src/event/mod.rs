@@ -11,6 +11,10 @@ use crate::{
     process::{Holder, Who},
 };
 
+mod remedied;
+
+pub use remedied::Remedied;
+
 /// One event.
 #[derive(Debug, Serialize)]
 pub struct Event {
@@ -34,6 +38,8 @@ pub enum What {
     State(Box<Moved>),
     /// It is gone.
     Closed(Box<Ended>),
+    /// `--remedy` did something about it, or would have.
+    Remedied(Box<Remedied>),
     /// Something was not seen or not written.
     Lost(Lost),
     /// The run ends.

@@ -89,6 +89,8 @@ pub struct Host {
     pub capabilities: Capabilities,
     /// Whether pids here are those that the kernel reports.
     pub is_initial_pid_ns: bool,
+    /// What else can't be done here, for people.
+    pub lacks: Vec<String>,
 }
 
 impl Host {
@@ -151,7 +153,9 @@ impl Host {
                 .and_then(|text| lockdown(&text)),
             tracefs: tracefs::find(),
             capabilities,
-            is_initial_pid_ns: crate::process::is_in_initial_pid_ns(),
+            is_initial_pid_ns: fs::read_link("/proc/self/ns/pid")
+                .is_ok_and(|link| link.as_os_str() == "pid:[4026531836]"),
+            lacks: Vec::new(),
         })
     }
 
@@ -197,7 +201,7 @@ impl Host {
     /// What can't be seen or known from where this process is.
     #[must_use]
     pub fn limits(&self) -> Vec<String> {
-        let mut limits = Vec::new();
+        let mut limits = self.lacks.clone();
         if !self.is_initial_pid_ns {
             limits.push(
                 "not in the initial pid namespace: pids are the host's, and nothing is looked up in /proc"

@@ -23,8 +23,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 use super::{Row, STATES, filter};
 
 /// `AF_NETLINK` and `NETLINK_SOCK_DIAG`, include/linux/socket.h and include/uapi/linux/netlink.h at v5.10.
-const AF_NETLINK: i32 = 16;
-const NETLINK_SOCK_DIAG: i32 = 4;
+pub(super) const AF_NETLINK: i32 = 16;
+pub(super) const NETLINK_SOCK_DIAG: i32 = 4;
 
 /// `INET_DIAG_REQ_BYTECODE`, include/uapi/linux/inet_diag.h at v5.10.
 const BYTECODE: u16 = 1;
@@ -239,7 +239,8 @@ impl NetlinkSerializable for Request {
     }
 }
 
-fn parse(answer: &[u8]) -> Result<Row, netlink_packet_core::DecodeError> {
+/// A socket, as an answer describes it.
+pub(super) fn parse(answer: &[u8]) -> Result<Row, netlink_packet_core::DecodeError> {
     let header = InetResponseHeader::parse(answer)?;
     let id = header.socket_id;
     let word = |at: Range<usize>| {

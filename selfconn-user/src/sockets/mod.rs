@@ -14,13 +14,17 @@ use selfconn_ebpf::state;
 
 use crate::clock;
 
+mod destroy;
 mod diag;
+mod exact;
 mod filter;
 mod holders;
 mod listeners;
 mod namespaces;
 mod procfs;
 
+pub use destroy::{Target, can_destroy, can_enter, destroy, destroy_all, look_up};
+pub use exact::Cookie;
 pub use holders::{Holders, Search, holders};
 pub use listeners::{Inspected, Listener, Which, inspect};
 pub use namespaces::Namespace;
@@ -245,7 +249,7 @@ impl Row {
 mod tests {
     use super::*;
 
-    fn row(source: &str, destination: &str, state: u8) -> Row {
+    pub(super) fn row(source: &str, destination: &str, state: u8) -> Row {
         let end = |text: &str| {
             let end: std::net::SocketAddr = text.parse().unwrap();
             (end.ip(), end.port())

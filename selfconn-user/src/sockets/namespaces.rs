@@ -11,7 +11,9 @@ use std::{
             fs::{MetadataExt as _, OpenOptionsExt as _},
         },
     },
+    panic,
     path::{Path, PathBuf},
+    thread,
 };
 
 use rustix::{
@@ -22,6 +24,8 @@ use rustix::{
 use super::NEEDS_PTRACE;
 
 const OWN: &str = "/proc/thread-self/ns/net";
+
+const NEEDS_ADMIN: &str = ": entering it needs CAP_SYS_ADMIN, which root has";
 
 /// The file system that namespaces are files of: include/uapi/linux/magic.h at v5.10.
 const NSFS_MAGIC: FsWord = 0x6e73_6673;
@@ -131,13 +135,7 @@ impl Visit {
         if self.known.contains(&(named.dev(), named.ino())) {
             return Ok(true);
         }
-        // By now the process may be another one, and nothing or something else may be mounted there.
-        let file =
-            fs::OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
-        if fstatfs(&file)?.f_type != NSFS_MAGIC {
-            return Ok(false);
-        }
-        let opened = file.metadata()?;
+        let Some((file, opened)) = open(path)? else { return Ok(false) };
         if !self.known.insert((opened.dev(), opened.ino())) {
             return Ok(true);
         }
@@ -150,7 +148,7 @@ impl Visit {
         if !is_own
             && let Err(error) = move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
         {
-            let (why, which) = told(error.into(), ": entering it needs CAP_SYS_ADMIN, which root has");
+            let (why, which) = told(error.into(), NEEDS_ADMIN);
             if source == Source::Named {
                 return Err(io::Error::other(why));
             }
@@ -191,6 +189,66 @@ impl Visit {
         }
         Visited { namespaces: self.namespaces, unseen }
     }
+}
+
+/// Calls `work` on a thread that is in one network namespace, known by its inode; the caller's stays what it is. It is
+/// looked for by the caller's own, by the processes or threads `near` it, and then as [`visit`] does.
+pub(super) fn within<T: Send>(
+    netns: u32,
+    near: &[u32],
+    work: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name("namespace".to_owned());
+        let thread = thread.spawn_scoped(scope, || {
+            enter(netns, near)?;
+            work()
+        })?;
+        thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause))
+    })
+}
+
+/// Whether the calling thread may enter namespaces at all: it enters the one it is in.
+pub(super) fn may_enter() -> io::Result<()> {
+    let (file, _) = open(Path::new(OWN))?.ok_or(io::ErrorKind::NotFound)?;
+    Ok(move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?)
+}
+
+fn enter(netns: u32, near: &[u32]) -> io::Result<()> {
+    let leads_there = |path: &Path| fs::metadata(path).is_ok_and(|named| named.ino() == u64::from(netns));
+    // Without a step there is no privilege needed.
+    if leads_there(Path::new(OWN)) {
+        return Ok(());
+    }
+    let of_process = |pid: &u32| PathBuf::from(format!("/proc/{pid}/ns/net"));
+    let near = near.iter().map(of_process);
+    let mounts = std::iter::once_with(|| mounted(&fs::read("/proc/self/mountinfo").unwrap_or_default()));
+    let processes = std::iter::once_with(|| fs::read_dir("/proc").into_iter().flatten().flatten());
+    let all =
+        near.chain(mounts.flatten()).chain(processes.flatten().map(|entry| entry.path().join("ns/net")));
+    for path in all.filter(|path| leads_there(path)) {
+        if let Some((file, opened)) = open(&path)?
+            && opened.ino() == u64::from(netns)
+        {
+            let entered = move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network));
+            return entered.map_err(|error| {
+                let error = io::Error::from(error);
+                io::Error::new(error.kind(), format!("network namespace {netns}: {error}{NEEDS_ADMIN}"))
+            });
+        }
+    }
+    let why = format!("no process and no mount leads to network namespace {netns}");
+    Err(io::Error::new(io::ErrorKind::NotFound, why))
+}
+
+/// Opens a network namespace. `None`: by now the process is another one, or something else is mounted there.
+fn open(path: &Path) -> io::Result<Option<(fs::File, fs::Metadata)>> {
+    let file = fs::OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
+    if fstatfs(&file)?.f_type != NSFS_MAGIC {
+        return Ok(None);
+    }
+    let opened = file.metadata()?;
+    Ok(Some((file, opened)))
 }
 
 fn is_gone(error: &io::Error) -> bool {

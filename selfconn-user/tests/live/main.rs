@@ -16,6 +16,7 @@ mod not_ours;
 mod openers;
 mod pool;
 mod privileges;
+mod remedy;
 mod role;
 mod scan;
 mod steering;

@@ -17,6 +17,7 @@ mod established;
 mod lost;
 mod newer;
 mod record;
+mod remedied;
 mod started;
 mod state;
 mod stopped;
@@ -56,8 +57,15 @@ pub enum Severity {
 }
 
 /// Every kind that this version knows.
-pub const KINDS: [&Kind; 6] =
-    [&started::KIND, &established::KIND, &state::KIND, &closed::KIND, &lost::KIND, &stopped::KIND];
+pub const KINDS: [&Kind; 7] = [
+    &started::KIND,
+    &established::KIND,
+    &state::KIND,
+    &closed::KIND,
+    &remedied::KIND,
+    &lost::KIND,
+    &stopped::KIND,
+];
 
 /// How an event of this name is told; one that only a newer version knows is told by its fields.
 #[must_use]
@@ -128,6 +136,21 @@ mod tests {
             (
                 r#"{"event":"closed","addr":"127.0.0.1","port":80,"pid":7,"duration_ns":null,"how":"rst"}"#,
                 "closed       127.0.0.1:80 [7] after an unknown time, by a reset",
+            ),
+            (
+                r#"{"event":"remedied","addr":"127.0.0.1","port":80,"comm":"a\nb","pid":7,"mode":"destroy",
+                    "result":"destroyed","why":null,"port_freed":true}"#,
+                "remedied     127.0.0.1:80 a\\nb[7]: destroyed; its port is free",
+            ),
+            (
+                r#"{"event":"remedied","addr":"127.0.0.1","port":80,"pid":7,"mode":"dry-run",
+                    "result":"excepted","why":"except comm=\u001b*","port_freed":null}"#,
+                "remedied     127.0.0.1:80 [7]: left alone (except comm=\\u{1b}*)",
+            ),
+            (
+                r#"{"event":"remedied","addr":"127.0.0.1","port":80,"pid":7,"result":"would_destroy",
+                    "port_freed":false}"#,
+                "remedied     127.0.0.1:80 [7]: would be destroyed; it keeps its port until it is closed",
             ),
             (r#"{"event":"lost","where":"ring","count":7}"#, "LOST         7 (ring)"),
             (

@@ -57,6 +57,12 @@ impl<'a> Record<'a> {
         self.0.get(key)?.as_u64()
     }
 
+    /// Yes or no.
+    #[must_use]
+    pub fn flag(self, key: &str) -> Option<bool> {
+        self.0.get(key)?.as_bool()
+    }
+
     /// A number that need not be whole.
     #[must_use]
     pub fn fraction(self, key: &str) -> Option<f64> {
