@@ -1,0 +1,63 @@
+//! A small disk of the test's own.
+
+use std::{
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
+    thread::{UnshareFlags, unshare_unsafe},
+};
+
+/// A tmpfs that only the calling thread, and what it starts, can see.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    folder: tempfile::TempDir,
+}
+
+impl Disk {
+    /// Of so many KiB. The calling thread gets a mount namespace of its own.
+    pub(crate) fn private(kib: u32) -> Self {
+        // SAFETY: only FILES, which is not among the flags, can take descriptors away from other threads.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.expect("a namespace: run as root");
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let this = Self { folder };
+        this.mount_over(kib);
+        this
+    }
+
+    /// Another disk at the same place; the one below can't be reached by its path any more.
+    pub(crate) fn mount_over(&self, kib: u32) {
+        let size = std::ffi::CString::new(format!("size={kib}k,mode=755")).unwrap();
+        mount("tmpfs", self.path(), "tmpfs", MountFlags::empty(), size.as_c_str()).unwrap();
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub(crate) fn join(&self, name: &str) -> PathBuf {
+        self.path().join(name)
+    }
+
+    /// Leaves room for so many pages. What takes the rest is the file that is removed to make room.
+    pub(crate) fn fill_but(&self, pages: usize) -> PathBuf {
+        let filler = self.join("filler");
+        let mut file = fs::File::create(&filler).unwrap();
+        // Takes what there is, and then refuses.
+        while file.write_all(&[0; 1 << 16]).is_ok() {}
+        let taken = file.metadata().unwrap().len();
+        file.set_len(taken.saturating_sub(pages as u64 * 4_096)).unwrap();
+        filler
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // The folder can be removed once nothing lies over it.
+        while unmount(self.path(), UnmountFlags::DETACH).is_ok() {}
+    }
+}

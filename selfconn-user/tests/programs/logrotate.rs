@@ -1,0 +1,174 @@
+//! The real logrotate, with the snippet that we ship, while self-connections are made as fast as they can be.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Instant,
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::{
+    client::talk_to_self,
+    daemon::{DEADLINE, selfconn},
+    net::Net,
+};
+
+const SNIPPET: &str = include_str!("../../../packaging/logrotate/selfconn");
+const PATH: &str = "/var/log/selfconn/events.jsonl";
+const SIGNAL: &str = "systemctl kill --signal=HUP selfconn.service 2>/dev/null || true";
+
+/// More than the 14 that the snippet keeps would remove the oldest.
+const ROTATIONS: usize = 12;
+
+struct Rotation {
+    folder: tempfile::TempDir,
+    config: String,
+}
+
+impl Rotation {
+    fn new(config: impl FnOnce(&str) -> String) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("events.jsonl");
+        assert!(SNIPPET.contains(PATH) && SNIPPET.contains(SIGNAL));
+        let config = config(&SNIPPET.replace(PATH, log.to_str().unwrap()));
+        Self { folder, config }
+    }
+
+    fn log(&self) -> PathBuf {
+        self.folder.path().join("events.jsonl")
+    }
+
+    /// Rotates once, now.
+    fn rotate(&self, pid: u32) {
+        let (config, state) = (self.folder.path().join("config"), self.folder.path().join("state"));
+        fs::write(&config, self.config.replace(SIGNAL, &format!("kill -HUP {pid}"))).unwrap();
+        let output = Command::new("logrotate")
+            .args(["--force", "--state"])
+            .args([state, config])
+            .output()
+            .expect("logrotate: `cargo xtask test` installs it");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.is_empty(), "{said}");
+    }
+
+    /// Every file of the log, the oldest first, unpacked.
+    fn files(&self) -> Vec<String> {
+        let mut numbered: Vec<(usize, PathBuf)> = Vec::new();
+        for entry in fs::read_dir(self.folder.path()).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            let Some(rest) = name.strip_prefix("events.jsonl") else { continue };
+            let number = rest.trim_start_matches('.').trim_end_matches(".gz");
+            numbered.push((if number.is_empty() { 0 } else { number.parse().expect(name) }, path));
+        }
+        numbered.sort();
+        numbered.into_iter().rev().map(|(_, path)| read(&path)).collect()
+    }
+}
+
+fn read(path: &Path) -> String {
+    if path.extension().is_some_and(|extension| extension == "gz") {
+        let output = Command::new("gzip").args(["--decompress", "--stdout"]).arg(path).output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    } else {
+        fs::read_to_string(path).unwrap()
+    }
+}
+
+/// Each line whole.
+fn parse(text: &str) -> Vec<Value> {
+    assert!(text.is_empty() || text.ends_with('\n'));
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect()
+}
+
+/// Rotates under load; the account of the run. Nobody reads stdout, for no reader is as fast as a flood.
+fn flood(rotation: &Rotation) -> Value {
+    let _net = Net::private();
+    let log = rotation.log();
+    let mut command = Command::new(selfconn());
+    command.args(["run", "--quiet", "--states", "--log"]).arg(&log).stdin(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let is_over = AtomicBool::new(false);
+    let len = || log.metadata().map_or(0, |metadata| metadata.len());
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                talk_to_self(Ipv4Addr::LOCALHOST.into());
+            }
+        });
+        let until = Instant::now() + DEADLINE;
+        for _ in 0..ROTATIONS {
+            let before = len();
+            // Under load means that it grows.
+            while len() < before + (100 << 10) {
+                assert!(Instant::now() < until, "the log does not grow");
+                thread::yield_now();
+            }
+            rotation.rotate(child.id());
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let stopped = parse(&rotation.files().pop().unwrap()).pop().unwrap();
+    assert_eq!(stopped["event"], "stopped");
+    assert_eq!(stopped["made"], stopped["written"]);
+    assert_eq!(stopped["lost"]["log"], 0);
+    stopped
+}
+
+/// Every event that was made is in one of the files, once; and those of a connection are in order.
+fn is_complete(rotation: &Rotation, stopped: &Value) {
+    let in_files: Vec<_> = rotation.files().iter().flat_map(|file| parse(file)).collect();
+    assert_eq!(in_files.len(), stopped["made"], "{stopped}");
+    let mut told = HashSet::new();
+    let mut open = HashMap::new();
+    for event in &in_files {
+        let id = event["id"].as_str().unwrap_or("");
+        let what = (id, event["event"].as_str(), event["to"].as_str(), event["time"].as_str());
+        assert!(told.insert(what), "twice: {event}");
+        match event["event"].as_str() {
+            Some("established") => assert!(open.insert(id, ()).is_none(), "{event}"),
+            Some("closed") => assert!(open.remove(id).is_some(), "{event}"),
+            _ => {}
+        }
+    }
+    assert_eq!(open.len(), stopped["open"]);
+}
+
+#[test]
+fn the_shipped_rotation_loses_no_line_and_tears_none() {
+    let rotation = Rotation::new(ToOwned::to_owned);
+    let stopped = flood(&rotation);
+    let files = rotation.files();
+    assert_eq!(files.len(), ROTATIONS + 1);
+    assert!(files.iter().filter(|file| !file.is_empty()).count() >= ROTATIONS, "each had its part");
+    is_complete(&rotation, &stopped);
+}
+
+#[test]
+fn a_rotation_that_tells_nobody_loses_no_line_either() {
+    let rotation = Rotation::new(|config| config.replace(SIGNAL, "true"));
+    let stopped = flood(&rotation);
+    is_complete(&rotation, &stopped);
+}
+
+#[test]
+fn after_copytruncate_the_log_goes_on_at_its_beginning_and_in_whole_lines() {
+    let rotation =
+        Rotation::new(|config| config.replace("nocreate", "copytruncate").replace("delaycompress", ""));
+    let stopped = flood(&rotation);
+    let last = rotation.files().pop().unwrap();
+    assert!(!last.contains('\0'), "a hole, where the file was longer before");
+    assert_eq!(parse(&last).last(), Some(&stopped));
+}
