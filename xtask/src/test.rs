@@ -47,6 +47,9 @@ enum Kind {
     Test { root: bool },
 }
 
+/// Real programs that tests run against: the program, and its package.
+const PROGRAMS: [(&str, &str); 2] = [("logrotate", "logrotate"), ("journalctl", "systemd")];
+
 const CHECKS: [Check; 4] = [
     Check { name: "format", cargo: &["fmt", "--check"], kind: Kind::Lint },
     Check {
@@ -86,6 +89,9 @@ pub(crate) fn test(workspace: &Workspace, filter: Option<&str>) -> Result<()> {
         if needs_root && !packages::may_install() {
             left_out.push(check.name);
             continue;
+        }
+        if needs_root {
+            add_programs()?;
         }
         let mut cargo = environment::cargo();
         cargo.args(check.cargo).current_dir(&workspace.root);
@@ -160,6 +166,16 @@ fn counts(line: &str) -> Count {
         field.and_then(|field| field.split_whitespace().last()?.parse().ok()).unwrap_or(0)
     };
     Count { passed: number("passed"), failed: number("failed"), ignored: number("ignored") }
+}
+
+/// Installs what tests run against.
+fn add_programs() -> Result<()> {
+    let missing: Vec<_> = PROGRAMS
+        .into_iter()
+        .filter(|(program, package)| !environment::is_in_path(program) && !packages::is_installed(package))
+        .map(|(_, package)| package.to_owned())
+        .collect();
+    if missing.is_empty() { Ok(()) } else { packages::install(&missing) }
 }
 
 /// Adds what formats and lints to the toolchain at hand, or says how to.
