@@ -4,8 +4,8 @@ use std::{cell::OnceCell, io, os::fd::AsRawFd};
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
-    Btf, Ebpf, EbpfLoader, Endianness, Pod,
-    maps::{HashMap, MapData, PerCpuArray, RingBuf},
+    Btf, Ebpf, EbpfError, EbpfLoader, Endianness, Pod,
+    maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf},
     programs::{
         BtfTracePoint, FEntry, KProbe, Program, ProgramError, TracePoint, fentry::FEntryLink,
         kprobe::KProbeLink, tp_btf::BtfTracePointLink, trace_point::TracePointLink,
@@ -220,7 +220,20 @@ fn load(host: &Host, options: Options) -> Result<Ebpf> {
         .map_max_entries(names::TRANSITIONS, options.ring_bytes)
         .map_max_entries(names::DIALS, options.dials)
         .load(OBJECT)
+        .map_err(|error| no_room(&error, options.ring_bytes).unwrap_or_else(|| error.into()))
         .context("cannot load the maps")
+}
+
+/// What is wrong and how it is mended, where the kernel had no memory for the ring buffer.
+fn no_room(error: &EbpfError, ring_bytes: u32) -> Option<anyhow::Error> {
+    let EbpfError::MapError(MapError::CreateError { name, io_error, .. }) = error else { return None };
+    let is_it = *name == names::TRANSITIONS && io_error.kind() == io::ErrorKind::OutOfMemory;
+    let size = if ring_bytes >= 1 << 30 {
+        format!("{} GiB", ring_bytes >> 30)
+    } else {
+        format!("{} KiB", ring_bytes >> 10)
+    };
+    is_it.then(|| anyhow!("no memory for a ring buffer of {size}: ask for a smaller one with --ring-size"))
 }
 
 fn watch<T: AsRawFd>(readable: T) -> io::Result<AsyncFd<T>> {

@@ -10,6 +10,7 @@ mod client;
 mod daemon;
 mod detection;
 mod disk;
+mod faults;
 mod kinds;
 mod load;
 mod log;
