@@ -184,11 +184,10 @@ impl Host {
         match method {
             Method::TpBtf | Method::Fentry => self.has_target(method),
             Method::Perf => {
-                match tracefs::read_format() {
-                    Ok(text) => format::check(&text).map_err(Refusal::Unsupported)?,
-                    Err(why) => return Err(Refusal::Unsupported(why)),
-                }
-                self.reads_memory()
+                // First, for under lockdown=confidentiality tracefs has no events either, and the policy is the reason.
+                self.reads_memory()?;
+                let text = tracefs::read_format().map_err(Refusal::Unsupported)?;
+                format::check(&text).map_err(Refusal::Unsupported)
             }
             Method::Kprobe if !self.kprobes => unsupported("the kernel was built without CONFIG_KPROBES"),
             Method::Kprobe => {

@@ -44,30 +44,43 @@ pub(crate) fn scaled(count: usize) -> usize {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Variant(pub(crate) Vec<&'static str>);
 
-/// The default, and each method alone that `doctor` says can be attached here.
-pub(crate) fn variants() -> Vec<Variant> {
-    static VARIANTS: OnceLock<Vec<Variant>> = OnceLock::new();
-    VARIANTS.get_or_init(ask_doctor).clone()
+/// What `doctor` says of this kernel.
+pub(crate) fn doctor() -> &'static Value {
+    static REPORT: OnceLock<Value> = OnceLock::new();
+    REPORT.get_or_init(|| {
+        let doctor = Command::new(selfconn()).args(["doctor", "--json"]).output().unwrap();
+        serde_json::from_slice(&doctor.stdout).unwrap()
+    })
 }
 
-fn ask_doctor() -> Vec<Variant> {
-    let doctor = Command::new(selfconn()).args(["doctor", "--json"]).output().unwrap();
-    let report: Value = serde_json::from_slice(&doctor.stdout).unwrap();
-    let mut variants = vec![Variant(vec![])];
-    for (method, options) in [
-        ("tp_btf", ["--hooks", "tracepoint", "--tracepoint-method", "tp_btf"]),
-        ("perf", ["--hooks", "tracepoint", "--tracepoint-method", "perf"]),
-        ("fentry", ["--hooks", "function", "--function-method", "fentry"]),
-        ("kprobe", ["--hooks", "function", "--function-method", "kprobe"]),
-    ] {
-        let methods =
-            report["hooks"].as_array().unwrap().iter().flat_map(|hook| hook["methods"].as_array().unwrap());
-        if methods.into_iter().any(|known| known["method"] == method && known["verdict"] == "ok") {
-            variants.push(Variant(options.to_vec()));
-        }
+/// Each method's verdict by `doctor`, with the reason.
+pub(crate) fn verdicts() -> Vec<(&'static str, &'static str, &'static str)> {
+    let hooks = doctor()["hooks"].as_array().unwrap().iter();
+    let methods = hooks.flat_map(|hook| hook["methods"].as_array().unwrap());
+    let verdict = |method: &'static Value| {
+        let text = |key: &str| method[key].as_str().unwrap_or_default();
+        (text("method"), text("verdict"), text("why"))
+    };
+    methods.map(verdict).collect()
+}
+
+/// The options that force a method, and nothing beside it.
+pub(crate) fn forced(method: &str) -> Vec<&'static str> {
+    match method {
+        "tp_btf" => vec!["--hooks", "tracepoint", "--tracepoint-method", "tp_btf"],
+        "perf" => vec!["--hooks", "tracepoint", "--tracepoint-method", "perf"],
+        "fentry" => vec!["--hooks", "function", "--function-method", "fentry"],
+        "kprobe" => vec!["--hooks", "function", "--function-method", "kprobe"],
+        other => panic!("no method {other}"),
     }
-    assert!(variants.len() > 1, "nothing can be attached here: {report}");
-    variants
+}
+
+/// The default, and each method alone that `doctor` says can be attached here.
+pub(crate) fn variants() -> Vec<Variant> {
+    let attachable = verdicts().into_iter().filter(|(_, verdict, _)| *verdict == "ok");
+    let alone: Vec<_> = attachable.map(|(method, ..)| Variant(forced(method))).collect();
+    assert!(!alone.is_empty(), "nothing can be attached here: {}", doctor());
+    [Variant(vec![])].into_iter().chain(alone).collect()
 }
 
 /// `selfconn run`, and what it has said so far.
@@ -173,7 +186,7 @@ impl Daemon {
 
     /// Waits until everything that has happened is told. The ring buffer is in order, so that the end of a
     /// self-connection made now is told after all else.
-    fn settle(&mut self) {
+    pub(crate) fn settle(&mut self) {
         let until = Instant::now() + DEADLINE;
         loop {
             let (socket, port) = connect_to_self(MARK.into());
@@ -226,6 +239,11 @@ impl Daemon {
     /// Sends it a signal.
     pub(crate) fn signal(&self, signal: rustix::process::Signal) {
         rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// What it has said so far, as far as it was waited for.
+    pub(crate) fn seen(&self) -> &[Value] {
+        &self.seen
     }
 
     pub(crate) fn pid(&self) -> u32 {

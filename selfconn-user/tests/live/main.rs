@@ -15,6 +15,7 @@ mod kinds;
 mod load;
 mod log;
 mod log_file;
+mod methods;
 mod net;
 mod not_ours;
 mod openers;

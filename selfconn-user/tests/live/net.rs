@@ -2,13 +2,17 @@
 
 use std::{
     fs,
+    io::{self, Read as _},
     mem::{MaybeUninit, size_of},
     net::{Ipv4Addr, Ipv6Addr, SocketAddrV6, UdpSocket},
-    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+    os::{
+        fd::{AsFd as _, AsRawFd as _},
+        unix::fs::MetadataExt as _,
+    },
     time::{Duration, Instant},
 };
 
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 use socket2::{Domain, Socket, Type};
 
 use crate::daemon::DEADLINE;
@@ -30,6 +34,13 @@ impl Net {
         request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
         ioctl(libc::SIOCSIFFLAGS, &mut request);
         Self { inode: fs::metadata("/proc/thread-self/ns/net").unwrap().ino() }
+    }
+
+    /// Moves the calling thread into the network namespace that a process is in.
+    pub(crate) fn of_process(pid: u32) -> Self {
+        let namespace = fs::File::open(format!("/proc/{pid}/ns/net")).unwrap();
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+        Self { inode: namespace.metadata().unwrap().ino() }
     }
 
     /// Gives `lo` an address that isn't a loopback address.
@@ -60,7 +71,7 @@ impl Net {
         let socket = Socket::new(Domain::IPV6, Type::DGRAM, None).unwrap();
         // SAFETY: on an IPv6 socket this number takes a pointer to a struct in6_ifreq.
         let outcome = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR, &raw mut request) };
-        assert_eq!(outcome, 0, "{}", std::io::Error::last_os_error());
+        assert_eq!(outcome, 0, "{}", io::Error::last_os_error());
         // Until the kernel is sure that nobody else has it, it can't be used.
         let until = Instant::now() + DEADLINE;
         while UdpSocket::bind(SocketAddrV6::new(address, 0, 0, 1)).is_err() {
@@ -85,6 +96,47 @@ impl Net {
         let cpus = (1_u64 << std::thread::available_parallelism().unwrap().get()) - 1;
         fs::write("/sys/class/net/lo/queues/rx-0/rps_cpus", format!("{cpus:x}")).unwrap();
     }
+
+    /// Has each packet on `lo` wait a millisecond, by the queueing discipline netem; an error where the kernel has none.
+    /// What a packet brings about then happens in a softirq, far from the task that sent it.
+    pub(crate) fn delay(self) -> io::Result<()> {
+        // `include/uapi/linux/{netlink,rtnetlink,pkt_sched}.h`.
+        const RTM_NEWQDISC: u16 = 36;
+        const NLM_F_REQUEST_ACK_CREATE: u16 = 0x1 | 0x4 | 0x400;
+        const TC_H_ROOT: u32 = u32::MAX;
+        const TCA_KIND: u16 = 1;
+        const TCA_OPTIONS: u16 = 2;
+        const TCA_NETEM_LATENCY64: u16 = 10;
+        const LOOPBACK: u32 = 1;
+        let attribute = |kind: u16, content: &[u8]| {
+            let length = u16::try_from(4 + content.len()).unwrap();
+            let mut attribute = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+            attribute.extend(content);
+            attribute.resize(attribute.len().next_multiple_of(4), 0);
+            attribute
+        };
+        let words = |words: &[u32]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>();
+        // struct tc_netem_qopt: latency (told in nanoseconds below), limit in packets, loss, gap, duplicate, jitter.
+        let mut options = words(&[0, 100_000, 0, 0, 0, 0]);
+        options.extend(attribute(TCA_NETEM_LATENCY64, &1_000_000_i64.to_ne_bytes()));
+        // struct tcmsg: family, interface, handle, parent, info.
+        let mut body = words(&[0, LOOPBACK, 0, TC_H_ROOT, 0]);
+        body.extend(attribute(TCA_KIND, b"netem\0"));
+        body.extend(attribute(TCA_OPTIONS, &options));
+        let mut request = words(&[u32::try_from(16 + body.len()).unwrap()]);
+        request.extend([RTM_NEWQDISC.to_ne_bytes(), NLM_F_REQUEST_ACK_CREATE.to_ne_bytes()].concat());
+        request.extend(words(&[0, 0]));
+        request.extend(body);
+        let mut socket = Socket::new(libc::AF_NETLINK.into(), Type::RAW, None)?;
+        socket.send(&request)?;
+        let mut answer = [0; 256];
+        socket.read(&mut answer)?;
+        // struct nlmsgerr: after the header the negative errno.
+        match i32::from_ne_bytes(answer[16..20].try_into().unwrap()) {
+            0 => Ok(()),
+            error => Err(io::Error::from_raw_os_error(-error)),
+        }
+    }
 }
 
 fn request(name: &str) -> libc::ifreq {
@@ -101,5 +153,5 @@ fn ioctl(number: libc::Ioctl, request: &mut libc::ifreq) {
     let socket = Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
     // SAFETY: both numbers that come here take a pointer to a struct ifreq.
     let outcome = unsafe { libc::ioctl(socket.as_raw_fd(), number, request) };
-    assert_eq!(outcome, 0, "{}", std::io::Error::last_os_error());
+    assert_eq!(outcome, 0, "{}", io::Error::last_os_error());
 }
