@@ -19,7 +19,7 @@ use super::{
     kernel::Kernel,
     plan::{self, Plan, Run},
     report::{Row, faults, parse_tests},
-    variant::Variant,
+    variant::{EVERYTHING, Variant},
 };
 use crate::{progress, workspace::here};
 
@@ -30,9 +30,8 @@ const SHOWN_LINES: usize = 60;
 /// what passing tests print, for the facts in it.
 const TEST_ARGS: [&str; 2] = ["--test-threads=1", "--show-output"];
 
-/// Emulation is some ten times slower than the machine it runs on; and what is true of no other machine: its clock may
-/// be set, and its CPUs may be taken away.
-const SCALE: [(&str, &str); 2] = [("SELFCONN_SCALE", "10"), ("SELFCONN_OWN_MACHINE", "1")];
+/// What is true of no other machine: its clock may be set, and its CPUs may be taken away.
+const OWN_MACHINE: (&str, &str) = ("SELFCONN_OWN_MACHINE", "1");
 
 /// What all rows have in common.
 #[derive(Debug)]
@@ -41,7 +40,7 @@ pub(super) struct Bench<'a> {
     directory: PathBuf,
     base: Initramfs,
     daemon: String,
-    tests: Vec<String>,
+    tests: String,
 }
 
 impl<'a> Bench<'a> {
@@ -50,11 +49,11 @@ impl<'a> Bench<'a> {
         fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))?;
         let mut base = Initramfs::new();
         base.file("/init", &binaries.init.content);
-        for program in binaries.tests.iter().chain([&binaries.daemon]) {
+        for program in [&binaries.tests, &binaries.daemon] {
             base.file(&in_guest(&program.name), &program.content);
         }
-        let tests = binaries.tests.iter().map(|test| test.name.clone()).collect();
-        Ok(Self { args, directory, base, daemon: in_guest(&binaries.daemon.name), tests })
+        let [daemon, tests] = [&binaries.daemon, &binaries.tests].map(|program| in_guest(&program.name));
+        Ok(Self { args, directory, base, daemon, tests })
     }
 
     /// Runs the rows, some beside each other, and yields them in the order given.
@@ -82,7 +81,7 @@ impl<'a> Bench<'a> {
         let name = format!("{}-{}", kernel.version, variant.name);
         let file = |end: &str| self.directory.join(format!("{name}.{end}"));
         let (initramfs, log, console) = (file("cpio"), file("log"), file("console.log"));
-        fs::write(&initramfs, self.initramfs(kernel)?)
+        fs::write(&initramfs, self.initramfs(kernel, variant)?)
             .with_context(|| format!("write {}", initramfs.display()))?;
         let remains = Boot {
             kernel,
@@ -109,7 +108,7 @@ impl<'a> Bench<'a> {
         Ok(row)
     }
 
-    fn initramfs(&self, kernel: &Kernel) -> Result<Vec<u8>> {
+    fn initramfs(&self, kernel: &Kernel, variant: &Variant) -> Result<Vec<u8>> {
         let mut initramfs = self.base.clone();
         let mut modules = Vec::new();
         for module in &kernel.modules {
@@ -119,21 +118,35 @@ impl<'a> Bench<'a> {
             initramfs.file(&format!("/modules/{name}"), &content);
         }
         let mut env = vec![("SELFCONN_BIN".to_owned(), self.daemon.clone())];
-        env.extend(SCALE.map(|(key, value)| (key.to_owned(), value.to_owned())));
+        env.push((OWN_MACHINE.0.to_owned(), OWN_MACHINE.1.to_owned()));
+        if kernel.is_known {
+            env.push(("SELFCONN_KERNEL".to_owned(), kernel.version.clone()));
+            env.push(("SELFCONN_LOCKDOWN".to_owned(), variant.lockdown().to_owned()));
+        }
         env.extend_from_slice(&self.args.env);
-        let args = |fixed: &[&str]| fixed.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>();
-        // Its verdicts are facts of this kernel.
-        let doctor =
-            Run { name: "doctor".into(), program: self.daemon.clone(), args: args(&["doctor", "--json"]) };
-        let tests = self.tests.iter().map(|name| Run {
-            name: name.clone(),
-            program: in_guest(name),
-            args: [args(&TEST_ARGS), self.args.test_args.clone()].concat(),
-        });
-        let runs = [doctor].into_iter().chain(tests).collect();
-        let plan = Plan { modules, env, runs, deadline_s: self.args.deadline };
+        let plan = Plan { modules, env, runs: self.runs(kernel, variant), deadline_s: self.args.deadline };
         initramfs.file(plan::PATH, &serde_json::to_vec(&plan).context("write the plan")?);
         Ok(initramfs.finish())
+    }
+
+    fn runs(&self, kernel: &Kernel, variant: &Variant) -> Vec<Run> {
+        let owned = |args: &[&str]| args.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>();
+        // Its verdicts are facts of this kernel.
+        let doctor = Run {
+            name: "doctor".into(),
+            program: self.daemon.clone(),
+            args: owned(&["doctor", "--json"]),
+            env: Vec::new(),
+        };
+        // Whoever names tests wants just those, in whatever part they are.
+        let parts = if self.args.test_args.is_empty() { variant.parts } else { &[EVERYTHING] };
+        let tests = parts.iter().map(|part| Run {
+            name: part.name.into(),
+            program: self.tests.clone(),
+            args: [owned(&TEST_ARGS), owned(part.args), self.args.test_args.clone()].concat(),
+            env: vec![("SELFCONN_SCALE".into(), part.scale(variant.cpus_with(kernel)).to_string())],
+        });
+        [doctor].into_iter().chain(tests).collect()
     }
 }
 

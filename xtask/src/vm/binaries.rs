@@ -16,7 +16,7 @@ const GUEST_INIT: &str = "selfconn-guest-init";
 const DAEMON: &str = "selfconn";
 
 /// The tests of user space that need a kernel.
-const LIVE_TESTS: [&str; 1] = ["live"];
+const LIVE_TESTS: &str = "live";
 
 /// A program and its content.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ pub(super) struct Program {
 pub(super) struct Binaries {
     pub(super) init: Program,
     pub(super) daemon: Program,
-    pub(super) tests: Vec<Program>,
+    pub(super) tests: Program,
 }
 
 impl Binaries {
@@ -38,16 +38,16 @@ impl Binaries {
     pub(super) fn build(workspace: &Workspace, directory: &Path) -> Result<Self> {
         say("building what runs in the guests");
         let mut init = build(workspace, directory, &["build", "--package", "xtask", "--bin", GUEST_INIT])?;
-        let tests = LIVE_TESTS.map(|name| ["--test", name]).concat();
-        let mut arguments = vec!["test", "--no-run", "--package", "selfconn-user"];
-        arguments.extend(tests);
-        let built = build(workspace, directory, &arguments)?;
-        let (mut daemon, tests): (Vec<_>, Vec<_>) =
-            built.into_iter().partition(|program| program.name == DAEMON);
+        let arguments = ["test", "--no-run", "--package", "selfconn-user", "--test", LIVE_TESTS];
+        let mut built = build(workspace, directory, &arguments)?;
+        let mut take = |name: &str| {
+            let index = built.iter().position(|program| program.name == name);
+            index.map(|index| built.swap_remove(index)).with_context(|| format!("cargo built no {name}"))
+        };
         Ok(Self {
             init: init.pop().with_context(|| format!("cargo built no {GUEST_INIT}"))?,
-            daemon: daemon.pop().with_context(|| format!("cargo built no {DAEMON}"))?,
-            tests,
+            daemon: take(DAEMON)?,
+            tests: take(LIVE_TESTS)?,
         })
     }
 }

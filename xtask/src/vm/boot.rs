@@ -215,8 +215,12 @@ mod tests {
 
     #[test]
     fn a_machine_is_what_the_boot_says() {
-        let kernel =
-            Kernel { version: "6.12.117".into(), image: PathBuf::from("image"), modules: Vec::new() };
+        let kernel = Kernel {
+            version: "6.12.117".into(),
+            image: PathBuf::from("image"),
+            modules: Vec::new(),
+            is_known: false,
+        };
         let boot = Boot {
             kernel: &kernel,
             initramfs: Path::new("root"),

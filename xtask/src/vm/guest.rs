@@ -184,7 +184,7 @@ fn start(run: &Run, env: &[(String, String)]) -> Result<Child> {
         .env_clear()
         .env("PATH", "/bin")
         .env("RUST_BACKTRACE", "1")
-        .envs(env.iter().map(|(key, value)| (key, value)))
+        .envs(run.env.iter().chain(env).map(|(key, value)| (key, value)))
         .current_dir("/tmp")
         .stdin(Stdio::null())
         .spawn()

@@ -29,6 +29,9 @@ pub(super) struct Kernel {
     pub(super) image: PathBuf,
     /// Uncompressed module files, each after those it depends on.
     pub(super) modules: Vec<PathBuf>,
+    /// Whether it is one of Debian's, of which the tests know what it must have.
+    #[serde(skip)]
+    pub(super) is_known: bool,
 }
 
 impl Kernel {
@@ -55,7 +58,8 @@ impl Kernel {
         let kept = directory.join("vmlinuz");
         fs::copy(image, &kept).with_context(|| format!("copy {}", image.display()))?;
         let version = package_version(packages)?;
-        let kernel = Self { version, image: kept, modules: take_modules(&files, directory)? };
+        let kernel =
+            Self { version, image: kept, modules: take_modules(&files, directory)?, is_known: false };
         fs::remove_dir_all(&tree).with_context(|| format!("remove {}", tree.display()))?;
         let note = directory.join(NOTE);
         fs::write(&note, serde_json::to_vec_pretty(&kernel)?)
@@ -73,7 +77,7 @@ impl Kernel {
         let installed = Path::new("/lib/modules").join(&version);
         let files = if installed.exists() { files_below(&installed)? } else { Vec::new() };
         let modules = take_modules(&files, directory)?;
-        Ok(Self { version, image: file.to_owned(), modules })
+        Ok(Self { version, image: file.to_owned(), modules, is_known: false })
     }
 
     /// How QEMU must run it. TCG of QEMU 7.2 to 10 gets some things wrong, and then it is the kernel that dies: with
@@ -316,7 +320,12 @@ mod tests {
             ("6.18.15+deb13-cloud-amd64", "qemu64", 2),
             ("7.3.4+deb13-cloud-amd64", "qemu64", 1),
         ] {
-            let kernel = Kernel { version: version.into(), image: PathBuf::new(), modules: Vec::new() };
+            let kernel = Kernel {
+                version: version.into(),
+                image: PathBuf::new(),
+                modules: Vec::new(),
+                is_known: false,
+            };
             assert_eq!(kernel.emulation(), Emulation { cpu, most_cpus }, "{version}");
         }
     }

@@ -34,7 +34,7 @@ pub(crate) struct Args {
     /// 7.x that Debian has
     #[arg(long, value_name = "PATH|VERSION")]
     pub(crate) kernel: Vec<String>,
-    /// How to boot the kernels; without it as they come, and under each lockdown
+    /// How to boot the kernels; without it in every way
     #[arg(long, value_name = "NAME", value_parser = VARIANTS.map(|variant| variant.name))]
     pub(crate) variant: Vec<String>,
     /// How many machines run beside each other
@@ -43,7 +43,7 @@ pub(crate) struct Args {
     /// How long a machine may take
     #[arg(long, value_name = "SECONDS", default_value_t = 900)]
     pub(crate) deadline: u64,
-    /// Set for the tests; SELFCONN_SCALE divides their counts, and is 10 unless set
+    /// Set for the tests; SELFCONN_SCALE divides their counts, and is 10 unless set, but for the load on one CPU
     #[arg(long, value_name = "NAME=VALUE", value_parser = assignment)]
     pub(crate) env: Vec<(String, String)>,
     /// Arguments of the tests, such as a part of their names

@@ -42,4 +42,6 @@ pub(crate) struct Run {
     pub(crate) program: String,
     /// Its arguments.
     pub(crate) args: Vec<String>,
+    /// What its environment has beside the plan's.
+    pub(crate) env: Vec<(String, String)>,
 }

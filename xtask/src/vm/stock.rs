@@ -40,7 +40,7 @@ impl Stock {
                 Kernel::from_file(Path::new(wanted), &kept.join(format!("given-{index}")))
             } else {
                 let shop = shop.get_or_insert_with(|| Shop::open(directory.join("apt"), kept.clone()));
-                shop.kernel(wanted)
+                shop.kernel(wanted).map(|kernel| Kernel { is_known: true, ..kernel })
             };
             match kernel {
                 Ok(kernel) => {

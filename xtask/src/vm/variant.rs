@@ -11,23 +11,68 @@ pub(super) struct Variant {
     pub(super) kernel_args: &'static [&'static str],
     /// How many CPUs the machine has.
     pub(super) cpus: u32,
-    /// Whether it is run when none is named.
-    pub(super) is_usual: bool,
+    /// What is run, one after another.
+    pub(super) parts: &'static [Part],
 }
 
-/// As it comes; with what a kernel under Secure Boot denies, and more than that; and, only when asked for, where
-/// nothing runs beside a preempted program.
+/// Some of the live tests.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub(super) name: &'static str,
+    /// As libtest takes them: parts of names, of which one must fit, and what leaves out.
+    pub(super) args: &'static [&'static str],
+    /// Divides the counts, where there is more than one CPU, and where there is one: emulation is some ten times slower
+    /// than the machine it runs on, and on one CPU loses what it loses only in earnest.
+    scale: [u32; 2],
+}
+
+impl Part {
+    /// What divides the counts on a machine with so many CPUs.
+    pub(super) fn scale(&self, cpus: u32) -> u32 {
+        self.scale[usize::from(cpus == 1)]
+    }
+}
+
+/// The module `load` is a part of its own, for it needs the machine for itself and other counts.
+const LOAD: Part = Part { name: "load", args: &["load::"], scale: [8, 1] };
+
+/// Everything else.
+const ALL: Part = Part { name: "live", args: &["--skip", "load::"], scale: [10, 10] };
+
+/// What is run of those tests that somebody names.
+pub(super) const EVERYTHING: Part = Part { name: "live", args: &[], scale: [10, 10] };
+
+/// The modules that go through the methods one after another: a lockdown decides which programs load and what they may
+/// read, and nothing else that we do.
+const BY_METHOD: Part = Part {
+    name: "live",
+    args: &["accident::", "detection::", "kinds::", "methods::", "openers::", "who::"],
+    scale: [10, 10],
+};
+
+/// As it comes; with what a kernel under Secure Boot denies, and more than that; and where nothing runs beside a
+/// preempted program.
 pub(super) const VARIANTS: [Variant; 4] = [
-    Variant { name: "default", kernel_args: &[], cpus: 2, is_usual: true },
-    Variant { name: "integrity", kernel_args: &["lockdown=integrity"], cpus: 2, is_usual: true },
-    Variant { name: "confidentiality", kernel_args: &["lockdown=confidentiality"], cpus: 2, is_usual: true },
-    Variant { name: "one-cpu", kernel_args: &[], cpus: 1, is_usual: false },
+    Variant { name: "default", kernel_args: &[], cpus: 2, parts: &[ALL, LOAD] },
+    Variant { name: "integrity", kernel_args: &["lockdown=integrity"], cpus: 2, parts: &[BY_METHOD] },
+    Variant {
+        name: "confidentiality",
+        kernel_args: &["lockdown=confidentiality"],
+        cpus: 2,
+        parts: &[BY_METHOD],
+    },
+    Variant { name: "one-cpu", kernel_args: &[], cpus: 1, parts: &[LOAD] },
 ];
 
 impl Variant {
     /// How many CPUs it has with this kernel: fewer where the emulator can't do more.
     pub(super) fn cpus_with(&self, kernel: &Kernel) -> u32 {
         self.cpus.min(kernel.emulation().most_cpus)
+    }
+
+    /// The lockdown it is booted with.
+    pub(super) fn lockdown(&self) -> &'static str {
+        self.kernel_args.iter().find_map(|arg| arg.strip_prefix("lockdown=")).unwrap_or("none")
     }
 
     /// Whether one of these, before it, is the same with this kernel.
@@ -39,12 +84,9 @@ impl Variant {
     }
 }
 
-/// Those with these names; or the usual ones, where there are no names.
+/// Those with these names; or all, where there are no names.
 pub(super) fn asked_for(names: &[String]) -> Vec<&'static Variant> {
-    let is_asked_for = |variant: &&Variant| match names {
-        [] => variant.is_usual,
-        names => names.iter().any(|name| name == variant.name),
-    };
+    let is_asked_for = |variant: &&Variant| names.is_empty() || names.iter().any(|name| name == variant.name);
     VARIANTS.iter().filter(is_asked_for).collect()
 }
 
@@ -57,12 +99,18 @@ mod tests {
     #[test]
     fn one_cpu_is_a_row_of_its_own_only_where_there_can_be_two() {
         for (version, names, expected) in [
-            ("6.1.1", [].as_slice(), ["default", "integrity", "confidentiality"].as_slice()),
+            ("6.1.1", [].as_slice(), ["default", "integrity", "confidentiality", "one-cpu"].as_slice()),
+            ("7.3.4", &[], &["default", "integrity", "confidentiality"]),
             ("6.1.1", &["one-cpu", "default"], &["default", "one-cpu"]),
             ("7.3.4", &["one-cpu", "default"], &["default"]),
             ("7.3.4", &["one-cpu"], &["one-cpu"]),
         ] {
-            let kernel = Kernel { version: version.into(), image: PathBuf::new(), modules: Vec::new() };
+            let kernel = Kernel {
+                version: version.into(),
+                image: PathBuf::new(),
+                modules: Vec::new(),
+                is_known: false,
+            };
             let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
             let variants = asked_for(&names);
             let rows = variants.iter().filter(|variant| !variant.repeats_one_of(&variants, &kernel));
