@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, bail};
 use crate::{
     build_ebpf, environment, packages,
     progress::{self, say, seconds},
+    vm,
     workspace::Workspace,
 };
 
@@ -110,6 +111,28 @@ pub(crate) fn test(workspace: &Workspace, filter: Option<&str>) -> Result<()> {
         times.push(format!("{} {took}", check.name));
         if !passed {
             failed.push(check.name);
+        }
+    }
+
+    if filter.is_none() {
+        const NAME: &str = "live tests on other kernels";
+        say(NAME);
+        let began = Instant::now();
+        let outcome = vm::subset(workspace);
+        let took = seconds(began.elapsed());
+        times.push(format!("{NAME} {took}"));
+        match outcome {
+            Ok(skipped) => {
+                say(format!(
+                    "{NAME}: {}, {took}",
+                    if skipped.is_empty() { "passed" } else { "passed in part" }
+                ));
+                skipped.iter().for_each(|what| say(format!("{NAME}: skipped: {what}")));
+            }
+            Err(error) => {
+                say(format!("{NAME}: FAILED: {error:#}, {took}"));
+                failed.push(NAME);
+            }
         }
     }
 

@@ -11,6 +11,9 @@ pub(super) type Fact = (String, String);
 /// The facts that `doctor` finds about the methods of the hooks.
 pub(super) const HOOKS: &str = "hooks.";
 
+/// What the load tests state: a mode and a condition, and what was lost.
+pub(super) const LOSS: &str = "loss.";
+
 /// Reads all of them.
 pub(super) fn parse(output: &str) -> Vec<Fact> {
     output

@@ -139,25 +139,22 @@ impl Report {
         table
     }
 
-    /// For each group of facts a table, rows down, facts across.
+    /// For each group of facts a table, facts down, rows across.
     pub(crate) fn facts(&self) -> String {
         let keys: BTreeSet<&str> =
             self.rows.iter().flat_map(|row| &row.facts).map(|(key, _)| key.as_str()).collect();
         let groups: BTreeSet<&str> = keys.iter().map(|key| split(key).0).collect();
+        let columns = self.rows.iter().map(|row| format!("{} {}", row.kernel, row.variant));
+        let head: Vec<String> = ["fact".to_owned()].into_iter().chain(columns).collect();
         groups
             .into_iter()
             .map(|group| {
-                let keys = keys.iter().copied().filter(|key| split(key).0 == group);
-                let keys: Vec<&str> = keys.collect();
-                let head = ["kernel", "variant"].into_iter().chain(keys.iter().map(|key| split(key).1));
-                let rows = self.rows.iter().map(|row| {
-                    let cell = |key: &&str| row.fact(key).unwrap_or_default().to_owned();
-                    [row.kernel.clone(), row.variant.clone()]
-                        .into_iter()
-                        .chain(keys.iter().map(cell))
-                        .collect()
+                let keys = keys.iter().filter(|key| split(key).0 == group);
+                let rows = keys.map(|key| {
+                    let cell = |row: &Row| row.fact(key).unwrap_or_default().to_owned();
+                    [split(key).1.to_owned()].into_iter().chain(self.rows.iter().map(cell)).collect()
                 });
-                format!("\n{}\n", table(&head.map(str::to_owned).collect::<Vec<_>>(), rows))
+                format!("\n{}\n", table(&head, rows))
             })
             .collect()
     }
@@ -183,12 +180,14 @@ fn split(key: &str) -> (&str, &str) {
     key.split_once('.').unwrap_or(("", key))
 }
 
+/// A line of a Markdown table.
+pub(super) fn line(cells: &[String]) -> String {
+    let cells: Vec<String> = cells.iter().map(|cell| cell.replace('|', "\\|")).collect();
+    format!("| {} |\n", cells.join(" | "))
+}
+
 /// A Markdown table.
 fn table(head: &[String], rows: impl Iterator<Item = Vec<String>>) -> String {
-    let line = |cells: &[String]| {
-        let cells: Vec<String> = cells.iter().map(|cell| cell.replace('|', "\\|")).collect();
-        format!("| {} |\n", cells.join(" | "))
-    };
     let rule = "|---".repeat(head.len()) + "|\n";
     [line(head), rule].into_iter().chain(rows.map(|row| line(&row))).collect()
 }
@@ -229,9 +228,26 @@ pub(super) fn faults(output: &str, tests: &[Test], facts: &[Fact]) -> Vec<String
     programs.chain(methods).collect()
 }
 
+/// A row of a boot that said this and ended well, for tests.
+#[cfg(test)]
+pub(super) fn row_of(kernel: &str, output: &str) -> Row {
+    let (tests, facts) = (parse_tests(output), super::facts::parse(output));
+    Row {
+        kernel: kernel.into(),
+        variant: "default".into(),
+        ending: Ending::Passed,
+        faults: faults(output, &tests, &facts),
+        tests,
+        facts,
+        complaints: Vec::new(),
+        took: Duration::ZERO,
+        log: PathBuf::new(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{super::facts, *};
+    use super::*;
 
     #[test]
     fn reads_what_libtest_prints() {
@@ -261,17 +277,7 @@ mod tests {
     }
 
     fn row(kernel: &str, variant: &str, ending: Ending, output: &str) -> Row {
-        Row {
-            kernel: kernel.into(),
-            variant: variant.into(),
-            ending,
-            tests: parse_tests(output),
-            faults: faults(output, &parse_tests(output), &facts::parse(output)),
-            facts: facts::parse(output),
-            complaints: Vec::new(),
-            took: Duration::ZERO,
-            log: PathBuf::new(),
-        }
+        Row { ending, variant: variant.into(), ..row_of(kernel, output) }
     }
 
     #[test]
@@ -321,10 +327,10 @@ mod tests {
         );
         assert_eq!(
             report.facts(),
-            "\n| kernel | variant | other |\n|---|---|---|\n| 5.10.1 | default |  |\n| 5.10.1 | kprobe |  |\n\
-             | 7.3.4 | default | 1 |\n\n\
-             \n| kernel | variant | fn | tp |\n|---|---|---|---|\n| 5.10.1 | default |  | works |\n\
-             | 5.10.1 | kprobe | refused: a \\| b |  |\n| 7.3.4 | default |  |  |\n\n"
+            "\n| fact | 5.10.1 default | 5.10.1 kprobe | 7.3.4 default |\n|---|---|---|---|\n\
+             | other |  |  | 1 |\n\n\
+             \n| fact | 5.10.1 default | 5.10.1 kprobe | 7.3.4 default |\n|---|---|---|---|\n\
+             | fn |  | refused: a \\| b |  |\n| tp | works |  |  |\n\n"
         );
     }
 }

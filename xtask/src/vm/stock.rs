@@ -19,6 +19,16 @@ const DEFAULT: [&str; 5] = ["5.10", "6.1", "6.12", "6.18", "7"];
 /// Fewer of the default ones than these are no matrix.
 const FEWEST: usize = 4;
 
+/// The series of a kernel: the one of the default set that it is of, or else its first two numbers.
+pub(super) fn series_of(version: &str) -> String {
+    let all = numbers(version);
+    let of = DEFAULT.into_iter().find(|series| all.starts_with(&numbers(series)));
+    of.map_or_else(
+        || all.iter().take(2).map(ToString::to_string).collect::<Vec<_>>().join("."),
+        str::to_owned,
+    )
+}
+
 /// The kernels to boot, and what of the wanted can't be had, with the reason.
 #[derive(Debug, Default)]
 pub(super) struct Stock {
@@ -29,10 +39,21 @@ pub(super) struct Stock {
 impl Stock {
     /// Gets what is wanted, each a file or a version, or else the default set. Everything is kept in this directory.
     pub(super) fn get(wanted: &[String], directory: &Path) -> Result<Self> {
-        let kept = directory.join("kernels");
         let default: Vec<String> = DEFAULT.map(str::to_owned).into();
         let (wanted, fewest) =
             if wanted.is_empty() { (default.as_slice(), FEWEST) } else { (wanted, wanted.len()) };
+        let stock = Self::whatever(wanted, directory);
+        ensure!(
+            stock.kernels.len() >= fewest,
+            "{} kernels can be had, and it takes {fewest}",
+            stock.kernels.len()
+        );
+        Ok(stock)
+    }
+
+    /// Gets what can be had of what is wanted.
+    pub(super) fn whatever(wanted: &[String], directory: &Path) -> Self {
+        let kept = directory.join("kernels");
         let mut shop = None;
         let mut stock = Self::default();
         for (index, wanted) in wanted.iter().enumerate() {
@@ -53,12 +74,7 @@ impl Stock {
                 }
             }
         }
-        ensure!(
-            stock.kernels.len() >= fewest,
-            "{} kernels can be had, and it takes {fewest}",
-            stock.kernels.len()
-        );
-        Ok(stock)
+        stock
     }
 }
 
