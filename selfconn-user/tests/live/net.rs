@@ -130,7 +130,8 @@ impl Net {
         let mut socket = Socket::new(libc::AF_NETLINK.into(), Type::RAW, None)?;
         socket.send(&request)?;
         let mut answer = [0; 256];
-        socket.read(&mut answer)?;
+        let length = socket.read(&mut answer)?;
+        assert!(length >= 20, "{length} bytes are no answer of netlink's");
         // struct nlmsgerr: after the header the negative errno.
         match i32::from_ne_bytes(answer[16..20].try_into().unwrap()) {
             0 => Ok(()),
