@@ -6,6 +6,7 @@ use aya_ebpf::{EbpfContext, programs::TracePointContext};
 use selfconn_ebpf::{IPPROTO_TCP, Tuple, Verdict, judge, state};
 
 use crate::{
+    refusal,
     report::report,
     sock::{Memory, Record, Sock},
     witness,
@@ -66,5 +67,13 @@ fn act<C: EbpfContext, M: Memory>(ctx: &C, witness: u8, sock: Sock<M>, seen: See
             witness::forget(sock.key());
         }
         Verdict::Forget => witness::forget(sock.key()),
+        Verdict::CountAndForget => {
+            // One witness ends a dial, and so it is counted once.
+            if let Some(dialler) = witness::end(sock.key(), &tuple)
+                && sock.was_refused()
+            {
+                refusal::count(ctx, &tuple, &dialler);
+            }
+        }
     }
 }

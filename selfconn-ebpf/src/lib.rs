@@ -4,7 +4,11 @@
 //! Nothing here touches the kernel, so all of it is tested on the host. The programs are in `main.rs`.
 #![no_std]
 
+#[cfg(test)]
+extern crate std;
+
 pub mod names;
+pub mod risk;
 
 /// TCP states as the kernel numbers them (`include/net/tcp_states.h` at v5.10; unchanged through v7.0).
 pub mod state {
@@ -81,8 +85,10 @@ pub enum Verdict {
     Report,
     /// A self-connection ends.
     ReportAndForget,
-    /// A dial whose source port turned out to be another one, or that was refused.
+    /// A dial whose source port turned out to be another one.
     Forget,
+    /// A dial that came to nothing, from another source port: count it if it was refused.
+    CountAndForget,
 }
 
 /// Judges a transition of a TCP socket whose source and destination address are equal.
@@ -106,7 +112,7 @@ pub const fn judge(old: u8, new: u8, source: u16, destination: u16) -> Verdict {
     } else if is_self {
         if new == state::CLOSE { Verdict::ReportAndForget } else { Verdict::Report }
     } else if old == state::SYN_SENT {
-        Verdict::Forget
+        if new == state::CLOSE { Verdict::CountAndForget } else { Verdict::Forget }
     } else {
         Verdict::Ignore
     }
@@ -263,6 +269,24 @@ impl Transition {
     }
 }
 
+/// What the programs put into the ring buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// A self-connection moved.
+    Transition(Transition),
+    /// Somebody keeps dialling this port.
+    Dialled(risk::Target),
+}
+
+impl Record {
+    /// Told apart by their length. `None`: not one of ours.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let transition = Transition::from_bytes(bytes).map(Self::Transition);
+        transition.or_else(|| risk::Target::from_bytes(bytes).map(Self::Dialled))
+    }
+}
+
 /// The kernel fields that the programs read, by the index of their offset in the global [`names::OFFSETS`].
 ///
 /// rustc emits no CO-RE relocations, so user space reads the offsets from the running kernel's BTF and sets them
@@ -384,8 +408,12 @@ pub mod counter {
     pub const RING_FULL: u32 = 1;
     /// Openers that the table had no room for.
     pub const NOT_REMEMBERED: u32 = 2;
+    /// Refused dials of an address to itself.
+    pub const REFUSED: u32 = 3;
+    /// Those of them that the table by port had no room for.
+    pub const NOT_TALLIED: u32 = 4;
     /// How many slots there are.
-    pub const COUNT: u32 = 3;
+    pub const COUNT: u32 = 5;
 }
 
 #[cfg(test)]
@@ -412,8 +440,8 @@ mod tests {
             (SYN_SENT, CLOSE, P, P, ReportAndForget),
             // an ordinary loopback connection: its port is known now, and it is not ours
             (SYN_SENT, ESTABLISHED, OTHER, P, Forget),
-            (SYN_SENT, CLOSE, OTHER, P, Forget),
-            (SYN_SENT, CLOSE, 0, P, Forget),
+            (SYN_SENT, CLOSE, OTHER, P, CountAndForget),
+            (SYN_SENT, CLOSE, 0, P, CountAndForget),
             (SYN_SENT, SYN_RECV, OTHER, P, Forget),
             (ESTABLISHED, FIN_WAIT1, OTHER, P, Ignore),
             (ESTABLISHED, CLOSE, OTHER, P, Ignore),

@@ -9,6 +9,8 @@
 #[cfg(target_arch = "bpf")]
 mod body;
 #[cfg(target_arch = "bpf")]
+mod refusal;
+#[cfg(target_arch = "bpf")]
 mod report;
 #[cfg(target_arch = "bpf")]
 mod sock;

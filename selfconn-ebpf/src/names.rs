@@ -12,12 +12,14 @@ pub const FENTRY: &str = "selfconn_fentry";
 /// `tcp_set_state`, kprobe.
 pub const KPROBE: &str = "selfconn_kprobe";
 
-/// Ring buffer of [`crate::Transition`]; owned by `report.rs`.
+/// Ring buffer of [`crate::Transition`] and [`crate::risk::Target`], told apart by their length; owned by `report.rs`.
 pub const TRANSITIONS: &str = "TRANSITIONS";
 /// Per-CPU array of `u64`, indexed by [`crate::counter`]; owned by `report.rs`.
 pub const COUNTERS: &str = "COUNTERS";
 /// Hash from a socket's address to the dial in flight on it; owned by `witness.rs`.
 pub const DIALS: &str = "DIALS";
+/// Hash from a [`crate::risk::Target`] to its [`crate::risk::Tally`]; owned by `refusal.rs`.
+pub const REFUSALS: &str = "REFUSALS";
 
 /// Global `[u32; FIELDS]`: the offset of each [`crate::Field`].
 pub const OFFSETS: &str = "OFFSETS";

@@ -9,14 +9,14 @@ use aya_ebpf::{
     maps::{PerCpuArray, RingBuf},
 };
 use aya_log_ebpf::warn;
-use selfconn_ebpf::{Transition, Tuple, counter, reported};
+use selfconn_ebpf::{Transition, Tuple, counter, reported, risk};
 
 use crate::{
     sock::{self, Memory, Sock},
     witness,
 };
 
-/// Records of [`Transition`]. The loader sets its size.
+/// Records of [`Transition`], and of [`risk::Target`]. The loader sets its size.
 #[map]
 static TRANSITIONS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
 
@@ -29,13 +29,33 @@ static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(counter::COUNT
 static REPORTED: Global<u32> = Global::new(reported::STATES);
 
 #[inline(always)]
-fn count(slot: u32) {
+pub(crate) fn count(slot: u32) {
     if let Some(counter) = COUNTERS.get_ptr_mut(slot) {
-        // Another program may interrupt this one on the same CPU between load and store, so add in one instruction;
-        // core has no atomic addition for this target.
-        // SAFETY: a slot of a per-CPU array lives as long as the program; the instruction touches nothing else.
-        unsafe { asm!("lock *(u64 *)({slot} + 0) += {one}", slot = in(reg) counter, one = in(reg) 1_u64) };
+        // SAFETY: a slot of a per-CPU array lives as long as the program.
+        unsafe { add_one(counter) };
     }
+}
+
+/// Adds in one instruction, for another program may interrupt this one, on the same CPU too, between load and store;
+/// core has no atomic addition for this target.
+///
+/// # Safety
+///
+/// The counter must be in a map, and aligned.
+#[inline(always)]
+pub(crate) unsafe fn add_one(counter: *mut u64) {
+    // SAFETY: the caller's promise; the instruction touches nothing else.
+    unsafe { asm!("lock *(u64 *)({counter} + 0) += {one}", counter = in(reg) counter, one = in(reg) 1_u64) };
+}
+
+/// Has user space look at the refused dials of one port. False: the ring buffer had no room.
+#[inline(always)]
+pub(crate) fn tell(target: &risk::Target) -> bool {
+    let is_told = TRANSITIONS.output::<risk::Target>(target, 0).is_ok();
+    if !is_told {
+        count(counter::RING_FULL);
+    }
+    is_told
 }
 
 /// An opener found no room in the table: its self-connection, if it becomes one, will have no name.

@@ -163,6 +163,14 @@ impl<M: Memory> Sock<M> {
         M::full(self.sk).map_or(0, |full| u16::from_be(Self::at(full, Field::Sport)))
     }
 
+    /// Whether its dial met a closed port: `tcp_reset` says so before the socket comes to CLOSE (`net/ipv4/tcp_input.c`
+    /// at v5.10). One that the program gave up, or that nobody answered, was not refused.
+    #[inline(always)]
+    pub(crate) fn was_refused(self) -> bool {
+        const ECONNREFUSED: u32 = 111;
+        self.get::<u32>(Field::Error) == ECONNREFUSED
+    }
+
     /// Inode of the network namespace; 0: unknown.
     #[inline(always)]
     pub(crate) fn netns(self) -> u32 {

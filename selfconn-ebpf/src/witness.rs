@@ -54,6 +54,17 @@ pub(crate) fn forget(sock: u64) {
     let _ = DIALS.remove(&sock);
 }
 
+/// Ends a dial that came to nothing, and gives who made it. `None`: that was not seen, or the other witness has ended it.
+#[inline(always)]
+pub(crate) fn end(sock: u64, tuple: &Tuple) -> Option<Opener> {
+    let dial = DIALS.get_ptr(&sock)?;
+    // SAFETY: as in `recall`.
+    let dial = unsafe { &*dial };
+    let dialler = same(&dial.tuple, tuple).then_some(dial.opener);
+    DIALS.remove(&sock).ok()?;
+    dialler
+}
+
 /// Not `==`, which becomes a call to memcmp.
 #[inline(always)]
 fn same(a: &Tuple, b: &Tuple) -> bool {

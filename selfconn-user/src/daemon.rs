@@ -4,10 +4,10 @@
 use std::{collections::HashMap, io, time::Duration};
 
 use rustix::process::Signal;
-use selfconn_ebpf::{ABSENT, Field, Task, Transition, state};
+use selfconn_ebpf::{ABSENT, Field, Record, Task, Transition, state};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    time::{Instant, sleep_until},
+    time::{Instant, sleep, sleep_until},
 };
 
 use crate::{
@@ -24,9 +24,11 @@ use crate::{
     sink::Sinks,
 };
 
+mod ranges;
 mod reader;
 mod reading;
 mod remedy;
+mod risk;
 
 use reader::{Answer, Question, Reader};
 use reading::Reading;
@@ -41,6 +43,7 @@ const SOON: Duration = Duration::from_secs(1);
 pub struct Daemon {
     tracer: Tracer,
     reader: Reader,
+    risk: risk::Watch,
     story: Story,
     /// How often the socket table is read.
     pace: Duration,
@@ -84,6 +87,7 @@ impl Daemon {
         Ok(Self {
             tracer,
             reader: Reader::start()?,
+            risk: risk::Watch::start()?,
             story: Story {
                 run: clock::boot_ns(),
                 connections: Connections::new(witnesses),
@@ -121,6 +125,7 @@ impl Daemon {
         self.read_table();
         while is_read {
             let remedy_at = self.remedy_at();
+            let idle = self.risk.idle();
             tokio::select! {
                 biased;
                 _ = interrupt.recv() => break,
@@ -143,6 +148,8 @@ impl Daemon {
                     Answer::Destroyed(number, began_ns, outcome) => self.destroyed(number, began_ns, outcome),
                 },
                 () = sleep_until(remedy_at.unwrap_or_else(Instant::now)), if remedy_at.is_some() => {}
+                Some(answer) = self.risk.answer() => self.judge_risks(&answer),
+                () = sleep(idle.unwrap_or_default()), if idle.is_some() => {}
                 () = sleep_until(read_at.unwrap_or_else(Instant::now)), if read_at.is_some() => {
                     read_at = None;
                     self.read_table();
@@ -154,6 +161,7 @@ impl Daemon {
             }
             let taken = self.take();
             has_more = taken == BATCH;
+            self.look_at_risks();
             if !has_more {
                 self.remedy();
             }
@@ -175,8 +183,26 @@ impl Daemon {
     /// Takes a batch of transitions; says how many.
     fn take(&mut self) -> usize {
         let clock = Offset::now();
-        let Self { tracer, story, .. } = self;
-        tracer.drain(BATCH, |transition| story.apply(transition, clock))
+        let Self { tracer, story, risk, .. } = self;
+        tracer.drain(BATCH, |record| match record {
+            Record::Transition(transition) => story.apply(transition, clock),
+            Record::Dialled(target) => risk.heed(*target),
+        })
+    }
+
+    /// Looks at the ports that are dialled often, if it is time to.
+    fn look_at_risks(&mut self) {
+        if self.risk.idle().is_some_and(|idle| idle.is_zero()) {
+            let Self { tracer, story: Story { processes, out, .. }, risk, .. } = self;
+            risk.look(tracer.refusals(), risk::Teller { processes, out });
+        }
+    }
+
+    /// Takes in the ranges of the namespaces that were asked about.
+    fn judge_risks(&mut self, answer: &ranges::Answer) {
+        let Self { tracer, story: Story { processes, out, connections, .. }, risk, .. } = self;
+        let is_taken = |place: &_| connections.iter().any(|connection| connection.place() == *place);
+        risk.judge(answer, tracer.refusals(), is_taken, risk::Teller { processes, out });
     }
 
     /// Asks for the socket table.
@@ -204,6 +230,7 @@ impl Daemon {
         for sock in reading.stale(&remembered) {
             self.tracer.forget(sock);
         }
+        self.risk.sweep(self.tracer.refusals());
         self.tell_losses();
     }
 
@@ -220,6 +247,7 @@ impl Daemon {
             ("missed", false, now.missed, &mut self.told.missed),
             ("log", behind.log, now.log, &mut self.told.log),
             ("stdout", behind.stdout, now.stdout, &mut self.told.stdout),
+            ("dials", false, now.dials, &mut self.told.dials),
         ] {
             // What a place refused is told once it takes events again; else the telling would be lost, too.
             if now > *told && !is_behind {
@@ -231,7 +259,12 @@ impl Daemon {
 
     /// What never became an event.
     fn losses(&self) -> Losses {
-        Losses { ring: self.counted.ring_full, missed: self.story.missed, ..Losses::default() }
+        Losses {
+            ring: self.counted.ring_full,
+            missed: self.story.missed,
+            dials: self.counted.not_tallied,
+            ..Losses::default()
+        }
     }
 }
 

@@ -15,6 +15,7 @@ pub mod ports;
 pub mod privileges;
 pub mod process;
 pub mod remedy;
+pub mod risk;
 pub mod sink;
 pub mod sockets;
 pub mod sysctl;

@@ -23,6 +23,9 @@ pub const READER: CapabilitySet = CapabilitySet::SYS_ADMIN
     .union(CapabilitySet::DAC_READ_SEARCH)
     .union(CapabilitySet::NET_ADMIN);
 
+/// The thread that reads port ranges: enters other network namespaces, which processes lead to.
+pub const RANGES: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE);
+
 /// The loop: looks at the programs of other users' processes.
 const LOOP: CapabilitySet = CapabilitySet::SYS_PTRACE;
 

@@ -66,6 +66,9 @@ pub struct Args {
     /// How many dials in flight and self-connections to remember
     #[arg(long, hide = true, default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
     dials: u32,
+    /// Of how many ports to count refused dials apart
+    #[arg(long, hide = true, default_value_t = 4_096, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    refusals: u32,
     /// How often to compare with the kernel's socket table
     #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     reconcile: u64,
@@ -162,6 +165,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             wanted: args.wanted(),
             ring_bytes: args.ring_size,
             dials: args.dials,
+            refusals: args.refusals,
             states: args.states,
             log: args.verbose > 1,
         };

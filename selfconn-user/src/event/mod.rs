@@ -12,8 +12,10 @@ use crate::{
 };
 
 mod remedied;
+pub mod risk;
 
 pub use remedied::Remedied;
+use risk::{AtRisk, AtRiskOver};
 
 /// One event.
 #[derive(Debug, Serialize)]
@@ -40,6 +42,10 @@ pub enum What {
     Closed(Box<Ended>),
     /// `--remedy` did something about it, or would have.
     Remedied(Box<Remedied>),
+    /// Somebody keeps dialling a port that can hit itself.
+    AtRisk(Box<AtRisk>),
+    /// Nobody does any more, or it can't.
+    AtRiskOver(Box<AtRiskOver>),
     /// Something was not seen or not written.
     Lost(Lost),
     /// The run ends.
@@ -168,7 +174,7 @@ pub struct Ended {
 /// `lost`.
 #[derive(Debug, Serialize)]
 pub struct Lost {
-    /// `ring`, `missed`, `log` or `stdout`.
+    /// `ring`, `missed`, `log`, `stdout` or `dials`.
     pub r#where: &'static str,
     /// How many since the last such event.
     pub count: u64,
@@ -198,6 +204,8 @@ pub struct Losses {
     pub log: u64,
     /// Events that nobody took from stdout.
     pub stdout: u64,
+    /// Refused dials that the table by port had no room for.
+    pub dials: u64,
 }
 
 impl Losses {
@@ -209,6 +217,7 @@ impl Losses {
             missed: self.missed + other.missed,
             log: self.log + other.log,
             stdout: self.stdout + other.stdout,
+            dials: self.dials + other.dials,
         }
     }
 }

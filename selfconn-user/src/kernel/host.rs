@@ -209,8 +209,8 @@ impl Host {
         }
         if self.offsets_missing.is_some() || self.btf.is_err() {
             limits.push(
-                "no usable BTF: netns, ifindex, cookie, cause, bytes, ISNs, how a connection ends, and all that is in \
-                 /proc are unknown"
+                "no usable BTF: netns, ifindex, cookie, cause, bytes, ISNs, how a connection ends, which ports are at risk, \
+                 and all that is in /proc are unknown"
                     .into(),
             );
         }

@@ -13,7 +13,7 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use rustix::io::Errno;
-use selfconn_ebpf::{Dial, Transition, counter, names, reported};
+use selfconn_ebpf::{Dial, Record, counter, names, reported};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
@@ -21,6 +21,10 @@ use super::{
     host::Host,
     tracefs,
 };
+
+mod refusals;
+
+pub use refusals::Refusals;
 
 /// The object that `cargo xtask build-ebpf` makes.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-hooks"));
@@ -34,6 +38,8 @@ pub struct Options {
     pub ring_bytes: u32,
     /// How many dials in flight and self-connections are remembered.
     pub dials: u32,
+    /// Of how many ports refused dials are counted apart.
+    pub refusals: u32,
     /// Whether every state is wanted, and not only what tells lifetimes.
     pub states: bool,
     /// Whether the programs' own log is wanted.
@@ -49,6 +55,10 @@ pub struct Counters {
     pub ring_full: u64,
     /// Openers that the table had no room for.
     pub not_remembered: u64,
+    /// Refused dials of an address to itself.
+    pub refused: u64,
+    /// Those of them that the table by port had no room for.
+    pub not_tallied: u64,
 }
 
 /// A live link; dropping it detaches the program.
@@ -65,6 +75,7 @@ pub struct Tracer {
     ring: AsyncFd<RingBuf<MapData>>,
     counters: PerCpuArray<MapData, u64>,
     dials: HashMap<MapData, u64, Entry>,
+    refusals: Refusals,
     log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
     methods: Choice<()>,
     links: Vec<Link>,
@@ -103,6 +114,7 @@ impl Tracer {
             ring: watch(ring)?,
             counters,
             dials: HashMap::try_from(take(&mut ebpf, names::DIALS)?)?,
+            refusals: Refusals::of(take(&mut ebpf, names::REFUSALS)?)?,
             log,
             methods: Choice { live, refused: choice.refused },
             links,
@@ -142,16 +154,21 @@ impl Tracer {
     }
 
     /// Takes at most `limit` records out of the ring buffer; says how many there were.
-    pub fn drain(&mut self, limit: usize, mut each: impl FnMut(&Transition)) -> usize {
+    pub fn drain(&mut self, limit: usize, mut each: impl FnMut(&Record)) -> usize {
         let ring = self.ring.get_mut();
         for taken in 0..limit {
             let Some(item) = ring.next() else { return taken };
-            match Transition::from_bytes(&item) {
-                Some(transition) => each(&transition),
+            match Record::from_bytes(&item) {
+                Some(record) => each(&record),
                 None => log::error!("a record of {} bytes in the ring buffer", item.len()),
             }
         }
         limit
+    }
+
+    /// The table of refused dials.
+    pub fn refusals(&mut self) -> &mut Refusals {
+        &mut self.refusals
     }
 
     /// What the programs counted.
@@ -164,6 +181,8 @@ impl Tracer {
             reported: sum(counter::REPORTED)?,
             ring_full: sum(counter::RING_FULL)?,
             not_remembered: sum(counter::NOT_REMEMBERED)?,
+            refused: sum(counter::REFUSED)?,
+            not_tallied: sum(counter::NOT_TALLIED)?,
         })
     }
 
@@ -197,8 +216,14 @@ unsafe impl Pod for Entry {}
 /// When the maps can't be made.
 pub fn rehearse(host: &Host) -> Result<Vec<(Method, Result<(), Refusal>)>> {
     raise_memlock();
-    let options =
-        Options { wanted: Wanted::default(), ring_bytes: 1 << 16, dials: 8, states: false, log: false };
+    let options = Options {
+        wanted: Wanted::default(),
+        ring_bytes: 1 << 16,
+        dials: 8,
+        refusals: 8,
+        states: false,
+        log: false,
+    };
     let mut ebpf = load(host, options)?;
     Ok(tracefs::with(|| {
         let kernel_btf = KernelBtf { host, parsed: OnceCell::new() };
@@ -219,6 +244,7 @@ fn load(host: &Host, options: Options) -> Result<Ebpf> {
         .override_global(aya_log::LEVEL, &log_level, true)
         .map_max_entries(names::TRANSITIONS, options.ring_bytes)
         .map_max_entries(names::DIALS, options.dials)
+        .map_max_entries(names::REFUSALS, options.refusals)
         .load(OBJECT)
         .map_err(|error| no_room(&error, options.ring_bytes).unwrap_or_else(|| error.into()))
         .context("cannot load the maps")

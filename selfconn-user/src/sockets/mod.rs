@@ -27,7 +27,7 @@ pub use destroy::{Target, can_destroy, can_enter, destroy, destroy_all, look_up}
 pub use exact::Cookie;
 pub use holders::{Holders, Search, holders};
 pub use listeners::{Inspected, Listener, Which, inspect};
-pub use namespaces::Namespace;
+pub use namespaces::{Namespace, within};
 
 /// What helps where another process may not be looked into.
 const NEEDS_PTRACE: &str = "looking into them needs CAP_SYS_PTRACE, which root has";

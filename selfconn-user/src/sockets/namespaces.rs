@@ -192,8 +192,12 @@ impl Visit {
 }
 
 /// Calls `work` on a thread that is in one network namespace, known by its inode; the caller's stays what it is. It is
-/// looked for by the caller's own, by the processes or threads `near` it, and then as [`visit`] does.
-pub(super) fn within<T: Send>(
+/// looked for by the caller's own, by the processes or threads `near` it, and then as [`visit`] does. 0 is the caller's own: a kernel
+/// without namespaces tells no inode.
+///
+/// # Errors
+/// When nothing leads to that namespace or it can't be entered, and those of `work`.
+pub fn within<T: Send>(
     netns: u32,
     near: &[u32],
     work: impl FnOnce() -> io::Result<T> + Send,
@@ -217,7 +221,7 @@ pub(super) fn may_enter() -> io::Result<()> {
 fn enter(netns: u32, near: &[u32]) -> io::Result<()> {
     let leads_there = |path: &Path| fs::metadata(path).is_ok_and(|named| named.ino() == u64::from(netns));
     // Without a step there is no privilege needed.
-    if leads_there(Path::new(OWN)) {
+    if netns == 0 || leads_there(Path::new(OWN)) {
         return Ok(());
     }
     let of_process = |pid: &u32| PathBuf::from(format!("/proc/{pid}/ns/net"));

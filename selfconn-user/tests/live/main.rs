@@ -22,6 +22,7 @@ mod openers;
 mod pool;
 mod privileges;
 mod remedy;
+mod risk;
 mod role;
 mod scan;
 mod stdout;

@@ -29,6 +29,7 @@ fn with_tracer(work: impl FnOnce(&mut Tracer)) {
         let options = Options {
             wanted: Wanted::default(),
             ring_bytes: 1 << 16,
+            refusals: 8,
             dials: 1 << 14,
             states: false,
             log: false,

@@ -59,11 +59,11 @@ fn settled(pid: u32) -> Vec<Thread> {
     loop {
         let threads = threads(pid);
         let is_narrow = |thread: &Thread| match thread.name.as_str() {
-            "reader" => !thread.permitted.contains(CapabilitySet::DAC_OVERRIDE),
+            "reader" | "ranges" => !thread.permitted.contains(CapabilitySet::DAC_OVERRIDE),
             "stdout" => thread.permitted.is_empty(),
             _ => !thread.permitted.contains(CapabilitySet::SYS_ADMIN),
         };
-        if threads.len() > 1 && threads.iter().all(is_narrow) {
+        if threads.len() > 2 && threads.iter().all(is_narrow) {
             return threads;
         }
         assert!(Instant::now() < until, "{threads:?}");
@@ -71,12 +71,13 @@ fn settled(pid: u32) -> Vec<Thread> {
     }
 }
 
-/// What the reader's thread may keep, and what any other.
+/// What the threads that change namespace may keep, and what any other.
 fn expected(name: &str) -> CapabilitySet {
     match name {
         "reader" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE | CapabilitySet::DAC_READ_SEARCH,
         // Writes what it is given.
         "stdout" => CapabilitySet::empty(),
+        "ranges" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE,
         _ => CapabilitySet::SYS_PTRACE,
     }
 }
@@ -187,7 +188,7 @@ fn a_user_with_two_capabilities_is_left_with_none() {
 }
 
 /// Becomes a user that has CAP_BPF and CAP_PERFMON, as a service manager's `AmbientCapabilities` makes one.
-fn become_user(uid: u32) -> io::Result<()> {
+pub(crate) fn become_user(uid: u32) -> io::Result<()> {
     let set = CapabilitySet::BPF | CapabilitySet::PERFMON;
     set_keep_capabilities(true)?;
     // SAFETY: no memory is involved; glibc would set it for all threads, of which the new process has one.

@@ -138,6 +138,12 @@ fn in_a_role() {
             say(&port.to_string());
             wait_for_the_end();
         }
+        dial if dial.starts_with("dial ") => {
+            name_this_process("a-dialler");
+            let target: std::net::SocketAddr = dial["dial ".len()..].parse().unwrap();
+            std::net::TcpStream::connect(target).unwrap_err();
+            say("refused");
+        }
         "connect and die" => {
             name_this_process("short-lived");
             let (_socket, _) = connect();

@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 
 use crate::event::Event;
 
+mod at_risk;
 mod closed;
 mod escape;
 mod established;
@@ -57,12 +58,14 @@ pub enum Severity {
 }
 
 /// Every kind that this version knows.
-pub const KINDS: [&Kind; 7] = [
+pub const KINDS: [&Kind; 9] = [
     &started::KIND,
     &established::KIND,
     &state::KIND,
     &closed::KIND,
     &remedied::KIND,
+    &at_risk::KIND,
+    &at_risk::OVER,
     &lost::KIND,
     &stopped::KIND,
 ];
@@ -151,6 +154,29 @@ mod tests {
                 r#"{"event":"remedied","addr":"127.0.0.1","port":80,"pid":7,"result":"would_destroy",
                     "port_freed":false}"#,
                 "remedied     127.0.0.1:80 [7]: would be destroyed; it keeps its port until it is closed",
+            ),
+            (
+                r#"{"event":"at_risk","addr":"::1","port":40000,"comm":"curl","pid":7,"dialers":20,"refused":20,
+                    "window_ns":19000000000,"expected_dials":14116,"eta_seconds":14116,"range_unknown":null}"#,
+                "AT RISK      [::1]:40000 curl[7] dials a port that nobody listens on: 20 refused in 19.0s by 20 \
+                 processes; one dial in 14116 hits itself, at this pace within 3h55m or so",
+            ),
+            (
+                r#"{"event":"at_risk","addr":"::1","port":80,"comm":"curl","pid":7,"dialers":1,"refused":20,
+                    "window_ns":19000000000,"expected_dials":null,"eta_seconds":null,"range_unknown":"no way"}"#,
+                "AT RISK      [::1]:80 curl[7] dials a port that nobody listens on: 20 refused in 19.0s; how many \
+                 hit themselves is unknown: no way",
+            ),
+            (
+                r#"{"event":"at_risk_over","addr":"::1","port":80,"comm":"curl","pid":7,"dialers":1,"refused":240,
+                    "window_ns":95000000000,"why":"silence"}"#,
+                "risk over    [::1]:80 is no longer dialled: 240 refused in 1m35s, the last by curl[7]",
+            ),
+            (
+                r#"{"event":"at_risk_over","addr":"::1","port":80,"comm":"curl","pid":7,"dialers":2,"refused":240,
+                    "window_ns":95000000000,"why":"unreachable"}"#,
+                "risk over    [::1]:80 can no longer be chosen by connect(): 240 refused in 1m35s by 2 processes, \
+                 the last by curl[7]",
             ),
             (r#"{"event":"lost","where":"ring","count":7}"#, "LOST         7 (ring)"),
             (
