@@ -1,7 +1,11 @@
 //! The daemon: one loop on one thread owns the tracer, the connections and the sinks; nothing is shared, so nothing is
 //! locked. What blocks or changes namespace runs on the reader's thread, which owns nothing.
 
-use std::{collections::HashMap, io, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    time::Duration,
+};
 
 use rustix::process::Signal;
 use selfconn_ebpf::{ABSENT, Field, Record, Task, Transition, state};
@@ -208,7 +212,15 @@ impl Daemon {
     /// Asks for the socket table.
     fn read_table(&mut self) {
         self.story.connections.begin_reading();
-        self.reader.ask(Question::Table);
+        let near = if self.story.processes.can_look_up() { self.openers() } else { Vec::new() };
+        self.reader.ask(Question::Table(near));
+    }
+
+    /// The threads that the programs remember as openers. One may be in a namespace that no process is in.
+    fn openers(&self) -> Vec<u32> {
+        let remembered = self.tracer.remembered().unwrap_or_default();
+        let threads: HashSet<u32> = remembered.iter().map(|(_, dial)| dial.opener.task.tid).collect();
+        threads.into_iter().collect()
     }
 
     /// Compares with the socket table.

@@ -96,7 +96,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         sockets::can_destroy().map_err(|why| anyhow!("--destroy: {why}"))?;
     }
     let options = Options { procfs_only: args.procfs, ..Options::default() };
-    let mut survey = sockets::survey(options).context("cannot start a thread")?;
+    let mut survey = sockets::survey(options, &[]).context("cannot start a thread")?;
     if survey.namespaces.is_empty() {
         bail!("no socket table can be read: {}", survey.unseen.join("; "));
     }

@@ -14,8 +14,8 @@ use crate::{
 
 /// What it can be asked.
 pub(super) enum Question {
-    /// What the socket table has. One at a time.
-    Table,
+    /// What the socket table has, also in the namespaces of these threads. One at a time.
+    Table(Vec<u32>),
     /// Which socket is at a place.
     LookUp(Asked),
     /// To destroy it.
@@ -68,7 +68,7 @@ impl Reader {
 
 fn find_out(question: Question) -> Answer {
     match question {
-        Question::Table => Answer::Table(read()),
+        Question::Table(near) => Answer::Table(read(&near)),
         Question::LookUp(Asked { number, target, near }) => {
             Answer::LookedUp(number, sockets::look_up(&target, &near))
         }

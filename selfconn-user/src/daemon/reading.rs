@@ -19,14 +19,14 @@ pub(super) struct Reading {
     holders: HashMap<Place, Vec<Holder>>,
 }
 
-/// Reads; it takes a while.
-pub(super) fn read() -> Reading {
-    let survey =
-        sockets::survey(sockets::Options { dials: true, ..Default::default() }).unwrap_or_else(|error| {
-            // Nothing was read, and so nothing is taken for gone.
-            log::error!("the socket table can't be read: {error}");
-            Survey::default()
-        });
+/// Reads; it takes a while. `near` are threads that may be alone in a namespace.
+pub(super) fn read(near: &[u32]) -> Reading {
+    let options = sockets::Options { dials: true, ..Default::default() };
+    let survey = sockets::survey(options, near).unwrap_or_else(|error| {
+        // Nothing was read, and so nothing is taken for gone.
+        log::error!("the socket table can't be read: {error}");
+        Survey::default()
+    });
     for why in &survey.unseen {
         log::info!("the socket table can't be read everywhere: {why}");
     }

@@ -76,7 +76,7 @@ pub fn destroy_all(found: &[Found]) -> io::Result<Vec<Result<bool, String>>> {
     }
     let mut outcomes = vec![Err("its network namespace was not found again".to_owned()); found.len()];
     let visit = || {
-        namespaces::visit(|&Namespace { inode: netns, .. }| {
+        namespaces::visit(&[], |&Namespace { inode: netns, .. }| {
             for at in by_netns.remove(&netns).unwrap_or_default() {
                 outcomes[at] = match found[at].cookie.and_then(Cookie::new) {
                     Some(cookie) => destroy_here(&(&found[at]).into(), cookie, true)

@@ -74,7 +74,7 @@ fn visit<T>(
     let visited = match which {
         Which::Own => namespaces::visit_own(one),
         Which::At(path) => namespaces::visit_at(path, one)?,
-        Which::All => namespaces::visit(one),
+        Which::All => namespaces::visit(&[], one),
     };
     if found.is_empty() {
         return Err(io::Error::other(visited.unseen.join("; ")));

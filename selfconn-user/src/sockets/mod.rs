@@ -4,9 +4,9 @@
 //! A table is no snapshot: a socket that is hashed or unhashed while its own bucket is being read may be missing, so
 //! that one absence proves nothing.
 //!
-//! Not seen: a namespace that only threads other than a process's first are in (`/proc/PID/task/*/ns/net` would have
-//! to be read for every thread of the host, which is too dear), one that nothing but an open descriptor keeps, and one
-//! that is mounted in another mount namespace only.
+//! Not seen: a namespace that only threads other than a process's first are in, unless the caller knows one of them
+//! (`/proc/PID/task/*/ns/net` would have to be read for every thread of the host, which is too dear), one that nothing
+//! but an open descriptor keeps, and one that is mounted in another mount namespace only.
 
 use std::{collections::HashSet, io, net::IpAddr, panic, thread, time::Duration};
 
@@ -99,14 +99,15 @@ pub struct Dial {
 }
 
 /// Reads the socket tables of all network namespaces that can be found and entered. It works on a thread of its own
-/// and returns when that is done; the caller's namespace stays what it is.
+/// and returns when that is done; the caller's namespace stays what it is. Namespaces that only threads are in are found
+/// by those `near`, thread ids as this process's `/proc` has them.
 ///
 /// # Errors
 /// When there can be no thread.
-pub fn survey(options: Options) -> io::Result<Survey> {
+pub fn survey(options: Options, near: &[u32]) -> io::Result<Survey> {
     thread::scope(|scope| {
         let thread = thread::Builder::new().name("namespaces".to_owned());
-        let thread = thread.spawn_scoped(scope, move || visit_all(options))?;
+        let thread = thread.spawn_scoped(scope, move || visit_all(options, near))?;
         Ok(thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause)))
     })
 }
@@ -119,10 +120,10 @@ pub(crate) fn parse_anything(bytes: &[u8]) {
 }
 
 /// To be called on a thread that ends afterwards, for it stays in the last namespace.
-fn visit_all(options: Options) -> Survey {
+fn visit_all(options: Options, near: &[u32]) -> Survey {
     let mut survey = Survey { began_ns: clock::boot_ns(), ..Survey::default() };
     let mut tables = Tables::new(options.procfs_only);
-    let visited = namespaces::visit(|&Namespace { inode: netns, .. }| {
+    let visited = namespaces::visit(near, |&Namespace { inode: netns, .. }| {
         tables.read(options.dials)?;
         let mut cookies = HashSet::new();
         for row in &tables.rows {
@@ -303,7 +304,7 @@ mod tests {
     fn a_survey_leaves_the_callers_namespace_alone() {
         let own = || std::fs::read_link("/proc/thread-self/ns/net").unwrap();
         let before = own();
-        let survey = survey(Options::default()).unwrap();
+        let survey = survey(Options::default(), &[]).unwrap();
         assert_eq!(own(), before);
         assert!(!survey.namespaces.is_empty(), "{survey:?}");
         assert!(survey.began_ns < survey.ended_ns);

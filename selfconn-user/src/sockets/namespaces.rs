@@ -70,9 +70,9 @@ pub(super) fn visit_at(
 }
 
 /// Calls `each` in every network namespace: first in the calling thread's own, which takes no privilege, then in those
-/// that are mounted somewhere (`/run/netns` and the like), then in those of the processes. The thread stays in the last
-/// one. What vanishes meanwhile is no error.
-pub(super) fn visit(mut each: impl FnMut(&Namespace) -> io::Result<()>) -> Visited {
+/// that are mounted somewhere (`/run/netns` and the like), then in those of the processes, and of the threads `near`.
+/// The thread stays in the last one. What vanishes meanwhile is no error.
+pub(super) fn visit(near: &[u32], mut each: impl FnMut(&Namespace) -> io::Result<()>) -> Visited {
     let mut visit = Visit::default();
     visit.one(Path::new(OWN), Source::Own, &mut each);
     for path in mounted(&fs::read("/proc/self/mountinfo").unwrap_or_default()) {
@@ -87,6 +87,10 @@ pub(super) fn visit(mut each: impl FnMut(&Namespace) -> io::Result<()>) -> Visit
             }
         }
         Err(error) => visit.refused(format!("the network namespaces of processes: /proc: {error}"), None),
+    }
+    // A thread's directory is there by its number, too; it is only never listed.
+    for thread in near {
+        visit.one(&PathBuf::from(format!("/proc/{thread}/ns/net")), Source::Process, &mut each);
     }
     visit.done()
 }

@@ -260,7 +260,7 @@ fn a_namespace_that_is_mounted_and_has_no_process_is_visited_once() {
     for options in METHODS {
         assert_eq!(Scan::run(options).only(left)["port"], port);
     }
-    let survey = sockets::survey(Options::default()).unwrap();
+    let survey = sockets::survey(Options::default(), &[]).unwrap();
     assert_eq!(survey.found.iter().filter(|found| u64::from(found.netns) == left.inode).count(), 1);
     drop((first, second));
     assert_eq!(Scan::run(&[]).of_net(left).len(), 0, "nothing leads there any more");
@@ -367,7 +367,7 @@ fn dials_in_flight_are_listed_where_they_are_wanted() {
     let own = itself.local_addr().unwrap().as_socket().unwrap();
     let _itself = dial(itself, own);
     for procfs_only in [false, true] {
-        let survey = sockets::survey(Options { dials: true, procfs_only }).unwrap();
+        let survey = sockets::survey(Options { dials: true, procfs_only }, &[]).unwrap();
         let netns = u32::try_from(net.inode).unwrap();
         let found: Vec<_> = survey.found.iter().filter(|found| found.netns == netns).collect();
         assert_eq!(found.len(), 1, "{found:?}");
@@ -380,7 +380,7 @@ fn dials_in_flight_are_listed_where_they_are_wanted() {
             Dial { netns, addr: localhost, dport: own.port(), is_ipv6: false },
         ]);
         assert_eq!(dials, expected);
-        let not_asked = sockets::survey(Options { dials: false, procfs_only }).unwrap();
+        let not_asked = sockets::survey(Options { dials: false, procfs_only }, &[]).unwrap();
         assert_eq!(not_asked.dials, []);
         assert_eq!(not_asked.found.iter().filter(|found| found.netns == netns).count(), 1);
     }

@@ -86,6 +86,16 @@ fn a_daemon_that_was_killed_finds_what_is_open_when_it_starts_again() {
 #[test]
 fn what_a_full_ring_hid_is_found_in_the_table_and_counted() {
     let (net, inhabitant) = inhabited();
+    found_in_the_table_and_counted(net);
+    inhabitant.end();
+}
+
+#[test]
+fn what_a_full_ring_hid_in_a_namespace_of_one_thread_is_found_by_its_dial() {
+    found_in_the_table_and_counted(Net::private());
+}
+
+fn found_in_the_table_and_counted(net: Net) {
     // Many times what one page holds, on an emulated kernel, too.
     let count = 300;
     let mut daemon = Daemon::start(&Variant(vec![]), &["--ring-size", "4K", "--reconcile", "1", "-vv"]);
@@ -116,7 +126,6 @@ fn what_a_full_ring_hid_is_found_in_the_table_and_counted() {
     let lost = &events.last().unwrap()["lost"];
     assert!(told("ring") > 0 && told("missed") >= scanned as u64, "{lost}");
     assert_eq!((&lost["ring"], &lost["missed"]), (&told("ring").into(), &told("missed").into()));
-    inhabitant.end();
 }
 
 #[test]
