@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, anyhow};
 use clap::{Parser, Subcommand};
 
-use crate::commands::{doctor, repro, run, scan};
+use crate::commands::{audit, doctor, repro, run, scan};
 
 /// Which build this is: what `--version` tells. The object is the programs that run in the kernel.
 pub const VERSION: &str = concat!(
@@ -46,6 +46,9 @@ pub enum Command {
     /// List the self-connections that exist now, in every network namespace
     #[command(after_help = scan::EXAMPLE)]
     Scan(scan::Args),
+    /// Find the ports at risk of self-connection, and print what prevents it
+    #[command(after_help = audit::EXAMPLE)]
+    Audit(audit::Args),
     /// Make one harmless self-connection, and tell what happens
     #[command(after_help = repro::EXAMPLE)]
     Repro(repro::Args),

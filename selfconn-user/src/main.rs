@@ -8,7 +8,7 @@ use std::{
 use clap::Parser as _;
 use selfconn::{
     cli::{self, Cli, Command},
-    commands::{doctor, repro, run, scan},
+    commands::{audit, doctor, repro, run, scan},
     sink::text::escape,
 };
 
@@ -18,6 +18,7 @@ fn main() -> ExitCode {
         Ok(Cli { command }) => match command {
             Command::Run(args) => run::run(&args),
             Command::Scan(args) => scan::run(&args),
+            Command::Audit(args) => audit::run(&args),
             Command::Repro(args) => repro::run(&args),
             Command::Doctor(args) => doctor::run(&args),
         },

@@ -117,6 +117,13 @@ impl Processes {
     }
 }
 
+/// Whether pids in `/proc` are those that the kernel reports.
+#[must_use]
+pub fn is_in_initial_pid_ns() -> bool {
+    // As the kernel numbers it: include/linux/proc_ns.h at v5.10.
+    fs::read_link("/proc/self/ns/pid").is_ok_and(|ns| ns.as_os_str() == "pid:[4026531836]")
+}
+
 /// The facts about whoever has this pid now; with `start_ns`, only if that is when it started.
 #[must_use]
 pub fn read(pid: u32, start_ns: Option<u64>) -> Option<Facts> {

@@ -4,6 +4,7 @@ use std::io::{self, Write as _};
 
 use anyhow::{Context as _, Result};
 
+pub mod audit;
 pub mod doctor;
 pub mod repro;
 pub mod run;

@@ -3,7 +3,6 @@
 use std::{
     collections::{HashMap, HashSet},
     fmt::Write as _,
-    fs,
     io::{self, Write as _},
     process::ExitCode,
 };
@@ -146,10 +145,7 @@ impl Holding {
         if inodes.is_empty() {
             return Self::default();
         }
-        // As the kernel numbers it: include/linux/proc_ns.h at v5.10.
-        let is_initial =
-            fs::read_link("/proc/self/ns/pid").is_ok_and(|ns| ns.as_os_str() == "pid:[4026531836]");
-        if !is_initial {
+        if !process::is_in_initial_pid_ns() {
             let why = "holders: their pids are unknown outside the initial pid namespace".to_owned();
             return Self { unseen: vec![why], ..Self::default() };
         }

@@ -153,8 +153,7 @@ impl Host {
                 .and_then(|text| lockdown(&text)),
             tracefs: tracefs::find(),
             capabilities,
-            is_initial_pid_ns: fs::read_link("/proc/self/ns/pid")
-                .is_ok_and(|link| link.as_os_str() == "pid:[4026531836]"),
+            is_initial_pid_ns: crate::process::is_in_initial_pid_ns(),
             lacks: Vec::new(),
         })
     }

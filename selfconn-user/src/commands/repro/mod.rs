@@ -27,6 +27,8 @@ use rustix::io::Errno;
 use serde::Serialize;
 use socket2::Socket;
 
+pub(super) use draw::grouped;
+
 use address::{Address, Endpoint, Own};
 use hold::Held;
 use narrate::{Narrator, StdoutClosed, Style};
