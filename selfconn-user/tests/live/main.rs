@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
 
 mod accident;
+mod audit;
 mod client;
 mod daemon;
 mod detection;

@@ -40,6 +40,8 @@ pub(super) struct Row {
     pub(super) port: u16,
     pub(super) risk: Risk,
     pub(super) why: String,
+    /// The same in a few words, beside the range and who listens.
+    pub(super) brief: String,
     /// `None`: nobody listens.
     pub(super) listener: Option<Who>,
     /// Of `connect()` where the risk is high, of `bind()` to port 0 and `connect()` where it is low.
@@ -71,7 +73,7 @@ pub(super) fn grade(seen: &Seen) -> Vec<Row> {
         .targets
         .iter()
         .map(|target| {
-            let Grade { risk, why, expected_dials } = judge(&seen.ports, &odds, target);
+            let Grade { risk, why, brief, expected_dials } = judge(&seen.ports, &odds, target);
             Row {
                 netns: seen.namespace.inode,
                 addr: target.addr,
@@ -79,6 +81,7 @@ pub(super) fn grade(seen: &Seen) -> Vec<Row> {
                 port: target.port,
                 risk,
                 why,
+                brief,
                 listener: target.listener.clone(),
                 expected_dials,
                 is_asked: target.is_asked,
@@ -108,38 +111,49 @@ pub(super) fn grade(seen: &Seen) -> Vec<Row> {
 struct Grade {
     risk: Risk,
     why: String,
+    brief: String,
     expected_dials: Option<u32>,
 }
 
 fn judge(ports: &LocalPorts, odds: &Odds, target: &Target) -> Grade {
     let Target { port, ref leaves, .. } = *target;
     let range = ports.range;
-    let none = |why: String| Grade { risk: Risk::None, why, expected_dials: None };
+    let none = |why: String, brief: &str| Grade {
+        risk: Risk::None,
+        why,
+        brief: brief.to_owned(),
+        expected_dials: None,
+    };
     if *leaves == Leaves::Foreign {
-        return none("not an address of this network namespace: a dial to it leaves from another".to_owned());
+        let why = "not an address of this network namespace: a dial to it leaves from another";
+        return none(why.to_owned(), "not an address of this namespace");
     }
     let parity = |port: u16| if port.is_multiple_of(2) { "even" } else { "odd" };
+    let own = parity(port);
     // A listener at no address in particular is dialled at any; of the host's, all but some of 127.0.0.0/8 can be hit.
     let whereto = match target.addr {
         Some(addr) if !addr.is_unspecified() => "",
         Some(IpAddr::V4(_)) => ", to 127.0.0.1 or another address of this host,",
         _ => ", to ::1, 127.0.0.1 or another address of this host,",
     };
-    let one_in = |expected: Option<u32>| {
-        let count = expected.map_or_else(|| "some".to_owned(), |count| grouped(count.into()));
-        format!("one dial in {count}{whereto} hits itself")
-    };
-    let when = if target.listener.is_some() { "once nobody listens" } else { "nobody listens now" };
+    let count =
+        |expected: Option<u32>| expected.map(|count| format!("one dial in {}", grouped(count.into())));
+    let is_up = target.listener.is_some();
+    let when = if is_up { "once nobody listens" } else { "nobody listens now" };
     match (ports.reach(port), leaves) {
-        (Reach::Outside, _) => none(format!("outside {range}, from which the kernel takes source ports")),
-        (Reach::Reserved, _) => none(format!("in {range}, but reserved in ip_local_reserved_ports")),
+        (Reach::Outside, _) => {
+            none(format!("outside {range}, from which the kernel takes source ports"), "outside the range")
+        }
+        (Reach::Reserved, _) => {
+            none(format!("in {range}, but reserved in ip_local_reserved_ports"), "reserved")
+        }
         (reach, Leaves::From(source)) => Grade {
             risk: Risk::Low,
             why: format!(
-                "{} port in {range}, but a dial to this address leaves from {source}: only a client that binds this \
-                 address before it connects can hit itself",
-                parity(port)
+                "{own} port in {range}, but a dial to this address leaves from {source}: only a client that binds this \
+                 address before it connects can hit itself"
             ),
+            brief: format!("dials leave from {source}: only for a client that binds this address first"),
             expected_dials: if reach == Reach::First {
                 odds.dials(port)
             } else {
@@ -148,28 +162,37 @@ fn judge(ports: &LocalPorts, odds: &Odds, target: &Target) -> Grade {
         },
         (Reach::First, leaves) => {
             let expected_dials = odds.dials(port);
-            let first = parity(port);
+            let count = count(expected_dials).unwrap_or_default();
             let mut why =
-                format!("connect() takes {first} ports of {range} first; {when}: {}", one_in(expected_dials));
+                format!("connect() takes {own} ports of {range} first; {when}: {count}{whereto} hits itself");
             if let Leaves::Nowhere(reason) = leaves {
                 why = format!("{why}; for the time being it can't be dialled: {reason}");
             }
-            Grade { risk: Risk::High, why, expected_dials }
+            let once = if is_up { " once it is down" } else { "" };
+            Grade {
+                risk: Risk::High,
+                why,
+                brief: format!("{own}: {count} hits itself{once}"),
+                expected_dials,
+            }
         }
         (Reach::Last, _) => {
             let expected_dials = odds.dials_after_bind(port);
-            let how = match expected_dials {
-                Some(_) => format!("for a client that binds port 0 first {}", one_in(expected_dials)),
-                None => "it is the last to be tried".to_owned(),
+            let (how, brief) = match count(expected_dials) {
+                Some(count) => (
+                    format!("for a client that binds port 0 first {count}{whereto} hits itself"),
+                    format!("{own}: {count}, only for a client that binds port 0 first"),
+                ),
+                None => ("it is the last to be tried".to_owned(), "the last port to be tried".to_owned()),
             };
-            let (own, first) = (parity(port), parity(range.low));
+            let first = parity(range.low);
             let why = match own == first {
                 true => format!("connect() takes other ports of {range} while there are any; {when}: {how}"),
                 false => format!(
                     "connect() takes {own} ports of {range} only when no {first} one is left; {when}: {how}"
                 ),
             };
-            Grade { risk: Risk::Low, why, expected_dials }
+            Grade { risk: Risk::Low, why, brief, expected_dials }
         }
     }
 }

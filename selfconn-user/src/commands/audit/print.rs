@@ -135,29 +135,27 @@ impl<'a> JsonNamespace<'a> {
     }
 }
 
-/// A line for each namespace; below it, grouped by what holds for them, the ports at risk and those that were asked
-/// for, and the cures.
+/// A line for each namespace; below it the ports at risk and those that were asked for, and the cures.
 pub(super) fn text(reports: &[Report]) -> String {
     let mut out = String::new();
     for Report { seen, rows, disagreements } in reports {
         heading(seen, rows, &mut out);
-        let mut told: Vec<_> = rows.iter().filter(|row| row.risk != Risk::None || row.is_asked).collect();
-        told.sort_by_key(|row| (row.risk, &row.why));
-        let width = told.iter().map(|row| row.end().len()).max().unwrap_or(0);
-        let mut before = None;
-        for row in &told {
-            let reason = (row.risk, &row.why);
-            if before != Some(reason) {
-                let _ = writeln!(out, "  {}: {}", row.risk.name(), escape(&row.why));
-                before = Some(reason);
-            }
-            let line = format!("    {:<width$}  {}", row.end(), escape(&row.who()));
-            let _ = writeln!(out, "{}", line.trim_end());
+        let told: Vec<_> = rows.iter().filter(|row| row.risk != Risk::None || row.is_asked).collect();
+        let who = |row: &Row| match row.listener {
+            Some(_) => escape(&row.who()),
+            None => "nobody listens".to_owned(),
+        };
+        let told: Vec<_> = told.into_iter().map(|row| (row.end(), who(row), row)).collect();
+        let width = |len: fn(&(String, String, &Row)) -> usize| told.iter().map(len).max().unwrap_or(0);
+        let (ends, whos) = (width(|(end, ..)| end.len()), width(|(_, who, _)| who.len()));
+        for (end, who, row) in &told {
+            let risk = row.risk.name();
+            let _ = writeln!(out, "  {risk:<4}  {end:<ends$}  {who:<whos$}  {}", escape(&row.brief));
         }
         if let Some(Fix { now, lasting }) = fix::fix(seen, rows) {
-            let _ = writeln!(out, "  now:     {}", escape(&now));
+            let _ = writeln!(out, "  now    {}", escape(&now));
             if let Some(lasting) = lasting {
-                let _ = writeln!(out, "  lasting: {}", escape(&lasting));
+                let _ = writeln!(out, "  keep   {}", escape(&lasting));
             }
         }
         for Disagreement { key, file, at_boot, running } in disagreements {
@@ -166,7 +164,7 @@ pub(super) fn text(reports: &[Report]) -> String {
             let file = file.as_deref().unwrap_or("no file sets it, so the kernel's default");
             let (at_boot, running) = (value(at_boot), value(running));
             let line = format!("{key} is {running} now, and {at_boot} after the next boot ({file})");
-            let _ = writeln!(out, "  boot:    {}", escape(&line));
+            let _ = writeln!(out, "  boot   {}", escape(&line));
         }
     }
     let counts = Counts::of(reports);
@@ -206,4 +204,101 @@ fn heading(seen: &Seen, rows: &[Row], out: &mut String) {
 
 fn ports(count: usize) -> &'static str {
     if count == 1 { "port" } else { "ports" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        commands::audit::{
+            fix::Lasts,
+            grade::grade,
+            look::{Leaves, Target, Who},
+        },
+        ports::LocalPorts,
+        sockets::Namespace,
+    };
+
+    fn reports() -> Vec<Report> {
+        let target = |addr: &str, port, listener| Target {
+            addr: addr.parse().ok(),
+            ifindex: None,
+            port,
+            leaves: Leaves::Itself,
+            inode: 0,
+            listener,
+            is_asked: addr.is_empty(),
+        };
+        let nginx = Who {
+            pid: Some(812),
+            comm: Some("a\nb".to_owned()),
+            unit: Some("x.service".to_owned()),
+            ..Who::default()
+        };
+        let seen = Seen {
+            namespace: Namespace { inode: 7, path: "/run/netns/blue".into(), is_own: true },
+            ports: LocalPorts::parse("32768 60999", "8080").unwrap(),
+            lasts: Some(Lasts::SysctlD),
+            targets: vec![
+                target("127.0.0.1", 44_446, Some(nginx)),
+                target("::", 50_051, Some(Who::default())),
+                target("", 61_616, None),
+                target("127.0.0.1", 22, Some(Who::default())),
+            ],
+        };
+        let calm = Seen {
+            namespace: Namespace { inode: 8, path: "/run/netns/blue".into(), is_own: false },
+            ports: LocalPorts::parse("32768 60999", "").unwrap(),
+            lasts: None,
+            targets: vec![target("127.0.0.1", 22, Some(Who::default()))],
+        };
+        let disagreement = Disagreement {
+            key: fix::RESERVED,
+            file: None,
+            at_boot: String::new(),
+            running: "8080".to_owned(),
+        };
+        let report = |seen: Seen, disagreements| Report { rows: grade(&seen), seen, disagreements };
+        vec![report(seen, vec![disagreement]), report(calm, vec![])]
+    }
+
+    #[test]
+    fn people_get_a_line_for_each_port_that_matters_and_the_cures() {
+        assert_eq!(
+            text(&reports()),
+            "\
+netns 7 (this one): source ports 32768-60999, reserved 8080
+  high  127.0.0.1:44446  a\\nb[812] x.service  even: one dial in 14,116 hits itself once it is down
+  low   [::]:50051       an unknown process   odd: one dial in 14,116, only for a client that binds port 0 first
+  none  *:61616          nobody listens       outside the range
+  now    sysctl -w net.ipv4.ip_local_reserved_ports=8080,44446,50051
+  keep   selfconn audit --netns self --sysctl > /etc/sysctl.d/90-selfconn.conf
+  boot   net.ipv4.ip_local_reserved_ports is \"8080\" now, and nothing after the next boot (no file sets it, so the \
+kernel's default)
+netns 8 (/run/netns/blue): source ports 32768-60999, nothing reserved; 1 port, nothing at risk
+at risk in 2 network namespaces: 1 high, 1 low; 3 ports not
+"
+        );
+    }
+
+    #[test]
+    fn json_has_an_object_for_each_port_and_null_for_the_unknown() {
+        let bytes = json(&reports(), &["something".to_owned()]).unwrap();
+        let rows: Vec<serde_json::Value> =
+            str::from_utf8(&bytes).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(rows.len(), 6);
+        assert_eq!(rows[0]["listener"]["comm"], "a\nb");
+        assert_eq!(rows[0]["listener"]["unit"], "x.service");
+        assert_eq!(rows[0]["expected_dials"], 14_116);
+        assert!(rows[1]["listener"]["pid"].is_null() && rows[1]["listener"].is_object(), "{}", rows[1]);
+        for absent in ["fix", "fix_lasting", "expected_dials", "listener", "addr", "ifindex"] {
+            assert_eq!(rows[3].get(absent), Some(&serde_json::Value::Null), "{absent}: {}", rows[3]);
+        }
+        let summary = &rows[5];
+        assert_eq!((&summary["high"], &summary["low"], &summary["none"]), (&1.into(), &1.into(), &3.into()));
+        assert_eq!(summary["namespaces"][0]["path"], serde_json::Value::Null);
+        assert_eq!(summary["namespaces"][1]["path"], "/run/netns/blue");
+        assert_eq!(summary["namespaces"][0]["disagreements"][0]["file"], serde_json::Value::Null);
+        assert_eq!(summary["unseen"][0], "something");
+    }
 }
