@@ -81,6 +81,7 @@ fn bind_and_dial_until_self(target: SocketAddr, limit: usize) -> Option<Socket> 
 fn reset(socket: Socket) {
     assert_eq!(socket.local_addr().unwrap(), socket.peer_addr().unwrap(), "somebody else answered");
     socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
+    drop(socket);
 }
 
 #[test]
