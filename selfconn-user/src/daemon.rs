@@ -23,17 +23,20 @@ use crate::{
         host::Host,
         tracer::{Counters, Tracer},
     },
+    metrics,
     process::{Processes, Who},
     remedy::Remedy,
     sink::Sinks,
 };
 
+pub mod outside;
 mod ranges;
 mod reader;
 mod reading;
 mod remedy;
 mod risk;
 
+use outside::Outside;
 use reader::{Answer, Question, Reader};
 use reading::Reading;
 
@@ -48,6 +51,7 @@ pub struct Daemon {
     tracer: Tracer,
     reader: Reader,
     risk: risk::Watch,
+    outside: Outside,
     story: Story,
     /// How often the socket table is read.
     pace: Duration,
@@ -70,6 +74,7 @@ struct Story {
     states: bool,
     remedy: Option<Remedy>,
     out: Sinks,
+    opened: metrics::Connections,
     missed: u64,
 }
 
@@ -81,6 +86,7 @@ impl Daemon {
     pub fn new(
         host: &Host,
         tracer: Tracer,
+        outside: Outside,
         mut out: Sinks,
         states: bool,
         pace: Duration,
@@ -92,6 +98,7 @@ impl Daemon {
             tracer,
             reader: Reader::start()?,
             risk: risk::Watch::start()?,
+            outside,
             story: Story {
                 run: clock::boot_ns(),
                 connections: Connections::new(witnesses),
@@ -100,6 +107,7 @@ impl Daemon {
                 states,
                 remedy,
                 out,
+                opened: metrics::Connections::default(),
                 missed: 0,
             },
             pace,
@@ -122,6 +130,7 @@ impl Daemon {
         // A limit on the log's size is an error of writing, not the end.
         let _too_large = signal(SignalKind::from_raw(Signal::XFSZ.as_raw()))?;
         let mut is_read = self.story.out.flush().is_ok();
+        self.outside.ready(self.tracer.methods());
         let mut has_more = false;
         let mut look_at: Option<Instant> = None;
         // What is there already, now that nothing new can come without being seen.
@@ -135,9 +144,16 @@ impl Daemon {
                 _ = interrupt.recv() => break,
                 _ = terminate.recv() => break,
                 () = next(&mut hangup) => {
+                    self.outside.reloading();
                     if self.story.out.reopen().is_err() {
                         break;
                     }
+                    self.outside.ready(self.tracer.methods());
+                }
+                // Before the records, whose stream may never end; they come a few times a second.
+                question = self.outside.question() => {
+                    // Nobody waits any more: then nobody needs it.
+                    let _ = question.send(self.numbers());
                 }
                 () = std::future::ready(()), if has_more => {}
                 readable = self.tracer.readable() => readable?,
@@ -174,6 +190,7 @@ impl Daemon {
                 look_at = Some(Instant::now() + SOON);
             }
         }
+        self.outside.stopping();
         self.end_remedy().await;
         // What happened before the signal is told; what happens from here on isn't seen.
         self.tracer.detach();
@@ -248,10 +265,7 @@ impl Daemon {
 
     /// Looks at the programs' counters, and tells what was lost since the last time.
     fn tell_losses(&mut self) {
-        match self.tracer.counters() {
-            Ok(counters) => self.counted = counters,
-            Err(error) => log::error!("the programs' counters can't be read: {error:#}"),
-        }
+        self.count();
         let now = self.losses().plus(self.story.out.lost());
         let behind = self.story.out.behind();
         for (place, is_behind, now, told) in [
@@ -269,6 +283,13 @@ impl Daemon {
         }
     }
 
+    fn count(&mut self) {
+        match self.tracer.counters() {
+            Ok(counters) => self.counted = counters,
+            Err(error) => log::error!("the programs' counters can't be read: {error:#}"),
+        }
+    }
+
     /// What never became an event.
     fn losses(&self) -> Losses {
         Losses {
@@ -283,11 +304,14 @@ impl Daemon {
 impl Story {
     /// Takes in a transition, and makes what events come of it.
     fn apply(&mut self, transition: &Transition, clock: Offset) {
-        let Self { run, connections, processes, whos, states, remedy, out, .. } = self;
+        let Self { run, connections, processes, whos, states, remedy, out, opened, .. } = self;
         let at_ns = transition.at_ns;
         let mut ended = [None; 2];
         connections.apply(transition, |happening| {
             let connection = happening.connection();
+            if matches!(happening, Happening::Established(_)) {
+                opened.count(connection);
+            }
             // At the first event, while the process is there; the last one tells the same.
             let who = whos.entry(connection.number).or_insert_with(|| match connection.opener {
                 Some(opener) => Who::opened(processes.look_up(opener.task.pid, opener.start_ns, at_ns)),
@@ -313,7 +337,7 @@ impl Story {
 
     /// Takes in the socket table; says how many self-connections were missed.
     fn reconcile(&mut self, reading: &Reading, listed: &[Listed], knows_netns: bool) -> u64 {
-        let Self { run, connections, processes, whos, states, remedy, out, .. } = self;
+        let Self { run, connections, processes, whos, states, remedy, out, opened, .. } = self;
         let clock = Offset::now();
         let mut ended = Vec::new();
         let has_read = |netns| !knows_netns || reading.has_read(netns);
@@ -322,6 +346,9 @@ impl Story {
         let holders = |connection: &Connection| can_look_up.then(|| reading.holders(connection)).flatten();
         let missed = connections.reconcile(listed, reading.began_ns(), has_read, |happening| {
             let connection = happening.connection();
+            if matches!(happening, Happening::Established(_)) {
+                opened.count(connection);
+            }
             let who = whos.entry(connection.number).or_insert_with(|| match connection.opener {
                 Some(opener) => {
                     Who::opened(processes.look_up(opener.task.pid, opener.start_ns, reading.began_ns()))

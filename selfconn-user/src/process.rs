@@ -162,6 +162,13 @@ fn lossy(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// When whoever has this pid now started: nanoseconds of `CLOCK_BOOTTIME`, to the clock tick.
+#[must_use]
+pub fn started_ns(pid: u32) -> Option<u64> {
+    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    parse_stat(&String::from_utf8_lossy(&stat)).map(|(_, start_ticks)| start_ticks * TICK_NS)
+}
+
 /// Name and start, in clock ticks since boot, from the text of `/proc/PID/stat`. The name may hold anything, blanks
 /// and parentheses included, so it ends at the last one.
 fn parse_stat(stat: &str) -> Option<(&str, u64)> {

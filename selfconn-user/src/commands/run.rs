@@ -1,19 +1,21 @@
 //! `selfconn run`: the options of the daemon, and how it is put together.
 
-use std::{io, path::PathBuf, process::ExitCode, time::Duration};
+use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 
 use crate::{
-    daemon::Daemon,
+    daemon::{Daemon, outside::Outside},
     kernel::{
         attach::{Hooks, Method, Wanted},
         host::Host,
         tracer::{Options, Tracer},
     },
     logger,
+    metrics::server::Port,
     privileges::{self, Plan},
+    service::Manager,
     sink::{Format, Sinks, file::LogFile},
 };
 
@@ -43,6 +45,9 @@ pub struct Args {
     /// Write text for people to stdout (the default on a terminal)
     #[arg(long)]
     text: bool,
+    /// Serve metrics for Prometheus and /healthz on this port
+    #[arg(long, value_name = "ADDR:PORT", value_parser = socket_address)]
+    metrics: Option<SocketAddr>,
     /// Size of the ring buffer: a power of two, from 4K to 1G
     #[arg(long, value_name = "BYTES", default_value = "8M", value_parser = ring_bytes)]
     ring_size: u32,
@@ -148,6 +153,11 @@ fn ring_bytes(text: &str) -> Result<u32, String> {
     }
 }
 
+/// An address and a port, such as `[::1]:9435`.
+fn socket_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "not an address and a port, such as 127.0.0.1:9435".to_owned())
+}
+
 /// Runs until SIGINT or SIGTERM.
 ///
 /// # Errors
@@ -156,6 +166,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     logger::init(args.verbose, args.quiet);
     // The log first: what can't be written must not be traced.
     let log = args.log.as_deref().map(LogFile::open).transpose()?;
+    let port = args.metrics.map(Port::bind).transpose()?;
+    let manager = Manager::find().context("cannot reach the service manager at NOTIFY_SOCKET")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut host = Host::look(args.without_btf)?;
@@ -173,9 +185,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         // Attached; and no other thread may have been started yet.
         let plan = Plan { log: args.log.as_deref(), destroys: args.remedy.destroys() };
         let kept = privileges::drop_after_attach(plan, || tracer.counters().is_ok())?;
+        let questions = port.map(Port::serve).transpose().context("cannot serve metrics")?;
+        let outside = Outside::new(manager, questions);
         let sinks = Sinks::new(args.format(), log).context("start the thread that writes stdout")?;
         let pace = Duration::from_secs(args.reconcile);
-        let daemon = Daemon::new(&host, tracer, sinks, args.states, pace, remedy)?;
+        let daemon = Daemon::new(&host, tracer, outside, sinks, args.states, pace, remedy)?;
         kept.narrow().context("cannot give up capabilities")?;
         drop(host);
         daemon.watch().await.context("cannot wait for events")?;

@@ -1,6 +1,10 @@
 //! Our programs in the kernel: loads and attaches them, and turns the bytes of the ring buffer into transitions.
 
-use std::{cell::OnceCell, io, os::fd::AsRawFd};
+use std::{
+    cell::OnceCell,
+    fs, io,
+    os::fd::{AsFd as _, AsRawFd},
+};
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
@@ -79,7 +83,7 @@ pub struct Tracer {
     log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
     methods: Choice<()>,
     links: Vec<Link>,
-    _programs: Ebpf,
+    programs: Ebpf,
 }
 
 impl Tracer {
@@ -118,13 +122,31 @@ impl Tracer {
             log,
             methods: Choice { live, refused: choice.refused },
             links,
-            _programs: ebpf,
+            programs: ebpf,
         })
     }
 
     /// Takes the programs off their hooks; what they have reported can still be read.
     pub fn detach(&mut self) {
         self.links.clear();
+    }
+
+    /// Whether any program is on its hook.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        !self.links.is_empty()
+    }
+
+    /// How often a live program was not run, because it was running on that CPU already, or another with the same
+    /// guard. `None`: the kernel doesn't count it (before v5.12). A lower bound: for `perf` and `kprobe` it counts only
+    /// since v6.7 (`trace_call_bpf`, kernel/trace/bpf_trace.c).
+    #[must_use]
+    pub fn not_examined(&self) -> Option<u64> {
+        let of = |(method, ()): &(Method, ())| {
+            let fd = self.programs.program(method.program())?.fd().ok()?.as_fd().as_raw_fd();
+            recursion_misses(&fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?)
+        };
+        self.methods.live.iter().map(of).sum()
     }
 
     /// Which methods are live, and why the others aren't.
@@ -262,6 +284,12 @@ fn no_room(error: &EbpfError, ring_bytes: u32) -> Option<anyhow::Error> {
     is_it.then(|| anyhow!("no memory for a ring buffer of {size}: ask for a smaller one with --ring-size"))
 }
 
+/// Out of a program's `fdinfo` (`bpf_prog_show_fdinfo`, kernel/bpf/syscall.c at v5.12), which unlike
+/// BPF_OBJ_GET_INFO_BY_FD takes no `unsafe`.
+fn recursion_misses(fdinfo: &str) -> Option<u64> {
+    fdinfo.lines().find_map(|line| line.strip_prefix("recursion_misses:")?.trim().parse().ok())
+}
+
 fn watch<T: AsRawFd>(readable: T) -> io::Result<AsyncFd<T>> {
     // SAFETY: both that come here own their map's descriptor, answer with that one always, and close it only when
     // they are dropped.
@@ -371,5 +399,17 @@ fn raise_memlock() {
     use rustix::process::{Resource, Rlimit, setrlimit};
     if let Err(error) = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }) {
         log::debug!("RLIMIT_MEMLOCK stays as it is: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn misses_are_those_that_the_kernel_tells() {
+        let since_5_12 = "pos:\t0\nprog_type:\t26\nrun_cnt:\t0\nrecursion_misses:\t41\nverified_insns:\t7\n";
+        assert_eq!(recursion_misses(since_5_12), Some(41));
+        assert_eq!(recursion_misses("pos:\t0\nprog_type:\t26\nrun_cnt:\t0\n"), None);
     }
 }

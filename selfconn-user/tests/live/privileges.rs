@@ -14,9 +14,10 @@ use rustix::thread::{
 };
 
 use crate::{
-    client::talk_to_self,
+    client::{connect_to_self, talk_to_self},
     daemon::{DEADLINE, Daemon, Variant, of, selfconn, variants},
     net::Net,
+    role::Role,
 };
 
 /// What `/proc/PID/task/TID/status` says.
@@ -149,54 +150,94 @@ fn overriding_permissions_is_kept_only_for_a_log_that_needs_it() {
     }
 }
 
-#[test]
-fn a_user_with_two_capabilities_is_left_with_none() {
+/// The daemon as a user that isn't root and has these capabilities, as a service manager's `AmbientCapabilities` grants
+/// them.
+fn start_as_user(set: CapabilitySet, options: &[&str]) -> (Daemon, tempfile::TempDir) {
     const NOBODY: u32 = 65_534;
-    let _net = Net::private();
     // Where that user can run it.
     let dir = tempfile::tempdir().unwrap();
     chown(dir.path(), Some(NOBODY), None).unwrap();
     let program = dir.path().join("selfconn");
     fs::copy(selfconn(), &program).unwrap();
-    let options = ["--hooks", "tracepoint", "-v"];
-    let mut daemon = Daemon::start_by(&Variant(vec![]), &options, |command| {
+    let daemon = Daemon::start_by(&Variant(vec![]), options, |command| {
         let mut as_nobody = Command::new(&program);
         as_nobody.args(command.get_args()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // SAFETY: system calls only, and none that allocates.
-        unsafe { as_nobody.pre_exec(|| become_user(NOBODY)) };
+        unsafe { as_nobody.pre_exec(move || become_user(NOBODY, set)) };
         as_nobody.spawn().unwrap()
     });
-    let (mut seen, pid) = (Vec::new(), daemon.pid());
+    (daemon, dir)
+}
+
+#[test]
+fn a_user_with_two_capabilities_is_left_with_none() {
+    let _net = Net::private();
+    let (daemon, _dir) = start_as_user(
+        CapabilitySet::BPF | CapabilitySet::PERFMON,
+        &["--hooks", "tracepoint", "--tracepoint-method", "tp_btf", "-v"],
+    );
     let until = Instant::now() + DEADLINE;
-    while Instant::now() < until {
-        seen = threads(pid);
-        if seen.len() > 1 && seen.iter().all(|thread| !thread.permitted.contains(CapabilitySet::PERFMON)) {
-            break;
-        }
+    let mut seen = threads(daemon.pid());
+    while seen.iter().any(|thread| thread.permitted.contains(CapabilitySet::PERFMON)) {
+        assert!(Instant::now() < until, "{seen:?}");
         std::thread::sleep(Duration::from_millis(5));
+        seen = threads(daemon.pid());
     }
-    assert!(daemon.expect(1, |event| event["event"] == "started").len() == 1);
     let (_, said) = daemon.stop();
     let keeps = if said.contains("CAP_BPF is kept") { CapabilitySet::BPF } else { CapabilitySet::empty() };
     for thread in seen {
-        assert!(
-            (thread.permitted | thread.effective | thread.ambient).difference(keeps).is_empty(),
-            "{thread:?}"
-        );
+        let has = thread.permitted | thread.effective | thread.ambient | thread.inheritable;
+        assert!(has.difference(keeps).is_empty(), "{thread:?}");
         assert!(thread.no_new_privs, "{thread:?}");
     }
 }
 
-/// Becomes a user that has CAP_BPF and CAP_PERFMON, as a service manager's `AmbientCapabilities` makes one.
-pub(crate) fn become_user(uid: u32) -> io::Result<()> {
-    let set = CapabilitySet::BPF | CapabilitySet::PERFMON;
+#[test]
+fn the_service_s_user_sees_what_root_sees() {
+    let net = Net::private();
+    let has = CapabilitySet::BPF
+        | CapabilitySet::PERFMON
+        | CapabilitySet::SYS_ADMIN
+        | CapabilitySet::SYS_PTRACE
+        | CapabilitySet::DAC_READ_SEARCH;
+    // A self-connection that was there before, in a namespace that must be entered, held by root.
+    let mut holder = Role::start("wait");
+    holder.says();
+    let (held, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    let mut as_root = Daemon::start(&Variant(vec![]), &[]);
+    let started = as_root.expect(1, |event| event["event"] == "started").remove(0);
+    as_root.stop();
+    let (mut daemon, _dir) = start_as_user(has, &[]);
+    let methods = |started: &serde_json::Value| {
+        let hooks = started["hooks"].as_array().unwrap();
+        hooks.iter().map(|hook| hook["method"].to_string()).collect::<Vec<_>>()
+    };
+    let own = daemon.expect(1, |event| event["event"] == "started").remove(0);
+    assert_eq!(methods(&own), methods(&started), "{own}");
+    let found = daemon.expect(1, of("established", net.inode)).remove(0);
+    assert_eq!((&found["source"], &found["owner"]), (&"scan".into(), &"holder".into()), "{found}");
+    assert_eq!(found["pid"], std::process::id(), "{found}");
+    talk_to_self(Ipv4Addr::LOCALHOST.into());
+    let live = daemon.expect(1, of("closed", net.inode)).remove(0);
+    assert_eq!(live["exe"], std::env::current_exe().unwrap().to_str().unwrap(), "{live}");
+    daemon.stop();
+    drop(held);
+    holder.end();
+}
+
+/// Becomes a user that has these capabilities, as a service manager's `AmbientCapabilities` makes one.
+pub(crate) fn become_user(uid: u32, set: CapabilitySet) -> io::Result<()> {
     set_keep_capabilities(true)?;
     // SAFETY: no memory is involved; glibc would set it for all threads, of which the new process has one.
     if unsafe { libc::setuid(uid) } != 0 {
         return Err(io::Error::last_os_error());
     }
     set_capabilities(None, CapabilitySets { effective: set, permitted: set, inheritable: set })?;
-    configure_capability_in_ambient_set(CapabilitySet::BPF, true)?;
-    configure_capability_in_ambient_set(CapabilitySet::PERFMON, true)?;
+    for number in 0..u64::BITS {
+        let one = CapabilitySet::from_bits_retain(1 << number);
+        if set.contains(one) {
+            configure_capability_in_ambient_set(one, true)?;
+        }
+    }
     Ok(())
 }

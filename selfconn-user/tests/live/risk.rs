@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use rustix::process::Signal;
+use rustix::{process::Signal, thread::CapabilitySet};
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 
@@ -298,8 +298,9 @@ fn a_namespace_that_can_not_be_entered_leaves_the_odds_unknown() {
         use std::os::unix::process::CommandExt as _;
         let mut as_nobody = Command::new(&program);
         as_nobody.args(command.get_args()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let with = CapabilitySet::BPF | CapabilitySet::PERFMON;
         // SAFETY: system calls only, and none that allocates.
-        unsafe { as_nobody.pre_exec(|| crate::privileges::become_user(NOBODY)) };
+        unsafe { as_nobody.pre_exec(move || crate::privileges::become_user(NOBODY, with)) };
         as_nobody.spawn().unwrap()
     });
     let net = wide();
