@@ -5,6 +5,7 @@ mod daemon;
 mod environment;
 mod fingerprint;
 mod fuzz;
+mod operations;
 mod packages;
 mod progress;
 mod strip;
@@ -48,6 +49,8 @@ enum Command {
     },
     /// Run the fuzz targets, each for a bounded time, and tell what was tried
     Fuzz(fuzz::Args),
+    /// Check what is shipped for operators with systemd's and Prometheus's own programs
+    Operations,
     /// Run the live tests on other kernels, in virtual machines
     Vm(vm::Args),
 }
@@ -70,6 +73,7 @@ fn run(command: &Command, workspace: &Workspace) -> Result<()> {
         Command::Run { arguments } => daemon::run(workspace, arguments),
         Command::Test { filter } => test::test(workspace, filter.as_deref()),
         Command::Fuzz(arguments) => fuzz::run(arguments, workspace),
+        Command::Operations => operations::operations(workspace),
         Command::Vm(arguments) => vm::run(arguments, workspace),
     }
 }
