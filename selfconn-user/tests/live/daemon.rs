@@ -7,6 +7,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex, OnceLock,
+        atomic::{AtomicU16, Ordering},
         mpsc::{Receiver, RecvTimeoutError, channel},
     },
     thread,
@@ -23,8 +24,8 @@ use crate::{
 /// Generous, for emulated kernels; a passing test never waits for it.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Self-connections to this address are the harness's own.
-const MARK: Ipv4Addr = Ipv4Addr::new(127, 255, 255, 253);
+/// Self-connections to an address that begins so are the harness's own.
+const MARKS: &str = "127.254.";
 
 /// A mark is told within milliseconds, unless it is lost, as anything can be that one method alone is to see.
 const MARK_TAKES: Duration = Duration::from_secs(5);
@@ -86,7 +87,7 @@ pub(crate) fn variants() -> Vec<Variant> {
 /// `selfconn run`, and what it has said so far.
 pub(crate) struct Daemon {
     child: Child,
-    lines: Receiver<Value>,
+    lines: Receiver<String>,
     stderr: Option<thread::JoinHandle<()>>,
     said: Arc<Mutex<String>>,
     seen: Vec<Value>,
@@ -125,10 +126,9 @@ impl Daemon {
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let (send, lines) = channel();
         thread::spawn(move || {
+            // Unread, for a daemon whose stdout is behind drops events.
             for line in stdout.lines() {
-                let line = line.unwrap();
-                let value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
-                if send.send(value).is_err() {
+                if send.send(line.unwrap()).is_err() {
                     break;
                 }
             }
@@ -177,7 +177,7 @@ impl Daemon {
     ) -> Result<Vec<Value>, RecvTimeoutError> {
         let mut found = self.seen.iter().filter(|event| matches(event)).count();
         while found < count {
-            let event = self.lines.recv_timeout(until.saturating_duration_since(Instant::now()))?;
+            let event = parse(&self.lines.recv_timeout(until.saturating_duration_since(Instant::now()))?);
             found += usize::from(matches(&event));
             self.seen.push(event);
         }
@@ -187,20 +187,22 @@ impl Daemon {
     /// Waits until everything that has happened is told. The ring buffer is in order, so that the end of a
     /// self-connection made now is told after all else.
     pub(crate) fn settle(&mut self) {
+        // Each has an address of its own, for a daemon also sees the marks that others are waited for by.
+        static MADE: AtomicU16 = AtomicU16::new(0);
         let until = Instant::now() + DEADLINE;
         loop {
-            let (socket, port) = connect_to_self(MARK.into());
+            let [high, low] = MADE.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+            let mark = Ipv4Addr::new(127, 254, high, low);
+            let (socket, _) = connect_to_self(mark.into());
             socket.set_linger(Some(Duration::ZERO)).unwrap();
             drop(socket);
-            let is_it = |event: &Value| {
-                event["event"] == "closed" && event["addr"] == MARK.to_string() && event["port"] == port
-            };
+            let is_it = |event: &Value| event["event"] == "closed" && event["addr"] == mark.to_string();
             if self.wait_until(Instant::now() + MARK_TAKES, 1, is_it).is_ok() {
                 break;
             }
             assert!(Instant::now() < until, "marks are not told: {}", self.said.lock().unwrap());
         }
-        self.seen.retain(|event| event["addr"] != MARK.to_string());
+        self.seen.retain(|event| !event["addr"].as_str().is_some_and(|addr| addr.starts_with(MARKS)));
     }
 
     /// All that it said on stdout and stderr; everything that happened before is in there. Ends it by SIGTERM, unless
@@ -218,7 +220,7 @@ impl Daemon {
         self.stderr.take().unwrap().join().unwrap();
         let said = self.said.lock().unwrap().clone();
         assert!(status.success(), "{status}: {said}");
-        self.seen.extend(self.lines.iter());
+        self.seen.extend(self.lines.iter().map(|line| parse(&line)));
         (std::mem::take(&mut self.seen), said)
     }
 
@@ -257,6 +259,10 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn parse(line: &str) -> Value {
+    serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))
 }
 
 /// Events of one kind about one namespace.

@@ -241,7 +241,7 @@ fn round(daemon: &mut Daemon, mode: &Mode, condition: &Condition) -> [usize; 2] 
     let (net, what) = (condition.net, format!("{} {}", mode.name(), condition.name));
     let other = condition.is_beside.then(Other::start);
     // The other agent's program takes many times what a self-connection does.
-    let each = scaled(if condition.is_beside { 200 } else { 600 });
+    let each = scaled(if condition.is_beside { 100 } else { 300 });
     let (mut diallers, _) = work(CHURN, each, false);
     let (hold, sockets) = work(HOLD, HELD, true);
     diallers.extend(hold);

@@ -1,6 +1,6 @@
 //! The daemon and the kernel's socket table: what was there before it, what it missed, and what is gone.
 
-use std::{collections::HashMap, net::Ipv4Addr, thread, time::Duration};
+use std::{collections::HashMap, net::Ipv4Addr, sync::Barrier, thread, time::Duration};
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -177,9 +177,12 @@ fn ten_thousand_in_fifty_namespaces_have_their_own_namespace_and_opener() {
     let each = scaled(200);
     // Room for all of them at once: this is not about how fast they are read.
     let mut daemon = Daemon::start(&Variant(vec![]), &["--ring-size", "32M"]);
+    // The number of a namespace that is gone is given to the next.
+    let all_are_done = Barrier::new(50);
     let in_a_namespace = || {
         let net = Net::private();
         drop(open(each));
+        all_are_done.wait();
         (net.inode, rustix::thread::gettid().as_raw_nonzero().get())
     };
     let places: HashMap<u64, i32> = thread::scope(|scope| {

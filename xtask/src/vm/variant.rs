@@ -34,7 +34,7 @@ impl Part {
 }
 
 /// The module `load` is a part of its own, for it needs the machine for itself and other counts.
-const LOAD: Part = Part { name: "load", args: &["load::"], scale: [8, 1] };
+const LOAD: Part = Part { name: "load", args: &["load::"], scale: [4, 1] };
 
 /// Everything else.
 const ALL: Part = Part { name: "live", args: &["--skip", "load::"], scale: [10, 10] };
