@@ -52,12 +52,14 @@ fn is_loaded((is_program, wanted): (bool, u32)) -> bool {
 fn killed_at_any_moment_it_leaves_nothing_in_the_kernel() {
     let net = Net::private();
     let mut seen = 0;
-    for moment in 0..scaled(30) {
+    // A moment is what this is about: while it reads BTF, loads, attaches, or watches. An emulated kernel takes longer
+    // over each.
+    let (moments, span_ms) = (scaled(30).max(6), 300 * 30 / scaled(30));
+    for moment in 0..moments {
         let mut command = Command::new(selfconn());
         let command = command.args(["run", "--json"]).stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = command.spawn().unwrap();
-        // A moment is what this is about: while it reads BTF, loads, attaches, or watches.
-        thread::sleep(Duration::from_millis(10 * moment as u64));
+        thread::sleep(Duration::from_millis((span_ms * moment / moments) as u64));
         let pid = Pid::from_child(&child);
         rustix::process::kill_process(pid, Signal::STOP).unwrap();
         let objects = bpf_objects(child.id());
