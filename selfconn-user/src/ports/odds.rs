@@ -161,7 +161,9 @@ impl Walk {
         chances.into_iter().enumerate().map(|(slot, chance)| (self.offset(slot), chance)).collect()
     }
 
-    /// Where nothing is passed over, and where what is passed over falls to all alike.
+    /// Where nothing is passed over, and where what is passed over falls to all alike. With a step width, the kernel
+    /// goes on from a reserved port by a random number of ports of up to that width, the same for one dial. If it is as
+    /// wide as the range, all alike get what falls to reserved ones; if not, this is the mean.
     fn evenly(&self, free: usize) -> Vec<(usize, f64)> {
         let count = if free == self.free.len() { self.starts } else { free };
         let slots = (0..self.free.len()).filter(|slot| self.free[*slot]);
