@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    build_ebpf, environment, packages,
+    build_ebpf, environment, operations, packages,
     progress::{self, say, seconds},
     vm,
     workspace::Workspace,
@@ -112,6 +112,24 @@ pub(crate) fn test(workspace: &Workspace, filter: Option<&str>) -> Result<()> {
         if !passed {
             failed.push(check.name);
         }
+    }
+
+    if filter.is_none() && packages::may_install() {
+        const NAME: &str = "what operators get";
+        say(NAME);
+        let began = Instant::now();
+        match operations::check(workspace) {
+            Ok(outcome) => {
+                count.passed += outcome.passed;
+                count.failed += u32::try_from(outcome.failed.len()).unwrap_or(u32::MAX);
+                failed.extend(outcome.failed);
+            }
+            Err(error) => {
+                say(format!("{NAME}: FAILED: {error:#}"));
+                failed.push(NAME);
+            }
+        }
+        times.push(format!("{NAME} {}", seconds(began.elapsed())));
     }
 
     if filter.is_none() {

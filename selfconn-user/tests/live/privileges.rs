@@ -61,7 +61,7 @@ fn settled(pid: u32) -> Vec<Thread> {
         let threads = threads(pid);
         let is_narrow = |thread: &Thread| match thread.name.as_str() {
             "reader" | "ranges" => !thread.permitted.contains(CapabilitySet::DAC_OVERRIDE),
-            "stdout" => thread.permitted.is_empty(),
+            "stdout" | "metrics" => thread.permitted.is_empty(),
             _ => !thread.permitted.contains(CapabilitySet::SYS_ADMIN),
         };
         if threads.len() > 2 && threads.iter().all(is_narrow) {
@@ -76,8 +76,8 @@ fn settled(pid: u32) -> Vec<Thread> {
 fn expected(name: &str) -> CapabilitySet {
     match name {
         "reader" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE | CapabilitySet::DAC_READ_SEARCH,
-        // Writes what it is given.
-        "stdout" => CapabilitySet::empty(),
+        // Write what they are given.
+        "stdout" | "metrics" => CapabilitySet::empty(),
         "ranges" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE,
         _ => CapabilitySet::SYS_PTRACE,
     }
@@ -89,8 +89,11 @@ fn no_thread_keeps_what_only_attaching_takes() {
     let had = capabilities(None).unwrap().permitted;
     assert!(had.contains(CapabilitySet::BPF | CapabilitySet::PERFMON), "{had:?}");
     for variant in variants() {
-        let mut daemon = Daemon::start(&variant, &["-v"]);
+        let mut daemon = Daemon::start(&variant, &["-v", "--metrics", "127.0.0.1:0"]);
         let threads = settled(daemon.pid());
+        for name in ["reader", "ranges", "stdout", "metrics"] {
+            assert!(threads.iter().any(|thread| thread.name == name), "{name}: {threads:?}");
+        }
         // And yet it sees, and knows who it was.
         let port = talk_to_self(Ipv4Addr::LOCALHOST.into());
         let closed = daemon.expect(1, of("closed", net.inode)).remove(0);
@@ -99,6 +102,7 @@ fn no_thread_keeps_what_only_attaching_takes() {
         let (_, said) = daemon.stop();
         // Kernels that let nobody else read the programs' counters are said to be such.
         let keeps_bpf = said.contains("CAP_BPF is kept");
+        println!("FACT keeps_cap_bpf={keeps_bpf}");
         for thread in threads {
             let mut keeps = expected(&thread.name) & had;
             if keeps_bpf && thread.name == "selfconn" {

@@ -15,8 +15,22 @@ use crate::{
     workspace::Workspace,
 };
 
-/// Checks all; a failure keeps none of the others from being looked at.
+/// `cargo xtask operations`.
 pub(crate) fn operations(workspace: &Workspace) -> Result<()> {
+    let Outcome { passed, failed } = check(workspace)?;
+    println!("xtask: {passed} passed, {} failed, 0 skipped", failed.len());
+    if failed.is_empty() { Ok(()) } else { bail!("failed: {}: what was said is above", failed.join(", ")) }
+}
+
+/// What came of the checks.
+pub(crate) struct Outcome {
+    pub(crate) passed: u32,
+    /// Their names.
+    pub(crate) failed: Vec<&'static str>,
+}
+
+/// Checks all; a failure keeps none of the others from being looked at.
+pub(crate) fn check(workspace: &Workspace) -> Result<Outcome> {
     if !packages::may_install() {
         bail!("the daemon needs root: run: sudo env PATH=\"$PATH\" HOME=\"$HOME\" cargo xtask operations");
     }
@@ -29,7 +43,7 @@ pub(crate) fn operations(workspace: &Workspace) -> Result<()> {
     crate::build_ebpf::build(workspace)?;
     must("building the daemon", cargo)?;
 
-    type Check<'a> = (&'a str, &'a dyn Fn() -> Result<String>);
+    type Check<'a> = (&'static str, &'a dyn Fn() -> Result<String>);
     let checks: [Check<'_>; 5] = [
         ("the unit is understood", &|| unit::is_understood(workspace)),
         ("the unit exposes little", &|| unit::exposes_little(workspace)),
@@ -37,17 +51,19 @@ pub(crate) fn operations(workspace: &Workspace) -> Result<()> {
         ("each alert fires when it must, and only then", &|| tools.rules_fire(workspace)),
         ("Prometheus sees a self-connection", &|| tools.sees_a_self_connection(workspace)),
     ];
-    let mut failed = Vec::new();
+    let mut outcome = Outcome { passed: 0, failed: Vec::new() };
     for (name, check) in checks {
         let began = Instant::now();
         match check().with_context(|| name.to_owned()) {
-            Ok(found) => say(format!("{name}: passed, {}: {found}", seconds(began.elapsed()))),
+            Ok(found) => {
+                say(format!("{name}: passed, {}: {found}", seconds(began.elapsed())));
+                outcome.passed += 1;
+            }
             Err(error) => {
                 say(format!("FAILED: {error:#}"));
-                failed.push(name);
+                outcome.failed.push(name);
             }
         }
     }
-    println!("xtask: {} passed, {} failed, 0 skipped", checks.len() - failed.len(), failed.len());
-    if failed.is_empty() { Ok(()) } else { bail!("failed: {}: what was said is above", failed.join(", ")) }
+    Ok(outcome)
 }

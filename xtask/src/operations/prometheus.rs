@@ -11,11 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::running::{Running, free_port, get};
-use crate::{
-    environment, packages,
-    progress::{must, say},
-    workspace::Workspace,
-};
+use crate::{environment, packages, progress::must, workspace::Workspace};
 
 pub(super) struct Tools {
     promtool: PathBuf,
@@ -110,8 +106,7 @@ impl Tools {
         holds("ALERTS{alertname=\"SelfConnectionsMade\", alertstate=\"firing\"}")?;
         drop(daemon);
         holds("up{job=\"selfconn\"} == 0")?;
-        say("Prometheus: up, counted, alerted, down");
-        Ok("scraped, counted, alerted".to_owned())
+        Ok("up, counted, alerted, down".to_owned())
     }
 
     /// `promtool check metrics` has nothing to say.

@@ -41,7 +41,7 @@ pub(super) fn exposes_little(workspace: &Workspace) -> Result<String> {
         f64::from(THRESHOLD) / 10.0,
         String::from_utf8_lossy(&output.stderr)
     );
-    Ok(verdict.trim_start_matches(['→', ' ']).to_owned())
+    Ok(verdict.trim_start_matches(['→', '-', '>', ' ']).to_owned())
 }
 
 /// A copy of the unit whose program exists here, in a directory of its own.
