@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, anyhow};
 use clap::{Parser, Subcommand};
 
-use crate::commands::{audit, doctor, repro, run, scan};
+use crate::commands::{audit, doctor, repro, run, scan, tail};
 
 /// Which build this is: what `--version` tells. The object is the programs that run in the kernel.
 pub const VERSION: &str = concat!(
@@ -49,6 +49,9 @@ pub enum Command {
     /// Find the ports at risk of self-connection, and print what prevents it
     #[command(after_help = audit::EXAMPLE)]
     Audit(audit::Args),
+    /// Show an event log, or the journal, as people read it
+    #[command(after_help = tail::EXAMPLE)]
+    Tail(tail::Args),
     /// Make one harmless self-connection, and tell what happens
     #[command(after_help = repro::EXAMPLE)]
     Repro(repro::Args),

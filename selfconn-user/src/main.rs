@@ -8,7 +8,7 @@ use std::{
 use clap::Parser as _;
 use selfconn::{
     cli::{self, Cli, Command},
-    commands::{audit, doctor, repro, run, scan},
+    commands::{audit, doctor, repro, run, scan, tail},
     sink::text::escape,
 };
 
@@ -19,6 +19,7 @@ fn main() -> ExitCode {
             Command::Run(args) => run::run(&args),
             Command::Scan(args) => scan::run(&args),
             Command::Audit(args) => audit::run(&args),
+            Command::Tail(args) => tail::run(&args),
             Command::Repro(args) => repro::run(&args),
             Command::Doctor(args) => doctor::run(&args),
         },

@@ -15,3 +15,4 @@ pub(crate) fn print(output: &[u8]) -> Result<()> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(output).and_then(|()| stdout.flush()).context("cannot write to stdout")
 }
+pub mod tail;

@@ -17,6 +17,7 @@ mod escape;
 mod established;
 mod lost;
 mod newer;
+mod paint;
 mod record;
 mod remedied;
 mod started;
@@ -26,6 +27,7 @@ mod subject;
 mod units;
 
 pub use escape::escape;
+pub use paint::Painter;
 pub use record::{Record, parse, reread};
 pub use units::duration;
 
@@ -38,7 +40,8 @@ pub struct Kind {
     pub word: &'static str,
     /// How much it matters.
     pub severity: Severity,
-    /// The rest of the line. It must escape what a process chose, and say nothing of a field that isn't there.
+    /// The rest of the line; a tab ends a first column. It must escape what a process chose, and say nothing of a field
+    /// that isn't there.
     pub sentence: fn(Record<'_>, &mut String) -> std::fmt::Result,
     /// Further lines, where there is room for them: each begins with a line break and four spaces.
     pub details: Option<fn(Record<'_>, &mut String) -> std::fmt::Result>,
@@ -93,7 +96,9 @@ pub(crate) fn render(record: Record<'_>, out: &mut String) -> std::fmt::Result {
         write!(out, "{}  ", units::clock(time))?;
     }
     write!(out, "{:<12} ", kind.word)?;
-    (kind.sentence)(record, out)?;
+    let mut sentence = String::with_capacity(120);
+    (kind.sentence)(record, &mut sentence)?;
+    paint::in_columns(&sentence, out);
     kind.details.map_or(Ok(()), |details| details(record, out))
 }
 
@@ -115,56 +120,56 @@ mod tests {
             (
                 r#"{"time":"2026-11-22T23:09:58.5793Z","event":"established","addr":"127.0.0.1","port":38160,
                     "comm":"nginx","pid":7,"cause":"ephemeral","isn":5,"peer_isn":5}"#,
-                "23:09:58.579300Z  ESTABLISHED  127.0.0.1:38160 nginx[7] is connected to itself; connect() \
+                "23:09:58.579300Z  ESTABLISHED  127.0.0.1:38160       nginx[7] is connected to itself; connect() \
                  chose its port; one ISN, 5",
             ),
             (
                 r#"{"event":"established","addr":"::1","port":80,"comm":null,"pid":null,"cause":null}"#,
-                "ESTABLISHED  [::1]:80 an unknown process is connected to itself",
+                "ESTABLISHED  [::1]:80              an unknown process is connected to itself",
             ),
             (
                 r#"{"event":"established","addr":"127.0.0.1","port":80,"pid":7,"cause":"bound","isn":1,"peer_isn":2}"#,
-                "ESTABLISHED  127.0.0.1:80 [7] is connected to itself; it had bound its port; ISNs 1 and 2",
+                "ESTABLISHED  127.0.0.1:80          [7] is connected to itself; it had bound its port; ISNs 1 and 2",
             ),
             (
                 r#"{"event":"state","addr":"127.0.0.1","port":80,"pid":7,"from":"SYN_SENT","to":"SYN_RECV"}"#,
-                "state        127.0.0.1:80 [7] SYN_SENT -> SYN_RECV",
+                "state        127.0.0.1:80          [7] SYN_SENT -> SYN_RECV",
             ),
             (
                 r#"{"event":"closed","addr":"127.0.0.1","port":80,"pid":7,"duration_ns":5000000,"bytes_sent":24,
                     "bytes_received":24,"how":"fin","port_blocked_until":"2026-11-22T23:10:58.584252Z"}"#,
-                "closed       127.0.0.1:80 [7] after 5.0ms, 24 B sent, 24 B received, in order; TIME_WAIT holds \
+                "closed       127.0.0.1:80          [7] after 5.0ms, 24 B sent, 24 B received, in order; TIME_WAIT holds \
                  the port until 23:10:58.584252Z",
             ),
             (
                 r#"{"event":"closed","addr":"127.0.0.1","port":80,"pid":7,"duration_ns":null,"how":"rst"}"#,
-                "closed       127.0.0.1:80 [7] after an unknown time, by a reset",
+                "closed       127.0.0.1:80          [7] after an unknown time, by a reset",
             ),
             (
                 r#"{"event":"remedied","addr":"127.0.0.1","port":80,"comm":"a\nb","pid":7,"mode":"destroy",
                     "result":"destroyed","why":null,"port_freed":true}"#,
-                "remedied     127.0.0.1:80 a\\nb[7]: destroyed; its port is free",
+                "remedied     127.0.0.1:80          a\\nb[7]: destroyed; its port is free",
             ),
             (
                 r#"{"event":"remedied","addr":"127.0.0.1","port":80,"pid":7,"mode":"dry-run",
                     "result":"excepted","why":"except comm=\u001b*","port_freed":null}"#,
-                "remedied     127.0.0.1:80 [7]: left alone (except comm=\\u{1b}*)",
+                "remedied     127.0.0.1:80          [7]: left alone (except comm=\\u{1b}*)",
             ),
             (
                 r#"{"event":"remedied","addr":"127.0.0.1","port":80,"pid":7,"result":"would_destroy",
                     "port_freed":false}"#,
-                "remedied     127.0.0.1:80 [7]: would be destroyed; it keeps its port until it is closed",
+                "remedied     127.0.0.1:80          [7]: would be destroyed; it keeps its port until it is closed",
             ),
             (
                 r#"{"event":"at_risk","addr":"::1","port":40000,"comm":"curl","pid":7,"dialers":20,"refused":20,
                     "window_ns":19000000000,"expected_dials":14116,"eta_seconds":14116,"range_unknown":null}"#,
-                "AT RISK      [::1]:40000 curl[7] dials a port that nobody listens on: 20 refused in 19.0s by 20 \
+                "AT RISK      [::1]:40000           curl[7] dials a port that nobody listens on: 20 refused in 19.0s by 20 \
                  processes; one dial in 14116 hits itself, at this pace within 3h55m or so",
             ),
             (
                 r#"{"event":"at_risk","addr":"::1","port":80,"comm":"curl","pid":7,"dialers":1,"refused":20,
                     "window_ns":19000000000,"expected_dials":null,"eta_seconds":null,"range_unknown":"no way"}"#,
-                "AT RISK      [::1]:80 curl[7] dials a port that nobody listens on: 20 refused in 19.0s; how many \
+                "AT RISK      [::1]:80              curl[7] dials a port that nobody listens on: 20 refused in 19.0s; how many \
                  hit themselves is unknown: no way",
             ),
             (

@@ -91,6 +91,15 @@ impl<'a> Record<'a> {
         self.list(key).filter_map(Value::as_str)
     }
 
+    /// Every object inside, one by itself or in a list.
+    pub fn parts(self) -> impl Iterator<Item = Self> {
+        let of = |value: &'a Value| match value {
+            Value::Array(list) => list.as_slice(),
+            other => std::slice::from_ref(other),
+        };
+        self.0.values().flat_map(of).filter_map(Value::as_object).map(Self)
+    }
+
     fn list(self, key: &str) -> impl Iterator<Item = &'a Value> {
         self.0.get(key).and_then(Value::as_array).into_iter().flatten()
     }

@@ -4,10 +4,10 @@ use std::fmt::Write as _;
 
 use super::{Record, escape};
 
-/// `127.0.0.1:38160 nginx[26152]`.
+/// `127.0.0.1:38160 nginx[26152]`, with a tab where a new column begins.
 pub(super) fn write(record: Record<'_>, out: &mut String) -> std::fmt::Result {
     endpoint(record, out)?;
-    out.push(' ');
+    out.push('\t');
     process(record, out)
 }
 

@@ -1,0 +1,137 @@
+//! Which events are shown.
+
+use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
+
+use crate::sink::text::Record;
+
+/// All that must hold; of several values of one kind, one.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Filter {
+    pub(super) since: Option<Timestamp>,
+    pub(super) ports: Vec<u16>,
+    pub(super) pids: Vec<u32>,
+    pub(super) comms: Vec<String>,
+    pub(super) events: Vec<String>,
+}
+
+impl Filter {
+    /// Whether an event is one that was asked for. Steps of a connection are many, and shown only on request.
+    pub(super) fn wants(&self, record: Record<'_>) -> bool {
+        let is_named = |name: &String| name == record.event();
+        (if self.events.is_empty() { record.event() != "state" } else { self.events.iter().any(is_named) })
+            && self.since.is_none_or(|since| record.time().is_none_or(|time| time >= since))
+            && among(&self.ports, |port| record.number("port") == Some(u64::from(*port)))
+            && among(&self.pids, |pid| is_in(record, |part| part.number("pid") == Some(u64::from(*pid))))
+            && among(&self.comms, |comm| {
+                is_in(record, |part| {
+                    part.text("comm") == Some(comm) || part.text("thread_comm") == Some(comm)
+                })
+            })
+    }
+
+    /// Whether a line can be left out without being parsed: our own lines begin with their time, which has a form that
+    /// sorts as text.
+    pub(super) fn is_too_old(&self, line: &[u8]) -> bool {
+        let Some(since) = self.since else { return false };
+        let Some(time) = line.strip_prefix(b"{\"time\":\"").and_then(|rest| rest.get(..31)) else {
+            return false;
+        };
+        let is_ours = time[10] == b'T' && time[19] == b'.' && time[29..] == *b"Z\"";
+        is_ours && time[..29] < *format!("{since:.9}").as_bytes().get(..29).unwrap_or_default()
+    }
+}
+
+fn among<T>(wanted: &[T], is_it: impl Fn(&T) -> bool) -> bool {
+    wanted.is_empty() || wanted.iter().any(is_it)
+}
+
+/// In the event itself, or in somebody that it names: a holder, a closer.
+fn is_in(record: Record<'_>, is_it: impl Fn(Record<'_>) -> bool) -> bool {
+    is_it(record) || record.parts().any(is_it)
+}
+
+/// `90s`, `1h`, `2 days`: so long ago; or a point in time.
+pub(super) fn since(text: &str, now: Timestamp) -> Result<Timestamp, String> {
+    if let Ok(time) = text.parse() {
+        return Ok(time);
+    }
+    let ago = text
+        .parse::<Span>()
+        .and_then(|span| span.to_duration(SpanRelativeTo::days_are_24_hours()))
+        .ok()
+        .filter(|ago| *ago >= SignedDuration::ZERO);
+    ago.and_then(|ago| now.checked_sub(ago).ok())
+        .ok_or_else(|| "not a length of time such as 90s, 30m, 1h or 2d, nor an RFC 3339 time".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sink::text::parse;
+
+    const CLOSED: &[u8] = br#"{"time":"2026-11-22T10:00:00.000000000Z","event":"closed","port":80,"pid":7,"comm":
+        "main","thread_comm":"worker","holders":[{"pid":8,"comm":"heir"}],"closer":{"pid":9,"comm":"killer"}}"#;
+
+    fn wants(line: &[u8], filter: &Filter) -> bool {
+        filter.wants(Record::new(&parse(line).unwrap()))
+    }
+
+    #[test]
+    fn an_event_is_wanted_when_all_holds() {
+        let none = Filter::default();
+        assert!(wants(CLOSED, &none));
+        assert!(!wants(br#"{"event":"state"}"#, &none), "one line a connection");
+        assert!(wants(br#"{"event":"state"}"#, &Filter { events: vec!["state".into()], ..none.clone() }));
+        assert!(wants(br#"{"event":"of a newer version"}"#, &none));
+        for (ports, pids, comms, wanted) in [
+            (vec![80], vec![], vec![], true),
+            (vec![81], vec![], vec![], false),
+            (vec![81, 80], vec![7], vec![], true),
+            (vec![80], vec![6], vec![], false),
+            (vec![], vec![8], vec![], true),
+            (vec![], vec![9], vec!["worker"], true),
+            (vec![], vec![], vec!["main"], true),
+            (vec![], vec![], vec!["heir"], true),
+            (vec![], vec![], vec!["mai"], false),
+        ] {
+            let comms: Vec<String> = comms.into_iter().map(ToOwned::to_owned).collect();
+            let filter = Filter { ports, pids, comms, ..none.clone() };
+            assert_eq!(wants(CLOSED, &filter), wanted, "{filter:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_too_old_is_seen_without_parsing() {
+        for (since, wanted) in [
+            ("2026-11-22T09:59:59Z", true),
+            ("2026-11-22T10:00:00Z", true),
+            ("2026-11-22T10:00:00.000000001Z", false),
+            ("2027-01-01T00:00:00Z", false),
+        ] {
+            let filter = Filter { since: Some(since.parse().unwrap()), ..Filter::default() };
+            assert_eq!(wants(CLOSED, &filter), wanted, "{since}");
+            assert_eq!(filter.is_too_old(CLOSED), !wanted, "{since}");
+            // Another form is left to the parser.
+            assert!(!filter.is_too_old(br#"{"event":"closed","time":"2020-01-01T00:00:00.000000000Z"}"#));
+            assert!(!filter.is_too_old(br#"{"time":"2020-01-01T00:00:00Z","event":"closed"}"#));
+        }
+    }
+
+    #[test]
+    fn since_is_a_length_of_time_or_a_point_in_it() {
+        let now: Timestamp = "2026-11-22T10:00:00Z".parse().unwrap();
+        for (text, time) in [
+            ("1h", Some("2026-11-22T09:00:00Z")),
+            ("90s", Some("2026-11-22T09:58:30Z")),
+            ("1h 30m", Some("2026-11-22T08:30:00Z")),
+            ("2d", Some("2026-11-20T10:00:00Z")),
+            ("2026-11-21T00:00:00Z", Some("2026-11-21T00:00:00Z")),
+            ("2026-11-21T00:00:00+01:00", Some("2026-11-20T23:00:00Z")),
+            ("-1h", None),
+            ("yesterday", None),
+            ("", None),
+        ] {
+            assert_eq!(since(text, now).ok(), time.map(|time| time.parse().unwrap()), "{text}");
+        }
+    }
+}

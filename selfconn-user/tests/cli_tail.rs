@@ -1,0 +1,328 @@
+//! `selfconn tail` on logs as they are found: of other versions, rotated, torn, hostile, large.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdout, Command, Output, Stdio},
+    sync::mpsc::{Receiver, channel},
+    time::Duration,
+};
+
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+fn tail() -> Command {
+    let binary = std::env::var_os("SELFCONN_BIN");
+    let mut command =
+        Command::new(binary.map_or_else(|| env!("CARGO_BIN_EXE_selfconn").into(), PathBuf::from));
+    command.arg("tail").env_remove("NO_COLOR").env("TERM", "xterm").stdin(Stdio::null());
+    command
+}
+
+#[track_caller]
+fn shown(output: &Output) -> Vec<String> {
+    let (out, said) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    out.lines().map(ToOwned::to_owned).collect()
+}
+
+fn event(kind: &str, id: usize, port: u16, comm: &str) -> String {
+    format!(
+        "{{\"time\":\"2026-11-24T03:00:{:02}.000000000Z\",\"event\":\"{kind}\",\"id\":\"{id}\",\"addr\":\
+         \"127.0.0.1\",\"port\":{port},\"pid\":{id},\"comm\":\"{comm}\",\"cause\":\"ephemeral\",\
+         \"duration_ns\":5000000,\"how\":\"fin\"}}\n",
+        id % 60
+    )
+}
+
+/// A night's log: three connections, one of which is still there.
+fn night() -> String {
+    [
+        "{\"time\":\"2026-11-24T02:59:00.000000000Z\",\"event\":\"started\",\"version\":\"0.1.0\",\"kernel\":\"6.1\",\"pid\":1}\n",
+        &event("established", 1, 5432, "java"),
+        &event("state", 1, 5432, "java"),
+        &event("established", 2, 44446, "nginx"),
+        &event("closed", 1, 5432, "java"),
+        &event("established", 3, 5432, "java"),
+        "{\"time\":\"2026-11-24T03:00:04.000000000Z\",\"event\":\"of_a_newer_version\",\"port\":5432,\"news\":{\"a\":[1]}}\n",
+        &event("closed", 3, 5432, "java"),
+    ]
+    .concat()
+}
+
+struct Log {
+    folder: tempfile::TempDir,
+    path: PathBuf,
+}
+
+impl Log {
+    fn of(bytes: impl AsRef<[u8]>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("events.jsonl");
+        fs::write(&path, bytes).unwrap();
+        Self { folder, path }
+    }
+
+    fn add(&self, line: &str) {
+        let mut file = OpenOptions::new().append(true).create(true).open(&self.path).unwrap();
+        file.write_all(line.as_bytes()).unwrap();
+    }
+
+    fn moved(&self) -> PathBuf {
+        self.folder.path().join("events.jsonl.1")
+    }
+
+    #[track_caller]
+    fn shows(&self, options: &[&str]) -> Vec<String> {
+        shown(&tail().args(options).arg(&self.path).output().unwrap())
+    }
+}
+
+/// The second column and the first word after it.
+fn words(lines: &[String]) -> Vec<(&str, &str)> {
+    lines
+        .iter()
+        .map(|line| {
+            let mut words = line.get(26..).unwrap_or_default().split_whitespace();
+            (words.next().unwrap_or_default(), words.next().unwrap_or_default())
+        })
+        .collect()
+}
+
+#[test]
+fn a_connection_is_one_line_and_what_is_open_comes_last() {
+    let lines = Log::of(night()).shows(&[]);
+    assert_eq!(
+        words(&lines),
+        [
+            ("started", "selfconn"),
+            ("closed", "127.0.0.1:5432"),
+            ("?", "of_a_newer_version"),
+            ("closed", "127.0.0.1:5432"),
+            ("OPEN", "127.0.0.1:44446"),
+        ]
+    );
+    assert_eq!(
+        lines[1],
+        "2026-11-24 03:00:01.000Z  closed       127.0.0.1:5432        java[1] after 5.0ms, in order"
+    );
+    assert!(
+        lines[4].contains("nginx[2] is connected to itself") && lines[4].contains("; for "),
+        "{}",
+        lines[4]
+    );
+    assert!(!lines.concat().contains('\u{1b}'), "no colour in a pipe");
+}
+
+#[test]
+fn only_what_was_asked_for_is_shown() {
+    let log = Log::of(night());
+    let closed = ("closed", "127.0.0.1:5432");
+    let open = ("OPEN", "127.0.0.1:44446");
+    let newer = ("?", "of_a_newer_version");
+    for (options, expected) in [
+        (&["--port", "44446"][..], &[open][..]),
+        (&["--port", "5432"], &[closed, newer, closed]),
+        (&["--pid", "3"], &[closed]),
+        (&["--comm", "nginx"], &[open]),
+        (&["--comm", "nginx", "--comm", "java", "--event", "closed"], &[closed, closed]),
+        (&["--event", "state"], &[("state", "127.0.0.1:5432")]),
+        (&["--port", "1"], &[]),
+        (&["-n", "2"], &[newer, closed]),
+        (&["-n", "4"], &[closed, newer, closed, open]),
+        (&["-n", "1"], &[closed]),
+        (&["-n", "0"], &[]),
+        (&["-n", "1", "--port", "44446"], &[open]),
+        (&["--since", "2026-11-24T03:00:03Z"], &[newer, closed]),
+        (&["--since", "1s"], &[]),
+    ] {
+        assert_eq!(words(&log.shows(options)), expected, "{options:?}");
+    }
+}
+
+#[test]
+fn json_passes_through_byte_for_byte() {
+    let odd =
+        "{ \"event\" : \"closed\",\"id\":\"\\u001b\", \"big\":18446744073709551615, \"port\":5432.0 }\n";
+    let log = Log::of(night() + odd);
+    let output = tail().args(["-n", "all", "--json", "--event", "closed"]).arg(&log.path).output().unwrap();
+    let expected =
+        [event("closed", 1, 5432, "java"), event("closed", 3, 5432, "java"), odd.to_owned()].concat();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), expected);
+    let last = tail().args(["-n", "1", "--json"]).arg(&log.path).output().unwrap();
+    assert_eq!(String::from_utf8(last.stdout).unwrap(), odd);
+    let through_stdin =
+        tail().args(["-n", "1", "--json", "-"]).stdin(File::open(&log.path).unwrap()).output().unwrap();
+    assert_eq!(String::from_utf8(through_stdin.stdout).unwrap(), odd);
+}
+
+#[test]
+fn garbage_is_left_out_and_counted() {
+    let mut bytes = b"\x00\xff\xfe\n[]\n{\"no\":\"event\"}\n{\"event\":\"closed\",\"id\":\"to\n".to_vec();
+    bytes.extend(event("closed", 1, 80, "one").bytes());
+    bytes.extend(vec![b'x'; 3 << 20]);
+    bytes.push(b'\n');
+    bytes.extend(event("closed", 2, 80, "two").bytes());
+    bytes.extend(b"{\"event\":\"torn");
+    let log = Log::of(bytes);
+    for options in [&["-n", "all"][..], &["-n", "2"]] {
+        let output = tail().args(options).arg(&log.path).output().unwrap();
+        assert_eq!(words(&shown(&output)), [("closed", "127.0.0.1:80"); 2], "{options:?}");
+        let said = String::from_utf8_lossy(&output.stderr);
+        let count = if options[1] == "all" { "6 lines are" } else { "2 lines are" };
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(said.contains(count), "{said}");
+    }
+}
+
+#[test]
+fn hostile_names_do_nothing_to_a_terminal() {
+    let hostile = event("closed", 1, 80, r"\u001b[2J\u202e\nfake\tname\u009b");
+    let lines = Log::of(hostile).shows(&[]);
+    assert_eq!(lines.len(), 1);
+    let is_harmless = |c: char| !c.is_control() && c != '\u{202e}';
+    assert!(lines[0].chars().all(is_harmless), "{}", lines[0]);
+    assert!(lines[0].contains(r"\u{1b}[2J\u{202e}\nfake\tname\u{9b}[1]"), "{}", lines[0]);
+}
+
+#[test]
+fn what_was_rotated_a_moment_ago_is_shown_too() {
+    let log = Log::of(night());
+    fs::rename(&log.path, log.moved()).unwrap();
+    log.add(&event("closed", 2, 44446, "nginx"));
+    let closed = ("closed", "127.0.0.1:5432");
+    assert_eq!(words(&log.shows(&["-n", "2"])), [closed, ("closed", "127.0.0.1:44446")]);
+    assert_eq!(words(&log.shows(&["-n", "1"])), [("closed", "127.0.0.1:44446")]);
+}
+
+#[test]
+fn the_end_of_a_log_larger_than_any_disk_is_found_at_once() {
+    let log = Log::of("");
+    let mut file = OpenOptions::new().write(true).open(&log.path).unwrap();
+    // A hole, which nobody could read through before the deadline.
+    file.seek(SeekFrom::Start(1 << 42)).unwrap();
+    file.write_all(("\n".to_owned() + &night()).as_bytes()).unwrap();
+    drop(file);
+    assert_eq!(log.shows(&["-n", "2"]).len(), 2);
+}
+
+#[test]
+fn an_error_is_one_line_with_its_cure() {
+    for (arguments, says) in [
+        (&["/no/such/file"][..], "--journal"),
+        (&["/"], "directory"),
+        (&["--since", "yesterday"], "--since"),
+        (&["-n", "some"], "--lines"),
+        (&["--journal-dir", "/"], "--journal"),
+    ] {
+        let output = tail().args(arguments).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(said.contains(says), "{says} is not in: {said}");
+    }
+}
+
+/// `tail -f`, and what it says.
+struct Following {
+    child: Child,
+    lines: Receiver<String>,
+}
+
+impl Following {
+    fn start(path: &Path) -> Self {
+        let mut child = tail().args(["-f", "-n", "all"]).arg(path).stdout(Stdio::piped()).spawn().unwrap();
+        let stdout: ChildStdout = child.stdout.take().unwrap();
+        let (send, lines) = channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines() {
+                if send.send(line.unwrap()).is_err() {
+                    break;
+                }
+            }
+        });
+        Self { child, lines }
+    }
+
+    #[track_caller]
+    fn expect(&self, word: &str, says: &str) {
+        let line = self.lines.recv_timeout(DEADLINE).unwrap();
+        assert!(line.contains(word) && line.contains(says), "{word} {says} is not in: {line}");
+    }
+}
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn following_goes_through_a_move_a_removal_and_a_truncation() {
+    let log = Log::of(event("established", 1, 80, "one"));
+    let tail = Following::start(&log.path);
+    tail.expect("OPEN", "one[1]");
+    log.add(&event("closed", 1, 80, "one"));
+    tail.expect("closed", "one[1]");
+    // A line in two pieces is one line.
+    let line = event("established", 2, 80, "two");
+    log.add(&line[..40]);
+    std::thread::sleep(Duration::from_millis(20));
+    log.add(&line[40..]);
+    tail.expect("ESTABLISHED", "two[2]");
+    // Whoever wrote the old file may not be done with it.
+    let mut old = OpenOptions::new().append(true).open(&log.path).unwrap();
+    fs::rename(&log.path, log.moved()).unwrap();
+    old.write_all(event("closed", 3, 80, "three").as_bytes()).unwrap();
+    tail.expect("closed", "three[3]");
+    log.add(&event("closed", 4, 80, "four"));
+    tail.expect("closed", "four[4]");
+    fs::remove_file(&log.path).unwrap();
+    log.add(&event("closed", 5, 80, "five"));
+    tail.expect("closed", "five[5]");
+    log.add(&event("closed", 6, 80, "six"));
+    tail.expect("closed", "six[6]");
+    OpenOptions::new().write(true).open(&log.path).unwrap().set_len(0).unwrap();
+    log.add(&event("closed", 7, 80, "seven"));
+    tail.expect("closed", "seven[7]");
+}
+
+#[test]
+fn following_ends_when_nobody_reads_any_more_even_if_nothing_comes() {
+    let log = Log::of(event("closed", 1, 80, "one"));
+    let mut child = tail().arg("-f").arg(&log.path).stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert!(line.contains("one[1]"));
+    assert_eq!(child.wait().unwrap().code(), Some(0), "a broken pipe is not an error");
+}
+
+/// On a terminal; what it shows.
+fn on_terminal(command: &mut Command) -> String {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let name = ptsname(&master, Vec::new()).unwrap();
+    let slave: OwnedFd =
+        OpenOptions::new().read(true).write(true).open(name.to_str().unwrap()).unwrap().into();
+    let mut child = command.stdout(slave).spawn().unwrap();
+    // The last of the other end goes with the command, which ends the reading.
+    command.stdout(Stdio::null());
+    let mut text = Vec::new();
+    let _ = File::from(master).read_to_end(&mut text);
+    assert!(child.wait().unwrap().success());
+    String::from_utf8(text).unwrap()
+}
+
+#[test]
+fn colour_is_for_terminals_and_for_those_who_want_it() {
+    let log = Log::of(event("established", 1, 80, "one"));
+    assert!(on_terminal(tail().arg(&log.path)).contains("\u{1b}["));
+    assert!(!on_terminal(tail().arg(&log.path).env("NO_COLOR", "1")).contains('\u{1b}'));
+    assert!(!on_terminal(tail().arg(&log.path).env("TERM", "dumb")).contains('\u{1b}'));
+}
