@@ -64,7 +64,7 @@ fn commit(root: &Path) -> Result<String, String> {
         return Ok(commit);
     }
     let text = fs::read_to_string(&noted).map_err(|error| format!("read {}: {error}", noted.display()))?;
-    let commit = text.trim();
+    let commit = text.split(' ').next().unwrap_or_default();
     // Outside of an archive it is the placeholder: .gitattributes.
     let is_commit = commit.len() >= SHORT && commit.bytes().all(|byte| byte.is_ascii_hexdigit());
     Ok(if is_commit { commit[..SHORT].to_owned() } else { "unknown".to_owned() })

@@ -1,13 +1,14 @@
 //! `cargo xtask build-ebpf`: the eBPF programs, compiled, linked, without DWARF, in `bpf/` of the target directory, with
 //! the fingerprint of their sources beside them.
 
-use std::{env, fs, path::Path, time::Instant};
+use std::{env, fs, time::Instant};
 
 use anyhow::{Context as _, Result};
 
 use crate::{
     environment, fingerprint,
     progress::{self, say},
+    remap::{self, utf8},
     strip,
     toolchain::{self, Linker, Machine, Rust},
     workspace::{Workspace, here, write_if_changed},
@@ -82,28 +83,13 @@ fn compile(workspace: &Workspace, rust: &Rust, linker: &Linker) -> Result<Result
 }
 
 fn rustflags(workspace: &Workspace, rust: &Rust, linker: &Linker) -> Result<Vec<String>> {
-    let utf8 = |path: &Path| {
-        path.to_str().map(ToOwned::to_owned).with_context(|| format!("{} is not UTF-8", path.display()))
-    };
     let mut flags = vec![
         format!("-Clinker={}", utf8(&linker.path)?),
         "-Clink-arg=--btf".to_owned(),
         // aya-ebpf: whose registers a kprobe reads.
         format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH),
     ];
-    // The same sources give the same object wherever they lie: BTF has the names of source files.
-    let library = rust.sysroot.join("lib/rustlib/src/rust");
-    let mut remaps = vec![(workspace.root.clone(), "."), (library.clone(), "/rust")];
-    // A distribution's link to where its sources really are.
-    remaps.extend(fs::canonicalize(&library).ok().map(|real| (real, "/rust")));
-    let cargo_home =
-        env::var_os("CARGO_HOME").map(Into::into).or_else(|| Some(env::home_dir()?.join(".cargo")));
-    let registries = cargo_home.map(|home| home.join("registry/src"));
-    for registry in registries.iter().flat_map(fs::read_dir).flatten().flatten() {
-        remaps.push((registry.path(), "/cargo"));
-    }
-    for (from, to) in remaps {
-        flags.push(format!("--remap-path-prefix={}={to}", utf8(&from)?));
-    }
+    // BTF has the names of source files.
+    flags.extend(remap::flags(&workspace.root, &rust.sysroot)?);
     Ok(flags)
 }

@@ -2,12 +2,15 @@
 
 mod build_ebpf;
 mod daemon;
+mod deny;
+mod dist;
 mod environment;
 mod fingerprint;
 mod fuzz;
 mod operations;
 mod packages;
 mod progress;
+mod remap;
 mod strip;
 mod test;
 mod toolchain;
@@ -51,6 +54,12 @@ enum Command {
     Fuzz(fuzz::Args),
     /// Check what is shipped for operators with systemd's and Prometheus's own programs
     Operations,
+    /// Make what is handed to others: a Debian package, a tarball, a bill of materials, checksums
+    Dist(dist::Args),
+    /// Check licenses, sources and known faults of what we depend on, with cargo-deny
+    Deny,
+    /// Run the Debian package under systemd, in a virtual machine: installed, rotated, killed, upgraded, purged
+    Service(vm::service::Args),
     /// Run the live tests on other kernels, in virtual machines
     Vm(vm::Args),
 }
@@ -71,9 +80,12 @@ fn run(command: &Command, workspace: &Workspace) -> Result<()> {
         Command::BuildEbpf => build_ebpf::build(workspace),
         Command::Build => daemon::build(workspace),
         Command::Run { arguments } => daemon::run(workspace, arguments),
+        Command::Service(arguments) => vm::service::run(arguments, workspace),
         Command::Test { filter } => test::test(workspace, filter.as_deref()),
         Command::Fuzz(arguments) => fuzz::run(arguments, workspace),
         Command::Operations => operations::operations(workspace),
+        Command::Deny => deny::run(workspace),
+        Command::Dist(arguments) => dist::run(arguments, workspace),
         Command::Vm(arguments) => vm::run(arguments, workspace),
     }
 }

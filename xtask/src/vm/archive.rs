@@ -175,6 +175,17 @@ impl Apt {
     }
 }
 
+/// The lines of a `sources.list` for this suite alone, with its updates, from where this machine gets its packages.
+pub(super) fn sources_of(suite: &str) -> Result<String> {
+    let archive = Archive::find(&system_sources()?).context("no source of Debian packages in /etc/apt")?;
+    let wanted = [suite.to_owned(), format!("{suite}-updates"), format!("{suite}-security")];
+    let of_suite = |line: &&str| line.split(' ').any(|word| wanted.iter().any(|wanted| wanted == word));
+    let list = archive.list(KEYRING);
+    let lines: Vec<&str> = list.lines().filter(of_suite).collect();
+    ensure!(!lines.is_empty(), "{suite} is no suite of Debian's that we know");
+    Ok(lines.join("\n") + "\n")
+}
+
 /// Every source this machine's apt reads.
 fn system_sources() -> Result<Vec<Source>> {
     let etc = Path::new("/etc/apt");

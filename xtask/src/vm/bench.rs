@@ -88,6 +88,7 @@ impl<'a> Bench<'a> {
             initramfs: &initramfs,
             kernel_args: variant.kernel_args,
             cpus: variant.cpus_with(kernel),
+            memory_mib: 1024,
             deadline: Duration::from_secs(self.args.deadline),
         }
         .run(&log, &console)?;

@@ -53,7 +53,7 @@ impl Binaries {
 }
 
 /// Runs cargo, and yields the programs it says it built.
-fn build(workspace: &Workspace, directory: &Path, arguments: &[&str]) -> Result<Vec<Program>> {
+pub(super) fn build(workspace: &Workspace, directory: &Path, arguments: &[&str]) -> Result<Vec<Program>> {
     let mut cargo = environment::cargo();
     cargo
         .args(arguments)

@@ -31,6 +31,8 @@ pub(super) struct Boot<'a> {
     pub(super) kernel_args: &'a [&'a str],
     /// How many CPUs it has.
     pub(super) cpus: u32,
+    /// How much memory.
+    pub(super) memory_mib: u32,
     /// After so long the guest gives up.
     pub(super) deadline: Duration,
 }
@@ -109,7 +111,8 @@ impl Boot<'_> {
     fn command(&self, output: &Path, console: &Path) -> Command {
         let emulation = self.kernel.emulation();
         let mut command = Command::new(QEMU);
-        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-m", "1G"]);
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+        command.arg("-m").arg(self.memory_mib.to_string());
         command.args(["-accel", "tcg,thread=multi", "-cpu", emulation.cpu, "-smp", &self.cpus.to_string()]);
         command.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(self.initramfs);
         // An oops is a panic, and a panic a reboot, which QEMU takes for the end.
@@ -226,6 +229,7 @@ mod tests {
             initramfs: Path::new("root"),
             kernel_args: &["lockdown=integrity"],
             cpus: 2,
+            memory_mib: 1024,
             deadline: Duration::ZERO,
         };
         let command = boot.command(Path::new("out"), Path::new("console"));
@@ -233,6 +237,7 @@ mod tests {
         let after = |option: &str| args[args.iter().position(|arg| *arg == option).unwrap() + 1];
         for (option, value) in [
             ("-smp", "2"),
+            ("-m", "1024"),
             ("-cpu", "qemu64,-cx16"),
             ("-kernel", "image"),
             ("-initrd", "root"),

@@ -34,6 +34,7 @@ mod kernel;
 mod kernels;
 mod plan;
 mod report;
+pub(crate) mod service;
 mod sources;
 mod stock;
 mod variant;
