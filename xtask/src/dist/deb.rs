@@ -94,7 +94,7 @@ fn fill(tree: &Tree, kit: &Kit, version: &str, maintainer: &str) -> Result<()> {
         let page = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
         tree.write_gz(&format!("usr/share/man/man1/{name}.gz"), &page)?;
     }
-    for (name, path) in kit.monitoring()? {
+    for (name, path) in kit.examples()? {
         tree.copy(&format!("usr/share/selfconn/{name}"), 0o644, &path)?;
     }
     for (name, path) in kit.documents()? {

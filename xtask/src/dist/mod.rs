@@ -153,10 +153,10 @@ impl Kit {
         files_in(&self.pages.join("man"))
     }
 
-    /// Alert rules and dashboards, for whoever runs Prometheus and Grafana.
-    fn monitoring(&self) -> Result<Vec<(String, PathBuf)>> {
+    /// Alert rules, dashboards, and what can be added to the unit: for operators to copy from.
+    fn examples(&self) -> Result<Vec<(String, PathBuf)>> {
         let mut all = Vec::new();
-        for folder in ["prometheus", "grafana"] {
+        for folder in ["prometheus", "grafana", "systemd/examples"] {
             let files = files_in(&self.root.join("packaging").join(folder))?;
             // The rules' tests are for us.
             let files = files.into_iter().filter(|(name, _)| !name.contains("test"));

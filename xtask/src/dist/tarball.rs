@@ -35,7 +35,7 @@ pub(super) fn build(kit: &Kit, directory: &Path) -> Result<PathBuf> {
     for file in ["systemd/selfconn.service", "logrotate/selfconn"] {
         tree.copy(&inside(file), 0o644, &kit.root.join("packaging").join(file))?;
     }
-    for (file, path) in kit.monitoring()?.into_iter().chain(kit.documents()?) {
+    for (file, path) in kit.examples()?.into_iter().chain(kit.documents()?) {
         tree.copy(&inside(&file), 0o644, &path)?;
     }
     for file in ["LICENSE-MIT", "LICENSE-APACHE", "LICENSE-GPL2", "CHANGELOG.md"] {

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use rustix::termios::{OptionalActions, tcdrain, tcgetattr, tcsetattr};
 
 use self::plan::{DEADLINE, VOICE};
@@ -43,9 +43,9 @@ fn main() -> ExitCode {
     end(passed.is_ok())
 }
 
-/// All steps in order. The first that fails is the last.
+/// All steps in order. One that fails does not keep the rest from being looked at.
 fn live() -> Result<()> {
-    let mut life = steps::Life::default();
+    let (mut life, mut failed) = (steps::Life::default(), Vec::new());
     for (name, step) in steps::STEPS {
         let began = Instant::now();
         match step(&mut life) {
@@ -53,11 +53,13 @@ fn live() -> Result<()> {
                 println!("{VOICE}{name}: passed in {:.1} s: {detail}", began.elapsed().as_secs_f64());
             }
             Err(error) => {
+                println!("{VOICE}{name}: FAILED: {error:#}");
                 system::tell_state();
-                return Err(error.context(format!("{name}: FAILED")));
+                failed.push(name);
             }
         }
     }
+    ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
     Ok(())
 }
 
