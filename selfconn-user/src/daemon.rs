@@ -273,6 +273,7 @@ impl Daemon {
             ("missed", false, now.missed, &mut self.told.missed),
             ("log", behind.log, now.log, &mut self.told.log),
             ("stdout", behind.stdout, now.stdout, &mut self.told.stdout),
+            ("journal", behind.journal, now.journal, &mut self.told.journal),
             ("dials", false, now.dials, &mut self.told.dials),
         ] {
             // What a place refused is told once it takes events again; else the telling would be lost, too.

@@ -1,13 +1,21 @@
 //! What the program says about itself, on stderr: warnings and errors, more with `-v`, and with `-vv` also the log of
 //! the eBPF programs (aya-log).
 
-use std::io::{self, Write as _};
+use std::{
+    io::{self, Write as _},
+    sync::OnceLock,
+};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
-use crate::sink::text::escape;
+use crate::sink::{journal, text::escape};
 
-struct Stderr;
+/// Where stderr is the journal, each line begins with its syslog priority, which the journal takes off again.
+struct Stderr {
+    is_journal: OnceLock<bool>,
+}
+
+static STDERR: Stderr = Stderr { is_journal: OnceLock::new() };
 
 /// Starts logging. `verbose` and `quiet` are how often each option was given.
 pub fn init(verbose: u8, quiet: bool) {
@@ -17,7 +25,7 @@ pub fn init(verbose: u8, quiet: bool) {
         (false, 1) => LevelFilter::Info,
         (false, _) => LevelFilter::Debug,
     };
-    if log::set_logger(&Stderr).is_ok() {
+    if log::set_logger(&STDERR).is_ok() {
         log::set_max_level(level);
     }
 }
@@ -34,9 +42,23 @@ impl Log for Stderr {
             let level = record.level().as_str().to_ascii_lowercase();
             let text = escape(&record.args().to_string());
             // A daemon whose stderr nobody reads any more has better to do than to end for it.
-            let _ = writeln!(io::stderr(), "selfconn: {level}: {origin}{text}");
+            let _ = if *self.is_journal.get_or_init(|| journal::is_journal(io::stderr())) {
+                writeln!(io::stderr(), "<{}>{level}: {origin}{text}", priority(record.level()))
+            } else {
+                writeln!(io::stderr(), "selfconn: {level}: {origin}{text}")
+            };
         }
     }
 
     fn flush(&self) {}
+}
+
+/// By the numbers of syslog.
+fn priority(level: Level) -> u8 {
+    match level {
+        Level::Error => 3,
+        Level::Warn => 4,
+        Level::Info => 6,
+        Level::Debug | Level::Trace => 7,
+    }
 }

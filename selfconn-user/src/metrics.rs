@@ -111,6 +111,7 @@ impl Numbers {
                     ("missed", lost.missed),
                     ("log", lost.log),
                     ("stdout", lost.stdout),
+                    ("journal", lost.journal),
                     ("dials", lost.dials),
                 ],
             ),

@@ -16,7 +16,7 @@ use crate::{
     metrics::server::Port,
     privileges::{self, Plan},
     service::Manager,
-    sink::{Format, Sinks, file::LogFile},
+    sink::{Format, Sinks, file::LogFile, journal},
 };
 
 mod remedy;
@@ -127,8 +127,13 @@ impl Args {
         }
     }
 
+    /// Whether structured entries take the place of what stdout would say.
+    fn tells_journal(&self) -> bool {
+        !(self.quiet || self.json || self.text) && journal::is_journal(io::stdout())
+    }
+
     fn format(&self) -> Option<Format> {
-        if self.quiet {
+        if self.quiet || self.tells_journal() {
             None
         } else if self.json || !(self.text || rustix::termios::isatty(io::stdout())) {
             Some(Format::Json)
@@ -187,7 +192,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let kept = privileges::drop_after_attach(plan, || tracer.counters().is_ok())?;
         let questions = port.map(Port::serve).transpose().context("cannot serve metrics")?;
         let outside = Outside::new(manager, questions);
-        let sinks = Sinks::new(args.format(), log).context("start the thread that writes stdout")?;
+        let sinks = Sinks::new(args.format(), args.tells_journal(), log)
+            .context("cannot start a thread that writes events")?;
         let pace = Duration::from_secs(args.reconcile);
         let daemon = Daemon::new(&host, tracer, outside, sinks, args.states, pace, remedy)?;
         kept.narrow().context("cannot give up capabilities")?;

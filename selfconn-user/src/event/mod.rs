@@ -174,7 +174,7 @@ pub struct Ended {
 /// `lost`.
 #[derive(Debug, Serialize)]
 pub struct Lost {
-    /// `ring`, `missed`, `log`, `stdout` or `dials`.
+    /// `ring`, `missed`, `log`, `stdout`, `journal` or `dials`.
     pub r#where: &'static str,
     /// How many since the last such event.
     pub count: u64,
@@ -204,6 +204,8 @@ pub struct Losses {
     pub log: u64,
     /// Events that nobody took from stdout.
     pub stdout: u64,
+    /// Events that the journal did not take.
+    pub journal: u64,
     /// Refused dials that the table by port had no room for.
     pub dials: u64,
 }
@@ -217,6 +219,7 @@ impl Losses {
             missed: self.missed + other.missed,
             log: self.log + other.log,
             stdout: self.stdout + other.stdout,
+            journal: self.journal + other.journal,
             dials: self.dials + other.dials,
         }
     }

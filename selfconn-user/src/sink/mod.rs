@@ -1,15 +1,16 @@
-//! Where events go: people's text or JSON lines on stdout, and the log file. Nothing here waits for a reader: what
+//! Where events go: people's text or JSON lines on stdout, the journal, and the log file. Nothing here waits for a reader: what
 //! can't be written waits itself, within bounds, and is counted beyond them.
 
 use std::io;
 
 use jiff::Timestamp;
 
-use self::{file::LogFile, stdout::Stdout};
+use self::{file::LogFile, journal::Journal, stdout::Stdout};
 use crate::event::{Event, Losses, Stopped, What};
 
 mod backlog;
 pub mod file;
+pub mod journal;
 mod stdout;
 pub mod text;
 mod writer;
@@ -36,13 +37,15 @@ pub struct Behind {
     pub log: bool,
     /// Standard output.
     pub stdout: bool,
+    /// The journal.
+    pub journal: bool,
 }
 
 impl Behind {
     /// Whether any has.
     #[must_use]
     pub fn any(self) -> bool {
-        self.log || self.stdout
+        self.log || self.stdout || self.journal
     }
 }
 
@@ -50,6 +53,7 @@ impl Behind {
 #[derive(Debug)]
 pub struct Sinks {
     stdout: Option<Stdout>,
+    journal: Option<Journal>,
     log: Option<LogFile>,
     made: u64,
     line: Vec<u8>,
@@ -60,9 +64,10 @@ impl Sinks {
     ///
     /// # Errors
     /// When a thread can't be started.
-    pub fn new(stdout: Option<Format>, log: Option<LogFile>) -> io::Result<Self> {
+    pub fn new(stdout: Option<Format>, journal: bool, log: Option<LogFile>) -> io::Result<Self> {
         let stdout = stdout.map(Stdout::start).transpose()?;
-        Ok(Self { stdout, log, made: 0, line: Vec::new() })
+        let journal = journal.then(Journal::start).transpose()?;
+        Ok(Self { stdout, journal, log, made: 0, line: Vec::new() })
     }
 
     /// Makes an event of now.
@@ -81,6 +86,9 @@ impl Sinks {
         if let Some(stdout) = &mut self.stdout {
             stdout.push(&event, &self.line);
         }
+        if let Some(journal) = &mut self.journal {
+            journal.push(&self.line);
+        }
     }
 
     fn write_json(&mut self, event: &Event) {
@@ -97,6 +105,9 @@ impl Sinks {
         if let Some(log) = &mut self.log {
             log.flush();
         }
+        if let Some(journal) = &mut self.journal {
+            journal.writer.flush();
+        }
         match &mut self.stdout {
             Some(stdout) => {
                 stdout.writer.flush();
@@ -108,9 +119,15 @@ impl Sinks {
 
     /// Waits until a reader took what it was given, so that it is time to flush. Dropped, it loses nothing.
     pub async fn ready(&mut self) {
-        match &mut self.stdout {
-            Some(stdout) => stdout.writer.ready().await,
-            None => std::future::pending().await,
+        let writers = (self.stdout.as_mut(), self.journal.as_mut());
+        match writers {
+            (Some(stdout), Some(journal)) => tokio::select! {
+                () = stdout.writer.ready() => {}
+                () = journal.writer.ready() => {}
+            },
+            (Some(stdout), None) => stdout.writer.ready().await,
+            (None, Some(journal)) => journal.writer.ready().await,
+            (None, None) => std::future::pending().await,
         }
     }
 
@@ -131,7 +148,7 @@ impl Sinks {
     /// Whether SIGHUP has something to reopen.
     #[must_use]
     pub fn can_reopen(&self) -> bool {
-        self.log.is_some()
+        self.log.is_some() || self.journal.is_some()
     }
 
     /// Which places have events waiting. Of what such a place lost it is told once it takes events again.
@@ -140,6 +157,7 @@ impl Sinks {
         Behind {
             log: self.log.as_ref().is_some_and(LogFile::is_behind),
             stdout: self.stdout.as_ref().is_some_and(|stdout| stdout.writer.is_behind()),
+            journal: self.journal.as_ref().is_some_and(|journal| journal.writer.is_behind()),
         }
     }
 
@@ -149,6 +167,7 @@ impl Sinks {
         Losses {
             log: self.log.as_ref().map_or(0, LogFile::lost),
             stdout: self.stdout.as_ref().map_or(0, |stdout| stdout.writer.lost()),
+            journal: self.journal.as_ref().map_or(0, |journal| journal.writer.lost()),
             ..Losses::default()
         }
     }
@@ -187,6 +206,7 @@ impl Sinks {
         let own = Losses {
             log: u64::from(!log_takes_it),
             stdout: u64::from(self.stdout.as_ref().is_some_and(|stdout| stdout.writer.is_stuck())),
+            journal: u64::from(self.journal.as_ref().is_some_and(|journal| journal.writer.is_stuck())),
             ..Losses::default()
         };
         let mut event = self.stopped(lost.plus(own), open, u64::from(log_takes_it));
@@ -203,6 +223,9 @@ impl Sinks {
         self.write_json(&event);
         if let Some(stdout) = &mut self.stdout {
             stdout.push(&event, &self.line);
+        }
+        if let Some(journal) = &mut self.journal {
+            journal.push(&self.line);
         }
         self.drain().await;
     }
@@ -221,6 +244,9 @@ impl Sinks {
     async fn drain(&mut self) {
         if let Some(stdout) = &mut self.stdout {
             stdout.writer.drain().await;
+        }
+        if let Some(journal) = &mut self.journal {
+            journal.writer.drain().await;
         }
     }
 }

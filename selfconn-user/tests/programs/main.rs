@@ -15,4 +15,5 @@ mod net;
 #[expect(dead_code, reason = "shared with the live tests")]
 mod pool;
 
+mod journal;
 mod logrotate;

@@ -1,0 +1,189 @@
+//! The real systemd-journald, alone in a mount namespace, and what `journalctl` and `selfconn tail` read of it.
+
+use std::{
+    fs::{self, File},
+    net::Ipv4Addr,
+    os::unix::{fs::MetadataExt as _, net::UnixDatagram},
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    mount::{MountFlags, MountPropagationFlags, mount, mount_change},
+    process::{Pid, Signal, kill_process},
+    thread::{UnshareFlags, unshare_unsafe},
+};
+use selfconn::sink::journal::{message_id, send};
+use serde_json::Value;
+
+use crate::{
+    client::talk_to_self,
+    daemon::{DEADLINE, selfconn},
+    net::Net,
+};
+
+const FILES: &str = "/run/log/journal";
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let until = Instant::now() + DEADLINE;
+    while !is_so() {
+        assert!(Instant::now() < until, "{what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// journald with a /run that only this thread, and what it starts, can see.
+struct Journald(Child);
+
+impl Journald {
+    fn start() -> Self {
+        // SAFETY: only FILES, which is not among the flags, can take descriptors away from other threads.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+        mount("tmpfs", "/run", "tmpfs", MountFlags::empty(), None).unwrap();
+        fs::create_dir_all(FILES).unwrap();
+        fs::create_dir_all("/run/systemd/journal").unwrap();
+        let mut command = Command::new("/lib/systemd/systemd-journald");
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn().expect("journald: `cargo xtask test` installs it");
+        wait_until("journald listens", || Path::new("/run/systemd/journal/socket").exists());
+        Self(child)
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.0), signal).unwrap();
+    }
+
+    /// The entries that match.
+    fn entries(&self, matches: &str) -> Vec<Value> {
+        let output = Command::new("journalctl")
+            .args(["--directory", FILES, "--output=json", "--all", matches])
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+impl Drop for Journald {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The daemon, as systemd starts it: it is told that its stdout is the journal.
+fn start(folder: &Path, options: &[&str]) -> Child {
+    let stdout = File::create(folder.join("stdout")).unwrap();
+    let metadata = stdout.metadata().unwrap();
+    let mut command = Command::new(selfconn());
+    command.arg("run").args(options).stdin(Stdio::null()).stdout(stdout);
+    command.stderr(File::create(folder.join("stderr")).unwrap());
+    command.env("JOURNAL_STREAM", format!("{}:{}", metadata.dev(), metadata.ino())).spawn().unwrap()
+}
+
+fn end(child: &mut Child) {
+    kill_process(Pid::from_child(child), Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn events_are_entries_with_fields_and_stdout_is_silent() {
+    let net = Net::private();
+    let journald = Journald::start();
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = start(folder.path(), &[]);
+    wait_until("started", || !journald.entries("SELFCONN_EVENT=started").is_empty());
+    // A name that would be a field of its own, if it could.
+    fs::write("/proc/thread-self/comm", "a\nPRIORITY=0").unwrap();
+    let port = talk_to_self(Ipv4Addr::LOCALHOST.into());
+    let closed_there = format!("SELFCONN_NETNS={}", net.inode);
+    let is_closed = |entry: &Value| entry["SELFCONN_EVENT"] == "closed";
+    wait_until("closed", || journald.entries(&closed_there).iter().any(is_closed));
+    end(&mut child);
+    wait_until("stopped", || !journald.entries("SELFCONN_EVENT=stopped").is_empty());
+    assert_eq!(fs::read(folder.path().join("stdout")).unwrap(), b"");
+
+    let entry = journald.entries(&closed_there).into_iter().find(is_closed).unwrap();
+    assert_eq!(entry["SELFCONN_PORT"], port.to_string(), "{entry}");
+    assert_eq!(entry["SELFCONN_PID"], std::process::id().to_string());
+    assert_eq!(entry["SYSLOG_IDENTIFIER"], "selfconn");
+    assert_eq!(entry["PRIORITY"], "5");
+    assert_eq!(entry["MESSAGE_ID"], message_id("closed"));
+    assert_eq!(entry["_TRANSPORT"], "journal");
+    assert!(entry["MESSAGE"].as_str().unwrap().contains(&format!("127.0.0.1:{port} ")), "{entry}");
+    assert!(entry.get("SELFCONN_COOKIE").is_none(), "null is left out");
+    let event: Value = serde_json::from_str(entry["SELFCONN_JSON"].as_str().unwrap()).unwrap();
+    assert_eq!(event["thread_comm"], "a\nPRIORITY=0", "{event}");
+    // With a line break in it, journalctl gives the bytes.
+    let bytes = |value: &Value| match value {
+        Value::String(text) => text.clone().into_bytes(),
+        list => list.as_array().unwrap().iter().map(|byte| byte.as_u64().unwrap() as u8).collect(),
+    };
+    assert_eq!(bytes(&entry["SELFCONN_THREAD_COMM"]), b"a\nPRIORITY=0");
+
+    let tail = |options: &[&str]| {
+        let mut command = Command::new(selfconn());
+        command.args(["tail", "--journal", "--journal-dir", FILES]).args(options);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let port = port.to_string();
+    let shown = tail(&["--port", &port, "--pid", &std::process::id().to_string()]);
+    assert_eq!(shown.lines().count(), 1, "one line a connection: {shown}");
+    assert!(shown.contains("closed") && shown.contains(&format!("127.0.0.1:{port}")), "{shown}");
+    let line =
+        tail(&["--json", "--port", &port, "--event", "closed", "--pid", &std::process::id().to_string()]);
+    assert_eq!(serde_json::from_str::<Value>(&line).unwrap(), event);
+}
+
+#[test]
+fn a_journal_that_takes_nothing_holds_nobody_up_and_gets_everything_later() {
+    let net = Net::private();
+    let journald = Journald::start();
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    let mut child = start(folder.path(), &["--log", log.to_str().unwrap()]);
+    wait_until("started", || !journald.entries("SELFCONN_EVENT=started").is_empty());
+    journald.signal(Signal::STOP);
+    // Its socket holds some ten datagrams.
+    for _ in 0..60 {
+        talk_to_self(Ipv4Addr::LOCALHOST.into());
+    }
+    let ours = format!("\"netns\":{},", net.inode);
+    let count = |text: &str| text.lines().filter(|line| line.contains(&ours)).count();
+    wait_until("the log goes on", || fs::read_to_string(&log).is_ok_and(|text| count(&text) == 120));
+    journald.signal(Signal::CONT);
+    let there = format!("SELFCONN_NETNS={}", net.inode);
+    wait_until("the journal has all", || journald.entries(&there).len() == 120);
+    end(&mut child);
+    let text = fs::read_to_string(&log).unwrap();
+    let stopped: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert_eq!((&stopped["lost"]["journal"], &stopped["lost"]["log"]), (&0.into(), &0.into()), "{stopped}");
+}
+
+#[test]
+fn an_entry_that_no_datagram_holds_arrives_whole() {
+    let _net = Net::private();
+    let journald = Journald::start();
+    let large = "x".repeat(500 << 10);
+    let entry = format!("MESSAGE=large\nSYSLOG_IDENTIFIER=selfconn\nSELFCONN_JSON={large}\n");
+    let socket = UnixDatagram::unbound().unwrap();
+    send(&socket, entry.as_bytes()).unwrap();
+    wait_until("it arrives", || !journald.entries("MESSAGE=large").is_empty());
+    assert_eq!(journald.entries("MESSAGE=large")[0]["SELFCONN_JSON"], large);
+}
+
+#[test]
+fn whoever_asks_for_json_gets_it_on_stdout() {
+    let _net = Net::private();
+    let journald = Journald::start();
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = start(folder.path(), &["--json"]);
+    let stdout = folder.path().join("stdout");
+    wait_until("started", || fs::read_to_string(&stdout).is_ok_and(|text| text.contains("started")));
+    end(&mut child);
+    assert!(journald.entries("SYSLOG_IDENTIFIER=selfconn").is_empty());
+}
