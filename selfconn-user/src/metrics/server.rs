@@ -109,9 +109,9 @@ async fn serve(listener: std::net::TcpListener, questions: mpsc::Sender<Question
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                // Out of descriptors, or the peer is gone already.
+                // Out of descriptors, which takes a while to change, or the peer is gone already.
                 log::debug!("metrics: accept: {error}");
-                sleep(BREATH).await;
+                sleep(FRESH).await;
                 continue;
             }
         };
