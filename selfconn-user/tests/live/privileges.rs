@@ -231,6 +231,9 @@ fn the_service_s_user_sees_what_root_sees() {
 
 /// Becomes a user that has these capabilities, as a service manager's `AmbientCapabilities` makes one.
 pub(crate) fn become_user(uid: u32, set: CapabilitySet) -> io::Result<()> {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    // Before v5.11 maps count against it. Later it doesn't matter, nor whether it can be raised.
+    let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
     set_keep_capabilities(true)?;
     // SAFETY: no memory is involved; glibc would set it for all threads, of which the new process has one.
     if unsafe { libc::setuid(uid) } != 0 {
