@@ -133,6 +133,9 @@ fn each_command_has_json() {
 fn runnable(name: &str) -> Command {
     let mut command = selfconn();
     command.arg(name);
+    if name == "tail" {
+        command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/one-event.jsonl"));
+    }
     command
 }
 

@@ -297,8 +297,10 @@ impl Show {
     fn flush(&mut self) -> io::Result<()> {
         if !self.out.is_empty() {
             let mut stdout = io::stdout().lock();
-            stdout.write_all(self.out.as_bytes())?;
-            stdout.flush()?;
+            let written = stdout.write_all(self.out.as_bytes()).and_then(|()| stdout.flush());
+            // Still of its kind: who closes the pipe has seen enough.
+            written
+                .map_err(|error| io::Error::new(error.kind(), format!("cannot write to stdout: {error}")))?;
             self.out.clear();
         }
         Ok(())
