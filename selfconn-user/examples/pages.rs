@@ -4,7 +4,7 @@
 use std::{env, fs, path::Path, process::ExitCode};
 
 use anyhow::{Context as _, Result};
-use clap::CommandFactory as _;
+use clap::{Arg, CommandFactory as _, Id, builder::Resettable};
 use clap_complete::{Shell, generate};
 use clap_mangen::{
     Man,
@@ -57,10 +57,16 @@ pub(crate) fn pages() -> Result<Vec<(String, Vec<u8>)>> {
 
 /// The same command without its hidden options, which the completions of bash would offer.
 fn without_hidden(command: &clap::Command) -> clap::Command {
+    // What conflicts with a hidden option must forget it: clap asks that each name it is told exists.
+    let without_conflict = |argument: &Arg| {
+        let conflicts = command.get_arg_conflicts_with(argument).into_iter();
+        let shown = conflicts.filter(|other| !other.is_hide_set()).map(|other| other.get_id().clone());
+        argument.clone().conflicts_with(Resettable::<Id>::Reset).conflicts_with_all(shown)
+    };
     // Names are `'static` where clap is built without owned strings, as it is for the daemon.
     let name: &str = command.get_name().to_owned().leak();
     let shown = clap::Command::new(name)
-        .args(command.get_arguments().filter(|argument| !argument.is_hide_set()))
+        .args(command.get_arguments().filter(|argument| !argument.is_hide_set()).map(without_conflict))
         .subcommands(command.get_subcommands().filter(|command| !command.is_hide_set()).map(without_hidden));
     match command.get_about() {
         Some(about) => shown.about(about.clone()),
