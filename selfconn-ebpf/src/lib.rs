@@ -412,8 +412,11 @@ pub mod counter {
     pub const REFUSED: u32 = 3;
     /// Those of them that the table by port had no room for.
     pub const NOT_TALLIED: u32 = 4;
+    /// Transitions of self-connections that a program saw, reported or not: one slot for each, at this one plus its
+    /// index in [`names::PROGRAMS`](crate::names::PROGRAMS).
+    pub const SEEN: u32 = 5;
     /// How many slots there are.
-    pub const COUNT: u32 = 5;
+    pub const COUNT: u32 = SEEN + crate::names::PROGRAMS.len() as u32;
 }
 
 #[cfg(test)]

@@ -78,6 +78,8 @@ pub(crate) fn report<C: EbpfContext, M: Memory>(
     if REPORTED.load() & 1 << (new & 31) == 0 {
         return;
     }
+    // So that user space knows of each program that it sees.
+    count(counter::SEEN + u32::from(witness));
     let Some(opener) = witness::recall(sock.key(), tuple, new) else { return };
     let Some(mut entry) = TRANSITIONS.reserve::<Transition>(0) else {
         count(counter::RING_FULL);

@@ -35,10 +35,13 @@ mod reader;
 mod reading;
 mod remedy;
 mod risk;
+mod watchdog;
 
 use outside::Outside;
 use reader::{Answer, Question, Reader};
 use reading::Reading;
+pub use watchdog::Blind;
+use watchdog::Guard;
 
 /// So many records are taken before signals get a turn.
 const BATCH: usize = 1024;
@@ -61,6 +64,9 @@ pub struct Daemon {
     has_read: bool,
     counted: Counters,
     told: Losses,
+    guard: Guard,
+    /// How many methods see nothing any more.
+    blind: u64,
 }
 
 /// What is told, and what must be known to tell it.
@@ -115,14 +121,16 @@ impl Daemon {
             has_read: false,
             counted: Counters::default(),
             told: Losses::default(),
+            guard: Guard::new(),
+            blind: 0,
         })
     }
 
-    /// Runs until SIGINT or SIGTERM, or until nobody reads stdout any more.
+    /// Runs until SIGINT or SIGTERM, or until nobody reads stdout any more; or until the hooks are dead.
     ///
     /// # Errors
     /// When signals or the ring buffer can't be waited for.
-    pub async fn watch(mut self) -> io::Result<()> {
+    pub async fn watch(mut self) -> io::Result<Option<Blind>> {
         let (mut interrupt, mut terminate) =
             (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
         // Without anything to reopen it keeps its default, which ends the run with its terminal.
@@ -136,8 +144,9 @@ impl Daemon {
         // What is there already, now that nothing new can come without being seen.
         let mut read_at: Option<Instant> = None;
         self.read_table();
-        while is_read {
-            let remedy_at = self.remedy_at();
+        let mut blind = None;
+        while is_read && blind.is_none() {
+            let (remedy_at, watch_at) = (self.remedy_at(), self.watch_at());
             let idle = self.risk.idle();
             tokio::select! {
                 biased;
@@ -170,6 +179,7 @@ impl Daemon {
                 () = sleep_until(remedy_at.unwrap_or_else(Instant::now)), if remedy_at.is_some() => {}
                 Some(answer) = self.risk.answer() => self.judge_risks(&answer),
                 () = sleep(idle.unwrap_or_default()), if idle.is_some() => {}
+                () = sleep_until(watch_at.unwrap_or_else(Instant::now)), if watch_at.is_some() => {}
                 () = sleep_until(read_at.unwrap_or_else(Instant::now)), if read_at.is_some() => {
                     read_at = None;
                     self.read_table();
@@ -185,6 +195,7 @@ impl Daemon {
             if !has_more {
                 self.remedy();
             }
+            blind = self.watch_hooks();
             is_read = self.story.out.flush().is_ok();
             if taken > 0 && look_at.is_none() {
                 look_at = Some(Instant::now() + SOON);
@@ -198,14 +209,15 @@ impl Daemon {
         self.tell_losses();
         let (losses, open) = (self.losses(), self.story.connections.iter().count());
         self.story.out.stop(losses, open as u64).await;
-        Ok(())
+        Ok(blind)
     }
 
     /// Takes a batch of transitions; says how many.
     fn take(&mut self) -> usize {
         let clock = Offset::now();
-        let Self { tracer, story, risk, .. } = self;
+        let Self { tracer, story, risk, guard, .. } = self;
         tracer.drain(BATCH, |record| match record {
+            Record::Transition(transition) if guard.takes(transition) => {}
             Record::Transition(transition) => story.apply(transition, clock),
             Record::Dialled(target) => risk.heed(*target),
         })
@@ -278,7 +290,7 @@ impl Daemon {
         ] {
             // What a place refused is told once it takes events again; else the telling would be lost, too.
             if now > *told && !is_behind {
-                self.story.out.emit(What::Lost(Lost { r#where: place, count: now - *told }));
+                self.story.out.emit(What::Lost(Lost { r#where: place, count: now - *told, method: None }));
                 *told = now;
             }
         }
@@ -297,6 +309,7 @@ impl Daemon {
             ring: self.counted.ring_full,
             missed: self.story.missed,
             dials: self.counted.not_tallied,
+            hooks: self.blind,
             ..Losses::default()
         }
     }

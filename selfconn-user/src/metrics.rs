@@ -29,6 +29,8 @@ pub struct Numbers {
     pub blocked_binds: Option<u64>,
     /// What `--remedy` did, by result.
     pub remedies: Vec<(&'static str, u64)>,
+    /// Tests of the hooks, by result; nothing where there are none.
+    pub self_tests: Vec<(&'static str, u64)>,
     /// What was lost.
     pub lost: Losses,
     /// Transitions that some program did not look at; `None`: the kernel doesn't count them.
@@ -113,8 +115,14 @@ impl Numbers {
                     ("stdout", lost.stdout),
                     ("journal", lost.journal),
                     ("dials", lost.dials),
+                    ("hooks", lost.hooks),
                 ],
             ),
+            Family::counter(
+                "selfconn_self_tests_total",
+                "Self-connections of the daemon's own, by whether every live hook saw them.",
+            )
+            .each("result", &self.self_tests),
             Family::counter(
                 "selfconn_transitions_not_examined_total",
                 "TCP transitions that one program did not look at; another may have. A lower bound.",

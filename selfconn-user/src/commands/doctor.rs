@@ -4,7 +4,7 @@
 
 use std::{fmt::Write as _, process::ExitCode};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde::Serialize;
 
 use crate::{
@@ -19,10 +19,15 @@ use crate::{
     sockets,
 };
 
+mod live;
+
+use live::{Live, Sees};
+
 /// Shown below the options.
 pub const EXAMPLE: &str = "\
 Examples:
   selfconn doctor              exit code 0: fit to run, 1: not
+  selfconn doctor --live       and prove it by a self-connection of its own
   selfconn doctor --json | jq .would_attach";
 
 /// Options of `doctor`.
@@ -31,6 +36,9 @@ pub struct Args {
     /// One JSON object
     #[arg(long)]
     json: bool,
+    /// Attach the hooks, make a self-connection, and see whether each method sees it
+    #[arg(long)]
+    live: bool,
 }
 
 /// What was found, as `--json` has it.
@@ -43,6 +51,8 @@ struct Report {
     hooks: Vec<HookReport>,
     would_attach: Vec<&'static str>,
     limits: Vec<String>,
+    /// With `--live`: what each method saw; else null.
+    live: Option<Live>,
     fit: bool,
 }
 
@@ -76,7 +86,13 @@ struct MethodReport {
 /// When /proc can't be read or stdout not written.
 pub fn run(args: &Args) -> Result<ExitCode> {
     logger::init(0, false);
-    let report = examine(&Host::look(false)?);
+    let host = Host::look(false)?;
+    let mut report = examine(&host);
+    if args.live && report.fit {
+        let live = live::test(&host).context("the hooks can't be tested")?;
+        report.fit = live.passed;
+        report.live = Some(live);
+    }
     let out = if args.json {
         let mut line = serde_json::to_vec(&report)?;
         line.push(b'\n');
@@ -123,6 +139,7 @@ fn examine(host: &Host) -> Report {
         hooks,
         would_attach: choice.live.iter().map(|(method, ())| method.name()).collect(),
         limits: host.limits(),
+        live: None,
         fit: !choice.live.is_empty(),
     }
 }
@@ -251,7 +268,25 @@ fn text(report: &Report) -> String {
     for limit in &report.limits {
         let _ = writeln!(out, "\n  limit: {limit}");
     }
-    let _ = if report.fit {
+    if let Some(live) = &report.live {
+        let _ = writeln!(out, "\n  a self-connection was made");
+        for Sees { method, sees } in &live.methods {
+            let _ = writeln!(
+                out,
+                "  {:<4} {method:<22} {}",
+                if *sees { "ok" } else { "--" },
+                match sees {
+                    true => "saw it",
+                    false => "did not see it",
+                }
+            );
+        }
+        let (mark, came) = if live.record { ("ok", "came") } else { ("--", "did not come") };
+        let _ = writeln!(out, "  {mark:<4} {:<22} {came} through the ring buffer", "its record");
+    }
+    let _ = if report.live.as_ref().is_some_and(|live| !live.passed) {
+        writeln!(out, "\nNot fit to run: a self-connection was not seen.")
+    } else if report.fit {
         writeln!(
             out,
             "\nFit to run: `selfconn run` would attach {} (marked *).",

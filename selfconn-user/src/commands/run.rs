@@ -2,7 +2,7 @@
 
 use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
 use crate::{
@@ -15,6 +15,7 @@ use crate::{
     logger,
     metrics::server::Port,
     privileges::{self, Plan},
+    selftest::SelfTest,
     service::Manager,
     sink::{Format, Sinks, file::LogFile, journal},
 };
@@ -77,6 +78,9 @@ pub struct Args {
     /// How often to compare with the kernel's socket table
     #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     reconcile: u64,
+    /// How often to test whether the hooks see
+    #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    self_test: u64,
     /// Work as if the kernel had no BTF
     #[arg(long, hide = true)]
     without_btf: bool,
@@ -178,6 +182,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let mut host = Host::look(args.without_btf)?;
         // Before anything is attached: a remedy that can't work is told at once.
         let remedy = args.remedy.prepare(&mut host)?;
+        let self_test = match SelfTest::prepare() {
+            Ok(test) => Some(test),
+            Err(why) => {
+                host.lacks.push(format!("that the hooks see is not tested: {why}"));
+                None
+            }
+        };
         let options = Options {
             wanted: args.wanted(),
             ring_bytes: args.ring_size,
@@ -195,11 +206,16 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let sinks = Sinks::new(args.format(), args.tells_journal(), log)
             .context("cannot start a thread that writes events")?;
         let pace = Duration::from_secs(args.reconcile);
-        let daemon = Daemon::new(&host, tracer, outside, sinks, args.states, pace, remedy)?;
+        let mut daemon = Daemon::new(&host, tracer, outside, sinks, args.states, pace, remedy)?;
+        if let Some(test) = self_test {
+            daemon.test_by(test, Duration::from_secs(args.self_test));
+        }
         kept.narrow().context("cannot give up capabilities")?;
         drop(host);
-        daemon.watch().await.context("cannot wait for events")?;
-        Ok(ExitCode::SUCCESS)
+        match daemon.watch().await.context("cannot wait for events")? {
+            None => Ok(ExitCode::SUCCESS),
+            Some(blind) => bail!("{blind}"),
+        }
     })
 }
 

@@ -94,6 +94,9 @@ impl Daemon {
         if !self.tracer.is_attached() {
             ailments.push("hooks: none is attached");
         }
+        if !self.hooks_see() {
+            ailments.push("hooks: the last self-test failed");
+        }
         if !self.story.out.can_write_log() {
             ailments.push("log: it can't be written");
         }
@@ -103,6 +106,9 @@ impl Daemon {
             connections_open: self.story.connections.iter().count() as u64,
             refused_self_dials: Some(self.counted.refused),
             ports_at_risk: Some(self.risk.at_risk() as u64),
+            self_tests: self
+                .self_tests()
+                .map_or_else(Vec::new, |counts| vec![("passed", counts.passed), ("failed", counts.failed)]),
             remedies: self.remedies().map(|(outcome, count)| (outcome.name(), count)).collect(),
             lost: self.losses().plus(self.story.out.lost()),
             transitions_not_examined: self.tracer.not_examined(),

@@ -178,6 +178,8 @@ pub struct Lost {
     pub r#where: &'static str,
     /// How many since the last such event.
     pub count: u64,
+    /// The method that sees nothing any more, with `hooks`.
+    pub method: Option<&'static str>,
 }
 
 /// `stopped`.
@@ -208,6 +210,8 @@ pub struct Losses {
     pub journal: u64,
     /// Refused dials that the table by port had no room for.
     pub dials: u64,
+    /// Methods that saw nothing any more.
+    pub hooks: u64,
 }
 
 impl Losses {
@@ -221,6 +225,7 @@ impl Losses {
             stdout: self.stdout + other.stdout,
             journal: self.journal + other.journal,
             dials: self.dials + other.dials,
+            hooks: self.hooks + other.hooks,
         }
     }
 }

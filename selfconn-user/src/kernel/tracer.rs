@@ -63,6 +63,8 @@ pub struct Counters {
     pub refused: u64,
     /// Those of them that the table by port had no room for.
     pub not_tallied: u64,
+    /// Transitions that each program saw, reported or not, in the order of [`Method::ALL`].
+    pub seen: [u64; Method::ALL.len()],
 }
 
 /// A live link; dropping it detaches the program.
@@ -199,7 +201,12 @@ impl Tracer {
     /// When the map can't be read.
     pub fn counters(&self) -> Result<Counters> {
         let sum = |slot| -> Result<u64> { Ok(self.counters.get(&slot, 0)?.iter().sum()) };
+        let mut seen = [0; Method::ALL.len()];
+        for (slot, seen) in (counter::SEEN..).zip(&mut seen) {
+            *seen = sum(slot)?;
+        }
         Ok(Counters {
+            seen,
             reported: sum(counter::REPORTED)?,
             ring_full: sum(counter::RING_FULL)?,
             not_remembered: sum(counter::NOT_REMEMBERED)?,

@@ -9,7 +9,8 @@ pub(super) fn full() -> Numbers {
         ports_at_risk: Some(6),
         blocked_binds: Some(7),
         remedies: vec![("destroyed", 8), ("failed", 9)],
-        lost: Losses { ring: 10, missed: 11, log: 12, stdout: 16, dials: 17, journal: 18 },
+        lost: Losses { ring: 10, missed: 11, log: 12, stdout: 16, dials: 17, journal: 18, hooks: 21 },
+        self_tests: vec![("passed", 19), ("failed", 20)],
         transitions_not_examined: Some(13),
         openers_not_remembered: 14,
         log_write_errors: 15,
@@ -37,6 +38,9 @@ fn every_number_is_told_where_it_belongs() {
         "selfconn_events_lost_total{where=\"stdout\"} 16",
         "selfconn_events_lost_total{where=\"journal\"} 18",
         "selfconn_events_lost_total{where=\"dials\"} 17",
+        "selfconn_events_lost_total{where=\"hooks\"} 21",
+        "selfconn_self_tests_total{result=\"passed\"} 19",
+        "selfconn_self_tests_total{result=\"failed\"} 20",
         "selfconn_transitions_not_examined_total 13",
         "selfconn_openers_not_remembered_total 14",
         "selfconn_log_write_errors_total 15",
@@ -52,7 +56,7 @@ fn every_number_is_told_where_it_belongs() {
 #[test]
 fn what_is_unknown_is_not_told_as_zero() {
     let text = Numbers { ailments: vec!["hooks: none is attached"], ..Numbers::default() }.text();
-    for name in ["transitions_not_examined", "remedies", "hook_info", "ports_at_risk"] {
+    for name in ["transitions_not_examined", "remedies", "self_tests", "hook_info", "ports_at_risk"] {
         assert!(!text.contains(name), "{name} is in\n{text}");
     }
     // And what nothing happened to is zero from the start, so that its first time is a rise.

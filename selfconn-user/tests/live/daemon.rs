@@ -224,6 +224,26 @@ impl Daemon {
         (std::mem::take(&mut self.seen), said)
     }
 
+    /// What it has said on stderr so far.
+    pub(crate) fn said_so_far(&self) -> String {
+        self.said.lock().unwrap().clone()
+    }
+
+    /// Waits until it ends by itself: its exit code, and all that it said on stdout and stderr.
+    pub(crate) fn ends(mut self) -> (Option<i32>, Vec<Value>, String) {
+        let until = Instant::now() + DEADLINE;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < until, "it goes on: {}", self.said.lock().unwrap());
+            thread::sleep(Duration::from_millis(10));
+        };
+        self.stderr.take().unwrap().join().unwrap();
+        self.seen.extend(self.lines.iter().map(|line| parse(&line)));
+        (status.code(), std::mem::take(&mut self.seen), self.said_so_far())
+    }
+
     /// How often it has read the socket table; needs `-vv`.
     pub(crate) fn readings(&self) -> usize {
         self.said.lock().unwrap().matches("read the socket table").count()

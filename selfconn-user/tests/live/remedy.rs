@@ -50,9 +50,10 @@ fn is_connected(socket: &Socket) -> bool {
 /// What a program hears whose socket was destroyed.
 #[track_caller]
 fn assert_aborted(mut socket: &Socket) {
-    assert!(!is_connected(socket));
+    // Waits for the error. The port is given back a moment before the socket is in CLOSE.
     let heard = socket.read(&mut [0; 8]).map_err(|error| error.kind());
     assert_eq!(heard, Err(io::ErrorKind::ConnectionAborted));
+    assert!(!is_connected(socket));
 }
 
 fn wait_to_bind(target: SocketAddr) -> TcpListener {

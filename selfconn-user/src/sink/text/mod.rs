@@ -185,6 +185,10 @@ mod tests {
             ),
             (r#"{"event":"lost","where":"ring","count":7}"#, "LOST         7 (ring)"),
             (
+                r#"{"event":"lost","where":"hooks","count":1,"method":"perf"}"#,
+                "LOST         perf sees nothing any more (hooks)",
+            ),
+            (
                 r#"{"event":"stopped","made":9,"written":8,"lost":{"ring":1,"missed":2,"log":3},"open":4}"#,
                 "stopped      9 events, 8 in the log, lost: log 3, missed 2, ring 1; 4 still open",
             ),
