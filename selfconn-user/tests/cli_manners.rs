@@ -163,7 +163,8 @@ fn output_that_cannot_be_written_is_an_error() {
         let output = selfconn().args(&name).arg("--help").stdout(full()).output().unwrap();
         is_one_line(&output, &["cannot write to stdout", "No space left on device"]);
     }
-    for command in commands() {
+    // The daemon waits for room, as it does with its log.
+    for command in commands().into_iter().filter(|command| command.get_name() != "run") {
         let mut output = runnable(command.get_name()).stdout(full()).output().unwrap();
         // What could not be seen may be told before.
         let end = output.stderr.len().saturating_sub(1);
