@@ -5,5 +5,5 @@ use libfuzzer_sys::fuzz_target;
 use selfconn::kernel::format;
 
 fuzz_target!(|text: &str| {
-    let _ = format::check(text);
+    let _ = format::check(text, format::SET_STATE);
 });

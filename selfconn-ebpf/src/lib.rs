@@ -7,6 +7,7 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod bind;
 pub mod names;
 pub mod risk;
 
@@ -276,6 +277,8 @@ pub enum Record {
     Transition(Transition),
     /// Somebody keeps dialling this port.
     Dialled(risk::Target),
+    /// Somebody could not bind a port.
+    FailedBind(bind::FailedBind),
 }
 
 impl Record {
@@ -283,7 +286,9 @@ impl Record {
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let transition = Transition::from_bytes(bytes).map(Self::Transition);
-        transition.or_else(|| risk::Target::from_bytes(bytes).map(Self::Dialled))
+        let dialled = || risk::Target::from_bytes(bytes).map(Self::Dialled);
+        let failed = || bind::FailedBind::from_bytes(bytes).map(Self::FailedBind);
+        transition.or_else(dialled).or_else(failed)
     }
 }
 
@@ -342,10 +347,24 @@ pub enum Field {
     TaskComm,
     /// `u64`, nanoseconds.
     StartBoottime,
+    /// `struct files_struct *`.
+    TaskFiles,
+    /// `struct fdtable *`.
+    FilesFdt,
+    /// `unsigned int`.
+    FdtMax,
+    /// `struct file **`.
+    FdtFiles,
+    /// `void *`.
+    FilePrivate,
+    /// `struct file *`.
+    SocketFile,
+    /// `struct sock *`.
+    SocketSk,
 }
 
 /// How many offsets there are.
-pub const FIELDS: usize = Field::StartBoottime as usize + 1;
+pub const FIELDS: usize = Field::SocketSk as usize + 1;
 
 /// The offset of a field that this kernel doesn't have.
 pub const ABSENT: u32 = u32::MAX;
@@ -377,6 +396,13 @@ impl Field {
         (Self::GroupLeader, "task_struct", "group_leader", false),
         (Self::TaskComm, "task_struct", "comm", false),
         (Self::StartBoottime, "task_struct", "start_boottime", false),
+        (Self::TaskFiles, "task_struct", "files", false),
+        (Self::FilesFdt, "files_struct", "fdt", false),
+        (Self::FdtMax, "fdtable", "max_fds", false),
+        (Self::FdtFiles, "fdtable", "fd", false),
+        (Self::FilePrivate, "file", "private_data", false),
+        (Self::SocketFile, "socket", "file", false),
+        (Self::SocketSk, "socket", "sk", false),
     ];
 }
 

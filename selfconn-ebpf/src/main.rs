@@ -15,18 +15,21 @@ mod report;
 #[cfg(target_arch = "bpf")]
 mod sock;
 #[cfg(target_arch = "bpf")]
+mod victim;
+#[cfg(target_arch = "bpf")]
 mod witness;
 
 #[cfg(target_arch = "bpf")]
 mod programs {
     use aya_ebpf::{
-        macros::{btf_tracepoint, fentry, kprobe, tracepoint},
-        programs::{BtfTracePointContext, FEntryContext, ProbeContext, TracePointContext},
+        macros::{btf_tracepoint, fentry, fexit, kprobe, tracepoint},
+        programs::{BtfTracePointContext, FEntryContext, FExitContext, ProbeContext, TracePointContext},
     };
 
     use crate::{
         body,
         sock::{Direct, Probe, Record, Sock},
+        victim,
     };
 
     /// `inet_sock_set_state(sk, oldstate, newstate)`, after the state is set.
@@ -60,6 +63,28 @@ mod programs {
             let sock = Sock::<Probe>::new(sk);
             body::socket(&ctx, 3, sock, sock.state(), new as u8);
         }
+        0
+    }
+
+    /// `inet_csk_get_port(sk, port)` after it has returned; what it returned comes after its arguments.
+    #[fexit(function = "inet_csk_get_port")]
+    fn selfconn_bind_fexit(ctx: FExitContext) -> i32 {
+        let (port, failed): (u64, i32) = (ctx.arg(1), ctx.arg(2));
+        victim::got_port(Sock::<Direct>::new(ctx.arg(0)), port as u16, failed);
+        0
+    }
+
+    /// `bind()`, through perf.
+    #[tracepoint(category = "syscalls", name = "sys_enter_bind")]
+    fn selfconn_bind_enter(ctx: TracePointContext) -> u32 {
+        victim::bind_begins(&ctx);
+        0
+    }
+
+    /// And its end.
+    #[tracepoint(category = "syscalls", name = "sys_exit_bind")]
+    fn selfconn_bind_exit(ctx: TracePointContext) -> u32 {
+        victim::bind_ends(&ctx);
         0
     }
 

@@ -12,7 +12,14 @@ pub const FENTRY: &str = "selfconn_fentry";
 /// `tcp_set_state`, kprobe.
 pub const KPROBE: &str = "selfconn_kprobe";
 
-/// Ring buffer of [`crate::Transition`] and [`crate::risk::Target`], told apart by their length; owned by `report.rs`.
+/// `inet_csk_get_port`, fexit.
+pub const BIND_FEXIT: &str = "selfconn_bind_fexit";
+/// `bind()`, perf tracepoints.
+pub const BIND_ENTER: &str = "selfconn_bind_enter";
+/// And its end.
+pub const BIND_EXIT: &str = "selfconn_bind_exit";
+
+/// Ring buffer of [`crate::Record`]; owned by `report.rs`.
 pub const TRANSITIONS: &str = "TRANSITIONS";
 /// Per-CPU array of `u64`, indexed by [`crate::counter`]; owned by `report.rs`.
 pub const COUNTERS: &str = "COUNTERS";

@@ -9,14 +9,14 @@ use aya_ebpf::{
     maps::{PerCpuArray, RingBuf},
 };
 use aya_log_ebpf::warn;
-use selfconn_ebpf::{Transition, Tuple, counter, reported, risk};
+use selfconn_ebpf::{Transition, Tuple, counter, reported};
 
 use crate::{
     sock::{self, Memory, Sock},
     witness,
 };
 
-/// Records of [`Transition`], and of [`risk::Target`]. The loader sets its size.
+/// Whatever is in [`selfconn_ebpf::Record`]. The loader sets its size.
 #[map]
 static TRANSITIONS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
 
@@ -48,10 +48,10 @@ pub(crate) unsafe fn add_one(counter: *mut u64) {
     unsafe { asm!("lock *(u64 *)({counter} + 0) += {one}", counter = in(reg) counter, one = in(reg) 1_u64) };
 }
 
-/// Has user space look at the refused dials of one port. False: the ring buffer had no room.
+/// Puts a record of another kind into the ring buffer. False: it had no room.
 #[inline(always)]
-pub(crate) fn tell(target: &risk::Target) -> bool {
-    let is_told = TRANSITIONS.output::<risk::Target>(target, 0).is_ok();
+pub(crate) fn tell<T>(record: &T) -> bool {
+    let is_told = TRANSITIONS.output::<T>(record, 0).is_ok();
     if !is_told {
         count(counter::RING_FULL);
     }

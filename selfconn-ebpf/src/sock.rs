@@ -136,6 +136,20 @@ impl<M: Memory> Sock<M> {
         }
     }
 
+    /// The family and the source address, as in [`Self::own_address`].
+    #[inline(always)]
+    pub(crate) fn source_address(self) -> Option<(u8, [u32; 4])> {
+        let family = self.get::<u16>(Field::Family);
+        if family == u16::from(family::INET) {
+            Some((family::INET, mapped(self.get(Field::RcvSaddr))))
+        } else if family == u16::from(family::INET6) {
+            offset(Field::V6RcvSaddr)?;
+            Some((family::INET6, self.get(Field::V6RcvSaddr)))
+        } else {
+            None
+        }
+    }
+
     /// Destination port, host byte order.
     #[inline(always)]
     pub(crate) fn dport(self) -> u16 {
@@ -214,7 +228,7 @@ impl Default for Pointer {
 
 /// `::ffff:a.b.c.d`, network byte order.
 #[inline(always)]
-fn mapped(v4: u32) -> [u32; 4] {
+pub(crate) fn mapped(v4: u32) -> [u32; 4] {
     [0, 0, 0xffff_u32.to_be(), v4]
 }
 
@@ -266,6 +280,31 @@ impl Record {
         let [high, low] = self.source;
         Some((self.family as u8, [high as u32, (high >> 32) as u32, low as u32, (low >> 32) as u32]))
     }
+}
+
+/// The socket that the running task has open under this number. `None`: it is no socket.
+#[inline(always)]
+pub(crate) fn of_descriptor(fd: u32) -> Option<Sock<Probe>> {
+    #[inline(always)]
+    fn at<T: Copy + Default>(base: *const u8, field: Field) -> Option<T> {
+        Some(Probe::read(base.wrapping_add(offset(field)?)))
+    }
+    // SAFETY: no arguments; the number is only handed to bpf_probe_read_kernel.
+    let task = unsafe { helpers::bpf_get_current_task() } as *const u8;
+    let files = at::<Pointer>(task, Field::TaskFiles)?.0;
+    let table = at::<Pointer>(files, Field::FilesFdt)?.0;
+    if fd >= at::<u32>(table, Field::FdtMax)? {
+        return None;
+    }
+    let slots = at::<Pointer>(table, Field::FdtFiles)?.0;
+    let file = Probe::read::<Pointer>(slots.wrapping_add(8 * fd as usize)).0;
+    let socket = at::<Pointer>(file, Field::FilePrivate)?.0;
+    // Any file may have private data; a socket's leads back to the file.
+    if file.is_null() || at::<Pointer>(socket, Field::SocketFile)?.0 != file {
+        return None;
+    }
+    let sk = at::<Pointer>(socket, Field::SocketSk)?.0;
+    (!sk.is_null()).then(|| Sock::new(sk))
 }
 
 /// The running task, and when its process started: `start_boottime` of the leader, nanoseconds; 0: unknown.

@@ -15,11 +15,11 @@ use tokio::{
 };
 
 use crate::{
+    blocked::Blocked,
     clock::{self, Offset},
     connection::{Connection, Connections, Happening, Listed},
-    event::{Ended, HookStatus, Losses, Lost, Moved, Refused, Started, Subject, What},
+    event::{Ended, Losses, Lost, Moved, Subject, What},
     kernel::{
-        attach::{Choice, Hook, Method},
         host::Host,
         tracer::{Counters, Tracer},
     },
@@ -35,6 +35,8 @@ mod reader;
 mod reading;
 mod remedy;
 mod risk;
+mod started;
+mod victims;
 mod watchdog;
 
 use outside::Outside;
@@ -79,6 +81,7 @@ struct Story {
     whos: HashMap<u64, Who>,
     states: bool,
     remedy: Option<Remedy>,
+    blocked: Blocked,
     out: Sinks,
     opened: metrics::Connections,
     missed: u64,
@@ -98,7 +101,7 @@ impl Daemon {
         pace: Duration,
         remedy: Option<Remedy>,
     ) -> io::Result<Self> {
-        out.emit(What::Started(started(host, tracer.methods())));
+        out.emit(What::Started(started::started(host, tracer.methods(), tracer.binds())));
         let witnesses = u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX);
         Ok(Self {
             tracer,
@@ -112,6 +115,7 @@ impl Daemon {
                 whos: HashMap::new(),
                 states,
                 remedy,
+                blocked: Blocked::default(),
                 out,
                 opened: metrics::Connections::default(),
                 missed: 0,
@@ -220,6 +224,7 @@ impl Daemon {
             Record::Transition(transition) if guard.takes(transition) => {}
             Record::Transition(transition) => story.apply(transition, clock),
             Record::Dialled(target) => risk.heed(*target),
+            Record::FailedBind(failed) => story.blame(failed, clock),
         })
     }
 
@@ -268,6 +273,7 @@ impl Daemon {
             self.story.missed += missed;
         }
         self.has_read = true;
+        self.story.remember_time_wait(reading, &listed);
         for sock in reading.stale(&remembered) {
             self.tracer.forget(sock);
         }
@@ -318,7 +324,7 @@ impl Daemon {
 impl Story {
     /// Takes in a transition, and makes what events come of it.
     fn apply(&mut self, transition: &Transition, clock: Offset) {
-        let Self { run, connections, processes, whos, states, remedy, out, opened, .. } = self;
+        let Self { run, connections, processes, whos, states, remedy, blocked, out, opened, .. } = self;
         let at_ns = transition.at_ns;
         let mut ended = [None; 2];
         connections.apply(transition, |happening| {
@@ -339,6 +345,7 @@ impl Story {
             {
                 out.emit_at(clock.wall(at_ns), What::Remedied(Box::new(remedied)));
             }
+            victims::note(blocked, happening, who, at_ns);
             if matches!(happening, Happening::Closed(..) | Happening::State(_, _, state::CLOSE)) {
                 // The life that was missed ending, and the one that ends.
                 ended = [ended[1].filter(|number| *number != connection.number), Some(connection.number)];
@@ -417,30 +424,5 @@ fn tell(happening: Happening<'_>, who: &Who, run: u64, states: bool, clock: Offs
             let closer: Option<&Task> = connection.closer.as_ref();
             Some(What::Closed(Box::new(Ended::new(subject(connection), closer, &end, clock))))
         }
-    }
-}
-
-fn started(host: &Host, methods: &Choice<()>) -> Started {
-    let refused = |hook| {
-        let told = |(method, why): &(Method, _)| Refused { method: method.name(), why: format!("{why}") };
-        methods.refused_of(hook).map(told).collect::<Vec<_>>()
-    };
-    let mut hooks = Vec::new();
-    for hook in Hook::ALL {
-        let mut refused = refused(hook);
-        for method in methods.live_of(hook) {
-            let refused = std::mem::take(&mut refused);
-            hooks.push(HookStatus { hook: hook.name(), method: Some(method.name()), refused });
-        }
-        if methods.live_of(hook).next().is_none() {
-            hooks.push(HookStatus { hook: hook.name(), method: None, refused });
-        }
-    }
-    Started {
-        version: env!("CARGO_PKG_VERSION"),
-        kernel: host.release.clone(),
-        pid: std::process::id(),
-        hooks,
-        limits: host.limits(),
     }
 }

@@ -1,5 +1,6 @@
 //! selfconn's user space: the daemon and the commands around it. ARCHITECTURE.md has the map.
 
+pub mod blocked;
 pub mod cli;
 pub mod clock;
 pub mod commands;

@@ -12,7 +12,10 @@ use crate::{
         attach::{Hook, Method, Refusal, Wanted, choose},
         host::{CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, Host},
         tracefs::Tracefs,
-        tracer,
+        tracer::{
+            self,
+            binds::{self, BindMethod},
+        },
     },
     logger,
     sink::text::escape,
@@ -50,6 +53,8 @@ struct Report {
     checks: Vec<Check>,
     hooks: Vec<HookReport>,
     would_attach: Vec<&'static str>,
+    /// How failed binds could be seen; the first that is `ok` would be attached.
+    binds: Vec<MethodReport>,
     limits: Vec<String>,
     /// With `--live`: what each method saw; else null.
     live: Option<Live>,
@@ -127,7 +132,7 @@ fn examine(host: &Host) -> Report {
             methods: hook
                 .candidates()
                 .iter()
-                .map(|method| method_report(*method, outcome(*method), would_attach(*method)))
+                .map(|method| method_report(method.name(), outcome(*method), would_attach(*method)))
                 .collect(),
         })
         .collect();
@@ -138,13 +143,21 @@ fn examine(host: &Host) -> Report {
         checks: checks(host, ring),
         hooks,
         would_attach: choice.live.iter().map(|(method, ())| method.name()).collect(),
+        binds: bind_reports(binds::rehearse(host)),
         limits: host.limits(),
         live: None,
         fit: !choice.live.is_empty(),
     }
 }
 
-fn method_report(method: Method, outcome: Result<(), Refusal>, would_attach: bool) -> MethodReport {
+fn bind_reports(outcomes: Vec<(BindMethod, Result<(), Refusal>)>) -> Vec<MethodReport> {
+    let first = outcomes.iter().find(|(_, outcome)| outcome.is_ok()).map(|(method, _)| *method);
+    let report =
+        |(method, outcome): (BindMethod, _)| method_report(method.name(), outcome, first == Some(method));
+    outcomes.into_iter().map(report).collect()
+}
+
+fn method_report(method: &'static str, outcome: Result<(), Refusal>, would_attach: bool) -> MethodReport {
     let (verdict, why, cure) = match outcome {
         Ok(()) => ("ok", None, None),
         Err(Refusal::Unsupported(why)) => ("unsupported", Some(why), None),
@@ -159,7 +172,7 @@ fn method_report(method: Method, outcome: Result<(), Refusal>, would_attach: boo
         }
         Err(Refusal::NotWanted) => ("unsupported", None, None),
     };
-    MethodReport { method: method.name(), verdict, why, cure, would_attach }
+    MethodReport { method, verdict, why, cure, would_attach }
 }
 
 fn checks(host: &Host, ring: Result<(), String>) -> Vec<Check> {
@@ -254,9 +267,10 @@ fn text(report: &Report) -> String {
     for check in &report.checks {
         row(if check.ok { "ok" } else { "--" }, check.name, &check.finding, check.cure.as_deref());
     }
-    for hook in &report.hooks {
-        let _ = writeln!(out, "\n  {}", hook.hook);
-        for method in &hook.methods {
+    let hooks = report.hooks.iter().map(|hook| (hook.hook, &hook.methods));
+    for (name, methods) in hooks.chain([("failed binds", &report.binds)]) {
+        let _ = writeln!(out, "\n  {name}");
+        for method in methods {
             let mark = if method.would_attach { "*" } else { " " };
             let why = method.why.as_deref().map(|why| format!(": {}", escape(why))).unwrap_or_default();
             let _ = writeln!(out, "  {mark:<4} {:<22} {}{why}", method.method, method.verdict);

@@ -10,7 +10,10 @@ use crate::{
     kernel::{
         attach::{Hooks, Method, Wanted},
         host::Host,
-        tracer::{Options, Tracer},
+        tracer::{
+            Options, Tracer,
+            binds::{BindMethod, WantedBinds},
+        },
     },
     logger,
     metrics::server::Port,
@@ -63,6 +66,9 @@ pub struct Args {
     function_method: Option<FunctionMethod>,
     #[command(flatten)]
     remedy: remedy::RemedyArgs,
+    /// How to see that a server can't bind a port
+    #[arg(long, value_enum, value_name = "METHOD", default_value_t = BindsArg::Auto)]
+    bind_method: BindsArg,
     /// Say more on stderr; twice: let the eBPF programs speak, too
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -96,6 +102,18 @@ enum HooksArg {
     Tracepoint,
     /// tcp_set_state only
     Function,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum BindsArg {
+    /// Whatever loads here
+    Auto,
+    /// At the end of inet_csk_get_port
+    Fexit,
+    /// At the system call bind; every other system call gets a little slower
+    Perf,
+    /// Not at all
+    Off,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -191,6 +209,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         };
         let options = Options {
             wanted: args.wanted(),
+            binds: match args.bind_method {
+                BindsArg::Auto => WantedBinds::Auto,
+                BindsArg::Fexit => WantedBinds::Only(BindMethod::Fexit),
+                BindsArg::Perf => WantedBinds::Only(BindMethod::Perf),
+                BindsArg::Off => WantedBinds::Off,
+            },
             ring_bytes: args.ring_size,
             dials: args.dials,
             refusals: args.refusals,

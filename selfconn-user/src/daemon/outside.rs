@@ -109,6 +109,7 @@ impl Daemon {
             self_tests: self
                 .self_tests()
                 .map_or_else(Vec::new, |counts| vec![("passed", counts.passed), ("failed", counts.failed)]),
+            blocked_binds: Some(self.blocked_binds()),
             remedies: self.remedies().map(|(outcome, count)| (outcome.name(), count)).collect(),
             lost: self.losses().plus(self.story.out.lost()),
             transitions_not_examined: self.tracer.not_examined(),

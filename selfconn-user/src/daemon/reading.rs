@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     net::Ipv6Addr,
+    time::Duration,
 };
 
 use selfconn_ebpf::Dial;
@@ -86,6 +87,18 @@ impl Reading {
             }
         };
         self.survey.found.iter().map(listed).collect()
+    }
+
+    /// Those of `listed` that are in TIME_WAIT, and for how long.
+    pub(super) fn time_waits<'a>(
+        &'a self,
+        listed: &'a [Listed],
+    ) -> impl Iterator<Item = (&'a Listed, Duration)> {
+        // `listed` is made of what was found, in this order.
+        listed
+            .iter()
+            .zip(&self.survey.found)
+            .filter_map(|(listed, found)| Some((listed, found.time_wait_left?)))
     }
 
     /// Dials that are remembered, and whose socket the table no longer has: older than the reading, in a namespace that

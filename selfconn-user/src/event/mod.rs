@@ -11,9 +11,11 @@ use crate::{
     process::{Holder, Who},
 };
 
+mod blocked;
 mod remedied;
 pub mod risk;
 
+pub use blocked::Blocked;
 pub use remedied::Remedied;
 use risk::{AtRisk, AtRiskOver};
 
@@ -46,6 +48,8 @@ pub enum What {
     AtRisk(Box<AtRisk>),
     /// Nobody does any more, or it can't.
     AtRiskOver(Box<AtRiskOver>),
+    /// A server can't bind a port that a self-connection has.
+    Blocked(Box<Blocked>),
     /// Something was not seen or not written.
     Lost(Lost),
     /// The run ends.
@@ -63,6 +67,8 @@ pub struct Started {
     pub pid: u32,
     /// Each live method, and each hook without one.
     pub hooks: Vec<HookStatus>,
+    /// How binds that fail are seen.
+    pub binds: BindStatus,
     /// What can't be seen from here.
     pub limits: Vec<String>,
 }
@@ -75,6 +81,15 @@ pub struct HookStatus {
     /// How it is attached; null: not at all.
     pub method: Option<&'static str>,
     /// The other methods that were tried.
+    pub refused: Vec<Refused>,
+}
+
+/// How binds that fail are seen.
+#[derive(Debug, Serialize)]
+pub struct BindStatus {
+    /// Null: not at all.
+    pub method: Option<&'static str>,
+    /// The methods that were tried, and are not live.
     pub refused: Vec<Refused>,
 }
 

@@ -15,6 +15,7 @@ use super::{
     btf::{Btf, Named},
     format,
     tracefs::{self, Tracefs},
+    tracer::binds::BindMethod,
 };
 
 const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
@@ -185,13 +186,36 @@ impl Host {
             Method::Perf => {
                 // First, for under lockdown=confidentiality tracefs has no events either, and the policy is the reason.
                 self.reads_memory()?;
-                let text = tracefs::read_format().map_err(Refusal::Unsupported)?;
-                format::check(&text).map_err(Refusal::Unsupported)
+                let text = tracefs::read_format("sock/inet_sock_set_state").map_err(Refusal::Unsupported)?;
+                format::check(&text, format::SET_STATE).map_err(Refusal::Unsupported)
             }
             Method::Kprobe if !self.kprobes => unsupported("the kernel was built without CONFIG_KPROBES"),
             Method::Kprobe => {
                 self.has_offsets()?;
                 self.reads_memory()
+            }
+        }
+    }
+
+    /// The same of a method that sees binds fail.
+    ///
+    /// # Errors
+    /// As [`Self::offers`].
+    pub fn offers_binds(&self, method: BindMethod) -> Result<(), Refusal> {
+        self.permits()?;
+        self.has_offsets()?;
+        match method {
+            BindMethod::Fexit => Ok(()),
+            BindMethod::Perf => {
+                self.reads_memory()?;
+                for (event, fields) in [
+                    ("syscalls/sys_enter_bind", format::BIND_ENTER),
+                    ("syscalls/sys_exit_bind", format::BIND_EXIT),
+                ] {
+                    let text = tracefs::read_format(event).map_err(Refusal::Unsupported)?;
+                    format::check(&text, fields).map_err(Refusal::Unsupported)?;
+                }
+                Ok(())
             }
         }
     }

@@ -10,7 +10,6 @@ use rustix::{
 
 /// Where aya looks, in this order; the first is where the kernel wants it.
 const MOUNT_POINTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
-const FORMAT: &str = "events/sock/inet_sock_set_state/format";
 
 /// Whether tracefs can be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,14 +33,14 @@ pub fn find() -> Tracefs {
     }
 }
 
-/// The text of the tracepoint's `format` file, as this thread sees it.
+/// The text of a tracepoint's `format` file, as this thread sees it; it is named as `sock/inet_sock_set_state`.
 ///
 /// # Errors
 /// Why it can't be read, and the cure.
-pub fn read_format() -> Result<String, String> {
+pub fn read_format(event: &str) -> Result<String, String> {
     match find() {
         Tracefs::At(at) => {
-            let path = Path::new(at).join(FORMAT);
+            let path = Path::new(at).join("events").join(event).join("format");
             fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))
         }
         Tracefs::NotMounted => {

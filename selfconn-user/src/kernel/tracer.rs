@@ -26,6 +26,7 @@ use super::{
     tracefs,
 };
 
+pub mod binds;
 mod refusals;
 
 pub use refusals::Refusals;
@@ -38,6 +39,8 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/se
 pub struct Options {
     /// Which hooks and methods.
     pub wanted: Wanted,
+    /// How failed binds are to be seen.
+    pub binds: binds::WantedBinds,
     /// Size of the ring buffer in bytes: a power of two, and at least a page.
     pub ring_bytes: u32,
     /// How many dials in flight and self-connections are remembered.
@@ -84,6 +87,8 @@ pub struct Tracer {
     refusals: Refusals,
     log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
     methods: Choice<()>,
+    binds: binds::Binds,
+    bind_links: Option<binds::Links>,
     links: Vec<Link>,
     programs: Ebpf,
 }
@@ -97,9 +102,10 @@ impl Tracer {
         host.permits().map_err(|why| anyhow!("{why}"))?;
         raise_memlock();
         let mut ebpf = load(host, options)?;
-        let choice = tracefs::with(|| {
+        let (choice, (binds, bind_links)) = tracefs::with(|| {
             let kernel_btf = KernelBtf { host, parsed: OnceCell::new() };
-            choose(options.wanted, |method| attach(&mut ebpf, method, host, &kernel_btf))
+            let choice = choose(options.wanted, |method| attach(&mut ebpf, method, host, &kernel_btf));
+            (choice, binds::choose(&mut ebpf, options.binds, host, &kernel_btf))
         });
         for (method, why) in &choice.refused {
             if let Refusal::Broken(why) = why {
@@ -123,6 +129,8 @@ impl Tracer {
             refusals: Refusals::of(take(&mut ebpf, names::REFUSALS)?)?,
             log,
             methods: Choice { live, refused: choice.refused },
+            binds,
+            bind_links,
             links,
             programs: ebpf,
         })
@@ -131,6 +139,13 @@ impl Tracer {
     /// Takes the programs off their hooks; what they have reported can still be read.
     pub fn detach(&mut self) {
         self.links.clear();
+        self.bind_links = None;
+    }
+
+    /// How failed binds are seen.
+    #[must_use]
+    pub fn binds(&self) -> &binds::Binds {
+        &self.binds
     }
 
     /// Whether any program is on its hook.
@@ -247,6 +262,7 @@ pub fn rehearse(host: &Host) -> Result<Vec<(Method, Result<(), Refusal>)>> {
     raise_memlock();
     let options = Options {
         wanted: Wanted::default(),
+        binds: binds::WantedBinds::Off,
         ring_bytes: 1 << 16,
         dials: 8,
         refusals: 8,

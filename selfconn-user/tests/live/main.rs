@@ -7,6 +7,7 @@
 
 mod accident;
 mod audit;
+mod blocked;
 mod client;
 mod daemon;
 mod detection;

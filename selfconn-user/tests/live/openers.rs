@@ -28,6 +28,7 @@ fn with_tracer(work: impl FnOnce(&mut Tracer)) {
     runtime.block_on(async {
         let options = Options {
             wanted: Wanted::default(),
+            binds: selfconn::kernel::tracer::binds::WantedBinds::Off,
             ring_bytes: 1 << 16,
             refusals: 8,
             dials: 1 << 14,

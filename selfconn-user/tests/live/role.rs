@@ -144,6 +144,15 @@ fn in_a_role() {
             std::net::TcpStream::connect(target).unwrap_err();
             say("refused");
         }
+        bind if bind.starts_with("bind ") => {
+            name_this_process("a-server");
+            let address: std::net::SocketAddr = bind["bind ".len()..].parse().unwrap();
+            say(match std::net::TcpListener::bind(address) {
+                Ok(_) => "bound",
+                Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => "in use",
+                Err(error) => panic!("{error}"),
+            });
+        }
         "connect and die" => {
             name_this_process("short-lived");
             let (_socket, _) = connect();

@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 use crate::event::Event;
 
 mod at_risk;
+mod blocked;
 mod closed;
 mod escape;
 mod established;
@@ -61,7 +62,7 @@ pub enum Severity {
 }
 
 /// Every kind that this version knows.
-pub const KINDS: [&Kind; 9] = [
+pub const KINDS: [&Kind; 10] = [
     &started::KIND,
     &established::KIND,
     &state::KIND,
@@ -69,6 +70,7 @@ pub const KINDS: [&Kind; 9] = [
     &remedied::KIND,
     &at_risk::KIND,
     &at_risk::OVER,
+    &blocked::KIND,
     &lost::KIND,
     &stopped::KIND,
 ];
@@ -183,6 +185,17 @@ mod tests {
                 "risk over    [::1]:80 can no longer be chosen by connect(): 240 refused in 1m35s by 2 processes, \
                  the last by curl[7]",
             ),
+            (
+                r#"{"event":"blocked","addr":"0.0.0.0","port":44446,"comm":"nginx","pid":812,"failures":1,"holder":
+                    {"comm":"java","pid":13154,"state":"ESTABLISHED","held_for_ns":11520000000000,"free_at":null}}"#,
+                "BLOCKED      nginx[812] can't bind 44446: held by java[13154], connected to itself for 3h12m",
+            ),
+            (
+                r#"{"event":"blocked","addr":"::1","port":80,"comm":"a\u001b","pid":7,"failures":9,"holder":{"comm":
+                    "b\n","pid":8,"state":"TIME_WAIT","held_for_ns":5,"free_at":"2026-11-22T23:10:58.584252Z"}}"#,
+                "BLOCKED      a\\u{1b}[7] can't bind [::1]:80: held by the TIME_WAIT of b\\n[8], which was connected \
+                 to itself; free at 23:10:58.584252Z; 9 failures",
+            ),
             (r#"{"event":"lost","where":"ring","count":7}"#, "LOST         7 (ring)"),
             (
                 r#"{"event":"lost","where":"hooks","count":1,"method":"perf"}"#,
@@ -199,9 +212,10 @@ mod tests {
             (
                 r#"{"event":"started","version":"0.1.0","pid":7,"kernel":"6.1\u001b","hooks":[{"hook":"h","method":
                     "tp_btf","refused":[]},{"hook":"h","method":"perf","refused":[]},{"hook":"g","method":null,
-                    "refused":[{"method":"fentry","why":"refused"}]}],"limits":["one"]}"#,
+                    "refused":[{"method":"fentry","why":"refused"}]}],"binds":{"method":null,"refused":[{"method":
+                    "perf","why":"no"}]},"limits":["one"]}"#,
                 "started      selfconn 0.1.0 [7] on kernel 6.1\\u{1b}\n    h: live by tp_btf and perf\n    g: not \
-                 attached\n        fentry refused\n    limit: one",
+                 attached\n        fentry refused\n    failed binds: not seen\n        perf no\n    limit: one",
             ),
         ] {
             assert_eq!(told(json), line);

@@ -29,6 +29,16 @@ fn details(record: Record<'_>, out: &mut String) -> std::fmt::Result {
             write!(out, "\n        {} {}", text("method"), text("why"))?;
         }
     }
+    if let Some(binds) = record.object("binds") {
+        match binds.text("method") {
+            Some(method) => write!(out, "\n    failed binds: seen by {}", escape(method))?,
+            None => write!(out, "\n    failed binds: not seen")?,
+        }
+        for refused in binds.objects("refused") {
+            let text = |key| escape(refused.text(key).unwrap_or("?"));
+            write!(out, "\n        {} {}", text("method"), text("why"))?;
+        }
+    }
     for limit in record.texts("limits") {
         write!(out, "\n    limit: {}", escape(limit))?;
     }
