@@ -117,7 +117,6 @@ impl Daemon {
             log_write_errors: self.story.out.log_write_errors(),
             hooks: self.tracer.methods().live.iter().map(told).collect(),
             ailments,
-            ..Numbers::default()
         }
     }
 }
