@@ -43,6 +43,7 @@ pub(super) fn test(host: &Host) -> Result<Live> {
     runtime.block_on(async {
         let options = Options {
             wanted: Wanted::default(),
+            binds: crate::kernel::tracer::binds::WantedBinds::Off,
             ring_bytes: 1 << 20,
             dials: 64,
             refusals: 64,
