@@ -1,0 +1,42 @@
+//! The floor: empty programs on our hooks, by our methods, held until stdin ends.
+
+use std::io::Read as _;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use aya::{Btf, Ebpf, programs::Program};
+use selfconn::kernel::{attach::Method, tracefs};
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-others"));
+
+/// Attaches an empty program by each method, says so, and waits.
+pub(crate) fn run(methods: &[Method]) -> Result<()> {
+    let mut ebpf = Ebpf::load(OBJECT)?;
+    tracefs::with(|| {
+        let mut attached = methods.iter().map(|method| attach(&mut ebpf, *method));
+        attached.try_for_each(|attached| attached)
+    })?;
+    println!("live");
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
+}
+
+fn attach(ebpf: &mut Ebpf, method: Method) -> Result<()> {
+    let name = format!("other_{method}");
+    let btf = || Btf::from_sys_fs().map_err(|error| anyhow!("{error}"));
+    let attached = match ebpf.program_mut(&name).with_context(|| format!("no program {name}"))? {
+        Program::BtfTracePoint(program) => program
+            .load("inet_sock_set_state", &btf()?)
+            .and_then(|()| program.attach().map(drop)),
+        Program::TracePoint(program) => program
+            .load()
+            .and_then(|()| program.attach("sock", "inet_sock_set_state").map(drop)),
+        Program::FEntry(program) => {
+            program.load("tcp_set_state", &btf()?).and_then(|()| program.attach().map(drop))
+        }
+        Program::KProbe(program) => {
+            program.load().and_then(|()| program.attach("tcp_set_state", 0).map(drop))
+        }
+        _ => bail!("{name} is of another type"),
+    };
+    attached.with_context(|| format!("attach {name}"))
+}
