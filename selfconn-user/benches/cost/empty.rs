@@ -24,12 +24,12 @@ fn attach(ebpf: &mut Ebpf, method: Method) -> Result<()> {
     let name = format!("other_{method}");
     let btf = || Btf::from_sys_fs().map_err(|error| anyhow!("{error}"));
     let attached = match ebpf.program_mut(&name).with_context(|| format!("no program {name}"))? {
-        Program::BtfTracePoint(program) => program
-            .load("inet_sock_set_state", &btf()?)
-            .and_then(|()| program.attach().map(drop)),
-        Program::TracePoint(program) => program
-            .load()
-            .and_then(|()| program.attach("sock", "inet_sock_set_state").map(drop)),
+        Program::BtfTracePoint(program) => {
+            program.load("inet_sock_set_state", &btf()?).and_then(|()| program.attach().map(drop))
+        }
+        Program::TracePoint(program) => {
+            program.load().and_then(|()| program.attach("sock", "inet_sock_set_state").map(drop))
+        }
         Program::FEntry(program) => {
             program.load("tcp_set_state", &btf()?).and_then(|()| program.attach().map(drop))
         }

@@ -64,24 +64,40 @@ fn dev(daemon: &str, rounds: usize, methods: &[String]) -> Result<()> {
                 for m in methods {
                     if m == "tp_btf" || m == "perf" {
                         command.args(["--hooks", "tracepoint", "--tracepoint-method", m]);
-                    } 
+                    }
                 }
                 start(&mut command)?
             } else {
                 let mut command = Command::new("/proc/self/exe");
                 command.arg("empty");
-                if methods.is_empty() { command.args(["tp_btf", "perf"]); } else { command.args(methods); }
+                if methods.is_empty() {
+                    command.args(["tp_btf", "perf"]);
+                } else {
+                    command.args(methods);
+                }
                 start(&mut command)?
             };
-            for (name, kind, to) in [("other", "churn", "127.0.0.2"), ("own", "churn", "127.0.0.1"), ("refused", "refused", "127.0.0.1"), ("selves", "selves", "127.0.0.1")] {
+            for (name, kind, to) in [
+                ("other", "churn", "127.0.0.2"),
+                ("own", "churn", "127.0.0.1"),
+                ("refused", "refused", "127.0.0.1"),
+                ("selves", "selves", "127.0.0.1"),
+            ] {
                 let before = programs::of_process(child.id())?;
-                let said = net::output(net.own(&["generate", kind, "--to", to, "--count", "5000", "--cpu", "1"]))?;
+                let said =
+                    net::output(net.own(&["generate", kind, "--to", to, "--count", "5000", "--cpu", "1"]))?;
                 let made: generate::Made = serde_json::from_str(&said)?;
                 let grown = programs::since(&before, programs::of_process(child.id())?);
                 for a in &grown {
-                    table.entry(format!("{name:8} {variant:5} {} ns/run", &a.name)).or_default().push(a.ns as f64 / a.runs as f64);
+                    table
+                        .entry(format!("{name:8} {variant:5} {} ns/run", &a.name))
+                        .or_default()
+                        .push(a.ns as f64 / a.runs as f64);
                 }
-                table.entry(format!("{name:8} {variant:5} sum ns/conn")).or_default().push(grown.iter().map(|a| a.ns).sum::<u64>() as f64 / made.count as f64);
+                table
+                    .entry(format!("{name:8} {variant:5} sum ns/conn"))
+                    .or_default()
+                    .push(grown.iter().map(|a| a.ns).sum::<u64>() as f64 / made.count as f64);
             }
             child.kill()?;
             child.wait()?;

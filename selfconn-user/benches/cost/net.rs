@@ -24,7 +24,8 @@ impl Net {
     pub(crate) fn new() -> Result<Self> {
         let make = || -> Result<OwnedFd> {
             // SAFETY: only FILES, which is not among the flags, can take descriptors away from other threads.
-            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.context("make a network namespace: run as root")?;
+            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }
+                .context("make a network namespace: run as root")?;
             raise_lo().context("raise lo")?;
             Ok(fs::File::open("/proc/thread-self/ns/net").context("open a network namespace")?.into())
         };
@@ -66,7 +67,11 @@ impl Net {
         // spawn in every caller, and close-on-exec comes later.
         unsafe {
             command.pre_exec(move || {
-                if libc::setns(fd, libc::CLONE_NEWNET) == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+                if libc::setns(fd, libc::CLONE_NEWNET) == 0 {
+                    Ok(())
+                } else {
+                    Err(io::Error::last_os_error())
+                }
             });
         }
     }
