@@ -1,5 +1,6 @@
 //! selfconn's build and test commands: `cargo xtask COMMAND`. Each sets up what it needs, or says how to.
 
+mod bench;
 mod build_ebpf;
 mod daemon;
 mod deny;
@@ -62,6 +63,8 @@ enum Command {
     Service(vm::service::Args),
     /// Run the live tests on other kernels, in virtual machines
     Vm(vm::Args),
+    /// Measure what selfconn costs, and judge it by its targets
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -87,5 +90,6 @@ fn run(command: &Command, workspace: &Workspace) -> Result<()> {
         Command::Deny => deny::run(workspace),
         Command::Dist(arguments) => dist::run(arguments, workspace),
         Command::Vm(arguments) => vm::run(arguments, workspace),
+        Command::Bench(arguments) => bench::run(arguments, workspace),
     }
 }

@@ -76,7 +76,17 @@ pub(crate) fn must(what: &str, command: Command) -> Result<()> {
 }
 
 /// Runs a step, at most so long, and shows that it lives.
-pub(crate) fn run(what: &str, mut command: Command, limit: Option<Duration>) -> Result<Finished> {
+pub(crate) fn run(what: &str, command: Command, limit: Option<Duration>) -> Result<Finished> {
+    run_with(what, command, limit, |_| None)
+}
+
+/// The same of a step that speaks to us: a line that `hear` takes is no output, and what it answers is shown.
+pub(crate) fn run_with(
+    what: &str,
+    mut command: Command,
+    limit: Option<Duration>,
+    mut hear: impl FnMut(&str) -> Option<String>,
+) -> Result<Finished> {
     let program = command.get_program().to_string_lossy().into_owned();
     let (reader, writer) = io::pipe().context("make a pipe")?;
     let both = writer.try_clone().context("make a pipe")?;
@@ -99,11 +109,14 @@ pub(crate) fn run(what: &str, mut command: Command, limit: Option<Duration>) -> 
     let mut output = String::new();
     loop {
         match lines.recv_timeout(Duration::from_millis(200)) {
-            Ok(line) => {
-                output.push_str(&line);
-                output.push('\n');
-                display.now_at(&line);
-            }
+            Ok(line) => match hear(&line) {
+                Some(heard) => display.now_at(&heard),
+                None => {
+                    output.push_str(&line);
+                    output.push('\n');
+                    display.now_at(&line);
+                }
+            },
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
         }

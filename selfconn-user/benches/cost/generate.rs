@@ -129,16 +129,19 @@ fn churn(args: &Args) -> Result<Made> {
     })
 }
 
-/// Binds a port that the kernel chooses, connects to it, and resets it.
+/// Self-connections, each reset at once.
 fn selves(args: &Args) -> Result<Made> {
-    paced(args, || {
-        let client = socket()?;
-        client.set_linger(Some(Duration::ZERO))?;
-        client.bind(&SocketAddr::from((args.to, 0)).into())?;
-        let own = client.local_addr()?;
-        client.connect(&own)?;
-        Ok(true)
-    })
+    paced(args, || self_connection(args.to).map(|_| true))
+}
+
+/// Binds a port that the kernel chooses, and connects to it; to be reset when it is closed.
+pub(crate) fn self_connection(address: Ipv4Addr) -> Result<(Socket, u16)> {
+    let client = socket()?;
+    client.set_linger(Some(Duration::ZERO))?;
+    client.bind(&SocketAddr::from((address, 0)).into())?;
+    let own = client.local_addr()?;
+    client.connect(&own)?;
+    Ok((client, own.as_socket().context("no address")?.port()))
 }
 
 /// Dials a port where nobody listens, out of the parity that `connect()` chooses from; so it never hits itself.

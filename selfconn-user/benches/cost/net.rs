@@ -34,12 +34,6 @@ impl Net {
         made.unwrap_or_else(|_| bail!("making a network namespace panicked")).map(|fd| Self { fd })
     }
 
-    /// Sets a sysctl below `net` of this namespace.
-    pub(crate) fn sysctl(&self, name: &str, value: &str) -> Result<()> {
-        let path = format!("/proc/sys/net/{name}");
-        self.inside(|| fs::write(&path, value).with_context(|| format!("write {path}")))
-    }
-
     /// Does something on a thread inside.
     pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         thread::scope(|scope| {

@@ -1,0 +1,144 @@
+//! Whatever traces: the daemon, the floor, and the peers. Each is started, waited for until it is live, and ended.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use selfconn::kernel::tracefs;
+
+/// How long one may take until it is live.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// One that runs; dropping it ends it.
+pub(crate) struct Tracer {
+    child: Child,
+    /// What it said first.
+    pub(crate) first: String,
+}
+
+impl Tracer {
+    /// The daemon, as it comes but for these options. Its events go to the log that they name, or nowhere.
+    pub(crate) fn daemon(binary: &Path, options: &[&str]) -> Result<Self> {
+        let mut command = Command::new(binary);
+        command.args(["run", "--json"]).args(options);
+        Self::start(command)
+    }
+
+    /// Empty programs by these methods.
+    pub(crate) fn empty(methods: &[String]) -> Result<Self> {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("empty").args(methods);
+        Self::start(command)
+    }
+
+    /// One of the peers.
+    pub(crate) fn peer(peer: Peer) -> Result<Self> {
+        let mut command = Command::new(peer.program());
+        command.args(peer.arguments());
+        // The tracepoint's files, for those that look for them; on a thread of its own, whose mounts are nobody else's.
+        tracefs::with(|| Self::start(command))
+    }
+
+    /// Starts it and waits for the first line on stdout; the rest goes nowhere.
+    fn start(mut command: Command) -> Result<Self> {
+        let what = command.get_program().to_string_lossy().into_owned();
+        let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let mut child = spawned.with_context(|| format!("start {what}"))?;
+        let mut stdout = BufReader::new(child.stdout.take().context("no stdout")?);
+        let stderr = child.stderr.take().context("no stderr")?;
+        let said = thread::spawn(move || {
+            let mut lines = BufReader::new(stderr).lines().map_while(Result::ok);
+            let first = lines.next();
+            lines.for_each(drop);
+            first
+        });
+        let mut first = String::new();
+        if stdout.read_line(&mut first)? == 0 {
+            let _ = child.kill();
+            child.wait()?;
+            let why = said.join().ok().flatten().unwrap_or_else(|| "it said nothing".to_owned());
+            bail!("{what}: {}", why.trim());
+        }
+        thread::spawn(move || std::io::copy(&mut stdout, &mut std::io::sink()));
+        Ok(Self { child, first })
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Ends it as a user would, and waits.
+    pub(crate) fn stop(mut self) -> Result<()> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        let until = Instant::now() + DEADLINE;
+        while self.child.try_wait()?.is_none() {
+            ensure!(Instant::now() < until, "it does not end");
+            thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Tracer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Others that watch TCP states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Peer {
+    Tcpstates,
+    Tcplife,
+    Bpftrace,
+    SsPolling,
+}
+
+impl Peer {
+    pub(crate) const ALL: [Self; 4] = [Self::Tcpstates, Self::Tcplife, Self::Bpftrace, Self::SsPolling];
+
+    /// As the table has it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Tcpstates => "tcpstates",
+            Self::Tcplife => "tcplife",
+            Self::Bpftrace => "bpftrace",
+            Self::SsPolling => "ss_polling",
+        }
+    }
+
+    fn program(self) -> String {
+        let candidates: &[&str] = match self {
+            // Where Debian puts libbpf-tools.
+            Self::Tcpstates => &["/usr/sbin/tcpstates", "/usr/bin/tcpstates"],
+            Self::Tcplife => &["/usr/sbin/tcplife", "/usr/bin/tcplife"],
+            Self::Bpftrace => &["bpftrace"],
+            Self::SsPolling => &["sh"],
+        };
+        let there = candidates.iter().find(|path| fs::exists(path).unwrap_or(false));
+        there.unwrap_or(&candidates[candidates.len() - 1]).to_string()
+    }
+
+    fn arguments(self) -> Vec<&'static str> {
+        match self {
+            // Its heading is the first line.
+            Self::Tcpstates | Self::Tcplife => vec![],
+            Self::Bpftrace => vec![
+                "-e",
+                "BEGIN { printf(\"live\\n\"); } tracepoint:sock:inet_sock_set_state \
+                 /args->sport == args->dport && args->saddr == args->daddr/ { printf(\"%d\\n\", pid); }",
+            ],
+            Self::SsPolling => {
+                vec!["-c", "echo live; while :; do ss -tanH | awk '$4 == $5'; sleep 0.1; done"]
+            }
+        }
+    }
+}
