@@ -32,7 +32,7 @@ pub(super) fn quantile(values: &[f64], share: f64) -> Option<f64> {
 
 /// The median of numbers.
 pub(super) fn of(values: &[f64]) -> Option<Estimate> {
-    bootstrap(values, |sample| median(sample))
+    bootstrap(values, median)
 }
 
 /// A share of numbers, as [`quantile`].
