@@ -14,6 +14,7 @@ mod detection;
 mod disk;
 mod faults;
 mod hands;
+mod hostile;
 mod kinds;
 mod load;
 mod log;
