@@ -416,9 +416,9 @@ pub mod task_access {
 
 /// Slots of the per-CPU map [`names::COUNTERS`], each a `u64`.
 pub mod counter {
-    /// Transitions of self-connections that were put into the ring buffer.
-    pub const REPORTED: u32 = 0;
-    /// Transitions of self-connections for which the ring buffer had no room.
+    /// Records that were to go through the ring buffer. Each is delivered, or counted in [`RING_FULL`].
+    pub const MATCHED: u32 = 0;
+    /// Records for which the ring buffer had no room.
     pub const RING_FULL: u32 = 1;
     /// Openers that the table had no room for.
     pub const NOT_REMEMBERED: u32 = 2;

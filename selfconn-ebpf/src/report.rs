@@ -51,6 +51,7 @@ pub(crate) unsafe fn add_one(counter: *mut u64) {
 /// Puts a record of another kind into the ring buffer. False: it had no room.
 #[inline(always)]
 pub(crate) fn tell<T>(record: &T) -> bool {
+    count(counter::MATCHED);
     let is_told = TRANSITIONS.output::<T>(record, 0).is_ok();
     if !is_told {
         count(counter::RING_FULL);
@@ -87,6 +88,7 @@ pub(crate) fn report<C: EbpfContext, M: Memory>(ctx: &C, sock: Sock<M>, step: &S
     if let Recalled::Told = recalled {
         return;
     }
+    count(counter::MATCHED);
     let Some(mut entry) = TRANSITIONS.reserve::<Transition>(0) else {
         count(counter::RING_FULL);
         warn!(ctx, "the ring buffer is full: {} -> {} of port {} is lost", old, new, tuple.dport);
@@ -112,5 +114,4 @@ pub(crate) fn report<C: EbpfContext, M: Memory>(ctx: &C, sock: Sock<M>, step: &S
         Recalled::Nobody | Recalled::Told => out.opener = Opener::UNKNOWN,
     }
     entry.submit(0);
-    count(counter::REPORTED);
 }

@@ -18,7 +18,7 @@ use crate::{
     blocked::Blocked,
     clock::{self, Offset},
     connection::{Connection, Connections, Happening, Listed},
-    event::{Ended, Losses, Lost, Moved, Subject, What},
+    event::{Ended, Losses, Lost, Moved, Programs, Subject, What},
     kernel::{
         host::Host,
         tracer::{Counters, Tracer},
@@ -209,11 +209,31 @@ impl Daemon {
         self.end_remedy().await;
         // What happened before the signal is told; what happens from here on isn't seen.
         self.tracer.detach();
-        while self.take() > 0 {}
-        self.tell_losses();
+        let programs = self.take_the_rest().await;
         let (losses, open) = (self.losses(), self.story.connections.iter().count());
-        self.story.out.stop(losses, open as u64).await;
+        self.story.out.stop(losses, open as u64, programs).await;
         Ok(blind)
+    }
+
+    /// Takes what is left in the ring buffer when the programs are off their hooks. One may still be running on another
+    /// CPU: what it counts as matched is waited for, as long as any program can take.
+    async fn take_the_rest(&mut self) -> Programs {
+        let until = Instant::now() + Duration::from_millis(100);
+        loop {
+            while self.take() > 0 {}
+            self.tell_losses();
+            let Counters { matched, ring_full, not_remembered, .. } = self.counted;
+            let delivered = self.tracer.delivered();
+            if matched == delivered + ring_full || Instant::now() > until {
+                return Programs {
+                    matched,
+                    delivered,
+                    not_examined: self.tracer.not_examined(),
+                    not_remembered,
+                };
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
     }
 
     /// Takes a batch of transitions; says how many.

@@ -208,6 +208,22 @@ pub struct Stopped {
     pub lost: Losses,
     /// Self-connections still open.
     pub open: u64,
+    /// What the programs in the kernel counted.
+    #[serde(flatten)]
+    pub programs: Programs,
+}
+
+/// The programs' account of a run. `matched` = `delivered` + `lost.ring`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Programs {
+    /// Records that were to go through the ring buffer.
+    pub matched: u64,
+    /// Records that came out of it.
+    pub delivered: u64,
+    /// How often a program was not run; `None`: the kernel doesn't count it.
+    pub not_examined: Option<u64>,
+    /// Openers that the table of dials had no room for.
+    pub not_remembered: u64,
 }
 
 /// Totals of what was lost.

@@ -56,9 +56,9 @@ pub struct Options {
 /// What the programs counted since they were loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Transitions put into the ring buffer.
-    pub reported: u64,
-    /// Transitions that it had no room for.
+    /// Records that were to go through the ring buffer: each is delivered, or counted below.
+    pub matched: u64,
+    /// Records that it had no room for.
     pub ring_full: u64,
     /// Openers that the table had no room for.
     pub not_remembered: u64,
@@ -86,6 +86,7 @@ pub struct Tracer {
     dials: Array<MapData, Set>,
     refusals: Refusals,
     log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
+    delivered: u64,
     methods: Choice<()>,
     binds: binds::Binds,
     bind_links: Option<binds::Links>,
@@ -128,6 +129,7 @@ impl Tracer {
             dials: Array::try_from(take(&mut ebpf, names::DIALS)?)?,
             refusals: Refusals::of(take(&mut ebpf, names::REFUSALS)?)?,
             log,
+            delivered: 0,
             methods: Choice { live, refused: choice.refused },
             binds,
             bind_links,
@@ -197,6 +199,7 @@ impl Tracer {
         let ring = self.ring.get_mut();
         for taken in 0..limit {
             let Some(item) = ring.next() else { return taken };
+            self.delivered += 1;
             match Record::from_bytes(&item) {
                 Some(record) => each(&record),
                 None => log::error!("a record of {} bytes in the ring buffer", item.len()),
@@ -208,6 +211,12 @@ impl Tracer {
     /// The table of refused dials.
     pub fn refusals(&mut self) -> &mut Refusals {
         &mut self.refusals
+    }
+
+    /// How many records came out of the ring buffer.
+    #[must_use]
+    pub fn delivered(&self) -> u64 {
+        self.delivered
     }
 
     /// What the programs counted.
@@ -222,7 +231,7 @@ impl Tracer {
         }
         Ok(Counters {
             seen,
-            reported: sum(counter::REPORTED)?,
+            matched: sum(counter::MATCHED)?,
             ring_full: sum(counter::RING_FULL)?,
             not_remembered: sum(counter::NOT_REMEMBERED)?,
             refused: sum(counter::REFUSED)?,

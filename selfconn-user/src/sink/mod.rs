@@ -6,7 +6,7 @@ use std::io;
 use jiff::Timestamp;
 
 use self::{file::LogFile, journal::Journal, stdout::Stdout};
-use crate::event::{Event, Losses, Stopped, What};
+use crate::event::{Event, Losses, Programs, Stopped, What};
 
 mod backlog;
 pub mod file;
@@ -198,7 +198,7 @@ impl Sinks {
 
     /// Makes and writes the last event. Its numbers count what became of everything, itself included: events made are
     /// those written and those lost.
-    pub async fn stop(&mut self, lost: Losses, open: u64) {
+    pub async fn stop(&mut self, lost: Losses, open: u64, programs: Programs) {
         let log_takes_it = self.log.as_mut().is_none_or(LogFile::finish);
         self.drain().await;
         self.made += 1;
@@ -209,14 +209,14 @@ impl Sinks {
             journal: u64::from(self.journal.as_ref().is_some_and(|journal| journal.writer.is_stuck())),
             ..Losses::default()
         };
-        let mut event = self.stopped(lost.plus(own), open, u64::from(log_takes_it));
+        let mut event = self.stopped(lost.plus(own), open, programs, u64::from(log_takes_it));
         if log_takes_it {
             self.write_json(&event);
             if let Some(log) = &mut self.log {
                 log.push(&self.line);
                 if !log.finish() {
                     // It has counted the line as lost.
-                    event = self.stopped(lost.plus(own), open, 0);
+                    event = self.stopped(lost.plus(own), open, programs, 0);
                 }
             }
         }
@@ -231,12 +231,13 @@ impl Sinks {
     }
 
     /// `written` of it will be in the log.
-    fn stopped(&self, lost: Losses, open: u64, written: u64) -> Event {
+    fn stopped(&self, lost: Losses, open: u64, programs: Programs, written: u64) -> Event {
         let stopped = Stopped {
             made: self.made,
             written: self.written().map(|before| before + written),
             lost: lost.plus(self.lost()),
             open,
+            programs,
         };
         Event { time: Timestamp::now(), what: What::Stopped(stopped) }
     }

@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
 
 mod accident;
+mod accounting;
 mod audit;
 mod blocked;
 mod client;
