@@ -19,7 +19,7 @@ use rustix::{
     net::{
         AddressFamily, RecvFlags, SendFlags, SocketType, netlink::SocketAddrNetlink, recv, sendto, socket,
     },
-    process::{WaitOptions, wait},
+    process::{Resource, Rlimit, WaitOptions, setrlimit, wait},
     system::{RebootCommand, init_module, reboot},
     termios::{OptionalActions, tcdrain, tcgetattr, tcsetattr},
 };
@@ -61,6 +61,9 @@ fn main() -> ExitCode {
     power_off()
 }
 
+/// How many descriptors a process may open: what service managers set, and the kernel doesn't.
+const DESCRIPTORS: u64 = 524_288;
+
 /// Everything between the kernel's hand-over and the verdict.
 fn guest() -> Result<bool> {
     let refused = mount_all()?;
@@ -78,6 +81,8 @@ fn guest() -> Result<bool> {
         println!("{}", plan::verdict(false));
         power_off()
     });
+    let limit = Rlimit { current: Some(DESCRIPTORS), maximum: Some(DESCRIPTORS) };
+    setrlimit(Resource::Nofile, limit).context("set the limit on descriptors")?;
     loopback_up().context("bring lo up")?;
     for module in &plan.modules {
         if let Err(error) = load(module) {

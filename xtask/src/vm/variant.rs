@@ -36,10 +36,21 @@ impl Part {
 /// The module `load` is a part of its own, for it needs the machine for itself and other counts.
 const LOAD: Part = Part { name: "load", args: &["load::"], scale: [4, 1] };
 
-/// Everything else, but for what is about files and pipes: no kernel would do that differently.
+/// Everything else, but for what is about files, pipes, HTTP and a service manager: no kernel would do that differently.
 const ALL: Part = Part {
     name: "live",
-    args: &["--skip", "load::", "--skip", "log::", "--skip", "stdout::"],
+    args: &[
+        "--skip",
+        "load::",
+        "--skip",
+        "log::",
+        "--skip",
+        "metrics::",
+        "--skip",
+        "service::",
+        "--skip",
+        "stdout::",
+    ],
     scale: [10, 10],
 };
 
