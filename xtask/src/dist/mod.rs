@@ -1,7 +1,7 @@
 //! `cargo xtask dist`: what is handed to others, in `dist/` of the target directory. A Debian package, a tarball with
 //! a binary that needs no libraries, a bill of materials, and the checksums of all.
 //!
-//! The same commit gives the same bytes, wherever it is built, as long as compiler and packages of the builder are the
+//! The same commit is to give the same bytes, wherever it is built, as long as compiler and packages of the builder are the
 //! same; `--check` builds it a second time elsewhere and compares.
 
 use std::{
