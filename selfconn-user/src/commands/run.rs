@@ -110,7 +110,7 @@ enum BindsArg {
     Auto,
     /// At the end of inet_csk_get_port
     Fexit,
-    /// At the system call bind; every other system call gets a little slower
+    /// At the system call bind
     Perf,
     /// Not at all
     Off,

@@ -21,7 +21,7 @@ use crate::kernel::{
 pub enum BindMethod {
     /// The return of `inet_csk_get_port`, through which every bind of a TCP socket goes: nothing else pays for it.
     Fexit,
-    /// The system call: any socket's, and each system call of the host takes a longer way while it is attached.
+    /// The system call, of any socket.
     Perf,
 }
 
