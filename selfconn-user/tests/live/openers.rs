@@ -122,7 +122,7 @@ fn a_self_connection_is_remembered_until_it_ends() {
 }
 
 /// Dials of a server that takes no more: their SYNs are dropped, and they stay on their way.
-fn unanswered(count: usize) -> (TcpListener, Vec<Socket>) {
+pub(crate) fn unanswered(count: usize) -> (TcpListener, Vec<Socket>) {
     let listener = socket(Ipv4Addr::LOCALHOST.into());
     listener.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
     listener.listen(0).unwrap();
