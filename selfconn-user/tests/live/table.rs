@@ -1,6 +1,12 @@
 //! The daemon and the kernel's socket table: what was there before it, what it missed, and what is gone.
 
-use std::{collections::HashMap, net::Ipv4Addr, sync::Barrier, thread, time::Duration};
+use std::{
+    collections::HashMap,
+    net::Ipv4Addr,
+    sync::{Barrier, Mutex, mpsc::sync_channel},
+    thread,
+    time::Duration,
+};
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -179,19 +185,32 @@ fn ten_thousand_in_fifty_namespaces_have_their_own_namespace_and_opener() {
     let mut daemon = Daemon::start(&Variant(vec![]), &["--ring-size", "32M"]);
     // The number of a namespace that is gone is given to the next.
     let all_are_done = Barrier::new(50);
+    // One after another, for this is not about how fast stdout is read either.
+    let (turn, (done, places_of)) = (Mutex::new(()), sync_channel(0));
     let in_a_namespace = || {
         let net = Net::private();
+        let own_turn = turn.lock().unwrap();
         drop(open(each));
+        done.send((net.inode, rustix::thread::gettid().as_raw_nonzero().get())).unwrap();
+        drop(own_turn);
         all_are_done.wait();
-        (net.inode, rustix::thread::gettid().as_raw_nonzero().get())
     };
-    let places: HashMap<u64, i32> = thread::scope(|scope| {
-        let threads: Vec<_> = (0..50).map(|_| scope.spawn(in_a_namespace)).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    let mut places: HashMap<u64, i32> = HashMap::new();
+    thread::scope(|scope| {
+        for _ in 0..50 {
+            scope.spawn(in_a_namespace);
+        }
+        for _ in 0..50 {
+            let (inode, thread) = places_of.recv().unwrap();
+            places.insert(inode, thread);
+            daemon.expect(places.len() * each, |event| {
+                event["event"] == "closed"
+                    && event["netns"].as_u64().is_some_and(|netns| places.contains_key(&netns))
+            });
+        }
     });
     assert_eq!(places.len(), 50);
     let is_ours = |event: &Value| event["netns"].as_u64().is_some_and(|netns| places.contains_key(&netns));
-    daemon.expect(50 * each, |event| event["event"] == "closed" && is_ours(event));
     let (events, _) = daemon.stop();
     let mut counts = HashMap::new();
     for event in events.iter().filter(|event| event["event"] == "established" && is_ours(event)) {
