@@ -10,7 +10,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use aya::sys::{Stats, enable_stats};
 use selfconn::kernel::tracefs;
+
+use crate::programs;
 
 /// How long one may take until it is live.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -37,20 +40,60 @@ impl Tracer {
         Self::start(command)
     }
 
-    /// One of the peers.
-    pub(crate) fn peer(peer: Peer) -> Result<Self> {
+    /// One of the peers, once it traces what `make` makes.
+    pub(crate) fn peer(peer: Peer, mut make: impl FnMut() -> Result<()>) -> Result<Self> {
         let mut command = Command::new(peer.program());
         command.args(peer.arguments());
+        if peer == Peer::SsPolling {
+            return Self::start(command);
+        }
         // The tracepoint's files, for those that look for them; on a thread of its own, whose mounts are nobody else's.
-        tracefs::with(|| Self::start(command))
+        let (mut tracer, said) = tracefs::with(|| Self::spawn(command))?;
+        thread::spawn({
+            let mut stdout = tracer.child.stdout.take().context("no stdout")?;
+            move || std::io::copy(&mut stdout, &mut std::io::sink())
+        });
+        // They don't say when they are live, so their programs must be seen to run.
+        let _account = enable_stats(Stats::RunTime).context("have the kernel account for BPF programs")?;
+        let runs = |pid| -> Result<u64> {
+            Ok(programs::of_process(pid)?.values().map(|account| account.runs).sum())
+        };
+        let until = Instant::now() + DEADLINE;
+        loop {
+            if let Some(status) = tracer.child.try_wait()? {
+                let why = said.join().ok().flatten().unwrap_or_else(|| status.to_string());
+                bail!("{}: {}", peer.program(), why.trim());
+            }
+            let before = runs(tracer.pid())?;
+            make()?;
+            if runs(tracer.pid())? > before {
+                return Ok(tracer);
+            }
+            ensure!(Instant::now() < until, "{} traces nothing", peer.program());
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Starts it and waits for the first line on stdout; the rest goes nowhere.
-    fn start(mut command: Command) -> Result<Self> {
+    fn start(command: Command) -> Result<Self> {
+        let what = command.get_program().to_string_lossy().into_owned();
+        let (mut tracer, said) = Self::spawn(command)?;
+        let mut stdout = BufReader::new(tracer.child.stdout.take().context("no stdout")?);
+        if stdout.read_line(&mut tracer.first)? == 0 {
+            let _ = tracer.child.kill();
+            tracer.child.wait()?;
+            let why = said.join().ok().flatten().unwrap_or_else(|| "it said nothing".to_owned());
+            bail!("{what}: {}", why.trim());
+        }
+        thread::spawn(move || std::io::copy(&mut stdout, &mut std::io::sink()));
+        Ok(tracer)
+    }
+
+    /// Starts it; what it says first on stderr is the thread's to tell.
+    fn spawn(mut command: Command) -> Result<(Self, thread::JoinHandle<Option<String>>)> {
         let what = command.get_program().to_string_lossy().into_owned();
         let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         let mut child = spawned.with_context(|| format!("start {what}"))?;
-        let mut stdout = BufReader::new(child.stdout.take().context("no stdout")?);
         let stderr = child.stderr.take().context("no stderr")?;
         let said = thread::spawn(move || {
             let mut lines = BufReader::new(stderr).lines().map_while(Result::ok);
@@ -58,15 +101,7 @@ impl Tracer {
             lines.for_each(drop);
             first
         });
-        let mut first = String::new();
-        if stdout.read_line(&mut first)? == 0 {
-            let _ = child.kill();
-            child.wait()?;
-            let why = said.join().ok().flatten().unwrap_or_else(|| "it said nothing".to_owned());
-            bail!("{what}: {}", why.trim());
-        }
-        thread::spawn(move || std::io::copy(&mut stdout, &mut std::io::sink()));
-        Ok(Self { child, first })
+        Ok((Self { child, first: String::new() }, said))
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -137,7 +172,7 @@ impl Peer {
                  /args->sport == args->dport && args->saddr == args->daddr/ { printf(\"%d\\n\", pid); }",
             ],
             Self::SsPolling => {
-                vec!["-c", "echo live; while :; do ss -tanH | awk '$4 == $5'; sleep 0.1; done"]
+                vec!["-c", "trap exit TERM; echo live; while :; do ss -tanH | awk '$4 == $5'; sleep 0.1; done"]
             }
         }
     }
