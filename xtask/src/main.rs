@@ -50,6 +50,9 @@ enum Command {
     Test {
         /// Only the tests with this in their name
         filter: Option<String>,
+        /// Boot other kernels, too: the oldest, the newest, and that one under lockdown
+        #[arg(long, conflicts_with = "filter")]
+        kernels: bool,
     },
     /// Run the fuzz targets, each for a bounded time, and tell what was tried
     Fuzz(fuzz::Args),
@@ -84,7 +87,7 @@ fn run(command: &Command, workspace: &Workspace) -> Result<()> {
         Command::Build => daemon::build(workspace),
         Command::Run { arguments } => daemon::run(workspace, arguments),
         Command::Service(arguments) => vm::service::run(arguments, workspace),
-        Command::Test { filter } => test::test(workspace, filter.as_deref()),
+        Command::Test { filter, kernels } => test::test(workspace, filter.as_deref(), *kernels),
         Command::Fuzz(arguments) => fuzz::run(arguments, workspace),
         Command::Operations => operations::operations(workspace),
         Command::Deny => deny::run(workspace),

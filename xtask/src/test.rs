@@ -70,8 +70,8 @@ const CHECKS: [Check; 4] = [
     },
 ];
 
-/// Runs all checks, or only the tests with `filter` in their name.
-pub(crate) fn test(workspace: &Workspace, filter: Option<&str>) -> Result<()> {
+/// Runs all checks, or only the tests with `filter` in their name; with `kernels` in virtual machines, too.
+pub(crate) fn test(workspace: &Workspace, filter: Option<&str>, kernels: bool) -> Result<()> {
     if filter.is_none() {
         add_components()?;
     }
@@ -132,7 +132,7 @@ pub(crate) fn test(workspace: &Workspace, filter: Option<&str>) -> Result<()> {
         times.push(format!("{NAME} {}", seconds(began.elapsed())));
     }
 
-    if filter.is_none() {
+    if kernels {
         const NAME: &str = "live tests on other kernels";
         say(NAME);
         let began = Instant::now();

@@ -172,7 +172,10 @@ impl Peer {
                  /args->sport == args->dport && args->saddr == args->daddr/ { printf(\"%d\\n\", pid); }",
             ],
             Self::SsPolling => {
-                vec!["-c", "trap exit TERM; echo live; while :; do ss -tanH | awk '$4 == $5'; sleep 0.1; done"]
+                vec![
+                    "-c",
+                    "trap exit TERM; echo live; while :; do ss -tanH | awk '$4 == $5'; sleep 0.1; done",
+                ]
             }
         }
     }
