@@ -1,45 +1,49 @@
 //! What every program does with a transition: leave it if the socket's two addresses differ, else judge it and act.
 //!
-//! The first comparison is the path of every TCP state change on the host: loads and compares, no helper, no store.
+//! The comparison is the path of every TCP state change on the host: loads and compares, no helper, no store. What
+//! comes after it is a function of its own, for its registers and its stack would else be saved and set up first.
 
 use aya_ebpf::{EbpfContext, programs::TracePointContext};
 use selfconn_ebpf::{IPPROTO_TCP, Tuple, Verdict, judge, state};
 
 use crate::{
     refusal,
-    report::report,
-    sock::{Memory, Record, Sock},
-    witness,
+    report::{Step, report},
+    sock::{Memory, Own, Record, Sock},
+    witness::{self, Dialling},
 };
 
 /// A program that was handed the socket.
-#[inline(always)]
-pub(crate) fn socket<C: EbpfContext, M: Memory>(ctx: &C, witness: u8, sock: Sock<M>, old: u8, new: u8) {
-    let Some((family, addr)) = sock.own_address() else { return };
-    if sock.protocol() != IPPROTO_TCP {
+#[inline(never)]
+pub(crate) fn socket<C: EbpfContext, M: Memory, const WITNESS: u8>(
+    ctx: C,
+    sock: Sock<M>,
+    own: Own,
+    old: u8,
+    new: u8,
+) {
+    let (source, dport) = (sock.source_port(new), sock.dport());
+    // The protocol last: it is in another cache line, and the ports of most say already that they are not ours.
+    if matches!(judge(old, new, source, dport), Verdict::Ignore) || sock.protocol() != IPPROTO_TCP {
         return;
     }
-    let (source, dport) = (sock.source_port(new), sock.dport());
-    act(ctx, witness, sock, Seen { family, addr, source, dport, old, new });
+    act(&ctx, sock, &Seen { witness: WITNESS, own, source, dport, old, new });
 }
 
 /// The program that was handed the tracepoint's record.
-#[inline(always)]
-pub(crate) fn record(ctx: &TracePointContext, witness: u8, record: &Record) {
-    let Some((family, addr)) = record.own_address() else { return };
-    if record.protocol != IPPROTO_TCP {
-        return;
-    }
-    let (old, new, dport) = (record.old, record.new, record.dport);
+#[inline(never)]
+pub(crate) fn record<const WITNESS: u8>(ctx: TracePointContext) {
+    let Some(record) = Record::new(&ctx).filter(|record| record.protocol == IPPROTO_TCP) else { return };
+    let Record { sock, own, old, new, dport, .. } = record;
     // The record has inet_sport, which is right but at SYN_SENT: see `judge`.
-    let source = if new == state::SYN_SENT { record.sock.num() } else { record.sport };
-    act(ctx, witness, record.sock, Seen { family, addr, source, dport, old, new });
+    let source = if new == state::SYN_SENT { sock.num() } else { record.sport };
+    act(&ctx, sock, &Seen { witness: WITNESS, own, source, dport, old, new });
 }
 
 /// A transition of a TCP socket whose two addresses are equal. Ports in host byte order.
 struct Seen {
-    family: u8,
-    addr: [u32; 4],
+    witness: u8,
+    own: Own,
     source: u16,
     dport: u16,
     old: u8,
@@ -47,33 +51,42 @@ struct Seen {
 }
 
 #[inline(always)]
-fn act<C: EbpfContext, M: Memory>(ctx: &C, witness: u8, sock: Sock<M>, seen: Seen) {
-    let Seen { family, addr, source, dport, old, new } = seen;
-    let verdict = judge(old, new, source, dport);
-    if matches!(verdict, Verdict::Ignore) {
-        return;
+fn act<C: EbpfContext, M: Memory>(ctx: &C, sock: Sock<M>, seen: &Seen) {
+    let Seen { witness, own, source, dport, old, new } = *seen;
+    // One place for each step, for each is inlined: the stack of a program is small.
+    let (remembers, reports, ends, forgets) = match judge(old, new, source, dport) {
+        Verdict::Ignore => return,
+        Verdict::Remember => (true, false, false, false),
+        Verdict::RememberAndReport => (true, true, false, false),
+        Verdict::Report => (false, true, false, false),
+        Verdict::ReportAndForget => (false, true, false, true),
+        Verdict::CountAndForget => (false, false, true, false),
+        Verdict::Forget => (false, false, false, true),
+    };
+    let tuple = || Tuple { addr: own.addr(), netns: sock.netns(), dport, family: own.family().into() };
+    if remembers {
+        let dialling =
+            Dialling { witness, addr: own.addr(), dport, family: own.family(), source_port: source };
+        witness::remember(ctx, sock, &dialling);
     }
-    let tuple = Tuple { addr, netns: sock.netns(), dport, family: family.into() };
-    match verdict {
-        Verdict::Ignore => {}
-        Verdict::Remember => witness::remember(ctx, sock.key(), tuple, source),
-        Verdict::RememberAndReport => {
-            witness::remember(ctx, sock.key(), tuple, source);
-            report(ctx, witness, sock, &tuple, old, new);
-        }
-        Verdict::Report => report(ctx, witness, sock, &tuple, old, new),
-        Verdict::ReportAndForget => {
-            report(ctx, witness, sock, &tuple, old, new);
-            witness::forget(sock.key());
-        }
-        Verdict::Forget => witness::forget(sock.key()),
-        Verdict::CountAndForget => {
-            // One witness ends a dial, and so it is counted once.
-            if let Some(dialler) = witness::end(sock.key(), &tuple)
-                && sock.was_refused()
-            {
-                refusal::count(ctx, &tuple, &dialler);
-            }
-        }
+    if reports {
+        report(ctx, sock, &Step { witness, tuple: tuple(), old, new });
+    }
+    if ends {
+        refused(ctx, sock, &tuple());
+    }
+    if forgets {
+        witness::forget(sock);
+    }
+}
+
+/// Ends a dial that came to nothing, and counts it if it was refused. One witness ends it, and so it is counted once. A
+/// function of its own, for a stack of its own.
+#[inline(never)]
+fn refused<C: EbpfContext, M: Memory>(ctx: &C, sock: Sock<M>, tuple: &Tuple) {
+    if let Some(dialler) = witness::end(sock, tuple)
+        && sock.was_refused()
+    {
+        refusal::count(ctx, tuple, &dialler);
     }
 }

@@ -8,8 +8,11 @@
 extern crate std;
 
 pub mod bind;
+mod dial;
 pub mod names;
 pub mod risk;
+
+pub use dial::{Dial, DialSet, WAYS, set_of};
 
 /// TCP states as the kernel numbers them (`include/net/tcp_states.h` at v5.10; unchanged through v7.0).
 pub mod state {
@@ -181,20 +184,6 @@ pub struct Tuple {
     pub family: u16,
 }
 
-/// A dial in flight or a self-connection: the value of [`names::DIALS`], whose key is the socket's kernel address.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Dial {
-    /// An entry counts only where all of this matches.
-    pub tuple: Tuple,
-    /// Who dialled.
-    pub opener: Opener,
-    /// A bit for each state whose coming was reported, so that the second witness keeps quiet.
-    pub reported: u32,
-    /// Zero.
-    pub padding: u32,
-}
-
 /// One transition of a self-connection: the record in the ring buffer, in the host's byte order.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -249,7 +238,6 @@ const _: () = {
     assert!(size_of::<Task>() == 40);
     assert!(size_of::<Opener>() == 64);
     assert!(size_of::<Tuple>() == 24);
-    assert!(size_of::<Dial>() == 96);
     assert!(size_of::<Transition>() == 200);
     assert!(offset_of!(Transition, addr) == 48);
     assert!(offset_of!(Transition, port) == 84);

@@ -35,15 +35,20 @@ mod programs {
     /// `inet_sock_set_state(sk, oldstate, newstate)`, after the state is set.
     #[btf_tracepoint(function = "inet_sock_set_state")]
     fn selfconn_tp_btf(ctx: BtfTracePointContext) -> i32 {
-        let (old, new): (i32, i32) = (ctx.arg(1), ctx.arg(2));
-        body::socket(&ctx, 0, Sock::<Direct>::new(ctx.arg(0)), old as u8, new as u8);
+        let sock = Sock::<Direct>::new(ctx.arg(0));
+        if let Some(own) = sock.own_address() {
+            let (old, new): (i32, i32) = (ctx.arg(1), ctx.arg(2));
+            body::socket::<_, _, 0>(ctx, sock, own, old as u8, new as u8);
+        }
         0
     }
 
     /// The same tracepoint through perf: the record instead of the arguments.
     #[tracepoint(category = "sock", name = "inet_sock_set_state")]
     fn selfconn_perf(ctx: TracePointContext) -> u32 {
-        body::record(&ctx, 1, &Record::new(&ctx));
+        if Record::is_own(&ctx) {
+            body::record::<1>(ctx);
+        }
         0
     }
 
@@ -51,8 +56,10 @@ mod programs {
     #[fentry(function = "tcp_set_state")]
     fn selfconn_fentry(ctx: FEntryContext) -> i32 {
         let sock = Sock::<Direct>::new(ctx.arg(0));
-        let (old, new): (u8, i32) = (sock.state(), ctx.arg(1));
-        body::socket(&ctx, 2, sock, old, new as u8);
+        if let Some(own) = sock.own_address() {
+            let (old, new): (u8, i32) = (sock.state(), ctx.arg(1));
+            body::socket::<_, _, 2>(ctx, sock, own, old, new as u8);
+        }
         0
     }
 
@@ -61,7 +68,9 @@ mod programs {
     fn selfconn_kprobe(ctx: ProbeContext) -> u32 {
         if let (Some(sk), Some(new)) = (ctx.arg::<*const u8>(0), ctx.arg::<i32>(1)) {
             let sock = Sock::<Probe>::new(sk);
-            body::socket(&ctx, 3, sock, sock.state(), new as u8);
+            if let Some(own) = sock.own_address() {
+                body::socket::<_, _, 3>(ctx, sock, own, sock.state(), new as u8);
+            }
         }
         0
     }

@@ -23,7 +23,7 @@ pub const BIND_EXIT: &str = "selfconn_bind_exit";
 pub const TRANSITIONS: &str = "TRANSITIONS";
 /// Per-CPU array of `u64`, indexed by [`crate::counter`]; owned by `report.rs`.
 pub const COUNTERS: &str = "COUNTERS";
-/// Hash from a socket's address to the dial in flight on it; owned by `witness.rs`.
+/// Array of [`crate::DialSet`], indexed by [`crate::set_of`]; owned by `witness.rs`.
 pub const DIALS: &str = "DIALS";
 /// Hash from a [`crate::risk::Target`] to its [`crate::risk::Tally`]; owned by `refusal.rs`.
 pub const REFUSALS: &str = "REFUSALS";
@@ -32,5 +32,7 @@ pub const REFUSALS: &str = "REFUSALS";
 pub const OFFSETS: &str = "OFFSETS";
 /// Global `u32`: one of [`crate::task_access`].
 pub const TASK_ACCESS: &str = "TASK_ACCESS";
+/// Global `u32`: how many values [`DIALS`] has.
+pub const DIAL_SETS: &str = "DIAL_SETS";
 /// Global `u32`: one of [`crate::reported`].
 pub const REPORTED: &str = "REPORTED";

@@ -9,11 +9,11 @@ use aya_ebpf::{
     maps::{PerCpuArray, RingBuf},
 };
 use aya_log_ebpf::warn;
-use selfconn_ebpf::{Transition, Tuple, counter, reported};
+use selfconn_ebpf::{Opener, Transition, Tuple, counter, reported};
 
 use crate::{
     sock::{self, Memory, Sock},
-    witness,
+    witness::{self, Recalled},
 };
 
 /// Whatever is in [`selfconn_ebpf::Record`]. The loader sets its size.
@@ -66,22 +66,28 @@ pub(crate) fn count_not_remembered<C: EbpfContext>(ctx: &C) {
     warn!(ctx, "the table of dials is full: an opener was not remembered");
 }
 
-/// Tells user space of one transition of a self-connection.
-#[inline(always)]
-pub(crate) fn report<C: EbpfContext, M: Memory>(
-    ctx: &C,
-    witness: u8,
-    sock: Sock<M>,
-    tuple: &Tuple,
-    old: u8,
-    new: u8,
-) {
+/// A transition of a self-connection.
+pub(crate) struct Step {
+    /// Which program sees it.
+    pub(crate) witness: u8,
+    pub(crate) tuple: Tuple,
+    pub(crate) old: u8,
+    pub(crate) new: u8,
+}
+
+/// Tells user space of one transition of a self-connection. A function of its own, for a stack of its own.
+#[inline(never)]
+pub(crate) fn report<C: EbpfContext, M: Memory>(ctx: &C, sock: Sock<M>, step: &Step) {
+    let Step { witness, ref tuple, old, new } = *step;
     if REPORTED.load() & 1 << (new & 31) == 0 {
         return;
     }
     // So that user space knows of each program that it sees.
     count(counter::SEEN + u32::from(witness));
-    let Some(opener) = witness::recall(sock.key(), tuple, new) else { return };
+    let recalled = witness::recall(sock, tuple, new);
+    if let Recalled::Told = recalled {
+        return;
+    }
     count(counter::MATCHED);
     let Some(mut entry) = TRANSITIONS.reserve::<Transition>(0) else {
         count(counter::RING_FULL);
@@ -103,6 +109,9 @@ pub(crate) fn report<C: EbpfContext, M: Memory>(
     out.witness = witness;
     sock.describe(out);
     out.current = sock::current().0;
-    out.opener = opener;
+    match recalled {
+        Recalled::By(dial) => witness::copy(dial, sock, tuple, &mut out.opener),
+        Recalled::Nobody | Recalled::Told => out.opener = Opener::UNKNOWN,
+    }
     entry.submit(0);
 }

@@ -2,7 +2,7 @@
 //! from the running kernel's BTF, and the tracepoint's record, whose layout user space compared with the kernel's
 //! `format` file; both before the load.
 
-use core::{marker::PhantomData, ptr};
+use core::{arch::asm, marker::PhantomData, ptr};
 
 use aya_ebpf::{
     EbpfContext, Global,
@@ -39,6 +39,9 @@ pub(crate) trait Memory: Copy {
 
     /// The same socket, seen so that fields beyond `struct sock` may be read.
     fn full(sk: *const u8) -> Option<*const u8>;
+
+    /// The lower half of an address, as a number to compute with.
+    fn low(address: *const u8) -> u32;
 }
 
 /// Plain loads, which the verifier allows on the typed pointers of tp_btf and fentry programs.
@@ -64,6 +67,16 @@ impl Memory for Direct {
         let tcp = unsafe { helpers::bpf_skc_to_tcp_sock(sk.cast_mut().cast()) };
         (!tcp.is_null()).then_some(tcp.cast_const().cast())
     }
+
+    #[inline(always)]
+    fn low(address: *const u8) -> u32 {
+        let low: u64;
+        // The verifier follows a typed pointer and refuses arithmetic on it, but takes a copy of 32 bits for a number
+        // (`check_alu_op`, kernel/bpf/verifier.c at v5.10); the compiler has 64-bit registers only.
+        // SAFETY: copies a register.
+        unsafe { asm!("w0 = w1", in("r1") address, out("r0") low, options(pure, nomem, preserves_flags)) };
+        low as u32
+    }
 }
 
 impl Memory for Probe {
@@ -76,6 +89,11 @@ impl Memory for Probe {
     #[inline(always)]
     fn full(sk: *const u8) -> Option<*const u8> {
         Some(sk)
+    }
+
+    #[inline(always)]
+    fn low(address: *const u8) -> u32 {
+        address as u64 as u32
     }
 }
 
@@ -92,10 +110,16 @@ impl<M: Memory> Sock<M> {
         Self { sk, memory: PhantomData }
     }
 
-    /// The key of everything remembered about this socket.
+    /// The key of everything remembered about this socket: only to be stored and compared.
     #[inline(always)]
     pub(crate) fn key(self) -> u64 {
         self.sk as u64
+    }
+
+    /// The lower half of the key.
+    #[inline(always)]
+    pub(crate) fn low(self) -> u32 {
+        M::low(self.sk)
     }
 
     #[inline(always)]
@@ -116,21 +140,29 @@ impl<M: Memory> Sock<M> {
         self.get(Field::State)
     }
 
-    /// The family and the address, network byte order, IPv4 as v4-mapped, if it is both source and destination.
+    /// The address, if it is both source and destination.
     #[inline(always)]
-    pub(crate) fn own_address(self) -> Option<(u8, [u32; 4])> {
+    pub(crate) fn own_address(self) -> Option<Own> {
         let family = self.get::<u16>(Field::Family);
         if family == u16::from(family::INET) {
-            let addr: u32 = self.get(Field::Daddr);
-            (addr == self.get::<u32>(Field::RcvSaddr)).then_some((family::INET, mapped(addr)))
+            let (destination, source) = (offset(Field::Daddr)?, offset(Field::RcvSaddr)?);
+            let at = |offset| M::read::<u32>(self.sk.wrapping_add(offset));
+            let [to, addr] = if source == destination + 4 {
+                // Side by side (`skc_addrpair`, include/net/sock.h at v5.10): one load, for each has to be guarded.
+                halves(M::read(self.sk.wrapping_add(destination)))
+            } else {
+                [at(destination), at(source)]
+            };
+            (to == addr).then_some(())?;
+            Some(Own { family: family::INET, words: words(mapped(addr)) })
         } else if family == u16::from(family::INET6) {
-            offset(Field::V6Daddr)?;
-            let addr: [u32; 4] = self.get(Field::V6Daddr);
-            let source: [u32; 4] = self.get(Field::V6RcvSaddr);
-            // Not `==`, which becomes a call to memcmp.
-            let equal =
-                addr[0] == source[0] && addr[1] == source[1] && addr[2] == source[2] && addr[3] == source[3];
-            equal.then_some((family::INET6, addr))
+            let (destination, source) = (offset(Field::V6Daddr)?, offset(Field::V6RcvSaddr)?);
+            // The lower half first, for that is where two addresses differ.
+            let at = |offset| M::read::<u64>(self.sk.wrapping_add(offset));
+            let low = at(source + 8);
+            (at(destination + 8) == low).then_some(())?;
+            let high = at(source);
+            (at(destination) == high).then_some(Own { family: family::INET6, words: [high, low] })
         } else {
             None
         }
@@ -226,6 +258,46 @@ impl Default for Pointer {
     }
 }
 
+/// An address that is both source and destination.
+#[derive(Clone, Copy)]
+pub(crate) struct Own {
+    family: u8,
+    /// In memory order; IPv4 as v4-mapped.
+    words: [u64; 2],
+}
+
+impl Own {
+    /// One of [`family`].
+    #[inline(always)]
+    pub(crate) fn family(self) -> u8 {
+        self.family
+    }
+
+    /// As [`selfconn_ebpf::Tuple`] has it.
+    #[inline(always)]
+    pub(crate) fn addr(self) -> [u32; 4] {
+        let ([a, b], [c, d]) = (halves(self.words[0]), halves(self.words[1]));
+        [a, b, c, d]
+    }
+}
+
+/// An address as two words.
+#[inline(always)]
+fn words([a, b, c, d]: [u32; 4]) -> [u64; 2] {
+    let word = |low: u32, high: u32| {
+        let ([a, b, c, d], [e, f, g, h]) = (low.to_ne_bytes(), high.to_ne_bytes());
+        u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+    };
+    [word(a, b), word(c, d)]
+}
+
+/// The two halves of a word, in memory order.
+#[inline(always)]
+fn halves(word: u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
+    [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h])]
+}
+
 /// `::ffff:a.b.c.d`, network byte order.
 #[inline(always)]
 pub(crate) fn mapped(v4: u32) -> [u32; 4] {
@@ -237,48 +309,37 @@ pub(crate) fn mapped(v4: u32) -> [u32; 4] {
 /// space compares them with the kernel's `format` file.
 pub(crate) struct Record {
     pub(crate) sock: Sock<Probe>,
+    pub(crate) own: Own,
     pub(crate) old: u8,
     pub(crate) new: u8,
     /// Host byte order, from `inet_sport`.
     pub(crate) sport: u16,
     /// Host byte order.
     pub(crate) dport: u16,
-    pub(crate) family: u16,
     pub(crate) protocol: u16,
-    source: [u64; 2],
-    destination: [u64; 2],
 }
 
 impl Record {
+    /// Whether source and destination are one address. The v6 fields hold IPv4 addresses too, v4-mapped; the v4 fields
+    /// are junk for IPv6.
     #[inline(always)]
-    pub(crate) fn new(ctx: &TracePointContext) -> Self {
-        let record = ctx.as_ptr().cast_const().cast::<u8>();
-        #[inline(always)]
-        fn at<T: Copy>(record: *const u8, offset: usize) -> T {
-            // SAFETY: the record has 72 bytes, each field is aligned in it, and the verifier checks every load.
-            unsafe { record.add(offset).cast::<T>().read() }
-        }
-        Self {
-            sock: Sock::new(at::<Pointer>(record, 8).0),
-            old: at::<u32>(record, 16) as u8,
-            new: at::<u32>(record, 20) as u8,
-            sport: at(record, 24),
-            dport: at(record, 26),
-            family: at(record, 28),
-            protocol: at(record, 30),
-            source: [at(record, 40), at(record, 48)],
-            destination: [at(record, 56), at(record, 64)],
-        }
+    pub(crate) fn is_own(ctx: &TracePointContext) -> bool {
+        // The lower half first, for that is where two addresses differ.
+        field::<u64>(ctx, 48) == field::<u64>(ctx, 64) && field::<u64>(ctx, 40) == field::<u64>(ctx, 56)
     }
 
-    /// As [`Sock::own_address`]. The v6 fields hold IPv4 addresses too, v4-mapped; the v4 fields are junk for IPv6.
+    /// The record, if source and destination are one address.
     #[inline(always)]
-    pub(crate) fn own_address(&self) -> Option<(u8, [u32; 4])> {
-        if self.source[0] != self.destination[0] || self.source[1] != self.destination[1] {
-            return None;
-        }
-        let [high, low] = self.source;
-        Some((self.family as u8, [high as u32, (high >> 32) as u32, low as u32, (low >> 32) as u32]))
+    pub(crate) fn new(ctx: &TracePointContext) -> Option<Self> {
+        Self::is_own(ctx).then(|| Self {
+            sock: Sock::new(field::<Pointer>(ctx, 8).0),
+            own: Own { family: field::<u16>(ctx, 28) as u8, words: [field(ctx, 40), field(ctx, 48)] },
+            old: field::<u32>(ctx, 16) as u8,
+            new: field::<u32>(ctx, 20) as u8,
+            sport: field(ctx, 24),
+            dport: field(ctx, 26),
+            protocol: field(ctx, 30),
+        })
     }
 }
 
@@ -305,6 +366,13 @@ pub(crate) fn of_descriptor(fd: u32) -> Option<Sock<Probe>> {
     }
     let sk = at::<Pointer>(socket, Field::SocketSk)?.0;
     (!sk.is_null()).then(|| Sock::new(sk))
+}
+
+/// A field of the tracepoint's record.
+#[inline(always)]
+fn field<T: Copy>(ctx: &TracePointContext, offset: usize) -> T {
+    // SAFETY: the record has 72 bytes, each field is aligned in it, and the verifier checks every load.
+    unsafe { ctx.as_ptr().cast_const().cast::<u8>().add(offset).cast::<T>().read() }
 }
 
 /// The running task, and when its process started: `start_boottime` of the leader, nanoseconds; 0: unknown.

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
     Btf, Ebpf, EbpfError, EbpfLoader, Endianness, Pod,
-    maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf},
+    maps::{Array, MapData, MapError, PerCpuArray, RingBuf},
     programs::{
         BtfTracePoint, FEntry, KProbe, Program, ProgramError, TracePoint, fentry::FEntryLink,
         kprobe::KProbeLink, tp_btf::BtfTracePointLink, trace_point::TracePointLink,
@@ -17,7 +17,7 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use rustix::io::Errno;
-use selfconn_ebpf::{Dial, Record, counter, names, reported};
+use selfconn_ebpf::{Dial, DialSet, Record, WAYS, counter, names, reported, set_of};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
@@ -83,7 +83,7 @@ enum Link {
 pub struct Tracer {
     ring: AsyncFd<RingBuf<MapData>>,
     counters: PerCpuArray<MapData, u64>,
-    dials: HashMap<MapData, u64, Entry>,
+    dials: Array<MapData, Set>,
     refusals: Refusals,
     log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
     delivered: u64,
@@ -126,7 +126,7 @@ impl Tracer {
         Ok(Self {
             ring: watch(ring)?,
             counters,
-            dials: HashMap::try_from(take(&mut ebpf, names::DIALS)?)?,
+            dials: Array::try_from(take(&mut ebpf, names::DIALS)?)?,
             refusals: Refusals::of(take(&mut ebpf, names::REFUSALS)?)?,
             log,
             delivered: 0,
@@ -244,12 +244,26 @@ impl Tracer {
     /// # Errors
     /// When the map can't be read.
     pub fn remembered(&self) -> Result<Vec<(u64, Dial)>> {
-        self.dials.iter().map(|entry| entry.map(|(sock, dial)| (sock, dial.0)).map_err(Into::into)).collect()
+        let mut remembered = Vec::new();
+        for set in self.dials.iter() {
+            let DialSet { socks, dials } = set?.0;
+            let entries = socks.into_iter().zip(dials);
+            remembered.extend(entries.filter(|(sock, dial)| *sock != 0 && dial.is_about(*sock as u32)));
+        }
+        Ok(remembered)
     }
 
     /// Forgets a dial whose socket is gone.
     pub fn forget(&mut self, sock: u64) {
-        if let Err(error) = self.dials.remove(&sock) {
+        let index = set_of(sock as u32, self.dials.len());
+        // What the programs write into the same set between these two calls is lost, and costs a name.
+        let forgotten = self.dials.get(&index, 0).and_then(|Set(mut set)| {
+            for other in set.socks.iter_mut().filter(|other| **other == sock) {
+                *other = 0;
+            }
+            self.dials.set(index, Set(set), 0)
+        });
+        if let Err(error) = forgotten {
             log::debug!("a stale dial could not be forgotten: {error}");
         }
     }
@@ -258,10 +272,10 @@ impl Tracer {
 /// A value of [`names::DIALS`].
 #[repr(transparent)]
 #[derive(Clone, Copy)]
-struct Entry(Dial);
+struct Set(DialSet);
 
 // SAFETY: integers and byte arrays without padding, for which every bit pattern is a value.
-unsafe impl Pod for Entry {}
+unsafe impl Pod for Set {}
 
 /// Attaches each method for a moment, to learn whether it can be.
 ///
@@ -289,6 +303,7 @@ pub fn rehearse(host: &Host) -> Result<Vec<(Method, Result<(), Refusal>)>> {
 fn load(host: &Host, options: Options) -> Result<Ebpf> {
     // 0 is below every level of aya-log, and the verifier drops what can't run.
     let log_level = if options.log { aya_log::Level::Debug as u8 } else { 0 };
+    let sets = options.dials.div_ceil(WAYS as u32).max(1);
     let reported = if options.states { reported::STATES } else { reported::LIFETIMES };
     EbpfLoader::new()
         .btf(None)
@@ -297,7 +312,8 @@ fn load(host: &Host, options: Options) -> Result<Ebpf> {
         .override_global(names::REPORTED, &reported, true)
         .override_global(aya_log::LEVEL, &log_level, true)
         .map_max_entries(names::TRANSITIONS, options.ring_bytes)
-        .map_max_entries(names::DIALS, options.dials)
+        .override_global(names::DIAL_SETS, &sets, true)
+        .map_max_entries(names::DIALS, sets)
         .map_max_entries(names::REFUSALS, options.refusals)
         .load(OBJECT)
         .map_err(|error| no_room(&error, options.ring_bytes).unwrap_or_else(|| error.into()))

@@ -7,13 +7,13 @@ use std::{
     time::Duration,
 };
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{Array, Map, MapData};
 use selfconn::kernel::{
     attach::Wanted,
     host::Host,
     tracer::{Options, Tracer},
 };
-use selfconn_ebpf::{Dial, names};
+use selfconn_ebpf::{Dial, DialSet, Tuple, WAYS, names, set_of};
 use socket2::{SockRef, Socket};
 
 use crate::{
@@ -140,37 +140,81 @@ pub(crate) fn unanswered(count: usize) -> (TcpListener, Vec<Socket>) {
 fn a_full_table_names_nobody_and_says_so() {
     let net = Net::private();
     let mut daemon = Daemon::start(&Variant(vec![]), &["--dials", "1", "-vv"]);
-    // The table of one is full once any socket of this host has connected to itself.
+    // One set holds more than one; and a backlog of none holds one or two.
+    let (server, waiting) = unanswered(3 * WAYS);
     let connections: Vec<_> = thread::scope(|scope| {
         let connect = || connect_to_self(Ipv4Addr::LOCALHOST.into());
         (0..3).map(|_| scope.spawn(connect).join().unwrap()).collect()
     });
     let established = daemon.expect(3, of("established", net.inode));
-    let unnamed: Vec<_> = established.iter().filter(|event| event["pid"].is_null()).collect();
-    assert!(unnamed.len() >= 2, "{established:#?}");
-    for event in unnamed {
-        for unknown in ["tid", "comm", "thread_comm", "uid", "cause", "owner"] {
+    for event in &established {
+        for unknown in ["pid", "tid", "comm", "thread_comm", "uid", "cause", "owner"] {
             assert!(event[unknown].is_null(), "{unknown} in {event}");
         }
     }
-    drop(connections);
+    drop((connections, server, waiting));
     daemon.expect(3, of("closed", net.inode));
     let (_, stderr) = daemon.stop();
     assert!(stderr.contains("kernel: the table of dials is full"), "{stderr}");
 }
 
+#[test]
+fn self_connections_that_were_told_leave_room_for_dials() {
+    let net = Net::private();
+    let mut daemon = Daemon::start(&Variant(vec![]), &["--dials", "1"]);
+    let held: Vec<_> = (0..3 * WAYS).map(|_| connect_to_self(Ipv4Addr::LOCALHOST.into())).collect();
+    let established = daemon.expect(held.len(), of("established", net.inode));
+    assert!(established.iter().all(|event| event["pid"] == std::process::id()), "{established:#?}");
+    drop(held);
+    let closed = daemon.expect(3 * WAYS, of("closed", net.inode));
+    assert!(closed.iter().all(|event| event["pid"] == std::process::id()), "{closed:#?}");
+    daemon.stop();
+}
+
 /// The table of dials of a running daemon.
-fn dials_of(daemon: &Daemon) -> HashMap<MapData, u64, [u8; size_of::<Dial>()]> {
-    let descriptors = std::fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid())).unwrap();
-    let map_id =
-        |text: String| text.lines().find_map(|line| line.strip_prefix("map_id:")?.trim().parse().ok());
-    let ids = descriptors.filter_map(|entry| map_id(std::fs::read_to_string(entry.unwrap().path()).ok()?));
-    let of_dials = |id: u32| {
-        let map = MapData::from_id(id).unwrap();
-        (map.info().unwrap().name_as_str() == Some(names::DIALS)).then_some(map)
-    };
-    let map = ids.into_iter().find_map(of_dials).expect("the daemon has the map open");
-    HashMap::try_from(Map::HashMap(map)).unwrap()
+struct Dials(Array<MapData, [u8; size_of::<DialSet>()]>);
+
+impl Dials {
+    fn of(daemon: &Daemon) -> Self {
+        let descriptors = std::fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid())).unwrap();
+        let map_id =
+            |text: String| text.lines().find_map(|line| line.strip_prefix("map_id:")?.trim().parse().ok());
+        let ids =
+            descriptors.filter_map(|entry| map_id(std::fs::read_to_string(entry.unwrap().path()).ok()?));
+        let of_dials = |id: u32| {
+            let map = MapData::from_id(id).unwrap();
+            (map.info().unwrap().name_as_str() == Some(names::DIALS)).then_some(map)
+        };
+        let map = ids.into_iter().find_map(of_dials).expect("the daemon has the map open");
+        Self(Array::try_from(Map::Array(map)).unwrap())
+    }
+
+    fn set(&self, index: u32) -> DialSet {
+        // SAFETY: the programs wrote a DialSet there, of integers and byte arrays.
+        unsafe { std::mem::transmute(self.0.get(&index, 0).unwrap()) }
+    }
+
+    /// What is remembered of a dial to this port.
+    fn to(&self, net: Net, port: u16) -> Option<(u64, Dial)> {
+        let entries = (0..self.0.len()).flat_map(|index| {
+            let DialSet { socks, dials } = self.set(index);
+            socks.into_iter().zip(dials)
+        });
+        let is_it = |(sock, dial): &(u64, Dial)| {
+            *sock != 0 && u64::from(dial.tuple.netns) == net.inode && dial.tuple.dport == port
+        };
+        entries.into_iter().find(is_it)
+    }
+
+    fn remember(&mut self, sock: u64, dial: Dial) {
+        let index = set_of(sock as u32, self.0.len());
+        let mut set = self.set(index);
+        let way = set.socks.iter().position(|sock| *sock == 0).expect("a free entry");
+        (set.socks[way], set.dials[way]) = (sock, dial);
+        // SAFETY: integers and byte arrays without padding.
+        let bytes = unsafe { std::mem::transmute::<DialSet, [u8; size_of::<DialSet>()]>(set) };
+        self.0.set(index, bytes, 0).unwrap();
+    }
 }
 
 #[test]
@@ -180,29 +224,18 @@ fn an_entry_whose_socket_is_gone_is_swept_and_one_whose_socket_lives_stays() {
     let mut inhabitant = Role::start("wait");
     inhabitant.says();
     let mut daemon = Daemon::start(&Variant(vec![]), &["--reconcile", "1", "-vv"]);
-    let (socket, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    let (connection, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
     daemon.expect(1, of("established", net.inode));
-    let mut dials = dials_of(&daemon);
-    let of_port = |dials: &HashMap<_, u64, [u8; size_of::<Dial>()]>, port: u16| {
-        // SAFETY: the programs wrote a Dial there, of integers and byte arrays.
-        let dial = |bytes: [u8; size_of::<Dial>()]| unsafe { std::mem::transmute::<_, Dial>(bytes) };
-        let entries = dials.iter().map(Result::unwrap).map(|(sock, bytes)| (sock, dial(bytes)));
-        let is_it =
-            |(_, dial): &(u64, Dial)| u64::from(dial.tuple.netns) == net.inode && dial.tuple.dport == port;
-        entries.into_iter().find(is_it)
-    };
-    let (sock, lives) = of_port(&dials, port).expect("it is remembered");
+    let mut dials = Dials::of(&daemon);
+    let (sock, lives) = dials.to(net, port).expect("it is remembered");
     // As if both witnesses had lost the end of a dial: the address is of no socket.
-    let mut stale = lives;
-    stale.tuple.dport = port ^ 1;
-    // SAFETY: integers and byte arrays without padding.
-    let bytes = unsafe { std::mem::transmute::<Dial, [u8; size_of::<Dial>()]>(stale) };
-    dials.insert(sock ^ 1, bytes, 0).unwrap();
-    assert!(of_port(&dials, port ^ 1).is_some());
+    let tuple = Tuple { dport: port ^ 1, ..lives.tuple };
+    dials.remember(sock ^ 1, Dial::new((sock ^ 1) as u32, tuple, lives.opener, 0));
+    assert!(dials.to(net, port ^ 1).is_some());
     daemon.while_reading(2, || thread::sleep(Duration::from_millis(20)));
-    assert!(of_port(&dials, port ^ 1).is_none(), "it is swept");
-    assert_eq!(of_port(&dials, port), Some((sock, lives)), "it stays");
-    drop(socket);
+    assert!(dials.to(net, port ^ 1).is_none(), "it is swept");
+    assert_eq!(dials.to(net, port), Some((sock, lives)), "it stays");
+    drop(connection);
     daemon.expect(1, of("closed", net.inode));
     daemon.stop();
     inhabitant.end();
