@@ -171,7 +171,7 @@ impl Opener {
 }
 
 /// What a dial is known by, beside its socket.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tuple {
     /// Source and destination address, network byte order; IPv4 as v4-mapped.

@@ -9,11 +9,11 @@ use aya_ebpf::{
     maps::{PerCpuArray, RingBuf},
 };
 use aya_log_ebpf::warn;
-use selfconn_ebpf::{Opener, Transition, Tuple, counter, reported};
+use selfconn_ebpf::{Transition, Tuple, counter, reported};
 
 use crate::{
     sock::{self, Memory, Sock},
-    witness::{self, Recalled},
+    witness,
 };
 
 /// Whatever is in [`selfconn_ebpf::Record`]. The loader sets its size.
@@ -84,8 +84,7 @@ pub(crate) fn report<C: EbpfContext, M: Memory>(ctx: &C, sock: Sock<M>, step: &S
     }
     // So that user space knows of each program that it sees.
     count(counter::SEEN + u32::from(witness));
-    let recalled = witness::recall(sock, tuple, new);
-    if let Recalled::Told = recalled {
+    if witness::is_told(sock, tuple, new) {
         return;
     }
     count(counter::MATCHED);
@@ -109,9 +108,6 @@ pub(crate) fn report<C: EbpfContext, M: Memory>(ctx: &C, sock: Sock<M>, step: &S
     out.witness = witness;
     sock.describe(out);
     out.current = sock::current().0;
-    match recalled {
-        Recalled::By(dial) => witness::copy(dial, sock, tuple, &mut out.opener),
-        Recalled::Nobody | Recalled::Told => out.opener = Opener::UNKNOWN,
-    }
+    out.opener = witness::recall(sock, tuple);
     entry.submit(0);
 }

@@ -2,7 +2,12 @@
 //! from the running kernel's BTF, and the tracepoint's record, whose layout user space compared with the kernel's
 //! `format` file; both before the load.
 
-use core::{arch::asm, marker::PhantomData, ptr};
+use core::{
+    arch::asm,
+    marker::PhantomData,
+    mem::{self, MaybeUninit},
+    ptr,
+};
 
 use aya_ebpf::{
     EbpfContext, Global,
@@ -233,17 +238,22 @@ impl<M: Memory> Sock<M> {
         out.ifindex = self.get(Field::BoundDevIf);
         out.error = self.get(Field::Error);
         out.is_owned = u8::from(self.get::<u32>(Field::LockOwned) != 0);
-        out.has_counters = 0;
-        (out.bytes_sent, out.bytes_retrans, out.bytes_received) = (0, 0, 0);
-        (out.snd_una, out.rcv_nxt) = (0, 0);
         let known = offset(Field::BytesSent).is_some() && offset(Field::SndUna).is_some();
-        let Some(full) = M::full(self.sk).filter(|_| known) else { return };
-        out.has_counters = 1;
-        out.bytes_sent = Self::at(full, Field::BytesSent);
-        out.bytes_retrans = Self::at(full, Field::BytesRetrans);
-        out.bytes_received = Self::at(full, Field::BytesReceived);
-        out.snd_una = Self::at(full, Field::SndUna);
-        out.rcv_nxt = Self::at(full, Field::RcvNxt);
+        let full = M::full(self.sk).filter(|_| known);
+        out.has_counters = u8::from(full.is_some());
+        // Stored once: zeroes in advance would become a call to memset, byte by byte.
+        let (sent, retrans, received, snd_una, rcv_nxt) = match full {
+            Some(full) => (
+                Self::at(full, Field::BytesSent),
+                Self::at(full, Field::BytesRetrans),
+                Self::at(full, Field::BytesReceived),
+                Self::at(full, Field::SndUna),
+                Self::at(full, Field::RcvNxt),
+            ),
+            None => (0, 0, 0, 0, 0),
+        };
+        (out.bytes_sent, out.bytes_retrans, out.bytes_received) = (sent, retrans, received);
+        (out.snd_una, out.rcv_nxt) = (snd_una, rcv_nxt);
     }
 }
 
@@ -375,14 +385,20 @@ fn field<T: Copy>(ctx: &TracePointContext, offset: usize) -> T {
     unsafe { ctx.as_ptr().cast_const().cast::<u8>().add(offset).cast::<T>().read() }
 }
 
+/// A name as two words, for bytes are copied one by one.
+type Name = [u64; COMM_LEN / 8];
+
 /// The running task, and when its process started: `start_boottime` of the leader, nanoseconds; 0: unknown.
 #[inline(always)]
 pub(crate) fn current() -> (Task, u64) {
     let pid_tgid = aya_ebpf::helpers::bpf_get_current_pid_tgid();
     let (pid, tid) = ((pid_tgid >> 32) as u32, pid_tgid as u32);
-    let mut comm = [0; COMM_LEN];
-    // SAFETY: the helper writes at most the size it is given; it fails only for want of a task, and then zeroes.
-    unsafe { helpers::bpf_get_current_comm(comm.as_mut_ptr().cast(), COMM_LEN as u32) };
+    let mut name = MaybeUninit::<Name>::uninit();
+    // SAFETY: the helper writes all of the size it is given; it fails only for want of a task, and then zeroes.
+    let name = unsafe {
+        helpers::bpf_get_current_comm(name.as_mut_ptr().cast(), COMM_LEN as u32);
+        name.assume_init()
+    };
     let is_leader = pid == tid;
     let (leader, start_ns) = match TASK_ACCESS.load() {
         // SAFETY: no arguments; the pointer is valid while the program runs.
@@ -393,15 +409,18 @@ pub(crate) fn current() -> (Task, u64) {
         task_access::PROBE => {
             leader::<Probe>(unsafe { helpers::bpf_get_current_task() } as *const u8, is_leader)
         }
-        _ => ([0; COMM_LEN], 0),
+        _ => ([0; 2], 0),
     };
-    (Task { pid, tid, comm, leader: if is_leader { comm } else { leader } }, start_ns)
+    let leader = if is_leader { name } else { leader };
+    // SAFETY: of the same size, and every bit pattern is a value.
+    let bytes = |name| unsafe { mem::transmute::<Name, [u8; COMM_LEN]>(name) };
+    (Task { pid, tid, comm: bytes(name), leader: bytes(leader) }, start_ns)
 }
 
 /// Name and start of the process, from its leader; the name only where it isn't the task's own.
 #[inline(always)]
-fn leader<M: Memory>(task: *const u8, is_leader: bool) -> ([u8; COMM_LEN], u64) {
-    let (mut name, mut start_ns) = ([0; COMM_LEN], 0);
+fn leader<M: Memory>(task: *const u8, is_leader: bool) -> (Name, u64) {
+    let (mut name, mut start_ns) = ([0; 2], 0);
     if let Some(group_leader) = offset(Field::GroupLeader) {
         let leader: Pointer = M::read(task.wrapping_add(group_leader));
         if let Some(start) = offset(Field::StartBoottime) {
@@ -410,10 +429,7 @@ fn leader<M: Memory>(task: *const u8, is_leader: bool) -> ([u8; COMM_LEN], u64) 
         if let Some(comm) = offset(Field::TaskComm)
             && !is_leader
         {
-            let [low, high]: [u64; 2] =
-                [M::read(leader.0.wrapping_add(comm)), M::read(leader.0.wrapping_add(comm + 8))];
-            name[..8].copy_from_slice(&low.to_ne_bytes());
-            name[8..].copy_from_slice(&high.to_ne_bytes());
+            name = [M::read(leader.0.wrapping_add(comm)), M::read(leader.0.wrapping_add(comm + 8))];
         }
     }
     (name, start_ns)

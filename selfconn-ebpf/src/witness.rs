@@ -4,6 +4,8 @@
 //! dial of a socket to its own address is remembered, and forgotten as soon as its port turns out to be another one.
 //! An entry counts only when its seal and the whole tuple match: a missed SYN_SENT gives nobody, not a wrong name.
 
+use core::arch::asm;
+
 use aya_ebpf::{
     EbpfContext, Global,
     helpers::generated::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns},
@@ -57,76 +59,71 @@ pub(crate) fn remember<C: EbpfContext, M: Memory>(ctx: &C, sock: Sock<M>, dialli
     let set = unsafe { &mut *set };
     // SAFETY: no arguments.
     let now_ns = unsafe { bpf_ktime_get_boot_ns() };
-    let way = match find(set, key) {
-        Some(way) => {
-            let dial = &mut set.dials[way];
-            let Opener { at_ns, ref task, .. } = dial.opener;
-            // SAFETY: no arguments.
-            let is_task =
-                unsafe { bpf_get_current_pid_tgid() } == u64::from(task.pid) << 32 | u64::from(task.tid);
-            let is_same_dial = is_task
-                && dial.tuple.dport == dport
-                && now_ns.wrapping_sub(at_ns) < SAME_DIAL_NS
-                && !dial.is_done(saw(witness) | !(1 << state::SYN_SENT) & 0xffff);
-            if is_same_dial {
-                dial.note(saw(witness));
-                return;
-            }
-            way
+    if let Some(way) = find(set, key) {
+        let dial = &mut set.dials[way];
+        let Opener { at_ns, ref task, .. } = dial.opener;
+        // SAFETY: no arguments.
+        let is_task =
+            unsafe { bpf_get_current_pid_tgid() } == u64::from(task.pid) << 32 | u64::from(task.tid);
+        let is_same_dial = is_task
+            && dial.tuple.dport == dport
+            && now_ns.wrapping_sub(at_ns) < SAME_DIAL_NS
+            && !dial.is_done(saw(witness) | !(1 << state::SYN_SENT) & 0xffff);
+        if is_same_dial {
+            dial.note(saw(witness));
+            return;
         }
-        None => match find(set, 0).or_else(|| told(set)) {
-            Some(way) => way,
-            None => return report::count_not_remembered(ctx),
-        },
-    };
+    }
     let cause = match source_port {
         _ if !sock::knows_port() => 0,
         0 => cause::EPHEMERAL,
         _ => cause::BOUND,
     };
     let tuple = Tuple { addr, netns: sock.netns(), dport, family: family.into() };
-    set.socks[way] = key;
-    set.dials[way] = Dial::new(sock.low(), tuple, sock::opener(now_ns, cause), saw(witness));
+    let dial = Dial::new(sock.low(), tuple, sock::opener(now_ns, cause), saw(witness));
+    match find(set, key).or_else(|| find(set, 0)).or_else(|| told(set)) {
+        Some(way) => {
+            set.socks[way] = key;
+            set.dials[way] = dial;
+        }
+        None => report::count_not_remembered(ctx),
+    }
 }
 
-/// What is remembered when a socket comes to another state.
-pub(crate) enum Recalled {
-    /// The other witness has reported it.
-    Told,
-    /// Nobody was seen dialling.
-    Nobody,
-    /// Who dialled is written here.
-    By(&'static Dial),
-}
-
-/// Looks for who opened this socket, and notes that it comes to this state.
+/// Whether the other witness has reported that this socket comes to this state; notes that it does.
 #[inline(always)]
-pub(crate) fn recall<M: Memory>(sock: Sock<M>, tuple: &Tuple, new: u8) -> Recalled {
-    let Some(set) = DIALS.get_ptr_mut(set_of(sock.low(), DIAL_SETS.load())) else { return Recalled::Nobody };
+pub(crate) fn is_told<M: Memory>(sock: Sock<M>, tuple: &Tuple, new: u8) -> bool {
+    let Some(set) = DIALS.get_ptr_mut(set_of(sock.low(), DIAL_SETS.load())) else { return false };
     // SAFETY: as in `remember`.
     let set = unsafe { &mut *set };
-    let Some(way) = find(set, sock.key()) else { return Recalled::Nobody };
+    let Some(way) = find(set, sock.key()) else { return false };
     let dial = &mut set.dials[way];
     if !same(&dial.tuple, tuple) || !dial.is_about(sock.low()) {
-        return Recalled::Nobody;
+        return false;
     }
     let bit = 1 << (new & 15);
-    if dial.is_done(bit) {
-        return Recalled::Told;
-    }
+    let is_told = dial.is_done(bit);
     dial.note(bit);
-    Recalled::By(dial)
+    is_told
 }
 
-/// Copies who dialled to `to`; nobody, if another CPU has meanwhile written something else here.
+/// Who opened this socket; nobody, if that was not seen.
 #[inline(always)]
-pub(crate) fn copy<M: Memory>(dial: &Dial, sock: Sock<M>, tuple: &Tuple, to: &mut Opener) {
+pub(crate) fn recall<M: Memory>(sock: Sock<M>, tuple: &Tuple) -> Opener {
+    let Some(set) = DIALS.get_ptr(set_of(sock.low(), DIAL_SETS.load())) else { return Opener::UNKNOWN };
+    // SAFETY: as in `remember`.
+    let set = unsafe { &*set };
+    let Some(way) = find(set, sock.key()) else { return Opener::UNKNOWN };
+    copy(&set.dials[way], sock, tuple).unwrap_or(Opener::UNKNOWN)
+}
+
+/// Copies who dialled. `None`: the entry is of another dial, or another CPU writes to it.
+#[inline(always)]
+fn copy<M: Memory>(dial: &Dial, sock: Sock<M>, tuple: &Tuple) -> Option<Opener> {
     // What is proven must be what was taken, so it is read once.
     // SAFETY: a live reference.
-    *to = unsafe { core::ptr::read_volatile(&raw const dial.opener) };
-    if !dial.is_of(sock.low(), tuple, to) {
-        *to = Opener::UNKNOWN;
-    }
+    let opener = unsafe { Opener::read(&raw const dial.opener) };
+    dial.is_of(sock.low(), tuple, &opener).then_some(opener)
 }
 
 /// Ends what is known about this socket.
@@ -143,13 +140,28 @@ pub(crate) fn forget<M: Memory>(sock: Sock<M>) {
 /// Which entry is this socket's; with 0, which is free.
 #[inline(always)]
 fn find(set: &DialSet, sock: u64) -> Option<usize> {
-    (0..WAYS).find(|way| set.socks[*way] == sock)
+    way(set, |way| set.socks[way] == sock)
 }
 
 /// An entry that user space has the opener of already: it was told that the socket is ESTABLISHED.
 #[inline(always)]
 fn told(set: &DialSet) -> Option<usize> {
-    (0..WAYS).find(|way| set.dials[*way].is_done(1 << state::ESTABLISHED))
+    way(set, |way| set.dials[way].is_done(1 << state::ESTABLISHED))
+}
+
+/// The first entry that is one.
+#[inline(always)]
+fn way(set: &DialSet, is_one: impl Fn(usize) -> bool) -> Option<usize> {
+    let way = (0..WAYS).find(|way| is_one(*way))?;
+    // The verifier would follow what comes next once for each number that it knows this to be, and what comes after the
+    // next choice as often again. So the number is mixed with a zero that it doesn't know for one.
+    let mut way = way as u64;
+    // SAFETY: computes with registers.
+    unsafe {
+        asm!("{zero} = {any}", "{zero} ^= -1", "{zero} &= {any}", "{way} ^= {zero}",
+            any = in(reg) set.socks[0], zero = out(reg) _, way = inout(reg) way, options(nomem, preserves_flags));
+    }
+    Some(way as usize & (WAYS - 1))
 }
 
 /// Ends a dial that came to nothing, and gives who made it. `None`: that was not seen, or the other witness has ended it.
@@ -159,10 +171,9 @@ pub(crate) fn end<M: Memory>(sock: Sock<M>, tuple: &Tuple) -> Option<Opener> {
     // SAFETY: as in `remember`.
     let set = unsafe { &mut *set };
     let way = find(set, sock.key())?;
-    let mut dialler = Opener::UNKNOWN;
-    copy(&set.dials[way], sock, tuple, &mut dialler);
+    let dialler = copy(&set.dials[way], sock, tuple);
     set.socks[way] = 0;
-    (dialler.at_ns != 0).then_some(dialler)
+    dialler
 }
 
 /// Not `==`, which becomes a call to memcmp.

@@ -12,6 +12,7 @@ pub mod filter;
 pub mod fuzzing;
 pub mod kernel;
 pub mod logger;
+pub mod memory;
 pub mod metrics;
 pub mod ports;
 pub mod privileges;

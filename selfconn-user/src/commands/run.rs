@@ -15,7 +15,7 @@ use crate::{
             binds::{BindMethod, WantedBinds},
         },
     },
-    logger,
+    logger, memory,
     metrics::server::Port,
     privileges::{self, Plan},
     selftest::SelfTest,
@@ -236,6 +236,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         kept.narrow().context("cannot give up capabilities")?;
         drop(host);
+        memory::give_back();
         match daemon.watch().await.context("cannot wait for events")? {
             None => Ok(ExitCode::SUCCESS),
             Some(blind) => bail!("{blind}"),

@@ -11,6 +11,7 @@ const MAGIC: u16 = 0xeb9f;
 /// `enum` of kinds in `include/uapi/linux/btf.h`; only those that are told apart here have names.
 mod kind {
     pub(super) const INT: u32 = 1;
+    pub(super) const PTR: u32 = 2;
     pub(super) const ARRAY: u32 = 3;
     pub(super) const STRUCT: u32 = 4;
     pub(super) const UNION: u32 = 5;
@@ -37,6 +38,16 @@ pub enum Named {
     Typedef,
     /// A function.
     Function,
+}
+
+impl Named {
+    const fn kind(self) -> u32 {
+        match self {
+            Self::Struct => kind::STRUCT,
+            Self::Typedef => kind::TYPEDEF,
+            Self::Function => kind::FUNC,
+        }
+    }
 }
 
 /// A kernel's types, borrowed from the bytes of `/sys/kernel/btf/vmlinux`, in this machine's byte order.
@@ -115,16 +126,40 @@ impl<'a> Btf<'a> {
         Ok(Some(bits / 8))
     }
 
+    /// BTF of its own in which nothing has a name but these, each under the type id that the kernel knows it by. It is
+    /// for a parser that keeps all it reads, and of which no more is wanted than these ids. What the kernel doesn't have
+    /// is left out.
+    #[must_use]
+    pub fn excerpt(&self, wanted: &[(Named, &str)]) -> Vec<u8> {
+        let found =
+            wanted.iter().filter_map(|(named, name)| Some((self.index(*named, name)?, named.kind(), *name)));
+        let found: Vec<(usize, u32, &str)> = found.collect();
+        let last = found.iter().map(|(index, ..)| index + 1).max().unwrap_or(0);
+        // Whatever stands between is a pointer to nothing.
+        let mut types = vec![[0, kind::PTR << 24, 0]; last];
+        let mut strings = vec![0];
+        for (index, kind, name) in found {
+            types[index] = [strings.len() as u32, kind << 24, 0];
+            strings.extend_from_slice(name.as_bytes());
+            strings.push(0);
+        }
+        let types_len = (types.len() * 12) as u32;
+        let header = [24, 0, types_len, types_len, strings.len() as u32];
+        let mut bytes = MAGIC.to_ne_bytes().to_vec();
+        bytes.extend([1, 0]);
+        bytes.extend(header.into_iter().chain(types.into_iter().flatten()).flat_map(u32::to_ne_bytes));
+        bytes.extend(strings);
+        bytes
+    }
+
     fn find(&self, named: Named, name: &str) -> Option<Type> {
-        let kind = match named {
-            Named::Struct => kind::STRUCT,
-            Named::Typedef => kind::TYPEDEF,
-            Named::Function => kind::FUNC,
-        };
-        self.starts
-            .iter()
-            .filter_map(|start| self.type_at(*start as usize).ok())
-            .find(|ty| ty.kind() == kind && self.is_named(ty.name, name))
+        self.type_at(self.starts[self.index(named, name)?] as usize).ok()
+    }
+
+    /// One less than the type id.
+    fn index(&self, named: Named, name: &str) -> Option<usize> {
+        let is_it = |ty: Type| ty.kind() == named.kind() && self.is_named(ty.name, name);
+        self.starts.iter().position(|start| self.type_at(*start as usize).is_ok_and(is_it))
     }
 
     /// The offset in bits and the type id of a member.
@@ -192,8 +227,8 @@ fn rest_len(ty: Type) -> Result<usize> {
         kind::ARRAY => 12,
         kind::STRUCT | kind::UNION | kind::DATASEC | kind::ENUM64 => ty.members() * 12,
         kind::ENUM | kind::FUNC_PROTO => ty.members() * 8,
-        // PTR, FWD, TYPEDEF, VOLATILE, CONST, RESTRICT, FUNC, FLOAT, TYPE_TAG
-        2 | 7..=12 | 16 | 18 => 0,
+        // FWD, TYPEDEF, VOLATILE, CONST, RESTRICT, FUNC, FLOAT, TYPE_TAG
+        kind::PTR | 7..=12 | 16 | 18 => 0,
         unknown => bail!("BTF: kind {unknown} is newer than this program"),
     })
 }
@@ -303,6 +338,27 @@ mod tests {
         assert!(btf.has(Named::Typedef, "btf_trace_t"));
         assert!(!btf.has(Named::Typedef, "btf_trace"));
         assert!(!btf.has(Named::Function, "outer"));
+    }
+
+    #[test]
+    fn an_excerpt_has_what_is_wanted_under_its_own_id() {
+        let bytes = sample();
+        let btf = Btf::parse(&bytes).unwrap();
+        let wanted = [
+            (Named::Typedef, "btf_trace_t"),
+            (Named::Struct, "inner"),
+            (Named::Function, "inner"),
+            (Named::Struct, "nothing"),
+        ];
+        let excerpt = btf.excerpt(&wanted);
+        let excerpt = Btf::parse(&excerpt).unwrap();
+        for (named, name) in wanted {
+            assert_eq!(excerpt.index(named, name), btf.index(named, name), "{name}");
+        }
+        assert_eq!(excerpt.index(Named::Typedef, "btf_trace_t"), Some(5));
+        assert!(!excerpt.has(Named::Struct, "outer"));
+        assert_eq!(Btf::parse(&btf.excerpt(&[])).unwrap().starts.len(), 0);
+        assert!(aya::Btf::parse(&btf.excerpt(&wanted), aya::Endianness::default()).is_ok(), "aya reads it");
     }
 
     #[test]

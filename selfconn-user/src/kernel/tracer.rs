@@ -22,6 +22,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
     attach::{Choice, Method, Refusal, Wanted, choose},
+    btf,
     host::Host,
     tracefs,
 };
@@ -348,6 +349,13 @@ fn take(ebpf: &mut Ebpf, name: &str) -> Result<aya::maps::Map> {
     ebpf.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))
 }
 
+/// What typed programs attach to, as BTF has it.
+const TYPED: [(btf::Named, &str); 3] = [
+    (btf::Named::Typedef, "btf_trace_inet_sock_set_state"),
+    (btf::Named::Function, "tcp_set_state"),
+    (btf::Named::Function, "inet_csk_get_port"),
+];
+
 /// aya's view of the kernel's BTF, parsed when the first method asks for it.
 struct KernelBtf<'a> {
     host: &'a Host,
@@ -358,7 +366,9 @@ impl KernelBtf<'_> {
     fn get(&self) -> Result<&Btf, Refusal> {
         let parse = || {
             let bytes = self.host.btf.as_deref().map_err(Clone::clone)?;
-            Btf::parse(bytes, Endianness::default()).map_err(|error| error.to_string())
+            // aya keeps every type and member of what it parses, some 15 MiB of the kernel's BTF, and looks for these.
+            let kernel = btf::Btf::parse(bytes).map_err(|error| error.to_string())?;
+            Btf::parse(&kernel.excerpt(&TYPED), Endianness::default()).map_err(|error| error.to_string())
         };
         self.parsed.get_or_init(parse).as_ref().map_err(|why| Refusal::Unsupported(why.clone()))
     }

@@ -67,6 +67,29 @@ fn a_forced_method_is_the_only_one_that_is_live() {
     }
 }
 
+/// A verifier of 5.10 takes milliseconds for so many, and minutes for five times as many: what it keeps of each path it
+/// compares with all others.
+const VERIFIED: u64 = 14_000;
+
+#[test]
+fn the_verifier_goes_through_few_paths() {
+    for variant in variants() {
+        let daemon = Daemon::shared(&variant, &[]);
+        let fds = std::fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid())).unwrap();
+        let texts = fds.map(|fd| std::fs::read_to_string(fd.unwrap().path()).unwrap_or_default());
+        // Told since v5.16 (`bpf_prog_show_fdinfo`, kernel/bpf/syscall.c).
+        let verified = |text: String| {
+            text.lines().find_map(|line| line.strip_prefix("verified_insns:")?.trim().parse::<u64>().ok())
+        };
+        let most = texts.filter_map(verified).max();
+        daemon.stop();
+        let Some(most) = most else { return println!("this kernel does not tell") };
+        println!("FACT {}.verified={most}", variant.0.last().unwrap_or(&"default"));
+        // The smallest of the methods' programs has more than a thousand.
+        assert!((1_000..VERIFIED).contains(&most), "{variant:?}: {most} instructions");
+    }
+}
+
 #[test]
 fn forcing_what_this_kernel_refuses_is_an_error_with_the_reason() {
     for (method, verdict, why) in verdicts().into_iter().filter(|(_, verdict, _)| *verdict != "ok") {
