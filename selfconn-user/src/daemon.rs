@@ -174,6 +174,7 @@ impl Daemon {
                 () = self.story.out.ready() => {}
                 Some(answer) = self.reader.answer() => match answer {
                     Answer::Table(reading) => {
+                        self.take_all().await;
                         self.reconcile(&reading);
                         read_at = Some(Instant::now() + self.pace);
                     }
@@ -200,7 +201,8 @@ impl Daemon {
                 self.remedy();
             }
             blind = self.watch_hooks();
-            is_read = self.story.out.flush().is_ok();
+            is_read =
+                if has_more { self.story.out.make_room().await } else { self.story.out.flush() }.is_ok();
             if taken > 0 && look_at.is_none() {
                 look_at = Some(Instant::now() + SOON);
             }
@@ -220,7 +222,7 @@ impl Daemon {
     async fn take_the_rest(&mut self) -> Programs {
         let until = Instant::now() + Duration::from_millis(100);
         loop {
-            while self.take() > 0 {}
+            self.take_all().await;
             self.tell_losses();
             let Counters { matched, ring_full, not_remembered, .. } = self.counted;
             let delivered = self.tracer.delivered();
@@ -233,6 +235,14 @@ impl Daemon {
                 };
             }
             sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Takes all that has happened so far.
+    async fn take_all(&mut self) {
+        while self.take() > 0 {
+            // Whether anybody reads is seen to at the next flush.
+            let _ = self.story.out.make_room().await;
         }
     }
 
@@ -277,10 +287,8 @@ impl Daemon {
         threads.into_iter().collect()
     }
 
-    /// Compares with the socket table.
+    /// Compares with the socket table. Everything that happened before the table was read must be known by now.
     fn reconcile(&mut self, reading: &Reading) {
-        // Everything that happened before the table was read must be known first.
-        while self.take() > 0 {}
         let remembered = self.tracer.remembered().unwrap_or_else(|error| {
             log::error!("the table of dials can't be read: {error:#}");
             Vec::new()

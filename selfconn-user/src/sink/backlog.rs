@@ -28,7 +28,7 @@ impl Backlog {
 
     /// Adds an item, unless there is no room.
     pub(super) fn push(&mut self, item: &[u8]) {
-        if self.bytes.len() - self.start + item.len() > self.limit {
+        if self.len() + item.len() > self.limit {
             self.lost += 1;
         } else {
             self.bytes.extend_from_slice(item);
@@ -38,6 +38,11 @@ impl Backlog {
 
     pub(super) fn is_empty(&self) -> bool {
         self.lengths.is_empty()
+    }
+
+    /// Bytes that wait.
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len() - self.start
     }
 
     /// All that is still to be taken.

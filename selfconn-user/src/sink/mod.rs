@@ -117,6 +117,22 @@ impl Sinks {
         }
     }
 
+    /// Writes what was made, as [`Self::flush`] does, and makes room for what the next batch of a flood becomes: what is
+    /// still in the ring buffer waits there for the only reader, if that is slow. Where there are others, a slow one
+    /// loses events, so that none of them is lost for all.
+    ///
+    /// # Errors
+    /// As [`Self::flush`].
+    pub async fn make_room(&mut self) -> io::Result<()> {
+        self.flush()?;
+        match (&mut self.stdout, &mut self.journal, &self.log) {
+            (Some(stdout), None, None) => stdout.writer.make_room().await,
+            (None, Some(journal), None) => journal.writer.make_room().await,
+            _ => {}
+        }
+        Ok(())
+    }
+
     /// Waits until a reader took what it was given, so that it is time to flush. Dropped, it loses nothing.
     pub async fn ready(&mut self) {
         let writers = (self.stdout.as_mut(), self.journal.as_mut());

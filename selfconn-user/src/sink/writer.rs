@@ -16,6 +16,9 @@ const PENDING_LIMIT: usize = 8 << 20;
 /// So much is handed over at once: what a pipe holds by default.
 const PORTION: usize = 64 << 10;
 
+/// A reader that takes nothing for so long has stopped reading, and a flood no longer waits for it.
+const STOPPED: Duration = Duration::from_millis(100);
+
 /// A thread that takes this long over a portion is stuck; at the end of a run nobody waits for it longer.
 const STUCK: Duration = Duration::from_secs(2);
 
@@ -33,6 +36,8 @@ pub(super) struct Writer {
     is_busy: bool,
     /// In a burst of errors, which is said once.
     is_failing: bool,
+    /// The reader has stopped reading, as far as is known.
+    has_stopped: bool,
     end: Option<End>,
 }
 
@@ -74,6 +79,7 @@ impl Writer {
             answers,
             is_busy: false,
             is_failing: false,
+            has_stopped: false,
             end: None,
         })
     }
@@ -100,6 +106,7 @@ impl Writer {
 
     fn heard(&mut self, (taken, error): Answer) {
         self.is_busy = false;
+        self.has_stopped = false;
         self.backlog.take(taken);
         match error {
             None => {
@@ -126,6 +133,20 @@ impl Writer {
             // After an error, the next attempt is made when something wakes the loop, not at once.
             if self.is_gone() || (!has_failed && !self.backlog.is_empty()) {
                 return;
+            }
+        }
+    }
+
+    /// Waits for a reader that is slow, until there is room for the events of a batch; not for one that has stopped.
+    pub(super) async fn make_room(&mut self) {
+        while self.backlog.len() > PENDING_LIMIT / 2 {
+            self.flush();
+            if !self.is_busy || self.is_failing || self.has_stopped {
+                break;
+            }
+            match tokio::time::timeout(STOPPED, self.answers.recv()).await {
+                Ok(Some(answer)) => self.heard(answer),
+                Ok(None) | Err(_) => self.has_stopped = true,
             }
         }
     }

@@ -298,7 +298,8 @@ fn round(daemon: &mut Daemon, mode: &Mode, condition: &Condition) -> [usize; 2] 
     assert_eq!(established.len(), held, "{what}: told twice");
     if mode.is_lossless(condition) {
         let nothing = (made, churned, 0, churned + held);
-        assert_eq!((transitions, told.len(), found, owners.right), nothing, "{what}: lost");
+        let lost: Vec<_> = daemon.seen().iter().filter(|event| event["event"] == "lost").collect();
+        assert_eq!((transitions, told.len(), found, owners.right), nothing, "{what}: lost, {lost:?}");
     } else if mode.is_pair_of_guards() {
         // A transition now and then, but no connection and no opener: each has more than one.
         assert_eq!((told.len(), owners.right), (churned, churned + held), "{what}: lost");
@@ -357,7 +358,7 @@ fn the_default_loses_nothing(net: Net, condition: &str) {
     let all = |kind| events.iter().filter(|event| by(GROUP, kind, net)(event)).collect::<Vec<_>>();
     let (established, closed) = (all("established"), all("closed"));
     let owners = Owners::count(established.iter().copied(), &diallers);
-    let methods = doctor()["would_attach"].to_string();
+    let methods = format!("{}: {}", doctor()["would_attach"], events.last().unwrap());
     println!(
         "FACT default.{condition}={} established and {} closed of {made}, owners {} right {} wrong {} unknown",
         established.len(),

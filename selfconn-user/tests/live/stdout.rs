@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{BufRead as _, BufReader},
+    io::{BufRead as _, BufReader, Read as _},
     net::Ipv4Addr,
     path::Path,
     process::{Child, Command, Stdio},
@@ -103,6 +103,46 @@ fn a_frozen_reader_stops_nothing_and_is_told_what_it_lost_when_it_reads_again() 
     assert_eq!(stopped["made"], in_log.len());
     assert_eq!(stopped["lost"]["stdout"], told);
     assert_eq!(stopped["made"], events.len() as u64 + told, "what came and what is told as lost is all");
+}
+
+#[test]
+fn a_slow_reader_that_is_the_only_one_loses_nothing_of_a_flood() {
+    let net = Net::private();
+    let mut command = Command::new(selfconn());
+    command
+        .args(["run", "--json", "--states", "--ring-size", "32M"])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null());
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    let (started, is_live) = std::sync::mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        let (mut text, mut portion) = (Vec::new(), vec![0; 32 << 10]);
+        loop {
+            let count = stdout.read(&mut portion).unwrap();
+            text.extend_from_slice(&portion[..count]);
+            let _ = started.send(());
+            if count == 0 {
+                return String::from_utf8(text).unwrap();
+            }
+            // Longer than it takes to make as much.
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    });
+    is_live.recv_timeout(DEADLINE).unwrap();
+    const MADE: usize = 2_500;
+    for _ in 0..MADE {
+        talk_to_self(Ipv4Addr::LOCALHOST.into());
+    }
+    end(&mut child);
+    let text = reader.join().unwrap();
+    assert!(text.len() > 12 << 20, "{} bytes could have waited", text.len());
+    let events = parse(&text);
+    let stopped = events.last().unwrap();
+    assert_eq!((&stopped["lost"]["stdout"], &stopped["lost"]["ring"]), (&0.into(), &0.into()), "{stopped}");
+    assert_eq!(stopped["made"], events.len());
+    let is_ours = |event: &&Value| event["event"] == "closed" && event["netns"] == net.inode;
+    assert_eq!(events.iter().filter(is_ours).count(), MADE);
 }
 
 #[test]
