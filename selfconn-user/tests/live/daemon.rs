@@ -76,6 +76,13 @@ pub(crate) fn forced(method: &str) -> Vec<&'static str> {
     }
 }
 
+/// Whether programs of tp_btf and fentry can be preempted on this kernel: from v7.1 on.
+pub(crate) fn is_preemptible() -> bool {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(7), Some(1))
+}
+
 /// The default, and each method alone that `doctor` says can be attached here.
 pub(crate) fn variants() -> Vec<Variant> {
     let attachable = verdicts().into_iter().filter(|(_, verdict, _)| *verdict == "ok");

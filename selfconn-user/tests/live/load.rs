@@ -20,7 +20,7 @@ use socket2::Socket;
 
 use crate::{
     client::connect_to_self,
-    daemon::{Daemon, Variant, doctor, forced, of, scaled, verdicts},
+    daemon::{Daemon, Variant, doctor, forced, is_preemptible, of, scaled, verdicts},
     net::Net,
     pool,
     role::Role,
@@ -239,13 +239,6 @@ impl Mode {
             _ => self.is_pair_of_guards() && !(condition.is_interrupted() && is_preemptible()),
         }
     }
-}
-
-/// Whether programs of tp_btf and fentry can be preempted on this kernel: from v7.1 on.
-fn is_preemptible() -> bool {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
-    (numbers.next(), numbers.next()) >= (Some(7), Some(1))
 }
 
 /// How many of these became ESTABLISHED unseen: both sequence numbers are known at that step only.
