@@ -11,8 +11,9 @@ use crate::{
     connection::{Connections, Happening, comm},
     event::{Event, Subject, What},
     kernel::host::Capabilities,
+    ports::{LocalPorts, PortRange, ReservedPorts},
     process::{self, Facts, Holder, Who},
-    sink::{json_line, text},
+    sink::{journal, json_line, text},
     sockets,
 };
 
@@ -33,7 +34,65 @@ pub fn log_line(bytes: &[u8]) {
         let written = text::render(text::Record::new(&fields), &mut shown);
         assert!(written.is_ok());
         assert_harmless(&shown);
+        // It is handed our own lines only, whose keys are ours.
+        if fields.keys().all(|key| key.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')) {
+            journal_entry(text::Record::new(&fields), bytes);
+        }
     }
+}
+
+/// The texts of the two sysctls of local ports, from `/proc/sys` or from a file for the boot: what is read is what the
+/// kernel would print of it.
+///
+/// # Panics
+/// When it isn't.
+pub fn sysctl_text(range: &str, reserved: &str) {
+    if let Ok(range) = PortRange::parse(range) {
+        let firsts = range.first_ports();
+        assert!(firsts.len() > 0 && firsts.clone().all(|port| range.contains(port)), "{range}");
+    }
+    if let Ok(reserved) = ReservedPorts::parse(reserved) {
+        let printed = reserved.to_string();
+        assert_eq!(ReservedPorts::parse(&printed).as_ref(), Ok(&reserved), "{printed}");
+        assert_eq!(reserved.is_empty(), printed.is_empty());
+    }
+    if let Ok(ports) = LocalPorts::parse(range, reserved) {
+        let expected = ports.first_ports().count();
+        assert_eq!(ports.expected_dials() as usize, expected);
+        for port in [0, 1, 32_768, 60_999, u16::MAX] {
+            let _ = ports.reach(port);
+        }
+    }
+}
+
+/// What the journal is handed of a line: read as the journal reads it, it has the fields of the line, and no others.
+fn journal_entry(record: text::Record<'_>, json: &[u8]) {
+    const OURS: [&str; 5] = ["MESSAGE", "MESSAGE_ID", "PRIORITY", "SYSLOG_IDENTIFIER", "SELFCONN_JSON"];
+    let mut entry = Vec::new();
+    journal::entry(record, json, &mut entry);
+    let mut rest = entry.as_slice();
+    let mut names = Vec::new();
+    while let Some(end) = rest.iter().position(|byte| matches!(byte, b'=' | b'\n')) {
+        let (name, value) = (std::str::from_utf8(&rest[..end]).expect("a name is text"), &rest[end + 1..]);
+        let length = match rest[end] {
+            b'=' => value.iter().position(|byte| *byte == b'\n').expect("a value ends"),
+            _ => u64::from_le_bytes(value[..8].try_into().expect("eight bytes")) as usize + 8,
+        };
+        assert_eq!(value[length], b'\n', "{name}");
+        if name == "MESSAGE" {
+            assert_harmless(std::str::from_utf8(&value[..length]).expect("a message is text"));
+        }
+        names.push(name.to_owned());
+        rest = &value[length + 1..];
+    }
+    assert!(rest.is_empty(), "{rest:?}");
+    let of_line = record.fields().filter(|(_, value)| !value.is_null());
+    let expected: Vec<_> = OURS
+        .into_iter()
+        .map(str::to_owned)
+        .chain(of_line.map(|(key, _)| format!("SELFCONN_{}", key.to_ascii_uppercase())))
+        .collect();
+    assert_eq!(names, expected);
 }
 
 /// A process that chooses its names: the JSON is one line that holds them, and the text is harmless.
@@ -54,6 +113,8 @@ pub fn hostile_names(names: &[String]) {
     assert_eq!(read_back["thread_comm"], serde_json::json!(subject.thread_comm));
     assert_eq!(read_back["cmdline"], serde_json::json!(subject.cmdline));
     assert_eq!(read_back["cgroup"], serde_json::json!(subject.cgroup));
+
+    log_line(&line);
 
     let mut shown = Vec::new();
     text::line(&event, &mut shown);
@@ -156,6 +217,14 @@ mod tests {
             let mut object = serde_json::Map::from_iter(fields.into_iter().map(|(key, value)| (key, Value::from(value))));
             object.insert("event".to_owned(), kind.into());
             log_line(&serde_json::to_vec(&object).unwrap());
+        }
+
+        #[test]
+        fn what_a_sysctl_says_is_read_as_the_kernel_prints_it(
+            range in r"[0-9]{1,5}[ \t][0-9]{1,5}|\PC*",
+            reserved in r"([0-9]{1,5}(-[0-9]{1,5})?,){0,6}|\PC*",
+        ) {
+            sysctl_text(&range, &reserved);
         }
 
         #[test]

@@ -12,6 +12,7 @@ mod operations;
 mod packages;
 mod progress;
 mod remap;
+mod soak;
 mod strip;
 mod test;
 mod toolchain;
@@ -56,6 +57,8 @@ enum Command {
     },
     /// Run the fuzz targets, each for a bounded time, and tell what was tried
     Fuzz(fuzz::Args),
+    /// Run the released daemon under mixed load for a long time, and tell what became of everything
+    Soak(soak::Args),
     /// Check what is shipped for operators with systemd's and Prometheus's own programs
     Operations,
     /// Make what is handed to others: a Debian package, a tarball, a bill of materials, checksums
@@ -89,6 +92,7 @@ fn run(command: &Command, workspace: &Workspace) -> Result<()> {
         Command::Service(arguments) => vm::service::run(arguments, workspace),
         Command::Test { filter, kernels } => test::test(workspace, filter.as_deref(), *kernels),
         Command::Fuzz(arguments) => fuzz::run(arguments, workspace),
+        Command::Soak(arguments) => soak::run(arguments, workspace),
         Command::Operations => operations::operations(workspace),
         Command::Deny => deny::run(workspace),
         Command::Dist(arguments) => dist::run(arguments, workspace),

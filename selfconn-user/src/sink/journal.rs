@@ -71,7 +71,7 @@ impl Journal {
 }
 
 /// Appends an event as an entry.
-fn entry(record: Record<'_>, json: &[u8], out: &mut Vec<u8>) {
+pub(crate) fn entry(record: Record<'_>, json: &[u8], out: &mut Vec<u8>) {
     let kind = kind_of(record);
     let mut message = format!("{} ", kind.word);
     let written = (kind.sentence)(record, &mut message);

@@ -32,6 +32,7 @@ mod risk;
 mod role;
 mod scan;
 mod service;
+mod soak;
 mod stdout;
 mod steering;
 mod table;

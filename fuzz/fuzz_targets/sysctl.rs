@@ -1,0 +1,7 @@
+//! The texts of `ip_local_port_range` and `ip_local_reserved_ports`: read or refused, and printed as the kernel does.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use selfconn::fuzzing;
+
+fuzz_target!(|texts: (&str, &str)| fuzzing::sysctl_text(texts.0, texts.1));
