@@ -67,12 +67,13 @@ fn a_forced_method_is_the_only_one_that_is_live() {
     }
 }
 
-/// A verifier of 5.10 takes milliseconds for so many, and minutes for five times as many: what it keeps of each path it
-/// compares with all others.
-const VERIFIED: u64 = 14_000;
+/// A verifier takes milliseconds for so many. Half a million took that of 5.10 minutes: what it keeps of each path it
+/// compares with all others. Before v6.8 it follows more of them, for it can't tell which numbers matter.
+const VERIFIED: u64 = 80_000;
 
 #[test]
 fn the_verifier_goes_through_few_paths() {
+    let mut counts = Vec::new();
     for variant in variants() {
         let daemon = Daemon::shared(&variant, &[]);
         let fds = std::fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid())).unwrap();
@@ -84,10 +85,11 @@ fn the_verifier_goes_through_few_paths() {
         let most = texts.filter_map(verified).max();
         daemon.stop();
         let Some(most) = most else { return println!("this kernel does not tell") };
-        println!("FACT {}.verified={most}", variant.0.last().unwrap_or(&"default"));
-        // The smallest of the methods' programs has more than a thousand.
-        assert!((1_000..VERIFIED).contains(&most), "{variant:?}: {most} instructions");
+        println!("FACT verified.{}={most}", variant.0.last().unwrap_or(&"default"));
+        counts.push(most);
     }
+    // The smallest of the methods' programs has more than a thousand.
+    assert!(counts.iter().all(|most| (1_000..VERIFIED).contains(most)), "{counts:?}");
 }
 
 #[test]
