@@ -9,11 +9,7 @@ use core::{
     ptr,
 };
 
-use aya_ebpf::{
-    EbpfContext, Global,
-    helpers::{bpf_probe_read_kernel, generated as helpers},
-    programs::TracePointContext,
-};
+use aya_ebpf::{EbpfContext, Global, helpers::generated as helpers, programs::TracePointContext};
 use selfconn_ebpf::{ABSENT, COMM_LEN, FIELDS, Field, Opener, Task, Transition, family, state, task_access};
 
 /// Offsets of [`Field`]s. In frozen `.rodata`, so the verifier knows each as a constant and drops what is absent.
@@ -39,7 +35,7 @@ pub(crate) fn knows_port() -> bool {
 
 /// A way for a program to read kernel memory.
 pub(crate) trait Memory: Copy {
-    /// Reads a value at an address the kernel gave us.
+    /// Reads a value at an address the kernel gave us; zero where nothing can be read.
     fn read<T: Copy + Default>(address: *const u8) -> T;
 
     /// The same socket, seen so that fields beyond `struct sock` may be read.
@@ -87,8 +83,14 @@ impl Memory for Direct {
 impl Memory for Probe {
     #[inline(always)]
     fn read<T: Copy + Default>(address: *const u8) -> T {
-        // SAFETY: the helper copies or fails; it never faults.
-        unsafe { bpf_probe_read_kernel(address.cast::<T>()) }.unwrap_or_default()
+        let mut value = MaybeUninit::<T>::uninit();
+        // Whether it failed is not asked, for each answer would be a path of its own for the verifier.
+        // SAFETY: the helper never faults; it writes all of the size it is given, zeroes where it fails
+        // (`bpf_probe_read_kernel_common`, kernel/trace/bpf_trace.c at v5.10), and zero is a value of every T used here.
+        unsafe {
+            helpers::bpf_probe_read_kernel(value.as_mut_ptr().cast(), size_of::<T>() as u32, address.cast());
+            value.assume_init()
+        }
     }
 
     #[inline(always)]

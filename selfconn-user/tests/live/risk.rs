@@ -179,7 +179,8 @@ fn a_port_that_is_released_is_at_risk_and_then_hit() {
         if event["event"] == "established" || has_hit.into_inner() {
             continue;
         }
-        assert!(event["refused"].as_u64().unwrap() > 200, "the dials before count: {event}");
+        // All of them, if the daemon looked before the next one.
+        assert!(event["refused"].as_u64().unwrap() >= 200, "the dials before count: {event}");
         assert_eq!(event["expected_dials"], 100, "{event}");
         dial_until_self(at(PORT), LIMIT).expect("an even port of the range is hit");
         let hit = daemon.expect(1, |event| of("established", net.inode)(event) && event["port"] == PORT);
