@@ -295,7 +295,6 @@ impl Daemon {
         });
         let listed = reading.listed(&remembered, self.knows_netns);
         let missed = self.story.reconcile(reading, &listed, self.knows_netns);
-        log::debug!("read the socket table: {} self-connections, {missed} of them new", listed.len());
         // What was there before us was not missed.
         if self.has_read {
             self.story.missed += missed;
@@ -307,6 +306,7 @@ impl Daemon {
         }
         self.risk.sweep(self.tracer.refusals());
         self.tell_losses();
+        log::debug!("read the socket table: {} self-connections, {missed} of them new", listed.len());
     }
 
     /// Looks at the programs' counters, and tells what was lost since the last time.
