@@ -237,6 +237,14 @@ impl Bench {
             Ok(began.elapsed().as_secs_f64() * 1e3)
         };
         let scan = || time(Command::new(&self.daemon).arg("scan"));
+        // What the daemon's own comparison with the table takes of a processor.
+        let reading = |name: &str| -> Result<()> {
+            let tracer = self.start(&["--reconcile", "1", "-vv"])?;
+            for round in 0..self.rounds(5) {
+                sample(name, round, tracer.time_of_readings(1)?.as_secs_f64() * 1e3);
+            }
+            tracer.stop()
+        };
         let net = Net::new()?;
         for sockets in [1_000, 10_000, 100_000] {
             let crowd = Crowd::new(&net, sockets)?;
@@ -246,6 +254,7 @@ impl Bench {
                 net.enter(ss.arg("-tanH"));
                 sample(&format!("scan.ss.{sockets}"), round, time(&mut ss)?);
             }
+            reading(&format!("reading.sockets.{sockets}"))?;
             drop(crowd);
         }
         drop(net);
@@ -259,6 +268,7 @@ impl Bench {
             for round in 0..self.rounds(10) {
                 sample(&format!("scan.namespaces.{namespaces}"), round, scan()?);
             }
+            reading(&format!("reading.namespaces.{namespaces}"))?;
         }
         Ok(())
     }

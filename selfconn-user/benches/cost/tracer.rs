@@ -5,6 +5,10 @@ use std::{
     io::{BufRead as _, BufReader},
     path::Path,
     process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -13,7 +17,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use aya::sys::{Stats, enable_stats};
 use selfconn::kernel::tracefs;
 
-use crate::programs;
+use crate::{proc, programs};
 
 /// How long one may take until it is live.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -23,6 +27,8 @@ pub(crate) struct Tracer {
     child: Child,
     /// What it said first.
     pub(crate) first: String,
+    /// How often it said that it has read the socket table; needs `-vv`.
+    readings: Arc<AtomicU64>,
 }
 
 impl Tracer {
@@ -95,13 +101,35 @@ impl Tracer {
         let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         let mut child = spawned.with_context(|| format!("start {what}"))?;
         let stderr = child.stderr.take().context("no stderr")?;
+        let readings = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&readings);
         let said = thread::spawn(move || {
-            let mut lines = BufReader::new(stderr).lines().map_while(Result::ok);
-            let first = lines.next();
-            lines.for_each(drop);
+            let mut first = None;
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                count.fetch_add(u64::from(line.contains("read the socket table")), Ordering::Relaxed);
+                first.get_or_insert(line);
+            }
             first
         });
-        Ok((Self { child, first: String::new() }, said))
+        Ok((Self { child, first: String::new(), readings }, said))
+    }
+
+    /// Processor time of a reading of the socket table, in the mean of so many.
+    pub(crate) fn time_of_readings(&self, count: u64) -> Result<Duration> {
+        let wait = |count: u64| -> Result<(u64, Duration)> {
+            let until = Instant::now() + DEADLINE + Duration::from_secs(2 * count);
+            loop {
+                let readings = self.readings.load(Ordering::Relaxed);
+                if readings >= count {
+                    return Ok((readings, proc::on_cpu(self.pid())?));
+                }
+                ensure!(Instant::now() < until, "the socket table is not read");
+                thread::sleep(Duration::from_millis(5));
+            }
+        };
+        let (first, before) = wait(self.readings.load(Ordering::Relaxed) + 1)?;
+        let (last, after) = wait(first + count)?;
+        Ok((after - before) / u32::try_from(last - first)?)
     }
 
     pub(crate) fn pid(&self) -> u32 {

@@ -8,8 +8,8 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
-    Btf, Ebpf, EbpfError, EbpfLoader, Endianness, Pod,
-    maps::{Array, MapData, MapError, PerCpuArray, RingBuf},
+    Btf, Ebpf, EbpfError, EbpfLoader, Endianness,
+    maps::{MapData, MapError, PerCpuArray, RingBuf},
     programs::{
         BtfTracePoint, FEntry, KProbe, Program, ProgramError, TracePoint, fentry::FEntryLink,
         kprobe::KProbeLink, tp_btf::BtfTracePointLink, trace_point::TracePointLink,
@@ -17,7 +17,7 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use rustix::io::Errno;
-use selfconn_ebpf::{Dial, DialSet, Record, WAYS, counter, names, reported, set_of};
+use selfconn_ebpf::{Dial, Record, WAYS, counter, names, reported};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
@@ -28,8 +28,10 @@ use super::{
 };
 
 pub mod binds;
+mod dials;
 mod refusals;
 
+use dials::Dials;
 pub use refusals::Refusals;
 
 /// The object that `cargo xtask build-ebpf` makes.
@@ -84,7 +86,7 @@ enum Link {
 pub struct Tracer {
     ring: AsyncFd<RingBuf<MapData>>,
     counters: PerCpuArray<MapData, u64>,
-    dials: Array<MapData, Set>,
+    dials: Dials,
     refusals: Refusals,
     log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
     delivered: u64,
@@ -127,7 +129,7 @@ impl Tracer {
         Ok(Self {
             ring: watch(ring)?,
             counters,
-            dials: Array::try_from(take(&mut ebpf, names::DIALS)?)?,
+            dials: Dials::of(take(&mut ebpf, names::DIALS)?)?,
             refusals: Refusals::of(take(&mut ebpf, names::REFUSALS)?)?,
             log,
             delivered: 0,
@@ -245,38 +247,16 @@ impl Tracer {
     /// # Errors
     /// When the map can't be read.
     pub fn remembered(&self) -> Result<Vec<(u64, Dial)>> {
-        let mut remembered = Vec::new();
-        for set in self.dials.iter() {
-            let DialSet { socks, dials } = set?.0;
-            let entries = socks.into_iter().zip(dials);
-            remembered.extend(entries.filter(|(sock, dial)| *sock != 0 && dial.is_about(*sock as u32)));
-        }
-        Ok(remembered)
+        self.dials.all()
     }
 
     /// Forgets a dial whose socket is gone.
     pub fn forget(&mut self, sock: u64) {
-        let index = set_of(sock as u32, self.dials.len());
-        // What the programs write into the same set between these two calls is lost, and costs a name.
-        let forgotten = self.dials.get(&index, 0).and_then(|Set(mut set)| {
-            for other in set.socks.iter_mut().filter(|other| **other == sock) {
-                *other = 0;
-            }
-            self.dials.set(index, Set(set), 0)
-        });
-        if let Err(error) = forgotten {
+        if let Err(error) = self.dials.forget(sock) {
             log::debug!("a stale dial could not be forgotten: {error}");
         }
     }
 }
-
-/// A value of [`names::DIALS`].
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-struct Set(DialSet);
-
-// SAFETY: integers and byte arrays without padding, for which every bit pattern is a value.
-unsafe impl Pod for Set {}
 
 /// Attaches each method for a moment, to learn whether it can be.
 ///

@@ -302,6 +302,15 @@ pub(super) fn of(samples: &Samples) -> Vec<Row> {
             );
         }
     }
+    for (what, name) in [
+        ("a reading of 1,000 sockets, of a processor", "reading.sockets.1000"),
+        ("a reading of 100,000 sockets, of a processor", "reading.sockets.100000"),
+        ("a reading of 100 namespaces, of a processor", "reading.namespaces.100"),
+    ] {
+        if let Some(estimate) = samples.median(name) {
+            row(group, what, Unit::Milliseconds, Told, Some(estimate));
+        }
+    }
     for row in &mut rows {
         if row.verdict == Verdict::Skipped {
             let named = samples

@@ -1,0 +1,127 @@
+//! The fields of the kernel's structures that the programs read, and how BTF knows them.
+
+/// The kernel fields that the programs read, by the index of their offset in the global [`crate::names::OFFSETS`].
+///
+/// rustc emits no CO-RE relocations, so user space reads the offsets from the running kernel's BTF and sets them
+/// before the load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Field {
+    /// `u16`.
+    Family,
+    /// `u8`, volatile.
+    State,
+    /// `u16`, host byte order.
+    Num,
+    /// `u16`, network byte order.
+    Dport,
+    /// `u32`, network byte order.
+    RcvSaddr,
+    /// `u32`, network byte order.
+    Daddr,
+    /// `[u32; 4]`, network byte order; absent without `CONFIG_IPV6`.
+    V6RcvSaddr,
+    /// `[u32; 4]`, network byte order; absent without `CONFIG_IPV6`.
+    V6Daddr,
+    /// `int`.
+    BoundDevIf,
+    /// `u64`.
+    Cookie,
+    /// `struct net *`; absent without `CONFIG_NET_NS`.
+    Net,
+    /// `u32`, in `struct net`.
+    NetnsInum,
+    /// `u16` since v5.6.
+    Protocol,
+    /// `int`.
+    Error,
+    /// `int`.
+    LockOwned,
+    /// `u16`, network byte order.
+    Sport,
+    /// `u64`.
+    BytesSent,
+    /// `u64`.
+    BytesRetrans,
+    /// `u64`.
+    BytesReceived,
+    /// `u32`.
+    SndUna,
+    /// `u32`.
+    RcvNxt,
+    /// `struct task_struct *`.
+    GroupLeader,
+    /// `char[16]`.
+    TaskComm,
+    /// `u64`, nanoseconds.
+    StartBoottime,
+    /// `struct files_struct *`.
+    TaskFiles,
+    /// `struct fdtable *`.
+    FilesFdt,
+    /// `unsigned int`.
+    FdtMax,
+    /// `struct file **`.
+    FdtFiles,
+    /// `void *`.
+    FilePrivate,
+    /// `struct file *`.
+    SocketFile,
+    /// `struct sock *`.
+    SocketSk,
+}
+
+/// How many offsets there are.
+pub const FIELDS: usize = Field::SocketSk as usize + 1;
+
+/// The offset of a field that this kernel doesn't have.
+pub const ABSENT: u32 = u32::MAX;
+
+impl Field {
+    /// Every field, with the struct and the member that BTF knows it by, and whether no program works without it.
+    pub const ALL: [(Self, &'static str, &'static str, bool); FIELDS] = [
+        (Self::Family, "sock_common", "skc_family", true),
+        (Self::State, "sock_common", "skc_state", true),
+        (Self::Num, "sock_common", "skc_num", true),
+        (Self::Dport, "sock_common", "skc_dport", true),
+        (Self::RcvSaddr, "sock_common", "skc_rcv_saddr", true),
+        (Self::Daddr, "sock_common", "skc_daddr", true),
+        (Self::V6RcvSaddr, "sock_common", "skc_v6_rcv_saddr", false),
+        (Self::V6Daddr, "sock_common", "skc_v6_daddr", false),
+        (Self::BoundDevIf, "sock_common", "skc_bound_dev_if", false),
+        (Self::Cookie, "sock_common", "skc_cookie", false),
+        (Self::Net, "sock_common", "skc_net", false),
+        (Self::NetnsInum, "net", "ns.inum", false),
+        (Self::Protocol, "sock", "sk_protocol", true),
+        (Self::Error, "sock", "sk_err", false),
+        (Self::LockOwned, "sock", "sk_lock.owned", false),
+        (Self::Sport, "inet_sock", "inet_sport", true),
+        (Self::BytesSent, "tcp_sock", "bytes_sent", false),
+        (Self::BytesRetrans, "tcp_sock", "bytes_retrans", false),
+        (Self::BytesReceived, "tcp_sock", "bytes_received", false),
+        (Self::SndUna, "tcp_sock", "snd_una", false),
+        (Self::RcvNxt, "tcp_sock", "rcv_nxt", false),
+        (Self::GroupLeader, "task_struct", "group_leader", false),
+        (Self::TaskComm, "task_struct", "comm", false),
+        (Self::StartBoottime, "task_struct", "start_boottime", false),
+        (Self::TaskFiles, "task_struct", "files", false),
+        (Self::FilesFdt, "files_struct", "fdt", false),
+        (Self::FdtMax, "fdtable", "max_fds", false),
+        (Self::FdtFiles, "fdtable", "fd", false),
+        (Self::FilePrivate, "file", "private_data", false),
+        (Self::SocketFile, "socket", "file", false),
+        (Self::SocketSk, "socket", "sk", false),
+    ];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_field_table_is_in_the_order_of_its_indices() {
+        for (index, (field, ..)) in Field::ALL.iter().enumerate() {
+            assert_eq!(*field as usize, index);
+        }
+    }
+}
