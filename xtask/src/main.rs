@@ -16,6 +16,8 @@ mod soak;
 mod strip;
 mod test;
 mod toolchain;
+#[cfg(test)]
+mod unsafe_code;
 mod vm;
 mod workspace;
 

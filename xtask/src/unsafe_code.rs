@@ -1,0 +1,65 @@
+//! What SECURITY.md says of `unsafe`, compared with the sources: a table of files and counts is true or a test fails.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use crate::workspace::Workspace;
+
+/// Blocks, functions, implementations and attributes, by the file; without tests and benchmarks.
+fn counted(root: &Path) -> BTreeMap<String, usize> {
+    let mut counts = BTreeMap::new();
+    let mut directories: Vec<_> =
+        ["selfconn-ebpf/src", "selfconn-user/src", "xtask/src"].map(|part| root.join(part)).into();
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.file_name().is_none_or(|name| name != "unsafe_code.rs") {
+                let text = fs::read_to_string(&path).unwrap();
+                let code = text.lines().map(|line| line.split("//").next().unwrap_or_default());
+                let count = code.map(in_line).sum();
+                let name = path.strip_prefix(root).unwrap().display().to_string();
+                counts.extend((count > 0).then_some((name, count)));
+            }
+        }
+    }
+    counts
+}
+
+fn in_line(line: &str) -> usize {
+    ["unsafe {", "unsafe impl", "unsafe fn", "unsafe extern", "#[unsafe("]
+        .iter()
+        .map(|form| line.matches(form).count())
+        .sum()
+}
+
+/// Rows of the table: a file between backticks, and a number.
+fn said(text: &str) -> BTreeMap<String, usize> {
+    let row = |line: &str| {
+        let mut cells = line.strip_prefix("| `")?.split('|');
+        let file = cells.next()?.trim().strip_suffix('`')?.to_owned();
+        Some((file, cells.next()?.trim().parse().ok()?))
+    };
+    text.lines().filter_map(row).filter(|(file, _)| file.ends_with(".rs")).collect()
+}
+
+#[test]
+fn what_is_said_of_unsafe_code_is_so() {
+    let root = Workspace::find().unwrap().root;
+    let said = said(&fs::read_to_string(root.join("SECURITY.md")).unwrap());
+    assert_eq!(said, counted(&root), "left: SECURITY.md, right: the sources");
+}
+
+#[test]
+fn a_line_is_counted_by_what_it_opens() {
+    for (line, count) in [
+        ("let a = unsafe { b() };", 1),
+        ("    unsafe impl Pod for A {}", 1),
+        ("pub(crate) unsafe fn a() {", 1),
+        ("#[unsafe(no_mangle)]", 1),
+        ("use rustix::thread::unshare_unsafe;", 0),
+        ("unsafe { unshare_unsafe(flags) }?;", 1),
+    ] {
+        assert_eq!(in_line(line), count, "{line}");
+    }
+}
