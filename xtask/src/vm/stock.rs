@@ -51,6 +51,12 @@ impl Stock {
         Ok(stock)
     }
 
+    /// Whether it is the oldest one here or the newest.
+    pub(super) fn is_at_end(&self, kernel: &Kernel) -> bool {
+        let is_it = |other: Option<&Kernel>| other.is_some_and(|other| other.version == kernel.version);
+        is_it(self.kernels.first()) || is_it(self.kernels.last())
+    }
+
     /// Gets what can be had of what is wanted.
     pub(super) fn whatever(wanted: &[String], directory: &Path) -> Self {
         let kept = directory.join("kernels");
