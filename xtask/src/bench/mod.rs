@@ -15,6 +15,7 @@ use self::rows::{Samples, Verdict};
 use crate::{
     daemon, environment, packages,
     progress::{self, say, seconds},
+    vm,
     workspace::{Workspace, here, write_if_changed},
 };
 
@@ -30,6 +31,9 @@ pub(crate) struct Args {
     /// Write the chart here, too
     #[arg(long, value_name = "FILE")]
     chart: Option<PathBuf>,
+    /// Don't measure the pair of hooks in a virtual machine
+    #[arg(long)]
+    no_vm: bool,
     /// Only these: idle, transition, churn, latency, scan, flood
     only: Vec<String>,
 }
@@ -52,12 +56,25 @@ pub(crate) fn run(args: &Args, workspace: &Workspace) -> Result<()> {
     daemon::build(workspace)?;
     let helper = build(workspace)?;
     let samples = measure(&helper, args, workspace)?;
-    let rows = rows::of(&samples);
+    let mut rows = rows::of(&samples);
+    // Of the machine that is measured, the guest takes all; so it comes last.
+    const IN_GUEST: [&str; 2] = ["transition", "churn"];
+    let mut in_guest = Samples::default();
+    if !args.no_vm && (args.only.is_empty() || args.only.iter().any(|only| IN_GUEST.contains(&only.as_str())))
+    {
+        match vm::measure(workspace, &IN_GUEST) {
+            Ok((kernel, output)) => {
+                output.lines().for_each(|line| drop(take(line, &mut in_guest)));
+                rows.extend(rows::of_guest(&kernel, &in_guest));
+            }
+            Err(error) => say(format!("the pair of hooks was not measured: {error:#}")),
+        }
+    }
     ensure!(!rows.is_empty(), "nothing was measured");
     let directory = workspace.target.join("bench");
     let machine = machine(&samples);
     let report = serde_json::json!({ "machine": machine, "facts": samples.facts, "rows": rows,
-        "skipped": samples.skipped, "samples": samples.values });
+        "skipped": samples.skipped, "samples": samples.values, "samples_in_vm": in_guest.values });
     write_if_changed(&directory.join("report.json"), &serde_json::to_vec_pretty(&report)?)?;
     let table = table::markdown(&machine, &samples, &rows);
     write_if_changed(&directory.join("report.md"), table.as_bytes())?;
@@ -125,26 +142,30 @@ fn measure(helper: &PathBuf, args: &Args, workspace: &Workspace) -> Result<Sampl
     }
     command.args(&args.only);
     let mut samples = Samples::default();
-    let finished = progress::run_with("measuring", command, None, |line| match serde_json::from_str(line) {
-        Ok(Line::Sample { name, value }) => {
-            samples.values.entry(name.clone()).or_default().push(value);
-            Some(name)
-        }
-        Ok(Line::Fact { name, text }) => {
-            samples.facts.insert(name.clone(), text);
-            Some(name)
-        }
-        Ok(Line::Skipped { name, why }) => {
-            samples.skipped.insert(name.clone(), why);
-            Some(name)
-        }
-        Ok(Line::Step { name }) => Some(name),
-        Err(_) => None,
-    });
+    let finished = progress::run_with("measuring", command, None, |line| take(line, &mut samples));
     let removed = fs::remove_dir_all(&scratch);
     finished?.must_have_succeeded("measuring")?;
     removed.with_context(|| format!("remove {}", scratch.display()))?;
     Ok(samples)
+}
+
+/// Takes a line of the helper's; what it is about. `None`: it is none of its own.
+fn take(line: &str, samples: &mut Samples) -> Option<String> {
+    match serde_json::from_str(line).ok()? {
+        Line::Sample { name, value } => {
+            samples.values.entry(name.clone()).or_default().push(value);
+            Some(name)
+        }
+        Line::Fact { name, text } => {
+            samples.facts.insert(name.clone(), text);
+            Some(name)
+        }
+        Line::Skipped { name, why } => {
+            samples.skipped.insert(name.clone(), why);
+            Some(name)
+        }
+        Line::Step { name } => Some(name),
+    }
 }
 
 /// What it was measured on.

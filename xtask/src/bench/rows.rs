@@ -131,6 +131,20 @@ impl Samples {
     }
 }
 
+/// Judges what was measured in a virtual machine on this kernel.
+pub(super) fn of_guest(kernel: &str, samples: &Samples) -> Vec<Row> {
+    let mut rows: Vec<Row> = of(samples)
+        .into_iter()
+        // How long something takes in an emulator, or beside tools that are not there, says nothing.
+        .filter(|row| row.unit == Unit::Times && row.verdict != Verdict::Skipped)
+        .collect();
+    for row in &mut rows {
+        row.group = "pair of hooks";
+        row.what = format!("on {kernel}, emulated: {}", row.what);
+    }
+    rows
+}
+
 /// Judges. Groups that were not measured have no rows.
 pub(super) fn of(samples: &Samples) -> Vec<Row> {
     let mut rows = Vec::new();

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::{environment, progress::say, workspace::Workspace};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-const GUEST_INIT: &str = "selfconn-guest-init";
+pub(super) const GUEST_INIT: &str = "selfconn-guest-init";
 const DAEMON: &str = "selfconn";
 
 /// The tests of user space that need a kernel.

@@ -32,12 +32,15 @@ mod facts;
 mod initramfs;
 mod kernel;
 mod kernels;
+mod measure;
 mod plan;
 mod report;
 pub(crate) mod service;
 mod sources;
 mod stock;
 mod variant;
+
+pub(crate) use measure::measure;
 
 /// What to run on what.
 #[derive(Debug, clap::Args)]
