@@ -40,6 +40,26 @@ pub struct Listed {
 }
 
 impl Listed {
+    /// What is known of it, under this number.
+    #[must_use]
+    pub fn connection(&self, number: u64) -> Connection {
+        Connection {
+            number,
+            source: Source::Scan,
+            cookie: self.cookie,
+            addr: self.addr,
+            port: self.port,
+            is_ipv6: self.is_ipv6,
+            netns: (self.netns != 0).then_some(self.netns),
+            ifindex: self.ifindex,
+            uid: self.uid,
+            opener: self.dial.map(|(_, opener)| opener),
+            isns: None,
+            closer: None,
+            established_ns: None,
+        }
+    }
+
     /// ESTABLISHED or later. A dial is no self-connection yet, and TIME_WAIT none any more.
     fn is_open(&self) -> bool {
         rank(self.state) >= rank(state::ESTABLISHED) && self.state != state::TIME_WAIT
@@ -132,21 +152,7 @@ impl Life {
     /// One that was found in the socket table, read at `at_ns`.
     fn found(number: u64, listed: &Listed, at_ns: u64) -> Self {
         Self {
-            connection: Connection {
-                number,
-                source: Source::Scan,
-                cookie: listed.cookie,
-                addr: listed.addr,
-                port: listed.port,
-                is_ipv6: listed.is_ipv6,
-                netns: (listed.netns != 0).then_some(listed.netns),
-                ifindex: listed.ifindex,
-                uid: listed.uid,
-                opener: listed.dial.map(|(_, opener)| opener),
-                isns: None,
-                closer: None,
-                established_ns: None,
-            },
+            connection: listed.connection(number),
             last: (listed.state, listed.state),
             seen_by: u8::MAX,
             heard_ns: at_ns,

@@ -6,7 +6,7 @@ use super::{Daemon, Story, reading::Reading};
 use crate::{
     blocked::{Blocked, Holder, Leftover},
     clock::Offset,
-    connection::{Connection, Happening, Listed, Source},
+    connection::{Happening, Listed},
     event::{self, Subject, What},
     process::Who,
 };
@@ -53,21 +53,7 @@ impl Story {
     /// What is in TIME_WAIT without this run having seen it end.
     pub(super) fn remember_time_wait(&mut self, reading: &Reading, listed: &[Listed]) {
         for (listed, left) in reading.time_waits(listed) {
-            let connection = Connection {
-                number: 0,
-                source: Source::Scan,
-                cookie: listed.cookie,
-                addr: listed.addr,
-                port: listed.port,
-                is_ipv6: listed.is_ipv6,
-                netns: (listed.netns != 0).then_some(listed.netns),
-                ifindex: listed.ifindex,
-                uid: listed.uid,
-                opener: None,
-                isns: None,
-                closer: None,
-                established_ns: None,
-            };
+            let connection = listed.connection(0);
             let left_ns = u64::try_from(left.as_nanos()).unwrap_or(u64::MAX);
             let until_ns = reading.began_ns().saturating_add(left_ns);
             debug_assert_eq!(listed.state, state::TIME_WAIT);
