@@ -238,9 +238,10 @@ impl Daemon {
         }
     }
 
-    /// Takes all that has happened so far.
+    /// Takes all that has happened so far. A batch that isn't full has emptied the ring buffer, and what came meanwhile can
+    /// wait: a flood would never end.
     async fn take_all(&mut self) {
-        while self.take() > 0 {
+        while self.take() == BATCH {
             // Whether anybody reads is seen to at the next flush.
             let _ = self.story.out.make_room().await;
         }
