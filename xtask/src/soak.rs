@@ -1,13 +1,13 @@
 //! `cargo xtask soak`: the live test of that name, for as long as it is told, with what is released; and its report.
 
-use std::{fs, time::Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
     build_ebpf, environment, packages,
     progress::{self, say, seconds},
-    workspace::{Workspace, write_if_changed},
+    workspace::{Workspace, rewrite_section},
 };
 
 /// How long.
@@ -20,9 +20,6 @@ pub(crate) struct Args {
     #[arg(long)]
     write: bool,
 }
-
-const BEGIN: &str = "<!-- soak:begin -->\n";
-const END: &str = "<!-- soak:end -->";
 
 /// `cargo xtask soak`.
 pub(crate) fn run(args: &Args, workspace: &Workspace) -> Result<()> {
@@ -51,22 +48,12 @@ pub(crate) fn run(args: &Args, workspace: &Workspace) -> Result<()> {
     }
     say(format!("soak: passed, {}", seconds(began.elapsed())));
     if args.write {
-        let file = workspace.root.join("docs/soak.md");
-        let text = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
         let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
         let cpus = std::thread::available_parallelism().context("count the CPUs")?;
         let report = format!("\nOn Linux {kernel}, with {cpus} CPUs:\n\n{table}\n");
-        let new = updated(&text, &report).with_context(|| format!("{}: no lines {BEGIN}", file.display()))?;
-        write_if_changed(&file, new.as_bytes())?;
+        rewrite_section(&workspace.root.join("docs/soak.md"), "soak", |_| report)?;
     }
     Ok(())
-}
-
-/// The text with this between its marks; `None` where it has none.
-fn updated(text: &str, report: &str) -> Option<String> {
-    let (before, rest) = text.split_once(BEGIN)?;
-    let (_, after) = rest.split_once(END)?;
-    Some(format!("{before}{BEGIN}{report}{END}{after}"))
 }
 
 /// What the test reported, as rows; nothing if it did not come so far.
@@ -84,15 +71,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_report_takes_the_place_of_the_last_one() {
+    fn what_the_test_reports_is_a_table() {
         let output = "running 1 test\ntest soak::soak ... REPORT seconds=60\nREPORT `closed`=7\nok\n";
         let rows = table(output);
         assert_eq!(rows, "| what | count |\n|---|---|\n| seconds | 60 |\n| `closed` | 7 |\n");
         assert_eq!(table("error: no such test\n"), "");
-        let text = "before\n<!-- soak:begin -->\nold\n<!-- soak:end -->\nafter\n";
-        let new = updated(text, &rows).unwrap();
-        assert_eq!(new, format!("before\n{BEGIN}{rows}{END}\nafter\n"));
-        assert_eq!(updated(&new, &rows).unwrap(), new);
-        assert_eq!(updated("no marks", &rows), None);
     }
 }

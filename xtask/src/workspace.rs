@@ -70,3 +70,32 @@ pub(crate) fn write_if_changed(path: &Path, content: &[u8]) -> Result<()> {
     };
     write().with_context(|| format!("write {}", path.display()))
 }
+
+/// Puts what `write` makes of it in the place of what a document has between two marks of this name.
+pub(crate) fn rewrite_section(file: &Path, name: &str, write: impl FnOnce(&str) -> String) -> Result<()> {
+    let text = fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
+    let new = with_section(&text, name, write)
+        .with_context(|| format!("{}: no marks {name}:begin and {name}:end", file.display()))?;
+    write_if_changed(file, new.as_bytes())
+}
+
+fn with_section(text: &str, name: &str, write: impl FnOnce(&str) -> String) -> Option<String> {
+    let (begin, end) = (format!("<!-- {name}:begin -->\n"), format!("<!-- {name}:end -->"));
+    let (before, rest) = text.split_once(&begin)?;
+    let (old, after) = rest.split_once(&end)?;
+    Some(format!("{before}{begin}{}{end}{after}", write(old)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_section_is_rewritten_and_nothing_else() {
+        let text = "before\n<!-- a:begin -->\nold\n<!-- a:end -->\nafter\n";
+        let new = with_section(text, "a", |old| format!("{old}new\n")).unwrap();
+        assert_eq!(new, "before\n<!-- a:begin -->\nold\nnew\n<!-- a:end -->\nafter\n");
+        assert_eq!(with_section(&new, "a", |_| "old\n".to_owned()).unwrap(), text);
+        assert_eq!(with_section(text, "b", str::to_owned), None);
+    }
+}

@@ -16,7 +16,7 @@ use crate::{
     daemon, environment, packages,
     progress::{self, say, seconds},
     vm,
-    workspace::{Workspace, here, write_if_changed},
+    workspace::{Workspace, here, rewrite_section, write_if_changed},
 };
 
 /// How to measure, and what to show.
@@ -31,6 +31,9 @@ pub(crate) struct Args {
     /// Write the chart here, too
     #[arg(long, value_name = "FILE")]
     chart: Option<PathBuf>,
+    /// Put the table into ARCHITECTURE.md and the chart into docs/cost.svg
+    #[arg(long)]
+    write: bool,
     /// Don't measure the pair of hooks in a virtual machine
     #[arg(long)]
     no_vm: bool,
@@ -80,6 +83,11 @@ pub(crate) fn run(args: &Args, workspace: &Workspace) -> Result<()> {
     write_if_changed(&directory.join("report.md"), table.as_bytes())?;
     let chart = chart::svg(&rows);
     write_if_changed(&directory.join("cost.svg"), chart.as_bytes())?;
+    if args.write {
+        let section = format!("\n{table}\n");
+        rewrite_section(&workspace.root.join("ARCHITECTURE.md"), "cost", |_| section)?;
+        write_if_changed(&workspace.root.join("docs/cost.svg"), chart.as_bytes())?;
+    }
     if let Some(path) = &args.chart {
         write_if_changed(path, chart.as_bytes())?;
     }

@@ -3,11 +3,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
     path::Path,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use super::{
     archive::numbers,
@@ -15,10 +14,7 @@ use super::{
     report::{Row, Verdict, line},
     stock::series_of,
 };
-use crate::workspace::write_if_changed;
-
-const BEGIN: &str = "<!-- kernels:begin -->\n";
-const END: &str = "<!-- kernels:end -->";
+use crate::workspace::rewrite_section;
 
 /// The columns of the methods in the first table.
 const METHODS: [&str; 4] = ["tp_btf", "perf", "fentry", "kprobe"];
@@ -54,16 +50,7 @@ how many could not be named stands in the last column.
 
 /// Puts the rows of a run into the file.
 pub(super) fn update(file: &Path, rows: &[Row]) -> Result<()> {
-    let text = fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
-    let new = updated(&text, rows).with_context(|| format!("{}: no lines {BEGIN}", file.display()))?;
-    write_if_changed(file, new.as_bytes())
-}
-
-/// The text with the rows of a run; `None` where it has no place for them.
-fn updated(text: &str, rows: &[Row]) -> Option<String> {
-    let (before, rest) = text.split_once(BEGIN)?;
-    let (old, after) = rest.split_once(END)?;
-    Some(format!("{before}{BEGIN}{}{END}{after}", section(old, rows)))
+    rewrite_section(file, "kernels", |old| section(old, rows))
 }
 
 fn section(old: &str, rows: &[Row]) -> String {
@@ -213,8 +200,6 @@ impl Table {
 mod tests {
     use super::{super::report::row_of, *};
 
-    const EMPTY: &str = "# before\n\n<!-- kernels:begin -->\n<!-- kernels:end -->\n\n# after\n";
-
     fn output(verdict: &str, lockdown: &str, lost: u32, cpus: u32) -> String {
         let method = |name: &str, verdict: &str, attached: bool| {
             let why = if verdict == "ok" { "" } else { "the | policy" };
@@ -234,16 +219,15 @@ mod tests {
 
     #[test]
     fn a_run_replaces_the_rows_that_it_ran_and_no_others() {
-        let text = |text: &str, rows: &[Row]| updated(text, rows).unwrap();
+        let text = section;
         let first = text(
-            EMPTY,
+            "",
             &[
                 row_of("7.1.4", &output("refused", "confidentiality", 3, 1)),
                 row_of("7.1.4", &output("ok", "none", 3, 1)),
                 row_of("5.10.9", &output("ok", "none", 0, 2)),
             ],
         );
-        assert!(first.starts_with("# before\n") && first.ends_with("\n# after\n"), "{first}");
         let loads: Vec<&str> = first.lines().filter(|line| line.contains("works")).collect();
         assert_eq!(
             loads,
@@ -268,9 +252,8 @@ mod tests {
     fn what_was_not_forced_or_failed_makes_no_row() {
         let forced = output("ok", "none", 1, 2);
         for bad in [forced.replace("methods::", "other::"), forced.replace("... ok", "... FAILED")] {
-            let new = updated(EMPTY, &[row_of("6.1.1", &bad)]).unwrap();
+            let new = section("", &[row_of("6.1.1", &bad)]);
             assert!(!new.contains("| 6.1.1 | none"), "{new}");
         }
-        assert_eq!(updated("no place", &[]), None);
     }
 }
