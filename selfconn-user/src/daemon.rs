@@ -23,7 +23,7 @@ use crate::{
         host::Host,
         tracer::{Counters, Tracer},
     },
-    metrics,
+    memory, metrics,
     process::{Processes, Who},
     remedy::Remedy,
     sink::Sinks,
@@ -307,6 +307,8 @@ impl Daemon {
         }
         self.risk.sweep(self.tracer.refusals());
         self.tell_losses();
+        // A burst since the last reading is over, more often than not.
+        memory::give_back();
         log::debug!("read the socket table: {} self-connections, {missed} of them new", listed.len());
     }
 
