@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::{
     client::connect_to_self,
-    daemon::{Daemon, Variant, of, scaled, variants},
+    daemon::{Daemon, Variant, of, scaled, steady_variants, variants},
     disk::Disk,
     net::Net,
     openers::unanswered,
@@ -41,7 +41,7 @@ fn with_room_for_all_nothing_is_lost_and_the_sums_hold() {
     let net = Net::private();
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("events.jsonl");
-    for (number_of, variant) in variants().into_iter().enumerate() {
+    for (number_of, variant) in steady_variants().enumerate() {
         let log = log.with_extension(number_of.to_string());
         let mut daemon = Daemon::start(&variant, &["--log", log.to_str().unwrap(), "--states"]);
         flood(scaled(500));

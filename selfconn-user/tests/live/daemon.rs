@@ -91,6 +91,14 @@ pub(crate) fn variants() -> Vec<Variant> {
     [Variant(vec![])].into_iter().chain(alone).collect()
 }
 
+/// Those of them that nothing is lost by where thousands follow each other. Alone, a program that can be preempted promises
+/// less: `load` has what it loses.
+pub(crate) fn steady_variants() -> impl Iterator<Item = Variant> {
+    let can_lose =
+        |variant: &Variant| is_preemptible() && matches!(variant.0.last(), Some(&("tp_btf" | "fentry")));
+    variants().into_iter().filter(move |variant| !can_lose(variant))
+}
+
 /// `selfconn run`, and what it has said so far.
 pub(crate) struct Daemon {
     child: Child,

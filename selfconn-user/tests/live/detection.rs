@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::{
     client::{self, WORDS, assert_opened_here, connect_to_self, talk_to_self},
-    daemon::{Daemon, Variant, is_preemptible, of, scaled, variants},
+    daemon::{Daemon, Variant, of, scaled, steady_variants, variants},
     net::Net,
 };
 
@@ -109,10 +109,7 @@ fn a_thread_is_told_from_its_process() {
 fn a_thousand_in_a_row_are_a_thousand_pairs() {
     let net = Net::private();
     let count = scaled(1_000);
-    // Alone, a program that can be preempted promises less: `load` has what it loses.
-    let can_lose =
-        |variant: &Variant| is_preemptible() && matches!(variant.0.last(), Some(&("tp_btf" | "fentry")));
-    for variant in variants().into_iter().filter(|variant| !can_lose(variant)) {
+    for variant in steady_variants() {
         let mut daemon = Daemon::shared(&variant, &[]);
         // By a reset, so that no port is held by TIME_WAIT.
         for _ in 0..count {
