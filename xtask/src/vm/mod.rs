@@ -49,7 +49,7 @@ pub(crate) struct Args {
     /// 7.x that Debian has
     #[arg(long, value_name = "PATH|VERSION")]
     pub(crate) kernel: Vec<String>,
-    /// How to boot the kernels and what to run there; without it all; `rest` is for the oldest and the newest
+    /// How to boot the kernels and what to run there; without it all; `rest` is for the oldest
     #[arg(long, value_name = "NAME", value_parser = VARIANTS.map(|variant| variant.name))]
     pub(crate) variant: Vec<String>,
     /// How many machines run beside each other
@@ -95,7 +95,7 @@ pub(crate) fn run(args: &Args, workspace: &Workspace) -> Result<()> {
         .filter(|(kernel, variant)| !variant.repeats_one_of(&variants, kernel))
         // Tests that somebody names are no rest of others.
         .filter(|(kernel, variant)| {
-            !variant.at_ends || (stock.is_at_end(kernel) && args.test_args.is_empty())
+            !variant.at_oldest || (stock.is_oldest(kernel) && args.test_args.is_empty())
         })
         .collect();
     let report = boot(args, &rows, stock.skipped.clone(), workspace)?;

@@ -51,10 +51,9 @@ impl Stock {
         Ok(stock)
     }
 
-    /// Whether it is the oldest one here or the newest.
-    pub(super) fn is_at_end(&self, kernel: &Kernel) -> bool {
-        let is_it = |other: Option<&Kernel>| other.is_some_and(|other| other.version == kernel.version);
-        is_it(self.kernels.first()) || is_it(self.kernels.last())
+    /// Whether it is the oldest one here.
+    pub(super) fn is_oldest(&self, kernel: &Kernel) -> bool {
+        self.kernels.first().is_some_and(|first| first.version == kernel.version)
     }
 
     /// Gets what can be had of what is wanted.
