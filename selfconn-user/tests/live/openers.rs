@@ -8,6 +8,7 @@ use std::{
 };
 
 use aya::maps::{Array, Map, MapData};
+use rustix::process::Signal;
 use selfconn::kernel::{
     attach::Wanted,
     host::Host,
@@ -230,8 +231,11 @@ fn an_entry_whose_socket_is_gone_is_swept_and_one_whose_socket_lives_stays() {
     let (sock, lives) = dials.to(net, port).expect("it is remembered");
     // As if both witnesses had lost the end of a dial: the address is of no socket.
     let tuple = Tuple { dport: port ^ 1, ..lives.tuple };
+    // A daemon that runs might sweep it before we look.
+    daemon.signal(Signal::STOP);
     dials.remember(sock ^ 1, Dial::new((sock ^ 1) as u32, tuple, lives.opener, 0));
     assert!(dials.to(net, port ^ 1).is_some());
+    daemon.signal(Signal::CONT);
     daemon.while_reading(2, || thread::sleep(Duration::from_millis(20)));
     assert!(dials.to(net, port ^ 1).is_none(), "it is swept");
     assert_eq!(dials.to(net, port), Some((sock, lives)), "it stays");
