@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeSet, fmt::Write as _, path::PathBuf, time::Duration};
 
+use anyhow::{Result, ensure};
 use serde::Serialize;
 
 use super::{
@@ -111,6 +112,13 @@ pub(crate) struct Report {
 }
 
 impl Report {
+    /// An error, if a row did not pass.
+    pub(crate) fn must_have_passed(&self) -> Result<()> {
+        let failed = self.rows.iter().filter(|row| !row.passed()).count();
+        ensure!(failed == 0, "{failed} of {} rows did not pass", self.rows.len());
+        Ok(())
+    }
+
     /// Kernels down, variants across, and how many tests passed; below it what did not, and what was skipped.
     pub(crate) fn verdicts(&self) -> String {
         let (kernels, variants) = (self.each(|row| &row.kernel), self.each(|row| &row.variant));
