@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::{
     client::{assert_opened_here, dial_until_self, socket},
-    daemon::{Daemon, of, variants},
+    daemon::{Daemon, of, steady_variants, variants},
     net::Net,
 };
 
@@ -45,7 +45,7 @@ fn a_client_that_dials_again_on_one_socket_is_known_too() {
     let net = Net::private();
     net.sysctl("ip_local_port_range", RANGE);
     let target = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 40_104);
-    for variant in variants() {
+    for variant in steady_variants() {
         let mut daemon = Daemon::shared(&variant, &[]);
         let connection = socket(target.ip());
         (0..LIMIT)
