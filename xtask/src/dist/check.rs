@@ -20,11 +20,11 @@ pub(super) fn run(workspace: &Workspace) -> Result<()> {
     };
     let changed = git(&["status", "--porcelain"])?;
     ensure!(changed.is_empty(), "a clone has only what is committed, and this is not: {}", changed.trim());
-    super::make(workspace)?;
-
+    // First, for somebody may commit while this is built.
     let clone = workspace.target.join("dist-check/a clone elsewhere");
     super::Tree::empty(&clone)?;
     git(&["clone", "--quiet", "--no-hardlinks", ".", &clone.to_string_lossy()])?;
+    super::make(workspace)?;
     say(format!("the same again in {}", here(&clone)));
     let mut again = cargo();
     again.args(["run", "--quiet", "--package", "xtask", "--", "dist"]).current_dir(&clone);
