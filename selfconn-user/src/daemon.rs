@@ -48,6 +48,9 @@ use watchdog::Guard;
 /// So many records are taken before signals get a turn.
 const BATCH: usize = 1024;
 
+/// More than any ring buffer of a usual size holds.
+const BATCHES: usize = 512;
+
 /// How soon after some activity the programs' counters are looked at, and a refused log is tried again.
 const SOON: Duration = Duration::from_secs(1);
 
@@ -238,10 +241,13 @@ impl Daemon {
         }
     }
 
-    /// Takes all that has happened so far. A batch that isn't full has emptied the ring buffer, and what came meanwhile can
-    /// wait: a flood would never end.
+    /// Takes all that has happened so far, and what comes meanwhile, within bounds: a flood would never end. Not only until
+    /// a batch isn't full, for a record that is still being written holds up those behind it.
     async fn take_all(&mut self) {
-        while self.take() == BATCH {
+        for _ in 0..BATCHES {
+            if self.take() == 0 {
+                break;
+            }
             // Whether anybody reads is seen to at the next flush.
             let _ = self.story.out.make_room().await;
         }
