@@ -204,8 +204,7 @@ impl Daemon {
                 self.remedy();
             }
             blind = self.watch_hooks();
-            is_read =
-                if has_more { self.story.out.make_room().await } else { self.story.out.flush() }.is_ok();
+            is_read = self.story.out.make_room().await.is_ok();
             if taken > 0 && look_at.is_none() {
                 look_at = Some(Instant::now() + SOON);
             }
