@@ -243,9 +243,15 @@ impl Daemon {
     /// Takes all that has happened so far, and what comes meanwhile, within bounds: a flood would never end. Not only until
     /// a batch isn't full, for a record that is still being written holds up those behind it.
     async fn take_all(&mut self) {
+        let until = Instant::now() + Duration::from_millis(100);
         for _ in 0..BATCHES {
             if self.take() == 0 {
-                break;
+                self.count();
+                let Counters { matched, ring_full, .. } = self.counted;
+                if matched <= self.tracer.delivered() + ring_full || Instant::now() > until {
+                    break;
+                }
+                sleep(Duration::from_millis(1)).await;
             }
             // Whether anybody reads is seen to at the next flush.
             let _ = self.story.out.make_room().await;
