@@ -38,7 +38,7 @@ fn say(at: SocketAddr, words: &str) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
-fn get(at: SocketAddr, path: &str) -> io::Result<(u16, String)> {
+pub(crate) fn get(at: SocketAddr, path: &str) -> io::Result<(u16, String)> {
     let answer = say(at, &format!("GET {path} HTTP/1.1\r\nHost: {at}\r\n\r\n"))?;
     let status =
         answer.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3)).and_then(|code| code.parse().ok());
@@ -47,7 +47,7 @@ fn get(at: SocketAddr, path: &str) -> io::Result<(u16, String)> {
 }
 
 /// A sample's value.
-fn sample(text: &str, name: &str) -> Option<u64> {
+pub(crate) fn sample(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
 }
 

@@ -5,7 +5,6 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -20,6 +19,7 @@ use serde_json::Value;
 use crate::{
     client::{connect_to_self, talk_to_self},
     daemon::{DEADLINE, selfconn},
+    metrics,
     net::Net,
 };
 
@@ -155,17 +155,13 @@ fn rotate(made: &Made, log: &Path, daemon: Pid, kinds: &mut BTreeMap<String, u64
 }
 
 fn scrape(at: SocketAddr) -> String {
-    let mut stream = TcpStream::connect(at).unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    assert!(answer.starts_with("HTTP/1.1 200") || answer.starts_with("HTTP/1.0 200"), "{answer}");
-    answer
+    let (status, text) = metrics::get(at, "/metrics").unwrap();
+    assert_eq!(status, 200, "{text}");
+    text
 }
 
 fn sample(text: &str, name: &str) -> u64 {
-    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
-    value.unwrap_or_else(|| panic!("{name} in {text}"))
+    metrics::sample(text, name).unwrap_or_else(|| panic!("{name} in {text}"))
 }
 
 /// What a process holds: its own memory, in KiB, and descriptors.
