@@ -20,6 +20,18 @@ pub struct DialSet {
     pub dials: [Dial; WAYS],
 }
 
+impl DialSet {
+    /// Its size in words.
+    pub const WORDS: usize = size_of::<Self>() / 8;
+
+    /// Out of its words, in the order of the memory.
+    #[must_use]
+    pub const fn of_words(words: [u64; Self::WORDS]) -> Self {
+        // SAFETY: integers and byte arrays without padding, of the same size; every bit pattern is a value.
+        unsafe { core::mem::transmute(words) }
+    }
+}
+
 /// A dial in flight or a self-connection.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,6 +8,7 @@ use core::arch::asm;
 
 use aya_ebpf::{
     EbpfContext, Global,
+    bindings::BPF_F_MMAPABLE,
     helpers::generated::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns},
     macros::map,
     maps::Array,
@@ -19,9 +20,9 @@ use crate::{
     sock::{self, Memory, Sock},
 };
 
-/// The loader sets its size.
+/// The loader sets its size, and reads it through mmap(2).
 #[map]
-static DIALS: Array<DialSet> = Array::with_max_entries(SETS, 0);
+static DIALS: Array<DialSet> = Array::with_max_entries(SETS, BPF_F_MMAPABLE);
 
 /// The size of [`DIALS`]; the loader sets it to the same.
 #[unsafe(no_mangle)]
