@@ -8,7 +8,7 @@ use std::{
 };
 
 use rustix::process::Signal;
-use selfconn_ebpf::{ABSENT, Field, Record, Task, Transition, state};
+use selfconn_ebpf::{ABSENT, Field, Record};
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant, sleep, sleep_until},
@@ -17,14 +17,14 @@ use tokio::{
 use crate::{
     blocked::Blocked,
     clock::{self, Offset},
-    connection::{Connection, Connections, Happening, Listed},
-    event::{Ended, Losses, Lost, Moved, Programs, Subject, What},
+    connection::Connections,
+    event::{Losses, Lost, Programs, What},
     kernel::{
         host::Host,
         tracer::{Counters, Tracer},
     },
     memory, metrics,
-    process::{Processes, Who},
+    process::Processes,
     remedy::Remedy,
     sink::Sinks,
 };
@@ -36,12 +36,14 @@ mod reading;
 mod remedy;
 mod risk;
 mod started;
+mod story;
 mod victims;
 mod watchdog;
 
 use outside::Outside;
 use reader::{Answer, Question, Reader};
 use reading::Reading;
+use story::Story;
 pub use watchdog::Blind;
 use watchdog::Guard;
 
@@ -72,22 +74,6 @@ pub struct Daemon {
     guard: Guard,
     /// How many methods see nothing any more.
     blind: u64,
-}
-
-/// What is told, and what must be known to tell it.
-struct Story {
-    /// The mark of this run in every `id`: when it began.
-    run: u64,
-    connections: Connections,
-    processes: Processes,
-    /// What was learnt of who is behind each open connection, by its number.
-    whos: HashMap<u64, Who>,
-    states: bool,
-    remedy: Option<Remedy>,
-    blocked: Blocked,
-    out: Sinks,
-    opened: metrics::Connections,
-    missed: u64,
 }
 
 impl Daemon {
@@ -363,87 +349,6 @@ impl Daemon {
     }
 }
 
-impl Story {
-    /// Takes in a transition, and makes what events come of it.
-    fn apply(&mut self, transition: &Transition, clock: Offset) {
-        let Self { run, connections, processes, whos, states, remedy, blocked, out, opened, .. } = self;
-        let at_ns = transition.at_ns;
-        let mut ended = [None; 2];
-        connections.apply(transition, |happening| {
-            let connection = happening.connection();
-            if matches!(happening, Happening::Established(_)) {
-                opened.count(connection);
-            }
-            // At the first event, while the process is there; the last one tells the same.
-            let who = whos.entry(connection.number).or_insert_with(|| match connection.opener {
-                Some(opener) => Who::opened(processes.look_up(opener.task.pid, opener.start_ns, at_ns)),
-                None => Who::default(),
-            });
-            if let Some(what) = tell(happening, who, *run, *states, clock) {
-                out.emit_at(clock.wall(at_ns), what);
-            }
-            if let Some(remedy) = remedy
-                && let Some(remedied) = remedy::note(remedy, happening, who, *run, at_ns)
-            {
-                out.emit_at(clock.wall(at_ns), What::Remedied(Box::new(remedied)));
-            }
-            victims::note(blocked, happening, who, at_ns);
-            if matches!(happening, Happening::Closed(..) | Happening::State(_, _, state::CLOSE)) {
-                // The life that was missed ending, and the one that ends.
-                ended = [ended[1].filter(|number| *number != connection.number), Some(connection.number)];
-            }
-        });
-        for number in ended.into_iter().flatten() {
-            whos.remove(&number);
-        }
-    }
-
-    /// Takes in the socket table; says how many self-connections were missed.
-    fn reconcile(&mut self, reading: &Reading, listed: &[Listed], knows_netns: bool) -> u64 {
-        let Self { run, connections, processes, whos, states, remedy, out, opened, .. } = self;
-        let clock = Offset::now();
-        let mut ended = Vec::new();
-        let has_read = |netns| !knows_netns || reading.has_read(netns);
-        // Outside the initial pid namespace the holders in /proc have other numbers than events tell.
-        let can_look_up = processes.can_look_up();
-        let holders = |connection: &Connection| can_look_up.then(|| reading.holders(connection)).flatten();
-        let missed = connections.reconcile(listed, reading.began_ns(), has_read, |happening| {
-            let connection = happening.connection();
-            if matches!(happening, Happening::Established(_)) {
-                opened.count(connection);
-            }
-            let who = whos.entry(connection.number).or_insert_with(|| match connection.opener {
-                Some(opener) => {
-                    Who::opened(processes.look_up(opener.task.pid, opener.start_ns, reading.began_ns()))
-                }
-                None => Who::held(holders(connection)),
-            });
-            if let Some(what) = tell(happening, who, *run, *states, clock) {
-                out.emit(what);
-            }
-            if let Some(remedy) = remedy
-                && let Some(remedied) = remedy::note(remedy, happening, who, *run, reading.began_ns())
-            {
-                out.emit(What::Remedied(Box::new(remedied)));
-            }
-            if matches!(happening, Happening::Closed(..)) {
-                ended.push(connection.number);
-            }
-        });
-        for number in ended {
-            whos.remove(&number);
-        }
-        for connection in connections.iter() {
-            if let (Some(who), Some(holders)) =
-                (whos.get_mut(&connection.number), reading.holders(connection))
-            {
-                who.holders = Some(holders);
-            }
-        }
-        missed
-    }
-}
-
 /// The next of a signal that may not be waited for.
 async fn next(signal: &mut Option<tokio::signal::unix::Signal>) {
     match signal {
@@ -451,20 +356,5 @@ async fn next(signal: &mut Option<tokio::signal::unix::Signal>) {
             signal.recv().await;
         }
         None => std::future::pending().await,
-    }
-}
-
-/// The event that a happening makes, if any.
-fn tell(happening: Happening<'_>, who: &Who, run: u64, states: bool, clock: Offset) -> Option<What> {
-    let subject = |connection: &Connection| Subject::new(connection, run, who);
-    match happening {
-        Happening::Established(connection) => Some(What::Established(Box::new(subject(connection)))),
-        Happening::State(connection, from, to) => {
-            states.then(|| What::State(Box::new(Moved::new(subject(connection), from, to))))
-        }
-        Happening::Closed(connection, end) => {
-            let closer: Option<&Task> = connection.closer.as_ref();
-            Some(What::Closed(Box::new(Ended::new(subject(connection), closer, &end, clock))))
-        }
     }
 }

@@ -49,13 +49,13 @@ enum Command {
         #[arg(last = true)]
         arguments: Vec<OsString>,
     },
-    /// Run everything that must pass: format, lints, unit tests, and as root live tests and CLI tests
+    /// Run everything that must pass: format, lints, unit tests, and as root live tests, CLI tests and other kernels
     Test {
         /// Only the tests with this in their name
         filter: Option<String>,
-        /// Boot other kernels, too: the oldest, the newest, and that one under lockdown
-        #[arg(long, conflicts_with = "filter")]
-        kernels: bool,
+        /// Boot no other kernels: without this the oldest, the newest, and that one under lockdown
+        #[arg(long)]
+        no_kernels: bool,
     },
     /// Run the fuzz targets, each for a bounded time, and tell what was tried
     Fuzz(fuzz::Args),
@@ -92,7 +92,7 @@ fn run(command: &Command, workspace: &Workspace) -> Result<()> {
         Command::Build => daemon::build(workspace),
         Command::Run { arguments } => daemon::run(workspace, arguments),
         Command::Service(arguments) => vm::service::run(arguments, workspace),
-        Command::Test { filter, kernels } => test::test(workspace, filter.as_deref(), *kernels),
+        Command::Test { filter, no_kernels } => test::test(workspace, filter.as_deref(), !no_kernels),
         Command::Fuzz(arguments) => fuzz::run(arguments, workspace),
         Command::Soak(arguments) => soak::run(arguments, workspace),
         Command::Operations => operations::operations(workspace),

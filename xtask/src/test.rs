@@ -70,7 +70,7 @@ const CHECKS: [Check; 4] = [
     },
 ];
 
-/// Runs all checks, or only the tests with `filter` in their name; with `kernels` in virtual machines, too.
+/// Runs all checks, or only the tests with `filter` in their name; all of them with `kernels` in virtual machines, too.
 pub(crate) fn test(workspace: &Workspace, filter: Option<&str>, kernels: bool) -> Result<()> {
     if filter.is_none() {
         add_components()?;
@@ -132,7 +132,7 @@ pub(crate) fn test(workspace: &Workspace, filter: Option<&str>, kernels: bool) -
         times.push(format!("{NAME} {}", seconds(began.elapsed())));
     }
 
-    if kernels && packages::may_install() {
+    if kernels && filter.is_none() && packages::may_install() {
         const NAME: &str = "live tests on other kernels";
         say(NAME);
         let began = Instant::now();

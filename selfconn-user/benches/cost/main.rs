@@ -12,6 +12,7 @@ mod net;
 mod proc;
 mod programs;
 mod sample;
+mod told;
 mod tracer;
 
 use std::{path::PathBuf, process::ExitCode};

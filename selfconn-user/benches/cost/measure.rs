@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom},
+    io::{Read as _, Seek as _, SeekFrom},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
@@ -21,6 +21,7 @@ use crate::{
     proc,
     programs::{self, Account},
     sample::{fact, sample, skipped, step},
+    told::{self, Tally},
     tracer::{Peer, Tracer},
 };
 
@@ -289,7 +290,8 @@ impl Bench {
     fn flooded(&self, name: &str, generators: &[&[&str]], seconds: u64) -> Result<()> {
         let net = Net::new()?;
         let log = self.scratch.join("flood.jsonl");
-        let tracer = self.start(&["--log", text(&log)?])?;
+        let at = told::free_port()?;
+        let tracer = self.start(&["--log", text(&log)?, "--metrics", &at.to_string()])?;
         let (began, cpu) = (Instant::now(), proc::on_cpu(tracer.pid())?);
         let mut children = Vec::new();
         for generator in generators {
@@ -311,6 +313,7 @@ impl Bench {
             made += one.count;
         }
         let cores = (proc::on_cpu(tracer.pid())? - cpu).as_secs_f64() / began.elapsed().as_secs_f64();
+        let refused = told::refused(at, if name == "refused" { made } else { 0 })?;
         tracer.stop()?;
         let tally = Tally::of(&log, &pids)?;
         fs::remove_file(&log)?;
@@ -320,58 +323,15 @@ impl Bench {
         number("closed", tally.closed as f64);
         number("wrong", tally.wrong as f64);
         number("unnamed", tally.unnamed as f64);
+        number("refused", refused as f64);
         number("lost", tally.lost as f64);
+        number("uneven", tally.uneven as f64);
         number("lines", tally.lines as f64);
         number("written", tally.written as f64);
         number("cores", cores);
         number("rss", late.own as f64);
         number("rss_grown", late.own as f64 / early.own as f64);
         Ok(())
-    }
-}
-
-/// What a log says of our generators.
-#[derive(Default)]
-struct Tally {
-    lines: u64,
-    established: u64,
-    closed: u64,
-    /// Named somebody else.
-    wrong: u64,
-    /// Named nobody.
-    unnamed: u64,
-    /// In the last words: transitions, connections and events.
-    lost: u64,
-    written: u64,
-}
-
-impl Tally {
-    fn of(log: &Path, pids: &[u32]) -> Result<Self> {
-        let ours: Vec<String> = pids.iter().map(|pid| format!("\"pid\":{pid},")).collect();
-        let mut tally = Self::default();
-        let mut lines = BufReader::with_capacity(1 << 20, fs::File::open(log)?);
-        let mut line = String::new();
-        while lines.read_line(&mut line)? > 0 {
-            tally.lines += 1;
-            let is = |event: &str| line.contains(event);
-            if is("\"event\":\"established\"") {
-                tally.established += 1;
-                if is("\"pid\":null") {
-                    tally.unnamed += 1;
-                } else if !ours.iter().any(|pid| line.contains(pid)) {
-                    tally.wrong += 1;
-                }
-            } else if is("\"event\":\"closed\"") {
-                tally.closed += 1;
-            } else if is("\"event\":\"stopped\"") {
-                let stopped: Value = serde_json::from_str(&line)?;
-                let lost = stopped["lost"].as_object().context("`stopped` tells no losses")?;
-                tally.lost = lost.values().filter_map(Value::as_u64).sum();
-                tally.written = stopped["written"].as_u64().context("`stopped` tells no lines")?;
-            }
-            line.clear();
-        }
-        Ok(tally)
     }
 }
 

@@ -1,37 +1,32 @@
 //! Our programs in the kernel: loads and attaches them, and turns the bytes of the ring buffer into transitions.
 
 use std::{
-    cell::OnceCell,
     fs, io,
     os::fd::{AsFd as _, AsRawFd},
 };
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
-    Btf, Ebpf, EbpfError, EbpfLoader, Endianness,
+    Ebpf, EbpfError, EbpfLoader,
     maps::{MapData, MapError, PerCpuArray, RingBuf},
-    programs::{
-        BtfTracePoint, FEntry, KProbe, Program, ProgramError, TracePoint, fentry::FEntryLink,
-        kprobe::KProbeLink, tp_btf::BtfTracePointLink, trace_point::TracePointLink,
-    },
 };
 use aya_log::EbpfLogger;
-use rustix::io::Errno;
 use selfconn_ebpf::{Dial, Record, WAYS, counter, names, reported};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
     attach::{Choice, Method, Refusal, Wanted, choose},
-    btf,
     host::Host,
     tracefs,
 };
 
 pub mod binds;
 mod dials;
+mod methods;
 mod refusals;
 
 use dials::Dials;
+use methods::{KernelBtf, Link, attach};
 pub use refusals::Refusals;
 
 /// The object that `cargo xtask build-ebpf` makes.
@@ -73,15 +68,6 @@ pub struct Counters {
     pub seen: [u64; Method::ALL.len()],
 }
 
-/// A live link; dropping it detaches the program.
-#[expect(dead_code, reason = "held for what dropping it does")]
-enum Link {
-    TpBtf(BtfTracePointLink),
-    Perf(TracePointLink),
-    Fentry(FEntryLink),
-    Kprobe(KProbeLink),
-}
-
 /// The live programs and what they write to. Dropping it detaches everything.
 pub struct Tracer {
     ring: AsyncFd<RingBuf<MapData>>,
@@ -107,7 +93,7 @@ impl Tracer {
         raise_memlock();
         let mut ebpf = load(host, options)?;
         let (choice, (binds, bind_links)) = tracefs::with(|| {
-            let kernel_btf = KernelBtf { host, parsed: OnceCell::new() };
+            let kernel_btf = KernelBtf::of(host);
             let choice = choose(options.wanted, |method| attach(&mut ebpf, method, host, &kernel_btf));
             (choice, binds::choose(&mut ebpf, options.binds, host, &kernel_btf))
         });
@@ -275,7 +261,7 @@ pub fn rehearse(host: &Host) -> Result<Vec<(Method, Result<(), Refusal>)>> {
     };
     let mut ebpf = load(host, options)?;
     Ok(tracefs::with(|| {
-        let kernel_btf = KernelBtf { host, parsed: OnceCell::new() };
+        let kernel_btf = KernelBtf::of(host);
         let outcome = |method| (method, attach(&mut ebpf, method, host, &kernel_btf).map(drop));
         Method::ALL.into_iter().map(outcome).collect()
     }))
@@ -327,109 +313,6 @@ fn watch<T: AsRawFd>(readable: T) -> io::Result<AsyncFd<T>> {
 
 fn take(ebpf: &mut Ebpf, name: &str) -> Result<aya::maps::Map> {
     ebpf.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))
-}
-
-/// What typed programs attach to, as BTF has it.
-const TYPED: [(btf::Named, &str); 3] = [
-    (btf::Named::Typedef, "btf_trace_inet_sock_set_state"),
-    (btf::Named::Function, "tcp_set_state"),
-    (btf::Named::Function, "inet_csk_get_port"),
-];
-
-/// aya's view of the kernel's BTF, parsed when the first method asks for it.
-struct KernelBtf<'a> {
-    host: &'a Host,
-    parsed: OnceCell<Result<Btf, String>>,
-}
-
-impl KernelBtf<'_> {
-    fn get(&self) -> Result<&Btf, Refusal> {
-        let parse = || {
-            let bytes = self.host.btf.as_deref().map_err(Clone::clone)?;
-            // aya keeps every type and member of what it parses, some 15 MiB of the kernel's BTF, and looks for these.
-            let kernel = btf::Btf::parse(bytes).map_err(|error| error.to_string())?;
-            Btf::parse(&kernel.excerpt(&TYPED), Endianness::default()).map_err(|error| error.to_string())
-        };
-        self.parsed.get_or_init(parse).as_ref().map_err(|why| Refusal::Unsupported(why.clone()))
-    }
-}
-
-/// Loads and attaches one method.
-fn attach(ebpf: &mut Ebpf, method: Method, host: &Host, kernel_btf: &KernelBtf<'_>) -> Result<Link, Refusal> {
-    host.offers(method)?;
-    let Some(program) = ebpf.program_mut(method.program()) else {
-        return Err(Refusal::Broken(format!("the eBPF object has no program {}", method.program())));
-    };
-    let attached = match program {
-        Program::BtfTracePoint(program) => attach_tp_btf(program, kernel_btf.get()?).map(Link::TpBtf),
-        Program::TracePoint(program) => attach_perf(program).map(Link::Perf),
-        Program::FEntry(program) => attach_fentry(program, kernel_btf.get()?).map(Link::Fentry),
-        Program::KProbe(program) => attach_kprobe(program).map(Link::Kprobe),
-        _ => return Err(Refusal::Broken(format!("{} is of another type", method.program()))),
-    };
-    attached.map_err(|error| refusal(&error))
-}
-
-fn attach_tp_btf(program: &mut BtfTracePoint, btf: &Btf) -> Result<BtfTracePointLink, ProgramError> {
-    program.load("inet_sock_set_state", btf)?;
-    let id = program.attach()?;
-    program.take_link(id)
-}
-
-fn attach_perf(program: &mut TracePoint) -> Result<TracePointLink, ProgramError> {
-    program.load()?;
-    let id = program.attach("sock", "inet_sock_set_state")?;
-    program.take_link(id)
-}
-
-fn attach_fentry(program: &mut FEntry, btf: &Btf) -> Result<FEntryLink, ProgramError> {
-    program.load("tcp_set_state", btf)?;
-    let id = program.attach()?;
-    program.take_link(id)
-}
-
-fn attach_kprobe(program: &mut KProbe) -> Result<KProbeLink, ProgramError> {
-    program.load()?;
-    let id = program.attach("tcp_set_state", 0)?;
-    program.take_link(id)
-}
-
-/// What an error means, by its errno and by whether the verifier had a say. The capabilities were there: see
-/// [`Host::offers`].
-fn refusal(error: &ProgramError) -> Refusal {
-    match error {
-        ProgramError::LoadError { io_error, verifier_log } => {
-            let said = verifier_log.to_string();
-            match said.lines().rfind(|line| !line.trim().is_empty()) {
-                Some(last) => Refusal::Broken(format!("{io_error}; the verifier said: {last}")),
-                None => refusal_by_errno("BPF_PROG_LOAD", io_error),
-            }
-        }
-        ProgramError::SyscallError(error) => refusal_by_errno(error.call, &error.io_error),
-        ProgramError::TracePointError(_) | ProgramError::KProbeError(_) | ProgramError::Btf(_) => {
-            Refusal::Unsupported(error.to_string())
-        }
-        _ => Refusal::Broken(error.to_string()),
-    }
-}
-
-fn refusal_by_errno(call: &str, error: &io::Error) -> Refusal {
-    /// `include/linux/errno.h`; not among the errnos of user space.
-    const ENOTSUPP: i32 = 524;
-    let why = format!("{call}: {error}");
-    let errno = error.raw_os_error().unwrap_or(0);
-    if errno == ENOTSUPP {
-        return Refusal::Unsupported(why);
-    }
-    match Errno::from_raw_os_error(errno) {
-        Errno::PERM | Errno::ACCESS => {
-            Refusal::Refused(format!("{why}, though this process has every capability that it needs"))
-        }
-        Errno::INVAL | Errno::NOENT | Errno::NODEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::TOOBIG => {
-            Refusal::Unsupported(why)
-        }
-        _ => Refusal::Refused(why),
-    }
 }
 
 /// Before v5.11 maps count against RLIMIT_MEMLOCK; later kernels don't care.

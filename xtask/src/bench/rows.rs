@@ -224,21 +224,22 @@ pub(super) fn of(samples: &Samples) -> Vec<Row> {
             AtMost(0.0),
             exact(&format!("flood.{name}.wrong")),
         );
-        let expected = if name == "refused" { 0.0 } else { made };
         if name != "two" {
             row(group, &format!("{what}: lost"), Unit::Count, AtMost(0.0), Some(Estimate::exact(lost)));
         } else {
             row(group, &format!("{what}: lost"), Unit::Count, Told, Some(Estimate::exact(lost)));
         }
-        // What is neither told nor counted as lost, and what the last event says beside what the log has.
-        let silent = (expected - established).abs() - lost;
+        // What is neither told nor counted as lost, what the last event says beside what the log has, and its own sums.
+        let told = if name == "refused" { one("refused").unwrap_or(0.0) } else { established };
+        let silent = (made - told).abs() - lost;
         let unwritten = (one("lines").unwrap_or(0.0) - one("written").unwrap_or(f64::NAN)).abs();
+        let uneven = one("uneven").unwrap_or(f64::NAN);
         row(
             group,
             &format!("{what}: lost in silence"),
             Unit::Count,
             AtMost(0.0),
-            Some(Estimate::exact(silent.max(0.0) + unwritten)),
+            Some(Estimate::exact(silent.max(0.0) + unwritten + uneven)),
         );
         row(
             group,
@@ -361,7 +362,7 @@ mod tests {
 
     #[test]
     fn what_is_lost_in_silence_is_what_nobody_counted() {
-        let flood = |made: f64, established: f64, lost: f64, lines: f64, written: f64| {
+        let flood = |made: f64, established: f64, lost: f64, lines: f64, written: f64, uneven: f64| {
             let mut samples = Samples::default();
             for (name, value) in [
                 ("made", made),
@@ -370,17 +371,19 @@ mod tests {
                 ("lines", lines),
                 ("written", written),
                 ("wrong", 0.0),
+                ("uneven", uneven),
             ] {
                 samples.values.insert(format!("flood.two.{name}"), vec![value]);
             }
             let silent = of(&samples).into_iter().find(|row| row.what.ends_with("lost in silence")).unwrap();
             silent.verdict
         };
-        assert_eq!(flood(100.0, 100.0, 0.0, 202.0, 202.0), Verdict::Met);
-        assert_eq!(flood(100.0, 90.0, 10.0, 182.0, 182.0), Verdict::Met);
-        assert_eq!(flood(100.0, 90.0, 9.0, 182.0, 182.0), Verdict::NotMet);
-        assert_eq!(flood(100.0, 101.0, 0.0, 204.0, 204.0), Verdict::NotMet, "one was made up");
-        assert_eq!(flood(100.0, 100.0, 0.0, 201.0, 202.0), Verdict::NotMet, "a line is missing");
+        assert_eq!(flood(100.0, 100.0, 0.0, 202.0, 202.0, 0.0), Verdict::Met);
+        assert_eq!(flood(100.0, 90.0, 10.0, 182.0, 182.0, 0.0), Verdict::Met);
+        assert_eq!(flood(100.0, 90.0, 9.0, 182.0, 182.0, 0.0), Verdict::NotMet);
+        assert_eq!(flood(100.0, 101.0, 0.0, 204.0, 204.0, 0.0), Verdict::NotMet, "one was made up");
+        assert_eq!(flood(100.0, 100.0, 0.0, 201.0, 202.0, 0.0), Verdict::NotMet, "a line is missing");
+        assert_eq!(flood(100.0, 100.0, 0.0, 202.0, 202.0, 1.0), Verdict::NotMet, "a sum does not hold");
     }
 
     #[test]

@@ -1,15 +1,17 @@
 //! The programs that see a TCP bind fail: which of them loads, and why the others don't. A host on which none does is
 //! watched all the same.
 
-use std::cell::OnceCell;
-
 use aya::{
     Btf, Ebpf,
     programs::{FExit, Program, ProgramError, TracePoint, fexit::FExitLink, trace_point::TracePointLink},
 };
 use selfconn_ebpf::names;
 
-use super::{KernelBtf, Options, load, raise_memlock, refusal};
+use super::{
+    Options, load,
+    methods::{KernelBtf, refusal},
+    raise_memlock,
+};
 use crate::kernel::{
     attach::{Refusal, Wanted},
     host::Host,
@@ -122,7 +124,7 @@ pub fn rehearse(host: &Host) -> Vec<(BindMethod, Result<(), Refusal>)> {
         }
     };
     tracefs::with(|| {
-        let kernel_btf = KernelBtf { host, parsed: OnceCell::new() };
+        let kernel_btf = KernelBtf::of(host);
         let outcome = |method| (method, attach(&mut ebpf, method, host, &kernel_btf).map(drop));
         BindMethod::ALL.into_iter().map(outcome).collect()
     })
