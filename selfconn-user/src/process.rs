@@ -2,6 +2,7 @@
 
 use std::{fs, io::Read as _, os::unix::ffi::OsStrExt as _, rc::Rc};
 
+use selfconn_ebpf::Opener;
 use serde::Serialize;
 
 /// Kernel clock ticks a second as `/proc` has them: `USER_HZ`, a constant of the ABI on all of aya's architectures.
@@ -60,8 +61,36 @@ impl Who {
     #[must_use]
     pub fn held(holders: Option<Vec<Holder>>) -> Self {
         let first = holders.as_ref().and_then(|holders| holders.first());
-        let facts = first.and_then(|holder| read(holder.pid, None)).unwrap_or_default();
+        let facts = first.and_then(|holder| read(holder.pid)).unwrap_or_default();
         Self { facts: Rc::new(facts), holders }
+    }
+}
+
+/// A process as the kernel saw it do something. Times are of `CLOCK_BOOTTIME`.
+#[derive(Clone, Copy, Debug)]
+pub struct Sighting {
+    /// Its number in the initial pid namespace.
+    pub pid: u32,
+    /// When it started, in nanoseconds. 0: the kernel could not tell.
+    pub start_ns: u64,
+    /// When it was seen, in nanoseconds.
+    pub at_ns: u64,
+}
+
+impl Sighting {
+    /// Of who opened a connection.
+    #[must_use]
+    pub const fn of(opener: &Opener) -> Self {
+        Self { pid: opener.task.pid, start_ns: opener.start_ns, at_ns: opener.at_ns }
+    }
+
+    /// Whether who has this pid now, and started then, is the one that was seen. Of two that had it one after the
+    /// other, the later one did not start before the earlier one was seen.
+    const fn is(&self, start_ticks: u64) -> bool {
+        match self.start_ns {
+            0 => start_ticks.saturating_add(1).saturating_mul(TICK_NS) <= self.at_ns,
+            start_ns => start_ticks == start_ns / TICK_NS,
+        }
     }
 }
 
@@ -70,13 +99,14 @@ impl Who {
 pub struct Processes {
     /// Whether pids here are those that the kernel reports.
     is_initial_pid_ns: bool,
-    last: Option<Seen>,
+    last: Option<Read>,
 }
 
+/// What was read.
 #[derive(Debug)]
-struct Seen {
+struct Read {
     pid: u32,
-    start_ns: u64,
+    start_ticks: u64,
     at_ns: u64,
     facts: Rc<Facts>,
 }
@@ -94,26 +124,27 @@ impl Processes {
         self.is_initial_pid_ns
     }
 
-    /// The facts about `pid`, if it still is the process that started at `start_ns`. `now_ns` and `start_ns` are of
-    /// `CLOCK_BOOTTIME`. Nothing is known of a process that is gone.
-    pub fn look_up(&mut self, pid: u32, start_ns: u64, now_ns: u64) -> Rc<Facts> {
-        if !self.is_initial_pid_ns || start_ns == 0 {
+    /// The facts about a process that the kernel saw, if its pid still is its own. `now_ns` is of `CLOCK_BOOTTIME`.
+    /// Nothing is known of a process that is gone.
+    pub fn look_up(&mut self, seen: Sighting, now_ns: u64) -> Rc<Facts> {
+        if !self.is_initial_pid_ns {
             return Rc::default();
         }
-        if let Some(last) = &self.last
-            && (last.pid, last.start_ns) == (pid, start_ns)
-            && now_ns.saturating_sub(last.at_ns) < FRESH_NS
-        {
-            return Rc::clone(&last.facts);
-        }
-        let facts = match (read(pid, Some(start_ns)), self.last.take()) {
-            (Some(facts), _) => Rc::new(facts),
+        let pid = seen.pid;
+        let last = self.last.take().filter(|last| last.pid == pid && seen.is(last.start_ticks));
+        let is_fresh = |last: &Read| now_ns.saturating_sub(last.at_ns) < FRESH_NS;
+        // Where its start isn't known, one that has ended could be taken for one that came after it.
+        let is_there =
+            |last: &Read| seen.start_ns != 0 || started_ns(pid) == Some(last.start_ticks * TICK_NS);
+        if last.as_ref().is_some_and(|last| is_fresh(last) && is_there(last)) {
+            self.last = last;
+        } else if let Some((facts, start_ticks)) = read_if(pid, |start_ticks| seen.is(start_ticks)) {
+            self.last = Some(Read { pid, start_ticks, at_ns: now_ns, facts: Rc::new(facts) });
+        } else if seen.start_ns != 0 {
             // It is gone, and what was read of it stays true.
-            (None, Some(last)) if (last.pid, last.start_ns) == (pid, start_ns) => last.facts,
-            (None, _) => Rc::default(),
-        };
-        self.last = Some(Seen { pid, start_ns, at_ns: now_ns, facts: Rc::clone(&facts) });
-        facts
+            self.last = last;
+        }
+        self.last.as_ref().map(|last| Rc::clone(&last.facts)).unwrap_or_default()
     }
 }
 
@@ -124,9 +155,14 @@ pub fn is_in_initial_pid_ns() -> bool {
     fs::read_link("/proc/self/ns/pid").is_ok_and(|ns| ns.as_os_str() == "pid:[4026531836]")
 }
 
-/// The facts about whoever has this pid now; with `start_ns`, only if that is when it started.
+/// The facts about whoever has this pid now.
 #[must_use]
-pub fn read(pid: u32, start_ns: Option<u64>) -> Option<Facts> {
+pub fn read(pid: u32) -> Option<Facts> {
+    read_if(pid, |_| true).map(|(facts, _)| facts)
+}
+
+/// The facts about whoever has this pid now, and its start in clock ticks; if that is one that is meant.
+fn read_if(pid: u32, is_meant: impl Fn(u64) -> bool) -> Option<(Facts, u64)> {
     let file = |name: &str| format!("/proc/{pid}/{name}");
     let exe = fs::read_link(file("exe")).ok().map(|path| lossy(path.as_os_str().as_bytes()));
     let mut cmdline = Vec::new();
@@ -136,18 +172,19 @@ pub fn read(pid: u32, start_ns: Option<u64>) -> Option<Facts> {
     // Last, for it says whose all of that was.
     let stat = lossy(&fs::read(file("stat")).ok()?);
     let (comm, start_ticks) = parse_stat(&stat)?;
-    if start_ns.is_some_and(|start_ns| start_ticks != start_ns / TICK_NS) {
+    if !is_meant(start_ticks) {
         return None;
     }
     let place = cgroup.as_deref().map(Place::parse).unwrap_or_default();
-    Some(Facts {
+    let facts = Facts {
         comm: Some(comm.to_owned()),
         exe,
         cmdline: arguments(&cmdline),
         unit: place.unit,
         container: place.container,
         cgroup,
-    })
+    };
+    Some((facts, start_ticks))
 }
 
 /// Every parser here, for whatever bytes.
@@ -245,15 +282,49 @@ mod tests {
         let pid = std::process::id();
         let stat = fs::read_to_string("/proc/self/stat").unwrap();
         let (comm, start) = parse_stat(&stat).unwrap();
-        let facts = read(pid, Some(start * TICK_NS)).unwrap();
+        let facts = read(pid).unwrap();
         assert_eq!(facts.comm.as_deref(), Some(comm));
         assert_eq!(facts.exe, std::env::current_exe().ok().map(|path| path.to_string_lossy().into_owned()));
-        assert_eq!(facts.cmdline.unwrap(), std::env::args().collect::<Vec<_>>());
-        assert_eq!(read(pid, Some((start + 1) * TICK_NS)), None);
-        assert_eq!(read(u32::MAX, None), None);
-        assert_eq!(*Processes::new(true).look_up(pid, 0, 0), Facts::default(), "no start, no proof");
-        assert_eq!(*Processes::new(false).look_up(pid, start * TICK_NS, 0), Facts::default());
-        assert_ne!(*Processes::new(true).look_up(pid, start * TICK_NS, 0), Facts::default());
+        assert_eq!(facts.cmdline.as_deref().unwrap(), std::env::args().collect::<Vec<_>>());
+        assert_eq!(read(u32::MAX), None);
+
+        let start_ns = start * TICK_NS;
+        for (what, start_ns, at_ns, is_it) in [
+            ("it started then", start_ns, 0, true),
+            ("another started then", start_ns + TICK_NS, 0, false),
+            ("it was there before", 0, start_ns + TICK_NS, true),
+            ("it may have come since, in the same tick", 0, start_ns + TICK_NS - 1, false),
+            ("it came since", 0, start_ns, false),
+            ("neither is known", 0, 0, false),
+        ] {
+            let seen = Sighting { pid, start_ns, at_ns };
+            let mut processes = Processes::new(true);
+            for time in ["first", "again"] {
+                let expected = if is_it { facts.clone() } else { Facts::default() };
+                assert_eq!(*processes.look_up(seen, 1), expected, "{what}, {time}");
+            }
+            assert_eq!(*Processes::new(false).look_up(seen, 1), Facts::default(), "{what}, elsewhere");
+        }
+    }
+
+    #[test]
+    fn what_was_read_of_one_that_is_gone_is_not_told_of_a_later_one() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = child.id();
+        let start_ns = started_ns(pid).unwrap();
+        let known = Sighting { pid, start_ns, at_ns: start_ns };
+        let unknown = Sighting { start_ns: 0, at_ns: start_ns + TICK_NS, ..known };
+        let (mut by_start, mut by_time) = (Processes::new(true), Processes::new(true));
+        // Its program may take a moment to begin.
+        let began = |processes: &mut Processes, seen| {
+            (1..).find(|at| processes.look_up(seen, at * FRESH_NS).comm.as_deref() == Some("sleep"))
+        };
+        let (known_at, unknown_at) = (began(&mut by_start, known), began(&mut by_time, unknown));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let at_ns = |times: Option<u64>| times.unwrap() * FRESH_NS + 1;
+        assert_eq!(by_start.look_up(known, at_ns(known_at)).comm.as_deref(), Some("sleep"));
+        assert_eq!(*by_time.look_up(unknown, at_ns(unknown_at)), Facts::default());
     }
 
     #[test]

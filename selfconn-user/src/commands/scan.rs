@@ -165,7 +165,7 @@ impl Holding {
         let facts = first.as_ref().map(|holder| {
             self.facts
                 .entry(holder.pid)
-                .or_insert_with(|| process::read(holder.pid, None).unwrap_or_default())
+                .or_insert_with(|| process::read(holder.pid).unwrap_or_default())
                 .clone()
         });
         let facts = facts.unwrap_or_default();

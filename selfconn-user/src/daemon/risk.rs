@@ -14,7 +14,7 @@ use crate::{
         risk::{AtRisk, AtRiskOver},
     },
     kernel::tracer::Refusals,
-    process::Processes,
+    process::{Processes, Sighting},
     risk::{Dials, Happening, Risks},
     sink::Sinks,
 };
@@ -119,7 +119,7 @@ impl Watch {
 impl Teller<'_> {
     fn tell(&mut self, happening: &Happening, now_ns: u64) {
         let (Happening::AtRisk(dials, _) | Happening::Over(dials, _)) = happening;
-        let facts = self.processes.look_up(dials.newest.task.pid, dials.newest.start_ns, now_ns);
+        let facts = self.processes.look_up(Sighting::of(&dials.newest), now_ns);
         let what = match happening {
             Happening::AtRisk(dials, chance) => What::AtRisk(Box::new(AtRisk::new(dials, chance, &facts))),
             Happening::Over(dials, why) => What::AtRiskOver(Box::new(AtRiskOver::new(dials, *why, &facts))),

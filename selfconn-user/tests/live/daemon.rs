@@ -76,11 +76,29 @@ pub(crate) fn forced(method: &str) -> Vec<&'static str> {
     }
 }
 
-/// Whether programs of tp_btf and fentry can be preempted on this kernel: from v7.1 on.
-pub(crate) fn is_preemptible() -> bool {
+/// Whether this kernel is of this version or a later one.
+fn is_since(version: (u32, u32)) -> bool {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
-    (numbers.next(), numbers.next()) >= (Some(7), Some(1))
+    (numbers.next(), numbers.next()) >= (Some(version.0), Some(version.1))
+}
+
+/// Whether this method's program can be preempted on this kernel. Tracepoints keep preemption off until v7.1; a trampoline
+/// does not, which showed on kernels that preempt lazily (kernel/Kconfig.preempt at v6.13).
+pub(crate) fn is_preemptible(method: &str) -> bool {
+    match method {
+        "tp_btf" => is_since((7, 1)),
+        "fentry" => is_since((6, 13)),
+        _ => false,
+    }
+}
+
+/// The name of a process of which only one thread was seen, and which isn't looked up: where the programs can get from a
+/// thread to its process's first one, by `bpf_get_current_task_btf` (v5.11) or by reading memory.
+pub(crate) fn by_thread(name: &str) -> Value {
+    let checks = doctor()["checks"].as_array().unwrap();
+    let reads_memory = checks.iter().any(|check| check["name"] == "probe_read" && check["ok"] == true);
+    if reads_memory || is_since((5, 11)) { name.into() } else { Value::Null }
 }
 
 /// The default, and each method alone that `doctor` says can be attached here.
@@ -94,7 +112,7 @@ pub(crate) fn variants() -> Vec<Variant> {
 /// Those of them that nothing is lost by where hundreds follow each other. Where programs and system calls of `bpf()` can
 /// be preempted, one method alone promises less: `load` has what it loses.
 pub(crate) fn steady_variants() -> impl Iterator<Item = Variant> {
-    variants().into_iter().filter(|variant| variant.0.is_empty() || !is_preemptible())
+    variants().into_iter().filter(|variant| variant.0.is_empty() || !is_preemptible("tp_btf"))
 }
 
 /// `selfconn run`, and what it has said so far.

@@ -211,6 +211,9 @@ fn a_kernel_without_btf_is_watched_and_what_it_hides_is_null() {
     let closed = daemon.expect(1, is_it).remove(0);
     assert_eq!(closed["pid"], std::process::id(), "{closed}");
     assert_eq!(closed["thread_comm"], client::own_thread_comm(), "{closed}");
+    // Who started before it dialled, and still has that pid, is who dialled.
+    assert_eq!(closed["comm"], client::own_comm(), "{closed}");
+    assert!(closed["exe"].is_string() && closed["cmdline"].is_array(), "{closed}");
     for unknown in ["netns", "cookie", "isn", "peer_isn", "bytes_sent", "bytes_received", "how", "cause"] {
         assert_eq!(closed[unknown], Value::Null, "{unknown} in {closed}");
     }

@@ -236,7 +236,10 @@ impl Mode {
     fn is_lossless(&self, condition: &Condition) -> bool {
         match self.methods.as_slice() {
             ["perf" | "kprobe"] => !condition.is_interrupted(),
-            _ => self.is_pair_of_guards() && !(condition.is_interrupted() && is_preemptible()),
+            methods => {
+                let may_be_both = condition.is_interrupted() && methods.iter().any(|one| is_preemptible(one));
+                self.is_pair_of_guards() && !may_be_both
+            }
         }
     }
 }

@@ -11,7 +11,7 @@ use socket2::Socket;
 
 use crate::{
     client::{self, connect_to_self, own_comm},
-    daemon::{Daemon, Variant, of, variants},
+    daemon::{Daemon, Variant, by_thread, of, variants},
     net::Net,
     role::{self, Role},
 };
@@ -112,7 +112,7 @@ fn a_socket_handed_down_is_opened_by_the_parent_and_closed_by_the_child() {
         let closed = closed(&mut daemon, net);
         assert_eq!((&closed["pid"], &closed["comm"]), (&pid.into(), &"a-parent".into()), "{closed}");
         assert_eq!(closed["closer"]["pid"], child, "{variant:?}: {closed}");
-        assert_eq!(closed["closer"]["comm"], "a-child", "{variant:?}: {closed}");
+        assert_eq!(closed["closer"]["comm"], by_thread("a-child"), "{variant:?}: {closed}");
         daemon.stop();
     }
 }
@@ -141,7 +141,8 @@ fn a_socket_passed_to_a_stranger_is_opened_held_and_closed_by_who_did_it() {
         assert_eq!(event["comm"], own_comm(), "{event}");
     }
     assert_eq!(closed["holders"], serde_json::json!([{ "pid": pid, "comm": "a-receiver" }]), "{closed}");
-    assert_eq!(closed["closer"], serde_json::json!({ "pid": pid, "comm": "a-receiver" }), "{closed}");
+    let comm = by_thread("a-receiver");
+    assert_eq!(closed["closer"], serde_json::json!({ "pid": pid, "comm": comm }), "{closed}");
     daemon.stop();
     inhabitant.end();
 }
@@ -181,7 +182,8 @@ fn outside_the_initial_pid_namespace_nothing_is_looked_up_and_that_is_said() {
         assert_eq!(says_that_it_is_outside(&started["limits"]), is_outside, "{started}");
         for event in events.iter().filter(|event| event["netns"] == net.inode) {
             // What the kernel saw is right from everywhere.
-            assert_eq!((&event["pid"], &event["comm"]), (&pid.into(), &"a-client".into()), "{event}");
+            let comm = if is_outside { by_thread("a-client") } else { "a-client".into() };
+            assert_eq!((&event["pid"], &event["comm"]), (&pid.into(), &comm), "{event}");
             for fact in ["exe", "cmdline", "cgroup", "unit", "container", "holders"] {
                 assert!(!is_outside || event[fact].is_null(), "{fact} in {event}");
             }
@@ -224,7 +226,7 @@ fn a_reset_by_the_closer_names_it_and_a_bystander_is_never_named() {
         let closed = closed(&mut daemon, net);
         let closer = &closed["closer"];
         assert_eq!(closer["pid"], std::process::id(), "{variant:?}: {closed}");
-        assert_eq!(closer["comm"], own_comm(), "{variant:?}: {closed}");
+        assert_eq!(closer["comm"], by_thread(&own_comm()), "{variant:?}: {closed}");
         daemon.stop();
     }
 }

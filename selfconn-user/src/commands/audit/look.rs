@@ -225,7 +225,7 @@ fn name_listeners(namespaces: &mut [Seen]) -> Vec<String> {
             continue;
         };
         let who = known.entry(first.pid).or_insert_with(|| {
-            let facts = process::read(first.pid, None).unwrap_or_default();
+            let facts = process::read(first.pid).unwrap_or_default();
             Who {
                 pid: Some(first.pid),
                 comm: first.comm.clone(),
