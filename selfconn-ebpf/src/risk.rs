@@ -59,7 +59,8 @@ impl Target {
 /// The refused dials of one [`Target`]: the value of [`crate::names::REFUSALS`].
 ///
 /// Two CPUs may count at once. `total` is added to in one instruction; of all else a write may be lost, so that a pid
-/// may be missing, and user space may be told twice, but never not at all.
+/// may be missing, and user space may be told twice. It is not told only where the ring buffer was full and nobody dials any more
+/// once a try is due again.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tally {

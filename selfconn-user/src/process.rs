@@ -1,8 +1,8 @@
 //! Who: facts about a process from `/proc`, taken only while it is still the process that the kernel saw.
 
-use std::{fs, io::Read as _, os::unix::ffi::OsStrExt as _, rc::Rc};
+use std::{fs, io::Read as _, os::unix::ffi::OsStrExt as _, path::PathBuf, rc::Rc};
 
-use selfconn_ebpf::Opener;
+use selfconn_ebpf::{Opener, Task};
 use serde::Serialize;
 
 /// Kernel clock ticks a second as `/proc` has them: `USER_HZ`, a constant of the ABI on all of aya's architectures.
@@ -66,12 +66,12 @@ impl Who {
     }
 }
 
-/// A process as the kernel saw it do something. Times are of `CLOCK_BOOTTIME`.
+/// A task as the kernel saw it do something. Times are of `CLOCK_BOOTTIME`.
 #[derive(Clone, Copy, Debug)]
 pub struct Sighting {
-    /// Its number in the initial pid namespace.
-    pub pid: u32,
-    /// When it started, in nanoseconds. 0: the kernel could not tell.
+    /// Which.
+    pub task: Task,
+    /// When its process started, in nanoseconds. 0: the kernel could not tell.
     pub start_ns: u64,
     /// When it was seen, in nanoseconds.
     pub at_ns: u64,
@@ -81,16 +81,22 @@ impl Sighting {
     /// Of who opened a connection.
     #[must_use]
     pub const fn of(opener: &Opener) -> Self {
-        Self { pid: opener.task.pid, start_ns: opener.start_ns, at_ns: opener.at_ns }
+        Self { task: opener.task, start_ns: opener.start_ns, at_ns: opener.at_ns }
     }
 
-    /// Whether who has this pid now, and started then, is the one that was seen. Of two that had it one after the
+    /// Whether who has this pid now, and started then, had it when this was seen: of two that had it one after the
     /// other, the later one did not start before the earlier one was seen.
-    const fn is(&self, start_ticks: u64) -> bool {
-        match self.start_ns {
-            0 => start_ticks.saturating_add(1).saturating_mul(TICK_NS) <= self.at_ns,
-            start_ns => start_ticks == start_ns / TICK_NS,
-        }
+    const fn was_there(&self, start_ticks: u64) -> bool {
+        start_ticks.saturating_add(1).saturating_mul(TICK_NS) <= self.at_ns
+    }
+
+    /// Whether its thread is there, by the name that it had. A program that was run since has none of the old threads,
+    /// but for the one that ran it, which has a new name.
+    fn is_there(&self) -> bool {
+        let Task { pid, tid, ref comm, .. } = self.task;
+        let len = comm.iter().position(|byte| *byte == 0).unwrap_or(comm.len());
+        let name = fs::read(format!("/proc/{pid}/task/{tid}/comm"));
+        name.is_ok_and(|name| name.strip_suffix(b"\n") == Some(&comm[..len]))
     }
 }
 
@@ -99,14 +105,16 @@ impl Sighting {
 pub struct Processes {
     /// Whether pids here are those that the kernel reports.
     is_initial_pid_ns: bool,
-    last: Option<Read>,
+    /// Whether times in `/proc` are: it tells them in the reader's time namespace (`do_task_stat`, fs/proc/array.c at
+    /// v5.10).
+    is_initial_time_ns: bool,
+    last: Option<Seen>,
 }
 
-/// What was read.
 #[derive(Debug)]
-struct Read {
+struct Seen {
     pid: u32,
-    start_ticks: u64,
+    start_ns: u64,
     at_ns: u64,
     facts: Rc<Facts>,
 }
@@ -115,7 +123,10 @@ impl Processes {
     /// Outside the initial pid namespace nothing is looked up: the same number is somebody else there.
     #[must_use]
     pub fn new(is_initial_pid_ns: bool) -> Self {
-        Self { is_initial_pid_ns, last: None }
+        // As the kernel numbers it: include/linux/proc_ns.h at v5.10. Not there: it knows no others.
+        let is_initial = |ns: PathBuf| ns.as_os_str() == "time:[4026531834]";
+        let is_initial_time_ns = fs::read_link("/proc/self/ns/time").map_or(true, is_initial);
+        Self { is_initial_pid_ns, is_initial_time_ns, last: None }
     }
 
     /// Whether numbers in `/proc` are those that events tell.
@@ -126,25 +137,37 @@ impl Processes {
 
     /// The facts about a process that the kernel saw, if its pid still is its own. `now_ns` is of `CLOCK_BOOTTIME`.
     /// Nothing is known of a process that is gone.
-    pub fn look_up(&mut self, seen: Sighting, now_ns: u64) -> Rc<Facts> {
-        if !self.is_initial_pid_ns {
-            return Rc::default();
+    pub fn look_up(&mut self, seen: &Sighting, now_ns: u64) -> Rc<Facts> {
+        match (self.is_initial_pid_ns, seen.start_ns) {
+            (false, _) => Rc::default(),
+            (true, 0) => self.by_presence(seen),
+            (true, start_ns) => self.by_start(seen.task.pid, start_ns, now_ns),
         }
-        let pid = seen.pid;
-        let last = self.last.take().filter(|last| last.pid == pid && seen.is(last.start_ticks));
-        let is_fresh = |last: &Read| now_ns.saturating_sub(last.at_ns) < FRESH_NS;
-        // Where its start isn't known, one that has ended could be taken for one that came after it.
-        let is_there =
-            |last: &Read| seen.start_ns != 0 || started_ns(pid) == Some(last.start_ticks * TICK_NS);
-        if last.as_ref().is_some_and(|last| is_fresh(last) && is_there(last)) {
-            self.last = last;
-        } else if let Some((facts, start_ticks)) = read_if(pid, |start_ticks| seen.is(start_ticks)) {
-            self.last = Some(Read { pid, start_ticks, at_ns: now_ns, facts: Rc::new(facts) });
-        } else if seen.start_ns != 0 {
+    }
+
+    fn by_start(&mut self, pid: u32, start_ns: u64, now_ns: u64) -> Rc<Facts> {
+        if let Some(last) = &self.last
+            && (last.pid, last.start_ns) == (pid, start_ns)
+            && now_ns.saturating_sub(last.at_ns) < FRESH_NS
+        {
+            return Rc::clone(&last.facts);
+        }
+        let is_it = |start_ticks| start_ticks == start_ns / TICK_NS;
+        let facts = match (read_if(pid, is_it), self.last.take()) {
+            (Some(facts), _) => Rc::new(facts),
             // It is gone, and what was read of it stays true.
-            self.last = last;
-        }
-        self.last.as_ref().map(|last| Rc::clone(&last.facts)).unwrap_or_default()
+            (None, Some(last)) if (last.pid, last.start_ns) == (pid, start_ns) => last.facts,
+            (None, _) => Rc::default(),
+        };
+        self.last = Some(Seen { pid, start_ns, at_ns: now_ns, facts: Rc::clone(&facts) });
+        facts
+    }
+
+    /// Where the kernel can't tell its start. Nothing is kept, for what proves it must be looked at each time.
+    fn by_presence(&self, seen: &Sighting) -> Rc<Facts> {
+        let was_there = |start_ticks| self.is_initial_time_ns && seen.was_there(start_ticks);
+        let facts = read_if(seen.task.pid, was_there).filter(|_| seen.is_there());
+        facts.map(Rc::new).unwrap_or_default()
     }
 }
 
@@ -158,11 +181,11 @@ pub fn is_in_initial_pid_ns() -> bool {
 /// The facts about whoever has this pid now.
 #[must_use]
 pub fn read(pid: u32) -> Option<Facts> {
-    read_if(pid, |_| true).map(|(facts, _)| facts)
+    read_if(pid, |_| true)
 }
 
-/// The facts about whoever has this pid now, and its start in clock ticks; if that is one that is meant.
-fn read_if(pid: u32, is_meant: impl Fn(u64) -> bool) -> Option<(Facts, u64)> {
+/// The facts about whoever has this pid now, if it started, in clock ticks, when it is meant to.
+fn read_if(pid: u32, is_meant: impl Fn(u64) -> bool) -> Option<Facts> {
     let file = |name: &str| format!("/proc/{pid}/{name}");
     let exe = fs::read_link(file("exe")).ok().map(|path| lossy(path.as_os_str().as_bytes()));
     let mut cmdline = Vec::new();
@@ -176,15 +199,14 @@ fn read_if(pid: u32, is_meant: impl Fn(u64) -> bool) -> Option<(Facts, u64)> {
         return None;
     }
     let place = cgroup.as_deref().map(Place::parse).unwrap_or_default();
-    let facts = Facts {
+    Some(Facts {
         comm: Some(comm.to_owned()),
         exe,
         cmdline: arguments(&cmdline),
         unit: place.unit,
         container: place.container,
         cgroup,
-    };
-    Some((facts, start_ticks))
+    })
 }
 
 /// Every parser here, for whatever bytes.
@@ -289,42 +311,64 @@ mod tests {
         assert_eq!(read(u32::MAX), None);
 
         let start_ns = start * TICK_NS;
-        for (what, start_ns, at_ns, is_it) in [
-            ("it started then", start_ns, 0, true),
-            ("another started then", start_ns + TICK_NS, 0, false),
-            ("it was there before", 0, start_ns + TICK_NS, true),
-            ("it may have come since, in the same tick", 0, start_ns + TICK_NS - 1, false),
-            ("it came since", 0, start_ns, false),
-            ("neither is known", 0, 0, false),
+        let (task, mut renamed) = (own_task(), own_task());
+        renamed.comm[0] ^= 1;
+        let elsewhere = Task { tid: 1, ..task };
+        for (what, task, start_ns, at_ns, is_it) in [
+            ("it started then", task, start_ns, 0, true),
+            ("another started then", task, start_ns + TICK_NS, 0, false),
+            ("it was there before", task, 0, start_ns + TICK_NS, true),
+            ("it may have come since, in the same tick", task, 0, start_ns + TICK_NS - 1, false),
+            ("it came since", task, 0, start_ns, false),
+            ("its thread has another name now", renamed, 0, start_ns + TICK_NS, false),
+            ("its thread is gone", elsewhere, 0, start_ns + TICK_NS, false),
+            ("neither is known", task, 0, 0, false),
         ] {
-            let seen = Sighting { pid, start_ns, at_ns };
+            let seen = Sighting { task, start_ns, at_ns };
             let mut processes = Processes::new(true);
             for time in ["first", "again"] {
                 let expected = if is_it { facts.clone() } else { Facts::default() };
-                assert_eq!(*processes.look_up(seen, 1), expected, "{what}, {time}");
+                assert_eq!(*processes.look_up(&seen, 1), expected, "{what}, {time}");
             }
-            assert_eq!(*Processes::new(false).look_up(seen, 1), Facts::default(), "{what}, elsewhere");
+            assert_eq!(*Processes::new(false).look_up(&seen, 1), Facts::default(), "{what}, elsewhere");
+            let mut shifted = Processes { is_initial_time_ns: false, ..Processes::new(true) };
+            let expected = if start_ns == start * TICK_NS { facts.clone() } else { Facts::default() };
+            assert_eq!(*shifted.look_up(&seen, 1), expected, "{what}, in another time namespace");
         }
     }
 
+    /// As the kernel sees this thread.
+    fn own_task() -> Task {
+        let mut comm = [0; 16];
+        let name = fs::read("/proc/thread-self/comm").unwrap();
+        comm[..name.len() - 1].copy_from_slice(&name[..name.len() - 1]);
+        let tid = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
+        Task { pid: std::process::id(), tid, comm, leader: [0; 16] }
+    }
+
     #[test]
-    fn what_was_read_of_one_that_is_gone_is_not_told_of_a_later_one() {
+    fn what_was_read_of_one_that_is_gone_stays_true_where_its_start_is_known() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let pid = child.id();
+        let mut comm = [0; 16];
+        comm[..5].copy_from_slice(b"sleep");
+        let task = Task { pid, tid: pid, comm, leader: comm };
         let start_ns = started_ns(pid).unwrap();
-        let known = Sighting { pid, start_ns, at_ns: start_ns };
-        let unknown = Sighting { start_ns: 0, at_ns: start_ns + TICK_NS, ..known };
-        let (mut by_start, mut by_time) = (Processes::new(true), Processes::new(true));
-        // Its program may take a moment to begin.
-        let began = |processes: &mut Processes, seen| {
-            (1..).find(|at| processes.look_up(seen, at * FRESH_NS).comm.as_deref() == Some("sleep"))
-        };
-        let (known_at, unknown_at) = (began(&mut by_start, known), began(&mut by_time, unknown));
+        let known = Sighting { task, start_ns, at_ns: start_ns };
+        let unknown = Sighting { task, start_ns: 0, at_ns: start_ns + TICK_NS };
+        let mut processes = Processes::new(true);
+        // `spawn` returns once the program runs.
+        for seen in [&known, &unknown] {
+            assert_eq!(processes.look_up(seen, 1).comm.as_deref(), Some("sleep"), "{seen:?}");
+        }
         child.kill().unwrap();
         child.wait().unwrap();
-        let at_ns = |times: Option<u64>| times.unwrap() * FRESH_NS + 1;
-        assert_eq!(by_start.look_up(known, at_ns(known_at)).comm.as_deref(), Some("sleep"));
-        assert_eq!(*by_time.look_up(unknown, at_ns(unknown_at)), Facts::default());
+        for now_ns in [2, 2 * FRESH_NS, 4 * FRESH_NS] {
+            assert_eq!(processes.look_up(&known, now_ns).comm.as_deref(), Some("sleep"), "at {now_ns}");
+            assert_eq!(*processes.look_up(&unknown, now_ns), Facts::default(), "at {now_ns}");
+        }
+        let later = Sighting { start_ns: start_ns + TICK_NS, ..known };
+        assert_eq!(*processes.look_up(&later, 5 * FRESH_NS), Facts::default());
     }
 
     #[test]

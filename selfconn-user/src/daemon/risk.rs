@@ -1,7 +1,7 @@
 //! Early warning, wired: the programs say that a port is dialled often, the range of its namespace is asked for, and
 //! `risk` decides what is told. While no port is dialled often there is no clock running here.
 
-use std::{collections::HashMap, io, time::Duration};
+use std::{collections::HashMap, io, rc::Rc, time::Duration};
 
 use selfconn_ebpf::risk::Target;
 
@@ -119,7 +119,12 @@ impl Watch {
 impl Teller<'_> {
     fn tell(&mut self, happening: &Happening, now_ns: u64) {
         let (Happening::AtRisk(dials, _) | Happening::Over(dials, _)) = happening;
-        let facts = self.processes.look_up(Sighting::of(&dials.newest), now_ns);
+        // What two CPUs wrote into a tally at once may be of two dials; only a start that fits can tell.
+        let newest = Sighting::of(&dials.newest);
+        let facts = match newest.start_ns {
+            0 => Rc::default(),
+            _ => self.processes.look_up(&newest, now_ns),
+        };
         let what = match happening {
             Happening::AtRisk(dials, chance) => What::AtRisk(Box::new(AtRisk::new(dials, chance, &facts))),
             Happening::Over(dials, why) => What::AtRiskOver(Box::new(AtRiskOver::new(dials, *why, &facts))),

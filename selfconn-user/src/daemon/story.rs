@@ -45,7 +45,7 @@ impl Story {
             }
             // At the first event, while the process is there; the last one tells the same.
             let who = whos.entry(connection.number).or_insert_with(|| match connection.opener {
-                Some(opener) => Who::opened(processes.look_up(Sighting::of(&opener), at_ns)),
+                Some(opener) => Who::opened(processes.look_up(&Sighting::of(&opener), at_ns)),
                 None => Who::default(),
             });
             if let Some(what) = tell(happening, who, *run, *states, clock) {
@@ -82,7 +82,7 @@ impl Story {
                 opened.count(connection);
             }
             let who = whos.entry(connection.number).or_insert_with(|| match connection.opener {
-                Some(opener) => Who::opened(processes.look_up(Sighting::of(&opener), reading.began_ns())),
+                Some(opener) => Who::opened(processes.look_up(&Sighting::of(&opener), reading.began_ns())),
                 None => Who::held(holders(connection)),
             });
             if let Some(what) = tell(happening, who, *run, *states, clock) {

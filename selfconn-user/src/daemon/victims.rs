@@ -41,8 +41,8 @@ impl Story {
             Holder::TimeWait(leftover) => &leftover.who,
         };
         let subject = Subject::new(connection, self.run, who);
-        let seen = Sighting { pid: failed.task.pid, start_ns: failed.start_ns, at_ns: failed.at_ns };
-        let facts = processes.look_up(seen, failed.at_ns);
+        let seen = Sighting { task: failed.task, start_ns: failed.start_ns, at_ns: failed.at_ns };
+        let facts = processes.look_up(&seen, failed.at_ns);
         let mut told = event::Blocked::new(failed, &facts, &holder, subject, clock);
         let number = connection.number;
         if let Some(failures) = blocked.count(failed, number) {

@@ -233,7 +233,7 @@ impl Host {
         if self.offsets_missing.is_some() || self.btf.is_err() {
             limits.push(
                 "no usable BTF: netns, ifindex, cookie, cause, bytes, ISNs, how a connection ends, which ports are at risk, \
-                 and all that is in /proc are unknown"
+                 and what is in /proc of a process that had just started are unknown"
                     .into(),
             );
         }

@@ -109,10 +109,13 @@ pub(crate) fn variants() -> Vec<Variant> {
     [Variant(vec![])].into_iter().chain(alone).collect()
 }
 
-/// Those of them that nothing is lost by where hundreds follow each other. Where programs and system calls of `bpf()` can
-/// be preempted, one method alone promises less: `load` has what it loses.
+/// Those of them that nothing is lost by where hundreds follow each other. Where programs can be preempted, one method
+/// alone promises less: `load` has what it loses.
 pub(crate) fn steady_variants() -> impl Iterator<Item = Variant> {
-    variants().into_iter().filter(|variant| variant.0.is_empty() || !is_preemptible("tp_btf"))
+    variants().into_iter().filter(|variant| match variant.0.last() {
+        None => true,
+        Some(method) => !is_preemptible("tp_btf") && !is_preemptible(method),
+    })
 }
 
 /// `selfconn run`, and what it has said so far.

@@ -231,7 +231,8 @@ pub(super) fn of(samples: &Samples) -> Vec<Row> {
         }
         // What is neither told nor counted as lost, what the last event says beside what the log has, and its own sums.
         let told = if name == "refused" { one("refused").unwrap_or(0.0) } else { established };
-        let silent = (made - told).abs() - lost;
+        let made_up = if name == "refused" { established } else { 0.0 };
+        let silent = (made - told).abs() + made_up - lost;
         let unwritten = (one("lines").unwrap_or(0.0) - one("written").unwrap_or(f64::NAN)).abs();
         let uneven = one("uneven").unwrap_or(f64::NAN);
         row(
@@ -384,6 +385,28 @@ mod tests {
         assert_eq!(flood(100.0, 101.0, 0.0, 204.0, 204.0, 0.0), Verdict::NotMet, "one was made up");
         assert_eq!(flood(100.0, 100.0, 0.0, 201.0, 202.0, 0.0), Verdict::NotMet, "a line is missing");
         assert_eq!(flood(100.0, 100.0, 0.0, 202.0, 202.0, 1.0), Verdict::NotMet, "a sum does not hold");
+    }
+
+    #[test]
+    fn refused_dials_are_counted_and_make_no_connection() {
+        for (refused, established, verdict) in
+            [(100.0, 0.0, Verdict::Met), (99.0, 0.0, Verdict::NotMet), (100.0, 1.0, Verdict::NotMet)]
+        {
+            let mut samples = Samples::default();
+            for (name, value) in [
+                ("made", 100.0),
+                ("refused", refused),
+                ("established", established),
+                ("lost", 0.0),
+                ("lines", 2.0),
+                ("written", 2.0),
+                ("uneven", 0.0),
+            ] {
+                samples.values.insert(format!("flood.refused.{name}"), vec![value]);
+            }
+            let silent = of(&samples).into_iter().find(|row| row.what.ends_with("lost in silence")).unwrap();
+            assert_eq!(silent.verdict, verdict, "{refused} counted, {established} established");
+        }
     }
 
     #[test]

@@ -54,7 +54,7 @@ impl Dials {
         let index = set_of(sock as u32, self.sets);
         let view = View::of(&self.map, index..index + 1)?;
         for other in &view.words()[..WAYS] {
-            // Where a program has given the entry to another socket in the meantime, it stays that one's.
+            // Where a program has given the entry to a socket at another address in the meantime, it stays that one's.
             let _ = other.compare_exchange(sock, 0, Relaxed, Relaxed);
         }
         Ok(())
