@@ -231,11 +231,12 @@ impl Mode {
         self.methods.len() == 2 && self.methods.iter().filter(share).count() == 1
     }
 
-    /// Whether no transition may be lost. One method that can't be preempted is stopped by an interrupt only; of a pair
-    /// of guards something always sees, unless the one is preempted and the other interrupted at that moment.
+    /// Whether no transition may be lost. One method that can't be preempted is stopped by an interrupt only, of its own
+    /// program or of another agent's with the same guard; of a pair of guards something always sees, unless the one is
+    /// preempted and the other interrupted at that moment.
     fn is_lossless(&self, condition: &Condition) -> bool {
         match self.methods.as_slice() {
-            ["perf" | "kprobe"] => !condition.is_interrupted(),
+            ["perf" | "kprobe"] => !condition.is_interrupted() && !condition.is_beside,
             methods => {
                 let may_be_both = condition.is_interrupted() && methods.iter().any(|one| is_preemptible(one));
                 self.is_pair_of_guards() && !may_be_both
