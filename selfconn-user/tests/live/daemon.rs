@@ -109,6 +109,12 @@ pub(crate) fn variants() -> Vec<Variant> {
     [Variant(vec![])].into_iter().chain(alone).collect()
 }
 
+/// Whether this is the name of a process whose thread, or itself, may be gone by now: always, where the programs see it
+/// themselves.
+pub(crate) fn is_or_unknown(comm: &Value, name: &str) -> bool {
+    comm == name || *comm == by_thread(name)
+}
+
 /// Those of them that nothing is lost by where hundreds follow each other. Where programs can be preempted, one method
 /// alone promises less: `load` has what it loses.
 pub(crate) fn steady_variants() -> impl Iterator<Item = Variant> {

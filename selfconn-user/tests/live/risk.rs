@@ -64,7 +64,7 @@ fn the_twentieth_refused_dial_and_each_tenfold_are_told_by_every_method() {
             // Each dial once, though two programs see it.
             assert_eq!((&event["refused"], &event["dialers"]), (&20.into(), &1.into()), "{event}");
             assert_eq!(event["pid"], std::process::id(), "{event}");
-            assert_eq!(event["comm"], own_comm(), "{event}");
+            assert_eq!(event["comm"], by_thread(&own_comm()), "{event}");
             assert_eq!(event["exe"], std::env::current_exe().unwrap().to_str().unwrap(), "{event}");
             assert_eq!(event["expected_dials"], 14_116, "{event}");
             assert_eq!(event["range_unknown"], Value::Null, "{event}");

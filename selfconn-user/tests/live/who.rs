@@ -11,7 +11,7 @@ use socket2::Socket;
 
 use crate::{
     client::{self, connect_to_self, own_comm},
-    daemon::{Daemon, Variant, by_thread, of, variants},
+    daemon::{Daemon, Variant, by_thread, is_or_unknown, of, variants},
     net::Net,
     role::{self, Role},
 };
@@ -22,11 +22,6 @@ fn established(daemon: &mut Daemon, net: Net) -> Value {
 
 fn closed(daemon: &mut Daemon, net: Net) -> Value {
     daemon.expect(1, of("closed", net.inode)).pop().unwrap()
-}
-
-/// Whether this is the name of a process that may be gone by now: always, where the programs see it themselves.
-fn is_or_unknown(comm: &Value, name: &str) -> bool {
-    comm == name || *comm == by_thread(name)
 }
 
 #[test]
