@@ -21,16 +21,13 @@ use rustix::{
     },
     process::{Resource, Rlimit, WaitOptions, setrlimit, wait},
     system::{RebootCommand, init_module, reboot},
-    termios::{OptionalActions, tcdrain, tcgetattr, tcsetattr},
+    termios::tcdrain,
 };
 
 use self::plan::{DEADLINE, FACT, Plan, Run, VOICE};
 
 mod plan;
-
-/// The serial line that carries the tests' output. The kernel's console is another one: a message of the kernel in the
-/// middle of a test's line would make both unreadable.
-const OUTPUT: &str = "/dev/ttyS1";
+mod serial;
 
 /// Source, and type, and where. The first three are what everything else stands on; the others are worth having, and
 /// a kernel may refuse them, so a test that needs one says so better than we could.
@@ -67,7 +64,7 @@ const DESCRIPTORS: u64 = 524_288;
 /// Everything between the kernel's hand-over and the verdict.
 fn guest() -> Result<bool> {
     let refused = mount_all()?;
-    speak_on(OUTPUT)?;
+    serial::speak()?;
     for (target, error) in refused {
         println!("{VOICE}mount {target}: {error}");
     }
@@ -122,17 +119,6 @@ fn mount_all() -> Result<Vec<(&'static str, io::Error)>> {
         }
     }
     Ok(refused)
-}
-
-/// Makes the line our standard output and that of our children, byte for byte as written.
-fn speak_on(line: &str) -> Result<()> {
-    let line = fs::File::options().write(true).open(line).with_context(|| format!("open {line}"))?;
-    let mut settings = tcgetattr(&line).context("read the serial line's settings")?;
-    settings.make_raw();
-    tcsetattr(&line, OptionalActions::Now, &settings).context("set the serial line")?;
-    rustix::stdio::dup2_stdout(&line).context("redirect the output")?;
-    rustix::stdio::dup2_stderr(&line).context("redirect the error output")?;
-    Ok(())
 }
 
 /// Asks rtnetlink to set IFF_UP on interface 1, which is `lo` in every network namespace.

@@ -8,19 +8,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
-use rustix::termios::{OptionalActions, tcdrain, tcgetattr, tcsetattr};
+use anyhow::{Result, ensure};
+use rustix::termios::tcdrain;
 
 use self::plan::{DEADLINE, VOICE};
 
 #[path = "../../plan.rs"]
 #[expect(dead_code, reason = "of what the host and its guests agree on, the words are enough here")]
 mod plan;
+#[path = "../../serial.rs"]
+mod serial;
 mod steps;
 mod system;
-
-/// The serial line that the host reads; the kernel's console is another one.
-const OUTPUT: &str = "/dev/ttyS1";
 
 fn main() -> ExitCode {
     let deadline = env::args().nth(1).and_then(|seconds| seconds.parse().ok()).map(Duration::from_secs);
@@ -28,7 +27,7 @@ fn main() -> ExitCode {
         eprintln!("this installs and purges packages, and powers off the machine it runs on: not this one");
         return ExitCode::from(2);
     };
-    let passed = speak().and_then(|()| {
+    let passed = serial::speak().and_then(|()| {
         thread::spawn(move || {
             thread::sleep(deadline);
             println!("\n{DEADLINE} of {} s has passed", deadline.as_secs());
@@ -60,17 +59,6 @@ fn live() -> Result<()> {
         }
     }
     ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
-    Ok(())
-}
-
-/// Makes the line our standard output, byte for byte as written.
-fn speak() -> Result<()> {
-    let line = fs::File::options().write(true).open(OUTPUT).with_context(|| format!("open {OUTPUT}"))?;
-    let mut settings = tcgetattr(&line).context("read the serial line's settings")?;
-    settings.make_raw();
-    tcsetattr(&line, OptionalActions::Now, &settings).context("set the serial line")?;
-    rustix::stdio::dup2_stdout(&line).context("redirect the output")?;
-    rustix::stdio::dup2_stderr(&line).context("redirect the error output")?;
     Ok(())
 }
 
