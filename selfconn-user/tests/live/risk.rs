@@ -14,7 +14,7 @@ use socket2::{Domain, Socket, Type};
 
 use crate::{
     client::{connect_to_self, dial_until_self, own_comm, socket},
-    daemon::{DEADLINE, Daemon, Variant, of, scaled, selfconn, steady_variants, variants},
+    daemon::{DEADLINE, Daemon, Variant, by_thread, of, scaled, selfconn, steady_variants, variants},
     net::Net,
     role::Role,
 };
