@@ -47,7 +47,10 @@ pub enum Holder<'a> {
 /// Failed binds, and what may be to blame.
 #[derive(Debug, Default)]
 pub struct Blocked {
-    leftovers: HashMap<Place, Leftover>,
+    /// Boxed, so that the table's own size is next to nothing of what they take.
+    leftovers: HashMap<Place, Box<Leftover>>,
+    /// When those that are over were last let go.
+    swept_ns: u64,
     victims: HashMap<Victim, Told>,
     failures: u64,
 }
@@ -106,12 +109,19 @@ fn is_in_the_way(place: &Place, netns: u32, wanted: IpAddr, port: u16) -> bool {
 impl Blocked {
     /// A self-connection ended and left TIME_WAIT behind.
     pub fn left(&mut self, leftover: Leftover, now_ns: u64) {
-        if self.leftovers.len() >= LIMIT {
-            self.leftovers.retain(|_, leftover| leftover.until_ns > now_ns);
+        // Seldom, for all are looked at.
+        if now_ns.saturating_sub(self.swept_ns) >= SECOND_NS {
+            self.sweep(now_ns);
         }
         if self.leftovers.len() < LIMIT {
-            self.leftovers.insert(leftover.connection.place(), leftover);
+            self.leftovers.insert(leftover.connection.place(), Box::new(leftover));
         }
+    }
+
+    /// Lets go what is not in TIME_WAIT any more.
+    pub fn sweep(&mut self, now_ns: u64) {
+        self.leftovers.retain(|_, leftover| leftover.until_ns > now_ns);
+        self.swept_ns = now_ns;
     }
 
     /// One in TIME_WAIT was found in the socket table.
@@ -141,7 +151,8 @@ impl Blocked {
         }
         let is_there = |leftover: &&Leftover| leftover.until_ns > failed.at_ns;
         // The one that goes last.
-        let leftovers = self.leftovers.iter().filter(|(place, _)| is_it(place)).map(|(_, leftover)| leftover);
+        let leftovers =
+            self.leftovers.iter().filter(|(place, _)| is_it(place)).map(|(_, leftover)| &**leftover);
         leftovers.filter(is_there).max_by_key(|leftover| leftover.until_ns).map(Holder::TimeWait)
     }
 
@@ -302,6 +313,18 @@ mod tests {
         let burst = FailedBind { failures: 40, ..failed("127.0.0.1", 82, 200) };
         assert_eq!(blocked.count(&burst, 1), Some(40));
         assert_eq!(blocked.failures(), 243);
+    }
+
+    #[test]
+    fn what_is_over_is_let_go_long_before_there_is_no_room() {
+        let mut blocked = Blocked::default();
+        for second in 0..600_u64 {
+            let port = u16::try_from(second).unwrap() + 1;
+            blocked.left(leftover(second, "127.0.0.1", port, second + 60), second * SECOND_NS);
+            assert!(blocked.leftovers.len() <= 60, "{} after {second} s", blocked.leftovers.len());
+        }
+        blocked.sweep(700 * SECOND_NS);
+        assert!(blocked.leftovers.is_empty());
     }
 
     #[test]

@@ -303,6 +303,7 @@ impl Daemon {
             self.tracer.forget(sock);
         }
         self.risk.sweep(self.tracer.refusals());
+        self.story.blocked.sweep(reading.began_ns());
         self.tell_losses();
         // A burst since the last reading is over, more often than not.
         memory::give_back();
