@@ -1,6 +1,11 @@
 //! Who: facts about a process from `/proc`, taken only while it is still the process that the kernel saw.
 
-use std::{fs, io::Read as _, os::unix::ffi::OsStrExt as _, path::PathBuf, rc::Rc};
+use std::{
+    fs,
+    io::{self, Read as _},
+    os::unix::ffi::OsStrExt as _,
+    rc::Rc,
+};
 
 use selfconn_ebpf::{Opener, Task};
 use serde::Serialize;
@@ -90,8 +95,8 @@ impl Sighting {
         start_ticks.saturating_add(1).saturating_mul(TICK_NS) <= self.at_ns
     }
 
-    /// Whether its thread is there, by the name that it had. A program that was run since has none of the old threads,
-    /// but for the one that ran it, which has a new name.
+    /// Whether its thread is there, by the name that it had. A program that was run since has none of the old threads
+    /// but the first, and that one has the new program's name.
     fn is_there(&self) -> bool {
         let Task { pid, tid, ref comm, .. } = self.task;
         let len = comm.iter().position(|byte| *byte == 0).unwrap_or(comm.len());
@@ -123,9 +128,12 @@ impl Processes {
     /// Outside the initial pid namespace nothing is looked up: the same number is somebody else there.
     #[must_use]
     pub fn new(is_initial_pid_ns: bool) -> Self {
-        // As the kernel numbers it: include/linux/proc_ns.h at v5.10. Not there: it knows no others.
-        let is_initial = |ns: PathBuf| ns.as_os_str() == "time:[4026531834]";
-        let is_initial_time_ns = fs::read_link("/proc/self/ns/time").map_or(true, is_initial);
+        let is_initial_time_ns = match fs::read_link("/proc/self/ns/time") {
+            // As the kernel numbers it: include/linux/proc_ns.h at v5.10.
+            Ok(ns) => ns.as_os_str() == "time:[4026531834]",
+            // A kernel that knows no others.
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        };
         Self { is_initial_pid_ns, is_initial_time_ns, last: None }
     }
 

@@ -209,7 +209,8 @@ impl Daemon {
         self.wait_until(Instant::now() + DEADLINE, count, matches)
     }
 
-    fn wait_until(
+    /// Waits until there are so many of these, but not longer than that.
+    pub(crate) fn wait_until(
         &mut self,
         until: Instant,
         count: usize,

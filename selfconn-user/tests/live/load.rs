@@ -11,7 +11,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use aya::{Ebpf, programs::TracePoint};
@@ -250,6 +250,12 @@ fn unseen(established: &[Value]) -> usize {
     established.iter().filter(|event| event["isn"].is_null()).count()
 }
 
+/// What the daemon says that it lost, which it does within a second or two.
+fn losses_told(daemon: &mut Daemon) -> Vec<Value> {
+    let until = Instant::now() + Duration::from_secs(3);
+    daemon.wait_until(until, 1, |event| event["event"] == "lost").unwrap_or_default()
+}
+
 /// Churns, then holds, and checks what came of it. How many the socket table must have found, and how many it may have
 /// found beside those.
 fn round(daemon: &mut Daemon, mode: &Mode, condition: &Condition) -> [usize; 2] {
@@ -295,8 +301,8 @@ fn round(daemon: &mut Daemon, mode: &Mode, condition: &Condition) -> [usize; 2] 
     assert_eq!(established.len(), held, "{what}: told twice");
     if mode.is_lossless(condition) {
         let nothing = (made, churned, 0, churned + held);
-        let lost: Vec<_> = daemon.seen().iter().filter(|event| event["event"] == "lost").collect();
-        assert_eq!((transitions, told.len(), found, owners.right), nothing, "{what}: lost, {lost:?}");
+        let came = (transitions, told.len(), found, owners.right);
+        assert_eq!(came, nothing, "{what}: the daemon says: {:?}", losses_told(daemon));
     } else if mode.is_pair_of_guards() {
         // A transition now and then, but no connection and no opener: each has more than one.
         assert_eq!((told.len(), owners.right), (churned, churned + held), "{what}: lost");
