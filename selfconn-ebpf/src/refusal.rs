@@ -42,7 +42,11 @@ pub(crate) fn count<C: EbpfContext>(ctx: &C, tuple: &Tuple, dialler: &Opener) {
     // Volatile, for the compiler doesn't know what the instruction above added to.
     // SAFETY: a live reference.
     let total = unsafe { core::ptr::read_volatile(&raw const tally.total) };
-    if tally.take(total, now_ns, dialler) && report::tell(&target) {
-        tally.told();
+    if tally.take(total, now_ns, dialler) {
+        if report::tell(&target) {
+            tally.told();
+        } else {
+            tally.not_told(now_ns);
+        }
     }
 }

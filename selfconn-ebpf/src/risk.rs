@@ -13,6 +13,9 @@ pub const FIRST: u64 = 20;
 /// Within how long, and after how much silence nobody dials any more: nanoseconds.
 pub const WINDOW_NS: u64 = 60_000_000_000;
 
+/// How long is waited after there was no room to tell: a try with each dial of a storm would be as many records lost.
+const RETRY_NS: u64 = 100_000_000;
+
 /// How many of the newest dials are kept one by one: a power of two, and at least [`FIRST`].
 const RECENT: usize = 32;
 
@@ -56,7 +59,8 @@ impl Target {
 /// The refused dials of one [`Target`]: the value of [`crate::names::REFUSALS`].
 ///
 /// Two CPUs may count at once. `total` is added to in one instruction; of all else a write may be lost, so that a pid
-/// may be missing, and user space may be told twice, but never not at all.
+/// may be missing, and user space may be told twice. It is not told only where the ring buffer was full and nobody dials any more
+/// once a try is due again.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tally {
@@ -70,6 +74,8 @@ pub struct Tally {
     pub before: u64,
     /// The `total` at which user space is told next. 0: not told yet.
     pub next: u64,
+    /// Not before. 0: at once.
+    retry_ns: u64,
     /// Who made the newest.
     pub newest: Opener,
     /// When the newest dials were, by their number.
@@ -83,7 +89,7 @@ pub struct Tally {
 const _: () = {
     assert!(RECENT.is_power_of_two() && RECENT as u64 >= FIRST);
     assert!(size_of::<Target>() == 24);
-    assert!(size_of::<Tally>() == 104 + 8 * RECENT + 4 * RECENT + 8 * WORDS);
+    assert!(size_of::<Tally>() == 112 + 8 * RECENT + 4 * RECENT + 8 * WORDS);
 };
 
 impl Tally {
@@ -94,6 +100,7 @@ impl Tally {
         began_ns: 0,
         before: 0,
         next: 0,
+        retry_ns: 0,
         newest: Opener::UNKNOWN,
         at_ns: [0; RECENT],
         pids: [0; RECENT],
@@ -105,9 +112,9 @@ impl Tally {
     pub fn take(&mut self, total: u64, now_ns: u64, dialler: &Opener) -> bool {
         self.last_ns = now_ns;
         self.newest = *dialler;
-        if self.next != 0 {
+        if self.began_ns != 0 {
             self.mark(dialler.task.pid);
-            return total >= self.next;
+            return total >= self.next && now_ns >= self.retry_ns;
         }
         let slot = |number: u64| number as usize & (RECENT - 1);
         self.at_ns[slot(total)] = now_ns;
@@ -133,6 +140,12 @@ impl Tally {
     pub fn told(&mut self) {
         let last = if self.next == 0 { FIRST } else { self.next - self.before };
         self.next = self.before + last * 10;
+    }
+
+    /// User space could not be told now. Where a storm goes on until it can, it may be told at once again.
+    #[inline(always)]
+    pub const fn not_told(&mut self, now_ns: u64) {
+        self.retry_ns = now_ns.saturating_add(RETRY_NS);
     }
 
     #[inline(always)]
@@ -191,6 +204,27 @@ mod tests {
             let (told, _) = told(times.into_iter().map(|at| (at, 7)));
             assert_eq!(told, expected, "{what}");
         }
+    }
+
+    #[test]
+    fn what_could_not_be_told_is_told_later_and_not_tried_with_each_dial() {
+        let (mut tally, mut tries, mut told) = (Tally::NONE, std::vec::Vec::new(), std::vec::Vec::new());
+        // A dial a millisecond, and no room for anything from the 10th to the 310th.
+        for dial in 1..=3_000_u64 {
+            tally.total += 1;
+            let now_ns = START_NS + dial * 1_000_000;
+            if tally.take(tally.total, now_ns, &Opener::UNKNOWN) {
+                if (10..310).contains(&dial) {
+                    tries.push(dial);
+                    tally.not_told(now_ns);
+                } else {
+                    told.push((dial, tally.refused()));
+                    tally.told();
+                }
+            }
+        }
+        assert_eq!(tries, [20, 120, 220]);
+        assert_eq!(told, [(320, 320), (321, 321), (2_000, 2_000)]);
     }
 
     #[test]
