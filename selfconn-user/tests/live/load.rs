@@ -24,6 +24,7 @@ use crate::{
     net::Net,
     pool,
     role::Role,
+    withheld::Withheld,
 };
 
 const WORKERS: u8 = 4;
@@ -262,6 +263,7 @@ fn round(daemon: &mut Daemon, mode: &Mode, condition: &Condition) -> [usize; 2] 
     const CHURN: u8 = 1;
     const HOLD: u8 = 2;
     let (net, what) = (condition.net, format!("{} {}", mode.name(), condition.name));
+    let withheld = Withheld::watch();
     let other = condition.is_beside.then(Other::start);
     // The other agent's program takes many times what a self-connection does.
     let each = scaled(if condition.is_beside { 100 } else { 300 });
@@ -287,9 +289,14 @@ fn round(daemon: &mut Daemon, mode: &Mode, condition: &Condition) -> [usize; 2] 
     let owners = Owners::count(told.iter().chain(&established), &diallers);
     // CLOSE to SYN_SENT, to SYN_RECV, to ESTABLISHED, and by a reset to CLOSE.
     let made = churned * 4;
+    // What the kernel kept from every program.
+    let kept = |group: u8, state| {
+        withheld.as_ref().map_or(0, |withheld| withheld.count(&format!("127.0.{group}."), state))
+    };
+    let (kept, kept_open) = (kept(CHURN, ""), kept(HOLD, "ESTABLISHED"));
     println!(
         "FACT loss.{what}={} lost of {made}, {} of {churned} told, {found} of {held} found, owners {} right {} wrong \
-         {} unknown",
+         {} unknown, {kept} and {kept_open} withheld by the kernel",
         made - transitions,
         told.len(),
         owners.right,
@@ -300,8 +307,9 @@ fn round(daemon: &mut Daemon, mode: &Mode, condition: &Condition) -> [usize; 2] 
     assert!(transitions <= made && told.len() <= churned, "{what}: told twice");
     assert_eq!(established.len(), held, "{what}: told twice");
     if mode.is_lossless(condition) {
-        let nothing = (made, churned, 0, churned + held);
-        let came = (transitions, told.len(), found, owners.right);
+        let unseen = ((made - transitions).saturating_sub(kept), found.saturating_sub(kept_open));
+        let came = (unseen, told.len(), owners.right);
+        let nothing = ((0, 0), churned, churned + held);
         assert_eq!(came, nothing, "{what}: the daemon says: {:?}", losses_told(daemon));
     } else if mode.is_pair_of_guards() {
         // A transition now and then, but no connection and no opener: each has more than one.

@@ -38,3 +38,4 @@ mod steering;
 mod table;
 mod watchdog;
 mod who;
+mod withheld;
