@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::{
     client::{assert_opened_here, dial_until_self, socket},
-    daemon::{Daemon, of, steady_variants, variants},
+    daemon::{Daemon, for_each_variant, of, steady_variants},
     net::Net,
 };
 
@@ -16,11 +16,11 @@ const LIMIT: usize = 20_000;
 fn a_port_that_connect_chose_is_ephemeral_and_has_its_dialler() {
     let net = Net::private();
     net.sysctl("ip_local_port_range", RANGE);
-    for variant in variants() {
+    for_each_variant(|variant| {
         for (address, port) in
             [(IpAddr::from(Ipv4Addr::LOCALHOST), 40_100), (Ipv6Addr::LOCALHOST.into(), 40_102)]
         {
-            let mut daemon = Daemon::shared(&variant, &[]);
+            let mut daemon = Daemon::shared(variant, &[]);
             let target = SocketAddr::new(address, port);
             let connection = dial_until_self(target, LIMIT).expect("an even port of the range is hit");
             // No TIME_WAIT, which would keep the next round from this port.
@@ -36,7 +36,7 @@ fn a_port_that_connect_chose_is_ephemeral_and_has_its_dialler() {
             assert_eq!(established[0]["port"], port);
             assert_eq!(established[0]["addr"], address.to_string());
         }
-    }
+    });
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, SocketAddrV6},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use serde_json::Value;
@@ -61,9 +62,19 @@ pub(crate) fn own_thread_comm() -> String {
     fs::read_to_string("/proc/thread-self/comm").unwrap().trim_end().to_owned()
 }
 
+/// Whether another process was named as the opener of what this one opened.
+static WAS_MISNAMED: AtomicBool = AtomicBool::new(false);
+
+pub(crate) fn was_misnamed() -> bool {
+    WAS_MISNAMED.load(Ordering::Relaxed)
+}
+
 /// Checks that the calling thread is named as the opener.
 #[track_caller]
 pub(crate) fn assert_opened_here(event: &Value) {
+    if !event["pid"].is_null() && event["pid"] != std::process::id() {
+        WAS_MISNAMED.store(true, Ordering::Relaxed);
+    }
     assert_eq!(event["pid"], std::process::id(), "{event}");
     assert_eq!(
         event["tid"].as_i64(),

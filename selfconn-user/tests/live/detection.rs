@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::{
     client::{self, WORDS, assert_opened_here, connect_to_self, talk_to_self},
-    daemon::{Daemon, Variant, is_or_unknown, of, scaled, steady_variants, variants, verdicts},
+    daemon::{Daemon, Variant, for_each_variant, is_or_unknown, of, scaled, steady_variants, verdicts},
     net::Net,
 };
 
@@ -26,8 +26,8 @@ fn one_pair(mut daemon: Daemon, net: Net) -> (Value, Value) {
 fn textbook_client(address: &str, shown: &str, family: &str) {
     let net = Net::private();
     net.add_address(Ipv4Addr::new(192, 0, 2, 1));
-    for variant in variants() {
-        let daemon = Daemon::shared(&variant, &[]);
+    for_each_variant(|variant| {
+        let daemon = Daemon::shared(variant, &[]);
         let port = talk_to_self(address.parse().unwrap());
         let (established, closed) = one_pair(daemon, net);
         for event in [&established, &closed] {
@@ -46,7 +46,7 @@ fn textbook_client(address: &str, shown: &str, family: &str) {
         assert_eq!(closed["bytes_received"], WORDS.len(), "{closed}");
         assert!(closed["duration_ns"].as_u64().is_some_and(|ns| ns > 0), "{closed}");
         assert!(closed["port_blocked_until"].is_string(), "{closed}");
-    }
+    });
 }
 
 #[test]
@@ -72,8 +72,8 @@ fn a_local_address_that_is_not_loopback_is_reported() {
 #[test]
 fn a_reset_is_told_from_an_orderly_end() {
     let net = Net::private();
-    for variant in variants() {
-        let daemon = Daemon::shared(&variant, &[]);
+    for_each_variant(|variant| {
+        let daemon = Daemon::shared(variant, &[]);
         let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
         socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
         drop(socket);
@@ -81,14 +81,14 @@ fn a_reset_is_told_from_an_orderly_end() {
         assert_eq!(closed["how"], "rst", "{variant:?}: {closed}");
         assert_eq!(closed["port_blocked_until"], Value::Null);
         assert_eq!(closed["bytes_sent"], 0);
-    }
+    });
 }
 
 #[test]
 fn a_thread_is_told_from_its_process() {
     let net = Net::private();
-    for variant in variants() {
-        let daemon = Daemon::shared(&variant, &[]);
+    for_each_variant(|variant| {
+        let daemon = Daemon::shared(variant, &[]);
         thread::Builder::new()
             .name("a-thread".to_owned())
             .spawn(|| {
@@ -103,7 +103,7 @@ fn a_thread_is_told_from_its_process() {
         assert!(is_or_unknown(comm, &client::own_comm()), "{variant:?}: {established}");
         assert_eq!(established["thread_comm"], "a-thread", "{established}");
         assert_ne!(established["tid"], established["pid"]);
-    }
+    });
 }
 
 #[test]

@@ -10,14 +10,14 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     client::{WORDS, assert_opened_here, connect_to_self, socket},
-    daemon::{Daemon, of, variants},
+    daemon::{Daemon, for_each_variant, of},
     net::Net,
 };
 
 /// Runs `client` under each method; `check` gets its `established` and its `closed`, of which there is one each.
 fn for_each_method(net: Net, client: impl Fn() -> u16, check: impl Fn(&Value, &Value)) {
-    for variant in variants() {
-        let mut daemon = Daemon::shared(&variant, &[]);
+    for_each_variant(|variant| {
+        let mut daemon = Daemon::shared(variant, &[]);
         let port = client();
         daemon.expect(1, of("closed", net.inode));
         let (events, _) = daemon.stop();
@@ -27,7 +27,7 @@ fn for_each_method(net: Net, client: impl Fn() -> u16, check: impl Fn(&Value, &V
         assert_opened_here(established[0]);
         assert_eq!(established[0]["port"], port, "{variant:?}");
         check(established[0], closed[0]);
-    }
+    });
 }
 
 #[test]

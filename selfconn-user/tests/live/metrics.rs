@@ -13,7 +13,7 @@ use rustix::process::{Resource, Rlimit, Signal};
 
 use crate::{
     client::{connect_to_self, dial_until_self, talk_to_self},
-    daemon::{DEADLINE, Daemon, Variant, of, selfconn, variants},
+    daemon::{DEADLINE, Daemon, Variant, for_each_variant, of, selfconn},
     net::Net,
 };
 
@@ -74,8 +74,8 @@ fn value(at: SocketAddr, name: &str) -> u64 {
 fn self_connections_are_counted_by_cause_while_they_last() {
     let net = Net::private();
     net.sysctl("ip_local_port_range", "40000 40199");
-    for variant in variants() {
-        let (mut daemon, at) = watched(&variant, &[]);
+    for_each_variant(|variant| {
+        let (mut daemon, at) = watched(variant, &[]);
         let text = until(at, "selfconn_healthy", 1);
         for name in ["hook_info{hook=", "build_info{version=", "events_lost_total{where=\"ring\"} 0"] {
             assert!(text.contains(&format!("selfconn_{name}")), "{name}: {text}");
@@ -93,7 +93,7 @@ fn self_connections_are_counted_by_cause_while_they_last() {
         drop((held, accident));
         daemon.expect(2, of("closed", net.inode));
         daemon.stop();
-    }
+    });
 }
 
 #[test]

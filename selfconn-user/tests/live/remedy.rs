@@ -15,7 +15,7 @@ use socket2::Socket;
 
 use crate::{
     client::{assert_opened_here, connect_to_self, dial_until_self, own_comm, socket},
-    daemon::{DEADLINE, Daemon, Variant, of, variants},
+    daemon::{DEADLINE, Daemon, Variant, for_each_variant, of},
     net::Net,
     role::Role,
 };
@@ -69,9 +69,9 @@ fn wait_to_bind(target: SocketAddr) -> TcpListener {
 
 #[test]
 fn a_server_can_bind_the_port_of_a_client_that_still_has_its_socket() {
-    for variant in variants() {
+    for_each_variant(|variant| {
         let net = Net::private();
-        let mut daemon = start(net, &variant, &["--remedy", "destroy"]);
+        let mut daemon = start(net, variant, &["--remedy", "destroy"]);
         let (client, target) = accident(net, 40_100);
         let since = Instant::now();
         // TIME_WAIT would take longer than this waits.
@@ -99,7 +99,7 @@ fn a_server_can_bind_the_port_of_a_client_that_still_has_its_socket() {
         drop((client, listener));
         let (events, _) = daemon.stop();
         assert_eq!(events.iter().filter(|event| of("remedied", net.inode)(event)).count(), 1);
-    }
+    });
 }
 
 #[test]

@@ -14,7 +14,7 @@ use socket2::{Domain, Socket, Type};
 
 use crate::{
     client::{connect_to_self, dial_until_self, own_comm, socket},
-    daemon::{DEADLINE, Daemon, Variant, by_thread, of, scaled, selfconn, steady_variants, variants},
+    daemon::{DEADLINE, Daemon, Variant, by_thread, for_each_variant, of, scaled, selfconn, steady_variants},
     net::Net,
     role::Role,
 };
@@ -225,8 +225,8 @@ fn a_storm_of_refused_dials_hides_no_self_connection() {
     let net = wide();
     // Room for what some fifty self-connections make, and for nothing else: nobody reads meanwhile.
     const BESIDE: usize = 50;
-    for variant in variants() {
-        let mut daemon = Daemon::start(&variant, &["--ring-size", "64K"]);
+    for_each_variant(|variant| {
+        let mut daemon = Daemon::start(variant, &["--ring-size", "64K"]);
         // Of the other parity, so that the storm never hits.
         net.sysctl("ip_local_port_range", "32769 60999");
         daemon.signal(Signal::STOP);
@@ -272,7 +272,7 @@ fn a_storm_of_refused_dials_hides_no_self_connection() {
             assert_eq!(event["pid"], std::process::id(), "{event}");
         }
         assert_eq!(events.last().unwrap()["lost"]["ring"], 0, "{variant:?}");
-    }
+    });
 }
 
 #[test]

@@ -14,7 +14,7 @@ use socket2::Socket;
 
 use crate::{
     client::{connect_to_self, own_comm},
-    daemon::{Daemon, Variant, of, scaled, variants},
+    daemon::{Daemon, Variant, for_each_variant, of, scaled},
     net::Net,
     role::Role,
 };
@@ -58,14 +58,14 @@ fn pairs(events: &[Value], net: Net, count: usize) -> Vec<&Value> {
 fn a_daemon_that_was_killed_finds_what_is_open_when_it_starts_again() {
     let (net, inhabitant) = inhabited();
     let count = scaled(500);
-    for variant in variants() {
-        let mut killed = Daemon::start(&variant, &[]);
+    for_each_variant(|variant| {
+        let mut killed = Daemon::start(variant, &[]);
         let sockets = open(count);
         killed.expect(count, of("established", net.inode));
         killed.signal(Signal::KILL);
         drop(killed);
 
-        let mut daemon = Daemon::start(&variant, &[]);
+        let mut daemon = Daemon::start(variant, &[]);
         daemon.expect(count, of("established", net.inode));
         drop(sockets);
         daemon.expect(count, of("closed", net.inode));
@@ -85,7 +85,7 @@ fn a_daemon_that_was_killed_finds_what_is_open_when_it_starts_again() {
         }
         let stopped = events.last().unwrap();
         assert_eq!(stopped["lost"]["missed"], 0, "what was there before is not missed: {stopped}");
-    }
+    });
     inhabitant.end();
 }
 

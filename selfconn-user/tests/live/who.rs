@@ -11,7 +11,7 @@ use socket2::Socket;
 
 use crate::{
     client::{self, connect_to_self, own_comm},
-    daemon::{Daemon, Variant, by_thread, is_or_unknown, of, variants},
+    daemon::{Daemon, Variant, by_thread, for_each_variant, is_or_unknown, of},
     net::Net,
     role::{self, Role},
 };
@@ -51,8 +51,8 @@ fn the_openers_program_and_place_are_told_and_stay_told() {
 #[test]
 fn who_dies_at_once_was_seen_by_the_kernel() {
     let net = Net::private();
-    for variant in variants() {
-        let mut daemon = Daemon::shared(&variant, &[]);
+    for_each_variant(|variant| {
+        let mut daemon = Daemon::shared(variant, &[]);
         let client = Role::start("connect and die");
         let pid = client.pid();
         client.end();
@@ -65,7 +65,7 @@ fn who_dies_at_once_was_seen_by_the_kernel() {
         assert_eq!(closed["how"], "fin", "{closed}");
         assert_eq!(closed["closer"]["pid"], pid, "{variant:?}: {closed}");
         daemon.stop();
-    }
+    });
 }
 
 #[test]
@@ -103,8 +103,8 @@ fn exec_after_connect_keeps_the_name_that_connected() {
 #[test]
 fn a_socket_handed_down_is_opened_by_the_parent_and_closed_by_the_child() {
     let net = Net::private();
-    for variant in variants() {
-        let mut daemon = Daemon::shared(&variant, &[]);
+    for_each_variant(|variant| {
+        let mut daemon = Daemon::shared(variant, &[]);
         let mut parent = Role::start("connect and hand down");
         let pid = parent.pid();
         let child: u32 = parent.says().parse().unwrap();
@@ -114,7 +114,7 @@ fn a_socket_handed_down_is_opened_by_the_parent_and_closed_by_the_child() {
         assert_eq!(closed["closer"]["pid"], child, "{variant:?}: {closed}");
         assert_eq!(closed["closer"]["comm"], by_thread("a-child"), "{variant:?}: {closed}");
         daemon.stop();
-    }
+    });
 }
 
 #[test]
@@ -218,8 +218,8 @@ fn a_thread_that_renames_itself_does_not_rename_its_process() {
 fn a_reset_by_the_closer_names_it_and_a_bystander_is_never_named() {
     let net = Net::private();
     net.steer();
-    for variant in variants() {
-        let mut daemon = Daemon::shared(&variant, &[]);
+    for_each_variant(|variant| {
+        let mut daemon = Daemon::shared(variant, &[]);
         let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
         socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
         drop(socket);
@@ -228,7 +228,7 @@ fn a_reset_by_the_closer_names_it_and_a_bystander_is_never_named() {
         assert_eq!(closer["pid"], std::process::id(), "{variant:?}: {closed}");
         assert_eq!(closer["comm"], by_thread(&own_comm()), "{variant:?}: {closed}");
         daemon.stop();
-    }
+    });
 }
 
 /// Connects to itself through io_uring: inline in the caller, or on a worker thread of the kernel's.
@@ -256,9 +256,9 @@ fn connect_by_io_uring(flags: io_uring::squeue::Flags) -> Option<Socket> {
 fn io_uring_connects_for_the_process_that_asked() {
     use io_uring::squeue::Flags;
     let net = Net::private();
-    for variant in variants() {
+    for_each_variant(|variant| {
         for flags in [Flags::empty(), Flags::ASYNC] {
-            let mut daemon = Daemon::shared(&variant, &[]);
+            let mut daemon = Daemon::shared(variant, &[]);
             let Some(socket) = connect_by_io_uring(flags) else { return };
             drop(socket);
             let closed = closed(&mut daemon, net);
@@ -268,5 +268,5 @@ fn io_uring_connects_for_the_process_that_asked() {
             assert_eq!(is_worker, flags == Flags::ASYNC, "{variant:?}: {closed}");
             daemon.stop();
         }
-    }
+    });
 }
