@@ -6,6 +6,9 @@ use std::collections::VecDeque;
 /// Memory that an empty backlog keeps.
 const KEPT: usize = 256 << 10;
 
+/// Memory of what was taken that is kept before the rest is moved there: a backlog takes as much more than its limit.
+const GONE: usize = 512 << 10;
+
 /// Items in order, up to a limit of bytes. What comes after that is lost whole, and counted.
 #[derive(Debug)]
 pub(super) struct Backlog {
@@ -83,8 +86,7 @@ impl Backlog {
         self.start += gone;
         if self.lengths.is_empty() {
             self.clear();
-        } else if self.start > self.bytes.len() / 2 {
-            // Moved as seldom as a vector grows.
+        } else if self.start > (self.bytes.len() / 2).min(GONE) {
             self.bytes.drain(..self.start);
             self.start = 0;
         }

@@ -11,7 +11,7 @@ use super::backlog::Backlog;
 use crate::privileges;
 
 /// As much as waits for a slow reader.
-const PENDING_LIMIT: usize = 8 << 20;
+const PENDING_LIMIT: usize = 4 << 20;
 
 /// So much is handed over at once: what a pipe holds by default.
 const PORTION: usize = 64 << 10;
