@@ -8,7 +8,10 @@ use std::{
 
 use rustix::termios::isatty;
 
-use super::{text, writer::Writer};
+use super::{
+    text,
+    writer::{PIECE, Writer},
+};
 use crate::event::Event;
 
 /// How stdout speaks.
@@ -36,10 +39,12 @@ impl Stdout {
         let mut file = File::from(io::stdout().as_fd().try_clone_to_owned()?);
         let is_terminal = isatty(&file);
         let writer = Writer::start("stdout", move |bytes| {
-            file.write(bytes).map_err(|error| match rustix::io::Errno::from_io_error(&error) {
-                // How a terminal says that it was hung up.
-                Some(rustix::io::Errno::IO) if is_terminal => io::ErrorKind::BrokenPipe.into(),
-                _ => error,
+            file.write(&bytes[..bytes.len().min(PIECE)]).map_err(|error| {
+                match rustix::io::Errno::from_io_error(&error) {
+                    // How a terminal says that it was hung up.
+                    Some(rustix::io::Errno::IO) if is_terminal => io::ErrorKind::BrokenPipe.into(),
+                    _ => error,
+                }
             })
         })?;
         Ok(Self { format, writer, is_terminal, line: Vec::new() })

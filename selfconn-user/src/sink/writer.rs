@@ -13,8 +13,11 @@ use crate::privileges;
 /// As much as waits for a slow reader.
 const PENDING_LIMIT: usize = 4 << 20;
 
-/// So much is handed over at once: what a pipe holds by default.
-const PORTION: usize = 64 << 10;
+/// So much is handed over at once.
+const PORTION: usize = 256 << 10;
+
+/// So much of it, what a pipe holds by default, is told as taken before the rest is.
+pub(super) const PIECE: usize = 64 << 10;
 
 /// A reader that takes nothing for so long has stopped reading, and a flood no longer waits for it.
 const STOPPED: Duration = Duration::from_millis(100);
@@ -22,8 +25,14 @@ const STOPPED: Duration = Duration::from_millis(100);
 /// A thread that takes this long over a portion is stuck; at the end of a run nobody waits for it longer.
 const STUCK: Duration = Duration::from_secs(2);
 
-/// What a portion became: all of it taken, or so many bytes and an error.
-type Answer = (usize, Option<io::Error>);
+/// So many bytes more were taken, and then there may have been an error.
+#[derive(Debug)]
+struct Answer {
+    taken: usize,
+    error: Option<io::Error>,
+    /// Nothing more comes of this portion.
+    is_last: bool,
+}
 
 /// A backlog, and the thread that empties it.
 #[derive(Debug)]
@@ -67,7 +76,9 @@ impl Writer {
             }
             // Ends with the loop.
             for portion in to_write {
-                if answer.send(write(&portion, &mut deliver)).is_err() {
+                let mut is_heard = true;
+                write(&portion, &mut deliver, |one| is_heard = answer.send(one).is_ok());
+                if !is_heard {
                     break;
                 }
             }
@@ -104,8 +115,8 @@ impl Writer {
         }
     }
 
-    fn heard(&mut self, (taken, error): Answer) {
-        self.is_busy = false;
+    fn heard(&mut self, Answer { taken, error, is_last }: Answer) {
+        self.is_busy = !is_last;
         self.has_stopped = false;
         self.backlog.take(taken);
         match error {
@@ -128,10 +139,10 @@ impl Writer {
         loop {
             // The thread lives as long as we do.
             let Some(answer) = self.answers.recv().await else { return std::future::pending().await };
-            let has_failed = answer.1.is_some();
+            let has_failed = answer.error.is_some();
             self.heard(answer);
             // After an error, the next attempt is made when something wakes the loop, not at once.
-            if self.is_gone() || (!has_failed && !self.backlog.is_empty()) {
+            if self.is_gone() || (!has_failed && !self.is_busy && !self.backlog.is_empty()) {
                 return;
             }
         }
@@ -191,15 +202,24 @@ impl Writer {
 }
 
 /// Until all is taken, or an error comes.
-fn write(portion: &[u8], deliver: &mut impl FnMut(&[u8]) -> io::Result<usize>) -> Answer {
-    let mut done = 0;
+fn write(
+    portion: &[u8],
+    deliver: &mut impl FnMut(&[u8]) -> io::Result<usize>,
+    mut answer: impl FnMut(Answer),
+) {
+    let (mut done, mut told) = (0, 0);
     while done < portion.len() {
         match deliver(&portion[done..]) {
-            Ok(0) => return (done, Some(io::ErrorKind::WriteZero.into())),
-            Ok(count) => done += count,
+            Ok(taken @ 1..) => done += taken,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return (done, Some(error)),
+            failed => {
+                let error = failed.err().unwrap_or_else(|| io::ErrorKind::WriteZero.into());
+                return answer(Answer { taken: done - told, error: Some(error), is_last: true });
+            }
+        }
+        if done - told >= PIECE || done == portion.len() {
+            answer(Answer { taken: done - told, error: None, is_last: done == portion.len() });
+            told = done;
         }
     }
-    (done, None)
 }
