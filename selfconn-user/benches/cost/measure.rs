@@ -77,33 +77,31 @@ impl Bench {
 
     /// Run time of the programs, by the kernel's own account: beside that of empty ones, and for an opener's memory.
     fn transition(&self) -> Result<()> {
-        const COUNT: u64 = 3_000;
         let net = Net::new()?;
         let methods = self.methods()?;
         fact("methods", &methods.join(" and "));
         let _account = enable_stats(Stats::RunTime).context("have the kernel account for BPF programs")?;
-        let cost = |tracer: &Tracer, kind: &str, to: &str| -> Result<(Made, Vec<Account>)> {
-            let before = programs::of_process(tracer.pid())?;
-            let made = make(&net, &[kind, "--to", to, "--count", &COUNT.to_string(), "--cpu", "1"])?;
-            Ok((made, programs::since(&before, programs::of_process(tracer.pid())?)))
-        };
-        // The daemon has programs on other hooks, too; they see no transitions.
-        let method_of = |name: &str| {
-            let name = name.strip_prefix("selfconn_").or(name.strip_prefix("other_"))?;
-            methods.iter().find(|method| *method == name)
-        };
         for round in 0..self.rounds(25) {
-            let mut alone = BTreeMap::new();
-            for ours in [true, false] {
-                let tracer = if ours { self.start(&[])? } else { Tracer::empty(&methods)? };
-                let whose = if ours { "ours" } else { "empty" };
-                let (_, accounts) = cost(&tracer, "churn", "127.0.0.2")?;
-                for account in &accounts {
-                    let Some(method) = method_of(&account.name) else { continue };
-                    let each = account.ns as f64 / account.runs as f64;
-                    sample(&format!("transition.{whose}.{method}"), round, each);
-                    alone.insert((ours, method.clone()), each);
-                    if round == 0 && ours {
+            self.beside_empty(round, &net, &methods)?;
+            self.memory(round, &net, &methods)?;
+        }
+        Ok(())
+    }
+
+    /// Both at once, on the same transitions, so that whatever slows the host slows both; each comes first once.
+    fn beside_empty(&self, round: usize, net: &Net, methods: &[String]) -> Result<()> {
+        let mut each = BTreeMap::<_, Vec<f64>>::new();
+        for first in [true, false] {
+            let start = |ours: bool| if ours { self.start(&[]) } else { Tracer::empty(methods) };
+            let tracers = [(first, start(first)?), (!first, start(!first)?)];
+            let before = tracers.iter().map(|(_, tracer)| programs::of_process(tracer.pid()));
+            let before = before.collect::<Result<Vec<_>>>()?;
+            make(net, &PLAIN)?;
+            for ((ours, tracer), before) in tracers.into_iter().zip(before) {
+                for account in programs::since(&before, programs::of_process(tracer.pid())?) {
+                    let Some(method) = method_of(&account.name, methods) else { continue };
+                    each.entry((ours, method)).or_default().push(account.ns as f64 / account.runs as f64);
+                    if round == 0 && ours && first {
                         let insns = account.verified_insns.map_or("?".to_owned(), |count| count.to_string());
                         fact(
                             &format!("program.{method}"),
@@ -111,20 +109,39 @@ impl Bench {
                         );
                     }
                 }
-                if ours {
-                    for (what, kind) in [("opener", "churn"), ("refused", "refused"), ("self", "selves")] {
-                        let (made, accounts) = cost(&tracer, kind, "127.0.0.1")?;
-                        let beyond = accounts.iter().filter_map(|account| {
-                            let each = alone.get(&(true, method_of(&account.name)?.clone()))?;
-                            Some(account.ns as f64 - account.runs as f64 * each)
-                        });
-                        sample(&format!("memory.{what}"), round, beyond.sum::<f64>() / made.count as f64);
-                    }
-                }
                 tracer.stop()?;
             }
         }
+        for ((ours, method), both) in each {
+            let whose = if ours { "ours" } else { "empty" };
+            sample(
+                &format!("transition.{whose}.{method}"),
+                round,
+                both.iter().sum::<f64>() / both.len() as f64,
+            );
+        }
         Ok(())
+    }
+
+    /// What our programs alone take beyond a connection of two addresses, for what goes from an address to itself.
+    fn memory(&self, round: usize, net: &Net, methods: &[String]) -> Result<()> {
+        let tracer = self.start(&[])?;
+        let cost = |arguments: &[&str]| -> Result<(Made, Vec<Account>)> {
+            let before = programs::of_process(tracer.pid())?;
+            let made = make(net, arguments)?;
+            Ok((made, programs::since(&before, programs::of_process(tracer.pid())?)))
+        };
+        for (what, kind) in [("opener", "churn"), ("refused", "refused"), ("self", "selves")] {
+            let (_, plain) = cost(&PLAIN)?;
+            let (made, accounts) = cost(&[kind, "--to", "127.0.0.1", "--count", COUNT, "--cpu", "1"])?;
+            let beyond = accounts.iter().filter_map(|account| {
+                method_of(&account.name, methods)?;
+                let plain = plain.iter().find(|plain| plain.name == account.name)?;
+                Some(account.ns as f64 - account.runs as f64 * plain.ns as f64 / plain.runs as f64)
+            });
+            sample(&format!("memory.{what}"), round, beyond.sum::<f64>() / made.count as f64);
+        }
+        tracer.stop()
     }
 
     /// Connections a second, untraced and traced by each. No account is kept meanwhile.
@@ -135,6 +152,9 @@ impl Bench {
             Ok(make(&net, &["churn", "--to", "127.0.0.2", "--count", &count.to_string(), "--cpu", "1"])?
                 .rate())
         };
+        // Whatever else happens on the host only slows.
+        let best =
+            || (0..5).map(|_| churn(2_000)).try_fold(0.0, |best, rate| rate.map(|rate| rate.max(best)));
         churn(2_000)?;
         let probe = || churn(20).map(drop);
         // The pair that is close together, in turns: what drifts hits both.
@@ -143,7 +163,7 @@ impl Bench {
             for ours in order {
                 let tracer = if ours { self.start(&[])? } else { Tracer::empty(&methods)? };
                 let name = if ours { "churn.close.ours" } else { "churn.close.empty" };
-                sample(name, round, churn(10_000)?);
+                sample(name, round, best()?);
                 tracer.stop()?;
             }
         }
@@ -277,7 +297,7 @@ impl Bench {
                 let crowd = Crowd::new(&net, 20)?;
                 nets.push((crowd, net));
             }
-            for round in 0..self.rounds(10) {
+            for round in 0..self.rounds(20) {
                 sample(&format!("scan.namespaces.{namespaces}"), round, scan()?);
             }
             reading(&format!("reading.namespaces.{namespaces}"))?;
@@ -344,6 +364,18 @@ impl Bench {
         number("rss_grown", late.own as f64 / early.own as f64);
         Ok(())
     }
+}
+
+/// So many of a kind, where the kernel keeps account.
+const COUNT: &str = "3000";
+
+/// What is none of ours: connections of two addresses.
+const PLAIN: [&str; 7] = ["churn", "--to", "127.0.0.2", "--count", COUNT, "--cpu", "1"];
+
+/// By which of these methods a program is attached to a hook. The daemon has some on other hooks, which see no transitions.
+fn method_of<'a>(name: &str, methods: &'a [String]) -> Option<&'a str> {
+    let name = name.strip_prefix("selfconn_").or(name.strip_prefix("other_"))?;
+    methods.iter().map(String::as_str).find(|method| *method == name)
 }
 
 /// Has a generator make something in this namespace.
