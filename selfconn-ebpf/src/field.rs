@@ -77,6 +77,22 @@ pub const FIELDS: usize = Field::SocketSk as usize + 1;
 /// The offset of a field that this kernel doesn't have.
 pub const ABSENT: u32 = u32::MAX;
 
+/// Where every kernel that was looked at has the addresses of a socket: `struct sock_common`, include/net/sock.h at v5.10
+/// to v7.3, with CONFIG_IPV6 and CONFIG_NET_NS, on 64 bits.
+pub const USUAL: [(Field, u32); 5] = [
+    (Field::Family, 16),
+    (Field::Daddr, 0),
+    (Field::RcvSaddr, 4),
+    (Field::V6Daddr, 56),
+    (Field::V6RcvSaddr, 72),
+];
+
+/// Whether these offsets are those of [`USUAL`].
+#[must_use]
+pub fn is_usual(offsets: &[u32; FIELDS]) -> bool {
+    USUAL.iter().all(|(field, offset)| offsets[*field as usize] == *offset)
+}
+
 impl Field {
     /// Every field, with the struct and the member that BTF knows it by, and whether no program works without it.
     pub const ALL: [(Self, &'static str, &'static str, bool); FIELDS] = [
@@ -117,6 +133,18 @@ impl Field {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_address_elsewhere_is_not_usual() {
+        let mut offsets = [ABSENT; FIELDS];
+        USUAL.iter().for_each(|(field, offset)| offsets[*field as usize] = *offset);
+        assert!(is_usual(&offsets));
+        for (field, offset) in USUAL {
+            let mut other = offsets;
+            other[field as usize] = offset + 4;
+            assert!(!is_usual(&other), "{field:?}");
+        }
+    }
 
     #[test]
     fn the_field_table_is_in_the_order_of_its_indices() {

@@ -14,7 +14,7 @@ pub mod names;
 pub mod risk;
 
 pub use dial::{Dial, DialSet, WAYS, set_of};
-pub use field::{ABSENT, FIELDS, Field};
+pub use field::{ABSENT, FIELDS, Field, USUAL, is_usual};
 
 /// TCP states as the kernel numbers them (`include/net/tcp_states.h` at v5.10; unchanged through v7.0).
 pub mod state {

@@ -28,15 +28,26 @@ mod programs {
 
     use crate::{
         body,
-        sock::{Direct, Probe, Record, Sock},
+        sock::{Any, Direct, Layout, Probe, Record, Sock, Usual},
         victim,
     };
 
     /// `inet_sock_set_state(sk, oldstate, newstate)`, after the state is set.
     #[btf_tracepoint(function = "inet_sock_set_state")]
     fn selfconn_tp_btf(ctx: BtfTracePointContext) -> i32 {
+        tp_btf::<Usual>(ctx)
+    }
+
+    /// The same where the addresses are elsewhere.
+    #[btf_tracepoint(function = "inet_sock_set_state")]
+    fn selfconn_tp_btf_any(ctx: BtfTracePointContext) -> i32 {
+        tp_btf::<Any>(ctx)
+    }
+
+    #[inline(always)]
+    fn tp_btf<L: Layout>(ctx: BtfTracePointContext) -> i32 {
         let sock = Sock::<Direct>::new(ctx.arg(0));
-        if let Some(own) = sock.own_address() {
+        if let Some(own) = sock.own_address::<L>() {
             let (old, new): (i32, i32) = (ctx.arg(1), ctx.arg(2));
             body::socket::<_, _, 0>(ctx, sock, own, old as u8, new as u8);
         }
@@ -55,8 +66,19 @@ mod programs {
     /// `tcp_set_state(sk, state)` on entry: the socket still has its old state.
     #[fentry(function = "tcp_set_state")]
     fn selfconn_fentry(ctx: FEntryContext) -> i32 {
+        fentry::<Usual>(ctx)
+    }
+
+    /// The same where the addresses are elsewhere.
+    #[fentry(function = "tcp_set_state")]
+    fn selfconn_fentry_any(ctx: FEntryContext) -> i32 {
+        fentry::<Any>(ctx)
+    }
+
+    #[inline(always)]
+    fn fentry<L: Layout>(ctx: FEntryContext) -> i32 {
         let sock = Sock::<Direct>::new(ctx.arg(0));
-        if let Some(own) = sock.own_address() {
+        if let Some(own) = sock.own_address::<L>() {
             let (old, new): (u8, i32) = (sock.state(), ctx.arg(1));
             body::socket::<_, _, 2>(ctx, sock, own, old, new as u8);
         }
@@ -68,7 +90,7 @@ mod programs {
     fn selfconn_kprobe(ctx: ProbeContext) -> u32 {
         if let (Some(sk), Some(new)) = (ctx.arg::<*const u8>(0), ctx.arg::<i32>(1)) {
             let sock = Sock::<Probe>::new(sk);
-            if let Some(own) = sock.own_address() {
+            if let Some(own) = sock.own_address::<Any>() {
                 body::socket::<_, _, 3>(ctx, sock, own, sock.state(), new as u8);
             }
         }

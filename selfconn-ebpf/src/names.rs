@@ -12,6 +12,11 @@ pub const FENTRY: &str = "selfconn_fentry";
 /// `tcp_set_state`, kprobe.
 pub const KPROBE: &str = "selfconn_kprobe";
 
+/// As [`TP_BTF`], where the addresses are not where [`crate::USUAL`] has them.
+pub const TP_BTF_ANY: &str = "selfconn_tp_btf_any";
+/// As [`FENTRY`], likewise.
+pub const FENTRY_ANY: &str = "selfconn_fentry_any";
+
 /// `inet_csk_get_port`, fexit.
 pub const BIND_FEXIT: &str = "selfconn_bind_fexit";
 /// `bind()`, perf tracepoints.

@@ -10,7 +10,9 @@ use core::{
 };
 
 use aya_ebpf::{EbpfContext, Global, helpers::generated as helpers, programs::TracePointContext};
-use selfconn_ebpf::{ABSENT, COMM_LEN, FIELDS, Field, Opener, Task, Transition, family, state, task_access};
+use selfconn_ebpf::{
+    ABSENT, COMM_LEN, FIELDS, Field, Opener, Task, Transition, USUAL, family, state, task_access,
+};
 
 /// Offsets of [`Field`]s. In frozen `.rodata`, so the verifier knows each as a constant and drops what is absent.
 #[unsafe(no_mangle)]
@@ -31,6 +33,32 @@ fn offset(field: Field) -> Option<usize> {
 #[inline(always)]
 pub(crate) fn knows_port() -> bool {
     offset(Field::Num).is_some()
+}
+
+/// How a program knows where the addresses of a socket are. Nothing else is asked for every transition.
+pub(crate) trait Layout {
+    fn offset(field: Field) -> Option<usize>;
+}
+
+/// As [`USUAL`] has it: numbers in the instructions. A load of an offset is of a cold cache line more often than not, and
+/// four of them took more time than all the rest.
+pub(crate) struct Usual;
+
+impl Layout for Usual {
+    #[inline(always)]
+    fn offset(field: Field) -> Option<usize> {
+        USUAL.iter().find(|(one, _)| *one as usize == field as usize).map(|(_, offset)| *offset as usize)
+    }
+}
+
+/// As user space has set it.
+pub(crate) struct Any;
+
+impl Layout for Any {
+    #[inline(always)]
+    fn offset(field: Field) -> Option<usize> {
+        offset(field)
+    }
 }
 
 /// A way for a program to read kernel memory.
@@ -149,10 +177,10 @@ impl<M: Memory> Sock<M> {
 
     /// The address, if it is both source and destination.
     #[inline(always)]
-    pub(crate) fn own_address(self) -> Option<Own> {
-        let family = self.get::<u16>(Field::Family);
+    pub(crate) fn own_address<L: Layout>(self) -> Option<Own> {
+        let family = M::read::<u16>(self.sk.wrapping_add(L::offset(Field::Family)?));
         if family == u16::from(family::INET) {
-            let (destination, source) = (offset(Field::Daddr)?, offset(Field::RcvSaddr)?);
+            let (destination, source) = (L::offset(Field::Daddr)?, L::offset(Field::RcvSaddr)?);
             let at = |offset| M::read::<u32>(self.sk.wrapping_add(offset));
             let [to, addr] = if source == destination + 4 {
                 // Side by side (`skc_addrpair`, include/net/sock.h at v5.10): one load, for each has to be guarded.
@@ -163,7 +191,7 @@ impl<M: Memory> Sock<M> {
             (to == addr).then_some(())?;
             Some(Own { family: family::INET, words: words(mapped(addr)) })
         } else if family == u16::from(family::INET6) {
-            let (destination, source) = (offset(Field::V6Daddr)?, offset(Field::V6RcvSaddr)?);
+            let (destination, source) = (L::offset(Field::V6Daddr)?, L::offset(Field::V6RcvSaddr)?);
             // The lower half first, for that is where two addresses differ.
             let at = |offset| M::read::<u64>(self.sk.wrapping_add(offset));
             let low = at(source + 8);

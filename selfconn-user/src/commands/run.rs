@@ -90,6 +90,9 @@ pub struct Args {
     /// Work as if the kernel had no BTF
     #[arg(long, hide = true)]
     without_btf: bool,
+    /// Ask the kernel's BTF where the addresses of a socket are, even if they are where they usually are
+    #[arg(long, hide = true)]
+    any_layout: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -198,6 +201,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut host = Host::look(args.without_btf)?;
+        host.has_usual_layout &= !args.any_layout;
         // Before anything is attached: a remedy that can't work is told at once.
         let remedy = args.remedy.prepare(&mut host)?;
         let self_test = match SelfTest::prepare() {

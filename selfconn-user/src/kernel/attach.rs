@@ -74,13 +74,15 @@ impl Method {
         }
     }
 
-    /// The program that implements it.
+    /// The program that implements it, where a socket's addresses are where [`selfconn_ebpf::USUAL`] has them, or not.
     #[must_use]
-    pub const fn program(self) -> &'static str {
+    pub const fn program(self, is_usual: bool) -> &'static str {
         match self {
-            Self::TpBtf => names::TP_BTF,
+            Self::TpBtf if is_usual => names::TP_BTF,
+            Self::TpBtf => names::TP_BTF_ANY,
             Self::Perf => names::PERF,
-            Self::Fentry => names::FENTRY,
+            Self::Fentry if is_usual => names::FENTRY,
+            Self::Fentry => names::FENTRY_ANY,
             Self::Kprobe => names::KPROBE,
         }
     }

@@ -8,7 +8,7 @@ use aya::{
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported},
 };
-use selfconn_ebpf::{ABSENT, FIELDS, Field, task_access};
+use selfconn_ebpf::{ABSENT, FIELDS, Field, is_usual, task_access};
 
 use super::{
     attach::{Method, Refusal},
@@ -72,6 +72,8 @@ pub struct Host {
     pub btf: Result<Vec<u8>, String>,
     /// Offsets for the programs; all [`ABSENT`] without BTF.
     pub offsets: [u32; FIELDS],
+    /// Whether a socket's addresses are where [`selfconn_ebpf::USUAL`] has them.
+    pub has_usual_layout: bool,
     /// What is wrong with the BTF, if a field that every typed program needs is missing.
     pub offsets_missing: Option<String>,
     /// Which of the typed methods' targets the BTF has.
@@ -143,6 +145,7 @@ impl Host {
             release: uname.release().to_string_lossy().into_owned(),
             machine: uname.machine().to_string_lossy().into_owned(),
             btf,
+            has_usual_layout: is_usual(&offsets),
             offsets,
             offsets_missing,
             targets,

@@ -81,6 +81,7 @@ pub struct Tracer {
     bind_links: Option<binds::Links>,
     links: Vec<Link>,
     programs: Ebpf,
+    has_usual_layout: bool,
 }
 
 impl Tracer {
@@ -124,6 +125,7 @@ impl Tracer {
             bind_links,
             links,
             programs: ebpf,
+            has_usual_layout: host.has_usual_layout,
         })
     }
 
@@ -151,7 +153,8 @@ impl Tracer {
     #[must_use]
     pub fn not_examined(&self) -> Option<u64> {
         let of = |(method, ()): &(Method, ())| {
-            let fd = self.programs.program(method.program())?.fd().ok()?.as_fd().as_raw_fd();
+            let fd =
+                self.programs.program(method.program(self.has_usual_layout))?.fd().ok()?.as_fd().as_raw_fd();
             recursion_misses(&fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?)
         };
         self.methods.live.iter().map(of).sum()

@@ -1,7 +1,7 @@
 //! What a self-connection is reported as: once, with its addresses, its process and its numbers.
 
 use std::{
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     thread,
 };
 
@@ -9,7 +9,9 @@ use serde_json::Value;
 
 use crate::{
     client::{self, WORDS, assert_opened_here, connect_to_self, talk_to_self},
-    daemon::{Daemon, Variant, for_each_variant, is_or_unknown, of, scaled, steady_variants, verdicts},
+    daemon::{
+        Daemon, Variant, for_each_variant, forced, is_or_unknown, of, scaled, steady_variants, verdicts,
+    },
     net::Net,
 };
 
@@ -194,6 +196,27 @@ fn two_daemons_beside_each_other_both_see_everything() {
     for daemon in daemons {
         let (events, _) = daemon.stop();
         assert_eq!(events.iter().filter(|event| of("established", net.inode)(event)).count(), 1);
+    }
+}
+
+#[test]
+fn where_the_addresses_are_can_be_had_from_btf() {
+    let net = Net::private();
+    let typed = verdicts()
+        .into_iter()
+        .filter(|(method, verdict, _)| ["tp_btf", "fentry"].contains(method) && *verdict == "ok");
+    for (method, ..) in typed {
+        let variant = Variant([forced(method), vec!["--any-layout"]].concat());
+        let mut daemon = Daemon::start(&variant, &[]);
+        let told = |event: &Value| of("closed", net.inode)(event);
+        for address in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
+            talk_to_self(address);
+        }
+        daemon.expect(2, told);
+        let (events, _) = daemon.stop();
+        let addresses: Vec<_> =
+            events.iter().filter(|event| told(event)).map(|event| &event["addr"]).collect();
+        assert_eq!(addresses, ["127.0.0.1", "::1"], "{method}");
     }
 }
 

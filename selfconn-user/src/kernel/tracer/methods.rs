@@ -64,15 +64,16 @@ pub(super) fn attach(
     kernel_btf: &KernelBtf<'_>,
 ) -> Result<Link, Refusal> {
     host.offers(method)?;
-    let Some(program) = ebpf.program_mut(method.program()) else {
-        return Err(Refusal::Broken(format!("the eBPF object has no program {}", method.program())));
+    let name = method.program(host.has_usual_layout);
+    let Some(program) = ebpf.program_mut(name) else {
+        return Err(Refusal::Broken(format!("the eBPF object has no program {name}")));
     };
     let attached = match program {
         Program::BtfTracePoint(program) => attach_tp_btf(program, kernel_btf.get()?).map(Link::TpBtf),
         Program::TracePoint(program) => attach_perf(program).map(Link::Perf),
         Program::FEntry(program) => attach_fentry(program, kernel_btf.get()?).map(Link::Fentry),
         Program::KProbe(program) => attach_kprobe(program).map(Link::Kprobe),
-        _ => return Err(Refusal::Broken(format!("{} is of another type", method.program()))),
+        _ => return Err(Refusal::Broken(format!("{name} is of another type"))),
     };
     attached.map_err(|error| refusal(&error))
 }
