@@ -28,7 +28,7 @@ mod programs {
 
     use crate::{
         body,
-        sock::{Any, Direct, Layout, Probe, Record, Sock, Usual},
+        sock::{Any, Direct, Layout, Own, Probe, Record, Sock, Usual},
         victim,
     };
 
@@ -88,9 +88,20 @@ mod programs {
     /// The same function through a kprobe.
     #[kprobe(function = "tcp_set_state")]
     fn selfconn_kprobe(ctx: ProbeContext) -> u32 {
+        kprobe(ctx, Sock::own_address_at_once)
+    }
+
+    /// The same where the addresses are elsewhere.
+    #[kprobe(function = "tcp_set_state")]
+    fn selfconn_kprobe_any(ctx: ProbeContext) -> u32 {
+        kprobe(ctx, Sock::own_address::<Any>)
+    }
+
+    #[inline(always)]
+    fn kprobe(ctx: ProbeContext, own_address: impl Fn(Sock<Probe>) -> Option<Own>) -> u32 {
         if let (Some(sk), Some(new)) = (ctx.arg::<*const u8>(0), ctx.arg::<i32>(1)) {
             let sock = Sock::<Probe>::new(sk);
-            if let Some(own) = sock.own_address::<Any>() {
+            if let Some(own) = own_address(sock) {
                 body::socket::<_, _, 3>(ctx, sock, own, sock.state(), new as u8);
             }
         }

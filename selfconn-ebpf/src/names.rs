@@ -16,6 +16,8 @@ pub const KPROBE: &str = "selfconn_kprobe";
 pub const TP_BTF_ANY: &str = "selfconn_tp_btf_any";
 /// As [`FENTRY`], likewise.
 pub const FENTRY_ANY: &str = "selfconn_fentry_any";
+/// As [`KPROBE`], likewise.
+pub const KPROBE_ANY: &str = "selfconn_kprobe_any";
 
 /// `inet_csk_get_port`, fexit.
 pub const BIND_FEXIT: &str = "selfconn_bind_fexit";

@@ -139,6 +139,39 @@ pub(crate) struct Sock<M> {
     memory: PhantomData<M>,
 }
 
+impl Sock<Probe> {
+    /// As [`Self::own_address`] for [`Usual`], by as few calls as can be: one for IPv4, and another one for IPv6.
+    #[inline(always)]
+    pub(crate) fn own_address_at_once(self) -> Option<Own> {
+        /// The family is in the third word.
+        const FAMILY: usize = place(Field::Family) / 8;
+        const { assert!(place(Field::Daddr) == 0 && place(Field::RcvSaddr) == 4) };
+        const { assert!(place(Field::Family) % 8 == 0 && place(Field::V6RcvSaddr) == place(Field::V6Daddr) + 16) };
+        let head = Probe::read::<[u64; FAMILY + 1]>(self.sk);
+        match u8::try_from(halves(head[FAMILY])[0] & 0xffff).ok()? {
+            family::INET => {
+                let [to, addr] = halves(head[0]);
+                (to == addr).then(|| Own { family: family::INET, words: words(mapped(addr)) })
+            }
+            family::INET6 => {
+                let both = Probe::read::<[u64; 4]>(self.sk.wrapping_add(place(Field::V6Daddr)));
+                let is_own = both[1] == both[3] && both[0] == both[2];
+                is_own.then_some(Own { family: family::INET6, words: [both[2], both[3]] })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Where [`USUAL`] has a field.
+const fn place(field: Field) -> usize {
+    let mut at = 0;
+    while USUAL[at].0 as usize != field as usize {
+        at += 1;
+    }
+    USUAL[at].1 as usize
+}
+
 impl<M: Memory> Sock<M> {
     #[inline(always)]
     pub(crate) fn new(sk: *const u8) -> Self {

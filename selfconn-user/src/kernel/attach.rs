@@ -83,7 +83,8 @@ impl Method {
             Self::Perf => names::PERF,
             Self::Fentry if is_usual => names::FENTRY,
             Self::Fentry => names::FENTRY_ANY,
-            Self::Kprobe => names::KPROBE,
+            Self::Kprobe if is_usual => names::KPROBE,
+            Self::Kprobe => names::KPROBE_ANY,
         }
     }
 
