@@ -12,11 +12,11 @@ const LEFT: f64 = 150.0;
 const RIGHT: f64 = 70.0;
 const TOP: f64 = 48.0;
 
-/// Of the rows that compare with untraced.
+/// Of the rows that compare with untraced on this machine.
 pub(super) fn svg(rows: &[Row]) -> String {
     let bars: Vec<(&str, f64, f64, f64)> = rows
         .iter()
-        .filter(|row| row.verdict != Verdict::Skipped)
+        .filter(|row| row.group == "churn" && row.verdict != Verdict::Skipped)
         .filter_map(|row| {
             let estimate = row.estimate?;
             Some((row.what.strip_suffix(", to untraced")?, estimate.value, estimate.low, estimate.high))
