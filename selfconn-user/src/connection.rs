@@ -126,8 +126,11 @@ pub struct Connections {
     unaddressed: HashMap<Place, u64>,
     /// What has ended since the socket table is being read; `None`: it isn't.
     ended_since: Option<HashSet<Place>>,
-    /// Ended, but a witness may still report the end: when, and which.
+    /// Ended, but a witness may still report the end: when, and which. Each is there once, however often it has ended: the
+    /// kernel uses the addresses of sockets again, and in a flood a few of them end thousands of times a second.
     echoes: VecDeque<(u64, u64)>,
+    /// Which are there.
+    echoing: HashSet<u64>,
     witnesses: u8,
     numbered: u64,
 }
@@ -194,7 +197,9 @@ impl Connections {
             }
             life.ended_ns = Some(t.at_ns);
             if self.witnesses > 1 {
-                self.echoes.push_back((t.at_ns, t.sock));
+                if self.echoing.insert(t.sock) {
+                    self.echoes.push_back((t.at_ns, t.sock));
+                }
             } else {
                 self.lives.remove(&t.sock);
             }
@@ -209,14 +214,21 @@ impl Connections {
 
     fn forget_echoes(&mut self, now_ns: u64) {
         while let Some((ended_ns, sock)) = self.echoes.front().copied() {
-            let is_awaited = self.lives.get(&sock).is_some_and(|life| life.ended_ns == Some(ended_ns));
-            if is_awaited && now_ns.saturating_sub(ended_ns) < ECHO_NS {
+            // Of what has it now, which may not have ended.
+            let last_ns = self.lives.get(&sock).and_then(|life| life.ended_ns);
+            let is_awaited = last_ns.is_some_and(|last_ns| now_ns.saturating_sub(last_ns) < ECHO_NS);
+            if is_awaited && last_ns == Some(ended_ns) {
                 break;
             }
             self.echoes.pop_front();
-            if is_awaited {
+            if let Some(last_ns) = last_ns.filter(|_| is_awaited) {
+                self.echoes.push_back((last_ns, sock));
+                continue;
+            }
+            if last_ns.is_some() {
                 self.lives.remove(&sock);
             }
+            self.echoing.remove(&sock);
         }
     }
 }

@@ -66,6 +66,25 @@ fn story(witnesses: u8, transitions: &[Transition]) -> Vec<String> {
 }
 
 #[test]
+fn a_flood_at_few_addresses_keeps_few_ends_and_forgets_them() {
+    const SOCKS: u64 = 4;
+    let mut connections = Connections::new(BOTH);
+    let mut closed = 0;
+    for life in 0..20_000 {
+        for (step, (old, new)) in RESET.into_iter().enumerate() {
+            let t = transition(life % SOCKS, life * 10_000 + step as u64, old, new);
+            connections
+                .apply(&t, |happening| closed += u64::from(matches!(happening, Happening::Closed(..))));
+        }
+        assert!(connections.echoes.len() as u64 <= SOCKS, "{life}");
+    }
+    assert_eq!(closed, 20_000);
+    // Long after.
+    connections.apply(&transition(SOCKS, 2 * ECHO_NS, CLOSE, SYN_SENT), |_| {});
+    assert_eq!((connections.lives.len(), connections.echoes.len(), connections.echoing.len()), (1, 0, 0));
+}
+
+#[test]
 fn each_life_opens_once_and_closes_once_whoever_saw_it() {
     for (life, expected) in [(&ORDERLY[..], &["+1", "-1"][..]), (&RESET, &["+1", "-1"]), (&REFUSED, &[])] {
         let once: Vec<_> =
