@@ -200,6 +200,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let manager = Manager::find().context("cannot reach the service manager at NOTIFY_SOCKET")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
+        memory::keep_large_apart();
         let mut host = Host::look(args.without_btf)?;
         host.has_usual_layout &= !args.any_layout;
         // Before anything is attached: a remedy that can't work is told at once.
