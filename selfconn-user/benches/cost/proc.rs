@@ -2,7 +2,7 @@
 
 use std::{fs, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 /// Resident bytes: all, and without the mappings of BPF maps, whose pages the ring buffer has twice.
 #[derive(Clone, Copy, Debug)]
@@ -28,10 +28,18 @@ pub(crate) fn memory(pid: u32) -> Result<Memory> {
     Ok(Memory { all, own })
 }
 
-/// Time on a CPU, of all threads that are there: the first number in `/proc/PID/task/TID/schedstat`.
+/// Time on a CPU, of all threads that are there or have ended: its CPU-time clock (`clock_getcpuclockid(3)`). One of those
+/// that look into network namespaces lives no longer than that.
 pub(crate) fn on_cpu(pid: u32) -> Result<Duration> {
-    let sum = of_threads(pid, "schedstat", |text| text.split_ascii_whitespace().next()?.parse().ok())?;
-    Ok(Duration::from_nanos(sum))
+    let mut clock = 0;
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: both write no more than what they are given.
+    let failed = unsafe {
+        libc::clock_getcpuclockid(pid.cast_signed(), &raw mut clock) != 0
+            || libc::clock_gettime(clock, &raw mut time) != 0
+    };
+    ensure!(!failed, "process {pid} has no clock: {}", std::io::Error::last_os_error());
+    Ok(Duration::new(time.tv_sec.try_into()?, time.tv_nsec.try_into()?))
 }
 
 /// How often its threads went to sleep, and so woke.
