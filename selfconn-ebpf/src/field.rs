@@ -77,8 +77,8 @@ pub const FIELDS: usize = Field::SocketSk as usize + 1;
 /// The offset of a field that this kernel doesn't have.
 pub const ABSENT: u32 = u32::MAX;
 
-/// Where every kernel that was looked at has the addresses of a socket: `struct sock_common`, include/net/sock.h at v5.10
-/// to v7.3, with CONFIG_IPV6 and CONFIG_NET_NS, on 64 bits.
+/// Where a 6.18 has the addresses of a socket: `struct sock_common`, include/net/sock.h, with CONFIG_IPV6 and CONFIG_NET_NS,
+/// on 64 bits. Whether the running kernel does is asked of its BTF.
 pub const USUAL: [(Field, u32); 5] = [
     (Field::Family, 16),
     (Field::Daddr, 0),

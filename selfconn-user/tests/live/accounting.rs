@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::{
     client::connect_to_self,
-    daemon::{Daemon, Variant, for_each_variant, of, scaled, steady_variants},
+    daemon::{Daemon, Variant, of, scaled, steady_variants, variants},
     disk::Disk,
     net::Net,
     openers::unanswered,
@@ -59,8 +59,8 @@ fn with_room_for_all_nothing_is_lost_and_the_sums_hold() {
 #[test]
 fn a_ring_of_one_page_loses_and_counts_each_record() {
     Net::private();
-    for_each_variant(|variant| {
-        let mut daemon = Daemon::start(variant, &["--ring-size", "4K", "--states"]);
+    for variant in variants() {
+        let mut daemon = Daemon::start(&variant, &["--ring-size", "4K", "--states"]);
         for _ in 0..5 {
             // A daemon that doesn't run reads no ring, and one page of it is full at once.
             daemon.signal(Signal::STOP);
@@ -78,7 +78,7 @@ fn a_ring_of_one_page_loses_and_counts_each_record() {
             .sum();
         assert_eq!(told, number(stopped, "/lost/ring"), "{variant:?}: {stopped}");
         assert!(told > 100, "{variant:?}: {stopped}");
-    });
+    }
 }
 
 #[test]

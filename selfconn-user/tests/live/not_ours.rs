@@ -6,7 +6,7 @@ use socket2::{Domain, Socket, Type};
 
 use crate::{
     client::{socket, talk_to_self},
-    daemon::{Daemon, for_each_variant, of},
+    daemon::{Daemon, of, variants},
     net::Net,
 };
 
@@ -16,8 +16,8 @@ fn only_the_last_is_reported(work: impl Fn()) {
 }
 
 fn only_the_last_is_reported_in(net: Net, work: impl Fn()) {
-    for_each_variant(|variant| {
-        let mut daemon = Daemon::shared(variant, &["--states"]);
+    for variant in variants() {
+        let mut daemon = Daemon::shared(&variant, &["--states"]);
         work();
         let port = talk_to_self(Ipv4Addr::LOCALHOST.into());
         daemon.expect(1, of("closed", net.inode));
@@ -30,7 +30,7 @@ fn only_the_last_is_reported_in(net: Net, work: impl Fn()) {
             1,
             "{variant:?}"
         );
-    });
+    }
 }
 
 fn connect_and_close(server: SocketAddr) {
