@@ -1,7 +1,7 @@
-//! Embeds the eBPF object, and says which commit and which object a binary has.
+//! Embeds the eBPF objects, and sets the commit and the object hash that the binary prints.
 //!
-//! The object is made by `cargo xtask build-ebpf`, for that needs another compiler than this one; here it is only
-//! found, and refused when it was not made from the sources at hand.
+//! `cargo xtask build-ebpf` builds the objects, because they need another compiler. This script only finds
+//! them, and fails if they were not built from the current sources.
 
 #[path = "../xtask/src/fingerprint.rs"]
 mod fingerprint;
@@ -14,7 +14,8 @@ use std::{
 
 fn main() {
     if let Err(error) = embed() {
-        // cargo fails for this line, and shows it alone; for an exit code it would show all that was printed.
+        // This line makes cargo fail, and cargo shows only this line. After a non-zero exit code cargo would
+        // show the whole output.
         println!("cargo::error={error}");
     }
 }
@@ -23,21 +24,22 @@ fn embed() -> Result<(), String> {
     let directory =
         |key| env::var_os(key).map(PathBuf::from).ok_or_else(|| format!("cargo did not set {key}"));
     let (out_dir, package) = (directory("OUT_DIR")?, directory("CARGO_MANIFEST_DIR")?);
-    let root = package.parent().ok_or("the package is in no workspace")?;
+    let root = package.parent().ok_or("the package is not in a workspace")?;
     for source in fingerprint::SOURCES {
         println!("cargo::rerun-if-changed={}", root.join(source).display());
     }
     println!("cargo::rerun-if-changed={}", root.join("xtask/src/fingerprint.rs").display());
 
     const BUILD: &str = "run `cargo xtask build-ebpf`";
-    // Whatever the target directory, the target and the profile are called, the object is above our output.
+    // The objects are in a directory above OUT_DIR, whatever the names of the target directory, target and
+    // profile are.
     let objects = out_dir.ancestors().map(|dir| dir.join("bpf")).find(|dir| dir.join("source").exists());
-    let objects = objects.ok_or_else(|| format!("there is no eBPF object yet: {BUILD}"))?;
-    let made_from = objects.join("source");
-    println!("cargo::rerun-if-changed={}", made_from.display());
-    let made_from = fs::read_to_string(made_from).unwrap_or_default();
-    let sources = fingerprint::of_sources(root).map_err(|error| error.to_string())?;
-    if made_from.trim() != sources {
+    let objects = objects.ok_or_else(|| format!("the eBPF object is missing: {BUILD}"))?;
+    let fingerprint_file = objects.join("source");
+    println!("cargo::rerun-if-changed={}", fingerprint_file.display());
+    let object_fingerprint = fs::read_to_string(fingerprint_file).unwrap_or_default();
+    let source_fingerprint = fingerprint::of_sources(root).map_err(|error| error.to_string())?;
+    if object_fingerprint.trim() != source_fingerprint {
         return Err(format!("the eBPF object is older than its sources: {BUILD}"));
     }
 
@@ -48,7 +50,7 @@ fn embed() -> Result<(), String> {
         fs::write(&embedded, &bytes).map_err(|error| format!("write {}: {error}", embedded.display()))?;
         Ok(bytes)
     };
-    // For tests and measurements.
+    // Programs for tests and benchmarks.
     embed("selfconn-others")?;
     let bytes = embed("selfconn-hooks")?;
     println!("cargo::rustc-env=SELFCONN_OBJECT={}", &fingerprint::of_bytes(&bytes)[..12]);
@@ -56,40 +58,42 @@ fn embed() -> Result<(), String> {
     Ok(())
 }
 
-/// The commit of the sources: by git, else as noted in an archive that git made, else unknown.
+/// The commit of the sources: from git, else from the `.commit` file of a git archive, else `unknown`.
 fn commit(root: &Path) -> Result<String, String> {
-    let noted = root.join(".commit");
-    println!("cargo::rerun-if-changed={}", noted.display());
-    if let Some(commit) = checked_out(root) {
+    let commit_file = root.join(".commit");
+    println!("cargo::rerun-if-changed={}", commit_file.display());
+    if let Some(commit) = git_commit(root) {
         return Ok(commit);
     }
-    let text = fs::read_to_string(&noted).map_err(|error| format!("read {}: {error}", noted.display()))?;
+    let text = fs::read_to_string(&commit_file)
+        .map_err(|error| format!("read {}: {error}", commit_file.display()))?;
     let commit = text.split(' ').next().unwrap_or_default();
-    // Outside of an archive it is the placeholder: .gitattributes.
-    let is_commit = commit.len() >= SHORT && commit.bytes().all(|byte| byte.is_ascii_hexdigit());
-    Ok(if is_commit { commit[..SHORT].to_owned() } else { "unknown".to_owned() })
+    // Outside of an archive the file has only a placeholder: see .gitattributes.
+    let is_commit = commit.len() >= COMMIT_DIGITS && commit.bytes().all(|byte| byte.is_ascii_hexdigit());
+    Ok(if is_commit { commit[..COMMIT_DIGITS].to_owned() } else { "unknown".to_owned() })
 }
 
-/// As many digits of a commit as we show.
-const SHORT: usize = 12;
+/// Number of digits of the commit that the binary prints.
+const COMMIT_DIGITS: usize = 12;
 
-/// The commit that is checked out. None outside of git, also when the sources lie unpacked in another repository.
-fn checked_out(root: &Path) -> Option<String> {
+/// The commit that is checked out. `None`: no git repository, or the sources are unpacked inside another
+/// repository.
+fn git_commit(root: &Path) -> Option<String> {
     let git = |arguments: &[&str]| -> Option<String> {
         let output = Command::new("git").args(arguments).current_dir(root).output().ok()?;
-        let said = String::from_utf8(output.stdout).ok()?;
-        output.status.success().then(|| said.trim().to_owned())
+        let stdout = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| stdout.trim().to_owned())
     };
-    let same = |path: &str| -> io::Result<bool> { Ok(fs::canonicalize(path)? == fs::canonicalize(root)?) };
-    if !same(&git(&["rev-parse", "--show-toplevel"])?).ok()? {
+    let is_root = |path: &str| -> io::Result<bool> { Ok(fs::canonicalize(path)? == fs::canonicalize(root)?) };
+    if !is_root(&git(&["rev-parse", "--show-toplevel"])?).ok()? {
         return None;
     }
-    // HEAD changes with the branch, its log with each commit.
+    // HEAD changes with the branch. The log of HEAD changes with each commit.
     for file in ["HEAD", "logs/HEAD"] {
         let path = root.join(git(&["rev-parse", "--git-path", file])?);
         if path.exists() {
             println!("cargo::rerun-if-changed={}", path.display());
         }
     }
-    git(&["rev-parse", "HEAD"])?.get(..SHORT).map(str::to_owned)
+    git(&["rev-parse", "HEAD"])?.get(..COMMIT_DIGITS).map(str::to_owned)
 }

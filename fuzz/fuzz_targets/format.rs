@@ -1,4 +1,4 @@
-//! The text of a tracepoint's `format` file.
+//! Any text as a tracepoint's `format` file: the check must not panic.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
-//! A line of a log, perhaps of a newer version, perhaps damaged: what people are shown of it is harmless, and the journal
-//! takes it for what it is.
+//! A log line, which can be from a newer version or damaged: its rendered text must be safe for a terminal,
+//! and its journal entry must have exactly the fields of the line.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

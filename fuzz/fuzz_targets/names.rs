@@ -1,5 +1,5 @@
-//! A process that may choose every name: the JSON stays one object on one line and holds the very names, and the text
-//! holds nothing that moves a cursor or turns text around.
+//! A process that chooses every name: the JSON must stay one object on one line and contain the names
+//! unchanged, and the text must not move a cursor or change the text direction.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

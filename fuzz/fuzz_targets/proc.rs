@@ -1,4 +1,4 @@
-//! What `/proc` says about processes, sockets and mounts, some of it in words that a process chose.
+//! Text from `/proc` about processes, sockets and mounts. A process can choose some parts of it.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

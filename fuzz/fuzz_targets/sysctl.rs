@@ -1,4 +1,5 @@
-//! The texts of `ip_local_port_range` and `ip_local_reserved_ports`: read or refused, and printed as the kernel does.
+//! The texts of `ip_local_port_range` and `ip_local_reserved_ports`: a parser must accept or reject them, and
+//! print accepted values as the kernel does.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

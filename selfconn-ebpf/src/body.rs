@@ -1,49 +1,55 @@
-//! What every program does with a transition: leave it if the socket's two addresses differ, else judge it and act.
+//! The common handling of a transition, after a program has found that the source address of the socket
+//! equals its destination address: classify the transition, then update the tables and report.
 //!
-//! The comparison is the path of every TCP state change on the host: loads and compares, no helper, no store. What
-//! comes after it is a function of its own, for its registers and its stack would else be saved and set up first.
+//! Every TCP state change on the host runs the address comparison, so that path has only loads and compares,
+//! no helper call and no store. The code after it is in separate functions, because otherwise every run would
+//! first save registers and set up the stack for it.
 
 use aya_ebpf::{EbpfContext, programs::TracePointContext};
-use selfconn_ebpf::{IPPROTO_TCP, Tuple, Verdict, judge, state};
+use selfconn_ebpf::{Action, IPPROTO_TCP, Tuple, classify, state};
 
 use crate::{
     refusal,
-    report::{Step, report},
-    sock::{Memory, Own, Record, Sock},
-    witness::{self, Dialling},
+    report::{ReportedTransition, report},
+    sock::{KernelRead, SelfAddr, Sock, TracepointRecord},
+    witness::{self, NewAttempt},
 };
 
-/// A program that was handed the socket.
+/// Handles a transition for a program whose context has the socket.
 #[inline(never)]
-pub(crate) fn socket<C: EbpfContext, M: Memory, const WITNESS: u8>(
+pub(crate) fn on_socket<C: EbpfContext, M: KernelRead, const PROBE_ID: u8>(
     ctx: C,
     sock: Sock<M>,
-    own: Own,
+    self_addr: SelfAddr,
     old: u8,
     new: u8,
 ) {
     let (source, dport) = (sock.source_port(new), sock.dport());
-    // The protocol last: it is in another cache line, and the ports of most say already that they are not ours.
-    if matches!(judge(old, new, source, dport), Verdict::Ignore) || sock.protocol() != IPPROTO_TCP {
+    // The protocol is checked last, because it is in another cache line and the ports already exclude most
+    // sockets.
+    if matches!(classify(old, new, source, dport), Action::Ignore) || sock.protocol() != IPPROTO_TCP {
         return;
     }
-    act(&ctx, sock, &Seen { witness: WITNESS, own, source, dport, old, new });
+    handle(&ctx, sock, &SocketTransition { probe_id: PROBE_ID, self_addr, source, dport, old, new });
 }
 
-/// The program that was handed the tracepoint's record.
+/// Handles a transition for the program whose context is the tracepoint's record.
 #[inline(never)]
-pub(crate) fn record<const WITNESS: u8>(ctx: TracePointContext) {
-    let Some(record) = Record::new(&ctx).filter(|record| record.protocol == IPPROTO_TCP) else { return };
-    let Record { sock, own, old, new, dport, .. } = record;
-    // The record has inet_sport, which is right but at SYN_SENT: see `judge`.
+pub(crate) fn on_tracepoint_record<const PROBE_ID: u8>(ctx: TracePointContext) {
+    let Some(record) = TracepointRecord::new(&ctx).filter(|record| record.protocol == IPPROTO_TCP) else {
+        return;
+    };
+    let TracepointRecord { sock, self_addr, old, new, dport, .. } = record;
+    // The record has inet_sport, which is the right port except at SYN_SENT: see `classify`.
     let source = if new == state::SYN_SENT { sock.num() } else { record.sport };
-    act(&ctx, sock, &Seen { witness: WITNESS, own, source, dport, old, new });
+    handle(&ctx, sock, &SocketTransition { probe_id: PROBE_ID, self_addr, source, dport, old, new });
 }
 
-/// A transition of a TCP socket whose two addresses are equal. Ports in host byte order.
-struct Seen {
-    witness: u8,
-    own: Own,
+/// A transition of a TCP socket whose source address equals its destination address. Ports are in host byte
+/// order.
+struct SocketTransition {
+    probe_id: u8,
+    self_addr: SelfAddr,
     source: u16,
     dport: u16,
     old: u8,
@@ -51,42 +57,49 @@ struct Seen {
 }
 
 #[inline(always)]
-fn act<C: EbpfContext, M: Memory>(ctx: &C, sock: Sock<M>, seen: &Seen) {
-    let Seen { witness, own, source, dport, old, new } = *seen;
-    // One place for each step, for each is inlined: the stack of a program is small.
-    let (remembers, reports, ends, forgets) = match judge(old, new, source, dport) {
-        Verdict::Ignore => return,
-        Verdict::Remember => (true, false, false, false),
-        Verdict::RememberAndReport => (true, true, false, false),
-        Verdict::Report => (false, true, false, false),
-        Verdict::ReportAndForget => (false, true, false, true),
-        Verdict::CountAndForget => (false, false, true, false),
-        Verdict::Forget => (false, false, false, true),
+fn handle<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, transition: &SocketTransition) {
+    let SocketTransition { probe_id, self_addr, source, dport, old, new } = *transition;
+    // Each step has exactly one call site, because each is inlined and the stack of a program is small.
+    let (inserts, reports, removes_and_counts, removes) = match classify(old, new, source, dport) {
+        Action::Ignore => return,
+        Action::Insert => (true, false, false, false),
+        Action::InsertAndReport => (true, true, false, false),
+        Action::Report => (false, true, false, false),
+        Action::ReportAndRemove => (false, true, false, true),
+        Action::RemoveAndCount => (false, false, true, false),
+        Action::Remove => (false, false, false, true),
     };
-    let tuple = || Tuple { addr: own.addr(), netns: sock.netns(), dport, family: own.family().into() };
-    if remembers {
-        let dialling =
-            Dialling { witness, addr: own.addr(), dport, family: own.family(), source_port: source };
-        witness::remember(ctx, sock, &dialling);
+    let tuple =
+        || Tuple { addr: self_addr.addr(), netns: sock.netns(), dport, family: self_addr.family().into() };
+    if inserts {
+        let attempt = NewAttempt {
+            probe_id,
+            addr: self_addr.addr(),
+            dport,
+            family: self_addr.family(),
+            source_port: source,
+        };
+        witness::insert(ctx, sock, &attempt);
     }
     if reports {
-        report(ctx, sock, &Step { witness, tuple: tuple(), old, new });
+        report(ctx, sock, &ReportedTransition { probe_id, tuple: tuple(), old, new });
     }
-    if ends {
-        refused(ctx, sock, &tuple());
+    if removes_and_counts {
+        end_failed_connect(ctx, sock, &tuple());
     }
-    if forgets {
-        witness::forget(sock);
+    if removes {
+        witness::remove(sock);
     }
 }
 
-/// Ends a dial that came to nothing, and counts it if it was refused. One witness ends it, and so it is counted once. A
-/// function of its own, for a stack of its own.
+/// Removes the entry of a failed connection attempt, and counts the attempt if it was refused. Only one of
+/// the two probes finds the entry, so the attempt is counted once. This function is not inlined, so that it
+/// has its own stack frame.
 #[inline(never)]
-fn refused<C: EbpfContext, M: Memory>(ctx: &C, sock: Sock<M>, tuple: &Tuple) {
-    if let Some(dialler) = witness::end(sock, tuple)
+fn end_failed_connect<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, tuple: &Tuple) {
+    if let Some(opener) = witness::take(sock, tuple)
         && sock.was_refused()
     {
-        refusal::count(ctx, tuple, &dialler);
+        refusal::count_refused(ctx, tuple, &opener);
     }
 }

@@ -1,118 +1,129 @@
-//! The table of dials in flight and of self-connections: how it is laid out, and how an entry proves itself.
+//! The connect table: it maps a socket to the task that called `connect()` on it, for connection attempts in
+//! flight and for self-connections. This file defines the layout of its entries and how an entry is
+//! validated.
 //!
-//! Every dial of a socket to its own address is written down, most of them for the microseconds until its port turns
-//! out to be another one. A hash map takes some 150 ns for that, locks and all; this is an array, which programs reach
-//! without a call. What a lock would have kept whole, a seal proves whole: an entry that two CPUs wrote at once, or
-//! that is of another socket, is nobody's.
+//! Every connection attempt of a socket to its own address gets an entry. Most entries exist only for the
+//! microseconds until the source port is known and differs from the destination port. A hash map would take
+//! about 150 ns for this, locks included. So the table is an array, which programs access without a helper
+//! call. A checksum replaces the lock: an entry that two CPUs wrote at the same time, or that belongs to
+//! another socket, fails the checksum and is ignored.
 
 use crate::{Opener, Tuple};
 
-/// So many sockets share a [`DialSet`].
+/// Number of entries in a [`ConnectSet`].
 pub const WAYS: usize = 4;
 
-/// The entries of the sockets whose address leads here: a value of [`crate::names::DIALS`].
+/// The entries of all sockets whose address hashes to the same index: a value of
+/// [`crate::names::CONNECT_TABLE`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DialSet {
-    /// The kernel address of the socket that each entry is about. 0: the entry is free.
+pub struct ConnectSet {
+    /// Kernel address of the socket of each entry. 0: the entry is free.
     pub socks: [u64; WAYS],
-    /// The entries.
-    pub dials: [Dial; WAYS],
+    /// The entries, in the same order as `socks`.
+    pub entries: [ConnectEntry; WAYS],
 }
 
-impl DialSet {
-    /// Its size in words.
+impl ConnectSet {
+    /// Size in 64-bit words.
     pub const WORDS: usize = size_of::<Self>() / 8;
 
-    /// Out of its words, in the order of the memory.
+    /// Makes a set from its words, in memory order.
     #[must_use]
-    pub const fn of_words(words: [u64; Self::WORDS]) -> Self {
-        // SAFETY: integers and byte arrays without padding, of the same size; every bit pattern is a value.
+    pub const fn from_words(words: [u64; Self::WORDS]) -> Self {
+        // SAFETY: a ConnectSet consists of integers and byte arrays without padding, has the same size as the
+        // words, and every bit pattern is a valid value.
         unsafe { core::mem::transmute(words) }
     }
 }
 
-/// A dial in flight or a self-connection.
+/// The entry of a connection attempt in flight or of a self-connection.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Dial {
-    /// An entry counts only where all of this matches.
+pub struct ConnectEntry {
+    /// The entry is used only if the whole tuple matches.
     pub tuple: Tuple,
-    /// Who dialled.
+    /// The connecting task.
     pub opener: Opener,
-    /// Of what stands above, and of the lower half of the socket's address.
-    seal: u64,
-    /// The upper half of the seal, and below it what was done with this entry. Where the upper half is another one,
-    /// it was another entry that it was done with.
-    done: u64,
+    /// Checksum of the fields above and of the lower half of the socket address.
+    checksum: u64,
+    /// Upper half: the upper half of the checksum. Lower half: flags of this entry. If the upper half differs
+    /// from that of `checksum`, the flags belong to a previous entry and are ignored.
+    flags: u64,
 }
 
 const _: () = {
-    assert!(size_of::<Dial>() == 104);
-    assert!(size_of::<DialSet>() == 8 * WAYS + 104 * WAYS);
+    assert!(size_of::<ConnectEntry>() == 104);
+    assert!(size_of::<ConnectSet>() == 8 * WAYS + 104 * WAYS);
 };
 
-/// The index of a socket's set among `sets`, by the lower half of its address, which is all that the verifier lets a
-/// program compute with. Socket structures are aligned to a cache line, so the lowest bits tell nothing.
+/// The index of a socket's set among `sets`, computed from the lower half of the socket address, because the
+/// verifier allows no arithmetic on the whole pointer. Socket structures are aligned to a cache line, so the
+/// lowest six bits are dropped.
 #[inline(always)]
 #[must_use]
-pub const fn set_of(sock: u32, sets: u32) -> u32 {
+pub const fn set_index(sock: u32, sets: u32) -> u32 {
     let cache_line = sock >> 6;
     let hash = (cache_line ^ cache_line >> 13).wrapping_mul(0x9e37_79b1);
     let hash = (hash ^ hash >> 16).wrapping_mul(0x85eb_ca6b);
     ((hash as u64 * sets as u64) >> 32) as u32
 }
 
-impl Dial {
-    /// Nobody's.
-    pub const NONE: Self = Self {
+impl ConnectEntry {
+    /// An entry that is valid for no socket.
+    pub const EMPTY: Self = Self {
         tuple: Tuple { addr: [0; 4], netns: 0, dport: 0, family: 0 },
         opener: Opener::UNKNOWN,
-        seal: 0,
-        done: 0,
+        checksum: 0,
+        flags: 0,
     };
 
-    /// A new entry, of which `done` is noted already: see [`Self::is_done`].
+    /// A new entry with these flags set: see [`Self::has_flag`].
     #[inline(always)]
     #[must_use]
-    pub const fn new(sock: u32, tuple: Tuple, opener: Opener, done: u32) -> Self {
-        let seal = Self::seal_of(sock, &tuple, &opener);
-        Self { tuple, opener, seal, done: seal & UPPER | done as u64 }
+    pub const fn new(sock: u32, tuple: Tuple, opener: Opener, flags: u32) -> Self {
+        let checksum = Self::checksum_of(sock, &tuple, &opener);
+        Self { tuple, opener, checksum, flags: checksum & UPPER_HALF | flags as u64 }
     }
 
-    /// Whether this was written as one, and about this socket.
+    /// True if the entry was written completely by one CPU, and for this socket.
     #[inline(always)]
     #[must_use]
-    pub const fn is_about(&self, sock: u32) -> bool {
-        self.is_of(sock, &self.tuple, &self.opener)
+    pub const fn is_valid_for(&self, sock: u32) -> bool {
+        self.matches(sock, &self.tuple, &self.opener)
     }
 
-    /// Whether what was copied out of it is what was written.
+    /// True if `tuple` and `opener`, which were copied from this entry, are what was written for this socket.
     #[inline(always)]
     #[must_use]
-    pub const fn is_of(&self, sock: u32, tuple: &Tuple, opener: &Opener) -> bool {
-        self.seal == Self::seal_of(sock, tuple, opener)
+    pub const fn matches(&self, sock: u32, tuple: &Tuple, opener: &Opener) -> bool {
+        self.checksum == Self::checksum_of(sock, tuple, opener)
     }
 
-    /// Whether one of these bits was noted: the lower ones are states whose coming was reported, the upper ones
-    /// witnesses that saw the dial.
+    /// True if at least one of these flags is set. Each of the lower 16 bits is a state whose transition was
+    /// reported; each of the upper 16 bits is a probe that observed the connection attempt.
     #[inline(always)]
     #[must_use]
-    pub const fn is_done(&self, bits: u32) -> bool {
-        (self.done ^ self.seal) & UPPER == 0 && self.done as u32 & bits != 0
+    pub const fn has_flag(&self, bits: u32) -> bool {
+        (self.flags ^ self.checksum) & UPPER_HALF == 0 && self.flags as u32 & bits != 0
     }
 
-    /// Notes these bits.
+    /// Sets these flags, and clears the flags of a previous entry.
     #[inline(always)]
-    pub const fn note(&mut self, bits: u32) {
-        let done = if (self.done ^ self.seal) & UPPER == 0 { self.done } else { self.seal & UPPER };
-        self.done = done | bits as u64;
+    pub const fn set_flags(&mut self, bits: u32) {
+        let flags = if (self.flags ^ self.checksum) & UPPER_HALF == 0 {
+            self.flags
+        } else {
+            self.checksum & UPPER_HALF
+        };
+        self.flags = flags | bits as u64;
     }
 
-    /// A product for each word and their sum, which processors compute side by side. Every factor is odd, so one word
-    /// that changed always shows; of several, those of two entries would have to differ by the same sum.
+    /// The sum of one product per word; a processor computes the products in parallel. Every factor is odd,
+    /// so a change of a single word always changes the sum. If several words come from another entry, the sum
+    /// stays the same only if their differences cancel out.
     #[inline(always)]
-    const fn seal_of(sock: u32, tuple: &Tuple, opener: &Opener) -> u64 {
+    const fn checksum_of(sock: u32, tuple: &Tuple, opener: &Opener) -> u64 {
         let ([a, b, c], [d, e, f, g, h, i, j, k]) = (tuple.words(), opener.words());
         let mut sum = 0x9ae1_6a3b_2f90_404f_u64;
         sum = sum.wrapping_add((sock as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -131,23 +142,25 @@ impl Dial {
 }
 
 impl Tuple {
-    /// The same as words, for the programs compute with these, and copy them, faster than bytes.
+    /// The tuple as words, because the programs compute with words and copy them faster than bytes.
     #[inline(always)]
     const fn words(&self) -> [u64; 3] {
-        // SAFETY: integers without padding, of the same size.
+        // SAFETY: a Tuple consists of integers without padding, and has the same size as the words.
         unsafe { core::mem::transmute(*self) }
     }
 }
 
 impl Opener {
-    /// As [`Tuple::words`].
+    /// The opener as words: see [`Tuple::words`].
     #[inline(always)]
     const fn words(&self) -> [u64; 8] {
-        // SAFETY: integers and byte arrays without padding, of the same size.
+        // SAFETY: an Opener consists of integers and byte arrays without padding, and has the same size as
+        // the words.
         unsafe { core::mem::transmute(*self) }
     }
 
-    /// What stands in memory that another CPU may write to, each word read once.
+    /// Copies an opener from memory that another CPU may write to at the same time. Each word is read exactly
+    /// once.
     ///
     /// # Safety
     ///
@@ -156,45 +169,48 @@ impl Opener {
     #[must_use]
     pub unsafe fn read(from: *const Self) -> Self {
         let word = |at| {
-            // SAFETY: the caller's promise; there are as many words.
+            // SAFETY: the caller guarantees a valid, aligned pointer, and an Opener has eight words.
             unsafe { from.cast::<u64>().add(at).read_volatile() }
         };
         let words = [word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7)];
-        // SAFETY: of the same size, and every bit pattern is a value.
+        // SAFETY: the sizes are equal, and every bit pattern is a valid value.
         unsafe { core::mem::transmute(words) }
     }
 }
 
-const UPPER: u64 = 0xffff_ffff_0000_0000;
+/// Mask of the upper half of a word.
+const UPPER_HALF: u64 = 0xffff_ffff_0000_0000;
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Task;
 
-    const WORDS: usize = size_of::<Dial>() / 8;
+    const WORDS: usize = size_of::<ConnectEntry>() / 8;
 
-    fn dial(sock: u32, pid: u32, comm: u8) -> Dial {
+    fn entry(sock: u32, pid: u32, comm: u8) -> ConnectEntry {
         let tuple = Tuple { addr: [0, 0, 0xffff_0000, 0x0100_007f], netns: 7, dport: 40_000, family: 2 };
         let task = Task { pid, tid: pid, comm: [comm; 16], leader: [comm; 16] };
         let opener = Opener { at_ns: u64::from(pid) * 1_000, start_ns: 5, task, uid: 0, cause: 1 };
-        Dial::new(sock, tuple, opener, 0)
+        ConnectEntry::new(sock, tuple, opener, 0)
     }
 
-    fn words(dial: Dial) -> [u64; WORDS] {
-        // SAFETY: integers and byte arrays without padding, of the same size.
-        unsafe { core::mem::transmute(dial) }
+    fn words(entry: ConnectEntry) -> [u64; WORDS] {
+        // SAFETY: a ConnectEntry consists of integers and byte arrays without padding, and has the same size
+        // as the words.
+        unsafe { core::mem::transmute(entry) }
     }
 
-    fn of_words(words: [u64; WORDS]) -> Dial {
-        // SAFETY: as above; every bit pattern is a value.
+    fn from_words(words: [u64; WORDS]) -> ConnectEntry {
+        // SAFETY: as in `words`; every bit pattern is a valid value.
         unsafe { core::mem::transmute(words) }
     }
 
     #[test]
-    fn an_entry_that_two_cpus_wrote_at_once_is_nobodys() {
-        let (one, other) = (words(dial(0x8012_3400, 10, b'a')), words(dial(0x8099_8800, 11, b'b')));
-        // Every way in which the words of both may have ended up; the last one is no part of what is sealed.
+    fn an_entry_written_by_two_cpus_at_once_is_invalid() {
+        let (one, other) = (words(entry(0x8012_3400, 10, b'a')), words(entry(0x8099_8800, 11, b'b')));
+        // Every possible mix of the words of both entries. The last word holds the flags, which have no
+        // checksum.
         for mix in 0..1_u32 << (WORDS - 1) {
             let mut words = one;
             for (at, word) in words.iter_mut().enumerate() {
@@ -202,51 +218,51 @@ mod tests {
                     *word = other[at];
                 }
             }
-            let torn = of_words(words);
-            let is = |whole: [u64; WORDS]| words[..WORDS - 1] == whole[..WORDS - 1];
-            assert_eq!(torn.is_about(0x8012_3400), is(one), "{mix:b}");
-            assert_eq!(torn.is_about(0x8099_8800), is(other), "{mix:b}");
+            let mixed = from_words(words);
+            let equals = |whole: [u64; WORDS]| words[..WORDS - 1] == whole[..WORDS - 1];
+            assert_eq!(mixed.is_valid_for(0x8012_3400), equals(one), "{mix:b}");
+            assert_eq!(mixed.is_valid_for(0x8099_8800), equals(other), "{mix:b}");
         }
     }
 
     #[test]
-    fn a_free_entry_is_nobodys() {
+    fn an_empty_entry_is_valid_for_no_socket() {
         for sock in [0, 1, 0x8012_3400] {
-            assert!(!Dial::NONE.is_about(sock));
+            assert!(!ConnectEntry::EMPTY.is_valid_for(sock));
         }
     }
 
     #[test]
-    fn what_was_done_with_another_entry_was_not_done_with_this_one() {
-        let mut one = dial(64, 10, b'a');
-        assert!(!one.is_done(u32::MAX));
-        one.note(1 << 1);
-        one.note(1 << 4);
-        assert!(one.is_done(1 << 1) && one.is_done(1 << 4) && !one.is_done(1 << 7));
-        assert!(one.is_about(64), "what was done is not sealed");
-        // Another CPU notes something about the entry that was there before.
-        let mut mixed = words(dial(128, 11, b'b'));
+    fn flags_of_a_previous_entry_are_ignored() {
+        let mut one = entry(64, 10, b'a');
+        assert!(!one.has_flag(u32::MAX));
+        one.set_flags(1 << 1);
+        one.set_flags(1 << 4);
+        assert!(one.has_flag(1 << 1) && one.has_flag(1 << 4) && !one.has_flag(1 << 7));
+        assert!(one.is_valid_for(64), "the checksum does not cover the flags");
+        // Another CPU sets a flag of the entry that was there before.
+        let mut mixed = words(entry(128, 11, b'b'));
         mixed[WORDS - 1] = words(one)[WORDS - 1];
-        let mut mixed = of_words(mixed);
-        assert!(mixed.is_about(128) && !mixed.is_done(u32::MAX));
-        mixed.note(1 << 7);
-        assert!(mixed.is_done(1 << 7) && !mixed.is_done(1 << 1));
+        let mut mixed = from_words(mixed);
+        assert!(mixed.is_valid_for(128) && !mixed.has_flag(u32::MAX));
+        mixed.set_flags(1 << 7);
+        assert!(mixed.has_flag(1 << 7) && !mixed.has_flag(1 << 1));
     }
 
     #[test]
-    fn a_quarter_of_what_the_table_holds_finds_room() {
+    fn a_quarter_full_table_has_room_for_almost_every_socket() {
         const SETS: u32 = 1_024;
-        // Sizes of a slab's object around that of `struct tcp_sock`.
+        // Sizes of a slab object around the size of `struct tcp_sock`.
         for size in [2_240, 2_304, 2_432, 2_496, 2_624, 4_096] {
-            let mut full = [0_usize; SETS as usize];
+            let mut used = [0_usize; SETS as usize];
             for sock in (0x8000_0000_u32..).step_by(size).take(SETS as usize * WAYS / 4) {
-                full[set_of(sock, SETS) as usize] += 1;
+                used[set_index(sock, SETS) as usize] += 1;
             }
-            let crowded: usize = full.iter().map(|count| count.saturating_sub(WAYS)).sum();
-            assert!(crowded * 50 < SETS as usize, "{crowded} sockets of {size} bytes find no room");
+            let rejected: usize = used.iter().map(|count| count.saturating_sub(WAYS)).sum();
+            assert!(rejected * 50 < SETS as usize, "{rejected} sockets of {size} bytes find no room");
         }
         for sets in [1, 2, 3, 1 << 30] {
-            assert!((0..10_000_u32).all(|line| set_of(line << 6, sets) < sets));
+            assert!((0..10_000_u32).all(|line| set_index(line << 6, sets) < sets));
         }
     }
 }

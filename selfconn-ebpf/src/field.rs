@@ -1,9 +1,10 @@
-//! The fields of the kernel's structures that the programs read, and how BTF knows them.
+//! The fields of kernel structures that the programs read, and their names in BTF.
 
-/// The kernel fields that the programs read, by the index of their offset in the global [`crate::names::OFFSETS`].
+/// The kernel fields that the programs read. The number of a field is the index of its offset in the global
+/// [`crate::names::OFFSETS`].
 ///
-/// rustc emits no CO-RE relocations, so user space reads the offsets from the running kernel's BTF and sets them
-/// before the load.
+/// rustc emits no CO-RE relocations, so user space reads the offsets from the running kernel's BTF and sets
+/// them before the load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
 pub enum Field {
@@ -71,15 +72,15 @@ pub enum Field {
     SocketSk,
 }
 
-/// How many offsets there are.
+/// Number of fields.
 pub const FIELDS: usize = Field::SocketSk as usize + 1;
 
-/// The offset of a field that this kernel doesn't have.
+/// The offset of a field that the running kernel does not have.
 pub const ABSENT: u32 = u32::MAX;
 
-/// Where a 6.18 has the addresses of a socket: `struct sock_common`, include/net/sock.h, with CONFIG_IPV6 and CONFIG_NET_NS,
-/// on 64 bits. Whether the running kernel does is asked of its BTF.
-pub const USUAL: [(Field, u32); 5] = [
+/// Offsets of the address fields of a socket in Linux 6.18: `struct sock_common`, include/net/sock.h, with
+/// CONFIG_IPV6 and CONFIG_NET_NS, on 64 bits. User space compares them with the BTF of the running kernel.
+pub const STATIC_OFFSETS: [(Field, u32); 5] = [
     (Field::Family, 16),
     (Field::Daddr, 0),
     (Field::RcvSaddr, 4),
@@ -87,14 +88,15 @@ pub const USUAL: [(Field, u32); 5] = [
     (Field::V6RcvSaddr, 72),
 ];
 
-/// Whether these offsets are those of [`USUAL`].
+/// True if these offsets equal [`STATIC_OFFSETS`], so that the programs with offsets as constants can be
+/// used.
 #[must_use]
-pub fn is_usual(offsets: &[u32; FIELDS]) -> bool {
-    USUAL.iter().all(|(field, offset)| offsets[*field as usize] == *offset)
+pub fn uses_static_offsets(offsets: &[u32; FIELDS]) -> bool {
+    STATIC_OFFSETS.iter().all(|(field, offset)| offsets[*field as usize] == *offset)
 }
 
 impl Field {
-    /// Every field, with the struct and the member that BTF knows it by, and whether no program works without it.
+    /// Every field: the field, its struct in BTF, its member in BTF, and whether every program requires it.
     pub const ALL: [(Self, &'static str, &'static str, bool); FIELDS] = [
         (Self::Family, "sock_common", "skc_family", true),
         (Self::State, "sock_common", "skc_state", true),
@@ -135,14 +137,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_address_elsewhere_is_not_usual() {
+    fn one_different_offset_is_not_static() {
         let mut offsets = [ABSENT; FIELDS];
-        USUAL.iter().for_each(|(field, offset)| offsets[*field as usize] = *offset);
-        assert!(is_usual(&offsets));
-        for (field, offset) in USUAL {
+        STATIC_OFFSETS.iter().for_each(|(field, offset)| offsets[*field as usize] = *offset);
+        assert!(uses_static_offsets(&offsets));
+        for (field, offset) in STATIC_OFFSETS {
             let mut other = offsets;
             other[field as usize] = offset + 4;
-            assert!(!is_usual(&other), "{field:?}");
+            assert!(!uses_static_offsets(&other), "{field:?}");
         }
     }
 

@@ -1,9 +1,11 @@
-//! The eBPF programs, one for each method of each hook. A program turns its context into what `body.rs` works on,
-//! and does nothing else.
+//! The eBPF programs: one per hook and attach method. A program only converts its context into arguments for
+//! `body.rs` or `victim.rs`. It contains no logic of its own.
 //!
-//! On the host this file is an empty `main`, so that the whole workspace checks, lints and formats there.
+//! On the host this file is an empty `main`, so that the whole workspace can be checked, linted and formatted
+//! there.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
-// build-std asks for an unstable compiler anyway; inline assembly is for the one instruction that core lacks here.
+// build-std needs an unstable compiler anyway. Inline assembly is used for instructions that core does not
+// offer here.
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 #[cfg(target_arch = "bpf")]
@@ -28,59 +30,59 @@ mod programs {
 
     use crate::{
         body,
-        sock::{Any, Direct, Layout, Own, Probe, Record, Sock, Usual},
+        sock::{BtfOffsets, DirectLoad, Layout, ProbeRead, SelfAddr, Sock, StaticOffsets, TracepointRecord},
         victim,
     };
 
-    /// `inet_sock_set_state(sk, oldstate, newstate)`, after the state is set.
+    /// `inet_sock_set_state(sk, oldstate, newstate)`, called after the state is set.
     #[btf_tracepoint(function = "inet_sock_set_state")]
     fn selfconn_tp_btf(ctx: BtfTracePointContext) -> i32 {
-        tp_btf::<Usual>(ctx)
+        tp_btf::<StaticOffsets>(ctx)
     }
 
-    /// The same where the addresses are elsewhere.
+    /// The same program with address offsets from BTF.
     #[btf_tracepoint(function = "inet_sock_set_state")]
-    fn selfconn_tp_btf_any(ctx: BtfTracePointContext) -> i32 {
-        tp_btf::<Any>(ctx)
+    fn selfconn_tp_btf_offsets(ctx: BtfTracePointContext) -> i32 {
+        tp_btf::<BtfOffsets>(ctx)
     }
 
     #[inline(always)]
     fn tp_btf<L: Layout>(ctx: BtfTracePointContext) -> i32 {
-        let sock = Sock::<Direct>::new(ctx.arg(0));
-        if let Some(own) = sock.own_address::<L>() {
+        let sock = Sock::<DirectLoad>::new(ctx.arg(0));
+        if let Some(self_addr) = sock.self_addr::<L>() {
             let (old, new): (i32, i32) = (ctx.arg(1), ctx.arg(2));
-            body::socket::<_, _, 0>(ctx, sock, own, old as u8, new as u8);
+            body::on_socket::<_, _, 0>(ctx, sock, self_addr, old as u8, new as u8);
         }
         0
     }
 
-    /// The same tracepoint through perf: the record instead of the arguments.
+    /// The same tracepoint through perf: the context is the tracepoint's record instead of its arguments.
     #[tracepoint(category = "sock", name = "inet_sock_set_state")]
     fn selfconn_perf(ctx: TracePointContext) -> u32 {
-        if Record::is_own(&ctx) {
-            body::record::<1>(ctx);
+        if TracepointRecord::is_self_addressed(&ctx) {
+            body::on_tracepoint_record::<1>(ctx);
         }
         0
     }
 
-    /// `tcp_set_state(sk, state)` on entry: the socket still has its old state.
+    /// Entry of `tcp_set_state(sk, state)`: the socket still has its old state.
     #[fentry(function = "tcp_set_state")]
     fn selfconn_fentry(ctx: FEntryContext) -> i32 {
-        fentry::<Usual>(ctx)
+        fentry::<StaticOffsets>(ctx)
     }
 
-    /// The same where the addresses are elsewhere.
+    /// The same program with address offsets from BTF.
     #[fentry(function = "tcp_set_state")]
-    fn selfconn_fentry_any(ctx: FEntryContext) -> i32 {
-        fentry::<Any>(ctx)
+    fn selfconn_fentry_btf_offsets(ctx: FEntryContext) -> i32 {
+        fentry::<BtfOffsets>(ctx)
     }
 
     #[inline(always)]
     fn fentry<L: Layout>(ctx: FEntryContext) -> i32 {
-        let sock = Sock::<Direct>::new(ctx.arg(0));
-        if let Some(own) = sock.own_address::<L>() {
+        let sock = Sock::<DirectLoad>::new(ctx.arg(0));
+        if let Some(self_addr) = sock.self_addr::<L>() {
             let (old, new): (u8, i32) = (sock.state(), ctx.arg(1));
-            body::socket::<_, _, 2>(ctx, sock, own, old, new as u8);
+            body::on_socket::<_, _, 2>(ctx, sock, self_addr, old, new as u8);
         }
         0
     }
@@ -88,56 +90,56 @@ mod programs {
     /// The same function through a kprobe.
     #[kprobe(function = "tcp_set_state")]
     fn selfconn_kprobe(ctx: ProbeContext) -> u32 {
-        kprobe(ctx, Sock::own_address_at_once)
+        kprobe(ctx, Sock::self_addr_by_fewest_reads)
     }
 
-    /// The same where the addresses are elsewhere.
+    /// The same program with address offsets from BTF.
     #[kprobe(function = "tcp_set_state")]
-    fn selfconn_kprobe_any(ctx: ProbeContext) -> u32 {
-        kprobe(ctx, Sock::own_address::<Any>)
+    fn selfconn_kprobe_btf_offsets(ctx: ProbeContext) -> u32 {
+        kprobe(ctx, Sock::self_addr::<BtfOffsets>)
     }
 
     #[inline(always)]
-    fn kprobe(ctx: ProbeContext, own_address: impl Fn(Sock<Probe>) -> Option<Own>) -> u32 {
+    fn kprobe(ctx: ProbeContext, read_self_addr: impl Fn(Sock<ProbeRead>) -> Option<SelfAddr>) -> u32 {
         if let (Some(sk), Some(new)) = (ctx.arg::<*const u8>(0), ctx.arg::<i32>(1)) {
-            let sock = Sock::<Probe>::new(sk);
-            if let Some(own) = own_address(sock) {
-                body::socket::<_, _, 3>(ctx, sock, own, sock.state(), new as u8);
+            let sock = Sock::<ProbeRead>::new(sk);
+            if let Some(self_addr) = read_self_addr(sock) {
+                body::on_socket::<_, _, 3>(ctx, sock, self_addr, sock.state(), new as u8);
             }
         }
         0
     }
 
-    /// `inet_csk_get_port(sk, port)` after it has returned; what it returned comes after its arguments.
+    /// Exit of `inet_csk_get_port(sk, port)`. In the context, the return value follows the arguments.
     #[fexit(function = "inet_csk_get_port")]
     fn selfconn_bind_fexit(ctx: FExitContext) -> i32 {
-        let (port, failed): (u64, i32) = (ctx.arg(1), ctx.arg(2));
-        victim::got_port(Sock::<Direct>::new(ctx.arg(0)), port as u16, failed);
+        let (port, result): (u64, i32) = (ctx.arg(1), ctx.arg(2));
+        victim::on_get_port_exit(Sock::<DirectLoad>::new(ctx.arg(0)), port as u16, result);
         0
     }
 
-    /// `bind()`, through perf.
+    /// Entry of the system call `bind()`, through perf.
     #[tracepoint(category = "syscalls", name = "sys_enter_bind")]
     fn selfconn_bind_enter(ctx: TracePointContext) -> u32 {
-        victim::bind_begins(&ctx);
+        victim::on_bind_enter(&ctx);
         0
     }
 
-    /// And its end.
+    /// Exit of the system call `bind()`, through perf.
     #[tracepoint(category = "syscalls", name = "sys_exit_bind")]
     fn selfconn_bind_exit(ctx: TracePointContext) -> u32 {
-        victim::bind_ends(&ctx);
+        victim::on_bind_exit(&ctx);
         0
     }
 
-    /// The licence the kernel asks for: `bpf_probe_read_kernel` is for GPL-compatible programs.
+    /// The licence string for the kernel: only GPL-compatible programs may call `bpf_probe_read_kernel`.
     #[unsafe(link_section = "license")]
     #[unsafe(no_mangle)]
     static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
     #[panic_handler]
     fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-        // Never reached: the verifier refuses a program with a reachable endless loop.
+        // Never reached: the verifier rejects a program with a reachable endless loop.
         loop {}
     }
 }

@@ -1,6 +1,6 @@
-//! Names of programs, maps and globals: one spelling for the programs and their loader.
+//! Names of programs, maps and globals, shared by the programs and their loader.
 
-/// The programs, in the order of [`crate::Transition::witness`].
+/// The programs that observe transitions. [`crate::Transition::probe_id`] is an index into this list.
 pub const PROGRAMS: [&str; 4] = [TP_BTF, PERF, FENTRY, KPROBE];
 
 /// `inet_sock_set_state`, BTF-typed tracepoint.
@@ -12,34 +12,36 @@ pub const FENTRY: &str = "selfconn_fentry";
 /// `tcp_set_state`, kprobe.
 pub const KPROBE: &str = "selfconn_kprobe";
 
-/// As [`TP_BTF`], where the addresses are not where [`crate::USUAL`] has them.
-pub const TP_BTF_ANY: &str = "selfconn_tp_btf_any";
-/// As [`FENTRY`], likewise.
-pub const FENTRY_ANY: &str = "selfconn_fentry_any";
-/// As [`KPROBE`], likewise.
-pub const KPROBE_ANY: &str = "selfconn_kprobe_any";
+/// [`TP_BTF`] for kernels whose address offsets differ from [`crate::STATIC_OFFSETS`]: it reads them from
+/// [`OFFSETS`].
+pub const TP_BTF_OFFSETS: &str = "selfconn_tp_btf_offsets";
+/// [`FENTRY`] for the same kernels.
+pub const FENTRY_BTF_OFFSETS: &str = "selfconn_fentry_btf_offsets";
+/// [`KPROBE`] for the same kernels.
+pub const KPROBE_BTF_OFFSETS: &str = "selfconn_kprobe_btf_offsets";
 
 /// `inet_csk_get_port`, fexit.
 pub const BIND_FEXIT: &str = "selfconn_bind_fexit";
-/// `bind()`, perf tracepoints.
+/// Entry of the system call `bind()`, perf tracepoint.
 pub const BIND_ENTER: &str = "selfconn_bind_enter";
-/// And its end.
+/// Exit of the system call `bind()`, perf tracepoint.
 pub const BIND_EXIT: &str = "selfconn_bind_exit";
 
 /// Ring buffer of [`crate::Record`]; owned by `report.rs`.
-pub const TRANSITIONS: &str = "TRANSITIONS";
+pub const RECORDS: &str = "RECORDS";
 /// Per-CPU array of `u64`, indexed by [`crate::counter`]; owned by `report.rs`.
 pub const COUNTERS: &str = "COUNTERS";
-/// Array of [`crate::DialSet`], indexed by [`crate::set_of`]; owned by `witness.rs`.
-pub const DIALS: &str = "DIALS";
-/// Hash from a [`crate::risk::Target`] to its [`crate::risk::Tally`]; owned by `refusal.rs`.
-pub const REFUSALS: &str = "REFUSALS";
+/// Array of [`crate::ConnectSet`], indexed by [`crate::set_index`]; owned by `witness.rs`.
+pub const CONNECT_TABLE: &str = "CONNECT_TABLE";
+/// Hash from a [`crate::risk::Destination`] to its [`crate::risk::RefusedCount`]; owned by `refusal.rs`. The
+/// kernel truncates the name to 15 characters.
+pub const REFUSED_CONNECTS: &str = "REFUSED_CONNECTS";
 
 /// Global `[u32; FIELDS]`: the offset of each [`crate::Field`].
 pub const OFFSETS: &str = "OFFSETS";
 /// Global `u32`: one of [`crate::task_access`].
 pub const TASK_ACCESS: &str = "TASK_ACCESS";
-/// Global `u32`: how many values [`DIALS`] has.
-pub const DIAL_SETS: &str = "DIAL_SETS";
+/// Global `u32`: number of values of [`CONNECT_TABLE`].
+pub const CONNECT_SETS: &str = "CONNECT_SETS";
 /// Global `u32`: one of [`crate::reported`].
 pub const REPORTED: &str = "REPORTED";

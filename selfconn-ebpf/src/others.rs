@@ -1,5 +1,6 @@
-//! Programs that are not selfconn's, for tests and measurements: another agent's busy tracepoint program, and empty
-//! programs on the same hooks, whose cost is the floor. They are in an object of their own and never in the daemon.
+//! Programs for tests and measurements: a busy tracepoint program like that of another monitoring agent, and
+//! empty programs on selfconn's hooks, which show the minimum cost of a hook. They are built into a separate
+//! object, which the daemon never contains.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 #[cfg(target_arch = "bpf")]
@@ -10,7 +11,7 @@ mod programs {
         programs::{BtfTracePointContext, FEntryContext, ProbeContext, TracePointContext},
     };
 
-    /// Some microseconds of work on every system call, as a heavy agent's program does.
+    /// Some microseconds of work on every system call, like the program of an expensive monitoring agent.
     #[tracepoint(category = "raw_syscalls", name = "sys_enter")]
     fn other_busy(_ctx: TracePointContext) -> u32 {
         let mut last = 0;
@@ -47,7 +48,7 @@ mod programs {
 
     #[panic_handler]
     fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-        // Never reached: the verifier refuses a program with a reachable endless loop.
+        // Never reached: the verifier rejects a program with a reachable endless loop.
         loop {}
     }
 }

@@ -1,52 +1,54 @@
-//! Refused dials of an address to itself, counted by namespace, address and port.
+//! The table of refused connection attempts from an address to itself, counted by network namespace, address
+//! and port.
 
 use aya_ebpf::{EbpfContext, helpers::generated::bpf_ktime_get_boot_ns, macros::map, maps::HashMap};
 use aya_log_ebpf::warn;
 use selfconn_ebpf::{
     Opener, Tuple, counter,
-    risk::{Tally, Target},
+    risk::{Destination, RefusedCount},
 };
 
 use crate::report;
 
-/// A plain hash, not an LRU: user space ends an entry after a minute of silence. What finds no room is counted. The
-/// loader may set its size.
+/// A plain hash, not an LRU: user space removes an entry after a minute without attempts, and attempts that
+/// do not fit are counted. The loader may set its size.
 #[map]
-static REFUSALS: HashMap<Target, Tally> = HashMap::with_max_entries(4_096, 0);
+static REFUSED_CONNECTS: HashMap<Destination, RefusedCount> = HashMap::with_max_entries(4_096, 0);
 
-/// In `.rodata`, for it would not fit on the stack.
-static NONE: Tally = Tally::NONE;
+/// The initial value of an entry. It is in `.rodata`, because it would not fit on the stack.
+static ZERO: RefusedCount = RefusedCount::ZERO;
 
-/// Counts one, and tells user space if there were many.
+/// Counts one refused attempt, and reports its destination to user space if a report is due.
 #[inline(always)]
-pub(crate) fn count<C: EbpfContext>(ctx: &C, tuple: &Tuple, dialler: &Opener) {
+pub(crate) fn count_refused<C: EbpfContext>(ctx: &C, tuple: &Tuple, opener: &Opener) {
     report::count(counter::REFUSED);
-    let target = Target::of(tuple);
-    let found = REFUSALS.get_ptr_mut(&target).or_else(|| {
-        /// Not if another CPU was faster: `include/uapi/linux/bpf.h`.
+    let destination = Destination::of(tuple);
+    let entry = REFUSED_CONNECTS.get_ptr_mut(&destination).or_else(|| {
+        /// Do not overwrite an entry that another CPU has just inserted: `include/uapi/linux/bpf.h`.
         const BPF_NOEXIST: u64 = 1;
-        let _ = REFUSALS.insert(&target, &NONE, BPF_NOEXIST);
-        REFUSALS.get_ptr_mut(&target)
+        let _ = REFUSED_CONNECTS.insert(&destination, &ZERO, BPF_NOEXIST);
+        REFUSED_CONNECTS.get_ptr_mut(&destination)
     });
-    let Some(tally) = found else {
-        report::count(counter::NOT_TALLIED);
-        warn!(ctx, "the table of refused dials is full: one to port {} was not tallied", target.port);
+    let Some(count) = entry else {
+        report::count(counter::REFUSED_TABLE_FULL);
+        warn!(ctx, "the refused connect table is full: one to port {} is not counted", destination.port);
         return;
     };
-    // SAFETY: a value of a map, which stays memory of the map even if user space ends the entry meanwhile.
-    unsafe { report::add_one(&raw mut (*tally).total) };
-    // SAFETY: as above; what another CPU may write meanwhile is said at `Tally`.
-    let tally = unsafe { &mut *tally };
-    // SAFETY: no arguments.
+    // SAFETY: the pointer is to a value of the map. Its memory belongs to the map even if user space removes
+    // the entry at the same time.
+    unsafe { report::add_one(&raw mut (*count).total) };
+    // SAFETY: as above. The documentation of `RefusedCount` says which writes of another CPU can collide.
+    let count = unsafe { &mut *count };
+    // SAFETY: the helper takes no arguments.
     let now_ns = unsafe { bpf_ktime_get_boot_ns() };
-    // Volatile, for the compiler doesn't know what the instruction above added to.
-    // SAFETY: a live reference.
-    let total = unsafe { core::ptr::read_volatile(&raw const tally.total) };
-    if tally.take(total, now_ns, dialler) {
-        if report::tell(&target) {
-            tally.told();
+    // The read is volatile, because the compiler does not know that the inline assembly has changed `total`.
+    // SAFETY: the pointer comes from a live reference.
+    let total = unsafe { core::ptr::read_volatile(&raw const count.total) };
+    if count.record(total, now_ns, opener) {
+        if report::submit(&destination) {
+            count.mark_reported();
         } else {
-            tally.not_told(now_ns);
+            count.postpone_report(now_ns);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What happened: the ring buffer to user space, and the counters that say what did not fit.
+//! The ring buffer to user space, and the counters, which also say how many records and entries did not fit.
 
 use core::arch::asm;
 
@@ -12,15 +12,15 @@ use aya_log_ebpf::warn;
 use selfconn_ebpf::{Transition, Tuple, counter, reported};
 
 use crate::{
-    sock::{self, Memory, Sock},
+    sock::{self, KernelRead, Sock},
     witness,
 };
 
-/// Whatever is in [`selfconn_ebpf::Record`]. The loader sets its size.
+/// Records of all kinds: see [`selfconn_ebpf::Record`]. The loader sets its size.
 #[map]
-static TRANSITIONS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
+static RECORDS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
 
-/// Slots of [`counter`].
+/// One slot per constant of [`counter`].
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(counter::COUNT, 0);
 
@@ -31,71 +31,74 @@ static REPORTED: Global<u32> = Global::new(reported::STATES);
 #[inline(always)]
 pub(crate) fn count(slot: u32) {
     if let Some(counter) = COUNTERS.get_ptr_mut(slot) {
-        // SAFETY: a slot of a per-CPU array lives as long as the program.
+        // SAFETY: a slot of a per-CPU array stays valid as long as the program is loaded, and is aligned.
         unsafe { add_one(counter) };
     }
 }
 
-/// Adds in one instruction, for another program may interrupt this one, on the same CPU too, between load and store;
-/// core has no atomic addition for this target.
+/// Adds one in a single instruction, because another program can run between a load and a store, even on the
+/// same CPU. It is inline assembly because core has no atomic addition for this target.
 ///
 /// # Safety
 ///
-/// The counter must be in a map, and aligned.
+/// The counter must be in a map value, and aligned.
 #[inline(always)]
 pub(crate) unsafe fn add_one(counter: *mut u64) {
-    // SAFETY: the caller's promise; the instruction touches nothing else.
+    // SAFETY: the caller guarantees that the counter is valid and aligned; the instruction writes nothing
+    // else.
     unsafe { asm!("lock *(u64 *)({counter} + 0) += {one}", counter = in(reg) counter, one = in(reg) 1_u64) };
 }
 
-/// Puts a record of another kind into the ring buffer. False: it had no room.
+/// Submits a record that is not a transition to the ring buffer. Returns false if the ring buffer is full.
 #[inline(always)]
-pub(crate) fn tell<T>(record: &T) -> bool {
+pub(crate) fn submit<T>(record: &T) -> bool {
     count(counter::MATCHED);
-    let is_told = TRANSITIONS.output::<T>(record, 0).is_ok();
-    if !is_told {
+    let is_submitted = RECORDS.output::<T>(record, 0).is_ok();
+    if !is_submitted {
         count(counter::RING_FULL);
     }
-    is_told
+    is_submitted
 }
 
-/// An opener found no room in the table: its self-connection, if it becomes one, will have no name.
+/// Counts an opener that did not fit into the connect table. If its attempt becomes a self-connection, the
+/// connecting task will be unknown.
 #[inline(always)]
-pub(crate) fn count_not_remembered<C: EbpfContext>(ctx: &C) {
-    count(counter::NOT_REMEMBERED);
-    warn!(ctx, "the table of dials is full: an opener was not remembered");
+pub(crate) fn count_connect_table_full<C: EbpfContext>(ctx: &C) {
+    count(counter::CONNECT_TABLE_FULL);
+    warn!(ctx, "the connect table is full: an opener is not stored");
 }
 
-/// A transition of a self-connection.
-pub(crate) struct Step {
-    /// Which program sees it.
-    pub(crate) witness: u8,
+/// A transition of a self-connection to report.
+pub(crate) struct ReportedTransition {
+    /// The program that observes it.
+    pub(crate) probe_id: u8,
     pub(crate) tuple: Tuple,
     pub(crate) old: u8,
     pub(crate) new: u8,
 }
 
-/// Tells user space of one transition of a self-connection. A function of its own, for a stack of its own.
+/// Reports one transition of a self-connection to user space. This function is not inlined, so that it has
+/// its own stack frame.
 #[inline(never)]
-pub(crate) fn report<C: EbpfContext, M: Memory>(ctx: &C, sock: Sock<M>, step: &Step) {
-    let Step { witness, ref tuple, old, new } = *step;
+pub(crate) fn report<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, transition: &ReportedTransition) {
+    let ReportedTransition { probe_id, ref tuple, old, new } = *transition;
     if REPORTED.load() & 1 << (new & 31) == 0 {
         return;
     }
-    // So that user space knows of each program that it sees.
-    count(counter::SEEN + u32::from(witness));
-    if witness::is_told(sock, tuple, new) {
+    // User space uses these counters to check that each program observes transitions.
+    count(counter::SEEN_BY_PROBE + u32::from(probe_id));
+    if witness::already_reported(sock, tuple, new) {
         return;
     }
     count(counter::MATCHED);
-    let Some(mut entry) = TRANSITIONS.reserve::<Transition>(0) else {
+    let Some(mut entry) = RECORDS.reserve::<Transition>(0) else {
         count(counter::RING_FULL);
-        warn!(ctx, "the ring buffer is full: {} -> {} of port {} is lost", old, new, tuple.dport);
+        warn!(ctx, "ring buffer full: transition {} -> {} of port {} is lost", old, new, tuple.dport);
         return;
     };
-    // SAFETY: the ring buffer gave us room for a Transition, and every field is written before it is submitted.
+    // SAFETY: the ring buffer reserved memory for a Transition, and every field is written before the submit.
     let out = unsafe { &mut *entry.as_mut_ptr() };
-    // SAFETY: no arguments.
+    // SAFETY: the helper takes no arguments.
     out.at_ns = unsafe { bpf_ktime_get_boot_ns() };
     out.sock = sock.key();
     let [a, b, c, d] = tuple.addr.map(u32::to_ne_bytes);
@@ -105,9 +108,9 @@ pub(crate) fn report<C: EbpfContext, M: Memory>(ctx: &C, sock: Sock<M>, step: &S
     out.family = tuple.family as u8;
     out.old = old;
     out.new = new;
-    out.witness = witness;
-    sock.describe(out);
-    out.current = sock::current().0;
-    out.opener = witness::recall(sock, tuple);
+    out.probe_id = probe_id;
+    sock.fill(out);
+    out.current = sock::current_task().0;
+    out.opener = witness::lookup(sock, tuple);
     entry.submit(0);
 }

@@ -1,168 +1,182 @@
-//! Refused dials of an address to one of its own ports: what the programs count of them, and when they tell user space.
+//! Refused connection attempts from an address to itself: what the programs count, and when they report to
+//! user space.
 //!
-//! Whoever dials a closed port of its own host over and over hits itself in the end, if `connect()` can choose that port
-//! as a source. The programs don't know a namespace's range, so they count every such port, and say so only at the
-//! twentieth dial within a minute and at each tenfold count: a storm of dials puts next to nothing into the ring
-//! buffer.
+//! A process that keeps connecting to a closed port of its own host will eventually connect to itself, if
+//! `connect()` can choose that port as the source port. The programs do not know the local port range of a
+//! network namespace, so they count the refused attempts for every such port. They report a port only at the
+//! twentieth attempt within a minute, and then at each tenfold count. So even a very high rate of attempts
+//! adds almost nothing to the ring buffer.
 
 use crate::{Opener, Tuple};
 
-/// So many refused dials within [`WINDOW_NS`] are told; then ten times as many, and so on.
-pub const FIRST: u64 = 20;
+/// Number of refused attempts within [`WINDOW_NS`] that causes the first report. The next report comes at ten
+/// times as many, and so on.
+pub const REPORT_THRESHOLD: u64 = 20;
 
-/// Within how long, and after how much silence nobody dials any more: nanoseconds.
+/// Length of the window for [`REPORT_THRESHOLD`], in nanoseconds. After the same time without an attempt, the
+/// attempts to a port count as finished.
 pub const WINDOW_NS: u64 = 60_000_000_000;
 
-/// How long is waited after there was no room to tell: a try with each dial of a storm would be as many records lost.
-const RETRY_NS: u64 = 100_000_000;
+/// Delay before a report is tried again after the ring buffer was full, in nanoseconds. A try at each attempt
+/// would count one lost record per attempt.
+const REPORT_RETRY_NS: u64 = 100_000_000;
 
-/// How many of the newest dials are kept one by one: a power of two, and at least [`FIRST`].
-const RECENT: usize = 32;
+/// Number of newest attempts that are stored one by one: a power of two, and at least [`REPORT_THRESHOLD`].
+const RECENT_SLOTS: usize = 32;
 
-/// Words of the set of diallers.
-const WORDS: usize = 16;
+/// Number of words in the set of pids of connecting processes.
+const PID_SET_WORDS: usize = 16;
 
-/// What is dialled: the key of [`crate::names::REFUSALS`], and the record that tells user space to look there.
+/// The destination of refused attempts: the key of [`crate::names::REFUSED_CONNECTS`], and the record that
+/// tells user space to read the entry of this key.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Target {
+pub struct Destination {
     /// Source and destination address, network byte order; IPv4 as v4-mapped.
     pub addr: [u32; 4],
     /// Inode of the network namespace. 0: unknown.
     pub netns: u32,
     /// Destination port, host byte order.
     pub port: u16,
-    /// Zero.
+    /// Always zero.
     pub padding: u16,
 }
 
-impl Target {
-    /// Whatever the socket's family: both dial the same port.
+impl Destination {
+    /// The destination of a connection attempt. The socket family is left out, because IPv4 sockets and IPv6
+    /// sockets with a v4-mapped address connect to the same port.
     #[inline(always)]
     #[must_use]
     pub const fn of(tuple: &Tuple) -> Self {
         Self { addr: tuple.addr, netns: tuple.netns, port: tuple.dport, padding: 0 }
     }
 
-    /// Reads a record out of the ring buffer. `None`: not one of these, by its length.
+    /// Reads a record from the ring buffer. `None`: the length is not that of a `Destination`.
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         if bytes.len() != size_of::<Self>() {
             return None;
         }
-        // SAFETY: the length was compared above, `read_unaligned` asks for no alignment, and a Target holds integers
-        // only, for which every bit pattern is a value.
+        // SAFETY: the length was compared above, `read_unaligned` needs no alignment, and a Destination holds
+        // only integers, for which every bit pattern is a valid value.
         Some(unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
     }
 }
 
-/// The refused dials of one [`Target`]: the value of [`crate::names::REFUSALS`].
+/// The refused attempts to one [`Destination`]: the value of [`crate::names::REFUSED_CONNECTS`].
 ///
-/// Two CPUs may count at once. `total` is added to in one instruction; of all else a write may be lost, so that a pid
-/// may be missing, and user space may be told twice. It is not told only where the ring buffer was full and nobody dials any more
-/// once a try is due again.
+/// Two CPUs can count at the same time. `total` is incremented by one atomic instruction. A write to any
+/// other field can be lost, so a pid can be missing, and a report can be sent twice. A report is missing only
+/// if the ring buffer was full and no further attempt follows after the retry delay.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tally {
-    /// Refused dials since the entry was made.
+pub struct RefusedCount {
+    /// Refused attempts since the entry was created.
     pub total: u64,
-    /// The newest: `CLOCK_BOOTTIME`, nanoseconds.
+    /// Time of the newest attempt: `CLOCK_BOOTTIME`, nanoseconds.
     pub last_ns: u64,
-    /// The first of the dials that made it often. 0: it isn't often yet.
-    pub began_ns: u64,
-    /// How many dials were before that.
-    pub before: u64,
-    /// The `total` at which user space is told next. 0: not told yet.
-    pub next: u64,
-    /// Not before. 0: at once.
-    retry_ns: u64,
-    /// Who made the newest.
-    pub newest: Opener,
-    /// When the newest dials were, by their number.
-    at_ns: [u64; RECENT],
-    /// And whose they were.
-    pids: [u32; RECENT],
-    /// A bit for each pid since `began_ns`, by its remainder.
-    dialers: [u64; WORDS],
+    /// Time of the first attempt in the window that reached the threshold. 0: the threshold is not reached
+    /// yet.
+    pub window_start_ns: u64,
+    /// Number of attempts before that window.
+    pub total_before_window: u64,
+    /// The `total` at which the next report is due. 0: nothing is reported yet.
+    pub next_report: u64,
+    /// No report before this time. 0: no restriction.
+    retry_after_ns: u64,
+    /// The task that made the newest attempt.
+    pub last_opener: Opener,
+    /// Times of the newest attempts; the slot is the number of the attempt modulo [`RECENT_SLOTS`].
+    recent_ns: [u64; RECENT_SLOTS],
+    /// Pids of the newest attempts, in the same slots.
+    recent_pids: [u32; RECENT_SLOTS],
+    /// Pids since `window_start_ns`: one bit per pid, at the pid modulo the number of bits.
+    pid_set: [u64; PID_SET_WORDS],
 }
 
 const _: () = {
-    assert!(RECENT.is_power_of_two() && RECENT as u64 >= FIRST);
-    assert!(size_of::<Target>() == 24);
-    assert!(size_of::<Tally>() == 112 + 8 * RECENT + 4 * RECENT + 8 * WORDS);
+    assert!(RECENT_SLOTS.is_power_of_two() && RECENT_SLOTS as u64 >= REPORT_THRESHOLD);
+    assert!(size_of::<Destination>() == 24);
+    assert!(size_of::<RefusedCount>() == 112 + 8 * RECENT_SLOTS + 4 * RECENT_SLOTS + 8 * PID_SET_WORDS);
 };
 
-impl Tally {
-    /// None yet.
-    pub const NONE: Self = Self {
+impl RefusedCount {
+    /// A count without attempts.
+    pub const ZERO: Self = Self {
         total: 0,
         last_ns: 0,
-        began_ns: 0,
-        before: 0,
-        next: 0,
-        retry_ns: 0,
-        newest: Opener::UNKNOWN,
-        at_ns: [0; RECENT],
-        pids: [0; RECENT],
-        dialers: [0; WORDS],
+        window_start_ns: 0,
+        total_before_window: 0,
+        next_report: 0,
+        retry_after_ns: 0,
+        last_opener: Opener::UNKNOWN,
+        recent_ns: [0; RECENT_SLOTS],
+        recent_pids: [0; RECENT_SLOTS],
+        pid_set: [0; PID_SET_WORDS],
     };
 
-    /// Takes in the dial that made `total` what it is; says whether user space is to be told.
+    /// Records one attempt, which is already counted in `total`. Returns true if a report is due.
     #[inline(always)]
-    pub fn take(&mut self, total: u64, now_ns: u64, dialler: &Opener) -> bool {
+    pub fn record(&mut self, total: u64, now_ns: u64, opener: &Opener) -> bool {
         self.last_ns = now_ns;
-        self.newest = *dialler;
-        if self.began_ns != 0 {
-            self.mark(dialler.task.pid);
-            return total >= self.next && now_ns >= self.retry_ns;
+        self.last_opener = *opener;
+        if self.window_start_ns != 0 {
+            self.add_pid(opener.task.pid);
+            return total >= self.next_report && now_ns >= self.retry_after_ns;
         }
-        let slot = |number: u64| number as usize & (RECENT - 1);
-        self.at_ns[slot(total)] = now_ns;
-        self.pids[slot(total)] = dialler.task.pid;
-        if total < FIRST {
+        let slot = |number: u64| number as usize & (RECENT_SLOTS - 1);
+        self.recent_ns[slot(total)] = now_ns;
+        self.recent_pids[slot(total)] = opener.task.pid;
+        if total < REPORT_THRESHOLD {
             return false;
         }
-        let began_ns = self.at_ns[slot(total - (FIRST - 1))];
-        if now_ns.saturating_sub(began_ns) > WINDOW_NS {
+        let window_start_ns = self.recent_ns[slot(total - (REPORT_THRESHOLD - 1))];
+        if now_ns.saturating_sub(window_start_ns) > WINDOW_NS {
             return false;
         }
-        self.began_ns = began_ns;
-        self.before = total - FIRST;
-        self.dialers = [0; WORDS];
-        for back in 0..FIRST {
-            self.mark(self.pids[slot(total - back)]);
+        self.window_start_ns = window_start_ns;
+        self.total_before_window = total - REPORT_THRESHOLD;
+        self.pid_set = [0; PID_SET_WORDS];
+        for back in 0..REPORT_THRESHOLD {
+            self.add_pid(self.recent_pids[slot(total - back)]);
         }
         true
     }
 
-    /// User space was told.
+    /// Sets the next threshold after a report was submitted.
     #[inline(always)]
-    pub fn told(&mut self) {
-        let last = if self.next == 0 { FIRST } else { self.next - self.before };
-        self.next = self.before + last * 10;
+    pub fn mark_reported(&mut self) {
+        let last = if self.next_report == 0 {
+            REPORT_THRESHOLD
+        } else {
+            self.next_report - self.total_before_window
+        };
+        self.next_report = self.total_before_window + last * 10;
     }
 
-    /// User space could not be told now. Where a storm goes on until it can, it may be told at once again.
+    /// Delays the report after the ring buffer was full. The first attempt after the delay submits it, if
+    /// there is one.
     #[inline(always)]
-    pub const fn not_told(&mut self, now_ns: u64) {
-        self.retry_ns = now_ns.saturating_add(RETRY_NS);
+    pub const fn postpone_report(&mut self, now_ns: u64) {
+        self.retry_after_ns = now_ns.saturating_add(REPORT_RETRY_NS);
     }
 
     #[inline(always)]
-    fn mark(&mut self, pid: u32) {
-        self.dialers[(pid / 64) as usize & (WORDS - 1)] |= 1 << (pid % 64);
+    fn add_pid(&mut self, pid: u32) {
+        self.pid_set[(pid / 64) as usize & (PID_SET_WORDS - 1)] |= 1 << (pid % 64);
     }
 
-    /// Refused dials since `began_ns`.
+    /// Refused attempts since `window_start_ns`.
     #[must_use]
     pub const fn refused(&self) -> u64 {
-        self.total.saturating_sub(self.before)
+        self.total.saturating_sub(self.total_before_window)
     }
 
-    /// How many pids made them: never too many, and too few only where two are a multiple of 1,024 apart.
+    /// Number of pids that made these attempts. It is never too high, and it is too low only if two pids
+    /// differ by a multiple of 1,024.
     #[must_use]
-    pub fn dialers(&self) -> u32 {
-        self.dialers.iter().map(|word| word.count_ones()).sum()
+    pub fn pid_count(&self) -> u32 {
+        self.pid_set.iter().map(|word| word.count_ones()).sum()
     }
 }
 
@@ -173,82 +187,84 @@ mod tests {
     const SECOND_NS: u64 = 1_000_000_000;
     const START_NS: u64 = 1_000 * SECOND_NS;
 
-    /// Dials at these times, in seconds, each by the pid beside it; the numbers of those that were told.
-    fn told(dials: impl IntoIterator<Item = (u64, u32)>) -> (std::vec::Vec<u64>, Tally) {
-        let (mut tally, mut told) = (Tally::NONE, std::vec::Vec::new());
-        for (at, pid) in dials {
-            tally.total += 1;
-            let mut dialler = Opener::UNKNOWN;
-            dialler.task.pid = pid;
-            if tally.take(tally.total, START_NS + at * SECOND_NS, &dialler) {
-                tally.told();
-                told.push(tally.total);
+    /// Records attempts, each with its time in seconds and its pid. Returns the totals at which a report was
+    /// due.
+    fn record_all(attempts: impl IntoIterator<Item = (u64, u32)>) -> (std::vec::Vec<u64>, RefusedCount) {
+        let (mut count, mut reported) = (RefusedCount::ZERO, std::vec::Vec::new());
+        for (at, pid) in attempts {
+            count.total += 1;
+            let mut opener = Opener::UNKNOWN;
+            opener.task.pid = pid;
+            if count.record(count.total, START_NS + at * SECOND_NS, &opener) {
+                count.mark_reported();
+                reported.push(count.total);
             }
         }
-        (told, tally)
+        (reported, count)
     }
 
     #[test]
-    fn the_twentieth_within_a_minute_is_told_and_each_tenfold() {
-        for (what, times, expected) in [
+    fn the_twentieth_attempt_within_a_minute_and_each_tenfold_count_are_reported() {
+        for (case, times, expected) in [
             ("nineteen at once", [0; 19].to_vec(), [].to_vec()),
             ("twenty at once", [0; 20].to_vec(), [20].to_vec()),
-            ("a storm", [0; 25_000].to_vec(), [20, 200, 2_000, 20_000].to_vec()),
-            ("one each third second", (0..20).map(|n| n * 3).collect(), [20].to_vec()),
+            ("25,000 at once", [0; 25_000].to_vec(), [20, 200, 2_000, 20_000].to_vec()),
+            ("one every 3 seconds", (0..20).map(|n| n * 3).collect(), [20].to_vec()),
             ("twenty in 61 seconds", (0..19).map(|n| n * 3).chain([61]).collect(), [].to_vec()),
-            ("one each fourth second, for ever", (0..1_000).map(|n| n * 4).collect(), [].to_vec()),
-            // Of windows that follow each other none would have twenty.
-            ("across minutes", [50; 19].into_iter().chain([61; 19]).collect(), [20].to_vec()),
-            ("slow, and then fast", (0..100).map(|n| n * 10).chain([1_000; 20]).collect(), [114].to_vec()),
+            ("one every 4 seconds, 1,000 times", (0..1_000).map(|n| n * 4).collect(), [].to_vec()),
+            // With fixed windows of a minute, no window would contain twenty.
+            ("across a minute boundary", [50; 19].into_iter().chain([61; 19]).collect(), [20].to_vec()),
+            ("slow, then fast", (0..100).map(|n| n * 10).chain([1_000; 20]).collect(), [114].to_vec()),
         ] {
-            let (told, _) = told(times.into_iter().map(|at| (at, 7)));
-            assert_eq!(told, expected, "{what}");
+            let (reported, _) = record_all(times.into_iter().map(|at| (at, 7)));
+            assert_eq!(reported, expected, "{case}");
         }
     }
 
     #[test]
-    fn what_could_not_be_told_is_told_later_and_not_tried_with_each_dial() {
-        let (mut tally, mut tries, mut told) = (Tally::NONE, std::vec::Vec::new(), std::vec::Vec::new());
-        // A dial a millisecond, and no room for anything from the 10th to the 310th.
-        for dial in 1..=3_000_u64 {
-            tally.total += 1;
-            let now_ns = START_NS + dial * 1_000_000;
-            if tally.take(tally.total, now_ns, &Opener::UNKNOWN) {
-                if (10..310).contains(&dial) {
-                    tries.push(dial);
-                    tally.not_told(now_ns);
+    fn a_failed_report_is_retried_after_a_delay_and_not_at_each_attempt() {
+        let (mut count, mut failed, mut reported) =
+            (RefusedCount::ZERO, std::vec::Vec::new(), std::vec::Vec::new());
+        // One attempt per millisecond. The ring buffer is full from the 10th to the 309th.
+        for attempt in 1..=3_000_u64 {
+            count.total += 1;
+            let now_ns = START_NS + attempt * 1_000_000;
+            if count.record(count.total, now_ns, &Opener::UNKNOWN) {
+                if (10..310).contains(&attempt) {
+                    failed.push(attempt);
+                    count.postpone_report(now_ns);
                 } else {
-                    told.push((dial, tally.refused()));
-                    tally.told();
+                    reported.push((attempt, count.refused()));
+                    count.mark_reported();
                 }
             }
         }
-        assert_eq!(tries, [20, 120, 220]);
-        assert_eq!(told, [(320, 320), (321, 321), (2_000, 2_000)]);
+        assert_eq!(failed, [20, 120, 220]);
+        assert_eq!(reported, [(320, 320), (321, 321), (2_000, 2_000)]);
     }
 
     #[test]
-    fn the_window_begins_with_the_first_of_the_twenty() {
-        let (_, tally) = told((0..100).map(|n| (n * 10, 7)).chain([(1_000, 7); 20]));
-        // The six from 940 s on, and the first fourteen of those at 1,000 s.
-        assert_eq!((tally.began_ns, tally.before), (START_NS + 940 * SECOND_NS, 94));
-        assert_eq!(tally.refused(), 26);
+    fn the_window_starts_at_the_first_of_the_twenty_attempts() {
+        let (_, count) = record_all((0..100).map(|n| (n * 10, 7)).chain([(1_000, 7); 20]));
+        // The window contains the six attempts from 940 s on, and the first fourteen of those at 1,000 s.
+        assert_eq!((count.window_start_ns, count.total_before_window), (START_NS + 940 * SECOND_NS, 94));
+        assert_eq!(count.refused(), 26);
     }
 
     #[test]
-    fn diallers_are_counted_from_the_window_on() {
-        for (what, pids, expected) in [
+    fn pids_are_counted_from_the_start_of_the_window() {
+        for (case, pids, expected) in [
             ("one", [7; 300].to_vec(), 1),
             ("a shell loop", (5_000..5_300).collect(), 300),
-            ("two in turns", [7, 9].repeat(150), 2),
-            ("more than there are bits", (1..3_000).collect(), 1_024),
+            ("two alternating", [7, 9].repeat(150), 2),
+            ("more pids than bits", (1..3_000).collect(), 1_024),
         ] {
-            let (_, tally) = told(pids.into_iter().map(|pid| (0, pid)));
-            assert_eq!(tally.dialers(), expected, "{what}");
+            let (_, count) = record_all(pids.into_iter().map(|pid| (0, pid)));
+            assert_eq!(count.pid_count(), expected, "{case}");
         }
-        // Six of the slow ones are in the window.
+        // Six of the slow attempts are in the window.
         let slow = (0..100).map(|n| (n * 10, 100 + n as u32));
-        let (_, tally) = told(slow.chain([(1_000, 7); 20]));
-        assert_eq!(tally.dialers(), 7);
+        let (_, count) = record_all(slow.chain([(1_000, 7); 20]));
+        assert_eq!(count.pid_count(), 7);
     }
 }

@@ -1,8 +1,11 @@
-//! Who dialled: the table of dials in flight and of self-connections, by the socket's address.
+//! The connect table: it maps the kernel address of a socket to the task that called `connect()` on it, for
+//! connection attempts in flight and for self-connections. The layout of its entries is in `dial.rs`.
 //!
-//! Only CLOSE -> SYN_SENT always runs in the connecting task, and there the source port may not be known yet. So every
-//! dial of a socket to its own address is remembered, and forgotten as soon as its port turns out to be another one.
-//! An entry counts only when its seal and the whole tuple match: a missed SYN_SENT gives nobody, not a wrong name.
+//! Only the transition CLOSE -> SYN_SENT always runs in the connecting task, and at that point the source
+//! port may not be known yet. So every connection attempt of a socket to its own address is inserted, and
+//! removed as soon as its source port is known and differs from the destination port. An entry is used only
+//! if its checksum and the whole tuple match: after a missed SYN_SENT the connecting task is unknown, never
+//! wrong.
 
 use core::arch::asm;
 
@@ -13,151 +16,165 @@ use aya_ebpf::{
     macros::map,
     maps::Array,
 };
-use selfconn_ebpf::{Dial, DialSet, Opener, Tuple, WAYS, cause, set_of, state};
+use selfconn_ebpf::{ConnectEntry, ConnectSet, Opener, Tuple, WAYS, cause, set_index, state};
 
 use crate::{
     report,
-    sock::{self, Memory, Sock},
+    sock::{self, KernelRead, Sock},
 };
 
-/// The loader sets its size, and reads it through mmap(2).
+/// The connect table. The loader sets its size, and reads it through mmap(2).
 #[map]
-static DIALS: Array<DialSet> = Array::with_max_entries(SETS, BPF_F_MMAPABLE);
+static CONNECT_TABLE: Array<ConnectSet> = Array::with_max_entries(SETS, BPF_F_MMAPABLE);
 
-/// The size of [`DIALS`]; the loader sets it to the same.
+/// Number of sets in [`CONNECT_TABLE`]. The loader sets it together with the size of the map.
 #[unsafe(no_mangle)]
-static DIAL_SETS: Global<u32> = Global::new(SETS);
+static CONNECT_SETS: Global<u32> = Global::new(SETS);
 
+/// Default number of sets.
 const SETS: u32 = 1 << 12;
 
-/// Within how long after the first witness the second one sees the same dial.
-const SAME_DIAL_NS: u64 = 100_000_000;
+/// Maximum time between the first and the second probe's observation of the same connection attempt.
+const SAME_ATTEMPT_NS: u64 = 100_000_000;
 
-/// The bit in an entry of a witness that saw the dial; those of states are below.
-const fn saw(witness: u8) -> u32 {
-    1 << (16 + witness as u32)
+/// The flag for "this probe has observed the attempt". The lower 16 bits are the flags of states.
+const fn seen_by(probe_id: u8) -> u32 {
+    1 << (16 + probe_id as u32)
 }
 
-/// What is known when somebody dials.
-pub(crate) struct Dialling {
-    pub(crate) witness: u8,
-    /// [`Tuple::addr`], [`Tuple::dport`], [`Tuple::family`].
+/// A connection attempt, at CLOSE -> SYN_SENT.
+pub(crate) struct NewAttempt {
+    pub(crate) probe_id: u8,
+    /// See [`Tuple::addr`], [`Tuple::dport`] and [`Tuple::family`].
     pub(crate) addr: [u32; 4],
     pub(crate) dport: u16,
     pub(crate) family: u8,
-    /// 0: none yet.
+    /// 0: the socket has no source port yet.
     pub(crate) source_port: u16,
 }
 
-/// Remembers the running task as the opener; overwrites whatever an earlier life of the socket left. What the other
-/// witness has just written of the same dial stays. A function of its own, for a stack of its own.
+/// Inserts the running task as the opener. It overwrites an entry of an earlier connection of the same
+/// socket, but keeps the entry that the other probe has just written for the same attempt. This function is
+/// not inlined, so that it has its own stack frame.
 #[inline(never)]
-pub(crate) fn remember<C: EbpfContext, M: Memory>(ctx: &C, sock: Sock<M>, dialling: &Dialling) {
-    let Dialling { witness, addr, dport, family, source_port } = *dialling;
+pub(crate) fn insert<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, attempt: &NewAttempt) {
+    let NewAttempt { probe_id, addr, dport, family, source_port } = *attempt;
     let key = sock.key();
-    let Some(set) = DIALS.get_ptr_mut(set_of(sock.low(), DIAL_SETS.load())) else { return };
-    // SAFETY: a value of an array lives as long as the program runs. Another CPU may write to it, too: see `Dial`.
+    let Some(set) = CONNECT_TABLE.get_ptr_mut(set_index(sock.low_half(), CONNECT_SETS.load())) else {
+        return;
+    };
+    // SAFETY: a value of an array stays valid as long as the program is loaded. Another CPU can write to it
+    // at the same time; the checksum in `ConnectEntry` detects that.
     let set = unsafe { &mut *set };
-    // SAFETY: no arguments.
+    // SAFETY: the helper takes no arguments.
     let now_ns = unsafe { bpf_ktime_get_boot_ns() };
     if let Some(way) = find(set, key) {
-        let dial = &mut set.dials[way];
-        let Opener { at_ns, ref task, .. } = dial.opener;
-        // SAFETY: no arguments.
-        let is_task =
+        let entry = &mut set.entries[way];
+        let Opener { at_ns, ref task, .. } = entry.opener;
+        // SAFETY: the helper takes no arguments.
+        let is_same_task =
             unsafe { bpf_get_current_pid_tgid() } == u64::from(task.pid) << 32 | u64::from(task.tid);
-        let is_same_dial = is_task
-            && dial.tuple.dport == dport
-            && now_ns.wrapping_sub(at_ns) < SAME_DIAL_NS
-            && !dial.is_done(saw(witness) | !(1 << state::SYN_SENT) & 0xffff);
-        if is_same_dial {
-            dial.note(saw(witness));
+        let is_same_attempt = is_same_task
+            && entry.tuple.dport == dport
+            && now_ns.wrapping_sub(at_ns) < SAME_ATTEMPT_NS
+            && !entry.has_flag(seen_by(probe_id) | !(1 << state::SYN_SENT) & 0xffff);
+        if is_same_attempt {
+            entry.set_flags(seen_by(probe_id));
             return;
         }
     }
     let cause = match source_port {
-        _ if !sock::knows_port() => 0,
+        _ if !sock::can_read_port() => 0,
         0 => cause::EPHEMERAL,
         _ => cause::BOUND,
     };
     let tuple = Tuple { addr, netns: sock.netns(), dport, family: family.into() };
-    let dial = Dial::new(sock.low(), tuple, sock::opener(now_ns, cause), saw(witness));
-    match find(set, key).or_else(|| find(set, 0)).or_else(|| told(set)) {
+    let entry = ConnectEntry::new(sock.low_half(), tuple, sock::opener(now_ns, cause), seen_by(probe_id));
+    match find(set, key).or_else(|| find(set, 0)).or_else(|| evictable(set)) {
         Some(way) => {
             set.socks[way] = key;
-            set.dials[way] = dial;
+            set.entries[way] = entry;
         }
-        None => report::count_not_remembered(ctx),
+        None => report::count_connect_table_full(ctx),
     }
 }
 
-/// Whether the other witness has reported that this socket comes to this state; notes that it does.
+/// True if the other probe has already reported that this socket enters this state. Marks the state as
+/// reported.
 #[inline(always)]
-pub(crate) fn is_told<M: Memory>(sock: Sock<M>, tuple: &Tuple, new: u8) -> bool {
-    let Some(set) = DIALS.get_ptr_mut(set_of(sock.low(), DIAL_SETS.load())) else { return false };
-    // SAFETY: as in `remember`.
+pub(crate) fn already_reported<M: KernelRead>(sock: Sock<M>, tuple: &Tuple, new: u8) -> bool {
+    let Some(set) = CONNECT_TABLE.get_ptr_mut(set_index(sock.low_half(), CONNECT_SETS.load())) else {
+        return false;
+    };
+    // SAFETY: as in `insert`.
     let set = unsafe { &mut *set };
     let Some(way) = find(set, sock.key()) else { return false };
-    let dial = &mut set.dials[way];
-    if !same(&dial.tuple, tuple) || !dial.is_about(sock.low()) {
+    let entry = &mut set.entries[way];
+    if !same_tuple(&entry.tuple, tuple) || !entry.is_valid_for(sock.low_half()) {
         return false;
     }
     let bit = 1 << (new & 15);
-    let is_told = dial.is_done(bit);
-    dial.note(bit);
-    is_told
+    let is_reported = entry.has_flag(bit);
+    entry.set_flags(bit);
+    is_reported
 }
 
-/// Who opened this socket; nobody, if that was not seen.
+/// The opener of this socket, or [`Opener::UNKNOWN`] if the attempt was not observed.
 #[inline(always)]
-pub(crate) fn recall<M: Memory>(sock: Sock<M>, tuple: &Tuple) -> Opener {
-    let Some(set) = DIALS.get_ptr(set_of(sock.low(), DIAL_SETS.load())) else { return Opener::UNKNOWN };
-    // SAFETY: as in `remember`.
+pub(crate) fn lookup<M: KernelRead>(sock: Sock<M>, tuple: &Tuple) -> Opener {
+    let Some(set) = CONNECT_TABLE.get_ptr(set_index(sock.low_half(), CONNECT_SETS.load())) else {
+        return Opener::UNKNOWN;
+    };
+    // SAFETY: as in `insert`.
     let set = unsafe { &*set };
     let Some(way) = find(set, sock.key()) else { return Opener::UNKNOWN };
-    copy(&set.dials[way], sock, tuple).unwrap_or(Opener::UNKNOWN)
+    read_opener(&set.entries[way], sock, tuple).unwrap_or(Opener::UNKNOWN)
 }
 
-/// Copies who dialled. `None`: the entry is of another dial, or another CPU writes to it.
+/// Copies the opener. `None`: the entry belongs to another attempt, or another CPU is writing to it.
 #[inline(always)]
-fn copy<M: Memory>(dial: &Dial, sock: Sock<M>, tuple: &Tuple) -> Option<Opener> {
-    // What is proven must be what was taken, so it is read once.
-    // SAFETY: a live reference.
-    let opener = unsafe { Opener::read(&raw const dial.opener) };
-    dial.is_of(sock.low(), tuple, &opener).then_some(opener)
+fn read_opener<M: KernelRead>(entry: &ConnectEntry, sock: Sock<M>, tuple: &Tuple) -> Option<Opener> {
+    // The checksum must be verified over the copy that is returned, so the opener is read exactly once.
+    // SAFETY: the pointer comes from a live reference.
+    let opener = unsafe { Opener::read(&raw const entry.opener) };
+    entry.matches(sock.low_half(), tuple, &opener).then_some(opener)
 }
 
-/// Ends what is known about this socket.
+/// Removes the entry of this socket.
 #[inline(always)]
-pub(crate) fn forget<M: Memory>(sock: Sock<M>) {
-    let Some(set) = DIALS.get_ptr_mut(set_of(sock.low(), DIAL_SETS.load())) else { return };
-    // SAFETY: as in `remember`.
+pub(crate) fn remove<M: KernelRead>(sock: Sock<M>) {
+    let Some(set) = CONNECT_TABLE.get_ptr_mut(set_index(sock.low_half(), CONNECT_SETS.load())) else {
+        return;
+    };
+    // SAFETY: as in `insert`.
     let set = unsafe { &mut *set };
     if let Some(way) = find(set, sock.key()) {
         set.socks[way] = 0;
     }
 }
 
-/// Which entry is this socket's; with 0, which is free.
+/// Index of the entry of this socket. With 0: index of a free entry.
 #[inline(always)]
-fn find(set: &DialSet, sock: u64) -> Option<usize> {
-    way(set, |way| set.socks[way] == sock)
+fn find(set: &ConnectSet, sock: u64) -> Option<usize> {
+    position(set, |way| set.socks[way] == sock)
 }
 
-/// An entry that user space has the opener of already: it was told that the socket is ESTABLISHED.
+/// Index of an entry that may be overwritten: its transition to ESTABLISHED was reported, so user space
+/// already has the opener.
 #[inline(always)]
-fn told(set: &DialSet) -> Option<usize> {
-    way(set, |way| set.dials[way].is_done(1 << state::ESTABLISHED))
+fn evictable(set: &ConnectSet) -> Option<usize> {
+    position(set, |way| set.entries[way].has_flag(1 << state::ESTABLISHED))
 }
 
-/// The first entry that is one.
+/// Index of the first entry that matches the predicate.
 #[inline(always)]
-fn way(set: &DialSet, is_one: impl Fn(usize) -> bool) -> Option<usize> {
-    let way = (0..WAYS).find(|way| is_one(*way))?;
-    // The verifier would follow what comes next once for each number that it knows this to be, and what comes after the
-    // next choice as often again. So the number is mixed with a zero that it doesn't know for one.
+fn position(set: &ConnectSet, matches: impl Fn(usize) -> bool) -> Option<usize> {
+    let way = (0..WAYS).find(|way| matches(*way))?;
+    // The verifier knows the few possible values of `way`, and would verify all following code once per
+    // value; a second search would multiply that again. So `way` is XORed with a zero that the verifier
+    // cannot recognise as zero.
     let mut way = way as u64;
-    // SAFETY: computes with registers.
+    // SAFETY: the instructions only compute with registers.
     unsafe {
         asm!("{zero} = {any}", "{zero} ^= -1", "{zero} &= {any}", "{way} ^= {zero}",
             any = in(reg) set.socks[0], zero = out(reg) _, way = inout(reg) way, options(nomem, preserves_flags));
@@ -165,21 +182,22 @@ fn way(set: &DialSet, is_one: impl Fn(usize) -> bool) -> Option<usize> {
     Some(way as usize & (WAYS - 1))
 }
 
-/// Ends a dial that came to nothing, and gives who made it. `None`: that was not seen, or the other witness has ended it.
+/// Removes the entry of a failed attempt, and returns its opener. `None`: the attempt was not observed, or
+/// the other probe has already removed the entry.
 #[inline(always)]
-pub(crate) fn end<M: Memory>(sock: Sock<M>, tuple: &Tuple) -> Option<Opener> {
-    let set = DIALS.get_ptr_mut(set_of(sock.low(), DIAL_SETS.load()))?;
-    // SAFETY: as in `remember`.
+pub(crate) fn take<M: KernelRead>(sock: Sock<M>, tuple: &Tuple) -> Option<Opener> {
+    let set = CONNECT_TABLE.get_ptr_mut(set_index(sock.low_half(), CONNECT_SETS.load()))?;
+    // SAFETY: as in `insert`.
     let set = unsafe { &mut *set };
     let way = find(set, sock.key())?;
-    let dialler = copy(&set.dials[way], sock, tuple);
+    let opener = read_opener(&set.entries[way], sock, tuple);
     set.socks[way] = 0;
-    dialler
+    opener
 }
 
-/// Not `==`, which becomes a call to memcmp.
+/// Compares two tuples without `==`, which would become a call to memcmp.
 #[inline(always)]
-fn same(a: &Tuple, b: &Tuple) -> bool {
+fn same_tuple(a: &Tuple, b: &Tuple) -> bool {
     a.addr[0] == b.addr[0]
         && a.addr[1] == b.addr[1]
         && a.addr[2] == b.addr[2]

@@ -1,5 +1,5 @@
-//! `pages DIRECTORY`: writes the man pages and the completions of bash, zsh and fish, of the same definitions that the
-//! binary parses its command line with. An example, so that what it takes is not in the daemon.
+//! `pages DIRECTORY`: writes the man pages and the completions for bash, zsh and fish. It uses the clap
+//! definitions of the binary. It is an example, so that its dependencies are not in the daemon.
 
 use std::{env, fs, path::Path, process::ExitCode};
 
@@ -14,7 +14,7 @@ use selfconn::cli::Cli;
 
 fn main() -> ExitCode {
     let Some(directory) = env::args_os().nth(1) else {
-        eprintln!("pages: say where to: pages DIRECTORY");
+        eprintln!("usage: pages DIRECTORY");
         return ExitCode::from(2);
     };
     if let Err(error) = write(Path::new(&directory)) {
@@ -27,22 +27,23 @@ fn main() -> ExitCode {
 fn write(directory: &Path) -> Result<()> {
     for (name, content) in pages()? {
         let path = directory.join(name);
-        let written =
+        let outcome =
             fs::create_dir_all(path.parent().unwrap_or(directory)).and_then(|()| fs::write(&path, content));
-        written.with_context(|| format!("write {}", path.display()))?;
+        outcome.with_context(|| format!("write {}", path.display()))?;
     }
     Ok(())
 }
 
-/// Each file's name, as the directories that such files are looked for in want it, and its content.
+/// The path and the content of each file. Man pages and completions have the file names that the tools search
+/// for.
 pub(crate) fn pages() -> Result<Vec<(String, Vec<u8>)>> {
-    // Of `selfconn help` the help itself has a line.
+    // No page for `selfconn help`, because the help text itself lists it.
     let mut command = Cli::command().disable_help_subcommand(true);
     command.build();
-    let shown = || command.get_subcommands().filter(|command| !command.is_hide_set());
-    let names: Vec<String> = [&command].into_iter().chain(shown()).map(name).collect();
+    let visible = || command.get_subcommands().filter(|command| !command.is_hide_set());
+    let names: Vec<String> = [&command].into_iter().chain(visible()).map(name).collect();
     let mut pages = Vec::new();
-    for command in [&command].into_iter().chain(shown()) {
+    for command in [&command].into_iter().chain(visible()) {
         pages.push(page(command, &names)?);
     }
     for (shell, name) in
@@ -55,26 +56,29 @@ pub(crate) fn pages() -> Result<Vec<(String, Vec<u8>)>> {
     Ok(pages)
 }
 
-/// The same command without its hidden options, which the completions of bash would offer.
+/// The command without its hidden options and subcommands, because the bash completions would offer them.
 fn without_hidden(command: &clap::Command) -> clap::Command {
-    // What conflicts with a hidden option must forget it: clap asks that each name it is told exists.
-    let without_conflict = |argument: &Arg| {
+    // Removes conflicts with hidden options, because clap requires that each named option exists.
+    let without_hidden_conflicts = |argument: &Arg| {
         let conflicts = command.get_arg_conflicts_with(argument).into_iter();
-        let shown = conflicts.filter(|other| !other.is_hide_set()).map(|other| other.get_id().clone());
-        argument.clone().conflicts_with(Resettable::<Id>::Reset).conflicts_with_all(shown)
+        let visible = conflicts.filter(|other| !other.is_hide_set()).map(|other| other.get_id().clone());
+        argument.clone().conflicts_with(Resettable::<Id>::Reset).conflicts_with_all(visible)
     };
-    // Names are `'static` where clap is built without owned strings, as it is for the daemon.
+    // Leaked, because clap needs `'static` names without its feature `string`, which the daemon does not
+    // enable.
     let name: &str = command.get_name().to_owned().leak();
-    let shown = clap::Command::new(name)
-        .args(command.get_arguments().filter(|argument| !argument.is_hide_set()).map(without_conflict))
+    let visible = clap::Command::new(name)
+        .args(
+            command.get_arguments().filter(|argument| !argument.is_hide_set()).map(without_hidden_conflicts),
+        )
         .subcommands(command.get_subcommands().filter(|command| !command.is_hide_set()).map(without_hidden));
     match command.get_about() {
-        Some(about) => shown.about(about.clone()),
-        None => shown,
+        Some(about) => visible.about(about.clone()),
+        None => visible,
     }
 }
 
-/// As its page is called.
+/// The name of the man page of a command.
 fn name(command: &clap::Command) -> String {
     command.get_display_name().unwrap_or_else(|| command.get_name()).to_owned()
 }
@@ -99,7 +103,7 @@ fn page(command: &clap::Command, names: &[String]) -> Result<(String, Vec<u8>)> 
     Ok((format!("man/{}", man.get_filename()), page))
 }
 
-/// What help ends with. Its lines stay as they are: a paragraph would be filled and lose its columns.
+/// The examples of the help text. They are not filled (`nf`), so that their columns are preserved.
 fn examples(command: &clap::Command) -> Roff {
     let mut roff = Roff::new();
     let text = command.get_after_help().map(ToString::to_string).unwrap_or_default();

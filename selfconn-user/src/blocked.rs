@@ -1,63 +1,66 @@
-//! Whose self-connection keeps a server from binding its port, and when that is told. Pure: what failed, what is open and
-//! what has ended go in, what is to be told comes out.
+//! Finds the self-connection that keeps a server from binding its port, and decides when to report it. Pure:
+//! the input is failed binds, open connections and connections in TIME_WAIT; the output is the holder of the
+//! port and the number of failures to report.
 
 use std::{
     collections::HashMap,
     net::{IpAddr, Ipv6Addr},
 };
 
-use selfconn_ebpf::{COMM_LEN, bind::FailedBind};
+use selfconn_ebpf::{COMM_LEN, bind::BindFailure};
 
 use crate::{
     connection::{Connection, Place},
-    process::Who,
+    process::Attribution,
 };
 
 const SECOND_NS: u64 = 1_000_000_000;
 
-/// A server that tries again is told again after this, then after twice as long, and so on.
-const AGAIN_NS: u64 = 10 * SECOND_NS;
+/// Time between the first two reports of a server that keeps retrying. Every report doubles the interval.
+const FIRST_REPORT_INTERVAL_NS: u64 = 10 * SECOND_NS;
 
-/// At the latest after this.
-const LATEST_NS: u64 = 3_600 * SECOND_NS;
+/// Maximum time between two reports of a server that keeps retrying.
+const MAX_REPORT_INTERVAL_NS: u64 = 3_600 * SECOND_NS;
 
-/// How many TIME_WAITs and victims are remembered. The kernel's own TIME_WAITs are bounded, too.
-const LIMIT: usize = 4_096;
+/// Maximum number of TIME_WAIT entries, and of servers whose binds failed. The kernel bounds its TIME_WAIT
+/// sockets, too.
+const MAX_ENTRIES: usize = 4_096;
 
 /// A self-connection in TIME_WAIT.
 #[derive(Clone, Debug)]
-pub struct Leftover {
-    /// What it was. Its number is 0 if it ended before the run.
+pub struct TimeWaitEntry {
+    /// The connection. Its number is 0 if it was closed before this run.
     pub connection: Connection,
-    /// Who was behind it.
-    pub who: Who,
+    /// The process behind it.
+    pub attribution: Attribution,
     /// When TIME_WAIT ends: `CLOCK_BOOTTIME`, nanoseconds.
     pub until_ns: u64,
 }
 
-/// Who has the port.
+/// The self-connection that holds a port.
 #[derive(Clone, Copy, Debug)]
-pub enum Holder<'a> {
-    /// A self-connection that is open.
+pub enum PortHolder<'a> {
+    /// An open self-connection.
     Open(&'a Connection),
-    /// What is left of one.
-    TimeWait(&'a Leftover),
+    /// A closed self-connection in TIME_WAIT.
+    TimeWait(&'a TimeWaitEntry),
 }
 
-/// Failed binds, and what may be to blame.
+/// Failed binds, and the TIME_WAIT entries that can cause them.
 #[derive(Debug, Default)]
-pub struct Blocked {
-    /// Boxed, so that the table's own size is next to nothing of what they take.
-    leftovers: HashMap<Place, Box<Leftover>>,
-    /// When those that are over were last let go.
-    swept_ns: u64,
-    victims: HashMap<Victim, Told>,
+pub struct BindConflicts {
+    /// Boxed, so that empty slots of the table take little memory.
+    time_waits: HashMap<Place, Box<TimeWaitEntry>>,
+    /// When expired entries were last removed.
+    last_sweep_ns: u64,
+    bind_failures: HashMap<BindFailureKey, BindFailureState>,
     failures: u64,
 }
 
-/// Who wants which port, and which self-connection has it. Not by pid: a server that is started again has another.
+/// Server, requested port, and self-connection that holds it. The server is identified by name, not by pid,
+/// because it has another pid after a restart.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Victim {
+struct BindFailureKey {
     netns: u32,
     addr: IpAddr,
     port: u16,
@@ -66,124 +69,125 @@ struct Victim {
 }
 
 #[derive(Debug)]
-struct Told {
+struct BindFailureState {
     failures: u64,
     last_ns: u64,
-    /// When it may be told again, and how long after that.
-    next_ns: u64,
-    pause_ns: u64,
+    /// Time of the next report, and the interval to the one after that.
+    next_report_ns: u64,
+    report_interval_ns: u64,
 }
 
-impl Holder<'_> {
-    /// The self-connection.
+impl PortHolder<'_> {
     #[must_use]
     pub fn connection(&self) -> &Connection {
         match self {
             Self::Open(connection) => connection,
-            Self::TimeWait(leftover) => &leftover.connection,
+            Self::TimeWait(entry) => &entry.connection,
         }
     }
 }
 
-/// The address that was wanted; an unspecified one is any.
+/// The requested address. An unspecified address stands for all addresses.
 #[must_use]
-pub fn wanted_addr(failed: &FailedBind) -> IpAddr {
+pub fn requested_addr(failure: &BindFailure) -> IpAddr {
     let mut octets = [0; 16];
-    for (to, word) in octets.chunks_exact_mut(4).zip(failed.addr) {
+    for (to, word) in octets.chunks_exact_mut(4).zip(failure.addr) {
         to.copy_from_slice(&word.to_ne_bytes());
     }
     Ipv6Addr::from(octets).to_canonical()
 }
 
-/// Whether a socket at one place keeps another from binding this address and port.
-fn is_in_the_way(place: &Place, netns: u32, wanted: IpAddr, port: u16) -> bool {
-    let is_wanted = match wanted {
-        // A socket of IPv6 takes the port of IPv4, too, unless it asks for less.
+/// True if the socket at `place` keeps another socket from binding this address and port.
+fn is_conflicting(place: &Place, netns: u32, requested: IpAddr, port: u16) -> bool {
+    let is_requested = match requested {
+        // An IPv6 socket requests the IPv4 port, too, unless it has IPV6_V6ONLY set.
         IpAddr::V6(any) if any.is_unspecified() => true,
         IpAddr::V4(any) if any.is_unspecified() => place.1.is_ipv4(),
         one => one == place.1,
     };
-    place.0 == netns && place.2 == port && is_wanted
+    place.0 == netns && place.2 == port && is_requested
 }
 
-impl Blocked {
-    /// A self-connection ended and left TIME_WAIT behind.
-    pub fn left(&mut self, leftover: Leftover, now_ns: u64) {
-        // Seldom, for all are looked at.
-        if now_ns.saturating_sub(self.swept_ns) >= SECOND_NS {
-            self.sweep(now_ns);
+impl BindConflicts {
+    /// Adds a self-connection that was closed and is in TIME_WAIT now.
+    pub fn insert_time_wait(&mut self, entry: TimeWaitEntry, now_ns: u64) {
+        // At most once a second, because this visits all entries.
+        if now_ns.saturating_sub(self.last_sweep_ns) >= SECOND_NS {
+            self.remove_expired(now_ns);
         }
-        if self.leftovers.len() < LIMIT {
-            self.leftovers.insert(leftover.connection.place(), Box::new(leftover));
+        if self.time_waits.len() < MAX_ENTRIES {
+            self.time_waits.insert(entry.connection.place(), Box::new(entry));
         }
     }
 
-    /// Lets go what is not in TIME_WAIT any more.
-    pub fn sweep(&mut self, now_ns: u64) {
-        self.leftovers.retain(|_, leftover| leftover.until_ns > now_ns);
-        self.swept_ns = now_ns;
+    /// Removes the connections that are not in TIME_WAIT any more.
+    pub fn remove_expired(&mut self, now_ns: u64) {
+        self.time_waits.retain(|_, entry| entry.until_ns > now_ns);
+        self.last_sweep_ns = now_ns;
     }
 
-    /// One in TIME_WAIT was found in the socket table.
-    pub fn found(&mut self, leftover: Leftover, now_ns: u64) {
-        let known = self.leftovers.get(&leftover.connection.place());
+    /// Adds a self-connection that the socket table lists in TIME_WAIT, unless it is known.
+    pub fn insert_listed_time_wait(&mut self, entry: TimeWaitEntry, now_ns: u64) {
+        let known = self.time_waits.get(&entry.connection.place());
         if known.is_none_or(|known| known.until_ns < now_ns) {
-            self.left(leftover, now_ns);
+            self.insert_time_wait(entry, now_ns);
         }
     }
 
-    /// How many binds failed for a self-connection.
+    /// Number of binds that failed because of a self-connection.
     #[must_use]
     pub fn failures(&self) -> u64 {
         self.failures
     }
 
-    /// Which self-connection has what was wanted. `None`: none that is known; something else has it.
-    pub fn holder<'a>(
+    /// The self-connection that holds the requested port. `None`: no known self-connection; something else
+    /// holds it.
+    pub fn find_holder<'a>(
         &'a self,
-        failed: &FailedBind,
+        failure: &BindFailure,
         mut open: impl Iterator<Item = &'a Connection>,
-    ) -> Option<Holder<'a>> {
-        let wanted = wanted_addr(failed);
-        let is_it = |place: &Place| is_in_the_way(place, failed.netns, wanted, failed.port);
-        if let Some(connection) = open.find(|connection| is_it(&connection.place())) {
-            return Some(Holder::Open(connection));
+    ) -> Option<PortHolder<'a>> {
+        let requested = requested_addr(failure);
+        let conflicts_with = |place: &Place| is_conflicting(place, failure.netns, requested, failure.port);
+        if let Some(connection) = open.find(|connection| conflicts_with(&connection.place())) {
+            return Some(PortHolder::Open(connection));
         }
-        let is_there = |leftover: &&Leftover| leftover.until_ns > failed.at_ns;
-        // The one that goes last.
-        let leftovers =
-            self.leftovers.iter().filter(|(place, _)| is_it(place)).map(|(_, leftover)| &**leftover);
-        leftovers.filter(is_there).max_by_key(|leftover| leftover.until_ns).map(Holder::TimeWait)
+        let is_in_time_wait = |entry: &&TimeWaitEntry| entry.until_ns > failure.at_ns;
+        // The entry that expires last.
+        let time_waits =
+            self.time_waits.iter().filter(|(place, _)| conflicts_with(place)).map(|(_, entry)| &**entry);
+        time_waits.filter(is_in_time_wait).max_by_key(|entry| entry.until_ns).map(PortHolder::TimeWait)
     }
 
-    /// Takes in a bind that failed for this self-connection; if it is to be told, how often the same server has failed
-    /// for it by now.
-    pub fn count(&mut self, failed: &FailedBind, holder: u64) -> Option<u64> {
-        let (now_ns, failures) = (failed.at_ns, u64::from(failed.failures));
+    /// Counts a bind that failed because of the self-connection with number `holder`. `Some`: a report is
+    /// due, with this number of failures of the same server because of the same self-connection.
+    pub fn record_failure(&mut self, failure: &BindFailure, holder: u64) -> Option<u64> {
+        let (now_ns, failures) = (failure.at_ns, u64::from(failure.failures));
         self.failures += failures;
-        if self.victims.len() >= LIMIT {
-            self.victims.retain(|_, told| now_ns.saturating_sub(told.last_ns) < told.pause_ns);
+        if self.bind_failures.len() >= MAX_ENTRIES {
+            self.bind_failures
+                .retain(|_, state| now_ns.saturating_sub(state.last_ns) < state.report_interval_ns);
         }
-        if self.victims.len() >= LIMIT {
-            self.victims.clear();
+        if self.bind_failures.len() >= MAX_ENTRIES {
+            self.bind_failures.clear();
         }
-        let name = if failed.task.leader[0] == 0 { failed.task.comm } else { failed.task.leader };
-        let (netns, port) = (failed.netns, failed.port);
-        let victim = Victim { netns, addr: wanted_addr(failed), port, name, holder };
-        let told = self.victims.entry(victim).or_insert(Told {
+        let name = if failure.task.leader[0] == 0 { failure.task.comm } else { failure.task.leader };
+        let (netns, port) = (failure.netns, failure.port);
+        let key = BindFailureKey { netns, addr: requested_addr(failure), port, name, holder };
+        let state = self.bind_failures.entry(key).or_insert(BindFailureState {
             failures: 0,
             last_ns: 0,
-            next_ns: 0,
-            pause_ns: AGAIN_NS,
+            next_report_ns: 0,
+            report_interval_ns: FIRST_REPORT_INTERVAL_NS,
         });
-        told.failures += failures;
-        told.last_ns = now_ns;
-        if now_ns < told.next_ns {
+        state.failures += failures;
+        state.last_ns = now_ns;
+        if now_ns < state.next_report_ns {
             return None;
         }
-        told.next_ns = now_ns.saturating_add(told.pause_ns);
-        told.pause_ns = (told.pause_ns * 2).min(LATEST_NS);
-        Some(told.failures)
+        state.next_report_ns = now_ns.saturating_add(state.report_interval_ns);
+        state.report_interval_ns = (state.report_interval_ns * 2).min(MAX_REPORT_INTERVAL_NS);
+        Some(state.failures)
     }
 }
 
@@ -212,7 +216,7 @@ mod tests {
         }
     }
 
-    fn failed(addr: &str, port: u16, at_s: u64) -> FailedBind {
+    fn failure(addr: &str, port: u16, at_s: u64) -> BindFailure {
         let octets = match addr.parse().unwrap() {
             IpAddr::V4(addr) => addr.to_ipv6_mapped().octets(),
             IpAddr::V6(addr) => addr.octets(),
@@ -223,7 +227,7 @@ mod tests {
         }
         let mut task = Task::UNKNOWN;
         task.leader[..5].copy_from_slice(b"nginx");
-        FailedBind {
+        BindFailure {
             at_ns: at_s * SECOND_NS,
             start_ns: 0,
             addr: words,
@@ -236,19 +240,19 @@ mod tests {
         }
     }
 
-    fn leftover(number: u64, addr: &str, port: u16, until_s: u64) -> Leftover {
+    fn entry(number: u64, addr: &str, port: u16, until_s: u64) -> TimeWaitEntry {
         let connection = connection(number, addr, port);
-        Leftover { connection, who: Who::default(), until_ns: until_s * SECOND_NS }
+        TimeWaitEntry { connection, attribution: Attribution::default(), until_ns: until_s * SECOND_NS }
     }
 
-    fn number(holder: Option<Holder<'_>>) -> Option<u64> {
+    fn number(holder: Option<PortHolder<'_>>) -> Option<u64> {
         holder.map(|holder| holder.connection().number)
     }
 
     #[test]
-    fn an_address_is_held_by_itself_and_by_what_is_in_it() {
+    fn a_port_is_held_by_the_same_address_and_by_any_address_within_a_wildcard() {
         let open = [connection(1, "127.0.0.1", 80), connection(2, "::1", 80), connection(3, "10.0.0.1", 81)];
-        for (wanted, port, holder) in [
+        for (requested, port, holder) in [
             ("127.0.0.1", 80, Some(1)),
             ("127.0.0.2", 80, None),
             ("127.0.0.1", 81, None),
@@ -260,82 +264,82 @@ mod tests {
             ("::", 81, Some(3)),
             ("::ffff:10.0.0.1", 81, Some(3)),
         ] {
-            let blocked = Blocked::default();
-            let got = number(blocked.holder(&failed(wanted, port, 0), open.iter()));
-            assert_eq!(got, holder, "{wanted}:{port}");
+            let conflicts = BindConflicts::default();
+            let got = number(conflicts.find_holder(&failure(requested, port, 0), open.iter()));
+            assert_eq!(got, holder, "{requested}:{port}");
         }
-        let elsewhere = FailedBind { netns: 8, ..failed("127.0.0.1", 80, 0) };
-        assert!(Blocked::default().holder(&elsewhere, open.iter()).is_none());
+        let elsewhere = BindFailure { netns: 8, ..failure("127.0.0.1", 80, 0) };
+        assert!(BindConflicts::default().find_holder(&elsewhere, open.iter()).is_none());
         let v6 = [connection(2, "::1", 80)];
-        assert!(Blocked::default().holder(&failed("0.0.0.0", 80, 0), v6.iter()).is_none());
+        assert!(BindConflicts::default().find_holder(&failure("0.0.0.0", 80, 0), v6.iter()).is_none());
     }
 
     #[test]
-    fn time_wait_holds_until_it_ends() {
-        let mut blocked = Blocked::default();
-        blocked.left(leftover(1, "127.0.0.1", 80, 60), 0);
-        blocked.left(leftover(2, "127.0.0.2", 80, 70), 0);
-        for (wanted, at_s, holder) in [
+    fn a_time_wait_entry_holds_its_port_until_it_expires() {
+        let mut conflicts = BindConflicts::default();
+        conflicts.insert_time_wait(entry(1, "127.0.0.1", 80, 60), 0);
+        conflicts.insert_time_wait(entry(2, "127.0.0.2", 80, 70), 0);
+        for (requested, at_s, holder) in [
             ("127.0.0.1", 59, Some(1)),
             ("127.0.0.1", 60, None),
             ("0.0.0.0", 59, Some(2)),
             ("0.0.0.0", 69, Some(2)),
             ("0.0.0.0", 70, None),
         ] {
-            let got = number(blocked.holder(&failed(wanted, 80, at_s), std::iter::empty()));
-            assert_eq!(got, holder, "{wanted} at {at_s}");
+            let got = number(conflicts.find_holder(&failure(requested, 80, at_s), std::iter::empty()));
+            assert_eq!(got, holder, "{requested} at {at_s}");
         }
-        // The next life of the same place.
+        // The next connection at the same endpoint.
         let open = [connection(3, "127.0.0.1", 80)];
-        assert_eq!(number(blocked.holder(&failed("127.0.0.1", 80, 59), open.iter())), Some(3));
-        // What the table has is no news.
-        blocked.found(leftover(0, "127.0.0.1", 80, 61), 59 * SECOND_NS);
-        assert_eq!(number(blocked.holder(&failed("127.0.0.1", 80, 59), std::iter::empty())), Some(1));
-        blocked.found(leftover(0, "127.0.0.1", 80, 90), 61 * SECOND_NS);
-        assert_eq!(number(blocked.holder(&failed("127.0.0.1", 80, 62), std::iter::empty())), Some(0));
+        assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 80, 59), open.iter())), Some(3));
+        // An entry from the socket table does not replace a known one.
+        conflicts.insert_listed_time_wait(entry(0, "127.0.0.1", 80, 61), 59 * SECOND_NS);
+        assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 80, 59), std::iter::empty())), Some(1));
+        conflicts.insert_listed_time_wait(entry(0, "127.0.0.1", 80, 90), 61 * SECOND_NS);
+        assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 80, 62), std::iter::empty())), Some(0));
     }
 
     #[test]
-    fn a_server_that_retries_is_told_at_growing_intervals_and_its_failures_are_counted() {
-        let mut blocked = Blocked::default();
-        let told: Vec<_> = (0..200)
-            .filter_map(|at_s| Some((at_s, blocked.count(&failed("127.0.0.1", 80, at_s), 1)?)))
+    fn a_server_that_retries_is_reported_at_growing_intervals_and_its_failures_are_counted() {
+        let mut conflicts = BindConflicts::default();
+        let reports: Vec<_> = (0..200)
+            .filter_map(|at_s| Some((at_s, conflicts.record_failure(&failure("127.0.0.1", 80, at_s), 1)?)))
             .collect();
-        assert_eq!(told, [(0, 1), (10, 11), (30, 31), (70, 71), (150, 151)]);
-        // Another port, another name, another self-connection.
-        let again = failed("127.0.0.1", 80, 200);
-        assert_eq!(blocked.count(&failed("127.0.0.1", 81, 200), 1), Some(1));
-        assert_eq!(blocked.count(&again, 2), Some(1));
+        assert_eq!(reports, [(0, 1), (10, 11), (30, 31), (70, 71), (150, 151)]);
+        // Another port, another self-connection, another name.
+        let again = failure("127.0.0.1", 80, 200);
+        assert_eq!(conflicts.record_failure(&failure("127.0.0.1", 81, 200), 1), Some(1));
+        assert_eq!(conflicts.record_failure(&again, 2), Some(1));
         let mut other = again;
         other.task.leader[0] = b'N';
-        assert_eq!(blocked.count(&other, 1), Some(1));
-        // What the programs kept back counts, too.
-        let burst = FailedBind { failures: 40, ..failed("127.0.0.1", 82, 200) };
-        assert_eq!(blocked.count(&burst, 1), Some(40));
-        assert_eq!(blocked.failures(), 243);
+        assert_eq!(conflicts.record_failure(&other, 1), Some(1));
+        // Failures that the probe aggregated are counted, too.
+        let burst = BindFailure { failures: 40, ..failure("127.0.0.1", 82, 200) };
+        assert_eq!(conflicts.record_failure(&burst, 1), Some(40));
+        assert_eq!(conflicts.failures(), 243);
     }
 
     #[test]
-    fn what_is_over_is_let_go_long_before_there_is_no_room() {
-        let mut blocked = Blocked::default();
+    fn expired_entries_are_removed_long_before_the_limit() {
+        let mut conflicts = BindConflicts::default();
         for second in 0..600_u64 {
             let port = u16::try_from(second).unwrap() + 1;
-            blocked.left(leftover(second, "127.0.0.1", port, second + 60), second * SECOND_NS);
-            assert!(blocked.leftovers.len() <= 60, "{} after {second} s", blocked.leftovers.len());
+            conflicts.insert_time_wait(entry(second, "127.0.0.1", port, second + 60), second * SECOND_NS);
+            assert!(conflicts.time_waits.len() <= 60, "{} after {second} s", conflicts.time_waits.len());
         }
-        blocked.sweep(700 * SECOND_NS);
-        assert!(blocked.leftovers.is_empty());
+        conflicts.remove_expired(700 * SECOND_NS);
+        assert!(conflicts.time_waits.is_empty());
     }
 
     #[test]
-    fn what_is_remembered_is_bounded() {
-        let mut blocked = Blocked::default();
-        for port in 1..=u16::try_from(LIMIT).unwrap() + 9 {
-            blocked.left(leftover(1, "127.0.0.1", port, 60), 0);
-            blocked.count(&failed("127.0.0.1", port, 0), 1);
+    fn the_number_of_entries_is_bounded() {
+        let mut conflicts = BindConflicts::default();
+        for port in 1..=u16::try_from(MAX_ENTRIES).unwrap() + 9 {
+            conflicts.insert_time_wait(entry(1, "127.0.0.1", port, 60), 0);
+            conflicts.record_failure(&failure("127.0.0.1", port, 0), 1);
         }
-        assert!(blocked.leftovers.len() <= LIMIT && blocked.victims.len() <= LIMIT);
-        blocked.left(leftover(2, "127.0.0.1", 9_999, 120), 61 * SECOND_NS);
-        assert_eq!(blocked.leftovers.len(), 1, "those that are over make room");
+        assert!(conflicts.time_waits.len() <= MAX_ENTRIES && conflicts.bind_failures.len() <= MAX_ENTRIES);
+        conflicts.insert_time_wait(entry(2, "127.0.0.1", 9_999, 120), 61 * SECOND_NS);
+        assert_eq!(conflicts.time_waits.len(), 1, "expired entries are removed first");
     }
 }

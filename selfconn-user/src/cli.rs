@@ -1,4 +1,5 @@
-//! The command line, from which help, man pages and completions come, and what is said of one that is wrong.
+//! The command line. Help, man pages and completions are generated from it. Also renders usage errors in one
+//! line.
 
 use std::process::ExitCode;
 
@@ -7,7 +8,7 @@ use clap::{Parser, Subcommand};
 
 use crate::commands::{audit, doctor, repro, run, scan, tail};
 
-/// Which build this is: what `--version` tells. The object is the programs that run in the kernel.
+/// The output of `--version`: version, commit, and checksum of the eBPF object.
 pub const VERSION: &str = concat!(
     env!("CARGO_PKG_VERSION"),
     " (commit ",
@@ -17,54 +18,52 @@ pub const VERSION: &str = concat!(
     ")"
 );
 
-/// Shown below the commands.
-const EXAMPLE: &str = "\
+const AFTER_HELP: &str = "\
 Examples:
-  selfconn doctor              can this kernel be watched, and by which hooks?
-  selfconn run                 watch it
-  selfconn repro               in a second shell: make something to see
+  selfconn doctor              check which hooks work on this kernel
+  selfconn run                 watch this host
+  selfconn repro               in a second shell: make a self-connection
 
 Exit codes: 0: fine, nothing found; 1: something found, or not fit to run; 2: an error,
-told in one line on stderr.";
+printed in one line on stderr.";
 
 /// Finds TCP self-connections: sockets whose source is their own destination.
 #[derive(Debug, Parser)]
 #[command(name = "selfconn", version = VERSION, max_term_width = 100, arg_required_else_help = true)]
-#[command(after_help = EXAMPLE)]
+#[command(after_help = AFTER_HELP)]
 pub struct Cli {
-    /// What to do
+    /// The command to run
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Watch this host, and log each self-connection with its process
+    /// Watch this host and report each self-connection with its process
     #[command(after_help = run::EXAMPLE)]
-    Run(run::Args),
+    Run(run::RunArgs),
     /// List the self-connections that exist now, in every network namespace
     #[command(after_help = scan::EXAMPLE)]
-    Scan(scan::Args),
-    /// Find the ports at risk of self-connection, and print what prevents it
+    Scan(scan::ScanArgs),
+    /// Find the ports at risk of self-connection, and print how to prevent it
     #[command(after_help = audit::EXAMPLE)]
-    Audit(audit::Args),
-    /// Show an event log, or the journal, as people read it
+    Audit(audit::AuditArgs),
+    /// Show an event log or the journal as readable text
     #[command(after_help = tail::EXAMPLE)]
-    Tail(tail::Args),
-    /// Make one harmless self-connection, and tell what happens
+    Tail(tail::TailArgs),
+    /// Make one harmless self-connection and explain each step
     #[command(after_help = repro::EXAMPLE)]
-    Repro(repro::Args),
-    /// Say what this kernel offers, what would be attached, and what is missing
+    Repro(repro::ReproArgs),
+    /// Report what this kernel offers, what would be attached, and what is missing
     #[command(after_help = doctor::EXAMPLE)]
-    Doctor(doctor::Args),
+    Doctor(doctor::DoctorArgs),
 }
 
-/// Answers for a command line that names no command to run: shows the help or the version that it asks for.
+/// Handles a command line that clap did not accept as a command: prints the requested help or version.
 ///
 /// # Errors
-/// What is wrong with it, in one line. Or stdout can't be written.
-pub fn answer(error: &clap::Error) -> Result<ExitCode> {
+/// The usage error in one line, or a failure to write stdout.
+pub fn handle_parse_error(error: &clap::Error) -> Result<ExitCode> {
     if error.use_stderr() && error.kind() != clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
     {
         return Err(anyhow!(in_one_line(&error.render().to_string())));
@@ -73,20 +72,20 @@ pub fn answer(error: &clap::Error) -> Result<ExitCode> {
     Ok(if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS })
 }
 
-/// What clap tells in paragraphs: the error, perhaps a tip, and whose usage it is.
-fn in_one_line(told: &str) -> String {
-    let (told, usage) = told.split_once("\nUsage: ").unwrap_or((told, ""));
-    let said: Vec<String> = told
+/// Joins clap's paragraphs to one line: the error, a tip if there is one, and the command whose help to read.
+fn in_one_line(text: &str) -> String {
+    let (text, usage) = text.split_once("\nUsage: ").unwrap_or((text, ""));
+    let sentences: Vec<String> = text
         .split("\n\n")
         .map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" "))
         .map(|paragraph| paragraph.trim_start_matches("error: ").trim_start_matches("tip: ").to_owned())
         .filter(|paragraph| !paragraph.is_empty() && !paragraph.starts_with("For more information"))
         .collect();
-    // The usage begins with the command's names, in lower case.
+    // The usage begins with the names of the command, in lower case.
     let is_name = |word: &&str| word.bytes().all(|byte| byte.is_ascii_lowercase());
     let command: Vec<&str> = usage.split_whitespace().take_while(is_name).collect();
     let command = if command.is_empty() { "selfconn".to_owned() } else { command.join(" ") };
-    format!("{}: see {command} --help", said.join("; "))
+    format!("{}: see {command} --help", sentences.join("; "))
 }
 
 #[cfg(test)]
@@ -94,8 +93,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_wrong_with_a_command_line_is_told_in_one_line() {
-        for (arguments, told) in [
+    fn a_usage_error_is_one_line() {
+        for (arguments, expected) in [
             (&["frob"][..], "unrecognized subcommand 'frob': see selfconn --help"),
             (
                 &["scann"],
@@ -121,8 +120,12 @@ mod tests {
             ),
         ] {
             let line = [&["selfconn"], arguments].concat();
-            let error = Cli::try_parse_from(line).expect_err("it is wrong");
-            assert_eq!(answer(&error).expect_err("it is told").to_string(), told, "{arguments:?}");
+            let error = Cli::try_parse_from(line).expect_err("the command line is invalid");
+            assert_eq!(
+                handle_parse_error(&error).expect_err("a usage error is an error").to_string(),
+                expected,
+                "{arguments:?}"
+            );
         }
     }
 }

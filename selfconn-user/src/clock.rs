@@ -1,24 +1,26 @@
-//! Kernel boot-time nanoseconds as wall time.
+//! Converts nanoseconds of `CLOCK_BOOTTIME`, which the eBPF programs use, to wall-clock time.
 
 use jiff::Timestamp;
 use rustix::time::{ClockId, clock_gettime};
 
-/// Reading two clocks is not one moment; between two reads of the first, this is near enough.
-const APART_NS: i128 = 2_000;
+/// Two clocks cannot be read at the same moment. If the reads of `CLOCK_BOOTTIME` before and after the wall
+/// clock are not further apart than this, the offset is precise enough.
+const MAX_READ_GAP_NS: i128 = 2_000;
 
-/// Now, as the kernel's `bpf_ktime_get_boot_ns` has it.
+/// The current time of `CLOCK_BOOTTIME`, as `bpf_ktime_get_boot_ns` returns it in the kernel.
 #[must_use]
 pub fn boot_ns() -> u64 {
     read(ClockId::Boottime).try_into().unwrap_or(0)
 }
 
-/// How far the wall clock is from `CLOCK_BOOTTIME` now. One is taken for each batch of events, so that events of one
-/// batch keep their distances, and a wall clock that somebody sets is followed.
+/// The offset of the wall clock from `CLOCK_BOOTTIME`. It is read once for each batch of events, so that the
+/// events of a batch keep their distances and an adjustment of the wall clock takes effect with the next
+/// batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Offset(i128);
 
 impl Offset {
-    /// Reads both clocks, again if something came between.
+    /// Reads both clocks. Retries if the thread was interrupted between the reads.
     #[must_use]
     pub fn now() -> Self {
         let mut best = (i128::MAX, 0);
@@ -26,14 +28,14 @@ impl Offset {
             let (before, wall, after) =
                 (read(ClockId::Boottime), read(ClockId::Realtime), read(ClockId::Boottime));
             best = best.min((after - before, wall - before));
-            if best.0 < APART_NS {
+            if best.0 < MAX_READ_GAP_NS {
                 break;
             }
         }
         Self(best.1)
     }
 
-    /// The wall time of a moment of `CLOCK_BOOTTIME`.
+    /// Converts a time of `CLOCK_BOOTTIME` to wall-clock time.
     #[must_use]
     pub fn wall(self, at_boot_ns: u64) -> Timestamp {
         Timestamp::from_nanosecond(i128::from(at_boot_ns) + self.0).unwrap_or(Timestamp::UNIX_EPOCH)
@@ -50,10 +52,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn now_is_now_and_distances_stay() {
+    fn the_offset_matches_the_wall_clock_and_keeps_distances() {
         let (offset, now_ns) = (Offset::now(), boot_ns());
-        let apart = Timestamp::now().duration_since(offset.wall(now_ns));
-        assert!(apart.as_millis().abs() < 1_000, "{apart:?}");
+        let difference = Timestamp::now().duration_since(offset.wall(now_ns));
+        assert!(difference.as_millis().abs() < 1_000, "{difference:?}");
         assert_eq!(offset.wall(now_ns).as_nanosecond() - offset.wall(now_ns - 7).as_nanosecond(), 7);
     }
 }

@@ -1,11 +1,13 @@
-//! From transitions to lifetimes: each self-connection is opened once and closed once, however many witnesses saw it
-//! and whatever they missed. Pure: no clock, no kernel, no I/O.
+//! Turns socket state transitions into connection events: each self-connection is established once and closed
+//! once, no matter how many probes reported a transition or missed it. Pure: no clock, no kernel, no I/O.
 //!
-//! Beside the transitions there is the kernel's own socket table, read now and then: what it has and the hooks missed
-//! is opened, what it no longer has is closed.
+//! The kernel's socket table is the second input. It is read at intervals: a self-connection that the table
+//! lists and the hooks missed is established, a self-connection that the table no longer lists is closed
+//! (`table.rs`).
 //!
-//! Two programs may report the same transition. They run one after the other under the socket's lock, so in the ring
-//! buffer the records of one socket are in order, each there once or twice or, where a witness lost it, not at all.
+//! Two probes may report the same transition. They run one after the other under the socket's lock. The
+//! records of one socket are therefore in order in the ring buffer. Each record is there once or twice, or
+//! not at all if it was lost.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -18,98 +20,99 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-pub use table::{Listed, Place};
+pub use table::{ListedConnection, Place};
 
-/// TIME_WAIT lasts this long: `TCP_TIMEWAIT_LEN`, include/net/tcp.h at v5.10, a constant of the kernel.
+/// How long TIME_WAIT lasts: `TCP_TIMEWAIT_LEN`, include/net/tcp.h at v5.10, a constant of the kernel.
 pub const TIME_WAIT_NS: u64 = 60_000_000_000;
 
-/// For how long the second witness's report of a socket's end is still taken for that, rather than for news of the
-/// next socket at the same address.
-const ECHO_NS: u64 = 5_000_000_000;
+/// For how long after a close a second report of it is treated as a duplicate. A later report belongs to the
+/// next socket at the same kernel address.
+const DUPLICATE_WINDOW_NS: u64 = 5_000_000_000;
 
-/// Kernel errnos that tell how a socket ended.
+/// Kernel errnos that show how a socket was closed.
 const ECONNABORTED: u32 = 103;
 const ECONNRESET: u32 = 104;
 
-/// How it came to be known.
+/// How a self-connection was detected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// The hooks saw it.
+    /// A hook reported it.
     Live,
-    /// It was found in the socket table.
+    /// The socket table listed it.
     Scan,
 }
 
-/// One self-connection, with what is known of it so far.
+/// One self-connection, with all that is known about it so far.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Connection {
-    /// Counts from 1 in this run; with the run's own mark it makes the `id` of the events.
+    /// Counts from 1 in this run. The `id` of the events is made of the run's id and this number.
     pub number: u64,
-    /// How it came to be known.
+    /// How it was detected.
     pub source: Source,
-    /// The socket cookie.
     pub cookie: Option<u64>,
-    /// Source and destination address; IPv4 also where the socket is IPv6 and the address v4-mapped.
+    /// Source and destination address. An IPv6 socket with a v4-mapped address has an IPv4 address here.
     pub addr: IpAddr,
     /// Source and destination port.
     pub port: u16,
-    /// Whether the socket is IPv6.
+    /// True if the socket is IPv6.
     pub is_ipv6: bool,
     /// Inode of the network namespace.
     pub netns: Option<u32>,
     /// The interface of a link-local address.
     pub ifindex: Option<u32>,
-    /// Who the socket belongs to, as the socket table has it.
+    /// The socket's owner according to the socket table.
     pub uid: Option<u32>,
-    /// Who dialled.
+    /// The task that called connect().
     pub opener: Option<Opener>,
-    /// Our initial sequence number and the peer's; equal, for we are the peer.
+    /// The socket's initial sequence number and its peer's. They are equal, because the socket is its own
+    /// peer.
     pub isns: Option<(u32, u32)>,
-    /// Who closed it: the task at ESTABLISHED -> FIN_WAIT1, or at a CLOSE that a call on the socket made.
+    /// The task that closed the socket: the current task at ESTABLISHED -> FIN_WAIT1, or at a CLOSE that a
+    /// system call on the socket caused.
     pub closer: Option<Task>,
-    /// When it became ESTABLISHED: `CLOCK_BOOTTIME`, nanoseconds. `None`: nobody saw the moment.
+    /// When it became ESTABLISHED: `CLOCK_BOOTTIME`, nanoseconds. `None`: no hook reported that transition.
     pub established_ns: Option<u64>,
 }
 
-/// How a self-connection ended.
+/// How a self-connection was closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum How {
-    /// In order, with FINs.
+pub enum CloseReason {
+    /// Orderly, with FINs.
     Fin,
-    /// Reset, by SO_LINGER 0 or a close with unread data.
+    /// Reset: SO_LINGER with timeout 0, or a close with unread data.
     Rst,
-    /// By SOCK_DESTROY.
+    /// Destroyed with SOCK_DESTROY.
     Destroyed,
 }
 
-/// What is known at the end.
+/// What is known when a self-connection is closed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct End {
-    /// From ESTABLISHED to here.
+pub struct ConnectionEnd {
+    /// Time from ESTABLISHED to CLOSE.
     pub duration_ns: Option<u64>,
-    /// Payload sent, each byte once.
+    /// Payload bytes sent, without retransmissions.
     pub bytes_sent: Option<u64>,
-    /// Payload received.
+    /// Payload bytes received.
     pub bytes_received: Option<u64>,
-    /// `None`: the kernel's last words fit none of them.
-    pub how: Option<How>,
-    /// `CLOCK_BOOTTIME`, nanoseconds, when TIME_WAIT ends; `None`: the port is free.
+    /// `None`: the last transition and the socket's errno match none of the reasons.
+    pub reason: Option<CloseReason>,
+    /// When TIME_WAIT ends: `CLOCK_BOOTTIME`, nanoseconds. `None`: the port is free.
     pub port_blocked_until_ns: Option<u64>,
 }
 
-/// What a transition came to.
+/// What a transition, or the socket table, means for a self-connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Happening<'a> {
-    /// A self-connection is there.
+pub enum ConnectionEvent<'a> {
+    /// The self-connection is established.
     Established(&'a Connection),
-    /// It moved from one state to another.
+    /// Its state changed from the first state to the second.
     State(&'a Connection, u8, u8),
-    /// It is gone.
-    Closed(&'a Connection, End),
+    /// It is closed.
+    Closed(&'a Connection, ConnectionEnd),
 }
 
-impl<'a> Happening<'a> {
-    /// Which it is about.
+impl<'a> ConnectionEvent<'a> {
+    /// The connection that the event is about.
     #[must_use]
     pub fn connection(self) -> &'a Connection {
         let (Self::Established(connection) | Self::State(connection, ..) | Self::Closed(connection, _)) =
@@ -118,143 +121,162 @@ impl<'a> Happening<'a> {
     }
 }
 
-/// All self-connections that are alive, by the kernel address of their socket.
+/// All tracked sockets, by their kernel address.
 #[derive(Debug, Default)]
 pub struct Connections {
-    lives: HashMap<u64, Life>,
-    /// The keys of those that were found in the socket table, and whose kernel address is yet unknown.
-    unaddressed: HashMap<Place, u64>,
-    /// What has ended since the socket table is being read; `None`: it isn't.
-    ended_since: Option<HashSet<Place>>,
-    /// Ended, but a witness may still report the end: when, and which. Each is there once, however often it has ended: the
-    /// kernel uses the addresses of sockets again, and in a flood a few of them end thousands of times a second.
-    echoes: VecDeque<(u64, u64)>,
-    /// Which are there.
-    echoing: HashSet<u64>,
-    witnesses: u8,
-    numbered: u64,
+    tracked: HashMap<u64, Tracked>,
+    /// Keys of connections that the socket table listed and whose kernel address is not known yet.
+    provisional_keys: HashMap<Place, u64>,
+    /// Endpoints of the connections closed since the current snapshot of the socket table began. `None`: no
+    /// snapshot is in progress.
+    closed_during_snapshot: Option<HashSet<Place>>,
+    /// Closed sockets whose close a second probe may still report: time of the close, and kernel address. A
+    /// kernel address is queued at most once: the kernel reuses addresses of sockets, and in a flood a few
+    /// addresses are closed thousands of times a second.
+    duplicate_queue: VecDeque<(u64, u64)>,
+    /// The kernel addresses in `duplicate_queue`.
+    awaiting_duplicates: HashSet<u64>,
+    probe_count: u8,
+    last_number: u64,
 }
 
 #[derive(Debug)]
-struct Life {
+struct Tracked {
     connection: Connection,
-    /// The last transition, and a bit for each witness that reported it.
+    /// The last transition, and one bit for each probe that reported it.
     last: (u8, u8),
-    seen_by: u8,
-    /// When it was last heard of: `CLOCK_BOOTTIME`, nanoseconds.
-    heard_ns: u64,
-    is_announced: bool,
-    /// Whether the last reading of the socket table should have had it, and had not.
-    is_absent: bool,
-    ended_ns: Option<u64>,
+    reported_by: u8,
+    /// Time of the last report: `CLOCK_BOOTTIME`, nanoseconds.
+    last_seen_ns: u64,
+    /// True if `established` has been emitted.
+    established_emitted: bool,
+    /// True if the last snapshot of the socket table should have listed it and did not.
+    was_absent: bool,
+    closed_ns: Option<u64>,
 }
 
 impl Connections {
-    /// `witnesses` is how many programs report.
+    /// `probe_count` is the number of probes that report transitions.
     #[must_use]
-    pub fn new(witnesses: u8) -> Self {
-        Self { witnesses, ..Self::default() }
+    pub fn new(probe_count: u8) -> Self {
+        Self { probe_count, ..Self::default() }
     }
 
-    /// Takes one transition in; `each` learns what it came to.
-    pub fn apply(&mut self, t: &Transition, mut each: impl FnMut(Happening<'_>)) {
-        self.forget_echoes(t.at_ns);
-        self.address(t);
-        if let Some(life) = self.lives.get_mut(&t.sock) {
-            if life.is_echo(t) {
-                life.seen_by |= 1 << t.witness;
-                life.learn(t);
-                if life.ended_ns.is_some() && life.seen_by.count_ones() >= u32::from(self.witnesses) {
-                    self.lives.remove(&t.sock);
+    /// Applies one transition. Calls `each` for every resulting event.
+    pub fn apply(&mut self, t: &Transition, mut each: impl FnMut(ConnectionEvent<'_>)) {
+        self.expire_duplicates(t.at_ns);
+        self.assign_socket(t);
+        if let Some(tracked) = self.tracked.get_mut(&t.sock) {
+            if tracked.is_duplicate(t) {
+                tracked.reported_by |= 1 << t.probe_id;
+                tracked.update(t);
+                if tracked.closed_ns.is_some()
+                    && tracked.reported_by.count_ones() >= u32::from(self.probe_count)
+                {
+                    self.tracked.remove(&t.sock);
                 }
                 return;
             }
-            if !life.continues_with(t) {
-                let missed =
-                    self.lives.remove(&t.sock).filter(|life| life.is_announced && life.ended_ns.is_none());
-                if let Some(life) = missed {
-                    close(&mut self.ended_since, &life.connection, End::default(), &mut each);
+            if !tracked.can_follow(t) {
+                let missed = self
+                    .tracked
+                    .remove(&t.sock)
+                    .filter(|tracked| tracked.established_emitted && tracked.closed_ns.is_none());
+                if let Some(tracked) = missed {
+                    close(
+                        &mut self.closed_during_snapshot,
+                        &tracked.connection,
+                        ConnectionEnd::default(),
+                        &mut each,
+                    );
                 }
             }
         }
-        let numbered = &mut self.numbered;
-        let life = self.lives.entry(t.sock).or_insert_with(|| {
-            *numbered += 1;
-            Life::new(*numbered, t)
+        let last_number = &mut self.last_number;
+        let tracked = self.tracked.entry(t.sock).or_insert_with(|| {
+            *last_number += 1;
+            Tracked::new(*last_number, t)
         });
-        life.last = (t.old, t.new);
-        life.seen_by = 1 << t.witness;
-        life.heard_ns = t.at_ns;
-        life.learn(t);
-        if !life.is_announced && proves_established(t.old, t.new) {
-            life.is_announced = true;
-            each(Happening::Established(&life.connection));
+        tracked.last = (t.old, t.new);
+        tracked.reported_by = 1 << t.probe_id;
+        tracked.last_seen_ns = t.at_ns;
+        tracked.update(t);
+        if !tracked.established_emitted && proves_established(t.old, t.new) {
+            tracked.established_emitted = true;
+            each(ConnectionEvent::Established(&tracked.connection));
         }
-        each(Happening::State(&life.connection, t.old, t.new));
+        each(ConnectionEvent::State(&tracked.connection, t.old, t.new));
         if t.new == state::CLOSE {
-            if life.is_announced {
-                close(&mut self.ended_since, &life.connection, end(&life.connection, t), &mut each);
+            if tracked.established_emitted {
+                close(
+                    &mut self.closed_during_snapshot,
+                    &tracked.connection,
+                    end(&tracked.connection, t),
+                    &mut each,
+                );
             }
-            life.ended_ns = Some(t.at_ns);
-            if self.witnesses > 1 {
-                if self.echoing.insert(t.sock) {
-                    self.echoes.push_back((t.at_ns, t.sock));
+            tracked.closed_ns = Some(t.at_ns);
+            if self.probe_count > 1 {
+                if self.awaiting_duplicates.insert(t.sock) {
+                    self.duplicate_queue.push_back((t.at_ns, t.sock));
                 }
             } else {
-                self.lives.remove(&t.sock);
+                self.tracked.remove(&t.sock);
             }
         }
     }
 
-    /// Every open self-connection.
+    /// All open self-connections.
     pub fn iter(&self) -> impl Iterator<Item = &Connection> {
-        let is_open = |life: &&Life| life.is_announced && life.ended_ns.is_none();
-        self.lives.values().filter(is_open).map(|life| &life.connection)
+        let is_open = |tracked: &&Tracked| tracked.established_emitted && tracked.closed_ns.is_none();
+        self.tracked.values().filter(is_open).map(|tracked| &tracked.connection)
     }
 
-    fn forget_echoes(&mut self, now_ns: u64) {
-        while let Some((ended_ns, sock)) = self.echoes.front().copied() {
-            // Of what has it now, which may not have ended.
-            let last_ns = self.lives.get(&sock).and_then(|life| life.ended_ns);
-            let is_awaited = last_ns.is_some_and(|last_ns| now_ns.saturating_sub(last_ns) < ECHO_NS);
-            if is_awaited && last_ns == Some(ended_ns) {
+    fn expire_duplicates(&mut self, now_ns: u64) {
+        while let Some((closed_ns, sock)) = self.duplicate_queue.front().copied() {
+            // The close of the socket that is at this address now. That socket may still be open.
+            let current_closed_ns = self.tracked.get(&sock).and_then(|tracked| tracked.closed_ns);
+            let is_awaited = current_closed_ns
+                .is_some_and(|closed_ns| now_ns.saturating_sub(closed_ns) < DUPLICATE_WINDOW_NS);
+            if is_awaited && current_closed_ns == Some(closed_ns) {
                 break;
             }
-            self.echoes.pop_front();
-            if let Some(last_ns) = last_ns.filter(|_| is_awaited) {
-                self.echoes.push_back((last_ns, sock));
+            self.duplicate_queue.pop_front();
+            if let Some(current_closed_ns) = current_closed_ns.filter(|_| is_awaited) {
+                self.duplicate_queue.push_back((current_closed_ns, sock));
                 continue;
             }
-            if last_ns.is_some() {
-                self.lives.remove(&sock);
+            if current_closed_ns.is_some() {
+                self.tracked.remove(&sock);
             }
-            self.echoing.remove(&sock);
+            self.awaiting_duplicates.remove(&sock);
         }
     }
 }
 
-/// Tells the end of a self-connection, and notes it for the reading of the socket table that is under way.
+/// Emits the close of a self-connection, and records it for the snapshot of the socket table that is in
+/// progress.
 fn close(
-    ended_since: &mut Option<HashSet<Place>>,
+    closed_during_snapshot: &mut Option<HashSet<Place>>,
     connection: &Connection,
-    end: End,
-    each: &mut impl FnMut(Happening<'_>),
+    end: ConnectionEnd,
+    each: &mut impl FnMut(ConnectionEvent<'_>),
 ) {
-    if let Some(ended) = ended_since {
-        ended.insert(connection.place());
+    if let Some(closed) = closed_during_snapshot {
+        closed.insert(connection.place());
     }
-    each(Happening::Closed(connection, end));
+    each(ConnectionEvent::Closed(connection, end));
 }
 
 impl Connection {
-    /// Where the socket table has it.
+    /// The endpoint under which the socket table lists it.
     #[must_use]
     pub fn place(&self) -> Place {
         (self.netns.unwrap_or(0), self.addr, self.port)
     }
 }
 
-impl Life {
+impl Tracked {
     fn new(number: u64, t: &Transition) -> Self {
         let v6 = Ipv6Addr::from(t.addr);
         Self {
@@ -274,42 +296,44 @@ impl Life {
                 established_ns: None,
             },
             last: (t.old, t.new),
-            seen_by: 0,
-            heard_ns: t.at_ns,
-            is_announced: false,
-            is_absent: false,
-            ended_ns: None,
+            reported_by: 0,
+            last_seen_ns: t.at_ns,
+            established_emitted: false,
+            was_absent: false,
+            closed_ns: None,
         }
     }
 
     fn is_same_socket(&self, t: &Transition) -> bool {
         let connection = &self.connection;
-        let dialled_ns = connection.opener.map_or(0, |opener| opener.at_ns);
-        // Each witness writes the opener down at SYN_SENT, the second over the first, a moment later.
-        let is_same_dial = dialled_ns == 0 || t.opener.at_ns == 0 || dialled_ns == t.opener.at_ns;
-        (is_same_dial || t.new == state::SYN_SENT)
+        let connected_ns = connection.opener.map_or(0, |opener| opener.at_ns);
+        // Each probe records the opener at SYN_SENT. The second probe overwrites the first one's entry a
+        // moment later.
+        let is_same_attempt = connected_ns == 0 || t.opener.at_ns == 0 || connected_ns == t.opener.at_ns;
+        (is_same_attempt || t.new == state::SYN_SENT)
             && connection.port == t.port
             && connection.addr == Ipv6Addr::from(t.addr).to_canonical()
             && connection.netns.unwrap_or(0) == t.netns
     }
 
-    /// Whether this is another witness's report of what is known already.
-    fn is_echo(&self, t: &Transition) -> bool {
+    /// True if another probe has already reported this transition.
+    fn is_duplicate(&self, t: &Transition) -> bool {
         self.last == (t.old, t.new)
-            && self.seen_by & 1 << t.witness == 0
+            && self.reported_by & 1 << t.probe_id == 0
             && self.is_same_socket(t)
-            && self.ended_ns.is_none_or(|ended_ns| t.at_ns.saturating_sub(ended_ns) < ECHO_NS)
+            && self.closed_ns.is_none_or(|closed_ns| t.at_ns.saturating_sub(closed_ns) < DUPLICATE_WINDOW_NS)
     }
 
-    /// Whether this can be the next that is heard of the same socket, rather than of a later one at its address.
-    fn continues_with(&self, t: &Transition) -> bool {
-        self.ended_ns.is_none()
+    /// True if this can be the next transition of the same socket. False if it belongs to a later socket at
+    /// the same kernel address.
+    fn can_follow(&self, t: &Transition) -> bool {
+        self.closed_ns.is_none()
             && t.new != state::SYN_SENT
             && rank(t.old) >= rank(self.last.1)
             && self.is_same_socket(t)
     }
 
-    fn learn(&mut self, t: &Transition) {
+    fn update(&mut self, t: &Transition) {
         let connection = &mut self.connection;
         if t.cookie != 0 {
             connection.cookie = Some(t.cookie);
@@ -330,7 +354,7 @@ impl Life {
     }
 }
 
-/// How far a socket's life has come in a state. Within one life it never falls.
+/// Progress of a socket through its states. The rank of one socket never decreases.
 const fn rank(state: u8) -> u8 {
     match state {
         state::SYN_SENT => 1,
@@ -339,37 +363,41 @@ const fn rank(state: u8) -> u8 {
         state::FIN_WAIT1 | state::CLOSE_WAIT => 4,
         state::FIN_WAIT2 | state::CLOSING | state::LAST_ACK => 5,
         state::TIME_WAIT => 6,
-        // CLOSE is also where a life begins, but only towards SYN_SENT, which is asked for first.
+        // A new socket starts in CLOSE, too, but its first transition is to SYN_SENT. The caller checks that
+        // first.
         _ => 0,
     }
 }
 
-/// Whether a socket that makes this transition is, or was, ESTABLISHED.
+/// True if a socket with this transition is, or has been, ESTABLISHED.
 const fn proves_established(old: u8, new: u8) -> bool {
     new == state::ESTABLISHED || rank(old) >= rank(state::ESTABLISHED)
 }
 
-fn end(connection: &Connection, t: &Transition) -> End {
-    // A FIN has come in, and the kernel counts it as a byte received.
-    let fin_came = matches!(t.old, state::CLOSING | state::TIME_WAIT | state::CLOSE_WAIT | state::LAST_ACK);
-    let is_known = t.has_counters != 0;
-    let how = match (t.error, t.old) {
-        _ if !is_known => None,
-        (ECONNABORTED, _) => Some(How::Destroyed),
-        (ECONNRESET, _) | (0, state::ESTABLISHED) => Some(How::Rst),
-        (0, _) if fin_came => Some(How::Fin),
+fn end(connection: &Connection, t: &Transition) -> ConnectionEnd {
+    // A FIN was received. The kernel counts it as one received byte.
+    let fin_received =
+        matches!(t.old, state::CLOSING | state::TIME_WAIT | state::CLOSE_WAIT | state::LAST_ACK);
+    let has_counters = t.has_counters != 0;
+    let reason = match (t.error, t.old) {
+        _ if !has_counters => None,
+        (ECONNABORTED, _) => Some(CloseReason::Destroyed),
+        (ECONNRESET, _) | (0, state::ESTABLISHED) => Some(CloseReason::Rst),
+        (0, _) if fin_received => Some(CloseReason::Fin),
         _ => None,
     };
-    End {
+    ConnectionEnd {
         duration_ns: connection.established_ns.map(|since_ns| t.at_ns.saturating_sub(since_ns)),
-        bytes_sent: is_known.then(|| t.bytes_sent.saturating_sub(t.bytes_retrans)),
-        bytes_received: is_known.then(|| t.bytes_received.saturating_sub(u64::from(fin_came))),
-        how,
-        port_blocked_until_ns: (how == Some(How::Fin)).then_some(t.at_ns.saturating_add(TIME_WAIT_NS)),
+        bytes_sent: has_counters.then(|| t.bytes_sent.saturating_sub(t.bytes_retrans)),
+        bytes_received: has_counters.then(|| t.bytes_received.saturating_sub(u64::from(fin_received))),
+        reason,
+        port_blocked_until_ns: (reason == Some(CloseReason::Fin))
+            .then_some(t.at_ns.saturating_add(TIME_WAIT_NS)),
     }
 }
 
-/// The text of a name as the kernel keeps it: up to the NUL; whoever prints it must escape it.
+/// A task name of the kernel as text, up to the NUL. It is not escaped: the code that prints it must escape
+/// it.
 #[must_use]
 pub fn comm(bytes: &[u8; COMM_LEN]) -> String {
     let len = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());

@@ -1,5 +1,6 @@
-//! The daemon: one loop on one thread owns the tracer, the connections and the sinks; nothing is shared, so nothing is
-//! locked. What blocks or changes namespace runs on the reader's thread, which owns nothing.
+//! The daemon: one loop on one thread owns the tracer, the connections and the outputs. Nothing is shared, so
+//! nothing is locked. Work that blocks or changes the network namespace runs on worker threads, which own no
+//! state of the daemon.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,18 +16,18 @@ use tokio::{
 };
 
 use crate::{
-    blocked::Blocked,
+    blocked::BindConflicts,
     clock::{self, Offset},
     connection::Connections,
-    event::{Losses, Lost, Programs, What},
+    event::{EventKind, Losses, Lost, ProgramCounters},
     kernel::{
-        host::Host,
+        host::KernelFeatures,
         tracer::{Counters, Tracer},
     },
     memory, metrics,
     process::Processes,
     remedy::Remedy,
-    sink::Sinks,
+    sink::Outputs,
 };
 
 pub mod outside;
@@ -40,318 +41,334 @@ mod story;
 mod victims;
 mod watchdog;
 
-use outside::Outside;
-use reader::{Answer, Question, Reader};
-use reading::Reading;
-use story::Story;
-pub use watchdog::Blind;
-use watchdog::Guard;
+use outside::Supervision;
+use reader::{SnapshotRequest, SnapshotResponse, SnapshotWorker};
+use reading::TableSnapshot;
+use story::Pipeline;
+pub use watchdog::HooksDead;
+use watchdog::SelfTest;
 
-/// So many records are taken before signals get a turn.
-const BATCH: usize = 1024;
+/// Maximum number of records drained per loop iteration, so that signals are not starved.
+const MAX_BATCH: usize = 1024;
 
-/// More than any ring buffer of a usual size holds.
-const BATCHES: usize = 512;
+/// Maximum number of batches that [`Daemon::drain_all`] drains. A ring buffer of a usual size holds fewer
+/// records.
+const MAX_BATCHES: usize = 512;
 
-/// How soon after some activity the programs' counters are looked at, and a refused log is tried again.
-const SOON: Duration = Duration::from_secs(1);
+/// Delay from the first activity until the probes' counters are read and losses are reported. While an output
+/// is not writable, losses are checked again after the same delay.
+const LOSS_REPORT_DELAY: Duration = Duration::from_secs(1);
 
-/// All that the loop owns.
+/// The state of the event loop.
 pub struct Daemon {
     tracer: Tracer,
-    reader: Reader,
-    risk: risk::Watch,
-    outside: Outside,
-    story: Story,
-    /// How often the socket table is read.
-    pace: Duration,
-    /// Whether the programs can tell a socket's namespace.
+    snapshot_worker: SnapshotWorker,
+    risk: risk::PortRiskMonitor,
+    supervision: Supervision,
+    pipeline: Pipeline,
+    /// Time between two snapshots of the socket table.
+    snapshot_interval: Duration,
+    /// True if the probes can read a socket's network namespace.
     knows_netns: bool,
-    /// Whether the socket table was read in this run.
-    has_read: bool,
-    counted: Counters,
-    told: Losses,
-    guard: Guard,
-    /// How many methods see nothing any more.
-    blind: u64,
+    /// True if the socket table has been read in this run.
+    has_snapshot: bool,
+    counters: Counters,
+    reported_losses: Losses,
+    self_test: SelfTest,
+    /// Number of attach methods whose probes do not work any more.
+    dead_hooks: u64,
 }
 
 impl Daemon {
-    /// Tells that the hooks are live.
+    /// Creates the daemon and emits `started`. The hooks must be attached already.
     ///
     /// # Errors
-    /// When the reader's thread can't be started.
+    /// If a worker thread can't be started.
     pub fn new(
-        host: &Host,
+        host: &KernelFeatures,
         tracer: Tracer,
-        outside: Outside,
-        mut out: Sinks,
+        supervision: Supervision,
+        mut out: Outputs,
         states: bool,
-        pace: Duration,
+        snapshot_interval: Duration,
         remedy: Option<Remedy>,
     ) -> io::Result<Self> {
-        out.emit(What::Started(started::started(host, tracer.methods(), tracer.binds())));
-        let witnesses = u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX);
+        out.emit(EventKind::Started(started::started(host, tracer.methods(), tracer.bind_choice())));
+        let probe_count = u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX);
         Ok(Self {
             tracer,
-            reader: Reader::start()?,
-            risk: risk::Watch::start()?,
-            outside,
-            story: Story {
-                run: clock::boot_ns(),
-                connections: Connections::new(witnesses),
+            snapshot_worker: SnapshotWorker::start()?,
+            risk: risk::PortRiskMonitor::start()?,
+            supervision,
+            pipeline: Pipeline {
+                run_id: clock::boot_ns(),
+                connections: Connections::new(probe_count),
                 processes: Processes::new(host.is_initial_pid_ns),
-                whos: HashMap::new(),
-                states,
+                attributions: HashMap::new(),
+                report_states: states,
                 remedy,
-                blocked: Blocked::default(),
+                bind_conflicts: BindConflicts::default(),
                 out,
-                opened: metrics::Connections::default(),
+                established_counts: metrics::ConnectionCounts::default(),
                 missed: 0,
             },
-            pace,
+            snapshot_interval,
             knows_netns: host.offsets[Field::NetnsInum as usize] != ABSENT,
-            has_read: false,
-            counted: Counters::default(),
-            told: Losses::default(),
-            guard: Guard::new(),
-            blind: 0,
+            has_snapshot: false,
+            counters: Counters::default(),
+            reported_losses: Losses::default(),
+            self_test: SelfTest::new(),
+            dead_hooks: 0,
         })
     }
 
-    /// Runs until SIGINT or SIGTERM, or until nobody reads stdout any more; or until the hooks are dead.
+    /// Runs until SIGINT or SIGTERM, until the reader of stdout is gone, or until the self-tests show that
+    /// the hooks are dead.
     ///
     /// # Errors
-    /// When signals or the ring buffer can't be waited for.
-    pub async fn watch(mut self) -> io::Result<Option<Blind>> {
+    /// If signals or the ring buffer can't be waited for.
+    pub async fn run(mut self) -> io::Result<Option<HooksDead>> {
         let (mut interrupt, mut terminate) =
             (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-        // Without anything to reopen it keeps its default, which ends the run with its terminal.
-        let mut hangup = self.story.out.can_reopen().then(|| signal(SignalKind::hangup())).transpose()?;
-        // A limit on the log's size is an error of writing, not the end.
+        // Without a file to reopen, SIGHUP keeps its default action: the daemon ends with its terminal.
+        let mut hangup = self.pipeline.out.can_reopen().then(|| signal(SignalKind::hangup())).transpose()?;
+        // With a handler for SIGXFSZ, a limit on the log's size is a write error and does not kill the
+        // daemon.
         let _too_large = signal(SignalKind::from_raw(Signal::XFSZ.as_raw()))?;
-        let mut is_read = self.story.out.flush().is_ok();
-        self.outside.ready(self.tracer.methods());
+        let mut is_stdout_open = self.pipeline.out.flush().is_ok();
+        self.supervision.ready(self.tracer.methods());
         let mut has_more = false;
-        let mut look_at: Option<Instant> = None;
-        // What is there already, now that nothing new can come without being seen.
-        let mut read_at: Option<Instant> = None;
-        self.read_table();
-        let mut blind = None;
-        while is_read && blind.is_none() {
-            let (remedy_at, watch_at) = (self.remedy_at(), self.watch_at());
-            let idle = self.risk.idle();
+        let mut report_losses_at: Option<Instant> = None;
+        // The first snapshot finds the self-connections that exist already. The hooks are attached, so no
+        // later one is missed.
+        let mut next_snapshot_at: Option<Instant> = None;
+        self.request_snapshot();
+        let mut hooks_dead = None;
+        while is_stdout_open && hooks_dead.is_none() {
+            let (remedy_at, self_test_at) = (self.next_remedy_at(), self.next_self_test_at());
+            let until_check = self.risk.time_until_check();
             tokio::select! {
                 biased;
                 _ = interrupt.recv() => break,
                 _ = terminate.recv() => break,
-                () = next(&mut hangup) => {
-                    self.outside.reloading();
-                    if self.story.out.reopen().is_err() {
+                () = next_signal(&mut hangup) => {
+                    self.supervision.reloading();
+                    if self.pipeline.out.reopen().is_err() {
                         break;
                     }
-                    self.outside.ready(self.tracer.methods());
+                    self.supervision.ready(self.tracer.methods());
                 }
-                // Before the records, whose stream may never end; they come a few times a second.
-                question = self.outside.question() => {
-                    // Nobody waits any more: then nobody needs it.
-                    let _ = question.send(self.numbers());
+                // Before the records, because their stream may never end. Requests arrive at most a few times
+                // a second.
+                request = self.supervision.next_metrics_request() => {
+                    // An error means that the client is gone. It can be ignored.
+                    let _ = request.send(self.collect_metrics());
                 }
                 () = std::future::ready(()), if has_more => {}
                 readable = self.tracer.readable() => readable?,
-                // What waits behind it is handed over below.
-                () = self.story.out.ready() => {}
-                Some(answer) = self.reader.answer() => match answer {
-                    Answer::Table(reading) => {
-                        self.take_all().await;
-                        self.reconcile(&reading);
-                        read_at = Some(Instant::now() + self.pace);
+                // The pending events are written below.
+                () = self.pipeline.out.ready() => {}
+                Some(response) = self.snapshot_worker.next_response() => match response {
+                    SnapshotResponse::Table(snapshot) => {
+                        self.drain_all().await;
+                        self.reconcile(&snapshot);
+                        next_snapshot_at = Some(Instant::now() + self.snapshot_interval);
                     }
-                    Answer::LookedUp(number, found) => self.looked_up(number, found),
-                    Answer::Destroyed(number, began_ns, outcome) => self.destroyed(number, began_ns, outcome),
+                    SnapshotResponse::LookedUp(number, found) => self.on_looked_up(number, found),
+                    SnapshotResponse::Destroyed(number, began_ns, outcome) => self.on_destroyed(number, began_ns, outcome),
                 },
                 () = sleep_until(remedy_at.unwrap_or_else(Instant::now)), if remedy_at.is_some() => {}
-                Some(answer) = self.risk.answer() => self.judge_risks(&answer),
-                () = sleep(idle.unwrap_or_default()), if idle.is_some() => {}
-                () = sleep_until(watch_at.unwrap_or_else(Instant::now)), if watch_at.is_some() => {}
-                () = sleep_until(read_at.unwrap_or_else(Instant::now)), if read_at.is_some() => {
-                    read_at = None;
-                    self.read_table();
+                Some(response) = self.risk.next_response() => self.evaluate_port_risks(&response),
+                () = sleep(until_check.unwrap_or_default()), if until_check.is_some() => {}
+                () = sleep_until(self_test_at.unwrap_or_else(Instant::now)), if self_test_at.is_some() => {}
+                () = sleep_until(next_snapshot_at.unwrap_or_else(Instant::now)), if next_snapshot_at.is_some() => {
+                    next_snapshot_at = None;
+                    self.request_snapshot();
                 }
-                () = sleep_until(look_at.unwrap_or_else(Instant::now)), if look_at.is_some() => {
-                    self.tell_losses();
-                    look_at = self.story.out.behind().any().then(|| Instant::now() + SOON);
+                () = sleep_until(report_losses_at.unwrap_or_else(Instant::now)), if report_losses_at.is_some() => {
+                    self.report_losses();
+                    report_losses_at = self.pipeline.out.pending().any().then(|| Instant::now() + LOSS_REPORT_DELAY);
                 }
             }
-            let taken = self.take();
-            has_more = taken == BATCH;
-            self.look_at_risks();
+            let drained = self.drain_batch();
+            has_more = drained == MAX_BATCH;
+            self.check_port_risks();
             if !has_more {
-                self.remedy();
+                self.start_due_remedies();
             }
-            blind = self.watch_hooks();
-            is_read = self.story.out.make_room().await.is_ok();
-            if taken > 0 && look_at.is_none() {
-                look_at = Some(Instant::now() + SOON);
+            hooks_dead = self.run_self_test();
+            is_stdout_open = self.pipeline.out.make_room().await.is_ok();
+            if drained > 0 && report_losses_at.is_none() {
+                report_losses_at = Some(Instant::now() + LOSS_REPORT_DELAY);
             }
         }
-        self.outside.stopping();
-        self.end_remedy().await;
-        // What happened before the signal is told; what happens from here on isn't seen.
+        self.supervision.stopping();
+        self.finish_remedies().await;
+        // Events from before the signal are still reported. From here on nothing is observed.
         self.tracer.detach();
-        let programs = self.take_the_rest().await;
-        let (losses, open) = (self.losses(), self.story.connections.iter().count());
-        self.story.out.stop(losses, open as u64, programs).await;
-        Ok(blind)
+        let program_counters = self.drain_remaining().await;
+        let (losses, open) = (self.losses(), self.pipeline.connections.iter().count());
+        self.pipeline.out.stop(losses, open as u64, program_counters).await;
+        Ok(hooks_dead)
     }
 
-    /// Takes what is left in the ring buffer when the programs are off their hooks. One may still be running on another
-    /// CPU: what it counts as matched is waited for, as long as any program can take.
-    async fn take_the_rest(&mut self) -> Programs {
+    /// Drains the rest of the ring buffer after the probes are detached. A probe may still be running on
+    /// another CPU: waits for the records that are counted as matched, at most 100 ms, which is longer than
+    /// any probe runs.
+    async fn drain_remaining(&mut self) -> ProgramCounters {
         let until = Instant::now() + Duration::from_millis(100);
         loop {
-            self.take_all().await;
-            self.tell_losses();
-            let Counters { matched, ring_full, not_remembered, .. } = self.counted;
+            self.drain_all().await;
+            self.report_losses();
+            let Counters { matched, ring_full, connect_table_full, .. } = self.counters;
             let delivered = self.tracer.delivered();
             if matched == delivered + ring_full || Instant::now() > until {
-                return Programs {
+                return ProgramCounters {
                     matched,
                     delivered,
                     not_examined: self.tracer.not_examined(),
-                    not_remembered,
+                    not_remembered: connect_table_full,
                 };
             }
             sleep(Duration::from_millis(1)).await;
         }
     }
 
-    /// Takes all that has happened so far, and what comes meanwhile, within bounds: a flood would never end. Not only until
-    /// a batch isn't full, for a record that is still being written holds up those behind it.
-    async fn take_all(&mut self) {
+    /// Drains all records so far, and records that arrive meanwhile, within bounds, because a flood would
+    /// never end. It must not stop at the first batch that is not full, because a record that is still being
+    /// written holds up the records after it.
+    async fn drain_all(&mut self) {
         let until = Instant::now() + Duration::from_millis(100);
-        for _ in 0..BATCHES {
-            if self.take() == 0 {
-                self.count();
-                let Counters { matched, ring_full, .. } = self.counted;
+        for _ in 0..MAX_BATCHES {
+            if self.drain_batch() == 0 {
+                self.update_counters();
+                let Counters { matched, ring_full, .. } = self.counters;
                 if matched <= self.tracer.delivered() + ring_full || Instant::now() > until {
                     break;
                 }
                 sleep(Duration::from_millis(1)).await;
             }
-            // Whether anybody reads is seen to at the next flush.
-            let _ = self.story.out.make_room().await;
+            // A closed stdout is detected at the next flush.
+            let _ = self.pipeline.out.make_room().await;
         }
     }
 
-    /// Takes a batch of transitions; says how many.
-    fn take(&mut self) -> usize {
+    /// Drains and handles at most [`MAX_BATCH`] records. Returns their number.
+    fn drain_batch(&mut self) -> usize {
         let clock = Offset::now();
-        let Self { tracer, story, risk, guard, .. } = self;
-        tracer.drain(BATCH, |record| match record {
-            Record::Transition(transition) if guard.takes(transition) => {}
-            Record::Transition(transition) => story.apply(transition, clock),
-            Record::Dialled(target) => risk.heed(*target),
-            Record::FailedBind(failed) => story.blame(failed, clock),
+        let Self { tracer, pipeline, risk, self_test, .. } = self;
+        tracer.drain(MAX_BATCH, |record| match record {
+            Record::Transition(transition) if self_test.consume(transition) => {}
+            Record::Transition(transition) => pipeline.apply(transition, clock),
+            Record::RefusedConnects(destination) => risk.on_threshold(*destination),
+            Record::BindFailure(failure) => pipeline.on_bind_failure(failure, clock),
         })
     }
 
-    /// Looks at the ports that are dialled often, if it is time to.
-    fn look_at_risks(&mut self) {
-        if self.risk.idle().is_some_and(|idle| idle.is_zero()) {
-            let Self { tracer, story: Story { processes, out, .. }, risk, .. } = self;
-            risk.look(tracer.refusals(), risk::Teller { processes, out });
+    /// Checks the ports with many refused connects, if a check is due.
+    fn check_port_risks(&mut self) {
+        if self.risk.time_until_check().is_some_and(|until_check| until_check.is_zero()) {
+            let Self { tracer, pipeline: Pipeline { processes, out, .. }, risk, .. } = self;
+            risk.check_due_ports(tracer.refused_counts(), risk::RiskReporter { processes, out });
         }
     }
 
-    /// Takes in the ranges of the namespaces that were asked about.
-    fn judge_risks(&mut self, answer: &ranges::Answer) {
-        let Self { tracer, story: Story { processes, out, connections, .. }, risk, .. } = self;
+    /// Evaluates the ports at risk with the port ranges that the worker has read.
+    fn evaluate_port_risks(&mut self, response: &ranges::PortRangeResponse) {
+        let Self { tracer, pipeline: Pipeline { processes, out, connections, .. }, risk, .. } = self;
         let is_taken = |place: &_| connections.iter().any(|connection| connection.place() == *place);
-        risk.judge(answer, tracer.refusals(), is_taken, risk::Teller { processes, out });
+        risk.evaluate(response, tracer.refused_counts(), is_taken, risk::RiskReporter { processes, out });
     }
 
-    /// Asks for the socket table.
-    fn read_table(&mut self) {
-        self.story.connections.begin_reading();
-        let near = if self.story.processes.can_look_up() { self.openers() } else { Vec::new() };
-        self.reader.ask(Question::Table(near));
+    /// Requests a snapshot of the socket table from the worker.
+    fn request_snapshot(&mut self) {
+        self.pipeline.connections.begin_snapshot();
+        let netns_hints =
+            if self.pipeline.processes.can_look_up() { self.opener_threads() } else { Vec::new() };
+        self.snapshot_worker.send(SnapshotRequest::Table(netns_hints));
     }
 
-    /// The threads that the programs remember as openers. One may be in a namespace that no process is in.
-    fn openers(&self) -> Vec<u32> {
-        let remembered = self.tracer.remembered().unwrap_or_default();
-        let threads: HashSet<u32> = remembered.iter().map(|(_, dial)| dial.opener.task.tid).collect();
+    /// Thread ids of the openers in the connect table. Such a thread may be in a namespace that no process is
+    /// in.
+    fn opener_threads(&self) -> Vec<u32> {
+        let entries = self.tracer.connect_entries().unwrap_or_default();
+        let threads: HashSet<u32> = entries.iter().map(|(_, entry)| entry.opener.task.tid).collect();
         threads.into_iter().collect()
     }
 
-    /// Compares with the socket table. Everything that happened before the table was read must be known by now.
-    fn reconcile(&mut self, reading: &Reading) {
-        let remembered = self.tracer.remembered().unwrap_or_else(|error| {
-            log::error!("the table of dials can't be read: {error:#}");
+    /// Reconciles the tracked connections with a snapshot of the socket table. All records from before the
+    /// snapshot must have been drained.
+    fn reconcile(&mut self, snapshot: &TableSnapshot) {
+        let entries = self.tracer.connect_entries().unwrap_or_else(|error| {
+            log::error!("the connect table can't be read: {error:#}");
             Vec::new()
         });
-        let listed = reading.listed(&remembered, self.knows_netns);
-        let missed = self.story.reconcile(reading, &listed, self.knows_netns);
-        // What was there before us was not missed.
-        if self.has_read {
-            self.story.missed += missed;
+        let listed = snapshot.listed(&entries, self.knows_netns);
+        let missed = self.pipeline.reconcile(snapshot, &listed, self.knows_netns);
+        // Connections of the first snapshot existed before this run. They do not count as missed.
+        if self.has_snapshot {
+            self.pipeline.missed += missed;
         }
-        self.has_read = true;
-        self.story.remember_time_wait(reading, &listed);
-        for sock in reading.stale(&remembered) {
-            self.tracer.forget(sock);
+        self.has_snapshot = true;
+        self.pipeline.record_time_waits(snapshot, &listed);
+        for sock in snapshot.stale_connects(&entries) {
+            self.tracer.remove_connect(sock);
         }
-        self.risk.sweep(self.tracer.refusals());
-        self.story.blocked.sweep(reading.began_ns());
-        self.tell_losses();
-        // A burst since the last reading is over, more often than not.
-        memory::give_back();
+        self.risk.remove_expired_counts(self.tracer.refused_counts());
+        self.pipeline.bind_conflicts.remove_expired(snapshot.began_ns());
+        self.report_losses();
+        // A burst since the last snapshot is usually over by now. Its memory is given back.
+        memory::trim_heap();
         log::debug!("read the socket table: {} self-connections, {missed} of them new", listed.len());
     }
 
-    /// Looks at the programs' counters, and tells what was lost since the last time.
-    fn tell_losses(&mut self) {
-        self.count();
-        let now = self.losses().plus(self.story.out.lost());
-        let behind = self.story.out.behind();
-        for (place, is_behind, now, told) in [
-            ("ring", false, now.ring, &mut self.told.ring),
-            ("missed", false, now.missed, &mut self.told.missed),
-            ("log", behind.log, now.log, &mut self.told.log),
-            ("stdout", behind.stdout, now.stdout, &mut self.told.stdout),
-            ("journal", behind.journal, now.journal, &mut self.told.journal),
-            ("dials", false, now.dials, &mut self.told.dials),
+    /// Reads the probes' counters, and emits `lost` for every loss since the last call.
+    fn report_losses(&mut self) {
+        self.update_counters();
+        let now = self.losses().plus(self.pipeline.out.lost());
+        let pending = self.pipeline.out.pending();
+        for (loss, is_pending, now, reported) in [
+            ("ring", false, now.ring, &mut self.reported_losses.ring),
+            ("missed", false, now.missed, &mut self.reported_losses.missed),
+            ("log", pending.log, now.log, &mut self.reported_losses.log),
+            ("stdout", pending.stdout, now.stdout, &mut self.reported_losses.stdout),
+            ("journal", pending.journal, now.journal, &mut self.reported_losses.journal),
+            ("refused_table", false, now.refused_table, &mut self.reported_losses.refused_table),
         ] {
-            // What a place refused is told once it takes events again; else the telling would be lost, too.
-            if now > *told && !is_behind {
-                self.story.out.emit(What::Lost(Lost { r#where: place, count: now - *told, method: None }));
-                *told = now;
+            // Losses of an output are reported only after it accepts events again. Otherwise the `lost` event
+            // would be dropped, too.
+            if now > *reported && !is_pending {
+                self.pipeline.out.emit(EventKind::Lost(Lost {
+                    r#where: loss,
+                    count: now - *reported,
+                    method: None,
+                }));
+                *reported = now;
             }
         }
     }
 
-    fn count(&mut self) {
+    fn update_counters(&mut self) {
         match self.tracer.counters() {
-            Ok(counters) => self.counted = counters,
-            Err(error) => log::error!("the programs' counters can't be read: {error:#}"),
+            Ok(counters) => self.counters = counters,
+            Err(error) => log::error!("the probes' counters can't be read: {error:#}"),
         }
     }
 
-    /// What never became an event.
+    /// Losses before an event was made.
     fn losses(&self) -> Losses {
         Losses {
-            ring: self.counted.ring_full,
-            missed: self.story.missed,
-            dials: self.counted.not_tallied,
-            hooks: self.blind,
+            ring: self.counters.ring_full,
+            missed: self.pipeline.missed,
+            refused_table: self.counters.refused_table_full,
+            hooks: self.dead_hooks,
             ..Losses::default()
         }
     }
 }
 
-/// The next of a signal that may not be waited for.
-async fn next(signal: &mut Option<tokio::signal::unix::Signal>) {
+/// Waits for the signal. Without a signal handler it waits forever.
+async fn next_signal(signal: &mut Option<tokio::signal::unix::Signal>) {
     match signal {
         Some(signal) => {
             signal.recv().await;

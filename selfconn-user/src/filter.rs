@@ -1,21 +1,21 @@
-//! Which self-connections are meant: `KEY=GLOB` over the fields of a connection. Pure.
+//! Selects self-connections by rules `KEY=GLOB` over the fields of a connection. Pure.
 
 use std::{borrow::Cow, fmt, str::FromStr};
 
 use glob::Pattern;
 
-use crate::event::Subject;
+use crate::event::ConnectionFields;
 
 /// A rule, such as `comm=java*`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
-    key: Key,
+    key: FilterKey,
     glob: Pattern,
 }
 
-/// What a rule looks at, by its name in events.
+/// The field that a rule matches, named as in events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Key {
+enum FilterKey {
     Addr,
     Cause,
     Cgroup,
@@ -35,36 +35,36 @@ enum Key {
     Unit,
 }
 
-const KEYS: [(&str, Key); 17] = [
-    ("addr", Key::Addr),
-    ("cause", Key::Cause),
-    ("cgroup", Key::Cgroup),
-    ("cmdline", Key::Cmdline),
-    ("comm", Key::Comm),
-    ("container", Key::Container),
-    ("exe", Key::Exe),
-    ("family", Key::Family),
-    ("ifindex", Key::Ifindex),
-    ("netns", Key::Netns),
-    ("owner", Key::Owner),
-    ("pid", Key::Pid),
-    ("port", Key::Port),
-    ("source", Key::Source),
-    ("thread_comm", Key::ThreadComm),
-    ("uid", Key::Uid),
-    ("unit", Key::Unit),
+const KEYS: [(&str, FilterKey); 17] = [
+    ("addr", FilterKey::Addr),
+    ("cause", FilterKey::Cause),
+    ("cgroup", FilterKey::Cgroup),
+    ("cmdline", FilterKey::Cmdline),
+    ("comm", FilterKey::Comm),
+    ("container", FilterKey::Container),
+    ("exe", FilterKey::Exe),
+    ("family", FilterKey::Family),
+    ("ifindex", FilterKey::Ifindex),
+    ("netns", FilterKey::Netns),
+    ("owner", FilterKey::Owner),
+    ("pid", FilterKey::Pid),
+    ("port", FilterKey::Port),
+    ("source", FilterKey::Source),
+    ("thread_comm", FilterKey::ThreadComm),
+    ("uid", FilterKey::Uid),
+    ("unit", FilterKey::Unit),
 ];
 
 impl FromStr for Rule {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (name, glob) = text.split_once('=').ok_or("not KEY=GLOB")?;
+        let (name, glob) = text.split_once('=').ok_or("must be KEY=GLOB")?;
         let key = KEYS.iter().find(|(known, _)| *known == name).ok_or_else(|| {
-            let known: Vec<_> = KEYS.iter().map(|(name, _)| *name).collect();
-            format!("no key {name}: it is one of {}", known.join(", "))
+            let names: Vec<_> = KEYS.iter().map(|(name, _)| *name).collect();
+            format!("unknown key {name}: must be one of {}", names.join(", "))
         })?;
-        let glob = Pattern::new(glob).map_err(|error| format!("the glob {glob}: {}", error.msg))?;
+        let glob = Pattern::new(glob).map_err(|error| format!("invalid glob {glob}: {}", error.msg))?;
         Ok(Self { key: key.1, glob })
     }
 }
@@ -75,91 +75,97 @@ impl fmt::Display for Rule {
     }
 }
 
-/// What is known of a field.
-enum Value<'a> {
-    Is(Cow<'a, str>),
-    /// It has none, and that is known.
-    Nothing,
+/// The value of a field.
+enum FieldValue<'a> {
+    Known(Cow<'a, str>),
+    /// The connection is known to have no value for this field.
+    Absent,
     Unknown,
 }
 
-impl Key {
+impl FilterKey {
     fn name(self) -> &'static str {
         KEYS.iter().find(|(_, key)| *key == self).map_or("", |(name, _)| name)
     }
 
-    fn value(self, subject: &Subject) -> Value<'_> {
-        let text = |text: &Option<String>| text.clone().map_or(Value::Unknown, |text| Value::Is(text.into()));
-        let word = |word: Option<&'static str>| word.map_or(Value::Unknown, |word| Value::Is(word.into()));
-        let number = |number: Option<u32>| {
-            number.map_or(Value::Unknown, |number| Value::Is(number.to_string().into()))
+    fn value(self, fields: &ConnectionFields) -> FieldValue<'_> {
+        let text = |text: &Option<String>| {
+            text.clone().map_or(FieldValue::Unknown, |text| FieldValue::Known(text.into()))
         };
-        // These are read from the control group's path: where that is known, so is that there is none.
+        let keyword = |keyword: Option<&'static str>| {
+            keyword.map_or(FieldValue::Unknown, |keyword| FieldValue::Known(keyword.into()))
+        };
+        let number = |number: Option<u32>| {
+            number.map_or(FieldValue::Unknown, |number| FieldValue::Known(number.to_string().into()))
+        };
+        // These are parsed from the control group's path: if the path is known, a missing value is known to
+        // be missing.
         let in_cgroup = |part: &Option<String>| match text(part) {
-            Value::Unknown if subject.cgroup.is_some() => Value::Nothing,
+            FieldValue::Unknown if fields.cgroup.is_some() => FieldValue::Absent,
             value => value,
         };
         match self {
-            Self::Addr => Value::Is(subject.addr.as_str().into()),
-            Self::Cause => word(subject.cause),
-            Self::Cgroup => text(&subject.cgroup),
-            Self::Cmdline => text(&subject.cmdline.as_ref().map(|arguments| arguments.join(" "))),
-            Self::Comm => text(&subject.comm),
-            Self::Container => in_cgroup(&subject.container),
-            Self::Exe => text(&subject.exe),
-            Self::Family => word(Some(subject.family)),
-            Self::Ifindex => match number(subject.ifindex) {
-                Value::Unknown => Value::Nothing,
+            Self::Addr => FieldValue::Known(fields.addr.as_str().into()),
+            Self::Cause => keyword(fields.cause),
+            Self::Cgroup => text(&fields.cgroup),
+            Self::Cmdline => text(&fields.cmdline.as_ref().map(|arguments| arguments.join(" "))),
+            Self::Comm => text(&fields.comm),
+            Self::Container => in_cgroup(&fields.container),
+            Self::Exe => text(&fields.exe),
+            Self::Family => keyword(Some(fields.family)),
+            Self::Ifindex => match number(fields.ifindex) {
+                FieldValue::Unknown => FieldValue::Absent,
                 value => value,
             },
-            Self::Netns => number(subject.netns),
-            Self::Owner => word(subject.owner),
-            Self::Pid => number(subject.pid),
-            Self::Port => number(Some(subject.port.into())),
-            Self::Source => word(Some(subject.source)),
-            Self::ThreadComm => text(&subject.thread_comm),
-            Self::Uid => number(subject.uid),
-            Self::Unit => in_cgroup(&subject.unit),
+            Self::Netns => number(fields.netns),
+            Self::Owner => keyword(fields.owner),
+            Self::Pid => number(fields.pid),
+            Self::Port => number(Some(fields.port.into())),
+            Self::Source => keyword(Some(fields.source)),
+            Self::ThreadComm => text(&fields.thread_comm),
+            Self::Uid => number(fields.uid),
+            Self::Unit => in_cgroup(&fields.unit),
         }
     }
 }
 
 impl Rule {
-    /// `None`: the field is unknown.
-    fn matches(&self, subject: &Subject) -> Option<bool> {
-        match self.key.value(subject) {
-            Value::Is(text) => Some(self.glob.matches(&text)),
-            Value::Nothing => Some(false),
-            Value::Unknown => None,
+    /// True if the rule matches. `None`: the field is unknown.
+    fn matches(&self, fields: &ConnectionFields) -> Option<bool> {
+        match self.key.value(fields) {
+            FieldValue::Known(text) => Some(self.glob.matches(&text)),
+            FieldValue::Absent => Some(false),
+            FieldValue::Unknown => None,
         }
     }
 }
 
-/// Some self-connections out of all.
+/// A subset of all self-connections.
 #[derive(Clone, Debug, Default)]
 pub struct Selection {
-    /// For each key that is named here, one of its rules must match.
+    /// For every key that occurs here, at least one rule with that key must match.
     pub only: Vec<Rule>,
-    /// None of these may match, or could match if more was known.
+    /// None of these rules may match. A rule whose field is unknown counts as a match.
     pub except: Vec<Rule>,
 }
 
 impl Selection {
-    /// Why this one is not meant; `None`: it is. What is unknown speaks for leaving it alone, either way.
+    /// Why the connection is not selected. `None`: it is selected. An unknown field counts against selection
+    /// in both lists: it does not satisfy `only`, and it counts as a match of `except`.
     #[must_use]
-    pub fn spares(&self, subject: &Subject) -> Option<String> {
+    pub fn exclusion_reason(&self, fields: &ConnectionFields) -> Option<String> {
         for rule in &self.except {
-            match rule.matches(subject) {
+            match rule.matches(fields) {
                 Some(true) => return Some(format!("except {rule}")),
                 Some(false) => {}
                 None => return Some(format!("except {rule}: {} is unknown", rule.key.name())),
             }
         }
         for rule in &self.only {
-            let alike = || self.only.iter().filter(|other| other.key == rule.key);
-            if !alike().any(|rule| rule.matches(subject) == Some(true)) {
-                let rules: Vec<_> = alike().map(ToString::to_string).collect();
-                let unknown = if rule.matches(subject).is_none() {
+            let same_key = || self.only.iter().filter(|other| other.key == rule.key);
+            if !same_key().any(|rule| rule.matches(fields) == Some(true)) {
+                let rules: Vec<_> = same_key().map(ToString::to_string).collect();
+                let unknown = if rule.matches(fields).is_none() {
                     format!(": {} is unknown", rule.key.name())
                 } else {
                     String::new()
@@ -175,9 +181,9 @@ impl Selection {
 pub(crate) mod tests {
     use super::*;
 
-    /// `java[7]` in a container, connected to itself.
-    pub(crate) fn subject() -> Subject {
-        Subject {
+    /// The fields of a self-connection of `java[7]` in a container.
+    pub(crate) fn sample_fields() -> ConnectionFields {
+        ConnectionFields {
             id: "1-1".to_owned(),
             cookie: None,
             source: "live",
@@ -210,8 +216,8 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn except_wins_and_each_key_of_only_must_match() {
-        for (only, except, is_meant) in [
+    fn except_wins_and_every_key_of_only_must_match() {
+        for (only, except, is_selected) in [
             (&[][..], &[][..], true),
             (&["comm=java"], &[], true),
             (&["comm=j*"], &[], true),
@@ -235,16 +241,23 @@ pub(crate) mod tests {
             (&[], &["comm=nginx"], true),
             (&[], &["unit=*"], true),
         ] {
-            let why = selection(only, except).spares(&subject());
-            assert_eq!(why.is_none(), is_meant, "only {only:?} except {except:?}: {why:?}");
+            let why = selection(only, except).exclusion_reason(&sample_fields());
+            assert_eq!(why.is_none(), is_selected, "only {only:?} except {except:?}: {why:?}");
         }
     }
 
     #[test]
-    fn the_unknown_is_spared_and_what_is_known_to_be_none_is_not() {
-        let host = Subject { container: None, cgroup: Some("/".to_owned()), ..subject() };
-        let gone = Subject { container: None, cgroup: None, unit: None, exe: None, comm: None, ..subject() };
-        for (subject, only, except, why) in [
+    fn unknown_fields_exclude_and_fields_known_to_be_empty_do_not() {
+        let host = ConnectionFields { container: None, cgroup: Some("/".to_owned()), ..sample_fields() };
+        let gone = ConnectionFields {
+            container: None,
+            cgroup: None,
+            unit: None,
+            exe: None,
+            comm: None,
+            ..sample_fields()
+        };
+        for (fields, only, except, why) in [
             (&host, &[][..], &["container=*"][..], None),
             (&host, &["container=*"], &[], Some("only container=*")),
             (&gone, &[], &["container=*"], Some("except container=*: container is unknown")),
@@ -254,20 +267,24 @@ pub(crate) mod tests {
             (&gone, &["comm=a", "comm=b"], &[], Some("only comm=a or comm=b: comm is unknown")),
             (&gone, &["port=40000"], &["port=1"], None),
         ] {
-            assert_eq!(selection(only, except).spares(subject).as_deref(), why, "{only:?} {except:?}");
+            assert_eq!(
+                selection(only, except).exclusion_reason(fields).as_deref(),
+                why,
+                "{only:?} {except:?}"
+            );
         }
     }
 
     #[test]
-    fn a_rule_that_can_not_be_meant_is_an_error_that_names_the_keys() {
-        for (text, says) in [
-            ("java", "not KEY=GLOB"),
-            ("name=java", "no key name: it is one of addr, cause"),
-            ("comm=[a", "the glob [a: "),
-            ("=a", "no key : it is one of"),
+    fn an_invalid_rule_is_an_error_that_lists_the_keys() {
+        for (text, expected) in [
+            ("java", "must be KEY=GLOB"),
+            ("name=java", "unknown key name: must be one of addr, cause"),
+            ("comm=[a", "invalid glob [a: "),
+            ("=a", "unknown key : must be one of"),
         ] {
             let error = text.parse::<Rule>().unwrap_err();
-            assert!(error.starts_with(says), "{error}");
+            assert!(error.starts_with(expected), "{error}");
         }
         assert_eq!("exe=a=b".parse::<Rule>().unwrap().to_string(), "exe=a=b");
     }

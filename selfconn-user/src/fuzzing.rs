@@ -1,5 +1,5 @@
-//! What is asked of parsers and sinks whatever bytes they get: the checks behind the fuzz targets in `fuzz/`, and
-//! behind the property tests here. In no build that is shipped.
+//! Checks that parsers and outputs must pass for any input. The fuzz targets in `fuzz/` and the property
+//! tests in this file call them. No released build contains this module.
 
 use std::rc::Rc;
 
@@ -8,44 +8,44 @@ use selfconn_ebpf::{COMM_LEN, Opener, Task, Transition, family, state};
 use serde_json::Value;
 
 use crate::{
-    connection::{Connections, Happening, comm},
-    event::{Event, Subject, What},
+    connection::{ConnectionEvent, Connections, comm},
+    event::{ConnectionFields, Event, EventKind},
     kernel::host::Capabilities,
     ports::{LocalPorts, PortRange, ReservedPorts},
-    process::{self, Facts, Holder, Who},
+    process::{self, Attribution, Holder, ProcessInfo},
     sink::{journal, json_line, text},
     sockets,
 };
 
-/// Every parser of text out of `/proc`.
+/// Runs every parser of text from `/proc`. No input may make it panic.
 pub fn proc_text(bytes: &[u8]) {
     process::parse_anything(bytes);
     sockets::parse_anything(bytes);
     let _ = std::str::from_utf8(bytes).map(Capabilities::parse);
 }
 
-/// A line of a log, perhaps of a newer version, perhaps damaged: what people are shown of it is harmless.
+/// Renders a log line, which can be from a newer version or damaged: its text must be safe for a terminal.
 ///
 /// # Panics
-/// When it isn't.
+/// If the text is not safe.
 pub fn log_line(bytes: &[u8]) {
     if let Some(fields) = text::parse(bytes) {
-        let mut shown = String::new();
-        let written = text::render(text::Record::new(&fields), &mut shown);
+        let mut rendered = String::new();
+        let written = text::render(text::LogRecord::new(&fields), &mut rendered);
         assert!(written.is_ok());
-        assert_harmless(&shown);
-        // It is handed our own lines only, whose keys are ours.
+        assert_harmless(&rendered);
+        // The journal output only gets lines of selfconn itself, so only such keys are tested.
         if fields.keys().all(|key| key.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')) {
-            journal_entry(text::Record::new(&fields), bytes);
+            journal_entry(text::LogRecord::new(&fields), bytes);
         }
     }
 }
 
-/// The texts of the two sysctls of local ports, from `/proc/sys` or from a file for the boot: what is read is what the
-/// kernel would print of it.
+/// Parses the texts of the two sysctls of local ports, from `/proc/sys` or from a configuration file for the
+/// boot: the result must print as the kernel would print it.
 ///
 /// # Panics
-/// When it isn't.
+/// If it does not.
 pub fn sysctl_text(range: &str, reserved: &str) {
     if let Ok(range) = PortRange::parse(range) {
         let firsts = range.first_ports();
@@ -58,50 +58,54 @@ pub fn sysctl_text(range: &str, reserved: &str) {
     }
     if let Ok(ports) = LocalPorts::parse(range, reserved) {
         let expected = ports.first_ports().count();
-        assert_eq!(ports.expected_dials() as usize, expected);
+        assert_eq!(ports.expected_connects() as usize, expected);
         for port in [0, 1, 32_768, 60_999, u16::MAX] {
             let _ = ports.reach(port);
         }
     }
 }
 
-/// What the journal is handed of a line: read as the journal reads it, it has the fields of the line, and no others.
-fn journal_entry(record: text::Record<'_>, json: &[u8]) {
-    const OURS: [&str; 5] = ["MESSAGE", "MESSAGE_ID", "PRIORITY", "SYSLOG_IDENTIFIER", "SELFCONN_JSON"];
+/// Builds the journal entry of a line. Parsed as the journal parses it, the entry must have the fields of the
+/// line and no others.
+fn journal_entry(record: text::LogRecord<'_>, json: &[u8]) {
+    const FIXED_FIELDS: [&str; 5] =
+        ["MESSAGE", "MESSAGE_ID", "PRIORITY", "SYSLOG_IDENTIFIER", "SELFCONN_JSON"];
     let mut entry = Vec::new();
     journal::entry(record, json, &mut entry);
     let mut rest = entry.as_slice();
     let mut names = Vec::new();
     while let Some(end) = rest.iter().position(|byte| matches!(byte, b'=' | b'\n')) {
-        let (name, value) = (std::str::from_utf8(&rest[..end]).expect("a name is text"), &rest[end + 1..]);
+        let (name, value) =
+            (std::str::from_utf8(&rest[..end]).expect("a field name is UTF-8"), &rest[end + 1..]);
         let length = match rest[end] {
-            b'=' => value.iter().position(|byte| *byte == b'\n').expect("a value ends"),
-            _ => u64::from_le_bytes(value[..8].try_into().expect("eight bytes")) as usize + 8,
+            b'=' => value.iter().position(|byte| *byte == b'\n').expect("a value has an end"),
+            _ => u64::from_le_bytes(value[..8].try_into().expect("a length has eight bytes")) as usize + 8,
         };
         assert_eq!(value[length], b'\n', "{name}");
         if name == "MESSAGE" {
-            assert_harmless(std::str::from_utf8(&value[..length]).expect("a message is text"));
+            assert_harmless(std::str::from_utf8(&value[..length]).expect("a message is UTF-8"));
         }
         names.push(name.to_owned());
         rest = &value[length + 1..];
     }
     assert!(rest.is_empty(), "{rest:?}");
-    let of_line = record.fields().filter(|(_, value)| !value.is_null());
-    let expected: Vec<_> = OURS
+    let line_fields = record.fields().filter(|(_, value)| !value.is_null());
+    let expected: Vec<_> = FIXED_FIELDS
         .into_iter()
         .map(str::to_owned)
-        .chain(of_line.map(|(key, _)| format!("SELFCONN_{}", key.to_ascii_uppercase())))
+        .chain(line_fields.map(|(key, _)| format!("SELFCONN_{}", key.to_ascii_uppercase())))
         .collect();
     assert_eq!(names, expected);
 }
 
-/// A process that chooses its names: the JSON is one line that holds them, and the text is harmless.
+/// Reports a connection of a process that chose hostile names: the JSON must be one line that contains these
+/// names unchanged, and the text must be safe for a terminal.
 ///
 /// # Panics
-/// When it isn't so.
+/// If one of the two is not the case.
 pub fn hostile_names(names: &[String]) {
-    let subject = subject(names);
-    let event = Event { time: Timestamp::UNIX_EPOCH, what: What::Established(Box::new(subject.clone())) };
+    let fields = connection_fields(names);
+    let event = Event { time: Timestamp::UNIX_EPOCH, kind: EventKind::Established(Box::new(fields.clone())) };
 
     let mut line = Vec::new();
     json_line(&event, &mut line);
@@ -109,36 +113,38 @@ pub fn hostile_names(names: &[String]) {
     assert_eq!(line.last(), Some(&b'\n'));
     let read_back: Value = serde_json::from_slice(&line).expect("a line is JSON");
     assert_eq!(read_back["event"], "established");
-    assert_eq!(read_back["comm"], serde_json::json!(subject.comm));
-    assert_eq!(read_back["thread_comm"], serde_json::json!(subject.thread_comm));
-    assert_eq!(read_back["cmdline"], serde_json::json!(subject.cmdline));
-    assert_eq!(read_back["cgroup"], serde_json::json!(subject.cgroup));
+    assert_eq!(read_back["comm"], serde_json::json!(fields.comm));
+    assert_eq!(read_back["thread_comm"], serde_json::json!(fields.thread_comm));
+    assert_eq!(read_back["cmdline"], serde_json::json!(fields.cmdline));
+    assert_eq!(read_back["cgroup"], serde_json::json!(fields.cgroup));
 
     log_line(&line);
 
-    let mut shown = Vec::new();
-    text::line(&event, &mut shown);
-    let shown = String::from_utf8(shown).expect("text is UTF-8");
-    assert_harmless(shown.strip_suffix('\n').expect("a line ends"));
+    let mut rendered = Vec::new();
+    text::line(&event, &mut rendered);
+    let rendered = String::from_utf8(rendered).expect("text is UTF-8");
+    assert_harmless(rendered.strip_suffix('\n').expect("a line ends with a line break"));
 }
 
-/// Nothing in it starts a line, moves a cursor, colours, or turns text around.
+/// Asserts that a text starts no new line, moves no cursor, sets no colour, and changes no text direction.
 fn assert_harmless(line: &str) {
-    // Further lines of an event are ours: they begin with a line break and four spaces.
+    // An event can have further lines. They begin with a line break and four spaces, which selfconn itself
+    // writes.
     for part in line.split("\n    ") {
-        let bad = part.chars().find(|c| c.is_control() || is_format(*c));
-        assert_eq!(bad, None, "in {line:?}");
+        let unsafe_char = part.chars().find(|c| c.is_control() || is_format(*c));
+        assert_eq!(unsafe_char, None, "in {line:?}");
     }
 }
 
-/// The characters of Unicode's category Cf that matter to a terminal: marks of direction and what has no width.
+/// The characters of Unicode's category Cf that affect a terminal: direction marks and characters without
+/// width.
 fn is_format(c: char) -> bool {
     matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}'
         | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0001}' | '\u{e0020}'..='\u{e007f}')
 }
 
-/// The subject of a self-connection whose opener is called by these names.
-fn subject(names: &[String]) -> Subject {
+/// The fields of a self-connection whose opener has these names.
+fn connection_fields(names: &[String]) -> ConnectionFields {
     let name = |index: usize| names.get(index).cloned();
     let kernel_name = |index: usize| {
         let mut bytes = [0; COMM_LEN];
@@ -155,10 +161,10 @@ fn subject(names: &[String]) -> Subject {
         family: family::INET,
         old: state::SYN_RECV,
         new: state::ESTABLISHED,
-        ..Transition::from_bytes(&[0; size_of::<Transition>()]).expect("its own length")
+        ..Transition::from_bytes(&[0; size_of::<Transition>()]).expect("the length of a Transition")
     };
-    let who = Who {
-        facts: Rc::new(Facts {
+    let attribution = Attribution {
+        process: Rc::new(ProcessInfo {
             comm: name(2),
             exe: name(3),
             cmdline: Some(names.to_vec()),
@@ -168,15 +174,15 @@ fn subject(names: &[String]) -> Subject {
         }),
         holders: Some(vec![Holder { pid: 9, comm: name(7) }]),
     };
-    let mut subject = None;
-    Connections::new(1).apply(&transition, |happening| {
-        if let Happening::Established(connection) = happening {
-            subject = Some(Subject::new(connection, 1, &who));
+    let mut fields = None;
+    Connections::new(1).apply(&transition, |event| {
+        if let ConnectionEvent::Established(connection) = event {
+            fields = Some(ConnectionFields::new(connection, 1, &attribution));
         }
     });
-    let subject = subject.expect("an ESTABLISHED socket is a connection");
-    assert_eq!(subject.thread_comm, Some(comm(&task.comm)));
-    subject
+    let fields = fields.expect("an ESTABLISHED socket is a connection");
+    assert_eq!(fields.thread_comm, Some(comm(&task.comm)));
+    fields
 }
 
 #[cfg(test)]
@@ -186,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_that_were_made_to_deceive_do_not() {
+    fn hostile_names_are_rendered_safely() {
         for name in [
             "\n{\"event\":\"fake\"}",
             "\r\u{1b}[2K\u{1b}[1Aroot",
@@ -205,12 +211,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_name_gets_out_of_its_field(names in proptest::collection::vec(".*|\\PC*|[\\x00-\\x1f\\x7f-\\x9f\u{202a}-\u{202e}]{0,40}", 0..9)) {
+        fn any_name_stays_in_its_field(names in proptest::collection::vec(".*|\\PC*|[\\x00-\\x1f\\x7f-\\x9f\u{202a}-\u{202e}]{0,40}", 0..9)) {
             hostile_names(&names);
         }
 
         #[test]
-        fn no_line_of_a_log_gets_out_of_its_line(
+        fn any_log_line_is_rendered_safely(
             kind in "started|established|state|closed|lost|stopped|at_risk|blocked|remedied|.*",
             fields in proptest::collection::vec(("time|addr|port|comm|pid|how|where|hooks|limits|kernel|from|to|.*", ".*"), 0..8),
         ) {
@@ -220,7 +226,7 @@ mod tests {
         }
 
         #[test]
-        fn what_a_sysctl_says_is_read_as_the_kernel_prints_it(
+        fn a_parsed_sysctl_prints_as_the_kernel_prints_it(
             range in r"[0-9]{1,5}[ \t][0-9]{1,5}|\PC*",
             reserved in r"([0-9]{1,5}(-[0-9]{1,5})?,){0,6}|\PC*",
         ) {
@@ -228,7 +234,7 @@ mod tests {
         }
 
         #[test]
-        fn no_text_of_proc_is_too_odd(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn no_text_from_proc_makes_a_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             proc_text(&bytes);
         }
     }

@@ -1,4 +1,4 @@
-//! selfconn's user space: the daemon and the commands around it. ARCHITECTURE.md has the map.
+//! The user space of selfconn: the daemon and the commands. ARCHITECTURE.md describes the modules.
 
 pub mod blocked;
 pub mod cli;

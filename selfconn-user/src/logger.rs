@@ -1,5 +1,5 @@
-//! What the program says about itself, on stderr: warnings and errors, more with `-v`, and with `-vv` also the log of
-//! the eBPF programs (aya-log).
+//! The program's own log on stderr: warnings and errors, more with `-v`, and with `-vv` also the log of the
+//! eBPF programs (aya-log).
 
 use std::{
     io::{self, Write as _},
@@ -10,14 +10,15 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::sink::{journal, text::escape};
 
-/// Where stderr is the journal, each line begins with its syslog priority, which the journal takes off again.
+/// A logger that writes to stderr. If stderr is the journal, each line begins with its syslog priority, which
+/// the journal removes.
 struct Stderr {
     is_journal: OnceLock<bool>,
 }
 
 static STDERR: Stderr = Stderr { is_journal: OnceLock::new() };
 
-/// Starts logging. `verbose` and `quiet` are how often each option was given.
+/// Starts logging. `verbose` is the number of times that `-v` was given.
 pub fn init(verbose: u8, quiet: bool) {
     let level = match (quiet, verbose) {
         (true, _) => LevelFilter::Error,
@@ -32,7 +33,7 @@ pub fn init(verbose: u8, quiet: bool) {
 
 impl Log for Stderr {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // Libraries may warn; their chatter is not ours.
+        // Of libraries, only warnings and errors are logged.
         metadata.level() <= Level::Warn || metadata.target().starts_with("selfconn")
     }
 
@@ -41,7 +42,7 @@ impl Log for Stderr {
             let origin = if record.target().starts_with("selfconn_hooks") { "kernel: " } else { "" };
             let level = record.level().as_str().to_ascii_lowercase();
             let text = escape(&record.args().to_string());
-            // A daemon whose stderr nobody reads any more has better to do than to end for it.
+            // A write error is ignored, because the daemon must not end if the reader of its stderr has gone.
             let _ = if *self.is_journal.get_or_init(|| journal::is_journal(io::stderr())) {
                 writeln!(io::stderr(), "<{}>{level}: {origin}{text}", priority(record.level()))
             } else {
@@ -53,7 +54,7 @@ impl Log for Stderr {
     fn flush(&self) {}
 }
 
-/// By the numbers of syslog.
+/// The syslog priority of a level.
 fn priority(level: Level) -> u8 {
     match level {
         Level::Error => 3,

@@ -1,4 +1,4 @@
-//! `selfconn`: parses the command line, runs a command, and turns an error into one line and exit code 2.
+//! `selfconn`: parses the command line, runs a command, and prints an error in one line with exit code 2.
 
 use std::{
     io::{self, Write as _},
@@ -14,7 +14,7 @@ use selfconn::{
 
 fn main() -> ExitCode {
     let outcome = match Cli::try_parse() {
-        Err(error) => cli::answer(&error),
+        Err(error) => cli::handle_parse_error(&error),
         Ok(Cli { command }) => match command {
             Command::Run(args) => run::run(&args),
             Command::Scan(args) => scan::run(&args),
@@ -31,7 +31,7 @@ fn main() -> ExitCode {
         if error.chain().any(is_broken_pipe) {
             return ExitCode::SUCCESS;
         }
-        // Who reads stderr may be gone as well; the exit code still tells.
+        // The reader of stderr may be gone as well. The exit code still reports the error.
         let _ = writeln!(io::stderr(), "selfconn: {}", escape(&format!("{error:#}")));
         ExitCode::from(2)
     })

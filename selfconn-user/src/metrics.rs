@@ -1,7 +1,7 @@
-//! What is told to Prometheus: the daemon's counts as one struct of numbers, and those numbers as text format 0.0.4.
-//! No label has a pid, a port or an address in it: their number has no bound.
+//! Metrics for Prometheus: a snapshot of the daemon's counts, and its rendering in text format 0.0.4. No
+//! label contains a pid, a port or an address, because their number is unbounded.
 //!
-//! The loop fills [`Numbers`] when it is asked, which is when somebody scrapes; nothing is kept up to date meanwhile.
+//! The event loop creates a [`MetricsSnapshot`] only when a scrape requests it.
 
 use prometheus::{
     TextEncoder,
@@ -14,47 +14,47 @@ use crate::{connection::Connection, event::Losses};
 mod own;
 pub mod server;
 
-/// What the loop knows, at one moment. `None` is not told: it can't be known here, or is not looked for.
+/// The daemon's counts at one moment. A metric that is `None` is not exported, because this kernel does not
+/// provide it or because it is not collected.
 #[derive(Clone, Debug, Default)]
-pub struct Numbers {
+pub struct MetricsSnapshot {
     /// Self-connections of this run.
-    pub connections: Connections,
-    /// Those that are open.
+    pub connections: ConnectionCounts,
+    /// Self-connections that are open.
     pub connections_open: u64,
-    /// Refused dials of an address to itself.
+    /// Refused connects of an address to itself.
     pub refused_self_dials: Option<u64>,
-    /// Ports that somebody keeps dialling so.
+    /// Closed ports that processes keep connecting to.
     pub ports_at_risk: Option<u64>,
-    /// Binds that a self-connection stood in the way of.
+    /// Binds that failed because a self-connection held the port.
     pub blocked_binds: Option<u64>,
-    /// What `--remedy` did, by result.
+    /// Actions of `--remedy`, by result.
     pub remedies: Vec<(&'static str, u64)>,
-    /// Tests of the hooks, by result; nothing where there are none.
+    /// Self-tests of the hooks, by result. Empty if there are none.
     pub self_tests: Vec<(&'static str, u64)>,
-    /// What was lost.
     pub lost: Losses,
-    /// Transitions that some program did not look at; `None`: the kernel doesn't count them.
+    /// Transitions that a program did not examine. `None` if the kernel does not count them.
     pub transitions_not_examined: Option<u64>,
-    /// Openers that the table of dials had no room for.
-    pub openers_not_remembered: u64,
-    /// Writes that the event log refused.
+    /// Connects that were not inserted because the connect table was full.
+    pub connect_table_full: u64,
+    /// Failed attempts to write or reopen the event log.
     pub log_write_errors: u64,
-    /// Live hooks, each with its method.
+    /// Attached hooks, each with its method.
     pub hooks: Vec<(&'static str, &'static str)>,
-    /// What keeps the daemon from doing its work; nothing: it is healthy.
-    pub ailments: Vec<&'static str>,
+    /// Problems that prevent the daemon from working. Empty if it is healthy.
+    pub health_problems: Vec<&'static str>,
 }
 
-/// Self-connections by who chose their port.
+/// Numbers of self-connections by the cause of their source port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Connections {
+pub struct ConnectionCounts {
     ephemeral: u64,
     bound: u64,
     unknown: u64,
 }
 
-impl Connections {
-    /// One more was opened.
+impl ConnectionCounts {
+    /// Counts a new self-connection.
     pub fn count(&mut self, connection: &Connection) {
         match connection.opener.map(|opener| opener.cause) {
             Some(cause::EPHEMERAL) => self.ephemeral += 1,
@@ -64,49 +64,49 @@ impl Connections {
     }
 }
 
-impl Numbers {
-    /// As text for Prometheus, with what this process uses.
+impl MetricsSnapshot {
+    /// Renders all metrics as text for Prometheus, including the `process_*` metrics.
     #[must_use]
     pub fn text(&self) -> String {
         let mut text = String::new();
         let mut families = self.families();
         families.extend(own::families());
-        // Refused is only a family without a metric, and there is none among these.
+        // The encoder fails only for a family without a sample, and `finish` removes those.
         if let Err(error) = TextEncoder::new().encode_utf8(&families, &mut text) {
-            log::error!("the metrics can't be written: {error}");
+            log::error!("cannot encode the metrics: {error}");
         }
         text
     }
 
     fn families(&self) -> Vec<MetricFamily> {
         let Self { connections, lost, .. } = self;
-        let mut told = vec![
-            Family::counter("selfconn_connections_total", "Self-connections told, by who chose the port.")
-                .each("cause", &[
+        let mut families = vec![
+            Family::counter("selfconn_connections_total", "Self-connections reported, by how their source port was chosen.")
+                .per_label("cause", &[
                     ("ephemeral", connections.ephemeral),
                     ("bound", connections.bound),
                     ("unknown", connections.unknown),
                 ]),
             Family::gauge("selfconn_connections_open", "Self-connections that are open now.")
-                .one(Some(self.connections_open)),
+                .value(Some(self.connections_open)),
             Family::counter(
                 "selfconn_refused_self_dials_total",
-                "Refused dials of an address to itself.",
+                "Refused connects of an address to itself.",
             )
-            .one(self.refused_self_dials),
+            .value(self.refused_self_dials),
             Family::gauge(
                 "selfconn_ports_at_risk",
-                "Ports that somebody keeps dialling though nobody listens, and that can connect to themselves.",
+                "Ports without a listener that processes keep connecting to and that can connect to themselves.",
             )
-            .one(self.ports_at_risk),
+            .value(self.ports_at_risk),
             Family::counter(
                 "selfconn_blocked_binds_total",
                 "Servers that could not bind a port because a self-connection held it.",
             )
-            .one(self.blocked_binds),
-            Family::counter("selfconn_remedies_total", "What --remedy did, by its result.")
-                .each("result", &self.remedies),
-            Family::counter("selfconn_events_lost_total", "What was not seen or not written, by where.").each(
+            .value(self.blocked_binds),
+            Family::counter("selfconn_remedies_total", "Actions of --remedy, by result.")
+                .per_label("result", &self.remedies),
+            Family::counter("selfconn_events_lost_total", "Records and events that were not observed or not written, by place of the loss.").per_label(
                 "where",
                 &[
                     ("ring", lost.ring),
@@ -114,42 +114,42 @@ impl Numbers {
                     ("log", lost.log),
                     ("stdout", lost.stdout),
                     ("journal", lost.journal),
-                    ("dials", lost.dials),
+                    ("refused_table", lost.refused_table),
                     ("hooks", lost.hooks),
                 ],
             ),
             Family::counter(
                 "selfconn_self_tests_total",
-                "Self-connections of the daemon's own, by whether every live hook saw them.",
+                "Self-connections that the daemon made to test its hooks. Passed: every attached hook observed it.",
             )
-            .each("result", &self.self_tests),
+            .per_label("result", &self.self_tests),
             Family::counter(
                 "selfconn_transitions_not_examined_total",
-                "TCP transitions that one program did not look at; another may have. A lower bound.",
+                "TCP transitions that one program did not examine; another may have. A lower bound.",
             )
-            .one(self.transitions_not_examined),
+            .value(self.transitions_not_examined),
             Family::counter(
                 "selfconn_openers_not_remembered_total",
-                "Dials for which the table of openers had no room.",
+                "Connects that were not tracked because the connect table was full.",
             )
-            .one(Some(self.openers_not_remembered)),
-            Family::counter("selfconn_log_write_errors_total", "Writes that the event log refused.")
-                .one(Some(self.log_write_errors)),
+            .value(Some(self.connect_table_full)),
+            Family::counter("selfconn_log_write_errors_total", "Failed attempts to write or reopen the event log.")
+                .value(Some(self.log_write_errors)),
             Family::gauge("selfconn_healthy", "1 while /healthz answers 200.")
-                .one(Some(u64::from(self.ailments.is_empty()))),
+                .value(Some(u64::from(self.health_problems.is_empty()))),
             Family::gauge("selfconn_build_info", "1, with the version of selfconn.")
-                .with(&[("version", env!("CARGO_PKG_VERSION"))], 1),
+                .sample(&[("version", env!("CARGO_PKG_VERSION"))], 1),
         ];
-        let mut hooks = Family::gauge("selfconn_hook_info", "1 for each live hook, with its method.");
+        let mut hooks = Family::gauge("selfconn_hook_info", "1 for each attached hook, with its method.");
         for (hook, method) in &self.hooks {
-            hooks = hooks.with(&[("hook", hook), ("method", method)], 1);
+            hooks = hooks.sample(&[("hook", hook), ("method", method)], 1);
         }
-        told.push(hooks);
-        told.into_iter().filter_map(Family::done).collect()
+        families.push(hooks);
+        families.into_iter().filter_map(Family::finish).collect()
     }
 }
 
-/// A metric with its samples.
+/// A metric family and its samples.
 struct Family(MetricFamily, Vec<Metric>);
 
 impl Family {
@@ -169,13 +169,13 @@ impl Family {
         Self::new(name, help, MetricType::GAUGE)
     }
 
-    /// A sample. Counts stay exact up to 2^53, as Prometheus keeps them.
+    /// Adds a sample. Counts are exact up to 2^53, as in Prometheus.
     #[expect(clippy::cast_precision_loss, reason = "Prometheus has floating-point numbers only")]
-    fn with(self, labels: &[(&str, &str)], value: u64) -> Self {
-        self.with_f64(labels, value as f64)
+    fn sample(self, labels: &[(&str, &str)], value: u64) -> Self {
+        self.sample_f64(labels, value as f64)
     }
 
-    fn with_f64(mut self, labels: &[(&str, &str)], value: f64) -> Self {
+    fn sample_f64(mut self, labels: &[(&str, &str)], value: f64) -> Self {
         let label = |(name, value): &(&str, &str)| {
             let mut pair = LabelPair::default();
             pair.set_name((*name).to_owned());
@@ -196,28 +196,28 @@ impl Family {
         self
     }
 
-    /// One sample for each value of a label.
-    fn each(self, label: &str, samples: &[(&str, u64)]) -> Self {
-        samples.iter().fold(self, |family, (value, count)| family.with(&[(label, value)], *count))
+    /// Adds one sample for each value of a label.
+    fn per_label(self, label: &str, samples: &[(&str, u64)]) -> Self {
+        samples.iter().fold(self, |family, (value, count)| family.sample(&[(label, value)], *count))
     }
 
-    /// A sample without labels, if it is known.
-    fn one(self, value: Option<u64>) -> Self {
+    /// Adds a sample without labels if the value is known.
+    fn value(self, value: Option<u64>) -> Self {
         match value {
-            Some(value) => self.with(&[], value),
+            Some(value) => self.sample(&[], value),
             None => self,
         }
     }
 
-    fn one_f64(self, value: Option<f64>) -> Self {
+    fn value_f64(self, value: Option<f64>) -> Self {
         match value {
-            Some(value) => self.with_f64(&[], value),
+            Some(value) => self.sample_f64(&[], value),
             None => self,
         }
     }
 
-    /// What is unknown is left out as a whole.
-    fn done(self) -> Option<MetricFamily> {
+    /// Returns `None` for a metric without samples, which is then not exported.
+    fn finish(self) -> Option<MetricFamily> {
         let Self(mut family, samples) = self;
         if samples.is_empty() {
             return None;

@@ -1,4 +1,5 @@
-//! Who: facts about a process from `/proc`, taken only while it is still the process that the kernel saw.
+//! Process attribution: information about a process from `/proc`. It is used only if the pid still belongs to
+//! the process that the kernel observed.
 
 use std::{
     fs,
@@ -10,94 +11,94 @@ use std::{
 use selfconn_ebpf::{Opener, Task};
 use serde::Serialize;
 
-/// Kernel clock ticks a second as `/proc` has them: `USER_HZ`, a constant of the ABI on all of aya's architectures.
+/// Length of a clock tick in `/proc`: 1 / `USER_HZ`, a constant of the ABI on all of aya's architectures.
 const TICK_NS: u64 = 1_000_000_000 / 100;
 
-/// As much of a command line as is told.
+/// Maximum number of bytes of a command line in an event.
 const CMDLINE_LIMIT: u64 = 4_096;
 
-/// For how long what was read of a process is told again without reading, so that a process which opens thousands of
-/// self-connections a second is read a few times.
-const FRESH_NS: u64 = 100_000_000;
+/// How long information about a process is used without reading `/proc` again. A process that opens thousands
+/// of self-connections a second is read only a few times.
+const CACHE_TTL_NS: u64 = 100_000_000;
 
-/// What `/proc` tells about a process.
+/// Information about a process from `/proc`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Facts {
-    /// Its name.
+pub struct ProcessInfo {
+    /// Name of the process.
     pub comm: Option<String>,
-    /// Path of its program.
+    /// Path of its executable.
     pub exe: Option<String>,
-    /// Its arguments, of at most 4,096 bytes.
+    /// Its arguments, at most 4,096 bytes in total.
     pub cmdline: Option<Vec<String>>,
     /// Path of its control group.
     pub cgroup: Option<String>,
-    /// The systemd unit in that path.
+    /// The systemd unit in the path of the control group.
     pub unit: Option<String>,
-    /// The container id in that path.
+    /// The container id in the path of the control group.
     pub container: Option<String>,
 }
 
-/// Who is behind a connection, beside what the kernel saw of its opener.
+/// The process behind a connection, in addition to what the kernel recorded about its opener.
 #[derive(Clone, Debug, Default)]
-pub struct Who {
-    /// About the opener; where it is unknown, about the first holder.
-    pub facts: Rc<Facts>,
-    /// Which process has the socket open, where that was looked up.
+pub struct Attribution {
+    /// The opener's process. If the opener is unknown, the first holder's.
+    pub process: Rc<ProcessInfo>,
+    /// The processes that have the socket open. `None`: not looked up.
     pub holders: Option<Vec<Holder>>,
 }
 
-/// A process that has a socket open, or closed it.
+/// A process that has a socket open, or that closed it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Holder {
-    /// In the initial pid namespace.
+    /// Pid in the initial pid namespace.
     pub pid: u32,
-    /// Its name.
+    /// Name of the process.
     pub comm: Option<String>,
 }
 
-impl Who {
-    /// The opener was seen.
+impl Attribution {
+    /// For a connection whose opener is known.
     #[must_use]
-    pub fn opened(facts: Rc<Facts>) -> Self {
-        Self { facts, holders: None }
+    pub fn from_opener(process: Rc<ProcessInfo>) -> Self {
+        Self { process, holders: None }
     }
 
-    /// Nobody saw it opened; these have it open.
+    /// For a connection whose opener is unknown: the processes that have it open.
     #[must_use]
-    pub fn held(holders: Option<Vec<Holder>>) -> Self {
+    pub fn from_holders(holders: Option<Vec<Holder>>) -> Self {
         let first = holders.as_ref().and_then(|holders| holders.first());
-        let facts = first.and_then(|holder| read(holder.pid)).unwrap_or_default();
-        Self { facts: Rc::new(facts), holders }
+        let process = first.and_then(|holder| read(holder.pid)).unwrap_or_default();
+        Self { process: Rc::new(process), holders }
     }
 }
 
-/// A task as the kernel saw it do something. Times are of `CLOCK_BOOTTIME`.
+/// A task that the kernel observed in an action, such as connect(). Times are of `CLOCK_BOOTTIME`.
 #[derive(Clone, Copy, Debug)]
-pub struct Sighting {
-    /// Which.
+pub struct ObservedTask {
     pub task: Task,
-    /// When its process started, in nanoseconds. 0: the kernel could not tell.
+    /// When its process started, in nanoseconds. 0: the kernel does not provide it.
     pub start_ns: u64,
-    /// When it was seen, in nanoseconds.
+    /// When it was observed, in nanoseconds.
     pub at_ns: u64,
 }
 
-impl Sighting {
-    /// Of who opened a connection.
+impl ObservedTask {
+    /// The task that opened a connection.
     #[must_use]
-    pub const fn of(opener: &Opener) -> Self {
+    pub const fn from_opener(opener: &Opener) -> Self {
         Self { task: opener.task, start_ns: opener.start_ns, at_ns: opener.at_ns }
     }
 
-    /// Whether who has this pid now, and started then, had it when this was seen: of two that had it one after the
-    /// other, the later one did not start before the earlier one was seen.
-    const fn was_there(&self, start_ticks: u64) -> bool {
+    /// True if the process with this pid started before the observation, so the pid cannot have been reused
+    /// since: of two processes that have the same pid one after the other, the later one starts after the
+    /// earlier one was observed.
+    const fn existed_when_observed(&self, start_ticks: u64) -> bool {
         start_ticks.saturating_add(1).saturating_mul(TICK_NS) <= self.at_ns
     }
 
-    /// Whether its thread is there, by the name that it had. A program that was run since has none of the old threads
-    /// but the first, and that one has the new program's name.
-    fn is_there(&self) -> bool {
+    /// True if the thread still exists and still has the same name. After an execve() only the main thread is
+    /// left, and it has the name of the new program.
+    fn has_same_thread(&self) -> bool {
         let Task { pid, tid, ref comm, .. } = self.task;
         let len = comm.iter().position(|byte| *byte == 0).unwrap_or(comm.len());
         let name = fs::read(format!("/proc/{pid}/task/{tid}/comm"));
@@ -105,158 +106,164 @@ impl Sighting {
     }
 }
 
-/// Looks processes up.
+/// Looks up processes in `/proc`, with a cache of one entry.
 #[derive(Debug)]
 pub struct Processes {
-    /// Whether pids here are those that the kernel reports.
+    /// True if the pids in `/proc` are those that the probes report.
     is_initial_pid_ns: bool,
-    /// Whether times in `/proc` are: it tells them in the reader's time namespace (`do_task_stat`, fs/proc/array.c at
-    /// v5.10).
+    /// True if the start times in `/proc` are comparable with the probes' times: `/proc` shows them in the
+    /// reader's time namespace (`do_task_stat`, fs/proc/array.c at v5.10).
     is_initial_time_ns: bool,
-    last: Option<Seen>,
+    cached: Option<CachedProcess>,
 }
 
 #[derive(Debug)]
-struct Seen {
+struct CachedProcess {
     pid: u32,
     start_ns: u64,
     at_ns: u64,
-    facts: Rc<Facts>,
+    process: Rc<ProcessInfo>,
 }
 
 impl Processes {
-    /// Outside the initial pid namespace nothing is looked up: the same number is somebody else there.
+    /// Outside the initial pid namespace nothing is looked up, because the same pid is another process there.
     #[must_use]
     pub fn new(is_initial_pid_ns: bool) -> Self {
         let is_initial_time_ns = match fs::read_link("/proc/self/ns/time") {
-            // As the kernel numbers it: include/linux/proc_ns.h at v5.10.
+            // The kernel's inode number of the initial namespace: include/linux/proc_ns.h at v5.10.
             Ok(ns) => ns.as_os_str() == "time:[4026531834]",
-            // A kernel that knows no others.
+            // A kernel without time namespaces.
             Err(error) => error.kind() == io::ErrorKind::NotFound,
         };
-        Self { is_initial_pid_ns, is_initial_time_ns, last: None }
+        Self { is_initial_pid_ns, is_initial_time_ns, cached: None }
     }
 
-    /// Whether numbers in `/proc` are those that events tell.
+    /// True if the pids in `/proc` are those in events.
     #[must_use]
     pub fn can_look_up(&self) -> bool {
         self.is_initial_pid_ns
     }
 
-    /// The facts about a process that the kernel saw, if its pid still is its own. `now_ns` is of `CLOCK_BOOTTIME`.
-    /// Nothing is known of a process that is gone.
-    pub fn look_up(&mut self, seen: &Sighting, now_ns: u64) -> Rc<Facts> {
-        match (self.is_initial_pid_ns, seen.start_ns) {
+    /// Information about the process of an observed task, if its pid still belongs to it. `now_ns` is of
+    /// `CLOCK_BOOTTIME`. The result is empty for a process that has exited.
+    pub fn look_up(&mut self, observed: &ObservedTask, now_ns: u64) -> Rc<ProcessInfo> {
+        match (self.is_initial_pid_ns, observed.start_ns) {
             (false, _) => Rc::default(),
-            (true, 0) => self.by_presence(seen),
-            (true, start_ns) => self.by_start(seen.task.pid, start_ns, now_ns),
+            (true, 0) => self.look_up_by_thread(observed),
+            (true, start_ns) => self.look_up_by_start_time(observed.task.pid, start_ns, now_ns),
         }
     }
 
-    fn by_start(&mut self, pid: u32, start_ns: u64, now_ns: u64) -> Rc<Facts> {
-        if let Some(last) = &self.last
-            && (last.pid, last.start_ns) == (pid, start_ns)
-            && now_ns.saturating_sub(last.at_ns) < FRESH_NS
+    fn look_up_by_start_time(&mut self, pid: u32, start_ns: u64, now_ns: u64) -> Rc<ProcessInfo> {
+        if let Some(cached) = &self.cached
+            && (cached.pid, cached.start_ns) == (pid, start_ns)
+            && now_ns.saturating_sub(cached.at_ns) < CACHE_TTL_NS
         {
-            return Rc::clone(&last.facts);
+            return Rc::clone(&cached.process);
         }
-        let is_it = |start_ticks| start_ticks == start_ns / TICK_NS;
-        let facts = match (read_if(pid, is_it), self.last.take()) {
-            (Some(facts), _) => Rc::new(facts),
-            // It is gone, and what was read of it stays true.
-            (None, Some(last)) if (last.pid, last.start_ns) == (pid, start_ns) => last.facts,
+        let is_same_process = |start_ticks| start_ticks == start_ns / TICK_NS;
+        let process = match (read_if(pid, is_same_process), self.cached.take()) {
+            (Some(process), _) => Rc::new(process),
+            // The process has exited, and the cached information is still true.
+            (None, Some(cached)) if (cached.pid, cached.start_ns) == (pid, start_ns) => cached.process,
             (None, _) => Rc::default(),
         };
-        self.last = Some(Seen { pid, start_ns, at_ns: now_ns, facts: Rc::clone(&facts) });
-        facts
+        self.cached = Some(CachedProcess { pid, start_ns, at_ns: now_ns, process: Rc::clone(&process) });
+        process
     }
 
-    /// Where the kernel can't tell its start. Nothing is kept, for what proves it must be looked at each time.
-    fn by_presence(&self, seen: &Sighting) -> Rc<Facts> {
-        let was_there = |start_ticks| self.is_initial_time_ns && seen.was_there(start_ticks);
-        let facts = read_if(seen.task.pid, was_there).filter(|_| seen.is_there());
-        facts.map(Rc::new).unwrap_or_default()
+    /// For a kernel that does not provide the start time. The result is not cached, because the proof of
+    /// identity must be checked every time.
+    fn look_up_by_thread(&self, observed: &ObservedTask) -> Rc<ProcessInfo> {
+        let existed_when_observed =
+            |start_ticks| self.is_initial_time_ns && observed.existed_when_observed(start_ticks);
+        let process =
+            read_if(observed.task.pid, existed_when_observed).filter(|_| observed.has_same_thread());
+        process.map(Rc::new).unwrap_or_default()
     }
 }
 
-/// Whether pids in `/proc` are those that the kernel reports.
+/// True if this process is in the initial pid namespace: the pids in `/proc` are those that the probes
+/// report.
 #[must_use]
 pub fn is_in_initial_pid_ns() -> bool {
-    // As the kernel numbers it: include/linux/proc_ns.h at v5.10.
+    // The kernel's inode number of the initial namespace: include/linux/proc_ns.h at v5.10.
     fs::read_link("/proc/self/ns/pid").is_ok_and(|ns| ns.as_os_str() == "pid:[4026531836]")
 }
 
-/// The facts about whoever has this pid now.
+/// Information about the process that has this pid now.
 #[must_use]
-pub fn read(pid: u32) -> Option<Facts> {
+pub fn read(pid: u32) -> Option<ProcessInfo> {
     read_if(pid, |_| true)
 }
 
-/// The facts about whoever has this pid now, if it started, in clock ticks, when it is meant to.
-fn read_if(pid: u32, is_meant: impl Fn(u64) -> bool) -> Option<Facts> {
+/// Information about the process that has this pid now, if `start_matches` accepts its start time in clock
+/// ticks.
+fn read_if(pid: u32, start_matches: impl Fn(u64) -> bool) -> Option<ProcessInfo> {
     let file = |name: &str| format!("/proc/{pid}/{name}");
     let exe = fs::read_link(file("exe")).ok().map(|path| lossy(path.as_os_str().as_bytes()));
     let mut cmdline = Vec::new();
     let _ =
         fs::File::open(file("cmdline")).and_then(|file| file.take(CMDLINE_LIMIT).read_to_end(&mut cmdline));
     let cgroup = fs::read(file("cgroup")).ok().and_then(|text| cgroup_path(&lossy(&text)));
-    // Last, for it says whose all of that was.
+    // The start time is read last, because it proves which process the other files belonged to.
     let stat = lossy(&fs::read(file("stat")).ok()?);
     let (comm, start_ticks) = parse_stat(&stat)?;
-    if !is_meant(start_ticks) {
+    if !start_matches(start_ticks) {
         return None;
     }
-    let place = cgroup.as_deref().map(Place::parse).unwrap_or_default();
-    Some(Facts {
+    let cgroup_info = cgroup.as_deref().map(CgroupInfo::parse).unwrap_or_default();
+    Some(ProcessInfo {
         comm: Some(comm.to_owned()),
         exe,
         cmdline: arguments(&cmdline),
-        unit: place.unit,
-        container: place.container,
+        unit: cgroup_info.unit,
+        container: cgroup_info.container,
         cgroup,
     })
 }
 
-/// Every parser here, for whatever bytes.
+/// Runs every parser of this module on arbitrary bytes.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn parse_anything(bytes: &[u8]) {
     let text = lossy(bytes);
     let _ = (parse_stat(&text), arguments(bytes));
-    let _ = (cgroup_path(&text), Place::parse(&text));
+    let _ = (cgroup_path(&text), CgroupInfo::parse(&text));
 }
 
 fn lossy(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// When whoever has this pid now started: nanoseconds of `CLOCK_BOOTTIME`, to the clock tick.
+/// Start time of the process that has this pid now: nanoseconds of `CLOCK_BOOTTIME`, rounded to the clock
+/// tick.
 #[must_use]
-pub fn started_ns(pid: u32) -> Option<u64> {
+pub fn start_time_ns(pid: u32) -> Option<u64> {
     let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
     parse_stat(&String::from_utf8_lossy(&stat)).map(|(_, start_ticks)| start_ticks * TICK_NS)
 }
 
-/// Name and start, in clock ticks since boot, from the text of `/proc/PID/stat`. The name may hold anything, blanks
-/// and parentheses included, so it ends at the last one.
+/// Name, and start time in clock ticks since boot, from the text of `/proc/PID/stat`. The name may contain
+/// any character, including blanks and parentheses. It therefore ends at the last closing parenthesis.
 fn parse_stat(stat: &str) -> Option<(&str, u64)> {
     let name = stat.get(stat.find('(')? + 1..stat.rfind(')')?)?;
     let start = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace().nth(19)?;
     Some((name, start.parse().ok()?))
 }
 
-/// The arguments in `/proc/PID/cmdline`; `None`: a kernel thread, or a process that is nearly gone.
+/// The arguments in `/proc/PID/cmdline`. `None`: a kernel thread, or an exiting process.
 fn arguments(cmdline: &[u8]) -> Option<Vec<String>> {
     let cmdline = cmdline.strip_suffix(b"\0").unwrap_or(cmdline);
     (!cmdline.is_empty()).then(|| cmdline.split(|byte| *byte == 0).map(lossy).collect())
 }
 
-/// The control group in the text of `/proc/PID/cgroup`: the unified hierarchy's, or systemd's own where the process is
-/// in no other place there.
+/// The control group in the text of `/proc/PID/cgroup`: that of the unified hierarchy, or that of systemd's
+/// own hierarchy if the process is in the root of the unified one.
 fn cgroup_path(text: &str) -> Option<String> {
-    let path_of = |wanted: &str| {
+    let path_of = |hierarchy: &str| {
         text.lines().find_map(|line| {
             let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
-            (controllers == wanted).then_some(path)
+            (controllers == hierarchy).then_some(path)
         })
     };
     let unified = path_of("");
@@ -264,16 +271,17 @@ fn cgroup_path(text: &str) -> Option<String> {
     Some(path.to_owned())
 }
 
-/// What the path of a control group says about who is in it.
+/// What the path of a control group says about its processes.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Place {
+struct CgroupInfo {
     unit: Option<String>,
     container: Option<String>,
 }
 
-impl Place {
-    /// The innermost unit (a service, or the scope of a session), and the innermost container: docker, containerd,
-    /// cri-o and podman name its group after its id of 64 hexadecimal digits, with or without a prefix.
+impl CgroupInfo {
+    /// Finds the innermost unit (a service, or the scope of a session) and the innermost container. docker,
+    /// containerd, cri-o and podman name the group after the container's id of 64 hexadecimal digits, with or
+    /// without a prefix.
     fn parse(path: &str) -> Self {
         let innermost = || path.rsplit('/');
         let is_unit = |part: &&str| part.ends_with(".service") || part.ends_with(".scope");
@@ -288,7 +296,7 @@ fn container_id(part: &str) -> Option<&str> {
     let part = part.strip_suffix(".scope").unwrap_or(part);
     let (prefix, id) = part.rsplit_once('-').unwrap_or(("", part));
     let is_id = id.len() == 64 && id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-    // conmon watches a container from outside.
+    // conmon monitors a container and runs outside it.
     (is_id && !prefix.ends_with("conmon")).then_some(id)
 }
 
@@ -297,7 +305,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_may_hold_anything() {
+    fn a_process_name_may_contain_any_character() {
         let rest = "S 1 2 2 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4711 0 0";
         for name in ["sh", "a b", "(sd-pam)", ") 1 2 (", "", "a) S 1", "\n{\"event\":\"fake\"}"] {
             assert_eq!(parse_stat(&format!("42 ({name}) {rest}")), Some((name, 4711)), "{name:?}");
@@ -308,45 +316,49 @@ mod tests {
     }
 
     #[test]
-    fn a_pid_that_somebody_else_has_now_has_no_facts() {
+    fn a_reused_pid_yields_no_process_info() {
         let pid = std::process::id();
         let stat = fs::read_to_string("/proc/self/stat").unwrap();
         let (comm, start) = parse_stat(&stat).unwrap();
-        let facts = read(pid).unwrap();
-        assert_eq!(facts.comm.as_deref(), Some(comm));
-        assert_eq!(facts.exe, std::env::current_exe().ok().map(|path| path.to_string_lossy().into_owned()));
-        assert_eq!(facts.cmdline.as_deref().unwrap(), std::env::args().collect::<Vec<_>>());
+        let process = read(pid).unwrap();
+        assert_eq!(process.comm.as_deref(), Some(comm));
+        assert_eq!(process.exe, std::env::current_exe().ok().map(|path| path.to_string_lossy().into_owned()));
+        assert_eq!(process.cmdline.as_deref().unwrap(), std::env::args().collect::<Vec<_>>());
         assert_eq!(read(u32::MAX), None);
 
         let start_ns = start * TICK_NS;
-        let (task, mut renamed) = (own_task(), own_task());
+        let (task, mut renamed) = (this_task(), this_task());
         renamed.comm[0] ^= 1;
         let elsewhere = Task { tid: 1, ..task };
-        for (what, task, start_ns, at_ns, is_it) in [
-            ("it started then", task, start_ns, 0, true),
-            ("another started then", task, start_ns + TICK_NS, 0, false),
-            ("it was there before", task, 0, start_ns + TICK_NS, true),
-            ("it may have come since, in the same tick", task, 0, start_ns + TICK_NS - 1, false),
-            ("it came since", task, 0, start_ns, false),
-            ("its thread has another name now", renamed, 0, start_ns + TICK_NS, false),
-            ("its thread is gone", elsewhere, 0, start_ns + TICK_NS, false),
-            ("neither is known", task, 0, 0, false),
+        for (what, task, start_ns, at_ns, is_same_process) in [
+            ("same start time", task, start_ns, 0, true),
+            ("another process with another start time", task, start_ns + TICK_NS, 0, false),
+            ("started before the observation", task, 0, start_ns + TICK_NS, true),
+            ("may have started after it, in the same tick", task, 0, start_ns + TICK_NS - 1, false),
+            ("started after the observation", task, 0, start_ns, false),
+            ("the thread has another name now", renamed, 0, start_ns + TICK_NS, false),
+            ("the thread has exited", elsewhere, 0, start_ns + TICK_NS, false),
+            ("neither time is known", task, 0, 0, false),
         ] {
-            let seen = Sighting { task, start_ns, at_ns };
+            let observed = ObservedTask { task, start_ns, at_ns };
             let mut processes = Processes::new(true);
             for time in ["first", "again"] {
-                let expected = if is_it { facts.clone() } else { Facts::default() };
-                assert_eq!(*processes.look_up(&seen, 1), expected, "{what}, {time}");
+                let expected = if is_same_process { process.clone() } else { ProcessInfo::default() };
+                assert_eq!(*processes.look_up(&observed, 1), expected, "{what}, {time}");
             }
-            assert_eq!(*Processes::new(false).look_up(&seen, 1), Facts::default(), "{what}, elsewhere");
+            assert_eq!(
+                *Processes::new(false).look_up(&observed, 1),
+                ProcessInfo::default(),
+                "{what}, in another pid namespace"
+            );
             let mut shifted = Processes { is_initial_time_ns: false, ..Processes::new(true) };
-            let expected = if start_ns == start * TICK_NS { facts.clone() } else { Facts::default() };
-            assert_eq!(*shifted.look_up(&seen, 1), expected, "{what}, in another time namespace");
+            let expected = if start_ns == start * TICK_NS { process.clone() } else { ProcessInfo::default() };
+            assert_eq!(*shifted.look_up(&observed, 1), expected, "{what}, in another time namespace");
         }
     }
 
-    /// As the kernel sees this thread.
-    fn own_task() -> Task {
+    /// This thread as the kernel records it.
+    fn this_task() -> Task {
         let mut comm = [0; 16];
         let name = fs::read("/proc/thread-self/comm").unwrap();
         comm[..name.len() - 1].copy_from_slice(&name[..name.len() - 1]);
@@ -355,32 +367,32 @@ mod tests {
     }
 
     #[test]
-    fn what_was_read_of_one_that_is_gone_stays_true_where_its_start_is_known() {
+    fn cached_info_outlives_the_process_if_its_start_time_is_known() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let pid = child.id();
         let mut comm = [0; 16];
         comm[..5].copy_from_slice(b"sleep");
         let task = Task { pid, tid: pid, comm, leader: comm };
-        let start_ns = started_ns(pid).unwrap();
-        let known = Sighting { task, start_ns, at_ns: start_ns };
-        let unknown = Sighting { task, start_ns: 0, at_ns: start_ns + TICK_NS };
+        let start_ns = start_time_ns(pid).unwrap();
+        let known = ObservedTask { task, start_ns, at_ns: start_ns };
+        let unknown = ObservedTask { task, start_ns: 0, at_ns: start_ns + TICK_NS };
         let mut processes = Processes::new(true);
-        // `spawn` returns once the program runs.
-        for seen in [&known, &unknown] {
-            assert_eq!(processes.look_up(seen, 1).comm.as_deref(), Some("sleep"), "{seen:?}");
+        // `spawn` returns after the execve().
+        for observed in [&known, &unknown] {
+            assert_eq!(processes.look_up(observed, 1).comm.as_deref(), Some("sleep"), "{observed:?}");
         }
         child.kill().unwrap();
         child.wait().unwrap();
-        for now_ns in [2, 2 * FRESH_NS, 4 * FRESH_NS] {
+        for now_ns in [2, 2 * CACHE_TTL_NS, 4 * CACHE_TTL_NS] {
             assert_eq!(processes.look_up(&known, now_ns).comm.as_deref(), Some("sleep"), "at {now_ns}");
-            assert_eq!(*processes.look_up(&unknown, now_ns), Facts::default(), "at {now_ns}");
+            assert_eq!(*processes.look_up(&unknown, now_ns), ProcessInfo::default(), "at {now_ns}");
         }
-        let later = Sighting { start_ns: start_ns + TICK_NS, ..known };
-        assert_eq!(*processes.look_up(&later, 5 * FRESH_NS), Facts::default());
+        let later = ObservedTask { start_ns: start_ns + TICK_NS, ..known };
+        assert_eq!(*processes.look_up(&later, 5 * CACHE_TTL_NS), ProcessInfo::default());
     }
 
     #[test]
-    fn arguments_are_what_stands_between_nuls() {
+    fn arguments_are_separated_by_nuls() {
         for (bytes, expected) in [
             (&b""[..], None),
             (b"\0", None),
@@ -396,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn the_control_group_tells_unit_and_container() {
+    fn the_cgroup_path_names_unit_and_container() {
         const ID: &str = "4a5b6c7d8e9f00112233445566778899aabbccddeeff00112233445566778899";
         for (path, unit, container) in [
             ("/system.slice/nginx.service".to_owned(), Some("nginx.service".to_owned()), None),
@@ -433,13 +445,13 @@ mod tests {
             (format!("/docker/{}", &ID[1..]), None, None),
             (format!("/docker/{}", ID.to_uppercase()), None, None),
         ] {
-            let expected = Place { unit, container: container.map(str::to_owned) };
-            assert_eq!(Place::parse(&path), expected, "{path}");
+            let expected = CgroupInfo { unit, container: container.map(str::to_owned) };
+            assert_eq!(CgroupInfo::parse(&path), expected, "{path}");
         }
     }
 
     #[test]
-    fn the_group_is_the_unified_one_or_systemds() {
+    fn the_cgroup_is_the_unified_one_or_systemds() {
         for (text, path) in [
             ("0::/system.slice/a.service\n", Some("/system.slice/a.service")),
             ("12:pids:/x\n1:name=systemd:/system.slice/a.service\n0::/\n", Some("/system.slice/a.service")),

@@ -1,13 +1,15 @@
-//! What is to be done about self-connections, when, and how often: the policy of `--remedy`, and those that wait for it.
-//! Pure: no clock, no kernel. Whoever owns it does what it says and tells it what came of that.
+//! The policy of `--remedy`: decides which self-connections to destroy, when, and at what rate, and keeps the
+//! connections that wait. Pure: no clock, no kernel. The owner executes the steps and reports their results
+//! back.
 //!
-//! A self-connection is looked up first, and destroyed by the cookie that this gives. That the cookie is that very
-//! connection's is known because every transition until then has been taken in, and the connection was still open.
+//! A self-connection is first looked up, and then destroyed by the cookie that the lookup returned. The
+//! cookie certainly belongs to that connection, because every transition until the lookup has been applied
+//! and the connection was still open.
 
 use std::collections::{BTreeMap, HashMap};
 
 use crate::{
-    event::{Remedied, Subject},
+    event::{ConnectionFields, Remedied},
     filter::Selection,
     sockets::{Cookie, Target},
 };
@@ -16,15 +18,15 @@ const SECOND_NS: u64 = 1_000_000_000;
 
 /// What `--remedy` does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// All but the last step.
+pub enum RemedyMode {
+    /// Everything except SOCK_DESTROY itself.
     DryRun,
-    /// SOCK_DESTROY.
+    /// Destroy the sockets with SOCK_DESTROY.
     Destroy,
 }
 
-impl Mode {
-    /// As the option and events have it.
+impl RemedyMode {
+    /// Name in the option and in events.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -34,42 +36,42 @@ impl Mode {
     }
 }
 
-/// What is asked for.
+/// The requested policy.
 #[derive(Clone, Debug)]
-pub struct Policy {
+pub struct RemedyPolicy {
     /// What to do.
-    pub mode: Mode,
-    /// About which.
+    pub mode: RemedyMode,
+    /// Which self-connections may be destroyed.
     pub selection: Selection,
-    /// How long one may live before.
+    /// How long a self-connection is left alone after it is established.
     pub grace_ns: u64,
-    /// How many a second; as many may come at once.
+    /// Maximum number per second. A burst may have the same number.
     pub rate: u32,
 }
 
-/// What came of it.
+/// Result for one self-connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The socket is destroyed.
+pub enum RemedyOutcome {
+    /// The socket was destroyed.
     Destroyed,
-    /// It would be, without dry-run.
+    /// The socket would have been destroyed without dry-run.
     WouldDestroy,
-    /// The policy spares it.
+    /// The selection of the policy excludes it.
     Excepted,
-    /// It has to wait for its turn.
+    /// It has to wait because of the rate limit.
     RateLimited,
-    /// It had ended by itself.
+    /// It was already closed.
     Gone,
-    /// It could not be done.
+    /// The lookup or SOCK_DESTROY failed.
     Failed,
 }
 
-impl Outcome {
-    /// Every one, in the order in which they count.
+impl RemedyOutcome {
+    /// All outcomes, in the order of the counters.
     pub const ALL: [Self; 6] =
         [Self::Destroyed, Self::WouldDestroy, Self::Excepted, Self::RateLimited, Self::Gone, Self::Failed];
 
-    /// As events and metrics have it.
+    /// Name in events and metrics.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -83,228 +85,255 @@ impl Outcome {
     }
 }
 
-/// A self-connection that something may be done about.
+/// An established self-connection that may be destroyed.
 #[derive(Clone, Debug)]
-pub struct Case {
-    /// As its events have it.
-    pub subject: Subject,
-    /// Where it is. `None`: nobody knows its network namespace.
+pub struct RemedyCandidate {
+    /// Its fields in events.
+    pub fields: ConnectionFields,
+    /// Identity of the socket. `None`: the network namespace is unknown.
     pub target: Option<Target>,
     /// Processes and threads that may be in its network namespace.
-    pub near: Vec<u32>,
+    pub netns_hints: Vec<u32>,
 }
 
-/// What is to be done now.
+/// A step that the owner must execute.
 #[derive(Debug)]
-pub enum Step {
-    /// Look it up.
-    LookUp(Asked),
-    /// Destroy it.
-    Destroy(Asked, Cookie),
-    /// Tell this.
-    Tell(Box<Remedied>),
+pub enum RemedyStep {
+    /// Look up the socket's cookie.
+    LookUp(RemedyRequest),
+    /// Destroy the socket with this cookie.
+    Destroy(RemedyRequest, Cookie),
+    /// Emit this event.
+    Emit(Box<Remedied>),
 }
 
-/// Which one a step is about.
+/// The socket that a step is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Asked {
-    /// The connection's.
+pub struct RemedyRequest {
+    /// Number of the connection.
     pub number: u64,
-    /// Where it is.
+    /// Identity of the socket.
     pub target: Target,
-    /// Where to look first for its network namespace.
-    pub near: Vec<u32>,
+    /// Processes and threads to try first to enter its network namespace.
+    pub netns_hints: Vec<u32>,
 }
 
-/// The self-connections that wait, and the one policy for them.
+/// The policy, and the self-connections that wait for a step.
 #[derive(Debug)]
 pub struct Remedy {
-    policy: Policy,
-    /// By number. Those of one grace are due in the order in which they came.
-    waiting: BTreeMap<u64, Waiting>,
-    /// Looked up or destroyed just now.
-    under_way: HashMap<u64, UnderWay>,
-    limiter: Limiter,
-    counts: [u64; Outcome::ALL.len()],
+    policy: RemedyPolicy,
+    /// By number. All have the same grace period, so they are due in the order of their numbers.
+    waiting: BTreeMap<u64, WaitingConnection>,
+    /// Connections that are being looked up or destroyed now.
+    in_progress: HashMap<u64, ConnectionInProgress>,
+    limiter: RateLimiter,
+    counts: [u64; RemedyOutcome::ALL.len()],
 }
 
 #[derive(Debug)]
-struct Waiting {
+struct WaitingConnection {
     due_ns: u64,
-    /// Whether it is told that it has to wait for its turn.
-    is_told: bool,
-    subject: Subject,
-    asked: Asked,
+    /// True if `rate_limited` has been reported for it.
+    is_reported: bool,
+    fields: ConnectionFields,
+    request: RemedyRequest,
 }
 
 #[derive(Debug)]
-struct UnderWay {
-    is_destroyed: bool,
-    has_ended: bool,
-    subject: Subject,
-    asked: Asked,
+struct ConnectionInProgress {
+    is_destroying: bool,
+    has_closed: bool,
+    fields: ConnectionFields,
+    request: RemedyRequest,
 }
 
 impl Remedy {
-    /// Nothing waits yet.
+    /// Starts with no connections.
     #[must_use]
-    pub fn new(policy: Policy) -> Self {
-        let limiter = Limiter::new(policy.rate);
+    pub fn new(policy: RemedyPolicy) -> Self {
+        let limiter = RateLimiter::new(policy.rate);
         Self {
             policy,
             waiting: BTreeMap::new(),
-            under_way: HashMap::new(),
+            in_progress: HashMap::new(),
             limiter,
             counts: Default::default(),
         }
     }
 
-    /// How often each outcome was told.
-    pub fn counts(&self) -> impl Iterator<Item = (Outcome, u64)> {
-        Outcome::ALL.into_iter().zip(self.counts)
+    /// Number of reports of each outcome.
+    pub fn counts(&self) -> impl Iterator<Item = (RemedyOutcome, u64)> {
+        RemedyOutcome::ALL.into_iter().zip(self.counts)
     }
 
-    /// A self-connection is there since `at_ns`. Gives what there is to tell at once.
-    pub fn opened(&mut self, number: u64, case: Case, at_ns: u64) -> Option<Remedied> {
-        let Case { subject, target, near } = case;
-        if let Some(why) = self.policy.selection.spares(&subject) {
-            return Some(self.tell(subject, Outcome::Excepted, Some(why)));
+    /// A self-connection was established at `at_ns`. Returns the event to emit at once, if any.
+    pub fn on_established(
+        &mut self,
+        number: u64,
+        candidate: RemedyCandidate,
+        at_ns: u64,
+    ) -> Option<Remedied> {
+        let RemedyCandidate { fields, target, netns_hints } = candidate;
+        if let Some(why) = self.policy.selection.exclusion_reason(&fields) {
+            return Some(self.finish(fields, RemedyOutcome::Excepted, Some(why)));
         }
         let Some(target) = target else {
             let why = "its network namespace is unknown: the kernel has no usable BTF".to_owned();
-            return Some(self.tell(subject, Outcome::Failed, Some(why)));
+            return Some(self.finish(fields, RemedyOutcome::Failed, Some(why)));
         };
         let due_ns = at_ns.saturating_add(self.policy.grace_ns);
-        let asked = Asked { number, target, near };
-        self.waiting.insert(number, Waiting { due_ns, is_told: false, subject, asked });
+        let request = RemedyRequest { number, target, netns_hints };
+        self.waiting.insert(number, WaitingConnection { due_ns, is_reported: false, fields, request });
         None
     }
 
-    /// It is gone, by itself or by us.
-    pub fn ended(&mut self, number: u64) {
+    /// The connection is closed, by itself or by the remedy.
+    pub fn on_closed(&mut self, number: u64) {
         self.waiting.remove(&number);
-        if let Some(under_way) = self.under_way.get_mut(&number) {
-            under_way.has_ended = true;
+        if let Some(in_progress) = self.in_progress.get_mut(&number) {
+            in_progress.has_closed = true;
         }
     }
 
-    /// When there is something to do next.
+    /// Time of the next step: `CLOCK_BOOTTIME`, nanoseconds.
     #[must_use]
     pub fn next_ns(&self) -> Option<u64> {
         let (_, first) = self.waiting.first_key_value()?;
-        Some(if first.is_told { first.due_ns.max(self.limiter.free_ns()) } else { first.due_ns })
+        Some(if first.is_reported { first.due_ns.max(self.limiter.available_ns()) } else { first.due_ns })
     }
 
-    /// Whether one is being destroyed.
+    /// True if a socket is being destroyed now.
     #[must_use]
     pub fn is_destroying(&self) -> bool {
-        self.under_way.values().any(|under_way| under_way.is_destroyed)
+        self.in_progress.values().any(|in_progress| in_progress.is_destroying)
     }
 
-    /// What is to be done now.
-    pub fn due(&mut self, now_ns: u64) -> Vec<Step> {
+    /// The steps that are due now.
+    pub fn due(&mut self, now_ns: u64) -> Vec<RemedyStep> {
         let mut steps = Vec::new();
         while let Some(first) = self.waiting.first_entry().filter(|first| first.get().due_ns <= now_ns) {
-            if !self.limiter.take(now_ns) {
+            if !self.limiter.try_take(now_ns) {
                 break;
             }
-            let (number, Waiting { subject, asked, .. }) = first.remove_entry();
-            steps.push(Step::LookUp(asked.clone()));
-            self.under_way.insert(number, UnderWay { is_destroyed: false, has_ended: false, subject, asked });
+            let (number, WaitingConnection { fields, request, .. }) = first.remove_entry();
+            steps.push(RemedyStep::LookUp(request.clone()));
+            self.in_progress.insert(
+                number,
+                ConnectionInProgress { is_destroying: false, has_closed: false, fields, request },
+            );
         }
-        // The rest of those that are due; each is told once.
+        // The others that are due are over the rate limit. Each is reported once.
         let per_second = format!("{} a second", self.policy.rate);
-        let late = self.waiting.values_mut().rev().skip_while(|waiting| waiting.due_ns > now_ns);
-        let untold: Vec<_> = late
-            .take_while(|waiting| !waiting.is_told)
+        let overdue = self.waiting.values_mut().rev().skip_while(|waiting| waiting.due_ns > now_ns);
+        let unreported: Vec<_> = overdue
+            .take_while(|waiting| !waiting.is_reported)
             .map(|waiting| {
-                waiting.is_told = true;
-                waiting.subject.clone()
+                waiting.is_reported = true;
+                waiting.fields.clone()
             })
             .collect();
-        for subject in untold.into_iter().rev() {
-            let told = self.tell(subject, Outcome::RateLimited, Some(per_second.clone()));
-            steps.push(Step::Tell(Box::new(told)));
+        for fields in unreported.into_iter().rev() {
+            let remedied = self.finish(fields, RemedyOutcome::RateLimited, Some(per_second.clone()));
+            steps.push(RemedyStep::Emit(Box::new(remedied)));
         }
         steps
     }
 
-    /// What the lookup gave, when every transition until then is taken in.
-    pub fn looked_up(&mut self, number: u64, outcome: Result<Option<Cookie>, String>) -> Option<Step> {
-        let UnderWay { has_ended, mut subject, asked, .. } = self.under_way.remove(&number)?;
-        let known = subject.cookie;
+    /// Result of a lookup. Every transition until the lookup must have been applied before.
+    pub fn on_looked_up(
+        &mut self,
+        number: u64,
+        outcome: Result<Option<Cookie>, String>,
+    ) -> Option<RemedyStep> {
+        let ConnectionInProgress { has_closed, mut fields, request, .. } =
+            self.in_progress.remove(&number)?;
+        let expected_cookie = fields.cookie;
         let (outcome, why) = match outcome {
-            // Another one may be at its place by now.
-            Ok(Some(cookie)) if !has_ended && known.is_none_or(|known| known == cookie.get()) => {
-                subject.cookie = Some(cookie.get());
-                if self.policy.mode == Mode::Destroy {
-                    let step = Step::Destroy(asked.clone(), cookie);
-                    self.under_way.insert(number, UnderWay { is_destroyed: true, has_ended, subject, asked });
+            // Another socket may have the same endpoint by now.
+            Ok(Some(cookie))
+                if !has_closed
+                    && expected_cookie.is_none_or(|expected_cookie| expected_cookie == cookie.get()) =>
+            {
+                fields.cookie = Some(cookie.get());
+                if self.policy.mode == RemedyMode::Destroy {
+                    let step = RemedyStep::Destroy(request.clone(), cookie);
+                    self.in_progress.insert(
+                        number,
+                        ConnectionInProgress { is_destroying: true, has_closed, fields, request },
+                    );
                     return Some(step);
                 }
-                (Outcome::WouldDestroy, None)
+                (RemedyOutcome::WouldDestroy, None)
             }
-            Ok(_) => (Outcome::Gone, None),
-            Err(why) => (Outcome::Failed, Some(why)),
+            Ok(_) => (RemedyOutcome::Gone, None),
+            Err(why) => (RemedyOutcome::Failed, Some(why)),
         };
-        Some(Step::Tell(Box::new(self.tell(subject, outcome, why))))
+        Some(RemedyStep::Emit(Box::new(self.finish(fields, outcome, why))))
     }
 
-    /// Whether it was there to be destroyed.
-    pub fn destroyed(&mut self, number: u64, outcome: Result<bool, String>) -> Option<Remedied> {
-        let UnderWay { subject, .. } = self.under_way.remove(&number)?;
+    /// Result of SOCK_DESTROY. `Ok(false)`: the socket did not exist any more.
+    pub fn on_destroyed(&mut self, number: u64, outcome: Result<bool, String>) -> Option<Remedied> {
+        let ConnectionInProgress { fields, .. } = self.in_progress.remove(&number)?;
         let (outcome, why) = match outcome {
-            Ok(true) => (Outcome::Destroyed, None),
-            Ok(false) => (Outcome::Gone, None),
-            Err(why) => (Outcome::Failed, Some(why)),
+            Ok(true) => (RemedyOutcome::Destroyed, None),
+            Ok(false) => (RemedyOutcome::Gone, None),
+            Err(why) => (RemedyOutcome::Failed, Some(why)),
         };
-        Some(self.tell(subject, outcome, why))
+        Some(self.finish(fields, outcome, why))
     }
 
-    fn tell(&mut self, subject: Subject, outcome: Outcome, why: Option<String>) -> Remedied {
+    fn finish(&mut self, fields: ConnectionFields, outcome: RemedyOutcome, why: Option<String>) -> Remedied {
         self.counts[outcome as usize] += 1;
         let port_freed = match outcome {
-            Outcome::Destroyed | Outcome::WouldDestroy => frees(&subject),
+            RemedyOutcome::Destroyed | RemedyOutcome::WouldDestroy => frees_port(&fields),
             _ => None,
         };
-        Remedied { subject, mode: self.policy.mode.name(), result: outcome.name(), why, port_freed }
+        Remedied {
+            connection: fields,
+            mode: self.policy.mode.name(),
+            result: outcome.name(),
+            why,
+            port_freed,
+        }
     }
 }
 
-/// A port that connect() chose is given back at the end, for it is not locked; one that the program had named stays
-/// with the socket until that is closed (`tcp_set_state`, net/ipv4/tcp.c, and SOCK_BINDPORT_LOCK, include/net/sock.h
-/// at v5.10). One from bind to port 0 is not locked either, but is told as bound.
-fn frees(subject: &Subject) -> Option<bool> {
-    match subject.cause {
+/// True if SOCK_DESTROY frees the port at once. `None`: unknown. A port that connect() chose is released when
+/// the connection is closed, because it is not locked. A port that the program named stays with the socket
+/// until the socket is closed (`tcp_set_state`, net/ipv4/tcp.c, and SOCK_BINDPORT_LOCK, include/net/sock.h at
+/// v5.10). A port from bind to port 0 is not locked either, but events report it as bound.
+fn frees_port(fields: &ConnectionFields) -> Option<bool> {
+    match fields.cause {
         Some("ephemeral") => Some(true),
         _ => None,
     }
 }
 
-/// So many a second, and as many at once: each take moves `full_ns`, when nothing would be left to wait for, an interval
-/// on, and it may be a second ahead.
+/// Token bucket: `rate` tokens a second, with a capacity of one second. `full_ns` is the time at which the
+/// bucket is full again. Taking a token moves it one interval ahead, and it may be at most one second ahead
+/// of now.
 #[derive(Debug)]
-struct Limiter {
+struct RateLimiter {
     interval_ns: u64,
     full_ns: u64,
 }
 
-impl Limiter {
+impl RateLimiter {
     fn new(rate: u32) -> Self {
         Self { interval_ns: SECOND_NS / u64::from(rate.max(1)), full_ns: 0 }
     }
 
-    /// From when on one may be taken.
-    fn free_ns(&self) -> u64 {
+    /// Time from which a token is available.
+    fn available_ns(&self) -> u64 {
         (self.full_ns + self.interval_ns).saturating_sub(SECOND_NS)
     }
 
-    fn take(&mut self, now_ns: u64) -> bool {
-        let is_free = self.free_ns() <= now_ns;
-        if is_free {
+    fn try_take(&mut self, now_ns: u64) -> bool {
+        let is_available = self.available_ns() <= now_ns;
+        if is_available {
             self.full_ns = self.full_ns.max(now_ns) + self.interval_ns;
         }
-        is_free
+        is_available
     }
 }
 

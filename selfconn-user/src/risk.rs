@@ -1,8 +1,10 @@
-//! Which ports are about to be hit: somebody keeps dialling them, nobody listens, and `connect()` can choose them as a
-//! source. Pure: what the programs counted and what a namespace may choose go in, what is to be told comes out.
+//! Finds the ports at risk of a self-connection: a program keeps connecting to the port, nothing listens on
+//! it, and `connect()` can choose it as source port. Pure: the input is the probes' counts and the local port
+//! range of a network namespace, the output is the events to emit.
 //!
-//! A port that can't be hit is looked at again, for a range and what is reserved of it can change: so often that few
-//! dials pass between two looks, measured by how many a hit takes.
+//! A port that `connect()` can't choose is checked again, because the port range and the reserved ports can
+//! change. The interval depends on the rate of the attempts: few attempts pass between two checks, compared
+//! with the number of attempts that a self-connection takes on average.
 
 use std::{
     collections::HashMap,
@@ -11,208 +13,230 @@ use std::{
 
 use selfconn_ebpf::{
     Opener,
-    risk::{FIRST, Tally, Target, WINDOW_NS},
+    risk::{Destination, REPORT_THRESHOLD, RefusedCount, WINDOW_NS},
 };
 
 use crate::ports::{LocalPorts, Odds, Reach};
 
 const SECOND_NS: u64 = 1_000_000_000;
 
-/// As often as a port is looked at while it is dialled, whatever the pace.
-const SOONEST_NS: u64 = SECOND_NS / 10;
+/// Minimum interval between two checks of a port, at any rate of attempts.
+const MIN_CHECK_INTERVAL_NS: u64 = SECOND_NS / 10;
 
-/// How many looks there are, on the mean, in as many dials as a hit takes.
-const LOOKS: u64 = 50;
+/// Mean number of checks during the number of attempts that a self-connection takes on average.
+const CHECKS_PER_EXPECTED_HIT: u64 = 50;
 
-/// Dials of a port that nobody listens on.
+/// Refused connection attempts to one port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Dials {
-    /// Source and destination address; a v4-mapped one as IPv4.
+pub struct RefusedConnects {
+    /// Source and destination address. A v4-mapped address is an IPv4 address here.
     pub addr: IpAddr,
     /// Destination port.
     pub port: u16,
     /// Inode of the network namespace. 0: this kernel has no namespaces.
     pub netns: u32,
-    /// Who made the newest.
+    /// The task that made the newest attempt.
     pub newest: Opener,
-    /// When that was: `CLOCK_BOOTTIME`, nanoseconds.
+    /// Time of the newest attempt: `CLOCK_BOOTTIME`, nanoseconds.
     pub last_ns: u64,
-    /// How many pids made them, at least.
+    /// Number of distinct pids that made the attempts (a lower bound).
     pub dialers: u32,
-    /// How many there were.
+    /// Number of attempts.
     pub refused: u64,
-    /// From the first of them to the newest.
+    /// Time from the first attempt to the newest.
     pub window_ns: u64,
 }
 
-/// What is to be told.
+/// An event about a port at risk.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Happening {
-    /// It can hit itself any time.
-    AtRisk(Dials, Chance),
-    /// It can't any more.
-    Over(Dials, Why),
+pub enum PortRiskEvent {
+    /// The next attempt can connect to itself.
+    AtRisk(RefusedConnects, Chance),
+    /// The port is not at risk any more.
+    Over(RefusedConnects, RiskEndReason),
 }
 
-/// How likely a hit is.
+/// Probability that one attempt connects to itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Chance {
-    /// One dial in so many hits.
+    /// One in this number of attempts.
     OneIn(u32),
-    /// The port range can't be read, for this reason.
+    /// The port range can't be read. The text is the reason.
     Unknown(String),
 }
 
-/// Why a risk is over.
+/// Why a port is not at risk any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Why {
-    /// Nobody dialled for a minute.
+pub enum RiskEndReason {
+    /// There was no attempt for a minute.
     Silence,
     /// `connect()` can't choose the port any more.
     Unreachable,
 }
 
-/// The ports that are dialled often.
+/// The ports with many refused connection attempts.
 #[derive(Debug, Default)]
-pub struct Risks(HashMap<Target, Port>);
+pub struct PortRisks(HashMap<Destination, PortState>);
 
 #[derive(Debug)]
-struct Port {
-    /// When to look at it: `CLOCK_BOOTTIME`, nanoseconds.
-    look_ns: u64,
-    /// At how many dials it is told, again.
-    next: u64,
-    is_told: bool,
-    /// What the last look saw.
-    last: Option<Dials>,
+struct PortState {
+    /// Time of the next check: `CLOCK_BOOTTIME`, nanoseconds.
+    next_check_ns: u64,
+    /// Number of attempts at which the port is reported next.
+    next_report_count: u64,
+    is_reported: bool,
+    /// The attempts at the last check.
+    last_connects: Option<RefusedConnects>,
 }
 
-impl Risks {
-    /// The programs counted many dials, or ten times as many as before: it is to be looked at now.
-    pub fn heed(&mut self, target: Target) {
-        let new = Port { look_ns: 0, next: FIRST, is_told: false, last: None };
-        self.0.entry(target).or_insert(new).look_ns = 0;
+impl PortRisks {
+    /// The probes reported that the count of this port crossed a threshold (the first, or the next tenfold).
+    /// The port is due for a check now.
+    pub fn on_threshold(&mut self, destination: Destination) {
+        let new = PortState {
+            next_check_ns: 0,
+            next_report_count: REPORT_THRESHOLD,
+            is_reported: false,
+            last_connects: None,
+        };
+        self.0.entry(destination).or_insert(new).next_check_ns = 0;
     }
 
-    /// When the next port is to be looked at: `CLOCK_BOOTTIME`, nanoseconds. `None`: none is dialled.
+    /// Time of the next check of any port: `CLOCK_BOOTTIME`, nanoseconds. `None`: no port is tracked.
     #[must_use]
-    pub fn next_look_ns(&self) -> Option<u64> {
-        self.0.values().map(|port| port.look_ns).min()
+    pub fn next_check_ns(&self) -> Option<u64> {
+        self.0.values().map(|port| port.next_check_ns).min()
     }
 
-    /// Which ports are to be looked at now.
+    /// The ports that are due for a check now.
     #[must_use]
-    pub fn due(&self, now_ns: u64) -> Vec<Target> {
-        self.0.iter().filter(|(_, port)| port.look_ns <= now_ns).map(|(target, _)| *target).collect()
+    pub fn due(&self, now_ns: u64) -> Vec<Destination> {
+        self.0
+            .iter()
+            .filter(|(_, port)| port.next_check_ns <= now_ns)
+            .map(|(destination, _)| *destination)
+            .collect()
     }
 
-    /// Whether somebody dials this port often.
+    /// True if the count of this port has crossed a threshold and has not expired.
     #[must_use]
-    pub fn knows(&self, target: &Target) -> bool {
-        self.0.contains_key(target)
+    pub fn is_tracked(&self, destination: &Destination) -> bool {
+        self.0.contains_key(destination)
     }
 
-    /// How many ports are at risk now.
+    /// Number of ports at risk now.
     #[must_use]
     pub fn at_risk(&self) -> usize {
-        self.0.values().filter(|port| port.is_told).count()
+        self.0.values().filter(|port| port.is_reported).count()
     }
 
-    /// Whether nobody dials the port any more, and so its count is to be ended; and what is to be told of that.
-    pub fn end(&mut self, target: &Target, tally: Option<&Tally>, now_ns: u64) -> Option<Option<Happening>> {
-        if tally.is_some_and(|tally| now_ns.saturating_sub(tally.last_ns) <= WINDOW_NS) {
+    /// Stops tracking a port after a minute without attempts. `None`: attempts go on. `Some`: tracking has
+    /// stopped; the caller must remove the port's count, and emit the event if there is one.
+    pub fn expire(
+        &mut self,
+        destination: &Destination,
+        count: Option<&RefusedCount>,
+        now_ns: u64,
+    ) -> Option<Option<PortRiskEvent>> {
+        if count.is_some_and(|count| now_ns.saturating_sub(count.last_ns) <= WINDOW_NS) {
             return None;
         }
-        let port = self.0.remove(target)?;
-        let dials = tally.map(|tally| Dials::new(target, tally)).or(port.last);
-        Some(dials.filter(|_| port.is_told).map(|dials| Happening::Over(dials, Why::Silence)))
+        let port = self.0.remove(destination)?;
+        let connects = count.map(|count| RefusedConnects::new(destination, count)).or(port.last_connects);
+        Some(
+            connects
+                .filter(|_| port.is_reported)
+                .map(|connects| PortRiskEvent::Over(connects, RiskEndReason::Silence)),
+        )
     }
 
-    /// Looks at a port that is dialled: `ports` is what its namespace may choose from, or why that is unknown, and
-    /// `is_taken` says whether a self-connection has it already.
-    pub fn look(
+    /// Checks a tracked port. `ports` is the local port range of its namespace, or the reason why the range
+    /// is unknown. `is_taken` is true if a self-connection already holds the port.
+    pub fn check(
         &mut self,
-        target: &Target,
-        tally: &Tally,
+        destination: &Destination,
+        count: &RefusedCount,
         ports: &Result<LocalPorts, String>,
         is_taken: bool,
         now_ns: u64,
-    ) -> Option<Happening> {
-        let port = self.0.get_mut(target)?;
-        let dials = Dials::new(target, tally);
-        let before = port.last.replace(dials);
-        let silence_ns = dials.last_ns.saturating_add(WINDOW_NS + 1);
-        port.look_ns = silence_ns;
+    ) -> Option<PortRiskEvent> {
+        let port = self.0.get_mut(destination)?;
+        let connects = RefusedConnects::new(destination, count);
+        let before = port.last_connects.replace(connects);
+        let expiry_ns = connects.last_ns.saturating_add(WINDOW_NS + 1);
+        port.next_check_ns = expiry_ns;
         let chance = match ports {
             Err(why) => Some(Chance::Unknown(why.clone())),
-            Ok(ports) => chance(ports, dials.port),
+            Ok(ports) => chance(ports, connects.port),
         };
         let Some(chance) = chance else {
-            let expected = ports.as_ref().map_or(1, |ports| u64::from(ports.expected_dials()).max(1));
-            let pause_ns = dials.gap_ns(before.as_ref()).saturating_mul(expected) / LOOKS;
-            port.look_ns = silence_ns.min(now_ns.saturating_add(pause_ns.max(SOONEST_NS)));
-            let was_told = std::mem::take(&mut port.is_told);
-            return was_told.then_some(Happening::Over(dials, Why::Unreachable));
+            let expected = ports.as_ref().map_or(1, |ports| u64::from(ports.expected_connects()).max(1));
+            let interval_ns =
+                connects.gap_ns(before.as_ref()).saturating_mul(expected) / CHECKS_PER_EXPECTED_HIT;
+            port.next_check_ns = expiry_ns.min(now_ns.saturating_add(interval_ns.max(MIN_CHECK_INTERVAL_NS)));
+            let was_reported = std::mem::take(&mut port.is_reported);
+            return was_reported.then_some(PortRiskEvent::Over(connects, RiskEndReason::Unreachable));
         };
-        if is_taken || (port.is_told && dials.refused < port.next) {
+        if is_taken || (port.is_reported && connects.refused < port.next_report_count) {
             return None;
         }
-        port.is_told = true;
-        while port.next <= dials.refused {
-            port.next = port.next.saturating_mul(10);
+        port.is_reported = true;
+        while port.next_report_count <= connects.refused {
+            port.next_report_count = port.next_report_count.saturating_mul(10);
         }
-        Some(Happening::AtRisk(dials, chance))
+        Some(PortRiskEvent::AtRisk(connects, chance))
     }
 }
 
-/// How likely one dial is to come from the port that it goes to; `None`: `connect()` doesn't choose that one.
+/// Probability that `connect()` chooses the destination port as source port. `None`: it never chooses that
+/// port.
 fn chance(ports: &LocalPorts, port: u16) -> Option<Chance> {
     let is_chosen = match ports.reach(port) {
         Reach::First => true,
-        // Where every port of the first kind is reserved.
-        Reach::Last => ports.expected_dials() == 0,
+        // `connect()` chooses these ports only if every port of the preferred parity is reserved.
+        Reach::Last => ports.expected_connects() == 0,
         Reach::Reserved | Reach::Outside => false,
     };
-    is_chosen.then(|| Odds::of(ports).dials(port)).flatten().map(Chance::OneIn)
+    is_chosen.then(|| Odds::of(ports).expected_connects(port)).flatten().map(Chance::OneIn)
 }
 
-impl Dials {
-    /// What the programs counted.
+impl RefusedConnects {
+    /// Converts a count of the probes.
     #[must_use]
-    pub fn new(target: &Target, tally: &Tally) -> Self {
+    pub fn new(destination: &Destination, count: &RefusedCount) -> Self {
         let mut octets = [0; 16];
-        for (to, word) in octets.chunks_exact_mut(4).zip(target.addr) {
+        for (to, word) in octets.chunks_exact_mut(4).zip(destination.addr) {
             to.copy_from_slice(&word.to_ne_bytes());
         }
         Self {
             addr: Ipv6Addr::from(octets).to_canonical(),
-            port: target.port,
-            netns: target.netns,
-            newest: tally.newest,
-            last_ns: tally.last_ns,
-            dialers: tally.dialers(),
-            refused: tally.refused(),
-            window_ns: tally.last_ns.saturating_sub(tally.began_ns),
+            port: destination.port,
+            netns: destination.netns,
+            newest: count.last_opener,
+            last_ns: count.last_ns,
+            dialers: count.pid_count(),
+            refused: count.refused(),
+            window_ns: count.last_ns.saturating_sub(count.window_start_ns),
         }
     }
 
-    /// From one dial to the next: the mean of all, or of those since `before` if that is less.
+    /// Mean time between two attempts: of all attempts, or of the attempts since `before` if that is less.
     fn gap_ns(&self, before: Option<&Self>) -> u64 {
         let mean = self.window_ns / (self.refused.saturating_sub(1)).max(1);
-        let lately = before.and_then(|before| {
-            let dials = self.refused.checked_sub(before.refused).filter(|dials| *dials > 0)?;
-            Some(self.last_ns.saturating_sub(before.last_ns) / dials)
+        let recent = before.and_then(|before| {
+            let connects = self.refused.checked_sub(before.refused).filter(|connects| *connects > 0)?;
+            Some(self.last_ns.saturating_sub(before.last_ns) / connects)
         });
-        lately.map_or(mean, |lately| mean.min(lately))
+        recent.map_or(mean, |recent| mean.min(recent))
     }
 
-    /// In how many seconds a hit is to be expected at this pace, rounded up.
+    /// Expected number of seconds until a self-connection at this rate of attempts, rounded up.
     #[must_use]
     pub fn eta_seconds(&self, chance: &Chance) -> Option<u64> {
         match chance {
             Chance::Unknown(_) => None,
-            Chance::OneIn(dials) => {
-                let ns = u128::from(self.window_ns) * u128::from(*dials)
+            Chance::OneIn(connects) => {
+                let ns = u128::from(self.window_ns) * u128::from(*connects)
                     / u128::from(self.refused.saturating_sub(1).max(1));
                 u64::try_from(ns.div_ceil(u128::from(SECOND_NS))).ok()
             }
@@ -226,31 +250,36 @@ mod tests {
 
     const NOW_NS: u64 = 100_000 * SECOND_NS;
     /// ::ffff:127.0.0.1, port 40000.
-    const TARGET: Target = Target {
+    const DESTINATION: Destination = Destination {
         addr: [0, 0, 0xffff_u32.to_be(), 0x7f00_0001_u32.to_be()],
         netns: 7,
         port: 40_000,
         padding: 0,
     };
 
-    /// So many dials, one each `gap_ns`, the newest now.
-    fn tally(refused: u64, gap_ns: u64, now_ns: u64) -> Tally {
-        let mut tally = Tally::NONE;
-        (tally.total, tally.last_ns, tally.began_ns) = (refused, now_ns, now_ns - (refused - 1) * gap_ns);
-        tally
+    /// `refused` attempts, one every `gap_ns`, the newest at `now_ns`.
+    fn count(refused: u64, gap_ns: u64, now_ns: u64) -> RefusedCount {
+        let mut count = RefusedCount::ZERO;
+        (count.total, count.last_ns, count.window_start_ns) =
+            (refused, now_ns, now_ns - (refused - 1) * gap_ns);
+        count
     }
 
     fn ports(range: &str, reserved: &str) -> Result<LocalPorts, String> {
         LocalPorts::parse(range, reserved).map_err(|error| error.to_string())
     }
 
-    fn looked(risks: &mut Risks, refused: u64, ports: &Result<LocalPorts, String>) -> Option<Happening> {
-        risks.heed(TARGET);
-        risks.look(&TARGET, &tally(refused, SECOND_NS, NOW_NS), ports, false, NOW_NS)
+    fn check_now(
+        risks: &mut PortRisks,
+        refused: u64,
+        ports: &Result<LocalPorts, String>,
+    ) -> Option<PortRiskEvent> {
+        risks.on_threshold(DESTINATION);
+        risks.check(&DESTINATION, &count(refused, SECOND_NS, NOW_NS), ports, false, NOW_NS)
     }
 
     #[test]
-    fn a_port_is_told_where_connect_can_choose_it() {
+    fn a_port_is_reported_if_connect_can_choose_it() {
         for (what, range, reserved, one_in) in [
             ("first", "40000 40199", "", Some(100)),
             ("first, with fewer others", "40000 40199", "40002-40099", None),
@@ -259,112 +288,115 @@ mod tests {
             ("reserved", "40000 40199", "40000", None),
             ("outside", "32768 39999", "", None),
         ] {
-            let told = looked(&mut Risks::default(), 20, &ports(range, reserved));
-            match (&told, one_in) {
-                (Some(Happening::AtRisk(dials, chance)), Some(one_in)) => {
+            let event = check_now(&mut PortRisks::default(), 20, &ports(range, reserved));
+            match (&event, one_in) {
+                (Some(PortRiskEvent::AtRisk(connects, chance)), Some(one_in)) => {
                     assert_eq!(*chance, Chance::OneIn(one_in), "{what}");
-                    assert_eq!((dials.addr, dials.port), (IpAddr::from([127, 0, 0, 1]), 40_000));
-                    assert_eq!((dials.refused, dials.window_ns), (20, 19 * SECOND_NS));
-                    assert_eq!(dials.eta_seconds(chance), Some(one_in.into()), "{what}");
+                    assert_eq!((connects.addr, connects.port), (IpAddr::from([127, 0, 0, 1]), 40_000));
+                    assert_eq!((connects.refused, connects.window_ns), (20, 19 * SECOND_NS));
+                    assert_eq!(connects.eta_seconds(chance), Some(one_in.into()), "{what}");
                 }
-                (Some(Happening::AtRisk(_, Chance::OneIn(fewer))), None) if what.contains("fewer") => {
+                (Some(PortRiskEvent::AtRisk(_, Chance::OneIn(fewer))), None) if what.contains("fewer") => {
                     assert!(*fewer < 100, "{what}: {fewer}");
                 }
-                (told, one_in) => assert!(told.is_none() && one_in.is_none(), "{what}: {told:?}"),
+                (event, one_in) => assert!(event.is_none() && one_in.is_none(), "{what}: {event:?}"),
             }
         }
     }
 
     #[test]
-    fn it_is_told_again_at_each_tenfold() {
-        let (mut risks, ports) = (Risks::default(), ports("40000 40199", ""));
-        let told: Vec<_> = [20, 21, 199, 200, 1_999, 2_001, 3_000, 20_000]
+    fn a_port_is_reported_again_at_each_tenfold_count() {
+        let (mut risks, ports) = (PortRisks::default(), ports("40000 40199", ""));
+        let reported: Vec<_> = [20, 21, 199, 200, 1_999, 2_001, 3_000, 20_000]
             .into_iter()
-            .filter(|refused| looked(&mut risks, *refused, &ports).is_some())
+            .filter(|refused| check_now(&mut risks, *refused, &ports).is_some())
             .collect();
-        assert_eq!(told, [20, 200, 2_001, 20_000]);
+        assert_eq!(reported, [20, 200, 2_001, 20_000]);
         assert_eq!(risks.at_risk(), 1);
     }
 
     #[test]
-    fn a_port_that_is_released_is_told_and_one_that_is_reserved_is_over() {
+    fn a_port_is_reported_when_it_is_unreserved_and_over_when_it_is_reserved() {
         let (free, reserved) = (ports("40000 40199", ""), ports("40000 40199", "40000"));
-        let mut risks = Risks::default();
-        assert_eq!(looked(&mut risks, 20, &reserved), None);
-        assert_eq!(looked(&mut risks, 200, &reserved), None);
+        let mut risks = PortRisks::default();
+        assert_eq!(check_now(&mut risks, 20, &reserved), None);
+        assert_eq!(check_now(&mut risks, 200, &reserved), None);
         assert_eq!(risks.at_risk(), 0);
-        assert!(matches!(looked(&mut risks, 230, &free), Some(Happening::AtRisk(..))));
-        assert_eq!(looked(&mut risks, 231, &free), None);
-        let over = looked(&mut risks, 240, &reserved);
-        assert!(matches!(over, Some(Happening::Over(_, Why::Unreachable))), "{over:?}");
-        assert_eq!((risks.at_risk(), looked(&mut risks, 241, &reserved)), (0, None));
-        assert!(matches!(looked(&mut risks, 250, &free), Some(Happening::AtRisk(..))));
+        assert!(matches!(check_now(&mut risks, 230, &free), Some(PortRiskEvent::AtRisk(..))));
+        assert_eq!(check_now(&mut risks, 231, &free), None);
+        let over = check_now(&mut risks, 240, &reserved);
+        assert!(matches!(over, Some(PortRiskEvent::Over(_, RiskEndReason::Unreachable))), "{over:?}");
+        assert_eq!((risks.at_risk(), check_now(&mut risks, 241, &reserved)), (0, None));
+        assert!(matches!(check_now(&mut risks, 250, &free), Some(PortRiskEvent::AtRisk(..))));
     }
 
     #[test]
-    fn an_unknown_range_is_told_as_that() {
-        let told = looked(&mut Risks::default(), 20, &Err("no way in".to_owned()));
-        let Some(Happening::AtRisk(dials, chance)) = told else { panic!("{told:?}") };
+    fn an_unknown_port_range_is_reported_with_its_reason() {
+        let event = check_now(&mut PortRisks::default(), 20, &Err("no way in".to_owned()));
+        let Some(PortRiskEvent::AtRisk(connects, chance)) = event else { panic!("{event:?}") };
         assert_eq!(chance, Chance::Unknown("no way in".to_owned()));
-        assert_eq!(dials.eta_seconds(&chance), None);
+        assert_eq!(connects.eta_seconds(&chance), None);
     }
 
     #[test]
-    fn a_port_that_a_self_connection_has_can_not_be_hit_again() {
-        let (mut risks, ports) = (Risks::default(), ports("40000 40199", ""));
-        risks.heed(TARGET);
-        let tally = tally(20, SECOND_NS, NOW_NS);
-        assert_eq!(risks.look(&TARGET, &tally, &ports, true, NOW_NS), None);
-        assert!(risks.look(&TARGET, &tally, &ports, false, NOW_NS).is_some());
+    fn a_port_that_a_self_connection_holds_is_not_reported() {
+        let (mut risks, ports) = (PortRisks::default(), ports("40000 40199", ""));
+        risks.on_threshold(DESTINATION);
+        let count = count(20, SECOND_NS, NOW_NS);
+        assert_eq!(risks.check(&DESTINATION, &count, &ports, true, NOW_NS), None);
+        assert!(risks.check(&DESTINATION, &count, &ports, false, NOW_NS).is_some());
     }
 
     #[test]
-    fn it_is_over_after_a_minute_of_silence() {
-        let (mut risks, ports) = (Risks::default(), ports("40000 40199", ""));
-        assert!(looked(&mut risks, 20, &ports).is_some());
-        let tally = tally(20, SECOND_NS, NOW_NS);
-        assert_eq!(risks.end(&TARGET, Some(&tally), NOW_NS + WINDOW_NS), None);
-        let look_ns = risks.next_look_ns().unwrap();
-        assert_eq!(look_ns, NOW_NS + WINDOW_NS + 1, "no look before it can be over");
-        assert_eq!((risks.due(look_ns - 1), risks.due(look_ns)), (vec![], vec![TARGET]));
-        let over = risks.end(&TARGET, Some(&tally), look_ns);
-        assert!(matches!(over, Some(Some(Happening::Over(_, Why::Silence)))), "{over:?}");
-        assert_eq!((risks.at_risk(), risks.next_look_ns(), risks.knows(&TARGET)), (0, None, false));
+    fn a_risk_is_over_after_a_minute_without_attempts() {
+        let (mut risks, ports) = (PortRisks::default(), ports("40000 40199", ""));
+        assert!(check_now(&mut risks, 20, &ports).is_some());
+        let count = count(20, SECOND_NS, NOW_NS);
+        assert_eq!(risks.expire(&DESTINATION, Some(&count), NOW_NS + WINDOW_NS), None);
+        let next_check_ns = risks.next_check_ns().unwrap();
+        assert_eq!(next_check_ns, NOW_NS + WINDOW_NS + 1, "no check before it can expire");
+        assert_eq!((risks.due(next_check_ns - 1), risks.due(next_check_ns)), (vec![], vec![DESTINATION]));
+        let over = risks.expire(&DESTINATION, Some(&count), next_check_ns);
+        assert!(matches!(over, Some(Some(PortRiskEvent::Over(_, RiskEndReason::Silence)))), "{over:?}");
+        assert_eq!(
+            (risks.at_risk(), risks.next_check_ns(), risks.is_tracked(&DESTINATION)),
+            (0, None, false)
+        );
     }
 
     #[test]
-    fn what_was_not_told_ends_without_a_word() {
-        let mut risks = Risks::default();
-        assert_eq!(looked(&mut risks, 20, &ports("40000 40199", "40000")), None);
-        let tally = tally(20, SECOND_NS, NOW_NS);
-        assert_eq!(risks.end(&TARGET, Some(&tally), NOW_NS + WINDOW_NS + 1), Some(None));
+    fn a_port_that_was_not_reported_expires_without_an_event() {
+        let mut risks = PortRisks::default();
+        assert_eq!(check_now(&mut risks, 20, &ports("40000 40199", "40000")), None);
+        let count = count(20, SECOND_NS, NOW_NS);
+        assert_eq!(risks.expire(&DESTINATION, Some(&count), NOW_NS + WINDOW_NS + 1), Some(None));
     }
 
     #[test]
-    fn looks_come_faster_the_nearer_a_hit_would_be() {
+    fn checks_are_more_frequent_the_sooner_a_self_connection_is_expected() {
         const MS_NS: u64 = SECOND_NS / 1_000;
-        for (what, range, gap_ns, pause_ns) in [
-            ("a storm", "32769 60999", 1_000, SOONEST_NS),
-            ("a small range", "40001 40199", 100 * MS_NS, 100 * MS_NS * 99 / LOOKS),
-            ("ten a second", "32769 60999", 100 * MS_NS, 100 * MS_NS * 14_115 / LOOKS),
+        for (what, range, gap_ns, interval_ns) in [
+            ("a storm", "32769 60999", 1_000, MIN_CHECK_INTERVAL_NS),
+            ("a small range", "40001 40199", 100 * MS_NS, 100 * MS_NS * 99 / CHECKS_PER_EXPECTED_HIT),
+            ("ten a second", "32769 60999", 100 * MS_NS, 100 * MS_NS * 14_115 / CHECKS_PER_EXPECTED_HIT),
             ("one a second", "32769 60999", SECOND_NS, WINDOW_NS + 1),
         ] {
-            let mut risks = Risks::default();
-            risks.heed(TARGET);
-            let tally = tally(20, gap_ns, NOW_NS);
-            assert_eq!(risks.look(&TARGET, &tally, &ports(range, ""), false, NOW_NS), None, "{what}");
-            assert_eq!(risks.next_look_ns(), Some(NOW_NS + pause_ns), "{what}");
+            let mut risks = PortRisks::default();
+            risks.on_threshold(DESTINATION);
+            let count = count(20, gap_ns, NOW_NS);
+            assert_eq!(risks.check(&DESTINATION, &count, &ports(range, ""), false, NOW_NS), None, "{what}");
+            assert_eq!(risks.next_check_ns(), Some(NOW_NS + interval_ns), "{what}");
         }
-        // Slow for long, and a storm now.
-        let mut risks = Risks::default();
+        // A slow rate for a long time, and now a storm.
+        let mut risks = PortRisks::default();
         let unreachable = ports("32769 60999", "");
-        risks.heed(TARGET);
-        let slow = tally(10_000, SECOND_NS, NOW_NS);
-        assert_eq!(risks.look(&TARGET, &slow, &unreachable, false, NOW_NS), None);
+        risks.on_threshold(DESTINATION);
+        let slow = count(10_000, SECOND_NS, NOW_NS);
+        assert_eq!(risks.check(&DESTINATION, &slow, &unreachable, false, NOW_NS), None);
         let later_ns = NOW_NS + SECOND_NS;
         let mut fast = slow;
         (fast.total, fast.last_ns) = (slow.total + 10_000, later_ns);
-        assert_eq!(risks.look(&TARGET, &fast, &unreachable, false, later_ns), None);
-        assert_eq!(risks.next_look_ns(), Some(later_ns + SOONEST_NS));
+        assert_eq!(risks.check(&DESTINATION, &fast, &unreachable, false, later_ns), None);
+        assert_eq!(risks.next_check_ns(), Some(later_ns + MIN_CHECK_INTERVAL_NS));
     }
 }

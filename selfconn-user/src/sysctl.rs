@@ -1,4 +1,4 @@
-//! The kernel's settings for local ports, of the network namespace that the calling thread is in.
+//! Reads the kernel's settings for local ports in the network namespace of the calling thread.
 
 use std::{
     fs::File,
@@ -9,26 +9,27 @@ use anyhow::{Context as _, Result};
 
 use crate::ports::LocalPorts;
 
-/// Reads the range, the reserved ports, and the step width where the kernel has one.
+/// Reads the range, the reserved ports, and the step width if the kernel has one.
 ///
 /// # Errors
-/// When `/proc/sys/net` is not there, or says what no kernel says.
+/// If `/proc/sys/net` cannot be read or its values cannot be parsed.
 pub fn local_ports() -> Result<LocalPorts> {
     let path = |name: &str| format!("/proc/sys/net/ipv4/{name}");
     let read = |name: &str| {
         let path = path(name);
-        read(&path).with_context(|| format!("cannot read {path}"))
+        read_once(&path).with_context(|| format!("cannot read {path}"))
     };
     let mut ports = LocalPorts::parse(&read("ip_local_port_range")?, &read("ip_local_reserved_ports")?)?;
-    // Newer kernels have it, v7.3 for one.
-    let step_width = self::read(&path("ip_local_port_step_width")).ok();
+    // Only newer kernels have this setting, for example v7.3.
+    let step_width = read_once(&path("ip_local_port_step_width")).ok();
     ports.step_width = step_width.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
     Ok(ports)
 }
 
-/// One read: a second one of `ip_local_reserved_ports` finds nothing, wherever the first one stopped, and
-/// `fs::read_to_string` begins with a small one. 65,536 ports, each with six characters at most, fit.
-fn read(path: &str) -> io::Result<String> {
+/// Reads a file with one read call. A second read of `ip_local_reserved_ports` returns nothing, wherever the
+/// first one stopped, and `fs::read_to_string` begins with a small read. The buffer holds 65,536 ports with
+/// at most six characters each.
+fn read_once(path: &str) -> io::Result<String> {
     let mut text = vec![0; 6 << 16];
     let length = File::open(path)?.read(&mut text)?;
     text.truncate(length);

@@ -1,8 +1,10 @@
-//! Whether the hooks still see: when to test them, and what a test's outcome means. Pure.
+//! Health of the probes: decides when to test whether the hooks still work, and what the outcome of a test
+//! means. Pure.
 //!
-//! The programs count what they see of self-connections, each for itself; a test makes one, and every program that is
-//! attached must have counted something. The record of it must come through the ring buffer. One test that fails may be
-//! chance, for a program can be kept from running; some in a row are not.
+//! Every probe counts the transitions of self-connections that it observes. A self-test makes a
+//! self-connection. After it, the count of every attached probe must have grown, and the record must have
+//! arrived through the ring buffer. A single failed test can be chance, because the kernel can skip a probe.
+//! Several failed tests in a row are not chance.
 
 use std::time::Duration;
 
@@ -10,146 +12,153 @@ use tokio::time::Instant;
 
 use crate::kernel::{attach::Method, tracer::Counters};
 
-/// How long a test may take. What counts is in the kernel within microseconds, unless the host is very busy.
-const LIMIT: Duration = Duration::from_secs(2);
+/// Maximum duration of a test. The kernel runs the probes within microseconds, unless the host is very busy.
+const TEST_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How soon after one that failed comes the next.
-const AGAIN: Duration = Duration::from_secs(1);
+/// Time between a failed test and the next test.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// So many in a row are no chance.
-const FAILURES: u32 = 3;
+/// Number of failed tests in a row after which the hooks are considered dead.
+const MAX_CONSECUTIVE_FAILURES: u32 = 3;
 
-/// What the tests came to.
+/// Results of the self-tests so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// Every program saw it, and its record came.
+pub struct SelfTestCounts {
+    /// Tests that every probe observed and whose record arrived.
     pub passed: u64,
-    /// Something was missing.
+    /// Tests with a count or record missing.
     pub failed: u64,
-    /// Records of the ring buffer that were about tests, ours or another daemon's.
+    /// Records in the ring buffer about self-tests, of this daemon or another one.
     pub records: u64,
 }
 
-/// Who is dead.
+/// The parts that failed a self-test.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Dead {
-    /// These programs don't see any more.
+pub struct DeadProbes {
+    /// Attach methods whose probe did not observe the test.
     pub methods: Vec<Method>,
-    /// The programs see, but nothing comes through the ring buffer.
+    /// The probes observed the test, but its record did not arrive through the ring buffer.
     pub ring: bool,
 }
 
-/// What to do.
+/// Outcome of a self-test.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// Every program saw it.
+pub enum SelfTestOutcome {
+    /// Every probe observed it.
     Passed,
-    /// It failed, and shall be repeated; so far these look dead.
-    Failed(Dead),
-    /// Give up.
-    Blind(Dead),
+    /// The test failed and is repeated. These parts failed it.
+    Failed(DeadProbes),
+    /// Too many tests failed in a row: the daemon must exit.
+    HooksDead(DeadProbes),
 }
 
-/// The watch over the hooks.
+/// The schedule of the self-tests, and their results.
 #[derive(Debug)]
-pub struct Watchdog {
+pub struct ProbeHealth {
     live: Vec<Method>,
-    pace: Duration,
-    phase: Phase,
+    interval: Duration,
+    phase: TestPhase,
     failures: u32,
-    counts: Counts,
+    counts: SelfTestCounts,
 }
 
 #[derive(Debug)]
-enum Phase {
+enum TestPhase {
     Waiting { until: Instant },
-    Testing { until: Instant, before: Counters, has_come: bool },
+    Testing { until: Instant, before: Counters, record_arrived: bool },
 }
 
-impl Watchdog {
-    /// Tests `live` methods every `pace`, from then on.
+impl ProbeHealth {
+    /// Tests the methods in `live` every `interval`. The first test is due one interval after `now`.
     #[must_use]
-    pub fn new(live: Vec<Method>, pace: Duration, now: Instant) -> Self {
+    pub fn new(live: Vec<Method>, interval: Duration, now: Instant) -> Self {
         Self {
             live,
-            pace,
-            phase: Phase::Waiting { until: now + pace },
+            interval,
+            phase: TestPhase::Waiting { until: now + interval },
             failures: 0,
-            counts: Counts::default(),
+            counts: SelfTestCounts::default(),
         }
     }
 
-    /// What the tests came to.
+    /// Results of the self-tests so far.
     #[must_use]
-    pub fn counts(&self) -> Counts {
+    pub fn counts(&self) -> SelfTestCounts {
         self.counts
     }
 
-    /// Whether the last test passed.
+    /// True if the last test passed, or if there was none yet.
     #[must_use]
-    pub fn is_well(&self) -> bool {
+    pub fn is_healthy(&self) -> bool {
         self.failures == 0
     }
 
-    /// When there is something to do.
+    /// When the next test begins, or when the current one times out.
     #[must_use]
-    pub fn next(&self) -> Instant {
-        let (Phase::Waiting { until } | Phase::Testing { until, .. }) = self.phase;
+    pub fn next_at(&self) -> Instant {
+        let (TestPhase::Waiting { until } | TestPhase::Testing { until, .. }) = self.phase;
         until
     }
 
-    /// Whether a test is to begin now.
+    /// True if a test must begin now.
     #[must_use]
     pub fn is_due(&self, now: Instant) -> bool {
-        matches!(self.phase, Phase::Waiting { until } if until <= now)
+        matches!(self.phase, TestPhase::Waiting { until } if until <= now)
     }
 
-    /// It begins; `before` is what the programs have counted so far.
+    /// A test begins. `before` are the probes' counters before it.
     pub fn begin(&mut self, before: Counters, now: Instant) {
-        self.phase = Phase::Testing { until: now + LIMIT, before, has_come: false };
+        self.phase = TestPhase::Testing { until: now + TEST_TIMEOUT, before, record_arrived: false };
     }
 
-    /// It can't be done now.
-    pub fn put_off(&mut self, now: Instant) {
-        self.phase = Phase::Waiting { until: now + self.pace };
+    /// Postpones the test by one interval, because it is not possible now.
+    pub fn postpone(&mut self, now: Instant) {
+        self.phase = TestPhase::Waiting { until: now + self.interval };
     }
 
-    /// A record of a test; `is_ours` and it came to ESTABLISHED: then the test may be over, and this is true.
-    pub fn record(&mut self, is_ours: bool, is_established: bool) {
+    /// A record about a self-test arrived. It counts for the current test if `is_ours` and `is_established`.
+    pub fn on_record(&mut self, is_ours: bool, is_established: bool) {
         self.counts.records += 1;
-        if let Phase::Testing { has_come, .. } = &mut self.phase {
-            *has_come |= is_ours && is_established;
+        if let TestPhase::Testing { record_arrived, .. } = &mut self.phase {
+            *record_arrived |= is_ours && is_established;
         }
     }
 
-    /// Whether it is worth looking at the counters: the record has come, or the time is up.
+    /// True if the counters should be read: the record has arrived, or the test has timed out.
     #[must_use]
-    pub fn may_end(&self, now: Instant) -> bool {
-        matches!(self.phase, Phase::Testing { until, has_come, .. } if has_come || until <= now)
+    pub fn can_evaluate(&self, now: Instant) -> bool {
+        matches!(self.phase, TestPhase::Testing { until, record_arrived, .. } if record_arrived || until <= now)
     }
 
-    /// What the test came to, when every record until then is taken in; `None`: it goes on.
-    pub fn judge(&mut self, after: &Counters, now: Instant) -> Option<Verdict> {
-        let Phase::Testing { until, before, has_come } = &self.phase else { return None };
-        let has_seen = |method: &Method| after.seen[*method as usize] > before.seen[*method as usize];
-        let blind: Vec<_> = self.live.iter().filter(|method| !has_seen(method)).copied().collect();
-        let is_up = *until <= now;
-        // A full ring buffer is told as such.
-        let no_room = after.ring_full > before.ring_full;
-        let dead = Dead { ring: blind.len() < self.live.len() && !has_come && !no_room, methods: blind };
-        if dead == Dead::default() && (*has_come || is_up) {
-            self.phase = Phase::Waiting { until: now + self.pace };
+    /// Outcome of the test. All records so far must have been drained before. `None`: the test goes on.
+    pub fn evaluate(&mut self, after: &Counters, now: Instant) -> Option<SelfTestOutcome> {
+        let TestPhase::Testing { until, before, record_arrived } = &self.phase else { return None };
+        let has_observed = |method: &Method| after.seen[*method as usize] > before.seen[*method as usize];
+        let missing: Vec<_> = self.live.iter().filter(|method| !has_observed(method)).copied().collect();
+        let is_timed_out = *until <= now;
+        // A full ring buffer is reported as a loss of its own.
+        let ring_was_full = after.ring_full > before.ring_full;
+        let dead = DeadProbes {
+            ring: missing.len() < self.live.len() && !record_arrived && !ring_was_full,
+            methods: missing,
+        };
+        if dead == DeadProbes::default() && (*record_arrived || is_timed_out) {
+            self.phase = TestPhase::Waiting { until: now + self.interval };
             self.failures = 0;
             self.counts.passed += 1;
-            return Some(Verdict::Passed);
+            return Some(SelfTestOutcome::Passed);
         }
-        if !is_up {
+        if !is_timed_out {
             return None;
         }
-        self.phase = Phase::Waiting { until: now + AGAIN };
+        self.phase = TestPhase::Waiting { until: now + RETRY_DELAY };
         self.failures += 1;
         self.counts.failed += 1;
-        Some(if self.failures < FAILURES { Verdict::Failed(dead) } else { Verdict::Blind(dead) })
+        Some(if self.failures < MAX_CONSECUTIVE_FAILURES {
+            SelfTestOutcome::Failed(dead)
+        } else {
+            SelfTestOutcome::HooksDead(dead)
+        })
     }
 }
 
@@ -157,91 +166,94 @@ impl Watchdog {
 mod tests {
     use super::*;
 
-    const PACE: Duration = Duration::from_secs(60);
+    const INTERVAL: Duration = Duration::from_secs(60);
 
     fn counters(seen: [u64; 4], ring_full: u64) -> Counters {
         Counters { seen, ring_full, ..Counters::default() }
     }
 
-    /// One test of `tp_btf` and `perf`: what they count, whether the record comes, and whether the time is up.
+    /// Runs one test of `tp_btf` and `perf` with these counters, with or without its record, and with or
+    /// without a timeout.
     fn test(
-        watchdog: &mut Watchdog,
+        health: &mut ProbeHealth,
         seen: [u64; 4],
         ring_full: u64,
-        comes: bool,
-        is_up: bool,
-    ) -> Option<Verdict> {
-        let at = watchdog.next();
-        assert!(watchdog.is_due(at));
-        watchdog.begin(counters([5, 5, 5, 5], 1), at);
-        if comes {
-            watchdog.record(true, true);
+        record_arrives: bool,
+        is_timed_out: bool,
+    ) -> Option<SelfTestOutcome> {
+        let at = health.next_at();
+        assert!(health.is_due(at));
+        health.begin(counters([5, 5, 5, 5], 1), at);
+        if record_arrives {
+            health.on_record(true, true);
         }
-        let end = if is_up { at + LIMIT } else { at };
-        assert_eq!(watchdog.may_end(end), comes || is_up);
-        watchdog.judge(&counters(seen, ring_full), end)
+        let end = if is_timed_out { at + TEST_TIMEOUT } else { at };
+        assert_eq!(health.can_evaluate(end), record_arrives || is_timed_out);
+        health.evaluate(&counters(seen, ring_full), end)
     }
 
-    fn pair() -> Watchdog {
-        Watchdog::new(vec![Method::TpBtf, Method::Perf], PACE, Instant::now())
+    fn two_probes() -> ProbeHealth {
+        ProbeHealth::new(vec![Method::TpBtf, Method::Perf], INTERVAL, Instant::now())
     }
 
     #[test]
-    fn a_test_is_passed_when_every_live_program_saw_it_and_its_record_came() {
-        let dead = |methods: &[Method], ring| Some(Verdict::Failed(Dead { methods: methods.to_vec(), ring }));
-        for (seen, ring_full, comes, is_up, verdict) in [
-            ([6, 6, 5, 5], 1, true, false, Some(Verdict::Passed)),
-            ([9, 7, 9, 9], 1, true, true, Some(Verdict::Passed)),
-            // The second witness may come a moment later.
+    fn a_test_passes_if_every_live_probe_observed_it_and_its_record_arrived() {
+        let dead = |methods: &[Method], ring| {
+            Some(SelfTestOutcome::Failed(DeadProbes { methods: methods.to_vec(), ring }))
+        };
+        for (seen, ring_full, record_arrives, is_timed_out, outcome) in [
+            ([6, 6, 5, 5], 1, true, false, Some(SelfTestOutcome::Passed)),
+            ([9, 7, 9, 9], 1, true, true, Some(SelfTestOutcome::Passed)),
+            // The second probe may run a moment later.
             ([6, 5, 5, 5], 1, true, false, None),
             ([6, 6, 5, 5], 1, false, false, None),
             ([6, 5, 5, 5], 1, true, true, dead(&[Method::Perf], false)),
             ([5, 6, 6, 6], 1, true, true, dead(&[Method::TpBtf], false)),
             ([5, 5, 6, 6], 1, false, true, dead(&[Method::TpBtf, Method::Perf], false)),
             ([6, 6, 5, 5], 1, false, true, dead(&[], true)),
-            // The ring buffer had no room, which is told elsewhere.
-            ([6, 6, 5, 5], 2, false, true, Some(Verdict::Passed)),
+            // The ring buffer was full. That is reported elsewhere.
+            ([6, 6, 5, 5], 2, false, true, Some(SelfTestOutcome::Passed)),
             ([6, 5, 5, 5], 2, false, true, dead(&[Method::Perf], false)),
         ] {
-            let got = test(&mut pair(), seen, ring_full, comes, is_up);
-            assert_eq!(got, verdict, "{seen:?} {ring_full} {comes} {is_up}");
+            let got = test(&mut two_probes(), seen, ring_full, record_arrives, is_timed_out);
+            assert_eq!(got, outcome, "{seen:?} {ring_full} {record_arrives} {is_timed_out}");
         }
     }
 
     #[test]
-    fn only_failures_in_a_row_are_the_end() {
-        let mut watchdog = pair();
-        let fails = |watchdog: &mut Watchdog| test(watchdog, [6, 5, 5, 5], 1, true, true).unwrap();
-        let perf = || Dead { methods: vec![Method::Perf], ring: false };
-        assert_eq!(fails(&mut watchdog), Verdict::Failed(perf()));
-        assert_eq!(fails(&mut watchdog), Verdict::Failed(perf()));
-        assert!(!watchdog.is_well());
-        assert_eq!(test(&mut watchdog, [6, 6, 5, 5], 1, true, false), Some(Verdict::Passed));
-        assert!(watchdog.is_well());
-        assert_eq!(fails(&mut watchdog), Verdict::Failed(perf()));
-        assert_eq!(fails(&mut watchdog), Verdict::Failed(perf()));
-        assert_eq!(fails(&mut watchdog), Verdict::Blind(perf()));
-        assert_eq!(watchdog.counts(), Counts { passed: 1, failed: 5, records: 6 });
+    fn only_consecutive_failures_mean_dead_hooks() {
+        let mut health = two_probes();
+        let fails = |health: &mut ProbeHealth| test(health, [6, 5, 5, 5], 1, true, true).unwrap();
+        let perf = || DeadProbes { methods: vec![Method::Perf], ring: false };
+        assert_eq!(fails(&mut health), SelfTestOutcome::Failed(perf()));
+        assert_eq!(fails(&mut health), SelfTestOutcome::Failed(perf()));
+        assert!(!health.is_healthy());
+        assert_eq!(test(&mut health, [6, 6, 5, 5], 1, true, false), Some(SelfTestOutcome::Passed));
+        assert!(health.is_healthy());
+        assert_eq!(fails(&mut health), SelfTestOutcome::Failed(perf()));
+        assert_eq!(fails(&mut health), SelfTestOutcome::Failed(perf()));
+        assert_eq!(fails(&mut health), SelfTestOutcome::HooksDead(perf()));
+        assert_eq!(health.counts(), SelfTestCounts { passed: 1, failed: 5, records: 6 });
     }
 
     #[test]
-    fn it_wakes_at_its_pace_and_sooner_only_when_something_is_wrong() {
+    fn tests_run_at_the_interval_and_sooner_only_after_a_failure() {
         let now = Instant::now();
-        let mut watchdog = Watchdog::new(vec![Method::TpBtf], PACE, now);
-        assert_eq!(watchdog.next(), now + PACE);
-        assert!(!watchdog.is_due(now) && !watchdog.may_end(now + PACE));
-        test(&mut watchdog, [6, 5, 5, 5], 1, true, false);
-        assert_eq!(watchdog.next(), now + 2 * PACE);
-        test(&mut watchdog, [5, 5, 5, 5], 1, false, true);
-        assert_eq!(watchdog.next(), now + 2 * PACE + LIMIT + AGAIN);
+        let mut health = ProbeHealth::new(vec![Method::TpBtf], INTERVAL, now);
+        assert_eq!(health.next_at(), now + INTERVAL);
+        assert!(!health.is_due(now) && !health.can_evaluate(now + INTERVAL));
+        test(&mut health, [6, 5, 5, 5], 1, true, false);
+        assert_eq!(health.next_at(), now + 2 * INTERVAL);
+        test(&mut health, [5, 5, 5, 5], 1, false, true);
+        assert_eq!(health.next_at(), now + 2 * INTERVAL + TEST_TIMEOUT + RETRY_DELAY);
     }
 
     #[test]
-    fn anothers_test_proves_nothing() {
-        let mut watchdog = pair();
-        watchdog.begin(counters([0; 4], 0), watchdog.next());
-        watchdog.record(false, true);
-        watchdog.record(true, false);
-        assert!(!watchdog.may_end(watchdog.next() - LIMIT));
+    fn another_daemons_test_proves_nothing() {
+        let mut health = two_probes();
+        health.begin(counters([0; 4], 0), health.next_at());
+        health.on_record(false, true);
+        health.on_record(true, false);
+        assert!(!health.can_evaluate(health.next_at() - TEST_TIMEOUT));
     }
 }

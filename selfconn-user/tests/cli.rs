@@ -1,6 +1,5 @@
-//! The command line of the real binary: exit codes, one-line errors with their cure, and what needs no kernel of its
-//! own.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
+//! Runs the real binary: exit codes, one-line errors with a hint, and tests that need no separate kernel.
+#![expect(clippy::unwrap_used, reason = "a test panics on an unexpected error")]
 
 use std::{
     os::unix::process::CommandExt as _,
@@ -15,48 +14,50 @@ fn selfconn() -> Command {
     Command::new(binary.map_or_else(|| env!("CARGO_BIN_EXE_selfconn").into(), PathBuf::from))
 }
 
-/// As an ordinary user. From a copy, for the build's folder may be closed to others.
-fn without_privileges() -> (tempfile::TempDir, Command) {
+/// The binary as an unprivileged user. It is copied, because other users may have no access to the build
+/// directory.
+fn unprivileged_selfconn() -> (tempfile::TempDir, Command) {
     use std::{fs, os::unix::fs::PermissionsExt as _};
-    let folder = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o755)).tempdir().unwrap();
-    let copy = folder.path().join("selfconn");
+    let directory =
+        tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o755)).tempdir().unwrap();
+    let copy = directory.path().join("selfconn");
     fs::copy(selfconn().get_program(), &copy).unwrap();
     let mut command = Command::new(copy);
     command.uid(65_534).gid(65_534).current_dir("/");
-    (folder, command)
+    (directory, command)
 }
 
 #[track_caller]
-fn fails_in_one_line(output: &Output, says: &[&str]) {
+fn assert_one_line_error(output: &Output, expected: &[&str]) {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{stderr}");
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
     assert!(stderr.starts_with("selfconn: "), "{stderr}");
-    for says in says {
-        assert!(stderr.contains(says), "{says} is not in: {stderr}");
+    for text in expected {
+        assert!(stderr.contains(text), "{text} is not in: {stderr}");
     }
 }
 
 #[test]
 fn a_log_that_cannot_be_written_is_an_error_before_anything_is_attached() {
     let output = selfconn().args(["run", "--log", "/proc/no/such/file"]).output().unwrap();
-    fails_in_one_line(&output, &["cannot write the event log /proc/no/such/file", "No such file"]);
-    assert!(output.stdout.is_empty(), "no event was made");
-    let folder = tempfile::tempdir().unwrap();
-    let output = selfconn().arg("run").arg("--log").arg(folder.path()).output().unwrap();
-    fails_in_one_line(&output, &["cannot write the event log", "Is a directory"]);
+    assert_one_line_error(&output, &["cannot write the event log /proc/no/such/file", "No such file"]);
+    assert!(output.stdout.is_empty(), "no event was written");
+    let directory = tempfile::tempdir().unwrap();
+    let output = selfconn().arg("run").arg("--log").arg(directory.path()).output().unwrap();
+    assert_one_line_error(&output, &["cannot write the event log", "Is a directory"]);
 }
 
 #[test]
-fn without_privileges_the_missing_capability_is_named() {
-    let (_folder, mut command) = without_privileges();
+fn the_error_without_privileges_names_the_missing_capability() {
+    let (_directory, mut command) = unprivileged_selfconn();
     let output = command.arg("run").output().unwrap();
-    fails_in_one_line(&output, &["CAP_BPF", "root"]);
+    assert_one_line_error(&output, &["CAP_BPF", "root"]);
     assert!(output.stdout.is_empty());
 }
 
 #[test]
-fn a_forced_method_that_this_kernel_lacks_is_an_error_with_its_reason() {
+fn a_forced_method_that_this_kernel_lacks_is_an_error_with_a_reason() {
     let report = doctor();
     let methods = report["hooks"].as_array().unwrap().iter().flat_map(|hook| {
         hook["methods"].as_array().unwrap().iter().map(|method| (hook["hook"].clone(), method.clone()))
@@ -65,7 +66,7 @@ fn a_forced_method_that_this_kernel_lacks_is_an_error_with_its_reason() {
         let name = method["method"].as_str().unwrap();
         let option = if hook == "tcp_set_state" { "--function-method" } else { "--tracepoint-method" };
         let output = selfconn().args(["run", option, name]).output().unwrap();
-        fails_in_one_line(&output, &[name, "cannot be attached", method["verdict"].as_str().unwrap()]);
+        assert_one_line_error(&output, &[name, "cannot be attached", method["verdict"].as_str().unwrap()]);
     }
 }
 
@@ -76,7 +77,7 @@ fn doctor() -> Value {
 }
 
 #[test]
-fn doctor_tells_what_run_then_does() {
+fn doctor_reports_the_methods_that_run_attaches() {
     let report = doctor();
     assert_eq!(report["fit"], true);
     let mut run = selfconn().args(["run", "--json"]).stdout(Stdio::piped()).spawn().unwrap();
@@ -84,21 +85,21 @@ fn doctor_tells_what_run_then_does() {
     std::io::BufRead::read_line(&mut std::io::BufReader::new(run.stdout.take().unwrap()), &mut line).unwrap();
     let pid = rustix::process::Pid::from_child(&run);
     rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
-    // The pipe is closed: a broken pipe is not an error either.
+    // The pipe is closed. A broken pipe is not an error either.
     assert_eq!(run.wait().unwrap().code(), Some(0));
     let started: Value = serde_json::from_str(&line).unwrap();
-    let live: Vec<_> =
+    let attached: Vec<_> =
         started["hooks"].as_array().unwrap().iter().filter_map(|hook| hook["method"].as_str()).collect();
-    assert_eq!(report["would_attach"], serde_json::json!(live));
+    assert_eq!(report["would_attach"], serde_json::json!(attached));
 }
 
 #[test]
-fn doctor_without_privileges_says_not_fit_and_why() {
-    let (_folder, mut command) = without_privileges();
+fn doctor_without_privileges_reports_not_fit_and_the_reason() {
+    let (_directory, mut command) = unprivileged_selfconn();
     let output = command.arg("doctor").output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(1), "{text}");
-    for says in ["missing: CAP_BPF, CAP_PERFMON", "denied", "Not fit to run"] {
-        assert!(text.contains(says), "{says} is not in: {text}");
+    for expected in ["missing: CAP_BPF, CAP_PERFMON", "denied", "Not fit to run"] {
+        assert!(text.contains(expected), "{expected} is not in: {text}");
     }
 }

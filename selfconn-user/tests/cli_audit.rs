@@ -1,5 +1,5 @@
-//! The command line of `selfconn audit`: errors of one line, and what an ordinary user gets.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
+//! Runs `selfconn audit`: one-line errors, and the output for an unprivileged user.
+#![expect(clippy::unwrap_used, reason = "a test panics on an unexpected error")]
 
 use std::{
     fs,
@@ -19,57 +19,61 @@ fn audit(options: &[&str]) -> Output {
 }
 
 #[track_caller]
-fn fails_in_one_line(options: &[&str], says: &[&str]) {
+fn assert_one_line_error(options: &[&str], expected: &[&str]) {
     let output = audit(options);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{options:?}: {stderr}");
     assert_eq!(stderr.lines().count(), 1, "{options:?}: {stderr}");
     assert!(stderr.starts_with("selfconn: "), "{stderr}");
-    for says in says {
-        assert!(stderr.contains(says), "{options:?}: {says} is not in: {stderr}");
+    for text in expected {
+        assert!(stderr.contains(text), "{options:?}: {text} is not in: {stderr}");
     }
     assert!(output.stdout.is_empty(), "{options:?}");
 }
 
 #[test]
-fn what_is_no_port_is_an_error_that_quotes_it() {
-    fails_in_one_line(&["--port", "0"], &["\"0\" is not a port"]);
-    fails_in_one_line(&["--port", "65536"], &["\"65536\" is not a port", "1 to 65535"]);
-    fails_in_one_line(&["--port", "80", "--port", "http"], &["\"http\" is not a port"]);
+fn an_invalid_port_is_an_error_that_quotes_it() {
+    assert_one_line_error(&["--port", "0"], &["\"0\" is not a port number"]);
+    assert_one_line_error(&["--port", "65536"], &["\"65536\" is not a port number", "1 to 65535"]);
+    assert_one_line_error(&["--port", "80", "--port", "http"], &["\"http\" is not a port number"]);
 }
 
 #[test]
 fn a_services_file_that_cannot_be_read_is_an_error() {
-    fails_in_one_line(
+    assert_one_line_error(
         &["--services", "/proc/no/such/file"],
         &["the services file /proc/no/such/file", "No such file"],
     );
-    fails_in_one_line(&["--services", "/"], &["the services file /", "Is a directory"]);
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("services");
+    assert_one_line_error(&["--services", "/"], &["the services file /", "Is a directory"]);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("services");
     fs::write(&path, "80\n443 here\n").unwrap();
-    fails_in_one_line(&["--services", path.to_str().unwrap()], &["line 2", "\"here\" is not an address"]);
+    assert_one_line_error(
+        &["--services", path.to_str().unwrap()],
+        &["line 2", "\"here\" is not an IP address"],
+    );
 }
 
 #[test]
-fn a_path_of_no_network_namespace_is_an_error() {
-    for (path, why) in [
+fn a_path_that_is_not_a_network_namespace_is_an_error() {
+    for (path, reason) in [
         ("/proc/no/such", "No such file"),
         ("/proc/self/stat", "not a network namespace"),
         ("/", "not a network"),
     ] {
-        fails_in_one_line(&["--netns", path], &["cannot look at the network namespace", path, why]);
+        assert_one_line_error(&["--netns", path], &["cannot inspect the network namespace", path, reason]);
     }
-    // A namespace, of another kind.
-    fails_in_one_line(&["--netns", "/proc/self/ns/uts"], &["/proc/self/ns/uts"]);
-    fails_in_one_line(&["--sysctl", "--netns", "all"], &["--sysctl", "one network namespace", "self"]);
+    // A namespace of another type.
+    assert_one_line_error(&["--netns", "/proc/self/ns/uts"], &["/proc/self/ns/uts"]);
+    assert_one_line_error(&["--sysctl", "--netns", "all"], &["--sysctl", "one network namespace", "self"]);
 }
 
 #[test]
-fn an_ordinary_user_gets_its_own_namespace_and_hears_what_is_missing() {
-    // From a copy, for the build's folder may be closed to others.
-    let folder = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o755)).tempdir().unwrap();
-    let copy = folder.path().join("selfconn");
+fn an_unprivileged_user_sees_its_own_namespace_and_a_list_of_what_is_missing() {
+    // From a copy, because other users may have no access to the build directory.
+    let directory =
+        tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o755)).tempdir().unwrap();
+    let copy = directory.path().join("selfconn");
     fs::copy(binary(), &copy).unwrap();
     let mut command = Command::new(copy);
     let output = command.args(["audit", "--json"]).uid(65_534).gid(65_534).current_dir("/").output().unwrap();
@@ -84,7 +88,7 @@ fn an_ordinary_user_gets_its_own_namespace_and_hears_what_is_missing() {
 }
 
 #[test]
-fn help_has_an_example_and_leads_to_the_ways_out() {
+fn help_has_an_example_and_names_the_page_about_fixes() {
     let output = audit(&["--help"]);
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success());

@@ -1,10 +1,10 @@
-//! What every command has in common, asked of the real binary for each command that the definitions name: help with
-//! examples that can be typed, one-line errors, exit codes, colour, broken pipes, man pages and completions. A new
-//! command is in these tables as soon as it exists.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
+//! Tests what all commands have in common, with the real binary and for each command of the clap definitions:
+//! help with valid examples, one-line errors, exit codes, colour, broken pipes, man pages and completions.
+//! These tests cover a new command automatically.
+#![expect(clippy::unwrap_used, reason = "a test panics on an unexpected error")]
 
 #[path = "../examples/pages.rs"]
-#[expect(dead_code, reason = "its main is not ours")]
+#[expect(dead_code, reason = "only the example itself calls its main function")]
 mod pages;
 
 use std::{
@@ -23,33 +23,33 @@ fn selfconn() -> Command {
     Command::new(binary.map_or_else(|| env!("CARGO_BIN_EXE_selfconn").into(), PathBuf::from))
 }
 
-/// The commands, by the definitions.
+/// The visible commands of the clap definitions.
 fn commands() -> Vec<clap::Command> {
     let mut cli = Cli::command().disable_help_subcommand(true);
     cli.build();
     cli.get_subcommands().filter(|command| !command.is_hide_set()).cloned().collect()
 }
 
-/// The arguments that name each command, and none: the program itself.
+/// The arguments that select each command. An empty list selects the program itself.
 fn names() -> Vec<Vec<String>> {
     let of_commands = commands().into_iter().map(|command| vec![command.get_name().to_owned()]);
     [vec![]].into_iter().chain(of_commands).collect()
 }
 
-/// A pipe that nobody reads.
+/// A pipe without a reader.
 fn broken_pipe() -> Stdio {
     let (_, writer) = io::pipe().unwrap();
     writer.into()
 }
 
 #[track_caller]
-fn is_one_line(output: &Output, says: &[&str]) {
+fn assert_one_line_error(output: &Output, expected: &[&str]) {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{stderr}");
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
     assert!(stderr.starts_with("selfconn: ") && stderr.ends_with('\n'), "{stderr}");
-    for says in says {
-        assert!(stderr.contains(says), "{says} is not in: {stderr}");
+    for text in expected {
+        assert!(stderr.contains(text), "{text} is not in: {stderr}");
     }
 }
 
@@ -71,9 +71,9 @@ fn help_of_each_command_has_an_example_and_fits_a_page() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("Usage: selfconn <COMMAND>"));
 }
 
-/// Of the lines of an example, those that start with the program, up to a pipe, a redirection or what explains it.
+/// Checks the example lines that start with the program, up to a pipe, a redirection or the explanation.
 #[test]
-fn each_example_is_a_command_line_that_is_understood() {
+fn each_example_is_a_valid_command_line() {
     let mut cli = Cli::command();
     cli.build();
     for command in [cli].into_iter().chain(commands()) {
@@ -107,17 +107,20 @@ fn version_names_the_commit_and_the_object() {
 }
 
 #[test]
-fn a_wrong_command_line_is_told_in_one_line_that_says_where_help_is() {
+fn a_wrong_command_line_is_a_one_line_error_that_names_the_help() {
     for name in names() {
         let output = selfconn().args(&name).arg("--no-such-option").output().unwrap();
         let help = [&["selfconn".to_owned()], name.as_slice(), &["--help".to_owned()]].concat().join(" ");
-        is_one_line(&output, &["'--no-such-option'", &help]);
+        assert_one_line_error(&output, &["'--no-such-option'", &help]);
         assert!(output.stdout.is_empty());
     }
-    is_one_line(&selfconn().arg("scann").output().unwrap(), &["'scann'", "'scan'", "selfconn --help"]);
-    // What a caller wrote starts no line and moves no cursor.
+    assert_one_line_error(
+        &selfconn().arg("scann").output().unwrap(),
+        &["'scann'", "'scan'", "selfconn --help"],
+    );
+    // Text from the caller is escaped: it starts no new line and moves no cursor.
     let output = selfconn().args(["run", "--ring-size", "4\nselfconn: \x1b[2Jfine"]).output().unwrap();
-    is_one_line(&output, &["--ring-size", "power of two"]);
+    assert_one_line_error(&output, &["--ring-size", "power of two"]);
     assert!(!output.stderr.contains(&b'\x1b'));
 }
 
@@ -129,7 +132,7 @@ fn each_command_has_json() {
     }
 }
 
-/// A command with what it can't do without.
+/// The command with its required arguments.
 fn runnable(name: &str) -> Command {
     let mut command = selfconn();
     command.arg(name);
@@ -161,28 +164,28 @@ fn output_that_cannot_be_written_is_an_error() {
     let full = || Stdio::from(File::options().write(true).open("/dev/full").unwrap());
     for name in names() {
         let output = selfconn().args(&name).arg("--help").stdout(full()).output().unwrap();
-        is_one_line(&output, &["cannot write to stdout", "No space left on device"]);
+        assert_one_line_error(&output, &["cannot write to stdout", "No space left on device"]);
     }
-    // The daemon waits for room, as it does with its log.
+    // Without `run`: the daemon waits for free space, as it does with its log.
     for command in commands().into_iter().filter(|command| command.get_name() != "run") {
         let mut output = runnable(command.get_name()).stdout(full()).output().unwrap();
-        // What could not be seen may be told before.
+        // Lines about namespaces or processes that were not seen can precede the error.
         let end = output.stderr.len().saturating_sub(1);
         if let Some(before) = output.stderr[..end].iter().rposition(|byte| *byte == b'\n') {
             output.stderr.drain(..=before);
         }
-        is_one_line(&output, &["cannot write to stdout", "No space left on device"]);
+        assert_one_line_error(&output, &["cannot write to stdout", "No space left on device"]);
     }
 }
 
 #[test]
-fn an_error_that_nobody_reads_is_still_an_exit_code() {
+fn an_error_sets_the_exit_code_also_without_a_reader() {
     let status =
         selfconn().args(["run", "--log", "/proc/no/such/file"]).stderr(broken_pipe()).status().unwrap();
     assert_eq!(status.code(), Some(2));
 }
 
-/// What a command writes to a terminal.
+/// The output of a command on a terminal.
 fn on_a_terminal(mut command: Command) -> String {
     let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
     grantpt(&terminal).unwrap();
@@ -193,7 +196,7 @@ fn on_a_terminal(mut command: Command) -> String {
     let mut child = command.spawn().unwrap();
     drop(command);
     let (mut text, mut chunk) = (Vec::new(), [0; 4096]);
-    // A terminal whose other end is closed reads as EIO.
+    // A read fails with EIO after the other end of the terminal is closed.
     while let Ok(length @ 1..) = File::from(terminal.try_clone().unwrap()).read(&mut chunk) {
         text.extend_from_slice(&chunk[..length]);
     }
@@ -202,7 +205,7 @@ fn on_a_terminal(mut command: Command) -> String {
 }
 
 #[test]
-fn help_is_coloured_on_a_terminal_unless_no_color_is_set() {
+fn help_has_colour_on_a_terminal_unless_no_color_is_set() {
     for name in names() {
         let help = || {
             let mut command = selfconn();
@@ -217,7 +220,7 @@ fn help_is_coloured_on_a_terminal_unless_no_color_is_set() {
 }
 
 #[test]
-fn nothing_is_coloured_on_a_terminal_where_no_color_is_set() {
+fn output_on_a_terminal_has_no_colour_if_no_color_is_set() {
     for name in ["doctor", "scan", "repro"] {
         let mut command = selfconn();
         command.arg(name).env("NO_COLOR", "1");
@@ -227,11 +230,11 @@ fn nothing_is_coloured_on_a_terminal_where_no_color_is_set() {
 }
 
 #[test]
-fn man_pages_tell_what_help_tells() {
+fn man_pages_have_the_same_content_as_help() {
     let pages = pages::pages().unwrap();
     let page = |name: &str| {
         let (_, page) = pages.iter().find(|(found, _)| found == name).unwrap_or_else(|| panic!("no {name}"));
-        // What is escaped in a page is not in help.
+        // Man pages escape the dash, help does not.
         String::from_utf8(page.clone()).unwrap().replace("\\-", "-")
     };
     assert!(page("man/selfconn.1").contains("selfconn-scan(1)"));
@@ -246,16 +249,16 @@ fn man_pages_tell_what_help_tells() {
     }
 }
 
-/// What bash offers after these words.
-fn completed(script: &str, words: &[&str]) -> Vec<String> {
-    let ask = format!(
+/// The completions that bash offers after these words.
+fn bash_completions(script: &str, words: &[&str]) -> Vec<String> {
+    let query = format!(
         "COMP_WORDS=({}); COMP_CWORD={}; _selfconn selfconn '{}' '{}'; printf '%s\\n' \"${{COMPREPLY[@]}}\"",
         words.join(" "),
         words.len() - 1,
         words[words.len() - 1],
         words[words.len() - 2],
     );
-    let output = Command::new("bash").args(["--norc", "-c", &format!("{script}\n{ask}")]).output().unwrap();
+    let output = Command::new("bash").args(["--norc", "-c", &format!("{script}\n{query}")]).output().unwrap();
     assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
 }
@@ -268,9 +271,15 @@ fn bash_completes_commands_options_and_values() {
     let all = commands();
     for command in &all {
         let name = command.get_name();
-        assert!(completed(&script, &["selfconn", &name[..3]]).contains(&name.to_owned()), "{name}");
-        assert!(completed(&script, &["selfconn", name, "--js"]).contains(&"--json".to_owned()), "{name}");
+        assert!(bash_completions(&script, &["selfconn", &name[..3]]).contains(&name.to_owned()), "{name}");
+        assert!(
+            bash_completions(&script, &["selfconn", name, "--js"]).contains(&"--json".to_owned()),
+            "{name}"
+        );
     }
-    assert_eq!(completed(&script, &["selfconn", "run", "--hooks", "b"]), ["both"]);
-    assert!(!completed(&script, &["selfconn", "run", "--"]).contains(&"--without-btf".to_owned()), "hidden");
+    assert_eq!(bash_completions(&script, &["selfconn", "run", "--hooks", "b"]), ["both"]);
+    assert!(
+        !bash_completions(&script, &["selfconn", "run", "--"]).contains(&"--without-btf".to_owned()),
+        "hidden"
+    );
 }

@@ -1,7 +1,7 @@
-//! `selfconn repro` from outside: the real binary, the real kernel, and what it leaves behind. Needs no
-//! privilege; the tests that need a network namespace of their own make one, or say that they could not.
+//! Runs `selfconn repro` with the real binary on the real kernel, and checks what remains afterwards. Needs
+//! no privilege. The tests that need a separate network namespace create one, or print that they are skipped.
 
-#![expect(clippy::unwrap_used, reason = "what a test's helper can't do fails the test")]
+#![expect(clippy::unwrap_used, reason = "a test panics on an unexpected error")]
 
 use std::collections::BTreeSet;
 use std::io::{self, BufRead as _, BufReader, Read as _};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-/// `SELFCONN_BIN` names another build, as of a release.
+/// `SELFCONN_BIN` names another build to test, for example a release.
 fn binary() -> String {
     std::env::var("SELFCONN_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_selfconn").to_owned())
 }
@@ -33,7 +33,7 @@ fn stdout(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-/// Each step, in order, by its name.
+/// All steps in order.
 fn steps(text: &str) -> Vec<Value> {
     text.lines()
         .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
@@ -44,7 +44,7 @@ fn step<'a>(steps: &'a [Value], event: &str) -> &'a Value {
     steps.iter().find(|step| step["event"] == event).unwrap_or_else(|| panic!("no {event} in {steps:#?}"))
 }
 
-/// An error is one line on stderr, and the exit code 2.
+/// Checks for exit code 2 and one line on stderr, and returns this line.
 fn error(output: &Output) -> String {
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     let text = String::from_utf8(output.stderr.clone()).unwrap();
@@ -52,8 +52,8 @@ fn error(output: &Output) -> String {
     text
 }
 
-/// Runs a shell script in a network namespace of its own, where `$SELFCONN` is the binary and `lo` is down; none
-/// if this user may not make one.
+/// Runs a shell script in a new network namespace. In it `$SELFCONN` is the binary, and `lo` is down. `None`:
+/// this user may not create a network namespace.
 fn in_namespace(script: &str) -> Option<Output> {
     let unshare = |script: &str| {
         let mut command = Command::new("unshare");
@@ -61,24 +61,25 @@ fn in_namespace(script: &str) -> Option<Output> {
         command.output()
     };
     if !unshare("ip link set lo up").is_ok_and(|output| output.status.success()) {
-        eprintln!("skipped: cannot make a network namespace here");
+        eprintln!("skipped: cannot create a network namespace here");
         return None;
     }
     Some(unshare(script).unwrap())
 }
 
-/// A process that is held open, and ended by the test whatever happens.
-struct Held(Child);
+/// A `repro --hold` process. It is killed at the end of the test in any case.
+struct HoldingRepro(Child);
 
-impl Held {
-    /// Starts it, and waits until it says that it holds the connection. What it says later can be read on.
+impl HoldingRepro {
+    /// Starts the process, and waits until it reports that it holds the connection. The iterator yields the
+    /// later steps.
     fn start(args: &[&str]) -> (Self, Value, impl Iterator<Item = Value>) {
         let mut child = repro(args).arg("--json").stdout(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut steps = lines.map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
-        let held = Self(child);
+        let repro = Self(child);
         let holding = steps.find(|step| step["event"] == "holding").expect("it never held the connection");
-        (held, holding, steps)
+        (repro, holding, steps)
     }
 
     fn signal(&self, signal: Signal) {
@@ -86,7 +87,7 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for HoldingRepro {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -105,18 +106,18 @@ fn each_kind_of_loopback_address_connects_to_itself() {
         let child =
             repro(&[address, "--json"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let pid = child.id();
-        let told = steps(&stdout(&child.wait_with_output().unwrap()));
+        let steps = steps(&stdout(&child.wait_with_output().unwrap()));
 
-        let names: Vec<_> = told.iter().map(|step| step["event"].as_str().unwrap()).collect();
+        let names: Vec<_> = steps.iter().map(|step| step["event"].as_str().unwrap()).collect();
         assert_eq!(
             names,
             ["bound", "connected", "checked", "echoed", "closed", "after", "summary"],
             "{address}"
         );
-        let checked = step(&told, "checked");
+        let checked = step(&steps, "checked");
         assert_eq!(checked["local"], checked["remote"]);
         assert_eq!(checked["state"], "ESTABLISHED");
-        let summary = step(&told, "summary");
+        let summary = step(&steps, "summary");
         assert_eq!(summary["pid"], pid);
         assert_eq!(summary["comm"], "selfconn");
         assert_eq!(summary["cause"], "bound");
@@ -128,39 +129,39 @@ fn each_kind_of_loopback_address_connects_to_itself() {
 
 #[test]
 fn the_port_stays_blocked_in_time_wait() {
-    let told = steps(&stdout(&run(&["--json"])));
-    let after = step(&told, "after");
+    let steps = steps(&stdout(&run(&["--json"])));
+    let after = step(&steps, "after");
     assert_eq!(after["state"], "TIME_WAIT");
     let left = Duration::from_nanos(after["port_blocked_ns"].as_u64().unwrap());
     assert!((Duration::from_secs(50)..=Duration::from_secs(60)).contains(&left), "{left:?}");
     assert_eq!((&after["bind"], &after["bind_reuseaddr"]), (&"EADDRINUSE".into(), &"EADDRINUSE".into()));
 
-    // Not only by its own account: the standard library's listener has SO_REUSEADDR.
-    let port = step(&told, "summary")["port"].as_u64().unwrap().try_into().unwrap();
+    // Checked independently: the listener of the standard library sets SO_REUSEADDR.
+    let port = step(&steps, "summary")["port"].as_u64().unwrap().try_into().unwrap();
     let error = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
 
     let again = self::error(&run(&["127.0.0.1", &port.to_string()]));
-    assert!(again.contains("a TIME_WAIT has it for"), "{again}");
+    assert!(again.contains("a socket in TIME_WAIT has it for"), "{again}");
 }
 
 #[test]
-fn a_named_port_is_the_port() {
-    // A port that was free a moment ago may be somebody else's by now; ten in a row are not.
+fn a_named_port_is_used() {
+    // Another process can take a port that was free a moment ago, but not ten in a row.
     let (port, output) = (0..10)
         .map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port())
         .map(|port| (port, run(&["127.0.0.1", &port.to_string(), "--json"])))
         .find(|(_, output)| output.status.success())
         .unwrap();
-    let told = steps(&stdout(&output));
-    assert_eq!(step(&told, "bound")["chosen_by_kernel"], false);
-    assert_eq!(step(&told, "summary")["port"], port);
+    let steps = steps(&stdout(&output));
+    assert_eq!(step(&steps, "bound")["chosen_by_kernel"], false);
+    assert_eq!(step(&steps, "summary")["port"], port);
 }
 
 #[test]
-fn the_story_is_numbered_and_ends_with_the_chart() {
-    let story = stdout(&run(&[]));
-    let mut rest = story.as_str();
+fn the_text_has_numbered_steps_and_ends_with_the_chart() {
+    let text = stdout(&run(&[]));
+    let mut rest = text.as_str();
     for next in [
         "1. bind",
         "2. connect",
@@ -177,35 +178,39 @@ fn the_story_is_numbered_and_ends_with_the_chart() {
         "TIME_WAIT ",
         "ss -tK",
     ] {
-        let at = rest.find(next).unwrap_or_else(|| panic!("no {next:?} in its place:\n{story}"));
+        let at = rest.find(next).unwrap_or_else(|| panic!("no {next:?} in its place:\n{text}"));
         rest = &rest[at..];
     }
-    assert!(story.lines().all(|line| line.chars().count() <= 80), "{story}");
-    assert!(!story.contains('\x1b') && !story.contains('\r'), "{story:?}");
+    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    assert!(!text.contains('\x1b') && !text.contains('\r'), "{text:?}");
 }
 
 #[test]
 fn the_accident_happens_on_the_default_range() {
-    let told = steps(&stdout(&run(&["--mode", "retry", "--json"])));
-    let (dialling, connected, summary) =
-        (step(&told, "dialling"), step(&told, "connected"), step(&told, "summary"));
+    let steps = steps(&stdout(&run(&["--mode", "retry", "--json"])));
+    let (connect_loop, connected, summary) =
+        (step(&steps, "dialling"), step(&steps, "connected"), step(&steps, "summary"));
     assert_eq!(summary["cause"], "ephemeral");
     assert_eq!(summary["attempts"], connected["attempts"]);
-    assert!(connected["attempts"].as_u64() <= dialling["limit"].as_u64());
-    let (low, port) = (dialling["range"][0].as_u64().unwrap(), summary["port"].as_u64().unwrap());
+    assert!(connected["attempts"].as_u64() <= connect_loop["limit"].as_u64());
+    let (low, port) = (connect_loop["range"][0].as_u64().unwrap(), summary["port"].as_u64().unwrap());
     assert_eq!(port % 2, low % 2, "connect() chooses the low bound's parity");
 }
 
 #[test]
-fn a_listener_is_named_and_left_alone() {
+fn the_error_names_a_listener_and_does_not_connect_to_it() {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     listener.set_nonblocking(true).unwrap();
     let port = listener.local_addr().unwrap().port().to_string();
     let text = error(&run(&["127.0.0.1", &port]));
     assert!(text.contains(&format!("(pid {}) listens on it", std::process::id())), "{text}");
-    // Dialled, the port may as well be refused for its parity.
+    // In retry mode the port can also be rejected because of its parity.
     error(&run(&["127.0.0.1", &port, "--mode", "retry"]));
-    assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock, "it was dialled");
+    assert_eq!(
+        listener.accept().unwrap_err().kind(),
+        io::ErrorKind::WouldBlock,
+        "repro connected to the listener"
+    );
 }
 
 #[test]
@@ -246,48 +251,48 @@ fn bad_arguments_end_with_code_2() {
 }
 
 #[test]
-fn a_signal_ends_the_hold_and_the_story_is_told_to_its_end() {
+fn a_signal_ends_the_hold_and_the_remaining_steps_follow() {
     for signal in [Signal::INT, Signal::TERM] {
-        let (mut held, holding, rest) = Held::start(&["--hold", "600"]);
-        // Held: nobody else can have the port.
+        let (mut repro, holding, rest) = HoldingRepro::start(&["--hold", "600"]);
+        // While the connection is held, no other socket can bind the port.
         let port = holding["port"].as_u64().unwrap().try_into().unwrap();
         let error = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
 
-        held.signal(signal);
+        repro.signal(signal);
         let rest: Vec<_> = rest.collect();
         assert_eq!(step(&rest, "closed")["how"], "fin");
         assert_eq!(step(&rest, "summary")["port"], port);
-        assert!(held.0.wait().unwrap().success(), "{signal:?}");
+        assert!(repro.0.wait().unwrap().success(), "{signal:?}");
     }
 }
 
 #[test]
 fn the_hold_ends_when_its_time_is_up() {
     let begin = Instant::now();
-    let told = steps(&stdout(&run(&["--hold", "0.3", "--json"])));
+    let steps = steps(&stdout(&run(&["--hold", "0.3", "--json"])));
     assert!(begin.elapsed() >= Duration::from_millis(300));
-    assert!(step(&told, "summary")["duration_ns"].as_u64() >= Some(300_000_000));
+    assert!(step(&steps, "summary")["duration_ns"].as_u64() >= Some(300_000_000));
 }
 
 #[test]
 fn a_thread_connects_under_its_own_name() {
-    let told = steps(&stdout(&run(&["--thread", "worker-7", "--json"])));
-    let summary = step(&told, "summary");
+    let steps = steps(&stdout(&run(&["--thread", "worker-7", "--json"])));
+    let summary = step(&steps, "summary");
     assert_eq!((&summary["comm"], &summary["thread_comm"]), (&"selfconn".into(), &"worker-7".into()));
     assert_ne!(summary["pid"], summary["tid"]);
 }
 
 #[test]
-fn a_thousand_in_a_row_are_a_thousand_ports() {
-    let told = steps(&stdout(&run(&["--count", "1000", "--json"])));
+fn a_thousand_connections_use_a_thousand_ports() {
+    let steps = steps(&stdout(&run(&["--count", "1000", "--json"])));
     let ports: BTreeSet<_> =
-        told.iter().filter(|step| step["event"] == "summary").map(|step| step["port"].as_u64()).collect();
+        steps.iter().filter(|step| step["event"] == "summary").map(|step| step["port"].as_u64()).collect();
     assert_eq!(ports.len(), 1000);
 }
 
 #[test]
-fn a_closed_stdout_is_no_error() {
+fn a_closed_stdout_is_not_an_error() {
     let (reader, writer) = io::pipe().unwrap();
     drop(reader);
     let mut child = repro(&[]).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
@@ -297,30 +302,30 @@ fn a_closed_stdout_is_no_error() {
 }
 
 #[test]
-fn a_small_range_is_hit_soon() {
+fn a_small_port_range_succeeds_quickly() {
     let script = "ip link set lo up
                   echo 40000 40199 > /proc/sys/net/ipv4/ip_local_port_range
                   \"$SELFCONN\" repro --mode retry --json; \"$SELFCONN\" repro ::1 40100 --mode retry --json";
     let Some(output) = in_namespace(script) else { return };
-    let told = steps(&stdout(&output));
-    assert_eq!(step(&told, "dialling")["expected_dials"], 100);
+    let steps = steps(&stdout(&output));
+    assert_eq!(step(&steps, "dialling")["expected_dials"], 100);
     let ports: Vec<_> =
-        told.iter().filter(|step| step["event"] == "summary").map(|step| &step["port"]).collect();
+        steps.iter().filter(|step| step["event"] == "summary").map(|step| &step["port"]).collect();
     assert_eq!(ports.len(), 2);
     assert!((40000..40200).contains(&ports[0].as_u64().unwrap()));
     assert_eq!(ports[1], 40100);
 }
 
 #[test]
-fn a_port_that_no_dial_can_hit_is_refused_at_once() {
-    // Longer than the first buffer of most readers, and 40150 is at its end.
+fn a_port_that_cannot_self_connect_is_rejected_at_once() {
+    // A list longer than the first buffer of most readers, with 40150 at its end.
     let reserved = (1..40).map(|port| port.to_string()).collect::<Vec<_>>().join(",");
     for (sysctls, args, want) in [
         ("", "127.0.0.1 40001", "chooses even ports"),
         ("", "127.0.0.1 39998", "outside of net.ipv4.ip_local_port_range, 40000-40199"),
         ("RESERVED,40150", "127.0.0.1 40150", "listed in net.ipv4.ip_local_reserved_ports"),
         ("40000-40199", "", "covers every port"),
-        ("", "127.0.0.2", "leaves from 127.0.0.1"),
+        ("", "127.0.0.2", "source address 127.0.0.1"),
     ] {
         let reserve = sysctls.replace("RESERVED", &reserved);
         let script = format!(
@@ -345,8 +350,8 @@ fn a_local_address_that_is_not_loopback_connects_to_itself() {
                       for mode in bind retry; do \"$SELFCONN\" repro $address --mode $mode --json; done
                   done";
     let Some(output) = in_namespace(script) else { return };
-    let told = steps(&stdout(&output));
-    let summaries: Vec<_> = told
+    let steps = steps(&stdout(&output));
+    let summaries: Vec<_> = steps
         .iter()
         .filter(|step| step["event"] == "summary")
         .map(|step| (step["addr"].as_str().unwrap(), step["cause"].as_str().unwrap()))
@@ -361,18 +366,18 @@ fn a_local_address_that_is_not_loopback_connects_to_itself() {
 }
 
 #[test]
-fn a_foreign_address_stays_foreign_where_any_can_be_bound() {
+fn a_foreign_address_is_rejected_although_ip_nonlocal_bind_allows_to_bind_it() {
     let script = "ip link set lo up; ip address add 192.0.2.7/32 dev lo; ip route add 192.0.2.0/24 dev lo
                   echo 1 > /proc/sys/net/ipv4/ip_nonlocal_bind
                   \"$SELFCONN\" repro 192.0.2.7 > /dev/null
                   exec \"$SELFCONN\" repro 192.0.2.8";
     let Some(output) = in_namespace(script) else { return };
     let text = error(&output);
-    assert!(text.contains("does not show as an address of this host"), "{text}");
+    assert!(text.contains("is not a known address of this host"), "{text}");
 }
 
 #[test]
-fn a_loopback_that_is_down_is_told_with_the_cure() {
+fn the_error_for_a_loopback_that_is_down_has_a_hint() {
     for address in ["127.0.0.1", "::1"] {
         let script = format!("exec \"$SELFCONN\" repro {address}");
         let Some(output) = in_namespace(&script) else { return };

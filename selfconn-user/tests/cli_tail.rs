@@ -1,5 +1,5 @@
-//! `selfconn tail` on logs as they are found: of other versions, rotated, torn, hostile, large.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
+//! Runs `selfconn tail` on logs of other versions, and on rotated, truncated, hostile and large logs.
+#![expect(clippy::unwrap_used, reason = "a test panics on an unexpected error")]
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -24,10 +24,10 @@ fn tail() -> Command {
 }
 
 #[track_caller]
-fn shown(output: &Output) -> Vec<String> {
-    let (out, said) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert_eq!(output.status.code(), Some(0), "{said}");
-    out.lines().map(ToOwned::to_owned).collect()
+fn stdout_lines(output: &Output) -> Vec<String> {
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    stdout.lines().map(ToOwned::to_owned).collect()
 }
 
 fn event(kind: &str, id: usize, port: u16, comm: &str) -> String {
@@ -39,8 +39,8 @@ fn event(kind: &str, id: usize, port: u16, comm: &str) -> String {
     )
 }
 
-/// A night's log: three connections, one of which is still there.
-fn night() -> String {
+/// A log with three connections, one of which is still open.
+fn example_log() -> String {
     [
         "{\"time\":\"2026-11-24T02:59:00.000000000Z\",\"event\":\"started\",\"version\":\"0.1.0\",\"kernel\":\"6.1\",\"pid\":1}\n",
         &event("established", 1, 5432, "java"),
@@ -72,17 +72,17 @@ impl Log {
         file.write_all(line.as_bytes()).unwrap();
     }
 
-    fn moved(&self) -> PathBuf {
+    fn rotated_path(&self) -> PathBuf {
         self.folder.path().join("events.jsonl.1")
     }
 
     #[track_caller]
     fn shows(&self, options: &[&str]) -> Vec<String> {
-        shown(&tail().args(options).arg(&self.path).output().unwrap())
+        stdout_lines(&tail().args(options).arg(&self.path).output().unwrap())
     }
 }
 
-/// The second column and the first word after it.
+/// The second column of each line, and the first word after it.
 fn words(lines: &[String]) -> Vec<(&str, &str)> {
     lines
         .iter()
@@ -94,8 +94,8 @@ fn words(lines: &[String]) -> Vec<(&str, &str)> {
 }
 
 #[test]
-fn a_connection_is_one_line_and_what_is_open_comes_last() {
-    let lines = Log::of(night()).shows(&[]);
+fn a_connection_is_one_line_and_open_connections_come_last() {
+    let lines = Log::of(example_log()).shows(&[]);
     assert_eq!(
         words(&lines),
         [
@@ -108,7 +108,7 @@ fn a_connection_is_one_line_and_what_is_open_comes_last() {
     );
     assert_eq!(
         lines[1],
-        "2026-11-24 03:00:01.000Z  closed       127.0.0.1:5432        java[1] after 5.0ms, in order"
+        "2026-11-24 03:00:01.000Z  closed       127.0.0.1:5432        java[1] after 5.0ms, by FIN"
     );
     assert!(
         lines[4].contains("nginx[2] is connected to itself") && lines[4].contains("; for "),
@@ -119,25 +119,25 @@ fn a_connection_is_one_line_and_what_is_open_comes_last() {
 }
 
 #[test]
-fn only_what_was_asked_for_is_shown() {
-    let log = Log::of(night());
+fn only_events_that_match_the_options_are_shown() {
+    let log = Log::of(example_log());
     let closed = ("closed", "127.0.0.1:5432");
     let open = ("OPEN", "127.0.0.1:44446");
-    let newer = ("?", "of_a_newer_version");
+    let unknown = ("?", "of_a_newer_version");
     for (options, expected) in [
         (&["--port", "44446"][..], &[open][..]),
-        (&["--port", "5432"], &[closed, newer, closed]),
+        (&["--port", "5432"], &[closed, unknown, closed]),
         (&["--pid", "3"], &[closed]),
         (&["--comm", "nginx"], &[open]),
         (&["--comm", "nginx", "--comm", "java", "--event", "closed"], &[closed, closed]),
         (&["--event", "state"], &[("state", "127.0.0.1:5432")]),
         (&["--port", "1"], &[]),
-        (&["-n", "2"], &[newer, closed]),
-        (&["-n", "4"], &[closed, newer, closed, open]),
+        (&["-n", "2"], &[unknown, closed]),
+        (&["-n", "4"], &[closed, unknown, closed, open]),
         (&["-n", "1"], &[closed]),
         (&["-n", "0"], &[]),
         (&["-n", "1", "--port", "44446"], &[open]),
-        (&["--since", "2026-11-24T03:00:03Z"], &[newer, closed]),
+        (&["--since", "2026-11-24T03:00:03Z"], &[unknown, closed]),
         (&["--since", "1s"], &[]),
     ] {
         assert_eq!(words(&log.shows(options)), expected, "{options:?}");
@@ -146,22 +146,22 @@ fn only_what_was_asked_for_is_shown() {
 
 #[test]
 fn json_passes_through_byte_for_byte() {
-    let odd =
+    let unusual =
         "{ \"event\" : \"closed\",\"id\":\"\\u001b\", \"big\":18446744073709551615, \"port\":5432.0 }\n";
-    let log = Log::of(night() + odd);
+    let log = Log::of(example_log() + unusual);
     let output = tail().args(["-n", "all", "--json", "--event", "closed"]).arg(&log.path).output().unwrap();
     let expected =
-        [event("closed", 1, 5432, "java"), event("closed", 3, 5432, "java"), odd.to_owned()].concat();
+        [event("closed", 1, 5432, "java"), event("closed", 3, 5432, "java"), unusual.to_owned()].concat();
     assert_eq!(String::from_utf8(output.stdout).unwrap(), expected);
     let last = tail().args(["-n", "1", "--json"]).arg(&log.path).output().unwrap();
-    assert_eq!(String::from_utf8(last.stdout).unwrap(), odd);
+    assert_eq!(String::from_utf8(last.stdout).unwrap(), unusual);
     let through_stdin =
         tail().args(["-n", "1", "--json", "-"]).stdin(File::open(&log.path).unwrap()).output().unwrap();
-    assert_eq!(String::from_utf8(through_stdin.stdout).unwrap(), odd);
+    assert_eq!(String::from_utf8(through_stdin.stdout).unwrap(), unusual);
 }
 
 #[test]
-fn garbage_is_left_out_and_counted() {
+fn invalid_lines_are_skipped_and_counted() {
     let mut bytes = b"\x00\xff\xfe\n[]\n{\"no\":\"event\"}\n{\"event\":\"closed\",\"id\":\"to\n".to_vec();
     bytes.extend(event("closed", 1, 80, "one").bytes());
     bytes.extend(vec![b'x'; 3 << 20]);
@@ -171,16 +171,16 @@ fn garbage_is_left_out_and_counted() {
     let log = Log::of(bytes);
     for options in [&["-n", "all"][..], &["-n", "2"]] {
         let output = tail().args(options).arg(&log.path).output().unwrap();
-        assert_eq!(words(&shown(&output)), [("closed", "127.0.0.1:80"); 2], "{options:?}");
-        let said = String::from_utf8_lossy(&output.stderr);
-        let count = if options[1] == "all" { "6 lines are" } else { "2 lines are" };
-        assert_eq!(said.lines().count(), 1, "{said}");
-        assert!(said.contains(count), "{said}");
+        assert_eq!(words(&stdout_lines(&output)), [("closed", "127.0.0.1:80"); 2], "{options:?}");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        let count = if options[1] == "all" { "skipped 6 lines" } else { "skipped 2 lines" };
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        assert!(stderr.contains(count), "{stderr}");
     }
 }
 
 #[test]
-fn hostile_names_do_nothing_to_a_terminal() {
+fn hostile_names_are_escaped() {
     let hostile = event("closed", 1, 80, r"\u001b[2J\u202e\nfake\tname\u009b");
     let lines = Log::of(hostile).shows(&[]);
     assert_eq!(lines.len(), 1);
@@ -190,9 +190,9 @@ fn hostile_names_do_nothing_to_a_terminal() {
 }
 
 #[test]
-fn what_was_rotated_a_moment_ago_is_shown_too() {
-    let log = Log::of(night());
-    fs::rename(&log.path, log.moved()).unwrap();
+fn the_last_lines_include_the_file_that_was_just_rotated() {
+    let log = Log::of(example_log());
+    fs::rename(&log.path, log.rotated_path()).unwrap();
     log.add(&event("closed", 2, 44446, "nginx"));
     let closed = ("closed", "127.0.0.1:5432");
     assert_eq!(words(&log.shows(&["-n", "2"])), [closed, ("closed", "127.0.0.1:44446")]);
@@ -203,16 +203,16 @@ fn what_was_rotated_a_moment_ago_is_shown_too() {
 fn the_end_of_a_log_larger_than_any_disk_is_found_at_once() {
     let log = Log::of("");
     let mut file = OpenOptions::new().write(true).open(&log.path).unwrap();
-    // A hole, which nobody could read through before the deadline.
+    // A hole that is too large to be read before the deadline.
     file.seek(SeekFrom::Start(1 << 42)).unwrap();
-    file.write_all(("\n".to_owned() + &night()).as_bytes()).unwrap();
+    file.write_all(("\n".to_owned() + &example_log()).as_bytes()).unwrap();
     drop(file);
     assert_eq!(log.shows(&["-n", "2"]).len(), 2);
 }
 
 #[test]
-fn an_error_is_one_line_with_its_cure() {
-    for (arguments, says) in [
+fn an_error_is_one_line_with_a_hint() {
+    for (arguments, expected) in [
         (&["/no/such/file"][..], "--journal"),
         (&["/"], "directory"),
         (&["--since", "yesterday"], "--since"),
@@ -220,27 +220,27 @@ fn an_error_is_one_line_with_its_cure() {
         (&["--journal-dir", "/"], "--journal"),
     ] {
         let output = tail().args(arguments).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{said}");
-        assert_eq!(said.lines().count(), 1, "{said}");
-        assert!(said.contains(says), "{says} is not in: {said}");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        assert!(stderr.contains(expected), "{expected} is not in: {stderr}");
     }
 }
 
-/// `tail -f`, and what it says.
-struct Following {
+/// A `tail -f` process and its output lines.
+struct FollowingTail {
     child: Child,
     lines: Receiver<String>,
 }
 
-impl Following {
+impl FollowingTail {
     fn start(path: &Path) -> Self {
         let mut child = tail().args(["-f", "-n", "all"]).arg(path).stdout(Stdio::piped()).spawn().unwrap();
         let stdout: ChildStdout = child.stdout.take().unwrap();
-        let (send, lines) = channel();
+        let (sender, lines) = channel();
         std::thread::spawn(move || {
             for line in BufReader::new(stdout).lines() {
-                if send.send(line.unwrap()).is_err() {
+                if sender.send(line.unwrap()).is_err() {
                     break;
                 }
             }
@@ -249,13 +249,13 @@ impl Following {
     }
 
     #[track_caller]
-    fn expect(&self, word: &str, says: &str) {
+    fn expect(&self, word: &str, text: &str) {
         let line = self.lines.recv_timeout(DEADLINE).unwrap();
-        assert!(line.contains(word) && line.contains(says), "{word} {says} is not in: {line}");
+        assert!(line.contains(word) && line.contains(text), "{word} {text} is not in: {line}");
     }
 }
 
-impl Drop for Following {
+impl Drop for FollowingTail {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -263,9 +263,9 @@ impl Drop for Following {
 }
 
 #[test]
-fn following_goes_through_a_move_a_removal_and_a_truncation() {
+fn following_continues_after_a_rename_a_removal_and_a_truncation() {
     let log = Log::of(event("established", 1, 80, "one"));
-    let tail = Following::start(&log.path);
+    let tail = FollowingTail::start(&log.path);
     tail.expect("OPEN", "one[1]");
     log.add(&event("closed", 1, 80, "one"));
     tail.expect("closed", "one[1]");
@@ -275,9 +275,9 @@ fn following_goes_through_a_move_a_removal_and_a_truncation() {
     std::thread::sleep(Duration::from_millis(20));
     log.add(&line[40..]);
     tail.expect("ESTABLISHED", "two[2]");
-    // Whoever wrote the old file may not be done with it.
+    // A process can still write to the old file after the rename.
     let mut old = OpenOptions::new().append(true).open(&log.path).unwrap();
-    fs::rename(&log.path, log.moved()).unwrap();
+    fs::rename(&log.path, log.rotated_path()).unwrap();
     old.write_all(event("closed", 3, 80, "three").as_bytes()).unwrap();
     tail.expect("closed", "three[3]");
     log.add(&event("closed", 4, 80, "four"));
@@ -293,7 +293,7 @@ fn following_goes_through_a_move_a_removal_and_a_truncation() {
 }
 
 #[test]
-fn following_ends_when_nobody_reads_any_more_even_if_nothing_comes() {
+fn following_ends_when_the_reader_closes_the_pipe_even_without_new_events() {
     let log = Log::of(event("closed", 1, 80, "one"));
     let mut child = tail().arg("-f").arg(&log.path).stdout(Stdio::piped()).spawn().unwrap();
     let mut line = String::new();
@@ -302,7 +302,7 @@ fn following_ends_when_nobody_reads_any_more_even_if_nothing_comes() {
     assert_eq!(child.wait().unwrap().code(), Some(0), "a broken pipe is not an error");
 }
 
-/// On a terminal; what it shows.
+/// The output of a command on a terminal.
 fn on_terminal(command: &mut Command) -> String {
     let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
     grantpt(&master).unwrap();
@@ -311,7 +311,7 @@ fn on_terminal(command: &mut Command) -> String {
     let slave: OwnedFd =
         OpenOptions::new().read(true).write(true).open(name.to_str().unwrap()).unwrap().into();
     let mut child = command.stdout(slave).spawn().unwrap();
-    // The last of the other end goes with the command, which ends the reading.
+    // This drops the last other descriptor of the slave. So the read ends when the child exits.
     command.stdout(Stdio::null());
     let mut text = Vec::new();
     let _ = File::from(master).read_to_end(&mut text);
@@ -320,7 +320,7 @@ fn on_terminal(command: &mut Command) -> String {
 }
 
 #[test]
-fn colour_is_for_terminals_and_for_those_who_want_it() {
+fn colour_is_only_used_on_capable_terminals_without_no_color() {
     let log = Log::of(event("established", 1, 80, "one"));
     assert!(on_terminal(tail().arg(&log.path)).contains("\u{1b}["));
     assert!(!on_terminal(tail().arg(&log.path).env("NO_COLOR", "1")).contains('\u{1b}'));

@@ -109,7 +109,7 @@ mod tests {
             sections.iter().map(|name| add(name, SectionKind::Data, name.as_bytes())).collect();
 
         let map = object.add_symbol(Symbol {
-            name: b"TRANSITIONS".to_vec(),
+            name: b"RECORDS".to_vec(),
             value: 4,
             size: 4,
             kind: SymbolKind::Data,
@@ -139,7 +139,7 @@ mod tests {
 
         let program = object.section_by_name("tp_btf/inet_sock_set_state").expect("the program");
         let relocations = targets(&object, &program).expect("its relocations");
-        assert_eq!(relocations, [(0, elf::R_BPF_64_64, "TRANSITIONS".to_owned(), 4)]);
+        assert_eq!(relocations, [(0, elf::R_BPF_64_64, "RECORDS".to_owned(), 4)]);
         assert_eq!(dwarf(&stripped).expect("an object"), stripped, "nothing more to leave out");
     }
 

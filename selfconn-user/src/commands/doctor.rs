@@ -1,6 +1,7 @@
-//! `selfconn doctor`: what this kernel offers, what would be attached and why, what is missing and the cure.
+//! `selfconn doctor`: reports what this kernel offers, what `run` would attach and why, what is missing, and
+//! a hint for each problem.
 //!
-//! Each method is really attached for a moment: only the kernel knows what it refuses.
+//! Each method is attached for a moment, because only the kernel knows what it refuses.
 
 use std::{fmt::Write as _, process::ExitCode};
 
@@ -9,8 +10,8 @@ use serde::Serialize;
 
 use crate::{
     kernel::{
-        attach::{Hook, Method, Refusal, Wanted, choose},
-        host::{CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, Host},
+        attach::{Hook, Method, Refusal, RequestedHooks, choose},
+        host::{CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, KernelFeatures},
         tracefs::Tracefs,
         tracer::{
             self,
@@ -24,49 +25,48 @@ use crate::{
 
 mod live;
 
-use live::{Live, Sees};
+use live::{LiveMethod, LiveTest};
 
 /// Shown below the options.
 pub const EXAMPLE: &str = "\
 Examples:
   selfconn doctor              exit code 0: fit to run, 1: not
-  selfconn doctor --live       and prove it by a self-connection of its own
+  selfconn doctor --live       also test it with a real self-connection
   selfconn doctor --json | jq .would_attach";
 
-/// Options of `doctor`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
-    /// One JSON object
+pub struct DoctorArgs {
+    /// Print one JSON object
     #[arg(long)]
     json: bool,
-    /// Attach the hooks, make a self-connection, and see whether each method sees it
+    /// Attach the hooks, make a self-connection, and check that each method observes it
     #[arg(long)]
     live: bool,
 }
 
-/// What was found, as `--json` has it.
+/// The report, in the form of `--json`.
 #[derive(Debug, Serialize)]
-struct Report {
+struct DoctorReport {
     version: &'static str,
     kernel: String,
     machine: String,
-    checks: Vec<Check>,
+    checks: Vec<DoctorCheck>,
     hooks: Vec<HookReport>,
     would_attach: Vec<&'static str>,
-    /// How failed binds could be seen; the first that is `ok` would be attached.
+    /// The methods to observe failed binds. The first one that is `ok` would be attached.
     binds: Vec<MethodReport>,
     limits: Vec<String>,
-    /// With `--live`: what each method saw; else null.
-    live: Option<Live>,
+    /// Result of `--live`. Null without that option.
+    live: Option<LiveTest>,
     fit: bool,
 }
 
 #[derive(Debug, Serialize)]
-struct Check {
+struct DoctorCheck {
     name: &'static str,
     ok: bool,
     finding: String,
-    cure: Option<String>,
+    hint: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -81,20 +81,20 @@ struct MethodReport {
     /// `ok`, `unsupported`, `refused`, `denied` or `broken`.
     verdict: &'static str,
     why: Option<String>,
-    cure: Option<&'static str>,
+    hint: Option<&'static str>,
     would_attach: bool,
 }
 
-/// Looks, tries, and tells.
+/// Collects the report and prints it.
 ///
 /// # Errors
-/// When /proc can't be read or stdout not written.
-pub fn run(args: &Args) -> Result<ExitCode> {
+/// If /proc cannot be read or stdout cannot be written.
+pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     logger::init(0, false);
-    let host = Host::look(false)?;
-    let mut report = examine(&host);
+    let features = KernelFeatures::probe(false)?;
+    let mut report = collect(&features);
     if args.live && report.fit {
-        let live = live::test(&host).context("the hooks can't be tested")?;
+        let live = live::test(&features).context("cannot test the hooks")?;
         report.fit = live.passed;
         report.live = Some(live);
     }
@@ -109,21 +109,22 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(if report.fit { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
-fn examine(host: &Host) -> Report {
-    let rehearsal = tracer::rehearse(host);
-    let (outcomes, ring) = match rehearsal {
+fn collect(features: &KernelFeatures) -> DoctorReport {
+    let probed = tracer::probe_methods(features);
+    let (outcomes, ring) = match probed {
         Ok(outcomes) => (outcomes, Ok(())),
         Err(error) => {
             let why = format!("{error:#}");
-            let refused = |method| (method, host.offers(method).and(Err(Refusal::Refused(why.clone()))));
+            let refused =
+                |method| (method, features.check_method(method).and(Err(Refusal::Refused(why.clone()))));
             (Method::ALL.into_iter().map(refused).collect(), Err(why.clone()))
         }
     };
     let outcome = |method: Method| {
         let known = outcomes.iter().find(|(known, _)| *known == method);
-        known.map_or(Err(Refusal::NotWanted), |(_, outcome)| outcome.clone())
+        known.map_or(Err(Refusal::NotRequested), |(_, outcome)| outcome.clone())
     };
-    let choice = choose(Wanted::default(), outcome);
+    let choice = choose(RequestedHooks::default(), outcome);
     let would_attach = |method| choice.live.iter().any(|(live, ())| *live == method);
     let hooks = Hook::ALL
         .into_iter()
@@ -136,15 +137,15 @@ fn examine(host: &Host) -> Report {
                 .collect(),
         })
         .collect();
-    Report {
+    DoctorReport {
         version: env!("CARGO_PKG_VERSION"),
-        kernel: host.release.clone(),
-        machine: host.machine.clone(),
-        checks: checks(host, ring),
+        kernel: features.release.clone(),
+        machine: features.machine.clone(),
+        checks: checks(features, ring),
         hooks,
         would_attach: choice.live.iter().map(|(method, ())| method.name()).collect(),
-        binds: bind_reports(binds::rehearse(host)),
-        limits: host.limits(),
+        binds: bind_reports(binds::probe_methods(features)),
+        limits: features.limits(),
         live: None,
         fit: !choice.live.is_empty(),
     }
@@ -158,45 +159,48 @@ fn bind_reports(outcomes: Vec<(BindMethod, Result<(), Refusal>)>) -> Vec<MethodR
 }
 
 fn method_report(method: &'static str, outcome: Result<(), Refusal>, would_attach: bool) -> MethodReport {
-    let (verdict, why, cure) = match outcome {
+    let (verdict, why, hint) = match outcome {
         Ok(()) => ("ok", None, None),
         Err(Refusal::Unsupported(why)) => ("unsupported", Some(why), None),
-        Err(Refusal::Refused(why)) => {
-            ("refused", Some(why), Some("a policy of this host decides; the other methods do the same work"))
-        }
+        Err(Refusal::Refused(why)) => (
+            "refused",
+            Some(why),
+            Some("blocked by a policy of this host; no action needed if another method is attached"),
+        ),
         Err(Refusal::Denied(why)) => {
             ("denied", Some(why), Some("run as root, or with CAP_BPF and CAP_PERFMON in the ambient set"))
         }
         Err(Refusal::Broken(why)) => {
             ("broken", Some(why), Some("please report this: it is a bug in selfconn"))
         }
-        Err(Refusal::NotWanted) => ("unsupported", None, None),
+        Err(Refusal::NotRequested) => ("unsupported", None, None),
     };
-    MethodReport { method, verdict, why, cure, would_attach }
+    MethodReport { method, verdict, why, hint, would_attach }
 }
 
-fn checks(host: &Host, ring: Result<(), String>) -> Vec<Check> {
-    let check = |name, ok, finding: String, cure: Option<&str>| {
-        let cure = if ok { None } else { cure.map(str::to_owned) };
-        Check { name, ok, finding, cure }
+fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorCheck> {
+    let check = |name, ok, finding: String, hint: Option<&str>| {
+        let hint = if ok { None } else { hint.map(str::to_owned) };
+        DoctorCheck { name, ok, finding, hint }
     };
-    let btf = match (&host.btf, &host.offsets_missing) {
+    let btf = match (&features.btf, &features.offsets_missing) {
         (Ok(bytes), None) => Ok(format!("{} KiB, every offset found", bytes.len() / 1024)),
         (Ok(_), Some(why)) | (Err(why), _) => Err(why.clone()),
     };
-    let tracefs = match host.tracefs {
+    let tracefs = match features.tracefs {
         Tracefs::At(at) => (true, format!("mounted on {at}")),
-        Tracefs::NotMounted if host.capabilities.has(CAP_SYS_ADMIN) => {
-            (true, "not mounted; selfconn mounts it for itself alone while it attaches".to_owned())
+        Tracefs::NotMounted if features.capabilities.has(CAP_SYS_ADMIN) => {
+            (true, "not mounted; selfconn mounts it privately while it attaches".to_owned())
         }
         Tracefs::NotMounted => (false, "not mounted".to_owned()),
         Tracefs::Absent => (false, "not in this kernel".to_owned()),
     };
     let remedy = sockets::can_destroy().and_then(|()| sockets::can_enter());
-    let lockdown = host.lockdown.clone().unwrap_or_else(|| "not told (securityfs is not mounted)".to_owned());
+    let lockdown =
+        features.lockdown.clone().unwrap_or_else(|| "unknown (securityfs is not mounted)".to_owned());
     let missing: Vec<_> = [CAP_BPF, CAP_PERFMON]
         .into_iter()
-        .filter(|capability| !host.capabilities.has(*capability))
+        .filter(|capability| !features.capabilities.has(*capability))
         .map(|capability| capability.name)
         .collect();
     vec![
@@ -204,26 +208,26 @@ fn checks(host: &Host, ring: Result<(), String>) -> Vec<Check> {
             "btf",
             btf.is_ok(),
             btf.unwrap_or_else(|why| why),
-            Some("a kernel with CONFIG_DEBUG_INFO_BTF=y; without it only perf works"),
+            Some("use a kernel with CONFIG_DEBUG_INFO_BTF=y; without BTF, only perf works"),
         ),
         check("tracefs", tracefs.0, tracefs.1, Some("mount -t tracefs tracefs /sys/kernel/tracing")),
         check("lockdown", true, lockdown, None),
         check(
             "probe_read",
-            host.probe_read,
-            if host.probe_read {
+            features.probe_read,
+            if features.probe_read {
                 "bpf_probe_read_kernel may be called"
             } else {
                 "bpf_probe_read_kernel may not be called"
             }
             .to_owned(),
-            Some("tp_btf and fentry do without it"),
+            Some("tp_btf and fentry do not need it"),
         ),
         check(
             "capabilities",
             missing.is_empty(),
             if missing.is_empty() {
-                "CAP_BPF and CAP_PERFMON are there".to_owned()
+                "CAP_BPF and CAP_PERFMON are present".to_owned()
             } else {
                 format!("missing: {}", missing.join(", "))
             },
@@ -232,8 +236,8 @@ fn checks(host: &Host, ring: Result<(), String>) -> Vec<Check> {
         check(
             "ring_buffer",
             ring.is_ok(),
-            ring.map_or_else(|why| why, |()| "can be made".to_owned()),
-            Some("a kernel from v5.8 on, and the capabilities above"),
+            ring.map_or_else(|why| why, |()| "can be created".to_owned()),
+            Some("needs Linux 5.8 or newer and the capabilities above"),
         ),
         check(
             "remedy",
@@ -243,11 +247,11 @@ fn checks(host: &Host, ring: Result<(), String>) -> Vec<Check> {
         ),
         check(
             "pid_namespace",
-            host.is_initial_pid_ns,
-            if host.is_initial_pid_ns {
+            features.is_initial_pid_ns,
+            if features.is_initial_pid_ns {
                 "the initial one"
             } else {
-                "not the initial one: names can't be looked up"
+                "not the initial one: process names cannot be looked up"
             }
             .to_owned(),
             Some("run on the host, or with the host's pid namespace (hostPID, --pid=host)"),
@@ -255,17 +259,17 @@ fn checks(host: &Host, ring: Result<(), String>) -> Vec<Check> {
     ]
 }
 
-fn text(report: &Report) -> String {
+fn text(report: &DoctorReport) -> String {
     let mut out =
         format!("selfconn {} on kernel {} ({})\n\n", report.version, escape(&report.kernel), report.machine);
-    let mut row = |mark: &str, name: &str, finding: &str, cure: Option<&str>| {
+    let mut row = |mark: &str, name: &str, finding: &str, hint: Option<&str>| {
         let _ = writeln!(out, "  {mark:<4} {name:<22} {}", escape(finding));
-        if let Some(cure) = cure {
-            let _ = writeln!(out, "       {:<22} cure: {}", "", escape(cure));
+        if let Some(hint) = hint {
+            let _ = writeln!(out, "       {:<22} hint: {}", "", escape(hint));
         }
     };
     for check in &report.checks {
-        row(if check.ok { "ok" } else { "--" }, check.name, &check.finding, check.cure.as_deref());
+        row(if check.ok { "ok" } else { "--" }, check.name, &check.finding, check.hint.as_deref());
     }
     let hooks = report.hooks.iter().map(|hook| (hook.hook, &hook.methods));
     for (name, methods) in hooks.chain([("failed binds", &report.binds)]) {
@@ -274,8 +278,8 @@ fn text(report: &Report) -> String {
             let mark = if method.would_attach { "*" } else { " " };
             let why = method.why.as_deref().map(|why| format!(": {}", escape(why))).unwrap_or_default();
             let _ = writeln!(out, "  {mark:<4} {:<22} {}{why}", method.method, method.verdict);
-            if let Some(cure) = method.cure {
-                let _ = writeln!(out, "       {:<22} cure: {cure}", "");
+            if let Some(hint) = method.hint {
+                let _ = writeln!(out, "       {:<22} hint: {hint}", "");
             }
         }
     }
@@ -284,22 +288,22 @@ fn text(report: &Report) -> String {
     }
     if let Some(live) = &report.live {
         let _ = writeln!(out, "\n  a self-connection was made");
-        for Sees { method, sees } in &live.methods {
+        for LiveMethod { method, sees } in &live.methods {
             let _ = writeln!(
                 out,
                 "  {:<4} {method:<22} {}",
                 if *sees { "ok" } else { "--" },
                 match sees {
-                    true => "saw it",
-                    false => "did not see it",
+                    true => "observed it",
+                    false => "did not observe it",
                 }
             );
         }
-        let (mark, came) = if live.record { ("ok", "came") } else { ("--", "did not come") };
-        let _ = writeln!(out, "  {mark:<4} {:<22} {came} through the ring buffer", "its record");
+        let (mark, arrived) = if live.record { ("ok", "arrived") } else { ("--", "did not arrive") };
+        let _ = writeln!(out, "  {mark:<4} {:<22} {arrived} through the ring buffer", "its record");
     }
     let _ = if report.live.as_ref().is_some_and(|live| !live.passed) {
-        writeln!(out, "\nNot fit to run: a self-connection was not seen.")
+        writeln!(out, "\nNot fit to run: a self-connection was not observed.")
     } else if report.fit {
         writeln!(
             out,

@@ -1,4 +1,4 @@
-//! One file for each command: its options, and what it does with them.
+//! The commands, one module for each: its options and its implementation.
 
 use std::io::{self, Write as _};
 
@@ -10,7 +10,7 @@ pub mod repro;
 pub mod run;
 pub mod scan;
 
-/// Writes all that a command has to say. That nobody reads it is an error here, and none for `main`.
+/// Writes the whole output of a command to stdout. A broken pipe is an error here, which `main` ignores.
 pub(crate) fn print(output: &[u8]) -> Result<()> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(output).and_then(|()| stdout.flush()).context("cannot write to stdout")

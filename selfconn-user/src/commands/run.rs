@@ -1,4 +1,4 @@
-//! `selfconn run`: the options of the daemon, and how it is put together.
+//! `selfconn run`: the options of the daemon, and how its parts are created and started.
 
 use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -6,21 +6,21 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
 use crate::{
-    daemon::{Daemon, outside::Outside},
+    daemon::{Daemon, outside::Supervision},
     kernel::{
-        attach::{Hooks, Method, Wanted},
-        host::Host,
+        attach::{Hooks, Method, RequestedHooks},
+        host::KernelFeatures,
         tracer::{
-            Options, Tracer,
-            binds::{BindMethod, WantedBinds},
+            Tracer, TracerOptions,
+            binds::{BindMethod, RequestedBindMethod},
         },
     },
     logger, memory,
-    metrics::server::Port,
-    privileges::{self, Plan},
-    selftest::SelfTest,
-    service::Manager,
-    sink::{Format, Sinks, file::LogFile, journal},
+    metrics::server::MetricsListener,
+    privileges::{self, PrivilegePlan},
+    selftest::SelfTestSocket,
+    service::ServiceManager,
+    sink::{Format, Outputs, file::LogFile, journal},
 };
 
 mod remedy;
@@ -28,25 +28,24 @@ mod remedy;
 /// Shown below the options.
 pub const EXAMPLE: &str = "\
 Examples:
-  selfconn run                                   watch, and tell people on this terminal
+  selfconn run                                   watch, and print events on this terminal
   selfconn run --log /var/log/selfconn/events.jsonl
   selfconn run --json | jq 'select(.event == \"established\") | .comm'
   selfconn run --remedy dry-run --remedy-except 'unit=postgresql*'
-                                                 say what --remedy destroy would destroy";
+                                                 show what --remedy destroy would destroy";
 
-/// Options of `run`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct RunArgs {
     /// Append events as JSON lines to FILE
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
-    /// Report every state a self-connection goes through
+    /// Also report every state change of a self-connection
     #[arg(long)]
     states: bool,
     /// Write JSON lines to stdout (the default unless it is a terminal)
     #[arg(long, conflicts_with = "text")]
     json: bool,
-    /// Write text for people to stdout (the default on a terminal)
+    /// Write readable text to stdout (the default on a terminal)
     #[arg(long)]
     text: bool,
     /// Serve metrics for Prometheus and /healthz on this port
@@ -66,40 +65,40 @@ pub struct Args {
     function_method: Option<FunctionMethod>,
     #[command(flatten)]
     remedy: remedy::RemedyArgs,
-    /// How to see that a server can't bind a port
+    /// How to observe that a server cannot bind a port
     #[arg(long, value_enum, value_name = "METHOD", default_value_t = BindsArg::Auto)]
     bind_method: BindsArg,
-    /// Say more on stderr; twice: let the eBPF programs speak, too
+    /// Log more on stderr; given twice, also log messages of the eBPF programs
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
-    /// Say nothing on stdout, and only errors on stderr
+    /// Write nothing to stdout, and only errors to stderr
     #[arg(short, long, conflicts_with_all = ["verbose", "json", "text"])]
     quiet: bool,
-    /// How many dials in flight and self-connections to remember
+    /// Maximum number of pending connects and self-connections to track
     #[arg(long, hide = true, default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
-    dials: u32,
-    /// Of how many ports to count refused dials apart
+    connect_table: u32,
+    /// Maximum number of destination ports tracked for refused connects
     #[arg(long, hide = true, default_value_t = 4_096, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
-    refusals: u32,
-    /// How often to compare with the kernel's socket table
+    refused_table: u32,
+    /// Interval of the comparison with the kernel's socket table
     #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     reconcile: u64,
-    /// How often to test whether the hooks see
+    /// Interval of the self-test of the hooks
     #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     self_test: u64,
     /// Work as if the kernel had no BTF
     #[arg(long, hide = true)]
     without_btf: bool,
-    /// Ask the kernel's BTF where the addresses of a socket are, even if they are where they usually are
+    /// Use the programs that take socket offsets from BTF, even if this kernel has the static offsets
     #[arg(long, hide = true)]
-    any_layout: bool,
+    btf_offsets: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum HooksArg {
-    /// Whatever loads here
+    /// The methods that this kernel accepts
     Auto,
-    /// Both hooks, or fail
+    /// Both hooks; an error if one cannot be attached
     Both,
     /// inet_sock_set_state only
     Tracepoint,
@@ -109,13 +108,13 @@ enum HooksArg {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum BindsArg {
-    /// Whatever loads here
+    /// The methods that this kernel accepts
     Auto,
-    /// At the end of inet_csk_get_port
+    /// By fexit on inet_csk_get_port
     Fexit,
-    /// At the system call bind
+    /// By the tracepoint of the system call bind
     Perf,
-    /// Not at all
+    /// Do not observe binds
     Off,
 }
 
@@ -132,9 +131,9 @@ enum FunctionMethod {
     Kprobe,
 }
 
-impl Args {
-    fn wanted(&self) -> Wanted {
-        Wanted {
+impl RunArgs {
+    fn requested_hooks(&self) -> RequestedHooks {
+        RequestedHooks {
             hooks: match self.hooks {
                 HooksArg::Auto => Hooks::Auto,
                 HooksArg::Both => Hooks::Both,
@@ -152,13 +151,13 @@ impl Args {
         }
     }
 
-    /// Whether structured entries take the place of what stdout would say.
-    fn tells_journal(&self) -> bool {
+    /// True if stdout is the journal, so that structured journal entries replace the output on stdout.
+    fn writes_journal(&self) -> bool {
         !(self.quiet || self.json || self.text) && journal::is_journal(io::stdout())
     }
 
-    fn format(&self) -> Option<Format> {
-        if self.quiet || self.tells_journal() {
+    fn stdout_format(&self) -> Option<Format> {
+        if self.quiet || self.writes_journal() {
             None
         } else if self.json || !(self.text || rustix::termios::isatty(io::stdout())) {
             Some(Format::Json)
@@ -168,7 +167,7 @@ impl Args {
     }
 }
 
-/// A size such as `4M`: a power of two that the kernel takes for a ring buffer.
+/// Parses a size such as `4M`: a power of two that the kernel accepts for a ring buffer.
 fn ring_bytes(text: &str) -> Result<u32, String> {
     let (digits, shift) = match text.as_bytes().last() {
         Some(b'k' | b'K') => (&text[..text.len() - 1], 10),
@@ -183,68 +182,70 @@ fn ring_bytes(text: &str) -> Result<u32, String> {
     }
 }
 
-/// An address and a port, such as `[::1]:9435`.
+/// Parses an address and a port, such as `[::1]:9435`.
 fn socket_address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "not an address and a port, such as 127.0.0.1:9435".to_owned())
 }
 
-/// Runs until SIGINT or SIGTERM.
+/// Runs the daemon until SIGINT or SIGTERM.
 ///
 /// # Errors
-/// When the log can't be opened, or the hooks can't be attached.
-pub fn run(args: &Args) -> Result<ExitCode> {
+/// If the log cannot be opened or the hooks cannot be attached.
+pub fn run(args: &RunArgs) -> Result<ExitCode> {
     logger::init(args.verbose, args.quiet);
-    // The log first: what can't be written must not be traced.
+    // Open the log first: without it, nothing is attached.
     let log = args.log.as_deref().map(LogFile::open).transpose()?;
-    let port = args.metrics.map(Port::bind).transpose()?;
-    let manager = Manager::find().context("cannot reach the service manager at NOTIFY_SOCKET")?;
+    let listener = args.metrics.map(MetricsListener::bind).transpose()?;
+    let manager = ServiceManager::from_env().context("cannot reach the service manager at NOTIFY_SOCKET")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        memory::keep_large_apart();
-        let mut host = Host::look(args.without_btf)?;
-        host.has_usual_layout &= !args.any_layout;
-        // Before anything is attached: a remedy that can't work is told at once.
+        memory::set_mmap_threshold();
+        let mut host = KernelFeatures::probe(args.without_btf)?;
+        host.uses_static_offsets &= !args.btf_offsets;
+        // Before anything is attached, so that a remedy that cannot work is an immediate error.
         let remedy = args.remedy.prepare(&mut host)?;
-        let self_test = match SelfTest::prepare() {
+        let self_test = match SelfTestSocket::prepare() {
             Ok(test) => Some(test),
             Err(why) => {
-                host.lacks.push(format!("that the hooks see is not tested: {why}"));
+                host.limitations.push(format!("the hooks are not tested while the daemon runs: {why}"));
                 None
             }
         };
-        let options = Options {
-            wanted: args.wanted(),
-            binds: match args.bind_method {
-                BindsArg::Auto => WantedBinds::Auto,
-                BindsArg::Fexit => WantedBinds::Only(BindMethod::Fexit),
-                BindsArg::Perf => WantedBinds::Only(BindMethod::Perf),
-                BindsArg::Off => WantedBinds::Off,
+        let options = TracerOptions {
+            hooks: args.requested_hooks(),
+            bind_method: match args.bind_method {
+                BindsArg::Auto => RequestedBindMethod::Auto,
+                BindsArg::Fexit => RequestedBindMethod::Only(BindMethod::Fexit),
+                BindsArg::Perf => RequestedBindMethod::Only(BindMethod::Perf),
+                BindsArg::Off => RequestedBindMethod::Off,
             },
             ring_bytes: args.ring_size,
-            dials: args.dials,
-            refusals: args.refusals,
+            connect_table_size: args.connect_table,
+            refused_table_size: args.refused_table,
             states: args.states,
             log: args.verbose > 1,
         };
         let tracer = Tracer::start(&host, options)?;
-        // Attached; and no other thread may have been started yet.
-        let plan = Plan { log: args.log.as_deref(), destroys: args.remedy.destroys() };
+        // Precondition: the hooks are attached, and no other thread is started yet.
+        let plan = PrivilegePlan { log: args.log.as_deref(), destroys: args.remedy.destroys() };
         let kept = privileges::drop_after_attach(plan, || tracer.counters().is_ok())?;
-        let questions = port.map(Port::serve).transpose().context("cannot serve metrics")?;
-        let outside = Outside::new(manager, questions);
-        let sinks = Sinks::new(args.format(), args.tells_journal(), log)
+        let metrics_requests =
+            listener.map(MetricsListener::serve).transpose().context("cannot serve metrics")?;
+        let supervision = Supervision::new(manager, metrics_requests);
+        let outputs = Outputs::new(args.stdout_format(), args.writes_journal(), log)
             .context("cannot start a thread that writes events")?;
-        let pace = Duration::from_secs(args.reconcile);
-        let mut daemon = Daemon::new(&host, tracer, outside, sinks, args.states, pace, remedy)?;
+        let reconcile_interval = Duration::from_secs(args.reconcile);
+        let mut daemon =
+            Daemon::new(&host, tracer, supervision, outputs, args.states, reconcile_interval, remedy)?;
         if let Some(test) = self_test {
-            daemon.test_by(test, Duration::from_secs(args.self_test));
+            daemon.enable_self_test(test, Duration::from_secs(args.self_test));
         }
-        kept.narrow().context("cannot give up capabilities")?;
+        kept.restrict_thread().context("cannot give up capabilities")?;
         drop(host);
-        memory::give_back();
-        match daemon.watch().await.context("cannot wait for events")? {
+        memory::trim_heap();
+        match daemon.run().await.context("cannot wait for events")? {
             None => Ok(ExitCode::SUCCESS),
-            Some(blind) => bail!("{blind}"),
+            Some(hooks_dead) => bail!("{hooks_dead}"),
         }
     })
 }
@@ -254,7 +255,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_ring_size_is_a_power_of_two_that_the_kernel_takes() {
+    fn a_ring_size_is_a_power_of_two_that_the_kernel_accepts() {
         for (text, bytes) in [
             ("4096", Some(4096)),
             ("4K", Some(4096)),

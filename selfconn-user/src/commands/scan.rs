@@ -1,4 +1,5 @@
-//! `selfconn scan`: the self-connections that exist now, in every network namespace, and who holds them.
+//! `selfconn scan`: lists the self-connections that exist now in every network namespace, with the processes
+//! that hold them. Can destroy them.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -13,13 +14,13 @@ use serde::Serialize;
 
 use crate::{
     clock::{self, Offset},
-    event::Subject,
+    event::ConnectionFields,
     filter::{Rule, Selection},
     logger,
-    process::{self, Facts, Holder},
-    remedy::Outcome,
+    process::{self, Holder, ProcessInfo},
+    remedy::RemedyOutcome,
     sink::text::escape,
-    sockets::{self, Found, Options, Search, Survey, holders},
+    sockets::{self, HolderSearch, SnapshotOptions, SocketEntry, SocketSnapshot, find_holders},
 };
 
 /// Shown below the options.
@@ -28,30 +29,29 @@ Examples:
   selfconn scan                exit code 0: nothing found, 1: something, 2: error
   selfconn scan --json | jq -r 'select(.state == \"ESTABLISHED\") | .pid'
 
-  selfconn scan --only comm=java             these...
-  selfconn scan --only comm=java --destroy   ...are destroyed; exit code 0: none of them is left
+  selfconn scan --only comm=java             list these
+  selfconn scan --only comm=java --destroy   destroy them; exit code 0: none is left
 
-As root it sees every network namespace; as another user its own, and says what it could not see.";
+Root sees every network namespace. Another user sees only some; what is not seen is reported.";
 
-/// As many holders are named in a line for people.
-const NAMED: usize = 4;
+/// Maximum number of holders named in a text line.
+const MAX_NAMED_HOLDERS: usize = 4;
 
-/// Options of `scan`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct ScanArgs {
     /// One JSON object a line, for each self-connection
     #[arg(long)]
     json: bool,
-    /// Destroy each of them; without this, what is listed is what would be destroyed
+    /// Destroy each listed self-connection; without this option they are only listed
     #[arg(long, conflicts_with = "procfs")]
     destroy: bool,
-    /// Only those of which this field matches, such as comm=java* or port=8080; may be repeated
+    /// Only self-connections whose field matches, such as comm=java* or port=8080; may be repeated
     #[arg(long, value_name = "KEY=GLOB")]
     only: Vec<Rule>,
-    /// None of which this field matches, or is unknown; may be repeated, and wins
+    /// Exclude self-connections whose field matches or is unknown; may be repeated; overrides --only
     #[arg(long, value_name = "KEY=GLOB")]
     except: Vec<Rule>,
-    /// Look for every holder of a socket, however many files are open on this host
+    /// Find every holder of a socket, even if many files are open on this host
     #[arg(long)]
     holders: bool,
     /// Read /proc/net/tcp instead of asking sock_diag
@@ -59,89 +59,93 @@ pub struct Args {
     procfs: bool,
 }
 
-/// A self-connection, as `--json` has it.
+/// The `--json` line of a self-connection.
 #[derive(Debug, Serialize)]
-struct Row {
+struct ScanEntry {
     #[serde(flatten)]
-    subject: Subject,
-    /// The kernel's name of it.
+    connection: ConnectionFields,
+    /// Kernel name of the TCP state.
     state: &'static str,
-    /// When TIME_WAIT ends and a server can bind the port again.
+    /// Time at which TIME_WAIT endpoints and a server can bind the port again.
     port_blocked_until: Option<String>,
-    /// What `--destroy` came to; null without it.
+    /// Result of `--destroy`. Null without that option.
     result: Option<&'static str>,
     /// Why it could not be destroyed.
     why: Option<String>,
 }
 
-/// Of each that was found, what `--destroy` came to; empty without it.
-type Outcomes = Vec<Result<bool, String>>;
+/// Results of `--destroy`, one for each listed socket. Empty without that option. `Ok(false)`: the socket was
+/// already gone.
+type DestroyOutcomes = Vec<Result<bool, String>>;
 
-fn result(outcome: &Result<bool, String>) -> Outcome {
+fn result(outcome: &Result<bool, String>) -> RemedyOutcome {
     match outcome {
-        Ok(true) => Outcome::Destroyed,
-        Ok(false) => Outcome::Gone,
-        Err(_) => Outcome::Failed,
+        Ok(true) => RemedyOutcome::Destroyed,
+        Ok(false) => RemedyOutcome::Gone,
+        Err(_) => RemedyOutcome::Failed,
     }
 }
 
-/// Looks, and tells.
+/// Lists the self-connections, and destroys them with `--destroy`.
 ///
 /// # Errors
-/// When no socket table can be read, or stdout not written.
-pub fn run(args: &Args) -> Result<ExitCode> {
+/// If no socket table can be read or stdout cannot be written.
+pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     logger::init(0, false);
     if args.destroy {
         sockets::can_destroy().map_err(|why| anyhow!("--destroy: {why}"))?;
     }
-    let options = Options { procfs_only: args.procfs, ..Options::default() };
-    let mut survey = sockets::survey(options, &[]).context("cannot start a thread")?;
-    if survey.namespaces.is_empty() {
-        bail!("no socket table can be read: {}", survey.unseen.join("; "));
+    let options = SnapshotOptions { procfs_only: args.procfs, ..SnapshotOptions::default() };
+    let mut snapshot = sockets::snapshot(options, &[]).context("cannot start a thread")?;
+    if snapshot.namespaces.is_empty() {
+        bail!("no socket table can be read: {}", snapshot.unseen.join("; "));
     }
-    survey.found.sort_by_key(|found| (found.netns, found.addr, found.port, found.is_ipv6, found.cookie));
-    let mut holding = Holding::look(&survey.found, args.holders);
+    snapshot.entries.sort_by_key(|entry| (entry.netns, entry.addr, entry.port, entry.is_ipv6, entry.cookie));
+    let mut holders = SocketHolders::collect(&snapshot.entries, args.holders);
     let selection = Selection { only: args.only.clone(), except: args.except.clone() };
-    survey.found.retain(|found| selection.spares(&holding.subject(found, String::new())).is_none());
+    snapshot.entries.retain(|entry| {
+        selection.exclusion_reason(&holders.connection_fields(entry, String::new())).is_none()
+    });
     let outcomes = if args.destroy {
-        sockets::destroy_all(&survey.found).context("cannot start a thread")?
+        sockets::destroy_all(&snapshot.entries).context("cannot start a thread")?
     } else {
-        Outcomes::new()
+        DestroyOutcomes::new()
     };
-    if let Some(why) = &survey.without_sock_diag {
+    if let Some(why) = &snapshot.without_sock_diag {
         warn(&format!("sock_diag: {why}: cookies and interfaces are unknown: /proc/net/tcp has none"));
     }
-    for what in survey.unseen.iter().chain(&holding.unseen) {
-        warn(&format!("not seen: {what}"));
+    for item in snapshot.unseen.iter().chain(&holders.unseen) {
+        warn(&format!("not seen: {item}"));
     }
     let out = if args.json {
-        json(&survey, &mut holding, &outcomes)?
+        json(&snapshot, &mut holders, &outcomes)?
     } else {
-        text(&survey, &holding, &outcomes).into_bytes()
+        text(&snapshot, &holders, &outcomes).into_bytes()
     };
     super::print(&out)?;
     let gone = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
-    Ok(if survey.found.len() == gone { ExitCode::SUCCESS } else { ExitCode::from(1) })
+    Ok(if snapshot.entries.len() == gone { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
-fn warn(what: &str) {
-    let _ = writeln!(io::stderr(), "selfconn: {}", escape(what));
+fn warn(message: &str) {
+    let _ = writeln!(io::stderr(), "selfconn: {}", escape(message));
 }
 
-/// The processes behind the sockets.
+/// The processes that hold the sockets.
 #[derive(Debug, Default)]
-struct Holding {
-    /// Of each socket that has any, by its inode.
-    of: HashMap<u64, Vec<Holder>>,
-    facts: HashMap<u32, Facts>,
-    /// Whether there can't be more holders.
-    complete: bool,
+struct SocketHolders {
+    /// Holders of each socket that has any, by socket inode.
+    by_inode: HashMap<u64, Vec<Holder>>,
+    processes: HashMap<u32, ProcessInfo>,
+    /// True if all holders were found.
+    is_complete: bool,
     unseen: Vec<String>,
 }
 
-impl Holding {
-    fn look(found: &[Found], every: bool) -> Self {
-        let inodes: HashSet<_> = found.iter().map(|found| found.inode).filter(|inode| *inode != 0).collect();
+impl SocketHolders {
+    fn collect(entries: &[SocketEntry], is_complete_search: bool) -> Self {
+        let inodes: HashSet<_> =
+            entries.iter().map(|entry| entry.inode).filter(|inode| *inode != 0).collect();
         if inodes.is_empty() {
             return Self::default();
         }
@@ -149,73 +153,81 @@ impl Holding {
             let why = "holders: their pids are unknown outside the initial pid namespace".to_owned();
             return Self { unseen: vec![why], ..Self::default() };
         }
-        let holders = holders(&inodes, if every { Search::Complete } else { Search::Quick });
+        let holders = find_holders(
+            &inodes,
+            if is_complete_search { HolderSearch::Complete } else { HolderSearch::Quick },
+        );
         let unseen = holders.unseen.into_iter().collect();
-        Self { of: holders.of, complete: holders.complete, unseen, ..Self::default() }
+        Self { by_inode: holders.by_inode, is_complete: holders.complete, unseen, ..Self::default() }
     }
 
-    /// Nobody holds a socket without an inode. `None`: who holds it could not be seen.
-    fn holders(&self, found: &Found) -> Option<&[Holder]> {
-        if found.inode == 0 { Some(&[]) } else { self.of.get(&found.inode).map(Vec::as_slice) }
+    /// The holders of a socket. A socket without an inode has none. `None` if the holders are unknown.
+    fn holders(&self, entry: &SocketEntry) -> Option<&[Holder]> {
+        if entry.inode == 0 { Some(&[]) } else { self.by_inode.get(&entry.inode).map(Vec::as_slice) }
     }
 
-    fn subject(&mut self, found: &Found, id: String) -> Subject {
-        let holders = self.holders(found).map(<[_]>::to_vec);
+    fn connection_fields(&mut self, entry: &SocketEntry, id: String) -> ConnectionFields {
+        let holders = self.holders(entry).map(<[_]>::to_vec);
         let first = holders.as_ref().and_then(|holders| holders.first()).cloned();
-        let facts = first.as_ref().map(|holder| {
-            self.facts
+        let process = first.as_ref().map(|holder| {
+            self.processes
                 .entry(holder.pid)
                 .or_insert_with(|| process::read(holder.pid).unwrap_or_default())
                 .clone()
         });
-        let facts = facts.unwrap_or_default();
-        Subject {
+        let process = process.unwrap_or_default();
+        ConnectionFields {
             id,
-            cookie: found.cookie,
+            cookie: entry.cookie,
             source: "scan",
-            family: if found.is_ipv6 { "ipv6" } else { "ipv4" },
-            addr: found.addr.to_string(),
-            ifindex: found.ifindex,
-            port: found.port,
-            netns: Some(found.netns),
+            family: if entry.is_ipv6 { "ipv6" } else { "ipv4" },
+            addr: entry.addr.to_string(),
+            ifindex: entry.ifindex,
+            port: entry.port,
+            netns: Some(entry.netns),
             cause: None,
             pid: first.as_ref().map(|holder| holder.pid),
             tid: None,
             comm: first.as_ref().and_then(|holder| holder.comm.clone()),
             thread_comm: None,
-            exe: facts.exe,
-            cmdline: facts.cmdline,
-            uid: found.uid,
-            cgroup: facts.cgroup,
-            unit: facts.unit,
-            container: facts.container,
+            exe: process.exe,
+            cmdline: process.cmdline,
+            uid: entry.uid,
+            cgroup: process.cgroup,
+            unit: process.unit,
+            container: process.container,
             owner: first.map(|_| "holder"),
-            holders: holders.filter(|_| found.inode == 0 || self.complete),
+            holders: holders.filter(|_| entry.inode == 0 || self.is_complete),
             isn: None,
             peer_isn: None,
         }
     }
 }
 
-fn json(survey: &Survey, holding: &mut Holding, outcomes: &Outcomes) -> Result<Vec<u8>> {
+fn json(
+    snapshot: &SocketSnapshot,
+    holders: &mut SocketHolders,
+    outcomes: &DestroyOutcomes,
+) -> Result<Vec<u8>> {
     let clock = Offset::now();
     let now_ns = clock::boot_ns();
     let mut out = Vec::new();
-    for (number, found) in survey.found.iter().enumerate() {
-        // The same in each scan where there is a cookie, which is unique on this boot; else this scan's own.
-        let id = match found.cookie {
+    for (number, entry) in snapshot.entries.iter().enumerate() {
+        // With a cookie, which is unique on this boot, the id is the same in each scan. Else it is valid for
+        // this scan only.
+        let id = match entry.cookie {
             Some(cookie) => format!("scan-{cookie:x}"),
-            None => format!("scan-{:x}-{number:x}", survey.began_ns),
+            None => format!("scan-{:x}-{number:x}", snapshot.began_ns),
         };
         let until = |left| {
             let left_ns = u64::try_from(left).unwrap_or(0);
             format!("{:.9}", clock.wall(now_ns + left_ns))
         };
         let outcome = outcomes.get(number);
-        let time_wait_left = found.time_wait_left.filter(|_| !matches!(outcome, Some(Ok(_))));
-        let row = Row {
-            subject: holding.subject(found, id),
-            state: state::name(found.state),
+        let time_wait_left = entry.time_wait_left.filter(|_| !matches!(outcome, Some(Ok(_))));
+        let row = ScanEntry {
+            connection: holders.connection_fields(entry, id),
+            state: state::name(entry.state),
             port_blocked_until: time_wait_left.map(|left| until(left.as_nanos())),
             result: outcome.map(|outcome| result(outcome).name()),
             why: outcome.and_then(|outcome| outcome.as_ref().err()).cloned(),
@@ -226,24 +238,25 @@ fn json(survey: &Survey, holding: &mut Holding, outcomes: &Outcomes) -> Result<V
     Ok(out)
 }
 
-fn text(survey: &Survey, holding: &Holding, outcomes: &Outcomes) -> String {
+fn text(snapshot: &SocketSnapshot, holders: &SocketHolders, outcomes: &DestroyOutcomes) -> String {
     let mut out = String::new();
-    let ends: Vec<_> = survey.found.iter().map(end).collect();
-    let width = ends.iter().map(String::len).max().unwrap_or(0);
-    for (number, (found, end)) in survey.found.iter().zip(&ends).enumerate() {
-        let _ = write!(out, "{:<11}  {end:<width$}  netns {:<10}  ", state::name(found.state), found.netns);
-        match (found.time_wait_left, holding.holders(found)) {
+    let endpoints: Vec<_> = snapshot.entries.iter().map(endpoint).collect();
+    let width = endpoints.iter().map(String::len).max().unwrap_or(0);
+    for (number, (entry, endpoint)) in snapshot.entries.iter().zip(&endpoints).enumerate() {
+        let _ =
+            write!(out, "{:<11}  {endpoint:<width$}  netns {:<10}  ", state::name(entry.state), entry.netns);
+        match (entry.time_wait_left, holders.holders(entry)) {
             (Some(left), _) => {
                 let _ = write!(out, "no process; holds the port for {:.1} s more", left.as_secs_f64());
             }
-            (None, Some([])) => out.push_str("no process; the kernel ends it"),
-            (None, Some(holders)) => name_all(holders, &mut out),
+            (None, Some([])) => out.push_str("no process; the kernel is closing it"),
+            (None, Some(holders)) => write_holders(holders, &mut out),
             (None, None) => out.push_str("an unknown process"),
         }
         match outcomes.get(number) {
             None => {}
             Some(Ok(true)) => out.push_str(": destroyed"),
-            Some(Ok(false)) => out.push_str(": gone by itself"),
+            Some(Ok(false)) => out.push_str(": already closed"),
             Some(Err(why)) => {
                 let _ = write!(out, ": NOT destroyed: {}", escape(why));
             }
@@ -251,8 +264,8 @@ fn text(survey: &Survey, holding: &Holding, outcomes: &Outcomes) -> String {
         out.push('\n');
     }
     let plural = |count, one: &str| if count == 1 { format!("1 {one}") } else { format!("{count} {one}s") };
-    let namespaces = plural(survey.namespaces.len(), "network namespace");
-    let _ = match survey.found.len() {
+    let namespaces = plural(snapshot.namespaces.len(), "network namespace");
+    let _ = match snapshot.entries.len() {
         0 => writeln!(out, "nothing found in {namespaces}"),
         count if outcomes.is_empty() => {
             writeln!(out, "{} in {namespaces}", plural(count, "self-connection"))
@@ -265,22 +278,22 @@ fn text(survey: &Survey, holding: &Holding, outcomes: &Outcomes) -> String {
     out
 }
 
-fn end(found: &Found) -> String {
-    let Found { addr, port, .. } = found;
-    match found.ifindex {
+fn endpoint(entry: &SocketEntry) -> String {
+    let SocketEntry { addr, port, .. } = entry;
+    match entry.ifindex {
         Some(ifindex) => format!("[{addr}%{ifindex}]:{port}"),
         None if addr.is_ipv6() => format!("[{addr}]:{port}"),
         None => format!("{addr}:{port}"),
     }
 }
 
-fn name_all(holders: &[Holder], out: &mut String) {
-    for (n, Holder { pid, comm }) in holders.iter().take(NAMED).enumerate() {
+fn write_holders(holders: &[Holder], out: &mut String) {
+    for (n, Holder { pid, comm }) in holders.iter().take(MAX_NAMED_HOLDERS).enumerate() {
         let comma = if n == 0 { "" } else { ", " };
         let _ = write!(out, "{comma}{}[{pid}]", escape(comm.as_deref().unwrap_or("")));
     }
-    if holders.len() > NAMED {
-        let _ = write!(out, " and {} more", holders.len() - NAMED);
+    if holders.len() > MAX_NAMED_HOLDERS {
+        let _ = write!(out, " and {} more", holders.len() - MAX_NAMED_HOLDERS);
     }
 }
 
@@ -290,8 +303,8 @@ mod tests {
 
     use super::*;
 
-    fn found(addr: &str, state: u8, inode: u64) -> Found {
-        Found {
+    fn entry(addr: &str, state: u8, inode: u64) -> SocketEntry {
+        SocketEntry {
             addr: addr.parse().unwrap(),
             port: 40_000,
             is_ipv6: addr.contains(':'),
@@ -305,66 +318,71 @@ mod tests {
         }
     }
 
-    fn survey() -> (Survey, Holding) {
+    fn snapshot() -> (SocketSnapshot, SocketHolders) {
         let time_wait = Duration::from_millis(59_949);
-        let found = vec![
-            found("127.0.0.1", state::ESTABLISHED, 1),
-            Found { ifindex: Some(2), ..found("fe80::1", state::ESTABLISHED, 2) },
-            Found { time_wait_left: Some(time_wait), ..found("::1", state::TIME_WAIT, 0) },
-            found("127.0.0.2", state::CLOSING, 0),
-            Found { cookie: None, ..found("127.0.0.3", state::ESTABLISHED, 3) },
+        let entries = vec![
+            entry("127.0.0.1", state::ESTABLISHED, 1),
+            SocketEntry { ifindex: Some(2), ..entry("fe80::1", state::ESTABLISHED, 2) },
+            SocketEntry { time_wait_left: Some(time_wait), ..entry("::1", state::TIME_WAIT, 0) },
+            entry("127.0.0.2", state::CLOSING, 0),
+            SocketEntry { cookie: None, ..entry("127.0.0.3", state::ESTABLISHED, 3) },
         ];
         let holder = |pid| Holder { pid, comm: Some("a\nb".to_owned()) };
-        let of = HashMap::from([(1, vec![holder(u32::MAX)]), (2, (1..=6).map(holder).collect())]);
-        let survey = Survey { found, namespaces: [1, 2, 3].into(), began_ns: 0xff, ..Survey::default() };
-        (survey, Holding { of, complete: true, ..Holding::default() })
+        let by_inode = HashMap::from([(1, vec![holder(u32::MAX)]), (2, (1..=6).map(holder).collect())]);
+        let snapshot = SocketSnapshot {
+            entries,
+            namespaces: [1, 2, 3].into(),
+            began_ns: 0xff,
+            ..SocketSnapshot::default()
+        };
+        (snapshot, SocketHolders { by_inode, is_complete: true, ..SocketHolders::default() })
     }
 
     #[test]
-    fn people_get_a_line_for_each_and_the_counts() {
-        let (survey, holding) = survey();
+    fn text_output_has_a_line_for_each_socket_and_a_summary() {
+        let (snapshot, holders) = snapshot();
         assert_eq!(
-            text(&survey, &holding, &vec![]),
+            text(&snapshot, &holders, &vec![]),
             "\
 ESTABLISHED  127.0.0.1:40000    netns 4026531840  a\\nb[4294967295]
 ESTABLISHED  [fe80::1%2]:40000  netns 4026531840  a\\nb[1], a\\nb[2], a\\nb[3], a\\nb[4] and 2 more
 TIME_WAIT    [::1]:40000        netns 4026531840  no process; holds the port for 59.9 s more
-CLOSING      127.0.0.2:40000    netns 4026531840  no process; the kernel ends it
+CLOSING      127.0.0.2:40000    netns 4026531840  no process; the kernel is closing it
 ESTABLISHED  127.0.0.3:40000    netns 4026531840  an unknown process
 5 self-connections in 3 network namespaces
 "
         );
-        let nothing = Survey { namespaces: [1].into(), ..Survey::default() };
-        assert_eq!(text(&nothing, &holding, &vec![]), "nothing found in 1 network namespace\n");
+        let nothing = SocketSnapshot { namespaces: [1].into(), ..SocketSnapshot::default() };
+        assert_eq!(text(&nothing, &holders, &vec![]), "nothing found in 1 network namespace\n");
     }
 
     #[test]
-    fn what_was_destroyed_is_told_and_what_was_not_says_why() {
-        let (survey, mut holding) = survey();
+    fn destroy_outcomes_are_shown_with_the_reason_of_a_failure() {
+        let (snapshot, mut holders) = snapshot();
         let outcomes = vec![Ok(true), Ok(false), Ok(true), Err("no\nway".to_owned()), Ok(true)];
-        let text = text(&survey, &holding, &outcomes);
-        for says in [
+        let text = text(&snapshot, &holders, &outcomes);
+        for expected in [
             "a\\nb[4294967295]: destroyed\n",
-            " and 2 more: gone by itself\n",
+            " and 2 more: already closed\n",
             "s more: destroyed\n",
-            "the kernel ends it: NOT destroyed: no\\nway\n",
+            "the kernel is closing it: NOT destroyed: no\\nway\n",
             "5 self-connections in 3 network namespaces, 3 destroyed\n",
         ] {
-            assert!(text.contains(says), "{says} is not in {text}");
+            assert!(text.contains(expected), "{expected} is not in {text}");
         }
-        let bytes = json(&survey, &mut holding, &outcomes).unwrap();
+        let bytes = json(&snapshot, &mut holders, &outcomes).unwrap();
         let rows: Vec<serde_json::Value> =
             bytes.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
         let results: Vec<_> = rows.iter().map(|row| row["result"].as_str().unwrap()).collect();
         assert_eq!(results, ["destroyed", "gone", "destroyed", "failed", "destroyed"]);
         assert_eq!(rows[3]["why"], "no\nway");
-        assert!(rows[2]["port_blocked_until"].is_null(), "it is free: {}", rows[2]);
+        assert!(rows[2]["port_blocked_until"].is_null(), "the port is free: {}", rows[2]);
     }
 
     #[test]
-    fn json_has_a_line_for_each_and_null_for_the_unknown() {
-        let (survey, mut holding) = survey();
-        let bytes = json(&survey, &mut holding, &vec![]).unwrap();
+    fn json_has_a_line_for_each_socket_and_null_for_unknown_fields() {
+        let (snapshot, mut holders) = snapshot();
+        let bytes = json(&snapshot, &mut holders, &vec![]).unwrap();
         let rows: Vec<serde_json::Value> =
             bytes.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
         assert_eq!(rows.len(), 5);
@@ -379,8 +397,8 @@ ESTABLISHED  127.0.0.3:40000    netns 4026531840  an unknown process
         assert!(rows[2]["port_blocked_until"].is_string());
         assert_eq!(rows[2]["holders"], serde_json::json!([]));
         assert_eq!(rows[4]["id"], "scan-ff-4");
-        holding.complete = false;
-        let bytes = json(&survey, &mut holding, &vec![]).unwrap();
+        holders.is_complete = false;
+        let bytes = json(&snapshot, &mut holders, &vec![]).unwrap();
         let first: serde_json::Value =
             serde_json::from_slice(bytes.split(|byte| *byte == b'\n').next().unwrap()).unwrap();
         assert_eq!((&first["comm"], &first["holders"]), (&"a\nb".into(), &serde_json::Value::Null));

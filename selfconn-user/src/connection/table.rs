@@ -1,7 +1,10 @@
-//! The socket table's say: what it lists and the hooks missed is opened, what it no longer lists is closed. Pure, too.
+//! Reconciles the tracked connections with the kernel's socket table: a self-connection that the table lists
+//! and the hooks missed is established, a self-connection that the table no longer lists is closed. Pure,
+//! too.
 //!
-//! A table is no snapshot: it is read in pieces, and a socket may be passed over when others of its bucket go between
-//! two of them. One reading that has it proves that it is there; that it is gone, only two that don't.
+//! A dump of the table is not atomic: the kernel sends it in pieces, and it can skip a socket when other
+//! sockets of the same hash bucket are removed between two pieces. One dump that lists a socket proves that
+//! the socket exists. Only two dumps in a row without the socket prove that it is gone.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -10,39 +13,33 @@ use std::{
 
 use selfconn_ebpf::{Opener, Transition, state};
 
-use super::{Connection, Connections, End, Happening, Life, Source, close, rank};
+use super::{Connection, ConnectionEnd, ConnectionEvent, Connections, Source, Tracked, close, rank};
 
-/// What a self-connection is known by in the socket table: its namespace, its address and its port. No two live
+/// Identity of a self-connection in the socket table: network namespace, address and port. No two live
 /// sockets have the same. Namespace 0: unknown.
 pub type Place = (u32, IpAddr, u16);
 
-/// A self-connection in the socket table.
+/// A self-connection that the socket table lists. The fields mean the same as in [`Connection`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listed {
-    /// Inode of the network namespace.
+pub struct ListedConnection {
+    /// Inode of the network namespace. 0: unknown.
     pub netns: u32,
-    /// As in [`Connection`].
     pub addr: IpAddr,
-    /// As in [`Connection`].
     pub port: u16,
-    /// As in [`Connection`].
     pub is_ipv6: bool,
-    /// As in [`Connection`].
     pub ifindex: Option<u32>,
-    /// As in [`Connection`].
     pub cookie: Option<u64>,
-    /// As in [`Connection`].
     pub uid: Option<u32>,
     /// One of [`state`].
     pub state: u8,
-    /// Its kernel address and who dialled, where the programs remember that.
-    pub dial: Option<(u64, Opener)>,
+    /// The socket's kernel address and its opener, if the connect table has an entry for it.
+    pub connect_entry: Option<(u64, Opener)>,
 }
 
-impl Listed {
-    /// What is known of it, under this number.
+impl ListedConnection {
+    /// A [`Connection`] with this number and all that the socket table says.
     #[must_use]
-    pub fn connection(&self, number: u64) -> Connection {
+    pub fn to_connection(&self, number: u64) -> Connection {
         Connection {
             number,
             source: Source::Scan,
@@ -53,112 +50,114 @@ impl Listed {
             netns: (self.netns != 0).then_some(self.netns),
             ifindex: self.ifindex,
             uid: self.uid,
-            opener: self.dial.map(|(_, opener)| opener),
+            opener: self.connect_entry.map(|(_, opener)| opener),
             isns: None,
             closer: None,
             established_ns: None,
         }
     }
 
-    /// ESTABLISHED or later. A dial is no self-connection yet, and TIME_WAIT none any more.
+    /// ESTABLISHED or later. A socket that is still connecting is not a self-connection yet. One in TIME_WAIT
+    /// is not a self-connection any more.
     fn is_open(&self) -> bool {
         rank(self.state) >= rank(state::ESTABLISHED) && self.state != state::TIME_WAIT
     }
 }
 
 impl Connections {
-    /// To be called before the socket table is read: from now on, what ends is noted, so that a reading which has it
-    /// still doesn't open it again.
-    pub fn begin_reading(&mut self) {
-        self.ended_since = Some(HashSet::new());
+    /// Must be called before the socket table is read. From now on, every close is recorded: a snapshot that
+    /// still lists the closed connection must not establish it again.
+    pub fn begin_snapshot(&mut self) {
+        self.closed_during_snapshot = Some(HashSet::new());
     }
 
-    /// Compares with what the socket table had, when every transition until then is applied. `began_ns` is when reading
-    /// began (`CLOCK_BOOTTIME`), and `has_read` says of a namespace whether it was among what was read.
+    /// Compares the tracked connections with a snapshot of the socket table. Every transition until the
+    /// snapshot must have been applied before. `began_ns` is when the snapshot began (`CLOCK_BOOTTIME`).
+    /// `was_read` returns true if the snapshot covers that network namespace.
     ///
-    /// Gives the number of self-connections that the hooks missed, that is of those opened here.
+    /// Returns the number of self-connections that the hooks missed, which are those established here.
     pub fn reconcile(
         &mut self,
-        listed: &[Listed],
+        listed: &[ListedConnection],
         began_ns: u64,
-        has_read: impl Fn(u32) -> bool,
-        mut each: impl FnMut(Happening<'_>),
+        was_read: impl Fn(u32) -> bool,
+        mut each: impl FnMut(ConnectionEvent<'_>),
     ) -> u64 {
-        let ended_since = self.ended_since.take().unwrap_or_default();
+        let closed_during_snapshot = self.closed_during_snapshot.take().unwrap_or_default();
         let known: HashMap<Place, u64> = self
-            .lives
+            .tracked
             .iter()
-            .filter(|(_, life)| life.ended_ns.is_none())
-            .map(|(key, life)| (life.connection.place(), *key))
+            .filter(|(_, tracked)| tracked.closed_ns.is_none())
+            .map(|(key, tracked)| (tracked.connection.place(), *key))
             .collect();
         let mut seen = HashSet::new();
         let mut missed = 0;
         for listed in listed.iter().filter(|listed| listed.is_open()) {
             let place = (listed.netns, listed.addr, listed.port);
             seen.insert(place);
-            if let Some(life) = known.get(&place).and_then(|key| self.lives.get_mut(key)) {
-                life.connection.cookie = life.connection.cookie.or(listed.cookie);
-                // Known by its dial, but the hooks missed that it came to something.
-                if !life.is_announced && life.heard_ns < began_ns {
-                    life.is_announced = true;
+            if let Some(tracked) = known.get(&place).and_then(|key| self.tracked.get_mut(key)) {
+                tracked.connection.cookie = tracked.connection.cookie.or(listed.cookie);
+                // Its connect() was reported, but the hooks missed that it was established.
+                if !tracked.established_emitted && tracked.last_seen_ns < began_ns {
+                    tracked.established_emitted = true;
                     missed += 1;
-                    each(Happening::Established(&life.connection));
+                    each(ConnectionEvent::Established(&tracked.connection));
                 }
-            } else if !ended_since.contains(&place) {
+            } else if !closed_during_snapshot.contains(&place) {
                 missed += 1;
-                self.numbered += 1;
-                let life = Life::found(self.numbered, listed, began_ns);
-                each(Happening::Established(&life.connection));
-                let key = listed.dial.map_or(self.numbered, |(sock, _)| sock);
-                if listed.dial.is_none() {
-                    self.unaddressed.insert(place, key);
+                self.last_number += 1;
+                let tracked = Tracked::from_table(self.last_number, listed, began_ns);
+                each(ConnectionEvent::Established(&tracked.connection));
+                let key = listed.connect_entry.map_or(self.last_number, |(sock, _)| sock);
+                if listed.connect_entry.is_none() {
+                    self.provisional_keys.insert(place, key);
                 }
-                self.lives.insert(key, life);
+                self.tracked.insert(key, tracked);
             }
         }
         let mut vanished = Vec::new();
-        for (key, life) in self.lives.iter_mut().filter(|(_, life)| life.ended_ns.is_none()) {
-            let place = life.connection.place();
-            let is_absent = life.heard_ns < began_ns && has_read(place.0) && !seen.contains(&place);
-            if is_absent && life.is_absent {
+        for (key, tracked) in self.tracked.iter_mut().filter(|(_, tracked)| tracked.closed_ns.is_none()) {
+            let place = tracked.connection.place();
+            let is_absent = tracked.last_seen_ns < began_ns && was_read(place.0) && !seen.contains(&place);
+            if is_absent && tracked.was_absent {
                 vanished.push(*key);
             }
-            life.is_absent = is_absent;
+            tracked.was_absent = is_absent;
         }
-        for life in vanished.into_iter().filter_map(|key| self.lives.remove(&key)) {
-            self.unaddressed.remove(&life.connection.place());
-            if life.is_announced {
-                close(&mut None, &life.connection, End::default(), &mut each);
+        for tracked in vanished.into_iter().filter_map(|key| self.tracked.remove(&key)) {
+            self.provisional_keys.remove(&tracked.connection.place());
+            if tracked.established_emitted {
+                close(&mut None, &tracked.connection, ConnectionEnd::default(), &mut each);
             }
         }
         missed
     }
 
-    /// Finds the life of a socket that was known by its place only, now that its kernel address is heard.
-    pub(super) fn address(&mut self, t: &Transition) {
-        if self.unaddressed.is_empty() {
+    /// Assigns the kernel address of a transition to a connection that was known by its endpoint only.
+    pub(super) fn assign_socket(&mut self, t: &Transition) {
+        if self.provisional_keys.is_empty() {
             return;
         }
         let place = (t.netns, Ipv6Addr::from(t.addr).to_canonical(), t.port);
-        if let Some(key) = self.unaddressed.remove(&place)
-            && let Some(life) = self.lives.remove(&key)
+        if let Some(key) = self.provisional_keys.remove(&place)
+            && let Some(tracked) = self.tracked.remove(&key)
         {
-            self.lives.insert(t.sock, life);
+            self.tracked.insert(t.sock, tracked);
         }
     }
 }
 
-impl Life {
-    /// One that was found in the socket table, read at `at_ns`.
-    fn found(number: u64, listed: &Listed, at_ns: u64) -> Self {
+impl Tracked {
+    /// A connection that a snapshot of the socket table, begun at `at_ns`, lists.
+    fn from_table(number: u64, listed: &ListedConnection, at_ns: u64) -> Self {
         Self {
-            connection: listed.connection(number),
+            connection: listed.to_connection(number),
             last: (listed.state, listed.state),
-            seen_by: u8::MAX,
-            heard_ns: at_ns,
-            is_announced: true,
-            is_absent: false,
-            ended_ns: None,
+            reported_by: u8::MAX,
+            last_seen_ns: at_ns,
+            established_emitted: true,
+            was_absent: false,
+            closed_ns: None,
         }
     }
 }

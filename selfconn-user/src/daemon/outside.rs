@@ -1,5 +1,5 @@
-//! Who looks at the daemon from outside: the service manager, whose watchdog wants to be fed, and whoever scrapes the
-//! metrics. Both are served by the loop itself, in its turn, so that their silence means that the loop is stuck.
+//! Supervision from outside: the service manager, whose watchdog expects regular pings, and the clients that
+//! scrape the metrics. The event loop serves both itself. If they get no answer, the loop is therefore stuck.
 
 use tokio::{
     sync::mpsc::Receiver,
@@ -9,77 +9,77 @@ use tokio::{
 use super::Daemon;
 use crate::{
     kernel::attach::{Choice, Method},
-    metrics::{Numbers, server::Question},
-    service::Manager,
+    metrics::{MetricsSnapshot, server::MetricsRequest},
+    service::ServiceManager,
 };
 
-/// What the loop has to do with them.
-pub struct Outside {
-    manager: Option<Manager>,
-    questions: Option<Receiver<Question>>,
-    feed_at: Option<Instant>,
+/// The service manager and the metrics server, as far as the event loop serves them.
+pub struct Supervision {
+    manager: Option<ServiceManager>,
+    requests: Option<Receiver<MetricsRequest>>,
+    ping_at: Option<Instant>,
 }
 
-impl Outside {
-    /// `None`: nobody there.
+impl Supervision {
+    /// `None`: there is no service manager, or no metrics server.
     #[must_use]
-    pub fn new(manager: Option<Manager>, questions: Option<Receiver<Question>>) -> Self {
-        Self { manager, questions, feed_at: None }
+    pub fn new(manager: Option<ServiceManager>, requests: Option<Receiver<MetricsRequest>>) -> Self {
+        Self { manager, requests, ping_at: None }
     }
 
-    /// The hooks are live, and everybody was told.
+    /// Reports to the service manager that the hooks are attached.
     pub(super) fn ready(&mut self, methods: &Choice<()>) {
         if let Some(manager) = &self.manager {
             let names: Vec<_> = methods.live.iter().map(|(method, ())| method.name()).collect();
             manager.ready(&format!("watching by {}", names.join(" and ")));
-            // Who reloads it again and again must not starve it.
-            self.feed_at = self.feed_at.or(manager.feed_every().map(|pace| Instant::now() + pace));
+            // The next ping keeps its time: repeated reloads must not postpone it.
+            self.ping_at = self.ping_at.or(manager.ping_interval().map(|interval| Instant::now() + interval));
         }
     }
 
-    /// The log is opened anew; [`Self::ready`] ends it.
+    /// Reports that the log is being reopened. [`Self::ready`] ends the reload.
     pub(super) fn reloading(&self) {
         if let Some(manager) = &self.manager {
             manager.reloading();
         }
     }
 
-    /// The run ends.
+    /// Reports that the daemon is stopping.
     pub(super) fn stopping(&self) {
         if let Some(manager) = &self.manager {
             manager.stopping();
         }
     }
 
-    /// The next question for our numbers. While it is waited for, the watchdog is fed. Nothing is lost when the wait is
-    /// given up.
-    pub(super) async fn question(&mut self) -> Question {
+    /// Waits for the next request for metrics, and pings the watchdog meanwhile. It is cancel safe: no
+    /// request is lost if the future is dropped.
+    pub(super) async fn next_metrics_request(&mut self) -> MetricsRequest {
         loop {
-            let Self { questions, feed_at, manager } = self;
-            let asked = async {
-                match questions {
-                    Some(questions) => questions.recv().await,
+            let Self { requests, ping_at, manager } = self;
+            let next_request = async {
+                match requests {
+                    Some(requests) => requests.recv().await,
                     None => std::future::pending().await,
                 }
             };
-            let hungry = async {
-                match *feed_at {
+            let watchdog_due = async {
+                match *ping_at {
                     Some(at) => sleep_until(at).await,
                     None => std::future::pending().await,
                 }
             };
             tokio::select! {
                 biased;
-                () = hungry => {
+                () = watchdog_due => {
                     if let Some(manager) = manager {
-                        manager.feed();
-                        *feed_at = manager.feed_every().map(|pace| Instant::now() + pace);
+                        manager.ping();
+                        *ping_at = manager.ping_interval().map(|interval| Instant::now() + interval);
                     }
                 }
-                question = asked => match question {
-                    Some(question) => return question,
-                    // The thread that asks is gone, and has said why.
-                    None => self.questions = None,
+                request = next_request => match request {
+                    Some(request) => return request,
+                    // The metrics server's thread has ended, and has logged why.
+                    None => self.requests = None,
                 }
             }
         }
@@ -87,36 +87,36 @@ impl Outside {
 }
 
 impl Daemon {
-    /// All that is exported, as it is now. Whatever is to be told to Prometheus is filled in here.
-    pub(super) fn numbers(&mut self) -> Numbers {
-        self.count();
-        let mut ailments = Vec::new();
+    /// Current values of all exported metrics. Every metric gets its value here.
+    pub(super) fn collect_metrics(&mut self) -> MetricsSnapshot {
+        self.update_counters();
+        let mut health_problems = Vec::new();
         if !self.tracer.is_attached() {
-            ailments.push("hooks: none is attached");
+            health_problems.push("hooks: none is attached");
         }
-        if !self.hooks_see() {
-            ailments.push("hooks: the last self-test failed");
+        if !self.hooks_are_healthy() {
+            health_problems.push("hooks: the last self-test failed");
         }
-        if !self.story.out.can_write_log() {
-            ailments.push("log: it can't be written");
+        if !self.pipeline.out.can_write_log() {
+            health_problems.push("log: it can't be written");
         }
-        let told = |(method, ()): &(Method, ())| (method.hook().name(), method.name());
-        Numbers {
-            connections: self.story.opened,
-            connections_open: self.story.connections.iter().count() as u64,
-            refused_self_dials: Some(self.counted.refused),
+        let hook_and_method = |(method, ()): &(Method, ())| (method.hook().name(), method.name());
+        MetricsSnapshot {
+            connections: self.pipeline.established_counts,
+            connections_open: self.pipeline.connections.iter().count() as u64,
+            refused_self_dials: Some(self.counters.refused_connects),
             ports_at_risk: Some(self.risk.at_risk() as u64),
             self_tests: self
-                .self_tests()
+                .self_test_counts()
                 .map_or_else(Vec::new, |counts| vec![("passed", counts.passed), ("failed", counts.failed)]),
             blocked_binds: Some(self.blocked_binds()),
             remedies: self.remedies().map(|(outcome, count)| (outcome.name(), count)).collect(),
-            lost: self.losses().plus(self.story.out.lost()),
+            lost: self.losses().plus(self.pipeline.out.lost()),
             transitions_not_examined: self.tracer.not_examined(),
-            openers_not_remembered: self.counted.not_remembered,
-            log_write_errors: self.story.out.log_write_errors(),
-            hooks: self.tracer.methods().live.iter().map(told).collect(),
-            ailments,
+            connect_table_full: self.counters.connect_table_full,
+            log_write_errors: self.pipeline.out.log_write_errors(),
+            hooks: self.tracer.methods().live.iter().map(hook_and_method).collect(),
+            health_problems,
         }
     }
 }

@@ -1,5 +1,6 @@
-//! The thread that reads what a network namespace may choose ports from. The reader of the socket table can be busy for
-//! longer than a port at risk may go untold, so this is a thread of its own. It owns nothing, too.
+//! The worker thread that reads the local port range of a network namespace. The worker that reads the socket
+//! table can be busy for longer than the report of a port at risk may take, so this is a separate thread. It
+//! owns no state of the daemon either.
 
 use std::{collections::HashMap, io, sync::mpsc, thread};
 
@@ -7,48 +8,48 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::{ports::LocalPorts, privileges, sockets, sysctl};
 
-/// What each namespace may choose from, or why that is unknown.
-pub(super) type Answer = HashMap<u32, Result<LocalPorts, String>>;
+/// The local ports of each namespace, or the reason why they are unknown.
+pub(super) type PortRangeResponse = HashMap<u32, Result<LocalPorts, String>>;
 
-/// Namespaces, each with a process that may be in it.
-type Question = HashMap<u32, u32>;
+/// Network namespaces, each with a process that may be in it.
+type PortRangeRequest = HashMap<u32, u32>;
 
-/// Asks and hears the thread.
-pub(super) struct Ranges {
-    questions: mpsc::Sender<Question>,
-    answers: UnboundedReceiver<Answer>,
+/// The daemon's end of the channels to the worker thread.
+pub(super) struct PortRangeWorker {
+    requests: mpsc::Sender<PortRangeRequest>,
+    responses: UnboundedReceiver<PortRangeResponse>,
 }
 
-impl Ranges {
+impl PortRangeWorker {
     pub(super) fn start() -> io::Result<Self> {
-        let (questions, asked) = mpsc::channel::<Question>();
-        let (answer, answers) = unbounded_channel();
+        let (requests, request_receiver) = mpsc::channel::<PortRangeRequest>();
+        let (response_sender, responses) = unbounded_channel();
         thread::Builder::new().name("ranges".to_owned()).spawn(move || {
-            if let Err(error) = privileges::keep(privileges::RANGES) {
-                log::error!("the thread that reads port ranges keeps too many privileges: {error}");
+            if let Err(error) = privileges::restrict_to(privileges::PORT_RANGE_WORKER) {
+                log::error!("the thread that reads port ranges cannot drop its privileges: {error}");
             }
-            // Ends when the daemon hangs up.
-            while let Ok(question) = asked.recv() {
-                if answer.send(question.into_iter().map(read).collect()).is_err() {
+            // Ends when the daemon drops its end of the channel.
+            while let Ok(request) = request_receiver.recv() {
+                if response_sender.send(request.into_iter().map(read).collect()).is_err() {
                     break;
                 }
             }
         })?;
-        Ok(Self { questions, answers })
+        Ok(Self { requests, responses })
     }
 
-    pub(super) fn ask(&self, question: Question) {
-        if self.questions.send(question).is_err() {
-            log::error!("the thread that reads port ranges is gone");
+    pub(super) fn send(&self, request: PortRangeRequest) {
+        if self.requests.send(request).is_err() {
+            log::error!("the thread that reads port ranges has ended");
         }
     }
 
-    pub(super) async fn answer(&mut self) -> Option<Answer> {
-        self.answers.recv().await
+    pub(super) async fn next_response(&mut self) -> Option<PortRangeResponse> {
+        self.responses.recv().await
     }
 }
 
-fn read((netns, near): (u32, u32)) -> (u32, Result<LocalPorts, String>) {
+fn read((netns, hint): (u32, u32)) -> (u32, Result<LocalPorts, String>) {
     let ports = || sysctl::local_ports().map_err(|error| io::Error::other(format!("{error:#}")));
-    (netns, sockets::within(netns, &[near], ports).map_err(|error| error.to_string()))
+    (netns, sockets::run_in_namespace(netns, &[hint], ports).map_err(|error| error.to_string()))
 }

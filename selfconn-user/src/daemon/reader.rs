@@ -1,80 +1,82 @@
-//! The thread that does what blocks, walks /proc or changes its network namespace, so that the daemon's loop doesn't. It
-//! owns nothing; it is asked, and answers by a message.
+//! The worker thread for work that blocks, walks /proc or changes the network namespace, so that the event
+//! loop does none of that: snapshots of the socket table, lookups of sockets, and SOCK_DESTROY. It owns no
+//! state of the daemon: it receives requests and sends responses.
 
 use std::{io, sync::mpsc, thread};
 
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use super::reading::{Reading, read};
+use super::reading::{TableSnapshot, take_snapshot};
 use crate::{
     clock, privileges,
-    remedy::Asked,
+    remedy::RemedyRequest,
     sockets::{self, Cookie},
 };
 
-/// What it can be asked.
-pub(super) enum Question {
-    /// What the socket table has, also in the namespaces of these threads. One at a time.
+/// A request to the worker.
+pub(super) enum SnapshotRequest {
+    /// Take a snapshot of the socket table, also in the namespaces of these threads. At most one may be in
+    /// progress.
     Table(Vec<u32>),
-    /// Which socket is at a place.
-    LookUp(Asked),
-    /// To destroy it.
-    Destroy(Asked, Cookie),
+    /// Look up the cookie of a socket.
+    LookUp(RemedyRequest),
+    /// Destroy a socket.
+    Destroy(RemedyRequest, Cookie),
 }
 
-/// What it says.
-pub(super) enum Answer {
-    Table(Reading),
-    /// The number of the connection.
+/// A response of the worker.
+pub(super) enum SnapshotResponse {
+    Table(TableSnapshot),
+    /// Number of the connection, and the cookie. `None`: no such socket.
     LookedUp(u64, Result<Option<Cookie>, String>),
-    /// And when it was begun: `CLOCK_BOOTTIME`, nanoseconds.
+    /// Number of the connection, start time (`CLOCK_BOOTTIME`, nanoseconds), and whether the socket existed.
     Destroyed(u64, u64, Result<bool, String>),
 }
 
-/// Asks and hears the thread.
-pub(super) struct Reader {
-    questions: mpsc::Sender<Question>,
-    answers: UnboundedReceiver<Answer>,
+/// The daemon's end of the channels to the worker thread.
+pub(super) struct SnapshotWorker {
+    requests: mpsc::Sender<SnapshotRequest>,
+    responses: UnboundedReceiver<SnapshotResponse>,
 }
 
-impl Reader {
+impl SnapshotWorker {
     pub(super) fn start() -> io::Result<Self> {
-        let (questions, asked) = mpsc::channel();
-        let (answer, answers) = unbounded_channel();
+        let (requests, request_receiver) = mpsc::channel();
+        let (response_sender, responses) = unbounded_channel();
         thread::Builder::new().name("reader".to_owned()).spawn(move || {
-            if let Err(error) = privileges::keep(privileges::READER) {
-                log::error!("the thread that reads the socket table keeps too many privileges: {error}");
+            if let Err(error) = privileges::restrict_to(privileges::SNAPSHOT_WORKER) {
+                log::error!("the thread that reads the socket table cannot drop its privileges: {error}");
             }
-            // Ends when the daemon hangs up.
-            while let Ok(question) = asked.recv()
-                && answer.send(find_out(question)).is_ok()
+            // Ends when the daemon drops its end of the channel.
+            while let Ok(request) = request_receiver.recv()
+                && response_sender.send(handle(request)).is_ok()
             {}
         })?;
-        Ok(Self { questions, answers })
+        Ok(Self { requests, responses })
     }
 
-    /// Asks. The answers come in the order of the questions.
-    pub(super) fn ask(&self, question: Question) {
-        if self.questions.send(question).is_err() {
-            log::error!("the thread that reads the socket table is gone");
+    /// Sends a request. The responses arrive in the order of the requests.
+    pub(super) fn send(&self, request: SnapshotRequest) {
+        if self.requests.send(request).is_err() {
+            log::error!("the thread that reads the socket table has ended");
         }
     }
 
-    /// The next answer.
-    pub(super) async fn answer(&mut self) -> Option<Answer> {
-        self.answers.recv().await
+    /// Waits for the next response.
+    pub(super) async fn next_response(&mut self) -> Option<SnapshotResponse> {
+        self.responses.recv().await
     }
 }
 
-fn find_out(question: Question) -> Answer {
-    match question {
-        Question::Table(near) => Answer::Table(read(&near)),
-        Question::LookUp(Asked { number, target, near }) => {
-            Answer::LookedUp(number, sockets::look_up(&target, &near))
+fn handle(request: SnapshotRequest) -> SnapshotResponse {
+    match request {
+        SnapshotRequest::Table(netns_hints) => SnapshotResponse::Table(take_snapshot(&netns_hints)),
+        SnapshotRequest::LookUp(RemedyRequest { number, target, netns_hints }) => {
+            SnapshotResponse::LookedUp(number, sockets::look_up(&target, &netns_hints))
         }
-        Question::Destroy(Asked { number, target, near }, cookie) => {
+        SnapshotRequest::Destroy(RemedyRequest { number, target, netns_hints }, cookie) => {
             let began_ns = clock::boot_ns();
-            Answer::Destroyed(number, began_ns, sockets::destroy(&target, cookie, &near))
+            SnapshotResponse::Destroyed(number, began_ns, sockets::destroy(&target, cookie, &netns_hints))
         }
     }
 }

@@ -1,4 +1,5 @@
-//! A reading of the socket table: what it lists, of every namespace, and who has it open.
+//! A snapshot of the socket table of every network namespace, with the processes that have the
+//! self-connections open.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -6,124 +7,129 @@ use std::{
     time::Duration,
 };
 
-use selfconn_ebpf::Dial;
+use selfconn_ebpf::ConnectEntry;
 
 use crate::{
-    connection::{Connection, Listed, Place},
+    connection::{Connection, ListedConnection, Place},
     process::Holder,
-    sockets::{self, Survey},
+    sockets::{self, SocketSnapshot},
 };
 
-/// The socket table of every namespace, and who has the self-connections in it open.
-pub(super) struct Reading {
-    survey: Survey,
+/// The self-connections in the socket tables of all namespaces, and the processes that have them open.
+pub(super) struct TableSnapshot {
+    snapshot: SocketSnapshot,
     holders: HashMap<Place, Vec<Holder>>,
 }
 
-/// Reads; it takes a while. `near` are threads that may be alone in a namespace.
-pub(super) fn read(near: &[u32]) -> Reading {
-    let options = sockets::Options { dials: true, ..Default::default() };
-    let survey = sockets::survey(options, near).unwrap_or_else(|error| {
-        // Nothing was read, and so nothing is taken for gone.
+/// Reads the socket tables. This may take long. `netns_hints` are threads that may be the only ones in their
+/// namespace.
+pub(super) fn take_snapshot(netns_hints: &[u32]) -> TableSnapshot {
+    let options = sockets::SnapshotOptions { attempts: true, ..Default::default() };
+    let snapshot = sockets::snapshot(options, netns_hints).unwrap_or_else(|error| {
+        // An empty snapshot covers no namespace, so no connection is considered closed.
         log::error!("the socket table can't be read: {error}");
-        Survey::default()
+        SocketSnapshot::default()
     });
-    for why in &survey.unseen {
-        log::info!("the socket table can't be read everywhere: {why}");
+    for why in &snapshot.unseen {
+        log::info!("the socket table of a network namespace can't be read: {why}");
     }
     let inodes: HashSet<u64> =
-        survey.found.iter().map(|found| found.inode).filter(|inode| *inode != 0).collect();
-    // The walk over every process's descriptors is for the rare host that has a self-connection.
+        snapshot.entries.iter().map(|socket| socket.inode).filter(|inode| *inode != 0).collect();
+    // The walk over the file descriptors of all processes is expensive. It is needed only if there is a
+    // self-connection.
     let by_inode = if inodes.is_empty() {
         HashMap::new()
     } else {
-        sockets::holders(&inodes, sockets::Search::Complete).of
+        sockets::find_holders(&inodes, sockets::HolderSearch::Complete).by_inode
     };
-    let of = |found: &sockets::Found| {
-        by_inode.get(&found.inode).map(|holders| ((found.netns, found.addr, found.port), holders.clone()))
+    let holders_of = |socket: &sockets::SocketEntry| {
+        by_inode.get(&socket.inode).map(|holders| ((socket.netns, socket.addr, socket.port), holders.clone()))
     };
-    Reading { holders: survey.found.iter().filter_map(of).collect(), survey }
+    TableSnapshot { holders: snapshot.entries.iter().filter_map(holders_of).collect(), snapshot }
 }
 
-impl Reading {
-    /// When the reading began: `CLOCK_BOOTTIME`, nanoseconds.
+impl TableSnapshot {
+    /// When the snapshot began: `CLOCK_BOOTTIME`, nanoseconds.
     pub(super) fn began_ns(&self) -> u64 {
-        self.survey.began_ns
+        self.snapshot.began_ns
     }
 
-    /// Whether this namespace was read.
-    pub(super) fn has_read(&self, netns: u32) -> bool {
-        self.survey.namespaces.contains(&netns)
+    /// True if the snapshot includes this network namespace.
+    pub(super) fn covers(&self, netns: u32) -> bool {
+        self.snapshot.namespaces.contains(&netns)
     }
 
-    /// Who has a self-connection open. `None`: nobody that could be found.
+    /// The processes that have a self-connection open. `None`: none was found.
     pub(super) fn holders(&self, connection: &Connection) -> Option<Vec<Holder>> {
         let place = connection.place();
         let holders = match place {
-            // Without BTF the programs can't tell the namespace.
+            // Without BTF the probes do not know the namespace.
             (0, addr, port) => self.holders.iter().find(|((_, a, p), _)| (*a, *p) == (addr, port))?.1,
             _ => self.holders.get(&place)?,
         };
         Some(holders.clone())
     }
 
-    /// What was found, with what the programs remember of it.
-    pub(super) fn listed(&self, remembered: &[(u64, Dial)], knows_netns: bool) -> Vec<Listed> {
-        let dials: HashMap<Place, (u64, &Dial)> =
-            remembered.iter().map(|(sock, dial)| (place(dial), (*sock, dial))).collect();
-        let listed = |found: &sockets::Found| {
-            let netns = if knows_netns { found.netns } else { 0 };
-            let dial = dials.get(&(netns, found.addr, found.port)).map(|(sock, dial)| (*sock, dial.opener));
-            Listed {
+    /// The listed self-connections, with their entries in the connect table.
+    pub(super) fn listed(&self, entries: &[(u64, ConnectEntry)], knows_netns: bool) -> Vec<ListedConnection> {
+        let entries_by_place: HashMap<Place, (u64, &ConnectEntry)> =
+            entries.iter().map(|(sock, entry)| (place(entry), (*sock, entry))).collect();
+        let listed = |socket: &sockets::SocketEntry| {
+            let netns = if knows_netns { socket.netns } else { 0 };
+            let entry = entries_by_place
+                .get(&(netns, socket.addr, socket.port))
+                .map(|(sock, entry)| (*sock, entry.opener));
+            ListedConnection {
                 netns,
-                addr: found.addr,
-                port: found.port,
-                is_ipv6: found.is_ipv6,
-                ifindex: found.ifindex,
-                cookie: found.cookie,
-                uid: found.uid,
-                state: found.state,
-                dial,
+                addr: socket.addr,
+                port: socket.port,
+                is_ipv6: socket.is_ipv6,
+                ifindex: socket.ifindex,
+                cookie: socket.cookie,
+                uid: socket.uid,
+                state: socket.state,
+                connect_entry: entry,
             }
         };
-        self.survey.found.iter().map(listed).collect()
+        self.snapshot.entries.iter().map(listed).collect()
     }
 
-    /// Those of `listed` that are in TIME_WAIT, and for how long.
+    /// The connections in `listed` that are in TIME_WAIT, with the time that is left.
     pub(super) fn time_waits<'a>(
         &'a self,
-        listed: &'a [Listed],
-    ) -> impl Iterator<Item = (&'a Listed, Duration)> {
-        // `listed` is made of what was found, in this order.
+        listed: &'a [ListedConnection],
+    ) -> impl Iterator<Item = (&'a ListedConnection, Duration)> {
+        // `listed` has the same order as the snapshot's entries.
         listed
             .iter()
-            .zip(&self.survey.found)
-            .filter_map(|(listed, found)| Some((listed, found.time_wait_left?)))
+            .zip(&self.snapshot.entries)
+            .filter_map(|(listed, socket)| Some((listed, socket.time_wait_left?)))
     }
 
-    /// Dials that are remembered, and whose socket the table no longer has: older than the reading, in a namespace that
-    /// was read, and neither a self-connection nor on their way.
-    pub(super) fn stale(&self, remembered: &[(u64, Dial)]) -> Vec<u64> {
-        let alive: HashSet<Place> = self
-            .survey
-            .found
+    /// Kernel addresses in the connect table whose sockets no longer exist: the entry is older than the
+    /// snapshot, its namespace was read, and the snapshot lists neither a self-connection nor a connection
+    /// attempt for it.
+    pub(super) fn stale_connects(&self, entries: &[(u64, ConnectEntry)]) -> Vec<u64> {
+        let existing: HashSet<Place> = self
+            .snapshot
+            .entries
             .iter()
-            .map(|found| (found.netns, found.addr, found.port))
-            .chain(self.survey.dials.iter().map(|dial| (dial.netns, dial.addr, dial.dport)))
+            .map(|socket| (socket.netns, socket.addr, socket.port))
+            .chain(self.snapshot.attempts.iter().map(|entry| (entry.netns, entry.addr, entry.dport)))
             .collect();
-        let is_stale = |dial: &Dial| {
-            dial.opener.at_ns < self.survey.began_ns
-                && self.has_read(dial.tuple.netns)
-                && !alive.contains(&place(dial))
+        let is_stale = |entry: &ConnectEntry| {
+            entry.opener.at_ns < self.snapshot.began_ns
+                && self.covers(entry.tuple.netns)
+                && !existing.contains(&place(entry))
         };
-        remembered.iter().filter(|(_, dial)| is_stale(dial)).map(|(sock, _)| *sock).collect()
+        entries.iter().filter(|(_, entry)| is_stale(entry)).map(|(sock, _)| *sock).collect()
     }
 }
 
-fn place(dial: &Dial) -> Place {
+fn place(entry: &ConnectEntry) -> Place {
     let mut octets = [0; 16];
-    for (to, word) in octets.chunks_exact_mut(4).zip(dial.tuple.addr) {
+    for (to, word) in octets.chunks_exact_mut(4).zip(entry.tuple.addr) {
         to.copy_from_slice(&word.to_ne_bytes());
     }
-    (dial.tuple.netns, Ipv6Addr::from(octets).to_canonical(), dial.tuple.dport)
+    (entry.tuple.netns, Ipv6Addr::from(octets).to_canonical(), entry.tuple.dport)
 }

@@ -1,4 +1,5 @@
-//! Does what the remedy's policy says: hands it what is opened and ended, and its questions to the reader's thread.
+//! Executes the remedy policy: passes established and closed connections to it, and sends its requests to the
+//! snapshot worker.
 
 use std::time::Duration;
 
@@ -6,74 +7,77 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{
     Daemon,
-    reader::{Answer, Question},
+    reader::{SnapshotRequest, SnapshotResponse},
 };
 use crate::{
     clock::{self, Offset},
-    connection::{Connection, Happening},
-    event::{Remedied, Subject, What},
-    process::Who,
-    remedy::{Case, Outcome, Remedy, Step},
+    connection::{Connection, ConnectionEvent},
+    event::{ConnectionFields, EventKind, Remedied},
+    process::Attribution,
+    remedy::{Remedy, RemedyCandidate, RemedyOutcome, RemedyStep},
     sockets::{Cookie, Target},
 };
 
-/// For how long the end of the run waits to tell what was begun.
-const LAST: Duration = Duration::from_secs(1);
+/// Maximum time that the end of a run waits for SOCK_DESTROY requests in progress.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Daemon {
-    /// How often the remedy had which outcome; nothing without `--remedy`.
-    pub fn remedies(&self) -> impl Iterator<Item = (Outcome, u64)> {
-        self.story.remedy.iter().flat_map(Remedy::counts)
+    /// Number of remedies by outcome. Empty without `--remedy`.
+    pub fn remedies(&self) -> impl Iterator<Item = (RemedyOutcome, u64)> {
+        self.pipeline.remedy.iter().flat_map(Remedy::counts)
     }
 
-    /// When the remedy has something to do.
-    pub(super) fn remedy_at(&self) -> Option<Instant> {
-        let next_ns = self.story.remedy.as_ref()?.next_ns()?;
+    /// Time of the remedy's next step.
+    pub(super) fn next_remedy_at(&self) -> Option<Instant> {
+        let next_ns = self.pipeline.remedy.as_ref()?.next_ns()?;
         Some(Instant::now() + Duration::from_nanos(next_ns.saturating_sub(clock::boot_ns())))
     }
 
-    /// Begins what is due.
-    pub(super) fn remedy(&mut self) {
-        let Some(remedy) = &mut self.story.remedy else { return };
+    /// Executes the steps that are due.
+    pub(super) fn start_due_remedies(&mut self) {
+        let Some(remedy) = &mut self.pipeline.remedy else { return };
         for step in remedy.due(clock::boot_ns()) {
-            self.take_step(step);
+            self.perform(step);
         }
     }
 
-    /// The reader's thread has looked a self-connection up.
-    pub(super) fn looked_up(&mut self, number: u64, found: Result<Option<Cookie>, String>) {
-        // Only if it hasn't ended by now is it the one that was found.
-        while self.take() > 0 {}
-        let Some(remedy) = &mut self.story.remedy else { return };
-        if let Some(step) = remedy.looked_up(number, found) {
-            self.take_step(step);
+    /// Handles the result of a lookup by the worker.
+    pub(super) fn on_looked_up(&mut self, number: u64, cookie_result: Result<Option<Cookie>, String>) {
+        // The socket found is this connection only if the connection has not been closed by now.
+        while self.drain_batch() > 0 {}
+        let Some(remedy) = &mut self.pipeline.remedy else { return };
+        if let Some(step) = remedy.on_looked_up(number, cookie_result) {
+            self.perform(step);
         }
     }
 
-    /// The reader's thread has destroyed a self-connection, or has not.
-    pub(super) fn destroyed(&mut self, number: u64, began_ns: u64, outcome: Result<bool, String>) {
-        let Some(remedy) = &mut self.story.remedy else { return };
-        if let Some(remedied) = remedy.destroyed(number, outcome) {
-            // As of before the close that it brings about.
-            self.story.out.emit_at(Offset::now().wall(began_ns), What::Remedied(Box::new(remedied)));
+    /// Handles the result of SOCK_DESTROY by the worker.
+    pub(super) fn on_destroyed(&mut self, number: u64, began_ns: u64, outcome: Result<bool, String>) {
+        let Some(remedy) = &mut self.pipeline.remedy else { return };
+        if let Some(remedied) = remedy.on_destroyed(number, outcome) {
+            // The event's time must be before that of the close which it causes.
+            self.pipeline.out.emit_at(Offset::now().wall(began_ns), EventKind::Remedied(Box::new(remedied)));
         }
     }
 
-    fn take_step(&mut self, step: Step) {
+    fn perform(&mut self, step: RemedyStep) {
         match step {
-            Step::LookUp(asked) => self.reader.ask(Question::LookUp(asked)),
-            Step::Destroy(asked, cookie) => self.reader.ask(Question::Destroy(asked, cookie)),
-            Step::Tell(remedied) => self.story.out.emit(What::Remedied(remedied)),
+            RemedyStep::LookUp(request) => self.snapshot_worker.send(SnapshotRequest::LookUp(request)),
+            RemedyStep::Destroy(request, cookie) => {
+                self.snapshot_worker.send(SnapshotRequest::Destroy(request, cookie))
+            }
+            RemedyStep::Emit(remedied) => self.pipeline.out.emit(EventKind::Remedied(remedied)),
         }
     }
 
-    /// Before the run ends: waits for what is being destroyed. What was only looked up is left alone.
-    pub(super) async fn end_remedy(&mut self) {
-        let until = Instant::now() + LAST;
-        while self.story.remedy.as_ref().is_some_and(Remedy::is_destroying) {
-            match timeout_at(until, self.reader.answer()).await {
-                Ok(Some(Answer::Destroyed(number, began_ns, outcome))) => {
-                    self.destroyed(number, began_ns, outcome);
+    /// Waits at the end of a run for SOCK_DESTROY requests in progress. Connections that are only being
+    /// looked up are left alone.
+    pub(super) async fn finish_remedies(&mut self) {
+        let until = Instant::now() + SHUTDOWN_TIMEOUT;
+        while self.pipeline.remedy.as_ref().is_some_and(Remedy::is_destroying) {
+            match timeout_at(until, self.snapshot_worker.next_response()).await {
+                Ok(Some(SnapshotResponse::Destroyed(number, began_ns, outcome))) => {
+                    self.on_destroyed(number, began_ns, outcome);
                 }
                 Ok(Some(_)) => {}
                 Ok(None) | Err(_) => return,
@@ -82,31 +86,31 @@ impl Daemon {
     }
 }
 
-/// Tells the remedy what has happened, `at_ns`; gives what it has to say at once.
-pub(super) fn note(
+/// Passes a connection event of time `at_ns` to the remedy. Returns the event to emit at once, if any.
+pub(super) fn on_connection_event(
     remedy: &mut Remedy,
-    happening: Happening<'_>,
-    who: &Who,
-    run: u64,
+    event: ConnectionEvent<'_>,
+    attribution: &Attribution,
+    run_id: u64,
     at_ns: u64,
 ) -> Option<Remedied> {
-    match happening {
-        Happening::Established(connection) => {
-            let subject = Subject::new(connection, run, who);
-            remedy.opened(connection.number, case(connection, subject), at_ns)
+    match event {
+        ConnectionEvent::Established(connection) => {
+            let fields = ConnectionFields::new(connection, run_id, attribution);
+            remedy.on_established(connection.number, candidate(connection, fields), at_ns)
         }
-        Happening::State(..) => None,
-        Happening::Closed(connection, _) => {
-            remedy.ended(connection.number);
+        ConnectionEvent::State(..) => None,
+        ConnectionEvent::Closed(connection, _) => {
+            remedy.on_closed(connection.number);
             None
         }
     }
 }
 
-fn case(connection: &Connection, subject: Subject) -> Case {
+fn candidate(connection: &Connection, fields: ConnectionFields) -> RemedyCandidate {
     let &Connection { addr, port, is_ipv6, ifindex, .. } = connection;
     let target = connection.netns.map(|netns| Target { netns, addr, port, is_ipv6, ifindex });
     let opener = connection.opener.iter().flat_map(|opener| [opener.task.tid, opener.task.pid]);
-    let holders = subject.holders.iter().flatten().map(|holder| holder.pid);
-    Case { near: opener.chain(holders).collect(), subject, target }
+    let holders = fields.holders.iter().flatten().map(|holder| holder.pid);
+    RemedyCandidate { netns_hints: opener.chain(holders).collect(), fields, target }
 }

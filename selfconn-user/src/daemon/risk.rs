@@ -1,134 +1,152 @@
-//! Early warning, wired: the programs say that a port is dialled often, the range of its namespace is asked for, and
-//! `risk` decides what is told. While no port is dialled often there is no clock running here.
+//! Early warning of self-connections: a probe reports a port with many refused connects, the worker reads the
+//! port range of its namespace, and `crate::risk` decides which event to emit. No timer runs while there is
+//! no such port.
 
 use std::{collections::HashMap, io, rc::Rc, time::Duration};
 
-use selfconn_ebpf::risk::Target;
+use selfconn_ebpf::risk::Destination;
 
-use super::ranges::{Answer, Ranges};
+use super::ranges::{PortRangeResponse, PortRangeWorker};
 use crate::{
     clock::{self, Offset},
     connection::Place,
     event::{
-        What,
+        EventKind,
         risk::{AtRisk, AtRiskOver},
     },
-    kernel::tracer::Refusals,
-    process::{Processes, Sighting},
-    risk::{Dials, Happening, Risks},
-    sink::Sinks,
+    kernel::tracer::RefusedCounts,
+    process::{ObservedTask, Processes},
+    risk::{PortRiskEvent, PortRisks, RefusedConnects},
+    sink::Outputs,
 };
 
-pub(super) struct Watch {
-    risks: Risks,
-    ranges: Ranges,
-    /// What was asked about, until the answer is there.
-    asked: Vec<Target>,
+pub(super) struct PortRiskMonitor {
+    risks: PortRisks,
+    port_range_worker: PortRangeWorker,
+    /// The ports that wait for the worker's response.
+    awaiting_ranges: Vec<Destination>,
 }
 
-/// What it takes to tell an event.
-pub(super) struct Teller<'a> {
+/// What is needed to emit an event.
+pub(super) struct RiskReporter<'a> {
     pub(super) processes: &'a mut Processes,
-    pub(super) out: &'a mut Sinks,
+    pub(super) out: &'a mut Outputs,
 }
 
-impl Watch {
+impl PortRiskMonitor {
     pub(super) fn start() -> io::Result<Self> {
-        Ok(Self { risks: Risks::default(), ranges: Ranges::start()?, asked: Vec::new() })
+        Ok(Self {
+            risks: PortRisks::default(),
+            port_range_worker: PortRangeWorker::start()?,
+            awaiting_ranges: Vec::new(),
+        })
     }
 
-    /// The programs say that this port is dialled often.
-    pub(super) fn heed(&mut self, target: Target) {
-        self.risks.heed(target);
+    /// A probe reported that the count of this port crossed a threshold.
+    pub(super) fn on_threshold(&mut self, destination: Destination) {
+        self.risks.on_threshold(destination);
     }
 
-    /// How many ports are at risk now.
+    /// Number of ports at risk now.
     pub(super) fn at_risk(&self) -> usize {
         self.risks.at_risk()
     }
 
-    /// How long nothing is to be done here. `None`: until something is heard.
-    pub(super) fn idle(&self) -> Option<Duration> {
-        let look_ns = self.risks.next_look_ns().filter(|_| self.asked.is_empty())?;
-        Some(Duration::from_nanos(look_ns.saturating_sub(clock::boot_ns())))
+    /// Time until the next check. `None`: no check before the next record or response.
+    pub(super) fn time_until_check(&self) -> Option<Duration> {
+        let check_ns = self.risks.next_check_ns().filter(|_| self.awaiting_ranges.is_empty())?;
+        Some(Duration::from_nanos(check_ns.saturating_sub(clock::boot_ns())))
     }
 
-    /// Ends what nobody dials any more, and asks for the ranges of what is to be looked at.
-    pub(super) fn look(&mut self, refusals: &mut Refusals, mut teller: Teller<'_>) {
-        if !self.asked.is_empty() {
+    /// Stops tracking ports without recent attempts, and requests the port ranges for the ports that are due
+    /// for a check.
+    pub(super) fn check_due_ports(
+        &mut self,
+        refused_counts: &mut RefusedCounts,
+        mut reporter: RiskReporter<'_>,
+    ) {
+        if !self.awaiting_ranges.is_empty() {
             return;
         }
         let now_ns = clock::boot_ns();
-        let mut question = HashMap::new();
-        for target in self.risks.due(now_ns) {
-            let tally = refusals.get(&target);
-            match (self.risks.end(&target, tally.as_ref(), now_ns), tally) {
-                (None, Some(tally)) => {
-                    question.insert(target.netns, tally.newest.task.pid);
-                    self.asked.push(target);
+        let mut request = HashMap::new();
+        for destination in self.risks.due(now_ns) {
+            let count = refused_counts.get(&destination);
+            match (self.risks.expire(&destination, count.as_ref(), now_ns), count) {
+                (None, Some(count)) => {
+                    request.insert(destination.netns, count.last_opener.task.pid);
+                    self.awaiting_ranges.push(destination);
                 }
-                (ended, _) => {
-                    refusals.forget(&target);
-                    if let Some(happening) = ended.flatten() {
-                        teller.tell(&happening, now_ns);
+                (expired, _) => {
+                    refused_counts.remove(&destination);
+                    if let Some(event) = expired.flatten() {
+                        reporter.emit(&event, now_ns);
                     }
                 }
             }
         }
-        if !question.is_empty() {
-            self.ranges.ask(question);
+        if !request.is_empty() {
+            self.port_range_worker.send(request);
         }
     }
 
-    /// The next answer.
-    pub(super) async fn answer(&mut self) -> Option<Answer> {
-        self.ranges.answer().await
+    /// Waits for the worker's next response.
+    pub(super) async fn next_response(&mut self) -> Option<PortRangeResponse> {
+        self.port_range_worker.next_response().await
     }
 
-    /// Looks at what was asked about. `is_taken` says whether a self-connection is there.
-    pub(super) fn judge(
+    /// Checks the ports that waited for this response. `is_taken` returns true if a self-connection holds the
+    /// port.
+    pub(super) fn evaluate(
         &mut self,
-        answer: &Answer,
-        refusals: &Refusals,
+        response: &PortRangeResponse,
+        refused_counts: &RefusedCounts,
         is_taken: impl Fn(&Place) -> bool,
-        mut teller: Teller<'_>,
+        mut reporter: RiskReporter<'_>,
     ) {
         let now_ns = clock::boot_ns();
-        for target in std::mem::take(&mut self.asked) {
-            let (Some(tally), Some(ports)) = (refusals.get(&target), answer.get(&target.netns)) else {
+        for destination in std::mem::take(&mut self.awaiting_ranges) {
+            let (Some(count), Some(ports)) =
+                (refused_counts.get(&destination), response.get(&destination.netns))
+            else {
                 continue;
             };
             if let Err(why) = ports {
-                log::info!("whether port {} can be hit is unknown: {why}", target.port);
+                log::info!("whether connect() can choose port {} is unknown: {why}", destination.port);
             }
-            let dials = Dials::new(&target, &tally);
-            let is_taken = is_taken(&(dials.netns, dials.addr, dials.port));
-            if let Some(happening) = self.risks.look(&target, &tally, ports, is_taken, now_ns) {
-                teller.tell(&happening, now_ns);
+            let connects = RefusedConnects::new(&destination, &count);
+            let is_taken = is_taken(&(connects.netns, connects.addr, connects.port));
+            if let Some(event) = self.risks.check(&destination, &count, ports, is_taken, now_ns) {
+                reporter.emit(&event, now_ns);
             }
         }
         log::debug!("ports at risk: {}", self.at_risk());
     }
 
-    /// Ends the counts of ports that were never dialled often.
-    pub(super) fn sweep(&self, refusals: &mut Refusals) {
-        refusals.sweep(clock::boot_ns(), |target| self.risks.knows(target));
+    /// Removes expired counts of ports that never crossed a threshold.
+    pub(super) fn remove_expired_counts(&self, refused_counts: &mut RefusedCounts) {
+        refused_counts.remove_expired(clock::boot_ns(), |destination| self.risks.is_tracked(destination));
     }
 }
 
-impl Teller<'_> {
-    fn tell(&mut self, happening: &Happening, now_ns: u64) {
-        let (Happening::AtRisk(dials, _) | Happening::Over(dials, _)) = happening;
-        // What two CPUs wrote into a tally at once may be of two dials; only a start that fits can tell.
-        let newest = Sighting::of(&dials.newest);
-        let facts = match newest.start_ns {
+impl RiskReporter<'_> {
+    fn emit(&mut self, event: &PortRiskEvent, now_ns: u64) {
+        let (PortRiskEvent::AtRisk(connects, _) | PortRiskEvent::Over(connects, _)) = event;
+        // If two CPUs wrote to the count at the same time, the task may be mixed from two attempts. Only a
+        // matching start time proves that it is not.
+        let newest = ObservedTask::from_opener(&connects.newest);
+        let process = match newest.start_ns {
             0 => Rc::default(),
             _ => self.processes.look_up(&newest, now_ns),
         };
-        let what = match happening {
-            Happening::AtRisk(dials, chance) => What::AtRisk(Box::new(AtRisk::new(dials, chance, &facts))),
-            Happening::Over(dials, why) => What::AtRiskOver(Box::new(AtRiskOver::new(dials, *why, &facts))),
+        let kind = match event {
+            PortRiskEvent::AtRisk(connects, chance) => {
+                EventKind::AtRisk(Box::new(AtRisk::new(connects, chance, &process)))
+            }
+            PortRiskEvent::Over(connects, why) => {
+                EventKind::AtRiskOver(Box::new(AtRiskOver::new(connects, *why, &process)))
+            }
         };
-        self.out.emit_at(Offset::now().wall(now_ns), what);
+        self.out.emit_at(Offset::now().wall(now_ns), kind);
     }
 }

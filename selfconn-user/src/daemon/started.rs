@@ -1,27 +1,28 @@
-//! What `started` says of the hooks.
+//! Builds the `started` event from the attached and refused methods.
 
 use crate::{
-    event::{BindStatus, HookStatus, Refused, Started},
+    event::{BindStatus, HookStatus, RefusedMethod, Started},
     kernel::{
         attach::{Choice, Hook, Method},
-        host::Host,
-        tracer::binds::{BindMethod, Binds},
+        host::KernelFeatures,
+        tracer::binds::{BindChoice, BindMethod},
     },
 };
 
-pub(super) fn started(host: &Host, methods: &Choice<()>, binds: &Binds) -> Started {
+pub(super) fn started(host: &KernelFeatures, methods: &Choice<()>, binds: &BindChoice) -> Started {
     let refused = |hook| {
-        let told = |(method, why): &(Method, _)| Refused { method: method.name(), why: format!("{why}") };
-        methods.refused_of(hook).map(told).collect::<Vec<_>>()
+        let refused_method =
+            |(method, why): &(Method, _)| RefusedMethod { method: method.name(), why: format!("{why}") };
+        methods.refused_on(hook).map(refused_method).collect::<Vec<_>>()
     };
     let mut hooks = Vec::new();
     for hook in Hook::ALL {
         let mut refused = refused(hook);
-        for method in methods.live_of(hook) {
+        for method in methods.live_on(hook) {
             let refused = std::mem::take(&mut refused);
             hooks.push(HookStatus { hook: hook.name(), method: Some(method.name()), refused });
         }
-        if methods.live_of(hook).next().is_none() {
+        if methods.live_on(hook).next().is_none() {
             hooks.push(HookStatus { hook: hook.name(), method: None, refused });
         }
     }
@@ -35,7 +36,7 @@ pub(super) fn started(host: &Host, methods: &Choice<()>, binds: &Binds) -> Start
             refused: binds
                 .refused
                 .iter()
-                .map(|(method, why)| Refused { method: method.name(), why: why.to_string() })
+                .map(|(method, why)| RefusedMethod { method: method.name(), why: why.to_string() })
                 .collect(),
         },
         limits: host.limits(),

@@ -1,127 +1,175 @@
-//! The story: what transitions and readings of the socket table mean for each connection, and the events that come of it.
+//! The pipeline: turns transitions and snapshots of the socket table into connection events, attributes them
+//! to processes, and emits them.
 
 use std::collections::HashMap;
 
 use selfconn_ebpf::{Task, Transition, state};
 
-use super::{reading::Reading, remedy, victims};
+use super::{reading::TableSnapshot, remedy, victims};
 use crate::{
-    blocked::Blocked,
+    blocked::BindConflicts,
     clock::Offset,
-    connection::{Connection, Connections, Happening, Listed},
-    event::{Ended, Moved, Subject, What},
+    connection::{Connection, ConnectionEvent, Connections, ListedConnection},
+    event::{Closed, ConnectionFields, EventKind, StateChange},
     metrics,
-    process::{Processes, Sighting, Who},
+    process::{Attribution, ObservedTask, Processes},
     remedy::Remedy,
-    sink::Sinks,
+    sink::Outputs,
 };
 
-/// What is told, and what must be known to tell it.
-pub(super) struct Story {
-    /// The mark of this run in every `id`: when it began.
-    pub(super) run: u64,
+/// The tracked connections, everything that is known about them, and the outputs.
+pub(super) struct Pipeline {
+    /// Identifies this run in every `id`: the time of its start.
+    pub(super) run_id: u64,
     pub(super) connections: Connections,
     pub(super) processes: Processes,
-    /// What was learnt of who is behind each open connection, by its number.
-    pub(super) whos: HashMap<u64, Who>,
-    pub(super) states: bool,
+    /// The process behind each open connection, by the connection's number.
+    pub(super) attributions: HashMap<u64, Attribution>,
+    pub(super) report_states: bool,
     pub(super) remedy: Option<Remedy>,
-    pub(super) blocked: Blocked,
-    pub(super) out: Sinks,
-    pub(super) opened: metrics::Connections,
+    pub(super) bind_conflicts: BindConflicts,
+    pub(super) out: Outputs,
+    pub(super) established_counts: metrics::ConnectionCounts,
     pub(super) missed: u64,
 }
 
-impl Story {
-    /// Takes in a transition, and makes what events come of it.
+impl Pipeline {
+    /// Applies a transition, and emits the resulting events.
     pub(super) fn apply(&mut self, transition: &Transition, clock: Offset) {
-        let Self { run, connections, processes, whos, states, remedy, blocked, out, opened, .. } = self;
+        let Self {
+            run_id,
+            connections,
+            processes,
+            attributions,
+            report_states,
+            remedy,
+            bind_conflicts,
+            out,
+            established_counts,
+            ..
+        } = self;
         let at_ns = transition.at_ns;
-        let mut ended = [None; 2];
-        connections.apply(transition, |happening| {
-            let connection = happening.connection();
-            if matches!(happening, Happening::Established(_)) {
-                opened.count(connection);
+        let mut closed_numbers = [None; 2];
+        connections.apply(transition, |event| {
+            let connection = event.connection();
+            if matches!(event, ConnectionEvent::Established(_)) {
+                established_counts.count(connection);
             }
-            // At the first event, while the process is there; the last one tells the same.
-            let who = whos.entry(connection.number).or_insert_with(|| match connection.opener {
-                Some(opener) => Who::opened(processes.look_up(&Sighting::of(&opener), at_ns)),
-                None => Who::default(),
-            });
-            if let Some(what) = tell(happening, who, *run, *states, clock) {
-                out.emit_at(clock.wall(at_ns), what);
+            // Looked up at the first event, while the process still exists. Later events use the same result.
+            let attribution =
+                attributions.entry(connection.number).or_insert_with(|| match connection.opener {
+                    Some(opener) => Attribution::from_opener(
+                        processes.look_up(&ObservedTask::from_opener(&opener), at_ns),
+                    ),
+                    None => Attribution::default(),
+                });
+            if let Some(kind) = event_of(event, attribution, *run_id, *report_states, clock) {
+                out.emit_at(clock.wall(at_ns), kind);
             }
             if let Some(remedy) = remedy
-                && let Some(remedied) = remedy::note(remedy, happening, who, *run, at_ns)
+                && let Some(remedied) =
+                    remedy::on_connection_event(remedy, event, attribution, *run_id, at_ns)
             {
-                out.emit_at(clock.wall(at_ns), What::Remedied(Box::new(remedied)));
+                out.emit_at(clock.wall(at_ns), EventKind::Remedied(Box::new(remedied)));
             }
-            victims::note(blocked, happening, who, at_ns);
-            if matches!(happening, Happening::Closed(..) | Happening::State(_, _, state::CLOSE)) {
-                // The life that was missed ending, and the one that ends.
-                ended = [ended[1].filter(|number| *number != connection.number), Some(connection.number)];
+            victims::on_connection_event(bind_conflicts, event, attribution, at_ns);
+            if matches!(event, ConnectionEvent::Closed(..) | ConnectionEvent::State(_, _, state::CLOSE)) {
+                // One transition can close two connections: the previous one whose close was missed, and the
+                // current one.
+                closed_numbers = [
+                    closed_numbers[1].filter(|number| *number != connection.number),
+                    Some(connection.number),
+                ];
             }
         });
-        for number in ended.into_iter().flatten() {
-            whos.remove(&number);
+        for number in closed_numbers.into_iter().flatten() {
+            attributions.remove(&number);
         }
     }
 
-    /// Takes in the socket table; says how many self-connections were missed.
-    pub(super) fn reconcile(&mut self, reading: &Reading, listed: &[Listed], knows_netns: bool) -> u64 {
-        let Self { run, connections, processes, whos, states, remedy, out, opened, .. } = self;
+    /// Reconciles the connections with a snapshot of the socket table. Returns the number of missed
+    /// self-connections.
+    pub(super) fn reconcile(
+        &mut self,
+        snapshot: &TableSnapshot,
+        listed: &[ListedConnection],
+        knows_netns: bool,
+    ) -> u64 {
+        let Self {
+            run_id,
+            connections,
+            processes,
+            attributions,
+            report_states,
+            remedy,
+            out,
+            established_counts,
+            ..
+        } = self;
         let clock = Offset::now();
-        let mut ended = Vec::new();
-        let has_read = |netns| !knows_netns || reading.has_read(netns);
-        // Outside the initial pid namespace the holders in /proc have other numbers than events tell.
+        let mut closed_numbers = Vec::new();
+        let was_read = |netns| !knows_netns || snapshot.covers(netns);
+        // Outside the initial pid namespace the holders' pids in /proc differ from the pids in events.
         let can_look_up = processes.can_look_up();
-        let holders = |connection: &Connection| can_look_up.then(|| reading.holders(connection)).flatten();
-        let missed = connections.reconcile(listed, reading.began_ns(), has_read, |happening| {
-            let connection = happening.connection();
-            if matches!(happening, Happening::Established(_)) {
-                opened.count(connection);
+        let holders = |connection: &Connection| can_look_up.then(|| snapshot.holders(connection)).flatten();
+        let missed = connections.reconcile(listed, snapshot.began_ns(), was_read, |event| {
+            let connection = event.connection();
+            if matches!(event, ConnectionEvent::Established(_)) {
+                established_counts.count(connection);
             }
-            let who = whos.entry(connection.number).or_insert_with(|| match connection.opener {
-                Some(opener) => Who::opened(processes.look_up(&Sighting::of(&opener), reading.began_ns())),
-                None => Who::held(holders(connection)),
-            });
-            if let Some(what) = tell(happening, who, *run, *states, clock) {
-                out.emit(what);
+            let attribution =
+                attributions.entry(connection.number).or_insert_with(|| match connection.opener {
+                    Some(opener) => Attribution::from_opener(
+                        processes.look_up(&ObservedTask::from_opener(&opener), snapshot.began_ns()),
+                    ),
+                    None => Attribution::from_holders(holders(connection)),
+                });
+            if let Some(kind) = event_of(event, attribution, *run_id, *report_states, clock) {
+                out.emit(kind);
             }
             if let Some(remedy) = remedy
-                && let Some(remedied) = remedy::note(remedy, happening, who, *run, reading.began_ns())
+                && let Some(remedied) =
+                    remedy::on_connection_event(remedy, event, attribution, *run_id, snapshot.began_ns())
             {
-                out.emit(What::Remedied(Box::new(remedied)));
+                out.emit(EventKind::Remedied(Box::new(remedied)));
             }
-            if matches!(happening, Happening::Closed(..)) {
-                ended.push(connection.number);
+            if matches!(event, ConnectionEvent::Closed(..)) {
+                closed_numbers.push(connection.number);
             }
         });
-        for number in ended {
-            whos.remove(&number);
+        for number in closed_numbers {
+            attributions.remove(&number);
         }
         for connection in connections.iter() {
-            if let (Some(who), Some(holders)) =
-                (whos.get_mut(&connection.number), reading.holders(connection))
+            if let (Some(attribution), Some(holders)) =
+                (attributions.get_mut(&connection.number), snapshot.holders(connection))
             {
-                who.holders = Some(holders);
+                attribution.holders = Some(holders);
             }
         }
         missed
     }
 }
 
-/// The event that a happening makes, if any.
-fn tell(happening: Happening<'_>, who: &Who, run: u64, states: bool, clock: Offset) -> Option<What> {
-    let subject = |connection: &Connection| Subject::new(connection, run, who);
-    match happening {
-        Happening::Established(connection) => Some(What::Established(Box::new(subject(connection)))),
-        Happening::State(connection, from, to) => {
-            states.then(|| What::State(Box::new(Moved::new(subject(connection), from, to))))
+/// The event to emit for a connection event, if any.
+fn event_of(
+    event: ConnectionEvent<'_>,
+    attribution: &Attribution,
+    run_id: u64,
+    report_states: bool,
+    clock: Offset,
+) -> Option<EventKind> {
+    let fields = |connection: &Connection| ConnectionFields::new(connection, run_id, attribution);
+    match event {
+        ConnectionEvent::Established(connection) => {
+            Some(EventKind::Established(Box::new(fields(connection))))
         }
-        Happening::Closed(connection, end) => {
+        ConnectionEvent::State(connection, from, to) => {
+            report_states.then(|| EventKind::State(Box::new(StateChange::new(fields(connection), from, to))))
+        }
+        ConnectionEvent::Closed(connection, end) => {
             let closer: Option<&Task> = connection.closer.as_ref();
-            Some(What::Closed(Box::new(Ended::new(subject(connection), closer, &end, clock))))
+            Some(EventKind::Closed(Box::new(Closed::new(fields(connection), closer, &end, clock))))
         }
     }
 }

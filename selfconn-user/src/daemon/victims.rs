@@ -1,64 +1,74 @@
-//! Servers that can't bind a port, wired: a bind failed, `blocked` knows which self-connection is in the way.
+//! Failed binds: a probe reports a bind that failed, `crate::blocked` finds the self-connection that holds
+//! the port, and `blocked` is emitted.
 
-use selfconn_ebpf::{bind::FailedBind, state};
+use selfconn_ebpf::{bind::BindFailure, state};
 
-use super::{Daemon, Story, reading::Reading};
+use super::{Daemon, Pipeline, reading::TableSnapshot};
 use crate::{
-    blocked::{Blocked, Holder, Leftover},
+    blocked::{BindConflicts, PortHolder, TimeWaitEntry},
     clock::Offset,
-    connection::{Happening, Listed},
-    event::{self, Subject, What},
-    process::{Sighting, Who},
+    connection::{ConnectionEvent, ListedConnection},
+    event::{self, ConnectionFields, EventKind},
+    process::{Attribution, ObservedTask},
 };
 
 impl Daemon {
-    /// How many binds failed for a self-connection.
+    /// Number of binds that failed because of a self-connection.
     #[must_use]
     pub fn blocked_binds(&self) -> u64 {
-        self.story.blocked.failures()
+        self.pipeline.bind_conflicts.failures()
     }
 }
 
-/// A self-connection that ends may leave TIME_WAIT behind.
-pub(super) fn note(blocked: &mut Blocked, happening: Happening<'_>, who: &Who, now_ns: u64) {
-    if let Happening::Closed(connection, end) = happening
+/// Records the TIME_WAIT of a self-connection that is closed.
+pub(super) fn on_connection_event(
+    bind_conflicts: &mut BindConflicts,
+    event: ConnectionEvent<'_>,
+    attribution: &Attribution,
+    now_ns: u64,
+) {
+    if let ConnectionEvent::Closed(connection, end) = event
         && let Some(until_ns) = end.port_blocked_until_ns
     {
-        let leftover = Leftover { connection: connection.clone(), who: who.clone(), until_ns };
-        blocked.left(leftover, now_ns);
+        let entry =
+            TimeWaitEntry { connection: connection.clone(), attribution: attribution.clone(), until_ns };
+        bind_conflicts.insert_time_wait(entry, now_ns);
     }
 }
 
-impl Story {
-    /// A bind failed: tells it, if a self-connection is in the way.
-    pub(super) fn blame(&mut self, failed: &FailedBind, clock: Offset) {
-        let Self { connections, blocked, processes, whos, .. } = self;
-        let Some(holder) = blocked.holder(failed, connections.iter()) else { return };
+impl Pipeline {
+    /// Handles a failed bind: emits `blocked` if a self-connection holds the port and a report is due.
+    pub(super) fn on_bind_failure(&mut self, failure: &BindFailure, clock: Offset) {
+        let Self { connections, bind_conflicts, processes, attributions, .. } = self;
+        let Some(holder) = bind_conflicts.find_holder(failure, connections.iter()) else { return };
         let connection = holder.connection();
-        let unknown = Who::default();
-        let who = match holder {
-            Holder::Open(connection) => whos.get(&connection.number).unwrap_or(&unknown),
-            Holder::TimeWait(leftover) => &leftover.who,
+        let unknown = Attribution::default();
+        let attribution = match holder {
+            PortHolder::Open(connection) => attributions.get(&connection.number).unwrap_or(&unknown),
+            PortHolder::TimeWait(entry) => &entry.attribution,
         };
-        let subject = Subject::new(connection, self.run, who);
-        let seen = Sighting { task: failed.task, start_ns: failed.start_ns, at_ns: failed.at_ns };
-        let facts = processes.look_up(&seen, failed.at_ns);
-        let mut told = event::Blocked::new(failed, &facts, &holder, subject, clock);
+        let fields = ConnectionFields::new(connection, self.run_id, attribution);
+        let observed = ObservedTask { task: failure.task, start_ns: failure.start_ns, at_ns: failure.at_ns };
+        let process = processes.look_up(&observed, failure.at_ns);
+        let mut report = event::Blocked::new(failure, &process, &holder, fields, clock);
         let number = connection.number;
-        if let Some(failures) = blocked.count(failed, number) {
-            told.failures = failures;
-            self.out.emit_at(clock.wall(failed.at_ns), What::Blocked(Box::new(told)));
+        if let Some(failures) = bind_conflicts.record_failure(failure, number) {
+            report.failures = failures;
+            self.out.emit_at(clock.wall(failure.at_ns), EventKind::Blocked(Box::new(report)));
         }
     }
 
-    /// What is in TIME_WAIT without this run having seen it end.
-    pub(super) fn remember_time_wait(&mut self, reading: &Reading, listed: &[Listed]) {
-        for (listed, left) in reading.time_waits(listed) {
-            let connection = listed.connection(0);
-            let left_ns = u64::try_from(left.as_nanos()).unwrap_or(u64::MAX);
-            let until_ns = reading.began_ns().saturating_add(left_ns);
+    /// Records the TIME_WAIT sockets of self-connections whose close this run did not observe.
+    pub(super) fn record_time_waits(&mut self, snapshot: &TableSnapshot, listed: &[ListedConnection]) {
+        for (listed, time_left) in snapshot.time_waits(listed) {
+            let connection = listed.to_connection(0);
+            let time_left_ns = u64::try_from(time_left.as_nanos()).unwrap_or(u64::MAX);
+            let until_ns = snapshot.began_ns().saturating_add(time_left_ns);
             debug_assert_eq!(listed.state, state::TIME_WAIT);
-            self.blocked.found(Leftover { connection, who: Who::default(), until_ns }, reading.began_ns());
+            self.bind_conflicts.insert_listed_time_wait(
+                TimeWaitEntry { connection, attribution: Attribution::default(), until_ns },
+                snapshot.began_ns(),
+            );
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Runs the watchdog's tests: connects the self-test's socket, keeps its records from the connections, and looks at the
-//! programs' counters.
+//! Runs the self-tests of the hooks: connects the self-test's socket, keeps its records away from the
+//! connections, and reads the probes' counters.
 
 use std::{fmt, time::Duration};
 
@@ -8,120 +8,125 @@ use tokio::time::Instant;
 
 use super::Daemon;
 use crate::{
-    event::{Lost, What},
+    event::{EventKind, Lost},
     kernel::attach::Method,
-    selftest::{self, SelfTest},
-    watchdog::{Counts, Dead, Verdict, Watchdog},
+    selftest::{self, SelfTestSocket},
+    watchdog::{DeadProbes, ProbeHealth, SelfTestCounts, SelfTestOutcome},
 };
 
-/// The watchdog, and what it tests with. Without privileges to make that there is no test, but the tests of other
-/// daemons are known all the same.
-pub(super) struct Guard {
-    watchdog: Option<(Watchdog, SelfTest)>,
+/// The schedule of the self-tests, and their socket. Without the privileges to create the socket there are no
+/// self-tests, but the self-tests of other daemons are recognized nevertheless.
+pub(super) struct SelfTest {
+    health: Option<(ProbeHealth, SelfTestSocket)>,
     uid: u32,
 }
 
-impl Guard {
+impl SelfTest {
     pub(super) fn new() -> Self {
-        Self { watchdog: None, uid: rustix::process::getuid().as_raw() }
+        Self { health: None, uid: rustix::process::getuid().as_raw() }
     }
 
-    /// Whether this is about a test, and about nothing else that anybody wants to know.
-    pub(super) fn takes(&mut self, t: &Transition) -> bool {
-        let Some((watchdog, test)) = &mut self.watchdog else { return selftest::is_marked(t, self.uid) };
+    /// Handles a transition of a self-test. Returns true if it was one: such a transition is not processed
+    /// further.
+    pub(super) fn consume(&mut self, t: &Transition) -> bool {
+        let Some((health, test)) = &mut self.health else { return selftest::is_self_test(t, self.uid) };
         let is_ours = test.owns(t);
-        let is_test = is_ours || selftest::is_marked(t, self.uid);
+        let is_test = is_ours || selftest::is_self_test(t, self.uid);
         if is_test {
-            watchdog.record(is_ours, t.new == state::ESTABLISHED);
+            health.on_record(is_ours, t.new == state::ESTABLISHED);
         }
         is_test
     }
 }
 
-/// Why the run ends by itself, in words.
-pub struct Blind(Dead);
+/// The self-tests have shown that the hooks do not work any more: the reason why the run ends.
+pub struct HooksDead(DeadProbes);
 
-impl fmt::Display for Blind {
+impl fmt::Display for HooksDead {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(Dead { methods, ring }) = self;
+        let Self(DeadProbes { methods, ring }) = self;
         let methods: Vec<_> = methods.iter().map(|method| method.name()).collect();
         match (methods.is_empty(), ring) {
-            (true, _) => write!(f, "the ring buffer gives nothing any more")?,
-            (false, _) => write!(f, "{} sees nothing any more", methods.join(" and "))?,
+            (true, _) => write!(f, "the ring buffer delivers no records any more")?,
+            (false, _) => write!(f, "{} observes no transitions any more", methods.join(" and "))?,
         }
-        write!(f, ", as self-connections of our own have shown: the run ends, to be started anew")
+        write!(
+            f,
+            ", as repeated self-tests have shown: exiting, so that a restart can attach the hooks again"
+        )
     }
 }
 
 impl Daemon {
-    /// Has the hooks tested at this pace.
-    pub fn test_by(&mut self, test: SelfTest, pace: Duration) {
+    /// Enables self-tests at this interval.
+    pub fn enable_self_test(&mut self, test: SelfTestSocket, interval: Duration) {
         let live = self.tracer.methods().live.iter().map(|(method, ())| *method).collect();
-        self.guard.watchdog = Some((Watchdog::new(live, pace, Instant::now()), test));
+        self.self_test.health = Some((ProbeHealth::new(live, interval, Instant::now()), test));
     }
 
-    /// What the self-tests came to; `None`: there are none.
+    /// Results of the self-tests. `None`: self-tests are not enabled.
     #[must_use]
-    pub fn self_tests(&self) -> Option<Counts> {
-        self.guard.watchdog.as_ref().map(|(watchdog, _)| watchdog.counts())
+    pub fn self_test_counts(&self) -> Option<SelfTestCounts> {
+        self.self_test.health.as_ref().map(|(health, _)| health.counts())
     }
 
-    /// Whether the hooks saw the last self-test; true where there are none.
+    /// True if the last self-test passed, or if self-tests are not enabled.
     #[must_use]
-    pub fn hooks_see(&self) -> bool {
-        self.guard.watchdog.as_ref().is_none_or(|(watchdog, _)| watchdog.is_well())
+    pub fn hooks_are_healthy(&self) -> bool {
+        self.self_test.health.as_ref().is_none_or(|(health, _)| health.is_healthy())
     }
 
-    /// When the watchdog has something to do.
-    pub(super) fn watch_at(&self) -> Option<Instant> {
-        self.guard.watchdog.as_ref().map(|(watchdog, _)| watchdog.next())
+    /// When the next self-test begins, or the current one times out.
+    pub(super) fn next_self_test_at(&self) -> Option<Instant> {
+        self.self_test.health.as_ref().map(|(health, _)| health.next_at())
     }
 
-    /// Begins a test, or ends one. `Some`: the hooks are dead.
-    pub(super) fn watch_hooks(&mut self) -> Option<Blind> {
+    /// Begins or evaluates a self-test, if due. `Some`: the hooks are dead.
+    pub(super) fn run_self_test(&mut self) -> Option<HooksDead> {
         let now = Instant::now();
-        let (watchdog, test) = self.guard.watchdog.as_mut()?;
-        if watchdog.is_due(now) {
-            let begun = self.tracer.counters().and_then(|before| Ok((before, test.connect()?)));
-            match begun {
-                Ok((before, ())) => watchdog.begin(before, now),
+        let (health, test) = self.self_test.health.as_mut()?;
+        if health.is_due(now) {
+            let started = self.tracer.counters().and_then(|before| Ok((before, test.connect()?)));
+            match started {
+                Ok((before, ())) => health.begin(before, now),
                 Err(error) => {
-                    log::error!("the hooks can't be tested: {error:#}");
-                    watchdog.put_off(now);
+                    log::error!("the self-test can't be started: {error:#}");
+                    health.postpone(now);
                 }
             }
-        } else if watchdog.may_end(now) {
-            // A daemon that was stopped for a while finds its time up, and the records still there.
-            while self.take() > 0 {}
+        } else if health.can_evaluate(now) {
+            // If the daemon was stopped for a while, the test has timed out but its records are still in the
+            // ring buffer.
+            while self.drain_batch() > 0 {}
             let after = self.tracer.counters();
-            let (watchdog, test) = self.guard.watchdog.as_mut()?;
-            let verdict = match after {
-                Ok(after) => watchdog.judge(&after, now)?,
+            let (health, test) = self.self_test.health.as_mut()?;
+            let outcome = match after {
+                Ok(after) => health.evaluate(&after, now)?,
                 Err(error) => {
-                    log::error!("the programs' counters can't be read: {error:#}");
-                    watchdog.put_off(now);
+                    log::error!("the probes' counters can't be read: {error:#}");
+                    health.postpone(now);
                     return None;
                 }
             };
             test.disconnect();
-            match verdict {
-                Verdict::Passed => log::debug!("self-test passed"),
-                Verdict::Failed(dead) => log::warn!("self-test failed: {dead:?}"),
-                Verdict::Blind(dead) => {
-                    self.tell_blind(&dead);
-                    return Some(Blind(dead));
+            match outcome {
+                SelfTestOutcome::Passed => log::debug!("self-test passed"),
+                SelfTestOutcome::Failed(dead) => log::warn!("self-test failed: {dead:?}"),
+                SelfTestOutcome::HooksDead(dead) => {
+                    self.report_dead_hooks(&dead);
+                    return Some(HooksDead(dead));
                 }
             }
         }
         None
     }
 
-    fn tell_blind(&mut self, dead: &Dead) {
-        let none = (dead.ring && dead.methods.is_empty()).then_some(None);
-        for method in dead.methods.iter().copied().map(Some).chain(none) {
+    fn report_dead_hooks(&mut self, dead: &DeadProbes) {
+        let ring_only = (dead.ring && dead.methods.is_empty()).then_some(None);
+        for method in dead.methods.iter().copied().map(Some).chain(ring_only) {
             let method = method.map(Method::name);
-            self.story.out.emit(What::Lost(Lost { r#where: "hooks", count: 1, method }));
-            self.blind += 1;
+            self.pipeline.out.emit(EventKind::Lost(Lost { r#where: "hooks", count: 1, method }));
+            self.dead_hooks += 1;
         }
     }
 }

@@ -1,5 +1,7 @@
-//! The public event schema: what a line of the event log holds. Everything here is written down in docs/events.md;
-//! fields are only ever added. Unknown is `null`, never a guess.
+//! The public event schema: the JSON object of one line of the event log. Every field is documented in
+//! docs/events.md, and fields are only ever added. An unknown value is `null`, never a guess.
+//!
+//! The types here only convert internal state to the schema. Writing events is the business of `sink`.
 
 use jiff::Timestamp;
 use selfconn_ebpf::{Task, cause, state};
@@ -7,8 +9,8 @@ use serde::{Serialize, Serializer};
 
 use crate::{
     clock::Offset,
-    connection::{Connection, End, How, Source, comm},
-    process::{Holder, Who},
+    connection::{CloseReason, Connection, ConnectionEnd, Source, comm},
+    process::{Attribution, Holder},
 };
 
 mod blocked;
@@ -19,38 +21,38 @@ pub use blocked::Blocked;
 pub use remedied::Remedied;
 use risk::{AtRisk, AtRiskOver};
 
-/// One event.
+/// One event, which is one line of the event log.
 #[derive(Debug, Serialize)]
 pub struct Event {
-    /// When it happened, UTC.
+    /// Time of the event, UTC.
     #[serde(serialize_with = "rfc3339")]
     pub time: Timestamp,
-    /// What happened.
+    /// The event's name and its other fields.
     #[serde(flatten)]
-    pub what: What,
+    pub kind: EventKind,
 }
 
-/// What happened, by the name in `event`.
+/// The kinds of events. The variant's name in snake case is the JSON field `event`.
 #[derive(Debug, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
-pub enum What {
-    /// Hooks are live.
+pub enum EventKind {
+    /// The hooks are attached.
     Started(Started),
     /// A self-connection is ESTABLISHED.
-    Established(Box<Subject>),
-    /// It moved; with `--states` only.
-    State(Box<Moved>),
-    /// It is gone.
-    Closed(Box<Ended>),
-    /// `--remedy` did something about it, or would have.
+    Established(Box<ConnectionFields>),
+    /// A self-connection changed its TCP state. Only with `--states`.
+    State(Box<StateChange>),
+    /// The socket of a self-connection is gone.
+    Closed(Box<Closed>),
+    /// `--remedy` acted on a self-connection, or would have acted on it.
     Remedied(Box<Remedied>),
-    /// Somebody keeps dialling a port that can hit itself.
+    /// A process keeps connecting to a closed local port, and such an attempt can become a self-connection.
     AtRisk(Box<AtRisk>),
-    /// Nobody does any more, or it can't.
+    /// The attempts stopped, or they can no longer become a self-connection.
     AtRiskOver(Box<AtRiskOver>),
-    /// A server can't bind a port that a self-connection has.
+    /// A server could not bind a port because a self-connection holds it.
     Blocked(Box<Blocked>),
-    /// Something was not seen or not written.
+    /// Something was not observed or not written.
     Lost(Lost),
     /// The run ends.
     Stopped(Stopped),
@@ -59,59 +61,59 @@ pub enum What {
 /// `started`.
 #[derive(Debug, Serialize)]
 pub struct Started {
-    /// selfconn's.
+    /// Version of selfconn.
     pub version: &'static str,
-    /// `uname -r`.
+    /// Kernel release, as `uname -r` prints it.
     pub kernel: String,
-    /// The daemon's own.
+    /// Process id of the daemon.
     pub pid: u32,
-    /// Each live method, and each hook without one.
+    /// One entry for each attached method, and one for each hook without a method.
     pub hooks: Vec<HookStatus>,
-    /// How binds that fail are seen.
+    /// How failed binds are observed.
     pub binds: BindStatus,
-    /// What can't be seen from here.
+    /// What the daemon cannot observe on this host.
     pub limits: Vec<String>,
 }
 
-/// What became of a hook.
+/// Outcome of attaching one hook.
 #[derive(Debug, Serialize)]
 pub struct HookStatus {
-    /// The kernel's name.
+    /// Kernel name of the hook.
     pub hook: &'static str,
-    /// How it is attached; null: not at all.
+    /// How the hook is attached. Null if it is not attached.
     pub method: Option<&'static str>,
     /// The other methods that were tried.
-    pub refused: Vec<Refused>,
+    pub refused: Vec<RefusedMethod>,
 }
 
-/// How binds that fail are seen.
+/// How failed binds are observed.
 #[derive(Debug, Serialize)]
 pub struct BindStatus {
-    /// Null: not at all.
+    /// How the program is attached. Null if failed binds are not observed.
     pub method: Option<&'static str>,
-    /// The methods that were tried, and are not live.
-    pub refused: Vec<Refused>,
+    /// The methods that were tried and are not attached.
+    pub refused: Vec<RefusedMethod>,
 }
 
-/// A method that isn't live.
+/// A method that was tried and is not attached.
 #[derive(Debug, Serialize)]
-pub struct Refused {
-    /// Which.
+pub struct RefusedMethod {
+    /// Name of the method.
     pub method: &'static str,
-    /// Why.
+    /// Why it is not attached.
     pub why: String,
 }
 
-/// The self-connection that an event is about.
+/// The fields of the self-connection that an event is about.
 #[derive(Clone, Debug, Serialize)]
-pub struct Subject {
-    /// The same in all its events, unique on this boot.
+pub struct ConnectionFields {
+    /// Identifier of the connection: the same in all its events, unique on this boot.
     pub id: String,
-    /// As `ss -e` shows it.
+    /// Socket cookie, as `ss -e` shows it.
     pub cookie: Option<u64>,
-    /// `live`, or `scan` where it was found in the socket table.
+    /// `live`, or `scan` if the connection was found in the socket table.
     pub source: &'static str,
-    /// `ipv4` or `ipv6`: the socket's.
+    /// Address family of the socket: `ipv4` or `ipv6`.
     pub family: &'static str,
     /// Source and destination address.
     pub addr: String,
@@ -121,67 +123,67 @@ pub struct Subject {
     pub port: u16,
     /// Inode of the network namespace.
     pub netns: Option<u32>,
-    /// `ephemeral`, or `bound` where the socket had a port before it dialled.
+    /// `ephemeral` if connect() chose the source port, `bound` if the socket had a port before connect().
     pub cause: Option<&'static str>,
-    /// The process that dialled, in the initial pid namespace.
+    /// The process that connected, in the initial pid namespace.
     pub pid: Option<u32>,
-    /// Its thread.
+    /// Thread id of the connecting thread.
     pub tid: Option<u32>,
-    /// The process's name.
+    /// Name of the process.
     pub comm: Option<String>,
-    /// The thread's name.
+    /// Name of the thread.
     pub thread_comm: Option<String>,
-    /// Path of its program.
+    /// Path of the executable.
     pub exe: Option<String>,
-    /// Its arguments.
+    /// Arguments of the process.
     pub cmdline: Option<Vec<String>>,
-    /// Its real user id.
+    /// Real user id of the process.
     pub uid: Option<u32>,
-    /// Path of its control group.
+    /// Path of the control group.
     pub cgroup: Option<String>,
-    /// Its systemd unit.
+    /// systemd unit of the process.
     pub unit: Option<String>,
-    /// Its container's id.
+    /// Id of the container.
     pub container: Option<String>,
-    /// `witnessed` at connect, or `holder` by its open socket.
+    /// How the process is known: `witnessed` at connect(), or `holder` because it has the socket open.
     pub owner: Option<&'static str>,
-    /// Who holds the socket open now, where that was looked up.
+    /// The processes that have the socket open now. Null if they were not looked up.
     pub holders: Option<Vec<Holder>>,
     /// Initial sequence number.
     pub isn: Option<u32>,
-    /// The peer's; equal to `isn`, which is the proof.
+    /// Initial sequence number of the peer. Equality with `isn` proves the self-connection.
     pub peer_isn: Option<u32>,
 }
 
 /// `state`.
 #[derive(Debug, Serialize)]
-pub struct Moved {
-    /// Whose.
+pub struct StateChange {
+    /// The self-connection.
     #[serde(flatten)]
-    pub subject: Subject,
-    /// The kernel's name of the state it left.
+    pub connection: ConnectionFields,
+    /// Kernel name of the previous state.
     pub from: &'static str,
-    /// And of the one it is in.
+    /// Kernel name of the new state.
     pub to: &'static str,
 }
 
 /// `closed`.
 #[derive(Debug, Serialize)]
-pub struct Ended {
-    /// Whose.
+pub struct Closed {
+    /// The self-connection.
     #[serde(flatten)]
-    pub subject: Subject,
-    /// From ESTABLISHED to the end.
+    pub connection: ConnectionFields,
+    /// Time from ESTABLISHED to the end.
     pub duration_ns: Option<u64>,
-    /// Payload bytes: no SYN, FIN or retransmission.
+    /// Payload bytes sent, without SYN, FIN and retransmissions.
     pub bytes_sent: Option<u64>,
-    /// Payload bytes.
+    /// Payload bytes received.
     pub bytes_received: Option<u64>,
-    /// `fin`, `rst` or `destroyed`.
+    /// How the connection ended: `fin`, `rst` or `destroyed`.
     pub how: Option<&'static str>,
-    /// Who closed it, where that is known.
+    /// The process that closed the connection, if it is known.
     pub closer: Option<Holder>,
-    /// When TIME_WAIT ends and a server can bind the port again.
+    /// Time at which TIME_WAIT ends and a server can bind the port again.
     #[serde(serialize_with = "optional_rfc3339")]
     pub port_blocked_until: Option<Timestamp>,
 }
@@ -189,64 +191,64 @@ pub struct Ended {
 /// `lost`.
 #[derive(Debug, Serialize)]
 pub struct Lost {
-    /// `ring`, `missed`, `log`, `stdout`, `journal` or `dials`.
+    /// `ring`, `missed`, `log`, `stdout`, `journal`, `refused_table` or `hooks`.
     pub r#where: &'static str,
-    /// How many since the last such event.
+    /// Number lost since the previous `lost` event with the same `where`.
     pub count: u64,
-    /// The method that sees nothing any more, with `hooks`.
+    /// With `hooks`: the method that no longer observes connections.
     pub method: Option<&'static str>,
 }
 
 /// `stopped`.
 #[derive(Debug, Serialize)]
 pub struct Stopped {
-    /// Events made in this run, this one included.
+    /// Events emitted in this run, this one included.
     pub made: u64,
-    /// Events written to the log file, this one included; null without one.
+    /// Events written to the log file, this one included. Null without a log file.
     pub written: Option<u64>,
-    /// Transitions and events lost, by where.
+    /// Transitions and events lost, by the place where they were lost.
     pub lost: Losses,
-    /// Self-connections still open.
+    /// Self-connections that are still open.
     pub open: u64,
-    /// What the programs in the kernel counted.
+    /// Counters of the eBPF programs.
     #[serde(flatten)]
-    pub programs: Programs,
+    pub programs: ProgramCounters,
 }
 
-/// The programs' account of a run. `matched` = `delivered` + `lost.ring`.
+/// Counters of the eBPF programs over a run. `matched` = `delivered` + `lost.ring`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Programs {
-    /// Records that were to go through the ring buffer.
+pub struct ProgramCounters {
+    /// Records that the programs wanted to send through the ring buffer.
     pub matched: u64,
-    /// Records that came out of it.
+    /// Records that the daemon read from the ring buffer.
     pub delivered: u64,
-    /// How often a program was not run; `None`: the kernel doesn't count it.
+    /// Number of times the kernel skipped a program. `None` if the kernel does not count it.
     pub not_examined: Option<u64>,
-    /// Openers that the table of dials had no room for.
+    /// Connection attempts that were not inserted because the connect table was full.
     pub not_remembered: u64,
 }
 
-/// Totals of what was lost.
+/// Totals of the losses of a run, by the place where they happened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Losses {
     /// Transitions for which the ring buffer had no room.
     pub ring: u64,
-    /// Self-connections that the hooks missed and the socket table had.
+    /// Self-connections that the hooks missed and the socket table contained.
     pub missed: u64,
-    /// Events that the log file refused.
+    /// Events that could not be written to the log file.
     pub log: u64,
-    /// Events that nobody took from stdout.
+    /// Events that the reader of stdout did not read in time.
     pub stdout: u64,
-    /// Events that the journal did not take.
+    /// Events that the journal did not accept.
     pub journal: u64,
-    /// Refused dials that the table by port had no room for.
-    pub dials: u64,
-    /// Methods that saw nothing any more.
+    /// Refused connects that were not counted by destination because the table was full.
+    pub refused_table: u64,
+    /// Methods that no longer observed connections.
     pub hooks: u64,
 }
 
 impl Losses {
-    /// Both together.
+    /// The sum, field by field.
     #[must_use]
     pub fn plus(self, other: Self) -> Self {
         Self {
@@ -255,20 +257,21 @@ impl Losses {
             log: self.log + other.log,
             stdout: self.stdout + other.stdout,
             journal: self.journal + other.journal,
-            dials: self.dials + other.dials,
+            refused_table: self.refused_table + other.refused_table,
             hooks: self.hooks + other.hooks,
         }
     }
 }
 
-impl Subject {
-    /// What is known of a connection, and what `/proc` knows of its opener. `run` is the mark of this run, by which ids
-    /// stay unique on this boot.
+impl ConnectionFields {
+    /// Combines a tracked connection with the information that `/proc` has about its process. `run`
+    /// identifies this run, so that ids stay unique on this boot.
     #[must_use]
-    pub fn new(connection: &Connection, run: u64, who: &Who) -> Self {
-        let (opener, facts) = (connection.opener, &who.facts);
-        // Where nobody saw the dial, the first who has the socket open stands in.
-        let holder = who.holders.as_ref().and_then(|holders| holders.first()).filter(|_| opener.is_none());
+    pub fn new(connection: &Connection, run: u64, attribution: &Attribution) -> Self {
+        let (opener, process) = (connection.opener, &attribution.process);
+        // If connect() was not observed, report the first process that has the socket open instead.
+        let holder =
+            attribution.holders.as_ref().and_then(|holders| holders.first()).filter(|_| opener.is_none());
         let task = opener.map(|opener| opener.task);
         Self {
             id: format!("{run:x}-{:x}", connection.number),
@@ -292,48 +295,52 @@ impl Subject {
             comm: task
                 .and_then(|task| process_name(&task))
                 .or_else(|| holder.and_then(|holder| holder.comm.clone()))
-                .or_else(|| facts.comm.clone()),
+                .or_else(|| process.comm.clone()),
             thread_comm: task.map(|task| comm(&task.comm)),
-            exe: facts.exe.clone(),
-            cmdline: facts.cmdline.clone(),
+            exe: process.exe.clone(),
+            cmdline: process.cmdline.clone(),
             uid: opener.map(|opener| opener.uid).or(connection.uid),
-            cgroup: facts.cgroup.clone(),
-            unit: facts.unit.clone(),
-            container: facts.container.clone(),
+            cgroup: process.cgroup.clone(),
+            unit: process.unit.clone(),
+            container: process.container.clone(),
             owner: opener.map(|_| "witnessed").or(holder.map(|_| "holder")),
-            holders: who.holders.clone(),
+            holders: attribution.holders.clone(),
             isn: connection.isns.map(|(isn, _)| isn),
             peer_isn: connection.isns.map(|(_, peer_isn)| peer_isn),
         }
     }
 }
 
-/// The process's name, where the kernel side could read it.
+/// The name of the process, if the eBPF program could read it.
 fn process_name(task: &Task) -> Option<String> {
     (task.leader[0] != 0 || task.pid == task.tid).then(|| comm(&task.leader))
 }
 
-impl Moved {
-    /// A transition, by the kernel's numbers of its states.
+impl StateChange {
+    /// `from` and `to` are the kernel's state numbers.
     #[must_use]
-    pub fn new(subject: Subject, from: u8, to: u8) -> Self {
-        Self { subject, from: state::name(from), to: state::name(to) }
+    pub fn new(connection: ConnectionFields, from: u8, to: u8) -> Self {
+        Self { connection, from: state::name(from), to: state::name(to) }
     }
 }
 
-impl Ended {
-    /// The end of a self-connection.
+impl Closed {
     #[must_use]
-    pub fn new(subject: Subject, closer: Option<&Task>, end: &End, clock: Offset) -> Self {
+    pub fn new(
+        connection: ConnectionFields,
+        closer: Option<&Task>,
+        end: &ConnectionEnd,
+        clock: Offset,
+    ) -> Self {
         Self {
-            subject,
+            connection,
             duration_ns: end.duration_ns,
             bytes_sent: end.bytes_sent,
             bytes_received: end.bytes_received,
-            how: end.how.map(|how| match how {
-                How::Fin => "fin",
-                How::Rst => "rst",
-                How::Destroyed => "destroyed",
+            how: end.reason.map(|how| match how {
+                CloseReason::Fin => "fin",
+                CloseReason::Rst => "rst",
+                CloseReason::Destroyed => "destroyed",
             }),
             closer: closer.map(|task| Holder { pid: task.pid, comm: process_name(task) }),
             port_blocked_until: end.port_blocked_until_ns.map(|at_ns| clock.wall(at_ns)),

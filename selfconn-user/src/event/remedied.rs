@@ -1,21 +1,21 @@
-//! `remedied`: what `--remedy` did about a self-connection, or would have done.
+//! The event `remedied`: the action of `--remedy` on a self-connection, or the action that a dry run skipped.
 
 use serde::Serialize;
 
-use super::Subject;
+use super::ConnectionFields;
 
 /// `remedied`.
 #[derive(Debug, Serialize)]
 pub struct Remedied {
-    /// Whose.
+    /// The self-connection.
     #[serde(flatten)]
-    pub subject: Subject,
+    pub connection: ConnectionFields,
     /// `dry-run` or `destroy`.
     pub mode: &'static str,
-    /// What came of it.
+    /// Outcome of the remedy, such as `destroyed` or `would_destroy`.
     pub result: &'static str,
-    /// The reason, where the result alone doesn't tell.
+    /// Reason of the result, if the result alone does not explain it.
     pub why: Option<String>,
-    /// Whether a server can bind the port at once.
+    /// True if a server can bind the port immediately.
     pub port_freed: Option<bool>,
 }

@@ -1,110 +1,111 @@
-//! `at_risk` and `at_risk_over`.
+//! The events `at_risk` and `at_risk_over`: connects to a closed local port that can become a
+//! self-connection.
 
 use serde::Serialize;
 
 use super::process_name;
 use crate::{
-    process::Facts,
-    risk::{Chance, Dials, Why},
+    process::ProcessInfo,
+    risk::{Chance, RefusedConnects, RiskEndReason},
 };
 
-/// Who dials what, how often.
+/// Refused connects of one address to one of its own ports: the destination, the newest process, and the
+/// counts.
 #[derive(Clone, Debug, Serialize)]
-pub struct Dialled {
+pub struct RefusedConnectFields {
     /// Source and destination address.
     pub addr: String,
     /// Destination port.
     pub port: u16,
     /// Inode of the network namespace.
     pub netns: Option<u32>,
-    /// The newest dialler, in the initial pid namespace.
+    /// The process that connected last, in the initial pid namespace.
     pub pid: Option<u32>,
-    /// The process's name.
+    /// Name of the process.
     pub comm: Option<String>,
-    /// Path of its program.
+    /// Path of the executable.
     pub exe: Option<String>,
-    /// Its systemd unit.
+    /// systemd unit of the process.
     pub unit: Option<String>,
-    /// Its container's id.
+    /// Id of the container.
     pub container: Option<String>,
-    /// How many pids dialled, at least.
+    /// Number of distinct pids that connected; a lower bound.
     pub dialers: u32,
-    /// Refused dials in `window_ns`.
+    /// Refused connects in `window_ns`.
     pub refused: u64,
-    /// From the first of them to the newest.
+    /// Time from the first of these connects to the newest.
     pub window_ns: u64,
 }
 
 /// `at_risk`.
 #[derive(Debug, Serialize)]
 pub struct AtRisk {
-    /// What is dialled.
+    /// The refused connects.
     #[serde(flatten)]
-    pub dialled: Dialled,
-    /// One dial in so many hits.
+    pub connects: RefusedConnectFields,
+    /// Mean number of connects until one becomes a self-connection.
     pub expected_dials: Option<u32>,
-    /// When a hit is to be expected at this pace.
+    /// Expected time until a self-connection at this rate of connects.
     pub eta_seconds: Option<u64>,
-    /// Why the two above are unknown.
+    /// Why `expected_dials` and `eta_seconds` are unknown.
     pub range_unknown: Option<String>,
 }
 
 /// `at_risk_over`.
 #[derive(Debug, Serialize)]
 pub struct AtRiskOver {
-    /// What was dialled.
+    /// The refused connects.
     #[serde(flatten)]
-    pub dialled: Dialled,
-    /// `silence`, or `unreachable` where `connect()` can't choose the port any more.
+    pub connects: RefusedConnectFields,
+    /// `silence` if the connects stopped, or `unreachable` if `connect()` can no longer choose the port.
     pub why: &'static str,
 }
 
-impl Dialled {
-    /// What the programs counted, and what `/proc` knows of the newest dialler.
+impl RefusedConnectFields {
+    /// Combines the counts of the eBPF programs with the information that `/proc` has about the newest
+    /// process.
     #[must_use]
-    pub fn new(dials: &Dials, facts: &Facts) -> Self {
-        let is_seen = dials.newest.at_ns != 0;
+    pub fn new(connects: &RefusedConnects, process: &ProcessInfo) -> Self {
+        let is_seen = connects.newest.at_ns != 0;
         Self {
-            addr: dials.addr.to_string(),
-            port: dials.port,
-            netns: (dials.netns != 0).then_some(dials.netns),
-            pid: is_seen.then_some(dials.newest.task.pid),
-            comm: process_name(&dials.newest.task).filter(|_| is_seen).or_else(|| facts.comm.clone()),
-            exe: facts.exe.clone(),
-            unit: facts.unit.clone(),
-            container: facts.container.clone(),
-            dialers: dials.dialers,
-            refused: dials.refused,
-            window_ns: dials.window_ns,
+            addr: connects.addr.to_string(),
+            port: connects.port,
+            netns: (connects.netns != 0).then_some(connects.netns),
+            pid: is_seen.then_some(connects.newest.task.pid),
+            comm: process_name(&connects.newest.task).filter(|_| is_seen).or_else(|| process.comm.clone()),
+            exe: process.exe.clone(),
+            unit: process.unit.clone(),
+            container: process.container.clone(),
+            dialers: connects.dialers,
+            refused: connects.refused,
+            window_ns: connects.window_ns,
         }
     }
 }
 
 impl AtRisk {
-    /// With what a hit takes.
     #[must_use]
-    pub fn new(dials: &Dials, chance: &Chance, facts: &Facts) -> Self {
+    pub fn new(connects: &RefusedConnects, chance: &Chance, process: &ProcessInfo) -> Self {
         let (expected_dials, range_unknown) = match chance {
-            Chance::OneIn(dials) => (Some(*dials), None),
+            Chance::OneIn(expected) => (Some(*expected), None),
             Chance::Unknown(why) => (None, Some(why.clone())),
         };
         Self {
-            dialled: Dialled::new(dials, facts),
+            connects: RefusedConnectFields::new(connects, process),
             expected_dials,
-            eta_seconds: dials.eta_seconds(chance),
+            eta_seconds: connects.eta_seconds(chance),
             range_unknown,
         }
     }
 }
 
 impl AtRiskOver {
-    /// With why it is over.
     #[must_use]
-    pub fn new(dials: &Dials, why: Why, facts: &Facts) -> Self {
+    pub fn new(connects: &RefusedConnects, why: RiskEndReason, process: &ProcessInfo) -> Self {
         let why = match why {
-            Why::Silence => "silence",
-            Why::Unreachable => "unreachable",
+            RiskEndReason::Silence => "silence",
+            RiskEndReason::Unreachable => "unreachable",
         };
-        Self { dialled: Dialled::new(dials, facts), why }
+        Self { connects: RefusedConnectFields::new(connects, process), why }
     }
 }

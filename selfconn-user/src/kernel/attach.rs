@@ -1,11 +1,12 @@
-//! Which programs to attach, as data: the methods of each hook, the pairs worth having in order, and what a refusal
-//! means. Pure but for the attempts it is handed, so every decision is tested without a kernel.
+//! Decides which programs to attach: the methods of each hook, the pairs of methods in the order of
+//! preference, and the reasons why a method can be unavailable. Everything here is pure: the caller passes in
+//! a function that attaches a method, so every decision is tested without a kernel.
 
 use std::fmt;
 
 use selfconn_ebpf::names;
 
-/// Where in the kernel a transition is seen.
+/// The place in the kernel where a state transition is observed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Hook {
     /// The tracepoint `sock:inet_sock_set_state`.
@@ -15,10 +16,10 @@ pub enum Hook {
 }
 
 impl Hook {
-    /// Both hooks, in the order they are told.
+    /// Both hooks, in the order in which they are reported.
     pub const ALL: [Self; 2] = [Self::InetSockSetState, Self::TcpSetState];
 
-    /// The kernel's name.
+    /// The kernel's name of the hook.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -27,7 +28,7 @@ impl Hook {
         }
     }
 
-    /// The methods of this hook, in the order of preference.
+    /// The methods that attach to this hook, in the order of preference.
     #[must_use]
     pub const fn candidates(self) -> &'static [Method] {
         match self {
@@ -54,7 +55,7 @@ impl Method {
     /// Every method, in the order of [`names::PROGRAMS`].
     pub const ALL: [Self; 4] = [Self::TpBtf, Self::Perf, Self::Fentry, Self::Kprobe];
 
-    /// As events, options and metrics have it.
+    /// The name in events, options and metrics.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -65,7 +66,7 @@ impl Method {
         }
     }
 
-    /// The hook that it is a method of.
+    /// The hook that this method attaches to.
     #[must_use]
     pub const fn hook(self) -> Hook {
         match self {
@@ -74,28 +75,29 @@ impl Method {
         }
     }
 
-    /// The program that implements it, where a socket's addresses are where [`selfconn_ebpf::USUAL`] has them, or not.
+    /// The name of the program that implements this method, with static offsets or with offsets from BTF.
     #[must_use]
-    pub const fn program(self, is_usual: bool) -> &'static str {
+    pub const fn program(self, uses_static_offsets: bool) -> &'static str {
         match self {
-            Self::TpBtf if is_usual => names::TP_BTF,
-            Self::TpBtf => names::TP_BTF_ANY,
+            Self::TpBtf if uses_static_offsets => names::TP_BTF,
+            Self::TpBtf => names::TP_BTF_OFFSETS,
             Self::Perf => names::PERF,
-            Self::Fentry if is_usual => names::FENTRY,
-            Self::Fentry => names::FENTRY_ANY,
-            Self::Kprobe if is_usual => names::KPROBE,
-            Self::Kprobe => names::KPROBE_ANY,
+            Self::Fentry if uses_static_offsets => names::FENTRY,
+            Self::Fentry => names::FENTRY_BTF_OFFSETS,
+            Self::Kprobe if uses_static_offsets => names::KPROBE,
+            Self::Kprobe => names::KPROBE_BTF_OFFSETS,
         }
     }
 
-    /// What keeps a program from running inside itself, and so loses transitions: programs with [`Guard::Shared`] also
-    /// stand aside for every other agent's kprobe, tracepoint and perf event programs on the same CPU
-    /// (`trace_call_bpf`, `kernel/trace/bpf_trace.c` at v6.12).
+    /// The kernel's protection that keeps a program from running inside itself. A program that it skips loses
+    /// the transition. Programs with [`RecursionGuard::PerCpu`] are also skipped while a kprobe, tracepoint
+    /// or perf event program of any other agent runs on the same CPU (`trace_call_bpf`,
+    /// `kernel/trace/bpf_trace.c` at v6.12).
     #[must_use]
-    pub const fn guard(self) -> Guard {
+    pub const fn recursion_guard(self) -> RecursionGuard {
         match self {
-            Self::TpBtf | Self::Fentry => Guard::Own,
-            Self::Perf | Self::Kprobe => Guard::Shared,
+            Self::TpBtf | Self::Fentry => RecursionGuard::PerProgram,
+            Self::Perf | Self::Kprobe => RecursionGuard::PerCpu,
         }
     }
 }
@@ -106,19 +108,22 @@ impl fmt::Display for Method {
     }
 }
 
-/// See [`Method::guard`].
+/// The scope of the kernel's recursion protection; see [`Method::recursion_guard`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Guard {
-    /// One counter for each program and CPU.
-    Own,
-    /// One counter for each CPU.
-    Shared,
+pub enum RecursionGuard {
+    /// One counter for each program on each CPU.
+    PerProgram,
+    /// One counter for each CPU, which all such programs of the host share.
+    PerCpu,
 }
 
-/// Two witnesses lose nothing together as long as they don't share a guard: what interrupts or preempts one doesn't
-/// stop the other. One that can't be preempted comes before two that can, both hooks before both methods of one;
-/// ARCHITECTURE.md has the measurements. The last pair shares a guard, and is for those who ask for just that.
-const PAIRS: [[Method; 2]; 6] = [
+/// The pairs of methods, in the order of preference. Two probes together lose nothing if they do not share a
+/// recursion guard, because an interrupt or preemption that stops one probe does not stop the other.
+///
+/// A pair with one non-preemptible method comes before a pair with two preemptible ones. A pair on both hooks
+/// comes before a pair of both methods of one hook. ARCHITECTURE.md has the measurements. The last pair
+/// shares a guard; it is used only when the user asks for exactly these two methods or for both hooks.
+const METHOD_PAIRS: [[Method; 2]; 6] = [
     [Method::TpBtf, Method::Kprobe],
     [Method::Fentry, Method::Perf],
     [Method::TpBtf, Method::Perf],
@@ -127,23 +132,25 @@ const PAIRS: [[Method; 2]; 6] = [
     [Method::Perf, Method::Kprobe],
 ];
 
-/// Where no pair is to be had. The non-preemptible methods lose least on kernels from v7.1 on, but read no kernel
-/// memory under lockdown=confidentiality; by then they are refused, and the others are next.
-const SINGLES: [Method; 4] = [Method::TpBtf, Method::Fentry, Method::Perf, Method::Kprobe];
+/// The order of single methods, for kernels on which no pair can be attached. On kernels from v7.1 on the
+/// non-preemptible methods lose least, but they cannot read kernel memory under lockdown=confidentiality. In
+/// that case they have already been refused, and the other methods are tried next.
+const SINGLE_METHODS: [Method; 4] = [Method::TpBtf, Method::Fentry, Method::Perf, Method::Kprobe];
 
-/// Why a method is not live.
+/// The reason why a method is not attached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// This kernel doesn't have it.
+    /// This kernel does not have the method.
     Unsupported(String),
-    /// This kernel has it, and its policy refuses it to a process with every capability it asks for.
+    /// This kernel has the method, but its policy refuses it although the process has every required
+    /// capability.
     Refused(String),
-    /// This process lacks a capability. No other method would fare better.
+    /// This process lacks a capability. Every other method would fail for the same reason.
     Denied(String),
-    /// Our program was refused by a kernel that has all it needs: a bug of ours.
+    /// The kernel has everything that the program needs and refuses the program: a bug in this project.
     Broken(String),
-    /// Not asked for.
-    NotWanted,
+    /// The user did not ask for this method.
+    NotRequested,
 }
 
 impl fmt::Display for Refusal {
@@ -153,18 +160,18 @@ impl fmt::Display for Refusal {
             Self::Refused(why) => write!(f, "refused: {why}"),
             Self::Denied(why) => write!(f, "denied: {why}"),
             Self::Broken(why) => write!(f, "broken: {why}"),
-            Self::NotWanted => write!(f, "not wanted"),
+            Self::NotRequested => write!(f, "not wanted"),
         }
     }
 }
 
-/// Which hooks to use.
+/// The hooks to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Hooks {
-    /// Whatever loads.
+    /// Every hook that can be attached.
     #[default]
     Auto,
-    /// Both, or fail.
+    /// Both hooks; fail if one cannot be attached.
     Both,
     /// `inet_sock_set_state` only.
     Tracepoint,
@@ -172,18 +179,17 @@ pub enum Hooks {
     Function,
 }
 
-/// What the user asked for.
+/// The hooks and methods that the user asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Wanted {
-    /// Which hooks.
+pub struct RequestedHooks {
     pub hooks: Hooks,
-    /// The one method for `inet_sock_set_state`; `None`: any.
+    /// The only method to use for `inet_sock_set_state`; `None`: any.
     pub tracepoint: Option<Method>,
-    /// The one method for `tcp_set_state`; `None`: any.
+    /// The only method to use for `tcp_set_state`; `None`: any.
     pub function: Option<Method>,
 }
 
-impl Wanted {
+impl RequestedHooks {
     fn allows(self, method: Method) -> bool {
         let (hook, forced) = match method.hook() {
             Hook::InetSockSetState => (self.hooks != Hooks::Function, self.tracepoint),
@@ -192,67 +198,68 @@ impl Wanted {
         hook && forced.is_none_or(|forced| forced == method)
     }
 
-    /// Whether nothing but both of these will do.
-    fn demands(self, pair: [Method; 2]) -> bool {
+    /// True if the user's request can be met only by attaching both of these methods.
+    fn requires_both(self, pair: [Method; 2]) -> bool {
         let is_forced = |method| self.tracepoint == Some(method) || self.function == Some(method);
         self.hooks == Hooks::Both || pair.into_iter().all(is_forced)
     }
 
-    /// Whether this pair may be chosen.
+    /// True if this pair may be chosen.
     fn allows_pair(self, pair: [Method; 2]) -> bool {
-        let share_a_guard = pair.iter().all(|method| method.guard() == Guard::Shared);
+        let share_a_guard = pair.iter().all(|method| method.recursion_guard() == RecursionGuard::PerCpu);
         let one_hook = pair[0].hook() == pair[1].hook();
-        (!share_a_guard || self.demands(pair)) && !(one_hook && self.hooks == Hooks::Both)
+        (!share_a_guard || self.requires_both(pair)) && !(one_hook && self.hooks == Hooks::Both)
     }
 }
 
-/// What became of the attempts.
+/// The result of the attempts to attach.
 #[derive(Debug)]
 pub struct Choice<T> {
-    /// The live methods.
+    /// The attached methods.
     pub live: Vec<(Method, T)>,
-    /// Every other method that was tried, and why it isn't live.
+    /// Every other method that was tried, with the reason why it is not attached.
     pub refused: Vec<(Method, Refusal)>,
 }
 
 impl<T> Choice<T> {
-    /// Why the methods of a hook that were tried aren't live.
-    pub fn refused_of(&self, hook: Hook) -> impl Iterator<Item = &(Method, Refusal)> {
+    /// The methods of a hook that are not attached, with the reasons.
+    pub fn refused_on(&self, hook: Hook) -> impl Iterator<Item = &(Method, Refusal)> {
         self.refused.iter().filter(move |(method, _)| method.hook() == hook)
     }
 
-    /// The live methods of a hook.
-    pub fn live_of(&self, hook: Hook) -> impl Iterator<Item = Method> {
+    /// The attached methods of a hook.
+    pub fn live_on(&self, hook: Hook) -> impl Iterator<Item = Method> {
         self.live.iter().map(|(method, _)| *method).filter(move |method| method.hook() == hook)
     }
 
-    /// Whether this is what was asked for; `Err` is what is missing.
+    /// Checks that the user's request is met; the error says what is missing.
     ///
     /// # Errors
-    /// When nothing is live, a forced method isn't, or `both` hooks were asked for and one is dead.
-    pub fn satisfies(&self, wanted: Wanted) -> Result<(), String> {
+    /// If no method is attached, if a requested method is not attached, or if both hooks were requested and
+    /// one of them has no attached method.
+    pub fn satisfies(&self, requested: RequestedHooks) -> Result<(), String> {
         let reasons = |hook: Option<Hook>| {
-            let of = |method: Method| hook.is_none_or(|hook| hook == method.hook());
-            let told =
+            let is_on_hook = |method: Method| hook.is_none_or(|hook| hook == method.hook());
+            let describe =
                 |(method, why): &(Method, Refusal)| format!("{}: {method} {why}", method.hook().name());
             let reasons: Vec<_> = self
                 .refused
                 .iter()
-                .filter(|(method, why)| of(*method) && *why != Refusal::NotWanted)
-                .map(told)
+                .filter(|(method, why)| is_on_hook(*method) && *why != Refusal::NotRequested)
+                .map(describe)
                 .collect();
             if reasons.is_empty() { "no method was tried".to_owned() } else { reasons.join("; ") }
         };
         for (hook, forced) in
-            [(Hook::InetSockSetState, wanted.tracepoint), (Hook::TcpSetState, wanted.function)]
+            [(Hook::InetSockSetState, requested.tracepoint), (Hook::TcpSetState, requested.function)]
         {
             if let Some(forced) = forced
-                && wanted.allows(forced)
-                && !self.live_of(hook).any(|method| method == forced)
+                && requested.allows(forced)
+                && !self.live_on(hook).any(|method| method == forced)
             {
                 return Err(format!("{} cannot be attached ({})", forced.name(), reasons(Some(hook))));
             }
-            if wanted.hooks == Hooks::Both && self.live_of(hook).next().is_none() {
+            if requested.hooks == Hooks::Both && self.live_on(hook).next().is_none() {
                 return Err(format!("{} cannot be attached ({})", hook.name(), reasons(Some(hook))));
             }
         }
@@ -263,15 +270,20 @@ impl<T> Choice<T> {
     }
 }
 
-/// Attaches the first pair that is allowed and loads, else the first method that does.
+/// Attaches the first pair that is allowed and can be attached. If there is no such pair, attaches the first
+/// single method that can be attached.
 ///
-/// `attempt` loads and attaches one method, and is called at most once for each. A method that was attached for a pair
-/// which then didn't come about is dropped, and so detached. After a [`Refusal::Denied`] nothing more is tried.
-pub fn choose<T>(wanted: Wanted, mut attempt: impl FnMut(Method) -> Result<T, Refusal>) -> Choice<T> {
+/// `attempt` loads and attaches one method; it is called at most once for each method. If only one method of
+/// a pair can be attached and that method is not chosen in the end, it is dropped, which detaches it. After a
+/// [`Refusal::Denied`] no further method is tried.
+pub fn choose<T>(
+    requested: RequestedHooks,
+    mut attempt: impl FnMut(Method) -> Result<T, Refusal>,
+) -> Choice<T> {
     let mut tried: Vec<(Method, Result<T, Refusal>)> = Vec::new();
     let mut is_denied = false;
-    let mut attached = |method: Method, tried: &mut Vec<(Method, Result<T, Refusal>)>| {
-        if !wanted.allows(method) {
+    let mut can_attach = |method: Method, tried: &mut Vec<(Method, Result<T, Refusal>)>| {
+        if !requested.allows(method) {
             return false;
         }
         if let Some((_, outcome)) = tried.iter().find(|(known, _)| *known == method) {
@@ -285,19 +297,22 @@ pub fn choose<T>(wanted: Wanted, mut attempt: impl FnMut(Method) -> Result<T, Re
         tried.push((method, outcome));
         tried.last().is_some_and(|(_, outcome)| outcome.is_ok())
     };
-    let pair = PAIRS
+    let pair = METHOD_PAIRS
         .iter()
-        .filter(|pair| wanted.allows_pair(**pair))
-        .find(|pair| pair.iter().all(|method| attached(*method, &mut tried)));
+        .filter(|pair| requested.allows_pair(**pair))
+        .find(|pair| pair.iter().all(|method| can_attach(*method, &mut tried)));
     let chosen: Vec<Method> = match pair {
         Some(pair) => pair.to_vec(),
-        None => SINGLES.into_iter().find(|method| attached(*method, &mut tried)).into_iter().collect(),
+        None => {
+            SINGLE_METHODS.into_iter().find(|method| can_attach(*method, &mut tried)).into_iter().collect()
+        }
     };
-    // A hook left without a method says why for each of its methods, tried or not so far.
+    // For a hook without an attached method, try its remaining methods too, so that the reason of each is
+    // known.
     for hook in Hook::ALL {
         if !chosen.iter().any(|method| method.hook() == hook) {
             for method in hook.candidates() {
-                attached(*method, &mut tried);
+                can_attach(*method, &mut tried);
             }
         }
     }
@@ -305,13 +320,14 @@ pub fn choose<T>(wanted: Wanted, mut attempt: impl FnMut(Method) -> Result<T, Re
     for (method, outcome) in tried {
         match outcome {
             Ok(link) if chosen.contains(&method) => choice.live.push((method, link)),
-            // Loads, but a better pair was found, or it would share a guard with the other.
+            // This method can be attached, but a better pair was found, or it would share a guard with the
+            // other method.
             Ok(_) => {}
             Err(why) => choice.refused.push((method, why)),
         }
     }
-    for method in Method::ALL.into_iter().filter(|method| !wanted.allows(*method)) {
-        choice.refused.push((method, Refusal::NotWanted));
+    for method in Method::ALL.into_iter().filter(|method| !requested.allows(*method)) {
+        choice.refused.push((method, Refusal::NotRequested));
     }
     choice.live.sort_by_key(|(method, _)| *method);
     choice.refused.sort_by_key(|(method, _)| *method);
@@ -323,11 +339,11 @@ mod tests {
     use super::*;
     use Method::*;
 
-    const ANY: Wanted = Wanted { hooks: Hooks::Auto, tracepoint: None, function: None };
+    const ANY: RequestedHooks = RequestedHooks { hooks: Hooks::Auto, tracepoint: None, function: None };
 
-    fn loads(these: &[Method]) -> impl FnMut(Method) -> Result<Method, Refusal> + '_ {
+    fn attach_only(methods: &[Method]) -> impl FnMut(Method) -> Result<Method, Refusal> + '_ {
         |method| {
-            if these.contains(&method) { Ok(method) } else { Err(Refusal::Unsupported("not here".into())) }
+            if methods.contains(&method) { Ok(method) } else { Err(Refusal::Unsupported("not here".into())) }
         }
     }
 
@@ -336,12 +352,13 @@ mod tests {
     }
 
     #[test]
-    fn the_default_pair_never_shares_a_guard() {
+    fn the_default_pair_never_shares_a_recursion_guard() {
         for bits in 0..16_u32 {
             let these: Vec<_> = Method::ALL.into_iter().filter(|m| bits & 1 << *m as u32 != 0).collect();
-            let live = live(&choose(ANY, loads(&these)));
-            let shared =
-                |these: &[Method]| these.iter().filter(|method| method.guard() == Guard::Shared).count();
+            let live = live(&choose(ANY, attach_only(&these)));
+            let shared = |these: &[Method]| {
+                these.iter().filter(|method| method.recursion_guard() == RecursionGuard::PerCpu).count()
+            };
             assert!(shared(&live) <= 1, "{these:?} gave {live:?}");
             let disjoint = these.len() - shared(&these).saturating_sub(1);
             assert_eq!(live.len(), disjoint.min(2), "{these:?} gave {live:?}");
@@ -361,15 +378,15 @@ mod tests {
             (&[Kprobe], &[Kprobe]),
             (&[], &[]),
         ] {
-            assert_eq!(live(&choose(ANY, loads(these))), expected, "{these:?}");
+            assert_eq!(live(&choose(ANY, attach_only(these))), expected, "{these:?}");
         }
     }
 
     #[test]
-    fn a_hook_without_a_method_tells_the_reason_of_each() {
-        let choice = choose(ANY, loads(&[TpBtf, Perf]));
-        assert_eq!(choice.refused_of(Hook::TcpSetState).count(), 2);
-        assert_eq!(choice.refused_of(Hook::InetSockSetState).count(), 0);
+    fn a_hook_without_an_attached_method_has_a_reason_for_each_method() {
+        let choice = choose(ANY, attach_only(&[TpBtf, Perf]));
+        assert_eq!(choice.refused_on(Hook::TcpSetState).count(), 2);
+        assert_eq!(choice.refused_on(Hook::InetSockSetState).count(), 0);
     }
 
     #[test]
@@ -384,10 +401,10 @@ mod tests {
     }
 
     #[test]
-    fn no_method_is_attempted_twice_nor_unasked() {
+    fn no_method_is_attempted_twice_or_without_request() {
         let mut attempts = Vec::new();
-        let wanted = Wanted { hooks: Hooks::Tracepoint, ..ANY };
-        let _ = choose::<()>(wanted, |method| {
+        let requested = RequestedHooks { hooks: Hooks::Tracepoint, ..ANY };
+        let _ = choose::<()>(requested, |method| {
             attempts.push(method);
             Err(Refusal::Unsupported(String::new()))
         });
@@ -395,25 +412,29 @@ mod tests {
     }
 
     #[test]
-    fn what_was_forced_and_is_not_live_is_an_error() {
+    fn a_requested_method_that_is_not_attached_is_an_error() {
         let all = [TpBtf, Perf, Fentry, Kprobe];
-        let forced = |tracepoint, function| Wanted { hooks: Hooks::Auto, tracepoint, function };
-        for (wanted, these, expected) in [
+        let forced = |tracepoint, function| RequestedHooks { hooks: Hooks::Auto, tracepoint, function };
+        for (requested, these, expected) in [
             (forced(Some(Perf), None), &all[..], Ok(&[Perf, Fentry][..])),
             (forced(Some(TpBtf), Some(Fentry)), &all, Ok(&[TpBtf, Fentry])),
             (forced(Some(Perf), Some(Kprobe)), &all, Ok(&[Perf, Kprobe])),
             (forced(Some(TpBtf), None), &[Perf, Kprobe], Err("tp_btf cannot be attached")),
-            (Wanted { hooks: Hooks::Both, ..ANY }, &[TpBtf, Perf], Err("tcp_set_state cannot be attached")),
-            (Wanted { hooks: Hooks::Both, ..ANY }, &all, Ok(&[TpBtf, Kprobe])),
-            (Wanted { hooks: Hooks::Both, ..ANY }, &[Perf, Kprobe], Ok(&[Perf, Kprobe])),
-            (Wanted { hooks: Hooks::Function, ..ANY }, &all, Ok(&[Fentry, Kprobe])),
-            (Wanted { hooks: Hooks::Function, ..ANY }, &[TpBtf], Err("no hook can be attached")),
+            (
+                RequestedHooks { hooks: Hooks::Both, ..ANY },
+                &[TpBtf, Perf],
+                Err("tcp_set_state cannot be attached"),
+            ),
+            (RequestedHooks { hooks: Hooks::Both, ..ANY }, &all, Ok(&[TpBtf, Kprobe])),
+            (RequestedHooks { hooks: Hooks::Both, ..ANY }, &[Perf, Kprobe], Ok(&[Perf, Kprobe])),
+            (RequestedHooks { hooks: Hooks::Function, ..ANY }, &all, Ok(&[Fentry, Kprobe])),
+            (RequestedHooks { hooks: Hooks::Function, ..ANY }, &[TpBtf], Err("no hook can be attached")),
         ] {
-            let choice = choose(wanted, loads(these));
-            match (choice.satisfies(wanted), expected) {
-                (Ok(()), Ok(methods)) => assert_eq!(live(&choice), methods, "{wanted:?}"),
+            let choice = choose(requested, attach_only(these));
+            match (choice.satisfies(requested), expected) {
+                (Ok(()), Ok(methods)) => assert_eq!(live(&choice), methods, "{requested:?}"),
                 (Err(why), Err(says)) => assert!(why.contains(says), "{why}"),
-                (got, _) => panic!("{wanted:?} on {these:?}: {got:?}, live {:?}", live(&choice)),
+                (got, _) => panic!("{requested:?} on {these:?}: {got:?}, live {:?}", live(&choice)),
             }
         }
     }

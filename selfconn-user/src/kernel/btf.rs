@@ -1,14 +1,15 @@
-//! Reads the offsets of struct members out of a kernel's BTF. Pure: bytes in, offsets out.
+//! Reads the offsets of struct members from the kernel's BTF. Pure: bytes in, offsets out.
 //!
-//! aya parses BTF too, but keeps members to itself, and the general parsers hold every type and string of the kernel
-//! in memory (60 MiB, 120 ms); this one walks the types once and keeps where each begins (`Documentation/bpf/btf.rst`
-//! at v6.12 is the format).
+//! aya parses BTF too, but does not expose members. General parsers hold every type and string of the kernel
+//! in memory (60 MiB, 120 ms). This parser walks the types once and keeps only the position of each type. The
+//! format is described in `Documentation/bpf/btf.rst` at v6.12.
 
 use anyhow::{Context as _, Result, bail, ensure};
 
 const MAGIC: u16 = 0xeb9f;
 
-/// `enum` of kinds in `include/uapi/linux/btf.h`; only those that are told apart here have names.
+/// The `enum` of kinds in `include/uapi/linux/btf.h`; only the kinds that this parser distinguishes have
+/// names.
 mod kind {
     pub(super) const INT: u32 = 1;
     pub(super) const PTR: u32 = 2;
@@ -29,18 +30,16 @@ mod kind {
     pub(super) const ENUM64: u32 = 19;
 }
 
-/// What can be asked for by name.
+/// The kinds of types that can be looked up by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Named {
-    /// A struct.
+pub enum BtfKind {
     Struct,
-    /// A typedef; `btf_trace_NAME` is how a tracepoint shows.
+    /// A typedef; a tracepoint appears as the typedef `btf_trace_NAME`.
     Typedef,
-    /// A function.
     Function,
 }
 
-impl Named {
+impl BtfKind {
     const fn kind(self) -> u32 {
         match self {
             Self::Struct => kind::STRUCT,
@@ -54,20 +53,20 @@ impl Named {
 pub struct Btf<'a> {
     types: &'a [u8],
     strings: &'a [u8],
-    /// Where each type begins in `types`; type id n is at n - 1.
+    /// The offset of each type in `types`; type id n has index n - 1.
     starts: Vec<u32>,
 }
 
 #[derive(Clone, Copy)]
-struct Type {
+struct BtfType {
     name: u32,
     info: u32,
     size_or_type: u32,
-    /// Where what follows the common part begins.
+    /// The offset of the data that follows the common part.
     rest: usize,
 }
 
-impl Type {
+impl BtfType {
     fn kind(self) -> u32 {
         (self.info >> 24) & 0x1f
     }
@@ -78,10 +77,11 @@ impl Type {
 }
 
 impl<'a> Btf<'a> {
-    /// Checks the header and finds where each type begins.
+    /// Checks the header and records the offset of each type.
     ///
     /// # Errors
-    /// When the bytes are not BTF of this byte order, end early, or hold a kind that this reader doesn't know.
+    /// If the bytes are not BTF of this byte order, if they are truncated, or if they contain a kind that
+    /// this parser does not know.
     pub fn parse(bytes: &'a [u8]) -> Result<Self> {
         let header = bytes.get(..24).context("BTF: shorter than its header")?;
         let magic = u16::from_ne_bytes([header[0], header[1]]);
@@ -103,19 +103,19 @@ impl<'a> Btf<'a> {
         Ok(btf)
     }
 
-    /// Whether the kernel has something of this name.
+    /// True if the kernel has a type of this kind and name.
     #[must_use]
-    pub fn has(&self, named: Named, name: &str) -> bool {
-        self.find(named, name).is_some()
+    pub fn has(&self, kind: BtfKind, name: &str) -> bool {
+        self.find(kind, name).is_some()
     }
 
-    /// The offset in bytes of `member` in struct `name`; `a.b` reaches into member structs, and members of unnamed
-    /// structs and unions are found as C finds them. `None`: no such struct or member.
+    /// The offset in bytes of `member` in struct `name`. `a.b` names a member of a member struct. Members of
+    /// unnamed structs and unions are found as in C. `None`: there is no such struct or member.
     ///
     /// # Errors
-    /// When the BTF contradicts itself, or the member is a bit field.
+    /// If the BTF is inconsistent, or if the member is a bit field.
     pub fn offset(&self, name: &str, member: &str) -> Result<Option<u32>> {
-        let Some(mut ty) = self.find(Named::Struct, name) else { return Ok(None) };
+        let Some(mut ty) = self.find(BtfKind::Struct, name) else { return Ok(None) };
         let mut bits = 0_u32;
         for part in member.split('.') {
             let Some((offset, of)) = self.member(ty, part, 0)? else { return Ok(None) };
@@ -126,16 +126,16 @@ impl<'a> Btf<'a> {
         Ok(Some(bits / 8))
     }
 
-    /// BTF of its own in which nothing has a name but these, each under the type id that the kernel knows it by. It is
-    /// for a parser that keeps all it reads, and of which no more is wanted than these ids. What the kernel doesn't have
-    /// is left out.
+    /// Builds a small BTF in which only these types have names; each has the same type id as in the kernel's
+    /// BTF. It is meant for a parser that keeps everything it reads but is needed only for these ids. Types
+    /// that the kernel does not have are left out.
     #[must_use]
-    pub fn excerpt(&self, wanted: &[(Named, &str)]) -> Vec<u8> {
+    pub fn excerpt(&self, requested: &[(BtfKind, &str)]) -> Vec<u8> {
         let found =
-            wanted.iter().filter_map(|(named, name)| Some((self.index(*named, name)?, named.kind(), *name)));
+            requested.iter().filter_map(|(kind, name)| Some((self.index(*kind, name)?, kind.kind(), *name)));
         let found: Vec<(usize, u32, &str)> = found.collect();
         let last = found.iter().map(|(index, ..)| index + 1).max().unwrap_or(0);
-        // Whatever stands between is a pointer to nothing.
+        // The entries between the requested types are pointers to type 0 (void).
         let mut types = vec![[0, kind::PTR << 24, 0]; last];
         let mut strings = vec![0];
         for (index, kind, name) in found {
@@ -152,23 +152,24 @@ impl<'a> Btf<'a> {
         bytes
     }
 
-    fn find(&self, named: Named, name: &str) -> Option<Type> {
-        self.type_at(self.starts[self.index(named, name)?] as usize).ok()
+    fn find(&self, kind: BtfKind, name: &str) -> Option<BtfType> {
+        self.type_at(self.starts[self.index(kind, name)?] as usize).ok()
     }
 
-    /// One less than the type id.
-    fn index(&self, named: Named, name: &str) -> Option<usize> {
-        let is_it = |ty: Type| ty.kind() == named.kind() && self.is_named(ty.name, name);
-        self.starts.iter().position(|start| self.type_at(*start as usize).is_ok_and(is_it))
+    /// The index in `starts`, which is the type id minus one.
+    fn index(&self, kind: BtfKind, name: &str) -> Option<usize> {
+        let matches = |ty: BtfType| ty.kind() == kind.kind() && self.is_named(ty.name, name);
+        self.starts.iter().position(|start| self.type_at(*start as usize).is_ok_and(matches))
     }
 
     /// The offset in bits and the type id of a member.
-    fn member(&self, of: Type, name: &str, depth: u32) -> Result<Option<(u32, u32)>> {
+    fn member(&self, of: BtfType, name: &str, depth: u32) -> Result<Option<(u32, u32)>> {
         ensure!(depth < 16, "BTF: structs nested without end");
         if of.kind() != kind::STRUCT && of.kind() != kind::UNION {
             return Ok(None);
         }
-        // With the kind flag set an offset is 24 bits, and the upper 8 are the width of a bit field.
+        // If the kind flag is set, the lower 24 bits are the offset and the upper 8 bits are the width of a
+        // bit field.
         let has_widths = of.info >> 31 == 1;
         for index in 0..of.members() {
             let at = of.rest + index * 12;
@@ -188,8 +189,8 @@ impl<'a> Btf<'a> {
         Ok(None)
     }
 
-    /// The type behind typedefs and qualifiers.
-    fn resolve(&self, mut id: u32) -> Result<Type> {
+    /// Follows typedefs and qualifiers to the underlying type.
+    fn resolve(&self, mut id: u32) -> Result<BtfType> {
         for _ in 0..32 {
             let index = (id as usize).checked_sub(1).context("BTF: a member of type void")?;
             let ty = self.type_at(*self.starts.get(index).context("BTF: no such type id")? as usize)?;
@@ -203,8 +204,8 @@ impl<'a> Btf<'a> {
         bail!("BTF: typedefs nested without end")
     }
 
-    fn type_at(&self, at: usize) -> Result<Type> {
-        Ok(Type {
+    fn type_at(&self, at: usize) -> Result<BtfType> {
+        Ok(BtfType {
             name: word(self.types, at)?,
             info: word(self.types, at + 4)?,
             size_or_type: word(self.types, at + 8)?,
@@ -220,8 +221,8 @@ impl<'a> Btf<'a> {
     }
 }
 
-/// How many bytes follow the common part of a type.
-fn rest_len(ty: Type) -> Result<usize> {
+/// The number of bytes that follow the common part of a type.
+fn rest_len(ty: BtfType) -> Result<usize> {
     Ok(match ty.kind() {
         kind::INT | kind::VAR | kind::DECL_TAG => 4,
         kind::ARRAY => 12,
@@ -243,7 +244,7 @@ fn word(bytes: &[u8], at: usize) -> Result<u32> {
 mod tests {
     use super::*;
 
-    /// Builds BTF as a compiler would: `types` are the words of all types, `strings` follow the empty one.
+    /// Builds BTF as a compiler does: `types` are the words of all types, `strings` follow the empty string.
     fn btf(types: &[u32], strings: &str) -> Vec<u8> {
         let types: Vec<u8> = types.iter().flat_map(|word| word.to_ne_bytes()).collect();
         let mut out = MAGIC.to_ne_bytes().to_vec();
@@ -261,9 +262,11 @@ mod tests {
         kind << 24 | members | (flag as u32) << 31
     }
 
-    /// `struct outer { int a; union { int b; struct inner in; }; int flag:3; }; struct inner { int x; int y; };`
+    /// `struct outer { int a; union { int b; struct inner in; }; int flag:3; }; struct inner { int x; int y;
+    /// };`
     fn sample() -> Vec<u8> {
-        // offsets of strings: 1 int, 5 outer, 11 a, 13 b, 15 in, 18 flag, 23 inner, 29 x, 31 y, 33 btf_trace_t
+        // offsets of strings: 1 int, 5 outer, 11 a, 13 b, 15 in, 18 flag, 23 inner, 29 x, 31 y, 33
+        // btf_trace_t
         let strings = "int\0outer\0a\0b\0in\0flag\0inner\0x\0y\0btf_trace_t\0";
         btf(
             &[
@@ -335,34 +338,37 @@ mod tests {
         ] {
             assert_eq!(btf.offset(of, member).unwrap(), offset, "{of}.{member}");
         }
-        assert!(btf.has(Named::Typedef, "btf_trace_t"));
-        assert!(!btf.has(Named::Typedef, "btf_trace"));
-        assert!(!btf.has(Named::Function, "outer"));
+        assert!(btf.has(BtfKind::Typedef, "btf_trace_t"));
+        assert!(!btf.has(BtfKind::Typedef, "btf_trace"));
+        assert!(!btf.has(BtfKind::Function, "outer"));
     }
 
     #[test]
-    fn an_excerpt_has_what_is_wanted_under_its_own_id() {
+    fn an_excerpt_has_the_requested_types_under_their_original_ids() {
         let bytes = sample();
         let btf = Btf::parse(&bytes).unwrap();
-        let wanted = [
-            (Named::Typedef, "btf_trace_t"),
-            (Named::Struct, "inner"),
-            (Named::Function, "inner"),
-            (Named::Struct, "nothing"),
+        let requested = [
+            (BtfKind::Typedef, "btf_trace_t"),
+            (BtfKind::Struct, "inner"),
+            (BtfKind::Function, "inner"),
+            (BtfKind::Struct, "nothing"),
         ];
-        let excerpt = btf.excerpt(&wanted);
+        let excerpt = btf.excerpt(&requested);
         let excerpt = Btf::parse(&excerpt).unwrap();
-        for (named, name) in wanted {
-            assert_eq!(excerpt.index(named, name), btf.index(named, name), "{name}");
+        for (kind, name) in requested {
+            assert_eq!(excerpt.index(kind, name), btf.index(kind, name), "{name}");
         }
-        assert_eq!(excerpt.index(Named::Typedef, "btf_trace_t"), Some(5));
-        assert!(!excerpt.has(Named::Struct, "outer"));
+        assert_eq!(excerpt.index(BtfKind::Typedef, "btf_trace_t"), Some(5));
+        assert!(!excerpt.has(BtfKind::Struct, "outer"));
         assert_eq!(Btf::parse(&btf.excerpt(&[])).unwrap().starts.len(), 0);
-        assert!(aya::Btf::parse(&btf.excerpt(&wanted), aya::Endianness::default()).is_ok(), "aya reads it");
+        assert!(
+            aya::Btf::parse(&btf.excerpt(&requested), aya::Endianness::default()).is_ok(),
+            "aya reads it"
+        );
     }
 
     #[test]
-    fn a_bit_field_has_no_offset_to_read_at() {
+    fn the_offset_of_a_bit_field_is_an_error() {
         let bytes = sample();
         let error = Btf::parse(&bytes).unwrap().offset("outer", "flag").unwrap_err();
         assert!(error.to_string().contains("bit field"), "{error}");

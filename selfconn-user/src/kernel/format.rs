@@ -1,17 +1,19 @@
-//! Compares a tracepoint's `format` file with the record that the perf tracepoint program reads. Pure.
+//! Compares a tracepoint's `format` file with the record layout that the perf tracepoint program expects.
+//! Pure.
 //!
-//! The program's offsets are constants, for the verifier refuses run-time offsets into its context. A kernel whose
-//! record differs (before v5.6 `protocol` was one byte, and everything after it one byte nearer) must be refused.
+//! The program's offsets are constants, because the verifier refuses run-time offsets into the context. A
+//! kernel with a different layout must be refused: before v5.6 `protocol` was one byte, and every later field
+//! was one byte earlier.
 
-/// A field that a program reads: name, offset and size in bytes.
-type Field = (&'static str, u32, u32);
+/// A field that a program reads: name, offset in bytes and size in bytes.
+type FormatField = (&'static str, u32, u32);
 
-/// Of `sys_enter_bind`. Arguments of a system call have eight bytes each.
-pub const BIND_ENTER: &[Field] = &[("fd", 16, 8), ("umyaddr", 24, 8)];
-/// Of `sys_exit_bind`.
-pub const BIND_EXIT: &[Field] = &[("ret", 16, 8)];
-/// Of `inet_sock_set_state`.
-pub const SET_STATE: &[Field] = &[
+/// The fields of `sys_enter_bind`. Each argument of a system call has eight bytes.
+pub const BIND_ENTER: &[FormatField] = &[("fd", 16, 8), ("umyaddr", 24, 8)];
+/// The fields of `sys_exit_bind`.
+pub const BIND_EXIT: &[FormatField] = &[("ret", 16, 8)];
+/// The fields of `inet_sock_set_state`.
+pub const SET_STATE: &[FormatField] = &[
     ("skaddr", 8, 8),
     ("oldstate", 16, 4),
     ("newstate", 20, 4),
@@ -23,16 +25,18 @@ pub const SET_STATE: &[Field] = &[
     ("daddr_v6", 56, 16),
 ];
 
-/// `Err` says in what the record differs.
+/// Checks that the record has the layout that the program expects.
 ///
 /// # Errors
-/// When a field is missing, or is elsewhere or of another size than the program expects.
-pub fn check(format: &str, expected: &[Field]) -> Result<(), String> {
+/// If a field is missing, or has another offset or size than expected; the error says which.
+pub fn check(format: &str, expected: &[FormatField]) -> Result<(), String> {
     for &(name, offset, size) in expected {
         match format.lines().find_map(|line| field(line, name)) {
             None => return Err(format!("the record has no field {name}")),
-            Some((o, s)) if (o, s) != (offset, size) => {
-                return Err(format!("field {name} has {s} bytes at {o}, not {size} at {offset}"));
+            Some((found_offset, found_size)) if (found_offset, found_size) != (offset, size) => {
+                return Err(format!(
+                    "field {name} has {found_size} bytes at {found_offset}, not {size} at {offset}"
+                ));
             }
             Some(_) => {}
         }
@@ -40,7 +44,8 @@ pub fn check(format: &str, expected: &[Field]) -> Result<(), String> {
     Ok(())
 }
 
-/// Offset and size, if `line` describes the field `name`: `field:__u8 saddr_v6[16];`, `offset:40;`, `size:16;`.
+/// The offset and the size, if `line` describes the field `name`: `field:__u8 saddr_v6[16];`, `offset:40;`,
+/// `size:16;`.
 fn field(line: &str, name: &str) -> Option<(u32, u32)> {
     let mut parts = line.trim().split(';').map(str::trim);
     let declaration = parts.next()?.strip_prefix("field:")?;
@@ -59,12 +64,12 @@ mod tests {
     const V6_18: &str = include_str!("../../tests/fixtures/inet_sock_set_state-6.18.format");
 
     #[test]
-    fn a_recorded_format_fits() {
+    fn a_recorded_format_is_accepted() {
         assert_eq!(check(V6_18, SET_STATE), Ok(()));
     }
 
     #[test]
-    fn a_record_that_differs_is_named() {
+    fn the_error_names_the_field_that_differs() {
         for (from, to, says) in [
             ("protocol;\toffset:30;\tsize:2", "protocol;\toffset:30;\tsize:1", "protocol has 1 bytes at 30"),
             ("saddr_v6[16];\toffset:40", "saddr_v6[16];\toffset:39", "saddr_v6 has 16 bytes at 39"),

@@ -1,6 +1,8 @@
-//! What this kernel and this process have: read once, and asked by the attach code, the daemon and `doctor`.
+//! The features of this kernel and the capabilities of this process. They are probed once and used by the
+//! attach code, the daemon and `doctor`.
 //!
-//! Probes, never versions: distributions backport, and policies refuse what a version promises.
+//! Features are probed and never derived from version numbers, because distributions backport features and
+//! policies can forbid a feature that a version has.
 
 use std::{fs, io};
 
@@ -8,11 +10,11 @@ use aya::{
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported},
 };
-use selfconn_ebpf::{ABSENT, FIELDS, Field, is_usual, task_access};
+use selfconn_ebpf::{ABSENT, FIELDS, Field, task_access, uses_static_offsets};
 
 use super::{
     attach::{Method, Refusal},
-    btf::{Btf, Named},
+    btf::{Btf, BtfKind},
     format,
     tracefs::{self, Tracefs},
     tracer::binds::BindMethod,
@@ -20,25 +22,25 @@ use super::{
 
 const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
 
-/// What the typed methods attach to, as BTF has it.
-const TARGETS: [(Method, Named, &str); 2] = [
-    (Method::TpBtf, Named::Typedef, "btf_trace_inet_sock_set_state"),
-    (Method::Fentry, Named::Function, "tcp_set_state"),
+/// The BTF types that the methods `tp_btf` and `fentry` attach to.
+const METHOD_TARGETS: [(Method, BtfKind, &str); 2] = [
+    (Method::TpBtf, BtfKind::Typedef, "btf_trace_inet_sock_set_state"),
+    (Method::Fentry, BtfKind::Function, "tcp_set_state"),
 ];
 
-/// `include/uapi/linux/capability.h`.
+/// A capability from `include/uapi/linux/capability.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capability {
     number: u32,
-    /// As manuals have it.
+    /// The name in manuals, for example `CAP_BPF`.
     pub name: &'static str,
 }
 
-/// Loads maps and programs.
+/// Needed to load maps and programs.
 pub const CAP_BPF: Capability = Capability { number: 39, name: "CAP_BPF" };
-/// Attaches tracing programs, which read kernel memory.
+/// Needed to attach tracing programs, which read kernel memory.
 pub const CAP_PERFMON: Capability = Capability { number: 38, name: "CAP_PERFMON" };
-/// Stands for both of them, and mounts.
+/// Includes both of them; needed to mount tracefs.
 pub const CAP_SYS_ADMIN: Capability = Capability { number: 21, name: "CAP_SYS_ADMIN" };
 
 /// This process's effective capabilities.
@@ -46,62 +48,63 @@ pub const CAP_SYS_ADMIN: Capability = Capability { number: 21, name: "CAP_SYS_AD
 pub struct Capabilities(u64);
 
 impl Capabilities {
-    /// Reads `CapEff` out of the text of `/proc/self/status`.
+    /// Parses `CapEff` from the text of `/proc/self/status`.
     #[must_use]
     pub fn parse(status: &str) -> Option<Self> {
         let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
         u64::from_str_radix(mask.trim(), 16).ok().map(Self)
     }
 
-    /// Whether the capability is effective, by itself or through CAP_SYS_ADMIN, which stands for CAP_BPF and
-    /// CAP_PERFMON (`bpf_capable` and `perfmon_capable`, `include/linux/capability.h` at v5.10).
+    /// True if the capability is effective, either itself or through CAP_SYS_ADMIN, which includes CAP_BPF
+    /// and CAP_PERFMON (`bpf_capable` and `perfmon_capable`, `include/linux/capability.h` at v5.10).
     #[must_use]
     pub const fn has(self, capability: Capability) -> bool {
         self.0 & (1 << capability.number | 1 << CAP_SYS_ADMIN.number) != 0
     }
 }
 
-/// What was found.
+/// The result of all probes.
 #[derive(Debug)]
-pub struct Host {
+pub struct KernelFeatures {
     /// `uname -r`.
     pub release: String,
     /// `uname -m`.
     pub machine: String,
-    /// The bytes of the kernel's BTF, or why they can't be had.
+    /// The bytes of the kernel's BTF, or the reason why they cannot be read.
     pub btf: Result<Vec<u8>, String>,
-    /// Offsets for the programs; all [`ABSENT`] without BTF.
+    /// The offsets for the programs; all are [`ABSENT`] without BTF.
     pub offsets: [u32; FIELDS],
-    /// Whether a socket's addresses are where [`selfconn_ebpf::USUAL`] has them.
-    pub has_usual_layout: bool,
-    /// What is wrong with the BTF, if a field that every typed program needs is missing.
+    /// True if a socket's addresses are at the static offsets, so that the programs with constant offsets can
+    /// be used.
+    pub uses_static_offsets: bool,
+    /// The problem with the BTF, if a field that every BTF-based program needs is missing.
     pub offsets_missing: Option<String>,
-    /// Which of the typed methods' targets the BTF has.
-    targets: Vec<Method>,
-    /// How the programs reach the current task.
+    /// The methods whose attach target exists in the BTF.
+    btf_targets: Vec<Method>,
+    /// How the programs access the current task: one of [`task_access`].
     pub task_access: u32,
-    /// Whether `bpf_probe_read_kernel` may be called.
+    /// True if programs may call `bpf_probe_read_kernel`.
     pub probe_read: bool,
-    /// Whether the kernel has kprobes for perf events.
+    /// True if the kernel has kprobes for perf events.
     pub kprobes: bool,
-    /// `none`, `integrity` or `confidentiality`; `None`: securityfs doesn't tell.
+    /// `none`, `integrity` or `confidentiality`; `None`: securityfs does not provide it.
     pub lockdown: Option<String>,
-    /// Where tracefs is.
     pub tracefs: Tracefs,
-    /// This process's capabilities.
     pub capabilities: Capabilities,
-    /// Whether pids here are those that the kernel reports.
+    /// True if this process is in the initial pid namespace, so that its pids are the pids that the programs
+    /// report.
     pub is_initial_pid_ns: bool,
-    /// What else can't be done here, for people.
-    pub lacks: Vec<String>,
+    /// Further limitations of this run, as text for people.
+    pub limitations: Vec<String>,
 }
 
-impl Host {
-    /// Looks. `without_btf` is for tests: as if the kernel had no BTF.
+impl KernelFeatures {
+    /// Probes the kernel and this process. With `without_btf` it behaves as if the kernel had no BTF, for
+    /// tests.
     ///
     /// # Errors
-    /// When `/proc/self` can't be read.
-    pub fn look(without_btf: bool) -> anyhow::Result<Self> {
+    /// If `/proc/self/status` cannot be read.
+    pub fn probe(without_btf: bool) -> anyhow::Result<Self> {
         let capabilities = fs::read_to_string("/proc/self/status")
             .ok()
             .and_then(|status| Capabilities::parse(&status))
@@ -120,20 +123,23 @@ impl Host {
         let (offsets, offsets_missing) = match btf.as_deref().map(Btf::parse) {
             Ok(Ok(btf)) => {
                 targets.extend(
-                    TARGETS.iter().filter(|(_, named, name)| btf.has(*named, name)).map(|target| target.0),
+                    METHOD_TARGETS
+                        .iter()
+                        .filter(|(_, kind, name)| btf.has(*kind, name))
+                        .map(|target| target.0),
                 );
-                offsets(&btf)
+                read_offsets(&btf)
             }
             Ok(Err(error)) => ([ABSENT; FIELDS], Some(error.to_string())),
             Err(_) => ([ABSENT; FIELDS], None),
         };
-        // Tracing programs can't be asked about helpers; tracepoint programs have the same ones for tasks
-        // (`bpf_tracing_func_proto`, kernel/trace/bpf_trace.c at v5.11).
-        let has = |helper| is_helper_supported(ProgramType::TracePoint, helper).unwrap_or(false);
-        let probe_read = has(BpfHelper::BPF_FUNC_probe_read_kernel);
+        // The helpers of tracing programs cannot be probed. Tracepoint programs have the same helpers for
+        // tasks (`bpf_tracing_func_proto`, kernel/trace/bpf_trace.c at v5.11).
+        let has_helper = |helper| is_helper_supported(ProgramType::TracePoint, helper).unwrap_or(false);
+        let probe_read = has_helper(BpfHelper::BPF_FUNC_probe_read_kernel);
         let task_access = if offsets[Field::GroupLeader as usize] == ABSENT {
             task_access::NONE
-        } else if has(BpfHelper::BPF_FUNC_get_current_task_btf) {
+        } else if has_helper(BpfHelper::BPF_FUNC_get_current_task_btf) {
             task_access::BTF
         } else if probe_read {
             task_access::PROBE
@@ -145,28 +151,28 @@ impl Host {
             release: uname.release().to_string_lossy().into_owned(),
             machine: uname.machine().to_string_lossy().into_owned(),
             btf,
-            has_usual_layout: is_usual(&offsets),
+            uses_static_offsets: uses_static_offsets(&offsets),
             offsets,
             offsets_missing,
-            targets,
+            btf_targets: targets,
             task_access,
             probe_read,
             kprobes: fs::exists("/sys/bus/event_source/devices/kprobe/type").unwrap_or(false),
             lockdown: fs::read_to_string("/sys/kernel/security/lockdown")
                 .ok()
-                .and_then(|text| lockdown(&text)),
+                .and_then(|text| parse_lockdown(&text)),
             tracefs: tracefs::find(),
             capabilities,
             is_initial_pid_ns: crate::process::is_in_initial_pid_ns(),
-            lacks: Vec::new(),
+            limitations: Vec::new(),
         })
     }
 
-    /// Whether this process may load and attach anything at all.
+    /// Checks that this process has the capabilities to load and attach programs.
     ///
     /// # Errors
-    /// [`Refusal::Denied`], naming the missing capability.
-    pub fn permits(&self) -> Result<(), Refusal> {
+    /// [`Refusal::Denied`], which names the missing capability.
+    pub fn check_capabilities(&self) -> Result<(), Refusal> {
         match [CAP_BPF, CAP_PERFMON].into_iter().find(|capability| !self.capabilities.has(*capability)) {
             None => Ok(()),
             Some(Capability { name, .. }) => Err(Refusal::Denied(format!(
@@ -176,41 +182,42 @@ impl Host {
         }
     }
 
-    /// Whether a method has what it needs here, before anything is loaded for it.
+    /// Checks that everything that a method needs is available, before anything is loaded for it. The check
+    /// of the perf method opens the tracepoint's `format` file, so tracefs must be visible to this thread.
     ///
     /// # Errors
-    /// The reason why it hasn't. For the perf method it opens the tracepoint's `format` file, so tracefs must be
-    /// visible to this thread.
-    pub fn offers(&self, method: Method) -> Result<(), Refusal> {
-        self.permits()?;
+    /// The reason why the method is not available.
+    pub fn check_method(&self, method: Method) -> Result<(), Refusal> {
+        self.check_capabilities()?;
         let unsupported = |why: &str| Err(Refusal::Unsupported(why.to_owned()));
         match method {
-            Method::TpBtf | Method::Fentry => self.has_target(method),
+            Method::TpBtf | Method::Fentry => self.check_target(method),
             Method::Perf => {
-                // First, for under lockdown=confidentiality tracefs has no events either, and the policy is the reason.
-                self.reads_memory()?;
+                // This check comes first: under lockdown=confidentiality tracefs has no events either, and
+                // the error must name the policy.
+                self.check_probe_read()?;
                 let text = tracefs::read_format("sock/inet_sock_set_state").map_err(Refusal::Unsupported)?;
                 format::check(&text, format::SET_STATE).map_err(Refusal::Unsupported)
             }
             Method::Kprobe if !self.kprobes => unsupported("the kernel was built without CONFIG_KPROBES"),
             Method::Kprobe => {
-                self.has_offsets()?;
-                self.reads_memory()
+                self.check_offsets()?;
+                self.check_probe_read()
             }
         }
     }
 
-    /// The same of a method that sees binds fail.
+    /// Checks the same for a method that detects failed binds.
     ///
     /// # Errors
-    /// As [`Self::offers`].
-    pub fn offers_binds(&self, method: BindMethod) -> Result<(), Refusal> {
-        self.permits()?;
-        self.has_offsets()?;
+    /// See [`Self::check_method`].
+    pub fn check_bind_method(&self, method: BindMethod) -> Result<(), Refusal> {
+        self.check_capabilities()?;
+        self.check_offsets()?;
         match method {
             BindMethod::Fexit => Ok(()),
             BindMethod::Perf => {
-                self.reads_memory()?;
+                self.check_probe_read()?;
                 for (event, fields) in [
                     ("syscalls/sys_enter_bind", format::BIND_ENTER),
                     ("syscalls/sys_exit_bind", format::BIND_EXIT),
@@ -223,10 +230,10 @@ impl Host {
         }
     }
 
-    /// What can't be seen or known from where this process is.
+    /// What this process cannot observe or find out, as text for people.
     #[must_use]
     pub fn limits(&self) -> Vec<String> {
-        let mut limits = self.lacks.clone();
+        let mut limits = self.limitations.clone();
         if !self.is_initial_pid_ns {
             limits.push(
                 "not in the initial pid namespace: pids are the host's, and nothing is looked up in /proc"
@@ -243,23 +250,23 @@ impl Host {
         limits
     }
 
-    fn has_offsets(&self) -> Result<(), Refusal> {
+    fn check_offsets(&self) -> Result<(), Refusal> {
         if let Err(why) = &self.btf {
             return Err(Refusal::Unsupported(why.clone()));
         }
         self.offsets_missing.clone().map_or(Ok(()), |why| Err(Refusal::Unsupported(why)))
     }
 
-    fn has_target(&self, method: Method) -> Result<(), Refusal> {
-        self.has_offsets()?;
-        if self.targets.contains(&method) {
+    fn check_target(&self, method: Method) -> Result<(), Refusal> {
+        self.check_offsets()?;
+        if self.btf_targets.contains(&method) {
             return Ok(());
         }
-        let name = TARGETS.iter().find(|target| target.0 == method).map_or("it", |target| target.2);
+        let name = METHOD_TARGETS.iter().find(|target| target.0 == method).map_or("it", |target| target.2);
         Err(Refusal::Unsupported(format!("the kernel's BTF has no {name}")))
     }
 
-    fn reads_memory(&self) -> Result<(), Refusal> {
+    fn check_probe_read(&self) -> Result<(), Refusal> {
         if self.probe_read {
             return Ok(());
         }
@@ -271,14 +278,16 @@ impl Host {
     }
 }
 
-/// The offset of every field, and what a typed program needs and doesn't find.
-fn offsets(btf: &Btf<'_>) -> ([u32; FIELDS], Option<String>) {
+/// The offset of every field, and an error text if a field is missing that every BTF-based program needs.
+fn read_offsets(btf: &Btf<'_>) -> ([u32; FIELDS], Option<String>) {
     let mut offsets = [ABSENT; FIELDS];
     let mut missing = None;
-    for (field, of, member, is_needed) in Field::ALL {
-        match btf.offset(of, member) {
+    for (field, struct_name, member, is_needed) in Field::ALL {
+        match btf.offset(struct_name, member) {
             Ok(Some(offset)) => offsets[field as usize] = offset,
-            Ok(None) if is_needed => missing = Some(format!("the kernel's BTF has no {of}.{member}")),
+            Ok(None) if is_needed => {
+                missing = Some(format!("the kernel's BTF has no {struct_name}.{member}"))
+            }
             Ok(None) => {}
             Err(error) if is_needed => missing = Some(error.to_string()),
             Err(_) => {}
@@ -287,8 +296,8 @@ fn offsets(btf: &Btf<'_>) -> ([u32; FIELDS], Option<String>) {
     (offsets, missing)
 }
 
-/// The word in brackets of `none [integrity] confidentiality`.
-fn lockdown(text: &str) -> Option<String> {
+/// Parses the word in brackets, as in `none [integrity] confidentiality`.
+fn parse_lockdown(text: &str) -> Option<String> {
     let (_, rest) = text.split_once('[')?;
     rest.split_once(']').map(|(level, _)| level.to_owned())
 }
@@ -298,8 +307,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn capabilities_are_those_that_are_effective() {
-        let of =
+    fn capabilities_are_parsed_from_the_effective_set() {
+        let parse =
             |mask: &str| Capabilities::parse(&format!("CapPrm:\t1\nCapEff:\t{mask}\nCapBnd:\t2\n")).unwrap();
         for (mask, bpf, perfmon, admin) in [
             ("000001ffffffffff", true, true, true),
@@ -309,7 +318,7 @@ mod tests {
             ("000000c000000000", true, true, false),
             ("0000000000200000", true, true, true),
         ] {
-            let got = of(mask);
+            let got = parse(mask);
             assert_eq!(
                 (got.has(CAP_BPF), got.has(CAP_PERFMON), got.has(CAP_SYS_ADMIN)),
                 (bpf, perfmon, admin),
@@ -322,8 +331,8 @@ mod tests {
 
     #[test]
     fn lockdown_is_the_word_in_brackets() {
-        assert_eq!(lockdown("none [integrity] confidentiality\n").as_deref(), Some("integrity"));
-        assert_eq!(lockdown("[none] integrity confidentiality\n").as_deref(), Some("none"));
-        assert_eq!(lockdown("none\n"), None);
+        assert_eq!(parse_lockdown("none [integrity] confidentiality\n").as_deref(), Some("integrity"));
+        assert_eq!(parse_lockdown("[none] integrity confidentiality\n").as_deref(), Some("none"));
+        assert_eq!(parse_lockdown("none\n"), None);
     }
 }

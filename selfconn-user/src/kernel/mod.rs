@@ -1,8 +1,11 @@
-//! The kernel side of user space: what this kernel offers, and our programs in it.
+//! The user-space part of the eBPF programs: feature probes, loading, attaching, and reading of the maps.
 //!
-//! `host` asks what is there, `btf` and `format` read layouts, `tracefs` finds it or mounts it where nobody sees,
-//! `attach` decides which methods to try and what a refusal means, `tracer` loads, attaches and reads.
-//! Architecture invariant: only `tracer` talks to aya's programs and maps, and only `host` and `tracefs` open files.
+//! `host` probes the features of the kernel, `btf` and `format` parse layouts, `tracefs` finds tracefs or
+//! mounts it in a private mount namespace, `attach` decides which methods to try, `tracer` loads and attaches
+//! the programs and reads their maps.
+//!
+//! Architecture invariant: only `tracer` uses aya's programs and maps, and only `host` and `tracefs` open
+//! files.
 
 pub mod attach;
 pub mod btf;

@@ -1,5 +1,5 @@
-//! Finds tracefs, and where nobody has mounted it, mounts it for one thread only, so that the host's mounts stay as
-//! they are.
+//! Finds tracefs. If it is not mounted, mounts it in a mount namespace of one thread only, so that the mounts
+//! of the host do not change.
 
 use std::{fs, path::Path, thread};
 
@@ -8,21 +8,21 @@ use rustix::{
     thread::{UnshareFlags, unshare_unsafe},
 };
 
-/// Where aya looks, in this order; the first is where the kernel wants it.
+/// The directories in which aya looks for tracefs, in this order. The first one is the kernel's standard
+/// mount point.
 const MOUNT_POINTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
-/// Whether tracefs can be read.
+/// The state of tracefs on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tracefs {
-    /// It is mounted here.
+    /// tracefs is mounted on this directory.
     At(&'static str),
-    /// The kernel has it, but nobody has mounted it.
+    /// The kernel has tracefs, but it is not mounted.
     NotMounted,
-    /// The kernel was built without it.
+    /// The kernel was built without tracefs.
     Absent,
 }
 
-/// Looks for it.
 #[must_use]
 pub fn find() -> Tracefs {
     let is_mounted = |at: &&&str| Path::new(at).join("events").is_dir();
@@ -33,10 +33,11 @@ pub fn find() -> Tracefs {
     }
 }
 
-/// The text of a tracepoint's `format` file, as this thread sees it; it is named as `sock/inet_sock_set_state`.
+/// The text of a tracepoint's `format` file in the mount namespace of this thread. `event` is, for example,
+/// `sock/inet_sock_set_state`.
 ///
 /// # Errors
-/// Why it can't be read, and the cure.
+/// The reason why the file cannot be read, with a hint.
 pub fn read_format(event: &str) -> Result<String, String> {
     match find() {
         Tracefs::At(at) => {
@@ -45,16 +46,18 @@ pub fn read_format(event: &str) -> Result<String, String> {
         }
         Tracefs::NotMounted => {
             let at = MOUNT_POINTS[0];
-            Err(format!("tracefs is not mounted, and no events are there: mount -t tracefs tracefs {at}"))
+            Err(format!(
+                "tracefs is not mounted, so no tracepoints are visible: mount -t tracefs tracefs {at}"
+            ))
         }
         Tracefs::Absent => Err("the kernel was built without tracefs".to_owned()),
     }
 }
 
-/// Runs `work` where tracefs can be seen, if that is possible at all.
+/// Runs `work` on a thread that sees tracefs, if that is possible.
 ///
-/// Where it isn't mounted, `work` runs on a thread with a mount namespace of its own. What it opens stays open; the
-/// mount goes with the thread.
+/// If tracefs is not mounted, `work` runs on a thread with its own mount namespace. Files that `work` opens
+/// stay open; the mount disappears with the thread.
 pub fn with<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     if find() != Tracefs::NotMounted {
         return work();
@@ -63,7 +66,7 @@ pub fn with<T: Send>(work: impl FnOnce() -> T + Send) -> T {
         scope
             .spawn(|| {
                 if let Err(error) = mount_privately() {
-                    log::debug!("tracefs can't be mounted for this process alone: {error}");
+                    log::debug!("cannot mount tracefs in a private mount namespace: {error}");
                 }
                 work()
             })
@@ -76,7 +79,7 @@ pub fn with<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 }
 
 fn mount_privately() -> rustix::io::Result<()> {
-    // SAFETY: only FILES, which is not among the flags, can take descriptors away from other threads.
+    // SAFETY: only the flag FILES can affect descriptors that other threads use, and it is not set here.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }?;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;

@@ -1,8 +1,9 @@
-//! The port that Prometheus scrapes, and that a load balancer asks for health. It runs on a thread of its own, without
-//! any capability, owns nothing of the daemon, and opens no file that a request names.
+//! The HTTP server for Prometheus (`/metrics`) and for health checks (`/healthz`). It runs on a separate
+//! thread without capabilities, owns no state of the daemon, and opens no file that a request names.
 //!
-//! Whoever can reach the port may be hostile, so everything has a bound: connections (a new one takes the place of the
-//! oldest), their age, the size of a request, one request each, and how often the loop is asked.
+//! A client may be hostile, so everything is bounded: the number of connections (a new one replaces the
+//! oldest), their age, the size of a request, the requests of a connection (one), and the rate of requests to
+//! the event loop.
 
 use std::{collections::VecDeque, convert::Infallible, io, net::SocketAddr, thread};
 
@@ -26,42 +27,45 @@ use tokio::{
     time::{Duration, Instant, sleep, timeout},
 };
 
-use super::Numbers;
+use super::MetricsSnapshot;
 use crate::privileges;
 
-/// So many connections at once.
-const CONNECTIONS: usize = 64;
+/// Maximum number of open connections.
+const MAX_CONNECTIONS: usize = 64;
 
-/// How old a connection may get.
-const AGE: Duration = Duration::from_secs(10);
+/// Maximum age of a connection.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// While every place is taken, a new connection comes so much later: what a flood costs is bounded.
-const BREATH: Duration = Duration::from_millis(1);
+/// Delay before a new connection is accepted while the maximum number is open. It bounds the cost of a flood.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(1);
 
-/// For so long an answer of the loop serves everybody.
-const FRESH: Duration = Duration::from_millis(200);
+/// Delay after accept() failed.
+const ACCEPT_ERROR_BACKOFF: Duration = Duration::from_millis(200);
 
-/// A loop that doesn't answer for so long is told to be stuck.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Time for which a response of the event loop is reused.
+const RESPONSE_TTL: Duration = Duration::from_millis(200);
 
-/// The longest request; hyper takes no less.
-const REQUEST_BYTES: usize = 8 << 10;
+/// An event loop that does not respond within this time is reported as stuck.
+const LOOP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A question to the loop, and where the answer goes.
-pub type Question = oneshot::Sender<Numbers>;
+/// Maximum size of a request. hyper accepts no smaller limit.
+const MAX_REQUEST_BYTES: usize = 8 << 10;
 
-/// The bound port.
+/// A request to the event loop: the channel to which it sends its response.
+pub type MetricsRequest = oneshot::Sender<MetricsSnapshot>;
+
+/// The bound port, before it is served.
 #[derive(Debug)]
-pub struct Port {
+pub struct MetricsListener {
     listener: std::net::TcpListener,
     address: SocketAddr,
 }
 
-impl Port {
-    /// Binds, and serves nobody yet.
+impl MetricsListener {
+    /// Binds the port. No request is served yet.
     ///
     /// # Errors
-    /// When the port can't be had.
+    /// If the port cannot be bound.
     pub fn bind(address: SocketAddr) -> Result<Self> {
         let bind = || -> io::Result<Self> {
             let listener = std::net::TcpListener::bind(address)?;
@@ -70,83 +74,92 @@ impl Port {
             Ok(Self { listener, address })
         };
         bind().map_err(|error| {
-            let cure = match error.kind() {
-                io::ErrorKind::AddrInUse => ": give --metrics another port; ss -ltnp shows who has this one",
+            let hint = match error.kind() {
+                io::ErrorKind::AddrInUse => {
+                    ": give --metrics another port; ss -ltnp shows the process that uses this one"
+                }
                 io::ErrorKind::AddrNotAvailable => ": this host does not have that address",
-                io::ErrorKind::PermissionDenied => ": a port below 1024 takes CAP_NET_BIND_SERVICE",
+                io::ErrorKind::PermissionDenied => ": a port below 1024 needs CAP_NET_BIND_SERVICE",
                 _ => "",
             };
-            anyhow!("cannot serve metrics on {address}: {error}{cure}")
+            anyhow!("cannot serve metrics on {address}: {error}{hint}")
         })
     }
 
-    /// Serves from now on. Privileges must have been given up, for the new thread begins with those of this one.
+    /// Starts to serve. Privileges must be dropped before, because the new thread inherits those of this
+    /// thread.
     ///
     /// # Errors
-    /// When the thread can't be started.
-    pub fn serve(self) -> io::Result<mpsc::Receiver<Question>> {
-        let (questions, asked) = mpsc::channel(1);
+    /// If the thread cannot be started.
+    pub fn serve(self) -> io::Result<mpsc::Receiver<MetricsRequest>> {
+        let (loop_requests, receiver) = mpsc::channel(1);
         let runtime = runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         log::info!("metrics: http://{}/metrics", self.address);
         thread::Builder::new().name("metrics".to_owned()).spawn(move || {
-            if let Err(error) = privileges::keep(CapabilitySet::empty()) {
+            if let Err(error) = privileges::restrict_to(CapabilitySet::empty()) {
                 log::error!("the thread that serves metrics keeps too many privileges: {error}");
             }
-            if let Err(error) = runtime.block_on(serve(self.listener, questions)) {
-                log::error!("metrics are not served any more: {error}");
+            if let Err(error) = runtime.block_on(serve(self.listener, loop_requests)) {
+                log::error!("metrics are no longer served: {error}");
             }
         })?;
-        Ok(asked)
+        Ok(receiver)
     }
 }
 
-async fn serve(listener: std::net::TcpListener, questions: mpsc::Sender<Question>) -> io::Result<()> {
+async fn serve(
+    listener: std::net::TcpListener,
+    loop_requests: mpsc::Sender<MetricsRequest>,
+) -> io::Result<()> {
     let listener = TcpListener::from_std(listener)?;
-    let (wanted, wants) = mpsc::channel(CONNECTIONS);
-    tokio::spawn(answer(wants, questions));
+    let (page_requests, requests) = mpsc::channel(MAX_CONNECTIONS);
+    tokio::spawn(serve_pages(requests, loop_requests));
     let mut open: VecDeque<AbortHandle> = VecDeque::new();
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                // Out of descriptors, which takes a while to change, or the peer is gone already.
+                // Either no descriptor is free, which lasts for a while, or the peer has already closed.
                 log::debug!("metrics: accept: {error}");
-                sleep(FRESH).await;
+                sleep(ACCEPT_ERROR_BACKOFF).await;
                 continue;
             }
         };
         open.retain(|task| !task.is_finished());
-        if open.len() == CONNECTIONS {
+        if open.len() == MAX_CONNECTIONS {
             if let Some(oldest) = open.pop_front() {
                 oldest.abort();
             }
-            sleep(BREATH).await;
+            sleep(ACCEPT_BACKOFF).await;
         }
-        open.push_back(tokio::spawn(timeout(AGE, converse(stream, wanted.clone()))).abort_handle());
+        open.push_back(
+            tokio::spawn(timeout(CONNECTION_TIMEOUT, serve_connection(stream, page_requests.clone())))
+                .abort_handle(),
+        );
     }
 }
 
-/// One request and its answer. Whatever goes wrong is the peer's.
-async fn converse(stream: TcpStream, wanted: mpsc::Sender<Want>) {
+/// Serves one request. Errors are only logged, because the peer causes them.
+async fn serve_connection(stream: TcpStream, page_requests: mpsc::Sender<PageRequest>) {
     let respond = |request: Request<Incoming>| {
-        let wanted = wanted.clone();
-        async move { Ok::<_, Infallible>(respond(request.method(), request.uri().path(), &wanted).await) }
+        let page_requests = page_requests.clone();
+        async move { Ok::<_, Infallible>(respond(request.method(), request.uri().path(), &page_requests).await) }
     };
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(AGE)
+        .header_read_timeout(CONNECTION_TIMEOUT)
         .keep_alive(false)
-        .max_buf_size(REQUEST_BYTES)
+        .max_buf_size(MAX_REQUEST_BYTES)
         .serve_connection(TokioIo::new(stream), service_fn(respond));
     if let Err(error) = connection.await {
         log::debug!("metrics: {error}");
     }
 }
 
-/// Somebody who wants a page.
-type Want = oneshot::Sender<Option<Page>>;
+/// A request for a page: the channel to which the page is sent.
+type PageRequest = oneshot::Sender<Option<Page>>;
 
-/// What the loop answered, ready to be sent.
+/// The rendered response of the event loop.
 #[derive(Clone, Debug)]
 struct Page {
     metrics: Bytes,
@@ -154,59 +167,63 @@ struct Page {
     is_healthy: bool,
 }
 
-/// Asks the loop for all who want to know, and not more often than its answer gets old.
-async fn answer(mut wants: mpsc::Receiver<Want>, questions: mpsc::Sender<Question>) {
+/// Serves all page requests. Asks the event loop at most once in each [`RESPONSE_TTL`].
+async fn serve_pages(mut requests: mpsc::Receiver<PageRequest>, loop_requests: mpsc::Sender<MetricsRequest>) {
     let mut last: Option<(Instant, Page)> = None;
-    while let Some(first) = wants.recv().await {
-        if last.as_ref().is_none_or(|(at, _)| at.elapsed() >= FRESH) {
-            let page = timeout(PATIENCE, ask(&questions)).await.ok().flatten();
+    while let Some(first) = requests.recv().await {
+        if last.as_ref().is_none_or(|(at, _)| at.elapsed() >= RESPONSE_TTL) {
+            let page = timeout(LOOP_TIMEOUT, request_page(&loop_requests)).await.ok().flatten();
             last = page.map(|page| (Instant::now(), page));
         }
         let page = last.as_ref().map(|(_, page)| page);
-        // Nobody is left to hear it: that is the peer's affair.
+        // Fails only if the peer has closed its connection.
         let _ = first.send(page.cloned());
-        while let Ok(next) = wants.try_recv() {
+        while let Ok(next) = requests.try_recv() {
             let _ = next.send(page.cloned());
         }
     }
 }
 
-async fn ask(questions: &mpsc::Sender<Question>) -> Option<Page> {
-    let (question, answer) = oneshot::channel();
-    questions.send(question).await.ok()?;
-    let numbers = answer.await.ok()?;
-    let health = match numbers.ailments.as_slice() {
+async fn request_page(loop_requests: &mpsc::Sender<MetricsRequest>) -> Option<Page> {
+    let (request, response) = oneshot::channel();
+    loop_requests.send(request).await.ok()?;
+    let snapshot = response.await.ok()?;
+    let health = match snapshot.health_problems.as_slice() {
         [] => "ok\n".to_owned(),
-        ailments => ailments.join("\n") + "\n",
+        problems => problems.join("\n") + "\n",
     };
     Some(Page {
-        metrics: numbers.text().into(),
+        metrics: snapshot.text().into(),
         health: health.into(),
-        is_healthy: numbers.ailments.is_empty(),
+        is_healthy: snapshot.health_problems.is_empty(),
     })
 }
 
-async fn respond(method: &Method, path: &str, wanted: &mpsc::Sender<Want>) -> Response<Full<Bytes>> {
+async fn respond(
+    method: &Method,
+    path: &str,
+    page_requests: &mpsc::Sender<PageRequest>,
+) -> Response<Full<Bytes>> {
     const PLAIN: &str = "text/plain; charset=utf-8";
     let plain = |status, text: &'static str| response(status, PLAIN, Bytes::from_static(text.as_bytes()));
     if !matches!(path, "/" | "/metrics" | "/healthz") {
         return plain(StatusCode::NOT_FOUND, "not found: there are /metrics and /healthz\n");
     }
     if !matches!(*method, Method::GET | Method::HEAD) {
-        let mut refusal = plain(StatusCode::METHOD_NOT_ALLOWED, "GET and HEAD only\n");
-        refusal.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
-        return refusal;
+        let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "GET and HEAD only\n");
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+        return response;
     }
     if path == "/" {
         return plain(StatusCode::OK, "selfconn: /metrics for Prometheus, /healthz for health\n");
     }
-    let (want, page) = oneshot::channel();
-    let page = match wanted.send(want).await {
+    let (request, page) = oneshot::channel();
+    let page = match page_requests.send(request).await {
         Ok(()) => page.await.ok().flatten(),
         Err(_) => None,
     };
     match page {
-        None => plain(StatusCode::SERVICE_UNAVAILABLE, "the daemon's loop does not answer\n"),
+        None => plain(StatusCode::SERVICE_UNAVAILABLE, "the daemon's event loop does not respond\n"),
         Some(page) if path == "/metrics" => response(StatusCode::OK, TEXT_FORMAT, page.metrics),
         Some(page) => {
             let status = if page.is_healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
@@ -239,46 +256,50 @@ mod tests {
     fn health(address: SocketAddr) -> String {
         let mut stream = TcpStream::connect(address).unwrap();
         stream.write_all(b"GET /healthz HTTP/1.0\r\n\r\n").unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
+        let mut response = String::new();
+        stream.read_to_string(&mut response).unwrap();
+        response
     }
 
     #[test]
-    fn a_loop_that_does_not_answer_is_told_to_be_stuck_until_it_does() {
-        let port = Port::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+    fn an_event_loop_is_reported_as_stuck_until_it_responds() {
+        let port = MetricsListener::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
         let address = port.address;
-        let mut questions = port.serve().unwrap();
+        let mut requests = port.serve().unwrap();
         let stuck = health(address);
-        assert!(stuck.starts_with("HTTP/1.0 503") && stuck.ends_with("does not answer\n"), "{stuck}");
-        // The loop turns again: what it was asked meanwhile is nobody's any more.
+        assert!(stuck.starts_with("HTTP/1.0 503") && stuck.ends_with("does not respond\n"), "{stuck}");
+        // The loop responds again. Nobody waits for the responses to its old requests.
         thread::spawn(move || {
-            while let Some(question) = questions.blocking_recv() {
-                let _ = question.send(Numbers::default());
+            while let Some(request) = requests.blocking_recv() {
+                let _ = request.send(MetricsSnapshot::default());
             }
         });
-        let turns = health(address);
-        assert!(turns.starts_with("HTTP/1.0 200") && turns.ends_with("ok\n"), "{turns}");
+        let healthy = health(address);
+        assert!(healthy.starts_with("HTTP/1.0 200") && healthy.ends_with("ok\n"), "{healthy}");
     }
 
     #[test]
-    fn the_loop_is_asked_a_few_times_a_second_however_many_want_to_know() {
-        let port = Port::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
-        let (address, mut questions) = (port.address, port.serve().unwrap());
-        let asked = Arc::new(AtomicU64::new(0));
-        let counts = Arc::clone(&asked);
+    fn the_event_loop_is_asked_at_a_bounded_rate() {
+        let port = MetricsListener::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let (address, mut requests) = (port.address, port.serve().unwrap());
+        let request_count = Arc::new(AtomicU64::new(0));
+        let counts = Arc::clone(&request_count);
         thread::spawn(move || {
-            while let Some(question) = questions.blocking_recv() {
+            while let Some(request) = requests.blocking_recv() {
                 counts.fetch_add(1, Ordering::Relaxed);
-                let _ = question.send(Numbers::default());
+                let _ = request.send(MetricsSnapshot::default());
             }
         });
-        let (began, mut answers) = (Instant::now(), 0);
-        while began.elapsed() < FRESH * 3 {
+        let (began, mut responses) = (Instant::now(), 0);
+        while began.elapsed() < RESPONSE_TTL * 3 {
             health(address);
-            answers += 1;
+            responses += 1;
         }
-        let (asked, most) = (asked.load(Ordering::Relaxed), began.elapsed().div_duration_f64(FRESH) + 1.0);
-        assert!(asked > 0 && asked as f64 <= most && answers > asked, "{asked} of {answers}, {most} allowed");
+        let (request_count, most) =
+            (request_count.load(Ordering::Relaxed), began.elapsed().div_duration_f64(RESPONSE_TTL) + 1.0);
+        assert!(
+            request_count > 0 && request_count as f64 <= most && responses > request_count,
+            "{request_count} of {responses}, {most} allowed"
+        );
     }
 }

@@ -1,26 +1,26 @@
 use super::*;
 
-/// Everything known.
-pub(super) fn full() -> Numbers {
-    Numbers {
-        connections: Connections { ephemeral: 3, bound: 2, unknown: 1 },
+/// A snapshot in which every value is known.
+pub(super) fn full() -> MetricsSnapshot {
+    MetricsSnapshot {
+        connections: ConnectionCounts { ephemeral: 3, bound: 2, unknown: 1 },
         connections_open: 4,
         refused_self_dials: Some(5),
         ports_at_risk: Some(6),
         blocked_binds: Some(7),
         remedies: vec![("destroyed", 8), ("failed", 9)],
-        lost: Losses { ring: 10, missed: 11, log: 12, stdout: 16, dials: 17, journal: 18, hooks: 21 },
+        lost: Losses { ring: 10, missed: 11, log: 12, stdout: 16, refused_table: 17, journal: 18, hooks: 21 },
         self_tests: vec![("passed", 19), ("failed", 20)],
         transitions_not_examined: Some(13),
-        openers_not_remembered: 14,
+        connect_table_full: 14,
         log_write_errors: 15,
         hooks: vec![("inet_sock_set_state", "tp_btf"), ("tcp_set_state", "kprobe")],
-        ailments: Vec::new(),
+        health_problems: Vec::new(),
     }
 }
 
 #[test]
-fn every_number_is_told_where_it_belongs() {
+fn every_value_is_exported_under_its_name() {
     let text = full().text();
     for line in [
         "selfconn_connections_total{cause=\"ephemeral\"} 3",
@@ -37,7 +37,7 @@ fn every_number_is_told_where_it_belongs() {
         "selfconn_events_lost_total{where=\"log\"} 12",
         "selfconn_events_lost_total{where=\"stdout\"} 16",
         "selfconn_events_lost_total{where=\"journal\"} 18",
-        "selfconn_events_lost_total{where=\"dials\"} 17",
+        "selfconn_events_lost_total{where=\"refused_table\"} 17",
         "selfconn_events_lost_total{where=\"hooks\"} 21",
         "selfconn_self_tests_total{result=\"passed\"} 19",
         "selfconn_self_tests_total{result=\"failed\"} 20",
@@ -49,30 +49,32 @@ fn every_number_is_told_where_it_belongs() {
         "selfconn_hook_info{hook=\"tcp_set_state\",method=\"kprobe\"} 1",
         concat!("selfconn_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
     ] {
-        assert!(text.lines().any(|told| told == line), "{line} is not in\n{text}");
+        assert!(text.lines().any(|exported| exported == line), "{line} is not in\n{text}");
     }
 }
 
 #[test]
-fn what_is_unknown_is_not_told_as_zero() {
-    let text = Numbers { ailments: vec!["hooks: none is attached"], ..Numbers::default() }.text();
+fn an_unknown_value_is_not_exported_as_zero() {
+    let text =
+        MetricsSnapshot { health_problems: vec!["hooks: none is attached"], ..MetricsSnapshot::default() }
+            .text();
     for name in ["transitions_not_examined", "remedies", "self_tests", "hook_info", "ports_at_risk"] {
         assert!(!text.contains(name), "{name} is in\n{text}");
     }
-    // And what nothing happened to is zero from the start, so that its first time is a rise.
+    // Counters are zero from the start, so that their first increment is visible as an increase.
     assert!(text.contains("selfconn_events_lost_total{where=\"ring\"} 0\n"), "{text}");
     assert!(text.contains("selfconn_healthy 0\n"), "{text}");
 }
 
-/// Every word of a text that has one of our prefixes.
-fn named(text: &str) -> Vec<&str> {
+/// All words of a text with one of our metric prefixes.
+fn metric_names(text: &str) -> Vec<&str> {
     let is_in_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
     text.split(|c| !is_in_name(c))
         .filter(|word| word.starts_with("selfconn_") || word.starts_with("process_"))
         .collect()
 }
 
-fn packaged(file: &str) -> String {
+fn read_repository_file(file: &str) -> String {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file);
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
@@ -84,7 +86,7 @@ fn rules_and_dashboard_name_only_what_is_exported() {
         text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
     assert!(exported.contains(&"selfconn_connections_open"), "{exported:?}");
     let dashboard: serde_json::Value =
-        serde_json::from_str(&packaged("packaging/grafana/selfconn.json")).unwrap();
+        serde_json::from_str(&read_repository_file("packaging/grafana/selfconn.json")).unwrap();
     let mut expressions = Vec::new();
     for panel in dashboard["panels"].as_array().unwrap() {
         for target in panel["targets"].as_array().unwrap() {
@@ -95,29 +97,29 @@ fn rules_and_dashboard_name_only_what_is_exported() {
         expressions.push(variable["query"].as_str().unwrap().replace("prometheus", "process_threads"));
     }
     assert!(expressions.len() > 16, "{expressions:?}");
-    let rules = packaged("packaging/prometheus/selfconn.rules.yml");
+    let rules = read_repository_file("packaging/prometheus/selfconn.rules.yml");
     let rules = rules.lines().filter_map(|line| line.trim().strip_prefix("expr: ")).map(str::to_owned);
     let before = expressions.len();
     expressions.extend(rules);
     assert!(expressions.len() > before + 8, "the rules have expressions");
     for expression in &expressions {
-        let named = named(expression);
-        assert!(!named.is_empty() || expression.starts_with("up{"), "{expression}");
-        for name in named {
+        let names = metric_names(expression);
+        assert!(!names.is_empty() || expression.starts_with("up{"), "{expression}");
+        for name in names {
             assert!(exported.contains(&name), "{name} of {expression} is not exported");
         }
     }
-    // And nothing is exported that nobody looks at.
-    let all = expressions.join(" ") + &packaged("packaging/grafana/selfconn.json");
+    // Every exported metric is used in a rule or on the dashboard.
+    let all = expressions.join(" ") + &read_repository_file("packaging/grafana/selfconn.json");
     for name in exported.iter().filter(|name| name.starts_with("selfconn_")) {
-        assert!(named(&all).contains(name), "{name} is in no rule and on no dashboard");
+        assert!(metric_names(&all).contains(name), "{name} is in no rule and on no dashboard");
     }
 }
 
 #[test]
 fn each_alert_has_a_section_in_the_runbook() {
-    let rules = packaged("packaging/prometheus/selfconn.rules.yml");
-    let runbook = packaged("docs/runbook.md");
+    let rules = read_repository_file("packaging/prometheus/selfconn.rules.yml");
+    let runbook = read_repository_file("docs/runbook.md");
     let alerts: Vec<_> = rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
     assert!(alerts.len() > 8, "{alerts:?}");
     for alert in &alerts {

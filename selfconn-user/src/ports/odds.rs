@@ -1,55 +1,59 @@
-//! How often each port of a range is chosen: the kernel's walk, followed step by step.
+//! Computes how often the kernel chooses each port of a range, by simulating the kernel's walk.
 //!
-//! A dial begins where the last one to the same destination ended, and a random step of one to eight ports of the same
-//! parity further on; what it finds reserved it passes over, to the next that isn't (`table_perturb` in
-//! `__inet_hash_connect`, net/ipv4/inet_hashtables.c at v6.12). So the port behind a wide span of reserved ones is
-//! chosen once in each round, which is 4.5 times as often as a port that a round may step over.
+//! A connect starts at the port at which the previous connect to the same destination ended, plus a random
+//! step of one to eight ports of the same parity. It skips reserved ports up to the next port that is not
+//! reserved (`table_perturb` in `__inet_hash_connect`, net/ipv4/inet_hashtables.c at v6.12). Therefore the
+//! port after a wide span of reserved ports is chosen once in each round over the range, which is 4.5 times
+//! as often as a port that a round can step over.
 
 use super::LocalPorts;
 
-/// The kernel's random step: one of so many, in ports of one parity.
-const STEPS: usize = 8;
+/// The number of values of the kernel's random step, in ports of one parity.
+const STEP_CHOICES: usize = 8;
 
-/// As many starting points are followed before any is counted; by then it doesn't matter where the walk began.
-const WARM_UP: usize = 2_000;
+/// The number of starting points that are simulated before counting begins. After these, the result no longer
+/// depends on the start of the walk.
+const WARM_UP_STARTS: usize = 2_000;
 
-/// How likely each port is to be chosen as a source.
+/// The probability of each port to be chosen as a source port.
 #[derive(Debug, Clone)]
 pub struct Odds {
     low: u16,
-    /// By port, from `low` on: the chance that one `connect()` takes it, and that one `bind()` to port 0 does.
+    /// For each port from `low` on: the probability that one `connect()` chooses it, and that one `bind()` to
+    /// port 0 chooses it.
     chances: Vec<(f64, f64)>,
 }
 
 impl Odds {
-    /// Follows both walks. All but the reserved ports are taken to be free.
+    /// Simulates the walks of `connect()` and of `bind()`. All ports except the reserved ones are assumed to
+    /// be free.
     #[must_use]
     pub fn of(ports: &LocalPorts) -> Self {
         let Walks { even, odd } = Walks::of(ports);
         let mut chances = vec![(0.0, 0.0); usize::from(ports.range.high - ports.range.low) + 1];
         let (connect, bind) = if even.is_any_free() { (&even, &odd) } else { (&odd, &even) };
         let bind = if bind.is_any_free() { bind } else { connect };
-        for (offset, chance) in connect.by_connect(ports.step_width != 0) {
+        for (offset, chance) in connect.connect_chances(ports.step_width != 0) {
             chances[offset].0 = chance;
         }
-        for (offset, chance) in bind.by_bind() {
+        for (offset, chance) in bind.bind_chances() {
             chances[offset].1 = chance;
         }
         Self { low: ports.range.low, chances }
     }
 
-    /// The mean number of dials of this closed port until one hits itself. `None`: no dial ever does, as long as ports
-    /// that are tried before it are free.
+    /// The mean number of connects to this closed port until one hits itself. `None`: no connect hits itself
+    /// while ports that are tried earlier are free.
     #[must_use]
-    pub fn dials(&self, port: u16) -> Option<u32> {
-        expected(self.at(port).0)
+    pub fn expected_connects(&self, port: u16) -> Option<u32> {
+        mean_connects(self.at(port).0)
     }
 
-    /// The same for a client that binds port 0 before each dial. With `SO_REUSEADDR` it is half as many for a port in
-    /// the range's lower half, and none for the others.
+    /// The same for a client that binds to port 0 before each connect. With `SO_REUSEADDR` the number is half
+    /// for a port in the lower half of the range, and no connect hits itself for the other ports.
     #[must_use]
-    pub fn dials_after_bind(&self, port: u16) -> Option<u32> {
-        expected(self.at(port).1)
+    pub fn expected_connects_after_bind(&self, port: u16) -> Option<u32> {
+        mean_connects(self.at(port).1)
     }
 
     fn at(&self, port: u16) -> (f64, f64) {
@@ -58,22 +62,24 @@ impl Odds {
     }
 }
 
-fn expected(chance: f64) -> Option<u32> {
+fn mean_connects(chance: f64) -> Option<u32> {
     (chance > 0.0).then(|| (1.0 / chance).round() as u32)
 }
 
-/// The ports of either parity, as offsets from the range's low bound.
+/// The walks over the ports of both parities, as offsets from the range's low bound.
 struct Walks {
     even: Walk,
     odd: Walk,
 }
 
-/// Ports of one parity in the order in which they are tried.
+/// The ports of one parity in the order in which the kernel tries them.
 struct Walk {
-    /// The offset of the first.
+    /// The offset of the first port.
     first: usize,
-    /// Whether each is free. Starting points, and behind them maybe one that can only be come by from the last.
+    /// True for each free port. The starting points come first. They may be followed by one port that is
+    /// reached only from the last starting point.
     free: Vec<bool>,
+    /// The number of starting points.
     starts: usize,
 }
 
@@ -98,54 +104,55 @@ impl Walk {
         self.free.contains(&true)
     }
 
-    /// For each starting point the free port that is found from there, and how many were passed over.
-    fn found(&self) -> Vec<Option<(usize, usize)>> {
-        // Past the topmost slot the kernel goes back by the number of starting points.
+    /// For each starting point: the free port that the walk reaches from there, and the number of ports
+    /// skipped.
+    fn reached_ports(&self) -> Vec<Option<(usize, usize)>> {
+        // After the highest slot the kernel goes back by the number of starting points.
         let next = |slot: usize| if slot + 1 < self.free.len() { slot + 1 } else { slot + 1 - self.starts };
         let from = |start| {
             let mut slot = start;
-            for passed in 0..self.starts {
+            for skipped in 0..self.starts {
                 if self.free[slot] {
-                    return Some((slot, passed));
+                    return Some((slot, skipped));
                 }
                 slot = next(slot);
             }
             None
         };
-        let mut found: Vec<Option<(usize, usize)>> = vec![None; self.starts];
+        let mut reached: Vec<Option<(usize, usize)>> = vec![None; self.starts];
         for start in (0..self.starts).rev() {
-            found[start] = match found.get(start + 1) {
-                // What is found from the next one is found from here, too, one step later.
-                Some(next) if !self.free[start] => {
-                    next.map(|(slot, passed)| (slot, passed + 1)).filter(|(_, passed)| *passed < self.starts)
-                }
+            reached[start] = match reached.get(start + 1) {
+                // From here the walk reaches the same port as from the next start, one step later.
+                Some(next) if !self.free[start] => next
+                    .map(|(slot, skipped)| (slot, skipped + 1))
+                    .filter(|(_, skipped)| *skipped < self.starts),
                 _ => from(start),
             };
         }
-        found
+        reached
     }
 
     fn offset(&self, slot: usize) -> usize {
         self.first + 2 * slot
     }
 
-    /// Each chosen port's chance under `connect()`.
-    fn by_connect(&self, is_spread: bool) -> Vec<(usize, f64)> {
+    /// The probability of each port to be chosen by `connect()`.
+    fn connect_chances(&self, has_step_width: bool) -> Vec<(usize, f64)> {
         let free = self.free.iter().filter(|free| **free).count();
-        if is_spread || free == self.free.len() {
-            return self.evenly(free);
+        if has_step_width || free == self.free.len() {
+            return self.even_chances(free);
         }
-        let found = self.found();
-        // How often each point of a long line of rounds is a start.
-        let begin = WARM_UP.next_multiple_of(self.starts);
+        let reached = self.reached_ports();
+        // The expected number of times that each point is a start, over a long sequence of rounds.
+        let begin = WARM_UP_STARTS.next_multiple_of(self.starts);
         let end = begin + self.starts;
         let mut flow = vec![0.0; end];
         flow[0] = 1.0;
         for at in 0..end {
-            let Some((_, passed)) = found[at % self.starts] else { continue };
-            let share = flow[at] / STEPS as f64;
-            for step in 0..STEPS {
-                if let Some(next) = flow.get_mut(at + passed.max(step) + 1) {
+            let Some((_, skipped)) = reached[at % self.starts] else { continue };
+            let share = flow[at] / STEP_CHOICES as f64;
+            for step in 0..STEP_CHOICES {
+                if let Some(next) = flow.get_mut(at + skipped.max(step) + 1) {
                     *next += share;
                 }
             }
@@ -153,29 +160,31 @@ impl Walk {
         let round = &flow[begin..end];
         let total: f64 = round.iter().sum();
         let mut chances = vec![0.0; self.free.len()];
-        for (flow, found) in round.iter().zip(&found) {
-            if let Some((slot, _)) = found {
+        for (flow, reached) in round.iter().zip(&reached) {
+            if let Some((slot, _)) = reached {
                 chances[*slot] += flow / total;
             }
         }
         chances.into_iter().enumerate().map(|(slot, chance)| (self.offset(slot), chance)).collect()
     }
 
-    /// Where nothing is passed over, and where what is passed over falls to all alike. With a step width, the kernel
-    /// goes on from a reserved port by a random number of ports of up to that width, the same for one dial. If it is as
-    /// wide as the range, all alike get what falls to reserved ones; if not, this is the mean.
-    fn evenly(&self, free: usize) -> Vec<(usize, f64)> {
+    /// Equal probabilities, for the case that no port is reserved or that the share of the reserved ports is
+    /// distributed evenly. With a step width, the kernel continues from a reserved port by a random number of
+    /// ports of up to that width, which is the same during one connect. If the width covers the range, all
+    /// free ports get an equal share of the reserved ports; otherwise this is the mean.
+    fn even_chances(&self, free: usize) -> Vec<(usize, f64)> {
         let count = if free == self.free.len() { self.starts } else { free };
         let slots = (0..self.free.len()).filter(|slot| self.free[*slot]);
-        // What is no starting point is not come by.
+        // If no port is reserved, a port that is not a starting point is never reached.
         let slots = slots.filter(|slot| free != self.free.len() || *slot < self.starts);
         slots.map(|slot| (self.offset(slot), 1.0 / count as f64)).collect()
     }
 
-    /// `bind()` to port 0 starts anywhere, each time anew.
-    fn by_bind(&self) -> Vec<(usize, f64)> {
+    /// The probability of each port to be chosen by `bind()` to port 0, which starts at a random point each
+    /// time.
+    fn bind_chances(&self) -> Vec<(usize, f64)> {
         let mut chances = vec![0.0; self.free.len()];
-        for (slot, _) in self.found().into_iter().flatten() {
+        for (slot, _) in self.reached_ports().into_iter().flatten() {
             chances[slot] += 1.0 / self.starts as f64;
         }
         chances.into_iter().enumerate().map(|(slot, chance)| (self.offset(slot), chance)).collect()
@@ -191,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_is_hit_once_in_as_many_dials_as_its_place_in_the_walk_says() {
+    fn expected_connects_follow_from_the_position_in_the_walk() {
         let rows = [
             ("32768 60999", "", 44446, Some(14_116), None),
             ("32768 60999", "", 44445, None, Some(14_116)),
@@ -205,42 +214,45 @@ mod tests {
             ("40000 40000", "", 40000, Some(1), Some(1)),
             ("40000 40001", "", 40000, Some(1), None),
             ("40000 40001", "", 40001, None, Some(1)),
-            // The topmost of an odd number is no starting point; with the one below reserved it is come by.
+            // The highest of an odd number of ports is not a starting point; it is reached if the port below
+            // is reserved.
             ("40000 40004", "", 40004, None, None),
             ("40000 40004", "40002", 40004, Some(2), None),
-            // Where one parity is all reserved, both take the other.
+            // If all ports of one parity are reserved, connect() and bind() both use the other parity.
             ("40000 40003", "40000,40002", 40001, Some(2), Some(2)),
             ("40000 40003", "40001,40003", 40002, Some(2), Some(2)),
-            // bind() starts anywhere: the port behind 49 reserved ones has their share, too.
+            // bind() starts at a random port, so the port after 49 reserved ports also has their share.
             ("40000 40199", "40000-40098", 40099, None, Some(2)),
             ("40000 40199", "40000-40098", 40101, None, Some(100)),
         ];
-        for (range, reserved, port, dials, after_bind) in rows {
+        for (range, reserved, port, connects, after_bind) in rows {
             let odds = odds(range, reserved);
-            let got = (odds.dials(port), odds.dials_after_bind(port));
-            assert_eq!(got, (dials, after_bind), "{range} less {reserved:?}: {port}");
+            let got = (odds.expected_connects(port), odds.expected_connects_after_bind(port));
+            assert_eq!(got, (connects, after_bind), "{range} less {reserved:?}: {port}");
         }
     }
 
     #[test]
-    fn the_port_behind_a_wide_span_is_hit_once_a_round() {
-        // 4.5 times as often as one that a round may step over: 100 ports make 22.2 dials, 1,000 make 222.2.
+    fn the_port_after_a_wide_reserved_span_is_hit_once_a_round() {
+        // 4.5 times as often as a port that a round can step over: 22.2 connects with 100 ports, 222.2 with
+        // 1,000.
         let odds = odds("40000 41999", "40100-40198");
-        let (behind, ordinary) = (odds.dials(40200).unwrap(), odds.dials(41000).unwrap());
-        assert!((205..=220).contains(&behind), "{behind}");
+        let (after_span, ordinary) =
+            (odds.expected_connects(40200).unwrap(), odds.expected_connects(41000).unwrap());
+        assert!((205..=220).contains(&after_span), "{after_span}");
         assert!((930..=990).contains(&ordinary), "{ordinary}");
     }
 
     #[test]
-    fn what_is_spread_falls_to_all_alike() {
+    fn a_step_width_distributes_the_reserved_share_evenly() {
         let ports = LocalPorts::parse("40000 41999", "40100-40198").unwrap();
         let odds = Odds::of(&LocalPorts { step_width: 2_000, ..ports });
-        assert_eq!((odds.dials(40200), odds.dials(41000)), (Some(950), Some(950)));
-        assert_eq!(odds.dials(40198), None);
+        assert_eq!((odds.expected_connects(40200), odds.expected_connects(41000)), (Some(950), Some(950)));
+        assert_eq!(odds.expected_connects(40198), None);
     }
 
-    /// `__inet_hash_connect` with a random number generator of its own.
-    fn dial(ports: &LocalPorts, perturb: &mut u64, random: &mut u64) -> u16 {
+    /// Simulates `__inet_hash_connect` with a pseudo-random number generator.
+    fn simulated_connect(ports: &LocalPorts, perturb: &mut u64, random: &mut u64) -> u16 {
         let (low, high) = (u64::from(ports.range.low), u64::from(ports.range.high) + 1);
         let mut remaining = high - low;
         if remaining > 1 {
@@ -268,8 +280,8 @@ mod tests {
     }
 
     #[test]
-    fn the_odds_are_those_of_the_kernels_own_loop() {
-        const DIALS: u32 = 400_000;
+    fn the_odds_match_a_simulation_of_the_kernel_loop() {
+        const CONNECTS: u32 = 400_000;
         for (range, reserved) in [
             ("40000 40199", ""),
             ("40000 40199", "40100"),
@@ -284,16 +296,16 @@ mod tests {
             let odds = Odds::of(&ports);
             let (mut perturb, mut random) = (7, 4_711);
             let mut hits = [0_u32; 300];
-            for _ in 0..DIALS {
-                hits[usize::from(dial(&ports, &mut perturb, &mut random) - 40_000)] += 1;
+            for _ in 0..CONNECTS {
+                hits[usize::from(simulated_connect(&ports, &mut perturb, &mut random) - 40_000)] += 1;
             }
             for (offset, hits) in hits.into_iter().enumerate() {
                 let port = 40_000 + offset as u16;
                 let chance = odds.at(port).0;
-                let seen = f64::from(hits) / f64::from(DIALS);
+                let measured = f64::from(hits) / f64::from(CONNECTS);
                 assert!(
-                    (chance - seen).abs() <= 0.001 + chance * 0.1,
-                    "{range} less {reserved:?}: {port}: {chance}, {seen}"
+                    (chance - measured).abs() <= 0.001 + chance * 0.1,
+                    "{range} less {reserved:?}: {port}: {chance}, {measured}"
                 );
             }
         }

@@ -1,7 +1,7 @@
-//! Tables of who is helped, when, and what is told of it.
+//! Table tests of the remedy: which connections are destroyed, when, and with which results.
 
 use super::*;
-use crate::filter::tests::subject;
+use crate::filter::tests::sample_fields;
 
 const TARGET: Target = Target {
     netns: 1,
@@ -11,120 +11,123 @@ const TARGET: Target = Target {
     ifindex: None,
 };
 
-fn remedy(mode: Mode, grace_ns: u64, rate: u32) -> Remedy {
-    Remedy::new(Policy { mode, selection: Selection::default(), grace_ns, rate })
+fn remedy(mode: RemedyMode, grace_ns: u64, rate: u32) -> Remedy {
+    Remedy::new(RemedyPolicy { mode, selection: Selection::default(), grace_ns, rate })
 }
 
-fn case() -> Case {
-    Case { subject: subject(), target: Some(TARGET), near: vec![8, 7] }
+fn candidate() -> RemedyCandidate {
+    RemedyCandidate { fields: sample_fields(), target: Some(TARGET), netns_hints: vec![8, 7] }
 }
 
 fn cookie(number: u64) -> Cookie {
     Cookie::new(number).unwrap()
 }
 
-fn asked(number: u64) -> Asked {
-    Asked { number, target: TARGET, near: vec![8, 7] }
+fn request(number: u64) -> RemedyRequest {
+    RemedyRequest { number, target: TARGET, netns_hints: vec![8, 7] }
 }
 
-/// What is due, as the numbers that are looked up and how many results of which name.
+/// The due steps: numbers of the connections to look up, and results of the events.
 fn due(remedy: &mut Remedy, now_ns: u64) -> (Vec<u64>, Vec<&'static str>) {
-    let (mut numbers, mut told) = (Vec::new(), Vec::new());
+    let (mut numbers, mut results) = (Vec::new(), Vec::new());
     for step in remedy.due(now_ns) {
         match step {
-            Step::LookUp(asked) => numbers.push(asked.number),
-            Step::Tell(remedied) => told.push(remedied.result),
-            Step::Destroy(..) => panic!("before it is looked up"),
+            RemedyStep::LookUp(request) => numbers.push(request.number),
+            RemedyStep::Emit(remedied) => results.push(remedied.result),
+            RemedyStep::Destroy(..) => panic!("destroyed before the lookup"),
         }
     }
-    (numbers, told)
+    (numbers, results)
 }
 
 #[test]
-fn what_is_looked_up_is_destroyed_by_the_cookie_that_gave() {
-    let mut remedy = remedy(Mode::Destroy, 0, 10);
-    assert!(remedy.opened(1, case(), 5).is_none());
+fn a_connection_is_destroyed_by_the_cookie_of_its_lookup() {
+    let mut remedy = remedy(RemedyMode::Destroy, 0, 10);
+    assert!(remedy.on_established(1, candidate(), 5).is_none());
     assert_eq!(remedy.next_ns(), Some(5));
     assert_eq!(due(&mut remedy, 5), (vec![1], vec![]));
     assert!(!remedy.is_destroying() && remedy.next_ns().is_none());
-    let step = remedy.looked_up(1, Ok(Some(cookie(9))));
-    assert!(matches!(step, Some(Step::Destroy(which, by)) if which == asked(1) && by == cookie(9)));
+    let step = remedy.on_looked_up(1, Ok(Some(cookie(9))));
+    assert!(matches!(step, Some(RemedyStep::Destroy(which, by)) if which == request(1) && by == cookie(9)));
     assert!(remedy.is_destroying());
-    // Its end is seen before the answer.
-    remedy.ended(1);
-    let told = remedy.destroyed(1, Ok(true)).unwrap();
-    assert_eq!((told.mode, told.result, told.port_freed), ("destroy", "destroyed", Some(true)));
-    assert_eq!(told.subject.cookie, Some(9));
+    // The close is reported before the result of SOCK_DESTROY.
+    remedy.on_closed(1);
+    let remedied = remedy.on_destroyed(1, Ok(true)).unwrap();
+    assert_eq!((remedied.mode, remedied.result, remedied.port_freed), ("destroy", "destroyed", Some(true)));
+    assert_eq!(remedied.connection.cookie, Some(9));
     assert!(!remedy.is_destroying());
-    assert!(remedy.destroyed(1, Ok(true)).is_none(), "once");
+    assert!(remedy.on_destroyed(1, Ok(true)).is_none(), "reported only once");
 }
 
 #[test]
-fn a_dry_run_asks_and_destroys_nothing() {
-    let mut remedy = remedy(Mode::DryRun, 0, 10);
-    remedy.opened(1, case(), 5);
+fn a_dry_run_looks_up_and_destroys_nothing() {
+    let mut remedy = remedy(RemedyMode::DryRun, 0, 10);
+    remedy.on_established(1, candidate(), 5);
     due(&mut remedy, 5);
-    let Some(Step::Tell(told)) = remedy.looked_up(1, Ok(Some(cookie(9)))) else { panic!() };
-    assert_eq!((told.mode, told.result), ("dry-run", "would_destroy"));
+    let Some(RemedyStep::Emit(remedied)) = remedy.on_looked_up(1, Ok(Some(cookie(9)))) else { panic!() };
+    assert_eq!((remedied.mode, remedied.result), ("dry-run", "would_destroy"));
     assert!(!remedy.is_destroying());
 }
 
 #[test]
-fn what_has_ended_or_is_another_one_is_gone_and_what_fails_says_why() {
-    let known = |cookie| Case { subject: Subject { cookie: Some(cookie), ..subject() }, ..case() };
-    let no = || Err("no".to_owned());
-    for (case, ends, looked_up, destroyed, result) in [
-        (case(), false, Ok(None), None, "gone"),
-        (case(), true, Ok(Some(cookie(9))), None, "gone"),
+fn a_closed_or_replaced_connection_is_gone_and_a_failure_has_a_reason() {
+    let known = |cookie| RemedyCandidate {
+        fields: ConnectionFields { cookie: Some(cookie), ..sample_fields() },
+        ..candidate()
+    };
+    let refusal = || Err("refused".to_owned());
+    for (candidate, is_closed, looked_up, destroyed, result) in [
+        (candidate(), false, Ok(None), None, "gone"),
+        (candidate(), true, Ok(Some(cookie(9))), None, "gone"),
         (known(8), false, Ok(Some(cookie(9))), None, "gone"),
         (known(9), false, Ok(Some(cookie(9))), Some(Ok(true)), "destroyed"),
-        (case(), false, Ok(Some(cookie(9))), Some(Ok(false)), "gone"),
-        (case(), false, Ok(Some(cookie(9))), Some(no()), "failed"),
-        (case(), false, Err("no".to_owned()), None, "failed"),
+        (candidate(), false, Ok(Some(cookie(9))), Some(Ok(false)), "gone"),
+        (candidate(), false, Ok(Some(cookie(9))), Some(refusal()), "failed"),
+        (candidate(), false, Err("refused".to_owned()), None, "failed"),
     ] {
-        let mut remedy = remedy(Mode::Destroy, 0, 10);
-        remedy.opened(1, case, 5);
+        let mut remedy = remedy(RemedyMode::Destroy, 0, 10);
+        remedy.on_established(1, candidate, 5);
         due(&mut remedy, 5);
-        if ends {
-            remedy.ended(1);
+        if is_closed {
+            remedy.on_closed(1);
         }
-        let told = match (remedy.looked_up(1, looked_up), destroyed) {
-            (Some(Step::Tell(told)), None) => *told,
-            (Some(Step::Destroy(..)), Some(outcome)) => remedy.destroyed(1, outcome).unwrap(),
+        let remedied = match (remedy.on_looked_up(1, looked_up), destroyed) {
+            (Some(RemedyStep::Emit(remedied)), None) => *remedied,
+            (Some(RemedyStep::Destroy(..)), Some(outcome)) => remedy.on_destroyed(1, outcome).unwrap(),
             (step, _) => panic!("{step:?}"),
         };
-        assert_eq!(told.result, result);
-        assert_eq!(told.why.as_deref(), (result == "failed").then_some("no"));
-        assert_eq!(told.port_freed.is_some(), result == "destroyed");
+        assert_eq!(remedied.result, result);
+        assert_eq!(remedied.why.as_deref(), (result == "failed").then_some("refused"));
+        assert_eq!(remedied.port_freed.is_some(), result == "destroyed");
         let counts: Vec<_> = remedy.counts().filter(|(_, count)| *count > 0).collect();
         assert!(counts.len() == 1 && counts[0].0.name() == result, "{counts:?}");
     }
 }
 
 #[test]
-fn one_that_ends_in_its_grace_is_left_alone() {
-    let mut remedy = remedy(Mode::Destroy, 100, 10);
-    remedy.opened(1, case(), 5);
-    remedy.opened(2, case(), 6);
+fn a_connection_that_closes_within_its_grace_period_is_left_alone() {
+    let mut remedy = remedy(RemedyMode::Destroy, 100, 10);
+    remedy.on_established(1, candidate(), 5);
+    remedy.on_established(2, candidate(), 6);
     assert_eq!(due(&mut remedy, 104), (vec![], vec![]));
-    remedy.ended(1);
+    remedy.on_closed(1);
     assert_eq!(remedy.next_ns(), Some(106));
     assert_eq!(due(&mut remedy, 106), (vec![2], vec![]));
     assert!(remedy.counts().all(|(_, count)| count == 0));
 }
 
 #[test]
-fn those_beyond_the_rate_are_told_once_and_have_their_turn_later() {
-    let mut remedy = remedy(Mode::Destroy, 0, 2);
+fn connections_over_the_rate_limit_are_reported_once_and_handled_later() {
+    let mut remedy = remedy(RemedyMode::Destroy, 0, 2);
     for number in 1..=5 {
-        remedy.opened(number, case(), SECOND_NS);
+        remedy.on_established(number, candidate(), SECOND_NS);
     }
-    remedy.opened(6, case(), 3 * SECOND_NS);
+    remedy.on_established(6, candidate(), 3 * SECOND_NS);
     let limited = |count| vec!["rate_limited"; count];
     assert_eq!(due(&mut remedy, SECOND_NS), (vec![1, 2], limited(3)));
-    assert_eq!(remedy.next_ns(), Some(SECOND_NS + SECOND_NS / 2), "no wake-up for nothing");
+    assert_eq!(remedy.next_ns(), Some(SECOND_NS + SECOND_NS / 2), "no wake-up before the next token");
     assert_eq!(due(&mut remedy, SECOND_NS + 1), (vec![], vec![]));
-    remedy.ended(3);
+    remedy.on_closed(3);
     assert_eq!(due(&mut remedy, SECOND_NS + SECOND_NS / 2), (vec![4], vec![]));
     assert_eq!(due(&mut remedy, 2 * SECOND_NS), (vec![5], vec![]));
     assert_eq!(remedy.next_ns(), Some(3 * SECOND_NS));
@@ -132,44 +135,46 @@ fn those_beyond_the_rate_are_told_once_and_have_their_turn_later() {
 }
 
 #[test]
-fn one_that_comes_while_others_wait_for_their_turn_is_told_too() {
-    let mut remedy = remedy(Mode::Destroy, 0, 1);
+fn a_connection_that_arrives_while_others_wait_is_reported_as_rate_limited_too() {
+    let mut remedy = remedy(RemedyMode::Destroy, 0, 1);
     for number in 1..=3 {
-        remedy.opened(number, case(), SECOND_NS);
+        remedy.on_established(number, candidate(), SECOND_NS);
         due(&mut remedy, SECOND_NS + number);
     }
-    let limited = remedy.counts().find(|(outcome, _)| *outcome == Outcome::RateLimited);
-    assert_eq!(limited, Some((Outcome::RateLimited, 2)));
+    let limited = remedy.counts().find(|(outcome, _)| *outcome == RemedyOutcome::RateLimited);
+    assert_eq!(limited, Some((RemedyOutcome::RateLimited, 2)));
 }
 
 #[test]
-fn what_the_policy_spares_is_told_at_once_and_never_asked_for() {
+fn an_excluded_connection_is_reported_at_once_and_never_looked_up() {
     let selection = Selection { except: vec!["comm=java".parse().unwrap()], ..Selection::default() };
-    let mut remedy = Remedy::new(Policy { mode: Mode::DryRun, selection, grace_ns: 7, rate: 1 });
-    let told = remedy.opened(1, case(), 5).unwrap();
-    assert_eq!((told.result, told.why.as_deref()), ("excepted", Some("except comm=java")));
+    let mut remedy = Remedy::new(RemedyPolicy { mode: RemedyMode::DryRun, selection, grace_ns: 7, rate: 1 });
+    let remedied = remedy.on_established(1, candidate(), 5).unwrap();
+    assert_eq!((remedied.result, remedied.why.as_deref()), ("excepted", Some("except comm=java")));
     assert_eq!(remedy.next_ns(), None);
 }
 
 #[test]
-fn without_its_network_namespace_it_can_not_be_found() {
-    let told = remedy(Mode::Destroy, 0, 1).opened(1, Case { target: None, ..case() }, 5).unwrap();
-    assert_eq!(told.result, "failed");
-    assert!(told.why.unwrap().contains("BTF"));
+fn without_its_network_namespace_a_connection_cannot_be_looked_up() {
+    let remedied = remedy(RemedyMode::Destroy, 0, 1)
+        .on_established(1, RemedyCandidate { target: None, ..candidate() }, 5)
+        .unwrap();
+    assert_eq!(remedied.result, "failed");
+    assert!(remedied.why.unwrap().contains("BTF"));
 }
 
 #[test]
-fn a_second_lets_as_many_through_as_the_rate_says() {
+fn the_rate_limiter_allows_its_rate_per_second() {
     for rate in [1, 3, 10, 1_000_000] {
-        let mut limiter = Limiter::new(rate);
+        let mut limiter = RateLimiter::new(rate);
         let start = 77 * SECOND_NS;
-        let taken = |limiter: &mut Limiter, at| (0..20).filter(|_| limiter.take(at)).count();
+        let tokens = |limiter: &mut RateLimiter, at| (0..20).filter(|_| limiter.try_take(at)).count();
         let burst = (rate as usize).min(20);
-        assert_eq!(taken(&mut limiter, start), burst, "{rate}");
+        assert_eq!(tokens(&mut limiter, start), burst, "{rate}");
         if rate < 20 {
-            assert_eq!(taken(&mut limiter, start), 0);
-            assert!(!limiter.take(limiter.free_ns() - 1));
-            assert!(limiter.take(limiter.free_ns()));
+            assert_eq!(tokens(&mut limiter, start), 0);
+            assert!(!limiter.try_take(limiter.available_ns() - 1));
+            assert!(limiter.try_take(limiter.available_ns()));
         }
     }
 }

@@ -1,32 +1,41 @@
-//! What waits to be taken by something that may refuse it, or take only half: lines for a file, entries for the journal.
-//! Pure: who takes it is somebody else's business.
+//! A bounded queue of items that wait to be written: lines for a file or for stdout, entries for the journal.
+//! The writer may refuse an item or accept only a part of it. This file does no I/O.
 
 use std::collections::VecDeque;
 
-/// Memory that an empty backlog keeps.
-const KEPT: usize = 256 << 10;
+/// Memory that an empty queue keeps allocated.
+const RETAINED_CAPACITY: usize = 256 << 10;
 
-/// Memory of what was taken that is kept before the rest is moved there: a backlog takes as much more than its limit.
-const GONE: usize = 512 << 10;
+/// Maximum bytes of written items that are kept before the remaining items are moved to the front. A queue
+/// may use this much memory in addition to its limit.
+const COMPACTION_THRESHOLD: usize = 512 << 10;
 
-/// Items in order, up to a limit of bytes. What comes after that is lost whole, and counted.
+/// Items in order, up to a limit of bytes. An item that does not fit is lost as a whole and counted.
 #[derive(Debug)]
-pub(super) struct Backlog {
-    /// Whole items, from `start` on. The first is kept whole until all of it was taken.
+pub(super) struct WriteQueue {
+    /// Whole items, beginning at `start`. The first item is kept whole until all of its bytes are written.
     bytes: Vec<u8>,
     start: usize,
-    /// How long each is.
+    /// Length of each item.
     lengths: VecDeque<usize>,
-    /// How much of the first was taken already.
-    torn: usize,
+    /// Number of bytes of the first item that are already written.
+    partial: usize,
     limit: usize,
-    taken: u64,
+    completed: u64,
     lost: u64,
 }
 
-impl Backlog {
+impl WriteQueue {
     pub(super) fn new(limit: usize) -> Self {
-        Self { bytes: Vec::new(), start: 0, lengths: VecDeque::new(), torn: 0, limit, taken: 0, lost: 0 }
+        Self {
+            bytes: Vec::new(),
+            start: 0,
+            lengths: VecDeque::new(),
+            partial: 0,
+            limit,
+            completed: 0,
+            lost: 0,
+        }
     }
 
     /// Adds an item, unless there is no room.
@@ -43,18 +52,19 @@ impl Backlog {
         self.lengths.is_empty()
     }
 
-    /// Bytes that wait.
+    /// Bytes in the queue, including the written part of the first item.
     pub(super) fn len(&self) -> usize {
         self.bytes.len() - self.start
     }
 
-    /// All that is still to be taken.
-    pub(super) fn rest(&self) -> &[u8] {
-        &self.bytes[self.start + self.torn..]
+    /// All bytes that are not yet written.
+    pub(super) fn remaining(&self) -> &[u8] {
+        &self.bytes[self.start + self.partial..]
     }
 
-    /// As many whole items as fit into so many bytes, but one at least; less what was taken of the first.
-    pub(super) fn portion(&self, limit: usize) -> &[u8] {
+    /// As many whole items as fit into `limit` bytes, but at least one; without the written part of the first
+    /// item.
+    pub(super) fn chunk(&self, limit: usize) -> &[u8] {
         let mut end = self.lengths.front().copied().unwrap_or(0);
         for length in self.lengths.iter().skip(1) {
             if end + length > limit {
@@ -62,31 +72,31 @@ impl Backlog {
             }
             end += length;
         }
-        &self.bytes[self.start + self.torn..self.start + end]
+        &self.bytes[self.start + self.partial..self.start + end]
     }
 
-    /// The rest of a first item that was taken in part; empty when none was.
-    pub(super) fn torn_rest(&self) -> &[u8] {
+    /// The unwritten rest of a partially written first item. Empty if no item is partially written.
+    pub(super) fn partial_rest(&self) -> &[u8] {
         match self.lengths.front() {
-            Some(length) if self.torn > 0 => &self.bytes[self.start + self.torn..self.start + length],
+            Some(length) if self.partial > 0 => &self.bytes[self.start + self.partial..self.start + length],
             _ => &[],
         }
     }
 
-    /// So many bytes of the rest were taken.
-    pub(super) fn take(&mut self, count: usize) {
-        let mut end = self.torn + count;
-        let mut gone = 0;
+    /// Marks `count` more bytes as written.
+    pub(super) fn advance(&mut self, count: usize) {
+        let mut end = self.partial + count;
+        let mut consumed = 0;
         while let Some(length) = self.lengths.front().copied().filter(|length| *length <= end) {
             self.lengths.pop_front();
-            (end, gone) = (end - length, gone + length);
-            self.taken += 1;
+            (end, consumed) = (end - length, consumed + length);
+            self.completed += 1;
         }
-        self.torn = end;
-        self.start += gone;
+        self.partial = end;
+        self.start += consumed;
         if self.lengths.is_empty() {
             self.clear();
-        } else if self.start > (self.bytes.len() / 2).min(GONE) {
+        } else if self.start > (self.bytes.len() / 2).min(COMPACTION_THRESHOLD) {
             self.bytes.drain(..self.start);
             self.start = 0;
         }
@@ -94,30 +104,30 @@ impl Backlog {
 
     fn clear(&mut self) {
         self.bytes.clear();
-        // What a burst needed is given back.
-        self.bytes.shrink_to(KEPT);
+        // Release the memory that a burst needed.
+        self.bytes.shrink_to(RETAINED_CAPACITY);
         self.lengths.clear();
-        self.lengths.shrink_to(KEPT / 64);
-        (self.start, self.torn) = (0, 0);
+        self.lengths.shrink_to(RETAINED_CAPACITY / 64);
+        (self.start, self.partial) = (0, 0);
     }
 
-    /// What was taken of the first item is no more: it is to be taken from its beginning.
-    pub(super) fn restart(&mut self) {
-        self.torn = 0;
+    /// Makes the first item unwritten again, because its written part is no longer in the file.
+    pub(super) fn rewind(&mut self) {
+        self.partial = 0;
     }
 
-    /// Nothing of it will ever be taken.
-    pub(super) fn give_up(&mut self) {
+    /// Drops all items and counts them as lost.
+    pub(super) fn drop_all(&mut self) {
         self.lost += self.lengths.len() as u64;
         self.clear();
     }
 
-    /// Items that were taken.
-    pub(super) fn taken(&self) -> u64 {
-        self.taken
+    /// Number of items that are completely written.
+    pub(super) fn completed(&self) -> u64 {
+        self.completed
     }
 
-    /// Items that never will be.
+    /// Number of items that were dropped.
     pub(super) fn lost(&self) -> u64 {
         self.lost
     }
@@ -130,75 +140,79 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_does_not_fit_is_lost_whole_and_counted() {
-        let mut backlog = Backlog::new(12);
+    fn an_item_that_does_not_fit_is_dropped_and_counted() {
+        let mut queue = WriteQueue::new(12);
         for _ in 0..5 {
-            backlog.push(b"12345\n");
+            queue.push(b"12345\n");
         }
-        assert_eq!((backlog.rest(), backlog.lost()), (&b"12345\n12345\n"[..], 3));
-        backlog.take(4);
-        backlog.push(b"12345\n");
-        assert_eq!(backlog.lost(), 4, "a torn item keeps its room, for it may have to be taken again");
-        backlog.take(2);
-        backlog.push(b"12345\n");
-        assert_eq!((backlog.taken(), backlog.lost(), backlog.rest().len()), (1, 4, 12));
-        backlog.give_up();
-        assert_eq!((backlog.taken(), backlog.lost(), backlog.is_empty()), (1, 6, true));
+        assert_eq!((queue.remaining(), queue.lost()), (&b"12345\n12345\n"[..], 3));
+        queue.advance(4);
+        queue.push(b"12345\n");
+        assert_eq!(
+            queue.lost(),
+            4,
+            "a partially written item keeps its room, because it may have to be written again"
+        );
+        queue.advance(2);
+        queue.push(b"12345\n");
+        assert_eq!((queue.completed(), queue.lost(), queue.remaining().len()), (1, 4, 12));
+        queue.drop_all();
+        assert_eq!((queue.completed(), queue.lost(), queue.is_empty()), (1, 6, true));
     }
 
     #[test]
-    fn a_torn_item_is_completed_or_begun_again() {
-        let mut backlog = Backlog::new(100);
-        backlog.push(b"first\n");
-        backlog.push(b"second\n");
-        assert_eq!(backlog.torn_rest(), b"");
-        backlog.take(4);
-        assert_eq!((backlog.torn_rest(), backlog.rest()), (&b"t\n"[..], &b"t\nsecond\n"[..]));
-        backlog.restart();
-        assert_eq!((backlog.torn_rest(), backlog.rest()), (&b""[..], &b"first\nsecond\n"[..]));
-        backlog.take(8);
-        assert_eq!((backlog.torn_rest(), backlog.taken()), (&b"cond\n"[..], 1));
-        backlog.take(5);
-        assert!(backlog.is_empty() && backlog.torn_rest().is_empty());
-        assert_eq!(backlog.taken(), 2);
+    fn a_partial_item_is_completed_or_restarted() {
+        let mut queue = WriteQueue::new(100);
+        queue.push(b"first\n");
+        queue.push(b"second\n");
+        assert_eq!(queue.partial_rest(), b"");
+        queue.advance(4);
+        assert_eq!((queue.partial_rest(), queue.remaining()), (&b"t\n"[..], &b"t\nsecond\n"[..]));
+        queue.rewind();
+        assert_eq!((queue.partial_rest(), queue.remaining()), (&b""[..], &b"first\nsecond\n"[..]));
+        queue.advance(8);
+        assert_eq!((queue.partial_rest(), queue.completed()), (&b"cond\n"[..], 1));
+        queue.advance(5);
+        assert!(queue.is_empty() && queue.partial_rest().is_empty());
+        assert_eq!(queue.completed(), 2);
     }
 
     #[test]
-    fn a_portion_is_whole_items_and_never_nothing() {
-        let mut backlog = Backlog::new(100);
+    fn a_chunk_is_whole_items_and_never_empty() {
+        let mut queue = WriteQueue::new(100);
         for item in ["1234567\n", "12\n", "12\n"] {
-            backlog.push(item.as_bytes());
+            queue.push(item.as_bytes());
         }
-        assert_eq!(backlog.portion(4), b"1234567\n");
-        assert_eq!(backlog.portion(12), b"1234567\n12\n");
-        backlog.take(9);
-        assert_eq!(backlog.portion(4), b"2\n");
-        assert_eq!(backlog.portion(100), b"2\n12\n");
+        assert_eq!(queue.chunk(4), b"1234567\n");
+        assert_eq!(queue.chunk(12), b"1234567\n12\n");
+        queue.advance(9);
+        assert_eq!(queue.chunk(4), b"2\n");
+        assert_eq!(queue.chunk(100), b"2\n12\n");
     }
 
     proptest! {
-        /// However it is taken, everything is taken once, in order, or counted as lost.
+        /// For any sequence of partial writes, each item is written once and in order, or counted as lost.
         #[test]
-        fn items_are_taken_once_in_order_or_counted(
+        fn items_are_written_once_in_order_or_counted(
             steps in prop::collection::vec((0_usize..20, 0_usize..40), 1..60),
             limit in 1_usize..80,
         ) {
-            let mut backlog = Backlog::new(limit);
-            let (mut taken, mut made) = (Vec::new(), 0_u64);
-            for (number, (length, take)) in steps.into_iter().enumerate() {
+            let mut queue = WriteQueue::new(limit);
+            let (mut written, mut made) = (Vec::new(), 0_u64);
+            for (number, (length, count)) in steps.into_iter().enumerate() {
                 let item = format!("{number}:{}\n", "x".repeat(length));
-                backlog.push(item.as_bytes());
+                queue.push(item.as_bytes());
                 made += 1;
-                let take = take.min(backlog.rest().len());
-                taken.extend_from_slice(&backlog.rest()[..take]);
-                backlog.take(take);
+                let count = count.min(queue.remaining().len());
+                written.extend_from_slice(&queue.remaining()[..count]);
+                queue.advance(count);
             }
-            taken.extend_from_slice(backlog.rest());
-            backlog.take(backlog.rest().len());
-            prop_assert!(backlog.is_empty());
-            prop_assert_eq!(backlog.taken() + backlog.lost(), made);
-            let text = String::from_utf8(taken).unwrap();
-            prop_assert_eq!(text.lines().count() as u64, backlog.taken());
+            written.extend_from_slice(queue.remaining());
+            queue.advance(queue.remaining().len());
+            prop_assert!(queue.is_empty());
+            prop_assert_eq!(queue.completed() + queue.lost(), made);
+            let text = String::from_utf8(written).unwrap();
+            prop_assert_eq!(text.lines().count() as u64, queue.completed());
             let numbers: Vec<usize> =
                 text.lines().map(|line| line.split(':').next().unwrap().parse().unwrap()).collect();
             prop_assert!(numbers.is_sorted_by(|one, next| one < next));

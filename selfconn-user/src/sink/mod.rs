@@ -1,12 +1,12 @@
-//! Where events go: people's text or JSON lines on stdout, the journal, and the log file. Nothing here waits for a reader: what
-//! can't be written waits itself, within bounds, and is counted beyond them.
+//! The outputs of events: text or JSON lines on stdout, the journal, and the log file. A slow output does not
+//! stop the daemon: its events wait in a bounded queue, and events that do not fit are dropped and counted.
 
 use std::io;
 
 use jiff::Timestamp;
 
-use self::{file::LogFile, journal::Journal, stdout::Stdout};
-use crate::event::{Event, Losses, Programs, Stopped, What};
+use self::{file::LogFile, journal::JournalOutput, stdout::Stdout};
+use crate::event::{Event, EventKind, Losses, ProgramCounters, Stopped};
 
 mod backlog;
 pub mod file;
@@ -22,62 +22,58 @@ pub fn json_line(event: &Event, out: &mut Vec<u8>) {
     let start = out.len();
     match serde_json::to_writer(&mut *out, event) {
         Ok(()) => out.push(b'\n'),
-        // Can't happen with a schema of strings and numbers; but half a line must never stay.
+        // Impossible with a schema of strings and numbers. A partial line must never remain in the output.
         Err(error) => {
             out.truncate(start);
-            log::error!("an event can't be written as JSON: {error}");
+            log::error!("cannot serialize an event as JSON: {error}");
         }
     }
 }
 
-/// The places that have events waiting.
+/// The outputs that have pending events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Behind {
-    /// The log file.
+pub struct PendingOutputs {
     pub log: bool,
-    /// Standard output.
     pub stdout: bool,
-    /// The journal.
     pub journal: bool,
 }
 
-impl Behind {
-    /// Whether any has.
+impl PendingOutputs {
     #[must_use]
     pub fn any(self) -> bool {
         self.log || self.stdout || self.journal
     }
 }
 
-/// Every place that events go to.
+/// All outputs of events.
 #[derive(Debug)]
-pub struct Sinks {
+pub struct Outputs {
     stdout: Option<Stdout>,
-    journal: Option<Journal>,
+    journal: Option<JournalOutput>,
     log: Option<LogFile>,
     made: u64,
     line: Vec<u8>,
 }
 
-impl Sinks {
-    /// `None`: no such place.
+impl Outputs {
+    /// An output that is `None` or false is not used.
     ///
     /// # Errors
-    /// When a thread can't be started.
+    /// If a writer thread cannot be started.
     pub fn new(stdout: Option<Format>, journal: bool, log: Option<LogFile>) -> io::Result<Self> {
         let stdout = stdout.map(Stdout::start).transpose()?;
-        let journal = journal.then(Journal::start).transpose()?;
+        let journal = journal.then(JournalOutput::start).transpose()?;
         Ok(Self { stdout, journal, log, made: 0, line: Vec::new() })
     }
 
-    /// Makes an event of now.
-    pub fn emit(&mut self, what: What) {
-        self.emit_at(Timestamp::now(), what);
+    /// Emits an event with the current time.
+    pub fn emit(&mut self, kind: EventKind) {
+        self.emit_at(Timestamp::now(), kind);
     }
 
-    /// Makes an event. It is written at the next flush.
-    pub fn emit_at(&mut self, time: Timestamp, what: What) {
-        let event = Event { time, what };
+    /// Emits an event. It is written at the next flush.
+    pub fn emit_at(&mut self, time: Timestamp, kind: EventKind) {
+        let event = Event { time, kind };
         self.made += 1;
         self.write_json(&event);
         if let Some(log) = &mut self.log {
@@ -96,11 +92,11 @@ impl Sinks {
         json_line(event, &mut self.line);
     }
 
-    /// Writes what was made, as far as it can be.
+    /// Writes the emitted events as far as the outputs accept them.
     ///
     /// # Errors
-    /// A broken pipe: nobody reads stdout any more, which the caller takes for a wish to end. Every other error is said
-    /// and counted where it happens.
+    /// Only a broken pipe: nobody reads stdout any more, and the caller ends the run. Every other error is
+    /// logged and counted where it happens.
     pub fn flush(&mut self) -> io::Result<()> {
         if let Some(log) = &mut self.log {
             log.flush();
@@ -117,9 +113,9 @@ impl Sinks {
         }
     }
 
-    /// Writes what was made, as [`Self::flush`] does, and makes room for what the next batch of a flood becomes: what is
-    /// still in the ring buffer waits there for the only reader, if that is slow. Where there are others, a slow one
-    /// loses events, so that none of them is lost for all.
+    /// Flushes as [`Self::flush`] does, then makes room for the events of the next batch. If there is only
+    /// one output and its reader is slow, this waits, and further records wait in the ring buffer. With
+    /// several outputs it does not wait: the slow output loses events, so that the other outputs do not.
     ///
     /// # Errors
     /// As [`Self::flush`].
@@ -133,7 +129,8 @@ impl Sinks {
         Ok(())
     }
 
-    /// Waits until a reader took what it was given, so that it is time to flush. Dropped, it loses nothing.
+    /// Waits until an output has written its chunk and has more events, so that the caller should flush.
+    /// Cancel safe.
     pub async fn ready(&mut self) {
         let writers = (self.stdout.as_mut(), self.journal.as_mut());
         match writers {
@@ -147,10 +144,10 @@ impl Sinks {
         }
     }
 
-    /// SIGHUP: the log is opened anew.
+    /// Reopens the log. This is the reaction to SIGHUP.
     ///
     /// # Errors
-    /// A broken pipe, when stdout was a terminal and has gone.
+    /// A broken pipe if stdout was a terminal and the terminal was hung up.
     pub fn reopen(&mut self) -> io::Result<()> {
         if let Some(log) = &mut self.log {
             log.reopen();
@@ -161,23 +158,24 @@ impl Sinks {
         }
     }
 
-    /// Whether SIGHUP has something to reopen.
+    /// True if SIGHUP has something to reopen. Otherwise SIGHUP ends the run.
     #[must_use]
     pub fn can_reopen(&self) -> bool {
         self.log.is_some() || self.journal.is_some()
     }
 
-    /// Which places have events waiting. Of what such a place lost it is told once it takes events again.
+    /// The outputs that have pending events. Losses of an output are reported only after it accepts events
+    /// again, because otherwise the `lost` event would be dropped as well.
     #[must_use]
-    pub fn behind(&self) -> Behind {
-        Behind {
-            log: self.log.as_ref().is_some_and(LogFile::is_behind),
-            stdout: self.stdout.as_ref().is_some_and(|stdout| stdout.writer.is_behind()),
-            journal: self.journal.as_ref().is_some_and(|journal| journal.writer.is_behind()),
+    pub fn pending(&self) -> PendingOutputs {
+        PendingOutputs {
+            log: self.log.as_ref().is_some_and(LogFile::has_pending),
+            stdout: self.stdout.as_ref().is_some_and(|stdout| stdout.writer.has_pending()),
+            journal: self.journal.as_ref().is_some_and(|journal| journal.writer.has_pending()),
         }
     }
 
-    /// Events that a place never took and never will: its part of [`Losses`].
+    /// Events that each output dropped: the part of [`Losses`] that the outputs count.
     #[must_use]
     pub fn lost(&self) -> Losses {
         Losses {
@@ -188,51 +186,52 @@ impl Sinks {
         }
     }
 
-    /// Events made so far.
+    /// Number of events emitted so far.
     #[must_use]
     pub fn made(&self) -> u64 {
         self.made
     }
 
-    /// Events in the log file so far; none without one.
+    /// Number of events in the log file so far. `None` without a log file.
     #[must_use]
     pub fn written(&self) -> Option<u64> {
         self.log.as_ref().map(LogFile::written)
     }
 
-    /// Attempts to write or reopen the log that failed.
+    /// Number of failed attempts to write or reopen the log.
     #[must_use]
     pub fn log_write_errors(&self) -> u64 {
         self.log.as_ref().map_or(0, LogFile::errors)
     }
 
-    /// Whether the log takes lines, as far as is known from the last attempt. True without one.
+    /// True if the last attempt to write the log succeeded, or if there is no log file.
     #[must_use]
     pub fn can_write_log(&self) -> bool {
         !self.log.as_ref().is_some_and(LogFile::is_failing)
     }
 
-    /// Makes and writes the last event. Its numbers count what became of everything, itself included: events made are
-    /// those written and those lost.
-    pub async fn stop(&mut self, lost: Losses, open: u64, programs: Programs) {
-        let log_takes_it = self.log.as_mut().is_none_or(LogFile::finish);
+    /// Emits and writes the last event, `stopped`. Its counts include the event itself: the number of emitted
+    /// events is the number of written events plus the number of lost events.
+    pub async fn stop(&mut self, lost: Losses, open: u64, programs: ProgramCounters) {
+        let is_log_writable = self.log.as_mut().is_none_or(LogFile::finish);
         self.drain().await;
         self.made += 1;
-        // Where it can't go it is lost itself.
-        let own = Losses {
-            log: u64::from(!log_takes_it),
+        // An output that does not accept the last event loses it.
+        let lost_stopped_event = Losses {
+            log: u64::from(!is_log_writable),
             stdout: u64::from(self.stdout.as_ref().is_some_and(|stdout| stdout.writer.is_stuck())),
             journal: u64::from(self.journal.as_ref().is_some_and(|journal| journal.writer.is_stuck())),
             ..Losses::default()
         };
-        let mut event = self.stopped(lost.plus(own), open, programs, u64::from(log_takes_it));
-        if log_takes_it {
+        let mut event =
+            self.stopped_event(lost.plus(lost_stopped_event), open, programs, u64::from(is_log_writable));
+        if is_log_writable {
             self.write_json(&event);
             if let Some(log) = &mut self.log {
                 log.push(&self.line);
                 if !log.finish() {
-                    // It has counted the line as lost.
-                    event = self.stopped(lost.plus(own), open, programs, 0);
+                    // The log has counted the line as lost.
+                    event = self.stopped_event(lost.plus(lost_stopped_event), open, programs, 0);
                 }
             }
         }
@@ -246,8 +245,8 @@ impl Sinks {
         self.drain().await;
     }
 
-    /// `written` of it will be in the log.
-    fn stopped(&self, lost: Losses, open: u64, programs: Programs, written: u64) -> Event {
+    /// Builds the `stopped` event. `written` is 1 if the event itself will be in the log, else 0.
+    fn stopped_event(&self, lost: Losses, open: u64, programs: ProgramCounters, written: u64) -> Event {
         let stopped = Stopped {
             made: self.made,
             written: self.written().map(|before| before + written),
@@ -255,7 +254,7 @@ impl Sinks {
             open,
             programs,
         };
-        Event { time: Timestamp::now(), what: What::Stopped(stopped) }
+        Event { time: Timestamp::now(), kind: EventKind::Stopped(stopped) }
     }
 
     async fn drain(&mut self) {

@@ -1,4 +1,4 @@
-//! Standard output: people's text or JSON lines, for a reader that may be slow, frozen, or gone.
+//! Events on standard output, as text or as JSON lines. The reader may be slow, frozen or gone.
 
 use std::{
     fs::File,
@@ -10,20 +10,19 @@ use rustix::termios::isatty;
 
 use super::{
     text,
-    writer::{PIECE, Writer},
+    writer::{PIPE_CAPACITY, Writer},
 };
 use crate::event::Event;
 
-/// How stdout speaks.
+/// Format of the events on stdout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// For people.
+    /// One readable line for each event.
     Text,
-    /// One JSON object a line.
+    /// One JSON object on each line.
     Json,
 }
 
-/// Standard output.
 #[derive(Debug)]
 pub(super) struct Stdout {
     format: Format,
@@ -34,14 +33,14 @@ pub(super) struct Stdout {
 
 impl Stdout {
     /// # Errors
-    /// When its thread can't be started.
+    /// If the writer thread cannot be started.
     pub(super) fn start(format: Format) -> io::Result<Self> {
         let mut file = File::from(io::stdout().as_fd().try_clone_to_owned()?);
         let is_terminal = isatty(&file);
         let writer = Writer::start("stdout", move |bytes| {
-            file.write(&bytes[..bytes.len().min(PIECE)]).map_err(|error| {
+            file.write(&bytes[..bytes.len().min(PIPE_CAPACITY)]).map_err(|error| {
                 match rustix::io::Errno::from_io_error(&error) {
-                    // How a terminal says that it was hung up.
+                    // A terminal reports EIO after a hang-up.
                     Some(rustix::io::Errno::IO) if is_terminal => io::ErrorKind::BrokenPipe.into(),
                     _ => error,
                 }
@@ -50,7 +49,7 @@ impl Stdout {
         Ok(Self { format, writer, is_terminal, line: Vec::new() })
     }
 
-    /// Adds an event, of which `json` is the line.
+    /// Adds an event. `json` is its JSON line.
     pub(super) fn push(&mut self, event: &Event, json: &[u8]) {
         match self.format {
             Format::Json => self.writer.push(json),
@@ -62,7 +61,7 @@ impl Stdout {
         }
     }
 
-    /// Whether it was a terminal, and is none any more.
+    /// True if stdout was a terminal and the terminal was hung up.
     pub(super) fn is_hung_up(&self) -> bool {
         self.is_terminal && !isatty(io::stdout())
     }

@@ -1,131 +1,137 @@
-//! Hands what waits to something that may block for ever: a terminal that is stopped, a pipe whose reader is frozen,
-//! the journal's socket. A thread of its own does the blocking. The loop keeps the backlog, hands over a portion at a
-//! time, and hears what became of it.
+//! Writes queued items to an output that may block forever: a stopped terminal, a pipe whose reader is
+//! frozen, the journal's socket. A separate thread does the blocking writes. The event loop keeps the queue,
+//! hands over one chunk at a time, and receives the progress of the thread.
 
 use std::{io, sync::mpsc, thread, time::Duration};
 
 use rustix::thread::CapabilitySet;
-use tokio::sync::mpsc as answers;
+use tokio::sync::mpsc as async_mpsc;
 
-use super::backlog::Backlog;
+use super::backlog::WriteQueue;
 use crate::privileges;
 
-/// As much as waits for a slow reader.
+/// Maximum bytes that wait for a slow reader.
 const PENDING_LIMIT: usize = 4 << 20;
 
-/// So much is handed over at once.
-const PORTION: usize = 256 << 10;
+/// Maximum bytes that are handed to the thread at once.
+const CHUNK_BYTES: usize = 256 << 10;
 
-/// So much of it, what a pipe holds by default, is told as taken before the rest is.
-pub(super) const PIECE: usize = 64 << 10;
+/// Default capacity of a pipe. The thread reports its progress each time it has written this much of a chunk.
+pub(super) const PIPE_CAPACITY: usize = 64 << 10;
 
-/// A reader that takes nothing for so long has stopped reading, and a flood no longer waits for it.
-const STOPPED: Duration = Duration::from_millis(100);
+/// A reader that accepts nothing for this long is considered stalled. A flood of events no longer waits for
+/// it.
+const STALLED_READER_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// A thread that takes this long over a portion is stuck; at the end of a run nobody waits for it longer.
-const STUCK: Duration = Duration::from_secs(2);
+/// A thread that makes no progress for this long is considered stuck. At the end of a run, the daemon waits
+/// no longer.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// So many bytes more were taken, and then there may have been an error.
+/// A report of the thread: `written` more bytes were written. An error may have followed.
 #[derive(Debug)]
-struct Answer {
-    taken: usize,
+struct WriteProgress {
+    written: usize,
     error: Option<io::Error>,
-    /// Nothing more comes of this portion.
+    /// No further report comes for this chunk.
     is_last: bool,
 }
 
-/// A backlog, and the thread that empties it.
+/// A queue, and the thread that writes its items.
 #[derive(Debug)]
 pub(super) struct Writer {
     name: &'static str,
-    backlog: Backlog,
-    portions: mpsc::Sender<Vec<u8>>,
-    answers: answers::UnboundedReceiver<Answer>,
-    /// The thread has a portion.
+    queue: WriteQueue,
+    chunks: mpsc::Sender<Vec<u8>>,
+    progress: async_mpsc::UnboundedReceiver<WriteProgress>,
+    /// The thread is writing a chunk.
     is_busy: bool,
-    /// In a burst of errors, which is said once.
+    /// The last write failed. A burst of errors is logged once.
     is_failing: bool,
-    /// The reader has stopped reading, as far as is known.
-    has_stopped: bool,
-    end: Option<End>,
+    /// The reader accepted nothing within [`STALLED_READER_TIMEOUT`].
+    is_stalled: bool,
+    end: Option<WriterEnd>,
 }
 
-/// Why nothing is handed over any more.
+/// Why no further chunk is handed over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
-    /// The reader has gone: of a pipe, or with its terminal. It wants nothing more, so nothing more is lost.
-    Gone,
-    /// The run is over, and the reader took nothing.
+enum WriterEnd {
+    /// The reader of the pipe ended, or the terminal was closed. Nobody reads further events, so none counts
+    /// as lost.
+    ReaderGone,
+    /// The run ended while the reader accepted nothing.
     Stuck,
 }
 
 impl Writer {
-    /// Starts the thread. `deliver` takes bytes from the beginning of what it is given, and says how many; it may block.
+    /// Starts the thread. `deliver` writes bytes from the beginning of its argument and returns their number.
+    /// It may block.
     ///
     /// # Errors
-    /// When there can be no thread.
+    /// If the thread cannot be started.
     pub(super) fn start(
         name: &'static str,
         mut deliver: impl FnMut(&[u8]) -> io::Result<usize> + Send + 'static,
     ) -> io::Result<Self> {
-        let (portions, to_write) = mpsc::channel::<Vec<u8>>();
-        let (answer, answers) = answers::unbounded_channel();
+        let (chunks, to_write) = mpsc::channel::<Vec<u8>>();
+        let (sender, progress) = async_mpsc::unbounded_channel();
         thread::Builder::new().name(name.to_owned()).spawn(move || {
-            if let Err(error) = privileges::keep(CapabilitySet::empty()) {
+            if let Err(error) = privileges::restrict_to(CapabilitySet::empty()) {
                 log::error!("the thread that writes {name} keeps too many privileges: {error}");
             }
-            // Ends with the loop.
-            for portion in to_write {
-                let mut is_heard = true;
-                write(&portion, &mut deliver, |one| is_heard = answer.send(one).is_ok());
-                if !is_heard {
+            // The channel is closed when the event loop ends.
+            for chunk in to_write {
+                let mut is_received = true;
+                write(&chunk, &mut deliver, |message| is_received = sender.send(message).is_ok());
+                if !is_received {
                     break;
                 }
             }
         })?;
         Ok(Self {
             name,
-            backlog: Backlog::new(PENDING_LIMIT),
-            portions,
-            answers,
+            queue: WriteQueue::new(PENDING_LIMIT),
+            chunks,
+            progress,
             is_busy: false,
             is_failing: false,
-            has_stopped: false,
+            is_stalled: false,
             end: None,
         })
     }
 
-    /// Adds an item. It is handed over at the next flush.
+    /// Adds an item. It is handed to the thread at the next flush.
     pub(super) fn push(&mut self, item: &[u8]) {
-        self.backlog.push(item);
+        self.queue.push(item);
     }
 
-    /// Hands over a portion, unless the thread still has one.
+    /// Hands a chunk to the thread, unless the thread is still writing one.
     pub(super) fn flush(&mut self) {
-        self.hear();
-        if !self.is_busy && self.end.is_none() && !self.backlog.is_empty() {
-            self.is_busy = self.portions.send(self.backlog.portion(PORTION).to_owned()).is_ok();
+        self.receive_progress();
+        if !self.is_busy && self.end.is_none() && !self.queue.is_empty() {
+            self.is_busy = self.chunks.send(self.queue.chunk(CHUNK_BYTES).to_owned()).is_ok();
         }
     }
 
-    /// Takes in what the thread has said so far.
-    fn hear(&mut self) {
-        while let Ok(answer) = self.answers.try_recv() {
-            self.heard(answer);
+    /// Applies all reports that the thread has sent so far.
+    fn receive_progress(&mut self) {
+        while let Ok(progress) = self.progress.try_recv() {
+            self.apply(progress);
         }
     }
 
-    fn heard(&mut self, Answer { taken, error, is_last }: Answer) {
+    fn apply(&mut self, WriteProgress { written, error, is_last }: WriteProgress) {
         self.is_busy = !is_last;
-        self.has_stopped = false;
-        self.backlog.take(taken);
+        self.is_stalled = false;
+        self.queue.advance(written);
         match error {
             None => {
                 if std::mem::take(&mut self.is_failing) {
                     log::warn!("{} can be written again", self.name);
                 }
             }
-            Some(error) if error.kind() == io::ErrorKind::BrokenPipe => self.end = Some(End::Gone),
+            Some(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                self.end = Some(WriterEnd::ReaderGone)
+            }
             Some(error) => {
                 if !std::mem::replace(&mut self.is_failing, true) {
                     log::error!("cannot write {}: {error}; events wait", self.name);
@@ -134,92 +140,102 @@ impl Writer {
         }
     }
 
-    /// Waits until something was taken, and more waits: then it is time to flush. Loses nothing when it is dropped.
+    /// Waits until a chunk is written and more items wait, so that the caller should flush. Cancel safe.
     pub(super) async fn ready(&mut self) {
         loop {
-            // The thread lives as long as we do.
-            let Some(answer) = self.answers.recv().await else { return std::future::pending().await };
-            let has_failed = answer.error.is_some();
-            self.heard(answer);
-            // After an error, the next attempt is made when something wakes the loop, not at once.
-            if self.is_gone() || (!has_failed && !self.is_busy && !self.backlog.is_empty()) {
+            // The thread does not end before this writer is dropped.
+            let Some(progress) = self.progress.recv().await else { return std::future::pending().await };
+            let has_failed = progress.error.is_some();
+            self.apply(progress);
+            // After an error, do not retry immediately: the next attempt comes with the next wake-up of the
+            // loop.
+            if self.is_gone() || (!has_failed && !self.is_busy && !self.queue.is_empty()) {
                 return;
             }
         }
     }
 
-    /// Waits for a reader that is slow, until there is room for the events of a batch; not for one that has stopped.
+    /// Waits for a slow reader until there is room for the events of a batch. Does not wait for a stalled
+    /// reader.
     pub(super) async fn make_room(&mut self) {
-        while self.backlog.len() > PENDING_LIMIT / 2 {
+        while self.queue.len() > PENDING_LIMIT / 2 {
             self.flush();
-            if !self.is_busy || self.is_failing || self.has_stopped {
+            if !self.is_busy || self.is_failing || self.is_stalled {
                 break;
             }
-            match tokio::time::timeout(STOPPED, self.answers.recv()).await {
-                Ok(Some(answer)) => self.heard(answer),
-                Ok(None) | Err(_) => self.has_stopped = true,
+            match tokio::time::timeout(STALLED_READER_TIMEOUT, self.progress.recv()).await {
+                Ok(Some(progress)) => self.apply(progress),
+                Ok(None) | Err(_) => self.is_stalled = true,
             }
         }
     }
 
-    /// Hands over all that waits, as long as the reader takes anything; then gives the rest up.
+    /// Hands over all items while the reader accepts them, then drops the rest.
     pub(super) async fn drain(&mut self) {
         loop {
             self.flush();
             if !self.is_busy || self.is_failing {
                 break;
             }
-            match tokio::time::timeout(STUCK, self.answers.recv()).await {
-                Ok(Some(answer)) => self.heard(answer),
+            match tokio::time::timeout(DRAIN_TIMEOUT, self.progress.recv()).await {
+                Ok(Some(progress)) => self.apply(progress),
                 Ok(None) | Err(_) => break,
             }
         }
-        if !self.backlog.is_empty() && !self.is_gone() {
-            self.backlog.give_up();
-            self.end = Some(End::Stuck);
+        if !self.queue.is_empty() && !self.is_gone() {
+            self.queue.drop_all();
+            self.end = Some(WriterEnd::Stuck);
         }
     }
 
-    /// Whether there is no reader any more.
+    /// True if the reader has ended.
     pub(super) fn is_gone(&self) -> bool {
-        self.end == Some(End::Gone)
+        self.end == Some(WriterEnd::ReaderGone)
     }
 
-    /// Whether the run ended with a reader that took nothing.
+    /// True if the run ended while the reader accepted nothing.
     pub(super) fn is_stuck(&self) -> bool {
-        self.end == Some(End::Stuck)
+        self.end == Some(WriterEnd::Stuck)
     }
 
-    /// Whether something waits.
-    pub(super) fn is_behind(&self) -> bool {
-        !self.backlog.is_empty()
+    /// True if items wait.
+    pub(super) fn has_pending(&self) -> bool {
+        !self.queue.is_empty()
     }
 
-    /// Items that never will be.
+    /// Number of items that were dropped.
     pub(super) fn lost(&self) -> u64 {
-        self.backlog.lost()
+        self.queue.lost()
     }
 }
 
-/// Until all is taken, or an error comes.
+/// Writes a chunk until all of it is written or an error occurs.
 fn write(
-    portion: &[u8],
+    chunk: &[u8],
     deliver: &mut impl FnMut(&[u8]) -> io::Result<usize>,
-    mut answer: impl FnMut(Answer),
+    mut report: impl FnMut(WriteProgress),
 ) {
-    let (mut done, mut told) = (0, 0);
-    while done < portion.len() {
-        match deliver(&portion[done..]) {
-            Ok(taken @ 1..) => done += taken,
+    let (mut written, mut reported) = (0, 0);
+    while written < chunk.len() {
+        match deliver(&chunk[written..]) {
+            Ok(count @ 1..) => written += count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             failed => {
                 let error = failed.err().unwrap_or_else(|| io::ErrorKind::WriteZero.into());
-                return answer(Answer { taken: done - told, error: Some(error), is_last: true });
+                return report(WriteProgress {
+                    written: written - reported,
+                    error: Some(error),
+                    is_last: true,
+                });
             }
         }
-        if done - told >= PIECE || done == portion.len() {
-            answer(Answer { taken: done - told, error: None, is_last: done == portion.len() });
-            told = done;
+        if written - reported >= PIPE_CAPACITY || written == chunk.len() {
+            report(WriteProgress {
+                written: written - reported,
+                error: None,
+                is_last: written == chunk.len(),
+            });
+            reported = written;
         }
     }
 }

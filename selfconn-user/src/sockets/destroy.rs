@@ -1,12 +1,13 @@
-//! SOCK_DESTROY of a self-connection, and of nothing else: it is looked up in its network namespace, its addresses and
-//! its state are verified, and it is destroyed by its cookie. Whatever else has come to its place by then stays.
+//! Destroys a self-connection with SOCK_DESTROY, and never any other socket. The socket is looked up in its
+//! network namespace, its addresses and its state are verified, and it is destroyed by its cookie. If another
+//! socket has taken its place in the meantime, that socket is not affected.
 
 use std::{collections::HashMap, io, net::IpAddr, panic, thread};
 
 use selfconn_ebpf::state;
 
 use super::{
-    Found, Namespace, Row, STATES,
+    DumpedSocket, Namespace, STATES, SocketEntry,
     exact::{self, Cookie},
     namespaces,
 };
@@ -15,73 +16,75 @@ const EPERM: i32 = 1;
 const ENOENT: i32 = 2;
 const EOPNOTSUPP: i32 = 95;
 
-/// What helps where the kernel refuses.
+/// The hint for an EPERM of SOCK_DESTROY.
 const NEEDS_NET_ADMIN: &str =
     "destroying sockets needs CAP_NET_ADMIN in their network namespace: run as root, or grant it";
 
-/// Where a self-connection is.
+/// The identity of a self-connection: network namespace, address and port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// Inode of the network namespace.
+    /// The inode of the network namespace.
     pub netns: u32,
-    /// Source and destination address, as in [`Found`].
+    /// The source and destination address, as in [`SocketEntry`].
     pub addr: IpAddr,
-    /// Source and destination port.
+    /// The source and destination port.
     pub port: u16,
-    /// Whether the socket is IPv6.
+    /// True if the socket is IPv6.
     pub is_ipv6: bool,
     /// The interface of a link-local address.
     pub ifindex: Option<u32>,
 }
 
-impl From<&Found> for Target {
-    fn from(found: &Found) -> Self {
-        let &Found { netns, addr, port, is_ipv6, ifindex, .. } = found;
+impl From<&SocketEntry> for Target {
+    fn from(entry: &SocketEntry) -> Self {
+        let &SocketEntry { netns, addr, port, is_ipv6, ifindex, .. } = entry;
         Self { netns, addr, port, is_ipv6, ifindex }
     }
 }
 
-/// The cookie of the self-connection at this place; `None`: there is none, or nothing is left of it but TIME_WAIT. The
-/// namespace is looked for near these processes and threads first.
+/// The cookie of this self-connection. `None`: it does not exist, or only its TIME_WAIT socket is left. The
+/// namespaces of the processes and threads in `netns_hints` are searched first.
 ///
 /// # Errors
-/// In words: that the namespace can't be found or entered, or the kernel doesn't answer.
-pub fn look_up(target: &Target, near: &[u32]) -> Result<Option<Cookie>, String> {
+/// A text for people, if the namespace cannot be found or entered, or if the kernel does not answer.
+pub fn look_up(target: &Target, netns_hints: &[u32]) -> Result<Option<Cookie>, String> {
     let look = || {
-        let row = present(exact::look_up(target, None))?;
-        Ok(row.filter(|row| target.is(row) && row.state != state::TIME_WAIT).and_then(|row| row.cookie))
+        let row = none_if_missing(exact::look_up(target, None))?;
+        Ok(row.filter(|row| target.matches(row) && row.state != state::TIME_WAIT).and_then(|row| row.cookie))
     };
-    let cookie = namespaces::within(target.netns, near, look).map_err(|error| why(&error))?;
+    let cookie = namespaces::run_in_namespace(target.netns, netns_hints, look)
+        .map_err(|error| explain_error(&error))?;
     Ok(cookie.and_then(Cookie::new))
 }
 
-/// Destroys the self-connection at this place that has this cookie; whether it was there. What it has become by itself,
-/// TIME_WAIT, stays.
+/// Destroys this self-connection if it has this cookie. Returns true if it existed. If it has already become
+/// a TIME_WAIT socket by itself, that socket stays.
 ///
 /// # Errors
-/// As [`look_up`], or that this process may not.
-pub fn destroy(target: &Target, cookie: Cookie, near: &[u32]) -> Result<bool, String> {
+/// As [`look_up`], and if this process is not permitted to destroy sockets.
+pub fn destroy(target: &Target, cookie: Cookie, netns_hints: &[u32]) -> Result<bool, String> {
     let destroy = || destroy_here(target, cookie, false);
-    namespaces::within(target.netns, near, destroy).map_err(|error| why(&error))
+    namespaces::run_in_namespace(target.netns, netns_hints, destroy).map_err(|error| explain_error(&error))
 }
 
-/// Destroys what a survey found, TIME_WAIT included: of each whether it was there, or why it could not be done.
+/// Destroys the self-connections of a snapshot, TIME_WAIT included. Returns for each entry whether it still
+/// existed, or the reason why it could not be destroyed.
 ///
 /// # Errors
-/// When there can be no thread.
-pub fn destroy_all(found: &[Found]) -> io::Result<Vec<Result<bool, String>>> {
+/// If no thread can be started.
+pub fn destroy_all(entries: &[SocketEntry]) -> io::Result<Vec<Result<bool, String>>> {
     let mut by_netns: HashMap<u32, Vec<usize>> = HashMap::new();
-    for (at, found) in found.iter().enumerate() {
-        by_netns.entry(found.netns).or_default().push(at);
+    for (index, entry) in entries.iter().enumerate() {
+        by_netns.entry(entry.netns).or_default().push(index);
     }
-    let mut outcomes = vec![Err("its network namespace was not found again".to_owned()); found.len()];
+    let mut outcomes = vec![Err("its network namespace was not found again".to_owned()); entries.len()];
     let visit = || {
         namespaces::visit(&[], |&Namespace { inode: netns, .. }| {
-            for at in by_netns.remove(&netns).unwrap_or_default() {
-                outcomes[at] = match found[at].cookie.and_then(Cookie::new) {
-                    Some(cookie) => destroy_here(&(&found[at]).into(), cookie, true)
-                        .map_err(|error| told(&error, found[at].state)),
-                    None => Err("its cookie is unknown: only sock_diag tells it".to_owned()),
+            for index in by_netns.remove(&netns).unwrap_or_default() {
+                outcomes[index] = match entries[index].cookie.and_then(Cookie::new) {
+                    Some(cookie) => destroy_here(&(&entries[index]).into(), cookie, true)
+                        .map_err(|error| explain_error_in(&error, entries[index].state)),
+                    None => Err("its cookie is unknown: only sock_diag reports it".to_owned()),
                 };
             }
             Ok(())
@@ -89,31 +92,32 @@ pub fn destroy_all(found: &[Found]) -> io::Result<Vec<Result<bool, String>>> {
     };
     thread::scope(|scope| -> io::Result<()> {
         let thread = thread::Builder::new().name("namespaces".to_owned()).spawn_scoped(scope, visit)?;
-        // What it could not see is told of each.
+        // A namespace that could not be visited shows in the outcome of each of its entries.
         thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause));
         Ok(())
     })?;
     Ok(outcomes)
 }
 
-/// Whether this process may destroy sockets in its own network namespace, on this kernel.
+/// Checks that this process may destroy sockets in its own network namespace and that this kernel supports
+/// it.
 ///
 /// # Errors
-/// Why not, with the cure.
+/// The reason why not, with a hint.
 pub fn can_destroy() -> Result<(), String> {
-    exact::rehearse().map_err(|error| match error.raw_os_error() {
-        // The listener was there.
+    exact::probe_destroy().map_err(|error| match error.raw_os_error() {
+        // The listener existed, so ENOENT does not refer to the socket.
         Some(ENOENT) => format!("{error}: the kernel has no sock_diag for TCP: modprobe tcp_diag"),
-        _ => why(&error),
+        _ => explain_error(&error),
     })
 }
 
-/// Whether this process may enter other network namespaces.
+/// Checks that this process may enter other network namespaces.
 ///
 /// # Errors
-/// Why not, with the cure.
+/// The reason why not, with a hint.
 pub fn can_enter() -> Result<(), String> {
-    // On a thread of its own, though it should stay where it is.
+    // This runs on its own thread to be safe, although the thread enters the namespace that it is already in.
     let entered = thread::scope(|scope| {
         let thread = thread::Builder::new().spawn_scoped(scope, namespaces::may_enter)?;
         thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause))
@@ -122,17 +126,17 @@ pub fn can_enter() -> Result<(), String> {
 }
 
 fn destroy_here(target: &Target, cookie: Cookie, time_wait: bool) -> io::Result<bool> {
-    let row = present(exact::look_up(target, Some(cookie)))?;
-    let is_it = |row: &Row| target.is(row) && (time_wait || row.state != state::TIME_WAIT);
-    if !row.is_some_and(|row| is_it(&row)) {
+    let row = none_if_missing(exact::look_up(target, Some(cookie)))?;
+    let is_target = |row: &DumpedSocket| target.matches(row) && (time_wait || row.state != state::TIME_WAIT);
+    if !row.is_some_and(|row| is_target(&row)) {
         return Ok(false);
     }
     exact::destroy(target, cookie)
 }
 
 impl Target {
-    /// Whether this socket, which may be a listener, is a self-connection at this place.
-    fn is(&self, row: &Row) -> bool {
+    /// True if this socket is the self-connection of this target. The kernel may also return a listener here.
+    fn matches(&self, row: &DumpedSocket) -> bool {
         row.source == row.destination
             && (row.source.0.to_canonical(), row.source.1) == (self.addr, self.port)
             && row.source.0.is_ipv6() == self.is_ipv6
@@ -140,22 +144,24 @@ impl Target {
     }
 }
 
-/// That there is none is an answer, too.
-fn present(looked: io::Result<Option<Row>>) -> io::Result<Option<Row>> {
-    match looked {
+/// Converts ENOENT to `None`, because the absence of the socket is a valid result.
+fn none_if_missing(result: io::Result<Option<DumpedSocket>>) -> io::Result<Option<DumpedSocket>> {
+    match result {
         Err(error) if error.raw_os_error() == Some(ENOENT) => Ok(None),
         outcome => outcome,
     }
 }
 
-fn why(error: &io::Error) -> String {
-    told(error, state::ESTABLISHED)
+fn explain_error(error: &io::Error) -> String {
+    explain_error_in(error, state::ESTABLISHED)
 }
 
-fn told(error: &io::Error, of: u8) -> String {
+fn explain_error_in(error: &io::Error, socket_state: u8) -> String {
     match error.raw_os_error() {
         Some(EPERM) => format!("{error}: {NEEDS_NET_ADMIN}"),
-        Some(EOPNOTSUPP) if of == state::TIME_WAIT => format!("{error}: this kernel ends no TIME_WAIT early"),
+        Some(EOPNOTSUPP) if socket_state == state::TIME_WAIT => {
+            format!("{error}: this kernel cannot destroy a socket in TIME_WAIT")
+        }
         Some(EOPNOTSUPP) => format!("{error}: the kernel was built without CONFIG_INET_DIAG_DESTROY"),
         _ => error.to_string(),
     }
@@ -168,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_connection_to_itself_at_that_place_is_meant() {
+    fn a_target_matches_only_a_self_connection_at_its_address_and_port() {
         let target =
             Target { netns: 1, addr: Ipv4Addr::LOCALHOST.into(), port: 4, is_ipv6: false, ifindex: None };
         let mapped = Target { is_ipv6: true, ..target };
@@ -176,7 +182,7 @@ mod tests {
             ("127.0.0.1:4", "127.0.0.1:4", state::ESTABLISHED, true, false),
             ("127.0.0.1:4", "127.0.0.1:4", state::TIME_WAIT, true, false),
             ("[::ffff:127.0.0.1]:4", "[::ffff:127.0.0.1]:4", state::ESTABLISHED, false, true),
-            // What the kernel may answer instead.
+            // Other sockets that the kernel may return instead.
             ("127.0.0.1:4", "0.0.0.0:0", state::LISTEN, false, false),
             ("0.0.0.0:4", "0.0.0.0:0", state::LISTEN, false, false),
             ("127.0.0.1:4", "127.0.0.1:4", state::LISTEN, false, false),
@@ -187,21 +193,21 @@ mod tests {
             ("127.0.0.1:4", "127.0.0.2:4", state::ESTABLISHED, false, false),
         ] {
             let row = super::super::tests::row(source, destination, state);
-            let what = format!("{source} {destination} {}", state::name(state));
-            assert_eq!((target.is(&row), mapped.is(&row)), (plain, v6), "{what}");
+            let case = format!("{source} {destination} {}", state::name(state));
+            assert_eq!((target.matches(&row), mapped.matches(&row)), (plain, v6), "{case}");
         }
     }
 
     #[test]
-    fn what_the_kernel_refuses_is_told_with_its_cure() {
-        for (errno, of, says) in [
+    fn an_error_of_the_kernel_is_explained_with_a_hint() {
+        for (errno, socket_state, expected) in [
             (EPERM, state::ESTABLISHED, "needs CAP_NET_ADMIN"),
             (EOPNOTSUPP, state::ESTABLISHED, "CONFIG_INET_DIAG_DESTROY"),
             (EOPNOTSUPP, state::TIME_WAIT, "TIME_WAIT"),
             (105, state::ESTABLISHED, "os error 105"),
         ] {
-            let told = told(&io::Error::from_raw_os_error(errno), of);
-            assert!(told.contains(says), "{told}");
+            let text = explain_error_in(&io::Error::from_raw_os_error(errno), socket_state);
+            assert!(text.contains(expected), "{text}");
         }
     }
 }

@@ -1,7 +1,7 @@
-//! The socket table of one network namespace through sock_diag.
+//! Dumps the socket table of one network namespace through sock_diag.
 //!
-//! A host can have hundreds of thousands of sockets, so what is not ours is passed over by a comparison of a few raw
-//! bytes; only a match is parsed.
+//! A host can have hundreds of thousands of sockets, so a comparison of a few raw bytes skips all other
+//! sockets; only matching sockets are parsed.
 
 use std::{
     io::{self, Read as _},
@@ -20,7 +20,7 @@ use netlink_packet_sock_diag::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Row, STATES, filter};
+use super::{DumpedSocket, STATES, filter};
 
 /// `AF_NETLINK` and `NETLINK_SOCK_DIAG`, include/linux/socket.h and include/uapi/linux/netlink.h at v5.10.
 pub(super) const AF_NETLINK: i32 = 16;
@@ -29,8 +29,9 @@ pub(super) const NETLINK_SOCK_DIAG: i32 = 4;
 /// `INET_DIAG_REQ_BYTECODE`, include/uapi/linux/inet_diag.h at v5.10.
 const BYTECODE: u16 = 1;
 
-/// The fixed part of an answer, `struct inet_diag_msg`, include/uapi/linux/inet_diag.h at v5.10.
-const ANSWER_LEN: usize = 72;
+/// The length of the fixed part of a response, `struct inet_diag_msg`, include/uapi/linux/inet_diag.h at
+/// v5.10.
+const DIAG_MSG_LEN: usize = 72;
 const FAMILY: usize = 0;
 const SOURCE_PORT: Range<usize> = 4..6;
 const DESTINATION_PORT: Range<usize> = 6..8;
@@ -43,120 +44,125 @@ const BUFFER_LEN: usize = 1 << 16;
 
 const ENOBUFS: i32 = 105;
 
-/// How often a dump that was disturbed is begun again.
-const TRIES: u32 = 3;
+/// The maximum number of attempts at a dump, if the kernel reports it as inconsistent or the receive buffer
+/// overflows.
+const MAX_DUMP_TRIES: u32 = 3;
 
-/// Reads the tables of whatever namespace the calling thread is in.
-pub(super) struct Reader {
+/// Reads the socket tables of the network namespace of the calling thread.
+pub(super) struct DiagReader {
     filter: Vec<u8>,
     buffer: Vec<u8>,
 }
 
-/// What a dump asks for.
+/// The parameters of a dump.
 #[derive(Clone, Copy)]
-struct Question {
+struct DumpRequest {
     family: u8,
     states: u32,
-    wanted: Wanted,
+    filter: DumpFilter,
 }
 
-/// Which of the sockets in these states.
+/// Selects sockets among those in the requested states.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Wanted {
-    /// Those whose ports are equal, too.
-    Selves,
-    /// Those whose addresses are equal.
+enum DumpFilter {
+    /// Sockets whose two addresses and two ports are equal.
+    SelfConnections,
+    /// Sockets whose two addresses are equal.
     EqualAddresses,
+    /// All sockets.
     All,
 }
 
-impl Reader {
+impl DiagReader {
     pub(super) fn new() -> Self {
         Self { filter: filter::same_range(), buffer: vec![0; BUFFER_LEN] }
     }
 
-    /// Appends the self-connections, and where they are wanted the dials in flight.
-    pub(super) fn read(&mut self, dials: bool, rows: &mut Vec<Row>) -> io::Result<()> {
-        let dialling = StateFlags::SYN_SENT.bits();
+    /// Appends the self-connections and, if requested, the connection attempts in progress.
+    pub(super) fn read(&mut self, attempts: bool, rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
+        let syn_sent = StateFlags::SYN_SENT.bits();
         for family in [AF_INET, AF_INET6] {
-            let mut ask = |states, wanted| self.ask(Question { family, states, wanted }, rows);
-            if dials {
-                // First, for a dial that has meanwhile become a connection is then found as that.
-                ask(dialling, Wanted::EqualAddresses)?;
-                ask(STATES & !dialling, Wanted::Selves)?;
+            let mut dump =
+                |states, filter| self.dump_with_retry(DumpRequest { family, states, filter }, rows);
+            if attempts {
+                // SYN_SENT comes first, so that an attempt that becomes a connection in the meantime is still
+                // found.
+                dump(syn_sent, DumpFilter::EqualAddresses)?;
+                dump(STATES & !syn_sent, DumpFilter::SelfConnections)?;
             } else {
-                ask(STATES, Wanted::Selves)?;
+                dump(STATES, DumpFilter::SelfConnections)?;
             }
         }
         Ok(())
     }
 
-    /// Appends the listeners. For these alone the kernel leaves the table of connections alone.
-    pub(super) fn read_listeners(&mut self, rows: &mut Vec<Row>) -> io::Result<()> {
+    /// Appends the listeners. For this dump the kernel does not walk the table of connections.
+    pub(super) fn read_listeners(&mut self, rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
         let states = StateFlags::LISTEN.bits();
         for family in [AF_INET, AF_INET6] {
-            self.ask(Question { family, states, wanted: Wanted::All }, rows)?;
+            self.dump_with_retry(DumpRequest { family, states, filter: DumpFilter::All }, rows)?;
         }
         Ok(())
     }
 
-    fn ask(&mut self, question: Question, rows: &mut Vec<Row>) -> io::Result<()> {
+    fn dump_with_retry(&mut self, request: DumpRequest, rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
         let before = rows.len();
-        for _ in 0..TRIES {
+        for _ in 0..MAX_DUMP_TRIES {
             rows.truncate(before);
-            match self.dump(question, rows) {
+            match self.dump(request, rows) {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}
                 Err(error) if error.raw_os_error() == Some(ENOBUFS) => {}
                 Err(error) => return Err(error),
             }
         }
-        Err(io::Error::other("the dump was disturbed again and again"))
+        Err(io::Error::other("the socket dump was incomplete or inconsistent on each attempt"))
     }
 
-    /// Whether nothing disturbed the dump.
-    fn dump(&mut self, question: Question, rows: &mut Vec<Row>) -> io::Result<bool> {
-        // A socket for each dump: what a disturbed one leaves behind is never taken for the next one's.
+    /// Returns true if the dump is consistent.
+    fn dump(&mut self, request: DumpRequest, rows: &mut Vec<DumpedSocket>) -> io::Result<bool> {
+        // Each dump uses a new netlink socket, so that messages left over from an aborted dump are never read
+        // as part of the next one.
         let mut socket =
             Socket::new(Domain::from(AF_NETLINK), Type::RAW, Some(Protocol::from(NETLINK_SOCK_DIAG)))?;
-        let request = question.encode((question.wanted == Wanted::Selves).then_some(&self.filter));
-        socket.send(&request)?;
-        let mut calm = true;
+        let message = request.encode((request.filter == DumpFilter::SelfConnections).then_some(&self.filter));
+        socket.send(&message)?;
+        let mut is_consistent = true;
         loop {
             let len = match socket.read(&mut self.buffer) {
                 Ok(len) => len,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
             };
-            match question.take(&self.buffer[..len], rows)? {
-                Taken::More { disturbed } => calm &= !disturbed,
-                Taken::All { disturbed } => return Ok(calm && !disturbed),
+            match request.parse_batch(&self.buffer[..len], rows)? {
+                BatchEnd::More { inconsistent } => is_consistent &= !inconsistent,
+                BatchEnd::Done { inconsistent } => return Ok(is_consistent && !inconsistent),
             }
         }
     }
 }
 
-/// What a batch of answers came to.
+/// The state of the dump after a batch of messages.
 #[derive(Debug, PartialEq, Eq)]
-enum Taken {
-    More { disturbed: bool },
-    All { disturbed: bool },
+enum BatchEnd {
+    More { inconsistent: bool },
+    Done { inconsistent: bool },
 }
 
-impl Question {
+impl DumpRequest {
     fn encode(self, filter: Option<&Vec<u8>>) -> Vec<u8> {
-        let any = if self.family == AF_INET6 { SocketId::new_v6() } else { SocketId::new_v4() };
+        let any_socket = if self.family == AF_INET6 { SocketId::new_v6() } else { SocketId::new_v4() };
         let request = InetRequest {
             family: self.family,
             protocol: IPPROTO_TCP,
             extensions: ExtensionFlags::empty(),
             states: StateFlags::from_bits_retain(self.states),
-            socket_id: any,
+            socket_id: any_socket,
         };
         let filter = filter.map(|code| DefaultNla::new(BYTECODE, code.clone()));
         let mut message = NetlinkMessage::new(
             Default::default(),
-            NetlinkPayload::InnerMessage(Request { request, filter }),
+            NetlinkPayload::InnerMessage(DumpMessage { request, filter }),
         );
         message.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
         message.finalize();
@@ -165,63 +171,64 @@ impl Question {
         bytes
     }
 
-    /// Appends those of a batch of answers that are asked for.
-    fn take(self, mut bytes: &[u8], rows: &mut Vec<Row>) -> io::Result<Taken> {
+    /// Appends the matching sockets of a batch of messages.
+    fn parse_batch(self, mut bytes: &[u8], rows: &mut Vec<DumpedSocket>) -> io::Result<BatchEnd> {
         let malformed =
-            |_| io::Error::new(io::ErrorKind::InvalidData, "sock_diag gave a message that is cut off");
-        let mut disturbed = false;
+            |_| io::Error::new(io::ErrorKind::InvalidData, "sock_diag returned a truncated message");
+        let mut inconsistent = false;
         while !bytes.is_empty() {
             let message = NetlinkBuffer::new_checked(bytes).map_err(malformed)?;
-            disturbed |= message.flags() & NLM_F_DUMP_INTR != 0;
+            inconsistent |= message.flags() & NLM_F_DUMP_INTR != 0;
             let payload = message.payload();
             match message.message_type() {
-                SOCK_DIAG_BY_FAMILY if self.wants(payload) => {
+                SOCK_DIAG_BY_FAMILY if self.matches(payload) => {
                     rows.push(parse(payload).map_err(malformed)?);
                 }
-                // An error in mid-dump comes with the end of it.
+                // The kernel reports an error during the dump in the final message.
                 NLMSG_DONE => {
                     let code = DoneBuffer::new_checked(payload).map_or(0, |done| done.code());
                     return if code < 0 {
                         Err(io::Error::from_raw_os_error(-code))
                     } else {
-                        Ok(Taken::All { disturbed })
+                        Ok(BatchEnd::Done { inconsistent })
                     };
                 }
                 NLMSG_ERROR => {
                     let code = ErrorBuffer::new_checked(payload).map_err(malformed)?.code();
                     return Err(io::Error::from_raw_os_error(code.map_or(0, |code| -code.get())));
                 }
-                NLMSG_OVERRUN => disturbed = true,
+                NLMSG_OVERRUN => inconsistent = true,
                 _ => {}
             }
             let next = (message.length() as usize).next_multiple_of(4);
             bytes = bytes.get(next..).unwrap_or_default();
         }
-        Ok(Taken::More { disturbed })
+        Ok(BatchEnd::More { inconsistent })
     }
 
-    /// The one thing that is done for every socket.
-    fn wants(self, answer: &[u8]) -> bool {
-        let Some(fixed) = answer.first_chunk::<ANSWER_LEN>() else { return false };
+    /// True if the socket of this response matches the filter. This is the only work that is done for every
+    /// socket.
+    fn matches(self, response: &[u8]) -> bool {
+        let Some(fixed) = response.first_chunk::<DIAG_MSG_LEN>() else { return false };
         let len = if fixed[FAMILY] == AF_INET6 { 16 } else { 4 };
         let (source, destination) = (SOURCE..SOURCE + len, DESTINATION..DESTINATION + len);
-        match self.wanted {
-            Wanted::Selves => {
+        match self.filter {
+            DumpFilter::SelfConnections => {
                 fixed[SOURCE_PORT] == fixed[DESTINATION_PORT] && fixed[source] == fixed[destination]
             }
-            Wanted::EqualAddresses => fixed[source] == fixed[destination],
-            Wanted::All => true,
+            DumpFilter::EqualAddresses => fixed[source] == fixed[destination],
+            DumpFilter::All => true,
         }
     }
 }
 
-/// A request with its filter.
-struct Request {
+/// A netlink message: the request and the bytecode filter.
+struct DumpMessage {
     request: InetRequest,
     filter: Option<DefaultNla>,
 }
 
-impl NetlinkSerializable for Request {
+impl NetlinkSerializable for DumpMessage {
     fn message_type(&self) -> u16 {
         SOCK_DIAG_BY_FAMILY
     }
@@ -239,20 +246,20 @@ impl NetlinkSerializable for Request {
     }
 }
 
-/// A socket, as an answer describes it.
-pub(super) fn parse(answer: &[u8]) -> Result<Row, netlink_packet_core::DecodeError> {
-    let header = InetResponseHeader::parse(answer)?;
+/// Parses the response that describes one socket.
+pub(super) fn parse(response: &[u8]) -> Result<DumpedSocket, netlink_packet_core::DecodeError> {
+    let header = InetResponseHeader::parse(response)?;
     let id = header.socket_id;
     let word = |at: Range<usize>| {
-        let bytes = answer.get(at).and_then(<[u8]>::first_chunk);
+        let bytes = response.get(at).and_then(<[u8]>::first_chunk);
         bytes.copied().map_or(0, u32::from_ne_bytes)
     };
     // `idiag_cookie[2]`: the low half first, each in the machine's order.
     let (low, high) = (word(44..48), word(48..52));
-    // The crate gives no time with this timer.
+    // The crate does not provide the remaining time of this timer.
     let left =
         (header.timer == Some(Timer::TimeWait)).then(|| Duration::from_millis(word(EXPIRES_MS).into()));
-    Ok(Row {
+    Ok(DumpedSocket {
         source: (id.source_address, id.source_port),
         destination: (id.destination_address, id.destination_port),
         state: header.state,
@@ -272,9 +279,10 @@ mod tests {
 
     use super::*;
 
-    const ANY: Question = Question { family: AF_INET, states: STATES, wanted: Wanted::Selves };
-    const DIALS: Question = Question { wanted: Wanted::EqualAddresses, ..ANY };
-    const ALL: Question = Question { wanted: Wanted::All, ..ANY };
+    const SELF_CONNECTIONS: DumpRequest =
+        DumpRequest { family: AF_INET, states: STATES, filter: DumpFilter::SelfConnections };
+    const ATTEMPTS: DumpRequest = DumpRequest { filter: DumpFilter::EqualAddresses, ..SELF_CONNECTIONS };
+    const ALL: DumpRequest = DumpRequest { filter: DumpFilter::All, ..SELF_CONNECTIONS };
 
     /// A message as the kernel writes it.
     fn message(kind: u16, flags: u16, payload: &[u8]) -> Vec<u8> {
@@ -288,8 +296,8 @@ mod tests {
         bytes
     }
 
-    fn answer(source: (&str, u16), destination: (&str, u16), state: u8) -> Vec<u8> {
-        let mut bytes = vec![0; ANSWER_LEN];
+    fn response(source: (&str, u16), destination: (&str, u16), state: u8) -> Vec<u8> {
+        let mut bytes = vec![0; DIAG_MSG_LEN];
         let ends = [(SOURCE, SOURCE_PORT, source), (DESTINATION, DESTINATION_PORT, destination)];
         for (address_at, port_at, (address, port)) in ends {
             bytes[port_at].copy_from_slice(&port.to_be_bytes());
@@ -316,8 +324,8 @@ mod tests {
     }
 
     #[test]
-    fn of_all_answers_only_ours_are_parsed() {
-        for (source, destination, is_self, is_dial) in [
+    fn only_matching_sockets_are_parsed() {
+        for (source, destination, is_self_connection, is_attempt) in [
             (("127.0.0.1", 40_000), ("127.0.0.1", 40_000), true, true),
             (("::1", 40_000), ("::1", 40_000), true, true),
             (("::ffff:127.0.0.1", 40_000), ("::ffff:127.0.0.1", 40_000), true, true),
@@ -326,28 +334,33 @@ mod tests {
             (("::ffff:127.0.0.1", 40_000), ("::ffff:127.0.0.2", 40_000), false, false),
             (("2001:db8::1", 40_000), ("2001:db8::2", 40_000), false, false),
         ] {
-            let bytes = message(SOCK_DIAG_BY_FAMILY, 2, &answer(source, destination, state::ESTABLISHED));
-            for (question, expected) in [(ANY, is_self), (DIALS, is_dial), (ALL, true)] {
+            let bytes = message(SOCK_DIAG_BY_FAMILY, 2, &response(source, destination, state::ESTABLISHED));
+            for (request, expected) in
+                [(SELF_CONNECTIONS, is_self_connection), (ATTEMPTS, is_attempt), (ALL, true)]
+            {
                 let mut rows = Vec::new();
-                assert_eq!(question.take(&bytes, &mut rows).unwrap(), Taken::More { disturbed: false });
+                assert_eq!(
+                    request.parse_batch(&bytes, &mut rows).unwrap(),
+                    BatchEnd::More { inconsistent: false }
+                );
                 assert_eq!(rows.len(), usize::from(expected), "{source:?} {destination:?}");
             }
         }
     }
 
     #[test]
-    fn what_lies_behind_an_ipv4_address_is_nothing() {
-        let mut bytes = answer(("127.0.0.1", 4), ("127.0.0.1", 4), state::ESTABLISHED);
+    fn bytes_after_an_ipv4_address_are_ignored() {
+        let mut bytes = response(("127.0.0.1", 4), ("127.0.0.1", 4), state::ESTABLISHED);
         bytes[SOURCE + 4..SOURCE + 16].fill(0xaa);
-        assert!(ANY.wants(&bytes));
+        assert!(SELF_CONNECTIONS.matches(&bytes));
     }
 
     #[test]
-    fn a_match_has_every_field() {
-        let mut time_wait = answer(("::1", 40_000), ("::1", 40_000), state::TIME_WAIT);
+    fn every_field_of_a_response_is_parsed() {
+        let mut time_wait = response(("::1", 40_000), ("::1", 40_000), state::TIME_WAIT);
         time_wait[2] = 3;
         time_wait[EXPIRES_MS].copy_from_slice(&59_876_u32.to_ne_bytes());
-        let expected = Row {
+        let expected = DumpedSocket {
             source: ("::1".parse().unwrap(), 40_000),
             destination: ("::1".parse().unwrap(), 40_000),
             state: state::TIME_WAIT,
@@ -363,12 +376,12 @@ mod tests {
     }
 
     #[test]
-    fn a_dump_ends_or_fails_as_the_kernel_says() {
-        let socket = message(SOCK_DIAG_BY_FAMILY, 2, &answer(("::1", 4), ("::1", 4), state::ESTABLISHED));
-        let disturbed = message(
+    fn a_batch_reports_the_end_or_the_error_of_the_dump() {
+        let socket = message(SOCK_DIAG_BY_FAMILY, 2, &response(("::1", 4), ("::1", 4), state::ESTABLISHED));
+        let inconsistent = message(
             SOCK_DIAG_BY_FAMILY,
             2 | NLM_F_DUMP_INTR,
-            &answer(("::1", 4), ("::1", 4), state::CLOSING),
+            &response(("::1", 4), ("::1", 4), state::CLOSING),
         );
         let done = message(NLMSG_DONE, 2, &0_i32.to_ne_bytes());
         let failed = message(NLMSG_DONE, 2, &(-2_i32).to_ne_bytes());
@@ -376,26 +389,27 @@ mod tests {
         refused.extend([0; 16]);
         let refused = message(NLMSG_ERROR, 0, &refused);
         for (bytes, expected, count) in [
-            ([&socket[..], &socket].concat(), Ok(Taken::More { disturbed: false }), 2),
-            ([&socket[..], &done].concat(), Ok(Taken::All { disturbed: false }), 1),
-            ([&disturbed[..], &done].concat(), Ok(Taken::All { disturbed: true }), 1),
-            (message(NLMSG_DONE, 2, &[]), Ok(Taken::All { disturbed: false }), 0),
-            (message(NLMSG_OVERRUN, 0, &[]), Ok(Taken::More { disturbed: true }), 0),
+            ([&socket[..], &socket].concat(), Ok(BatchEnd::More { inconsistent: false }), 2),
+            ([&socket[..], &done].concat(), Ok(BatchEnd::Done { inconsistent: false }), 1),
+            ([&inconsistent[..], &done].concat(), Ok(BatchEnd::Done { inconsistent: true }), 1),
+            (message(NLMSG_DONE, 2, &[]), Ok(BatchEnd::Done { inconsistent: false }), 0),
+            (message(NLMSG_OVERRUN, 0, &[]), Ok(BatchEnd::More { inconsistent: true }), 0),
             (failed, Err(Some(2)), 0),
             (refused, Err(Some(1)), 0),
             (socket[..socket.len() - 8].to_vec(), Err(None), 0),
             (vec![1, 2, 3], Err(None), 0),
-            (vec![], Ok(Taken::More { disturbed: false }), 0),
+            (vec![], Ok(BatchEnd::More { inconsistent: false }), 0),
         ] {
             let mut rows = Vec::new();
-            let outcome = ANY.take(&bytes, &mut rows).map_err(|error| error.raw_os_error());
+            let outcome =
+                SELF_CONNECTIONS.parse_batch(&bytes, &mut rows).map_err(|error| error.raw_os_error());
             assert_eq!((outcome, rows.len()), (expected, count), "{bytes:?}");
         }
     }
 
     #[test]
-    fn a_request_is_what_the_kernel_takes() {
-        let bytes = ANY.encode(Some(&vec![1, 4, 4, 0]));
+    fn a_request_is_encoded_as_the_kernel_expects() {
+        let bytes = SELF_CONNECTIONS.encode(Some(&vec![1, 4, 4, 0]));
         assert_eq!(bytes.len(), 16 + 56 + 4 + 4);
         assert_eq!(bytes[..4], 80_u32.to_ne_bytes());
         assert_eq!(bytes[4..6], SOCK_DIAG_BY_FAMILY.to_ne_bytes());
@@ -404,6 +418,6 @@ mod tests {
         assert_eq!(bytes[20..24], STATES.to_ne_bytes());
         assert_eq!(bytes[24..72], [0; 48]);
         assert_eq!(bytes[76..], [1, 4, 4, 0]);
-        assert_eq!(DIALS.encode(None).len(), 16 + 56);
+        assert_eq!(ATTEMPTS.encode(None).len(), 16 + 56);
     }
 }

@@ -1,10 +1,11 @@
-//! One socket through sock_diag, in whatever namespace the calling thread is in: looked up by its tuple, destroyed by
-//! its cookie.
+//! Looks up one socket by its addresses and ports, or destroys one socket by its cookie, through sock_diag in
+//! the network namespace of the calling thread.
 //!
-//! The kernel takes a request without a cookie (`INET_DIAG_NOCOOKIE`) for any socket that fits, and where no connection
-//! does, a listener on the port fits, too: it would be destroyed, and the kernel would report success
-//! (`inet_diag_find_one_icsk`, net/ipv4/inet_diag.c, and `sock_diag_check_cookie`, net/core/sock_diag.c at v5.10). The
-//! states in a request don't prevent that. So what is destroyed has a [`Cookie`], which is never that value.
+//! The kernel applies a request without a cookie (`INET_DIAG_NOCOOKIE`) to any matching socket. If no
+//! connection matches, a listener on the port matches: the kernel would destroy it and report success
+//! (`inet_diag_find_one_icsk`, net/ipv4/inet_diag.c, and `sock_diag_check_cookie`, net/core/sock_diag.c at
+//! v5.10). The states in a request do not prevent this. Therefore a request to destroy needs a [`Cookie`],
+//! which never has that value.
 
 use std::{
     io::{self, Read as _},
@@ -22,28 +23,29 @@ use netlink_packet_sock_diag::{
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
-    Row, Target,
+    DumpedSocket, Target,
     diag::{AF_NETLINK, NETLINK_SOCK_DIAG, parse},
 };
 
 /// Both halves of `INET_DIAG_NOCOOKIE`, include/uapi/linux/inet_diag.h at v5.10.
 const NOCOOKIE: u64 = u64::MAX;
 
-/// Self-connections come in through `lo`, which is 1 in every namespace (`LOOPBACK_IFINDEX`, include/net/flow.h at
-/// v5.10). A lookup from there finds a socket that is bound to it, and one that is bound to no interface.
+/// The index of `lo` in every namespace (`LOOPBACK_IFINDEX`, include/net/flow.h at v5.10). The packets of
+/// self-connections arrive through `lo`. A lookup with this interface finds a socket that is bound to `lo`
+/// and a socket that is not bound to any interface.
 const LOOPBACK: u32 = 1;
 
-/// An answer has one socket, with few attributes.
-const ANSWER_LEN: usize = 4_096;
+/// A reply describes one socket, with few attributes.
+const REPLY_BUFFER_LEN: usize = 4_096;
 
 const ENOENT: i32 = 2;
 
-/// A socket's cookie: on this boot no other socket has it, or will have it.
+/// The cookie of a socket. It is unique for this boot: no other socket ever has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cookie(u64);
 
 impl Cookie {
-    /// `None`: that is no cookie.
+    /// `None`: the value is not a valid cookie.
     #[must_use]
     pub const fn new(cookie: u64) -> Option<Self> {
         match cookie {
@@ -52,41 +54,43 @@ impl Cookie {
         }
     }
 
-    /// As events have it.
+    /// The value as it appears in events.
     #[must_use]
     pub const fn get(self) -> u64 {
         self.0
     }
 }
 
-/// What the kernel knows at this place, listeners included; with a cookie only the socket that has it.
-pub(super) fn look_up(target: &Target, cookie: Option<Cookie>) -> io::Result<Option<Row>> {
-    let answer = ask(SOCK_DIAG_BY_FAMILY, target.id(cookie.map_or(NOCOOKIE, Cookie::get)))?;
-    Ok(answer)
+/// The socket that the kernel finds for this target, which may be a listener. With a cookie, only the socket
+/// that has this cookie.
+pub(super) fn look_up(target: &Target, cookie: Option<Cookie>) -> io::Result<Option<DumpedSocket>> {
+    request_socket(SOCK_DIAG_BY_FAMILY, target.id(cookie.map_or(NOCOOKIE, Cookie::get)))
 }
 
-/// Whether there was such a socket. It is gone when this returns.
+/// Destroys the socket with this cookie. Returns true if it existed. The socket is gone when this returns.
 pub(super) fn destroy(target: &Target, cookie: Cookie) -> io::Result<bool> {
-    gone_or(ask(SOCK_DESTROY, target.id(cookie.get())))
+    existed(request_socket(SOCK_DESTROY, target.id(cookie.get())))
 }
 
-/// Destroys a listener of this process's own, made for that: only then does the kernel say whether it would let us.
-pub(super) fn rehearse() -> io::Result<()> {
-    let any: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
-    let Some(listener) = any.into_iter().find_map(|addr| listen(addr).ok()) else {
-        // `lo` is down. That the kernel knows the request is all that can be learnt.
+/// Creates a listener and destroys it with SOCK_DESTROY, because the kernel checks the permission only for a
+/// socket that exists.
+pub(super) fn probe_destroy() -> io::Result<()> {
+    let addresses: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    let Some(listener) = addresses.into_iter().find_map(|addr| listen(addr).ok()) else {
+        // `lo` is down, so only the kernel's support for the request can be checked.
         let nothing = id(Ipv4Addr::LOCALHOST.into(), 0, LOOPBACK, 1);
-        return gone_or(ask(SOCK_DESTROY, nothing)).map(drop);
+        return existed(request_socket(SOCK_DESTROY, nothing)).map(drop);
     };
-    let own = listener.local_addr()?.as_socket().ok_or(io::ErrorKind::Unsupported)?;
+    let local = listener.local_addr()?.as_socket().ok_or(io::ErrorKind::Unsupported)?;
     let cookie = Cookie::new(listener.cookie()?).ok_or(io::ErrorKind::Unsupported)?;
-    let any = if own.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    let unspecified =
+        if local.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
     let listening = SocketId {
-        destination_address: any,
+        destination_address: unspecified,
         destination_port: 0,
-        ..id(own.ip(), own.port(), 0, cookie.get())
+        ..id(local.ip(), local.port(), 0, cookie.get())
     };
-    ask(SOCK_DESTROY, listening).map(drop)
+    request_socket(SOCK_DESTROY, listening).map(drop)
 }
 
 fn listen(addr: IpAddr) -> io::Result<Socket> {
@@ -97,8 +101,8 @@ fn listen(addr: IpAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-fn gone_or(asked: io::Result<Option<Row>>) -> io::Result<bool> {
-    match asked {
+fn existed(result: io::Result<Option<DumpedSocket>>) -> io::Result<bool> {
+    match result {
         Ok(_) => Ok(true),
         Err(error) if error.raw_os_error() == Some(ENOENT) => Ok(false),
         Err(error) => Err(error),
@@ -130,19 +134,19 @@ fn id(addr: IpAddr, port: u16, ifindex: u32, cookie: u64) -> SocketId {
     }
 }
 
-/// The answer's socket; `None`: success without one.
-fn ask(kind: u16, socket_id: SocketId) -> io::Result<Option<Row>> {
+/// Sends one request and returns the socket in the reply. `None`: success without a socket.
+fn request_socket(kind: u16, socket_id: SocketId) -> io::Result<Option<DumpedSocket>> {
     let mut socket =
         Socket::new(Domain::from(AF_NETLINK), Type::RAW, Some(Protocol::from(NETLINK_SOCK_DIAG)))?;
     socket.send(&encode(kind, socket_id))?;
-    let mut buffer = [0; ANSWER_LEN];
+    let mut buffer = [0; REPLY_BUFFER_LEN];
     let len = loop {
         match socket.read(&mut buffer) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             outcome => break outcome?,
         }
     };
-    understand(&buffer[..len])
+    parse_reply(&buffer[..len])
 }
 
 fn encode(kind: u16, socket_id: SocketId) -> Vec<u8> {
@@ -153,9 +157,11 @@ fn encode(kind: u16, socket_id: SocketId) -> Vec<u8> {
         states: StateFlags::all(),
         socket_id,
     };
-    let mut message =
-        NetlinkMessage::new(Default::default(), NetlinkPayload::InnerMessage(Request { kind, request }));
-    // Without the acknowledgement there would be no answer to wait for where a socket was destroyed.
+    let mut message = NetlinkMessage::new(
+        Default::default(),
+        NetlinkPayload::InnerMessage(SocketMessage { kind, request }),
+    );
+    // Without NLM_F_ACK the kernel sends no reply after it has destroyed a socket.
     message.header.flags = NLM_F_REQUEST | if kind == SOCK_DESTROY { NLM_F_ACK } else { 0 };
     message.finalize();
     let mut bytes = vec![0; message.buffer_len()];
@@ -163,12 +169,12 @@ fn encode(kind: u16, socket_id: SocketId) -> Vec<u8> {
     bytes
 }
 
-struct Request {
+struct SocketMessage {
     kind: u16,
     request: InetRequest,
 }
 
-impl NetlinkSerializable for Request {
+impl NetlinkSerializable for SocketMessage {
     fn message_type(&self) -> u16 {
         self.kind
     }
@@ -182,17 +188,19 @@ impl NetlinkSerializable for Request {
     }
 }
 
-fn understand(answer: &[u8]) -> io::Result<Option<Row>> {
-    let malformed =
-        |_| io::Error::new(io::ErrorKind::InvalidData, "sock_diag gave an answer that is cut off");
-    let message = NetlinkBuffer::new_checked(answer).map_err(malformed)?;
+fn parse_reply(reply: &[u8]) -> io::Result<Option<DumpedSocket>> {
+    let malformed = |_| io::Error::new(io::ErrorKind::InvalidData, "sock_diag returned a truncated reply");
+    let message = NetlinkBuffer::new_checked(reply).map_err(malformed)?;
     match message.message_type() {
         SOCK_DIAG_BY_FAMILY => parse(message.payload()).map(Some).map_err(malformed),
         NLMSG_ERROR => {
             let code = ErrorBuffer::new_checked(message.payload()).map_err(malformed)?.code();
             code.map_or(Ok(None), |code| Err(io::Error::from_raw_os_error(-code.get())))
         }
-        other => Err(io::Error::new(io::ErrorKind::InvalidData, format!("sock_diag answered {other}"))),
+        other => Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("sock_diag sent an unexpected message type {other}"),
+        )),
     }
 }
 
@@ -209,7 +217,7 @@ mod tests {
     };
 
     #[test]
-    fn no_request_to_destroy_is_without_a_cookie() {
+    fn a_request_to_destroy_always_has_a_cookie() {
         for none in [0, NOCOOKIE] {
             assert_eq!(Cookie::new(none), None);
         }
@@ -223,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_names_one_socket() {
+    fn a_request_identifies_one_socket() {
         let mapped = Target { is_ipv6: true, ..TARGET };
         let local = Target { addr: "fe80::9".parse().unwrap(), ifindex: Some(3), ..mapped };
         let v4 = [127, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -248,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_a_socket_success_or_an_errno() {
+    fn a_reply_is_a_socket_or_success_or_an_errno() {
         let message = |kind: u16, payload: &[u8]| {
             let mut bytes = (16 + payload.len() as u32).to_ne_bytes().to_vec();
             bytes.extend(kind.to_ne_bytes());
@@ -257,7 +265,7 @@ mod tests {
             bytes
         };
         let code = |code: i32| [&code.to_ne_bytes()[..], &[0; 16]].concat();
-        let errno = |answer: &[u8]| understand(answer).map_err(|error| error.raw_os_error());
+        let errno = |reply: &[u8]| parse_reply(reply).map_err(|error| error.raw_os_error());
         assert_eq!(errno(&message(NLMSG_ERROR, &code(0))), Ok(None));
         assert_eq!(errno(&message(NLMSG_ERROR, &code(-2))), Err(Some(ENOENT)));
         assert_eq!(errno(&message(SOCK_DIAG_BY_FAMILY, &[2; 10])), Err(None));
@@ -265,6 +273,6 @@ mod tests {
         assert_eq!(errno(&[]), Err(None));
         let mut socket = vec![0; 72];
         (socket[0], socket[1]) = (AF_INET, 1);
-        assert_eq!(understand(&message(SOCK_DIAG_BY_FAMILY, &socket)).unwrap().unwrap().state, 1);
+        assert_eq!(parse_reply(&message(SOCK_DIAG_BY_FAMILY, &socket)).unwrap().unwrap().state, 1);
     }
 }

@@ -1,11 +1,14 @@
-//! A filter that the kernel runs over each socket of a dump, so that most of those that are not ours never leave it.
+//! Builds the filter that the kernel runs on each socket of a dump, so that the kernel copies few sockets to
+//! user space that are not self-connections.
 //!
-//! Its bytecode compares a field with a constant only, never two fields (`inet_diag_bc_run`, net/ipv4/inet_diag.c at
-//! v5.10). So the ports are cut into ranges, and a socket passes when both of its ports are in the same one: every
-//! self-connection is, and of the others whose ports are all over the place one in [`RANGES`].
+//! The bytecode can compare a field only with a constant, never with another field (`inet_diag_bc_run`,
+//! net/ipv4/inet_diag.c at v5.10). Therefore the ports are divided into ranges, and a socket passes if both
+//! of its ports are in the same range. Every self-connection passes. Of other sockets with evenly distributed
+//! ports, one in [`RANGES`] passes.
 
-/// More of them let fewer pass, but before each dump the kernel checks the code, at a cost that grows with the square
-/// of its length: 64 ranges cost 20 µs, 512 cost 0.9 ms. Over 200,000 sockets 64 are as good as more.
+/// The number of port ranges. With more ranges fewer sockets pass, but before each dump the kernel verifies
+/// the bytecode, and the cost grows with the square of its length: 64 ranges cost 20 µs, 512 cost 0.9 ms.
+/// With 200,000 sockets, 64 ranges are as fast as more.
 const RANGES: u32 = 64;
 
 /// `INET_DIAG_BC_*`, include/uapi/linux/inet_diag.h at v5.10.
@@ -16,14 +19,16 @@ mod op {
     pub(super) const D_LE: u8 = 5;
 }
 
-/// `struct inet_diag_bc_op`; a comparison of ports is two of them, the port in the second one's `no`.
+/// The size of `struct inet_diag_bc_op`. A comparison of ports consists of two of them; the port is in the
+/// field `no` of the second one.
 const OP: usize = 4;
 const COMPARISON: usize = 2 * OP;
 
-/// A leaf of the tree: two comparisons and a jump to the end.
+/// The size of a leaf of the decision tree: two comparisons and a jump to the end.
 const LEAF: usize = 2 * COMPARISON + OP;
 
-/// The code. A jump to its end accepts a socket, one to just behind the end rejects it.
+/// The bytecode that accepts a socket if both ports are in the same range. A jump to the end of the code
+/// accepts the socket; a jump to one instruction past the end rejects it.
 pub(super) fn same_range() -> Vec<u8> {
     let leaves = RANGES as usize;
     let mut code = Vec::with_capacity(leaves * LEAF + (leaves - 1) * COMPARISON);
@@ -31,13 +36,14 @@ pub(super) fn same_range() -> Vec<u8> {
     code
 }
 
-/// Appends the code for source ports in `low..high`, cut into `ranges`. The whole code is `end` long.
+/// Appends the code for source ports in `low..high`, divided into `ranges` ranges. `end` is the length of the
+/// whole code.
 fn emit(code: &mut Vec<u8>, low: u32, high: u32, ranges: u32, end: usize) {
     if ranges == 1 {
         compare(code, op::D_GE, low, |at| end + OP - at);
         compare(code, op::D_LE, high - 1, |at| end + OP - at);
-        let to_the_end = end - code.len();
-        instruction(code, op::JMP, OP, to_the_end);
+        let distance_to_end = end - code.len();
+        instruction(code, op::JMP, OP, distance_to_end);
         return;
     }
     let middle = low.midpoint(high);
@@ -48,9 +54,10 @@ fn emit(code: &mut Vec<u8>, low: u32, high: u32, ranges: u32, end: usize) {
     emit(code, low, middle, half, end);
 }
 
-/// Goes on behind itself where the comparison holds, else as far as `otherwise` says of where it stands.
-fn compare(code: &mut Vec<u8>, operation: u8, port: u32, otherwise: impl Fn(usize) -> usize) {
-    let distance = otherwise(code.len());
+/// Appends a comparison. If it is true, execution continues with the next instruction. If it is false,
+/// execution jumps by the distance that `jump_distance` returns for the position of the comparison.
+fn compare(code: &mut Vec<u8>, operation: u8, port: u32, jump_distance: impl Fn(usize) -> usize) {
+    let distance = jump_distance(code.len());
     instruction(code, operation, COMPARISON, distance);
     instruction(code, 0, 0, port as usize);
 }
@@ -76,7 +83,7 @@ mod tests {
         Op { code: code[position], yes: code[position + 1].into(), no: no.into() }
     }
 
-    /// As `inet_diag_bc_run` does.
+    /// Interprets the code as `inet_diag_bc_run` does.
     fn passes(code: &[u8], source: u16, destination: u16) -> bool {
         let mut position = 0;
         while position < code.len() {
@@ -95,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn no_self_connection_is_rejected() {
+    fn every_self_connection_passes() {
         let code = same_range();
         for port in 1..=u16::MAX {
             assert!(passes(&code, port, port), "{port}");
@@ -103,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn others_pass_only_within_one_range() {
+    fn another_socket_passes_only_if_both_ports_are_in_one_range() {
         let code = same_range();
         let width = (1 << 16) / RANGES;
         for (source, destination) in [
@@ -122,9 +129,10 @@ mod tests {
         assert_eq!(passing, width as usize);
     }
 
-    /// What `inet_diag_bc_audit` asks for: each step stays on an instruction, or ends at the end or just behind it.
+    /// Checks what `inet_diag_bc_audit` requires: each jump leads to an instruction, to the end of the code,
+    /// or to one instruction past the end.
     #[test]
-    fn the_kernel_finds_nothing_wrong_with_it() {
+    fn the_code_passes_the_checks_of_the_kernel() {
         let code = same_range();
         let mut starts = vec![];
         let mut position = 0;
@@ -135,8 +143,8 @@ mod tests {
         assert_eq!(position, code.len());
         for position in starts.clone() {
             let target = position + at(&code, position).no;
-            let is_verdict = target == code.len() || target == code.len() + OP;
-            assert!(is_verdict || starts.contains(&target), "{position} jumps to {target}");
+            let is_end = target == code.len() || target == code.len() + OP;
+            assert!(is_end || starts.contains(&target), "{position} jumps to {target}");
         }
     }
 }

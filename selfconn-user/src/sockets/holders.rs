@@ -1,4 +1,4 @@
-//! Who holds a socket open: the processes that have a descriptor of it.
+//! Finds the holders of a socket: the processes that have an open descriptor of it.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -16,91 +16,95 @@ use rustix::{
 use super::NEEDS_PTRACE;
 use crate::process::Holder;
 
-/// Long enough for `socket:[18446744073709551615]`; a longer target isn't a socket.
-const TARGET_LEN: usize = 32;
+/// The size of the buffer for a link target. It is large enough for `socket:[18446744073709551615]`; a longer
+/// target is not a socket.
+const LINK_BUFFER_LEN: usize = 32;
 
-/// As many descriptors are looked at in any case: some 30 ms, which covers most hosts.
-const ALWAYS: u64 = 10_000;
+/// The minimum number of descriptors that a quick search checks. This takes about 30 ms and covers all
+/// descriptors of most hosts.
+const MIN_DESCRIPTORS_CHECKED: u64 = 10_000;
 
-/// How far to look.
+/// The extent of a search for holders.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Search {
-    /// At every process.
+pub enum HolderSearch {
+    /// Check every process.
     Complete,
-    /// Until each socket has a holder, beginning with the processes that have the fewest descriptors; but at as many
-    /// as are quickly looked at in any case. A link of `/proc/PID/fd` costs 3 µs, more than all else that is done for
-    /// a socket, and a server may have 100,000 of them.
+    /// Stop when each socket has at least one holder and [`MIN_DESCRIPTORS_CHECKED`] descriptors have been
+    /// checked. Processes with few descriptors are checked first. Reading a link of `/proc/PID/fd` costs 3
+    /// µs, more than all other work for a socket, and a server may have 100,000 links.
     Quick,
 }
 
-/// Who holds what.
+/// The result of a search for holders.
 #[derive(Debug, Default)]
 pub struct Holders {
-    /// The holders of each socket that has any, by its inode; those with fewer descriptors first.
-    pub of: HashMap<u64, Vec<Holder>>,
-    /// Whether every process was looked at, but for the unseen. Else there may be more holders.
+    /// The holders of each socket by its inode; a socket without holders has no entry. Processes with fewer
+    /// descriptors come first.
+    pub by_inode: HashMap<u64, Vec<Holder>>,
+    /// True if every process was checked, except those in `unseen`. Otherwise there may be more holders.
     pub complete: bool,
-    /// What could not be looked at, and why; for people.
+    /// What could not be checked, and the reason, as text for people.
     pub unseen: Option<String>,
 }
 
-/// Looks for the sockets of these inodes among the descriptors of all processes. Not seen: a thread that has a table of
-/// descriptors of its own, unless it is its process's first; a descriptor on its way through a unix socket.
+/// Searches the descriptors of all processes for the sockets with these inodes. It does not find descriptors
+/// of a thread with its own descriptor table, unless it is the main thread, and descriptors in flight through
+/// a unix socket.
 #[must_use]
-pub fn holders(inodes: &HashSet<u64>, search: Search) -> Holders {
-    let enough = match search {
-        Search::Complete => u64::MAX,
-        Search::Quick => ALWAYS,
+pub fn find_holders(inodes: &HashSet<u64>, search: HolderSearch) -> Holders {
+    let min_checked = match search {
+        HolderSearch::Complete => u64::MAX,
+        HolderSearch::Quick => MIN_DESCRIPTORS_CHECKED,
     };
-    look(inodes, enough)
+    search_processes(inodes, min_checked)
 }
 
-/// Past `enough` descriptors it goes on only while a socket has no holder.
-fn look(inodes: &HashSet<u64>, enough: u64) -> Holders {
+/// After `min_checked` descriptors, the search continues only while a socket has no holder.
+fn search_processes(inodes: &HashSet<u64>, min_checked: u64) -> Holders {
     let mut holders = Holders { complete: true, ..Holders::default() };
-    // Nothing to look for is the usual case.
+    // In the common case there is nothing to search for.
     if inodes.is_empty() {
         return holders;
     }
-    let (mut looked_at, mut closed) = (0, 0);
+    let (mut checked, mut denied) = (0, 0);
     let mut held = Vec::new();
-    for (expected, pid) in processes() {
-        if looked_at + expected > enough && holders.of.len() == inodes.len() {
+    for (expected, pid) in list_processes() {
+        if checked + expected > min_checked && holders.by_inode.len() == inodes.len() {
             holders.complete = false;
             break;
         }
         held.clear();
-        let outcome = sockets_of(pid, |inode| {
-            looked_at += 1;
+        let outcome = for_each_descriptor(pid, |inode| {
+            checked += 1;
             held.extend(inode.filter(|inode| inodes.contains(inode)));
         });
-        // Any other error is its end.
-        closed += usize::from(matches!(outcome, Err(Errno::ACCESS | Errno::PERM)));
+        // Any other error means that the process has ended.
+        denied += usize::from(matches!(outcome, Err(Errno::ACCESS | Errno::PERM)));
         held.sort_unstable();
         held.dedup();
-        let comm = if held.is_empty() { None } else { comm(pid) };
+        let comm = if held.is_empty() { None } else { read_comm(pid) };
         for inode in &held {
-            holders.of.entry(*inode).or_default().push(Holder { pid, comm: comm.clone() });
+            holders.by_inode.entry(*inode).or_default().push(Holder { pid, comm: comm.clone() });
         }
     }
-    holders.unseen = (closed != 0).then(|| format!("open files of processes ({closed}): {NEEDS_PTRACE}"));
+    holders.unseen = (denied != 0).then(|| format!("open files of processes ({denied}): {NEEDS_PTRACE}"));
     holders
 }
 
-/// All processes, those with few descriptors first. Kernels before v6.2 don't tell how many; there the order is that
-/// of `/proc`.
-fn processes() -> Vec<(u64, u32)> {
+/// All processes as (number of descriptors, pid), those with few descriptors first. Kernels before v6.2 do
+/// not report the number of descriptors.
+fn list_processes() -> Vec<(u64, u32)> {
     let Ok(entries) = fs::read_dir("/proc") else { return vec![] };
-    let pid = |name: OsString| name.to_str()?.parse().ok();
-    let pids = entries.flatten().filter_map(|entry| pid(entry.file_name()));
+    let parse_pid = |name: OsString| name.to_str()?.parse().ok();
+    let pids = entries.flatten().filter_map(|entry| parse_pid(entry.file_name()));
     let count = |pid| fs::metadata(format!("/proc/{pid}/fd")).map_or(0, |folder| folder.len());
     let mut processes: Vec<_> = pids.map(|pid| (count(pid), pid)).collect();
     processes.sort_unstable();
     processes
 }
 
-/// Calls `each` for each descriptor, with the inode if it is a socket.
-fn sockets_of(pid: u32, mut each: impl FnMut(Option<u64>)) -> Result<(), Errno> {
+/// Calls `each` for each descriptor of a process; the argument is the inode if the descriptor is a socket.
+fn for_each_descriptor(pid: u32, mut each: impl FnMut(Option<u64>)) -> Result<(), Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let folder: OwnedFd = open(format!("/proc/{pid}/fd"), flags, Mode::empty())?;
     let mut names = [MaybeUninit::uninit(); 8_192];
@@ -112,18 +116,18 @@ fn sockets_of(pid: u32, mut each: impl FnMut(Option<u64>)) -> Result<(), Errno> 
 }
 
 fn socket_inode(folder: &OwnedFd, name: &CStr) -> Option<u64> {
-    let mut target = [MaybeUninit::uninit(); TARGET_LEN];
+    let mut target = [MaybeUninit::uninit(); LINK_BUFFER_LEN];
     let (target, _) = readlinkat_raw(folder, name, &mut target).ok()?;
-    parse(target)
+    parse_socket_link(target)
 }
 
-/// The inode in `socket:[4711]`.
-fn parse(target: &[u8]) -> Option<u64> {
+/// Parses the inode in `socket:[4711]`.
+fn parse_socket_link(target: &[u8]) -> Option<u64> {
     let digits = target.strip_prefix(b"socket:[")?.strip_suffix(b"]")?;
     str::from_utf8(digits).ok()?.parse().ok()
 }
 
-fn comm(pid: u32) -> Option<String> {
+fn read_comm(pid: u32) -> Option<String> {
     let name = fs::read(format!("/proc/{pid}/comm")).ok()?;
     Some(String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(&name)).into_owned())
 }
@@ -135,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_sockets_have_a_sockets_inode() {
+    fn only_the_link_of_a_socket_has_a_socket_inode() {
         for (target, inode) in [
             ("socket:[4711]", Some(4_711)),
             ("socket:[]", None),
@@ -145,36 +149,36 @@ mod tests {
             ("/tmp/socket:[4711]", None),
             ("", None),
         ] {
-            assert_eq!(parse(target.as_bytes()), inode, "{target}");
+            assert_eq!(parse_socket_link(target.as_bytes()), inode, "{target}");
         }
     }
 
     fn inode(socket: &TcpListener) -> u64 {
         let link = fs::read_link(format!("/proc/self/fd/{}", socket.as_raw_fd())).unwrap();
-        parse(link.as_os_str().as_encoded_bytes()).unwrap()
+        parse_socket_link(link.as_os_str().as_encoded_bytes()).unwrap()
     }
 
     #[test]
-    fn a_holder_is_named_once_however_many_descriptors_it_has() {
+    fn a_holder_with_several_descriptors_is_listed_once() {
         let socket = TcpListener::bind("127.0.0.1:0").unwrap();
         let _again = socket.try_clone().unwrap();
         let inode = inode(&socket);
-        for enough in [0, ALWAYS, u64::MAX] {
-            let holders = look(&HashSet::from([inode, u64::MAX]), enough);
-            let pids: Vec<_> = holders.of[&inode].iter().map(|holder| holder.pid).collect();
+        for min_checked in [0, MIN_DESCRIPTORS_CHECKED, u64::MAX] {
+            let holders = search_processes(&HashSet::from([inode, u64::MAX]), min_checked);
+            let pids: Vec<_> = holders.by_inode[&inode].iter().map(|holder| holder.pid).collect();
             assert_eq!(pids, [std::process::id()]);
-            assert!(holders.of[&inode][0].comm.is_some());
-            assert_eq!(holders.of.len(), 1);
-            assert!(holders.complete, "nobody holds the other one, so all were looked at");
+            assert!(holders.by_inode[&inode][0].comm.is_some());
+            assert_eq!(holders.by_inode.len(), 1);
+            assert!(holders.complete, "no process holds the other socket, so all processes were checked");
         }
     }
 
     #[test]
-    fn a_quick_search_ends_with_a_holder_and_a_complete_one_with_all_processes() {
+    fn a_quick_search_stops_at_a_holder_and_a_complete_search_checks_all_processes() {
         let socket = TcpListener::bind("127.0.0.1:0").unwrap();
         let inodes = HashSet::from([inode(&socket)]);
-        assert_eq!(look(&inodes, 0).of.len(), 1);
-        let complete = holders(&inodes, Search::Complete);
-        assert_eq!((complete.of.len(), complete.complete), (1, true));
+        assert_eq!(search_processes(&inodes, 0).by_inode.len(), 1);
+        let complete = find_holders(&inodes, HolderSearch::Complete);
+        assert_eq!((complete.by_inode.len(), complete.complete), (1, true));
     }
 }

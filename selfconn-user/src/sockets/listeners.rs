@@ -1,18 +1,18 @@
-//! Who listens where: the listeners of the network namespaces that are asked for, and whatever else the caller reads
-//! while the thread is in each.
+//! Lists the listeners of the requested network namespaces. In each namespace the caller can read further
+//! data while the thread is in it.
 
 use std::{io, net::IpAddr, panic, path::PathBuf, thread};
 
-use super::{Row, Tables, namespaces, namespaces::Namespace};
+use super::{DumpedSocket, Tables, namespaces, namespaces::Namespace};
 
-/// Which network namespaces to look at.
+/// The network namespaces to inspect.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Which {
-    /// The calling thread's own.
-    Own,
-    /// The one that this file is of.
+pub enum NamespaceSelection {
+    /// The network namespace of the calling thread.
+    Current,
+    /// The network namespace that this file refers to.
     At(PathBuf),
-    /// All that can be found and entered.
+    /// All network namespaces that can be found and entered.
     #[default]
     All,
 }
@@ -20,69 +20,69 @@ pub enum Which {
 /// A listening socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listener {
-    /// Its address; IPv4 also where the socket is IPv6 and the address v4-mapped; unspecified for any.
+    /// The local address. It is IPv4 also if the socket is IPv6 and the address is v4-mapped; it is
+    /// unspecified if the listener accepts connections to any address.
     pub addr: IpAddr,
-    /// Its port.
     pub port: u16,
-    /// The interface of a link-local address; procfs doesn't tell.
+    /// The interface of a link-local address; procfs does not provide it.
     pub ifindex: Option<u32>,
-    /// The socket's inode, by which its holders are known.
+    /// The inode of the socket, used to find its holders.
     pub inode: u64,
 }
 
-/// What was read.
+/// The result of [`inspect`].
 #[derive(Debug)]
-pub struct Inspected<T> {
-    /// In each namespace, in the order of the visit: the own one comes first.
+pub struct ListenerInspection<T> {
+    /// The result of each namespace, in the order of the visit: the namespace of the caller comes first.
     pub found: Vec<T>,
-    /// What could not be seen, and why; a line for people each.
+    /// What could not be inspected, and the reason: one line of text for people each.
     pub unseen: Vec<String>,
-    /// Why `/proc/net/tcp` was read instead of asking sock_diag, so that interfaces are unknown.
+    /// The reason why `/proc/net/tcp` was read instead of sock_diag; interfaces are unknown in this case.
     pub without_sock_diag: Option<String>,
 }
 
-/// Calls `each` in every namespace that is asked for, with its listeners. It works on a thread of its own and returns
-/// when that is done; the caller's namespace stays what it is.
+/// Calls `each` with the listeners of every requested namespace. It runs on a separate thread and returns
+/// when the thread has ended, so the namespace of the caller does not change.
 ///
 /// # Errors
-/// When there can be no thread, or the one namespace that is asked for can't be entered or read.
+/// If no thread can be started, or if the only requested namespace cannot be entered or read.
 pub fn inspect<T: Send>(
-    which: &Which,
+    selection: &NamespaceSelection,
     procfs_only: bool,
     each: impl FnMut(&Namespace, Vec<Listener>) -> io::Result<T> + Send,
-) -> io::Result<Inspected<T>> {
+) -> io::Result<ListenerInspection<T>> {
     thread::scope(|scope| {
         let thread = thread::Builder::new().name("namespaces".to_owned());
-        let thread = thread.spawn_scoped(scope, move || visit(which, procfs_only, each))?;
+        let thread = thread.spawn_scoped(scope, move || visit(selection, procfs_only, each))?;
         thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause))
     })
 }
 
-/// To be called on a thread that ends afterwards, for it stays in the last namespace.
+/// Must be called on a thread that ends afterwards, because the thread stays in the last namespace.
 fn visit<T>(
-    which: &Which,
+    selection: &NamespaceSelection,
     procfs_only: bool,
     mut each: impl FnMut(&Namespace, Vec<Listener>) -> io::Result<T>,
-) -> io::Result<Inspected<T>> {
+) -> io::Result<ListenerInspection<T>> {
     let mut tables = Tables::new(procfs_only);
     let mut found = Vec::new();
-    let one = |namespace: &Namespace| {
+    let inspect_one = |namespace: &Namespace| {
         tables.read_listeners()?;
-        found.push(each(namespace, tables.rows.iter().map(Row::listener).collect())?);
+        found.push(each(namespace, tables.rows.iter().map(DumpedSocket::listener).collect())?);
         Ok(())
     };
-    let visited = match which {
-        Which::Own => namespaces::visit_own(one),
-        Which::At(path) => namespaces::visit_at(path, one)?,
-        Which::All => namespaces::visit(&[], one),
+    let visited = match selection {
+        NamespaceSelection::Current => namespaces::visit_current(inspect_one),
+        NamespaceSelection::At(path) => namespaces::visit_at(path, inspect_one)?,
+        NamespaceSelection::All => namespaces::visit(&[], inspect_one),
     };
     if found.is_empty() {
         return Err(io::Error::other(visited.unseen.join("; ")));
     }
-    Ok(Inspected { found, unseen: visited.unseen, without_sock_diag: tables.without_diag })
+    Ok(ListenerInspection { found, unseen: visited.unseen, without_sock_diag: tables.without_diag })
 }
 
-impl Row {
+impl DumpedSocket {
     fn listener(&self) -> Listener {
         let (addr, port) = self.source;
         Listener { addr: addr.to_canonical(), port, ifindex: self.link_local_ifindex(), inode: self.inode }
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_listener_is_found_by_either_table_under_its_address() {
+    fn a_listener_is_found_through_sock_diag_and_through_procfs() {
         let v4 = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let any = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
         // Not every host has IPv6.
@@ -112,26 +112,28 @@ mod tests {
             .map(|l| l.local_addr().unwrap())
             .collect();
         for procfs_only in [false, true] {
-            let inspected =
-                inspect(&Which::Own, procfs_only, |namespace, listeners| Ok((namespace.clone(), listeners)));
+            let inspected = inspect(&NamespaceSelection::Current, procfs_only, |namespace, listeners| {
+                Ok((namespace.clone(), listeners))
+            });
             let inspected = inspected.unwrap();
             assert_eq!(inspected.found.len(), 1);
             let (namespace, listeners) = &inspected.found[0];
-            assert!(namespace.is_own);
-            let own = fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
-            assert_eq!(u64::from(namespace.inode), own);
+            assert!(namespace.is_current);
+            let current = fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
+            assert_eq!(u64::from(namespace.inode), current);
             for bound in &bound {
-                let of_it =
+                let is_bound =
                     |listener: &&Listener| (listener.addr, listener.port) == (bound.ip(), bound.port());
-                assert_eq!(listeners.iter().filter(of_it).count(), 1, "{bound}: {listeners:?}");
+                assert_eq!(listeners.iter().filter(is_bound).count(), 1, "{bound}: {listeners:?}");
             }
             assert!(listeners.iter().all(|listener| listener.port != 0));
         }
     }
 
     #[test]
-    fn a_file_that_is_no_namespace_is_an_error() {
-        let at = |path: &str| inspect(&Which::At(Path::new(path).to_owned()), false, |_, _| Ok(()));
+    fn a_file_that_is_not_a_network_namespace_is_an_error() {
+        let at =
+            |path: &str| inspect(&NamespaceSelection::At(Path::new(path).to_owned()), false, |_, _| Ok(()));
         for (path, why) in [
             ("/proc/no/such", "No such file"),
             ("/proc/self/stat", "not a network namespace"),

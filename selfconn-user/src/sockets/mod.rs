@@ -1,12 +1,14 @@
-//! The kernel's socket tables: which self-connections exist now, in every network namespace, and who holds them.
+//! Reads the kernel's socket tables: the self-connections that exist now in every network namespace, and
+//! their holders.
 //!
-//! Yields what the tables say at one moment. It opens no event and closes none; that is for whoever compares surveys.
-//! A table is no snapshot: a socket that is hashed or unhashed while its own bucket is being read may be missing, so
-//! that one absence proves nothing.
+//! This module does not emit events; the caller compares snapshots. The kernel does not dump a table
+//! atomically: a socket that is hashed or unhashed while its bucket is read may be missing, so one absence
+//! proves nothing.
 //!
-//! Not seen: a namespace that only threads other than a process's first are in, unless the caller knows one of them
-//! (`/proc/PID/task/*/ns/net` would have to be read for every thread of the host, which is too dear), one that nothing
-//! but an open descriptor keeps, and one that is mounted in another mount namespace only.
+//! Some namespaces are not found: a namespace that only non-main threads are in, unless the caller passes one
+//! of these threads as a hint (reading `/proc/PID/task/*/ns/net` for every thread of the host is too
+//! expensive), a namespace that is kept alive only by an open descriptor, and a namespace that is mounted
+//! only in another mount namespace.
 
 use std::{collections::HashSet, io, net::IpAddr, panic, thread, time::Duration};
 
@@ -25,157 +27,163 @@ mod procfs;
 
 pub use destroy::{Target, can_destroy, can_enter, destroy, destroy_all, look_up};
 pub use exact::Cookie;
-pub use holders::{Holders, Search, holders};
-pub use listeners::{Inspected, Listener, Which, inspect};
-pub use namespaces::{Namespace, within};
+pub use holders::{HolderSearch, Holders, find_holders};
+pub use listeners::{Listener, ListenerInspection, NamespaceSelection, inspect};
+pub use namespaces::{Namespace, run_in_namespace};
 
-/// What helps where another process may not be looked into.
+/// The hint for processes that this process may not inspect.
 const NEEDS_PTRACE: &str = "looking into them needs CAP_SYS_PTRACE, which root has";
 
-/// What to look for, and how.
+/// The options of a snapshot.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Options {
-    /// List dials in flight, too; it takes another walk through each table.
-    pub dials: bool,
-    /// Read `/proc/net/tcp` although sock_diag may be there.
+pub struct SnapshotOptions {
+    /// Also list connection attempts in progress; this needs another walk through each table.
+    pub attempts: bool,
+    /// Read `/proc/net/tcp` even if sock_diag is available.
     pub procfs_only: bool,
 }
 
-/// What was found.
+/// The self-connections found in the socket tables.
 #[derive(Debug, Default)]
-pub struct Survey {
-    /// Each self-connection once, TIME_WAIT included.
-    pub found: Vec<Found>,
-    /// Dials in flight from an address to itself; empty unless asked for.
-    pub dials: Vec<Dial>,
+pub struct SocketSnapshot {
+    /// All self-connections, each once, TIME_WAIT included.
+    pub entries: Vec<SocketEntry>,
+    /// Connection attempts in progress from an address to itself; empty unless requested.
+    pub attempts: Vec<ConnectAttempt>,
     /// The inodes of the network namespaces that were read.
     pub namespaces: HashSet<u32>,
-    /// What could not be seen, and why; a line for people each.
+    /// What could not be read, and the reason: one line of text for people each.
     pub unseen: Vec<String>,
-    /// Why `/proc/net/tcp` was read instead of asking sock_diag, so that cookies and interfaces are unknown.
+    /// The reason why `/proc/net/tcp` was read instead of sock_diag; cookies and interfaces are unknown in
+    /// this case.
     pub without_sock_diag: Option<String>,
-    /// When reading began: `CLOCK_BOOTTIME`, nanoseconds. What was made later may be missing.
+    /// The time when reading began, in nanoseconds of `CLOCK_BOOTTIME`. Connections made later may be
+    /// missing.
     pub began_ns: u64,
-    /// And when it ended. What ended earlier may be listed.
+    /// The time when reading ended. Connections that ended earlier may be listed.
     pub ended_ns: u64,
 }
 
 /// A self-connection in a socket table.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
-    /// Source and destination address; IPv4 also where the socket is IPv6 and the address v4-mapped.
+pub struct SocketEntry {
+    /// The source and destination address. It is IPv4 also if the socket is IPv6 and the address is
+    /// v4-mapped.
     pub addr: IpAddr,
-    /// Source and destination port.
+    /// The source and destination port.
     pub port: u16,
-    /// Whether the socket is IPv6.
+    /// True if the socket is IPv6.
     pub is_ipv6: bool,
-    /// One of [`state`].
+    /// The TCP state: one of [`state`].
     pub state: u8,
-    /// Inode of the network namespace.
+    /// The inode of the network namespace.
     pub netns: u32,
-    /// The interface of a link-local address; procfs doesn't tell.
+    /// The interface of a link-local address; procfs does not provide it.
     pub ifindex: Option<u32>,
-    /// The socket cookie; procfs doesn't tell.
+    /// The socket cookie; procfs does not provide it.
     pub cookie: Option<u64>,
-    /// The socket's inode, by which its holders are known. 0: no process holds it, as in TIME_WAIT.
+    /// The inode of the socket, used to find its holders. 0: no process holds the socket, as in TIME_WAIT.
     pub inode: u64,
-    /// Whose the socket is, where it has an inode; the kernel says 0 for all others.
+    /// The owner of the socket. `None` if it has no inode, because the kernel reports 0 for such a socket.
     pub uid: Option<u32>,
-    /// For how long TIME_WAIT still holds the port. `None`: it is not in TIME_WAIT.
+    /// The time for which TIME_WAIT still holds the port. `None`: the socket is not in TIME_WAIT.
     pub time_wait_left: Option<Duration>,
 }
 
-/// A socket in SYN_SENT whose two addresses are equal.
+/// A connection attempt in progress: a socket in SYN_SENT whose two addresses are equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Dial {
-    /// Inode of the network namespace.
+pub struct ConnectAttempt {
+    /// The inode of the network namespace.
     pub netns: u32,
-    /// As in [`Found`].
+    /// The source and destination address, as in [`SocketEntry`].
     pub addr: IpAddr,
-    /// Destination port.
+    /// The destination port.
     pub dport: u16,
-    /// Whether the socket is IPv6.
+    /// True if the socket is IPv6.
     pub is_ipv6: bool,
 }
 
-/// Reads the socket tables of all network namespaces that can be found and entered. It works on a thread of its own
-/// and returns when that is done; the caller's namespace stays what it is. Namespaces that only threads are in are found
-/// by those `near`, thread ids as this process's `/proc` has them.
+/// Reads the socket tables of all network namespaces that can be found and entered. It runs on a separate
+/// thread and returns when the thread has ended, so the namespace of the caller does not change.
+/// `netns_hints` are thread ids as in this process's `/proc`; they help to find namespaces that only non-main
+/// threads are in.
 ///
 /// # Errors
-/// When there can be no thread.
-pub fn survey(options: Options, near: &[u32]) -> io::Result<Survey> {
+/// If no thread can be started.
+pub fn snapshot(options: SnapshotOptions, netns_hints: &[u32]) -> io::Result<SocketSnapshot> {
     thread::scope(|scope| {
         let thread = thread::Builder::new().name("namespaces".to_owned());
-        let thread = thread.spawn_scoped(scope, move || visit_all(options, near))?;
+        let thread = thread.spawn_scoped(scope, move || snapshot_all(options, netns_hints))?;
         Ok(thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause)))
     })
 }
 
-/// Every parser of text here, for whatever bytes.
+/// Runs every text parser of this module on arbitrary bytes.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn parse_anything(bytes: &[u8]) {
-    let _ = namespaces::mounted(bytes);
+    let _ = namespaces::mount_points(bytes);
     let _ = std::str::from_utf8(bytes).map(|line| procfs::parse(line, |_, _, _| true));
 }
 
-/// To be called on a thread that ends afterwards, for it stays in the last namespace.
-fn visit_all(options: Options, near: &[u32]) -> Survey {
-    let mut survey = Survey { began_ns: clock::boot_ns(), ..Survey::default() };
+/// Must be called on a thread that ends afterwards, because the thread stays in the last namespace.
+fn snapshot_all(options: SnapshotOptions, netns_hints: &[u32]) -> SocketSnapshot {
+    let mut snapshot = SocketSnapshot { began_ns: clock::boot_ns(), ..SocketSnapshot::default() };
     let mut tables = Tables::new(options.procfs_only);
-    let visited = namespaces::visit(near, |&Namespace { inode: netns, .. }| {
-        tables.read(options.dials)?;
+    let visited = namespaces::visit(netns_hints, |&Namespace { inode: netns, .. }| {
+        tables.read(options.attempts)?;
         let mut cookies = HashSet::new();
         for row in &tables.rows {
-            if row.is_dial() && options.dials {
-                survey.dials.push(row.dial(netns));
+            if row.is_attempt() && options.attempts {
+                snapshot.attempts.push(row.attempt(netns));
             }
-            // A chain that changes under the reader can show a socket twice.
-            if row.is_self() && row.cookie.is_none_or(|cookie| cookies.insert(cookie)) {
-                survey.found.push(row.found(netns));
+            // If a hash chain changes while it is read, a socket can appear twice.
+            if row.is_self_connection() && row.cookie.is_none_or(|cookie| cookies.insert(cookie)) {
+                snapshot.entries.push(row.entry(netns));
             }
         }
         Ok(())
     });
-    survey.namespaces = visited.namespaces;
-    survey.unseen = visited.unseen;
-    survey.without_sock_diag = tables.without_diag;
-    survey.dials.sort_unstable_by_key(|dial| (dial.netns, dial.addr, dial.dport, dial.is_ipv6));
-    survey.dials.dedup();
-    survey.ended_ns = clock::boot_ns();
-    survey
+    snapshot.namespaces = visited.namespaces;
+    snapshot.unseen = visited.unseen;
+    snapshot.without_sock_diag = tables.without_diag;
+    snapshot
+        .attempts
+        .sort_unstable_by_key(|attempt| (attempt.netns, attempt.addr, attempt.dport, attempt.is_ipv6));
+    snapshot.attempts.dedup();
+    snapshot.ended_ns = clock::boot_ns();
+    snapshot
 }
 
-/// The tables of whatever namespace the calling thread is in.
+/// Reads the socket tables of the network namespace that the calling thread is in.
 struct Tables {
-    /// `None`: not wanted, or this kernel has none. It isn't asked again then, for each time the kernel would run
-    /// modprobe.
-    diag: Option<diag::Reader>,
+    /// `None`: not requested, or not available on this kernel. It is not tried again then, because the kernel
+    /// would run modprobe each time.
+    diag: Option<diag::DiagReader>,
     without_diag: Option<String>,
-    rows: Vec<Row>,
+    rows: Vec<DumpedSocket>,
 }
 
 impl Tables {
     fn new(procfs_only: bool) -> Self {
-        let diag = (!procfs_only).then(diag::Reader::new);
+        let diag = (!procfs_only).then(diag::DiagReader::new);
         Self { diag, without_diag: None, rows: Vec::new() }
     }
 
-    /// Fills `rows`.
-    fn read(&mut self, dials: bool) -> io::Result<()> {
-        self.fill(|diag, rows| diag.read(dials, rows), procfs::read)
+    /// Fills `rows` with the self-connections and, if requested, the connection attempts in progress.
+    fn read(&mut self, attempts: bool) -> io::Result<()> {
+        self.fill(|diag, rows| diag.read(attempts, rows), procfs::read)
     }
 
     /// Fills `rows` with the listeners.
     fn read_listeners(&mut self) -> io::Result<()> {
-        self.fill(diag::Reader::read_listeners, procfs::read_listeners)
+        self.fill(diag::DiagReader::read_listeners, procfs::read_listeners)
     }
 
-    /// Whatever sock_diag fails of, procfs is asked instead.
+    /// Fills `rows` through sock_diag. If that fails for any reason, through procfs.
     fn fill(
         &mut self,
-        by_diag: impl Fn(&mut diag::Reader, &mut Vec<Row>) -> io::Result<()>,
-        by_procfs: impl Fn(&mut Vec<Row>) -> io::Result<()>,
+        by_diag: impl Fn(&mut diag::DiagReader, &mut Vec<DumpedSocket>) -> io::Result<()>,
+        by_procfs: impl Fn(&mut Vec<DumpedSocket>) -> io::Result<()>,
     ) -> io::Result<()> {
         self.rows.clear();
         if let Some(diag) = &mut self.diag {
@@ -190,16 +198,16 @@ impl Tables {
     }
 }
 
-/// The states that are listed, as a mask: all in which a socket can be connected, or is about to be. Without LISTEN
-/// the kernel leaves the table of listeners alone.
+/// The listed states as a mask: all states in which a socket is connected or connecting. Because LISTEN is
+/// not included, the kernel does not walk the table of listeners.
 const STATES: u32 = {
     let all = (1 << (state::CLOSING + 1)) - 1;
     all & !(1 | 1 << state::CLOSE | 1 << state::LISTEN)
 };
 
-/// What either table says about a socket.
+/// A socket as dumped by sock_diag or procfs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Row {
+struct DumpedSocket {
     source: (IpAddr, u16),
     destination: (IpAddr, u16),
     state: u8,
@@ -210,18 +218,18 @@ struct Row {
     time_wait_left: Option<Duration>,
 }
 
-impl Row {
-    fn is_self(&self) -> bool {
+impl DumpedSocket {
+    fn is_self_connection(&self) -> bool {
         self.source == self.destination && self.source.1 != 0 && STATES & 1 << self.state != 0
     }
 
-    fn is_dial(&self) -> bool {
+    fn is_attempt(&self) -> bool {
         self.source.0 == self.destination.0 && self.state == state::SYN_SENT
     }
 
-    fn found(&self, netns: u32) -> Found {
+    fn entry(&self, netns: u32) -> SocketEntry {
         let (addr, port) = self.source;
-        Found {
+        SocketEntry {
             addr: addr.to_canonical(),
             port,
             is_ipv6: addr.is_ipv6(),
@@ -240,9 +248,9 @@ impl Row {
         (self.ifindex != 0 && is_link_local).then_some(self.ifindex)
     }
 
-    fn dial(&self, netns: u32) -> Dial {
+    fn attempt(&self, netns: u32) -> ConnectAttempt {
         let (addr, dport) = self.destination;
-        Dial { netns, addr: addr.to_canonical(), dport, is_ipv6: addr.is_ipv6() }
+        ConnectAttempt { netns, addr: addr.to_canonical(), dport, is_ipv6: addr.is_ipv6() }
     }
 }
 
@@ -250,12 +258,12 @@ impl Row {
 mod tests {
     use super::*;
 
-    pub(super) fn row(source: &str, destination: &str, state: u8) -> Row {
+    pub(super) fn row(source: &str, destination: &str, state: u8) -> DumpedSocket {
         let end = |text: &str| {
             let end: std::net::SocketAddr = text.parse().unwrap();
             (end.ip(), end.port())
         };
-        Row {
+        DumpedSocket {
             source: end(source),
             destination: end(destination),
             state,
@@ -268,8 +276,8 @@ mod tests {
     }
 
     #[test]
-    fn ours_are_those_whose_source_is_their_destination() {
-        for (source, destination, state, is_self, is_dial) in [
+    fn a_self_connection_has_equal_source_and_destination() {
+        for (source, destination, state, is_self_connection, is_attempt) in [
             ("127.0.0.1:4", "127.0.0.1:4", state::ESTABLISHED, true, false),
             ("127.0.0.1:4", "127.0.0.1:4", state::TIME_WAIT, true, false),
             ("127.0.0.1:4", "127.0.0.1:4", state::SYN_SENT, true, true),
@@ -284,29 +292,35 @@ mod tests {
             ("127.0.0.1:4", "127.0.0.1:4", state::LISTEN, false, false),
         ] {
             let row = row(source, destination, state);
-            let what = format!("{source} {destination} {}", state::name(state));
-            assert_eq!((row.is_self(), row.is_dial()), (is_self, is_dial), "{what}");
+            let case = format!("{source} {destination} {}", state::name(state));
+            assert_eq!(
+                (row.is_self_connection(), row.is_attempt()),
+                (is_self_connection, is_attempt),
+                "{case}"
+            );
         }
     }
 
     #[test]
-    fn an_interface_belongs_to_a_link_local_address_and_a_user_to_an_inode() {
-        let local = row("[fe80::1]:4", "[fe80::1]:4", state::ESTABLISHED).found(1);
+    fn an_interface_needs_a_link_local_address_and_a_uid_needs_an_inode() {
+        let local = row("[fe80::1]:4", "[fe80::1]:4", state::ESTABLISHED).entry(1);
         assert_eq!((local.ifindex, local.uid), (Some(3), None));
-        let held =
-            Row { inode: 5, ..row("[::ffff:127.0.0.1]:4", "[::ffff:127.0.0.1]:4", state::ESTABLISHED) };
-        let held = held.found(1);
+        let held = DumpedSocket {
+            inode: 5,
+            ..row("[::ffff:127.0.0.1]:4", "[::ffff:127.0.0.1]:4", state::ESTABLISHED)
+        };
+        let held = held.entry(1);
         assert_eq!((held.ifindex, held.uid, held.is_ipv6), (None, Some(0), true));
         assert_eq!(held.addr, IpAddr::from([127, 0, 0, 1]));
     }
 
     #[test]
-    fn a_survey_leaves_the_callers_namespace_alone() {
-        let own = || std::fs::read_link("/proc/thread-self/ns/net").unwrap();
-        let before = own();
-        let survey = survey(Options::default(), &[]).unwrap();
-        assert_eq!(own(), before);
-        assert!(!survey.namespaces.is_empty(), "{survey:?}");
-        assert!(survey.began_ns < survey.ended_ns);
+    fn a_snapshot_does_not_change_the_namespace_of_the_caller() {
+        let current_netns = || std::fs::read_link("/proc/thread-self/ns/net").unwrap();
+        let before = current_netns();
+        let snapshot = snapshot(SnapshotOptions::default(), &[]).unwrap();
+        assert_eq!(current_netns(), before);
+        assert!(!snapshot.namespaces.is_empty(), "{snapshot:?}");
+        assert!(snapshot.began_ns < snapshot.ended_ns);
     }
 }

@@ -1,4 +1,4 @@
-//! Every network namespace of this host, each entered once by the calling thread.
+//! Finds the network namespaces of this host and enters each one once with the calling thread.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -23,116 +23,128 @@ use rustix::{
 
 use super::NEEDS_PTRACE;
 
-const OWN: &str = "/proc/thread-self/ns/net";
+const CURRENT_NETNS: &str = "/proc/thread-self/ns/net";
 
 const NEEDS_ADMIN: &str = ": entering it needs CAP_SYS_ADMIN, which root has";
 
-/// The file system that namespaces are files of: include/uapi/linux/magic.h at v5.10.
+/// The magic number of nsfs, the file system of namespace files: include/uapi/linux/magic.h at v5.10.
 const NSFS_MAGIC: FsWord = 0x6e73_6673;
 
-/// How the visit went.
+/// The result of a visit.
 #[derive(Debug, Default)]
-pub(super) struct Visited {
-    /// Where `each` succeeded.
+pub(super) struct VisitResult {
+    /// The inodes of the namespaces in which `each` succeeded.
     pub(super) namespaces: HashSet<u32>,
-    /// What could not be visited, and why.
+    /// What could not be visited, and the reason: one line of text for people each.
     pub(super) unseen: Vec<String>,
 }
 
 /// A network namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Namespace {
-    /// Its inode.
     pub inode: u32,
-    /// By which file it was entered: one that is mounted, or a process's.
+    /// The file through which it was entered: a mount point, or a file in the `/proc` directory of a process.
     pub path: PathBuf,
-    /// Whether it is the one this process is in.
-    pub is_own: bool,
+    /// True if this process is in this namespace.
+    pub is_current: bool,
 }
 
-/// Calls `each` in the calling thread's own network namespace, which takes no privilege.
-pub(super) fn visit_own(mut each: impl FnMut(&Namespace) -> io::Result<()>) -> Visited {
-    let mut visit = Visit::default();
-    visit.one(Path::new(OWN), Source::Own, &mut each);
-    visit.done()
+/// Calls `each` in the network namespace of the calling thread, which needs no privilege.
+pub(super) fn visit_current(mut each: impl FnMut(&Namespace) -> io::Result<()>) -> VisitResult {
+    let mut visit = NamespaceVisit::default();
+    visit.visit_path(Path::new(CURRENT_NETNS), NamespaceSource::Current, &mut each);
+    visit.finish()
 }
 
-/// Calls `each` in the network namespace that this file is of. The thread stays there.
+/// Calls `each` in the network namespace that this file refers to. The thread stays in it.
 pub(super) fn visit_at(
     path: &Path,
     mut each: impl FnMut(&Namespace) -> io::Result<()>,
-) -> io::Result<Visited> {
-    let mut visit = Visit::default();
-    match visit.try_one(path, Source::Named, &mut each)? {
-        true => Ok(visit.done()),
+) -> io::Result<VisitResult> {
+    let mut visit = NamespaceVisit::default();
+    match visit.try_visit_path(path, NamespaceSource::Requested, &mut each)? {
+        true => Ok(visit.finish()),
         false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a network namespace")),
     }
 }
 
-/// Calls `each` in every network namespace: first in the calling thread's own, which takes no privilege, then in those
-/// that are mounted somewhere (`/run/netns` and the like), then in those of the processes, and of the threads `near`.
-/// The thread stays in the last one. What vanishes meanwhile is no error.
-pub(super) fn visit(near: &[u32], mut each: impl FnMut(&Namespace) -> io::Result<()>) -> Visited {
-    let mut visit = Visit::default();
-    visit.one(Path::new(OWN), Source::Own, &mut each);
-    for path in mounted(&fs::read("/proc/self/mountinfo").unwrap_or_default()) {
-        visit.one(&path, Source::Mount, &mut each);
+/// Calls `each` in every network namespace: first in the namespace of the calling thread, which needs no
+/// privilege, then in the mounted namespaces (`/run/netns` and others), then in the namespaces of all
+/// processes and of the threads in `netns_hints`. The thread stays in the last one. A namespace that
+/// disappears meanwhile is not an error.
+pub(super) fn visit(netns_hints: &[u32], mut each: impl FnMut(&Namespace) -> io::Result<()>) -> VisitResult {
+    let mut visit = NamespaceVisit::default();
+    visit.visit_path(Path::new(CURRENT_NETNS), NamespaceSource::Current, &mut each);
+    for path in mount_points(&fs::read("/proc/self/mountinfo").unwrap_or_default()) {
+        visit.visit_path(&path, NamespaceSource::Mount, &mut each);
     }
     match fs::read_dir("/proc") {
         Ok(entries) => {
             for entry in entries.flatten() {
                 if entry.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit) {
-                    visit.one(&entry.path().join("ns/net"), Source::Process, &mut each);
+                    visit.visit_path(&entry.path().join("ns/net"), NamespaceSource::Process, &mut each);
                 }
             }
         }
-        Err(error) => visit.refused(format!("the network namespaces of processes: /proc: {error}"), None),
+        Err(error) => visit.add_refusal(format!("the network namespaces of processes: /proc: {error}"), None),
     }
-    // A thread's directory is there by its number, too; it is only never listed.
-    for thread in near {
-        visit.one(&PathBuf::from(format!("/proc/{thread}/ns/net")), Source::Process, &mut each);
+    // `/proc` has a directory for each thread id, too, but does not list it.
+    for thread in netns_hints {
+        visit.visit_path(
+            &PathBuf::from(format!("/proc/{thread}/ns/net")),
+            NamespaceSource::Process,
+            &mut each,
+        );
     }
-    visit.done()
+    visit.finish()
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
-    Own,
+enum NamespaceSource {
+    Current,
     Mount,
     Process,
-    /// By the user.
-    Named,
+    /// The user named the file.
+    Requested,
 }
 
 #[derive(Default)]
-struct Visit {
-    /// Device and inode of those that were visited, or refused for good.
+struct NamespaceVisit {
+    /// Device and inode of the namespaces that were visited or permanently refused.
     known: HashSet<(u64, u64)>,
     namespaces: HashSet<u32>,
-    /// Processes whose namespace this process may not even know.
-    closed_processes: usize,
-    /// Why, how many, and the first of them.
+    /// The number of processes whose namespace this process is not permitted to identify.
+    denied_processes: usize,
+    /// By reason: the number of refusals, and the name of the first refused namespace.
     refused: BTreeMap<String, (usize, Option<String>)>,
 }
 
-impl Visit {
-    fn one(&mut self, path: &Path, source: Source, each: &mut impl FnMut(&Namespace) -> io::Result<()>) {
-        match self.try_one(path, source, each) {
+impl NamespaceVisit {
+    fn visit_path(
+        &mut self,
+        path: &Path,
+        source: NamespaceSource,
+        each: &mut impl FnMut(&Namespace) -> io::Result<()>,
+    ) {
+        match self.try_visit_path(path, source, each) {
             Ok(_) => {}
             Err(error) if is_gone(&error) => {}
-            Err(error) if source == Source::Process && error.kind() == io::ErrorKind::PermissionDenied => {
-                // A process that has ended is told in the same way (`proc_ns_get_link`, fs/proc/namespaces.c at v5.10).
-                self.closed_processes += usize::from(path.ancestors().nth(2).is_some_and(Path::exists));
+            Err(error)
+                if source == NamespaceSource::Process && error.kind() == io::ErrorKind::PermissionDenied =>
+            {
+                // The kernel reports the same error for a process that has ended (`proc_ns_get_link`,
+                // fs/proc/namespaces.c at v5.10).
+                self.denied_processes += usize::from(path.ancestors().nth(2).is_some_and(Path::exists));
             }
-            Err(error) => self.refused(error.to_string(), Some(path.display().to_string())),
+            Err(error) => self.add_refusal(error.to_string(), Some(path.display().to_string())),
         }
     }
 
-    /// Whether it is a namespace at all.
-    fn try_one(
+    /// Returns false if the file is not a network namespace.
+    fn try_visit_path(
         &mut self,
         path: &Path,
-        source: Source,
+        source: NamespaceSource,
         each: &mut impl FnMut(&Namespace) -> io::Result<()>,
     ) -> io::Result<bool> {
         let named = fs::metadata(path)?;
@@ -143,41 +155,42 @@ impl Visit {
         if !self.known.insert((opened.dev(), opened.ino())) {
             return Ok(true);
         }
-        let is_own = source == Source::Own
-            || fs::metadata(OWN).is_ok_and(|own| (own.dev(), own.ino()) == (opened.dev(), opened.ino()));
+        let is_current = source == NamespaceSource::Current
+            || fs::metadata(CURRENT_NETNS)
+                .is_ok_and(|current| (current.dev(), current.ino()) == (opened.dev(), opened.ino()));
         let inode = opened.ino();
-        let told = |error: io::Error, cure| {
-            (error.to_string() + cure, Some(format!("{inode} ({})", path.display())))
+        let describe = |error: io::Error, hint| {
+            (error.to_string() + hint, Some(format!("{inode} ({})", path.display())))
         };
-        if !is_own
+        if !is_current
             && let Err(error) = move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
         {
-            let (why, which) = told(error.into(), NEEDS_ADMIN);
-            if source == Source::Named {
+            let (why, which) = describe(error.into(), NEEDS_ADMIN);
+            if source == NamespaceSource::Requested {
                 return Err(io::Error::other(why));
             }
-            self.refused(why, which);
+            self.add_refusal(why, which);
             return Ok(true);
         }
         let netns = u32::try_from(inode).unwrap_or(0);
-        match each(&Namespace { inode: netns, path: path.to_owned(), is_own }) {
+        match each(&Namespace { inode: netns, path: path.to_owned(), is_current }) {
             Ok(()) => {
                 self.namespaces.insert(netns);
             }
-            Err(error) if source == Source::Named => return Err(error),
+            Err(error) if source == NamespaceSource::Requested => return Err(error),
             Err(error) => {
-                let (why, which) = told(error, "");
-                self.refused(why, which);
+                let (why, which) = describe(error, "");
+                self.add_refusal(why, which);
             }
         }
         Ok(true)
     }
 
-    fn refused(&mut self, why: String, which: Option<String>) {
+    fn add_refusal(&mut self, why: String, which: Option<String>) {
         self.refused.entry(why).or_insert((0, which)).0 += 1;
     }
 
-    fn done(self) -> Visited {
+    fn finish(self) -> VisitResult {
         let mut unseen: Vec<_> = self
             .refused
             .into_iter()
@@ -187,53 +200,54 @@ impl Visit {
                 (count, Some(first)) => format!("{count} network namespaces, the first {first}: {why}"),
             })
             .collect();
-        match self.closed_processes {
+        match self.denied_processes {
             0 => {}
             count => unseen.push(format!("network namespaces of processes ({count}): {NEEDS_PTRACE}")),
         }
-        Visited { namespaces: self.namespaces, unseen }
+        VisitResult { namespaces: self.namespaces, unseen }
     }
 }
 
-/// Calls `work` on a thread that is in one network namespace, known by its inode; the caller's stays what it is. It is
-/// looked for by the caller's own, by the processes or threads `near` it, and then as [`visit`] does. 0 is the caller's own: a kernel
-/// without namespaces tells no inode.
+/// Calls `work` on a separate thread that is in the network namespace with this inode; the namespace of the
+/// caller does not change. The search for the namespace begins with the namespace of the caller, continues
+/// with those of the processes or threads in `netns_hints`, and then with all others as in [`visit`]. The
+/// inode 0 is the namespace of the caller, because a kernel without namespaces reports no inode.
 ///
 /// # Errors
-/// When nothing leads to that namespace or it can't be entered, and those of `work`.
-pub fn within<T: Send>(
+/// If the namespace cannot be found or entered, and the errors of `work`.
+pub fn run_in_namespace<T: Send>(
     netns: u32,
-    near: &[u32],
+    netns_hints: &[u32],
     work: impl FnOnce() -> io::Result<T> + Send,
 ) -> io::Result<T> {
     thread::scope(|scope| {
         let thread = thread::Builder::new().name("namespace".to_owned());
         let thread = thread.spawn_scoped(scope, || {
-            enter(netns, near)?;
+            enter(netns, netns_hints)?;
             work()
         })?;
         thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause))
     })
 }
 
-/// Whether the calling thread may enter namespaces at all: it enters the one it is in.
+/// Checks that the calling thread may enter namespaces: it enters the namespace that it is already in.
 pub(super) fn may_enter() -> io::Result<()> {
-    let (file, _) = open(Path::new(OWN))?.ok_or(io::ErrorKind::NotFound)?;
+    let (file, _) = open(Path::new(CURRENT_NETNS))?.ok_or(io::ErrorKind::NotFound)?;
     Ok(move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?)
 }
 
-fn enter(netns: u32, near: &[u32]) -> io::Result<()> {
+fn enter(netns: u32, netns_hints: &[u32]) -> io::Result<()> {
     let leads_there = |path: &Path| fs::metadata(path).is_ok_and(|named| named.ino() == u64::from(netns));
-    // Without a step there is no privilege needed.
-    if netns == 0 || leads_there(Path::new(OWN)) {
+    // If the thread is already in the namespace, it needs no privilege.
+    if netns == 0 || leads_there(Path::new(CURRENT_NETNS)) {
         return Ok(());
     }
     let of_process = |pid: &u32| PathBuf::from(format!("/proc/{pid}/ns/net"));
-    let near = near.iter().map(of_process);
-    let mounts = std::iter::once_with(|| mounted(&fs::read("/proc/self/mountinfo").unwrap_or_default()));
+    let hinted = netns_hints.iter().map(of_process);
+    let mounts = std::iter::once_with(|| mount_points(&fs::read("/proc/self/mountinfo").unwrap_or_default()));
     let processes = std::iter::once_with(|| fs::read_dir("/proc").into_iter().flatten().flatten());
     let all =
-        near.chain(mounts.flatten()).chain(processes.flatten().map(|entry| entry.path().join("ns/net")));
+        hinted.chain(mounts.flatten()).chain(processes.flatten().map(|entry| entry.path().join("ns/net")));
     for path in all.filter(|path| leads_there(path)) {
         if let Some((file, opened)) = open(&path)?
             && opened.ino() == u64::from(netns)
@@ -249,7 +263,8 @@ fn enter(netns: u32, near: &[u32]) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::NotFound, why))
 }
 
-/// Opens a network namespace. `None`: by now the process is another one, or something else is mounted there.
+/// Opens a network namespace. `None`: the file is not a namespace, because the process or the mount has
+/// changed.
 fn open(path: &Path) -> io::Result<Option<(fs::File, fs::Metadata)>> {
     let file = fs::OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
     if fstatfs(&file)?.f_type != NSFS_MAGIC {
@@ -264,18 +279,19 @@ fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(ESRCH)
 }
 
-/// Where network namespaces are mounted, from the text of `/proc/self/mountinfo`.
-pub(super) fn mounted(mountinfo: &[u8]) -> Vec<PathBuf> {
-    let mounted = |line: &[u8]| {
-        // id, parent, device, what of the file system is mounted, where.
+/// Parses the mount points of network namespaces from the text of `/proc/self/mountinfo`.
+pub(super) fn mount_points(mountinfo: &[u8]) -> Vec<PathBuf> {
+    let mount_point = |line: &[u8]| {
+        // The fields are: id, parent, device, root within the file system, mount point.
         let mut fields = line.split(|byte| *byte == b' ').skip(3);
         let (root, at) = (fields.next()?, fields.next()?);
         root.starts_with(b"net:[").then(|| PathBuf::from(OsString::from_vec(unescape(at))))
     };
-    mountinfo.split(|byte| *byte == b'\n').filter_map(mounted).collect()
+    mountinfo.split(|byte| *byte == b'\n').filter_map(mount_point).collect()
 }
 
-/// A path as the kernel writes it, blanks, line ends and backslashes as three octal digits.
+/// Decodes a path of `mountinfo`, in which the kernel writes spaces, newlines and backslashes as three octal
+/// digits.
 fn unescape(path: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(path.len());
     let mut rest = path;
@@ -293,7 +309,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mounted_namespaces_are_found_wherever_they_are() {
+    fn mounted_namespaces_are_found_at_any_mount_point() {
         let mountinfo = b"24 1 0:21 / /proc rw,nosuid - proc proc rw\n\
             31 25 0:4 net:[4026532281] /run/netns/blue rw shared:12 - nsfs nsfs rw\n\
             32 25 0:4 net:[4026532282] /run/docker/netns/a\\040b\\134c rw - nsfs nsfs rw\n\
@@ -301,11 +317,14 @@ mod tests {
             34 25 0:22 /net:[1] /odd rw - tmpfs tmpfs rw\n\
             \n\
             broken";
-        assert_eq!(mounted(mountinfo), [Path::new("/run/netns/blue"), Path::new("/run/docker/netns/a b\\c")]);
+        assert_eq!(
+            mount_points(mountinfo),
+            [Path::new("/run/netns/blue"), Path::new("/run/docker/netns/a b\\c")]
+        );
     }
 
     #[test]
-    fn escapes_are_undone_once() {
+    fn escapes_are_decoded_once() {
         for (raw, path) in
             [("/a\\040b", "/a b"), ("/a\\134040", "/a\\040"), ("/a\\9", "/a\\9"), ("/a\\", "/a\\"), ("", "")]
         {
@@ -314,12 +333,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_refused_alike_is_one_line() {
-        let mut visit = Visit { closed_processes: 7, namespaces: [1].into(), ..Visit::default() };
-        visit.refused("no".to_owned(), Some("1 (/a)".to_owned()));
-        visit.refused("no".to_owned(), Some("2 (/b)".to_owned()));
-        visit.refused("never".to_owned(), Some("3 (/c)".to_owned()));
-        let Visited { namespaces, unseen } = visit.done();
+    fn refusals_with_the_same_reason_are_one_line() {
+        let mut visit =
+            NamespaceVisit { denied_processes: 7, namespaces: [1].into(), ..NamespaceVisit::default() };
+        visit.add_refusal("no".to_owned(), Some("1 (/a)".to_owned()));
+        visit.add_refusal("no".to_owned(), Some("2 (/b)".to_owned()));
+        visit.add_refusal("never".to_owned(), Some("3 (/c)".to_owned()));
+        let VisitResult { namespaces, unseen } = visit.finish();
         assert_eq!(namespaces, HashSet::from([1]));
         assert_eq!(
             unseen[..2],

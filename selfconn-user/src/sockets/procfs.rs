@@ -1,5 +1,5 @@
-//! The socket table of one network namespace through `/proc/net/tcp` and `tcp6`, for kernels without sock_diag. It is
-//! slower by an order of magnitude, and has no cookies and no interfaces.
+//! Reads the socket table of one network namespace from `/proc/net/tcp` and `tcp6`, for kernels without
+//! sock_diag. This is slower by an order of magnitude, and provides no cookies and no interfaces.
 
 use std::{
     fs::File,
@@ -8,41 +8,45 @@ use std::{
     time::Duration,
 };
 
-use super::Row;
+use super::DumpedSocket;
 
-/// The files are those of the calling thread's namespace.
+/// The files show the network namespace of the calling thread.
 const IPV4: &str = "/proc/thread-self/net/tcp";
 const IPV6: &str = "/proc/thread-self/net/tcp6";
 
-/// `USER_HZ`, the unit of the timers.
+/// `USER_HZ`, the unit of the timers in these files.
 const TICKS_PER_SECOND: u64 = 100;
 
 /// The number of the timer that runs in TIME_WAIT (`get_timewait4_sock`, net/ipv4/tcp_ipv4.c at v5.10).
 const TIME_WAIT_TIMER: &str = "03";
 
-/// `TCP_LISTEN` as the files have it.
+/// `TCP_LISTEN` as printed in these files.
 const LISTEN: &str = "0A";
 
 /// Appends the sockets whose two addresses are equal.
-pub(super) fn read(rows: &mut Vec<Row>) -> io::Result<()> {
+pub(super) fn read(rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
     read_files(rows, |line| parse(line, |source, destination, _| source == destination))
 }
 
 /// Appends the listeners.
-pub(super) fn read_listeners(rows: &mut Vec<Row>) -> io::Result<()> {
+pub(super) fn read_listeners(rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
     read_files(rows, |line| parse(line, |_, _, state| state == LISTEN))
 }
 
-fn read_files(rows: &mut Vec<Row>, parse: impl Fn(&str) -> Option<Row>) -> io::Result<()> {
+fn read_files(rows: &mut Vec<DumpedSocket>, parse: impl Fn(&str) -> Option<DumpedSocket>) -> io::Result<()> {
     read_file(IPV4, rows, &parse)?;
     match read_file(IPV6, rows, &parse) {
-        // A kernel without IPv6.
+        // The kernel has no IPv6.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         outcome => outcome,
     }
 }
 
-fn read_file(path: &str, rows: &mut Vec<Row>, parse: &impl Fn(&str) -> Option<Row>) -> io::Result<()> {
+fn read_file(
+    path: &str,
+    rows: &mut Vec<DumpedSocket>,
+    parse: &impl Fn(&str) -> Option<DumpedSocket>,
+) -> io::Result<()> {
     let mut file = BufReader::with_capacity(1 << 16, File::open(path)?);
     let mut line = String::new();
     while file.read_line(&mut line)? != 0 {
@@ -52,12 +56,13 @@ fn read_file(path: &str, rows: &mut Vec<Row>, parse: &impl Fn(&str) -> Option<Ro
     Ok(())
 }
 
-/// A line of the table, if its addresses and its state are wanted. `None`: they are not, or it is the heading.
-pub(super) fn parse(line: &str, is_wanted: impl Fn(&str, &str, &str) -> bool) -> Option<Row> {
+/// Parses a line of the table if `filter` accepts its source address, destination address and state. `None`:
+/// `filter` rejects the line, or it is the header line.
+pub(super) fn parse(line: &str, filter: impl Fn(&str, &str, &str) -> bool) -> Option<DumpedSocket> {
     let mut words = line.split_ascii_whitespace().skip(1);
     let (source, destination) = (words.next()?.split_once(':')?, words.next()?.split_once(':')?);
     let state = words.next()?;
-    if !is_wanted(source.0, destination.0, state) {
+    if !filter(source.0, destination.0, state) {
         return None;
     }
     let port = |text| u16::from_str_radix(text, 16).ok();
@@ -66,7 +71,7 @@ pub(super) fn parse(line: &str, is_wanted: impl Fn(&str, &str, &str) -> bool) ->
     let ticks = u64::from_str_radix(ticks, 16).ok()?;
     let uid = words.nth(1)?.parse().ok()?;
     let inode = words.nth(1)?.parse().ok()?;
-    Some(Row {
+    Some(DumpedSocket {
         source: (address(source.0)?, port(source.1)?),
         destination: (address(destination.0)?, port(destination.1)?),
         state,
@@ -79,7 +84,7 @@ pub(super) fn parse(line: &str, is_wanted: impl Fn(&str, &str, &str) -> bool) ->
     })
 }
 
-/// The kernel prints an address as numbers of 32 bits, in the machine's order.
+/// Parses an address, which the kernel prints as 32-bit numbers in the byte order of the machine.
 fn address(text: &str) -> Option<IpAddr> {
     let mut bytes = [0; 16];
     for (word, bytes) in text.as_bytes().chunks(8).zip(bytes.chunks_exact_mut(4)) {
@@ -100,9 +105,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_is_read_as_the_kernel_prints_it() {
-        let row =
-            |source: (&str, u16), destination: (&str, u16), state, uid, inode, left_ms: Option<u64>| Row {
+    fn a_line_is_parsed_as_the_kernel_prints_it() {
+        let row = |source: (&str, u16), destination: (&str, u16), state, uid, inode, left_ms: Option<u64>| {
+            DumpedSocket {
                 source: (source.0.parse().unwrap(), source.1),
                 destination: (destination.0.parse().unwrap(), destination.1),
                 state,
@@ -111,17 +116,18 @@ mod tests {
                 inode,
                 uid,
                 time_wait_left: left_ms.map(Duration::from_millis),
-            };
-        let own = ("127.0.0.1", 40_029);
+            }
+        };
+        let loopback = ("127.0.0.1", 40_029);
         let mapped = ("::ffff:127.0.0.1", 40_029);
         for (line, expected) in [
             (
                 "   1: 0100007F:9C5D 0100007F:9C5D 01 00000000:00000000 00:00000000 00000000  1000        0 23584 2 0000000000000000 20 4 30 10 -1",
-                Some(row(own, own, state::ESTABLISHED, 1_000, 23_584, None)),
+                Some(row(loopback, loopback, state::ESTABLISHED, 1_000, 23_584, None)),
             ),
             (
                 "   1: 0100007F:9C5D 0100007F:9C5D 06 00000000:00000000 03:00001770 00000000     0        0 0 3 0000000000000000",
-                Some(row(own, own, state::TIME_WAIT, 0, 0, Some(60_000))),
+                Some(row(loopback, loopback, state::TIME_WAIT, 0, 0, Some(60_000))),
             ),
             (
                 "   2: 0000000000000000FFFF00000100007F:9C5D 0000000000000000FFFF00000100007F:9C5D 0B 00000000:00000000 01:00000014 00000000     0        0 77 1 0000000000000000",
@@ -131,10 +137,10 @@ mod tests {
                 "   3: 00000000000000000000000001000000:0050 00000000000000000000000001000000:0050 02 00000000:00000001 01:00000014 00000000     0        0 78 1 0",
                 Some(row(("::1", 80), ("::1", 80), state::SYN_SENT, 0, 78, None)),
             ),
-            // A dial in flight.
+            // A connection attempt in progress.
             (
                 "   4: 0100007F:9C5E 0100007F:9C5D 02 00000000:00000001 01:00000014 00000000     0        0 79 1 0",
-                Some(row(("127.0.0.1", 40_030), own, state::SYN_SENT, 0, 79, None)),
+                Some(row(("127.0.0.1", 40_030), loopback, state::SYN_SENT, 0, 79, None)),
             ),
             ("   5: 0100007F:9C5D 0200007F:9C5D 01 00000000:00000000 00:00000000 00000000 0 0 80 1 0", None),
             (
@@ -151,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_has_no_destination() {
+    fn a_listener_is_parsed_without_a_destination() {
         let is_listener = |_: &str, _: &str, state: &str| state == LISTEN;
         let line = "   0: 0100007F:9C5D 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 812 1 0";
         let row = parse(line, is_listener).unwrap();

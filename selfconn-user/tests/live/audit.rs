@@ -1,4 +1,4 @@
-//! What `audit` says of a port against what real clients come by.
+//! Compares what `audit` says about a port with what real clients hit.
 
 use std::{
     fs,
@@ -18,34 +18,34 @@ use serde_json::{Value, json};
 use socket2::Socket;
 
 use crate::{
-    client::{dial_until_self, own_comm, socket},
+    client::{connect_until_self, own_comm, socket},
     daemon::{scaled, selfconn},
-    net::Net,
-    role::Role,
+    net::TestNetns,
+    role::HelperProcess,
 };
 
-const RANGE: &str = "40000 40199";
-const RESERVED: &str = "net.ipv4.ip_local_reserved_ports";
-const LO: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+const PORT_RANGE: &str = "40000 40199";
+const RESERVED_PORTS_KEY: &str = "net.ipv4.ip_local_reserved_ports";
+const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
-/// A port that no client comes by in so many dials isn't come by. Of the range's hundred even ports each would be hit
-/// with a probability of 1 - 10^-13.
-const NEVER: usize = 3_000;
+/// A port that is not hit in this many attempts counts as unreachable. Each of the hundred even ports of the
+/// range would be hit with a probability of 1 - 10^-13.
+const UNREACHABLE_ATTEMPTS: usize = 3_000;
 
-/// What `selfconn audit --json` said.
+/// The output of `selfconn audit --json`.
 #[derive(Debug)]
-struct Audit {
+struct AuditOutput {
     code: Option<i32>,
     rows: Vec<Value>,
     summary: Value,
 }
 
-impl Audit {
+impl AuditOutput {
     fn run(options: &[&str]) -> Self {
-        Self::of(Command::new(selfconn()).arg("audit").args(options))
+        Self::from_command(Command::new(selfconn()).arg("audit").args(options))
     }
 
-    fn of(command: &mut Command) -> Self {
+    fn from_command(command: &mut Command) -> Self {
         let output = command.arg("--json").output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         let mut rows: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -61,15 +61,15 @@ impl Audit {
     #[track_caller]
     fn row(&self, addr: Option<IpAddr>, port: u16) -> &Value {
         let addr = addr.map_or(Value::Null, |addr| addr.to_string().into());
-        let is_it = |row: &&Value| row["addr"] == addr && row["port"] == port;
-        let rows: Vec<_> = self.rows.iter().filter(is_it).collect();
+        let is_match = |row: &&Value| row["addr"] == addr && row["port"] == port;
+        let rows: Vec<_> = self.rows.iter().filter(is_match).collect();
         assert_eq!(rows.len(), 1, "{addr}:{port}: {self:#?}");
         rows[0]
     }
 }
 
-/// Dials after binding port 0, as some clients do.
-fn bind_and_dial_until_self(target: SocketAddr, limit: usize) -> Option<Socket> {
+/// Connects to itself after a bind to port 0, as some clients do.
+fn bind_and_connect_until_self(target: SocketAddr, limit: usize) -> Option<Socket> {
     (0..limit).find_map(|_| {
         let socket = socket(target.ip());
         socket.bind(&SocketAddr::new(target.ip(), 0).into()).unwrap();
@@ -77,28 +77,28 @@ fn bind_and_dial_until_self(target: SocketAddr, limit: usize) -> Option<Socket> 
     })
 }
 
-/// Leaves no TIME_WAIT, which would keep the port from the next client.
+/// Closes by a reset, because TIME_WAIT would block the port for the next client.
 fn reset(socket: Socket) {
-    assert_eq!(socket.local_addr().unwrap(), socket.peer_addr().unwrap(), "somebody else answered");
+    assert_eq!(socket.local_addr().unwrap(), socket.peer_addr().unwrap(), "another socket accepted");
     socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
     drop(socket);
 }
 
 #[test]
-fn grades_are_what_clients_then_find() {
-    let net = Net::private();
-    net.sysctl("ip_local_port_range", RANGE);
-    net.sysctl("ip_local_reserved_ports", "40020-40060,40104-40105");
+fn risk_levels_match_what_clients_hit() {
+    let net = TestNetns::enter_new();
+    net.set_sysctl("ip_local_port_range", PORT_RANGE);
+    net.set_sysctl("ip_local_reserved_ports", "40020-40060,40104-40105");
     let mut services = tempfile::NamedTempFile::new().unwrap();
-    let addresses = [LO, Ipv6Addr::LOCALHOST.into()];
+    let addresses = [LOCALHOST, Ipv6Addr::LOCALHOST.into()];
     let ports = [40_100, 40_062, 40_101, 40_061, 40_104, 40_105, 39_998, 40_200];
     for (addr, port) in addresses.iter().flat_map(|addr| ports.map(|port| (addr, port))) {
         writeln!(services, "{port} {addr}").unwrap();
     }
-    let audit = Audit::run(&["--netns", "self", "--services", services.path().to_str().unwrap()]);
+    let audit = AuditOutput::run(&["--netns", "self", "--services", services.path().to_str().unwrap()]);
     assert_eq!(audit.rows.len(), addresses.len() * ports.len(), "{audit:#?}");
     assert_eq!(audit.code, Some(1));
-    let never = scaled(NEVER);
+    let unreachable_attempts = scaled(UNREACHABLE_ATTEMPTS);
     for row in &audit.rows {
         assert_eq!((&row["listener"], &row["netns"]), (&Value::Null, &json!(net.inode)), "{row}");
         let target = SocketAddr::new(
@@ -107,9 +107,15 @@ fn grades_are_what_clients_then_find() {
         );
         let limit = || 20 * row["expected_dials"].as_u64().unwrap() as usize;
         let (by_connect, by_bind) = match row["risk"].as_str().unwrap() {
-            "high" => (dial_until_self(target, limit()), None),
-            "low" => (dial_until_self(target, never), bind_and_dial_until_self(target, limit())),
-            "none" => (dial_until_self(target, never), bind_and_dial_until_self(target, never)),
+            "high" => (connect_until_self(target, limit()), None),
+            "low" => (
+                connect_until_self(target, unreachable_attempts),
+                bind_and_connect_until_self(target, limit()),
+            ),
+            "none" => (
+                connect_until_self(target, unreachable_attempts),
+                bind_and_connect_until_self(target, unreachable_attempts),
+            ),
             other => panic!("{other}"),
         };
         let hit = (by_connect.is_some(), by_bind.is_some());
@@ -123,57 +129,60 @@ fn grades_are_what_clients_then_find() {
     }
 }
 
-/// Two ports of a range of a hundred even ones, of which twenty just below the first are reserved: how many dials a hit
-/// of each takes, as audit says and as is found.
+/// For two ports of a range with a hundred even ports, of which twenty just below the first port are
+/// reserved: checks that the measured hit rate matches the odds that audit states. Returns the expected
+/// number of connects for each port.
 #[track_caller]
-fn dials_behind_reserved_and_elsewhere(net: Net) -> [usize; 2] {
-    net.sysctl("ip_local_port_range", RANGE);
-    net.sysctl("ip_local_reserved_ports", "40020-40058");
-    let audit = Audit::run(&["--netns", "self", "--port", "40060", "--port", "40150"]);
-    let dials = scaled(40_000);
+fn expected_connects_behind_reserved_and_elsewhere(net: TestNetns) -> [usize; 2] {
+    net.set_sysctl("ip_local_port_range", PORT_RANGE);
+    net.set_sysctl("ip_local_reserved_ports", "40020-40058");
+    let audit = AuditOutput::run(&["--netns", "self", "--port", "40060", "--port", "40150"]);
+    let attempts = scaled(40_000);
     [40_060, 40_150].map(|port| {
         let expected = audit.row(None, port)["expected_dials"].as_u64().unwrap() as usize;
-        let target = SocketAddr::new(LO, port);
-        let hits = (0..dials).filter_map(|_| dial_until_self(target, 1)).map(reset).count();
-        let said = dials / expected;
+        let target = SocketAddr::new(LOCALHOST, port);
+        let hits = (0..attempts).filter_map(|_| connect_until_self(target, 1)).map(reset).count();
+        let predicted = attempts / expected;
         assert!(
-            (said / 2..=said * 2).contains(&hits),
-            "{port}: {hits} hits in {dials} dials, 1 in {expected} said"
+            (predicted / 2..=predicted * 2).contains(&hits),
+            "{port}: {hits} hits in {attempts} connects, predicted 1 in {expected}"
         );
         expected
     })
 }
 
 #[test]
-fn a_port_behind_reserved_ones_is_hit_as_much_more_often_as_is_said() {
-    let [behind, elsewhere] = dials_behind_reserved_and_elsewhere(Net::private());
+fn a_port_behind_reserved_ports_is_hit_as_often_as_predicted() {
+    let [behind, elsewhere] = expected_connects_behind_reserved_and_elsewhere(TestNetns::enter_new());
     assert!(behind * 3 < elsewhere, "{behind} {elsewhere}");
 }
 
 #[test]
-fn with_a_step_width_all_ports_are_hit_alike() {
-    let net = Net::private();
-    // Few kernels have it.
+fn with_a_step_width_all_ports_are_equally_likely() {
+    let net = TestNetns::enter_new();
+    // Only few kernels have this setting.
     if fs::exists("/proc/sys/net/ipv4/ip_local_port_step_width").unwrap() {
-        net.sysctl("ip_local_port_step_width", "200");
-        let [behind, elsewhere] = dials_behind_reserved_and_elsewhere(net);
+        net.set_sysctl("ip_local_port_step_width", "200");
+        let [behind, elsewhere] = expected_connects_behind_reserved_and_elsewhere(net);
         assert_eq!(behind, elsewhere);
     }
 }
 
 #[test]
-fn a_listener_is_at_risk_as_soon_as_it_is_down() {
-    let net = Net::private();
-    net.sysctl("ip_local_port_range", RANGE);
+fn a_listening_port_is_at_risk_once_its_listener_is_gone() {
+    let net = TestNetns::enter_new();
+    net.set_sysctl("ip_local_port_range", PORT_RANGE);
     let any = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 40_110)).unwrap();
-    let one = TcpListener::bind((LO, 40_112)).unwrap();
-    let _outside = TcpListener::bind((LO, 8_080)).unwrap();
+    let one = TcpListener::bind((LOCALHOST, 40_112)).unwrap();
+    let _outside = TcpListener::bind((LOCALHOST, 8_080)).unwrap();
     for options in [&["--netns", "self"][..], &["--netns", "self", "--procfs"]] {
-        let audit = Audit::run(options);
+        let audit = AuditOutput::run(options);
         assert_eq!(audit.rows.len(), 3, "{audit:#?}");
-        for (addr, port, risk) in
-            [(Ipv4Addr::UNSPECIFIED.into(), 40_110, "high"), (LO, 40_112, "high"), (LO, 8_080, "none")]
-        {
+        for (addr, port, risk) in [
+            (Ipv4Addr::UNSPECIFIED.into(), 40_110, "high"),
+            (LOCALHOST, 40_112, "high"),
+            (LOCALHOST, 8_080, "none"),
+        ] {
             let row = audit.row(Some(addr), port);
             assert_eq!(row["risk"], risk, "{row}");
             assert_eq!(row["listener"]["pid"], std::process::id(), "{row}");
@@ -181,11 +190,14 @@ fn a_listener_is_at_risk_as_soon_as_it_is_down() {
             assert_eq!(row["fix"].is_null(), risk == "none", "{row}");
         }
         let why = audit.row(Some(Ipv4Addr::UNSPECIFIED.into()), 40_110)["why"].as_str().unwrap();
-        assert!(why.contains("once nobody listens") && why.contains("another address of this host"), "{why}");
+        assert!(
+            why.contains("while nobody listens") && why.contains("another address of this host"),
+            "{why}"
+        );
     }
-    let targets = [SocketAddr::new(LO, 40_110), SocketAddr::new(LO, 40_112)];
+    let targets = [SocketAddr::new(LOCALHOST, 40_110), SocketAddr::new(LOCALHOST, 40_112)];
     for target in targets {
-        // Each dial is answered, by the listener.
+        // The listener accepts each connect.
         let socket = socket(target.ip());
         socket.connect(&target.into()).unwrap();
         assert_ne!(socket.local_addr().unwrap(), socket.peer_addr().unwrap());
@@ -193,23 +205,23 @@ fn a_listener_is_at_risk_as_soon_as_it_is_down() {
     }
     drop((any, one));
     for target in targets {
-        reset(dial_until_self(target, 20 * 100).expect("the port is hit once its listener is gone"));
+        reset(connect_until_self(target, 20 * 100).expect("the port is hit once its listener is gone"));
     }
 }
 
 #[test]
-fn an_address_from_which_no_dial_leaves_is_hit_only_by_a_client_that_binds_it() {
-    let net = Net::private();
-    net.sysctl("ip_local_port_range", RANGE);
+fn an_address_that_is_no_default_source_is_hit_only_by_a_client_that_binds_it() {
+    let net = TestNetns::enter_new();
+    net.set_sysctl("ip_local_port_range", PORT_RANGE);
     let addr: IpAddr = Ipv4Addr::new(127, 0, 0, 53).into();
     let listener = TcpListener::bind((addr, 40_120)).unwrap();
-    let audit = Audit::run(&["--netns", "self"]);
+    let audit = AuditOutput::run(&["--netns", "self"]);
     let row = audit.row(Some(addr), 40_120);
     assert_eq!(row["risk"], "low", "{row}");
-    assert!(row["why"].as_str().unwrap().contains("leaves from 127.0.0.1"), "{row}");
+    assert!(row["why"].as_str().unwrap().contains("source address 127.0.0.1"), "{row}");
     drop(listener);
     let target = SocketAddr::new(addr, 40_120);
-    assert!(dial_until_self(target, scaled(NEVER)).is_none());
+    assert!(connect_until_self(target, scaled(UNREACHABLE_ATTEMPTS)).is_none());
     let limit = 20 * row["expected_dials"].as_u64().unwrap() as usize;
     let hit = (0..limit).find_map(|_| {
         let socket = socket(addr);
@@ -220,10 +232,10 @@ fn an_address_from_which_no_dial_leaves_is_hit_only_by_a_client_that_binds_it() 
     reset(hit.expect("a client that binds the address is hit"));
 }
 
-/// Leaves the choice of the port to `connect()`, also after `bind()`.
+/// Leaves the choice of the port to `connect()`, even after `bind()`.
 fn bind_no_port(socket: &Socket) {
     let on: libc::c_int = 1;
-    // SAFETY: this option takes an int, which lives longer than the call.
+    // SAFETY: this option takes an int, which outlives the call.
     let outcome = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
@@ -236,38 +248,38 @@ fn bind_no_port(socket: &Socket) {
     assert_eq!(outcome, 0, "{}", std::io::Error::last_os_error());
 }
 
-/// Whether this host has a program; a VM has none.
-fn has(program: &str) -> bool {
+/// True if this host has a program. A test VM has none.
+fn has_program(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|folder| folder.join(program).exists())
 }
 
-/// What `audit --sysctl` prints for the calling thread's namespace.
-fn sysctl_d() -> String {
+/// The output of `audit --sysctl` for the calling thread's namespace.
+fn sysctl_file() -> String {
     let output = Command::new(selfconn()).args(["audit", "--sysctl"]).output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Its only setting.
+/// The only setting in a sysctl file.
 #[track_caller]
-fn setting(sysctl_d: &str) -> &str {
-    let settings: Vec<_> = sysctl_d.lines().filter(|line| !line.starts_with('#')).collect();
-    assert_eq!(settings.len(), 1, "{sysctl_d}");
-    settings[0].strip_prefix(RESERVED).and_then(|rest| rest.strip_prefix(" = ")).unwrap()
+fn setting(sysctl_file: &str) -> &str {
+    let settings: Vec<_> = sysctl_file.lines().filter(|line| !line.starts_with('#')).collect();
+    assert_eq!(settings.len(), 1, "{sysctl_file}");
+    settings[0].strip_prefix(RESERVED_PORTS_KEY).and_then(|rest| rest.strip_prefix(" = ")).unwrap()
 }
 
 #[test]
-fn with_the_printed_file_nothing_is_at_risk_any_more() {
-    let net = Net::private();
-    net.sysctl("ip_local_port_range", RANGE);
-    net.sysctl("ip_local_reserved_ports", "8080,40104");
+fn the_printed_sysctl_file_removes_all_risks() {
+    let net = TestNetns::enter_new();
+    net.set_sysctl("ip_local_port_range", PORT_RANGE);
+    net.set_sysctl("ip_local_reserved_ports", "8080,40104");
     let listeners: Vec<_> =
-        [40_102, 40_103, 40_110].map(|port| TcpListener::bind((LO, port)).unwrap()).into();
-    assert_eq!(Audit::run(&["--netns", "self"]).code, Some(1));
-    let file = sysctl_d();
+        [40_102, 40_103, 40_110].map(|port| TcpListener::bind((LOCALHOST, port)).unwrap()).into();
+    assert_eq!(AuditOutput::run(&["--netns", "self"]).code, Some(1));
+    let file = sysctl_file();
     assert_eq!(setting(&file), "8080,40102-40104,40110");
-    if has("sysctl") {
+    if has_program("sysctl") {
         let mut sysctl = Command::new("sysctl")
             .args(["-p", "-"])
             .stdin(Stdio::piped())
@@ -277,90 +289,93 @@ fn with_the_printed_file_nothing_is_at_risk_any_more() {
         sysctl.stdin.take().unwrap().write_all(file.as_bytes()).unwrap();
         assert!(sysctl.wait().unwrap().success());
     } else {
-        net.sysctl("ip_local_reserved_ports", setting(&file));
+        net.set_sysctl("ip_local_reserved_ports", setting(&file));
     }
-    let after = Audit::run(&["--netns", "self"]);
+    let after = AuditOutput::run(&["--netns", "self"]);
     assert_eq!((after.code, after.rows.len()), (Some(0), 3), "{after:#?}");
-    assert_eq!(setting(&sysctl_d()), setting(&file), "what is reserved stays");
+    assert_eq!(setting(&sysctl_file()), setting(&file), "reserved ports stay reserved");
     drop(listeners);
     for port in [40_102, 40_103, 40_110] {
-        let target = SocketAddr::new(LO, port);
-        assert!(dial_until_self(target, scaled(NEVER)).is_none(), "{port}");
-        assert!(bind_and_dial_until_self(target, scaled(NEVER)).is_none(), "{port}");
+        let target = SocketAddr::new(LOCALHOST, port);
+        assert!(connect_until_self(target, scaled(UNREACHABLE_ATTEMPTS)).is_none(), "{port}");
+        assert!(bind_and_connect_until_self(target, scaled(UNREACHABLE_ATTEMPTS)).is_none(), "{port}");
     }
 }
 
 #[test]
-fn another_namespace_is_found_and_its_fix_works_from_outside() {
-    let own = Net::private();
-    let (told, tell) = channel();
-    let (end, ended) = channel::<()>();
+fn another_namespace_is_audited_and_its_fix_works_from_outside() {
+    let caller_netns = TestNetns::enter_new();
+    let (to_main, from_thread) = channel();
+    let (to_thread, from_main) = channel::<()>();
     thread::scope(|scope| {
         scope.spawn(move || {
-            let net = Net::private();
-            net.sysctl("ip_local_port_range", RANGE);
-            let listener = TcpListener::bind((LO, 40_102)).unwrap();
-            let process = Role::start("wait");
-            told.send((net, process.pid())).unwrap();
-            let fixed = ended.recv().is_ok();
-            if !has("nsenter") || !has("sysctl") {
-                // As the fix would do it, where there are no programs to.
-                net.sysctl("ip_local_reserved_ports", "40102");
-                told.send((net, process.pid())).unwrap();
-                let _ = ended.recv();
+            let net = TestNetns::enter_new();
+            net.set_sysctl("ip_local_port_range", PORT_RANGE);
+            let listener = TcpListener::bind((LOCALHOST, 40_102)).unwrap();
+            let process = HelperProcess::start("wait");
+            to_main.send((net, process.pid())).unwrap();
+            let fixed = from_main.recv().is_ok();
+            if !has_program("nsenter") || !has_program("sysctl") {
+                // Apply the setting directly where the programs of the fix are missing.
+                net.set_sysctl("ip_local_reserved_ports", "40102");
+                to_main.send((net, process.pid())).unwrap();
+                let _ = from_main.recv();
             }
             drop(listener);
-            process.end();
+            process.finish();
             assert!(fixed);
         });
-        let (net, pid) = tell.recv().unwrap();
+        let (net, pid) = from_thread.recv().unwrap();
         let path = format!("/proc/{pid}/ns/net");
-        let all = Audit::run(&[]);
-        let is_there = |audit: &Audit| audit.rows.iter().any(|row| row["netns"] == net.inode);
+        let all = AuditOutput::run(&[]);
+        let is_there = |audit: &AuditOutput| audit.rows.iter().any(|row| row["netns"] == net.inode);
         assert!(is_there(&all), "{all:#?}");
-        assert!(!is_there(&Audit::run(&["--netns", "self"])));
-        assert_eq!(Audit::run(&["--netns", "self"]).summary["namespaces"][0]["netns"], own.inode);
-        let one = Audit::run(&["--netns", &path]);
+        assert!(!is_there(&AuditOutput::run(&["--netns", "self"])));
+        assert_eq!(
+            AuditOutput::run(&["--netns", "self"]).summary["namespaces"][0]["netns"],
+            caller_netns.inode
+        );
+        let one = AuditOutput::run(&["--netns", &path]);
         assert_eq!(
             one.summary["namespaces"],
             json!([{"netns": net.inode, "path": path, "range": "40000-40199",
             "reserved": "", "disagreements": []}])
         );
-        let fix = one.row(Some(LO), 40_102)["fix"].as_str().unwrap();
-        assert_eq!(fix, format!("nsenter --net={path} sysctl -w {RESERVED}=40102"));
-        if has("nsenter") && has("sysctl") {
+        let fix = one.row(Some(LOCALHOST), 40_102)["fix"].as_str().unwrap();
+        assert_eq!(fix, format!("nsenter --net={path} sysctl -w {RESERVED_PORTS_KEY}=40102"));
+        if has_program("nsenter") && has_program("sysctl") {
             assert!(Command::new("sh").args(["-c", fix]).stdout(Stdio::null()).status().unwrap().success());
         } else {
-            end.send(()).unwrap();
-            tell.recv().unwrap();
+            to_thread.send(()).unwrap();
+            from_thread.recv().unwrap();
         }
-        assert_eq!(Audit::run(&["--netns", &path]).code, Some(0));
-        end.send(()).unwrap();
+        assert_eq!(AuditOutput::run(&["--netns", &path]).code, Some(0));
+        to_thread.send(()).unwrap();
     });
 }
 
 #[test]
-fn what_the_next_boot_changes_is_told_for_the_namespace_of_the_first_process() {
-    let net = Net::private();
-    net.sysctl("ip_local_reserved_ports", "8080");
-    // SAFETY: only FILES, which is not among the flags, can take descriptors away from other threads.
+fn settings_that_the_next_boot_changes_are_reported_for_the_namespace_of_pid_1() {
+    let net = TestNetns::enter_new();
+    net.set_sysctl("ip_local_reserved_ports", "8080");
+    // SAFETY: only the flag FILES could take descriptors away from other threads, and it is not set.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS | UnshareFlags::NEWPID) }.unwrap();
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
     fs::create_dir_all("/etc").unwrap();
     mount("tmpfs", "/etc", "tmpfs", MountFlags::empty(), None).unwrap();
     fs::create_dir("/etc/sysctl.d").unwrap();
-    fs::write("/etc/sysctl.d/50-test.conf", format!("{RESERVED} = 4711\n")).unwrap();
+    fs::write("/etc/sysctl.d/50-test.conf", format!("{RESERVED_PORTS_KEY} = 4711\n")).unwrap();
     let mut command = Command::new(selfconn());
     command.args(["audit", "--netns", "self"]);
-    // The first process of the new pid namespace, with a /proc that says so.
-    // SAFETY: mount is a system call, and allocates nothing for paths as short as these.
+    // The process is the first of the new pid namespace, and /proc must show that namespace.
+    // SAFETY: mount is a system call, and it allocates nothing for paths as short as these.
     unsafe {
         command.pre_exec(|| Ok(mount("proc", "/proc", "proc", MountFlags::empty(), None)?));
     }
-    let audit = Audit::of(&mut command);
-    let disagreements = json!([{"key": RESERVED, "file": "/etc/sysctl.d/50-test.conf", "at_boot": "4711", "running": "8080"}]);
+    let audit = AuditOutput::from_command(&mut command);
+    let disagreements = json!([{"key": RESERVED_PORTS_KEY, "file": "/etc/sysctl.d/50-test.conf", "at_boot": "4711", "running": "8080"}]);
     let other = audit.summary["namespaces"][0]["disagreements"].as_array().unwrap();
-    // A host may set the range in a folder other than /etc.
-    let of_reserved: Vec<_> = other.iter().filter(|other| other["key"] == RESERVED).collect();
+    // A host may set the port range in a folder other than /etc.
+    let of_reserved: Vec<_> = other.iter().filter(|other| other["key"] == RESERVED_PORTS_KEY).collect();
     assert_eq!(json!(of_reserved), disagreements, "{audit:#?}");
 }

@@ -1,4 +1,4 @@
-//! Clients that connect to themselves, and what they must be reported as.
+//! Clients that connect to themselves, and the checks of how they are reported.
 
 use std::{
     fs,
@@ -10,15 +10,16 @@ use std::{
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 
-/// What is written to oneself.
-pub(crate) const WORDS: &[u8] = b"words to oneself";
+/// The data that a client sends to itself.
+pub(crate) const PAYLOAD: &[u8] = b"data sent to self";
 
 /// A new TCP socket of an address's family.
 pub(crate) fn socket(address: IpAddr) -> Socket {
     Socket::new(Domain::for_address(SocketAddr::new(address, 0)), Type::STREAM, None).unwrap()
 }
 
-/// The textbook client: binds a port the kernel chooses, and connects to it. The socket and its port.
+/// The textbook client: binds a port that the kernel chooses and connects to it. Returns the socket and its
+/// port.
 pub(crate) fn connect_to_self(address: IpAddr) -> (Socket, u16) {
     let socket = socket(address);
     socket.bind(&SocketAddr::new(address, 0).into()).unwrap();
@@ -28,18 +29,19 @@ pub(crate) fn connect_to_self(address: IpAddr) -> (Socket, u16) {
     (socket, own.as_socket().unwrap().port())
 }
 
-/// Writes to itself, reads it back, and closes in order. The port.
-pub(crate) fn talk_to_self(address: IpAddr) -> u16 {
+/// Makes a self-connection, sends data through it and closes it in order. Returns the port.
+pub(crate) fn run_self_connection(address: IpAddr) -> u16 {
     let (mut socket, port) = connect_to_self(address);
-    socket.write_all(WORDS).unwrap();
-    let mut heard = [0; WORDS.len()];
-    socket.read_exact(&mut heard).unwrap();
-    assert_eq!(heard, WORDS);
+    socket.write_all(PAYLOAD).unwrap();
+    let mut received = [0; PAYLOAD.len()];
+    socket.read_exact(&mut received).unwrap();
+    assert_eq!(received, PAYLOAD);
     port
 }
 
-/// Dials a closed port, with a new socket each time, until it answers itself; `None` after `limit` dials.
-pub(crate) fn dial_until_self(target: SocketAddr, limit: usize) -> Option<Socket> {
+/// Connects to a closed port, with a new socket each time, until it connects to itself. `None` after `limit`
+/// attempts.
+pub(crate) fn connect_until_self(target: SocketAddr, limit: usize) -> Option<Socket> {
     (0..limit).find_map(|_| {
         let socket = socket(target.ip());
         socket.connect(&target.into()).ok().map(|()| socket)
@@ -52,28 +54,26 @@ pub(crate) fn scoped(address: std::net::Ipv6Addr, port: u16, scope: u32) -> Sock
     SocketAddrV6::new(address, port, 0, scope).into()
 }
 
-/// This process's name.
 pub(crate) fn own_comm() -> String {
     fs::read_to_string("/proc/self/comm").unwrap().trim_end().to_owned()
 }
 
-/// The calling thread's name.
 pub(crate) fn own_thread_comm() -> String {
     fs::read_to_string("/proc/thread-self/comm").unwrap().trim_end().to_owned()
 }
 
-/// Whether another process was named as the opener of what this one opened.
-static WAS_MISNAMED: AtomicBool = AtomicBool::new(false);
+/// True if another process was named as the opener of a connection that this process opened.
+static WRONG_OPENER_SEEN: AtomicBool = AtomicBool::new(false);
 
-pub(crate) fn was_misnamed() -> bool {
-    WAS_MISNAMED.load(Ordering::Relaxed)
+pub(crate) fn wrong_opener_seen() -> bool {
+    WRONG_OPENER_SEEN.load(Ordering::Relaxed)
 }
 
-/// Checks that the calling thread is named as the opener.
+/// Checks that the calling thread is reported as the opener.
 #[track_caller]
-pub(crate) fn assert_opened_here(event: &Value) {
+pub(crate) fn assert_opened_by_this_thread(event: &Value) {
     if !event["pid"].is_null() && event["pid"] != std::process::id() {
-        WAS_MISNAMED.store(true, Ordering::Relaxed);
+        WRONG_OPENER_SEEN.store(true, Ordering::Relaxed);
     }
     assert_eq!(event["pid"], std::process::id(), "{event}");
     assert_eq!(

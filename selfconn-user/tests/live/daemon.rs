@@ -1,4 +1,4 @@
-//! The daemon under test: starts it, and collects its events.
+//! The daemon under test: starts it and collects its events.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -19,41 +19,42 @@ use serde_json::Value;
 
 use crate::{
     client::{self, connect_to_self},
-    pool::{self, Place},
+    pool::{self, PoolKey},
 };
 
-/// Generous, for emulated kernels; a passing test never waits for it.
+/// Generous because emulated kernels are slow. A passing test never waits this long.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Self-connections to an address that begins so are the harness's own.
-const MARKS: &str = "127.254.";
+/// Self-connections to an address with this prefix are the markers of the test harness.
+const MARKER_PREFIX: &str = "127.254.";
 
-/// A mark is told within milliseconds, unless it is lost, as anything can be that one method alone is to see.
-const MARK_TAKES: Duration = Duration::from_secs(5);
+/// A marker is reported within milliseconds, unless its record is lost. With a single method that can happen.
+const MARKER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The binary under test.
+/// The path of the binary under test.
 pub(crate) fn selfconn() -> PathBuf {
     std::env::var_os("SELFCONN_BIN").map_or_else(|| env!("CARGO_BIN_EXE_selfconn").into(), PathBuf::from)
 }
 
-/// How many of something to make: fewer where the kernel is emulated.
+/// Divides a count by `SELFCONN_SCALE`, because emulated kernels are slow.
 pub(crate) fn scaled(count: usize) -> usize {
     let scale = std::env::var("SELFCONN_SCALE").ok().and_then(|scale| scale.parse().ok()).unwrap_or(1);
     (count / scale).max(1)
 }
 
-/// A way to run the daemon that this kernel supports, as the options that force it.
+/// Options that force one way to attach that this kernel supports. No options: the default.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Variant(pub(crate) Vec<&'static str>);
+pub(crate) struct HookVariant(pub(crate) Vec<&'static str>);
 
-impl Variant {
-    /// Whether it is not one method alone of a kernel that preempts programs: `load` has what is lost by that.
-    fn is_steady(&self) -> bool {
+impl HookVariant {
+    /// True unless this is a single method on a kernel that preempts BPF programs. The module `load` measures
+    /// what preemption loses.
+    fn is_lossless(&self) -> bool {
         self.0.last().is_none_or(|method| !is_preemptible("tp_btf") && !is_preemptible(method))
     }
 }
 
-/// What `doctor` says of this kernel.
+/// The report of `doctor` about this kernel.
 pub(crate) fn doctor() -> &'static Value {
     static REPORT: OnceLock<Value> = OnceLock::new();
     REPORT.get_or_init(|| {
@@ -62,8 +63,8 @@ pub(crate) fn doctor() -> &'static Value {
     })
 }
 
-/// Each method's verdict by `doctor`, with the reason.
-pub(crate) fn verdicts() -> Vec<(&'static str, &'static str, &'static str)> {
+/// Each method with its verdict by `doctor` and the reason.
+pub(crate) fn method_verdicts() -> Vec<(&'static str, &'static str, &'static str)> {
     let hooks = doctor()["hooks"].as_array().unwrap().iter();
     let methods = hooks.flat_map(|hook| hook["methods"].as_array().unwrap());
     let verdict = |method: &'static Value| {
@@ -73,8 +74,8 @@ pub(crate) fn verdicts() -> Vec<(&'static str, &'static str, &'static str)> {
     methods.map(verdict).collect()
 }
 
-/// The options that force a method, and nothing beside it.
-pub(crate) fn forced(method: &str) -> Vec<&'static str> {
+/// The options that force this method and attach no other.
+pub(crate) fn options_forcing(method: &str) -> Vec<&'static str> {
     match method {
         "tp_btf" => vec!["--hooks", "tracepoint", "--tracepoint-method", "tp_btf"],
         "perf" => vec!["--hooks", "tracepoint", "--tracepoint-method", "perf"],
@@ -84,97 +85,104 @@ pub(crate) fn forced(method: &str) -> Vec<&'static str> {
     }
 }
 
-/// Whether this kernel is of this version or a later one.
-fn is_since(version: (u32, u32)) -> bool {
+/// True if the kernel has this version or a later one.
+fn is_kernel_at_least(version: (u32, u32)) -> bool {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
     (numbers.next(), numbers.next()) >= (Some(version.0), Some(version.1))
 }
 
-/// Whether this method's program can be preempted on this kernel. Tracepoints keep preemption off until v7.1; a trampoline
-/// does not, which showed on kernels that preempt lazily (kernel/Kconfig.preempt at v6.13).
+/// True if the program of this method can be preempted on this kernel. Tracepoints run with preemption off
+/// until v7.1. A trampoline does not; that showed on kernels with lazy preemption (kernel/Kconfig.preempt at
+/// v6.13).
 pub(crate) fn is_preemptible(method: &str) -> bool {
     match method {
-        "tp_btf" => is_since((7, 1)),
-        "fentry" => is_since((6, 13)),
+        "tp_btf" => is_kernel_at_least((7, 1)),
+        "fentry" => is_kernel_at_least((6, 13)),
         _ => false,
     }
 }
 
-/// The name of a process of which only one thread was seen, and which isn't looked up: where the programs can get from a
-/// thread to its process's first one, by `bpf_get_current_task_btf` (v5.11) or by reading memory.
-pub(crate) fn by_thread(name: &str) -> Value {
+/// The expected name of a process whose name the programs must find through one of its threads, without a
+/// look-up in /proc. The programs can get from a thread to the thread group leader with
+/// `bpf_get_current_task_btf` (v5.11) or by reading kernel memory. Elsewhere the name is null.
+pub(crate) fn comm_by_thread(name: &str) -> Value {
     let checks = doctor()["checks"].as_array().unwrap();
     let reads_memory = checks.iter().any(|check| check["name"] == "probe_read" && check["ok"] == true);
-    if reads_memory || is_since((5, 11)) { name.into() } else { Value::Null }
+    if reads_memory || is_kernel_at_least((5, 11)) { name.into() } else { Value::Null }
 }
 
 /// The default, and each method alone that `doctor` says can be attached here.
-pub(crate) fn variants() -> Vec<Variant> {
-    let attachable = verdicts().into_iter().filter(|(_, verdict, _)| *verdict == "ok");
-    let alone: Vec<_> = attachable.map(|(method, ..)| Variant(forced(method))).collect();
-    assert!(!alone.is_empty(), "nothing can be attached here: {}", doctor());
-    [Variant(vec![])].into_iter().chain(alone).collect()
+pub(crate) fn hook_variants() -> Vec<HookVariant> {
+    let attachable = method_verdicts().into_iter().filter(|(_, verdict, _)| *verdict == "ok");
+    let alone: Vec<_> = attachable.map(|(method, ..)| HookVariant(options_forcing(method))).collect();
+    assert!(!alone.is_empty(), "no method can be attached here: {}", doctor());
+    [HookVariant(vec![])].into_iter().chain(alone).collect()
 }
 
-/// Whether this is the name of a process whose thread, or itself, may be gone by now: always, where the programs see it
-/// themselves.
-pub(crate) fn is_or_unknown(comm: &Value, name: &str) -> bool {
-    comm == name || *comm == by_thread(name)
+/// True if `comm` is this name. Null is accepted where the programs cannot read the name themselves, because
+/// the process or its thread may be gone by now.
+pub(crate) fn is_name_or_unknown(comm: &Value, name: &str) -> bool {
+    comm == name || *comm == comm_by_thread(name)
 }
 
-/// Those of them that nothing is lost by where hundreds follow each other.
-pub(crate) fn steady_variants() -> impl Iterator<Item = Variant> {
-    variants().into_iter().filter(Variant::is_steady)
+/// The variants that lose nothing when hundreds of connections follow each other.
+pub(crate) fn lossless_variants() -> impl Iterator<Item = HookVariant> {
+    hook_variants().into_iter().filter(HookVariant::is_lossless)
 }
 
-/// Tests the default, and each method alone. Where that can be preempted it may miss a step of the one connection that a
-/// test makes, and gets three tries for that; none for a wrong opener.
-pub(crate) fn for_each_variant(test: impl Fn(&Variant)) {
-    for variant in variants() {
-        let tries = if variant.is_steady() { 1 } else { 3 };
-        for left in (0..tries).rev() {
+/// Runs a test with the default and with each method alone. A method that can be preempted may miss a
+/// transition of the one connection that a test makes, so it gets three tries. A wrong opener is never
+/// retried.
+pub(crate) fn for_each_variant(test: impl Fn(&HookVariant)) {
+    for variant in hook_variants() {
+        let tries = if variant.is_lossless() { 1 } else { 3 };
+        for tries_left in (0..tries).rev() {
             match std::panic::catch_unwind(AssertUnwindSafe(|| test(&variant))) {
                 Ok(()) => break,
-                Err(panic) if left == 0 || client::was_misnamed() => std::panic::resume_unwind(panic),
-                Err(_) => println!("{variant:?}: again, for it can be preempted"),
+                Err(panic) if tries_left == 0 || client::wrong_opener_seen() => {
+                    std::panic::resume_unwind(panic)
+                }
+                Err(_) => println!("{variant:?}: trying again, because its program can be preempted"),
             }
         }
     }
 }
 
-/// `selfconn run`, and what it has said so far.
-pub(crate) struct Daemon {
+/// A `selfconn run` process and its output so far.
+pub(crate) struct TestDaemon {
     child: Child,
     lines: Receiver<String>,
-    stderr: Option<thread::JoinHandle<()>>,
-    said: Arc<Mutex<String>>,
-    seen: Vec<Value>,
-    /// Where it is given back to, if it serves other tests, too.
-    lent: Option<Place>,
+    stderr_reader: Option<thread::JoinHandle<()>>,
+    stderr_text: Arc<Mutex<String>>,
+    events: Vec<Value>,
+    /// The key under which it is returned to the pool, if other tests use it, too.
+    pool_key: Option<PoolKey>,
 }
 
-impl Daemon {
-    /// One that serves other tests before and after this one. What it said before is not seen here. Not for tests of
-    /// how a daemon starts, ends or is disturbed.
-    pub(crate) fn shared(variant: &Variant, options: &[&str]) -> Self {
-        let place = Place::of(variant, options);
-        let mut daemon = pool::take(&place).unwrap_or_else(|| Self::start_by(variant, options, pool::spawn));
-        // The number of a namespace is used again: what is still to be told of the last one must be over.
-        daemon.settle();
-        daemon.seen.retain(|event| event["event"] == "started");
-        daemon.lent = Some(place);
+impl TestDaemon {
+    /// A daemon that is shared with other tests, one test after another. Its earlier events are not visible
+    /// here. Not for tests of how a daemon starts, ends or is disturbed.
+    pub(crate) fn shared(variant: &HookVariant, options: &[&str]) -> Self {
+        let key = PoolKey::of(variant, options);
+        let mut daemon =
+            pool::take_idle(&key).unwrap_or_else(|| Self::start_with(variant, options, pool::spawn));
+        // Inode numbers of namespaces are reused, so pending events of the previous namespace must be drained
+        // first.
+        daemon.wait_for_pending_events();
+        daemon.events.retain(|event| event["event"] == "started");
+        daemon.pool_key = Some(key);
         daemon
     }
 
-    /// Starts it and waits until its hooks are live.
-    pub(crate) fn start(variant: &Variant, options: &[&str]) -> Self {
-        Self::start_by(variant, options, |command| command.spawn().unwrap())
+    /// Starts a daemon and waits until its hooks are live.
+    pub(crate) fn start(variant: &HookVariant, options: &[&str]) -> Self {
+        Self::start_with(variant, options, |command| command.spawn().unwrap())
     }
 
-    /// Likewise; `spawn` says where the process begins.
-    pub(crate) fn start_by(
-        variant: &Variant,
+    /// As [`Self::start`]; `spawn` starts the process.
+    pub(crate) fn start_with(
+        variant: &HookVariant,
         options: &[&str],
         spawn: impl FnOnce(&mut Command) -> Child,
     ) -> Self {
@@ -185,25 +193,32 @@ impl Daemon {
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let (send, lines) = channel();
         thread::spawn(move || {
-            // Unread, for a daemon whose stdout is behind drops events.
+            // Lines are parsed later, because a daemon whose stdout is not read in time drops events.
             for line in stdout.lines() {
                 if send.send(line.unwrap()).is_err() {
                     break;
                 }
             }
         });
-        let said = Arc::new(Mutex::new(String::new()));
-        let hears = Arc::clone(&said);
+        let stderr_text = Arc::new(Mutex::new(String::new()));
+        let captured = Arc::clone(&stderr_text);
         let stderr = thread::spawn(move || {
             for line in stderr.lines() {
-                hears.lock().unwrap().push_str(&(line.unwrap() + "\n"));
+                captured.lock().unwrap().push_str(&(line.unwrap() + "\n"));
             }
         });
-        let mut daemon = Self { child, lines, stderr: Some(stderr), said, seen: Vec::new(), lent: None };
+        let mut daemon = Self {
+            child,
+            lines,
+            stderr_reader: Some(stderr),
+            stderr_text,
+            events: Vec::new(),
+            pool_key: None,
+        };
         if daemon.wait_for(1, |event| event["event"] == "started").is_err() {
             let _ = daemon.child.kill();
-            daemon.stderr.take().unwrap().join().unwrap();
-            panic!("{variant:?} did not start: {}", daemon.said.lock().unwrap());
+            daemon.stderr_reader.take().unwrap().join().unwrap();
+            panic!("{variant:?} did not start: {}", daemon.stderr_text.lock().unwrap());
         }
         daemon
     }
@@ -213,9 +228,9 @@ impl Daemon {
         match self.wait_for(count, &matches) {
             Ok(events) => events,
             Err(why) => {
-                let got = self.seen.iter().filter(|event| matches(event)).count();
-                let last: Vec<_> = self.seen.iter().rev().take(12).map(ToString::to_string).collect();
-                panic!("{got} of {count} events ({why}); the newest first:\n{}", last.join("\n"));
+                let got = self.events.iter().filter(|event| matches(event)).count();
+                let last: Vec<_> = self.events.iter().rev().take(12).map(ToString::to_string).collect();
+                panic!("{got} of {count} events ({why}); newest first:\n{}", last.join("\n"));
             }
         }
     }
@@ -228,104 +243,104 @@ impl Daemon {
         self.wait_until(Instant::now() + DEADLINE, count, matches)
     }
 
-    /// Waits until there are so many of these, but not longer than that.
+    /// Waits until `count` events match, at most until `until`.
     pub(crate) fn wait_until(
         &mut self,
         until: Instant,
         count: usize,
         matches: impl Fn(&Value) -> bool,
     ) -> Result<Vec<Value>, RecvTimeoutError> {
-        let mut found = self.seen.iter().filter(|event| matches(event)).count();
+        let mut found = self.events.iter().filter(|event| matches(event)).count();
         while found < count {
             let event = parse(&self.lines.recv_timeout(until.saturating_duration_since(Instant::now()))?);
             found += usize::from(matches(&event));
-            self.seen.push(event);
+            self.events.push(event);
         }
-        Ok(self.seen.iter().filter(|event| matches(event)).cloned().collect())
+        Ok(self.events.iter().filter(|event| matches(event)).cloned().collect())
     }
 
-    /// Waits until everything that has happened is told. The ring buffer is in order, so that the end of a
-    /// self-connection made now is told after all else.
-    pub(crate) fn settle(&mut self) {
-        // Each has an address of its own, for a daemon also sees the marks that others are waited for by.
-        static MADE: AtomicU16 = AtomicU16::new(0);
+    /// Waits until everything that has happened so far is reported. The ring buffer is ordered, so the end of
+    /// a self-connection made now is reported after everything before it.
+    pub(crate) fn wait_for_pending_events(&mut self) {
+        // Each marker has an address of its own, because a daemon also sees the markers of other tests.
+        static MARKER_COUNT: AtomicU16 = AtomicU16::new(0);
         let until = Instant::now() + DEADLINE;
         loop {
-            let [high, low] = MADE.fetch_add(1, Ordering::Relaxed).to_be_bytes();
-            let mark = Ipv4Addr::new(127, 254, high, low);
-            let (socket, _) = connect_to_self(mark.into());
+            let [high, low] = MARKER_COUNT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+            let marker = Ipv4Addr::new(127, 254, high, low);
+            let (socket, _) = connect_to_self(marker.into());
             socket.set_linger(Some(Duration::ZERO)).unwrap();
             drop(socket);
-            let is_it = |event: &Value| event["event"] == "closed" && event["addr"] == mark.to_string();
-            if self.wait_until(Instant::now() + MARK_TAKES, 1, is_it).is_ok() {
+            let is_marker = |event: &Value| event["event"] == "closed" && event["addr"] == marker.to_string();
+            if self.wait_until(Instant::now() + MARKER_TIMEOUT, 1, is_marker).is_ok() {
                 break;
             }
-            assert!(Instant::now() < until, "marks are not told: {}", self.said.lock().unwrap());
+            assert!(Instant::now() < until, "markers are not reported: {}", self.stderr_text.lock().unwrap());
         }
-        self.seen.retain(|event| !event["addr"].as_str().is_some_and(|addr| addr.starts_with(MARKS)));
+        self.events
+            .retain(|event| !event["addr"].as_str().is_some_and(|addr| addr.starts_with(MARKER_PREFIX)));
     }
 
-    /// All that it said on stdout and stderr; everything that happened before is in there. Ends it by SIGTERM, unless
-    /// it is shared.
+    /// Returns all events and the text of stderr. Everything that happened before this call is included. Ends
+    /// the daemon by SIGTERM, unless it is shared.
     pub(crate) fn stop(mut self) -> (Vec<Value>, String) {
-        if let Some(place) = self.lent.take() {
-            self.settle();
-            let (events, said) = (self.seen.clone(), self.said.lock().unwrap().clone());
-            pool::give_back(place, self);
-            return (events, said);
+        if let Some(key) = self.pool_key.take() {
+            self.wait_for_pending_events();
+            let (events, stderr_text) = (self.events.clone(), self.stderr_text.lock().unwrap().clone());
+            pool::put_idle(key, self);
+            return (events, stderr_text);
         }
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         let status = self.child.wait().unwrap();
-        self.stderr.take().unwrap().join().unwrap();
-        let said = self.said.lock().unwrap().clone();
-        assert!(status.success(), "{status}: {said}");
-        self.seen.extend(self.lines.iter().map(|line| parse(&line)));
-        (std::mem::take(&mut self.seen), said)
+        self.stderr_reader.take().unwrap().join().unwrap();
+        let stderr_text = self.stderr_text.lock().unwrap().clone();
+        assert!(status.success(), "{status}: {stderr_text}");
+        self.events.extend(self.lines.iter().map(|line| parse(&line)));
+        (std::mem::take(&mut self.events), stderr_text)
     }
 
-    /// What it has said on stderr so far.
-    pub(crate) fn said_so_far(&self) -> String {
-        self.said.lock().unwrap().clone()
+    /// The text of stderr so far.
+    pub(crate) fn stderr_so_far(&self) -> String {
+        self.stderr_text.lock().unwrap().clone()
     }
 
-    /// Waits until it ends by itself: its exit code, and all that it said on stdout and stderr.
-    pub(crate) fn ends(mut self) -> (Option<i32>, Vec<Value>, String) {
+    /// Waits until the daemon ends by itself. Returns its exit code, all events and the text of stderr.
+    pub(crate) fn wait_for_exit(mut self) -> (Option<i32>, Vec<Value>, String) {
         let until = Instant::now() + DEADLINE;
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 break status;
             }
-            assert!(Instant::now() < until, "it goes on: {}", self.said.lock().unwrap());
+            assert!(Instant::now() < until, "the daemon does not end: {}", self.stderr_text.lock().unwrap());
             thread::sleep(Duration::from_millis(10));
         };
-        self.stderr.take().unwrap().join().unwrap();
-        self.seen.extend(self.lines.iter().map(|line| parse(&line)));
-        (status.code(), std::mem::take(&mut self.seen), self.said_so_far())
+        self.stderr_reader.take().unwrap().join().unwrap();
+        self.events.extend(self.lines.iter().map(|line| parse(&line)));
+        (status.code(), std::mem::take(&mut self.events), self.stderr_so_far())
     }
 
-    /// How often it has read the socket table; needs `-vv`.
-    pub(crate) fn readings(&self) -> usize {
-        self.said.lock().unwrap().matches("read the socket table").count()
+    /// Number of snapshots of the socket table that it has taken. Needs `-vv`.
+    pub(crate) fn snapshot_count(&self) -> usize {
+        self.stderr_text.lock().unwrap().matches("read the socket table").count()
     }
 
-    /// Does `work` until it has read the socket table `count` times from now on.
-    pub(crate) fn while_reading(&self, count: usize, mut work: impl FnMut()) {
-        let (before, until) = (self.readings(), Instant::now() + DEADLINE);
-        while self.readings() < before + count {
-            assert!(Instant::now() < until, "{}", self.said.lock().unwrap());
+    /// Repeats `work` until the daemon has taken `count` more snapshots of the socket table. Needs `-vv`.
+    pub(crate) fn run_until_snapshots(&self, count: usize, mut work: impl FnMut()) {
+        let (before, until) = (self.snapshot_count(), Instant::now() + DEADLINE);
+        while self.snapshot_count() < before + count {
+            assert!(Instant::now() < until, "{}", self.stderr_text.lock().unwrap());
             work();
         }
     }
 
-    /// Sends it a signal.
     pub(crate) fn signal(&self, signal: rustix::process::Signal) {
         rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal).unwrap();
     }
 
-    /// What it has said so far, as far as it was waited for.
-    pub(crate) fn seen(&self) -> &[Value] {
-        &self.seen
+    /// The events received so far.
+    pub(crate) fn received(&self) -> &[Value] {
+        &self.events
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -333,9 +348,9 @@ impl Daemon {
     }
 }
 
-impl Drop for Daemon {
+impl Drop for TestDaemon {
     fn drop(&mut self) {
-        // Only after a panic; `stop` has waited for it.
+        // Needed only after a panic; `stop` has waited for the process.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -345,7 +360,7 @@ fn parse(line: &str) -> Value {
     serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))
 }
 
-/// Events of one kind about one namespace.
-pub(crate) fn of(kind: &'static str, netns: u64) -> impl Fn(&Value) -> bool {
+/// Matches events of one kind in one network namespace.
+pub(crate) fn is_event(kind: &'static str, netns: u64) -> impl Fn(&Value) -> bool {
     move |event| event["event"] == kind && event["netns"] == netns
 }

@@ -1,8 +1,9 @@
-//! Bad days: the daemon is killed at any moment, can't see processes, has no descriptors left, reads a table of
-//! namespaces that come and go. What is told stays true, and what can't be known is null.
+//! Faults: the daemon is killed at any moment, cannot see processes, has no free descriptors, or takes
+//! snapshots while namespaces are created and removed. What it reports must stay correct, and what it cannot
+//! know must be null.
 //!
-//! Tests that set a machine's clock or take its CPUs away run only where `SELFCONN_OWN_MACHINE` says that the machine
-//! is there for them.
+//! Tests that set the clock or take CPUs offline run only where `SELFCONN_OWN_MACHINE` says that the machine
+//! is dedicated to them.
 
 use std::{
     fs,
@@ -22,13 +23,13 @@ use rustix::{
 use serde_json::Value;
 
 use crate::{
-    client::{assert_opened_here, connect_to_self},
-    daemon::{DEADLINE, Daemon, Variant, of, scaled, selfconn},
-    net::Net,
-    role::Role,
+    client::{assert_opened_by_this_thread, connect_to_self},
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, scaled, selfconn},
+    net::TestNetns,
+    role::HelperProcess,
 };
 
-/// The programs and maps that a process has open, as `(is a program, id)`.
+/// The programs and maps that a process has open, as `(is_program, id)`.
 fn bpf_objects(pid: u32) -> Vec<(bool, u32)> {
     let infos = fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
     let id =
@@ -49,11 +50,11 @@ fn is_loaded((is_program, wanted): (bool, u32)) -> bool {
 }
 
 #[test]
-fn killed_at_any_moment_it_leaves_nothing_in_the_kernel() {
-    let net = Net::private();
+fn a_killed_daemon_leaves_nothing_in_the_kernel() {
+    let net = TestNetns::enter_new();
     let mut seen = 0;
-    // A moment is what this is about: while it reads BTF, loads, attaches, or watches. An emulated kernel takes longer
-    // over each.
+    // The kill comes at different moments: while the daemon reads BTF, loads, attaches, or watches. On an
+    // emulated kernel each of these phases takes longer.
     let (moments, span_ms) = (scaled(30).max(6), 300 * 30 / scaled(30));
     for moment in 0..moments {
         let mut command = Command::new(selfconn());
@@ -66,26 +67,26 @@ fn killed_at_any_moment_it_leaves_nothing_in_the_kernel() {
         seen += objects.len();
         rustix::process::kill_process(pid, Signal::KILL).unwrap();
         child.wait().unwrap();
-        // The kernel frees them after a grace period.
+        // The kernel frees them after an RCU grace period.
         let until = Instant::now() + DEADLINE;
         while objects.iter().any(|object| is_loaded(*object)) {
-            assert!(Instant::now() < until, "{objects:?} of a process that is gone");
+            assert!(Instant::now() < until, "{objects:?} of a killed process");
             thread::sleep(Duration::from_millis(5));
         }
     }
-    assert!(seen > 0, "it never came as far as loading anything");
-    let mut daemon = Daemon::start(&Variant(vec![]), &[]);
+    assert!(seen > 0, "no program or map was ever loaded");
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
     drop(connect_to_self(Ipv4Addr::LOCALHOST.into()));
-    daemon.expect(1, of("closed", net.inode));
+    daemon.expect(1, is_event("closed", net.inode));
     daemon.stop();
 }
 
-/// Starts the daemon in a mount namespace of its own, after `prepare` there.
-fn in_its_own_mount_namespace(
+/// Starts the daemon in a mount namespace of its own, after `prepare` has run there.
+fn spawn_in_new_mount_namespace(
     command: &mut Command,
     prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
 ) -> Child {
-    // SAFETY: unshare, mount and prctl are safe to call between fork and exec, and take no descriptor away.
+    // SAFETY: unshare, mount and prctl are safe to call between fork and exec, and they close no descriptor.
     unsafe {
         command.pre_exec(move || {
             unshare_unsafe(UnshareFlags::NEWNS)?;
@@ -96,11 +97,12 @@ fn in_its_own_mount_namespace(
     command.spawn().unwrap()
 }
 
-/// Does `work` in the mount namespace of a process.
-fn in_the_mount_namespace_of(pid: u32, work: impl FnOnce() + Send) {
+/// Runs `work` in the mount namespace of a process.
+fn run_in_mount_namespace_of(pid: u32, work: impl FnOnce() + Send) {
     let namespace = fs::File::open(format!("/proc/{pid}/ns/mnt")).unwrap();
     let enter = || {
-        // SAFETY: it takes no descriptor away; a thread that shares its root with others can't enter.
+        // SAFETY: it closes no descriptor. It is needed because a thread that shares its root with others
+        // cannot enter a mount namespace.
         unsafe { unshare_unsafe(UnshareFlags::FS) }.unwrap();
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount)).unwrap();
         work();
@@ -109,137 +111,143 @@ fn in_the_mount_namespace_of(pid: u32, work: impl FnOnce() + Send) {
 }
 
 #[test]
-fn without_proc_what_the_kernel_saw_is_told_and_the_rest_is_null() {
-    let net = Net::private();
-    let spawn = |command: &mut Command| in_its_own_mount_namespace(command, || Ok(()));
-    let mut daemon = Daemon::start_by(&Variant(vec![]), &["--reconcile", "1", "-vv"], spawn);
+fn without_procfs_kernel_fields_are_reported_and_the_rest_is_null() {
+    let net = TestNetns::enter_new();
+    let spawn = |command: &mut Command| spawn_in_new_mount_namespace(command, || Ok(()));
+    let mut daemon = TestDaemon::start_with(&HookVariant(vec![]), &["--reconcile", "1", "-vv"], spawn);
     let pid = daemon.pid();
-    // A process each, for what was read of one is kept for a moment.
-    let mut told = 0;
-    let mut connect = |daemon: &mut Daemon| {
-        let mut client = Role::start("connect");
-        client.says();
-        told += 1;
-        let event = daemon.expect(told, of("established", net.inode)).pop().unwrap();
+    // A new process each time, because the facts of a process are cached for a moment.
+    let mut reported = 0;
+    let mut connect = |daemon: &mut TestDaemon| {
+        let mut client = HelperProcess::start("connect");
+        client.read_output();
+        reported += 1;
+        let event = daemon.expect(reported, is_event("established", net.inode)).pop().unwrap();
         assert_eq!((&event["pid"], &event["comm"]), (&client.pid().into(), &"a-client".into()), "{event}");
         (client, event)
     };
     let (first, seen) = connect(&mut daemon);
     assert!(seen["exe"].is_string() && seen["cmdline"].is_array(), "{seen}");
 
-    in_the_mount_namespace_of(pid, || mount("none", "/proc", "tmpfs", MountFlags::empty(), None).unwrap());
+    run_in_mount_namespace_of(pid, || mount("none", "/proc", "tmpfs", MountFlags::empty(), None).unwrap());
     let (second, hidden) = connect(&mut daemon);
     for fact in ["exe", "cmdline", "cgroup", "unit", "container"] {
         assert!(hidden[fact].is_null(), "{fact} in {hidden}");
     }
-    // Readings of the socket table find no namespace but the daemon's, and close nothing in the others.
-    daemon.while_reading(3, || thread::sleep(Duration::from_millis(20)));
-    assert_eq!(daemon.expect(0, of("closed", net.inode)).len(), 0);
-    second.end();
-    daemon.expect(1, of("closed", net.inode));
+    // Snapshots of the socket table find only the namespace of the daemon, and close no connection in the
+    // others.
+    daemon.run_until_snapshots(3, || thread::sleep(Duration::from_millis(20)));
+    assert_eq!(daemon.expect(0, is_event("closed", net.inode)).len(), 0);
+    second.finish();
+    daemon.expect(1, is_event("closed", net.inode));
 
-    in_the_mount_namespace_of(pid, || unmount("/proc", UnmountFlags::DETACH).unwrap());
+    run_in_mount_namespace_of(pid, || unmount("/proc", UnmountFlags::DETACH).unwrap());
     let (third, seen) = connect(&mut daemon);
     assert!(seen["exe"].is_string() && seen["cmdline"].is_array(), "{seen}");
-    third.end();
-    first.end();
-    daemon.expect(3, of("closed", net.inode));
+    third.finish();
+    first.finish();
+    daemon.expect(3, is_event("closed", net.inode));
     daemon.stop();
 }
 
 #[test]
-fn a_proc_that_hides_processes_hides_what_they_run() {
-    let net = Net::private();
+fn a_procfs_with_hidepid_hides_process_details() {
+    let net = TestNetns::enter_new();
     for is_hidden in [false, true] {
         let spawn = |command: &mut Command| {
-            in_its_own_mount_namespace(command, move || {
+            spawn_in_new_mount_namespace(command, move || {
                 if is_hidden {
                     mount("proc", "/proc", "proc", MountFlags::empty(), Some(c"hidepid=ptraceable"))?;
                 }
-                // Who has it sees everything all the same.
+                // A process with CAP_SYS_PTRACE sees everything in spite of hidepid.
                 rustix::thread::remove_capability_from_bounding_set(
                     rustix::thread::CapabilitySet::SYS_PTRACE,
                 )?;
                 Ok(())
             })
         };
-        let mut daemon = Daemon::start_by(&Variant(vec![]), &[], spawn);
+        let mut daemon = TestDaemon::start_with(&HookVariant(vec![]), &[], spawn);
         let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
-        let established = daemon.expect(1, of("established", net.inode)).pop().unwrap();
-        assert_opened_here(&established);
+        let established = daemon.expect(1, is_event("established", net.inode)).pop().unwrap();
+        assert_opened_by_this_thread(&established);
         assert_eq!(established["cmdline"].is_null(), is_hidden, "{established}");
         drop(socket);
-        daemon.expect(1, of("closed", net.inode));
+        daemon.expect(1, is_event("closed", net.inode));
         daemon.stop();
     }
 }
 
 #[test]
-fn without_descriptors_it_goes_on_and_closes_nothing_that_is_open() {
-    let net = Net::private();
-    let mut daemon = Daemon::start(&Variant(vec![]), &["--reconcile", "1", "-vv"]);
-    let (kept, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
-    daemon.expect(1, of("established", net.inode));
-    daemon.while_reading(1, || thread::sleep(Duration::from_millis(20)));
+fn without_free_descriptors_the_daemon_continues_and_closes_no_open_connection() {
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--reconcile", "1", "-vv"]);
+    let (open_socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    daemon.expect(1, is_event("established", net.inode));
+    daemon.run_until_snapshots(1, || thread::sleep(Duration::from_millis(20)));
     let pid = Pid::from_raw(daemon.pid().cast_signed());
-    // It has more than that already, so nothing can be opened any more.
+    // It already has more descriptors than that, so it can open nothing.
     let maximum = getrlimit(Resource::Nofile).maximum;
     let before = prlimit(pid, Resource::Nofile, Rlimit { current: Some(3), maximum }).unwrap();
-    daemon.while_reading(3, || thread::sleep(Duration::from_millis(20)));
-    let mut stranger = Role::start("connect");
-    stranger.says();
-    let told = daemon.expect(2, of("established", net.inode)).pop().unwrap();
-    assert_eq!((&told["pid"], &told["comm"]), (&stranger.pid().into(), &"a-client".into()), "{told}");
-    assert!(told["cmdline"].is_null(), "{told}");
-    stranger.end();
-    daemon.expect(1, of("closed", net.inode));
+    daemon.run_until_snapshots(3, || thread::sleep(Duration::from_millis(20)));
+    let mut client = HelperProcess::start("connect");
+    client.read_output();
+    let reported = daemon.expect(2, is_event("established", net.inode)).pop().unwrap();
+    assert_eq!(
+        (&reported["pid"], &reported["comm"]),
+        (&client.pid().into(), &"a-client".into()),
+        "{reported}"
+    );
+    assert!(reported["cmdline"].is_null(), "{reported}");
+    client.finish();
+    daemon.expect(1, is_event("closed", net.inode));
     prlimit(pid, Resource::Nofile, before).unwrap();
-    daemon.while_reading(2, || thread::sleep(Duration::from_millis(20)));
-    drop(kept);
-    daemon.expect(2, of("closed", net.inode));
-    let (events, said) = daemon.stop();
-    assert_eq!(events.iter().filter(|event| of("closed", net.inode)(event)).count(), 2);
-    assert!(said.contains("Too many open files"), "{said}");
+    daemon.run_until_snapshots(2, || thread::sleep(Duration::from_millis(20)));
+    drop(open_socket);
+    daemon.expect(2, is_event("closed", net.inode));
+    let (events, stderr) = daemon.stop();
+    assert_eq!(events.iter().filter(|event| is_event("closed", net.inode)(event)).count(), 2);
+    assert!(stderr.contains("Too many open files"), "{stderr}");
 }
 
-/// A network namespace on a file, with a socket in it that is connected to itself.
-struct Island {
-    net: Net,
+/// A network namespace bound to a file, with a self-connection in it.
+struct IsolatedSelfConnection {
+    net: TestNetns,
     at: std::path::PathBuf,
     _socket: socket2::Socket,
 }
 
-impl Island {
-    fn rise(at: &Path) -> Self {
-        let net = Net::private();
+impl IsolatedSelfConnection {
+    fn create(at: &Path) -> Self {
+        let net = TestNetns::enter_new();
         fs::write(at, "").unwrap();
         mount_bind("/proc/thread-self/ns/net", at).unwrap();
         let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
-        // No TIME_WAIT, which a namespace that is taken down would have to wait for.
+        // No TIME_WAIT, because the removal of a namespace would have to wait for it.
         socket.set_linger(Some(Duration::ZERO)).unwrap();
         Self { net, at: at.to_owned(), _socket: socket }
     }
 }
 
-impl Drop for Island {
+impl Drop for IsolatedSelfConnection {
     fn drop(&mut self) {
         unmount(&self.at, UnmountFlags::DETACH).unwrap();
     }
 }
 
 #[test]
-fn namespaces_that_come_and_go_while_they_are_read_confuse_nobody() {
-    // SAFETY: it takes no descriptor away from anybody.
+fn namespaces_removed_during_a_snapshot_cause_no_wrong_events() {
+    // SAFETY: it closes no descriptor.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let mut daemon = Daemon::start(&Variant(vec![]), &["--reconcile", "1", "-vv"]);
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--reconcile", "1", "-vv"]);
     let batch = scaled(200);
     let rounds = scaled(50).max(3);
     for round in 0..rounds {
-        let islands: Vec<_> =
-            (0..batch).map(|number| Island::rise(&folder.path().join(number.to_string()))).collect();
-        let inodes: Vec<u64> = islands.iter().map(|island| island.net.inode).collect();
+        let connections: Vec<_> = (0..batch)
+            .map(|number| IsolatedSelfConnection::create(&folder.path().join(number.to_string())))
+            .collect();
+        let inodes: Vec<u64> = connections.iter().map(|connection| connection.net.inode).collect();
         let scan = Command::new(selfconn()).args(["scan", "--json"]).output().unwrap();
         let lines: Vec<Value> = scan
             .stdout
@@ -250,10 +258,10 @@ fn namespaces_that_come_and_go_while_they_are_read_confuse_nobody() {
             let found = lines.iter().filter(|line| line["netns"] == *inode).count();
             assert_eq!(found, 1, "in namespace {inode}");
         }
-        // They go while readings and a scan are under way.
+        // The namespaces are removed while snapshots and a scan are under way.
         let mut scan =
             Command::new(selfconn()).args(["scan", "--json"]).stdout(Stdio::null()).spawn().unwrap();
-        drop(islands);
+        drop(connections);
         assert!(scan.wait().unwrap().code().is_some_and(|code| code < 2));
         let is_of = |kind: &'static str| {
             let inodes = inodes.clone();
@@ -261,7 +269,7 @@ fn namespaces_that_come_and_go_while_they_are_read_confuse_nobody() {
                 event["event"] == kind && event["netns"].as_u64().is_some_and(|inode| inodes.contains(&inode))
             }
         };
-        // The kernel gives a namespace's number out again.
+        // The kernel reuses the inode numbers of namespaces.
         daemon.expect(batch, is_of("closed"));
         let opened = daemon.expect(batch, is_of("established"));
         assert!(opened.len() >= batch, "round {round}");
@@ -278,39 +286,37 @@ fn namespaces_that_come_and_go_while_they_are_read_confuse_nobody() {
     };
     let made = batch * rounds;
     assert_eq!(ids("established").len(), made);
-    assert_eq!(ids("established"), ids("closed"), "one close for each open");
+    assert_eq!(ids("established"), ids("closed"), "one `closed` for each `established`");
     assert_eq!(events.last().unwrap()["lost"]["missed"], 0, "{:?}", events.last());
 }
 
-/// Whether this machine's clock and CPUs may be played with.
-fn owns_the_machine() -> bool {
-    let owns = std::env::var_os("SELFCONN_OWN_MACHINE").is_some();
-    if !owns {
-        println!(
-            "not here: this machine is not there for this test alone; `cargo xtask vm` has such machines"
-        );
+/// True if the tests may change the clock and the CPUs of this machine.
+fn is_dedicated_machine() -> bool {
+    let is_dedicated = std::env::var_os("SELFCONN_OWN_MACHINE").is_some();
+    if !is_dedicated {
+        println!("skipped: this machine is not dedicated to this test; `cargo xtask vm` has such machines");
     }
-    owns
+    is_dedicated
 }
 
 #[test]
-fn a_wall_clock_that_is_set_changes_times_and_no_durations() {
+fn setting_the_wall_clock_changes_times_but_not_durations() {
     use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
-    if !owns_the_machine() {
+    if !is_dedicated_machine() {
         return;
     }
-    let net = Net::private();
-    let mut daemon = Daemon::start(&Variant(vec![]), &["--reconcile", "1"]);
-    let mut told = 0;
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--reconcile", "1"]);
+    let mut reported = 0;
     for hours in [0, 5, -9, 4] {
         let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
-        told += 1;
-        daemon.expect(told, of("established", net.inode));
+        reported += 1;
+        daemon.expect(reported, is_event("established", net.inode));
         let now = clock_gettime(ClockId::Realtime);
         clock_settime(ClockId::Realtime, Timespec { tv_sec: now.tv_sec + hours * 3_600, ..now }).unwrap();
         let began = jiff::Timestamp::now();
         drop(socket);
-        let closed = daemon.expect(told, of("closed", net.inode)).pop().unwrap();
+        let closed = daemon.expect(reported, is_event("closed", net.inode)).pop().unwrap();
         let time: jiff::Timestamp = closed["time"].as_str().unwrap().parse().unwrap();
         let apart = time.duration_since(began).as_secs_f64().abs();
         assert!(apart < 30.0, "{apart} s from the clock as it is now: {closed}");
@@ -321,13 +327,13 @@ fn a_wall_clock_that_is_set_changes_times_and_no_durations() {
 }
 
 #[test]
-fn a_cpu_that_goes_and_comes_back_takes_no_event_with_it() {
+fn taking_a_cpu_offline_loses_no_event() {
     const CPU: &str = "/sys/devices/system/cpu/cpu1/online";
-    if !owns_the_machine() || !Path::new(CPU).exists() {
+    if !is_dedicated_machine() || !Path::new(CPU).exists() {
         return;
     }
-    let net = Net::private();
-    let mut daemon = Daemon::start(&Variant(vec![]), &[]);
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
     let mut made = 0;
     for online in ["0", "1", "0", "1"] {
         fs::write(CPU, online).unwrap();
@@ -336,23 +342,23 @@ fn a_cpu_that_goes_and_comes_back_takes_no_event_with_it() {
             socket.set_linger(Some(Duration::ZERO)).unwrap();
         }
         made += scaled(1_000);
-        daemon.expect(made, of("closed", net.inode));
+        daemon.expect(made, is_event("closed", net.inode));
     }
     let (events, _) = daemon.stop();
-    assert_eq!(events.iter().filter(|event| of("established", net.inode)(event)).count(), made);
+    assert_eq!(events.iter().filter(|event| is_event("established", net.inode)(event)).count(), made);
 }
 
 #[test]
-fn a_ring_that_the_kernel_has_no_room_for_is_one_line_with_the_cure() {
-    if !owns_the_machine() {
+fn a_ring_buffer_too_large_for_the_kernel_is_a_one_line_error_with_a_hint() {
+    if !is_dedicated_machine() {
         return;
     }
-    // Twice as much as such a machine has.
+    // Twice the memory of such a machine.
     let output = Command::new(selfconn()).args(["run", "--ring-size", "1G"]).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{said}");
-    assert_eq!(said.lines().count(), 1, "{said}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
     for word in ["ring buffer", "1 GiB", "--ring-size"] {
-        assert!(said.contains(word), "{word} in {said}");
+        assert!(stderr.contains(word), "{word} in {stderr}");
     }
 }

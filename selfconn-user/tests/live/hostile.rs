@@ -1,6 +1,6 @@
-//! A process that chooses its names to deceive: its program's path, its arguments and its threads' names say what a line
-//! of the log says, move the cursor, and turn text around. The log stays one object a line, and a terminal shows none of
-//! it raw.
+//! A process with hostile names: the path of its program, its arguments and its thread names contain what
+//! looks like a log line, move the cursor, and reverse the text direction. The log must stay one object per
+//! line, and a terminal must get none of these bytes unescaped.
 
 use std::{
     ffi::OsStr,
@@ -15,16 +15,17 @@ use serde_json::Value;
 
 use crate::{
     client::connect_to_self,
-    daemon::{Daemon, Variant, of, selfconn},
-    net::Net,
+    daemon::{HookVariant, TestDaemon, is_event, selfconn},
+    net::TestNetns,
 };
 
-/// A line break, a line of the log, a colour, a mark of direction, and a byte that is not UTF-8.
-const NAME: &[u8] = b"\n{\"event\":\"fake\"}\x1b[31m\xe2\x80\xae\xff";
+/// A line break, a log line, a colour, a text direction mark, and a byte that is not UTF-8.
+const HOSTILE_NAME: &[u8] = b"\n{\"event\":\"fake\"}\x1b[31m\xe2\x80\xae\xff";
 
-/// What a terminal may get: no control character but the end of a line, and nothing that turns text around.
+/// Checks that output is safe for a terminal: no control character except the end of a line, and no text
+/// direction mark.
 #[track_caller]
-fn assert_harmless(output: &[u8]) -> Vec<String> {
+fn assert_terminal_safe(output: &[u8]) -> Vec<String> {
     let text = String::from_utf8(output.to_vec()).unwrap();
     let bad = text.chars().find(|c| (c.is_control() && *c != '\n') || matches!(c, '\u{202a}'..='\u{202e}'));
     assert_eq!(bad, None, "{text:?}");
@@ -34,48 +35,52 @@ fn assert_harmless(output: &[u8]) -> Vec<String> {
 }
 
 #[test]
-fn names_that_deceive_stay_in_their_fields() {
-    let net = Net::private();
+fn hostile_process_names_stay_in_their_fields() {
+    let net = TestNetns::enter_new();
     let folder = tempfile::tempdir().unwrap();
-    let (program, log) = (folder.path().join(OsStr::from_bytes(NAME)), folder.path().join("events.jsonl"));
+    let (program, log) =
+        (folder.path().join(OsStr::from_bytes(HOSTILE_NAME)), folder.path().join("events.jsonl"));
     fs::copy(selfconn(), &program).unwrap();
-    let mut daemon = Daemon::start(&Variant(vec![]), &["--log", log.to_str().unwrap()]);
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--log", log.to_str().unwrap()]);
 
-    // Its first argument alone is as long as what is told of all of them.
+    // The first argument alone is longer than the part of the command line that is reported.
     let mut client = Command::new(&program);
-    client.arg0(OsStr::from_bytes(&NAME.repeat(4_096 / NAME.len() + 1)));
+    client.arg0(OsStr::from_bytes(&HOSTILE_NAME.repeat(4_096 / HOSTILE_NAME.len() + 1)));
     client.args(["repro", "--json", "--hold", "600", "--thread", "\r\u{1b}[2K\u{202e}"]);
     let mut client = client.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let told = daemon.expect(1, of("established", net.inode)).pop().unwrap();
-    let lossy = String::from_utf8_lossy(NAME);
-    assert_eq!(told["pid"], client.id(), "{told}");
-    assert_eq!(told["comm"].as_str().unwrap().as_bytes(), &NAME[..15], "{told}");
-    assert_eq!(told["thread_comm"], "\r\u{1b}[2K\u{202e}", "{told}");
-    assert!(told["exe"].as_str().unwrap().ends_with(&*lossy), "{told}");
-    let arguments = told["cmdline"].as_array().unwrap();
-    assert_eq!(arguments.len(), 1, "cut within the first: {told}");
-    assert!(arguments[0].as_str().unwrap().starts_with(&*lossy), "{told}");
+    let reported = daemon.expect(1, is_event("established", net.inode)).pop().unwrap();
+    let lossy = String::from_utf8_lossy(HOSTILE_NAME);
+    assert_eq!(reported["pid"], client.id(), "{reported}");
+    assert_eq!(reported["comm"].as_str().unwrap().as_bytes(), &HOSTILE_NAME[..15], "{reported}");
+    assert_eq!(reported["thread_comm"], "\r\u{1b}[2K\u{202e}", "{reported}");
+    assert!(reported["exe"].as_str().unwrap().ends_with(&*lossy), "{reported}");
+    let arguments = reported["cmdline"].as_array().unwrap();
+    assert_eq!(arguments.len(), 1, "truncated within the first argument: {reported}");
+    assert!(arguments[0].as_str().unwrap().starts_with(&*lossy), "{reported}");
 
     let scan = Command::new(selfconn()).args(["scan"]).output().unwrap();
-    let shown = assert_harmless(&scan.stdout);
-    assert!(shown.iter().any(|line| line.contains("\\n{\"event\":\"fa")), "it is shown, escaped: {shown:?}");
-    assert_harmless(&scan.stderr);
+    let shown = assert_terminal_safe(&scan.stdout);
+    assert!(
+        shown.iter().any(|line| line.contains("\\n{\"event\":\"fa")),
+        "the name is shown escaped: {shown:?}"
+    );
+    assert_terminal_safe(&scan.stderr);
 
     kill_process(Pid::from_child(&client), Signal::INT).unwrap();
     client.wait().unwrap();
-    // And one whose names are its own.
+    // Then one more self-connection, of a process with ordinary names.
     drop(connect_to_self(Ipv4Addr::LOCALHOST.into()));
-    daemon.expect(2, of("closed", net.inode));
+    daemon.expect(2, is_event("closed", net.inode));
     let (events, _) = daemon.stop();
     assert!(events.iter().all(|event| event["event"] != "fake"), "{events:#?}");
 
     let written = fs::read(&log).unwrap();
     let lines: Vec<&[u8]> = written.strip_suffix(b"\n").unwrap().split(|byte| *byte == b'\n').collect();
     let lines: Vec<Value> = lines.iter().map(|line| serde_json::from_slice(line).unwrap()).collect();
-    assert_eq!(lines, events, "the log has what stdout has, a line each");
+    assert_eq!(lines, events, "the log has the same events as stdout, one per line");
 
     let tail = Command::new(selfconn()).arg("tail").arg(&log).output().unwrap();
-    let shown = assert_harmless(&tail.stdout);
+    let shown = assert_terminal_safe(&tail.stdout);
     assert!(shown.iter().any(|line| line.contains("\\n{\"event\":\"fa")), "{shown:?}");
     assert!(tail.status.success());
 }

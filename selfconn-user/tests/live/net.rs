@@ -1,4 +1,4 @@
-//! A network namespace of the test's own.
+//! A network namespace for one test.
 
 use std::{
     fs,
@@ -17,18 +17,18 @@ use socket2::{Domain, Socket, Type};
 
 use crate::daemon::DEADLINE;
 
-/// The namespace that the calling thread is in from now on.
+/// The network namespace that the calling thread is in from now on.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Net {
-    /// Its inode, as events have it.
+pub(crate) struct TestNetns {
+    /// Its inode, as in the field `netns` of events.
     pub(crate) inode: u64,
 }
 
-impl Net {
-    /// Moves the calling thread into a new network namespace with `lo` up. Threads and processes that it starts from
-    /// now on are in it, too.
-    pub(crate) fn private() -> Self {
-        // SAFETY: only FILES, which is not among the flags, can take descriptors away from other threads.
+impl TestNetns {
+    /// Moves the calling thread into a new network namespace with `lo` up. Threads and processes that it
+    /// starts from now on are in this namespace, too.
+    pub(crate) fn enter_new() -> Self {
+        // SAFETY: only the flag FILES could take descriptors away from other threads, and it is not set.
         unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace: run as root");
         let mut request = request("lo");
         request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
@@ -36,14 +36,14 @@ impl Net {
         Self { inode: fs::metadata("/proc/thread-self/ns/net").unwrap().ino() }
     }
 
-    /// Moves the calling thread into the network namespace that a process is in.
-    pub(crate) fn of_process(pid: u32) -> Self {
+    /// Moves the calling thread into the network namespace of a process.
+    pub(crate) fn enter_of_process(pid: u32) -> Self {
         let namespace = fs::File::open(format!("/proc/{pid}/ns/net")).unwrap();
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
         Self { inode: namespace.metadata().unwrap().ino() }
     }
 
-    /// Gives `lo` an address that isn't a loopback address.
+    /// Gives `lo` an address that is not a loopback address.
     pub(crate) fn add_address(self, address: Ipv4Addr) {
         let mut request = request("lo:1");
         let sockaddr = libc::sockaddr_in {
@@ -69,10 +69,10 @@ impl Net {
         }
         let mut request = In6Ifreq { addr: address.octets(), prefix_len: 128, ifindex: 1 };
         let socket = Socket::new(Domain::IPV6, Type::DGRAM, None).unwrap();
-        // SAFETY: on an IPv6 socket this number takes a pointer to a struct in6_ifreq.
+        // SAFETY: on an IPv6 socket this request takes a pointer to a struct in6_ifreq.
         let outcome = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR, &raw mut request) };
         assert_eq!(outcome, 0, "{}", io::Error::last_os_error());
-        // Until the kernel is sure that nobody else has it, it can't be used.
+        // The address cannot be used until the kernel's duplicate address detection is done.
         let until = Instant::now() + DEADLINE;
         while UdpSocket::bind(SocketAddrV6::new(address, 0, 0, 1)).is_err() {
             assert!(Instant::now() < until, "{address} stays tentative");
@@ -81,15 +81,15 @@ impl Net {
     }
 
     /// Sets a sysctl below `net.ipv4` of this namespace.
-    pub(crate) fn sysctl(self, name: &str, value: &str) {
+    pub(crate) fn set_sysctl(self, name: &str, value: &str) {
         fs::write(format!("/proc/sys/net/ipv4/{name}"), value).unwrap();
     }
 
-    /// Has packets received on `lo` steered to every CPU. The calling thread gets a mount namespace of its own for it,
-    /// for sysfs shows the namespace that it was mounted in.
-    pub(crate) fn steer(self) {
+    /// Enables receive packet steering (RPS) on `lo` to every CPU. The calling thread gets a mount namespace
+    /// of its own for that, because sysfs shows the network namespace in which it was mounted.
+    pub(crate) fn enable_rps(self) {
         use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
-        // SAFETY: as above.
+        // SAFETY: as above: the flag FILES is not set.
         unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
         mount("sysfs", "/sys", "sysfs", MountFlags::empty(), None).unwrap();
@@ -97,9 +97,10 @@ impl Net {
         fs::write("/sys/class/net/lo/queues/rx-0/rps_cpus", format!("{cpus:x}")).unwrap();
     }
 
-    /// Has each packet on `lo` wait a millisecond, by the queueing discipline netem; an error where the kernel has none.
-    /// What a packet brings about then happens in a softirq, far from the task that sent it.
-    pub(crate) fn delay(self) -> io::Result<()> {
+    /// Delays each packet on `lo` by one millisecond with the queueing discipline netem. Returns an error on
+    /// a kernel without netem. The effects of a packet then happen in a softirq, independent of the task that
+    /// sent it.
+    pub(crate) fn add_netem_delay(self) -> io::Result<()> {
         // `include/uapi/linux/{netlink,rtnetlink,pkt_sched}.h`.
         const RTM_NEWQDISC: u16 = 36;
         const NLM_F_REQUEST_ACK_CREATE: u16 = 0x1 | 0x4 | 0x400;
@@ -116,7 +117,8 @@ impl Net {
             attribute
         };
         let words = |words: &[u32]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>();
-        // struct tc_netem_qopt: latency (told in nanoseconds below), limit in packets, loss, gap, duplicate, jitter.
+        // struct tc_netem_qopt: latency (given in nanoseconds below), limit in packets, loss, gap, duplicate,
+        // jitter.
         let mut options = words(&[0, 100_000, 0, 0, 0, 0]);
         options.extend(attribute(TCA_NETEM_LATENCY64, &1_000_000_i64.to_ne_bytes()));
         // struct tcmsg: family, interface, handle, parent, info.
@@ -129,11 +131,11 @@ impl Net {
         request.extend(body);
         let mut socket = Socket::new(libc::AF_NETLINK.into(), Type::RAW, None)?;
         socket.send(&request)?;
-        let mut answer = [0; 256];
-        let length = socket.read(&mut answer)?;
-        assert!(length >= 20, "{length} bytes are no answer of netlink's");
-        // struct nlmsgerr: after the header the negative errno.
-        match i32::from_ne_bytes(answer[16..20].try_into().unwrap()) {
+        let mut reply = [0; 256];
+        let length = socket.read(&mut reply)?;
+        assert!(length >= 20, "{length} bytes are too short for a netlink reply");
+        // struct nlmsgerr: the negative errno follows the header.
+        match i32::from_ne_bytes(reply[16..20].try_into().unwrap()) {
             0 => Ok(()),
             error => Err(io::Error::from_raw_os_error(-error)),
         }
@@ -141,7 +143,7 @@ impl Net {
 }
 
 fn request(name: &str) -> libc::ifreq {
-    // SAFETY: a C struct of integers and bytes, for which all zero is a value.
+    // SAFETY: a C struct of integers and bytes, for which all zero is a valid value.
     let mut request: libc::ifreq = unsafe { MaybeUninit::zeroed().assume_init() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
@@ -152,7 +154,7 @@ fn request(name: &str) -> libc::ifreq {
 fn ioctl(number: libc::Ioctl, request: &mut libc::ifreq) {
     const _: () = assert!(size_of::<libc::sockaddr_in>() == size_of::<libc::sockaddr>());
     let socket = Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
-    // SAFETY: both numbers that come here take a pointer to a struct ifreq.
+    // SAFETY: both request numbers in use take a pointer to a struct ifreq.
     let outcome = unsafe { libc::ioctl(socket.as_raw_fd(), number, request) };
     assert_eq!(outcome, 0, "{}", io::Error::last_os_error());
 }

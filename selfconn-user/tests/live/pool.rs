@@ -1,5 +1,6 @@
-//! Daemons that serve test after test. A start reads the kernel's BTF and has every program verified, which takes an
-//! emulated kernel a second; most tests look at nothing that the start or the end of a daemon does.
+//! Daemons that are shared by consecutive tests. Starting a daemon reads the kernel's BTF and has every
+//! program verified, which takes a second on an emulated kernel. Most tests do not depend on the start or the
+//! end of a daemon.
 
 use std::{
     io,
@@ -17,17 +18,17 @@ use rustix::{
     thread::{UnshareFlags, unshare_unsafe},
 };
 
-use crate::daemon::{Daemon, Variant};
+use crate::daemon::{HookVariant, TestDaemon};
 
-/// How a daemon was started.
+/// The options that a pooled daemon was started with.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Place {
-    variant: Variant,
+pub(crate) struct PoolKey {
+    variant: HookVariant,
     options: Vec<String>,
 }
 
-impl Place {
-    pub(crate) fn of(variant: &Variant, options: &[&str]) -> Self {
+impl PoolKey {
+    pub(crate) fn of(variant: &HookVariant, options: &[&str]) -> Self {
         Self {
             variant: variant.clone(),
             options: options.iter().map(|option| (*option).to_owned()).collect(),
@@ -35,47 +36,48 @@ impl Place {
     }
 }
 
-/// Those that serve no test at the moment.
-static IDLE: Mutex<Vec<(Place, Daemon)>> = Mutex::new(Vec::new());
+/// Daemons that no test uses at the moment.
+static IDLE: Mutex<Vec<(PoolKey, TestDaemon)>> = Mutex::new(Vec::new());
 
-pub(crate) fn take(place: &Place) -> Option<Daemon> {
+pub(crate) fn take_idle(key: &PoolKey) -> Option<TestDaemon> {
     let mut idle = IDLE.lock().unwrap();
-    let index = idle.iter().position(|(of, _)| of == place)?;
+    let index = idle.iter().position(|(idle_key, _)| idle_key == key)?;
     Some(idle.swap_remove(index).1)
 }
 
-pub(crate) fn give_back(place: Place, daemon: Daemon) {
-    IDLE.lock().unwrap().push((place, daemon));
+pub(crate) fn put_idle(key: PoolKey, daemon: TestDaemon) {
+    IDLE.lock().unwrap().push((key, daemon));
 }
 
-/// Ends them all: for tests in which no other daemon may run beside the one that is looked at.
-pub(crate) fn dismiss() {
+/// Ends all idle daemons, for tests in which no other daemon may run.
+pub(crate) fn stop_idle() {
     IDLE.lock().unwrap().clear();
 }
 
-type Order = (Command, Sender<io::Result<Child>>);
+type SpawnRequest = (Command, Sender<io::Result<Child>>);
 
-/// Starts a process that is gone when this one is, however that ends. The kernel counts the thread that started it as
-/// its parent (`reparent_leader`, `kernel/exit.c` at v6.12), so that must be one that stays; it is in a network
-/// namespace of its own, and no test's namespace lives on through it.
+/// Starts a process that ends when the test process does, however that ends. PR_SET_PDEATHSIG fires when the
+/// thread that started the process ends (`reparent_leader`, `kernel/exit.c` at v6.12), so this must be a
+/// thread that stays. That thread is in a network namespace of its own, so that the processes keep no test's
+/// namespace alive.
 pub(crate) fn spawn(command: &mut Command) -> Child {
-    static KEEPER: OnceLock<Sender<Order>> = OnceLock::new();
-    let keeper = KEEPER.get_or_init(|| {
-        let (orders, ordered) = channel::<Order>();
+    static SPAWNER: OnceLock<Sender<SpawnRequest>> = OnceLock::new();
+    let spawner = SPAWNER.get_or_init(|| {
+        let (requests, receiver) = channel::<SpawnRequest>();
         thread::spawn(move || {
-            // SAFETY: only FILES, which is not among the flags, can take descriptors away from other threads.
+            // SAFETY: only the flag FILES could take descriptors away from other threads, and it is not set.
             unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
-            for (mut command, answer) in ordered {
-                answer.send(command.spawn()).unwrap();
+            for (mut command, reply) in receiver {
+                reply.send(command.spawn()).unwrap();
             }
         });
-        orders
+        requests
     });
     let mut copy = Command::new(command.get_program());
     copy.args(command.get_args()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    // SAFETY: prctl, and nothing else, is called between fork and exec.
+    // SAFETY: only prctl is called between fork and exec.
     unsafe { copy.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?)) };
-    let (answer, answered) = channel();
-    keeper.send((copy, answer)).unwrap();
-    answered.recv().unwrap().unwrap()
+    let (reply, response) = channel();
+    spawner.send((copy, reply)).unwrap();
+    response.recv().unwrap().unwrap()
 }

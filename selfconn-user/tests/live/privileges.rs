@@ -1,4 +1,4 @@
-//! What the daemon may still do once its hooks are live, as the kernel has it for each of its threads.
+//! The capabilities of the daemon once its hooks are live, as the kernel shows them for each thread.
 
 use std::{
     fs, io,
@@ -14,15 +14,15 @@ use rustix::thread::{
 };
 
 use crate::{
-    client::{connect_to_self, talk_to_self},
-    daemon::{DEADLINE, Daemon, Variant, of, selfconn, variants},
-    net::Net,
-    role::Role,
+    client::{connect_to_self, run_self_connection},
+    daemon::{DEADLINE, HookVariant, TestDaemon, hook_variants, is_event, selfconn},
+    net::TestNetns,
+    role::HelperProcess,
 };
 
-/// What `/proc/PID/task/TID/status` says.
+/// The fields of `/proc/PID/task/TID/status`.
 #[derive(Debug)]
-struct Thread {
+struct ThreadCapabilities {
     name: String,
     effective: CapabilitySet,
     permitted: CapabilitySet,
@@ -32,16 +32,16 @@ struct Thread {
     no_new_privs: bool,
 }
 
-fn threads(pid: u32) -> Vec<Thread> {
+fn thread_capabilities(pid: u32) -> Vec<ThreadCapabilities> {
     let of_one = |task: io::Result<fs::DirEntry>| {
-        // One that only asked something may have ended.
+        // A short-lived thread may have ended.
         let status = fs::read_to_string(task.ok()?.path().join("status")).ok()?;
         let field = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
             line.trim_start_matches(':').trim().to_owned()
         };
         let set = |name| CapabilitySet::from_bits_retain(u64::from_str_radix(&field(name), 16).unwrap());
-        Some(Thread {
+        Some(ThreadCapabilities {
             name: field("Name"),
             effective: set("CapEff"),
             permitted: set("CapPrm"),
@@ -54,14 +54,14 @@ fn threads(pid: u32) -> Vec<Thread> {
     fs::read_dir(format!("/proc/{pid}/task")).unwrap().filter_map(of_one).collect()
 }
 
-/// Waits until the daemon has given up what it does, which is right after `started`; then its threads.
-fn settled(pid: u32) -> Vec<Thread> {
+/// Waits until the daemon has dropped its capabilities, right after `started`. Returns its threads.
+fn wait_for_dropped_capabilities(pid: u32) -> Vec<ThreadCapabilities> {
     let until = Instant::now() + DEADLINE;
     loop {
-        let threads = threads(pid);
-        let is_narrow = |thread: &Thread| match thread.name.as_str() {
+        let threads = thread_capabilities(pid);
+        let is_narrow = |thread: &ThreadCapabilities| match thread.name.as_str() {
             "reader" => !thread.permitted.contains(CapabilitySet::DAC_OVERRIDE),
-            // It begins with what the reader keeps.
+            // It starts with the capabilities of the reader.
             "ranges" => !thread.permitted.contains(CapabilitySet::DAC_READ_SEARCH),
             "stdout" | "metrics" => thread.permitted.is_empty(),
             _ => !thread.permitted.contains(CapabilitySet::SYS_ADMIN),
@@ -74,11 +74,12 @@ fn settled(pid: u32) -> Vec<Thread> {
     }
 }
 
-/// What the threads that change namespace may keep, and what any other.
-fn expected(name: &str) -> CapabilitySet {
+/// The capabilities that a thread with this name may keep. The threads that enter network namespaces keep
+/// more than the others.
+fn expected_capabilities(name: &str) -> CapabilitySet {
     match name {
         "reader" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE | CapabilitySet::DAC_READ_SEARCH,
-        // Write what they are given.
+        // These threads only write data that they are given.
         "stdout" | "metrics" => CapabilitySet::empty(),
         "ranges" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE,
         _ => CapabilitySet::SYS_PTRACE,
@@ -86,27 +87,27 @@ fn expected(name: &str) -> CapabilitySet {
 }
 
 #[test]
-fn no_thread_keeps_what_only_attaching_takes() {
-    let net = Net::private();
+fn no_thread_keeps_the_capabilities_for_attaching() {
+    let net = TestNetns::enter_new();
     let had = capabilities(None).unwrap().permitted;
     assert!(had.contains(CapabilitySet::BPF | CapabilitySet::PERFMON), "{had:?}");
-    for variant in variants() {
-        let mut daemon = Daemon::start(&variant, &["-v", "--metrics", "127.0.0.1:0"]);
-        let threads = settled(daemon.pid());
+    for variant in hook_variants() {
+        let mut daemon = TestDaemon::start(&variant, &["-v", "--metrics", "127.0.0.1:0"]);
+        let threads = wait_for_dropped_capabilities(daemon.pid());
         for name in ["reader", "ranges", "stdout", "metrics"] {
             assert!(threads.iter().any(|thread| thread.name == name), "{name}: {threads:?}");
         }
-        // And yet it sees, and knows who it was.
-        let port = talk_to_self(Ipv4Addr::LOCALHOST.into());
-        let closed = daemon.expect(1, of("closed", net.inode)).remove(0);
+        // Without these capabilities the daemon still reports self-connections and their processes.
+        let port = run_self_connection(Ipv4Addr::LOCALHOST.into());
+        let closed = daemon.expect(1, is_event("closed", net.inode)).remove(0);
         assert_eq!(closed["port"], port, "{closed}");
         assert_eq!(closed["exe"], std::env::current_exe().unwrap().to_str().unwrap(), "{closed}");
-        let (_, said) = daemon.stop();
-        // Kernels that let nobody else read the programs' counters are said to be such.
-        let keeps_bpf = said.contains("CAP_BPF is kept");
+        let (_, stderr) = daemon.stop();
+        // The daemon reports kernels on which the counters of the programs can be read only with CAP_BPF.
+        let keeps_bpf = stderr.contains("CAP_BPF is kept");
         println!("FACT keeps_cap_bpf={keeps_bpf}");
         for thread in threads {
-            let mut keeps = expected(&thread.name) & had;
+            let mut keeps = expected_capabilities(&thread.name) & had;
             if keeps_bpf && thread.name == "selfconn" {
                 keeps |= CapabilitySet::BPF;
             }
@@ -121,26 +122,26 @@ fn no_thread_keeps_what_only_attaching_takes() {
 }
 
 #[test]
-fn the_counters_can_be_read_after_that() {
-    let net = Net::private();
-    let mut daemon = Daemon::start(&Variant(vec![]), &["--ring-size", "4K"]);
-    settled(daemon.pid());
-    // One page holds some twenty records.
+fn the_counters_can_be_read_after_capabilities_are_dropped() {
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--ring-size", "4K"]);
+    wait_for_dropped_capabilities(daemon.pid());
+    // One page holds about twenty records.
     daemon.signal(rustix::process::Signal::STOP);
     for _ in 0..50 {
-        talk_to_self(Ipv4Addr::LOCALHOST.into());
+        run_self_connection(Ipv4Addr::LOCALHOST.into());
     }
     daemon.signal(rustix::process::Signal::CONT);
-    daemon.expect(1, of("established", net.inode));
+    daemon.expect(1, is_event("established", net.inode));
     let lost = daemon.expect(1, |event| event["event"] == "lost" && event["where"] == "ring").remove(0);
     assert!(lost["count"].as_u64().unwrap() > 0, "{lost}");
-    let (_, said) = daemon.stop();
-    assert!(!said.contains("can't be read"), "{said}");
+    let (_, stderr) = daemon.stop();
+    assert!(!stderr.contains("can't be read"), "{stderr}");
 }
 
 #[test]
-fn overriding_permissions_is_kept_only_for_a_log_that_needs_it() {
-    let _net = Net::private();
+fn cap_dac_override_is_kept_only_for_a_log_that_needs_it() {
+    let _net = TestNetns::enter_new();
     if !capabilities(None).unwrap().permitted.contains(CapabilitySet::DAC_OVERRIDE) {
         return;
     }
@@ -148,27 +149,27 @@ fn overriding_permissions_is_kept_only_for_a_log_that_needs_it() {
     for (owner, keeps) in [(0, CapabilitySet::empty()), (65_534, CapabilitySet::DAC_OVERRIDE)] {
         chown(dir.path(), Some(owner), None).unwrap();
         let log = dir.path().join("events.jsonl");
-        let daemon = Daemon::start(&Variant(vec![]), &["--log", log.to_str().unwrap()]);
-        let threads = settled(daemon.pid());
+        let daemon = TestDaemon::start(&HookVariant(vec![]), &["--log", log.to_str().unwrap()]);
+        let threads = wait_for_dropped_capabilities(daemon.pid());
         let own = threads.iter().find(|thread| thread.name == "selfconn").unwrap();
         assert_eq!(own.permitted & CapabilitySet::DAC_OVERRIDE, keeps, "owner {owner}: {own:?}");
         daemon.stop();
     }
 }
 
-/// The daemon as a user that isn't root and has these capabilities, as a service manager's `AmbientCapabilities` grants
-/// them.
-fn start_as_user(set: CapabilitySet, options: &[&str]) -> (Daemon, tempfile::TempDir) {
+/// Starts the daemon as a user other than root with these capabilities, as `AmbientCapabilities` of a service
+/// manager does.
+fn start_as_user(set: CapabilitySet, options: &[&str]) -> (TestDaemon, tempfile::TempDir) {
     const NOBODY: u32 = 65_534;
-    // Where that user can run it.
+    // A folder in which that user can run it.
     let dir = tempfile::tempdir().unwrap();
     chown(dir.path(), Some(NOBODY), None).unwrap();
     let program = dir.path().join("selfconn");
     fs::copy(selfconn(), &program).unwrap();
-    let daemon = Daemon::start_by(&Variant(vec![]), options, |command| {
+    let daemon = TestDaemon::start_with(&HookVariant(vec![]), options, |command| {
         let mut as_nobody = Command::new(&program);
         as_nobody.args(command.get_args()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        // SAFETY: system calls only, and none that allocates.
+        // SAFETY: only system calls, and none of them allocates.
         unsafe { as_nobody.pre_exec(move || become_user(NOBODY, set)) };
         as_nobody.spawn().unwrap()
     });
@@ -176,21 +177,21 @@ fn start_as_user(set: CapabilitySet, options: &[&str]) -> (Daemon, tempfile::Tem
 }
 
 #[test]
-fn a_user_with_two_capabilities_is_left_with_none() {
-    let _net = Net::private();
+fn a_user_with_two_capabilities_ends_up_with_none() {
+    let _net = TestNetns::enter_new();
     let (daemon, _dir) = start_as_user(
         CapabilitySet::BPF | CapabilitySet::PERFMON,
         &["--hooks", "tracepoint", "--tracepoint-method", "tp_btf", "-v"],
     );
     let until = Instant::now() + DEADLINE;
-    let mut seen = threads(daemon.pid());
+    let mut seen = thread_capabilities(daemon.pid());
     while seen.iter().any(|thread| thread.permitted.contains(CapabilitySet::PERFMON)) {
         assert!(Instant::now() < until, "{seen:?}");
         std::thread::sleep(Duration::from_millis(5));
-        seen = threads(daemon.pid());
+        seen = thread_capabilities(daemon.pid());
     }
-    let (_, said) = daemon.stop();
-    let keeps = if said.contains("CAP_BPF is kept") { CapabilitySet::BPF } else { CapabilitySet::empty() };
+    let (_, stderr) = daemon.stop();
+    let keeps = if stderr.contains("CAP_BPF is kept") { CapabilitySet::BPF } else { CapabilitySet::empty() };
     for thread in seen {
         let has = thread.permitted | thread.effective | thread.ambient | thread.inheritable;
         assert!(has.difference(keeps).is_empty(), "{thread:?}");
@@ -199,18 +200,18 @@ fn a_user_with_two_capabilities_is_left_with_none() {
 }
 
 #[test]
-fn the_service_s_user_sees_what_root_sees() {
-    let net = Net::private();
+fn the_service_user_sees_what_root_sees() {
+    let net = TestNetns::enter_new();
     let has = CapabilitySet::BPF
         | CapabilitySet::PERFMON
         | CapabilitySet::SYS_ADMIN
         | CapabilitySet::SYS_PTRACE
         | CapabilitySet::DAC_READ_SEARCH;
-    // A self-connection that was there before, in a namespace that must be entered, held by root.
-    let mut holder = Role::start("wait");
-    holder.says();
+    // A self-connection from before the daemon, held by root, in a namespace that must be entered.
+    let mut holder = HelperProcess::start("wait");
+    holder.read_output();
     let (held, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
-    let mut as_root = Daemon::start(&Variant(vec![]), &[]);
+    let mut as_root = TestDaemon::start(&HookVariant(vec![]), &[]);
     let started = as_root.expect(1, |event| event["event"] == "started").remove(0);
     as_root.stop();
     let (mut daemon, _dir) = start_as_user(has, &[]);
@@ -220,24 +221,25 @@ fn the_service_s_user_sees_what_root_sees() {
     };
     let own = daemon.expect(1, |event| event["event"] == "started").remove(0);
     assert_eq!(methods(&own), methods(&started), "{own}");
-    let found = daemon.expect(1, of("established", net.inode)).remove(0);
+    let found = daemon.expect(1, is_event("established", net.inode)).remove(0);
     assert_eq!((&found["source"], &found["owner"]), (&"scan".into(), &"holder".into()), "{found}");
     assert_eq!(found["pid"], std::process::id(), "{found}");
-    talk_to_self(Ipv4Addr::LOCALHOST.into());
-    let live = daemon.expect(1, of("closed", net.inode)).remove(0);
+    run_self_connection(Ipv4Addr::LOCALHOST.into());
+    let live = daemon.expect(1, is_event("closed", net.inode)).remove(0);
     assert_eq!(live["exe"], std::env::current_exe().unwrap().to_str().unwrap(), "{live}");
     daemon.stop();
     drop(held);
-    holder.end();
+    holder.finish();
 }
 
-/// Becomes a user that has these capabilities, as a service manager's `AmbientCapabilities` makes one.
+/// Becomes a user with these capabilities, as `AmbientCapabilities` of a service manager does.
 pub(crate) fn become_user(uid: u32, set: CapabilitySet) -> io::Result<()> {
     use rustix::process::{Resource, Rlimit, setrlimit};
-    // Before v5.11 maps count against it. Later it doesn't matter, nor whether it can be raised.
+    // Before v5.11 maps count against this limit. On later kernels the limit does not matter, nor does a
+    // failure to raise it.
     let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
     set_keep_capabilities(true)?;
-    // SAFETY: no memory is involved; glibc would set it for all threads, of which the new process has one.
+    // SAFETY: no memory is involved. glibc would set it for all threads, and the new process has only one.
     if unsafe { libc::setuid(uid) } != 0 {
         return Err(io::Error::last_os_error());
     }

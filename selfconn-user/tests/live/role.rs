@@ -1,5 +1,5 @@
-//! Other processes: the test binary itself, started again in a role. They share the network namespace of the thread
-//! that starts them.
+//! Helper processes: the test binary itself, started again with a task. A helper process shares the network
+//! namespace of the thread that starts it.
 
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -15,32 +15,37 @@ use socket2::Socket;
 
 use crate::client::connect_to_self;
 
-const ROLE: &str = "SELFCONN_TEST_ROLE";
+const TASK_ENV: &str = "SELFCONN_TEST_HELPER_TASK";
 
-/// Far from those that a process opens by itself; dup2 onto the same number would leave close-on-exec set.
-const HANDED: libc::c_int = 100;
+/// The descriptor number that a passed socket gets in the helper process. It is far above the numbers that a
+/// process opens by itself, because dup2 onto the same number would leave close-on-exec set.
+const PASSED_FD: libc::c_int = 100;
 
-/// A process in a role. It says a line when it has done its part, and ends when its stdin does.
-pub(crate) struct Role {
+/// A process that runs a task. It prints a line when its task is done, and ends when its stdin is closed.
+pub(crate) struct HelperProcess {
     child: Child,
     stdin: Option<ChildStdin>,
     stdout: BufReader<ChildStdout>,
 }
 
-impl Role {
-    /// Starts this binary as `role`.
-    pub(crate) fn start(role: &str) -> Self {
-        Self::spawn(&mut command(role))
+impl HelperProcess {
+    /// Starts this binary with a task.
+    pub(crate) fn start(task: &str) -> Self {
+        Self::spawn(&mut command(task))
     }
 
-    /// Starts this binary as `role`, with a descriptor of ours as [`HANDED`].
-    pub(crate) fn start_with(role: &str, descriptor: &Socket) -> Self {
+    /// Starts this binary with a task, and passes it a socket as descriptor [`PASSED_FD`].
+    pub(crate) fn start_with_fd(task: &str, descriptor: &Socket) -> Self {
         let fd = descriptor.as_raw_fd();
-        let mut command = command(role);
+        let mut command = command(task);
         // SAFETY: dup2 is safe to call between fork and exec; `descriptor` outlives the spawn.
         unsafe {
             command.pre_exec(move || {
-                if libc::dup2(fd, HANDED) == HANDED { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+                if libc::dup2(fd, PASSED_FD) == PASSED_FD {
+                    Ok(())
+                } else {
+                    Err(std::io::Error::last_os_error())
+                }
             });
         }
         Self::spawn(&mut command)
@@ -57,59 +62,59 @@ impl Role {
         self.child.id()
     }
 
-    /// What it says when it has done its part; libtest's own lines are passed over.
-    pub(crate) fn says(&mut self) -> String {
+    /// Waits for the next line that the process prints. The lines of libtest itself are skipped.
+    pub(crate) fn read_output(&mut self) -> String {
         let mut line = String::new();
         loop {
             line.clear();
-            assert_ne!(self.stdout.read_line(&mut line).unwrap(), 0, "the role said nothing");
-            if let Some((_, said)) = line.split_once("role: ") {
-                return said.trim_end().to_owned();
+            assert_ne!(self.stdout.read_line(&mut line).unwrap(), 0, "the helper process printed nothing");
+            if let Some((_, output)) = line.split_once("helper: ") {
+                return output.trim_end().to_owned();
             }
         }
     }
 
-    /// Lets it end, and waits for that.
-    pub(crate) fn end(mut self) {
+    /// Closes its stdin and waits until it ends.
+    pub(crate) fn finish(mut self) {
         self.stdin.take();
         let _ = self.child.wait().unwrap();
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL and waits until it ends.
     pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 }
 
-fn command(role: &str) -> Command {
+fn command(task: &str) -> Command {
     let mut command = Command::new("/proc/self/exe");
-    command.args(["--exact", "role::in_a_role", "--ignored", "--nocapture"]).env(ROLE, role);
+    command.args(["--exact", "role::run_helper_process", "--ignored", "--nocapture"]).env(TASK_ENV, task);
     command
 }
 
-fn say(what: &str) {
+fn print_output(text: &str) {
     let mut stdout = std::io::stdout();
-    writeln!(stdout, "role: {what}").unwrap();
+    writeln!(stdout, "helper: {text}").unwrap();
     stdout.flush().unwrap();
 }
 
-fn wait_for_the_end() {
+fn wait_for_stdin_eof() {
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
 }
 
-/// Passes a socket to whoever has the other end of a unix socket.
-pub(crate) fn pass(socket: &Socket, through: &Socket) {
+/// Sends a socket to the process at the other end of a Unix socket.
+pub(crate) fn send_fd(socket: &Socket, through: &Socket) {
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut rights = SendAncillaryBuffer::new(&mut space);
     let descriptors = [socket.as_fd()];
     assert!(rights.push(SendAncillaryMessage::ScmRights(&descriptors)));
-    // A descriptor can't travel without a byte.
+    // A descriptor cannot be sent without at least one byte of data.
     sendmsg(through, &[std::io::IoSlice::new(b"s")], &mut rights, SendFlags::empty()).unwrap();
 }
 
-fn receive(from: &OwnedFd) -> OwnedFd {
+fn receive_fd(from: &OwnedFd) -> OwnedFd {
     use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut rights = RecvAncillaryBuffer::new(&mut space);
@@ -118,93 +123,96 @@ fn receive(from: &OwnedFd) -> OwnedFd {
         RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
         _ => None,
     });
-    received.next().expect("a descriptor came along")
+    received.next().expect("the message has a descriptor")
 }
 
-fn name_this_process(name: &str) {
+fn set_process_name(name: &str) {
     std::fs::write("/proc/self/comm", name).unwrap();
 }
 
-/// Not a test: what a process in a role does.
+/// Not a test: the tasks of the helper processes.
 #[test]
 #[ignore = "runs in processes that other tests start"]
-fn in_a_role() {
-    let Ok(role) = std::env::var(ROLE) else { return };
+fn run_helper_process() {
+    let Ok(task) = std::env::var(TASK_ENV) else { return };
     let connect = || connect_to_self(Ipv4Addr::LOCALHOST.into());
-    match role.as_str() {
+    match task.as_str() {
         "connect" => {
-            name_this_process("a-client");
+            set_process_name("a-client");
             let (_socket, port) = connect();
-            say(&port.to_string());
-            wait_for_the_end();
+            print_output(&port.to_string());
+            wait_for_stdin_eof();
         }
-        dial if dial.starts_with("dial ") => {
-            name_this_process("a-dialler");
-            let target: std::net::SocketAddr = dial["dial ".len()..].parse().unwrap();
+        connect if connect.starts_with("connect refused ") => {
+            set_process_name("a-connector");
+            let target: std::net::SocketAddr = connect["connect refused ".len()..].parse().unwrap();
             std::net::TcpStream::connect(target).unwrap_err();
-            say("refused");
+            print_output("refused");
         }
         bind if bind.starts_with("bind ") => {
-            name_this_process("a-server");
+            set_process_name("a-server");
             let address: std::net::SocketAddr = bind["bind ".len()..].parse().unwrap();
-            say(match std::net::TcpListener::bind(address) {
+            print_output(match std::net::TcpListener::bind(address) {
                 Ok(_) => "bound",
                 Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => "in use",
                 Err(error) => panic!("{error}"),
             });
         }
-        "connect and die" => {
-            name_this_process("short-lived");
+        "connect and kill itself" => {
+            set_process_name("short-lived");
             let (_socket, _) = connect();
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
         }
         "connect and exec" => {
-            name_this_process("before-exec");
+            set_process_name("before-exec");
             let (socket, port) = connect();
             socket.set_cloexec(false).unwrap();
-            say(&port.to_string());
+            print_output(&port.to_string());
             let error = command("wait").exec();
             panic!("{error}");
         }
-        "connect and hand down" => {
-            name_this_process("a-parent");
+        "connect and pass to child" => {
+            set_process_name("a-parent");
             let (socket, _) = connect();
-            let mut child = Role::start_with("hold", &socket);
+            let mut child = HelperProcess::start_with_fd("hold", &socket);
             drop(socket);
-            say(&child.pid().to_string());
-            // The child lives on; it ends when its stdin does, that is with this process.
-            child.says();
-            wait_for_the_end();
-            child.end();
+            print_output(&child.pid().to_string());
+            // The child keeps running. Its stdin is a pipe from this process, so it ends when this process
+            // does.
+            child.read_output();
+            wait_for_stdin_eof();
+            child.finish();
         }
         "hold" => {
-            name_this_process("a-child");
-            // SAFETY: whoever starts this role gives it this descriptor, and nothing else here uses it.
-            let _held = unsafe { OwnedFd::from_raw_fd(HANDED) };
-            say("held");
-            wait_for_the_end();
+            set_process_name("a-child");
+            // SAFETY: the process that starts this task passes it this descriptor, and nothing else in this
+            // process uses it.
+            let _held = unsafe { OwnedFd::from_raw_fd(PASSED_FD) };
+            print_output("held");
+            wait_for_stdin_eof();
         }
         "receive and hold" => {
-            name_this_process("a-receiver");
-            // SAFETY: whoever starts this role gives it this descriptor, and nothing else here uses it.
-            let from = unsafe { OwnedFd::from_raw_fd(HANDED) };
-            let _held = receive(&from);
-            say("received");
-            wait_for_the_end();
+            set_process_name("a-receiver");
+            // SAFETY: the process that starts this task passes it this descriptor, and nothing else in this
+            // process uses it.
+            let from = unsafe { OwnedFd::from_raw_fd(PASSED_FD) };
+            let _held = receive_fd(&from);
+            print_output("received");
+            wait_for_stdin_eof();
         }
         "wait" => {
-            say("waiting");
-            wait_for_the_end();
+            print_output("waiting");
+            wait_for_stdin_eof();
         }
         "rename threads" => {
-            name_this_process("a-leader");
+            set_process_name("a-leader");
             let connect = move || {
                 std::fs::write("/proc/thread-self/comm", "renamed\u{1b}[31m").unwrap();
                 connect().1
             };
             let port = std::thread::spawn(connect).join().unwrap();
-            say(&port.to_string());
+            print_output(&port.to_string());
         }
-        other => panic!("no role {other}"),
+        other => panic!("unknown task {other}"),
     }
 }

@@ -1,4 +1,5 @@
-//! What a service manager hears: the real daemon, and a socket that speaks systemd's side of sd_notify(3).
+//! Notifications to the service manager: the real daemon and a socket that plays the part of systemd in
+//! sd_notify(3).
 
 use std::{
     fs,
@@ -12,17 +13,17 @@ use std::{
 use rustix::process::Signal;
 
 use crate::{
-    client::talk_to_self,
-    daemon::{DEADLINE, Daemon, Variant, of},
-    net::Net,
+    client::run_self_connection,
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event},
+    net::TestNetns,
 };
 
-struct Manager {
+struct FakeServiceManager {
     socket: UnixDatagram,
     dir: tempfile::TempDir,
 }
 
-impl Manager {
+impl FakeServiceManager {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = UnixDatagram::bind(dir.path().join("notify")).unwrap();
@@ -30,8 +31,8 @@ impl Manager {
         Self { socket, dir }
     }
 
-    fn start(&self, watchdog: Option<Duration>) -> Daemon {
-        Daemon::start_by(&Variant(vec![]), &[], |command| -> Child {
+    fn start(&self, watchdog: Option<Duration>) -> TestDaemon {
+        TestDaemon::start_with(&HookVariant(vec![]), &[], |command| -> Child {
             command.env("NOTIFY_SOCKET", self.dir.path().join("notify"));
             if let Some(limit) = watchdog {
                 command.env("WATCHDOG_USEC", limit.as_micros().to_string());
@@ -40,14 +41,14 @@ impl Manager {
         })
     }
 
-    fn hears(&self) -> String {
+    fn receive(&self) -> String {
         let mut message = [0; 1 << 10];
         let length = self.socket.recv(&mut message).unwrap();
         String::from_utf8(message[..length].to_vec()).unwrap()
     }
 
-    /// What has come in so far.
-    fn has_heard(&self) -> Vec<String> {
+    /// The messages received so far.
+    fn receive_all_pending(&self) -> Vec<String> {
         self.socket.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
         let mut message = [0; 1 << 10];
         std::iter::from_fn(|| {
@@ -59,51 +60,51 @@ impl Manager {
 }
 
 #[test]
-fn it_is_ready_when_its_hooks_are_live_and_says_when_it_stops() {
-    let net = Net::private();
-    let manager = Manager::new();
+fn ready_is_sent_when_the_hooks_are_live_and_stopping_at_the_end() {
+    let net = TestNetns::enter_new();
+    let manager = FakeServiceManager::new();
     let mut daemon = manager.start(None);
-    let ready = manager.hears();
+    let ready = manager.receive();
     assert!(ready.starts_with("READY=1\nSTATUS=watching by "), "{ready}");
-    talk_to_self(Ipv4Addr::LOCALHOST.into());
-    daemon.expect(1, of("closed", net.inode));
+    run_self_connection(Ipv4Addr::LOCALHOST.into());
+    daemon.expect(1, is_event("closed", net.inode));
     daemon.stop();
-    // And without a watchdog it has said nothing else.
-    assert_eq!(manager.has_heard(), ["STOPPING=1"]);
+    // Without a watchdog it has sent nothing else.
+    assert_eq!(manager.receive_all_pending(), ["STOPPING=1"]);
 }
 
 #[test]
-fn the_watchdog_is_fed_by_the_loop_and_only_while_it_turns() {
-    let net = Net::private();
-    let manager = Manager::new();
+fn the_watchdog_is_pinged_only_while_the_loop_runs() {
+    let net = TestNetns::enter_new();
+    let manager = FakeServiceManager::new();
     let mut daemon = manager.start(Some(Duration::from_millis(400)));
-    assert!(manager.hears().starts_with("READY=1"));
+    assert!(manager.receive().starts_with("READY=1"));
     let began = Instant::now();
     for _ in 0..5 {
-        assert_eq!(manager.hears(), "WATCHDOG=1");
+        assert_eq!(manager.receive(), "WATCHDOG=1");
     }
-    // Five halves of its limit: not more often than that.
+    // Pings come at half the limit, so five of them take at least this long.
     assert!(began.elapsed() >= Duration::from_millis(900), "{:?}", began.elapsed());
-    // Also while records never cease to come.
-    let (mut fed, until) = (0, Instant::now() + DEADLINE);
-    while fed < 3 {
-        assert!(Instant::now() < until, "it is not fed under load");
+    // Pings also come while records arrive without a pause.
+    let (mut pings, until) = (0, Instant::now() + DEADLINE);
+    while pings < 3 {
+        assert!(Instant::now() < until, "no watchdog ping under load");
         for _ in 0..50 {
-            talk_to_self(Ipv4Addr::LOCALHOST.into());
+            run_self_connection(Ipv4Addr::LOCALHOST.into());
         }
-        fed += manager.has_heard().len();
+        pings += manager.receive_all_pending().len();
     }
-    daemon.expect(1, of("closed", net.inode));
-    // A loop that doesn't turn doesn't feed it.
+    daemon.expect(1, is_event("closed", net.inode));
+    // A stopped loop sends no ping.
     daemon.signal(Signal::STOP);
     let state = || fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
     while !state().contains("State:\tT") {
         assert!(Instant::now() < until);
         thread::sleep(Duration::from_millis(1));
     }
-    manager.has_heard();
+    manager.receive_all_pending();
     thread::sleep(Duration::from_secs(1));
-    assert_eq!(manager.has_heard(), [""; 0]);
+    assert_eq!(manager.receive_all_pending(), [""; 0]);
     daemon.signal(Signal::CONT);
     daemon.stop();
 }

@@ -1,6 +1,7 @@
-//! A long run under mixed load: self-connections, long and short; storms of refused dials; ordinary connections;
-//! namespaces that come and go; a log that is rotated under the daemon's hands; scrapes. At the end both sums hold,
-//! everything that was made is in the log, and memory and descriptors are what they were.
+//! A long run under mixed load: self-connections, long and short; floods of refused connects; ordinary
+//! connections; namespaces that are created and removed; a log that is rotated during the run; scrapes. At
+//! the end both sums must hold, every event must be in the log, and memory and descriptors must be back at
+//! their earlier values.
 
 use std::{
     collections::BTreeMap,
@@ -17,19 +18,19 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::{
-    client::{connect_to_self, talk_to_self},
+    client::{connect_to_self, run_self_connection},
     daemon::{DEADLINE, selfconn},
     metrics,
-    net::Net,
+    net::TestNetns,
 };
 
-const HOME: Ipv4Addr = Ipv4Addr::LOCALHOST;
+const LOCALHOST: Ipv4Addr = Ipv4Addr::LOCALHOST;
 
-/// What was made, counted by those who made it.
+/// The load that was generated, counted by the threads that generated it.
 #[derive(Default)]
-struct Made {
+struct Workload {
     is_over: AtomicBool,
-    selves: AtomicU64,
+    self_connections: AtomicU64,
     refused: AtomicU64,
     ordinary: AtomicU64,
     namespaces: AtomicU64,
@@ -37,8 +38,8 @@ struct Made {
     scrapes: AtomicU64,
 }
 
-impl Made {
-    /// Does this again and again until it is over, each time after a pause.
+impl Workload {
+    /// Repeats `work` until the run is over, with a pause after each time.
     fn repeat(&self, pause: Duration, mut work: impl FnMut()) {
         while !self.is_over.load(Relaxed) {
             work();
@@ -50,107 +51,108 @@ impl Made {
     }
 }
 
-/// Self-connections that last a moment, by an orderly end and by a reset.
-fn short_lives(made: &Made) {
-    made.repeat(Duration::from_millis(100), || {
+/// Short self-connections, closed in order and by a reset.
+fn short_connections(workload: &Workload) {
+    workload.repeat(Duration::from_millis(100), || {
         for _ in 0..10 {
-            talk_to_self(HOME.into());
-            let (socket, _) = connect_to_self(HOME.into());
+            run_self_connection(LOCALHOST.into());
+            let (socket, _) = connect_to_self(LOCALHOST.into());
             socket.set_linger(Some(Duration::ZERO)).unwrap();
-            made.selves.fetch_add(2, Relaxed);
+            workload.self_connections.fetch_add(2, Relaxed);
         }
     });
 }
 
-/// Self-connections that the socket table is compared with some times.
-fn long_lives(made: &Made) {
-    made.repeat(Duration::from_millis(10), || {
-        let held: Vec<_> = (0..50).map(|_| connect_to_self(HOME.into())).collect();
-        made.selves.fetch_add(held.len() as u64, Relaxed);
+/// Self-connections that live through several snapshots of the socket table.
+fn long_connections(workload: &Workload) {
+    workload.repeat(Duration::from_millis(10), || {
+        let held: Vec<_> = (0..50).map(|_| connect_to_self(LOCALHOST.into())).collect();
+        workload.self_connections.fetch_add(held.len() as u64, Relaxed);
         let until = Instant::now() + Duration::from_secs(20);
-        while Instant::now() < until && !made.is_over.load(Relaxed) {
+        while Instant::now() < until && !workload.is_over.load(Relaxed) {
             thread::sleep(Duration::from_millis(50));
         }
     });
 }
 
-/// Dials of a closed port that no client is ever given, so that none of them hits itself.
-fn storms(made: &Made) {
-    made.repeat(Duration::from_secs(10), || {
+/// Connects to a closed port outside the ephemeral range, so that none of them hits itself.
+fn refused_connects(workload: &Workload) {
+    workload.repeat(Duration::from_secs(10), || {
         for _ in 0..5_000 {
-            TcpStream::connect((HOME, 9)).unwrap_err();
-            made.refused.fetch_add(1, Relaxed);
+            TcpStream::connect((LOCALHOST, 9)).unwrap_err();
+            workload.refused.fetch_add(1, Relaxed);
         }
     });
 }
 
-/// Connections between two sockets, of one address and of two.
-fn ordinary(made: &Made) {
+/// Connections between two sockets, with equal and with different addresses.
+fn ordinary(workload: &Workload) {
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
-    made.repeat(Duration::from_millis(100), || {
+    workload.repeat(Duration::from_millis(100), || {
         for _ in 0..50 {
-            for to in [HOME, Ipv4Addr::new(127, 0, 0, 2)] {
+            for to in [LOCALHOST, Ipv4Addr::new(127, 0, 0, 2)] {
                 let client = TcpStream::connect((to, port)).unwrap();
-                // Ours goes first, or its port would stay taken.
+                // The accepting side closes first, because TIME_WAIT would otherwise occupy the client port.
                 drop(listener.accept().unwrap());
                 drop(client);
-                made.ordinary.fetch_add(1, Relaxed);
+                workload.ordinary.fetch_add(1, Relaxed);
             }
         }
     });
 }
 
-/// Namespaces that live as long as one self-connection in each.
-fn namespaces(made: &Made) {
-    made.repeat(Duration::from_secs(5), || {
+/// Namespaces that live as long as the one self-connection in each.
+fn namespaces(workload: &Workload) {
+    workload.repeat(Duration::from_secs(5), || {
         let batch: Vec<_> = (0..20)
             .map(|_| {
                 thread::spawn(|| {
-                    Net::private();
-                    talk_to_self(HOME.into());
+                    TestNetns::enter_new();
+                    run_self_connection(LOCALHOST.into());
                 })
             })
             .collect();
         for one in batch {
             one.join().unwrap();
-            made.namespaces.fetch_add(1, Relaxed);
-            made.selves.fetch_add(1, Relaxed);
+            workload.namespaces.fetch_add(1, Relaxed);
+            workload.self_connections.fetch_add(1, Relaxed);
         }
     });
 }
 
-/// What a file of the log has: events by their kind.
-fn count(path: &Path, kinds: &mut BTreeMap<String, u64>) {
+/// Counts the events in a log file by kind.
+fn count_events(path: &Path, event_counts: &mut BTreeMap<String, u64>) {
     let text = fs::read_to_string(path).unwrap();
-    assert!(text.is_empty() || text.ends_with('\n'), "{} is torn", path.display());
+    assert!(text.is_empty() || text.ends_with('\n'), "{} ends with a partial line", path.display());
     for line in text.lines() {
         let event: Value = serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
-        *kinds.entry(event["event"].as_str().unwrap().to_owned()).or_default() += 1;
+        *event_counts.entry(event["event"].as_str().unwrap().to_owned()).or_default() += 1;
     }
 }
 
-/// Moves the log away, by turns with and without a signal, and reads what was moved once it can't grow any more.
-fn rotate(made: &Made, log: &Path, daemon: Pid, kinds: &mut BTreeMap<String, u64>) {
+/// Moves the log away, alternately with and without SIGHUP, and counts a moved file when it can no longer
+/// grow.
+fn rotate(workload: &Workload, log: &Path, daemon: Pid, event_counts: &mut BTreeMap<String, u64>) {
     let moved = |number: u64| log.with_extension(number.to_string());
-    made.repeat(Duration::from_secs(15), || {
-        let number = made.rotations.fetch_add(1, Relaxed);
+    workload.repeat(Duration::from_secs(15), || {
+        let number = workload.rotations.fetch_add(1, Relaxed);
         fs::rename(log, moved(number)).unwrap();
         if number.is_multiple_of(2) {
             kill_process(daemon, Signal::HUP).unwrap();
         }
         let until = Instant::now() + DEADLINE;
         while !log.exists() {
-            assert!(Instant::now() < until, "the log is not opened anew");
+            assert!(Instant::now() < until, "the log is not reopened");
             thread::sleep(Duration::from_millis(20));
         }
         if let Some(before) = number.checked_sub(1) {
-            count(&moved(before), kinds);
+            count_events(&moved(before), event_counts);
             fs::remove_file(moved(before)).unwrap();
         }
     });
-    if let Some(last) = made.rotations.load(Relaxed).checked_sub(1) {
-        count(&moved(last), kinds);
+    if let Some(last) = workload.rotations.load(Relaxed).checked_sub(1) {
+        count_events(&moved(last), event_counts);
     }
 }
 
@@ -164,14 +166,14 @@ fn sample(text: &str, name: &str) -> u64 {
     metrics::sample(text, name).unwrap_or_else(|| panic!("{name} in {text}"))
 }
 
-/// What a process holds: its own memory, in KiB, and descriptors.
+/// The memory (RssAnon, in KiB) and descriptors of a process.
 #[derive(Clone, Copy, Debug)]
-struct Holds {
+struct ResourceUsage {
     anon_kib: u64,
     descriptors: u64,
 }
 
-impl Holds {
+impl ResourceUsage {
     fn now(pid: u32) -> Self {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let anon = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
@@ -186,88 +188,90 @@ fn start(log: &Path, metrics: SocketAddr) -> Child {
     let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
     let until = Instant::now() + DEADLINE;
     while !fs::read_to_string(log).is_ok_and(|text| text.contains("\"started\"")) {
-        assert!(Instant::now() < until, "it did not start");
+        assert!(Instant::now() < until, "the daemon did not start");
         thread::sleep(Duration::from_millis(5));
     }
     child
 }
 
 #[test]
-#[ignore = "as long as SELFCONN_SOAK_SECONDS says: cargo xtask soak"]
+#[ignore = "runs for SELFCONN_SOAK_SECONDS: cargo xtask soak"]
 fn soak() {
     let seconds: u64 = std::env::var("SELFCONN_SOAK_SECONDS").map_or(60, |text| text.parse().unwrap());
-    Net::private();
+    TestNetns::enter_new();
     let folder = tempfile::tempdir().unwrap();
     let log: PathBuf = folder.path().join("events.jsonl");
-    let at = TcpListener::bind((HOME, 0)).unwrap().local_addr().unwrap();
+    let at = TcpListener::bind((LOCALHOST, 0)).unwrap().local_addr().unwrap();
     let mut child = start(&log, at);
-    let (pid, made) = (child.id(), Made::default());
+    let (pid, workload) = (child.id(), Workload::default());
     let handle = Pid::from_child(&child);
-    let (mut kinds, mut held, mut last_scrape) = (BTreeMap::new(), Vec::new(), String::new());
+    let (mut event_counts, mut held, mut last_scrape) = (BTreeMap::new(), Vec::new(), String::new());
     let began = Instant::now();
     thread::scope(|scope| {
-        let made = &made;
-        for work in [short_lives, long_lives, storms, ordinary, namespaces] {
-            scope.spawn(move || work(made));
+        let workload = &workload;
+        for work in [short_connections, long_connections, refused_connects, ordinary, namespaces] {
+            scope.spawn(move || work(workload));
         }
-        scope.spawn(|| rotate(made, &log, handle, &mut kinds));
+        scope.spawn(|| rotate(workload, &log, handle, &mut event_counts));
         while began.elapsed() < Duration::from_secs(seconds) {
             thread::sleep(Duration::from_secs(1).min(Duration::from_secs(seconds)));
             last_scrape = scrape(at);
-            made.scrapes.fetch_add(1, Relaxed);
-            held.push(Holds::now(pid));
+            workload.scrapes.fetch_add(1, Relaxed);
+            held.push(ResourceUsage::now(pid));
         }
-        made.is_over.store(true, Relaxed);
+        workload.is_over.store(true, Relaxed);
     });
-    let (selves, refused) = (made.selves.load(Relaxed), made.refused.load(Relaxed));
+    let (self_connections, refused) =
+        (workload.self_connections.load(Relaxed), workload.refused.load(Relaxed));
     let until = Instant::now() + DEADLINE;
     while sample(&last_scrape, "selfconn_refused_self_dials_total") < refused
         || sample(&last_scrape, "selfconn_connections_open") > 0
     {
-        assert!(Instant::now() < until, "{refused} refused dials are not told:\n{last_scrape}");
+        assert!(Instant::now() < until, "{refused} refused connects are not counted:\n{last_scrape}");
         thread::sleep(Duration::from_millis(100));
         last_scrape = scrape(at);
     }
-    let last = Holds::now(pid);
+    let last = ResourceUsage::now(pid);
     kill_process(handle, Signal::TERM).unwrap();
     assert!(child.wait().unwrap().success());
-    count(&log, &mut kinds);
+    count_events(&log, &mut event_counts);
 
     let text = fs::read_to_string(&log).unwrap();
     let stopped: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
     let number = |key: &str| stopped.pointer(key).and_then(Value::as_u64).unwrap();
-    let kind = |name: &str| kinds.get(name).copied().unwrap_or(0);
-    // In the first quarter everything happens once. A burst may need more for a moment; what stays is looked for.
+    let kind = |name: &str| event_counts.get(name).copied().unwrap_or(0);
+    // In the first quarter of the run everything happens once. A burst may need more memory for a moment; the
+    // test looks for growth that stays.
     let quarter = held.len() / 4;
-    let usual = |part: &[Holds]| {
+    let median_kib = |part: &[ResourceUsage]| {
         let mut sizes: Vec<u64> = part.iter().map(|held| held.anon_kib).collect();
         sizes.sort_unstable();
         sizes[sizes.len() / 2]
     };
-    let (early, late) = (usual(&held[quarter..2 * quarter]), usual(&held[3 * quarter..]));
+    let (early, late) = (median_kib(&held[quarter..2 * quarter]), median_kib(&held[3 * quarter..]));
     let most = held.iter().map(|held| held.anon_kib).max().unwrap();
     for (what, value) in [
         ("seconds", seconds),
-        ("self-connections made", selves),
+        ("self-connections made", self_connections),
         ("`established`", kind("established")),
         ("`closed`", kind("closed")),
-        ("refused dials made", refused),
-        ("refused dials counted", sample(&last_scrape, "selfconn_refused_self_dials_total")),
+        ("refused connects made", refused),
+        ("refused connects counted", sample(&last_scrape, "selfconn_refused_self_dials_total")),
         ("`at_risk`", kind("at_risk")),
-        ("ordinary connections made", made.ordinary.load(Relaxed)),
-        ("namespaces made and removed", made.namespaces.load(Relaxed)),
-        ("rotations", made.rotations.load(Relaxed)),
-        ("scrapes", made.scrapes.load(Relaxed)),
+        ("ordinary connections made", workload.ordinary.load(Relaxed)),
+        ("namespaces made and removed", workload.namespaces.load(Relaxed)),
+        ("rotations", workload.rotations.load(Relaxed)),
+        ("scrapes", workload.scrapes.load(Relaxed)),
         ("records matched in the kernel", number("/matched")),
         ("records delivered", number("/delivered")),
         ("lost by the ring buffer", number("/lost/ring")),
         ("events made", number("/made")),
         ("events written", number("/written")),
-        ("lines in the log", kinds.values().sum()),
+        ("lines in the log", event_counts.values().sum()),
         ("lost by the log", number("/lost/log")),
-        ("missed, found by a reading", number("/lost/missed")),
+        ("missed, found by a snapshot", number("/lost/missed")),
         ("transitions not examined", stopped["not_examined"].as_u64().unwrap_or(0)),
-        ("openers not remembered", number("/not_remembered")),
+        ("openers not recorded", number("/not_remembered")),
         ("own memory, median of the second quarter (KiB)", early),
         ("own memory, median of the last quarter (KiB)", late),
         ("own memory, at most (KiB)", most),
@@ -279,11 +283,11 @@ fn soak() {
     }
     assert_eq!(number("/matched"), number("/delivered") + number("/lost/ring"), "{stopped}");
     assert_eq!(number("/made"), number("/written") + number("/lost/log"), "{stopped}");
-    assert_eq!(number("/written"), kinds.values().sum::<u64>(), "{stopped}");
+    assert_eq!(number("/written"), event_counts.values().sum::<u64>(), "{stopped}");
     assert_eq!(number("/lost/ring"), 0, "{stopped}");
-    assert_eq!((kind("established"), kind("closed")), (selves, selves), "{stopped}");
+    assert_eq!((kind("established"), kind("closed")), (self_connections, self_connections), "{stopped}");
     assert_eq!(sample(&last_scrape, "selfconn_refused_self_dials_total"), refused);
-    assert!(made.rotations.load(Relaxed) > 1 && made.namespaces.load(Relaxed) > 0);
+    assert!(workload.rotations.load(Relaxed) > 1 && workload.namespaces.load(Relaxed) > 0);
     assert!(late <= early + early / 10 + 256, "memory grows from {early} KiB to {late} KiB");
     assert!(last.descriptors <= held[0].descriptors + 2, "descriptors stay open: {last:?}, {:?}", held[0]);
 }

@@ -1,4 +1,4 @@
-//! Who opened, who holds, who closed: three facts, and each right or null.
+//! The opener, the holders and the closer of a connection: each is right or null.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -11,31 +11,31 @@ use socket2::Socket;
 
 use crate::{
     client::{self, connect_to_self, own_comm},
-    daemon::{Daemon, Variant, by_thread, for_each_variant, is_or_unknown, of},
-    net::Net,
-    role::{self, Role},
+    daemon::{HookVariant, TestDaemon, comm_by_thread, for_each_variant, is_event, is_name_or_unknown},
+    net::TestNetns,
+    role::{self, HelperProcess},
 };
 
-fn established(daemon: &mut Daemon, net: Net) -> Value {
-    daemon.expect(1, of("established", net.inode)).pop().unwrap()
+fn expect_established(daemon: &mut TestDaemon, net: TestNetns) -> Value {
+    daemon.expect(1, is_event("established", net.inode)).pop().unwrap()
 }
 
-fn closed(daemon: &mut Daemon, net: Net) -> Value {
-    daemon.expect(1, of("closed", net.inode)).pop().unwrap()
+fn expect_closed(daemon: &mut TestDaemon, net: TestNetns) -> Value {
+    daemon.expect(1, is_event("closed", net.inode)).pop().unwrap()
 }
 
 #[test]
-fn the_openers_program_and_place_are_told_and_stay_told() {
-    let net = Net::private();
-    let mut daemon = Daemon::shared(&Variant(vec![]), &[]);
-    let mut client = Role::start("connect");
-    client.says();
-    let opened = established(&mut daemon, net);
+fn the_openers_program_and_cgroup_are_reported_in_both_events() {
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::shared(&HookVariant(vec![]), &[]);
+    let mut client = HelperProcess::start("connect");
+    client.read_output();
+    let opened = expect_established(&mut daemon, net);
     let pid = client.pid();
     let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
     let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
-    client.end();
-    let closed = closed(&mut daemon, net);
+    client.finish();
+    let closed = expect_closed(&mut daemon, net);
     for event in [&opened, &closed] {
         assert_eq!(event["pid"], pid);
         assert_eq!(event["comm"], "a-client");
@@ -49,19 +49,19 @@ fn the_openers_program_and_place_are_told_and_stay_told() {
 }
 
 #[test]
-fn who_dies_at_once_was_seen_by_the_kernel() {
-    let net = Net::private();
+fn an_opener_that_dies_at_once_is_named() {
+    let net = TestNetns::enter_new();
     for_each_variant(|variant| {
-        let mut daemon = Daemon::shared(variant, &[]);
-        let client = Role::start("connect and die");
+        let mut daemon = TestDaemon::shared(variant, &[]);
+        let client = HelperProcess::start("connect and kill itself");
         let pid = client.pid();
-        client.end();
-        let opened = established(&mut daemon, net);
+        client.finish();
+        let opened = expect_established(&mut daemon, net);
         assert_eq!(opened["pid"], pid, "{variant:?}: {opened}");
-        assert!(is_or_unknown(&opened["comm"], "short-lived"), "{variant:?}: {opened}");
-        // What could still be read of it is right, the rest is null.
+        assert!(is_name_or_unknown(&opened["comm"], "short-lived"), "{variant:?}: {opened}");
+        // The fields that could still be read are right; the others are null.
         assert!(opened["cmdline"].is_null() || opened["cmdline"][1] == "--exact", "{opened}");
-        let closed = closed(&mut daemon, net);
+        let closed = expect_closed(&mut daemon, net);
         assert_eq!(closed["how"], "fin", "{closed}");
         assert_eq!(closed["closer"]["pid"], pid, "{variant:?}: {closed}");
         daemon.stop();
@@ -69,13 +69,13 @@ fn who_dies_at_once_was_seen_by_the_kernel() {
 }
 
 #[test]
-fn sigkill_is_an_orderly_end_by_the_killed() {
-    let net = Net::private();
-    let mut daemon = Daemon::shared(&Variant(vec![]), &[]);
-    let mut client = Role::start("connect");
-    let (pid, port) = (client.pid(), client.says());
+fn a_sigkilled_process_is_reported_as_closer_with_fin() {
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::shared(&HookVariant(vec![]), &[]);
+    let mut client = HelperProcess::start("connect");
+    let (pid, port) = (client.pid(), client.read_output());
     client.kill();
-    let closed = closed(&mut daemon, net);
+    let closed = expect_closed(&mut daemon, net);
     assert_eq!((&closed["how"], &closed["pid"]), (&"fin".into(), &pid.into()), "{closed}");
     assert_eq!(closed["port"].to_string(), port);
     assert_eq!(closed["closer"]["pid"], pid, "{closed}");
@@ -84,105 +84,105 @@ fn sigkill_is_an_orderly_end_by_the_killed() {
 }
 
 #[test]
-fn exec_after_connect_keeps_the_name_that_connected() {
-    let net = Net::private();
-    let mut daemon = Daemon::shared(&Variant(vec![]), &[]);
-    let mut client = Role::start("connect and exec");
+fn exec_after_connect_keeps_the_openers_name() {
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::shared(&HookVariant(vec![]), &[]);
+    let mut client = HelperProcess::start("connect and exec");
     let pid = client.pid();
-    client.says();
-    assert_eq!(client.says(), "waiting", "the same process runs something else");
-    client.end();
-    let closed = closed(&mut daemon, net);
+    client.read_output();
+    assert_eq!(client.read_output(), "waiting", "the same process runs something else");
+    client.finish();
+    let closed = expect_closed(&mut daemon, net);
     assert_eq!(closed["pid"], pid);
-    assert!(is_or_unknown(&closed["comm"], "before-exec"), "{closed}");
+    assert!(is_name_or_unknown(&closed["comm"], "before-exec"), "{closed}");
     assert_eq!(closed["closer"]["pid"], pid, "{closed}");
     assert_ne!(closed["closer"]["comm"], "before-exec", "it had another name by then: {closed}");
     daemon.stop();
 }
 
 #[test]
-fn a_socket_handed_down_is_opened_by_the_parent_and_closed_by_the_child() {
-    let net = Net::private();
+fn an_inherited_socket_is_opened_by_the_parent_and_closed_by_the_child() {
+    let net = TestNetns::enter_new();
     for_each_variant(|variant| {
-        let mut daemon = Daemon::shared(variant, &[]);
-        let mut parent = Role::start("connect and hand down");
+        let mut daemon = TestDaemon::shared(variant, &[]);
+        let mut parent = HelperProcess::start("connect and pass to child");
         let pid = parent.pid();
-        let child: u32 = parent.says().parse().unwrap();
-        parent.end();
-        let closed = closed(&mut daemon, net);
+        let child: u32 = parent.read_output().parse().unwrap();
+        parent.finish();
+        let closed = expect_closed(&mut daemon, net);
         assert_eq!((&closed["pid"], &closed["comm"]), (&pid.into(), &"a-parent".into()), "{closed}");
         assert_eq!(closed["closer"]["pid"], child, "{variant:?}: {closed}");
-        assert_eq!(closed["closer"]["comm"], by_thread("a-child"), "{variant:?}: {closed}");
+        assert_eq!(closed["closer"]["comm"], comm_by_thread("a-child"), "{variant:?}: {closed}");
         daemon.stop();
     });
 }
 
 #[test]
-fn a_socket_passed_to_a_stranger_is_opened_held_and_closed_by_who_did_it() {
-    let net = Net::private();
-    // A reading finds namespaces by their processes, and this one is a thread's.
-    let mut inhabitant = Role::start("wait");
-    inhabitant.says();
-    let mut daemon = Daemon::start(&Variant(vec![]), &["--reconcile", "1", "-vv"]);
+fn a_socket_passed_to_another_process_has_the_right_opener_holder_and_closer() {
+    let net = TestNetns::enter_new();
+    // A snapshot finds namespaces through their processes, and only a thread is in this one.
+    let mut netns_process = HelperProcess::start("wait");
+    netns_process.read_output();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--reconcile", "1", "-vv"]);
     let (ours, theirs) = Socket::pair(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
-    let mut receiver = Role::start_with("receive and hold", &theirs);
+    let mut receiver = HelperProcess::start_with_fd("receive and hold", &theirs);
     let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
-    let opened = established(&mut daemon, net);
-    role::pass(&socket, &ours);
-    assert_eq!(receiver.says(), "received");
+    let opened = expect_established(&mut daemon, net);
+    role::send_fd(&socket, &ours);
+    assert_eq!(receiver.read_output(), "received");
     drop(socket);
-    // One reading may be under way; the second began after this.
-    daemon.while_reading(2, || std::thread::sleep(std::time::Duration::from_millis(20)));
+    // One snapshot may be under way; the second starts after this.
+    daemon.run_until_snapshots(2, || std::thread::sleep(std::time::Duration::from_millis(20)));
     let pid = receiver.pid();
-    receiver.end();
-    let closed = closed(&mut daemon, net);
+    receiver.finish();
+    let closed = expect_closed(&mut daemon, net);
     for event in [&opened, &closed] {
-        assert_eq!(event["pid"], std::process::id(), "the opener stays who it was: {event}");
+        assert_eq!(event["pid"], std::process::id(), "the opener does not change: {event}");
         assert_eq!(event["comm"], own_comm(), "{event}");
     }
     assert_eq!(closed["holders"], serde_json::json!([{ "pid": pid, "comm": "a-receiver" }]), "{closed}");
-    let comm = by_thread("a-receiver");
+    let comm = comm_by_thread("a-receiver");
     assert_eq!(closed["closer"], serde_json::json!({ "pid": pid, "comm": comm }), "{closed}");
     daemon.stop();
-    inhabitant.end();
+    netns_process.finish();
 }
 
 /// Starts a process as the first of a new pid namespace.
-fn in_its_own_pid_namespace(command: &mut Command) -> Child {
-    // A thread that has done this can't start threads any more.
+fn spawn_in_new_pid_namespace(command: &mut Command) -> Child {
+    // A thread that has unshared its pid namespace cannot start threads any more.
     let spawn = || {
-        // SAFETY: it takes no descriptor away from anybody.
+        // SAFETY: it closes no descriptor.
         unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWPID) }.unwrap();
         command.spawn().unwrap()
     };
     std::thread::scope(|scope| scope.spawn(spawn).join().unwrap())
 }
 
-fn says_that_it_is_outside(limits: &Value) -> bool {
+fn names_the_pid_namespace_limit(limits: &Value) -> bool {
     limits.to_string().contains("not in the initial pid namespace")
 }
 
 #[test]
-fn outside_the_initial_pid_namespace_nothing_is_looked_up_and_that_is_said() {
-    let net = Net::private();
+fn outside_the_initial_pid_namespace_no_process_is_looked_up_and_started_reports_it() {
+    let net = TestNetns::enter_new();
     for is_outside in [true, false] {
         let spawn = |command: &mut Command| match is_outside {
-            true => in_its_own_pid_namespace(command),
+            true => spawn_in_new_pid_namespace(command),
             false => command.spawn().unwrap(),
         };
-        let mut daemon = Daemon::start_by(&Variant(vec![]), &[], spawn);
-        let mut client = Role::start("connect");
-        client.says();
-        established(&mut daemon, net);
+        let mut daemon = TestDaemon::start_with(&HookVariant(vec![]), &[], spawn);
+        let mut client = HelperProcess::start("connect");
+        client.read_output();
+        expect_established(&mut daemon, net);
         let pid = client.pid();
-        client.end();
-        closed(&mut daemon, net);
+        client.finish();
+        expect_closed(&mut daemon, net);
         let (events, _) = daemon.stop();
         let started = events.iter().find(|event| event["event"] == "started").unwrap();
-        assert_eq!(says_that_it_is_outside(&started["limits"]), is_outside, "{started}");
+        assert_eq!(names_the_pid_namespace_limit(&started["limits"]), is_outside, "{started}");
         for event in events.iter().filter(|event| event["netns"] == net.inode) {
-            // What the kernel saw is right from everywhere.
-            let comm = if is_outside { by_thread("a-client") } else { "a-client".into() };
+            // The fields recorded by the kernel are right from any pid namespace.
+            let comm = if is_outside { comm_by_thread("a-client") } else { "a-client".into() };
             assert_eq!((&event["pid"], &event["comm"]), (&pid.into(), &comm), "{event}");
             for fact in ["exe", "cmdline", "cgroup", "unit", "container", "holders"] {
                 assert!(!is_outside || event[fact].is_null(), "{fact} in {event}");
@@ -193,50 +193,50 @@ fn outside_the_initial_pid_namespace_nothing_is_looked_up_and_that_is_said() {
 }
 
 #[test]
-fn doctor_outside_the_initial_pid_namespace_says_so() {
+fn doctor_reports_that_it_is_outside_the_initial_pid_namespace() {
     let mut doctor = Command::new(crate::daemon::selfconn());
-    let doctor = in_its_own_pid_namespace(doctor.args(["doctor", "--json"]).stdout(Stdio::piped()));
+    let doctor = spawn_in_new_pid_namespace(doctor.args(["doctor", "--json"]).stdout(Stdio::piped()));
     let output = doctor.wait_with_output().unwrap();
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert!(says_that_it_is_outside(&report["limits"]), "{report}");
+    assert!(names_the_pid_namespace_limit(&report["limits"]), "{report}");
 }
 
 #[test]
 fn a_thread_that_renames_itself_does_not_rename_its_process() {
-    let net = Net::private();
-    let mut daemon = Daemon::shared(&Variant(vec![]), &[]);
-    let mut client = Role::start("rename threads");
-    client.says();
-    let opened = established(&mut daemon, net);
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::shared(&HookVariant(vec![]), &[]);
+    let mut client = HelperProcess::start("rename threads");
+    client.read_output();
+    let opened = expect_established(&mut daemon, net);
     assert_eq!(opened["comm"], "a-leader", "{opened}");
     assert_eq!(opened["thread_comm"], "renamed\u{1b}[31m", "JSON keeps every byte: {opened}");
-    client.end();
+    client.finish();
     daemon.stop();
 }
 
 #[test]
-fn a_reset_by_the_closer_names_it_and_a_bystander_is_never_named() {
-    let net = Net::private();
-    net.steer();
+fn a_reset_names_the_closer_and_never_a_bystander() {
+    let net = TestNetns::enter_new();
+    net.enable_rps();
     for_each_variant(|variant| {
-        let mut daemon = Daemon::shared(variant, &[]);
+        let mut daemon = TestDaemon::shared(variant, &[]);
         let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
         socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
         drop(socket);
-        let closed = closed(&mut daemon, net);
+        let closed = expect_closed(&mut daemon, net);
         let closer = &closed["closer"];
         assert_eq!(closer["pid"], std::process::id(), "{variant:?}: {closed}");
-        assert_eq!(closer["comm"], by_thread(&own_comm()), "{variant:?}: {closed}");
+        assert_eq!(closer["comm"], comm_by_thread(&own_comm()), "{variant:?}: {closed}");
         daemon.stop();
     });
 }
 
-/// Connects to itself through io_uring: inline in the caller, or on a worker thread of the kernel's.
+/// Makes a self-connection through io_uring, inline in the caller or on a worker thread of the kernel.
 fn connect_by_io_uring(flags: io_uring::squeue::Flags) -> Option<Socket> {
     let mut ring = match io_uring::IoUring::new(2) {
         Ok(ring) => ring,
         Err(error) => {
-            println!("this kernel has no io_uring for us: {error}");
+            println!("skipped: io_uring is not available: {error}");
             return None;
         }
     };
@@ -245,7 +245,7 @@ fn connect_by_io_uring(flags: io_uring::squeue::Flags) -> Option<Socket> {
     let own = socket.local_addr().unwrap();
     let fd = io_uring::types::Fd(socket.as_raw_fd());
     let connect = io_uring::opcode::Connect::new(fd, own.as_ptr().cast(), own.len()).build().flags(flags);
-    // SAFETY: the socket and the address outlive the wait below, after which the kernel is done with both.
+    // SAFETY: the socket and the address outlive the wait below, after which the kernel no longer uses them.
     unsafe { ring.submission().push(&connect) }.unwrap();
     ring.submit_and_wait(1).unwrap();
     assert_eq!(ring.completion().next().unwrap().result(), 0);
@@ -253,15 +253,15 @@ fn connect_by_io_uring(flags: io_uring::squeue::Flags) -> Option<Socket> {
 }
 
 #[test]
-fn io_uring_connects_for_the_process_that_asked() {
+fn an_io_uring_connect_is_attributed_to_the_requesting_process() {
     use io_uring::squeue::Flags;
-    let net = Net::private();
+    let net = TestNetns::enter_new();
     for_each_variant(|variant| {
         for flags in [Flags::empty(), Flags::ASYNC] {
-            let mut daemon = Daemon::shared(variant, &[]);
+            let mut daemon = TestDaemon::shared(variant, &[]);
             let Some(socket) = connect_by_io_uring(flags) else { return };
             drop(socket);
-            let closed = closed(&mut daemon, net);
+            let closed = expect_closed(&mut daemon, net);
             assert_eq!(closed["pid"], std::process::id(), "{variant:?}: {closed}");
             assert_eq!(closed["comm"], own_comm(), "{variant:?}: {closed}");
             let is_worker = closed["thread_comm"].as_str().unwrap().starts_with("iou-wrk-");

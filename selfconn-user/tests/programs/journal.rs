@@ -1,4 +1,5 @@
-//! The real systemd-journald, alone in a mount namespace, and what `journalctl` and `selfconn tail` read of it.
+//! The real systemd-journald, alone in a mount namespace, and what `journalctl` and `selfconn tail` read from
+//! it.
 
 use std::{
     fs::{self, File},
@@ -18,31 +19,31 @@ use selfconn::sink::journal::{message_id, send};
 use serde_json::Value;
 
 use crate::{
-    client::talk_to_self,
+    client::run_self_connection,
     daemon::{DEADLINE, selfconn},
-    net::Net,
+    net::TestNetns,
 };
 
-const FILES: &str = "/run/log/journal";
+const JOURNAL_DIR: &str = "/run/log/journal";
 
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let until = Instant::now() + DEADLINE;
-    while !is_so() {
+    while !condition() {
         assert!(Instant::now() < until, "{what}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// journald with a /run that only this thread, and what it starts, can see.
+/// journald with a /run of its own, which only this thread and its child processes can see.
 struct Journald(Child);
 
 impl Journald {
     fn start() -> Self {
-        // SAFETY: only FILES, which is not among the flags, can take descriptors away from other threads.
+        // SAFETY: only the flag FILES could take descriptors away from other threads, and it is not set.
         unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
         mount("tmpfs", "/run", "tmpfs", MountFlags::empty(), None).unwrap();
-        fs::create_dir_all(FILES).unwrap();
+        fs::create_dir_all(JOURNAL_DIR).unwrap();
         fs::create_dir_all("/run/systemd/journal").unwrap();
         let mut command = Command::new("/lib/systemd/systemd-journald");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -55,10 +56,10 @@ impl Journald {
         kill_process(Pid::from_child(&self.0), signal).unwrap();
     }
 
-    /// The entries that match.
+    /// The journal entries that match.
     fn entries(&self, matches: &str) -> Vec<Value> {
         let output = Command::new("journalctl")
-            .args(["--directory", FILES, "--output=json", "--all", matches])
+            .args(["--directory", JOURNAL_DIR, "--output=json", "--all", matches])
             .output()
             .unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
@@ -73,7 +74,7 @@ impl Drop for Journald {
     }
 }
 
-/// The daemon, as systemd starts it: it is told that its stdout is the journal.
+/// Starts the daemon as systemd does: JOURNAL_STREAM says that its stdout is the journal.
 fn start(folder: &Path, options: &[&str]) -> Child {
     let stdout = File::create(folder.join("stdout")).unwrap();
     let metadata = stdout.metadata().unwrap();
@@ -83,25 +84,25 @@ fn start(folder: &Path, options: &[&str]) -> Child {
     command.env("JOURNAL_STREAM", format!("{}:{}", metadata.dev(), metadata.ino())).spawn().unwrap()
 }
 
-fn end(child: &mut Child) {
+fn terminate(child: &mut Child) {
     kill_process(Pid::from_child(child), Signal::TERM).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]
-fn events_are_entries_with_fields_and_stdout_is_silent() {
-    let net = Net::private();
+fn events_are_journal_entries_with_fields_and_stdout_is_empty() {
+    let net = TestNetns::enter_new();
     let journald = Journald::start();
     let folder = tempfile::tempdir().unwrap();
     let mut child = start(folder.path(), &[]);
     wait_until("started", || !journald.entries("SELFCONN_EVENT=started").is_empty());
-    // A name that would be a field of its own, if it could.
+    // A name that would become a journal field of its own if it were not escaped.
     fs::write("/proc/thread-self/comm", "a\nPRIORITY=0").unwrap();
-    let port = talk_to_self(Ipv4Addr::LOCALHOST.into());
+    let port = run_self_connection(Ipv4Addr::LOCALHOST.into());
     let closed_there = format!("SELFCONN_NETNS={}", net.inode);
     let is_closed = |entry: &Value| entry["SELFCONN_EVENT"] == "closed";
     wait_until("closed", || journald.entries(&closed_there).iter().any(is_closed));
-    end(&mut child);
+    terminate(&mut child);
     wait_until("stopped", || !journald.entries("SELFCONN_EVENT=stopped").is_empty());
     assert_eq!(fs::read(folder.path().join("stdout")).unwrap(), b"");
 
@@ -113,10 +114,10 @@ fn events_are_entries_with_fields_and_stdout_is_silent() {
     assert_eq!(entry["MESSAGE_ID"], message_id("closed"));
     assert_eq!(entry["_TRANSPORT"], "journal");
     assert!(entry["MESSAGE"].as_str().unwrap().contains(&format!("127.0.0.1:{port} ")), "{entry}");
-    assert!(entry.get("SELFCONN_COOKIE").is_none(), "null is left out");
+    assert!(entry.get("SELFCONN_COOKIE").is_none(), "null fields are omitted");
     let event: Value = serde_json::from_str(entry["SELFCONN_JSON"].as_str().unwrap()).unwrap();
     assert_eq!(event["thread_comm"], "a\nPRIORITY=0", "{event}");
-    // With a line break in it, journalctl gives the bytes.
+    // journalctl prints a value with a line break as a list of bytes.
     let bytes = |value: &Value| match value {
         Value::String(text) => text.clone().into_bytes(),
         list => list.as_array().unwrap().iter().map(|byte| byte.as_u64().unwrap() as u8).collect(),
@@ -125,7 +126,7 @@ fn events_are_entries_with_fields_and_stdout_is_silent() {
 
     let tail = |options: &[&str]| {
         let mut command = Command::new(selfconn());
-        command.args(["tail", "--journal", "--journal-dir", FILES]).args(options);
+        command.args(["tail", "--journal", "--journal-dir", JOURNAL_DIR]).args(options);
         let output = command.output().unwrap();
         assert!(output.status.success(), "{output:?}");
         String::from_utf8(output.stdout).unwrap()
@@ -140,50 +141,50 @@ fn events_are_entries_with_fields_and_stdout_is_silent() {
 }
 
 #[test]
-fn a_journal_that_takes_nothing_holds_nobody_up_and_gets_everything_later() {
-    let net = Net::private();
+fn a_stopped_journal_blocks_nothing_and_gets_every_entry_later() {
+    let net = TestNetns::enter_new();
     let journald = Journald::start();
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("log");
     let mut child = start(folder.path(), &["--log", log.to_str().unwrap()]);
     wait_until("started", || !journald.entries("SELFCONN_EVENT=started").is_empty());
     journald.signal(Signal::STOP);
-    // Its socket holds some ten datagrams.
+    // The socket of journald queues about ten datagrams.
     for _ in 0..60 {
-        talk_to_self(Ipv4Addr::LOCALHOST.into());
+        run_self_connection(Ipv4Addr::LOCALHOST.into());
     }
     let ours = format!("\"netns\":{},", net.inode);
     let count = |text: &str| text.lines().filter(|line| line.contains(&ours)).count();
-    wait_until("the log goes on", || fs::read_to_string(&log).is_ok_and(|text| count(&text) == 120));
+    wait_until("the log continues", || fs::read_to_string(&log).is_ok_and(|text| count(&text) == 120));
     journald.signal(Signal::CONT);
     let there = format!("SELFCONN_NETNS={}", net.inode);
-    wait_until("the journal has all", || journald.entries(&there).len() == 120);
-    end(&mut child);
+    wait_until("the journal has all entries", || journald.entries(&there).len() == 120);
+    terminate(&mut child);
     let text = fs::read_to_string(&log).unwrap();
     let stopped: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
     assert_eq!((&stopped["lost"]["journal"], &stopped["lost"]["log"]), (&0.into(), &0.into()), "{stopped}");
 }
 
 #[test]
-fn an_entry_that_no_datagram_holds_arrives_whole() {
-    let _net = Net::private();
+fn an_entry_too_large_for_a_datagram_arrives_whole() {
+    let _net = TestNetns::enter_new();
     let journald = Journald::start();
     let large = "x".repeat(500 << 10);
     let entry = format!("MESSAGE=large\nSYSLOG_IDENTIFIER=selfconn\nSELFCONN_JSON={large}\n");
     let socket = UnixDatagram::unbound().unwrap();
     send(&socket, entry.as_bytes()).unwrap();
-    wait_until("it arrives", || !journald.entries("MESSAGE=large").is_empty());
+    wait_until("the entry arrives", || !journald.entries("MESSAGE=large").is_empty());
     assert_eq!(journald.entries("MESSAGE=large")[0]["SELFCONN_JSON"], large);
 }
 
 #[test]
-fn whoever_asks_for_json_gets_it_on_stdout() {
-    let _net = Net::private();
+fn json_on_request_goes_to_stdout_instead_of_the_journal() {
+    let _net = TestNetns::enter_new();
     let journald = Journald::start();
     let folder = tempfile::tempdir().unwrap();
     let mut child = start(folder.path(), &["--json"]);
     let stdout = folder.path().join("stdout");
     wait_until("started", || fs::read_to_string(&stdout).is_ok_and(|text| text.contains("started")));
-    end(&mut child);
+    terminate(&mut child);
     assert!(journald.entries("SYSLOG_IDENTIFIER=selfconn").is_empty());
 }

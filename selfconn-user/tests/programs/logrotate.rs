@@ -1,4 +1,4 @@
-//! The real logrotate, with the snippet that we ship, while self-connections are made as fast as they can be.
+//! The real logrotate with the shipped configuration snippet, while self-connections are made at full speed.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,16 +15,16 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::{
-    client::talk_to_self,
+    client::run_self_connection,
     daemon::{DEADLINE, selfconn},
-    net::Net,
+    net::TestNetns,
 };
 
 const SNIPPET: &str = include_str!("../../../packaging/logrotate/selfconn");
-const PATH: &str = "/var/log/selfconn/events.jsonl";
-const SIGNAL: &str = "systemctl kill --signal=HUP selfconn.service 2>/dev/null || true";
+const LOG_PATH: &str = "/var/log/selfconn/events.jsonl";
+const SIGNAL_COMMAND: &str = "systemctl kill --signal=HUP selfconn.service 2>/dev/null || true";
 
-/// More than the 14 that the snippet keeps would remove the oldest.
+/// Fewer than the 14 old files that the snippet keeps, so that no file is removed.
 const ROTATIONS: usize = 12;
 
 struct Rotation {
@@ -36,8 +36,8 @@ impl Rotation {
     fn new(config: impl FnOnce(&str) -> String) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("events.jsonl");
-        assert!(SNIPPET.contains(PATH) && SNIPPET.contains(SIGNAL));
-        let config = config(&SNIPPET.replace(PATH, log.to_str().unwrap()));
+        assert!(SNIPPET.contains(LOG_PATH) && SNIPPET.contains(SIGNAL_COMMAND));
+        let config = config(&SNIPPET.replace(LOG_PATH, log.to_str().unwrap()));
         Self { folder, config }
     }
 
@@ -45,20 +45,20 @@ impl Rotation {
         self.folder.path().join("events.jsonl")
     }
 
-    /// Rotates once, now.
+    /// Rotates once, immediately.
     fn rotate(&self, pid: u32) {
         let (config, state) = (self.folder.path().join("config"), self.folder.path().join("state"));
-        fs::write(&config, self.config.replace(SIGNAL, &format!("kill -HUP {pid}"))).unwrap();
+        fs::write(&config, self.config.replace(SIGNAL_COMMAND, &format!("kill -HUP {pid}"))).unwrap();
         let output = Command::new("logrotate")
             .args(["--force", "--state"])
             .args([state, config])
             .output()
             .expect("logrotate: `cargo xtask test` installs it");
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success() && said.is_empty(), "{said}");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && stderr.is_empty(), "{stderr}");
     }
 
-    /// Every file of the log, the oldest first, unpacked.
+    /// The text of every file of the log, uncompressed, oldest first.
     fn files(&self) -> Vec<String> {
         let mut numbered: Vec<(usize, PathBuf)> = Vec::new();
         for entry in fs::read_dir(self.folder.path()).unwrap() {
@@ -83,7 +83,7 @@ fn read(path: &Path) -> String {
     }
 }
 
-/// Each line whole.
+/// Parses the lines and checks that each is complete.
 fn parse(text: &str) -> Vec<Value> {
     assert!(text.is_empty() || text.ends_with('\n'));
     text.lines()
@@ -91,9 +91,10 @@ fn parse(text: &str) -> Vec<Value> {
         .collect()
 }
 
-/// Rotates under load; the account of the run. Nobody reads stdout, for no reader is as fast as a flood.
-fn flood(rotation: &Rotation) -> Value {
-    let _net = Net::private();
+/// Rotates while self-connections are made. Returns the `stopped` event. Nothing reads stdout, because no
+/// reader keeps up with this load.
+fn rotate_under_load(rotation: &Rotation) -> Value {
+    let _net = TestNetns::enter_new();
     let log = rotation.log();
     let mut command = Command::new(selfconn());
     command.args(["run", "--quiet", "--states", "--log"]).arg(&log).stdin(Stdio::null());
@@ -103,13 +104,13 @@ fn flood(rotation: &Rotation) -> Value {
     thread::scope(|scope| {
         scope.spawn(|| {
             while !is_over.load(Ordering::Relaxed) {
-                talk_to_self(Ipv4Addr::LOCALHOST.into());
+                run_self_connection(Ipv4Addr::LOCALHOST.into());
             }
         });
         let until = Instant::now() + DEADLINE;
         for _ in 0..ROTATIONS {
             let before = len();
-            // Under load means that it grows.
+            // Under load means that the log grows.
             while len() < before + (100 << 10) {
                 assert!(Instant::now() < until, "the log does not grow");
                 thread::yield_now();
@@ -127,16 +128,16 @@ fn flood(rotation: &Rotation) -> Value {
     stopped
 }
 
-/// Every event that was made is in one of the files, once; and those of a connection are in order.
-fn is_complete(rotation: &Rotation, stopped: &Value) {
+/// Every event that was made is in exactly one of the files, and the events of a connection are in order.
+fn assert_complete(rotation: &Rotation, stopped: &Value) {
     let in_files: Vec<_> = rotation.files().iter().flat_map(|file| parse(file)).collect();
     assert_eq!(in_files.len(), stopped["made"], "{stopped}");
-    let mut told = HashSet::new();
+    let mut reported = HashSet::new();
     let mut open = HashMap::new();
     for event in &in_files {
         let id = event["id"].as_str().unwrap_or("");
         let what = (id, event["event"].as_str(), event["to"].as_str(), event["time"].as_str());
-        assert!(told.insert(what), "twice: {event}");
+        assert!(reported.insert(what), "duplicate: {event}");
         match event["event"].as_str() {
             Some("established") => assert!(open.insert(id, ()).is_none(), "{event}"),
             Some("closed") => assert!(open.remove(id).is_some(), "{event}"),
@@ -147,28 +148,28 @@ fn is_complete(rotation: &Rotation, stopped: &Value) {
 }
 
 #[test]
-fn the_shipped_rotation_loses_no_line_and_tears_none() {
+fn the_shipped_rotation_loses_and_splits_no_line() {
     let rotation = Rotation::new(ToOwned::to_owned);
-    let stopped = flood(&rotation);
+    let stopped = rotate_under_load(&rotation);
     let files = rotation.files();
     assert_eq!(files.len(), ROTATIONS + 1);
-    assert!(files.iter().filter(|file| !file.is_empty()).count() >= ROTATIONS, "each had its part");
-    is_complete(&rotation, &stopped);
+    assert!(files.iter().filter(|file| !file.is_empty()).count() >= ROTATIONS, "each file has some lines");
+    assert_complete(&rotation, &stopped);
 }
 
 #[test]
-fn a_rotation_that_tells_nobody_loses_no_line_either() {
-    let rotation = Rotation::new(|config| config.replace(SIGNAL, "true"));
-    let stopped = flood(&rotation);
-    is_complete(&rotation, &stopped);
+fn a_rotation_without_a_signal_loses_no_line() {
+    let rotation = Rotation::new(|config| config.replace(SIGNAL_COMMAND, "true"));
+    let stopped = rotate_under_load(&rotation);
+    assert_complete(&rotation, &stopped);
 }
 
 #[test]
-fn after_copytruncate_the_log_goes_on_at_its_beginning_and_in_whole_lines() {
+fn after_copytruncate_the_log_continues_at_offset_zero_in_whole_lines() {
     let rotation =
         Rotation::new(|config| config.replace("nocreate", "copytruncate").replace("delaycompress", ""));
-    let stopped = flood(&rotation);
+    let stopped = rotate_under_load(&rotation);
     let last = rotation.files().pop().unwrap();
-    assert!(!last.contains('\0'), "a hole, where the file was longer before");
+    assert!(!last.contains('\0'), "a hole before the first line");
     assert_eq!(parse(&last).last(), Some(&stopped));
 }

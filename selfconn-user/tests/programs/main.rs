@@ -1,6 +1,6 @@
-//! The daemon among the real programs that an administrator puts around it: logrotate, and systemd's journal. They need
-//! root and these programs, which `cargo xtask test` installs.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
+//! The daemon together with real programs that administrators run: logrotate and the systemd journal. The
+//! tests need root and these programs, which `cargo xtask test` installs.
+#![expect(clippy::unwrap_used, reason = "a test that cannot continue panics")]
 
 #[path = "../live/client.rs"]
 #[expect(dead_code, reason = "shared with the live tests")]

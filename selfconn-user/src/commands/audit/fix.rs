@@ -1,88 +1,91 @@
-//! The cures, as text to run, to write into a file or into a pod's description.
+//! The fixes for ports at risk: as a command to run, as a sysctl.d file, or as a part of a pod specification.
 
 use std::{borrow::Cow, fmt::Write as _};
 
 use super::{
-    grade::{Risk, Row},
-    look::Seen,
+    grade::{PortAssessment, Risk},
+    look::NamespaceInfo,
 };
 use crate::sink::text::escape;
 
-/// What keeps the kernel from choosing a port, in each network namespace for itself.
-pub(super) const RESERVED: &str = "net.ipv4.ip_local_reserved_ports";
+/// The sysctl that lists the ports that the kernel must not choose. Each network namespace has its own list.
+pub(super) const RESERVED_PORTS_KEY: &str = "net.ipv4.ip_local_reserved_ports";
 
-/// Behind the files that a distribution brings; the last name decides.
-const DROP_IN: &str = "/etc/sysctl.d/90-selfconn.conf";
+/// The file name sorts behind the files of a distribution, because the last file that sets a value wins.
+const SYSCTL_D_FILE: &str = "/etc/sysctl.d/90-selfconn.conf";
 
-/// How to be rid of the risks in one namespace.
+/// How to remove all risks of one namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fix {
-    /// Until the namespace ends.
-    pub(super) now: String,
-    /// For good; `None`: whoever makes this namespace has to do it.
-    pub(super) lasting: Option<String>,
+    /// A command whose effect lasts as long as the namespace.
+    pub(super) immediate: String,
+    /// A permanent setting. `None`: unknown, because the program that creates this namespace must set it.
+    pub(super) persistent: Option<String>,
 }
 
-/// All ports at risk are reserved at once: the list is set as a whole, so a fix for each alone would undo the others'.
-pub(super) fn fix(seen: &Seen, rows: &[Row]) -> Option<Fix> {
+/// The fix for all ports at risk together. A write replaces the whole list of reserved ports, so separate
+/// fixes for each port would undo each other. `None`: no port is at risk.
+pub(super) fn fix(info: &NamespaceInfo, rows: &[PortAssessment]) -> Option<Fix> {
     let at_risk: Vec<_> = rows.iter().filter(|row| row.risk != Risk::None).map(|row| row.port).collect();
     if at_risk.is_empty() {
         return None;
     }
-    let value = seen.ports.reserved.with(at_risk);
-    let set = format!("sysctl -w {RESERVED}={value}");
-    let namespace = &seen.namespace;
-    let path = quoted(&namespace.path.display().to_string()).into_owned();
-    let now = if namespace.is_own { set } else { format!("nsenter --net={path} {set}") };
-    let lasting = match seen.lasts {
-        Some(Lasts::SysctlD) => {
-            let of = if namespace.is_own { "self" } else { &path };
-            Some(format!("selfconn audit --netns {of} --sysctl > {DROP_IN}"))
+    let value = info.local_ports.reserved.with(at_risk);
+    let command = format!("sysctl -w {RESERVED_PORTS_KEY}={value}");
+    let namespace = &info.namespace;
+    let path = shell_quoted(&namespace.path.display().to_string()).into_owned();
+    let immediate = if namespace.is_current { command } else { format!("nsenter --net={path} {command}") };
+    let persistent = match info.persistence {
+        Some(Persistence::SysctlD) => {
+            let netns = if namespace.is_current { "self" } else { &path };
+            Some(format!("selfconn audit --netns {netns} --sysctl > {SYSCTL_D_FILE}"))
         }
-        Some(Lasts::Pod) => {
-            Some(format!("securityContext: {{sysctls: [{{name: {RESERVED}, value: \"{value}\"}}]}}"))
-        }
+        Some(Persistence::Pod) => Some(format!(
+            "securityContext: {{sysctls: [{{name: {RESERVED_PORTS_KEY}, value: \"{value}\"}}]}}"
+        )),
         None => None,
     };
-    Some(Fix { now, lasting })
+    Some(Fix { immediate, persistent })
 }
 
-/// Where a setting of a namespace comes from when it is made anew.
+/// Where the sysctls of a namespace are configured permanently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Lasts {
-    /// The host's: from the files of sysctl.d.
+pub(super) enum Persistence {
+    /// Network namespace of the host: in the files of sysctl.d.
     SysctlD,
-    /// A pod's: from the pod's description.
+    /// Network namespace of a pod: in the pod specification.
     Pod,
 }
 
-/// A file for sysctl.d: what is reserved, and what is at risk.
-pub(super) fn sysctl_d(seen: &Seen, rows: &[Row]) -> String {
-    let mut out =
-        String::from("# Made by `selfconn audit --sysctl`: ports that no client may get as its source,\n");
-    out.push_str("# for one that is dialled while its server is down would then be connected to itself.\n");
-    let range = seen.ports.range;
-    let _ = writeln!(out, "# Network namespace {}, source ports {range}.", seen.namespace.inode);
-    if !seen.ports.reserved.is_empty() {
-        let _ = writeln!(out, "# Reserved before: {}", seen.ports.reserved);
+/// A sysctl.d file that reserves the ports already reserved and the ports at risk.
+pub(super) fn sysctl_d(info: &NamespaceInfo, rows: &[PortAssessment]) -> String {
+    let mut out = String::from(
+        "# Made by `selfconn audit --sysctl`: ports that the kernel must not choose as source ports,\n",
+    );
+    out.push_str("# because a client that connects to one while its server is down can connect to itself.\n");
+    let range = info.local_ports.range;
+    let _ = writeln!(out, "# Network namespace {}, source ports {range}.", info.namespace.inode);
+    if !info.local_ports.reserved.is_empty() {
+        let _ = writeln!(out, "# Reserved before: {}", info.local_ports.reserved);
     }
     let at_risk = || rows.iter().filter(|row| row.risk != Risk::None);
     for row in at_risk() {
-        let (end, who) = (row.end(), row.who());
-        let who = if who.is_empty() { String::new() } else { format!(", {who}") };
-        let _ = writeln!(out, "# Added, {} risk: {}", row.risk.name(), escape(&format!("{end}{who}")));
+        let (endpoint, listener) = (row.endpoint_text(), row.listener_text());
+        let listener = if listener.is_empty() { String::new() } else { format!(", {listener}") };
+        let _ =
+            writeln!(out, "# Added, {} risk: {}", row.risk.name(), escape(&format!("{endpoint}{listener}")));
     }
-    let value = seen.ports.reserved.with(at_risk().map(|row| row.port));
-    // An empty value would be one that some sysctl programs refuse.
+    let value = info.local_ports.reserved.with(at_risk().map(|row| row.port));
+    // Without a setting, because some sysctl programs reject an empty value.
     let _ = match value.is_empty() {
-        true => writeln!(out, "# Nothing is at risk, and nothing is reserved."),
-        false => writeln!(out, "{RESERVED} = {value}"),
+        true => writeln!(out, "# No port is at risk, and no port is reserved."),
+        false => writeln!(out, "{RESERVED_PORTS_KEY} = {value}"),
     };
     out
 }
 
-/// As a shell takes it for one word.
-fn quoted(word: &str) -> Cow<'_, str> {
+/// Quotes a word for the shell where needed.
+fn shell_quoted(word: &str) -> Cow<'_, str> {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-@:+,%".contains(c);
     match word.chars().all(is_plain) {
         true => word.into(),
@@ -95,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_is_one_word_of_the_shell() {
+    fn a_path_is_quoted_as_one_shell_word() {
         for (path, word) in [
             ("/run/netns/blue", "/run/netns/blue"),
             ("/proc/12/ns/net", "/proc/12/ns/net"),
@@ -104,7 +107,7 @@ mod tests {
             ("/run/netns/$(reboot)", "'/run/netns/$(reboot)'"),
             ("/run/netns/it's", r"'/run/netns/it'\''s'"),
         ] {
-            assert_eq!(quoted(path), word);
+            assert_eq!(shell_quoted(path), word);
         }
     }
 }

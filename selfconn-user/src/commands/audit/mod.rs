@@ -1,7 +1,11 @@
-//! `selfconn audit`: which ports can hit themselves, how likely that is, and what prevents it. It changes nothing.
+//! `selfconn audit`: finds the ports at risk of a self-connection, and prints the risk, its cause and the
+//! fix. It changes nothing on the host.
 //!
-//! A port that somebody listens on can't be hit: it can as soon as the listener is gone and its clients still dial. So
-//! what is looked at are listeners, and services that the user names because they may be down just now.
+//! No client self-connects to a port that has a listener. The risk begins when the listener is gone and
+//! clients still connect. So the audit covers all listeners, and also the services that the user names,
+//! because these may be down.
+//!
+//! `look` reads the state of the host, `grade` assesses it without I/O, `fix` and `print` write the output.
 
 mod boot;
 mod fix;
@@ -19,10 +23,10 @@ use std::{
 use anyhow::{Result, bail};
 
 use self::{
-    print::{Counts, Report},
-    services::Asked,
+    print::{NamespaceReport, RiskCounts},
+    services::RequestedService,
 };
-use crate::{logger, sink::text::escape, sockets::Which};
+use crate::{logger, sink::text::escape, sockets::NamespaceSelection};
 
 /// Shown below the options.
 pub const EXAMPLE: &str = "\
@@ -32,28 +36,28 @@ Examples:
   selfconn audit --sysctl > /etc/sysctl.d/90-selfconn.conf
   selfconn audit --json | jq -r 'select(.risk == \"high\") | \"\\(.netns) \\(.port)\"'
 
-high: connect() itself may choose the port. low: a client must bind port 0 before it connects,
-use IP_LOCAL_PORT_RANGE, or find the better ports taken. none: nothing but the client itself
-chooses it. What to do about it, and the reasons: docs/remedies.md.
-As root it sees every network namespace; as another user its own, and says what it could not see.";
+high: connect() itself can choose the port. low: only a client that binds port 0 before
+connect() or uses IP_LOCAL_PORT_RANGE gets the port, or any client when all better ports are
+taken. none: only a client that names the port gets it. Fixes and reasons: docs/remedies.md.
+Root sees every network namespace. Other users see their own; audit lists what it could not see.";
 
 /// Options of `audit`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
-    /// The network namespace to look at: this one, that of a file as /run/netns/NAME or
-    /// /proc/PID/ns/net, or every one [default: all; with --sysctl self]
+pub struct AuditArgs {
+    /// Network namespace to audit: the current one, a file such as /run/netns/NAME or
+    /// /proc/PID/ns/net, or all [default: all; with --sysctl self]
     #[arg(long, value_name = "self|PATH|all")]
     netns: Option<PathBuf>,
-    /// Look at this port, too, whether or not somebody listens on it now; may be given again
+    /// Also audit this port, with or without a listener; can be repeated
     #[arg(long = "port", value_name = "N")]
     ports: Vec<String>,
-    /// Look at the services of this file, too: a line is `port [addr]`, # begins a comment
+    /// Also audit the services in this file: one `port [addr]` per line, # starts a comment
     #[arg(long, value_name = "FILE")]
     services: Option<PathBuf>,
-    /// Print a file for sysctl.d that prevents what is found in one namespace, and nothing else
+    /// Print only a sysctl.d file that removes the risks of one namespace
     #[arg(long, conflicts_with = "json")]
     sysctl: bool,
-    /// One JSON object a line for each port, and one for the summary
+    /// Print one JSON object per line: one for each port, and a summary
     #[arg(long)]
     json: bool,
     /// Read /proc/net/tcp instead of asking sock_diag
@@ -61,62 +65,62 @@ pub struct Args {
     procfs: bool,
 }
 
-/// Looks, judges, and tells.
+/// Runs the audit and prints its result.
 ///
 /// # Errors
-/// When what the user names can't be read, no namespace can be looked at, or stdout not written.
-pub fn run(args: &Args) -> Result<ExitCode> {
+/// If an argument is invalid, if the services file cannot be read, if no namespace can be inspected, or if
+/// stdout cannot be written.
+pub fn run(args: &AuditArgs) -> Result<ExitCode> {
     logger::init(0, false);
-    let which = which(args)?;
-    let asked = asked(args)?;
-    let mut looked = look::look(&which, args.procfs, &asked)?;
-    let boot = looked.boot.map(|_| boot::read(Path::new("/")));
-    looked.unseen.extend(boot.iter().flat_map(|boot| &boot.unseen).cloned());
-    let report = |(index, seen): (usize, look::Seen)| {
-        let rows = grade::grade(&seen);
-        let boot = boot.as_ref().filter(|_| looked.boot == Some(index));
-        let disagreements = boot.map(|boot| boot.disagreements(seen.ports.range, &seen.ports.reserved));
-        Report { rows, disagreements: disagreements.unwrap_or_default(), seen }
+    let selection = namespace_selection(args)?;
+    let services = requested_services(args)?;
+    let mut input = look::collect(&selection, args.procfs, &services)?;
+    let boot_settings = input.init_namespace.map(|_| boot::read(Path::new("/")));
+    input.unseen.extend(boot_settings.iter().flat_map(|settings| &settings.unseen).cloned());
+    let report = |(index, namespace_info): (usize, look::NamespaceInfo)| {
+        let assessments = grade::assess(&namespace_info);
+        let settings = boot_settings.as_ref().filter(|_| input.init_namespace == Some(index));
+        let ports = &namespace_info.local_ports;
+        let disagreements = settings.map(|settings| settings.disagreements(ports.range, &ports.reserved));
+        NamespaceReport { assessments, disagreements: disagreements.unwrap_or_default(), namespace_info }
     };
-    let reports: Vec<_> = looked.namespaces.into_iter().enumerate().map(report).collect();
-    for what in &looked.unseen {
-        let _ = writeln!(io::stderr(), "selfconn: not seen: {}", escape(what));
+    let reports: Vec<_> = input.namespaces.into_iter().enumerate().map(report).collect();
+    for item in &input.unseen {
+        let _ = writeln!(io::stderr(), "selfconn: not seen: {}", escape(item));
     }
     let out = match (args.sysctl, args.json) {
         (true, _) => {
-            let text = |Report { seen, rows, .. }: &Report| fix::sysctl_d(seen, rows);
+            let text = |report: &NamespaceReport| fix::sysctl_d(&report.namespace_info, &report.assessments);
             reports.iter().map(text).collect::<String>().into_bytes()
         }
-        (false, true) => print::json(&reports, &looked.unseen)?,
+        (false, true) => print::json(&reports, &input.unseen)?,
         (false, false) => print::text(&reports).into_bytes(),
     };
     super::print(&out)?;
-    let Counts { high, low, .. } = Counts::of(&reports);
+    let RiskCounts { high, low, .. } = RiskCounts::of(&reports);
     Ok(if args.sysctl || high + low == 0 { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
-fn which(args: &Args) -> Result<Which> {
+fn namespace_selection(args: &AuditArgs) -> Result<NamespaceSelection> {
     match args.netns.as_deref() {
-        None if args.sysctl => Ok(Which::Own),
-        None => Ok(Which::All),
-        Some(name) if name == Path::new("self") => Ok(Which::Own),
+        None if args.sysctl => Ok(NamespaceSelection::Current),
+        None => Ok(NamespaceSelection::All),
+        Some(name) if name == Path::new("self") => Ok(NamespaceSelection::Current),
         Some(name) if name == Path::new("all") && args.sysctl => {
-            bail!(
-                "--sysctl is for one network namespace: name it, as in --netns self or --netns /run/netns/NAME"
-            )
+            bail!("--sysctl needs one network namespace: use --netns self or --netns /run/netns/NAME")
         }
-        Some(name) if name == Path::new("all") => Ok(Which::All),
-        Some(path) => Ok(Which::At(path.to_owned())),
+        Some(name) if name == Path::new("all") => Ok(NamespaceSelection::All),
+        Some(path) => Ok(NamespaceSelection::At(path.to_owned())),
     }
 }
 
-fn asked(args: &Args) -> Result<Vec<Asked>> {
-    let mut asked = match &args.services {
+fn requested_services(args: &AuditArgs) -> Result<Vec<RequestedService>> {
+    let mut services = match &args.services {
         Some(path) => services::read(path)?,
         None => vec![],
     };
     for port in &args.ports {
-        asked.push(Asked { addr: None, port: services::port(port)? });
+        services.push(RequestedService { addr: None, port: services::parse_port(port)? });
     }
-    Ok(asked)
+    Ok(services)
 }

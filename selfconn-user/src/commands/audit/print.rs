@@ -1,4 +1,4 @@
-//! What `audit` found, for people and as JSON lines.
+//! Prints the result of `audit`, as text for people and as JSON lines.
 
 use std::fmt::Write as _;
 
@@ -8,38 +8,39 @@ use serde::Serialize;
 use super::{
     boot::Disagreement,
     fix::{self, Fix},
-    grade::{Risk, Row},
-    look::Seen,
+    grade::{PortAssessment, Risk},
+    look::NamespaceInfo,
 };
 use crate::sink::text::escape;
 
-/// A namespace and what was found there.
+/// A network namespace and its assessment.
 #[derive(Debug)]
-pub(super) struct Report {
-    pub(super) seen: Seen,
-    pub(super) rows: Vec<Row>,
-    /// What the next boot makes otherwise; empty where that is no question.
+pub(super) struct NamespaceReport {
+    pub(super) namespace_info: NamespaceInfo,
+    pub(super) assessments: Vec<PortAssessment>,
+    /// Settings that the next boot changes. Empty for a namespace to which sysctl.d does not apply.
     pub(super) disagreements: Vec<Disagreement>,
 }
 
-/// How many ports are at which risk.
+/// The number of ports of each risk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub(super) struct Counts {
+pub(super) struct RiskCounts {
     pub(super) high: usize,
     pub(super) low: usize,
     pub(super) none: usize,
 }
 
-impl Counts {
-    pub(super) fn of(reports: &[Report]) -> Self {
-        let count =
-            |risk| reports.iter().flat_map(|report| &report.rows).filter(|row| row.risk == risk).count();
+impl RiskCounts {
+    pub(super) fn of(reports: &[NamespaceReport]) -> Self {
+        let count = |risk| {
+            reports.iter().flat_map(|report| &report.assessments).filter(|row| row.risk == risk).count()
+        };
         Self { high: count(Risk::High), low: count(Risk::Low), none: count(Risk::None) }
     }
 }
 
 #[derive(Serialize)]
-struct JsonRow<'a> {
+struct JsonPort<'a> {
     netns: u32,
     addr: Option<String>,
     ifindex: Option<u32>,
@@ -61,10 +62,10 @@ struct JsonListener<'a> {
 }
 
 #[derive(Serialize)]
-struct Summary<'a> {
+struct AuditSummary<'a> {
     event: &'static str,
     #[serde(flatten)]
-    counts: Counts,
+    counts: RiskCounts,
     namespaces: Vec<JsonNamespace<'a>>,
     unseen: &'a [String],
 }
@@ -72,137 +73,149 @@ struct Summary<'a> {
 #[derive(Serialize)]
 struct JsonNamespace<'a> {
     netns: u32,
-    /// By which file it was entered; null: it is the one that audit runs in.
+    /// The file through which audit entered the namespace. Null: the namespace that audit runs in.
     path: Option<String>,
     range: String,
     reserved: String,
     disagreements: &'a [Disagreement],
 }
 
-/// An object for each port, and the summary.
-pub(super) fn json(reports: &[Report], unseen: &[String]) -> Result<Vec<u8>> {
+/// One JSON object for each port, and the summary.
+pub(super) fn json(reports: &[NamespaceReport], unseen: &[String]) -> Result<Vec<u8>> {
     let mut out = Vec::new();
-    for Report { seen, rows, .. } in reports {
-        let fix = fix::fix(seen, rows);
-        for row in rows {
+    for NamespaceReport { namespace_info, assessments, .. } in reports {
+        let fix = fix::fix(namespace_info, assessments);
+        for row in assessments {
             let fix = fix.as_ref().filter(|_| row.risk != Risk::None);
-            let row = JsonRow {
+            let row = JsonPort {
                 netns: row.netns,
                 addr: row.addr.map(|addr| addr.to_string()),
                 ifindex: row.ifindex,
                 port: row.port,
                 risk: row.risk.name(),
                 why: &row.why,
-                listener: row.listener.as_ref().map(|who| JsonListener {
-                    pid: who.pid,
-                    comm: who.comm.as_deref(),
-                    unit: who.unit.as_deref(),
-                    container: who.container.as_deref(),
+                listener: row.listener.as_ref().map(|process| JsonListener {
+                    pid: process.pid,
+                    comm: process.comm.as_deref(),
+                    unit: process.unit.as_deref(),
+                    container: process.container.as_deref(),
                 }),
                 expected_dials: row.expected_dials,
-                fix: fix.map(|fix| fix.now.as_str()),
-                fix_lasting: fix.and_then(|fix| fix.lasting.as_deref()),
+                fix: fix.map(|fix| fix.immediate.as_str()),
+                fix_lasting: fix.and_then(|fix| fix.persistent.as_deref()),
             };
-            line(&row, &mut out)?;
+            write_line(&row, &mut out)?;
         }
     }
-    let summary = Summary {
+    let summary = AuditSummary {
         event: "summary",
-        counts: Counts::of(reports),
+        counts: RiskCounts::of(reports),
         namespaces: reports.iter().map(JsonNamespace::of).collect(),
         unseen,
     };
-    line(&summary, &mut out)?;
+    write_line(&summary, &mut out)?;
     Ok(out)
 }
 
-fn line(object: &impl Serialize, out: &mut Vec<u8>) -> Result<()> {
+fn write_line(object: &impl Serialize, out: &mut Vec<u8>) -> Result<()> {
     serde_json::to_writer(&mut *out, object)?;
     out.push(b'\n');
     Ok(())
 }
 
 impl<'a> JsonNamespace<'a> {
-    fn of(report: &'a Report) -> Self {
-        let Seen { namespace, ports, .. } = &report.seen;
+    fn of(report: &'a NamespaceReport) -> Self {
+        let NamespaceInfo { namespace, local_ports, .. } = &report.namespace_info;
         Self {
             netns: namespace.inode,
-            path: (!namespace.is_own).then(|| namespace.path.display().to_string()),
-            range: ports.range.to_string(),
-            reserved: ports.reserved.to_string(),
+            path: (!namespace.is_current).then(|| namespace.path.display().to_string()),
+            range: local_ports.range.to_string(),
+            reserved: local_ports.reserved.to_string(),
             disagreements: &report.disagreements,
         }
     }
 }
 
-/// A line for each namespace; below it the ports at risk and those that were asked for, and the cures.
-pub(super) fn text(reports: &[Report]) -> String {
+/// A line for each namespace. Below it the ports at risk, the requested ports, and the fixes.
+pub(super) fn text(reports: &[NamespaceReport]) -> String {
     let mut out = String::new();
-    for Report { seen, rows, disagreements } in reports {
-        heading(seen, rows, &mut out);
-        let told: Vec<_> = rows.iter().filter(|row| row.risk != Risk::None || row.is_asked).collect();
-        let who = |row: &Row| match row.listener {
-            Some(_) => escape(&row.who()),
+    for NamespaceReport { namespace_info, assessments, disagreements } in reports {
+        write_heading(namespace_info, assessments, &mut out);
+        let listener = |row: &PortAssessment| match row.listener {
+            Some(_) => escape(&row.listener_text()),
             None => "nobody listens".to_owned(),
         };
-        let told: Vec<_> = told.into_iter().map(|row| (row.end(), who(row), row)).collect();
-        let width = |len: fn(&(String, String, &Row)) -> usize| told.iter().map(len).max().unwrap_or(0);
-        let (ends, whos) = (width(|(end, ..)| end.len()), width(|(_, who, _)| who.len()));
-        for (end, who, row) in &told {
-            let risk = row.risk.name();
-            let _ = writeln!(out, "  {risk:<4}  {end:<ends$}  {who:<whos$}  {}", escape(&row.brief));
+        let shown: Vec<_> = assessments
+            .iter()
+            .filter(|row| row.risk != Risk::None || row.is_requested)
+            .map(|row| (row.endpoint_text(), listener(row), row))
+            .collect();
+        let width =
+            |len: fn(&(String, String, &PortAssessment)) -> usize| shown.iter().map(len).max().unwrap_or(0);
+        let endpoint_width = width(|(endpoint, ..)| endpoint.len());
+        let listener_width = width(|(_, listener, _)| listener.len());
+        for (endpoint, listener, row) in &shown {
+            let (risk, brief) = (row.risk.name(), escape(&row.brief));
+            let _ = writeln!(
+                out,
+                "  {risk:<4}  {endpoint:<endpoint_width$}  {listener:<listener_width$}  {brief}"
+            );
         }
-        if let Some(Fix { now, lasting }) = fix::fix(seen, rows) {
-            let _ = writeln!(out, "  now    {}", escape(&now));
-            if let Some(lasting) = lasting {
-                let _ = writeln!(out, "  keep   {}", escape(&lasting));
+        if let Some(Fix { immediate, persistent }) = fix::fix(namespace_info, assessments) {
+            let _ = writeln!(out, "  now    {}", escape(&immediate));
+            if let Some(persistent) = persistent {
+                let _ = writeln!(out, "  keep   {}", escape(&persistent));
             }
         }
         for Disagreement { key, file, at_boot, running } in disagreements {
             let value =
                 |value: &str| if value.is_empty() { "nothing".to_owned() } else { format!("{value:?}") };
-            let file = file.as_deref().unwrap_or("no file sets it, so the kernel's default");
+            let file = file.as_deref().unwrap_or("no file sets it, so the default of the kernel");
             let (at_boot, running) = (value(at_boot), value(running));
             let line = format!("{key} is {running} now, and {at_boot} after the next boot ({file})");
             let _ = writeln!(out, "  boot   {}", escape(&line));
         }
     }
-    let counts = Counts::of(reports);
+    let counts = RiskCounts::of(reports);
     let namespaces = match reports.len() {
         1 => "1 network namespace".to_owned(),
         count => format!("{count} network namespaces"),
     };
     let _ = match counts {
-        Counts { high: 0, low: 0, none } => {
-            writeln!(out, "nothing at risk in {namespaces}; {none} {} looked at", ports(none))
+        RiskCounts { high: 0, low: 0, none } => {
+            writeln!(out, "nothing at risk in {namespaces}; {none} {} checked", port_noun(none))
         }
-        Counts { high, low, none } => {
-            writeln!(out, "at risk in {namespaces}: {high} high, {low} low; {none} {} not", ports(none))
+        RiskCounts { high, low, none } => {
+            writeln!(
+                out,
+                "at risk in {namespaces}: {high} high, {low} low; {none} {} not at risk",
+                port_noun(none)
+            )
         }
     };
     out
 }
 
-fn heading(seen: &Seen, rows: &[Row], out: &mut String) {
-    let Seen { namespace, ports, .. } = seen;
-    let which = match namespace.is_own {
+fn write_heading(info: &NamespaceInfo, assessments: &[PortAssessment], out: &mut String) {
+    let NamespaceInfo { namespace, local_ports, .. } = info;
+    let location = match namespace.is_current {
         true => "this one".to_owned(),
         false => escape(&namespace.path.display().to_string()),
     };
-    let reserved = match ports.reserved.is_empty() {
+    let reserved = match local_ports.reserved.is_empty() {
         true => "nothing reserved".to_owned(),
-        false => format!("reserved {}", ports.reserved),
+        false => format!("reserved {}", local_ports.reserved),
     };
-    let calm = rows.iter().filter(|row| row.risk == Risk::None).count();
-    let calm = match calm == rows.len() {
-        true => format!("; {calm} {}, nothing at risk", self::ports(calm)),
+    let without_risk = assessments.iter().filter(|row| row.risk == Risk::None).count();
+    let summary = match without_risk == assessments.len() {
+        true => format!("; {without_risk} {}, nothing at risk", port_noun(without_risk)),
         false => String::new(),
     };
-    let _ =
-        writeln!(out, "netns {} ({which}): source ports {}, {reserved}{calm}", namespace.inode, ports.range);
+    let (inode, range) = (namespace.inode, local_ports.range);
+    let _ = writeln!(out, "netns {inode} ({location}): source ports {range}, {reserved}{summary}");
 }
 
-fn ports(count: usize) -> &'static str {
+fn port_noun(count: usize) -> &'static str {
     if count == 1 { "port" } else { "ports" }
 }
 
@@ -211,78 +224,81 @@ mod tests {
     use super::*;
     use crate::{
         commands::audit::{
-            fix::Lasts,
-            grade::grade,
-            look::{Leaves, Target, Who},
+            fix::Persistence,
+            grade::assess,
+            look::{AuditedPort, ListenerProcess, RouteSource},
         },
         ports::LocalPorts,
         sockets::Namespace,
     };
 
-    fn reports() -> Vec<Report> {
-        let target = |addr: &str, port, listener| Target {
+    fn reports() -> Vec<NamespaceReport> {
+        let audited = |addr: &str, port, listener| AuditedPort {
             addr: addr.parse().ok(),
             ifindex: None,
             port,
-            leaves: Leaves::Itself,
+            route_source: RouteSource::Same,
             inode: 0,
             listener,
-            is_asked: addr.is_empty(),
+            is_requested: addr.is_empty(),
         };
-        let nginx = Who {
+        let nginx = ListenerProcess {
             pid: Some(812),
             comm: Some("a\nb".to_owned()),
             unit: Some("x.service".to_owned()),
-            ..Who::default()
+            ..ListenerProcess::default()
         };
-        let seen = Seen {
-            namespace: Namespace { inode: 7, path: "/run/netns/blue".into(), is_own: true },
-            ports: LocalPorts::parse("32768 60999", "8080").unwrap(),
-            lasts: Some(Lasts::SysctlD),
-            targets: vec![
-                target("127.0.0.1", 44_446, Some(nginx)),
-                target("::", 50_051, Some(Who::default())),
-                target("", 61_616, None),
-                target("127.0.0.1", 22, Some(Who::default())),
+        let with_risk = NamespaceInfo {
+            namespace: Namespace { inode: 7, path: "/run/netns/blue".into(), is_current: true },
+            local_ports: LocalPorts::parse("32768 60999", "8080").unwrap(),
+            persistence: Some(Persistence::SysctlD),
+            audited_ports: vec![
+                audited("127.0.0.1", 44_446, Some(nginx)),
+                audited("::", 50_051, Some(ListenerProcess::default())),
+                audited("", 61_616, None),
+                audited("127.0.0.1", 22, Some(ListenerProcess::default())),
             ],
         };
-        let calm = Seen {
-            namespace: Namespace { inode: 8, path: "/run/netns/blue".into(), is_own: false },
-            ports: LocalPorts::parse("32768 60999", "").unwrap(),
-            lasts: None,
-            targets: vec![target("127.0.0.1", 22, Some(Who::default()))],
+        let without_risk = NamespaceInfo {
+            namespace: Namespace { inode: 8, path: "/run/netns/blue".into(), is_current: false },
+            local_ports: LocalPorts::parse("32768 60999", "").unwrap(),
+            persistence: None,
+            audited_ports: vec![audited("127.0.0.1", 22, Some(ListenerProcess::default()))],
         };
         let disagreement = Disagreement {
-            key: fix::RESERVED,
+            key: fix::RESERVED_PORTS_KEY,
             file: None,
             at_boot: String::new(),
             running: "8080".to_owned(),
         };
-        let report = |seen: Seen, disagreements| Report { rows: grade(&seen), seen, disagreements };
-        vec![report(seen, vec![disagreement]), report(calm, vec![])]
+        let report = |namespace_info: NamespaceInfo, disagreements| {
+            let assessments = assess(&namespace_info);
+            NamespaceReport { namespace_info, assessments, disagreements }
+        };
+        vec![report(with_risk, vec![disagreement]), report(without_risk, vec![])]
     }
 
     #[test]
-    fn people_get_a_line_for_each_port_that_matters_and_the_cures() {
+    fn text_has_a_line_for_each_port_at_risk_and_the_fixes() {
         assert_eq!(
             text(&reports()),
             "\
 netns 7 (this one): source ports 32768-60999, reserved 8080
-  high  127.0.0.1:44446  a\\nb[812] x.service  even: one dial in 14,116 hits itself once it is down
-  low   [::]:50051       an unknown process   odd: one dial in 14,116, only for a client that binds port 0 first
+  high  127.0.0.1:44446  a\\nb[812] x.service  even: one attempt in 14,116 connects to itself while it is down
+  low   [::]:50051       an unknown process   odd: one attempt in 14,116, only for a client that binds port 0 first
   none  *:61616          nobody listens       outside the range
   now    sysctl -w net.ipv4.ip_local_reserved_ports=8080,44446,50051
   keep   selfconn audit --netns self --sysctl > /etc/sysctl.d/90-selfconn.conf
   boot   net.ipv4.ip_local_reserved_ports is \"8080\" now, and nothing after the next boot (no file sets it, so the \
-kernel's default)
+default of the kernel)
 netns 8 (/run/netns/blue): source ports 32768-60999, nothing reserved; 1 port, nothing at risk
-at risk in 2 network namespaces: 1 high, 1 low; 3 ports not
+at risk in 2 network namespaces: 1 high, 1 low; 3 ports not at risk
 "
         );
     }
 
     #[test]
-    fn json_has_an_object_for_each_port_and_null_for_the_unknown() {
+    fn json_has_an_object_for_each_port_and_null_for_unknown_values() {
         let bytes = json(&reports(), &["something".to_owned()]).unwrap();
         let rows: Vec<serde_json::Value> =
             str::from_utf8(&bytes).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -291,8 +307,8 @@ at risk in 2 network namespaces: 1 high, 1 low; 3 ports not
         assert_eq!(rows[0]["listener"]["unit"], "x.service");
         assert_eq!(rows[0]["expected_dials"], 14_116);
         assert!(rows[1]["listener"]["pid"].is_null() && rows[1]["listener"].is_object(), "{}", rows[1]);
-        for absent in ["fix", "fix_lasting", "expected_dials", "listener", "addr", "ifindex"] {
-            assert_eq!(rows[3].get(absent), Some(&serde_json::Value::Null), "{absent}: {}", rows[3]);
+        for field in ["fix", "fix_lasting", "expected_dials", "listener", "addr", "ifindex"] {
+            assert_eq!(rows[3].get(field), Some(&serde_json::Value::Null), "{field}: {}", rows[3]);
         }
         let summary = &rows[5];
         assert_eq!((&summary["high"], &summary["low"], &summary["none"]), (&1.into(), &1.into(), &3.into()));

@@ -1,4 +1,5 @@
-//! `doctor --live`: attaches what `run` would, makes a self-connection of its own, and asks each method whether it saw it.
+//! `doctor --live`: attaches the hooks as `run` would, makes a self-connection, and checks that each method
+//! observed it.
 
 use std::time::Duration;
 
@@ -9,77 +10,78 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::{
     kernel::{
-        attach::{Method, Wanted},
-        host::Host,
-        tracer::{Options, Tracer},
+        attach::{Method, RequestedHooks},
+        host::KernelFeatures,
+        tracer::{Tracer, TracerOptions},
     },
-    selftest::SelfTest,
-    watchdog::{Dead, Verdict, Watchdog},
+    selftest::SelfTestSocket,
+    watchdog::{DeadProbes, ProbeHealth, SelfTestOutcome},
 };
 
-/// How often the ring buffer is looked at while a test goes on.
-const LOOK: Duration = Duration::from_millis(10);
+/// Interval at which the ring buffer is drained during a test.
+const DRAIN_INTERVAL: Duration = Duration::from_millis(10);
 
-/// What came of it.
+/// Result of the test.
 #[derive(Debug, Serialize)]
-pub(super) struct Live {
-    /// Whether every method saw it, and its record came through the ring buffer.
+pub(super) struct LiveTest {
+    /// True if every method observed the connection and its record arrived through the ring buffer.
     pub(super) passed: bool,
-    /// Each method that `run` would attach.
-    pub(super) methods: Vec<Sees>,
-    /// Whether the record came.
+    /// One entry for each method that `run` would attach.
+    pub(super) methods: Vec<LiveMethod>,
+    /// True if the record of the connection arrived through the ring buffer.
     pub(super) record: bool,
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct Sees {
+pub(super) struct LiveMethod {
     pub(super) method: &'static str,
     pub(super) sees: bool,
 }
 
-/// Tries it. A test that fails is repeated, as the daemon does.
-pub(super) fn test(host: &Host) -> Result<Live> {
+/// Runs the test. A failed test is repeated, as in the daemon.
+pub(super) fn test(features: &KernelFeatures) -> Result<LiveTest> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let options = Options {
-            wanted: Wanted::default(),
-            binds: crate::kernel::tracer::binds::WantedBinds::Off,
+        let options = TracerOptions {
+            hooks: RequestedHooks::default(),
+            bind_method: crate::kernel::tracer::binds::RequestedBindMethod::Off,
             ring_bytes: 1 << 20,
-            dials: 64,
-            refusals: 64,
+            connect_table_size: 64,
+            refused_table_size: 64,
             states: false,
             log: false,
         };
-        let mut tracer = Tracer::start(host, options)?;
-        let test = SelfTest::prepare().map_err(|why| anyhow!(why))?;
+        let mut tracer = Tracer::start(features, options)?;
+        let test = SelfTestSocket::prepare().map_err(|why| anyhow!(why))?;
         let live: Vec<Method> = tracer.methods().live.iter().map(|(method, ())| *method).collect();
-        let mut watchdog = Watchdog::new(live.clone(), Duration::ZERO, Instant::now());
+        let mut probe_health = ProbeHealth::new(live.clone(), Duration::ZERO, Instant::now());
         let dead = loop {
-            sleep_until(watchdog.next()).await;
-            watchdog.begin(tracer.counters()?, Instant::now());
+            sleep_until(probe_health.next_at()).await;
+            probe_health.begin(tracer.counters()?, Instant::now());
             test.connect()?;
-            let verdict = loop {
-                let mut hear = |record: &Record| {
-                    if let Record::Transition(t) = record {
-                        watchdog.record(test.owns(t), t.new == state::ESTABLISHED);
+            let outcome = loop {
+                let mut handle_record = |record: &Record| {
+                    if let Record::Transition(transition) = record {
+                        probe_health.on_record(test.owns(transition), transition.new == state::ESTABLISHED);
                     }
                 };
-                while tracer.drain(1_024, &mut hear) > 0 {}
-                if let Some(verdict) = watchdog.judge(&tracer.counters()?, Instant::now()) {
-                    break verdict;
+                while tracer.drain(1_024, &mut handle_record) > 0 {}
+                if let Some(outcome) = probe_health.evaluate(&tracer.counters()?, Instant::now()) {
+                    break outcome;
                 }
-                tokio::time::sleep(LOOK).await;
+                tokio::time::sleep(DRAIN_INTERVAL).await;
             };
             test.disconnect();
-            match verdict {
-                Verdict::Passed => break Dead::default(),
-                Verdict::Failed(_) => {}
-                Verdict::Blind(dead) => break dead,
+            match outcome {
+                SelfTestOutcome::Passed => break DeadProbes::default(),
+                SelfTestOutcome::Failed(_) => {}
+                SelfTestOutcome::HooksDead(dead) => break dead,
             }
         };
-        let sees = |method: &Method| Sees { method: method.name(), sees: !dead.methods.contains(method) };
-        Ok(Live {
-            passed: dead == Dead::default(),
+        let sees =
+            |method: &Method| LiveMethod { method: method.name(), sees: !dead.methods.contains(method) };
+        Ok(LiveTest {
+            passed: dead == DeadProbes::default(),
             methods: live.iter().map(sees).collect(),
             record: !dead.ring && dead.methods.len() < live.len(),
         })

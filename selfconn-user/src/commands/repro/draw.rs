@@ -1,41 +1,43 @@
-//! The sequence of segments and states as a chart of text: one lifeline, because there is one socket, and every
-//! segment that leaves it comes back to it. Drawn from TCP's rules and the numbers of one run, not captured.
+//! Draws the segments and states of a self-connection as a text chart. The chart has one lifeline, because
+//! there is one socket, and each segment that leaves the socket comes back to it. It is drawn from the rules
+//! of TCP and the numbers of one run, not from captured packets.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::step::How;
+use super::step::CloseKind;
 
-/// What the chart shows of one run.
+/// The values of one run that the chart shows.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Chart {
     pub(super) endpoint: SocketAddr,
-    /// Dials that were refused before.
-    pub(super) refused: u64,
+    /// Number of refused connects before the successful one.
+    pub(super) refused_connects: u64,
     pub(super) bytes: usize,
-    pub(super) how: How,
-    /// The TIME_WAIT found afterwards, and how long it had to live.
+    pub(super) how: CloseKind,
+    /// Remaining time in TIME_WAIT after the close. `None`: no socket in TIME_WAIT was found.
     pub(super) time_wait: Option<Duration>,
 }
 
-/// A segment on its way round: the state the socket is in once it is sent, what is sent, and a remark on its
-/// leaving and on its coming back.
+/// A segment: the state of the socket after it is sent, its content, a remark on the sending, and a remark on
+/// the receipt.
 type Segment<'a> = (&'a str, &'a str, &'a str, &'a str);
 
-/// Columns between the lifeline and the bend.
-const LOOP: usize = 24;
+/// Columns between the lifeline and the turn of the arrow.
+const LOOP_WIDTH: usize = 24;
 
-/// The chart, each line ended by a newline and at most 80 columns wide.
+/// Draws the chart. Each line ends with a newline and is at most 80 columns wide.
 pub(super) fn chart(chart: &Chart) -> String {
     let bytes = format!("{} bytes", chart.bytes);
     let port = chart.endpoint.port();
-    let sends_syn = match chart.refused {
+    let sends_syn = match chart.refused_connects {
         0 => "connect(): out to its own port".to_owned(),
         _ => format!("connect(), now from port {port}"),
     };
-    // Before Linux commit 23e89e8ee7be (2024) the returning SYN+ACK did not complete the handshake: it was
-    // answered by the same ACK, whose return did. The segments are the same ones.
+    // Before Linux commit 23e89e8ee7be (2024) the returning SYN+ACK did not complete the handshake. The
+    // socket answered it with the same ACK, and the return of this ACK completed the handshake. The segments
+    // are the same.
     let open: [Segment<'_>; 5] = [
         ("SYN_SENT", "SYN", &sends_syn, "its own SYN: a simultaneous open"),
         ("SYN_RECV", "SYN+ACK", "it answers itself", "and is answered"),
@@ -47,43 +49,43 @@ pub(super) fn chart(chart: &Chart) -> String {
         [("FIN_WAIT1", "FIN", "close()", "its own FIN: a simultaneous close"), ("CLOSING", "ACK", "", "")];
 
     let mut text = String::new();
-    if chart.refused > 0 {
-        let sockets = match chart.refused {
+    if chart.refused_connects > 0 {
+        let sockets = match chart.refused_connects {
             1 => "1 socket, with".to_owned(),
-            refused => format!("{} sockets, each with", grouped(refused)),
+            refused => format!("{} sockets, each with", group_thousands(refused)),
         };
-        let arrow = format!("{:─<width$}>╳", "──── SYN ", width = LOOP - 1);
-        line(&mut text, "SYN_SENT", &format!("├{arrow}"), "nobody there: refused by RST,");
-        line(&mut text, "CLOSE", "┴", &sockets);
-        line(&mut text, "", "", &format!("another source port than {port}"));
+        let arrow = format!("{:─<width$}>╳", "──── SYN ", width = LOOP_WIDTH - 1);
+        draw_line(&mut text, "SYN_SENT", &format!("├{arrow}"), "no listener: refused by RST,");
+        draw_line(&mut text, "CLOSE", "┴", &sockets);
+        draw_line(&mut text, "", "", &format!("another source port than {port}"));
     }
-    line(&mut text, "CLOSE", "┬", "one socket");
-    open.iter().for_each(|segment| round(&mut text, segment));
+    draw_line(&mut text, "CLOSE", "┬", "one socket");
+    open.iter().for_each(|segment| draw_segment(&mut text, segment));
     match (chart.how, chart.time_wait) {
-        (How::Fin, left) => {
-            close.iter().for_each(|segment| round(&mut text, segment));
+        (CloseKind::Fin, left) => {
+            close.iter().for_each(|segment| draw_segment(&mut text, segment));
             let remark =
-                left.map(|left| format!("nobody's, and on the port for {} s", left.as_secs_f64().ceil()));
-            line(&mut text, "TIME_WAIT", "┴", remark.as_deref().unwrap_or("not found here"));
+                left.map(|left| format!("no process; blocks port for {} s", left.as_secs_f64().ceil()));
+            draw_line(&mut text, "TIME_WAIT", "┴", remark.as_deref().unwrap_or("not found here"));
         }
-        (How::Destroyed, _) => line(&mut text, "CLOSE", "╳", "destroyed: no FIN, so no TIME_WAIT"),
+        (CloseKind::Destroyed, _) => draw_line(&mut text, "CLOSE", "╳", "destroyed: no FIN, so no TIME_WAIT"),
     }
     text
 }
 
-fn round(text: &mut String, &(state, segment, leaves, returns): &Segment<'_>) {
-    line(text, state, &format!("├{:─<LOOP$}╮", format!("──── {segment} ")), leaves);
-    line(text, "", &format!("│<{:─<width$}╯", "", width = LOOP - 1), returns);
+fn draw_segment(text: &mut String, &(state, segment, sent_remark, received_remark): &Segment<'_>) {
+    draw_line(text, state, &format!("├{:─<LOOP_WIDTH$}╮", format!("──── {segment} ")), sent_remark);
+    draw_line(text, "", &format!("│<{:─<width$}╯", "", width = LOOP_WIDTH - 1), received_remark);
 }
 
-fn line(text: &mut String, state: &str, drawing: &str, remark: &str) {
-    let line = format!("    {state:<13}{drawing:<width$}   {remark}", width = LOOP + 2);
+fn draw_line(text: &mut String, state: &str, drawing: &str, remark: &str) {
+    let line = format!("    {state:<13}{drawing:<width$}   {remark}", width = LOOP_WIDTH + 2);
     // Writing to a String cannot fail.
     let _ = writeln!(text, "{}", line.trim_end());
 }
 
-/// A number with commas between its thousands.
-pub(in crate::commands) fn grouped(number: u64) -> String {
+/// Formats a number with commas between the thousands.
+pub(in crate::commands) fn group_thousands(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (index, digit) in digits.chars().enumerate() {
@@ -99,12 +101,12 @@ pub(in crate::commands) fn grouped(number: u64) -> String {
 mod tests {
     use super::*;
 
-    fn a_chart() -> Chart {
+    fn example_chart() -> Chart {
         Chart {
             endpoint: "127.0.0.1:40029".parse().unwrap(),
-            refused: 0,
+            refused_connects: 0,
             bytes: 25,
-            how: How::Fin,
+            how: CloseKind::Fin,
             time_wait: Some(Duration::from_secs(60)),
         }
     }
@@ -127,17 +129,17 @@ mod tests {
                  │<───────────────────────╯   its own FIN: a simultaneous close
     CLOSING      ├──── ACK ───────────────╮
                  │<───────────────────────╯
-    TIME_WAIT    ┴                            nobody's, and on the port for 60 s
+    TIME_WAIT    ┴                            no process; blocks port for 60 s
 ";
-        let got = format!("\n{}", chart(&a_chart()));
+        let got = format!("\n{}", chart(&example_chart()));
         assert_eq!(got, want, "{got}");
     }
 
     #[test]
-    fn the_accident_starts_with_the_refused_dials() {
-        let got = format!("\n{}", chart(&Chart { refused: 6900, ..a_chart() }));
+    fn the_accident_starts_with_the_refused_connects() {
+        let got = format!("\n{}", chart(&Chart { refused_connects: 6900, ..example_chart() }));
         let want = "
-    SYN_SENT     ├──── SYN ──────────────>╳   nobody there: refused by RST,
+    SYN_SENT     ├──── SYN ──────────────>╳   no listener: refused by RST,
     CLOSE        ┴                            6,900 sockets, each with
                                               another source port than 40029
     CLOSE        ┬                            one socket
@@ -148,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_destroyed_connection_ends_without_fin_and_time_wait() {
-        let got = chart(&Chart { how: How::Destroyed, time_wait: None, ..a_chart() });
+        let got = chart(&Chart { how: CloseKind::Destroyed, time_wait: None, ..example_chart() });
         assert!(
             got.ends_with("╳                            destroyed: no FIN, so no TIME_WAIT\n"),
             "\n{got}"
@@ -158,7 +160,7 @@ mod tests {
 
     #[test]
     fn no_line_is_wider_than_a_terminal() {
-        let widest = Chart { refused: 1_000_000_000, bytes: 65_536, ..a_chart() };
+        let widest = Chart { refused_connects: 1_000_000_000, bytes: 65_536, ..example_chart() };
         for line in chart(&widest).lines() {
             assert!(line.chars().count() <= 80, "{line}");
         }
@@ -168,7 +170,7 @@ mod tests {
     fn thousands_are_grouped() {
         let rows = [(0, "0"), (999, "999"), (1000, "1,000"), (14116, "14,116"), (1_234_567, "1,234,567")];
         for (number, want) in rows {
-            assert_eq!(grouped(number), want);
+            assert_eq!(group_thousands(number), want);
         }
     }
 }

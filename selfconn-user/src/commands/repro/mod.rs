@@ -1,8 +1,9 @@
-//! `selfconn repro`: makes one harmless self-connection on purpose and narrates it, so that everything else can
-//! be tried against a real one. It never sends to another host and never needs a privilege.
+//! `selfconn repro`: makes one harmless self-connection on purpose and prints each step, so that the other
+//! commands can be tried on a real self-connection. It never sends to another host and needs no privilege.
 //!
-//! Here is the order of events; `bind` and `retry` are the two ways to the connection, `step` is what there is to
-//! tell, `narrate` and `draw` tell it.
+//! This module has the sequence of steps. `bind` and `retry` are the two ways to open the connection, `hold`
+//! keeps it open, `step` has the steps as data, and `narrate` and `draw` print them. `address` checks the
+//! address, and `table` reads `/proc/net/tcp`.
 
 mod address;
 mod bind;
@@ -27,151 +28,152 @@ use rustix::io::Errno;
 use serde::Serialize;
 use socket2::Socket;
 
-pub(super) use draw::grouped;
+pub(super) use draw::group_thousands;
 
-use address::{Address, Endpoint, Own};
-use hold::Held;
-use narrate::{Narrator, StdoutClosed, Style};
-use step::{After, Bind, Checked, Echoed, How, Step, Summary};
+use address::{AddressArg, EndpointText, LocalAddr};
+use hold::HoldEnd;
+use narrate::{NarrationStyle, Narrator, StdoutClosed};
+use step::{AfterClose, BindResult, Checked, CloseKind, Echoed, ReproStep, ReproSummary};
 use table::State;
 
-/// What `--help` ends with.
+/// Printed at the end of `--help`.
 pub const EXAMPLE: &str = "\
 Examples:
   selfconn repro                        the textbook client, on a free port
   selfconn repro 127.0.0.1 55555        the same on this port
   selfconn repro ::1 --hold 60          IPv6, kept open for a minute: see `ss -tn`
-  selfconn repro --mode retry           the accident: dial until it answers itself
+  selfconn repro --mode retry           the accident: retry a closed port until it succeeds
 
-SIGINT and SIGTERM end --hold early: the connection is closed as usual, the story
-told to its end. The port stays in TIME_WAIT for 60 s, as after any such accident.";
+SIGINT and SIGTERM end --hold early; the remaining steps follow as usual. After the close
+the port stays in TIME_WAIT for 60 s, as after any self-connection.";
 
 /// Make one harmless self-connection and narrate it.
 #[derive(Debug, Clone, clap::Args)]
-pub struct Args {
-    /// The address of this host to connect to itself; an IPv6 link-local one with %INTERFACE
+pub struct ReproArgs {
+    /// Address of this host; an IPv6 link-local address needs %INTERFACE
     #[arg(value_name = "ADDR", default_value = "127.0.0.1")]
-    address: Address,
+    address: AddressArg,
 
-    /// The port, source and destination in one [default: a free one]
+    /// Port, used as source and destination port [default: a free port]
     #[arg(value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     port: Option<u16>,
 
-    /// How to come by it
-    #[arg(long, value_enum, default_value_t = Mode::Bind)]
-    mode: Mode,
+    /// How to make the self-connection
+    #[arg(long, value_enum, default_value_t = ReproMode::Bind)]
+    mode: ReproMode,
 
-    /// Keep the connection open for so long
-    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    /// Keep the connection open for this time
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     hold: Option<Duration>,
 
-    /// With --mode retry: give up after so many dials [default: ten times the expected number]
+    /// With --mode retry: give up after this many attempts [default: 10 times the expected number]
     #[arg(long, value_name = "N")]
     attempts: Option<NonZeroU64>,
 
-    /// Print a JSON object for each step, and a summary
+    /// Print one JSON object for each step, and a summary
     #[arg(long)]
     json: bool,
 
-    /// Make so many connections, one after the other
+    /// Make this many connections, one after the other
     #[arg(long, value_name = "N", hide = true, default_value = "1", conflicts_with = "port")]
     count: NonZeroU64,
 
-    /// Connect from a thread of this name
-    #[arg(long, value_name = "NAME", hide = true, value_parser = thread_name)]
+    /// Connect from a thread with this name
+    #[arg(long, value_name = "NAME", hide = true, value_parser = parse_thread_name)]
     thread: Option<String>,
 }
 
 /// The two ways to a self-connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Mode {
+pub(crate) enum ReproMode {
     /// The textbook client: bind a port, connect to the same one
     Bind,
-    /// The accident: dial a closed port until the kernel chooses it as the source
+    /// The accident: connect to a closed port until the kernel chooses it as the source port
     Retry,
 }
 
-/// A dial or an answer on the loopback takes longer only if something drops it.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// A connect or a reply on the loopback interface takes longer only if something drops the packets.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 
 const REQUEST: &str = "hello, is anybody there?";
 
-/// Makes the connection or connections and tells them on stdout. An error may quote the name of a process, which
-/// is the caller's to escape. Not from within an asynchronous runtime: the hold has its own.
-pub fn run(args: &Args) -> Result<ExitCode> {
-    let done = match &args.thread {
-        None => repeat(args),
+/// Makes the connections and prints their steps to stdout. An error can contain the name of a process, which
+/// the caller must escape. Do not call this within an asynchronous runtime, because `hold` starts its
+/// local_addr runtime.
+pub fn run(args: &ReproArgs) -> Result<ExitCode> {
+    let outcome = match &args.thread {
+        None => run_all(args),
         Some(name) => thread::scope(|scope| {
-            let worker = thread::Builder::new().name(name.clone()).spawn_scoped(scope, || repeat(args));
+            let worker = thread::Builder::new().name(name.clone()).spawn_scoped(scope, || run_all(args));
             worker.context("cannot start a thread")?.join().map_err(|_| anyhow!("the thread panicked"))?
         }),
     };
-    match done {
+    match outcome {
         Err(error) if error.is::<StdoutClosed>() => Ok(ExitCode::SUCCESS),
-        done => done.map(|()| ExitCode::SUCCESS),
+        outcome => outcome.map(|()| ExitCode::SUCCESS),
     }
 }
 
-fn repeat(args: &Args) -> Result<()> {
-    if args.attempts.is_some() && args.mode != Mode::Retry {
-        bail!("--attempts counts the dials of --mode retry: add that, or leave it out");
+fn run_all(args: &ReproArgs) -> Result<()> {
+    if args.attempts.is_some() && args.mode != ReproMode::Retry {
+        bail!("--attempts applies to --mode retry only: add --mode retry, or omit --attempts");
     }
-    let own = address::own(&args.address)?;
+    let local_addr = address::resolve_local(&args.address)?;
     let style = match (args.json, args.count.get()) {
-        (true, _) => Style::Json,
-        (false, 1) => Style::Story,
-        (false, _) => Style::Lines,
+        (true, _) => NarrationStyle::Json,
+        (false, 1) => NarrationStyle::NumberedSteps,
+        (false, _) => NarrationStyle::OneLine,
     };
     let mut narrator = Narrator::new(style);
     for _ in 0..args.count.get() {
-        if once(args, own, &mut narrator)? == Held::Stopped {
+        if run_once(args, local_addr, &mut narrator)? == HoldEnd::Signalled {
             break;
         }
     }
     Ok(())
 }
 
-/// A connection that is open and known to be to itself.
-struct Opened {
+/// An open self-connection.
+struct OpenedConnection {
     socket: Socket,
     attempts: u64,
-    /// As the daemon calls it: who chose the source port.
+    /// How the source port was chosen, as in the `cause` of the daemon's events.
     cause: &'static str,
 }
 
-/// One connection from its opening to what it leaves behind.
-fn once(args: &Args, own: Own, narrator: &mut Narrator) -> Result<Held> {
+/// Makes one connection, closes it, and checks what remains of it.
+fn run_once(args: &ReproArgs, local_addr: LocalAddr, narrator: &mut Narrator) -> Result<HoldEnd> {
     let opened = match args.mode {
-        Mode::Bind => bind::open(own, args.port, narrator),
-        Mode::Retry => retry::open(own, args.port, args.attempts.map(NonZeroU64::get), narrator),
+        ReproMode::Bind => bind::open(local_addr, args.port, narrator),
+        ReproMode::Retry => retry::open(local_addr, args.port, args.attempts.map(NonZeroU64::get), narrator),
     };
-    let Opened { socket, attempts, cause } = opened?;
+    let OpenedConnection { socket, attempts, cause } = opened?;
     let begin = Instant::now();
-    // The kernel walks all its buckets for a look at the table, which is longer than a connection takes: many
-    // in a row are made as fast as they can be.
-    let closely = args.count.get() == 1;
-    let endpoint = look_at_ends(&socket, closely, narrator)?;
-    talk(&socket, narrator)?;
-    let (socket, held) = match args.hold {
+    // To read /proc/net/tcp the kernel walks all hash buckets, which takes longer than a connection. So a run
+    // with many connections skips it.
+    let reads_table = args.count.get() == 1;
+    let endpoint = check_endpoints(&socket, reads_table, narrator)?;
+    exchange_data(&socket, narrator)?;
+    let (socket, hold_end) = match args.hold {
         Some(time) => hold::hold(socket, endpoint.port(), time, narrator)?,
-        None => (socket, Held::Enough),
+        None => (socket, HoldEnd::TimeUp),
     };
-    let how = if held == Held::Destroyed { How::Destroyed } else { How::Fin };
+    let how = if hold_end == HoldEnd::Destroyed { CloseKind::Destroyed } else { CloseKind::Fin };
     drop(socket);
-    let duration_ns = nanos(begin.elapsed());
-    narrator.tell(&Step::Closed { how })?;
+    let duration_ns = nanoseconds(begin.elapsed());
+    narrator.narrate(&ReproStep::Closed { how })?;
     let mut port_blocked_ns = None;
-    if closely {
-        let after = look_at_remains(own, endpoint, how)?;
+    if reads_table {
+        let after = check_after_close(local_addr, endpoint, how)?;
         port_blocked_ns = after.port_blocked_ns;
-        narrator.tell(&Step::After(after))?;
+        narrator.narrate(&ReproStep::After(after))?;
     }
-    narrator.tell(&Step::Summary(Summary {
+    narrator.narrate(&ReproStep::Summary(ReproSummary {
         pid: std::process::id(),
         tid: rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned(),
-        comm: comm("/proc/self/comm"),
-        thread_comm: comm("/proc/thread-self/comm"),
+        comm: read_comm("/proc/self/comm"),
+        thread_comm: read_comm("/proc/thread-self/comm"),
         netns: fs::metadata("/proc/thread-self/ns/net").ok().map(|namespace| namespace.ino()),
         mode: args.mode,
         cause,
@@ -187,99 +189,109 @@ fn once(args: &Args, own: Own, narrator: &mut Narrator) -> Result<Held> {
         port_blocked_ns,
         endpoint,
     }))?;
-    Ok(held)
+    Ok(hold_end)
 }
 
-/// The two ends as the socket tells them, and the row of the kernel's table.
-fn look_at_ends(socket: &Socket, closely: bool, narrator: &mut Narrator) -> Result<SocketAddr> {
-    let (local, remote) = ends(socket)?;
-    let row = if closely { table::self_connection(local)? } else { None };
+/// Compares the two addresses of the socket, and looks up its row in `/proc/net/tcp`.
+fn check_endpoints(socket: &Socket, reads_table: bool, narrator: &mut Narrator) -> Result<SocketAddr> {
+    let (local, remote) = endpoint_addrs(socket)?;
+    let row = if reads_table { table::self_connection(local)? } else { None };
     let state = row.map(|row| row.state);
-    narrator.tell(&Step::Checked(Checked { local: Endpoint(local), remote: Endpoint(remote), state }))?;
+    narrator.narrate(&ReproStep::Checked(Checked {
+        local: EndpointText(local),
+        remote: EndpointText(remote),
+        state,
+    }))?;
     if local != remote {
-        bail!("{local} is connected to {remote}, which is not itself: choose another port");
+        bail!("{local} is connected to {remote}, which is not a self-connection: choose another port");
     }
     Ok(local)
 }
 
-fn ends(socket: &Socket) -> Result<(SocketAddr, SocketAddr)> {
+fn endpoint_addrs(socket: &Socket) -> Result<(SocketAddr, SocketAddr)> {
     let local = socket.local_addr()?;
     let remote = socket.peer_addr().map_err(|error| match error.kind() {
-        io::ErrorKind::NotConnected => destroyed(),
+        io::ErrorKind::NotConnected => destroyed_error(),
         _ => error.into(),
     })?;
-    local.as_socket().zip(remote.as_socket()).context("the kernel gave no addresses")
+    local.as_socket().zip(remote.as_socket()).context("the kernel returned no addresses")
 }
 
-/// Only a deliberate act ends such a connection from outside.
-fn destroyed() -> anyhow::Error {
+/// The error for a connection that another process destroyed. Nothing else ends a self-connection from
+/// outside.
+fn destroyed_error() -> anyhow::Error {
     anyhow!(
-        "somebody destroyed the connection before it could talk: does `selfconn run --remedy` do that here?"
+        "another process destroyed the connection before it could exchange data: check if `selfconn run --remedy` runs \
+         here"
     )
 }
 
-/// Asks, and hears the question: the client is its own server.
-fn talk(mut socket: &Socket, narrator: &mut Narrator) -> Result<()> {
-    socket.set_read_timeout(Some(PATIENCE))?;
-    let mut heard = [0; REQUEST.len()];
-    let said = socket.write_all(REQUEST.as_bytes()).and_then(|()| socket.read_exact(&mut heard));
-    // Told by its text alone: an EPIPE here is not the one of stdout.
-    said.map_err(|error| match error.kind() {
+/// Writes a request and reads it back, because the client is its local_addr server.
+fn exchange_data(mut socket: &Socket, narrator: &mut Narrator) -> Result<()> {
+    socket.set_read_timeout(Some(REPLY_TIMEOUT))?;
+    let mut received = [0; REQUEST.len()];
+    let outcome = socket.write_all(REQUEST.as_bytes()).and_then(|()| socket.read_exact(&mut received));
+    // Converted to text, because `run` must not confuse an EPIPE here with an EPIPE of stdout.
+    outcome.map_err(|error| match error.kind() {
         io::ErrorKind::ConnectionAborted | io::ErrorKind::BrokenPipe | io::ErrorKind::UnexpectedEof => {
-            destroyed()
+            destroyed_error()
         }
-        _ => anyhow!("the connection did not carry its own data: {error}"),
+        _ => anyhow!("cannot exchange data over the connection: {error}"),
     })?;
-    let text = String::from_utf8_lossy(&heard).into_owned();
+    let text = String::from_utf8_lossy(&received).into_owned();
     if text != REQUEST {
         bail!("wrote {REQUEST:?} and read {text:?}");
     }
-    narrator.tell(&Step::Echoed(Echoed { bytes: text.len(), text }))
+    narrator.narrate(&ReproStep::Echoed(Echoed { bytes: text.len(), text }))
 }
 
-/// The row that stays in the table, and what a server is told that wants the port. The segments of the close
-/// need not have come round when `close()` returns (they may be queued or delayed), hence the deadline.
-fn look_at_remains(own: Own, endpoint: SocketAddr, how: How) -> Result<After> {
+/// Looks up the row that remains in `/proc/net/tcp`, and tries to bind the port again as a server would. It
+/// waits with a deadline, because the segments of the close can still be queued or delayed when `close()`
+/// returns.
+fn check_after_close(local_addr: LocalAddr, endpoint: SocketAddr, how: CloseKind) -> Result<AfterClose> {
     let deadline = Instant::now() + Duration::from_secs(1);
     let row = loop {
         let row = table::self_connection(endpoint)?;
-        let settled = how == How::Destroyed || row.as_ref().is_some_and(|row| row.state == State::TIME_WAIT);
-        if settled || Instant::now() > deadline {
+        let is_settled =
+            how == CloseKind::Destroyed || row.as_ref().is_some_and(|row| row.state == State::TIME_WAIT);
+        if is_settled || Instant::now() > deadline {
             break row;
         }
         thread::sleep(Duration::from_millis(5));
     };
-    let bind = |reuse| match bind::probe(own, endpoint.port(), reuse) {
-        Ok(()) => Ok(Bind::Free),
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => Ok(Bind::InUse),
+    let bind = |reuse| match bind::try_bind(local_addr, endpoint.port(), reuse) {
+        Ok(()) => Ok(BindResult::Free),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => Ok(BindResult::InUse),
         Err(error) => Err(error).with_context(|| format!("cannot bind {endpoint} again")),
     };
-    Ok(After {
+    Ok(AfterClose {
         endpoint,
         state: row.as_ref().map(|row| row.state),
-        port_blocked_ns: row.filter(|row| row.state == State::TIME_WAIT).map(|row| nanos(row.timer)),
+        port_blocked_ns: row.filter(|row| row.state == State::TIME_WAIT).map(|row| nanoseconds(row.timer)),
         bind: bind(false)?,
         bind_reuseaddr: bind(true)?,
     })
 }
 
-fn dial_error(endpoint: SocketAddr, error: &io::Error) -> anyhow::Error {
-    // This is how SO_SNDTIMEO ends a connect().
+fn connect_error(endpoint: SocketAddr, error: &io::Error) -> anyhow::Error {
+    // EINPROGRESS is the error of a connect() that SO_SNDTIMEO ended.
     if error.raw_os_error() == Some(Errno::INPROGRESS.raw_os_error()) {
         return anyhow!(
-            "no answer from {endpoint} in {PATIENCE:?}: either lo is down (ip link set lo up), or a firewall \
-             drops it"
+            "no reply from {endpoint} within {REPLY_TIMEOUT:?}: either lo is down (run: ip link set lo up), or a firewall \
+             drops the packets"
         );
     }
-    let cure = match error.kind() {
-        io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable => ": is lo up? ip link set lo up",
-        io::ErrorKind::AddrNotAvailable => ": every source port is taken: wait, or close connections",
+    let hint = match error.kind() {
+        io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable => {
+            ": if lo is down, run: ip link set lo up"
+        }
+        io::ErrorKind::AddrNotAvailable => ": no source port is free: wait, or close connections",
         _ => "",
     };
-    anyhow!("cannot connect to {endpoint}: {error}{cure}")
+    anyhow!("cannot connect to {endpoint}: {error}{hint}")
 }
 
-fn comm(path: &str) -> Option<String> {
+fn read_comm(path: &str) -> Option<String> {
     Some(fs::read_to_string(path).ok()?.trim_end_matches('\n').to_owned())
 }
 
@@ -290,19 +302,19 @@ fn scope_id(endpoint: SocketAddr) -> Option<u32> {
     }
 }
 
-fn nanos(time: Duration) -> u64 {
+fn nanoseconds(time: Duration) -> u64 {
     time.as_nanos().try_into().unwrap_or(u64::MAX)
 }
 
-fn seconds(text: &str) -> Result<Duration, String> {
-    let number: f64 = text.parse().map_err(|_| "not a number of seconds, as in 60 or 0.5")?;
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let number: f64 = text.parse().map_err(|_| "not a number of seconds such as 60 or 0.5")?;
     Duration::try_from_secs_f64(number).map_err(|error| error.to_string())
 }
 
-fn thread_name(text: &str) -> Result<String, String> {
-    // The kernel cuts a longer one off; a name that comes out as another is of no use here.
+fn parse_thread_name(text: &str) -> Result<String, String> {
+    // The kernel truncates a longer name, and then the caller would look for the wrong name.
     match text.len() {
         1..=15 if !text.contains('\0') => Ok(text.to_owned()),
-        _ => Err("a thread's name has 1 to 15 bytes".to_owned()),
+        _ => Err("a thread name must have 1 to 15 bytes".to_owned()),
     }
 }

@@ -1,5 +1,6 @@
-//! The accident: a client dials a closed port again and again, each time from a new socket, until the kernel
-//! happens to choose that very port as the source. First come the reasons why it could never happen.
+//! The accident: a client connects to a closed port again and again, each time with a new socket, until the
+//! kernel chooses this port as the source port. Before the loop, this module checks that it can succeed at
+//! all.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher as _, Hasher as _};
@@ -9,137 +10,138 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::address::{Endpoint, Own};
-use super::bind::{occupant, probe};
+use super::address::{EndpointText, LocalAddr};
+use super::bind::{describe_holder, try_bind};
 use super::narrate::Narrator;
-use super::step::{Connected, Dialling, Progress, Step};
-use super::{Opened, PATIENCE, dial_error, ends, nanos};
+use super::step::{ConnectLoop, Connected, Progress, ReproStep};
+use super::{OpenedConnection, REPLY_TIMEOUT, connect_error, endpoint_addrs, nanoseconds};
 use crate::ports::{LocalPorts, Reach, chance_after};
 use crate::sysctl;
 
-/// More dials than this many times the expected number are needed once in e^10, that is 22,000 runs.
-const PATIENT: u64 = 10;
+/// The default limit of attempts, as a multiple of the expected number. One run in e^10 = 22,000 needs more.
+const DEFAULT_LIMIT_FACTOR: u64 = 10;
 
-/// Dials until it hits, and tells how it goes.
+/// Connects until the connection is a self-connection, and prints the progress.
 pub(super) fn open(
-    own: Own,
+    local_addr: LocalAddr,
     port: Option<u16>,
     limit: Option<u64>,
     narrator: &mut Narrator,
-) -> Result<Opened> {
+) -> Result<OpenedConnection> {
     let ports = sysctl::local_ports()?;
     let port = match port {
-        Some(port) => dialable(&ports, own, port)?,
-        None => choose(&ports, own)?,
+        Some(port) => check_port(&ports, local_addr, port)?,
+        None => choose_port(&ports, local_addr)?,
     };
-    let source = own.source()?;
-    if own.at(0).ip() != source {
+    let source = local_addr.source()?;
+    if local_addr.at(0).ip() != source {
         bail!(
-            "connect() to {own} leaves from {source}, so that its two ends can't be equal: \
-             dial {source}, or use --mode bind"
+            "connect() to {local_addr} uses the source address {source}, so it cannot self-connect: \
+             connect to {source}, or use --mode bind"
         );
     }
-    let expected_dials = ports.expected_dials();
-    let limit = limit.unwrap_or(PATIENT * u64::from(expected_dials));
-    let remote = own.at(port);
-    narrator.tell(&Step::Dialling(Dialling {
-        remote: Endpoint(remote),
+    let expected_dials = ports.expected_connects();
+    let limit = limit.unwrap_or(DEFAULT_LIMIT_FACTOR * u64::from(expected_dials));
+    let remote = local_addr.at(port);
+    narrator.narrate(&ReproStep::Connecting(ConnectLoop {
+        remote: EndpointText(remote),
         range: ports.range,
         expected_dials,
         limit,
     }))?;
 
     let begin = Instant::now();
-    let so_far = |attempts: u64| Progress {
+    let progress = |attempts: u64| Progress {
         attempts,
         per_second: attempts as f64 / begin.elapsed().as_secs_f64().max(1e-9),
         expected_dials,
         chance: chance_after(attempts, expected_dials),
     };
-    let mut told = begin;
+    let mut last_progress = begin;
     for attempts in 1..=limit {
-        let socket = own.tcp_socket()?;
-        socket.set_write_timeout(Some(PATIENCE))?;
+        let socket = local_addr.tcp_socket()?;
+        socket.set_write_timeout(Some(REPLY_TIMEOUT))?;
         match socket.connect(&remote.into()) {
             Ok(()) => {
-                let (local, peer) = ends(&socket)?;
+                let (local, peer) = endpoint_addrs(&socket)?;
                 if local != peer {
                     bail!(
-                        "somebody began to listen on {remote} meanwhile, and was reached: choose another port"
+                        "a server started to listen on {remote} and accepted the connection: choose another port"
                     );
                 }
-                narrator.tell(&Step::Connected(Connected {
-                    remote: Endpoint(remote),
-                    duration_ns: nanos(begin.elapsed()),
-                    dialled: Some(so_far(attempts)),
+                narrator.narrate(&ReproStep::Connected(Connected {
+                    remote: EndpointText(remote),
+                    duration_ns: nanoseconds(begin.elapsed()),
+                    progress: Some(progress(attempts)),
                 }))?;
-                return Ok(Opened { socket, attempts, cause: "ephemeral" });
+                return Ok(OpenedConnection { socket, attempts, cause: "ephemeral" });
             }
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-            Err(error) => return Err(dial_error(remote, &error)),
+            Err(error) => return Err(connect_error(remote, &error)),
         }
-        if told.elapsed() >= narrator.pace() {
-            narrator.tell(&Step::Progress(so_far(attempts)))?;
-            told = Instant::now();
+        if last_progress.elapsed() >= narrator.progress_interval() {
+            narrator.narrate(&ReproStep::Progress(progress(attempts)))?;
+            last_progress = Instant::now();
         }
     }
-    let chance = so_far(limit).chance * 100.0;
+    let chance = progress(limit).chance * 100.0;
     Err(anyhow!(
-        "none of {limit} dials to {remote} hit itself, for a chance of {chance:.2} %: run it again, \
-         or allow more with --attempts"
+        "none of {limit} attempts connected {remote} to itself, although the probability was {chance:.2} %: run it \
+         again, or allow more attempts with --attempts"
     ))
 }
 
-/// The port, if a dial to it can hit itself.
-fn dialable(ports: &LocalPorts, own: Own, port: u16) -> Result<u16> {
-    let endpoint = own.at(port);
-    if let Some(why) = why_never(ports, port) {
-        bail!("a dial to {endpoint} never hits itself: {why}: leave the port out, or use --mode bind");
+/// Returns the port if a connect to it can self-connect.
+fn check_port(ports: &LocalPorts, local_addr: LocalAddr, port: u16) -> Result<u16> {
+    let endpoint = local_addr.at(port);
+    if let Some(reason) = unreachable_reason(ports, port) {
+        bail!("a connect to {endpoint} never self-connects: {reason}: omit the port, or use --mode bind");
     }
-    match probe(own, port, false) {
+    match try_bind(local_addr, port, false) {
         Ok(()) => Ok(port),
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(taken(endpoint)),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(port_taken_error(endpoint)),
         Err(error) => Err(anyhow!("cannot use {endpoint}: {error}")),
     }
 }
 
-fn why_never(ports: &LocalPorts, port: u16) -> Option<String> {
+fn unreachable_reason(ports: &LocalPorts, port: u16) -> Option<String> {
     let range = ports.range;
     match ports.reach(port) {
         Reach::First => None,
         Reach::Last => {
             let parity = if range.low.is_multiple_of(2) { "even" } else { "odd" };
             Some(format!(
-                "of the range {range}, connect() chooses {parity} ports while there are any \
-                 (bind() to port 0 and IP_LOCAL_PORT_RANGE reach the others)"
+                "of the range {range}, connect() chooses {parity} ports while any is free \
+                 (only bind() to port 0 and IP_LOCAL_PORT_RANGE use the other ports)"
             ))
         }
-        Reach::Reserved => Some("it is listed in net.ipv4.ip_local_reserved_ports".to_owned()),
-        Reach::Outside => Some(format!("it is outside of net.ipv4.ip_local_port_range, {range}")),
+        Reach::Reserved => Some("the port is listed in net.ipv4.ip_local_reserved_ports".to_owned()),
+        Reach::Outside => Some(format!("the port is outside of net.ipv4.ip_local_port_range, {range}")),
     }
 }
 
-fn taken(endpoint: SocketAddr) -> anyhow::Error {
+fn port_taken_error(endpoint: SocketAddr) -> anyhow::Error {
     anyhow!(
-        "a dial to {endpoint} can't hit itself: {}: dial a closed port, or leave it out",
-        occupant(endpoint)
+        "a connect to {endpoint} cannot self-connect: {}: use a closed port, or omit the port",
+        describe_holder(endpoint)
     )
 }
 
-/// A closed port that a dial can hit. Any: two runs beside each other should not meet.
-fn choose(ports: &LocalPorts, own: Own) -> Result<u16> {
+/// Chooses a random closed port that can self-connect. Random, so that two runs at the same time use
+/// different ports.
+fn choose_port(ports: &LocalPorts, local_addr: LocalAddr) -> Result<u16> {
     let candidates: Vec<u16> = ports.first_ports().collect();
     if candidates.is_empty() {
         bail!(
-            "no dial can hit itself here: net.ipv4.ip_local_reserved_ports covers every port that connect() \
+            "no connect can self-connect here: net.ipv4.ip_local_reserved_ports covers every port that connect() \
              chooses: use --mode bind"
         );
     }
     let start = RandomState::new().build_hasher().finish() as usize % candidates.len();
     let (before, after) = candidates.split_at(start);
-    after.iter().chain(before).copied().find(|&port| probe(own, port, false).is_ok()).with_context(|| {
-        format!("each port that connect() chooses from {} is taken: wait, or use --mode bind", ports.range)
-    })
+    after.iter().chain(before).copied().find(|&port| try_bind(local_addr, port, false).is_ok()).with_context(
+        || format!("no port that connect() chooses from {} is free: wait, or use --mode bind", ports.range),
+    )
 }
 
 #[cfg(test)]
@@ -147,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_port_that_cannot_be_hit_is_refused_with_the_reason() {
+    fn a_port_that_cannot_self_connect_is_rejected_with_the_reason() {
         let ports = LocalPorts::parse("40000 40199", "40010-40020").unwrap();
         let rows = [
             (40000, None),
@@ -156,7 +158,7 @@ mod tests {
             (39998, Some("outside of net.ipv4.ip_local_port_range, 40000-40199")),
         ];
         for (port, want) in rows {
-            match (why_never(&ports, port), want) {
+            match (unreachable_reason(&ports, port), want) {
                 (None, None) => {}
                 (Some(why), Some(want)) => assert!(why.contains(want), "{port}: {why}"),
                 (why, want) => panic!("{port}: {why:?}, not {want:?}"),
@@ -165,9 +167,9 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_is_named_when_its_port_is_dialled() {
+    fn the_error_for_a_port_with_a_listener_names_its_process() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let error = taken(listener.local_addr().unwrap()).to_string();
+        let error = port_taken_error(listener.local_addr().unwrap()).to_string();
         assert!(error.contains(&format!("(pid {}) listens on it", std::process::id())), "{error}");
     }
 

@@ -1,5 +1,6 @@
-//! What the kernel's own table (`/proc/net/tcp` and `tcp6`, of this network namespace) says about a port, and
-//! which process holds a socket of it. Good enough for one port now and then; it is no way to watch a host.
+//! Reads the sockets of one port from `/proc/net/tcp` and `/proc/net/tcp6` of this network namespace, and
+//! finds the process that holds a socket. This is fine for one port now and then, but too slow to watch a
+//! host.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
@@ -9,18 +10,20 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-/// The kernel prints timers in this unit, on every architecture that Rust's BPF tools run on.
+/// The unit of the timers in `/proc/net/tcp` (USER_HZ), on every architecture that the BPF tools of Rust
+/// support.
 const TICKS_PER_SECOND: u64 = 100;
 
-const IPV4: &str = "/proc/net/tcp";
-const IPV6: &str = "/proc/net/tcp6";
+const PROC_NET_TCP: &str = "/proc/net/tcp";
+const PROC_NET_TCP6: &str = "/proc/net/tcp6";
 
-/// The file that lists a socket with this end. An IPv4-mapped one is an IPv6 socket.
-pub(super) fn table_of(endpoint: SocketAddr) -> &'static str {
-    if endpoint.is_ipv4() { IPV4 } else { IPV6 }
+/// The file that lists a socket with this local address. A socket with an IPv4-mapped address is an IPv6
+/// socket.
+pub(super) fn proc_file(endpoint: SocketAddr) -> &'static str {
+    if endpoint.is_ipv4() { PROC_NET_TCP } else { PROC_NET_TCP6 }
 }
 
-/// A TCP state under the kernel's name.
+/// A TCP state with the name that the kernel uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub(super) struct State(pub(super) &'static str);
@@ -31,7 +34,7 @@ impl State {
     pub(super) const LISTEN: Self = Self("LISTEN");
 }
 
-/// In the order of the kernel's numbers, which start at 1.
+/// The states in the order of the kernel's numbers, which start at 1.
 const STATES: [State; 12] = [
     State::ESTABLISHED,
     State("SYN_SENT"),
@@ -47,24 +50,24 @@ const STATES: [State; 12] = [
     State("NEW_SYN_RECV"),
 ];
 
-/// A row of the table.
+/// A row of `/proc/net/tcp`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Row {
+pub(super) struct ProcTcpRow {
     pub(super) local: SocketAddr,
     pub(super) remote: SocketAddr,
     pub(super) state: State,
-    /// Until the running timer fires; for a TIME_WAIT until it is gone.
+    /// The time until the running timer fires. For TIME_WAIT: until the socket is gone.
     pub(super) timer: Duration,
     inode: u64,
 }
 
-impl Row {
-    /// The process that holds this socket open, as far as this process may see: name and pid.
+impl ProcTcpRow {
+    /// Name and pid of the process that holds this socket open. `None`: not visible to this process.
     pub(super) fn holder(&self) -> Option<String> {
         let socket = format!("socket:[{}]", self.inode);
-        let numbered = |entry: &fs::DirEntry| entry.file_name().to_str()?.parse::<u32>().ok();
-        // A TIME_WAIT belongs to nobody and has the inode 0.
-        let pid = fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| numbered(&entry)).find(|pid| {
+        let pid_of = |entry: &fs::DirEntry| entry.file_name().to_str()?.parse::<u32>().ok();
+        // A socket in TIME_WAIT belongs to no process and has the inode 0.
+        let pid = fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| pid_of(&entry)).find(|pid| {
             let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
             self.inode != 0
                 && files
@@ -76,52 +79,54 @@ impl Row {
     }
 }
 
-/// The self-connection of this endpoint, if the table has it.
-pub(super) fn self_connection(endpoint: SocketAddr) -> Result<Option<Row>> {
-    let is_ours = |row: &Row| row.local == row.remote && same_address(row.local.ip(), endpoint.ip());
-    Ok(rows(table_of(endpoint), endpoint.port())?.into_iter().find(is_ours))
+/// The row of the self-connection with this endpoint.
+pub(super) fn self_connection(endpoint: SocketAddr) -> Result<Option<ProcTcpRow>> {
+    let is_ours =
+        |row: &ProcTcpRow| row.local == row.remote && is_same_address(row.local.ip(), endpoint.ip());
+    Ok(read_rows(proc_file(endpoint), endpoint.port())?.into_iter().find(is_ours))
 }
 
-/// What keeps this endpoint from being bound, for people: the listener if there is one.
-pub(super) fn blocker(endpoint: SocketAddr) -> Result<Option<Row>> {
-    let mut found = rows(IPV4, endpoint.port())?;
-    // A kernel without IPv6 has no such table.
-    found.extend(rows(IPV6, endpoint.port()).unwrap_or_default());
-    found.retain(|row| row.local.ip().is_unspecified() || same_address(row.local.ip(), endpoint.ip()));
+/// The row that most likely prevents a bind of this endpoint: a listener first, then TIME_WAIT, then any
+/// other.
+pub(super) fn find_holder(endpoint: SocketAddr) -> Result<Option<ProcTcpRow>> {
+    let mut found = read_rows(PROC_NET_TCP, endpoint.port())?;
+    // A kernel without IPv6 has no such file.
+    found.extend(read_rows(PROC_NET_TCP6, endpoint.port()).unwrap_or_default());
+    found.retain(|row| row.local.ip().is_unspecified() || is_same_address(row.local.ip(), endpoint.ip()));
     found.sort_by_key(|row| (row.state != State::LISTEN, row.state != State::TIME_WAIT));
     Ok(found.into_iter().next())
 }
 
-/// An IPv4 socket and the IPv4-mapped one of the same address take the same ports.
-fn same_address(one: IpAddr, other: IpAddr) -> bool {
+/// An IPv4 socket and an IPv6 socket with the same IPv4-mapped address compete for the same ports.
+fn is_same_address(one: IpAddr, other: IpAddr) -> bool {
     one.to_canonical() == other.to_canonical()
 }
 
-fn rows(path: &str, port: u16) -> Result<Vec<Row>> {
-    let read = || -> io::Result<Vec<Row>> {
+fn read_rows(path: &str, port: u16) -> Result<Vec<ProcTcpRow>> {
+    let read = || -> io::Result<Vec<ProcTcpRow>> {
         let mut rows = Vec::new();
         for line in BufReader::new(File::open(path)?).lines() {
-            rows.extend(row(&line?).filter(|row| row.local.port() == port));
+            rows.extend(parse_row(&line?).filter(|row| row.local.port() == port));
         }
         Ok(rows)
     };
     read().with_context(|| format!("cannot read {path}"))
 }
 
-fn row(line: &str) -> Option<Row> {
+fn parse_row(line: &str) -> Option<ProcTcpRow> {
     let mut words = line.split_ascii_whitespace().skip(1);
-    let local = endpoint(words.next()?)?;
-    let remote = endpoint(words.next()?)?;
+    let local = parse_endpoint(words.next()?)?;
+    let remote = parse_endpoint(words.next()?)?;
     let number = usize::from_str_radix(words.next()?, 16).ok()?;
     let state = *STATES.get(number.checked_sub(1)?)?;
     let (_, ticks) = words.nth(1)?.split_once(':')?;
     let timer = Duration::from_millis(u64::from_str_radix(ticks, 16).ok()? * 1000 / TICKS_PER_SECOND);
     let inode = words.nth(3)?.parse().ok()?;
-    Some(Row { local, remote, state, timer, inode })
+    Some(ProcTcpRow { local, remote, state, timer, inode })
 }
 
-/// `0100007F:9C5D`: the address as numbers of 32 bits in the machine's order, the port as a number.
-fn endpoint(text: &str) -> Option<SocketAddr> {
+/// Parses `0100007F:9C5D`: the address as 32-bit numbers in host byte order, the port as a plain number.
+fn parse_endpoint(text: &str) -> Option<SocketAddr> {
     let (address, port) = text.split_once(':')?;
     let mut bytes = [0; 16];
     for (word, bytes) in address.as_bytes().chunks(8).zip(bytes.chunks_exact_mut(4)) {
@@ -141,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_are_read_as_the_kernel_prints_them() {
+    fn rows_are_parsed_as_the_kernel_prints_them() {
         let rows = [
             (
                 "   1: 0100007F:9C5D 0100007F:9C5D 01 00000000:00000000 00:00000000 00000000     0        0 23584 2 0 20",
@@ -168,8 +173,8 @@ mod tests {
             ("", None),
         ];
         for (line, want) in rows {
-            let got = row(line);
-            let want = want.map(|(local, remote, state, ms, inode)| Row {
+            let got = parse_row(line);
+            let want = want.map(|(local, remote, state, ms, inode)| ProcTcpRow {
                 local: local.parse().unwrap(),
                 remote: remote.parse().unwrap(),
                 state: State(state),
@@ -181,9 +186,9 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_is_found_and_named_as_this_process() {
+    fn a_listener_is_found_with_its_process() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let row = blocker(listener.local_addr().unwrap()).unwrap().unwrap();
+        let row = find_holder(listener.local_addr().unwrap()).unwrap().unwrap();
         assert_eq!(row.state, State::LISTEN);
         assert!(row.holder().unwrap().ends_with(&format!("(pid {})", std::process::id())));
         assert_eq!(self_connection(listener.local_addr().unwrap()).unwrap(), None);

@@ -1,4 +1,4 @@
-//! The options of the remedy, and whether it can work here.
+//! The options of `--remedy`, and the check whether a remedy is possible on this host.
 
 use std::time::Duration;
 
@@ -8,27 +8,26 @@ use selfconn_ebpf::{ABSENT, Field};
 
 use crate::{
     filter::{Rule, Selection},
-    kernel::host::Host,
-    remedy::{Mode, Policy, Remedy},
+    kernel::host::KernelFeatures,
+    remedy::{Remedy, RemedyMode, RemedyPolicy},
     sockets,
 };
 
-/// What to do about a self-connection.
 #[derive(Debug, clap::Args)]
 pub(super) struct RemedyArgs {
     /// What to do about a self-connection
     #[arg(long, value_enum, value_name = "MODE", default_value_t = ModeArg::Off)]
     remedy: ModeArg,
-    /// Only if this field of it matches, such as comm=java* or port=8080; may be repeated
+    /// Only self-connections whose field matches, such as comm=java* or port=8080; may be repeated
     #[arg(long, value_name = "KEY=GLOB", requires = "remedy")]
     remedy_only: Vec<Rule>,
-    /// Never if this field of it matches, or is unknown; may be repeated, and wins
+    /// Exclude self-connections whose field matches or is unknown; may be repeated; overrides --remedy-only
     #[arg(long, value_name = "KEY=GLOB", requires = "remedy")]
     remedy_except: Vec<Rule>,
-    /// Only if it has lived as long: 500ms, 30s, 5m, 1h
+    /// Only self-connections at least this old: 500ms, 30s, 5m, 1h
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = time)]
     remedy_grace: Duration,
-    /// How many a second at most
+    /// Maximum number of remedies each second
     #[arg(long, value_name = "NUMBER", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     remedy_rate: u32,
 }
@@ -37,9 +36,9 @@ pub(super) struct RemedyArgs {
 enum ModeArg {
     /// Nothing
     Off,
-    /// Say what would be destroyed
+    /// Only report what would be destroyed
     DryRun,
-    /// Destroy its socket
+    /// Destroy the socket
     Destroy,
 }
 
@@ -48,39 +47,40 @@ impl RemedyArgs {
         self.remedy == ModeArg::Destroy
     }
 
-    /// The remedy, if one is wanted; what it can't do here goes to what the host can't.
+    /// Creates the remedy, if one is requested. Limitations of the remedy are added to those of the host.
     ///
     /// # Errors
-    /// When it is to destroy, and can't at all.
-    pub(super) fn prepare(&self, host: &mut Host) -> Result<Option<Remedy>> {
+    /// If `--remedy destroy` is requested and sockets cannot be destroyed on this host.
+    pub(super) fn prepare(&self, host: &mut KernelFeatures) -> Result<Option<Remedy>> {
         let mode = match self.remedy {
             ModeArg::Off => return Ok(None),
-            ModeArg::DryRun => Mode::DryRun,
-            ModeArg::Destroy => Mode::Destroy,
+            ModeArg::DryRun => RemedyMode::DryRun,
+            ModeArg::Destroy => RemedyMode::Destroy,
         };
         let can_find = match host.offsets[Field::NetnsInum as usize] {
             ABSENT => {
-                Err("the kernel has no usable BTF, which it takes to know a socket's network namespace"
+                Err("the kernel has no usable BTF, which is needed to find the network namespace of a socket"
                     .into())
             }
             _ => Ok(()),
         };
         if let Err(why) = can_find.and_then(|()| sockets::can_destroy()) {
-            if mode == Mode::Destroy {
+            if mode == RemedyMode::Destroy {
                 bail!("--remedy destroy: {why}");
             }
-            host.lacks.push(format!("--remedy destroy would fail: {why}"));
+            host.limitations.push(format!("--remedy destroy would fail: {why}"));
         }
         if let Err(why) = sockets::can_enter() {
-            host.lacks.push(format!("nothing is remedied but in the daemon's own network namespace: {why}"));
+            host.limitations
+                .push(format!("--remedy works only in the daemon's own network namespace: {why}"));
         }
         let selection = Selection { only: self.remedy_only.clone(), except: self.remedy_except.clone() };
         let grace_ns = u64::try_from(self.remedy_grace.as_nanos()).unwrap_or(u64::MAX);
-        Ok(Some(Remedy::new(Policy { mode, selection, grace_ns, rate: self.remedy_rate })))
+        Ok(Some(Remedy::new(RemedyPolicy { mode, selection, grace_ns, rate: self.remedy_rate })))
     }
 }
 
-/// A number and its unit; without one, seconds.
+/// Parses a number with a unit. The default unit is seconds.
 fn time(text: &str) -> Result<Duration, String> {
     let (digits, unit) = text.split_at(text.bytes().take_while(u8::is_ascii_digit).count());
     let number: u64 = digits.parse().map_err(|_| "not a time such as 500ms, 30s, 5m or 1h".to_owned())?;
@@ -90,7 +90,7 @@ fn time(text: &str) -> Result<Duration, String> {
         "" | "s" => seconds(1),
         "m" => seconds(60),
         "h" => seconds(3_600),
-        _ => return Err(format!("no unit {unit}: it is one of ms, s, m, h")),
+        _ => return Err(format!("unknown unit {unit}: use ms, s, m or h")),
     }
     .ok_or_else(|| "too long".to_owned())
 }
@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_time_is_a_number_and_its_unit() {
+    fn a_time_is_a_number_with_an_optional_unit() {
         for (text, ms) in [
             ("0", Some(0)),
             ("0s", Some(0)),

@@ -1,10 +1,10 @@
-//! Which events are shown.
+//! The filter of `tail`: selects the events to show.
 
 use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
 
-use crate::sink::text::Record;
+use crate::sink::text::LogRecord;
 
-/// All that must hold; of several values of one kind, one.
+/// All conditions must hold. Of several values for one condition, one must match.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Filter {
     pub(super) since: Option<Timestamp>,
@@ -15,22 +15,25 @@ pub(super) struct Filter {
 }
 
 impl Filter {
-    /// Whether an event is one that was asked for. Steps of a connection are many, and shown only on request.
-    pub(super) fn wants(&self, record: Record<'_>) -> bool {
+    /// True if the event matches. `state` events match only if they are requested, because there are many of
+    /// them.
+    pub(super) fn matches(&self, record: LogRecord<'_>) -> bool {
         let is_named = |name: &String| name == record.event();
         (if self.events.is_empty() { record.event() != "state" } else { self.events.iter().any(is_named) })
             && self.since.is_none_or(|since| record.time().is_none_or(|time| time >= since))
-            && among(&self.ports, |port| record.number("port") == Some(u64::from(*port)))
-            && among(&self.pids, |pid| is_in(record, |part| part.number("pid") == Some(u64::from(*pid))))
-            && among(&self.comms, |comm| {
-                is_in(record, |part| {
+            && matches_any(&self.ports, |port| record.number("port") == Some(u64::from(*port)))
+            && matches_any(&self.pids, |pid| {
+                in_event_or_nested(record, |part| part.number("pid") == Some(u64::from(*pid)))
+            })
+            && matches_any(&self.comms, |comm| {
+                in_event_or_nested(record, |part| {
                     part.text("comm") == Some(comm) || part.text("thread_comm") == Some(comm)
                 })
             })
     }
 
-    /// Whether a line can be left out without being parsed: our own lines begin with their time, which has a form that
-    /// sorts as text.
+    /// True if a line is known to be too old without parsing it. Lines of selfconn begin with their time, in
+    /// a form whose text order is the time order.
     pub(super) fn is_too_old(&self, line: &[u8]) -> bool {
         let Some(since) = self.since else { return false };
         let Some(time) = line.strip_prefix(b"{\"time\":\"").and_then(|rest| rest.get(..31)) else {
@@ -41,16 +44,16 @@ impl Filter {
     }
 }
 
-fn among<T>(wanted: &[T], is_it: impl Fn(&T) -> bool) -> bool {
-    wanted.is_empty() || wanted.iter().any(is_it)
+fn matches_any<T>(allowed: &[T], predicate: impl Fn(&T) -> bool) -> bool {
+    allowed.is_empty() || allowed.iter().any(predicate)
 }
 
-/// In the event itself, or in somebody that it names: a holder, a closer.
-fn is_in(record: Record<'_>, is_it: impl Fn(Record<'_>) -> bool) -> bool {
-    is_it(record) || record.parts().any(is_it)
+/// True if the predicate holds for the event itself or for a nested object, such as a holder or the closer.
+fn in_event_or_nested(record: LogRecord<'_>, predicate: impl Fn(LogRecord<'_>) -> bool) -> bool {
+    predicate(record) || record.nested_objects().any(predicate)
 }
 
-/// `90s`, `1h`, `2 days`: so long ago; or a point in time.
+/// Parses a time span before now, such as `90s`, `1h` or `2 days`, or a point in time.
 pub(super) fn since(text: &str, now: Timestamp) -> Result<Timestamp, String> {
     if let Ok(time) = text.parse() {
         return Ok(time);
@@ -61,7 +64,7 @@ pub(super) fn since(text: &str, now: Timestamp) -> Result<Timestamp, String> {
         .ok()
         .filter(|ago| *ago >= SignedDuration::ZERO);
     ago.and_then(|ago| now.checked_sub(ago).ok())
-        .ok_or_else(|| "not a length of time such as 90s, 30m, 1h or 2d, nor an RFC 3339 time".to_owned())
+        .ok_or_else(|| "neither a time span such as 90s, 30m, 1h or 2d nor an RFC 3339 time".to_owned())
 }
 
 #[cfg(test)]
@@ -72,18 +75,18 @@ mod tests {
     const CLOSED: &[u8] = br#"{"time":"2026-11-22T10:00:00.000000000Z","event":"closed","port":80,"pid":7,"comm":
         "main","thread_comm":"worker","holders":[{"pid":8,"comm":"heir"}],"closer":{"pid":9,"comm":"killer"}}"#;
 
-    fn wants(line: &[u8], filter: &Filter) -> bool {
-        filter.wants(Record::new(&parse(line).unwrap()))
+    fn is_shown(line: &[u8], filter: &Filter) -> bool {
+        filter.matches(LogRecord::new(&parse(line).unwrap()))
     }
 
     #[test]
-    fn an_event_is_wanted_when_all_holds() {
+    fn an_event_matches_if_all_conditions_hold() {
         let none = Filter::default();
-        assert!(wants(CLOSED, &none));
-        assert!(!wants(br#"{"event":"state"}"#, &none), "one line a connection");
-        assert!(wants(br#"{"event":"state"}"#, &Filter { events: vec!["state".into()], ..none.clone() }));
-        assert!(wants(br#"{"event":"of a newer version"}"#, &none));
-        for (ports, pids, comms, wanted) in [
+        assert!(is_shown(CLOSED, &none));
+        assert!(!is_shown(br#"{"event":"state"}"#, &none), "a connection is one line");
+        assert!(is_shown(br#"{"event":"state"}"#, &Filter { events: vec!["state".into()], ..none.clone() }));
+        assert!(is_shown(br#"{"event":"of a newer version"}"#, &none));
+        for (ports, pids, comms, is_expected) in [
             (vec![80], vec![], vec![], true),
             (vec![81], vec![], vec![], false),
             (vec![81, 80], vec![7], vec![], true),
@@ -96,29 +99,29 @@ mod tests {
         ] {
             let comms: Vec<String> = comms.into_iter().map(ToOwned::to_owned).collect();
             let filter = Filter { ports, pids, comms, ..none.clone() };
-            assert_eq!(wants(CLOSED, &filter), wanted, "{filter:?}");
+            assert_eq!(is_shown(CLOSED, &filter), is_expected, "{filter:?}");
         }
     }
 
     #[test]
-    fn what_is_too_old_is_seen_without_parsing() {
-        for (since, wanted) in [
+    fn an_old_event_is_recognized_without_parsing() {
+        for (since, is_expected) in [
             ("2026-11-22T09:59:59Z", true),
             ("2026-11-22T10:00:00Z", true),
             ("2026-11-22T10:00:00.000000001Z", false),
             ("2027-01-01T00:00:00Z", false),
         ] {
             let filter = Filter { since: Some(since.parse().unwrap()), ..Filter::default() };
-            assert_eq!(wants(CLOSED, &filter), wanted, "{since}");
-            assert_eq!(filter.is_too_old(CLOSED), !wanted, "{since}");
-            // Another form is left to the parser.
+            assert_eq!(is_shown(CLOSED, &filter), is_expected, "{since}");
+            assert_eq!(filter.is_too_old(CLOSED), !is_expected, "{since}");
+            // A line in another form is parsed.
             assert!(!filter.is_too_old(br#"{"event":"closed","time":"2020-01-01T00:00:00.000000000Z"}"#));
             assert!(!filter.is_too_old(br#"{"time":"2020-01-01T00:00:00Z","event":"closed"}"#));
         }
     }
 
     #[test]
-    fn since_is_a_length_of_time_or_a_point_in_it() {
+    fn since_is_a_time_span_or_a_point_in_time() {
         let now: Timestamp = "2026-11-22T10:00:00Z".parse().unwrap();
         for (text, time) in [
             ("1h", Some("2026-11-22T09:00:00Z")),

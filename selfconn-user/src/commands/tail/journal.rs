@@ -1,4 +1,5 @@
-//! The journal as a source of lines, through systemd's `journalctl`: the format of its files is nobody else's business.
+//! The journal as a source of event lines. It is read through systemd's `journalctl`, because the format of
+//! the journal files belongs to systemd.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -12,32 +13,32 @@ use serde_json::{Map, Value};
 
 /// A running `journalctl`.
 #[derive(Debug)]
-pub(super) struct Journal {
+pub(super) struct JournalReader {
     child: Child,
     lines: BufReader<ChildStdout>,
-    /// Where it is, so that another one can go on from there.
+    /// Cursor of the last entry, from which another `journalctl` can continue.
     cursor: Option<String>,
 }
 
-impl Journal {
-    /// What is there now.
+impl JournalReader {
+    /// Reads the existing entries.
     ///
     /// # Errors
-    /// When there is no `journalctl`.
+    /// If `journalctl` cannot be started.
     pub(super) fn read(directory: Option<&Path>, since: Option<Timestamp>) -> Result<Self> {
-        let mut command = journalctl(directory);
+        let mut command = journalctl_command(directory);
         if let Some(since) = since {
             command.arg(format!("--since=@{}", since.as_second()));
         }
         Self::start(command)
     }
 
-    /// What comes after that.
+    /// Continues with the entries after the last one that was read, and waits for new ones.
     ///
     /// # Errors
-    /// As [`Self::read`].
+    /// See [`Self::read`].
     pub(super) fn follow(self, directory: Option<&Path>) -> Result<Self> {
-        let mut command = journalctl(directory);
+        let mut command = journalctl_command(directory);
         command.args(["--follow", "--lines=all"]);
         if let Some(cursor) = &self.cursor {
             command.arg(format!("--after-cursor={cursor}"));
@@ -48,16 +49,16 @@ impl Journal {
     fn start(mut command: Command) -> Result<Self> {
         let mut child =
             command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context(
-                "cannot read the journal: journalctl can't be started: is this a host with systemd?",
+                "cannot read the journal: journalctl cannot be started: does this host use systemd?",
             )?;
-        let stdout = child.stdout.take().context("a pipe was asked for")?;
+        let stdout = child.stdout.take().context("journalctl has no pipe for its output")?;
         Ok(Self { child, lines: BufReader::new(stdout), cursor: None })
     }
 
-    /// The next event's line.
+    /// The line of the next event.
     ///
     /// # Errors
-    /// When it can't be read, or `journalctl` fails, which says why itself.
+    /// If reading fails or `journalctl` fails. `journalctl` prints the reason itself.
     pub(super) fn next(&mut self) -> Result<Option<String>> {
         let mut entry = Vec::new();
         loop {
@@ -80,17 +81,17 @@ impl Journal {
     }
 }
 
-impl Drop for Journal {
+impl Drop for JournalReader {
     fn drop(&mut self) {
-        // Ended already, unless we stop reading.
+        // Fails if it has already ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-fn journalctl(directory: Option<&Path>) -> Command {
+fn journalctl_command(directory: Option<&Path>) -> Command {
     let mut command = Command::new("journalctl");
-    // `--all`: a long field would be left out.
+    // Without `--all`, a long field is omitted.
     command.args(["--output=json", "--all", "--no-pager", "--quiet", "--output-fields=SELFCONN_JSON"]);
     if let Some(directory) = directory {
         command.arg("--directory").arg(directory);

@@ -1,53 +1,54 @@
-//! Bytes of a log to its lines, whatever the bytes are.
+//! Splits the bytes of a log into lines. Accepts arbitrary bytes.
 
-/// Longer than any event; a line beyond that is garbage, and is not kept.
-pub(super) const LONGEST: usize = 1 << 20;
+/// Maximum length of a line. Every event is shorter. A longer line is not kept in memory.
+pub(super) const MAX_LINE_BYTES: usize = 1 << 20;
 
-/// Cuts lines out of what comes in pieces.
+/// Splits blocks of bytes into lines. A line may extend over several blocks.
 #[derive(Debug, Default)]
-pub(super) struct Lines {
-    begun: Vec<u8>,
-    /// The line at hand is too long: what comes of it is dropped up to its end.
+pub(super) struct LineSplitter {
+    partial: Vec<u8>,
+    /// The current line is too long. The rest of it is dropped.
     is_too_long: bool,
 }
 
-impl Lines {
-    /// Hands on each line that a piece completes, without its newline; `None` for one that is too long.
+impl LineSplitter {
+    /// Calls `line` for each line that this block completes, without its newline, or with `None` if it is too
+    /// long.
     pub(super) fn feed<E>(
         &mut self,
-        piece: &[u8],
+        block: &[u8],
         mut line: impl FnMut(Option<&[u8]>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut rest = piece;
+        let mut rest = block;
         while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
             let (head, tail) = rest.split_at(end);
             rest = &tail[1..];
-            if self.is_too_long || self.begun.len() + head.len() > LONGEST {
+            if self.is_too_long || self.partial.len() + head.len() > MAX_LINE_BYTES {
                 line(None)?;
-            } else if self.begun.is_empty() {
+            } else if self.partial.is_empty() {
                 line(Some(head))?;
             } else {
-                self.begun.extend_from_slice(head);
-                line(Some(&self.begun))?;
+                self.partial.extend_from_slice(head);
+                line(Some(&self.partial))?;
             }
             self.reset();
         }
-        if self.is_too_long || self.begun.len() + rest.len() > LONGEST {
+        if self.is_too_long || self.partial.len() + rest.len() > MAX_LINE_BYTES {
             self.reset();
             self.is_too_long = true;
         } else {
-            self.begun.extend_from_slice(rest);
+            self.partial.extend_from_slice(rest);
         }
         Ok(())
     }
 
-    /// What was begun will not be completed. Says whether there was something.
+    /// Drops an incomplete line. Returns true if there was one.
     pub(super) fn reset(&mut self) -> bool {
-        let had = self.is_too_long || !self.begun.is_empty();
+        let had_line = self.is_too_long || !self.partial.is_empty();
         self.is_too_long = false;
-        self.begun.clear();
-        self.begun.shrink_to(LONGEST / 16);
-        had
+        self.partial.clear();
+        self.partial.shrink_to(MAX_LINE_BYTES / 16);
+        had_line
     }
 }
 
@@ -57,10 +58,10 @@ mod tests {
 
     use super::*;
 
-    fn cut(pieces: &[&[u8]]) -> Vec<Option<Vec<u8>>> {
-        let (mut lines, mut found) = (Lines::default(), Vec::new());
-        for piece in pieces {
-            let outcome: Result<(), ()> = lines.feed(piece, |line| {
+    fn split(blocks: &[&[u8]]) -> Vec<Option<Vec<u8>>> {
+        let (mut lines, mut found) = (LineSplitter::default(), Vec::new());
+        for block in blocks {
+            let outcome: Result<(), ()> = lines.feed(block, |line| {
                 found.push(line.map(<[u8]>::to_vec));
                 Ok(())
             });
@@ -70,9 +71,9 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_is_too_long_is_left_out_and_spoils_no_other() {
-        let long = vec![b'x'; LONGEST + 1];
-        let found = cut(&[b"one\n", &long, b"x\ntwo\nthr", b"ee\n", &long[1..], b"\nfour\nfive"]);
+    fn a_line_that_is_too_long_is_dropped_and_affects_no_other_line() {
+        let long = vec![b'x'; MAX_LINE_BYTES + 1];
+        let found = split(&[b"one\n", &long, b"x\ntwo\nthr", b"ee\n", &long[1..], b"\nfour\nfive"]);
         let text = |line: &Option<Vec<u8>>| line.as_ref().map(|line| line.len().min(9));
         assert_eq!(
             found.iter().map(text).collect::<Vec<_>>(),
@@ -82,7 +83,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn how_it_comes_in_pieces_does_not_matter(
+        fn lines_do_not_depend_on_block_boundaries(
             bytes in prop::collection::vec(prop_oneof![Just(b'\n'), any::<u8>()], 0..200),
             cuts in prop::collection::vec(0_usize..200, 0..8),
         ) {
@@ -90,8 +91,8 @@ mod tests {
             cuts.push(0);
             cuts.push(bytes.len());
             cuts.sort_unstable();
-            let pieces: Vec<&[u8]> = cuts.windows(2).map(|pair| &bytes[pair[0]..pair[1]]).collect();
-            prop_assert_eq!(cut(&pieces), cut(&[&bytes]));
+            let blocks: Vec<&[u8]> = cuts.windows(2).map(|pair| &bytes[pair[0]..pair[1]]).collect();
+            prop_assert_eq!(split(&blocks), split(&[&bytes]));
         }
     }
 }

@@ -1,5 +1,5 @@
-//! `selfconn tail`: an event log, or the journal, as people read it. A connection is one line; what is not an event is
-//! left out and counted.
+//! `selfconn tail`: shows an event log or the journal as readable text. A connection is one line. A line that
+//! is not an event is skipped and counted.
 
 use std::{
     collections::{HashSet, VecDeque},
@@ -14,13 +14,13 @@ use jiff::Timestamp;
 
 use self::{
     filter::Filter,
-    journal::Journal,
-    lines::Lines,
-    source::{BLOCK, News, Search, Source},
-    view::View,
-    wait::Wait,
+    journal::JournalReader,
+    lines::LineSplitter,
+    source::{BLOCK_BYTES, FileChange, LastEventsSearch, LogSource},
+    view::ConnectionView,
+    wait::FileWatch,
 };
-use crate::sink::text::{Painter, Record, parse};
+use crate::sink::text::{LogRecord, Style, parse};
 
 mod filter;
 mod journal;
@@ -32,22 +32,21 @@ mod wait;
 /// Shown below the options.
 pub const EXAMPLE: &str = "\
 Examples:
-  selfconn tail                                  the last of the service's log
-  selfconn tail -f --since 1h                    the last hour, and what comes
-  selfconn tail -n all --port 5432 events.jsonl  all that happened to a port
+  selfconn tail                                  the last events of the service's log
+  selfconn tail -f --since 1h                    the last hour, then new events
+  selfconn tail -n all --port 5432 events.jsonl  all events of one port
   zcat events.jsonl.*.gz | selfconn tail --comm java -";
 
-/// Where the service logs.
-const DEFAULT: &str = "/var/log/selfconn/events.jsonl";
+/// The event log of the service.
+const DEFAULT_LOG: &str = "/var/log/selfconn/events.jsonl";
 
-/// How many lines are shown unless the user says.
-const SOME: usize = 20;
+/// Number of lines shown by default.
+const DEFAULT_LINES: usize = 20;
 
-/// Options of `tail`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct TailArgs {
     /// The event log; `-` is stdin
-    #[arg(value_name = "FILE", default_value = DEFAULT)]
+    #[arg(value_name = "FILE", default_value = DEFAULT_LOG)]
     file: PathBuf,
     /// Show the journal instead
     #[arg(long, conflicts_with = "file")]
@@ -55,28 +54,28 @@ pub struct Args {
     /// The journal whose files are in DIR, such as that of a mounted disk
     #[arg(long, value_name = "DIR", requires = "journal")]
     journal_dir: Option<PathBuf>,
-    /// Go on with what comes, also when the log is rotated
+    /// Wait for new events and show them, also after the log is rotated
     #[arg(short, long)]
     follow: bool,
-    /// How many events to show of those that are there, or `all` [default: 20, or all with --since]
+    /// Number of existing events to show, or `all` [default: 20, or all with --since]
     #[arg(short = 'n', long, value_name = "N", value_parser = count)]
     lines: Option<usize>,
-    /// Only events that are not older: 90s, 30m, 1h, 2d, or an RFC 3339 time
+    /// Only events since then: 90s, 30m, 1h, 2d ago, or an RFC 3339 time
     #[arg(long, value_name = "WHEN", value_parser = |text: &str| filter::since(text, Timestamp::now()))]
     since: Option<Timestamp>,
-    /// Only events about this port; may be given again, as the others may
+    /// Only events about this port; this and the following filters may be repeated
     #[arg(long, value_name = "PORT")]
     port: Vec<u16>,
-    /// Only events in which this process has a part
+    /// Only events that name this process
     #[arg(long, value_name = "PID")]
     pid: Vec<u32>,
-    /// Only events in which a process or thread of this name has a part
+    /// Only events that name a process or thread of this name
     #[arg(long, value_name = "NAME")]
     comm: Vec<String>,
-    /// Only events of this name; `state` is shown only so
+    /// Only events of this kind; `state` is shown only with this option
     #[arg(long, value_name = "EVENT")]
     event: Vec<String>,
-    /// Pass the lines on as they are
+    /// Print the JSON lines unchanged
     #[arg(long)]
     json: bool,
 }
@@ -85,14 +84,14 @@ fn count(text: &str) -> Result<usize, String> {
     if text == "all" {
         return Ok(usize::MAX);
     }
-    text.parse().map_err(|_| "not a number, nor `all`".to_owned())
+    text.parse().map_err(|_| "neither a number nor `all`".to_owned())
 }
 
-/// Shows what is there, and with `-f` what comes.
+/// Shows the existing events, and with `-f` new events as they come.
 ///
 /// # Errors
-/// When it can't be read, or stdout can't be written.
-pub fn run(args: &Args) -> Result<ExitCode> {
+/// If the log cannot be read or stdout cannot be written.
+pub fn run(args: &TailArgs) -> Result<ExitCode> {
     let filter = Filter {
         since: args.since,
         ports: args.port.clone(),
@@ -100,176 +99,181 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         comms: args.comm.clone(),
         events: args.event.clone(),
     };
-    let count = args.lines.unwrap_or(if args.since.is_some() { usize::MAX } else { SOME });
-    let mut show = Show::new(filter, args.json);
+    let count = args.lines.unwrap_or(if args.since.is_some() { usize::MAX } else { DEFAULT_LINES });
+    let mut output = TailOutput::new(filter, args.json);
     if args.journal {
-        show.keep_last(count);
-        journal(args, &mut show)?;
+        output.keep_last(count);
+        journal(args, &mut output)?;
     } else if args.file == Path::new("-") {
-        show.keep_last(count);
-        stdin(&mut show)?;
+        output.keep_last(count);
+        stdin(&mut output)?;
     } else {
-        file(args, count, &mut show)?;
+        file(args, count, &mut output)?;
     }
-    show.say_garbage();
+    output.report_skipped_lines();
     Ok(ExitCode::SUCCESS)
 }
 
-fn journal(args: &Args, show: &mut Show) -> Result<()> {
-    let mut journal = Journal::read(args.journal_dir.as_deref(), args.since)?;
+fn journal(args: &TailArgs, output: &mut TailOutput) -> Result<()> {
+    let mut journal = JournalReader::read(args.journal_dir.as_deref(), args.since)?;
     while let Some(line) = journal.next()? {
-        show.take(Some(line.as_bytes()))?;
+        output.push_line(Some(line.as_bytes()))?;
     }
-    show.caught_up()?;
+    output.caught_up()?;
     if args.follow {
         let mut journal = journal.follow(args.journal_dir.as_deref())?;
         while let Some(line) = journal.next()? {
-            show.take(Some(line.as_bytes()))?;
-            show.caught_up()?;
+            output.push_line(Some(line.as_bytes()))?;
+            output.caught_up()?;
         }
     }
     Ok(())
 }
 
-fn stdin(show: &mut Show) -> Result<()> {
-    let (mut lines, mut block, mut stdin) = (Lines::default(), vec![0; BLOCK], io::stdin().lock());
+fn stdin(output: &mut TailOutput) -> Result<()> {
+    let (mut lines, mut block, mut stdin) =
+        (LineSplitter::default(), vec![0; BLOCK_BYTES], io::stdin().lock());
     loop {
         match stdin.read(&mut block) {
             Ok(0) => break,
-            Ok(count) => lines.feed(&block[..count], |line| show.take(line))?,
+            Ok(count) => lines.feed(&block[..count], |line| output.push_line(line))?,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error).context("cannot read stdin"),
         }
     }
-    show.garbage += u64::from(lines.reset());
-    Ok(show.caught_up()?)
+    output.skipped_lines += u64::from(lines.reset());
+    Ok(output.caught_up()?)
 }
 
-fn file(args: &Args, count: usize, show: &mut Show) -> Result<()> {
+fn file(args: &TailArgs, count: usize, output: &mut TailOutput) -> Result<()> {
     let path = &args.file;
-    let explain = |error| explain(path, error);
-    let mut source = Source::open(path).map_err(explain)?;
-    // Before the first read, so that nothing that comes after it is missed.
-    let wait = args.follow.then(|| Wait::on(path));
-    let (mut lines, mut block) = (Lines::default(), vec![0; BLOCK]);
+    let with_path = |error| read_error(path, error);
+    let mut source = LogSource::open(path).map_err(with_path)?;
+    // Watch before the first read, so that no later change is missed.
+    let wait = args.follow.then(|| FileWatch::on(path));
+    let (mut lines, mut block) = (LineSplitter::default(), vec![0; BLOCK_BYTES]);
     match count {
-        0 => source.seek_end().map_err(explain)?,
+        0 => source.seek_end().map_err(with_path)?,
         usize::MAX => {}
         _ => {
-            let mut search =
-                Search { filter: &show.filter, joins: !args.json, left: count, closed: HashSet::new() };
-            source.seek_last(&mut search).map_err(explain)?;
-            // It may just have been rotated.
-            if search.left > 0
-                && let Ok(mut previous) = Source::open(&previous(path))
+            let mut search = LastEventsSearch {
+                filter: &output.filter,
+                merges_connections: !args.json,
+                remaining: count,
+                closed: HashSet::new(),
+            };
+            source.seek_last(&mut search).map_err(with_path)?;
+            // Too few events: the log may just have been rotated.
+            if search.remaining > 0
+                && let Ok(mut previous) = LogSource::open(&rotated_path(path))
             {
-                previous.seek_last(&mut search).map_err(explain)?;
+                previous.seek_last(&mut search).map_err(with_path)?;
                 loop {
-                    match previous.read(&mut block).map_err(explain)? {
+                    match previous.read(&mut block).map_err(with_path)? {
                         0 => break,
-                        count => lines.feed(&block[..count], |line| show.take(line))?,
+                        count => lines.feed(&block[..count], |line| output.push_line(line))?,
                     }
                 }
-                show.garbage += u64::from(lines.reset());
+                output.skipped_lines += u64::from(lines.reset());
             }
         }
     }
     loop {
-        match source.follow(&mut block).map_err(explain)? {
-            News::Bytes(count) => {
-                lines.feed(&block[..count], |line| show.take(line))?;
-                show.flush_if_full()?;
+        match source.follow(&mut block).map_err(with_path)? {
+            FileChange::Bytes(count) => {
+                lines.feed(&block[..count], |line| output.push_line(line))?;
+                output.flush_if_full()?;
             }
-            News::Restarted => show.garbage += u64::from(lines.reset()),
-            News::None => {
-                show.caught_up()?;
+            FileChange::Restarted => output.skipped_lines += u64::from(lines.reset()),
+            FileChange::None => {
+                output.caught_up()?;
                 let Some(wait) = &wait else { break };
-                show.say_garbage();
+                output.report_skipped_lines();
                 wait.wait()?;
             }
         }
     }
-    // A line without an end is being written, or torn; either way it is none yet.
-    show.garbage += u64::from(lines.reset());
+    // A line without a newline is incomplete and counts as skipped.
+    output.skipped_lines += u64::from(lines.reset());
     Ok(())
 }
 
-/// The file that logrotate moved last.
-fn previous(path: &Path) -> PathBuf {
+/// Path of the most recently rotated log, as logrotate names it.
+fn rotated_path(path: &Path) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(".1");
     name.into()
 }
 
-fn explain(path: &Path, error: io::Error) -> Error {
-    let what = format!("cannot read the event log {}", path.display());
+fn read_error(path: &Path, error: io::Error) -> Error {
+    let context = format!("cannot read the event log {}", path.display());
     if error.kind() == io::ErrorKind::NotFound {
         return anyhow!(
-            "{what}: {error}: name a FILE that `selfconn run --log FILE` writes, or use --journal"
+            "{context}: {error}: name a FILE that `selfconn run --log FILE` writes, or use --journal"
         );
     }
-    Error::new(error).context(what)
+    Error::new(error).context(context)
 }
 
-/// What is shown, and how.
-struct Show {
+/// The output on stdout: filter, form, and buffered text.
+struct TailOutput {
     filter: Filter,
-    /// None: lines as they are.
-    view: Option<View>,
+    /// `None`: lines are printed unchanged.
+    view: Option<ConnectionView>,
     out: String,
-    /// Only so many of what is there are shown: the newest.
+    /// Maximum number of existing lines to show, and the newest lines so far.
     last: Option<(usize, VecDeque<String>)>,
-    is_news: bool,
-    /// Lines that are no events.
-    garbage: u64,
-    garbage_said: u64,
+    has_caught_up: bool,
+    /// Number of lines that are not events.
+    skipped_lines: u64,
+    reported_skipped_lines: u64,
 }
 
-impl Show {
+impl TailOutput {
     fn new(filter: Filter, is_json: bool) -> Self {
-        let view = (!is_json).then(|| View::new(Painter::of(&io::stdout())));
+        let view = (!is_json).then(|| ConnectionView::new(Style::for_output(&io::stdout())));
         let (out, last) = (String::new(), None);
-        Self { filter, view, out, last, is_news: false, garbage: 0, garbage_said: 0 }
+        Self { filter, view, out, last, has_caught_up: false, skipped_lines: 0, reported_skipped_lines: 0 }
     }
 
-    /// Of a source that can't be read backwards, keeps the newest.
+    /// Shows only the newest lines of a source that cannot be read backwards.
     fn keep_last(&mut self, count: usize) {
         if count != usize::MAX {
             self.last = Some((count, VecDeque::new()));
         }
     }
 
-    /// Takes in a line.
-    fn take(&mut self, line: Option<&[u8]>) -> io::Result<()> {
+    /// Adds a line. `None` is a line that was too long.
+    fn push_line(&mut self, line: Option<&[u8]>) -> io::Result<()> {
         let Some(line) = line else {
-            self.garbage += 1;
+            self.skipped_lines += 1;
             return Ok(());
         };
         if line.is_empty() || self.filter.is_too_old(line) {
             return Ok(());
         }
-        // An event is JSON, and so is text.
+        // An event is JSON and therefore UTF-8.
         let parsed = std::str::from_utf8(line).ok().and_then(|text| Some((text, parse(line)?)));
-        let Some((text, fields)) = parsed.filter(|(_, fields)| !Record::new(fields).event().is_empty())
+        let Some((text, fields)) = parsed.filter(|(_, fields)| !LogRecord::new(fields).event().is_empty())
         else {
-            self.garbage += 1;
+            self.skipped_lines += 1;
             return Ok(());
         };
-        if self.filter.wants(Record::new(&fields)) {
+        if self.filter.matches(LogRecord::new(&fields)) {
             match &mut self.view {
-                Some(view) => view.take(fields, &mut self.out),
+                Some(view) => view.push(fields, &mut self.out),
                 None => {
                     self.out.push_str(text);
                     self.out.push('\n');
                 }
             }
-            self.trim();
+            self.keep_newest();
         }
         self.flush_if_full()
     }
 
-    /// Moves what is there to what is kept of it.
-    fn trim(&mut self) {
+    /// Moves the buffered lines to the newest lines, if their number is limited.
+    fn keep_newest(&mut self) {
         if let Some((count, kept)) = &mut self.last {
             kept.extend(self.out.split_inclusive('\n').map(ToOwned::to_owned));
             self.out.clear();
@@ -278,16 +282,16 @@ impl Show {
     }
 
     fn flush_if_full(&mut self) -> io::Result<()> {
-        if self.out.len() >= BLOCK { self.flush() } else { Ok(()) }
+        if self.out.len() >= BLOCK_BYTES { self.flush() } else { Ok(()) }
     }
 
-    /// There is nothing more for now.
+    /// Called when the source has no more lines for now.
     fn caught_up(&mut self) -> io::Result<()> {
         if let Some(view) = &mut self.view {
-            view.caught_up(self.is_news, &mut self.out);
+            view.caught_up(self.has_caught_up, &mut self.out);
         }
-        self.is_news = true;
-        self.trim();
+        self.has_caught_up = true;
+        self.keep_newest();
         if let Some((_, kept)) = self.last.take() {
             self.out.extend(kept);
         }
@@ -298,7 +302,7 @@ impl Show {
         if !self.out.is_empty() {
             let mut stdout = io::stdout().lock();
             let written = stdout.write_all(self.out.as_bytes()).and_then(|()| stdout.flush());
-            // Still of its kind: who closes the pipe has seen enough.
+            // Keep the error kind, because a broken pipe is not an error for `main`.
             written
                 .map_err(|error| io::Error::new(error.kind(), format!("cannot write to stdout: {error}")))?;
             self.out.clear();
@@ -306,14 +310,18 @@ impl Show {
         Ok(())
     }
 
-    /// On stderr, beside what is shown.
-    fn say_garbage(&mut self) {
-        if self.garbage > self.garbage_said {
-            let count = self.garbage - self.garbage_said;
-            let lines = if count == 1 { "1 line is" } else { &format!("{count} lines are") };
-            // Who reads stderr may be gone.
-            let _ = writeln!(io::stderr(), "selfconn: warning: {lines} no event, and left out");
-            self.garbage_said = self.garbage;
+    /// Reports newly skipped lines on stderr.
+    fn report_skipped_lines(&mut self) {
+        if self.skipped_lines > self.reported_skipped_lines {
+            let count = self.skipped_lines - self.reported_skipped_lines;
+            let lines = if count == 1 {
+                "1 line that is not an event"
+            } else {
+                &format!("{count} lines that are not events")
+            };
+            // The reader of stderr may be gone.
+            let _ = writeln!(io::stderr(), "selfconn: warning: skipped {lines}");
+            self.reported_skipped_lines = self.skipped_lines;
         }
     }
 }

@@ -1,4 +1,5 @@
-//! A log as a stream of bytes: from where on it is read, and how it is followed when it is moved, removed or emptied.
+//! A log file as a stream of bytes: finds the position of the last events, reads, and follows the file when
+//! it is moved, removed or truncated.
 
 use std::{
     collections::HashSet,
@@ -9,33 +10,33 @@ use std::{
 };
 
 use super::filter::Filter;
-use crate::sink::text::{Record, parse};
+use crate::sink::text::{LogRecord, parse};
 
-/// So much is read at once.
-pub(super) const BLOCK: usize = 64 << 10;
+/// Maximum bytes of one read.
+pub(super) const BLOCK_BYTES: usize = 64 << 10;
 
-/// An open file, and how far it was read.
+/// An open log file and the position up to which it was read.
 #[derive(Debug)]
-pub(super) struct Source {
+pub(super) struct LogSource {
     path: PathBuf,
     file: File,
     position: u64,
 }
 
-/// What is new in a followed file.
+/// Change of a followed file since the last read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum News {
-    /// So many bytes.
+pub(super) enum FileChange {
+    /// This many new bytes were read.
     Bytes(usize),
-    /// It is another file now, or was emptied: what was begun will not be completed.
+    /// The path has another file now, or the file was truncated. An incomplete line will not be completed.
     Restarted,
-    /// Nothing.
+    /// No change.
     None,
 }
 
-impl Source {
+impl LogSource {
     /// # Errors
-    /// When it can't be opened, or is a folder.
+    /// If the file cannot be opened or is a directory.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         if file.metadata()?.is_dir() {
@@ -44,32 +45,33 @@ impl Source {
         Ok(Self { path: path.to_owned(), file, position: 0 })
     }
 
-    /// Goes to where the last so many events begin that are wanted. Says how many there are, if there are fewer.
+    /// Seeks to the beginning of the last events that the search looks for. If there are fewer, seeks to the
+    /// beginning of the file, and `search.remaining` is the missing number.
     ///
     /// # Errors
-    /// As reading does.
-    pub(super) fn seek_last(&mut self, search: &mut Search<'_>) -> io::Result<()> {
+    /// If the file cannot be read.
+    pub(super) fn seek_last(&mut self, search: &mut LastEventsSearch<'_>) -> io::Result<()> {
         let mut end = self.file.metadata()?.len();
-        // The beginning of a line whose end is in a block that was looked at already.
+        // The beginning of a line whose end is in the block that was read before.
         let mut rest: Vec<u8> = Vec::new();
         self.position = 0;
         while end > 0 {
-            let start = end.saturating_sub(BLOCK as u64);
-            let mut block = vec![0; usize::try_from(end - start).unwrap_or(BLOCK)];
+            let start = end.saturating_sub(BLOCK_BYTES as u64);
+            let mut block = vec![0; usize::try_from(end - start).unwrap_or(BLOCK_BYTES)];
             self.file.read_exact_at(&mut block, start)?;
             block.extend_from_slice(&rest);
-            // The first line of a block is whole only at the beginning of the file.
-            let whole = if start == 0 {
+            // The first line of a block is complete only at the beginning of the file.
+            let first_line_start = if start == 0 {
                 0
             } else {
                 block.iter().position(|byte| *byte == b'\n').map_or(block.len(), |at| at + 1)
             };
             let mut line_end = block.len();
-            for at in (whole..block.len()).rev() {
-                if at == whole || block[at - 1] == b'\n' {
+            for at in (first_line_start..block.len()).rev() {
+                if at == first_line_start || block[at - 1] == b'\n' {
                     if search.counts(block[at..line_end].trim_ascii_end()) {
                         self.position = start + at as u64;
-                        if search.left == 0 {
+                        if search.remaining == 0 {
                             return self.file.seek(SeekFrom::Start(self.position)).map(drop);
                         }
                     }
@@ -77,9 +79,9 @@ impl Source {
                 }
             }
             rest = block;
-            rest.truncate(whole);
-            // A line that long is no event.
-            if rest.len() > super::lines::LONGEST {
+            rest.truncate(first_line_start);
+            // A line of this length is not an event.
+            if rest.len() > super::lines::MAX_LINE_BYTES {
                 rest.clear();
             }
             end = start;
@@ -88,19 +90,17 @@ impl Source {
         self.file.rewind()
     }
 
-    /// Goes to the end.
-    ///
     /// # Errors
-    /// As seeking does.
+    /// If seeking fails.
     pub(super) fn seek_end(&mut self) -> io::Result<()> {
         self.position = self.file.seek(SeekFrom::End(0))?;
         Ok(())
     }
 
-    /// Reads on.
+    /// Reads the next bytes.
     ///
     /// # Errors
-    /// As reading does.
+    /// If the file cannot be read.
     pub(super) fn read(&mut self, block: &mut [u8]) -> io::Result<usize> {
         loop {
             match self.file.read(block) {
@@ -114,61 +114,62 @@ impl Source {
         }
     }
 
-    /// Reads on, in the file that the path leads to now.
+    /// Reads the next bytes, and switches to the file that is now at the path when this one is read
+    /// completely.
     ///
     /// # Errors
-    /// As reading does.
-    pub(super) fn follow(&mut self, block: &mut [u8]) -> io::Result<News> {
-        // Asked before the read: who writes to the next file already, writes to this one no more.
+    /// If the file cannot be read.
+    pub(super) fn follow(&mut self, block: &mut [u8]) -> io::Result<FileChange> {
+        // Checked before the read: once the next file has content, the daemon no longer writes to this one.
         let next = self.path.metadata().ok();
-        let own = self.file.metadata()?;
+        let current = self.file.metadata()?;
         let count = self.read(block)?;
         if count > 0 {
-            return Ok(News::Bytes(count));
+            return Ok(FileChange::Bytes(count));
         }
         match next {
-            Some(next) if !is_same(&next, &own) && next.len() > 0 => {
-                // It may be gone again; then the next look finds out.
-                let Ok(moved_to) = Self::open(&self.path) else { return Ok(News::None) };
+            Some(next) if !is_same_file(&next, &current) && next.len() > 0 => {
+                // The new file may be gone again. The next call checks again.
+                let Ok(moved_to) = Self::open(&self.path) else { return Ok(FileChange::None) };
                 *self = moved_to;
-                Ok(News::Restarted)
+                Ok(FileChange::Restarted)
             }
-            Some(next) if is_same(&next, &own) && next.len() < self.position => {
+            Some(next) if is_same_file(&next, &current) && next.len() < self.position => {
                 self.file.rewind()?;
                 self.position = 0;
-                Ok(News::Restarted)
+                Ok(FileChange::Restarted)
             }
-            _ => Ok(News::None),
+            _ => Ok(FileChange::None),
         }
     }
 }
 
-fn is_same(one: &Metadata, other: &Metadata) -> bool {
+fn is_same_file(one: &Metadata, other: &Metadata) -> bool {
     (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
-/// Looks for the last events that are wanted, from the end backwards.
+/// Search for the last matching events, backwards from the end.
 #[derive(Debug)]
-pub(super) struct Search<'a> {
+pub(super) struct LastEventsSearch<'a> {
     pub(super) filter: &'a Filter,
-    /// A connection is one line: what opened it is not counted beside what closed it.
-    pub(super) joins: bool,
-    /// How many are still to be found.
-    pub(super) left: usize,
+    /// A connection is one line, so its `established` is not counted in addition to its `closed`.
+    pub(super) merges_connections: bool,
+    /// Number of events that are still to be found.
+    pub(super) remaining: usize,
     pub(super) closed: HashSet<String>,
 }
 
-impl Search<'_> {
+impl LastEventsSearch<'_> {
     fn counts(&mut self, line: &[u8]) -> bool {
-        if self.left == 0 {
+        if self.remaining == 0 {
             return false;
         }
         let Some(fields) = parse(line) else { return false };
-        let record = Record::new(&fields);
-        if record.event().is_empty() || !self.filter.wants(record) {
+        let record = LogRecord::new(&fields);
+        if record.event().is_empty() || !self.filter.matches(record) {
             return false;
         }
-        if self.joins
+        if self.merges_connections
             && let Some(id) = record.text("id")
         {
             match record.event() {
@@ -177,7 +178,7 @@ impl Search<'_> {
                 _ => {}
             }
         }
-        self.left -= 1;
+        self.remaining -= 1;
         true
     }
 }
@@ -193,20 +194,20 @@ mod tests {
     }
 
     #[test]
-    fn the_last_lines_are_found_from_the_end() {
+    fn the_last_events_are_found_from_the_end() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
-        // Garbage in between is not counted; a line is longer than a block.
+        // Invalid lines between the events are not counted. One of them is longer than a block.
         for number in 0..5_000 {
             file.write_all(line("established", number).as_bytes()).unwrap();
             file.write_all(line("closed", number).as_bytes()).unwrap();
             if number % 1_000 == 0 {
-                file.write_all(&vec![b'x'; BLOCK * 2]).unwrap();
+                file.write_all(&vec![b'x'; BLOCK_BYTES * 2]).unwrap();
                 file.write_all(b"\n\xff\xfe\n\n[]\n{}\n").unwrap();
             }
         }
         file.write_all(b"{\"event\":\"closed\",\"id\":\"to").unwrap();
         let filter = Filter::default();
-        for (count, joins, first, left) in [
+        for (count, merges_connections, first, missing) in [
             (1, true, Some(line("closed", 4_999)), 0),
             (3, true, Some(line("closed", 4_997)), 0),
             (1_500, true, Some(line("closed", 3_500)), 0),
@@ -216,10 +217,15 @@ mod tests {
             (6_000, true, None, 1_000),
             (10_000, false, Some(line("established", 0)), 0),
         ] {
-            let mut source = Source::open(file.path()).unwrap();
-            let mut search = Search { filter: &filter, joins, left: count, closed: HashSet::new() };
+            let mut source = LogSource::open(file.path()).unwrap();
+            let mut search = LastEventsSearch {
+                filter: &filter,
+                merges_connections,
+                remaining: count,
+                closed: HashSet::new(),
+            };
             source.seek_last(&mut search).unwrap();
-            assert_eq!(search.left, left, "{count}");
+            assert_eq!(search.remaining, missing, "{count}");
             let mut text = String::new();
             let _ = source.file.read_to_string(&mut text);
             let mut block = [0; 64];

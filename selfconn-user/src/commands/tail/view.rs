@@ -1,88 +1,90 @@
-//! One line for each connection: what was opened is held until its end is found, and told with it. What has no end in
-//! the log is told as open.
+//! Renders one line for each connection: an `established` event is held back until its `closed` event is
+//! found, and then only `closed` is shown. A connection without an end in the log is shown as open.
 
 use std::collections::{BTreeMap, HashMap};
 
 use jiff::Timestamp;
 use serde_json::{Map, Value};
 
-use crate::sink::text::{Painter, Record, duration};
+use crate::sink::text::{LogRecord, Style, duration};
 
-/// More than this many connections are not held back; the oldest are told as they are.
-const HELD: usize = 50_000;
+/// Maximum number of connections that are held back. Beyond it, the oldest ones are shown without their end.
+const MAX_OPEN_CONNECTIONS: usize = 50_000;
 
 type Event = Map<String, Value>;
 
-/// Makes lines of events.
+/// Renders events as lines.
 #[derive(Debug)]
-pub(super) struct View {
-    painter: Painter,
-    /// Those that were opened and not closed so far, in order.
-    held: BTreeMap<u64, Event>,
-    numbers: HashMap<String, u64>,
+pub(super) struct ConnectionView {
+    style: Style,
+    /// Events of the connections that are not closed so far, in order.
+    open: BTreeMap<u64, Event>,
+    /// Key in `open` of each connection id.
+    positions: HashMap<String, u64>,
     next: u64,
 }
 
-impl View {
-    pub(super) fn new(painter: Painter) -> Self {
-        Self { painter, held: BTreeMap::new(), numbers: HashMap::new(), next: 0 }
+impl ConnectionView {
+    pub(super) fn new(style: Style) -> Self {
+        Self { style, open: BTreeMap::new(), positions: HashMap::new(), next: 0 }
     }
 
-    /// Takes in an event, and appends what there is to be told now.
-    pub(super) fn take(&mut self, event: Event, out: &mut String) {
-        let record = Record::new(&event);
+    /// Adds an event and appends the lines that can be shown now.
+    pub(super) fn push(&mut self, event: Event, out: &mut String) {
+        let record = LogRecord::new(&event);
         let id = record.text("id").map(ToOwned::to_owned);
         match (record.event(), id) {
             ("established", Some(id)) => {
                 self.next += 1;
-                if let Some(earlier) = self.numbers.insert(id, self.next) {
-                    self.held.remove(&earlier);
+                if let Some(earlier) = self.positions.insert(id, self.next) {
+                    self.open.remove(&earlier);
                 }
-                self.held.insert(self.next, event);
-                if self.held.len() > HELD
-                    && let Some((_, oldest)) = self.held.pop_first()
+                self.open.insert(self.next, event);
+                if self.open.len() > MAX_OPEN_CONNECTIONS
+                    && let Some((_, oldest)) = self.open.pop_first()
                 {
-                    self.forget(&oldest);
-                    self.line(&oldest, None, out);
+                    self.remove_id(&oldest);
+                    self.write_line(&oldest, None, out);
                 }
             }
             ("closed", Some(id)) => {
-                if let Some(number) = self.numbers.remove(&id) {
-                    self.held.remove(&number);
+                if let Some(number) = self.positions.remove(&id) {
+                    self.open.remove(&number);
                 }
-                self.line(&event, None, out);
+                self.write_line(&event, None, out);
             }
-            // A run begins or ends: nobody watches what an earlier one left open.
+            // A run begins or ends, so the end of connections that an earlier run left open is not observed.
             ("started" | "stopped", _) => {
                 self.flush(Some("UNCLOSED"), out);
-                self.line(&event, None, out);
+                self.write_line(&event, None, out);
             }
-            _ => self.line(&event, None, out),
+            _ => self.write_line(&event, None, out),
         }
     }
 
-    /// The log has nothing more for now. At the first time what is open has been so for long; later it is news.
-    pub(super) fn caught_up(&mut self, is_news: bool, out: &mut String) {
-        self.flush((!is_news).then_some("OPEN"), out);
+    /// Called when the log has no more events for now. The first time, connections without an end are shown
+    /// as `OPEN` with their age. Later (`is_live`) they have just been established and are shown as such.
+    pub(super) fn caught_up(&mut self, is_live: bool, out: &mut String) {
+        self.flush((!is_live).then_some("OPEN"), out);
     }
 
-    fn flush(&mut self, word: Option<&str>, out: &mut String) {
-        self.numbers.clear();
-        for event in std::mem::take(&mut self.held).into_values() {
-            self.line(&event, word, out);
+    fn flush(&mut self, label: Option<&str>, out: &mut String) {
+        self.positions.clear();
+        for event in std::mem::take(&mut self.open).into_values() {
+            self.write_line(&event, label, out);
         }
     }
 
-    fn forget(&mut self, event: &Event) {
-        if let Some(id) = Record::new(event).text("id") {
-            self.numbers.remove(id);
+    fn remove_id(&mut self, event: &Event) {
+        if let Some(id) = LogRecord::new(event).text("id") {
+            self.positions.remove(id);
         }
     }
 
-    fn line(&self, event: &Event, word: Option<&str>, out: &mut String) {
-        let record = Record::new(event);
-        self.painter.line(record, word, out);
-        if word == Some("OPEN")
+    fn write_line(&self, event: &Event, label: Option<&str>, out: &mut String) {
+        let record = LogRecord::new(event);
+        self.style.line(record, label, out);
+        if label == Some("OPEN")
             && let Some(since) = record.time()
         {
             let age = Timestamp::now().duration_since(since).as_nanos().max(0);
@@ -97,15 +99,15 @@ mod tests {
     use super::*;
     use crate::sink::text::parse;
 
-    /// The words of the lines.
-    fn words(lines: &[&str], is_news: bool) -> Vec<String> {
-        let mut view = View::new(Painter { colour: false });
+    /// The first words of each line after the time.
+    fn words(lines: &[&str], is_live: bool) -> Vec<String> {
+        let mut view = ConnectionView::new(Style { colour: false });
         let mut out = String::new();
         for line in lines {
-            view.take(parse(line.as_bytes()).unwrap(), &mut out);
+            view.push(parse(line.as_bytes()).unwrap(), &mut out);
         }
-        view.caught_up(is_news, &mut out);
-        assert!(view.held.is_empty() && view.numbers.is_empty());
+        view.caught_up(is_live, &mut out);
+        assert!(view.open.is_empty() && view.positions.is_empty());
         let word = |line: &str| line.split_whitespace().skip(1).take(2).collect::<Vec<_>>().join(" ");
         out.lines().map(word).collect()
     }
@@ -120,7 +122,7 @@ mod tests {
         let (a, b) = ("closed 127.0.0.1:1", "OPEN 127.0.0.1:2");
         assert_eq!(words(&[OPEN_A, OPEN_B, CLOSED_A], false), [a, b]);
         assert_eq!(words(&[OPEN_A, CLOSED_A], true), [a]);
-        assert_eq!(words(&[CLOSED_A], false), [a], "its opening is before what is shown");
+        assert_eq!(words(&[CLOSED_A], false), [a], "it was established before the shown part of the log");
         assert_eq!(words(&[OPEN_A, OPEN_A], false), ["OPEN 127.0.0.1:1"]);
         assert_eq!(words(&[OPEN_B], true), ["ESTABLISHED 127.0.0.1:2"]);
         assert_eq!(
@@ -130,13 +132,16 @@ mod tests {
     }
 
     #[test]
-    fn more_than_can_be_held_is_told_and_not_kept() {
-        let mut view = View::new(Painter { colour: false });
+    fn connections_beyond_the_limit_are_shown_and_not_kept() {
+        let mut view = ConnectionView::new(Style { colour: false });
         let mut out = String::new();
-        for number in 0..HELD + 5 {
+        for number in 0..MAX_OPEN_CONNECTIONS + 5 {
             let line = format!(r#"{{"event":"established","id":"{number}","addr":"::1","port":3}}"#);
-            view.take(parse(line.as_bytes()).unwrap(), &mut out);
+            view.push(parse(line.as_bytes()).unwrap(), &mut out);
         }
-        assert_eq!((view.held.len(), view.numbers.len(), out.lines().count()), (HELD, HELD, 5));
+        assert_eq!(
+            (view.open.len(), view.positions.len(), out.lines().count()),
+            (MAX_OPEN_CONNECTIONS, MAX_OPEN_CONNECTIONS, 5)
+        );
     }
 }

@@ -1,5 +1,6 @@
-//! Waits for a file to change, without asking it all the time: inotify on its directory, which also sees a new file
-//! take its place. A look every second is for filesystems that don't tell, such as network ones.
+//! Waits for a log file to change, with inotify on its directory, which also reports a new file at the same
+//! path. In addition polls every second, because some filesystems, such as network filesystems, do not report
+//! changes.
 
 use std::{io, os::fd::OwnedFd, path::Path};
 
@@ -9,36 +10,36 @@ use rustix::{
     io::Errno,
 };
 
-const LOOK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+const POLL_INTERVAL: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
-/// What wakes us.
+/// The inotify descriptor, if inotify is available.
 #[derive(Debug)]
-pub(super) struct Wait(Option<OwnedFd>);
+pub(super) struct FileWatch(Option<OwnedFd>);
 
-impl Wait {
-    /// Watches the directory of a file; where that can't be, there is still the look.
+impl FileWatch {
+    /// Watches the directory of a file. Without inotify, only polling remains.
     pub(super) fn on(file: &Path) -> Self {
         let parent = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let watch = || {
             let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
-            let what =
+            let mask =
                 inotify::WatchFlags::MODIFY | inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO;
-            inotify::add_watch(&watch, parent, what)?;
+            inotify::add_watch(&watch, parent, mask)?;
             Ok::<_, Errno>(watch)
         };
         Self(watch().ok())
     }
 
-    /// Until something may have changed.
+    /// Waits until the file may have changed.
     ///
     /// # Errors
-    /// A broken pipe, when nobody reads stdout any more.
+    /// A broken pipe if nobody reads stdout any more.
     pub(super) fn wait(&self) -> io::Result<()> {
         let stdout = io::stdout();
-        // Asked for nothing, it tells only of its end.
+        // With no requested events, poll reports only errors and hang-up.
         let mut fds = vec![PollFd::new(&stdout, PollFlags::empty())];
         fds.extend(self.0.as_ref().map(|watch| PollFd::new(watch, PollFlags::IN)));
-        match poll(&mut fds, Some(&LOOK)) {
+        match poll(&mut fds, Some(&POLL_INTERVAL)) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -46,7 +47,7 @@ impl Wait {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
         if let Some(watch) = &self.0 {
-            // What happened is seen in the file itself.
+            // Discard the inotify events: the caller checks the file itself.
             let mut events = [0_u8; 4_096];
             while rustix::io::read(watch, &mut events).is_ok_and(|count| count > 0) {}
         }

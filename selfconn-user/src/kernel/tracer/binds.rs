@@ -1,5 +1,5 @@
-//! The programs that see a TCP bind fail: which of them loads, and why the others don't. A host on which none does is
-//! watched all the same.
+//! Attaches the programs that detect a failed TCP bind, and records why a method is not available. The daemon
+//! also runs on a host on which no method is available.
 
 use aya::{
     Btf, Ebpf,
@@ -8,30 +8,31 @@ use aya::{
 use selfconn_ebpf::names;
 
 use super::{
-    Options, load,
+    TracerOptions, load,
     methods::{KernelBtf, refusal},
     raise_memlock,
 };
 use crate::kernel::{
-    attach::{Refusal, Wanted},
-    host::Host,
+    attach::{Refusal, RequestedHooks},
+    host::KernelFeatures,
     tracefs,
 };
 
-/// How a failed bind is seen.
+/// A method that detects a failed bind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BindMethod {
-    /// The return of `inet_csk_get_port`, through which every bind of a TCP socket goes: nothing else pays for it.
+    /// The return of `inet_csk_get_port`, which every bind of a TCP socket calls. Other sockets have no
+    /// overhead.
     Fexit,
-    /// The system call, of any socket.
+    /// The system call `bind`, of sockets of any protocol.
     Perf,
 }
 
 impl BindMethod {
-    /// In the order of preference.
+    /// All methods, in the order of preference.
     pub const ALL: [Self; 2] = [Self::Fexit, Self::Perf];
 
-    /// As events and options have it.
+    /// The name in events and options.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -41,49 +42,49 @@ impl BindMethod {
     }
 }
 
-/// Which methods may be tried.
+/// The methods that may be tried.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum WantedBinds {
-    /// Whatever loads.
+pub enum RequestedBindMethod {
+    /// The first method that can be attached.
     #[default]
     Auto,
-    /// This one.
+    /// Only this method.
     Only(BindMethod),
-    /// None.
+    /// No method: failed binds are not detected.
     Off,
 }
 
-/// What became of the attempts.
+/// The result of the attempts to attach.
 #[derive(Debug, Default)]
-pub struct Binds {
-    /// The live method.
+pub struct BindChoice {
+    /// The attached method.
     pub live: Option<BindMethod>,
-    /// Those that were tried and are not live.
+    /// The methods that were tried and are not attached, with the reasons.
     pub refused: Vec<(BindMethod, Refusal)>,
 }
 
-/// Live links; dropping them detaches the programs.
-#[expect(dead_code, reason = "held for what dropping it does")]
-pub(super) enum Links {
+/// The links of the attached programs; dropping them detaches the programs.
+#[expect(dead_code, reason = "dropping it detaches the programs")]
+pub(super) enum BindLinks {
     Fexit(FExitLink),
     Perf([TracePointLink; 2]),
 }
 
-/// Attaches the first that loads. tracefs must be visible to this thread.
+/// Attaches the first method that can be attached. tracefs must be visible to this thread.
 pub(super) fn choose(
     ebpf: &mut Ebpf,
-    wanted: WantedBinds,
-    host: &Host,
+    requested: RequestedBindMethod,
+    features: &KernelFeatures,
     kernel_btf: &KernelBtf<'_>,
-) -> (Binds, Option<Links>) {
-    let mut binds = Binds::default();
+) -> (BindChoice, Option<BindLinks>) {
+    let mut binds = BindChoice::default();
     for method in BindMethod::ALL {
-        match wanted {
-            WantedBinds::Off => continue,
-            WantedBinds::Only(only) if only != method => continue,
-            WantedBinds::Only(_) | WantedBinds::Auto => {}
+        match requested {
+            RequestedBindMethod::Off => continue,
+            RequestedBindMethod::Only(only) if only != method => continue,
+            RequestedBindMethod::Only(_) | RequestedBindMethod::Auto => {}
         }
-        match attach(ebpf, method, host, kernel_btf) {
+        match attach(ebpf, method, features, kernel_btf) {
             Ok(links) => {
                 binds.live = Some(method);
                 return (binds, Some(links));
@@ -92,7 +93,7 @@ pub(super) fn choose(
                 if let Refusal::Broken(why) = &why {
                     let method = method.name();
                     log::warn!(
-                        "{method} for binds should work on this kernel and doesn't; please report it: {why}"
+                        "{method} for binds should work on this kernel but does not; please report it: {why}"
                     );
                 }
                 binds.refused.push((method, why));
@@ -102,30 +103,31 @@ pub(super) fn choose(
     (binds, None)
 }
 
-/// Attaches each method for a moment, to learn whether it can be.
+/// Attaches each method for a moment to find out whether this kernel supports it.
 #[must_use]
-pub fn rehearse(host: &Host) -> Vec<(BindMethod, Result<(), Refusal>)> {
+pub fn probe_methods(features: &KernelFeatures) -> Vec<(BindMethod, Result<(), Refusal>)> {
     raise_memlock();
-    let options = Options {
-        wanted: Wanted::default(),
-        binds: WantedBinds::Auto,
+    let options = TracerOptions {
+        hooks: RequestedHooks::default(),
+        bind_method: RequestedBindMethod::Auto,
         ring_bytes: 1 << 16,
-        dials: 8,
-        refusals: 8,
+        connect_table_size: 8,
+        refused_table_size: 8,
         states: false,
         log: false,
     };
-    let mut ebpf = match load(host, options) {
+    let mut ebpf = match load(features, options) {
         Ok(ebpf) => ebpf,
         Err(error) => {
             let why = format!("{error:#}");
-            let refused = |method| (method, host.permits().and(Err(Refusal::Refused(why.clone()))));
+            let refused =
+                |method| (method, features.check_capabilities().and(Err(Refusal::Refused(why.clone()))));
             return BindMethod::ALL.map(refused).into();
         }
     };
     tracefs::with(|| {
-        let kernel_btf = KernelBtf::of(host);
-        let outcome = |method| (method, attach(&mut ebpf, method, host, &kernel_btf).map(drop));
+        let kernel_btf = KernelBtf::new(features);
+        let outcome = |method| (method, attach(&mut ebpf, method, features, &kernel_btf).map(drop));
         BindMethod::ALL.into_iter().map(outcome).collect()
     })
 }
@@ -133,27 +135,28 @@ pub fn rehearse(host: &Host) -> Vec<(BindMethod, Result<(), Refusal>)> {
 fn attach(
     ebpf: &mut Ebpf,
     method: BindMethod,
-    host: &Host,
+    features: &KernelFeatures,
     kernel_btf: &KernelBtf<'_>,
-) -> Result<Links, Refusal> {
-    host.offers_binds(method)?;
+) -> Result<BindLinks, Refusal> {
+    features.check_bind_method(method)?;
     match method {
         BindMethod::Fexit => match ebpf.program_mut(names::BIND_FEXIT) {
-            Some(Program::FExit(program)) => {
-                attach_fexit(program, kernel_btf.get()?).map(Links::Fexit).map_err(|error| refusal(&error))
-            }
+            Some(Program::FExit(program)) => attach_fexit(program, kernel_btf.get()?)
+                .map(BindLinks::Fexit)
+                .map_err(|error| refusal(&error)),
             _ => Err(missing(names::BIND_FEXIT)),
         },
         BindMethod::Perf => {
-            // The end first: a call of which only the beginning is seen would be remembered for nothing.
-            let mut one = |name, event| match ebpf.program_mut(name) {
+            // The exit program is attached first. Otherwise a call of which only the entry is observed would
+            // leave an entry in the map that nothing removes.
+            let mut attach_one = |name, event| match ebpf.program_mut(name) {
                 Some(Program::TracePoint(program)) => {
                     attach_perf(program, event).map_err(|error| refusal(&error))
                 }
                 _ => Err(missing(name)),
             };
-            let end = one(names::BIND_EXIT, "sys_exit_bind")?;
-            Ok(Links::Perf([one(names::BIND_ENTER, "sys_enter_bind")?, end]))
+            let exit = attach_one(names::BIND_EXIT, "sys_exit_bind")?;
+            Ok(BindLinks::Perf([attach_one(names::BIND_ENTER, "sys_enter_bind")?, exit]))
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Attaches one method of a hook, and says what it means where the kernel doesn't let it.
+//! Attaches one method of a hook, and classifies the error if the kernel refuses it.
 
 use std::{cell::OnceCell, io};
 
@@ -14,11 +14,11 @@ use rustix::io::Errno;
 use crate::kernel::{
     attach::{Method, Refusal},
     btf,
-    host::Host,
+    host::KernelFeatures,
 };
 
-/// A live link; dropping it detaches the program.
-#[expect(dead_code, reason = "held for what dropping it does")]
+/// The link of an attached program; dropping it detaches the program.
+#[expect(dead_code, reason = "dropping it detaches the program")]
 pub(super) enum Link {
     TpBtf(BtfTracePointLink),
     Perf(TracePointLink),
@@ -26,31 +26,31 @@ pub(super) enum Link {
     Kprobe(KProbeLink),
 }
 
-/// What typed programs attach to, as BTF has it.
-const TYPED: [(btf::Named, &str); 3] = [
-    (btf::Named::Typedef, "btf_trace_inet_sock_set_state"),
-    (btf::Named::Function, "tcp_set_state"),
-    (btf::Named::Function, "inet_csk_get_port"),
+/// The BTF types that BTF-based programs attach to.
+const BTF_TARGETS: [(btf::BtfKind, &str); 3] = [
+    (btf::BtfKind::Typedef, "btf_trace_inet_sock_set_state"),
+    (btf::BtfKind::Function, "tcp_set_state"),
+    (btf::BtfKind::Function, "inet_csk_get_port"),
 ];
 
-/// aya's view of the kernel's BTF, parsed when the first method asks for it.
+/// The kernel's BTF as aya needs it. It is parsed when the first method needs it.
 pub(super) struct KernelBtf<'a> {
-    host: &'a Host,
+    features: &'a KernelFeatures,
     parsed: OnceCell<Result<Btf, String>>,
 }
 
 impl<'a> KernelBtf<'a> {
-    /// Nothing is parsed yet.
-    pub(super) fn of(host: &'a Host) -> Self {
-        Self { host, parsed: OnceCell::new() }
+    pub(super) fn new(features: &'a KernelFeatures) -> Self {
+        Self { features, parsed: OnceCell::new() }
     }
 
     pub(super) fn get(&self) -> Result<&Btf, Refusal> {
         let parse = || {
-            let bytes = self.host.btf.as_deref().map_err(Clone::clone)?;
-            // aya keeps every type and member of what it parses, some 15 MiB of the kernel's BTF, and looks for these.
-            let kernel = btf::Btf::parse(bytes).map_err(|error| error.to_string())?;
-            Btf::parse(&kernel.excerpt(&TYPED), Endianness::default()).map_err(|error| error.to_string())
+            let bytes = self.features.btf.as_deref().map_err(Clone::clone)?;
+            // aya keeps every type and member that it parses, which is about 15 MiB for the kernel's BTF, but
+            // needs only these types.
+            let full = btf::Btf::parse(bytes).map_err(|error| error.to_string())?;
+            Btf::parse(&full.excerpt(&BTF_TARGETS), Endianness::default()).map_err(|error| error.to_string())
         };
         self.parsed.get_or_init(parse).as_ref().map_err(|why| Refusal::Unsupported(why.clone()))
     }
@@ -60,11 +60,11 @@ impl<'a> KernelBtf<'a> {
 pub(super) fn attach(
     ebpf: &mut Ebpf,
     method: Method,
-    host: &Host,
+    features: &KernelFeatures,
     kernel_btf: &KernelBtf<'_>,
 ) -> Result<Link, Refusal> {
-    host.offers(method)?;
-    let name = method.program(host.has_usual_layout);
+    features.check_method(method)?;
+    let name = method.program(features.uses_static_offsets);
     let Some(program) = ebpf.program_mut(name) else {
         return Err(Refusal::Broken(format!("the eBPF object has no program {name}")));
     };
@@ -73,7 +73,7 @@ pub(super) fn attach(
         Program::TracePoint(program) => attach_perf(program).map(Link::Perf),
         Program::FEntry(program) => attach_fentry(program, kernel_btf.get()?).map(Link::Fentry),
         Program::KProbe(program) => attach_kprobe(program).map(Link::Kprobe),
-        _ => return Err(Refusal::Broken(format!("{name} is of another type"))),
+        _ => return Err(Refusal::Broken(format!("{name} has an unexpected type"))),
     };
     attached.map_err(|error| refusal(&error))
 }
@@ -102,14 +102,14 @@ fn attach_kprobe(program: &mut KProbe) -> Result<KProbeLink, ProgramError> {
     program.take_link(id)
 }
 
-/// What an error means, by its errno and by whether the verifier had a say. The capabilities were there: see
-/// [`Host::offers`].
+/// Classifies an error by its errno and by whether the verifier wrote a log. The required capabilities have
+/// already been checked: see [`KernelFeatures::check_method`].
 pub(super) fn refusal(error: &ProgramError) -> Refusal {
     match error {
         ProgramError::LoadError { io_error, verifier_log } => {
-            let said = verifier_log.to_string();
-            match said.lines().rfind(|line| !line.trim().is_empty()) {
-                Some(last) => Refusal::Broken(format!("{io_error}; the verifier said: {last}")),
+            let log = verifier_log.to_string();
+            match log.lines().rfind(|line| !line.trim().is_empty()) {
+                Some(last) => Refusal::Broken(format!("{io_error}; the verifier reported: {last}")),
                 None => refusal_by_errno("BPF_PROG_LOAD", io_error),
             }
         }
@@ -122,7 +122,7 @@ pub(super) fn refusal(error: &ProgramError) -> Refusal {
 }
 
 fn refusal_by_errno(call: &str, error: &io::Error) -> Refusal {
-    /// `include/linux/errno.h`; not among the errnos of user space.
+    /// From `include/linux/errno.h`; it is not an errno of user space.
     const ENOTSUPP: i32 = 524;
     let why = format!("{call}: {error}");
     let errno = error.raw_os_error().unwrap_or(0);

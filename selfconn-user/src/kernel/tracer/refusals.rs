@@ -1,58 +1,59 @@
-//! The programs' table of refused dials, by the port that is dialled.
+//! The refused-connect table of the programs: counts of refused connects by destination.
 
 use anyhow::Result;
 use aya::{
     Pod,
     maps::{HashMap, Map, MapData},
 };
-use selfconn_ebpf::risk::{Tally, Target, WINDOW_NS};
+use selfconn_ebpf::risk::{Destination, RefusedCount, WINDOW_NS};
 
-/// The table.
+/// The refused-connect table.
 #[derive(Debug)]
-pub struct Refusals(HashMap<MapData, Key, Value>);
+pub struct RefusedCounts(HashMap<MapData, DestinationKey, RefusedCountValue>);
 
-/// A key of [`selfconn_ebpf::names::REFUSALS`].
+/// A key of the map.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug)]
-struct Key(Target);
+struct DestinationKey(Destination);
 
-// SAFETY: integers without padding, for which every bit pattern is a value.
-unsafe impl Pod for Key {}
+// SAFETY: integers without padding; every bit pattern is a valid value.
+unsafe impl Pod for DestinationKey {}
 
-/// A value of it.
+/// A value of the map.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug)]
-struct Value(Tally);
+struct RefusedCountValue(RefusedCount);
 
-// SAFETY: integers and byte arrays without padding, for which every bit pattern is a value.
-unsafe impl Pod for Value {}
+// SAFETY: integers and byte arrays without padding; every bit pattern is a valid value.
+unsafe impl Pod for RefusedCountValue {}
 
-impl Refusals {
-    pub(super) fn of(map: Map) -> Result<Self> {
+impl RefusedCounts {
+    pub(super) fn new(map: Map) -> Result<Self> {
         Ok(Self(HashMap::try_from(map)?))
     }
 
-    /// The refused dials of one port. `None`: there were none lately.
+    /// The refused connects to one destination. `None`: there is no entry.
     #[must_use]
-    pub fn get(&self, target: &Target) -> Option<Tally> {
-        self.0.get(&Key(*target), 0).ok().map(|value| value.0)
+    pub fn get(&self, destination: &Destination) -> Option<RefusedCount> {
+        self.0.get(&DestinationKey(*destination), 0).ok().map(|value| value.0)
     }
 
-    /// Ends the count of a port that nobody dials any more.
-    pub fn forget(&mut self, target: &Target) {
-        if let Err(error) = self.0.remove(&Key(*target)) {
-            log::debug!("the count of a port could not be ended: {error}");
+    /// Removes the count of a destination to which no further connects are attempted.
+    pub fn remove(&mut self, destination: &Destination) {
+        if let Err(error) = self.0.remove(&DestinationKey(*destination)) {
+            log::debug!("cannot remove the count of a destination: {error}");
         }
     }
 
-    /// Ends the counts of all ports that nobody dials any more, but for those that `is_watched`. Walks the table.
-    pub fn sweep(&mut self, now_ns: u64, is_watched: impl Fn(&Target) -> bool) {
-        let is_over = |(key, value): &(Key, Value)| {
+    /// Removes the counts of all destinations without a refused connect within the window, except those for
+    /// which `is_watched` is true. Walks the whole table.
+    pub fn remove_expired(&mut self, now_ns: u64, is_watched: impl Fn(&Destination) -> bool) {
+        let is_expired = |(key, value): &(DestinationKey, RefusedCountValue)| {
             now_ns.saturating_sub(value.0.last_ns) > WINDOW_NS && !is_watched(&key.0)
         };
-        let over: Vec<_> = self.0.iter().filter_map(Result::ok).filter(is_over).collect();
-        for (key, _) in over {
-            self.forget(&key.0);
+        let expired: Vec<_> = self.0.iter().filter_map(Result::ok).filter(is_expired).collect();
+        for (key, _) in expired {
+            self.remove(&key.0);
         }
     }
 }

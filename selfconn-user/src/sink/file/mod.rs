@@ -1,9 +1,10 @@
-//! The event log: JSON lines appended to a file. Whole lines go in one write; what a full disk takes only half of is
-//! completed later from where it stopped, and what can't be kept until then is counted.
+//! The event log: JSON lines appended to a file. Whole lines go in one write. If a full disk accepts only a
+//! part of a line, the rest is written later. Lines that do not fit into the queue until then are dropped and
+//! counted.
 //!
-//! The file may be moved or removed at any moment (logrotate does): from the next line on a new one at the same path
-//! is written. A torn line is completed in the file that has its beginning. Where that can't be, for the file was
-//! removed or emptied, the line is written whole where the next ones go.
+//! The file may be moved or removed at any time, for example by logrotate. The next line then goes to a new
+//! file at the same path. A partial line is completed in the file that has its beginning. If that file was
+//! removed or truncated, the whole line is written to the new file.
 
 use std::{
     io::{self, Write as _},
@@ -12,58 +13,58 @@ use std::{
 
 use anyhow::{Error, Result, anyhow};
 
-use self::place::Place;
-use super::backlog::Backlog;
+use self::place::OpenLogFile;
+use super::backlog::WriteQueue;
 
 mod place;
 
-/// As much as waits for a file that refuses writes; some 10,000 lines.
+/// Maximum bytes that wait for a file that refuses writes; about 10,000 lines.
 const PENDING_LIMIT: usize = 8 << 20;
 
-/// The open log.
 #[derive(Debug)]
 pub struct LogFile {
     path: PathBuf,
-    place: Place,
-    backlog: Backlog,
-    /// Where in the file a torn line stops.
-    torn_at: u64,
+    current: OpenLogFile,
+    queue: WriteQueue,
+    /// Length of the file after a partial line was written.
+    len_after_partial: u64,
     errors: u64,
-    /// In a burst of errors, which is said once.
+    /// The last write failed. A burst of errors is logged once.
     is_failing: bool,
-    /// Writing a file that the path doesn't lead to, for there is no making another; said once.
-    is_astray: bool,
+    /// The open file was moved and no new one can be created, so lines still go to the moved file. Logged
+    /// once.
+    is_on_moved_file: bool,
 }
 
 impl LogFile {
-    /// Opens the file for appending, or makes it.
+    /// Opens the file for appending. Creates it if it does not exist.
     ///
     /// # Errors
-    /// When it can't be opened for writing; with the cure.
+    /// If the file cannot be opened for writing. The error has a hint.
     pub fn open(path: &Path) -> Result<Self> {
-        let place = Place::open(path).map_err(|error| explain(path, error))?;
+        let current = OpenLogFile::open(path).map_err(|error| open_error(path, error))?;
         Ok(Self {
             path: path.to_owned(),
-            place,
-            backlog: Backlog::new(PENDING_LIMIT),
-            torn_at: 0,
+            current,
+            queue: WriteQueue::new(PENDING_LIMIT),
+            len_after_partial: 0,
             errors: 0,
             is_failing: false,
-            is_astray: false,
+            is_on_moved_file: false,
         })
     }
 
     /// Adds a line, which ends in a newline. It is written at the next flush.
     pub fn push(&mut self, line: &[u8]) {
-        self.backlog.push(line);
+        self.queue.push(line);
     }
 
-    /// Writes what waits, if anything does. An error is said once for each burst, and what waits goes on waiting.
+    /// Writes all lines that wait. After an error they continue to wait. A burst of errors is logged once.
     pub fn flush(&mut self) {
-        if self.backlog.is_empty() {
+        if self.queue.is_empty() {
             return;
         }
-        match self.follow().and_then(|()| self.write()) {
+        match self.follow_path().and_then(|()| self.write()) {
             Ok(()) => {
                 if std::mem::take(&mut self.is_failing) {
                     log::warn!("the event log {} can be written again", self.path.display());
@@ -78,36 +79,36 @@ impl LogFile {
         }
     }
 
-    /// Lets go of a file that was moved, also when there is nothing to write: what SIGHUP asks for.
+    /// Closes a file that was moved, even if there is nothing to write. This is the reaction to SIGHUP.
     pub fn reopen(&mut self) {
-        if let Err(error) = self.follow() {
+        if let Err(error) = self.follow_path() {
             self.errors += 1;
             log::error!("cannot reopen the event log {}: {error}", self.path.display());
         }
         self.flush();
     }
 
-    /// Goes to the file that the path leads to now, which may have to be made.
-    fn follow(&mut self) -> io::Result<()> {
-        if self.place.is_at(&self.path) {
-            self.is_astray = false;
+    /// Switches to the file that is now at the path. Creates it if it does not exist.
+    fn follow_path(&mut self) -> io::Result<()> {
+        if self.current.is_at(&self.path) {
+            self.is_on_moved_file = false;
             return Ok(());
         }
-        match Place::open(&self.path) {
+        match OpenLogFile::open(&self.path) {
             Ok(next) => {
-                self.complete_before(&next)?;
-                log::info!("the event log {} was moved or removed: opened anew", self.path.display());
-                self.place = next;
-                self.is_astray = false;
+                self.complete_partial_line(&next)?;
+                log::info!("the event log {} was moved or removed: reopened", self.path.display());
+                self.current = next;
+                self.is_on_moved_file = false;
                 Ok(())
             }
-            // Written there it would be gone.
-            Err(error) if self.place.is_deleted() => Err(error),
+            // Lines written to a deleted file would be lost.
+            Err(error) if self.current.is_deleted() => Err(error),
             Err(error) => {
-                if !std::mem::replace(&mut self.is_astray, true) {
+                if !std::mem::replace(&mut self.is_on_moved_file, true) {
                     self.errors += 1;
                     log::error!(
-                        "cannot reopen the event log {}: {error}; going on in the file that was moved",
+                        "cannot reopen the event log {}: {error}; still writing to the moved file",
                         self.path.display()
                     );
                 }
@@ -116,20 +117,20 @@ impl LogFile {
         }
     }
 
-    /// Writes the rest of a torn line into the file that has its beginning.
-    fn complete_before(&mut self, next: &Place) -> io::Result<()> {
-        self.check_torn();
-        while !self.backlog.torn_rest().is_empty() {
-            if self.place.is_deleted() {
-                self.backlog.restart();
+    /// Writes the rest of a partial line to the file that has its beginning.
+    fn complete_partial_line(&mut self, next: &OpenLogFile) -> io::Result<()> {
+        self.check_truncation();
+        while !self.queue.partial_rest().is_empty() {
+            if self.current.is_deleted() {
+                self.queue.rewind();
                 break;
             }
-            match write_once(&self.place, self.backlog.torn_rest()) {
-                Ok(count) => self.took(count),
-                // The next one would have no room, either.
-                Err(error) if self.place.shares_filesystem(next) => return Err(error),
+            match write_once(&self.current, self.queue.partial_rest()) {
+                Ok(count) => self.advance(count),
+                // The next file has no room either, because it is on the same filesystem.
+                Err(error) if self.current.shares_filesystem(next) => return Err(error),
                 Err(_) => {
-                    self.backlog.restart();
+                    self.queue.rewind();
                     break;
                 }
             }
@@ -138,82 +139,86 @@ impl LogFile {
     }
 
     fn write(&mut self) -> io::Result<()> {
-        self.check_torn();
-        if self.place.has_torn_end {
-            write_once(&self.place, b"\n")?;
-            self.place.has_torn_end = false;
+        self.check_truncation();
+        if self.current.has_partial_last_line {
+            write_once(&self.current, b"\n")?;
+            self.current.has_partial_last_line = false;
         }
-        while !self.backlog.is_empty() {
-            let count = write_once(&self.place, self.backlog.rest())?;
-            self.took(count);
+        while !self.queue.is_empty() {
+            let count = write_once(&self.current, self.queue.remaining())?;
+            self.advance(count);
         }
         Ok(())
     }
 
-    fn took(&mut self, count: usize) {
-        self.backlog.take(count);
-        if !self.backlog.torn_rest().is_empty() {
-            self.torn_at = self.place.len().unwrap_or(0);
+    fn advance(&mut self, count: usize) {
+        self.queue.advance(count);
+        if !self.queue.partial_rest().is_empty() {
+            self.len_after_partial = self.current.len().unwrap_or(0);
         }
     }
 
-    /// Somebody may have emptied the file, and with it the beginning of a torn line.
-    fn check_torn(&mut self) {
-        if !self.backlog.torn_rest().is_empty() && self.place.len().is_some_and(|len| len < self.torn_at) {
-            self.backlog.restart();
+    /// If the file was truncated, the beginning of a partial line is gone, so the whole line is written
+    /// again.
+    fn check_truncation(&mut self) {
+        if !self.queue.partial_rest().is_empty()
+            && self.current.len().is_some_and(|len| len < self.len_after_partial)
+        {
+            self.queue.rewind();
         }
     }
 
-    /// The run is over: what can't be written now is lost. Says whether all was written.
+    /// Writes all lines at the end of the run and drops those that cannot be written. Returns true if all
+    /// were written.
     pub fn finish(&mut self) -> bool {
         self.flush();
-        let is_written = self.backlog.is_empty();
-        self.backlog.give_up();
+        let is_written = self.queue.is_empty();
+        self.queue.drop_all();
         is_written
     }
 
-    /// Whether lines wait for a file that refuses them.
+    /// True if lines wait because the file refuses writes.
     #[must_use]
-    pub fn is_behind(&self) -> bool {
-        !self.backlog.is_empty()
+    pub fn has_pending(&self) -> bool {
+        !self.queue.is_empty()
     }
 
-    /// Whether the last attempt to write failed.
+    /// True if the last attempt to write failed.
     #[must_use]
     pub fn is_failing(&self) -> bool {
         self.is_failing
     }
 
-    /// Lines that are in the file.
+    /// Number of lines written to the file.
     #[must_use]
     pub fn written(&self) -> u64 {
-        self.backlog.taken()
+        self.queue.completed()
     }
 
-    /// Lines that are not, and never will be.
+    /// Number of lines that were dropped.
     #[must_use]
     pub fn lost(&self) -> u64 {
-        self.backlog.lost()
+        self.queue.lost()
     }
 
-    /// Attempts to write or reopen that failed.
+    /// Number of failed attempts to write or reopen.
     #[must_use]
     pub fn errors(&self) -> u64 {
         self.errors
     }
 }
 
-fn explain(path: &Path, error: io::Error) -> Error {
-    let what = format!("cannot write the event log {}", path.display());
-    match place::cure(path, &error) {
-        Some(cure) => anyhow!("{what}: {error}: {cure}"),
-        None => Error::new(error).context(what),
+fn open_error(path: &Path, error: io::Error) -> Error {
+    let context = format!("cannot write the event log {}", path.display());
+    match place::hint(path, &error) {
+        Some(hint) => anyhow!("{context}: {error}: {hint}"),
+        None => Error::new(error).context(context),
     }
 }
 
-fn write_once(place: &Place, bytes: &[u8]) -> io::Result<usize> {
+fn write_once(log: &OpenLogFile, bytes: &[u8]) -> io::Result<usize> {
     loop {
-        match (&place.file).write(bytes) {
+        match (&log.file).write(bytes) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             outcome => return outcome,

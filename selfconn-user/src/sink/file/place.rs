@@ -1,4 +1,5 @@
-//! A file of the log: how it is opened, and whether it is still the one that its path leads to.
+//! One open file of the event log: how it is opened, and whether it is still the file at its path. Also the
+//! hints for errors of opening it.
 
 use std::{
     fs::{File, OpenOptions},
@@ -9,21 +10,21 @@ use std::{
 
 use rustix::fs::OFlags;
 
-/// An open file of the log.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct OpenLogFile {
     pub(super) file: File,
     dev: u64,
     ino: u64,
-    /// Its last line has no end: whoever wrote it was killed, or had no room.
-    pub(super) has_torn_end: bool,
+    /// The last line has no newline, because its writer was killed or the disk was full.
+    pub(super) has_partial_last_line: bool,
 }
 
-impl Place {
-    /// Opens it for appending, or makes it, readable for its owner and group.
+impl OpenLogFile {
+    /// Opens the file for appending. Creates it if it does not exist, readable by owner and group.
     ///
-    /// A symbolic link at the path is not followed, and only a regular file will do: who can write to the directory
-    /// must not choose which file of root's gets our lines, or hold us up with a pipe that nobody reads.
+    /// A symbolic link at the path is not followed, and only a regular file is accepted. Otherwise a user
+    /// with write permission for the directory could choose a file of root that gets our lines, or block us
+    /// with a pipe that nobody reads.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
         let open = |read| {
@@ -31,7 +32,7 @@ impl Place {
             options.read(read).append(true).create(true).mode(0o640);
             options.custom_flags(flags.bits().cast_signed()).open(path)
         };
-        // Who may only write it can't see how it ends.
+        // With write-only permission, the last byte cannot be checked.
         let (file, can_read) = match open(true) {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => (open(false)?, false),
             opened => (opened?, true),
@@ -40,32 +41,35 @@ impl Place {
         if !metadata.is_file() {
             let kind = metadata.file_type();
             let what = if kind.is_fifo() {
-                "a pipe"
+                "a pipe, "
             } else if kind.is_char_device() {
-                "a device"
+                "a device, "
             } else {
-                "no regular file"
+                ""
             };
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is {what}, not a file")));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("it is {what}not a regular file"),
+            ));
         }
         let mut last = [b'\n'];
         if can_read && metadata.len() > 0 {
             file.read_exact_at(&mut last, metadata.len() - 1)?;
         }
-        Ok(Self { file, dev: metadata.dev(), ino: metadata.ino(), has_torn_end: last != [b'\n'] })
+        Ok(Self { file, dev: metadata.dev(), ino: metadata.ino(), has_partial_last_line: last != [b'\n'] })
     }
 
-    /// Whether the path still leads here. Costs one system call.
+    /// True if this file is still at the path. Costs one system call.
     pub(super) fn is_at(&self, path: &Path) -> bool {
         path.symlink_metadata().is_ok_and(|found| (found.dev(), found.ino()) == (self.dev, self.ino))
     }
 
-    /// Whether no path leads here any more, so that what is written is gone when it is closed.
+    /// True if the file has no path any more, so that its content is lost when it is closed.
     pub(super) fn is_deleted(&self) -> bool {
         self.file.metadata().is_ok_and(|metadata| metadata.nlink() == 0)
     }
 
-    /// Whether both are in one filesystem, and so short of the same room.
+    /// True if both files are on the same filesystem and therefore share its free space.
     pub(super) fn shares_filesystem(&self, other: &Self) -> bool {
         self.dev == other.dev
     }
@@ -75,17 +79,17 @@ impl Place {
     }
 }
 
-/// What to do about an error of opening it, where that is known.
-pub(super) fn cure(path: &Path, error: &io::Error) -> Option<String> {
+/// Hint for an error of opening the log, if there is one.
+pub(super) fn hint(path: &Path, error: &io::Error) -> Option<String> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     match (rustix::io::Errno::from_io_error(error)?, parent) {
         (rustix::io::Errno::NOENT, Some(parent)) if !parent.exists() => {
-            Some(format!("make its directory: mkdir -p -m 750 {}", parent.display()))
+            Some(format!("create its directory: mkdir -p -m 750 {}", parent.display()))
         }
         (rustix::io::Errno::LOOP, _) if path.is_symlink() => {
             Some("it is a symbolic link, which is not followed: name the file that it points to".to_owned())
         }
-        (rustix::io::Errno::ROFS, _) => Some("choose a place that can be written".to_owned()),
+        (rustix::io::Errno::ROFS, _) => Some("choose a writable directory".to_owned()),
         (rustix::io::Errno::ISDIR, _) => Some("name a file in it".to_owned()),
         _ => None,
     }

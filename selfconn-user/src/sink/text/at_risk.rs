@@ -1,32 +1,32 @@
-//! `at_risk` and `at_risk_over`.
+//! Messages of `at_risk` and `at_risk_over`.
 
 use std::fmt::Write as _;
 
-use super::{Kind, Record, Severity, escape, subject, units};
+use super::{EventFormat, LogRecord, Severity, escape, subject, units};
 
-pub(super) const KIND: Kind =
-    Kind { event: "at_risk", word: "AT RISK", severity: Severity::Warning, sentence, details: None };
+pub(super) const FORMAT: EventFormat =
+    EventFormat { event: "at_risk", label: "AT RISK", severity: Severity::Warning, message, details: None };
 
-pub(super) const OVER: Kind = Kind {
+pub(super) const OVER_FORMAT: EventFormat = EventFormat {
     event: "at_risk_over",
-    word: "risk over",
+    label: "risk over",
     severity: Severity::Notice,
-    sentence: over,
+    message: over_message,
     details: None,
 };
 
-fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     subject::write(record, out)?;
-    write!(out, " dials a port that nobody listens on: ")?;
-    dials(record, out)?;
+    write!(out, " connects to a port without a listener: ")?;
+    refused_counts(record, out)?;
     match record.number("expected_dials") {
-        Some(dials) => write!(out, "; one dial in {dials} hits itself")?,
-        None => write!(out, "; how many hit themselves is unknown")?,
+        Some(expected) => write!(out, "; one connect in {expected} becomes a self-connection")?,
+        None => write!(out, "; the chance of a self-connection is unknown")?,
     }
     if let Some(seconds) = record.number("eta_seconds") {
         write!(
             out,
-            ", at this pace within {} or so",
+            ", at this rate within about {}",
             units::duration(seconds.saturating_mul(1_000_000_000))
         )?;
     }
@@ -36,21 +36,21 @@ fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
     }
 }
 
-fn over(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+fn over_message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     subject::endpoint(record, out)?;
     match record.text("why") {
-        Some("silence") => write!(out, " is no longer dialled")?,
-        Some("unreachable") => write!(out, " can no longer be chosen by connect()")?,
-        _ => write!(out, " is no longer at risk")?,
+        Some("silence") => write!(out, ": connects have stopped")?,
+        Some("unreachable") => write!(out, ": connect() can no longer choose this port")?,
+        _ => write!(out, ": no longer at risk")?,
     }
-    write!(out, ": ")?;
-    dials(record, out)?;
+    write!(out, "; ")?;
+    refused_counts(record, out)?;
     write!(out, ", the last by ")?;
     subject::process(record, out)
 }
 
-/// `240 refused in 1m35s by 3 processes`.
-fn dials(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+/// Counts such as `240 refused in 1m35s by 3 processes`.
+fn refused_counts(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     match record.number("refused") {
         Some(refused) => write!(out, "{refused} refused")?,
         None => write!(out, "an unknown number refused")?,

@@ -1,17 +1,17 @@
-//! `blocked`.
+//! Message of `blocked`.
 
 use std::fmt::Write as _;
 
-use super::{Kind, Record, Severity, subject, units};
+use super::{EventFormat, LogRecord, Severity, subject, units};
 
-pub(super) const KIND: Kind =
-    Kind { event: "blocked", word: "BLOCKED", severity: Severity::Warning, sentence, details: None };
+pub(super) const FORMAT: EventFormat =
+    EventFormat { event: "blocked", label: "BLOCKED", severity: Severity::Warning, message, details: None };
 
-fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     subject::process(record, out)?;
-    write!(out, " can't bind ")?;
+    write!(out, " cannot bind ")?;
     match record.text("addr") {
-        // Any address.
+        // Bound to any address: only the port matters.
         Some("0.0.0.0" | "::") if record.number("port").is_some() => {
             write!(out, "{}", record.number("port").unwrap_or(0))?;
         }
@@ -19,7 +19,7 @@ fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
     }
     write!(out, ": held by ")?;
     match record.object("holder") {
-        Some(holder) => held(holder, out)?,
+        Some(holder) => held_by(holder, out)?,
         None => write!(out, "a self-connection")?,
     }
     match record.number("failures") {
@@ -28,13 +28,13 @@ fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
     }
 }
 
-fn held(holder: Record<'_>, out: &mut String) -> std::fmt::Result {
+fn held_by(holder: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     if holder.text("state") == Some("TIME_WAIT") {
         write!(out, "the TIME_WAIT of ")?;
         subject::process(holder, out)?;
         write!(out, ", which was connected to itself")?;
-        return match holder.moment("free_at") {
-            Some(until) => write!(out, "; free at {}", units::clock(until)),
+        return match holder.timestamp("free_at") {
+            Some(until) => write!(out, "; free at {}", units::utc_time(until)),
             None => Ok(()),
         };
     }

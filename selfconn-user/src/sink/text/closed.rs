@@ -1,13 +1,13 @@
-//! `closed`.
+//! Message of `closed`.
 
 use std::fmt::Write as _;
 
-use super::{Kind, Record, Severity, escape, subject, units};
+use super::{EventFormat, LogRecord, Severity, escape, subject, units};
 
-pub(super) const KIND: Kind =
-    Kind { event: "closed", word: "closed", severity: Severity::Notice, sentence, details: None };
+pub(super) const FORMAT: EventFormat =
+    EventFormat { event: "closed", label: "closed", severity: Severity::Notice, message, details: None };
 
-fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     subject::write(record, out)?;
     match record.number("duration_ns") {
         Some(ns) => write!(out, " after {}", units::duration(ns))?,
@@ -17,13 +17,13 @@ fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
         write!(out, ", {sent} B sent, {received} B received")?;
     }
     match record.text("how") {
-        Some("fin") => write!(out, ", in order")?,
-        Some("rst") => write!(out, ", by a reset")?,
+        Some("fin") => write!(out, ", by FIN")?,
+        Some("rst") => write!(out, ", by RST")?,
         Some(how) => write!(out, ", {}", escape(how))?,
         None => {}
     }
-    match record.moment("port_blocked_until") {
-        Some(until) => write!(out, "; TIME_WAIT holds the port until {}", units::clock(until)),
+    match record.timestamp("port_blocked_until") {
+        Some(until) => write!(out, "; TIME_WAIT holds the port until {}", units::utc_time(until)),
         None => Ok(()),
     }
 }

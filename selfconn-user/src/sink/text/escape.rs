@@ -1,6 +1,6 @@
-//! Text that somebody else chose, made harmless for a terminal.
+//! Escapes text that a process chose, so that it cannot control a terminal.
 
-/// Makes control and format characters visible, and a backslash unambiguous.
+/// Escapes control and format characters, and backslashes so that the result is unambiguous.
 #[must_use]
 pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -18,7 +18,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_that_moves_the_cursor_or_turns_text_reaches_a_terminal() {
+    fn control_and_format_characters_are_escaped() {
         for (raw, safe) in [
             ("nginx", "nginx"),
             ("a b", "a b"),

@@ -1,22 +1,27 @@
-//! `established`.
+//! Message of `established`.
 
 use std::fmt::Write as _;
 
-use super::{Kind, Record, Severity, subject};
+use super::{EventFormat, LogRecord, Severity, subject};
 
-pub(super) const KIND: Kind =
-    Kind { event: "established", word: "ESTABLISHED", severity: Severity::Warning, sentence, details: None };
+pub(super) const FORMAT: EventFormat = EventFormat {
+    event: "established",
+    label: "ESTABLISHED",
+    severity: Severity::Warning,
+    message,
+    details: None,
+};
 
-fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     subject::write(record, out)?;
     write!(out, " is connected to itself")?;
     match record.text("cause") {
         Some("ephemeral") => write!(out, "; connect() chose its port")?,
-        Some("bound") => write!(out, "; it had bound its port")?,
+        Some("bound") => write!(out, "; its port was bound before connect()")?,
         _ => {}
     }
     match (record.number("isn"), record.number("peer_isn")) {
-        (Some(isn), Some(peer)) if isn == peer => write!(out, "; one ISN, {isn}"),
+        (Some(isn), Some(peer)) if isn == peer => write!(out, "; both ISNs {isn}"),
         (Some(isn), Some(peer)) => write!(out, "; ISNs {isn} and {peer}"),
         _ => Ok(()),
     }

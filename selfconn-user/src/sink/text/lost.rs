@@ -1,19 +1,19 @@
-//! `lost`.
+//! Message of `lost`.
 
 use std::fmt::Write as _;
 
-use super::{Kind, Record, Severity, escape};
+use super::{EventFormat, LogRecord, Severity, escape};
 
-pub(super) const KIND: Kind =
-    Kind { event: "lost", word: "LOST", severity: Severity::Error, sentence, details: None };
+pub(super) const FORMAT: EventFormat =
+    EventFormat { event: "lost", label: "LOST", severity: Severity::Error, message, details: None };
 
-fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     if let Some(method) = record.text("method") {
-        return write!(out, "{} sees nothing any more (hooks)", escape(method));
+        return write!(out, "{} no longer observes connections (hooks)", escape(method));
     }
     match record.number("count") {
         Some(count) => write!(out, "{count}")?,
         None => write!(out, "an unknown number")?,
     }
-    write!(out, " ({})", escape(record.text("where").unwrap_or("somewhere")))
+    write!(out, " ({})", escape(record.text("where").unwrap_or("unknown place")))
 }

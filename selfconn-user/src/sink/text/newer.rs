@@ -1,15 +1,16 @@
-//! An event that this version has no sentence for: what it says of a connection, then its other fields.
+//! Message of an event that this version does not know: the connection and the process if there are any, then
+//! the other fields.
 
 use std::fmt::Write as _;
 
 use serde_json::Value;
 
-use super::{Kind, Record, Severity, escape, subject};
+use super::{EventFormat, LogRecord, Severity, escape, subject};
 
-pub(super) const KIND: Kind =
-    Kind { event: "", word: "?", severity: Severity::Notice, sentence, details: None };
+pub(super) const FORMAT: EventFormat =
+    EventFormat { event: "", label: "?", severity: Severity::Notice, message, details: None };
 
-fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     let start = out.len();
     out.push_str(&escape(record.event()));
     if record.number("port").is_some() {
@@ -27,8 +28,8 @@ fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
         let value = match value {
             Value::Null => continue,
             Value::String(text) => escape(text),
-            // A quote or backslash is JSON's here, and stays as it is.
-            other => other.to_string().chars().map(visible).collect(),
+            // A quote or backslash belongs to the JSON syntax here and is not escaped again.
+            other => other.to_string().chars().map(escape_char).collect(),
         };
         if out.len() > start {
             out.push(' ');
@@ -38,6 +39,6 @@ fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
     Ok(())
 }
 
-fn visible(c: char) -> String {
+fn escape_char(c: char) -> String {
     if matches!(c, '"' | '\'' | '\\') { c.to_string() } else { c.escape_debug().to_string() }
 }

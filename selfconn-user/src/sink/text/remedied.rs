@@ -1,20 +1,20 @@
-//! `remedied`.
+//! Message of `remedied`.
 
 use std::fmt::Write as _;
 
-use super::{Kind, Record, Severity, escape, subject};
+use super::{EventFormat, LogRecord, Severity, escape, subject};
 
-pub(super) const KIND: Kind =
-    Kind { event: "remedied", word: "remedied", severity: Severity::Notice, sentence, details: None };
+pub(super) const FORMAT: EventFormat =
+    EventFormat { event: "remedied", label: "remedied", severity: Severity::Notice, message, details: None };
 
-fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     subject::write(record, out)?;
     match record.text("result") {
         Some("destroyed") => write!(out, ": destroyed")?,
         Some("would_destroy") => write!(out, ": would be destroyed")?,
-        Some("excepted") => write!(out, ": left alone")?,
-        Some("rate_limited") => write!(out, ": has to wait for its turn")?,
-        Some("gone") => write!(out, ": had ended by itself")?,
+        Some("excepted") => write!(out, ": excluded")?,
+        Some("rate_limited") => write!(out, ": delayed by the rate limit")?,
+        Some("gone") => write!(out, ": already closed")?,
         Some("failed") => write!(out, ": could not be destroyed")?,
         Some(result) => write!(out, ": {}", escape(result))?,
         None => {}

@@ -1,13 +1,18 @@
-//! `started`: who runs where, and what is attached.
+//! Message of `started`: version, kernel, attached hooks and limits.
 
 use std::fmt::Write as _;
 
-use super::{Kind, Record, Severity, escape};
+use super::{EventFormat, LogRecord, Severity, escape};
 
-pub(super) const KIND: Kind =
-    Kind { event: "started", word: "started", severity: Severity::Notice, sentence, details: Some(details) };
+pub(super) const FORMAT: EventFormat = EventFormat {
+    event: "started",
+    label: "started",
+    severity: Severity::Notice,
+    message,
+    details: Some(details),
+};
 
-fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     write!(out, "selfconn {}", escape(record.text("version").unwrap_or("?")))?;
     if let Some(pid) = record.number("pid") {
         write!(out, " [{pid}]")?;
@@ -15,13 +20,13 @@ fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
     write!(out, " on kernel {}", escape(record.text("kernel").unwrap_or("?")))
 }
 
-fn details(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+fn details(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     let hooks: Vec<_> = record.objects("hooks").collect();
     for statuses in hooks.chunk_by(|one, next| one.text("hook") == next.text("hook")) {
         let live: Vec<_> = statuses.iter().filter_map(|status| status.text("method")).collect();
         let how = match &live[..] {
             [] => "not attached".to_owned(),
-            live => format!("live by {}", escape(&live.join(" and "))),
+            live => format!("attached by {}", escape(&live.join(" and "))),
         };
         write!(out, "\n    {}: {how}", escape(statuses[0].text("hook").unwrap_or("?")))?;
         for refused in statuses.iter().flat_map(|status| status.objects("refused")) {
@@ -31,8 +36,8 @@ fn details(record: Record<'_>, out: &mut String) -> std::fmt::Result {
     }
     if let Some(binds) = record.object("binds") {
         match binds.text("method") {
-            Some(method) => write!(out, "\n    failed binds: seen by {}", escape(method))?,
-            None => write!(out, "\n    failed binds: not seen")?,
+            Some(method) => write!(out, "\n    failed binds: observed by {}", escape(method))?,
+            None => write!(out, "\n    failed binds: not observed")?,
         }
         for refused in binds.objects("refused") {
             let text = |key| escape(refused.text(key).unwrap_or("?"));

@@ -1,13 +1,13 @@
-//! `state`.
+//! Message of `state`.
 
 use std::fmt::Write as _;
 
-use super::{Kind, Record, Severity, escape, subject};
+use super::{EventFormat, LogRecord, Severity, escape, subject};
 
-pub(super) const KIND: Kind =
-    Kind { event: "state", word: "state", severity: Severity::Info, sentence, details: None };
+pub(super) const FORMAT: EventFormat =
+    EventFormat { event: "state", label: "state", severity: Severity::Info, message, details: None };
 
-fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     let name = |key| escape(record.text(key).unwrap_or("?"));
     subject::write(record, out)?;
     write!(out, " {} -> {}", name("from"), name("to"))

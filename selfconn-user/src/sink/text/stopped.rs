@@ -1,13 +1,13 @@
-//! `stopped`: the account of the run.
+//! Message of `stopped`: the totals of the run.
 
 use std::fmt::Write as _;
 
-use super::{Kind, Record, Severity, escape};
+use super::{EventFormat, LogRecord, Severity, escape};
 
-pub(super) const KIND: Kind =
-    Kind { event: "stopped", word: "stopped", severity: Severity::Notice, sentence, details: None };
+pub(super) const FORMAT: EventFormat =
+    EventFormat { event: "stopped", label: "stopped", severity: Severity::Notice, message, details: None };
 
-fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     write!(out, "{} events", record.number("made").unwrap_or(0))?;
     if let Some(written) = record.number("written") {
         write!(out, ", {written} in the log")?;
@@ -15,7 +15,7 @@ fn sentence(record: Record<'_>, out: &mut String) -> std::fmt::Result {
     let losses: Vec<_> = record
         .object("lost")
         .into_iter()
-        .flat_map(Record::fields)
+        .flat_map(LogRecord::fields)
         .filter_map(|(place, count)| Some((place, count.as_u64().filter(|count| *count > 0)?)))
         .map(|(place, count)| format!("{} {count}", escape(place)))
         .collect();

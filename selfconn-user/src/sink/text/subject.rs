@@ -1,18 +1,18 @@
-//! The self-connection that an event is about: where, and whose.
+//! The connection and the process that an event is about.
 
 use std::fmt::Write as _;
 
-use super::{Record, escape};
+use super::{LogRecord, escape};
 
-/// `127.0.0.1:38160 nginx[26152]`, with a tab where a new column begins.
-pub(super) fn write(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+/// Endpoint and process, such as `127.0.0.1:38160 nginx[26152]`. A tab separates the two columns.
+pub(super) fn write(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     endpoint(record, out)?;
     out.push('\t');
     process(record, out)
 }
 
-/// `127.0.0.1:38160`, `[::1]:38160`.
-pub(super) fn endpoint(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+/// Address and port, such as `127.0.0.1:38160` or `[::1]:38160`.
+pub(super) fn endpoint(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     let addr = escape(record.text("addr").unwrap_or("?"));
     let (open, close) = if addr.contains(':') { ("[", "]") } else { ("", "") };
     write!(out, "{open}{addr}{close}:")?;
@@ -22,8 +22,8 @@ pub(super) fn endpoint(record: Record<'_>, out: &mut String) -> std::fmt::Result
     }
 }
 
-/// `nginx[26152]`.
-pub(super) fn process(record: Record<'_>, out: &mut String) -> std::fmt::Result {
+/// Name and pid, such as `nginx[26152]`.
+pub(super) fn process(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     match (record.text("comm"), record.number("pid")) {
         (Some(comm), Some(pid)) => write!(out, "{}[{pid}]", escape(comm)),
         (None, Some(pid)) => write!(out, "[{pid}]"),

@@ -1,16 +1,16 @@
-//! Times and lengths of time, as people read them.
+//! Readable times and durations.
 
 use std::time::Duration;
 
 use jiff::{Timestamp, tz::TimeZone};
 
-/// Seconds of UTC; the date is in the JSON.
+/// Time of day in UTC. The date is only in the JSON.
 #[must_use]
-pub(crate) fn clock(time: Timestamp) -> String {
+pub(crate) fn utc_time(time: Timestamp) -> String {
     TimeZone::UTC.to_datetime(time).strftime("%H:%M:%S.%6fZ").to_string()
 }
 
-/// A length of time in the two units that matter.
+/// A duration in its two largest units.
 #[must_use]
 pub fn duration(ns: u64) -> String {
     let seconds = ns / 1_000_000_000;
@@ -27,7 +27,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_have_the_units_that_matter() {
+    fn durations_use_the_two_largest_units() {
         for (ns, text) in [
             (1_500, "1.5µs"),
             (2_000_000, "2.0ms"),

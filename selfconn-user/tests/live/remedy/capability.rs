@@ -1,4 +1,4 @@
-//! Without CAP_NET_ADMIN nothing can be destroyed, and that is said at the start.
+//! Without CAP_NET_ADMIN nothing can be destroyed, and that is reported at the start.
 
 use std::{
     os::unix::process::CommandExt as _,
@@ -8,40 +8,40 @@ use std::{
 use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set};
 use serde_json::Value;
 
-use crate::{daemon::selfconn, net::Net};
+use crate::{daemon::selfconn, net::TestNetns};
 
-/// As root, but for this.
-fn without(capability: CapabilitySet) -> Command {
+/// `selfconn` as root without one capability.
+fn selfconn_without(capability: CapabilitySet) -> Command {
     let mut command = Command::new(selfconn());
-    // SAFETY: a prctl, which is safe to call between fork and exec.
+    // SAFETY: only a prctl, which is safe to call between fork and exec.
     unsafe {
         command.pre_exec(move || Ok(remove_capability_from_bounding_set(capability)?));
     }
     command
 }
 
-fn one_line(output: &Output) -> String {
-    let said = String::from_utf8(output.stderr.clone()).unwrap();
-    assert_eq!(said.lines().count(), 1, "{said}");
-    said
+fn single_stderr_line(output: &Output) -> String {
+    let stderr = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    stderr
 }
 
 #[test]
-fn without_the_capability_destroying_is_an_error_at_the_start() {
-    Net::private();
+fn without_cap_net_admin_destroy_is_an_error_at_start() {
+    TestNetns::enter_new();
     for arguments in [&["run", "--remedy", "destroy"][..], &["scan", "--destroy"]] {
-        let output = without(CapabilitySet::NET_ADMIN).args(arguments).output().unwrap();
+        let output = selfconn_without(CapabilitySet::NET_ADMIN).args(arguments).output().unwrap();
         assert_eq!(output.status.code(), Some(2), "{output:?}");
-        let said = one_line(&output);
-        assert!(said.contains("CAP_NET_ADMIN") && said.contains("destroy"), "{said}");
+        let stderr = single_stderr_line(&output);
+        assert!(stderr.contains("CAP_NET_ADMIN") && stderr.contains("destroy"), "{stderr}");
         assert_eq!(output.stdout, b"", "nothing was started");
     }
 }
 
 #[test]
-fn without_the_capability_a_dry_run_and_doctor_say_so() {
-    Net::private();
-    let output = without(CapabilitySet::NET_ADMIN).args(["doctor", "--json"]).output().unwrap();
+fn without_cap_net_admin_dry_run_and_doctor_report_it() {
+    TestNetns::enter_new();
+    let output = selfconn_without(CapabilitySet::NET_ADMIN).args(["doctor", "--json"]).output().unwrap();
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let remedy = |report: &Value| {
         let checks = report["checks"].as_array().unwrap();
@@ -56,8 +56,7 @@ fn without_the_capability_a_dry_run_and_doctor_say_so() {
     let check = remedy(&serde_json::from_slice(&output.stdout).unwrap());
     assert_eq!(check["ok"], true, "{check}");
 
-    // A broken pipe ends it.
-    let mut command = without(CapabilitySet::NET_ADMIN);
+    let mut command = selfconn_without(CapabilitySet::NET_ADMIN);
     let mut child = command
         .args(["run", "--json", "--remedy", "dry-run"])
         .stdout(std::process::Stdio::piped())

@@ -1,6 +1,6 @@
-//! The kernel's trap: where no connection fits a request without a cookie, the listener on that port does, and would be
-//! destroyed. So a healthy listener stands on the port while self-connections of that very port end by themselves, just
-//! as they are destroyed.
+//! A trap of the kernel: where no connection matches a SOCK_DESTROY request without a cookie, the listener on
+//! that port does and would be destroyed. So these tests keep a healthy listener on a port while
+//! self-connections on that port close by themselves at the moment when they are destroyed.
 
 use std::{
     net::{SocketAddr, TcpStream},
@@ -15,12 +15,13 @@ use socket2::Socket;
 use super::{LOCALHOST, start};
 use crate::{
     client::socket,
-    daemon::{Variant, of, scaled},
-    net::Net,
+    daemon::{HookVariant, is_event, scaled},
+    net::TestNetns,
 };
 
-/// With SO_REUSEPORT a client can be connected to itself beside a listener on its port: its own SYN finds it first.
-fn shared(address: SocketAddr) -> Socket {
+/// With SO_REUSEPORT a client can connect to itself although a listener is on its port, because the look-up
+/// for its own SYN finds the client first.
+fn bind_with_reuse_port(address: SocketAddr) -> Socket {
     let socket = socket(address.ip());
     socket.set_reuse_port(true).unwrap();
     socket.bind(&address.into()).unwrap();
@@ -28,21 +29,21 @@ fn shared(address: SocketAddr) -> Socket {
 }
 
 fn listener() -> (Socket, SocketAddr) {
-    let listener = shared(SocketAddr::new(LOCALHOST, 0));
+    let listener = bind_with_reuse_port(SocketAddr::new(LOCALHOST, 0));
     listener.listen(16).unwrap();
     let address = listener.local_addr().unwrap().as_socket().unwrap();
     (listener, address)
 }
 
 fn client(address: SocketAddr) -> Socket {
-    let client = shared(address);
+    let client = bind_with_reuse_port(address);
     match client.connect(&address.into()) {
-        // The daemon was faster than the call's return.
+        // The daemon destroyed the connection before connect() returned.
         Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => return client,
         outcome => outcome.unwrap(),
     }
-    assert_eq!(client.local_addr().unwrap(), address.into(), "and so connected to itself");
-    // Ends at once, and leaves nothing.
+    assert_eq!(client.local_addr().unwrap(), address.into(), "connected to itself");
+    // A reset ends it at once and leaves no TIME_WAIT.
     client.set_linger(Some(Duration::ZERO)).unwrap();
     client
 }
@@ -55,8 +56,8 @@ fn assert_healthy(listener: &Socket, address: SocketAddr) {
 }
 
 #[test]
-fn a_listener_survives_ten_thousand_races_of_destroying_against_the_end() {
-    let net = Net::private();
+fn a_listener_survives_ten_thousand_races_between_destroy_and_close() {
+    let net = TestNetns::enter_new();
     let (listener, address) = listener();
     let target = Target {
         netns: u32::try_from(net.inode).unwrap(),
@@ -65,19 +66,19 @@ fn a_listener_survives_ten_thousand_races_of_destroying_against_the_end() {
         is_ipv6: false,
         ifindex: None,
     };
-    let (hand_over, handed) = mpsc::channel::<Socket>();
-    let closer = thread::spawn(move || handed.iter().for_each(drop));
+    let (to_closer, sockets_to_close) = mpsc::channel::<Socket>();
+    let closer = thread::spawn(move || sockets_to_close.iter().for_each(drop));
     let (mut destroyed, mut gone) = (0, 0);
     for round in 0..scaled(10_000) {
         let client = client(address);
-        let cookie = sockets::look_up(&target, &[]).unwrap().expect("it is there");
+        let cookie = sockets::look_up(&target, &[]).unwrap().expect("the connection exists");
         assert_eq!(cookie.get(), client.cookie().unwrap());
-        // By turns it may be gone for sure, and at any moment in between.
+        // In one of four rounds the connection is certainly gone; in the others it may go at any moment.
         match round % 4 {
             0 => drop(client),
-            _ => hand_over.send(client).unwrap(),
+            _ => to_closer.send(client).unwrap(),
         }
-        // And now and then it is looked up when it may be gone already.
+        // In one of four rounds it is looked up when it may be gone already.
         let cookie = if round % 4 == 2 { sockets::look_up(&target, &[]).unwrap() } else { Some(cookie) };
         let was_there = cookie.is_some_and(|cookie| sockets::destroy(&target, cookie, &[]).unwrap());
         if was_there {
@@ -86,48 +87,51 @@ fn a_listener_survives_ten_thousand_races_of_destroying_against_the_end() {
             gone += 1;
         }
         assert!(listener.is_listener().unwrap(), "round {round}");
-        // So that the port has one client at a time.
+        // Wait, so that the port has one client at a time.
         while sockets::look_up(&target, &[]).unwrap().is_some() {
             thread::yield_now();
         }
     }
-    drop(hand_over);
+    drop(to_closer);
     closer.join().unwrap();
-    println!("{destroyed} were destroyed, {gone} had gone");
-    assert!(gone >= scaled(10_000) / 4, "those that were dropped");
+    println!("{destroyed} were destroyed, {gone} were already closed");
+    assert!(gone >= scaled(10_000) / 4, "at least the connections that were closed at once");
     assert!(destroyed > 0);
     assert_healthy(&listener, address);
-    // What makes this a test: a listener can be destroyed here, by its own cookie.
+    // This makes the test meaningful: the listener has a cookie and could be destroyed by it.
     let its = Cookie::new(listener.cookie().unwrap()).unwrap();
-    assert_eq!(sockets::destroy(&target, its, &[]), Ok(false), "it is no self-connection");
+    assert_eq!(sockets::destroy(&target, its, &[]), Ok(false), "the listener is no self-connection");
     assert_healthy(&listener, address);
 }
 
 #[test]
-fn a_listener_survives_the_daemon_while_thousands_on_its_port_end_by_themselves() {
-    let net = Net::private();
+fn a_listener_survives_the_remedy_while_self_connections_on_its_port_close() {
+    let net = TestNetns::enter_new();
     let (listener, address) = listener();
-    let mut daemon = start(net, &Variant(vec![]), &["--remedy", "destroy", "--remedy-rate", "1000000"]);
+    let mut daemon = start(net, &HookVariant(vec![]), &["--remedy", "destroy", "--remedy-rate", "1000000"]);
     let count = scaled(2_000);
     for round in 0..count {
         let _client = client(address);
-        // Some live a moment longer, so that some are destroyed, and some just not.
+        // Some connections live a moment longer, so that some are destroyed and some just miss it.
         if round % 8 == 0 {
             thread::sleep(Duration::from_micros(round as u64 % 1_500));
         }
     }
-    // The last one stays, and has to be destroyed by us.
+    // The last connection stays open and must be destroyed by the daemon.
     let last = client(address);
-    let closed = daemon.expect(count + 1, of("closed", net.inode));
+    let closed = daemon.expect(count + 1, is_event("closed", net.inode));
     assert!(!super::is_connected(&last));
     assert_healthy(&listener, address);
     let (events, _) = daemon.stop();
     let results = |result: &'static str| {
-        events.iter().filter(|event| of("remedied", net.inode)(event) && event["result"] == result).count()
+        events
+            .iter()
+            .filter(|event| is_event("remedied", net.inode)(event) && event["result"] == result)
+            .count()
     };
-    println!("{} were destroyed, {} had gone", results("destroyed"), results("gone"));
+    println!("{} were destroyed, {} were already closed", results("destroyed"), results("gone"));
     assert_eq!(results("failed"), 0);
     assert!(results("destroyed") > 0);
     let how = closed.iter().filter(|event| event["how"] == "destroyed").count();
-    assert_eq!(how, results("destroyed"), "each that was told as destroyed ended so");
+    assert_eq!(how, results("destroyed"), "each connection reported as destroyed was closed that way");
 }

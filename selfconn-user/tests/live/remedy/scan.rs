@@ -9,13 +9,14 @@ use serde_json::Value;
 
 use super::{LOCALHOST, assert_aborted, is_connected};
 use crate::{
-    client::{connect_to_self, talk_to_self},
+    client::{connect_to_self, run_self_connection},
     daemon::selfconn,
-    net::Net,
+    net::TestNetns,
 };
 
-/// Of this namespace alone: it is all tests that would be hit. Exit code, and what it said.
-fn scan(net: Net, options: &[&str]) -> (Option<i32>, Vec<Value>) {
+/// Runs `scan` on this namespace only, because it would otherwise destroy the connections of all tests.
+/// Returns the exit code and the rows.
+fn scan(net: TestNetns, options: &[&str]) -> (Option<i32>, Vec<Value>) {
     let only = format!("netns={}", net.inode);
     let output =
         Command::new(selfconn()).args(["scan", "--json", "--only", &only]).args(options).output().unwrap();
@@ -24,8 +25,8 @@ fn scan(net: Net, options: &[&str]) -> (Option<i32>, Vec<Value>) {
 }
 
 #[test]
-fn what_scan_shows_it_destroys_when_told_so_and_nothing_else() {
-    let net = Net::private();
+fn a_listed_connection_is_destroyed_only_on_request() {
+    let net = TestNetns::enter_new();
     let (one, port) = connect_to_self(LOCALHOST);
     let (other, other_port) = connect_to_self(LOCALHOST);
     let listener = TcpListener::bind(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0)).unwrap();
@@ -33,7 +34,7 @@ fn what_scan_shows_it_destroys_when_told_so_and_nothing_else() {
 
     let (code, rows) = scan(net, &[]);
     assert_eq!((code, rows.len()), (Some(1), 2), "{rows:?}");
-    assert!(rows.iter().all(|row| row["result"].is_null()), "a look: {rows:?}");
+    assert!(rows.iter().all(|row| row["result"].is_null()), "nothing is destroyed: {rows:?}");
     let (code, rows) = scan(net, &["--only", &is_port]);
     assert_eq!((code, rows.len(), &rows[0]["port"]), (Some(1), 1, &port.into()), "{rows:?}");
     assert!(is_connected(&one) && is_connected(&other));
@@ -54,9 +55,9 @@ fn what_scan_shows_it_destroys_when_told_so_and_nothing_else() {
 }
 
 #[test]
-fn time_wait_is_ended_where_the_kernel_can_and_else_it_says_so() {
-    let net = Net::private();
-    let port = talk_to_self(LOCALHOST);
+fn time_wait_is_destroyed_where_the_kernel_supports_it_and_otherwise_reported() {
+    let net = TestNetns::enter_new();
+    let port = run_self_connection(LOCALHOST);
     let server = SocketAddr::new(LOCALHOST, port);
     assert!(TcpListener::bind(server).is_err(), "even with SO_REUSEADDR, which std sets");
     let (_, rows) = scan(net, &[]);
@@ -68,7 +69,7 @@ fn time_wait_is_ended_where_the_kernel_can_and_else_it_says_so() {
             assert!(rows[0]["port_blocked_until"].is_null());
             TcpListener::bind(server).unwrap();
         }
-        // Before Linux 6.1.
+        // Before Linux 6.1 the kernel cannot destroy a TIME_WAIT entry.
         Some("failed") => {
             assert_eq!((code, scan(net, &[]).1.len()), (Some(1), 1), "{rows:?}");
             assert!(rows[0]["why"].as_str().unwrap().contains("TIME_WAIT"), "{rows:?}");

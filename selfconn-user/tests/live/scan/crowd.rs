@@ -1,5 +1,6 @@
-//! Processes that hold sockets. The test process itself is no good holder: whenever a test beside this one starts a
-//! process, that one has a copy of every descriptor for a moment, and is a holder, too.
+//! Socket crowds: helper processes that hold many sockets. The test process itself is not suitable as a
+//! holder, because a process that another test starts has a copy of every descriptor for a moment and is a
+//! holder, too.
 
 use std::{
     fs,
@@ -14,62 +15,62 @@ use serde_json::{Value, json};
 use socket2::{SockRef, Socket};
 
 use crate::{
-    client::{connect_to_self, talk_to_self},
-    role::Role,
+    client::{connect_to_self, run_self_connection},
+    role::HelperProcess,
 };
 
-/// The name of such a process.
-pub(super) const COMM: &str = "a-crowd";
+/// The process name of a socket crowd.
+pub(super) const CROWD_COMM: &str = "a-crowd";
 
-const CROWD: &str = "SELFCONN_TEST_CROWD";
+const CROWD_ENV: &str = "SELFCONN_TEST_CROWD";
 
-/// What a process of ours does.
+/// The sockets that such a process holds.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Holds {
-    /// So many self-connections to this address. It says the port and cookie of the last.
-    Selves(usize, IpAddr),
-    /// So many ordinary sockets, both ends of half as many connections.
+pub(super) enum CrowdSockets {
+    /// This many self-connections to this address. It reports the port and cookie of the last one.
+    SelfConnections(usize, IpAddr),
+    /// This many ordinary sockets: both ends of half as many connections.
     Ordinary(usize),
-    /// A self-connection to this address that has ended in order, in TIME_WAIT. It says the port.
+    /// A self-connection to this address, closed in order and in TIME_WAIT. It reports the port.
     TimeWait(IpAddr),
-    /// A self-connection that a child of it holds, too. It says the child's pid.
+    /// A self-connection that its child process holds, too. It reports the pid of the child.
     Shared,
 }
 
-/// A process in the namespace of the thread that starts it, which holds sockets until this is dropped, and is then gone
-/// with all of them.
-pub(super) struct Crowd {
+/// A process in the network namespace of the thread that starts it. It holds sockets until this value is
+/// dropped, and then ends.
+pub(super) struct SocketCrowd {
     child: Child,
     stdin: Option<ChildStdin>,
-    /// Kept open, for the test harness writes on.
+    /// Kept open because libtest in the process keeps writing.
     _stdout: BufReader<ChildStdout>,
-    /// What it said when its sockets were open.
-    pub(super) said: Value,
+    /// The report that it printed when its sockets were open.
+    pub(super) report: Value,
 }
 
-impl Crowd {
-    pub(super) fn start(holds: Holds) -> Self {
-        let what = match holds {
-            Holds::Selves(count, address) => json!(["selves", count, address]),
-            Holds::Ordinary(count) => json!(["ordinary", count]),
-            Holds::TimeWait(address) => json!(["time-wait", address]),
-            Holds::Shared => json!(["shared"]),
+impl SocketCrowd {
+    pub(super) fn start(sockets: CrowdSockets) -> Self {
+        let task = match sockets {
+            CrowdSockets::SelfConnections(count, address) => json!(["self-connections", count, address]),
+            CrowdSockets::Ordinary(count) => json!(["ordinary", count]),
+            CrowdSockets::TimeWait(address) => json!(["time-wait", address]),
+            CrowdSockets::Shared => json!(["shared"]),
         };
         let mut child = Command::new("/proc/self/exe")
-            .args(["--exact", "scan::crowd::in_a_crowd", "--ignored", "--nocapture"])
-            .env(CROWD, what.to_string())
+            .args(["--exact", "scan::crowd::run_crowd_process", "--ignored", "--nocapture"])
+            .env(CROWD_ENV, task.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
-        let said = stdout
+        let report = stdout
             .by_ref()
             .lines()
             .map_while(Result::ok)
             .find_map(|line| Some(serde_json::from_str(line.split_once("crowd: ")?.1).unwrap()))
-            .unwrap_or_else(|| panic!("{holds:?} said nothing"));
-        Self { stdin: child.stdin.take(), _stdout: stdout, child, said }
+            .unwrap_or_else(|| panic!("{sockets:?} reported nothing"));
+        Self { stdin: child.stdin.take(), _stdout: stdout, child, report }
     }
 
     pub(super) fn pid(&self) -> u32 {
@@ -77,31 +78,31 @@ impl Crowd {
     }
 }
 
-impl Drop for Crowd {
+impl Drop for SocketCrowd {
     fn drop(&mut self) {
         self.stdin.take();
         let _ = self.child.wait();
     }
 }
 
-/// Not a test: what a process in a crowd does.
+/// Not a test: what a socket crowd process does.
 #[test]
 #[ignore = "runs in processes that other tests start"]
-fn in_a_crowd() {
-    let Ok(what) = std::env::var(CROWD) else { return };
-    fs::write("/proc/self/comm", COMM).unwrap();
-    let what: Value = serde_json::from_str(&what).unwrap();
-    let count = || usize::try_from(what[1].as_u64().unwrap()).unwrap();
-    let address = |at: usize| what[at].as_str().unwrap().parse::<IpAddr>().unwrap();
+fn run_crowd_process() {
+    let Ok(text) = std::env::var(CROWD_ENV) else { return };
+    fs::write("/proc/self/comm", CROWD_COMM).unwrap();
+    let task: Value = serde_json::from_str(&text).unwrap();
+    let count = || usize::try_from(task[1].as_u64().unwrap()).unwrap();
+    let address = |at: usize| task[at].as_str().unwrap().parse::<IpAddr>().unwrap();
     let maximum = getrlimit(Resource::Nofile).maximum;
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
-    let mut said = Value::Null;
+    let mut report = Value::Null;
     let mut child = None;
-    let sockets: Vec<Socket> = match what[0].as_str().unwrap() {
-        "selves" => {
+    let sockets: Vec<Socket> = match task[0].as_str().unwrap() {
+        "self-connections" => {
             let sockets: Vec<_> = (0..count()).map(|_| connect_to_self(address(2))).collect();
             let (last, port) = sockets.last().unwrap();
-            said = json!({"port": port, "cookie": last.cookie().unwrap()});
+            report = json!({"port": port, "cookie": last.cookie().unwrap()});
             sockets.into_iter().map(|(socket, _)| socket).collect()
         }
         "ordinary" => {
@@ -111,28 +112,28 @@ fn in_a_crowd() {
             (0..count() / 2).flat_map(connect).map(Socket::from).collect()
         }
         "time-wait" => {
-            said = json!({"port": talk_to_self(address(1))});
+            report = json!({"port": run_self_connection(address(1))});
             vec![]
         }
         "shared" => {
             let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
-            let mut holder = Role::start_with("hold", &socket);
-            holder.says();
-            said = json!({"child": holder.pid()});
+            let mut holder = HelperProcess::start_with_fd("hold", &socket);
+            holder.read_output();
+            report = json!({"child": holder.pid()});
             child = Some(holder);
             vec![socket]
         }
-        other => panic!("no crowd is {other}"),
+        other => panic!("unknown task {other}"),
     };
     for socket in &sockets {
-        // No TIME_WAIT, which would use up the ports.
+        // No TIME_WAIT, which would exhaust the ports.
         SockRef::from(socket).set_linger(Some(Duration::ZERO)).unwrap();
     }
     let mut stdout = std::io::stdout();
-    writeln!(stdout, "crowd: {said}").unwrap();
+    writeln!(stdout, "crowd: {report}").unwrap();
     stdout.flush().unwrap();
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
     if let Some(child) = child {
-        child.end();
+        child.finish();
     }
 }
