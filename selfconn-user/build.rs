@@ -51,7 +51,7 @@ fn embed() -> Result<(), String> {
         Ok(bytes)
     };
     // Programs for tests and benchmarks.
-    embed("selfconn-others")?;
+    embed("selfconn-test-programs")?;
     let bytes = embed("selfconn-hooks")?;
     println!("cargo::rustc-env=SELFCONN_OBJECT={}", &fingerprint::of_bytes(&bytes)[..12]);
     println!("cargo::rustc-env=SELFCONN_COMMIT={}", commit(root)?);

@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use selfconn::kernel::btf::{Btf, Named};
+use selfconn::bpf::btf::{Btf, Named};
 use selfconn_ebpf::Field;
 
 fuzz_target!(|bytes: &[u8]| {

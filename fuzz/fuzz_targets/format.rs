@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use selfconn::kernel::format;
+use selfconn::bpf::tracefs::format;
 
 fuzz_target!(|text: &str| {
     let _ = format::check(text, format::SET_STATE);

@@ -5,7 +5,7 @@
 use std::collections::HashSet;
 
 use libfuzzer_sys::fuzz_target;
-use selfconn::connection::{ConnectionEvent, Connections};
+use selfconn::detect::connection::{ConnectionEvent, Connections};
 use selfconn_ebpf::Transition;
 
 fuzz_target!(|bytes: &[u8]| {

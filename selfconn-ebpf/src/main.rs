@@ -1,5 +1,5 @@
 //! The eBPF programs: one per hook and attach method. A program only converts its context into arguments for
-//! `body.rs` or `victim.rs`. It contains no logic of its own.
+//! `programs/tcp_state.rs` or `programs/bind_failure.rs`. It contains no logic of its own.
 //!
 //! On the host this file is an empty `main`, so that the whole workspace can be checked, linted and formatted
 //! there.
@@ -9,29 +9,19 @@
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 #[cfg(target_arch = "bpf")]
-mod body;
-#[cfg(target_arch = "bpf")]
-mod refusal;
-#[cfg(target_arch = "bpf")]
-mod report;
-#[cfg(target_arch = "bpf")]
-mod sock;
-#[cfg(target_arch = "bpf")]
-mod victim;
-#[cfg(target_arch = "bpf")]
-mod witness;
+mod programs;
 
 #[cfg(target_arch = "bpf")]
-mod programs {
+mod entry_points {
     use aya_ebpf::{
         macros::{btf_tracepoint, fentry, fexit, kprobe, tracepoint},
         programs::{BtfTracePointContext, FEntryContext, FExitContext, ProbeContext, TracePointContext},
     };
 
-    use crate::{
-        body,
+    use crate::programs::{
+        bind_failure,
         sock::{BtfOffsets, DirectLoad, Layout, ProbeRead, SelfAddr, Sock, StaticOffsets, TracepointRecord},
-        victim,
+        tcp_state,
     };
 
     /// `inet_sock_set_state(sk, oldstate, newstate)`, called after the state is set.
@@ -51,7 +41,7 @@ mod programs {
         let sock = Sock::<DirectLoad>::new(ctx.arg(0));
         if let Some(self_addr) = sock.self_addr::<L>() {
             let (old, new): (i32, i32) = (ctx.arg(1), ctx.arg(2));
-            body::on_socket::<_, _, 0>(ctx, sock, self_addr, old as u8, new as u8);
+            tcp_state::on_socket::<_, _, 0>(ctx, sock, self_addr, old as u8, new as u8);
         }
         0
     }
@@ -60,7 +50,7 @@ mod programs {
     #[tracepoint(category = "sock", name = "inet_sock_set_state")]
     fn selfconn_perf(ctx: TracePointContext) -> u32 {
         if TracepointRecord::is_self_addressed(&ctx) {
-            body::on_tracepoint_record::<1>(ctx);
+            tcp_state::on_tracepoint_record::<1>(ctx);
         }
         0
     }
@@ -82,7 +72,7 @@ mod programs {
         let sock = Sock::<DirectLoad>::new(ctx.arg(0));
         if let Some(self_addr) = sock.self_addr::<L>() {
             let (old, new): (u8, i32) = (sock.state(), ctx.arg(1));
-            body::on_socket::<_, _, 2>(ctx, sock, self_addr, old, new as u8);
+            tcp_state::on_socket::<_, _, 2>(ctx, sock, self_addr, old, new as u8);
         }
         0
     }
@@ -104,7 +94,7 @@ mod programs {
         if let (Some(sk), Some(new)) = (ctx.arg::<*const u8>(0), ctx.arg::<i32>(1)) {
             let sock = Sock::<ProbeRead>::new(sk);
             if let Some(self_addr) = read_self_addr(sock) {
-                body::on_socket::<_, _, 3>(ctx, sock, self_addr, sock.state(), new as u8);
+                tcp_state::on_socket::<_, _, 3>(ctx, sock, self_addr, sock.state(), new as u8);
             }
         }
         0
@@ -114,21 +104,21 @@ mod programs {
     #[fexit(function = "inet_csk_get_port")]
     fn selfconn_bind_fexit(ctx: FExitContext) -> i32 {
         let (port, result): (u64, i32) = (ctx.arg(1), ctx.arg(2));
-        victim::on_get_port_exit(Sock::<DirectLoad>::new(ctx.arg(0)), port as u16, result);
+        bind_failure::on_get_port_exit(Sock::<DirectLoad>::new(ctx.arg(0)), port as u16, result);
         0
     }
 
     /// Entry of the system call `bind()`, through perf.
     #[tracepoint(category = "syscalls", name = "sys_enter_bind")]
     fn selfconn_bind_enter(ctx: TracePointContext) -> u32 {
-        victim::on_bind_enter(&ctx);
+        bind_failure::on_bind_enter(&ctx);
         0
     }
 
     /// Exit of the system call `bind()`, through perf.
     #[tracepoint(category = "syscalls", name = "sys_exit_bind")]
     fn selfconn_bind_exit(ctx: TracePointContext) -> u32 {
-        victim::on_bind_exit(&ctx);
+        bind_failure::on_bind_exit(&ctx);
         0
     }
 

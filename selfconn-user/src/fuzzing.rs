@@ -8,13 +8,13 @@ use selfconn_ebpf::{COMM_LEN, Opener, Task, Transition, family, state};
 use serde_json::Value;
 
 use crate::{
-    connection::{ConnectionEvent, Connections, comm},
-    event::{ConnectionFields, Event, EventKind},
-    kernel::host::Capabilities,
+    bpf::features::Capabilities,
+    detect::connection::{ConnectionEvent, Connections, comm},
+    event::{ConnectionFields, Event, EventKind, text},
+    output::{journald, json_line},
     ports::{LocalPorts, PortRange, ReservedPorts},
-    process::{self, Attribution, Holder, ProcessInfo},
-    sink::{journal, json_line, text},
     sockets,
+    system::process::{self, Attribution, Holder, ProcessInfo},
 };
 
 /// Runs every parser of text from `/proc`. No input may make it panic.
@@ -71,7 +71,7 @@ fn journal_entry(record: text::LogRecord<'_>, json: &[u8]) {
     const FIXED_FIELDS: [&str; 5] =
         ["MESSAGE", "MESSAGE_ID", "PRIORITY", "SYSLOG_IDENTIFIER", "SELFCONN_JSON"];
     let mut entry = Vec::new();
-    journal::entry(record, json, &mut entry);
+    journald::entry(record, json, &mut entry);
     let mut rest = entry.as_slice();
     let mut names = Vec::new();
     while let Some(end) = rest.iter().position(|byte| matches!(byte, b'=' | b'\n')) {

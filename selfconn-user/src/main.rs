@@ -9,7 +9,7 @@ use clap::Parser as _;
 use selfconn::{
     cli::{self, Cli, Command},
     commands::{audit, doctor, repro, run, scan, tail},
-    sink::text::escape,
+    event::text::escape,
 };
 
 fn main() -> ExitCode {

@@ -18,7 +18,7 @@ use crate::{
 const TARGET: &str = if cfg!(target_endian = "little") { "bpfel-unknown-none" } else { "bpfeb-unknown-none" };
 
 /// The daemon's object, and the one of other agents' programs that tests and measurements need.
-const OBJECTS: [&str; 2] = ["selfconn-hooks", "selfconn-others"];
+const OBJECTS: [&str; 2] = ["selfconn-hooks", "selfconn-test-programs"];
 
 /// Builds the objects, or finds them up to date.
 pub(crate) fn build(workspace: &Workspace) -> Result<()> {

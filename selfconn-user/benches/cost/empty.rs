@@ -4,9 +4,9 @@ use std::io::Read as _;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{Btf, Ebpf, programs::Program};
-use selfconn::kernel::{attach::Method, tracefs};
+use selfconn::bpf::{attach::Method, tracefs};
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-others"));
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-test-programs"));
 
 /// Attaches an empty program by each method, says so, and waits.
 pub(crate) fn run(methods: &[Method]) -> Result<()> {
@@ -21,7 +21,7 @@ pub(crate) fn run(methods: &[Method]) -> Result<()> {
 }
 
 fn attach(ebpf: &mut Ebpf, method: Method) -> Result<()> {
-    let name = format!("other_{method}");
+    let name = format!("empty_{method}");
     let btf = || Btf::from_sys_fs().map_err(|error| anyhow!("{error}"));
     let attached = match ebpf.program_mut(&name).with_context(|| format!("no program {name}"))? {
         Program::BtfTracePoint(program) => {

@@ -19,7 +19,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use selfconn::kernel::attach::Method;
+use selfconn::bpf::attach::Method;
 
 #[derive(Parser)]
 struct Arguments {

@@ -374,7 +374,7 @@ const PLAIN: [&str; 7] = ["churn", "--to", "127.0.0.2", "--count", COUNT, "--cpu
 
 /// By which of these methods a program is attached to a hook. The daemon has some on other hooks, which see no transitions.
 fn method_of<'a>(name: &str, methods: &'a [String]) -> Option<&'a str> {
-    let name = name.strip_prefix("selfconn_").or(name.strip_prefix("other_"))?;
+    let name = name.strip_prefix("selfconn_").or(name.strip_prefix("empty_"))?;
     methods.iter().map(String::as_str).find(|method| *method == name)
 }
 

@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::sys::{Stats, enable_stats};
-use selfconn::kernel::tracefs;
+use selfconn::bpf::tracefs;
 
 use crate::{proc, programs};
 

@@ -9,23 +9,22 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 
 use crate::{
-    kernel::{
+    bpf::{
         attach::{Hook, Method, Refusal, RequestedHooks, choose},
-        host::{CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, KernelFeatures},
+        bind_programs::{self, BindMethod},
+        features::{CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, KernelFeatures},
+        loader,
         tracefs::Tracefs,
-        tracer::{
-            self,
-            binds::{self, BindMethod},
-        },
     },
-    logger,
-    sink::text::escape,
+    event::text::escape,
     sockets,
+    system::logger,
 };
 
-mod live;
+use live::LiveMethod;
+use live::LiveTest;
 
-use live::{LiveMethod, LiveTest};
+mod live;
 
 /// Shown below the options.
 pub const EXAMPLE: &str = "\
@@ -110,7 +109,7 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
 }
 
 fn collect(features: &KernelFeatures) -> DoctorReport {
-    let probed = tracer::probe_methods(features);
+    let probed = loader::probe_methods(features);
     let (outcomes, ring) = match probed {
         Ok(outcomes) => (outcomes, Ok(())),
         Err(error) => {
@@ -144,7 +143,7 @@ fn collect(features: &KernelFeatures) -> DoctorReport {
         checks: checks(features, ring),
         hooks,
         would_attach: choice.live.iter().map(|(method, ())| method.name()).collect(),
-        binds: bind_reports(binds::probe_methods(features)),
+        binds: bind_reports(bind_programs::probe_methods(features)),
         limits: features.limits(),
         live: None,
         fit: !choice.live.is_empty(),

@@ -9,10 +9,10 @@ pub mod doctor;
 pub mod repro;
 pub mod run;
 pub mod scan;
+pub mod tail;
 
 /// Writes the whole output of a command to stdout. A broken pipe is an error here, which `main` ignores.
 pub(crate) fn print(output: &[u8]) -> Result<()> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(output).and_then(|()| stdout.flush()).context("cannot write to stdout")
 }
-pub mod tail;

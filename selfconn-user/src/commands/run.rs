@@ -6,21 +6,20 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
 use crate::{
-    daemon::{Daemon, outside::Supervision},
-    kernel::{
+    bpf::{
         attach::{Hooks, Method, RequestedHooks},
-        host::KernelFeatures,
-        tracer::{
-            Tracer, TracerOptions,
-            binds::{BindMethod, RequestedBindMethod},
-        },
+        bind_programs::{BindMethod, RequestedBindMethod},
+        features::KernelFeatures,
+        loader::{Tracer, TracerOptions},
     },
-    logger, memory,
+    daemon::{Daemon, self_test::socket::SelfTestSocket, supervision::Supervision},
     metrics::server::MetricsListener,
-    privileges::{self, PrivilegePlan},
-    selftest::SelfTestSocket,
-    service::ServiceManager,
-    sink::{Format, Outputs, file::LogFile, journal},
+    output::{Format, Outputs, journald, log_file::LogFile},
+    system::{
+        capabilities::{self, PrivilegePlan},
+        logger, memory,
+        sd_notify::ServiceManager,
+    },
 };
 
 mod remedy;
@@ -153,7 +152,7 @@ impl RunArgs {
 
     /// True if stdout is the journal, so that structured journal entries replace the output on stdout.
     fn writes_journal(&self) -> bool {
-        !(self.quiet || self.json || self.text) && journal::is_journal(io::stdout())
+        !(self.quiet || self.json || self.text) && journald::is_journal(io::stdout())
     }
 
     fn stdout_format(&self) -> Option<Format> {
@@ -228,7 +227,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         let tracer = Tracer::start(&host, options)?;
         // Precondition: the hooks are attached, and no other thread is started yet.
         let plan = PrivilegePlan { log: args.log.as_deref(), destroys: args.remedy.destroys() };
-        let kept = privileges::drop_after_attach(plan, || tracer.counters().is_ok())?;
+        let kept = capabilities::drop_after_attach(plan, || tracer.counters().is_ok())?;
         let metrics_requests =
             listener.map(MetricsListener::serve).transpose().context("cannot serve metrics")?;
         let supervision = Supervision::new(manager, metrics_requests);

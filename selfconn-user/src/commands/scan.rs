@@ -13,14 +13,17 @@ use selfconn_ebpf::state;
 use serde::Serialize;
 
 use crate::{
-    clock::{self, Offset},
-    event::ConnectionFields,
-    filter::{Rule, Selection},
-    logger,
-    process::{self, Holder, ProcessInfo},
-    remedy::RemedyOutcome,
-    sink::text::escape,
+    detect::{
+        filter::{Rule, Selection},
+        remediation::RemedyOutcome,
+    },
+    event::{ConnectionFields, text::escape},
     sockets::{self, HolderSearch, SnapshotOptions, SocketEntry, SocketSnapshot, find_holders},
+    system::{
+        clock::{self, Offset},
+        logger,
+        process::{self, Holder, ProcessInfo},
+    },
 };
 
 /// Shown below the options.

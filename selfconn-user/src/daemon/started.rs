@@ -1,12 +1,12 @@
 //! Builds the `started` event from the attached and refused methods.
 
 use crate::{
-    event::{BindStatus, HookStatus, RefusedMethod, Started},
-    kernel::{
+    bpf::{
         attach::{Choice, Hook, Method},
-        host::KernelFeatures,
-        tracer::binds::{BindChoice, BindMethod},
+        bind_programs::{BindChoice, BindMethod},
+        features::KernelFeatures,
     },
+    event::{BindStatus, HookStatus, RefusedMethod, Started},
 };
 
 pub(super) fn started(host: &KernelFeatures, methods: &Choice<()>, binds: &BindChoice) -> Started {

@@ -1,14 +1,13 @@
 //! The event `blocked`: a server could not bind a port because a self-connection holds it.
 
 use jiff::Timestamp;
-use selfconn_ebpf::{bind::BindFailure, state};
+use selfconn_ebpf::{bind_failure::BindFailure, state};
 use serde::Serialize;
 
 use super::{ConnectionFields, optional_rfc3339, process_name};
 use crate::{
-    blocked::{self, PortHolder, requested_addr},
-    clock::Offset,
-    process::ProcessInfo,
+    detect::bind_conflict::{self, PortHolder, requested_addr},
+    system::{clock::Offset, process::ProcessInfo},
 };
 
 /// `blocked`.
@@ -77,7 +76,7 @@ impl Blocked {
         let tracked = holder.connection();
         let (state, free_at) = match holder {
             PortHolder::Open(_) => (state::ESTABLISHED, None),
-            PortHolder::TimeWait(blocked::TimeWaitEntry { until_ns, .. }) => {
+            PortHolder::TimeWait(bind_conflict::TimeWaitEntry { until_ns, .. }) => {
                 (state::TIME_WAIT, Some(clock.wall(*until_ns)))
             }
         };

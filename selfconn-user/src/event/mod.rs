@@ -1,25 +1,40 @@
 //! The public event schema: the JSON object of one line of the event log. Every field is documented in
 //! docs/events.md, and fields are only ever added. An unknown value is `null`, never a guess.
 //!
-//! The types here only convert internal state to the schema. Writing events is the business of `sink`.
+//! The types here only convert internal state to the schema. Writing events is the business of `output`.
 
 use jiff::Timestamp;
 use selfconn_ebpf::{Task, cause, state};
 use serde::{Serialize, Serializer};
 
 use crate::{
-    clock::Offset,
-    connection::{CloseReason, Connection, ConnectionEnd, Source, comm},
-    process::{Attribution, Holder},
+    detect::connection::{CloseReason, Connection, ConnectionEnd, Source, comm},
+    system::{
+        clock::Offset,
+        process::{Attribution, Holder},
+    },
 };
 
+use at_risk::AtRisk;
+use at_risk::AtRiskOver;
+
+pub mod at_risk;
+pub mod at_risk_text;
 mod blocked;
+pub mod blocked_text;
+pub mod closed_text;
+pub mod established_text;
+pub mod lost_text;
 mod remedied;
-pub mod risk;
+pub mod remedied_text;
+pub mod started_text;
+pub mod state_text;
+pub mod stopped_text;
+pub mod text;
+pub mod unknown_text;
 
 pub use blocked::Blocked;
 pub use remedied::Remedied;
-use risk::{AtRisk, AtRiskOver};
 
 /// One event, which is one line of the event log.
 #[derive(Debug, Serialize)]

@@ -28,7 +28,7 @@ use tokio::{
 };
 
 use super::MetricsSnapshot;
-use crate::privileges;
+use crate::system::capabilities;
 
 /// Maximum number of open connections.
 const MAX_CONNECTIONS: usize = 64;
@@ -96,7 +96,7 @@ impl MetricsListener {
         let runtime = runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         log::info!("metrics: http://{}/metrics", self.address);
         thread::Builder::new().name("metrics".to_owned()).spawn(move || {
-            if let Err(error) = privileges::restrict_to(CapabilitySet::empty()) {
+            if let Err(error) = capabilities::restrict_to(CapabilitySet::empty()) {
                 log::error!("the thread that serves metrics keeps too many privileges: {error}");
             }
             if let Err(error) = runtime.block_on(serve(self.listener, loop_requests)) {

@@ -7,9 +7,8 @@ use std::{collections::HashMap, io, net::IpAddr, panic, thread};
 use selfconn_ebpf::state;
 
 use super::{
-    DumpedSocket, Namespace, STATES, SocketEntry,
-    exact::{self, Cookie},
-    namespaces,
+    DumpedSocket, Namespace, STATES, SocketEntry, netns,
+    sock_diag::exact::{self, Cookie},
 };
 
 const EPERM: i32 = 1;
@@ -52,8 +51,8 @@ pub fn look_up(target: &Target, netns_hints: &[u32]) -> Result<Option<Cookie>, S
         let row = none_if_missing(exact::look_up(target, None))?;
         Ok(row.filter(|row| target.matches(row) && row.state != state::TIME_WAIT).and_then(|row| row.cookie))
     };
-    let cookie = namespaces::run_in_namespace(target.netns, netns_hints, look)
-        .map_err(|error| explain_error(&error))?;
+    let cookie =
+        netns::run_in_namespace(target.netns, netns_hints, look).map_err(|error| explain_error(&error))?;
     Ok(cookie.and_then(Cookie::new))
 }
 
@@ -64,7 +63,7 @@ pub fn look_up(target: &Target, netns_hints: &[u32]) -> Result<Option<Cookie>, S
 /// As [`look_up`], and if this process is not permitted to destroy sockets.
 pub fn destroy(target: &Target, cookie: Cookie, netns_hints: &[u32]) -> Result<bool, String> {
     let destroy = || destroy_here(target, cookie, false);
-    namespaces::run_in_namespace(target.netns, netns_hints, destroy).map_err(|error| explain_error(&error))
+    netns::run_in_namespace(target.netns, netns_hints, destroy).map_err(|error| explain_error(&error))
 }
 
 /// Destroys the self-connections of a snapshot, TIME_WAIT included. Returns for each entry whether it still
@@ -79,7 +78,7 @@ pub fn destroy_all(entries: &[SocketEntry]) -> io::Result<Vec<Result<bool, Strin
     }
     let mut outcomes = vec![Err("its network namespace was not found again".to_owned()); entries.len()];
     let visit = || {
-        namespaces::visit(&[], |&Namespace { inode: netns, .. }| {
+        netns::visit(&[], |&Namespace { inode: netns, .. }| {
             for index in by_netns.remove(&netns).unwrap_or_default() {
                 outcomes[index] = match entries[index].cookie.and_then(Cookie::new) {
                     Some(cookie) => destroy_here(&(&entries[index]).into(), cookie, true)
@@ -119,7 +118,7 @@ pub fn can_destroy() -> Result<(), String> {
 pub fn can_enter() -> Result<(), String> {
     // This runs on its own thread to be safe, although the thread enters the namespace that it is already in.
     let entered = thread::scope(|scope| {
-        let thread = thread::Builder::new().spawn_scoped(scope, namespaces::may_enter)?;
+        let thread = thread::Builder::new().spawn_scoped(scope, netns::may_enter)?;
         thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause))
     });
     entered.map_err(|error| format!("entering another network namespace: {error}: it needs CAP_SYS_ADMIN"))

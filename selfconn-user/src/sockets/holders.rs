@@ -14,7 +14,7 @@ use rustix::{
 };
 
 use super::NEEDS_PTRACE;
-use crate::process::Holder;
+use crate::system::process::Holder;
 
 /// The size of the buffer for a link target. It is large enough for `socket:[18446744073709551615]`; a longer
 /// target is not a socket.

@@ -3,7 +3,10 @@
 
 use std::{io, net::IpAddr, panic, path::PathBuf, thread};
 
-use super::{DumpedSocket, Tables, namespaces, namespaces::Namespace};
+use super::{
+    DumpedSocket, Tables,
+    netns::{self, Namespace},
+};
 
 /// The network namespaces to inspect.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,9 +75,9 @@ fn visit<T>(
         Ok(())
     };
     let visited = match selection {
-        NamespaceSelection::Current => namespaces::visit_current(inspect_one),
-        NamespaceSelection::At(path) => namespaces::visit_at(path, inspect_one)?,
-        NamespaceSelection::All => namespaces::visit(&[], inspect_one),
+        NamespaceSelection::Current => netns::visit_current(inspect_one),
+        NamespaceSelection::At(path) => netns::visit_at(path, inspect_one)?,
+        NamespaceSelection::All => netns::visit(&[], inspect_one),
     };
     if found.is_empty() {
         return Err(io::Error::other(visited.unseen.join("; ")));

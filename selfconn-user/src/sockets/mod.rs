@@ -14,22 +14,31 @@ use std::{collections::HashSet, io, net::IpAddr, panic, thread, time::Duration};
 
 use selfconn_ebpf::state;
 
-use crate::clock;
+use crate::system::clock;
 
 mod destroy;
-mod diag;
-mod exact;
-mod filter;
 mod holders;
 mod listeners;
-mod namespaces;
+mod netns;
 mod procfs;
+mod sock_diag;
 
-pub use destroy::{Target, can_destroy, can_enter, destroy, destroy_all, look_up};
-pub use exact::Cookie;
-pub use holders::{HolderSearch, Holders, find_holders};
-pub use listeners::{Listener, ListenerInspection, NamespaceSelection, inspect};
-pub use namespaces::{Namespace, run_in_namespace};
+pub use destroy::Target;
+pub use destroy::can_destroy;
+pub use destroy::can_enter;
+pub use destroy::destroy;
+pub use destroy::destroy_all;
+pub use destroy::look_up;
+pub use holders::HolderSearch;
+pub use holders::Holders;
+pub use holders::find_holders;
+pub use listeners::Listener;
+pub use listeners::ListenerInspection;
+pub use listeners::NamespaceSelection;
+pub use listeners::inspect;
+pub use netns::Namespace;
+pub use netns::run_in_namespace;
+pub use sock_diag::exact::Cookie;
 
 /// The hint for processes that this process may not inspect.
 const NEEDS_PTRACE: &str = "looking into them needs CAP_SYS_PTRACE, which root has";
@@ -121,7 +130,7 @@ pub fn snapshot(options: SnapshotOptions, netns_hints: &[u32]) -> io::Result<Soc
 /// Runs every text parser of this module on arbitrary bytes.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn parse_anything(bytes: &[u8]) {
-    let _ = namespaces::mount_points(bytes);
+    let _ = netns::mount_points(bytes);
     let _ = std::str::from_utf8(bytes).map(|line| procfs::parse(line, |_, _, _| true));
 }
 
@@ -129,7 +138,7 @@ pub(crate) fn parse_anything(bytes: &[u8]) {
 fn snapshot_all(options: SnapshotOptions, netns_hints: &[u32]) -> SocketSnapshot {
     let mut snapshot = SocketSnapshot { began_ns: clock::boot_ns(), ..SocketSnapshot::default() };
     let mut tables = Tables::new(options.procfs_only);
-    let visited = namespaces::visit(netns_hints, |&Namespace { inode: netns, .. }| {
+    let visited = netns::visit(netns_hints, |&Namespace { inode: netns, .. }| {
         tables.read(options.attempts)?;
         let mut cookies = HashSet::new();
         for row in &tables.rows {
@@ -158,14 +167,14 @@ fn snapshot_all(options: SnapshotOptions, netns_hints: &[u32]) -> SocketSnapshot
 struct Tables {
     /// `None`: not requested, or not available on this kernel. It is not tried again then, because the kernel
     /// would run modprobe each time.
-    diag: Option<diag::DiagReader>,
+    diag: Option<sock_diag::DiagReader>,
     without_diag: Option<String>,
     rows: Vec<DumpedSocket>,
 }
 
 impl Tables {
     fn new(procfs_only: bool) -> Self {
-        let diag = (!procfs_only).then(diag::DiagReader::new);
+        let diag = (!procfs_only).then(sock_diag::DiagReader::new);
         Self { diag, without_diag: None, rows: Vec::new() }
     }
 
@@ -176,13 +185,13 @@ impl Tables {
 
     /// Fills `rows` with the listeners.
     fn read_listeners(&mut self) -> io::Result<()> {
-        self.fill(diag::DiagReader::read_listeners, procfs::read_listeners)
+        self.fill(sock_diag::DiagReader::read_listeners, procfs::read_listeners)
     }
 
     /// Fills `rows` through sock_diag. If that fails for any reason, through procfs.
     fn fill(
         &mut self,
-        by_diag: impl Fn(&mut diag::DiagReader, &mut Vec<DumpedSocket>) -> io::Result<()>,
+        by_diag: impl Fn(&mut sock_diag::DiagReader, &mut Vec<DumpedSocket>) -> io::Result<()>,
         by_procfs: impl Fn(&mut Vec<DumpedSocket>) -> io::Result<()>,
     ) -> io::Result<()> {
         self.rows.clear();

@@ -18,15 +18,15 @@ use aya::{Ebpf, programs::TracePoint};
 use serde_json::Value;
 use socket2::Socket;
 
-use crate::{
+use crate::support::{
     client::connect_to_self,
     daemon::{
         HookVariant, TestDaemon, doctor, is_event, is_preemptible, method_verdicts, options_forcing, scaled,
     },
-    net::TestNetns,
-    pool,
-    role::HelperProcess,
-    withheld::KernelGaps,
+    daemon_pool,
+    helper_process::HelperProcess,
+    kernel_gaps::KernelGaps,
+    netns::TestNetns,
 };
 
 const WORKERS: u8 = 4;
@@ -35,7 +35,8 @@ const WORKERS: u8 = 4;
 /// stays cheap.
 const HELD_PER_WORKER: usize = 100;
 
-static TEST_PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-others"));
+static TEST_PROGRAMS: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-test-programs"));
 
 /// The connecting threads, by the address that each one connects to.
 type ConnectingThreads = HashMap<String, i64>;
@@ -174,8 +175,8 @@ struct OtherAgent {
 impl OtherAgent {
     fn start() -> Self {
         let mut programs = Ebpf::load(TEST_PROGRAMS).unwrap();
-        let program: &mut TracePoint = programs.program_mut("other_busy").unwrap().try_into().unwrap();
-        selfconn::kernel::tracefs::with(|| {
+        let program: &mut TracePoint = programs.program_mut("busy_sys_enter").unwrap().try_into().unwrap();
+        selfconn::bpf::tracefs::with(|| {
             program.load().unwrap();
             program.attach("raw_syscalls", "sys_enter").unwrap();
         });
@@ -333,7 +334,7 @@ fn run_round(daemon: &mut TestDaemon, method_set: &MethodSet, condition: &Condit
 
 #[test]
 fn losses_of_a_method_are_found_and_counted_and_a_guarded_pair_loses_nothing() {
-    pool::stop_idle();
+    daemon_pool::stop_idle();
     let conditions = Condition::all();
     for method_set in MethodSet::all() {
         let options = ["--states", "--ring-size", "32M", "--reconcile", "1"];
@@ -370,7 +371,7 @@ fn losses_of_a_method_are_found_and_counted_and_a_guarded_pair_loses_nothing() {
 /// As many connections as in the worst minute of a busy host, and only the events without `--states`.
 fn assert_default_loses_nothing(net: TestNetns, condition: &str) {
     const GROUP: u8 = 1;
-    pool::stop_idle();
+    daemon_pool::stop_idle();
     let each = scaled(1_800);
     let made = each * usize::from(WORKERS);
     let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--ring-size", "32M"]);

@@ -5,37 +5,8 @@
 //! `SELFCONN_BIN` names the daemon's binary and `SELFCONN_SCALE` divides the counts.
 #![expect(clippy::unwrap_used, reason = "a test that cannot continue panics")]
 
-mod accident;
-mod accounting;
-mod audit;
-mod blocked;
-mod client;
-mod daemon;
-mod detection;
-mod disk;
-mod faults;
-mod hands;
-mod hostile;
-mod kinds;
+pub(crate) mod files;
+pub(crate) mod kernel;
 mod load;
-mod log;
-mod log_file;
-mod methods;
-mod metrics;
-mod net;
-mod not_ours;
-mod openers;
-mod pool;
-mod privileges;
-mod remedy;
-mod risk;
-mod role;
-mod scan;
-mod service;
-mod soak;
-mod stdout;
-mod steering;
-mod table;
-mod watchdog;
-mod who;
-mod withheld;
+pub(crate) mod operations;
+pub(crate) mod support;

@@ -15,13 +15,13 @@ use rustix::{
     process::{Pid, Signal, kill_process},
     thread::{UnshareFlags, unshare_unsafe},
 };
-use selfconn::sink::journal::{message_id, send};
+use selfconn::output::journald::{message_id, send};
 use serde_json::Value;
 
-use crate::{
+use crate::support::{
     client::run_self_connection,
     daemon::{DEADLINE, selfconn},
-    net::TestNetns,
+    netns::TestNetns,
 };
 
 const JOURNAL_DIR: &str = "/run/log/journal";

@@ -14,10 +14,10 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::{
+use crate::support::{
     client::run_self_connection,
     daemon::{DEADLINE, selfconn},
-    net::TestNetns,
+    netns::TestNetns,
 };
 
 const SNIPPET: &str = include_str!("../../../packaging/logrotate/selfconn");

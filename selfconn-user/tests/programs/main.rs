@@ -1,19 +1,10 @@
-//! The daemon together with real programs that administrators run: logrotate and the systemd journal. The
-//! tests need root and these programs, which `cargo xtask test` installs.
-#![expect(clippy::unwrap_used, reason = "a test that cannot continue panics")]
+//! The daemon among the real programs that an administrator puts around it: logrotate, and systemd's journal. They need
+//! root and these programs, which `cargo xtask test` installs.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
 
-#[path = "../live/client.rs"]
+#[path = "../live/support/mod.rs"]
 #[expect(dead_code, reason = "shared with the live tests")]
-mod client;
-#[path = "../live/daemon.rs"]
-#[expect(dead_code, reason = "shared with the live tests")]
-mod daemon;
-#[path = "../live/net.rs"]
-#[expect(dead_code, reason = "shared with the live tests")]
-mod net;
-#[path = "../live/pool.rs"]
-#[expect(dead_code, reason = "shared with the live tests")]
-mod pool;
+mod support;
 
 mod journal;
 mod logrotate;

@@ -3,10 +3,10 @@
 use std::{borrow::Cow, fmt::Write as _};
 
 use super::{
-    grade::{PortAssessment, Risk},
-    look::NamespaceInfo,
+    assess::{PortAssessment, Risk},
+    collect::NamespaceInfo,
 };
-use crate::sink::text::escape;
+use crate::event::text::escape;
 
 /// The sysctl that lists the ports that the kernel must not choose. Each network namespace has its own list.
 pub(super) const RESERVED_PORTS_KEY: &str = "net.ipv4.ip_local_reserved_ports";

@@ -7,13 +7,6 @@
 //!
 //! `look` reads the state of the host, `grade` assesses it without I/O, `fix` and `print` write the output.
 
-mod boot;
-mod fix;
-mod grade;
-mod look;
-mod print;
-mod services;
-
 use std::{
     io::{self, Write as _},
     path::{Path, PathBuf},
@@ -22,11 +15,17 @@ use std::{
 
 use anyhow::{Result, bail};
 
-use self::{
-    print::{NamespaceReport, RiskCounts},
-    services::RequestedService,
-};
-use crate::{logger, sink::text::escape, sockets::NamespaceSelection};
+use crate::{event::text::escape, sockets::NamespaceSelection, system::logger};
+use print::NamespaceReport;
+use print::RiskCounts;
+use services::RequestedService;
+
+mod assess;
+mod boot;
+mod collect;
+mod fix;
+mod print;
+mod services;
 
 /// Shown below the options.
 pub const EXAMPLE: &str = "\
@@ -74,11 +73,11 @@ pub fn run(args: &AuditArgs) -> Result<ExitCode> {
     logger::init(0, false);
     let selection = namespace_selection(args)?;
     let services = requested_services(args)?;
-    let mut input = look::collect(&selection, args.procfs, &services)?;
+    let mut input = collect::collect(&selection, args.procfs, &services)?;
     let boot_settings = input.init_namespace.map(|_| boot::read(Path::new("/")));
     input.unseen.extend(boot_settings.iter().flat_map(|settings| &settings.unseen).cloned());
-    let report = |(index, namespace_info): (usize, look::NamespaceInfo)| {
-        let assessments = grade::assess(&namespace_info);
+    let report = |(index, namespace_info): (usize, collect::NamespaceInfo)| {
+        let assessments = assess::assess(&namespace_info);
         let settings = boot_settings.as_ref().filter(|_| input.init_namespace == Some(index));
         let ports = &namespace_info.local_ports;
         let disagreements = settings.map(|settings| settings.disagreements(ports.range, &ports.reserved));

@@ -6,12 +6,12 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::{
+    assess::{PortAssessment, Risk},
     boot::Disagreement,
+    collect::NamespaceInfo,
     fix::{self, Fix},
-    grade::{PortAssessment, Risk},
-    look::NamespaceInfo,
 };
-use crate::sink::text::escape;
+use crate::event::text::escape;
 
 /// A network namespace and its assessment.
 #[derive(Debug)]
@@ -224,9 +224,9 @@ mod tests {
     use super::*;
     use crate::{
         commands::audit::{
+            assess::assess,
+            collect::{AuditedPort, ListenerProcess, RouteSource},
             fix::Persistence,
-            grade::assess,
-            look::{AuditedPort, ListenerProcess, RouteSource},
         },
         ports::LocalPorts,
         sockets::Namespace,

@@ -9,13 +9,13 @@ use serde::Serialize;
 use tokio::time::{Instant, sleep_until};
 
 use crate::{
-    kernel::{
+    bpf::{
         attach::{Method, RequestedHooks},
-        host::KernelFeatures,
-        tracer::{Tracer, TracerOptions},
+        features::KernelFeatures,
+        loader::{Tracer, TracerOptions},
     },
-    selftest::SelfTestSocket,
-    watchdog::{DeadProbes, ProbeHealth, SelfTestOutcome},
+    daemon::self_test::socket::SelfTestSocket,
+    detect::probe_health::{DeadProbes, ProbeHealth, SelfTestOutcome},
 };
 
 /// Interval at which the ring buffer is drained during a test.
@@ -44,7 +44,7 @@ pub(super) fn test(features: &KernelFeatures) -> Result<LiveTest> {
     runtime.block_on(async {
         let options = TracerOptions {
             hooks: RequestedHooks::default(),
-            bind_method: crate::kernel::tracer::binds::RequestedBindMethod::Off,
+            bind_method: crate::bpf::bind_programs::RequestedBindMethod::Off,
             ring_bytes: 1 << 20,
             connect_table_size: 64,
             refused_table_size: 64,

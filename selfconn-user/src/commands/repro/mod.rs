@@ -5,15 +5,6 @@
 //! keeps it open, `step` has the steps as data, and `narrate` and `draw` print them. `address` checks the
 //! address, and `table` reads `/proc/net/tcp`.
 
-mod address;
-mod bind;
-mod draw;
-mod hold;
-mod narrate;
-mod retry;
-mod step;
-mod table;
-
 use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::net::SocketAddr;
@@ -28,13 +19,32 @@ use rustix::io::Errno;
 use serde::Serialize;
 use socket2::Socket;
 
-pub(super) use draw::group_thousands;
-
-use address::{AddressArg, EndpointText, LocalAddr};
+use address::AddressArg;
+use address::EndpointText;
+use address::LocalAddr;
 use hold::HoldEnd;
-use narrate::{NarrationStyle, Narrator, StdoutClosed};
-use step::{AfterClose, BindResult, Checked, CloseKind, Echoed, ReproStep, ReproSummary};
+use narrate::NarrationStyle;
+use narrate::Narrator;
+use narrate::StdoutClosed;
+use step::AfterClose;
+use step::BindResult;
+use step::Checked;
+use step::CloseKind;
+use step::Echoed;
+use step::ReproStep;
+use step::ReproSummary;
 use table::State;
+
+mod address;
+mod bind;
+mod draw;
+mod hold;
+mod narrate;
+mod retry;
+mod step;
+mod table;
+
+pub(super) use draw::group_thousands;
 
 /// Printed at the end of `--help`.
 pub const EXAMPLE: &str = "\

@@ -15,8 +15,8 @@ use super::bind::{describe_holder, try_bind};
 use super::narrate::Narrator;
 use super::step::{ConnectLoop, Connected, Progress, ReproStep};
 use super::{OpenedConnection, REPLY_TIMEOUT, connect_error, endpoint_addrs, nanoseconds};
+use crate::ports::sysctl;
 use crate::ports::{LocalPorts, Reach, chance_after};
-use crate::sysctl;
 
 /// The default limit of attempts, as a multiple of the expected number. One run in e^10 = 22,000 needs more.
 const DEFAULT_LIMIT_FACTOR: u64 = 10;

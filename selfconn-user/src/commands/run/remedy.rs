@@ -7,9 +7,11 @@ use clap::ValueEnum;
 use selfconn_ebpf::{ABSENT, Field};
 
 use crate::{
-    filter::{Rule, Selection},
-    kernel::host::KernelFeatures,
-    remedy::{Remedy, RemedyMode, RemedyPolicy},
+    bpf::features::KernelFeatures,
+    detect::{
+        filter::{Rule, Selection},
+        remediation::{Remedy, RemedyMode, RemedyPolicy},
+    },
     sockets,
 };
 

@@ -2,7 +2,7 @@
 
 use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
 
-use crate::sink::text::LogRecord;
+use crate::event::text::LogRecord;
 
 /// All conditions must hold. Of several values for one condition, one must match.
 #[derive(Clone, Debug, Default)]
@@ -70,7 +70,7 @@ pub(super) fn since(text: &str, now: Timestamp) -> Result<Timestamp, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sink::text::parse;
+    use crate::event::text::parse;
 
     const CLOSED: &[u8] = br#"{"time":"2026-11-22T10:00:00.000000000Z","event":"closed","port":80,"pid":7,"comm":
         "main","thread_comm":"worker","holders":[{"pid":8,"comm":"heir"}],"closer":{"pid":9,"comm":"killer"}}"#;

@@ -12,15 +12,16 @@ use std::{
 use anyhow::{Context as _, Error, Result, anyhow};
 use jiff::Timestamp;
 
-use self::{
-    filter::Filter,
-    journal::JournalReader,
-    lines::LineSplitter,
-    source::{BLOCK_BYTES, FileChange, LastEventsSearch, LogSource},
-    view::ConnectionView,
-    wait::FileWatch,
-};
-use crate::sink::text::{LogRecord, Style, parse};
+use crate::event::text::{LogRecord, Style, parse};
+use filter::Filter;
+use journal::JournalReader;
+use lines::LineSplitter;
+use source::BLOCK_BYTES;
+use source::FileChange;
+use source::LastEventsSearch;
+use source::LogSource;
+use view::ConnectionView;
+use wait::FileWatch;
 
 mod filter;
 mod journal;

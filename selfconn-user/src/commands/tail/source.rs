@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::filter::Filter;
-use crate::sink::text::{LogRecord, parse};
+use crate::event::text::{LogRecord, parse};
 
 /// Maximum bytes of one read.
 pub(super) const BLOCK_BYTES: usize = 64 << 10;

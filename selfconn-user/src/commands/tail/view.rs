@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use jiff::Timestamp;
 use serde_json::{Map, Value};
 
-use crate::sink::text::{LogRecord, Style, duration};
+use crate::event::text::{LogRecord, Style, duration};
 
 /// Maximum number of connections that are held back. Beyond it, the oldest ones are shown without their end.
 const MAX_OPEN_CONNECTIONS: usize = 50_000;
@@ -97,7 +97,7 @@ impl ConnectionView {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sink::text::parse;
+    use crate::event::text::parse;
 
     /// The first words of each line after the time.
     fn words(lines: &[&str], is_live: bool) -> Vec<String> {

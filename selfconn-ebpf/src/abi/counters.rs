@@ -1,0 +1,22 @@
+//! The counters of the programs.
+
+/// Slots of the per-CPU map [`names::COUNTERS`], each a `u64`.
+pub mod counter {
+    /// Records submitted to the ring buffer. Each one is either delivered or counted in [`RING_FULL`].
+    pub const MATCHED: u32 = 0;
+    /// Records for which the ring buffer had no room.
+    pub const RING_FULL: u32 = 1;
+    /// Openers that did not fit into the connect table.
+    pub const CONNECT_TABLE_FULL: u32 = 2;
+    /// Refused connection attempts from an address to itself.
+    pub const REFUSED: u32 = 3;
+    /// Refused connection attempts that did not fit into the table
+    /// [`names::REFUSED_CONNECTS`](super::super::names::REFUSED_CONNECTS).
+    pub const REFUSED_TABLE_FULL: u32 = 4;
+    /// First of one slot per program: the transitions of self-connections that this program observed,
+    /// reported or not. The slot of a program is this number plus its index in
+    /// [`names::PROGRAMS`](super::super::names::PROGRAMS).
+    pub const SEEN_BY_PROBE: u32 = 5;
+    /// Number of slots.
+    pub const COUNT: u32 = SEEN_BY_PROBE + super::super::names::PROGRAMS.len() as u32;
+}

@@ -1,0 +1,77 @@
+//! Where a socket is: one type for the programs, the records and user space.
+
+use core::net::{IpAddr, Ipv6Addr};
+
+use super::tcp::family;
+
+/// An address, a port and a network namespace: where a self-connection is, and where a connection attempt goes.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Endpoint {
+    /// Source and destination address, network byte order; IPv4 as v4-mapped.
+    pub addr: [u32; 4],
+    /// Inode of the network namespace. 0: unknown.
+    pub netns: u32,
+    /// Destination port, host byte order.
+    pub port: u16,
+    /// One of [`family`]: the family of the socket. 0: either.
+    pub family: u16,
+}
+
+impl Endpoint {
+    /// `ip` of a v4-mapped address and of the same IPv4 address are equal; `is_ipv6` tells them apart.
+    #[must_use]
+    pub fn new(netns: u32, ip: IpAddr, port: u16, is_ipv6: bool) -> Self {
+        let octets = match ip {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+            IpAddr::V6(ip) => ip.octets(),
+        };
+        let family = if is_ipv6 { family::INET6 } else { family::INET };
+        Self { addr: words(octets), netns, port, family: family.into() }
+    }
+
+    /// The address. A v4-mapped address is an IPv4 address here.
+    #[must_use]
+    pub fn ip(&self) -> IpAddr {
+        let mut octets = [0; 16];
+        for (to, word) in octets.chunks_exact_mut(4).zip(self.addr) {
+            to.copy_from_slice(&word.to_ne_bytes());
+        }
+        Ipv6Addr::from(octets).to_canonical()
+    }
+
+    /// True if the socket is an IPv6 socket, also with a v4-mapped address.
+    #[must_use]
+    pub const fn is_ipv6(&self) -> bool {
+        self.family == family::INET6 as u16
+    }
+
+    /// The same address, port and namespace for sockets of either family.
+    #[inline(always)]
+    #[must_use]
+    pub const fn any_family(&self) -> Self {
+        Self { family: 0, ..*self }
+    }
+}
+
+fn words(octets: [u8; 16]) -> [u32; 4] {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = octets;
+    [[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]].map(u32::from_ne_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_survives_the_conversion_and_families_are_distinguished() {
+        for (text, is_ipv6) in [("127.0.0.1", false), ("127.0.0.1", true), ("::1", true), ("fe80::1", true)] {
+            let ip: IpAddr = text.parse().unwrap();
+            let endpoint = Endpoint::new(7, ip, 40_000, is_ipv6);
+            assert_eq!((endpoint.ip(), endpoint.is_ipv6()), (ip, is_ipv6));
+            assert_eq!(endpoint.any_family(), Endpoint::new(7, ip, 40_000, !is_ipv6).any_family());
+        }
+        let mapped: IpAddr = "::ffff:127.0.0.1".parse().unwrap();
+        assert_eq!(Endpoint::new(7, mapped, 1, true), Endpoint::new(7, mapped.to_canonical(), 1, true));
+    }
+}

@@ -1,0 +1,23 @@
+//! What the programs and user space agree on. Integers and byte arrays only, sizes and offsets asserted at compile
+//! time.
+
+mod action;
+pub mod bind_failure;
+mod connect_table;
+mod counters;
+mod endpoint;
+mod kernel_fields;
+pub mod names;
+mod record;
+pub mod refused_connects;
+mod task;
+mod tcp;
+
+pub use action::{Action, classify};
+pub use connect_table::{ConnectEntry, ConnectSet, WAYS, set_index};
+pub use counters::counter;
+pub use endpoint::Endpoint;
+pub use kernel_fields::{ABSENT, FIELDS, Field, STATIC_OFFSETS, uses_static_offsets};
+pub use record::{Record, Transition, reported};
+pub use task::{COMM_LEN, Opener, Task, cause, task_access};
+pub use tcp::{IPPROTO_TCP, family, state};

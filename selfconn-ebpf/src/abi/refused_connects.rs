@@ -1,0 +1,270 @@
+//! Refused connection attempts from an address to itself: what the programs count, and when they report to
+//! user space.
+//!
+//! A process that keeps connecting to a closed port of its own host will eventually connect to itself, if
+//! `connect()` can choose that port as the source port. The programs do not know the local port range of a
+//! network namespace, so they count the refused attempts for every such port. They report a port only at the
+//! twentieth attempt within a minute, and then at each tenfold count. So even a very high rate of attempts
+//! adds almost nothing to the ring buffer.
+
+use super::{endpoint::Endpoint, task::Opener};
+
+/// Number of refused attempts within [`WINDOW_NS`] that causes the first report. The next report comes at ten
+/// times as many, and so on.
+pub const REPORT_THRESHOLD: u64 = 20;
+
+/// Length of the window for [`REPORT_THRESHOLD`], in nanoseconds. After the same time without an attempt, the
+/// attempts to a port count as finished.
+pub const WINDOW_NS: u64 = 60_000_000_000;
+
+/// Delay before a report is tried again after the ring buffer was full, in nanoseconds. A try at each attempt
+/// would count one lost record per attempt.
+const REPORT_RETRY_NS: u64 = 100_000_000;
+
+/// Number of newest attempts that are stored one by one: a power of two, and at least [`REPORT_THRESHOLD`].
+const RECENT_SLOTS: usize = 32;
+
+/// Number of words in the set of pids of connecting processes.
+const PID_SET_WORDS: usize = 16;
+
+/// The destination of refused attempts: the key of [`crate::names::REFUSED_CONNECTS`], and the record that
+/// tells user space to read the entry of this key.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Destination {
+    /// Source and destination address, network byte order; IPv4 as v4-mapped.
+    pub addr: [u32; 4],
+    /// Inode of the network namespace. 0: unknown.
+    pub netns: u32,
+    /// Destination port, host byte order.
+    pub port: u16,
+    /// Always zero.
+    pub padding: u16,
+}
+
+impl Destination {
+    /// The destination of a connection attempt. The socket family is left out, because IPv4 sockets and IPv6
+    /// sockets with a v4-mapped address connect to the same port.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(endpoint: &Endpoint) -> Self {
+        Self { addr: endpoint.addr, netns: endpoint.netns, port: endpoint.port, padding: 0 }
+    }
+
+    /// Reads a record from the ring buffer. `None`: the length is not that of a `Destination`.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() != size_of::<Self>() {
+            return None;
+        }
+        // SAFETY: the length was compared above, `read_unaligned` needs no alignment, and a Destination holds
+        // only integers, for which every bit pattern is a valid value.
+        Some(unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
+    }
+}
+
+/// The refused attempts to one [`Destination`]: the value of [`crate::names::REFUSED_CONNECTS`].
+///
+/// Two CPUs can count at the same time. `total` is incremented by one atomic instruction. A write to any
+/// other field can be lost, so a pid can be missing, and a report can be sent twice. A report is missing only
+/// if the ring buffer was full and no further attempt follows after the retry delay.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RefusedCount {
+    /// Refused attempts since the entry was created.
+    pub total: u64,
+    /// Time of the newest attempt: `CLOCK_BOOTTIME`, nanoseconds.
+    pub last_ns: u64,
+    /// Time of the first attempt in the window that reached the threshold. 0: the threshold is not reached
+    /// yet.
+    pub window_start_ns: u64,
+    /// Number of attempts before that window.
+    pub total_before_window: u64,
+    /// The `total` at which the next report is due. 0: nothing is reported yet.
+    pub next_report: u64,
+    /// No report before this time. 0: no restriction.
+    retry_after_ns: u64,
+    /// The task that made the newest attempt.
+    pub last_opener: Opener,
+    /// Times of the newest attempts; the slot is the number of the attempt modulo [`RECENT_SLOTS`].
+    recent_ns: [u64; RECENT_SLOTS],
+    /// Pids of the newest attempts, in the same slots.
+    recent_pids: [u32; RECENT_SLOTS],
+    /// Pids since `window_start_ns`: one bit per pid, at the pid modulo the number of bits.
+    pid_set: [u64; PID_SET_WORDS],
+}
+
+const _: () = {
+    assert!(RECENT_SLOTS.is_power_of_two() && RECENT_SLOTS as u64 >= REPORT_THRESHOLD);
+    assert!(size_of::<Destination>() == 24);
+    assert!(size_of::<RefusedCount>() == 112 + 8 * RECENT_SLOTS + 4 * RECENT_SLOTS + 8 * PID_SET_WORDS);
+};
+
+impl RefusedCount {
+    /// A count without attempts.
+    pub const ZERO: Self = Self {
+        total: 0,
+        last_ns: 0,
+        window_start_ns: 0,
+        total_before_window: 0,
+        next_report: 0,
+        retry_after_ns: 0,
+        last_opener: Opener::UNKNOWN,
+        recent_ns: [0; RECENT_SLOTS],
+        recent_pids: [0; RECENT_SLOTS],
+        pid_set: [0; PID_SET_WORDS],
+    };
+
+    /// Records one attempt, which is already counted in `total`. Returns true if a report is due.
+    #[inline(always)]
+    pub fn record(&mut self, total: u64, now_ns: u64, opener: &Opener) -> bool {
+        self.last_ns = now_ns;
+        self.last_opener = *opener;
+        if self.window_start_ns != 0 {
+            self.add_pid(opener.task.pid);
+            return total >= self.next_report && now_ns >= self.retry_after_ns;
+        }
+        let slot = |number: u64| number as usize & (RECENT_SLOTS - 1);
+        self.recent_ns[slot(total)] = now_ns;
+        self.recent_pids[slot(total)] = opener.task.pid;
+        if total < REPORT_THRESHOLD {
+            return false;
+        }
+        let window_start_ns = self.recent_ns[slot(total - (REPORT_THRESHOLD - 1))];
+        if now_ns.saturating_sub(window_start_ns) > WINDOW_NS {
+            return false;
+        }
+        self.window_start_ns = window_start_ns;
+        self.total_before_window = total - REPORT_THRESHOLD;
+        self.pid_set = [0; PID_SET_WORDS];
+        for back in 0..REPORT_THRESHOLD {
+            self.add_pid(self.recent_pids[slot(total - back)]);
+        }
+        true
+    }
+
+    /// Sets the next threshold after a report was submitted.
+    #[inline(always)]
+    pub fn mark_reported(&mut self) {
+        let last = if self.next_report == 0 {
+            REPORT_THRESHOLD
+        } else {
+            self.next_report - self.total_before_window
+        };
+        self.next_report = self.total_before_window + last * 10;
+    }
+
+    /// Delays the report after the ring buffer was full. The first attempt after the delay submits it, if
+    /// there is one.
+    #[inline(always)]
+    pub const fn postpone_report(&mut self, now_ns: u64) {
+        self.retry_after_ns = now_ns.saturating_add(REPORT_RETRY_NS);
+    }
+
+    #[inline(always)]
+    fn add_pid(&mut self, pid: u32) {
+        self.pid_set[(pid / 64) as usize & (PID_SET_WORDS - 1)] |= 1 << (pid % 64);
+    }
+
+    /// Refused attempts since `window_start_ns`.
+    #[must_use]
+    pub const fn refused(&self) -> u64 {
+        self.total.saturating_sub(self.total_before_window)
+    }
+
+    /// Number of pids that made these attempts. It is never too high, and it is too low only if two pids
+    /// differ by a multiple of 1,024.
+    #[must_use]
+    pub fn pid_count(&self) -> u32 {
+        self.pid_set.iter().map(|word| word.count_ones()).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND_NS: u64 = 1_000_000_000;
+    const START_NS: u64 = 1_000 * SECOND_NS;
+
+    /// Records attempts, each with its time in seconds and its pid. Returns the totals at which a report was
+    /// due.
+    fn record_all(attempts: impl IntoIterator<Item = (u64, u32)>) -> (std::vec::Vec<u64>, RefusedCount) {
+        let (mut count, mut reported) = (RefusedCount::ZERO, std::vec::Vec::new());
+        for (at, pid) in attempts {
+            count.total += 1;
+            let mut opener = Opener::UNKNOWN;
+            opener.task.pid = pid;
+            if count.record(count.total, START_NS + at * SECOND_NS, &opener) {
+                count.mark_reported();
+                reported.push(count.total);
+            }
+        }
+        (reported, count)
+    }
+
+    #[test]
+    fn the_twentieth_attempt_within_a_minute_and_each_tenfold_count_are_reported() {
+        for (case, times, expected) in [
+            ("nineteen at once", [0; 19].to_vec(), [].to_vec()),
+            ("twenty at once", [0; 20].to_vec(), [20].to_vec()),
+            ("25,000 at once", [0; 25_000].to_vec(), [20, 200, 2_000, 20_000].to_vec()),
+            ("one every 3 seconds", (0..20).map(|n| n * 3).collect(), [20].to_vec()),
+            ("twenty in 61 seconds", (0..19).map(|n| n * 3).chain([61]).collect(), [].to_vec()),
+            ("one every 4 seconds, 1,000 times", (0..1_000).map(|n| n * 4).collect(), [].to_vec()),
+            // With fixed windows of a minute, no window would contain twenty.
+            ("across a minute boundary", [50; 19].into_iter().chain([61; 19]).collect(), [20].to_vec()),
+            ("slow, then fast", (0..100).map(|n| n * 10).chain([1_000; 20]).collect(), [114].to_vec()),
+        ] {
+            let (reported, _) = record_all(times.into_iter().map(|at| (at, 7)));
+            assert_eq!(reported, expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn a_failed_report_is_retried_after_a_delay_and_not_at_each_attempt() {
+        let (mut count, mut failed, mut reported) =
+            (RefusedCount::ZERO, std::vec::Vec::new(), std::vec::Vec::new());
+        // One attempt per millisecond. The ring buffer is full from the 10th to the 309th.
+        for attempt in 1..=3_000_u64 {
+            count.total += 1;
+            let now_ns = START_NS + attempt * 1_000_000;
+            if count.record(count.total, now_ns, &Opener::UNKNOWN) {
+                if (10..310).contains(&attempt) {
+                    failed.push(attempt);
+                    count.postpone_report(now_ns);
+                } else {
+                    reported.push((attempt, count.refused()));
+                    count.mark_reported();
+                }
+            }
+        }
+        assert_eq!(failed, [20, 120, 220]);
+        assert_eq!(reported, [(320, 320), (321, 321), (2_000, 2_000)]);
+    }
+
+    #[test]
+    fn the_window_starts_at_the_first_of_the_twenty_attempts() {
+        let (_, count) = record_all((0..100).map(|n| (n * 10, 7)).chain([(1_000, 7); 20]));
+        // The window contains the six attempts from 940 s on, and the first fourteen of those at 1,000 s.
+        assert_eq!((count.window_start_ns, count.total_before_window), (START_NS + 940 * SECOND_NS, 94));
+        assert_eq!(count.refused(), 26);
+    }
+
+    #[test]
+    fn pids_are_counted_from_the_start_of_the_window() {
+        for (case, pids, expected) in [
+            ("one", [7; 300].to_vec(), 1),
+            ("a shell loop", (5_000..5_300).collect(), 300),
+            ("two alternating", [7, 9].repeat(150), 2),
+            ("more pids than bits", (1..3_000).collect(), 1_024),
+        ] {
+            let (_, count) = record_all(pids.into_iter().map(|pid| (0, pid)));
+            assert_eq!(count.pid_count(), expected, "{case}");
+        }
+        // Six of the slow attempts are in the window.
+        let slow = (0..100).map(|n| (n * 10, 100 + n as u32));
+        let (_, count) = record_all(slow.chain([(1_000, 7); 20]));
+        assert_eq!(count.pid_count(), 7);
+    }
+}

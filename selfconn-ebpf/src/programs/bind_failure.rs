@@ -1,0 +1,166 @@
+//! Reports binds of TCP ports that fail with EADDRINUSE. User space finds out whether a self-connection holds
+//! the port.
+//!
+//! One program is attached to `inet_csk_get_port`, which every bind of a TCP socket calls, and gets the
+//! socket as an argument. If it cannot be attached, two programs observe the system call `bind()`, and find
+//! the socket by its file descriptor.
+
+use aya_ebpf::{
+    EbpfContext,
+    helpers::{
+        bpf_probe_read_user,
+        generated::{bpf_get_current_pid_tgid, bpf_get_current_uid_gid, bpf_ktime_get_boot_ns},
+    },
+    macros::map,
+    maps::LruHashMap,
+    programs::TracePointContext,
+};
+use selfconn_ebpf::{
+    IPPROTO_TCP,
+    bind_failure::{BindFailure, REPORT_INTERVAL_NS},
+    family,
+};
+
+use super::{
+    ring_buffer,
+    sock::{self, KernelRead, Sock, v4_mapped},
+};
+
+/// Key of [`LAST_REPORTS`]: the process, and the address and port that it requests.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct BindAttempt {
+    addr: [u32; 4],
+    netns: u32,
+    pid: u32,
+    port: u32,
+}
+
+/// The last report of a key, and the failures since.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LastReport {
+    at_ns: u64,
+    failures: u64,
+}
+
+/// Recent reports: they limit the rate, so that a server that retries in a loop does not fill the ring
+/// buffer. An LRU is safe here, because an evicted entry only causes one additional report.
+#[map]
+static LAST_REPORTS: LruHashMap<BindAttempt, LastReport> = LruHashMap::with_max_entries(1_024, 0);
+
+/// The requested address and port of each `bind()` in progress, by thread.
+#[map]
+static REQUESTED_BINDS: LruHashMap<u64, RequestedBind> = LruHashMap::with_max_entries(1_024, 0);
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RequestedBind {
+    addr: [u32; 4],
+    netns: u32,
+    port: u16,
+    family: u16,
+}
+
+/// Handles the exit of `inet_csk_get_port(sk, port)`. The kernel calls it to reserve a port for a TCP socket,
+/// in `bind()` and again in `listen()`. It fails only because the port is in use. At its exit the address of
+/// the socket is set, and not yet cleared after the failure (`__inet_bind`, net/ipv4/af_inet.c at v5.10).
+#[inline(always)]
+pub(crate) fn on_get_port_exit<M: KernelRead>(sock: Sock<M>, port: u16, result: i32) {
+    // With port 0 the kernel chooses the port.
+    if result == 0 || port == 0 || sock.protocol() != IPPROTO_TCP {
+        return;
+    }
+    let Some((family, addr)) = sock.source_address() else { return };
+    report_failure(&RequestedBind { addr, netns: sock.netns(), port, family: family.into() });
+}
+
+/// Handles the entry of `bind(fd, address, length)`. In the record, each argument has eight bytes, from
+/// offset 16 on. User space has compared this layout with the kernel's `format` file.
+#[inline(always)]
+pub(crate) fn on_bind_enter(ctx: &TracePointContext) {
+    let record = ctx.as_ptr().cast_const().cast::<u8>();
+    // SAFETY: the record has 40 bytes, each field in it is aligned, and the verifier checks every load.
+    let (fd, address) =
+        unsafe { (record.add(16).cast::<u64>().read(), record.add(24).cast::<*const u8>().read()) };
+    let Some(sock) = sock::by_descriptor(fd as u32) else { return };
+    if sock.protocol() != IPPROTO_TCP {
+        return;
+    }
+    // `struct sockaddr_in` and `struct sockaddr_in6` both begin with family and port.
+    // SAFETY: the helper copies or fails; it never faults.
+    let Ok([addr_family, port_be, a, b]) = (unsafe { bpf_probe_read_user(address.cast::<[u16; 4]>()) })
+    else {
+        return;
+    };
+    let port = u16::from_be(port_be);
+    if port == 0 {
+        return;
+    }
+    let addr = if addr_family == u16::from(family::INET) {
+        v4_mapped(u32::from(a) | u32::from(b) << 16)
+    } else if addr_family == u16::from(family::INET6) {
+        // SAFETY: as above.
+        match unsafe { bpf_probe_read_user(address.wrapping_add(8).cast::<[u32; 4]>()) } {
+            Ok(addr) => addr,
+            Err(_) => return,
+        }
+    } else {
+        return;
+    };
+    // SAFETY: the helper takes no arguments.
+    let thread = unsafe { bpf_get_current_pid_tgid() };
+    let _ = REQUESTED_BINDS.insert(
+        &thread,
+        &RequestedBind { addr, netns: sock.netns(), port, family: addr_family },
+        0,
+    );
+}
+
+/// Handles the exit of `bind()`.
+#[inline(always)]
+pub(crate) fn on_bind_exit(ctx: &TracePointContext) {
+    const EADDRINUSE: i64 = 98;
+    // SAFETY: as in `on_bind_enter`; this record has 24 bytes.
+    let result = unsafe { ctx.as_ptr().cast_const().cast::<u8>().add(16).cast::<i64>().read() };
+    // SAFETY: the helper takes no arguments.
+    let thread = unsafe { bpf_get_current_pid_tgid() };
+    if result == -EADDRINUSE
+        && let Some(requested) = REQUESTED_BINDS.get_ptr(&thread)
+    {
+        // SAFETY: no other thread uses this entry. If it is evicted, its memory still belongs to the map.
+        report_failure(&unsafe { *requested });
+    }
+    let _ = REQUESTED_BINDS.remove(&thread);
+}
+
+/// Reports a failed bind, unless the same process was reported for the same address and port a moment ago.
+#[inline(always)]
+fn report_failure(requested: &RequestedBind) {
+    // SAFETY: the helpers take no arguments.
+    let (at_ns, uid) = unsafe { (bpf_ktime_get_boot_ns(), bpf_get_current_uid_gid() as u32) };
+    let (task, start_ns) = sock::current_task();
+    let key = BindAttempt {
+        addr: requested.addr,
+        netns: requested.netns,
+        pid: task.pid,
+        port: requested.port.into(),
+    };
+    let mut failures = 1;
+    if let Some(last) = LAST_REPORTS.get_ptr_mut(&key) {
+        // SAFETY: the memory belongs to the map. If two threads of one process count at the same time, one
+        // count can be lost.
+        let last = unsafe { &mut *last };
+        failures += last.failures;
+        if at_ns.saturating_sub(last.at_ns) < REPORT_INTERVAL_NS {
+            last.failures = failures;
+            return;
+        }
+    }
+    let &RequestedBind { addr, netns, port, family } = requested;
+    let failure =
+        BindFailure { at_ns, start_ns, addr, netns, port, family, task, failures: failures as u32, uid };
+    if ring_buffer::submit(&failure) {
+        let _ = LAST_REPORTS.insert(&key, &LastReport { at_ns, failures: 0 }, 0);
+    }
+}

@@ -1,0 +1,208 @@
+//! The connect table: it maps the kernel address of a socket to the task that called `connect()` on it, for
+//! connection attempts in flight and for self-connections. The layout of its entries is in `dial.rs`.
+//!
+//! Only the transition CLOSE -> SYN_SENT always runs in the connecting task, and at that point the source
+//! port may not be known yet. So every connection attempt of a socket to its own address is inserted, and
+//! removed as soon as its source port is known and differs from the destination port. An entry is used only
+//! if its checksum and the whole endpoint match: after a missed SYN_SENT the connecting task is unknown, never
+//! wrong.
+
+use core::arch::asm;
+
+use aya_ebpf::{
+    EbpfContext, Global,
+    bindings::BPF_F_MMAPABLE,
+    helpers::generated::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns},
+    macros::map,
+    maps::Array,
+};
+use selfconn_ebpf::{ConnectEntry, ConnectSet, Endpoint, Opener, WAYS, cause, set_index, state};
+
+use super::{
+    ring_buffer,
+    sock::{self, KernelRead, Sock},
+};
+
+/// The connect table. The loader sets its size, and reads it through mmap(2).
+#[map]
+static CONNECT_TABLE: Array<ConnectSet> = Array::with_max_entries(SETS, BPF_F_MMAPABLE);
+
+/// Number of sets in [`CONNECT_TABLE`]. The loader sets it together with the size of the map.
+#[unsafe(no_mangle)]
+static CONNECT_SETS: Global<u32> = Global::new(SETS);
+
+/// Default number of sets.
+const SETS: u32 = 1 << 12;
+
+/// Maximum time between the first and the second probe's observation of the same connection attempt.
+const SAME_ATTEMPT_NS: u64 = 100_000_000;
+
+/// The flag for "this probe has observed the attempt". The lower 16 bits are the flags of states.
+const fn seen_by(probe_id: u8) -> u32 {
+    1 << (16 + probe_id as u32)
+}
+
+/// A connection attempt, at CLOSE -> SYN_SENT.
+pub(crate) struct NewAttempt {
+    pub(crate) probe_id: u8,
+    /// See [`Endpoint::addr`], [`Endpoint::port`] and [`Endpoint::family`].
+    pub(crate) addr: [u32; 4],
+    pub(crate) dport: u16,
+    pub(crate) family: u8,
+    /// 0: the socket has no source port yet.
+    pub(crate) source_port: u16,
+}
+
+/// Inserts the running task as the opener. It overwrites an entry of an earlier connection of the same
+/// socket, but keeps the entry that the other probe has just written for the same attempt. This function is
+/// not inlined, so that it has its own stack frame.
+#[inline(never)]
+pub(crate) fn insert<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, attempt: &NewAttempt) {
+    let NewAttempt { probe_id, addr, dport, family, source_port } = *attempt;
+    let key = sock.key();
+    let Some(set) = CONNECT_TABLE.get_ptr_mut(set_index(sock.low_half(), CONNECT_SETS.load())) else {
+        return;
+    };
+    // SAFETY: a value of an array stays valid as long as the program is loaded. Another CPU can write to it
+    // at the same time; the checksum in `ConnectEntry` detects that.
+    let set = unsafe { &mut *set };
+    // SAFETY: the helper takes no arguments.
+    let now_ns = unsafe { bpf_ktime_get_boot_ns() };
+    if let Some(way) = find(set, key) {
+        let entry = &mut set.entries[way];
+        let Opener { at_ns, ref task, .. } = entry.opener;
+        // SAFETY: the helper takes no arguments.
+        let is_same_task =
+            unsafe { bpf_get_current_pid_tgid() } == u64::from(task.pid) << 32 | u64::from(task.tid);
+        let is_same_attempt = is_same_task
+            && entry.endpoint.port == dport
+            && now_ns.wrapping_sub(at_ns) < SAME_ATTEMPT_NS
+            && !entry.has_flag(seen_by(probe_id) | !(1 << state::SYN_SENT) & 0xffff);
+        if is_same_attempt {
+            entry.set_flags(seen_by(probe_id));
+            return;
+        }
+    }
+    let cause = match source_port {
+        _ if !sock::can_read_port() => 0,
+        0 => cause::EPHEMERAL,
+        _ => cause::BOUND,
+    };
+    let endpoint = Endpoint { addr, netns: sock.netns(), port: dport, family: family.into() };
+    let entry = ConnectEntry::new(sock.low_half(), endpoint, sock::opener(now_ns, cause), seen_by(probe_id));
+    match find(set, key).or_else(|| find(set, 0)).or_else(|| evictable(set)) {
+        Some(way) => {
+            set.socks[way] = key;
+            set.entries[way] = entry;
+        }
+        None => ring_buffer::count_connect_table_full(ctx),
+    }
+}
+
+/// True if the other probe has already reported that this socket enters this state. Marks the state as
+/// reported.
+#[inline(always)]
+pub(crate) fn already_reported<M: KernelRead>(sock: Sock<M>, endpoint: &Endpoint, new: u8) -> bool {
+    let Some(set) = CONNECT_TABLE.get_ptr_mut(set_index(sock.low_half(), CONNECT_SETS.load())) else {
+        return false;
+    };
+    // SAFETY: as in `insert`.
+    let set = unsafe { &mut *set };
+    let Some(way) = find(set, sock.key()) else { return false };
+    let entry = &mut set.entries[way];
+    if !same_endpoint(&entry.endpoint, endpoint) || !entry.is_valid_for(sock.low_half()) {
+        return false;
+    }
+    let bit = 1 << (new & 15);
+    let is_reported = entry.has_flag(bit);
+    entry.set_flags(bit);
+    is_reported
+}
+
+/// The opener of this socket, or [`Opener::UNKNOWN`] if the attempt was not observed.
+#[inline(always)]
+pub(crate) fn lookup<M: KernelRead>(sock: Sock<M>, endpoint: &Endpoint) -> Opener {
+    let Some(set) = CONNECT_TABLE.get_ptr(set_index(sock.low_half(), CONNECT_SETS.load())) else {
+        return Opener::UNKNOWN;
+    };
+    // SAFETY: as in `insert`.
+    let set = unsafe { &*set };
+    let Some(way) = find(set, sock.key()) else { return Opener::UNKNOWN };
+    read_opener(&set.entries[way], sock, endpoint).unwrap_or(Opener::UNKNOWN)
+}
+
+/// Copies the opener. `None`: the entry belongs to another attempt, or another CPU is writing to it.
+#[inline(always)]
+fn read_opener<M: KernelRead>(entry: &ConnectEntry, sock: Sock<M>, endpoint: &Endpoint) -> Option<Opener> {
+    // The checksum must be verified over the copy that is returned, so the opener is read exactly once.
+    // SAFETY: the pointer comes from a live reference.
+    let opener = unsafe { Opener::read(&raw const entry.opener) };
+    entry.matches(sock.low_half(), endpoint, &opener).then_some(opener)
+}
+
+/// Removes the entry of this socket.
+#[inline(always)]
+pub(crate) fn remove<M: KernelRead>(sock: Sock<M>) {
+    let Some(set) = CONNECT_TABLE.get_ptr_mut(set_index(sock.low_half(), CONNECT_SETS.load())) else {
+        return;
+    };
+    // SAFETY: as in `insert`.
+    let set = unsafe { &mut *set };
+    if let Some(way) = find(set, sock.key()) {
+        set.socks[way] = 0;
+    }
+}
+
+/// Index of the entry of this socket. With 0: index of a free entry.
+#[inline(always)]
+fn find(set: &ConnectSet, sock: u64) -> Option<usize> {
+    position(set, |way| set.socks[way] == sock)
+}
+
+/// Index of an entry that may be overwritten: its transition to ESTABLISHED was reported, so user space
+/// already has the opener.
+#[inline(always)]
+fn evictable(set: &ConnectSet) -> Option<usize> {
+    position(set, |way| set.entries[way].has_flag(1 << state::ESTABLISHED))
+}
+
+/// Index of the first entry that matches the predicate.
+#[inline(always)]
+fn position(set: &ConnectSet, matches: impl Fn(usize) -> bool) -> Option<usize> {
+    let way = (0..WAYS).find(|way| matches(*way))?;
+    // The verifier knows the few possible values of `way`, and would verify all following code once per
+    // value; a second search would multiply that again. So `way` is XORed with a zero that the verifier
+    // cannot recognise as zero.
+    let mut way = way as u64;
+    // SAFETY: the instructions only compute with registers.
+    unsafe {
+        asm!("{zero} = {any}", "{zero} ^= -1", "{zero} &= {any}", "{way} ^= {zero}",
+            any = in(reg) set.socks[0], zero = out(reg) _, way = inout(reg) way, options(nomem, preserves_flags));
+    }
+    Some(way as usize & (WAYS - 1))
+}
+
+/// Removes the entry of a failed attempt, and returns its opener. `None`: the attempt was not observed, or
+/// the other probe has already removed the entry.
+#[inline(always)]
+pub(crate) fn take<M: KernelRead>(sock: Sock<M>, endpoint: &Endpoint) -> Option<Opener> {
+    let set = CONNECT_TABLE.get_ptr_mut(set_index(sock.low_half(), CONNECT_SETS.load()))?;
+    // SAFETY: as in `insert`.
+    let set = unsafe { &mut *set };
+    let way = find(set, sock.key())?;
+    let opener = read_opener(&set.entries[way], sock, endpoint);
+    set.socks[way] = 0;
+    opener
+}
+
+/// Compares two tuples without `==`, which would become a call to memcmp.
+#[inline(always)]
+fn same_endpoint(a: &Endpoint, b: &Endpoint) -> bool {
+    a.addr[0] == b.addr[0]
+        && a.addr[1] == b.addr[1]
+        && a.addr[2] == b.addr[2]
+        && a.addr[3] == b.addr[3]
+        && a.netns == b.netns
+        && a.port == b.port
+        && a.family == b.family
+}

@@ -1,0 +1,441 @@
+//! Decides which programs to attach: the methods of each hook, the pairs of methods in the order of
+//! preference, and the reasons why a method can be unavailable. Everything here is pure: the caller passes in
+//! a function that attaches a method, so every decision is tested without a kernel.
+
+use std::fmt;
+
+use selfconn_ebpf::names;
+
+/// The place in the kernel where a state transition is observed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Hook {
+    /// The tracepoint `sock:inet_sock_set_state`.
+    InetSockSetState,
+    /// The function `tcp_set_state`.
+    TcpSetState,
+}
+
+impl Hook {
+    /// Both hooks, in the order in which they are reported.
+    pub const ALL: [Self; 2] = [Self::InetSockSetState, Self::TcpSetState];
+
+    /// The kernel's name of the hook.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::InetSockSetState => "inet_sock_set_state",
+            Self::TcpSetState => "tcp_set_state",
+        }
+    }
+
+    /// The methods that attach to this hook, in the order of preference.
+    #[must_use]
+    pub const fn candidates(self) -> &'static [Method] {
+        match self {
+            Self::InetSockSetState => &[Method::TpBtf, Method::Perf],
+            Self::TcpSetState => &[Method::Fentry, Method::Kprobe],
+        }
+    }
+}
+
+/// How a program is attached to its hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Method {
+    /// BTF-typed raw tracepoint.
+    TpBtf,
+    /// Tracepoint through a perf event.
+    Perf,
+    /// Trampoline at the function's entry.
+    Fentry,
+    /// Breakpoint or ftrace probe at the function's entry.
+    Kprobe,
+}
+
+impl Method {
+    /// Every method, in the order of [`names::PROGRAMS`].
+    pub const ALL: [Self; 4] = [Self::TpBtf, Self::Perf, Self::Fentry, Self::Kprobe];
+
+    /// The name in events, options and metrics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::TpBtf => "tp_btf",
+            Self::Perf => "perf",
+            Self::Fentry => "fentry",
+            Self::Kprobe => "kprobe",
+        }
+    }
+
+    /// The hook that this method attaches to.
+    #[must_use]
+    pub const fn hook(self) -> Hook {
+        match self {
+            Self::TpBtf | Self::Perf => Hook::InetSockSetState,
+            Self::Fentry | Self::Kprobe => Hook::TcpSetState,
+        }
+    }
+
+    /// The name of the program that implements this method, with static offsets or with offsets from BTF.
+    #[must_use]
+    pub const fn program(self, uses_static_offsets: bool) -> &'static str {
+        match self {
+            Self::TpBtf if uses_static_offsets => names::TP_BTF,
+            Self::TpBtf => names::TP_BTF_OFFSETS,
+            Self::Perf => names::PERF,
+            Self::Fentry if uses_static_offsets => names::FENTRY,
+            Self::Fentry => names::FENTRY_BTF_OFFSETS,
+            Self::Kprobe if uses_static_offsets => names::KPROBE,
+            Self::Kprobe => names::KPROBE_BTF_OFFSETS,
+        }
+    }
+
+    /// The kernel's protection that keeps a program from running inside itself. A program that it skips loses
+    /// the transition. Programs with [`RecursionGuard::PerCpu`] are also skipped while a kprobe, tracepoint
+    /// or perf event program of any other agent runs on the same CPU (`trace_call_bpf`,
+    /// `kernel/trace/bpf_trace.c` at v6.12).
+    #[must_use]
+    pub const fn recursion_guard(self) -> RecursionGuard {
+        match self {
+            Self::TpBtf | Self::Fentry => RecursionGuard::PerProgram,
+            Self::Perf | Self::Kprobe => RecursionGuard::PerCpu,
+        }
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// The scope of the kernel's recursion protection; see [`Method::recursion_guard`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecursionGuard {
+    /// One counter for each program on each CPU.
+    PerProgram,
+    /// One counter for each CPU, which all such programs of the host share.
+    PerCpu,
+}
+
+/// The pairs of methods, in the order of preference. Two probes together lose nothing if they do not share a
+/// recursion guard, because an interrupt or preemption that stops one probe does not stop the other.
+///
+/// A pair with one non-preemptible method comes before a pair with two preemptible ones. A pair on both hooks
+/// comes before a pair of both methods of one hook. docs/internals.md has the measurements. The last pair
+/// shares a guard; it is used only when the user asks for exactly these two methods or for both hooks.
+const METHOD_PAIRS: [[Method; 2]; 6] = [
+    [Method::TpBtf, Method::Kprobe],
+    [Method::Fentry, Method::Perf],
+    [Method::TpBtf, Method::Perf],
+    [Method::Fentry, Method::Kprobe],
+    [Method::TpBtf, Method::Fentry],
+    [Method::Perf, Method::Kprobe],
+];
+
+/// The order of single methods, for kernels on which no pair can be attached. On kernels from v7.1 on the
+/// non-preemptible methods lose least, but they cannot read kernel memory under lockdown=confidentiality. In
+/// that case they have already been refused, and the other methods are tried next.
+const SINGLE_METHODS: [Method; 4] = [Method::TpBtf, Method::Fentry, Method::Perf, Method::Kprobe];
+
+/// The reason why a method is not attached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// This kernel does not have the method.
+    Unsupported(String),
+    /// This kernel has the method, but its policy refuses it although the process has every required
+    /// capability.
+    Refused(String),
+    /// This process lacks a capability. Every other method would fail for the same reason.
+    Denied(String),
+    /// The kernel has everything that the program needs and refuses the program: a bug in this project.
+    Broken(String),
+    /// The user did not ask for this method.
+    NotRequested,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unsupported(why) => write!(f, "unsupported: {why}"),
+            Self::Refused(why) => write!(f, "refused: {why}"),
+            Self::Denied(why) => write!(f, "denied: {why}"),
+            Self::Broken(why) => write!(f, "broken: {why}"),
+            Self::NotRequested => write!(f, "not wanted"),
+        }
+    }
+}
+
+/// The hooks to use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hooks {
+    /// Every hook that can be attached.
+    #[default]
+    Auto,
+    /// Both hooks; fail if one cannot be attached.
+    Both,
+    /// `inet_sock_set_state` only.
+    Tracepoint,
+    /// `tcp_set_state` only.
+    Function,
+}
+
+/// The hooks and methods that the user asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RequestedHooks {
+    pub hooks: Hooks,
+    /// The only method to use for `inet_sock_set_state`; `None`: any.
+    pub tracepoint: Option<Method>,
+    /// The only method to use for `tcp_set_state`; `None`: any.
+    pub function: Option<Method>,
+}
+
+impl RequestedHooks {
+    fn allows(self, method: Method) -> bool {
+        let (hook, forced) = match method.hook() {
+            Hook::InetSockSetState => (self.hooks != Hooks::Function, self.tracepoint),
+            Hook::TcpSetState => (self.hooks != Hooks::Tracepoint, self.function),
+        };
+        hook && forced.is_none_or(|forced| forced == method)
+    }
+
+    /// True if the user's request can be met only by attaching both of these methods.
+    fn requires_both(self, pair: [Method; 2]) -> bool {
+        let is_forced = |method| self.tracepoint == Some(method) || self.function == Some(method);
+        self.hooks == Hooks::Both || pair.into_iter().all(is_forced)
+    }
+
+    /// True if this pair may be chosen.
+    fn allows_pair(self, pair: [Method; 2]) -> bool {
+        let share_a_guard = pair.iter().all(|method| method.recursion_guard() == RecursionGuard::PerCpu);
+        let one_hook = pair[0].hook() == pair[1].hook();
+        (!share_a_guard || self.requires_both(pair)) && !(one_hook && self.hooks == Hooks::Both)
+    }
+}
+
+/// The result of the attempts to attach.
+#[derive(Debug)]
+pub struct Choice<T> {
+    /// The attached methods.
+    pub live: Vec<(Method, T)>,
+    /// Every other method that was tried, with the reason why it is not attached.
+    pub refused: Vec<(Method, Refusal)>,
+}
+
+impl<T> Choice<T> {
+    /// The methods of a hook that are not attached, with the reasons.
+    pub fn refused_on(&self, hook: Hook) -> impl Iterator<Item = &(Method, Refusal)> {
+        self.refused.iter().filter(move |(method, _)| method.hook() == hook)
+    }
+
+    /// The attached methods of a hook.
+    pub fn live_on(&self, hook: Hook) -> impl Iterator<Item = Method> {
+        self.live.iter().map(|(method, _)| *method).filter(move |method| method.hook() == hook)
+    }
+
+    /// Checks that the user's request is met; the error says what is missing.
+    ///
+    /// # Errors
+    /// If no method is attached, if a requested method is not attached, or if both hooks were requested and
+    /// one of them has no attached method.
+    pub fn satisfies(&self, requested: RequestedHooks) -> Result<(), String> {
+        let reasons = |hook: Option<Hook>| {
+            let is_on_hook = |method: Method| hook.is_none_or(|hook| hook == method.hook());
+            let describe =
+                |(method, why): &(Method, Refusal)| format!("{}: {method} {why}", method.hook().name());
+            let reasons: Vec<_> = self
+                .refused
+                .iter()
+                .filter(|(method, why)| is_on_hook(*method) && *why != Refusal::NotRequested)
+                .map(describe)
+                .collect();
+            if reasons.is_empty() { "no method was tried".to_owned() } else { reasons.join("; ") }
+        };
+        for (hook, forced) in
+            [(Hook::InetSockSetState, requested.tracepoint), (Hook::TcpSetState, requested.function)]
+        {
+            if let Some(forced) = forced
+                && requested.allows(forced)
+                && !self.live_on(hook).any(|method| method == forced)
+            {
+                return Err(format!("{} cannot be attached ({})", forced.name(), reasons(Some(hook))));
+            }
+            if requested.hooks == Hooks::Both && self.live_on(hook).next().is_none() {
+                return Err(format!("{} cannot be attached ({})", hook.name(), reasons(Some(hook))));
+            }
+        }
+        if self.live.is_empty() {
+            return Err(format!("no hook can be attached ({})", reasons(None)));
+        }
+        Ok(())
+    }
+}
+
+/// Attaches the first pair that is allowed and can be attached. If there is no such pair, attaches the first
+/// single method that can be attached.
+///
+/// `attempt` loads and attaches one method; it is called at most once for each method. If only one method of
+/// a pair can be attached and that method is not chosen in the end, it is dropped, which detaches it. After a
+/// [`Refusal::Denied`] no further method is tried.
+pub fn choose<T>(
+    requested: RequestedHooks,
+    mut attempt: impl FnMut(Method) -> Result<T, Refusal>,
+) -> Choice<T> {
+    let mut tried: Vec<(Method, Result<T, Refusal>)> = Vec::new();
+    let mut is_denied = false;
+    let mut can_attach = |method: Method, tried: &mut Vec<(Method, Result<T, Refusal>)>| {
+        if !requested.allows(method) {
+            return false;
+        }
+        if let Some((_, outcome)) = tried.iter().find(|(known, _)| *known == method) {
+            return outcome.is_ok();
+        }
+        if is_denied {
+            return false;
+        }
+        let outcome = attempt(method);
+        is_denied = matches!(outcome, Err(Refusal::Denied(_)));
+        tried.push((method, outcome));
+        tried.last().is_some_and(|(_, outcome)| outcome.is_ok())
+    };
+    let pair = METHOD_PAIRS
+        .iter()
+        .filter(|pair| requested.allows_pair(**pair))
+        .find(|pair| pair.iter().all(|method| can_attach(*method, &mut tried)));
+    let chosen: Vec<Method> = match pair {
+        Some(pair) => pair.to_vec(),
+        None => {
+            SINGLE_METHODS.into_iter().find(|method| can_attach(*method, &mut tried)).into_iter().collect()
+        }
+    };
+    // For a hook without an attached method, try its remaining methods too, so that the reason of each is
+    // known.
+    for hook in Hook::ALL {
+        if !chosen.iter().any(|method| method.hook() == hook) {
+            for method in hook.candidates() {
+                can_attach(*method, &mut tried);
+            }
+        }
+    }
+    let mut choice = Choice { live: Vec::new(), refused: Vec::new() };
+    for (method, outcome) in tried {
+        match outcome {
+            Ok(link) if chosen.contains(&method) => choice.live.push((method, link)),
+            // This method can be attached, but a better pair was found, or it would share a guard with the
+            // other method.
+            Ok(_) => {}
+            Err(why) => choice.refused.push((method, why)),
+        }
+    }
+    for method in Method::ALL.into_iter().filter(|method| !requested.allows(*method)) {
+        choice.refused.push((method, Refusal::NotRequested));
+    }
+    choice.live.sort_by_key(|(method, _)| *method);
+    choice.refused.sort_by_key(|(method, _)| *method);
+    choice
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Method::*;
+
+    const ANY: RequestedHooks = RequestedHooks { hooks: Hooks::Auto, tracepoint: None, function: None };
+
+    fn attach_only(methods: &[Method]) -> impl FnMut(Method) -> Result<Method, Refusal> + '_ {
+        |method| {
+            if methods.contains(&method) { Ok(method) } else { Err(Refusal::Unsupported("not here".into())) }
+        }
+    }
+
+    fn live(choice: &Choice<Method>) -> Vec<Method> {
+        choice.live.iter().map(|(method, _)| *method).collect()
+    }
+
+    #[test]
+    fn the_default_pair_never_shares_a_recursion_guard() {
+        for bits in 0..16_u32 {
+            let these: Vec<_> = Method::ALL.into_iter().filter(|m| bits & 1 << *m as u32 != 0).collect();
+            let live = live(&choose(ANY, attach_only(&these)));
+            let shared = |these: &[Method]| {
+                these.iter().filter(|method| method.recursion_guard() == RecursionGuard::PerCpu).count()
+            };
+            assert!(shared(&live) <= 1, "{these:?} gave {live:?}");
+            let disjoint = these.len() - shared(&these).saturating_sub(1);
+            assert_eq!(live.len(), disjoint.min(2), "{these:?} gave {live:?}");
+        }
+    }
+
+    #[test]
+    fn both_hooks_are_preferred_to_both_methods_of_one() {
+        for (these, expected) in [
+            (&[TpBtf, Perf, Fentry, Kprobe][..], &[TpBtf, Kprobe][..]),
+            (&[TpBtf, Perf, Kprobe], &[TpBtf, Kprobe]),
+            (&[TpBtf, Perf, Fentry], &[Perf, Fentry]),
+            (&[TpBtf, Perf], &[TpBtf, Perf]),
+            (&[Fentry, Kprobe], &[Fentry, Kprobe]),
+            (&[TpBtf, Fentry], &[TpBtf, Fentry]),
+            (&[Perf, Kprobe], &[Perf]),
+            (&[Kprobe], &[Kprobe]),
+            (&[], &[]),
+        ] {
+            assert_eq!(live(&choose(ANY, attach_only(these))), expected, "{these:?}");
+        }
+    }
+
+    #[test]
+    fn a_hook_without_an_attached_method_has_a_reason_for_each_method() {
+        let choice = choose(ANY, attach_only(&[TpBtf, Perf]));
+        assert_eq!(choice.refused_on(Hook::TcpSetState).count(), 2);
+        assert_eq!(choice.refused_on(Hook::InetSockSetState).count(), 0);
+    }
+
+    #[test]
+    fn a_missing_capability_stops_the_search() {
+        let mut attempts = 0;
+        let choice: Choice<()> = choose(ANY, |_| {
+            attempts += 1;
+            Err(Refusal::Denied("CAP_BPF".into()))
+        });
+        assert_eq!(attempts, 1);
+        assert!(choice.satisfies(ANY).unwrap_err().contains("CAP_BPF"));
+    }
+
+    #[test]
+    fn no_method_is_attempted_twice_or_without_request() {
+        let mut attempts = Vec::new();
+        let requested = RequestedHooks { hooks: Hooks::Tracepoint, ..ANY };
+        let _ = choose::<()>(requested, |method| {
+            attempts.push(method);
+            Err(Refusal::Unsupported(String::new()))
+        });
+        assert_eq!(attempts, [TpBtf, Perf]);
+    }
+
+    #[test]
+    fn a_requested_method_that_is_not_attached_is_an_error() {
+        let all = [TpBtf, Perf, Fentry, Kprobe];
+        let forced = |tracepoint, function| RequestedHooks { hooks: Hooks::Auto, tracepoint, function };
+        for (requested, these, expected) in [
+            (forced(Some(Perf), None), &all[..], Ok(&[Perf, Fentry][..])),
+            (forced(Some(TpBtf), Some(Fentry)), &all, Ok(&[TpBtf, Fentry])),
+            (forced(Some(Perf), Some(Kprobe)), &all, Ok(&[Perf, Kprobe])),
+            (forced(Some(TpBtf), None), &[Perf, Kprobe], Err("tp_btf cannot be attached")),
+            (
+                RequestedHooks { hooks: Hooks::Both, ..ANY },
+                &[TpBtf, Perf],
+                Err("tcp_set_state cannot be attached"),
+            ),
+            (RequestedHooks { hooks: Hooks::Both, ..ANY }, &all, Ok(&[TpBtf, Kprobe])),
+            (RequestedHooks { hooks: Hooks::Both, ..ANY }, &[Perf, Kprobe], Ok(&[Perf, Kprobe])),
+            (RequestedHooks { hooks: Hooks::Function, ..ANY }, &all, Ok(&[Fentry, Kprobe])),
+            (RequestedHooks { hooks: Hooks::Function, ..ANY }, &[TpBtf], Err("no hook can be attached")),
+        ] {
+            let choice = choose(requested, attach_only(these));
+            match (choice.satisfies(requested), expected) {
+                (Ok(()), Ok(methods)) => assert_eq!(live(&choice), methods, "{requested:?}"),
+                (Err(why), Err(says)) => assert!(why.contains(says), "{why}"),
+                (got, _) => panic!("{requested:?} on {these:?}: {got:?}, live {:?}", live(&choice)),
+            }
+        }
+    }
+}

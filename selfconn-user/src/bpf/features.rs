@@ -1,0 +1,337 @@
+//! The features of this kernel and the capabilities of this process. They are probed once and used by the
+//! attach code, the daemon and `doctor`.
+//!
+//! Features are probed and never derived from version numbers, because distributions backport features and
+//! policies can forbid a feature that a version has.
+
+use std::{fs, io};
+
+use aya::{
+    programs::ProgramType,
+    sys::{BpfHelper, is_helper_supported},
+};
+use selfconn_ebpf::{ABSENT, FIELDS, Field, task_access, uses_static_offsets};
+
+use super::{
+    attach::{Method, Refusal},
+    bind_programs::BindMethod,
+    btf::{Btf, BtfKind},
+    tracefs::{self, Tracefs, format},
+};
+
+const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
+
+/// The BTF types that the methods `tp_btf` and `fentry` attach to.
+const METHOD_TARGETS: [(Method, BtfKind, &str); 2] = [
+    (Method::TpBtf, BtfKind::Typedef, "btf_trace_inet_sock_set_state"),
+    (Method::Fentry, BtfKind::Function, "tcp_set_state"),
+];
+
+/// A capability from `include/uapi/linux/capability.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capability {
+    number: u32,
+    /// The name in manuals, for example `CAP_BPF`.
+    pub name: &'static str,
+}
+
+/// Needed to load maps and programs.
+pub const CAP_BPF: Capability = Capability { number: 39, name: "CAP_BPF" };
+/// Needed to attach tracing programs, which read kernel memory.
+pub const CAP_PERFMON: Capability = Capability { number: 38, name: "CAP_PERFMON" };
+/// Includes both of them; needed to mount tracefs.
+pub const CAP_SYS_ADMIN: Capability = Capability { number: 21, name: "CAP_SYS_ADMIN" };
+
+/// This process's effective capabilities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities(u64);
+
+impl Capabilities {
+    /// Parses `CapEff` from the text of `/proc/self/status`.
+    #[must_use]
+    pub fn parse(status: &str) -> Option<Self> {
+        let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+        u64::from_str_radix(mask.trim(), 16).ok().map(Self)
+    }
+
+    /// True if the capability is effective, either itself or through CAP_SYS_ADMIN, which includes CAP_BPF
+    /// and CAP_PERFMON (`bpf_capable` and `perfmon_capable`, `include/linux/capability.h` at v5.10).
+    #[must_use]
+    pub const fn has(self, capability: Capability) -> bool {
+        self.0 & (1 << capability.number | 1 << CAP_SYS_ADMIN.number) != 0
+    }
+}
+
+/// The result of all probes.
+#[derive(Debug)]
+pub struct KernelFeatures {
+    /// `uname -r`.
+    pub release: String,
+    /// `uname -m`.
+    pub machine: String,
+    /// The bytes of the kernel's BTF, or the reason why they cannot be read.
+    pub btf: Result<Vec<u8>, String>,
+    /// The offsets for the programs; all are [`ABSENT`] without BTF.
+    pub offsets: [u32; FIELDS],
+    /// True if a socket's addresses are at the static offsets, so that the programs with constant offsets can
+    /// be used.
+    pub uses_static_offsets: bool,
+    /// The problem with the BTF, if a field that every BTF-based program needs is missing.
+    pub offsets_missing: Option<String>,
+    /// The methods whose attach target exists in the BTF.
+    btf_targets: Vec<Method>,
+    /// How the programs access the current task: one of [`task_access`].
+    pub task_access: u32,
+    /// True if programs may call `bpf_probe_read_kernel`.
+    pub probe_read: bool,
+    /// True if the kernel has kprobes for perf events.
+    pub kprobes: bool,
+    /// `none`, `integrity` or `confidentiality`; `None`: securityfs does not provide it.
+    pub lockdown: Option<String>,
+    pub tracefs: Tracefs,
+    pub capabilities: Capabilities,
+    /// True if this process is in the initial pid namespace, so that its pids are the pids that the programs
+    /// report.
+    pub is_initial_pid_ns: bool,
+    /// Further limitations of this run, as text for people.
+    pub limitations: Vec<String>,
+}
+
+impl KernelFeatures {
+    /// Probes the kernel and this process. With `without_btf` it behaves as if the kernel had no BTF, for
+    /// tests.
+    ///
+    /// # Errors
+    /// If `/proc/self/status` cannot be read.
+    pub fn probe(without_btf: bool) -> anyhow::Result<Self> {
+        let capabilities = fs::read_to_string("/proc/self/status")
+            .ok()
+            .and_then(|status| Capabilities::parse(&status))
+            .ok_or_else(|| anyhow::anyhow!("cannot read /proc/self/status: mount procfs on /proc"))?;
+        let btf = if without_btf {
+            Err("hidden by an option".to_owned())
+        } else {
+            fs::read(BTF_PATH).map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => {
+                    format!("no {BTF_PATH}: the kernel was built without CONFIG_DEBUG_INFO_BTF")
+                }
+                _ => format!("{BTF_PATH}: {error}"),
+            })
+        };
+        let mut targets = Vec::new();
+        let (offsets, offsets_missing) = match btf.as_deref().map(Btf::parse) {
+            Ok(Ok(btf)) => {
+                targets.extend(
+                    METHOD_TARGETS
+                        .iter()
+                        .filter(|(_, kind, name)| btf.has(*kind, name))
+                        .map(|target| target.0),
+                );
+                read_offsets(&btf)
+            }
+            Ok(Err(error)) => ([ABSENT; FIELDS], Some(error.to_string())),
+            Err(_) => ([ABSENT; FIELDS], None),
+        };
+        // The helpers of tracing programs cannot be probed. Tracepoint programs have the same helpers for
+        // tasks (`bpf_tracing_func_proto`, kernel/trace/bpf_trace.c at v5.11).
+        let has_helper = |helper| is_helper_supported(ProgramType::TracePoint, helper).unwrap_or(false);
+        let probe_read = has_helper(BpfHelper::BPF_FUNC_probe_read_kernel);
+        let task_access = if offsets[Field::GroupLeader as usize] == ABSENT {
+            task_access::NONE
+        } else if has_helper(BpfHelper::BPF_FUNC_get_current_task_btf) {
+            task_access::BTF
+        } else if probe_read {
+            task_access::PROBE
+        } else {
+            task_access::NONE
+        };
+        let uname = rustix::system::uname();
+        Ok(Self {
+            release: uname.release().to_string_lossy().into_owned(),
+            machine: uname.machine().to_string_lossy().into_owned(),
+            btf,
+            uses_static_offsets: uses_static_offsets(&offsets),
+            offsets,
+            offsets_missing,
+            btf_targets: targets,
+            task_access,
+            probe_read,
+            kprobes: fs::exists("/sys/bus/event_source/devices/kprobe/type").unwrap_or(false),
+            lockdown: fs::read_to_string("/sys/kernel/security/lockdown")
+                .ok()
+                .and_then(|text| parse_lockdown(&text)),
+            tracefs: tracefs::find(),
+            capabilities,
+            is_initial_pid_ns: crate::system::process::is_in_initial_pid_ns(),
+            limitations: Vec::new(),
+        })
+    }
+
+    /// Checks that this process has the capabilities to load and attach programs.
+    ///
+    /// # Errors
+    /// [`Refusal::Denied`], which names the missing capability.
+    pub fn check_capabilities(&self) -> Result<(), Refusal> {
+        match [CAP_BPF, CAP_PERFMON].into_iter().find(|capability| !self.capabilities.has(*capability)) {
+            None => Ok(()),
+            Some(Capability { name, .. }) => Err(Refusal::Denied(format!(
+                "needs {name} (or {}): run as root, or grant it",
+                CAP_SYS_ADMIN.name
+            ))),
+        }
+    }
+
+    /// Checks that everything that a method needs is available, before anything is loaded for it. The check
+    /// of the perf method opens the tracepoint's `format` file, so tracefs must be visible to this thread.
+    ///
+    /// # Errors
+    /// The reason why the method is not available.
+    pub fn check_method(&self, method: Method) -> Result<(), Refusal> {
+        self.check_capabilities()?;
+        let unsupported = |why: &str| Err(Refusal::Unsupported(why.to_owned()));
+        match method {
+            Method::TpBtf | Method::Fentry => self.check_target(method),
+            Method::Perf => {
+                // This check comes first: under lockdown=confidentiality tracefs has no events either, and
+                // the error must name the policy.
+                self.check_probe_read()?;
+                let text = tracefs::read_format("sock/inet_sock_set_state").map_err(Refusal::Unsupported)?;
+                format::check(&text, format::SET_STATE).map_err(Refusal::Unsupported)
+            }
+            Method::Kprobe if !self.kprobes => unsupported("the kernel was built without CONFIG_KPROBES"),
+            Method::Kprobe => {
+                self.check_offsets()?;
+                self.check_probe_read()
+            }
+        }
+    }
+
+    /// Checks the same for a method that detects failed binds.
+    ///
+    /// # Errors
+    /// See [`Self::check_method`].
+    pub fn check_bind_method(&self, method: BindMethod) -> Result<(), Refusal> {
+        self.check_capabilities()?;
+        self.check_offsets()?;
+        match method {
+            BindMethod::Fexit => Ok(()),
+            BindMethod::Perf => {
+                self.check_probe_read()?;
+                for (event, fields) in [
+                    ("syscalls/sys_enter_bind", format::BIND_ENTER),
+                    ("syscalls/sys_exit_bind", format::BIND_EXIT),
+                ] {
+                    let text = tracefs::read_format(event).map_err(Refusal::Unsupported)?;
+                    format::check(&text, fields).map_err(Refusal::Unsupported)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// What this process cannot observe or find out, as text for people.
+    #[must_use]
+    pub fn limits(&self) -> Vec<String> {
+        let mut limits = self.limitations.clone();
+        if !self.is_initial_pid_ns {
+            limits.push(
+                "not in the initial pid namespace: pids are the host's, and nothing is looked up in /proc"
+                    .into(),
+            );
+        }
+        if self.offsets_missing.is_some() || self.btf.is_err() {
+            limits.push(
+                "no usable BTF: netns, ifindex, cookie, cause, bytes, ISNs, how a connection ends, which ports are at risk, \
+                 and what is in /proc of a process that had just started are unknown"
+                    .into(),
+            );
+        }
+        limits
+    }
+
+    fn check_offsets(&self) -> Result<(), Refusal> {
+        if let Err(why) = &self.btf {
+            return Err(Refusal::Unsupported(why.clone()));
+        }
+        self.offsets_missing.clone().map_or(Ok(()), |why| Err(Refusal::Unsupported(why)))
+    }
+
+    fn check_target(&self, method: Method) -> Result<(), Refusal> {
+        self.check_offsets()?;
+        if self.btf_targets.contains(&method) {
+            return Ok(());
+        }
+        let name = METHOD_TARGETS.iter().find(|target| target.0 == method).map_or("it", |target| target.2);
+        Err(Refusal::Unsupported(format!("the kernel's BTF has no {name}")))
+    }
+
+    fn check_probe_read(&self) -> Result<(), Refusal> {
+        if self.probe_read {
+            return Ok(());
+        }
+        let why = "bpf_probe_read_kernel may not be called";
+        Err(match self.lockdown.as_deref() {
+            Some("confidentiality") => Refusal::Refused(format!("{why} under lockdown=confidentiality")),
+            _ => Refusal::Unsupported(why.to_owned()),
+        })
+    }
+}
+
+/// The offset of every field, and an error text if a field is missing that every BTF-based program needs.
+fn read_offsets(btf: &Btf<'_>) -> ([u32; FIELDS], Option<String>) {
+    let mut offsets = [ABSENT; FIELDS];
+    let mut missing = None;
+    for (field, struct_name, member, is_needed) in Field::ALL {
+        match btf.offset(struct_name, member) {
+            Ok(Some(offset)) => offsets[field as usize] = offset,
+            Ok(None) if is_needed => {
+                missing = Some(format!("the kernel's BTF has no {struct_name}.{member}"));
+            }
+            Ok(None) => {}
+            Err(error) if is_needed => missing = Some(error.to_string()),
+            Err(_) => {}
+        }
+    }
+    (offsets, missing)
+}
+
+/// Parses the word in brackets, as in `none [integrity] confidentiality`.
+fn parse_lockdown(text: &str) -> Option<String> {
+    let (_, rest) = text.split_once('[')?;
+    rest.split_once(']').map(|(level, _)| level.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_are_parsed_from_the_effective_set() {
+        let parse =
+            |mask: &str| Capabilities::parse(&format!("CapPrm:\t1\nCapEff:\t{mask}\nCapBnd:\t2\n")).unwrap();
+        for (mask, bpf, perfmon, admin) in [
+            ("000001ffffffffff", true, true, true),
+            ("0000000000000000", false, false, false),
+            ("0000008000000000", true, false, false),
+            ("0000004000000000", false, true, false),
+            ("000000c000000000", true, true, false),
+            ("0000000000200000", true, true, true),
+        ] {
+            let got = parse(mask);
+            assert_eq!(
+                (got.has(CAP_BPF), got.has(CAP_PERFMON), got.has(CAP_SYS_ADMIN)),
+                (bpf, perfmon, admin),
+                "{mask}"
+            );
+        }
+        assert_eq!(Capabilities::parse("CapEff: many"), None);
+        assert_eq!(Capabilities::parse(""), None);
+    }
+
+    #[test]
+    fn lockdown_is_the_word_in_brackets() {
+        assert_eq!(parse_lockdown("none [integrity] confidentiality\n").as_deref(), Some("integrity"));
+        assert_eq!(parse_lockdown("[none] integrity confidentiality\n").as_deref(), Some("none"));
+        assert_eq!(parse_lockdown("none\n"), None);
+    }
+}

@@ -1,0 +1,345 @@
+//! Loads and attaches the eBPF programs, reads their maps, and parses the bytes of the ring buffer into
+//! records.
+
+use crate::bpf::bind_programs;
+use std::{
+    fs, io,
+    os::fd::{AsFd as _, AsRawFd},
+};
+
+use anyhow::{Context as _, Result, anyhow};
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{MapData, MapError, PerCpuArray, RingBuf},
+};
+use aya_log::EbpfLogger;
+use selfconn_ebpf::{ConnectEntry, Record, WAYS, counter, names, reported};
+use tokio::io::{Interest, unix::AsyncFd};
+
+use super::{
+    attach::{Choice, Method, Refusal, RequestedHooks, choose},
+    features::KernelFeatures,
+    tracefs,
+};
+
+use super::connect_table::ConnectTable;
+use super::programs::{KernelBtf, Link, attach};
+pub use super::refused_connects::RefusedCounts;
+
+/// The eBPF object that `cargo xtask build-ebpf` builds.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-hooks"));
+
+/// The configuration of the programs and their maps.
+#[derive(Clone, Copy, Debug)]
+pub struct TracerOptions {
+    /// The hooks and methods to attach.
+    pub hooks: RequestedHooks,
+    /// The method that detects failed binds.
+    pub bind_method: bind_programs::RequestedBindMethod,
+    /// The size of the ring buffer in bytes: a power of two and at least one page.
+    pub ring_bytes: u32,
+    /// The maximum number of entries in the connect table: connection attempts in progress and
+    /// self-connections.
+    pub connect_table_size: u32,
+    /// The maximum number of destinations for which refused connects are counted.
+    pub refused_table_size: u32,
+    /// True to report every state transition, and not only the beginning and the end of a connection.
+    pub states: bool,
+    /// True to read the log of the eBPF programs.
+    pub log: bool,
+}
+
+/// The counters of the eBPF programs since they were loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Records that the programs produced: each is delivered through the ring buffer or counted in
+    /// `ring_full`.
+    pub matched: u64,
+    /// Records that are lost because the ring buffer was full.
+    pub ring_full: u64,
+    /// Connecting tasks that are not recorded because the connect table was full.
+    pub connect_table_full: u64,
+    /// Refused connects of an address to itself.
+    pub refused_connects: u64,
+    /// Refused connects that are not counted by destination because the refused-connect table was full.
+    pub refused_table_full: u64,
+    /// Transitions that each program processed, reported or not, in the order of [`Method::ALL`].
+    pub seen: [u64; Method::ALL.len()],
+}
+
+/// The attached programs and their maps. Dropping it detaches all programs.
+pub struct Tracer {
+    ring: AsyncFd<RingBuf<MapData>>,
+    counters: PerCpuArray<MapData, u64>,
+    connect_table: ConnectTable,
+    refused_counts: RefusedCounts,
+    log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
+    delivered: u64,
+    methods: Choice<()>,
+    binds: bind_programs::BindChoice,
+    bind_links: Option<bind_programs::BindLinks>,
+    links: Vec<Link>,
+    programs: Ebpf,
+    uses_static_offsets: bool,
+}
+
+impl Tracer {
+    /// Loads and attaches the programs. Must run inside a tokio runtime with I/O.
+    ///
+    /// # Errors
+    /// If the requested hooks cannot be attached or the maps cannot be created.
+    pub fn start(features: &KernelFeatures, options: TracerOptions) -> Result<Self> {
+        features.check_capabilities().map_err(|why| anyhow!("{why}"))?;
+        raise_memlock();
+        let mut ebpf = load(features, options)?;
+        let (choice, (binds, bind_links)) = tracefs::with(|| {
+            let kernel_btf = KernelBtf::new(features);
+            let choice = choose(options.hooks, |method| attach(&mut ebpf, method, features, &kernel_btf));
+            (choice, bind_programs::choose(&mut ebpf, options.bind_method, features, &kernel_btf))
+        });
+        for (method, why) in &choice.refused {
+            if let Refusal::Broken(why) = why {
+                log::warn!("{method} should work on this kernel but does not; please report it: {why}");
+            }
+        }
+        choice.satisfies(options.hooks).map_err(|why| anyhow!(why))?;
+        let ring = RingBuf::try_from(take_map(&mut ebpf, names::RECORDS)?)?;
+        let counters = PerCpuArray::try_from(take_map(&mut ebpf, names::COUNTERS)?)?;
+        let log = if options.log {
+            let logger = EbpfLogger::init(&mut ebpf).context("the programs' log")?;
+            Some(async_fd(logger)?)
+        } else {
+            None
+        };
+        let (live, links) = choice.live.into_iter().map(|(method, link)| ((method, ()), link)).unzip();
+        Ok(Self {
+            ring: async_fd(ring)?,
+            counters,
+            connect_table: ConnectTable::new(take_map(&mut ebpf, names::CONNECT_TABLE)?)?,
+            refused_counts: RefusedCounts::new(take_map(&mut ebpf, names::REFUSED_CONNECTS)?)?,
+            log,
+            delivered: 0,
+            methods: Choice { live, refused: choice.refused },
+            binds,
+            bind_links,
+            links,
+            programs: ebpf,
+            uses_static_offsets: features.uses_static_offsets,
+        })
+    }
+
+    /// Detaches the programs. Records that are already in the ring buffer can still be read.
+    pub fn detach(&mut self) {
+        self.links.clear();
+        self.bind_links = None;
+    }
+
+    /// The method that detects failed binds, and the reasons why other methods are not attached.
+    #[must_use]
+    pub fn bind_choice(&self) -> &bind_programs::BindChoice {
+        &self.binds
+    }
+
+    /// True if any program is attached to its hook.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        !self.links.is_empty()
+    }
+
+    /// The number of times that the kernel did not run an attached program because of recursion protection:
+    /// that program, or another program with the same recursion guard, was already running on the CPU.
+    /// `None`: the kernel does not count this (before v5.12). The number is a lower bound, because for `perf`
+    /// and `kprobe` the kernel counts only since v6.7 (`trace_call_bpf`, kernel/trace/bpf_trace.c).
+    #[must_use]
+    pub fn not_examined(&self) -> Option<u64> {
+        let misses_of = |(method, ()): &(Method, ())| {
+            let fd = self
+                .programs
+                .program(method.program(self.uses_static_offsets))?
+                .fd()
+                .ok()?
+                .as_fd()
+                .as_raw_fd();
+            recursion_misses(&fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?)
+        };
+        self.methods.live.iter().map(misses_of).sum()
+    }
+
+    /// The attached methods, and the reasons why the others are not attached.
+    #[must_use]
+    pub fn methods(&self) -> &Choice<()> {
+        &self.methods
+    }
+
+    /// Waits until the ring buffer or the log of the eBPF programs has data. Writes out the log.
+    ///
+    /// # Errors
+    /// If the runtime cannot wait on a map's descriptor.
+    pub async fn readable(&mut self) -> io::Result<()> {
+        let Self { ring, log, .. } = self;
+        match log {
+            None => ring.readable_mut().await?.clear_ready(),
+            Some(log) => tokio::select! {
+                guard = ring.readable_mut() => guard?.clear_ready(),
+                guard = log.readable_mut() => {
+                    let mut guard = guard?;
+                    guard.get_inner_mut().flush();
+                    guard.clear_ready();
+                }
+            },
+        }
+        Ok(())
+    }
+
+    /// Reads at most `limit` records from the ring buffer. Returns how many were read.
+    pub fn drain(&mut self, limit: usize, mut each: impl FnMut(&Record)) -> usize {
+        let ring = self.ring.get_mut();
+        for read in 0..limit {
+            let Some(item) = ring.next() else { return read };
+            self.delivered += 1;
+            match Record::from_bytes(&item) {
+                Some(record) => each(&record),
+                None => log::error!("invalid record of {} bytes in the ring buffer", item.len()),
+            }
+        }
+        limit
+    }
+
+    /// The counts of refused connects by destination.
+    pub fn refused_counts(&mut self) -> &mut RefusedCounts {
+        &mut self.refused_counts
+    }
+
+    /// The number of records read from the ring buffer so far.
+    #[must_use]
+    pub fn delivered(&self) -> u64 {
+        self.delivered
+    }
+
+    /// The counters of the eBPF programs.
+    ///
+    /// # Errors
+    /// If the map cannot be read.
+    pub fn counters(&self) -> Result<Counters> {
+        let sum = |slot| -> Result<u64> { Ok(self.counters.get(&slot, 0)?.iter().sum()) };
+        let mut seen = [0; Method::ALL.len()];
+        for (slot, seen) in (counter::SEEN_BY_PROBE..).zip(&mut seen) {
+            *seen = sum(slot)?;
+        }
+        Ok(Counters {
+            seen,
+            matched: sum(counter::MATCHED)?,
+            ring_full: sum(counter::RING_FULL)?,
+            connect_table_full: sum(counter::CONNECT_TABLE_FULL)?,
+            refused_connects: sum(counter::REFUSED)?,
+            refused_table_full: sum(counter::REFUSED_TABLE_FULL)?,
+        })
+    }
+
+    /// All entries of the connect table: connection attempts in progress and self-connections, each with the
+    /// address of its socket. Walks the whole table.
+    ///
+    /// # Errors
+    /// If the map cannot be read.
+    pub fn connect_entries(&self) -> Result<Vec<(u64, ConnectEntry)>> {
+        self.connect_table.entries()
+    }
+
+    /// Removes a stale entry from the connect table, because its socket is gone.
+    pub fn remove_connect(&mut self, sock: u64) {
+        if let Err(error) = self.connect_table.remove(sock) {
+            log::debug!("cannot remove a stale entry of the connect table: {error}");
+        }
+    }
+}
+
+/// Attaches each method for a moment to find out whether this kernel supports it.
+///
+/// # Errors
+/// If the maps cannot be created.
+pub fn probe_methods(features: &KernelFeatures) -> Result<Vec<(Method, Result<(), Refusal>)>> {
+    raise_memlock();
+    let options = TracerOptions {
+        hooks: RequestedHooks::default(),
+        bind_method: bind_programs::RequestedBindMethod::Off,
+        ring_bytes: 1 << 16,
+        connect_table_size: 8,
+        refused_table_size: 8,
+        states: false,
+        log: false,
+    };
+    let mut ebpf = load(features, options)?;
+    Ok(tracefs::with(|| {
+        let kernel_btf = KernelBtf::new(features);
+        let outcome = |method| (method, attach(&mut ebpf, method, features, &kernel_btf).map(drop));
+        Method::ALL.into_iter().map(outcome).collect()
+    }))
+}
+
+pub(super) fn load(features: &KernelFeatures, options: TracerOptions) -> Result<Ebpf> {
+    // 0 is below every level of aya-log, and the verifier removes the unreachable code.
+    let log_level = if options.log { aya_log::Level::Debug as u8 } else { 0 };
+    let sets = options.connect_table_size.div_ceil(WAYS as u32).max(1);
+    let reported = if options.states { reported::STATES } else { reported::LIFETIMES };
+    EbpfLoader::new()
+        .btf(None)
+        .override_global(names::OFFSETS, &features.offsets[..], true)
+        .override_global(names::TASK_ACCESS, &features.task_access, true)
+        .override_global(names::REPORTED, &reported, true)
+        .override_global(aya_log::LEVEL, &log_level, true)
+        .map_max_entries(names::RECORDS, options.ring_bytes)
+        .override_global(names::CONNECT_SETS, &sets, true)
+        .map_max_entries(names::CONNECT_TABLE, sets)
+        .map_max_entries(names::REFUSED_CONNECTS, options.refused_table_size)
+        .load(OBJECT)
+        .map_err(|error| ring_memory_error(&error, options.ring_bytes).unwrap_or_else(|| error.into()))
+        .context("cannot load the maps")
+}
+
+/// A message with a hint, if the kernel had no memory for the ring buffer.
+fn ring_memory_error(error: &EbpfError, ring_bytes: u32) -> Option<anyhow::Error> {
+    let EbpfError::MapError(MapError::CreateError { name, io_error, .. }) = error else { return None };
+    let is_ring = *name == names::RECORDS && io_error.kind() == io::ErrorKind::OutOfMemory;
+    let size = if ring_bytes >= 1 << 30 {
+        format!("{} GiB", ring_bytes >> 30)
+    } else {
+        format!("{} KiB", ring_bytes >> 10)
+    };
+    is_ring.then(|| anyhow!("no memory for a ring buffer of {size}: ask for a smaller one with --ring-size"))
+}
+
+/// Parses the counter from a program's `fdinfo` (`bpf_prog_show_fdinfo`, kernel/bpf/syscall.c at v5.12).
+/// Unlike BPF_OBJ_GET_INFO_BY_FD, reading `fdinfo` needs no `unsafe`.
+fn recursion_misses(fdinfo: &str) -> Option<u64> {
+    fdinfo.lines().find_map(|line| line.strip_prefix("recursion_misses:")?.trim().parse().ok())
+}
+
+fn async_fd<T: AsRawFd>(readable: T) -> io::Result<AsyncFd<T>> {
+    // SAFETY: both types that are passed in own the descriptor of their map, always return this descriptor,
+    // and close it only when they are dropped.
+    Ok(unsafe { AsyncFd::register_with_interest(readable, Interest::READABLE) }?)
+}
+
+fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<aya::maps::Map> {
+    ebpf.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))
+}
+
+/// Raises RLIMIT_MEMLOCK, because before v5.11 maps count against it. Later kernels ignore it for maps.
+pub(super) fn raise_memlock() {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    if let Err(error) = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }) {
+        log::debug!("cannot raise RLIMIT_MEMLOCK: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn recursion_misses_are_parsed_from_fdinfo() {
+        let since_5_12 = "pos:\t0\nprog_type:\t26\nrun_cnt:\t0\nrecursion_misses:\t41\nverified_insns:\t7\n";
+        assert_eq!(recursion_misses(since_5_12), Some(41));
+        assert_eq!(recursion_misses("pos:\t0\nprog_type:\t26\nrun_cnt:\t0\n"), None);
+    }
+}

@@ -1,0 +1,89 @@
+//! Finds tracefs. If it is not mounted, mounts it in a mount namespace of one thread only, so that the mounts
+//! of the host do not change.
+
+use std::{fs, path::Path, thread};
+
+use rustix::{
+    mount::{MountFlags, MountPropagationFlags, mount, mount_change},
+    thread::{UnshareFlags, unshare_unsafe},
+};
+
+pub mod format;
+
+/// The directories in which aya looks for tracefs, in this order. The first one is the kernel's standard
+/// mount point.
+const MOUNT_POINTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
+
+/// The state of tracefs on this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tracefs {
+    /// tracefs is mounted on this directory.
+    At(&'static str),
+    /// The kernel has tracefs, but it is not mounted.
+    NotMounted,
+    /// The kernel was built without tracefs.
+    Absent,
+}
+
+#[must_use]
+pub fn find() -> Tracefs {
+    let is_mounted = |at: &&&str| Path::new(at).join("events").is_dir();
+    match MOUNT_POINTS.iter().find(is_mounted) {
+        Some(at) => Tracefs::At(at),
+        None if Path::new(MOUNT_POINTS[0]).is_dir() => Tracefs::NotMounted,
+        None => Tracefs::Absent,
+    }
+}
+
+/// The text of a tracepoint's `format` file in the mount namespace of this thread. `event` is, for example,
+/// `sock/inet_sock_set_state`.
+///
+/// # Errors
+/// The reason why the file cannot be read, with a hint.
+pub fn read_format(event: &str) -> Result<String, String> {
+    match find() {
+        Tracefs::At(at) => {
+            let path = Path::new(at).join("events").join(event).join("format");
+            fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))
+        }
+        Tracefs::NotMounted => {
+            let at = MOUNT_POINTS[0];
+            Err(format!(
+                "tracefs is not mounted, so no tracepoints are visible: mount -t tracefs tracefs {at}"
+            ))
+        }
+        Tracefs::Absent => Err("the kernel was built without tracefs".to_owned()),
+    }
+}
+
+/// Runs `work` on a thread that sees tracefs, if that is possible.
+///
+/// If tracefs is not mounted, `work` runs on a thread with its own mount namespace. Files that `work` opens
+/// stay open; the mount disappears with the thread.
+pub fn with<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    if find() != Tracefs::NotMounted {
+        return work();
+    }
+    let outcome = thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                if let Err(error) = mount_privately() {
+                    log::debug!("cannot mount tracefs in a private mount namespace: {error}");
+                }
+                work()
+            })
+            .join()
+    });
+    match outcome {
+        Ok(value) => value,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+fn mount_privately() -> rustix::io::Result<()> {
+    // SAFETY: only the flag FILES can affect descriptors that other threads use, and it is not set here.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }?;
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("tracefs", MOUNT_POINTS[0], "tracefs", flags, None)
+}

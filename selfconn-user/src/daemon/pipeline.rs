@@ -1,0 +1,179 @@
+//! The pipeline: turns transitions and snapshots of the socket table into connection events, attributes them
+//! to processes, and emits them.
+
+use std::collections::HashMap;
+
+use selfconn_ebpf::{Task, Transition, state};
+
+use super::{bind_conflicts, remediation, table_snapshot::TableSnapshot};
+use crate::{
+    detect::{
+        bind_conflict::BindConflicts,
+        connection::{Connection, ConnectionEvent, Connections, ListedConnection},
+        remediation::Remedy,
+    },
+    event::{Closed, ConnectionFields, EventKind, StateChange},
+    metrics,
+    output::Outputs,
+    system::{
+        clock::Offset,
+        process::{Attribution, ObservedTask, Processes},
+    },
+};
+
+/// The tracked connections, everything that is known about them, and the outputs.
+pub(super) struct Pipeline {
+    /// Identifies this run in every `id`: the time of its start.
+    pub(super) run_id: u64,
+    pub(super) connections: Connections,
+    pub(super) processes: Processes,
+    /// The process behind each open connection, by the connection's number.
+    pub(super) attributions: HashMap<u64, Attribution>,
+    pub(super) report_states: bool,
+    pub(super) remedy: Option<Remedy>,
+    pub(super) bind_conflicts: BindConflicts,
+    pub(super) out: Outputs,
+    pub(super) established_counts: metrics::ConnectionCounts,
+    pub(super) missed: u64,
+}
+
+impl Pipeline {
+    /// Applies a transition, and emits the resulting events.
+    pub(super) fn apply(&mut self, transition: &Transition, clock: Offset) {
+        let Self {
+            run_id,
+            connections,
+            processes,
+            attributions,
+            report_states,
+            remedy,
+            bind_conflicts,
+            out,
+            established_counts,
+            ..
+        } = self;
+        let at_ns = transition.at_ns;
+        let mut closed_numbers = [None; 2];
+        connections.apply(transition, |event| {
+            let connection = event.connection();
+            if matches!(event, ConnectionEvent::Established(_)) {
+                established_counts.count(connection);
+            }
+            // Looked up at the first event, while the process still exists. Later events use the same result.
+            let attribution =
+                attributions.entry(connection.number).or_insert_with(|| match connection.opener {
+                    Some(opener) => Attribution::from_opener(
+                        processes.look_up(&ObservedTask::from_opener(&opener), at_ns),
+                    ),
+                    None => Attribution::default(),
+                });
+            if let Some(kind) = event_of(event, attribution, *run_id, *report_states, clock) {
+                out.emit_at(clock.wall(at_ns), kind);
+            }
+            if let Some(remedy) = remedy
+                && let Some(remedied) =
+                    remediation::on_connection_event(remedy, event, attribution, *run_id, at_ns)
+            {
+                out.emit_at(clock.wall(at_ns), EventKind::Remedied(Box::new(remedied)));
+            }
+            bind_conflicts::on_connection_event(bind_conflicts, event, attribution, at_ns);
+            if matches!(event, ConnectionEvent::Closed(..) | ConnectionEvent::State(_, _, state::CLOSE)) {
+                // One transition can close two connections: the previous one whose close was missed, and the
+                // current one.
+                closed_numbers = [
+                    closed_numbers[1].filter(|number| *number != connection.number),
+                    Some(connection.number),
+                ];
+            }
+        });
+        for number in closed_numbers.into_iter().flatten() {
+            attributions.remove(&number);
+        }
+    }
+
+    /// Reconciles the connections with a snapshot of the socket table. Returns the number of missed
+    /// self-connections.
+    pub(super) fn reconcile(
+        &mut self,
+        snapshot: &TableSnapshot,
+        listed: &[ListedConnection],
+        knows_netns: bool,
+    ) -> u64 {
+        let Self {
+            run_id,
+            connections,
+            processes,
+            attributions,
+            report_states,
+            remedy,
+            out,
+            established_counts,
+            ..
+        } = self;
+        let clock = Offset::now();
+        let mut closed_numbers = Vec::new();
+        let was_read = |netns| !knows_netns || snapshot.covers(netns);
+        // Outside the initial pid namespace the holders' pids in /proc differ from the pids in events.
+        let can_look_up = processes.can_look_up();
+        let holders = |connection: &Connection| can_look_up.then(|| snapshot.holders(connection)).flatten();
+        let missed = connections.reconcile(listed, snapshot.began_ns(), was_read, |event| {
+            let connection = event.connection();
+            if matches!(event, ConnectionEvent::Established(_)) {
+                established_counts.count(connection);
+            }
+            let attribution =
+                attributions.entry(connection.number).or_insert_with(|| match connection.opener {
+                    Some(opener) => Attribution::from_opener(
+                        processes.look_up(&ObservedTask::from_opener(&opener), snapshot.began_ns()),
+                    ),
+                    None => Attribution::from_holders(holders(connection)),
+                });
+            if let Some(kind) = event_of(event, attribution, *run_id, *report_states, clock) {
+                out.emit(kind);
+            }
+            if let Some(remedy) = remedy
+                && let Some(remedied) =
+                    remediation::on_connection_event(remedy, event, attribution, *run_id, snapshot.began_ns())
+            {
+                out.emit(EventKind::Remedied(Box::new(remedied)));
+            }
+            if matches!(event, ConnectionEvent::Closed(..)) {
+                closed_numbers.push(connection.number);
+            }
+        });
+        for number in closed_numbers {
+            attributions.remove(&number);
+        }
+        for connection in connections.iter() {
+            if let (Some(attribution), Some(holders)) =
+                (attributions.get_mut(&connection.number), snapshot.holders(connection))
+            {
+                attribution.holders = Some(holders);
+            }
+        }
+        missed
+    }
+}
+
+/// The event to emit for a connection event, if any.
+fn event_of(
+    event: ConnectionEvent<'_>,
+    attribution: &Attribution,
+    run_id: u64,
+    report_states: bool,
+    clock: Offset,
+) -> Option<EventKind> {
+    let fields = |connection: &Connection| ConnectionFields::new(connection, run_id, attribution);
+    match event {
+        ConnectionEvent::Established(connection) => {
+            Some(EventKind::Established(Box::new(fields(connection))))
+        }
+        ConnectionEvent::State(connection, from, to) => {
+            report_states.then(|| EventKind::State(Box::new(StateChange::new(fields(connection), from, to))))
+        }
+        ConnectionEvent::Closed(connection, end) => {
+            let closer: Option<&Task> = connection.closer.as_ref();
+            Some(EventKind::Closed(Box::new(Closed::new(fields(connection), closer, &end, clock))))
+        }
+    }
+}

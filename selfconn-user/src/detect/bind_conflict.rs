@@ -1,0 +1,343 @@
+//! Finds the self-connection that keeps a server from binding its port, and decides when to report it. Pure:
+//! the input is failed binds, open connections and connections in TIME_WAIT; the output is the holder of the
+//! port and the number of failures to report.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv6Addr},
+};
+
+use selfconn_ebpf::{COMM_LEN, bind_failure::BindFailure};
+
+use super::connection::{Connection, Place};
+use crate::system::process::Attribution;
+
+const SECOND_NS: u64 = 1_000_000_000;
+
+/// Time between the first two reports of a server that keeps retrying. Every report doubles the interval.
+const FIRST_REPORT_INTERVAL_NS: u64 = 10 * SECOND_NS;
+
+/// Maximum time between two reports of a server that keeps retrying.
+const MAX_REPORT_INTERVAL_NS: u64 = 3_600 * SECOND_NS;
+
+/// Maximum number of TIME_WAIT entries, and of servers whose binds failed. The kernel bounds its TIME_WAIT
+/// sockets, too.
+const MAX_ENTRIES: usize = 4_096;
+
+/// A self-connection in TIME_WAIT.
+#[derive(Clone, Debug)]
+pub struct TimeWaitEntry {
+    /// The connection. Its number is 0 if it was closed before this run.
+    pub connection: Connection,
+    /// The process behind it.
+    pub attribution: Attribution,
+    /// When TIME_WAIT ends: `CLOCK_BOOTTIME`, nanoseconds.
+    pub until_ns: u64,
+}
+
+/// The self-connection that holds a port.
+#[derive(Clone, Copy, Debug)]
+pub enum PortHolder<'a> {
+    /// An open self-connection.
+    Open(&'a Connection),
+    /// A closed self-connection in TIME_WAIT.
+    TimeWait(&'a TimeWaitEntry),
+}
+
+/// Failed binds, and the TIME_WAIT entries that can cause them.
+#[derive(Debug, Default)]
+pub struct BindConflicts {
+    /// Boxed, so that empty slots of the table take little memory.
+    time_waits: HashMap<Place, Box<TimeWaitEntry>>,
+    /// When expired entries were last removed.
+    last_sweep_ns: u64,
+    bind_failures: HashMap<BindFailureKey, BindFailureState>,
+    failures: u64,
+}
+
+/// Server, requested port, and self-connection that holds it. The server is identified by name, not by pid,
+/// because it has another pid after a restart.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct BindFailureKey {
+    netns: u32,
+    addr: IpAddr,
+    port: u16,
+    name: [u8; COMM_LEN],
+    holder: u64,
+}
+
+#[derive(Debug)]
+struct BindFailureState {
+    failures: u64,
+    last_ns: u64,
+    /// Time of the next report, and the interval to the one after that.
+    next_report_ns: u64,
+    report_interval_ns: u64,
+}
+
+impl PortHolder<'_> {
+    #[must_use]
+    pub fn connection(&self) -> &Connection {
+        match self {
+            Self::Open(connection) => connection,
+            Self::TimeWait(entry) => &entry.connection,
+        }
+    }
+}
+
+/// The requested address. An unspecified address stands for all addresses.
+#[must_use]
+pub fn requested_addr(failure: &BindFailure) -> IpAddr {
+    let mut octets = [0; 16];
+    for (to, word) in octets.chunks_exact_mut(4).zip(failure.addr) {
+        to.copy_from_slice(&word.to_ne_bytes());
+    }
+    Ipv6Addr::from(octets).to_canonical()
+}
+
+/// True if the socket at `place` keeps another socket from binding this address and port.
+fn is_conflicting(place: &Place, netns: u32, requested: IpAddr, port: u16) -> bool {
+    let is_requested = match requested {
+        // An IPv6 socket requests the IPv4 port, too, unless it has IPV6_V6ONLY set.
+        IpAddr::V6(any) if any.is_unspecified() => true,
+        IpAddr::V4(any) if any.is_unspecified() => place.1.is_ipv4(),
+        one => one == place.1,
+    };
+    place.0 == netns && place.2 == port && is_requested
+}
+
+impl BindConflicts {
+    /// Adds a self-connection that was closed and is in TIME_WAIT now.
+    pub fn insert_time_wait(&mut self, entry: TimeWaitEntry, now_ns: u64) {
+        // At most once a second, because this visits all entries.
+        if now_ns.saturating_sub(self.last_sweep_ns) >= SECOND_NS {
+            self.remove_expired(now_ns);
+        }
+        if self.time_waits.len() < MAX_ENTRIES {
+            self.time_waits.insert(entry.connection.place(), Box::new(entry));
+        }
+    }
+
+    /// Removes the connections that are not in TIME_WAIT any more.
+    pub fn remove_expired(&mut self, now_ns: u64) {
+        self.time_waits.retain(|_, entry| entry.until_ns > now_ns);
+        self.last_sweep_ns = now_ns;
+    }
+
+    /// Adds a self-connection that the socket table lists in TIME_WAIT, unless it is known.
+    pub fn insert_listed_time_wait(&mut self, entry: TimeWaitEntry, now_ns: u64) {
+        let known = self.time_waits.get(&entry.connection.place());
+        if known.is_none_or(|known| known.until_ns < now_ns) {
+            self.insert_time_wait(entry, now_ns);
+        }
+    }
+
+    /// Number of binds that failed because of a self-connection.
+    #[must_use]
+    pub fn failures(&self) -> u64 {
+        self.failures
+    }
+
+    /// The self-connection that holds the requested port. `None`: no known self-connection; something else
+    /// holds it.
+    pub fn find_holder<'a>(
+        &'a self,
+        failure: &BindFailure,
+        mut open: impl Iterator<Item = &'a Connection>,
+    ) -> Option<PortHolder<'a>> {
+        let requested = requested_addr(failure);
+        let conflicts_with = |place: &Place| is_conflicting(place, failure.netns, requested, failure.port);
+        if let Some(connection) = open.find(|connection| conflicts_with(&connection.place())) {
+            return Some(PortHolder::Open(connection));
+        }
+        let is_in_time_wait = |entry: &&TimeWaitEntry| entry.until_ns > failure.at_ns;
+        // The entry that expires last.
+        let time_waits =
+            self.time_waits.iter().filter(|(place, _)| conflicts_with(place)).map(|(_, entry)| &**entry);
+        time_waits.filter(is_in_time_wait).max_by_key(|entry| entry.until_ns).map(PortHolder::TimeWait)
+    }
+
+    /// Counts a bind that failed because of the self-connection with number `holder`. `Some`: a report is
+    /// due, with this number of failures of the same server because of the same self-connection.
+    pub fn record_failure(&mut self, failure: &BindFailure, holder: u64) -> Option<u64> {
+        let (now_ns, failures) = (failure.at_ns, u64::from(failure.failures));
+        self.failures += failures;
+        if self.bind_failures.len() >= MAX_ENTRIES {
+            self.bind_failures
+                .retain(|_, state| now_ns.saturating_sub(state.last_ns) < state.report_interval_ns);
+        }
+        if self.bind_failures.len() >= MAX_ENTRIES {
+            self.bind_failures.clear();
+        }
+        let name = if failure.task.leader[0] == 0 { failure.task.comm } else { failure.task.leader };
+        let (netns, port) = (failure.netns, failure.port);
+        let key = BindFailureKey { netns, addr: requested_addr(failure), port, name, holder };
+        let state = self.bind_failures.entry(key).or_insert(BindFailureState {
+            failures: 0,
+            last_ns: 0,
+            next_report_ns: 0,
+            report_interval_ns: FIRST_REPORT_INTERVAL_NS,
+        });
+        state.failures += failures;
+        state.last_ns = now_ns;
+        if now_ns < state.next_report_ns {
+            return None;
+        }
+        state.next_report_ns = now_ns.saturating_add(state.report_interval_ns);
+        state.report_interval_ns = (state.report_interval_ns * 2).min(MAX_REPORT_INTERVAL_NS);
+        Some(state.failures)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use selfconn_ebpf::Task;
+
+    use super::*;
+    use crate::detect::connection::Source;
+
+    fn connection(number: u64, addr: &str, port: u16) -> Connection {
+        Connection {
+            number,
+            source: Source::Live,
+            cookie: None,
+            addr: addr.parse().unwrap(),
+            port,
+            is_ipv6: false,
+            netns: Some(7),
+            ifindex: None,
+            uid: None,
+            opener: None,
+            isns: None,
+            closer: None,
+            established_ns: None,
+        }
+    }
+
+    fn failure(addr: &str, port: u16, at_s: u64) -> BindFailure {
+        let octets = match addr.parse().unwrap() {
+            IpAddr::V4(addr) => addr.to_ipv6_mapped().octets(),
+            IpAddr::V6(addr) => addr.octets(),
+        };
+        let mut words = [0; 4];
+        for (word, bytes) in words.iter_mut().zip(octets.chunks_exact(4)) {
+            *word = u32::from_ne_bytes(bytes.try_into().unwrap());
+        }
+        let mut task = Task::UNKNOWN;
+        task.leader[..5].copy_from_slice(b"nginx");
+        BindFailure {
+            at_ns: at_s * SECOND_NS,
+            start_ns: 0,
+            addr: words,
+            netns: 7,
+            port,
+            family: 2,
+            task,
+            failures: 1,
+            uid: 0,
+        }
+    }
+
+    fn entry(number: u64, addr: &str, port: u16, until_s: u64) -> TimeWaitEntry {
+        let connection = connection(number, addr, port);
+        TimeWaitEntry { connection, attribution: Attribution::default(), until_ns: until_s * SECOND_NS }
+    }
+
+    fn number(holder: Option<PortHolder<'_>>) -> Option<u64> {
+        holder.map(|holder| holder.connection().number)
+    }
+
+    #[test]
+    fn a_port_is_held_by_the_same_address_and_by_any_address_within_a_wildcard() {
+        let open = [connection(1, "127.0.0.1", 80), connection(2, "::1", 80), connection(3, "10.0.0.1", 81)];
+        for (requested, port, holder) in [
+            ("127.0.0.1", 80, Some(1)),
+            ("127.0.0.2", 80, None),
+            ("127.0.0.1", 81, None),
+            ("0.0.0.0", 80, Some(1)),
+            ("0.0.0.0", 81, Some(3)),
+            ("0.0.0.0", 82, None),
+            ("::1", 80, Some(2)),
+            ("::", 80, Some(1)),
+            ("::", 81, Some(3)),
+            ("::ffff:10.0.0.1", 81, Some(3)),
+        ] {
+            let conflicts = BindConflicts::default();
+            let got = number(conflicts.find_holder(&failure(requested, port, 0), open.iter()));
+            assert_eq!(got, holder, "{requested}:{port}");
+        }
+        let elsewhere = BindFailure { netns: 8, ..failure("127.0.0.1", 80, 0) };
+        assert!(BindConflicts::default().find_holder(&elsewhere, open.iter()).is_none());
+        let v6 = [connection(2, "::1", 80)];
+        assert!(BindConflicts::default().find_holder(&failure("0.0.0.0", 80, 0), v6.iter()).is_none());
+    }
+
+    #[test]
+    fn a_time_wait_entry_holds_its_port_until_it_expires() {
+        let mut conflicts = BindConflicts::default();
+        conflicts.insert_time_wait(entry(1, "127.0.0.1", 80, 60), 0);
+        conflicts.insert_time_wait(entry(2, "127.0.0.2", 80, 70), 0);
+        for (requested, at_s, holder) in [
+            ("127.0.0.1", 59, Some(1)),
+            ("127.0.0.1", 60, None),
+            ("0.0.0.0", 59, Some(2)),
+            ("0.0.0.0", 69, Some(2)),
+            ("0.0.0.0", 70, None),
+        ] {
+            let got = number(conflicts.find_holder(&failure(requested, 80, at_s), std::iter::empty()));
+            assert_eq!(got, holder, "{requested} at {at_s}");
+        }
+        // The next connection at the same endpoint.
+        let open = [connection(3, "127.0.0.1", 80)];
+        assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 80, 59), open.iter())), Some(3));
+        // An entry from the socket table does not replace a known one.
+        conflicts.insert_listed_time_wait(entry(0, "127.0.0.1", 80, 61), 59 * SECOND_NS);
+        assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 80, 59), std::iter::empty())), Some(1));
+        conflicts.insert_listed_time_wait(entry(0, "127.0.0.1", 80, 90), 61 * SECOND_NS);
+        assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 80, 62), std::iter::empty())), Some(0));
+    }
+
+    #[test]
+    fn a_server_that_retries_is_reported_at_growing_intervals_and_its_failures_are_counted() {
+        let mut conflicts = BindConflicts::default();
+        let reports: Vec<_> = (0..200)
+            .filter_map(|at_s| Some((at_s, conflicts.record_failure(&failure("127.0.0.1", 80, at_s), 1)?)))
+            .collect();
+        assert_eq!(reports, [(0, 1), (10, 11), (30, 31), (70, 71), (150, 151)]);
+        // Another port, another self-connection, another name.
+        let again = failure("127.0.0.1", 80, 200);
+        assert_eq!(conflicts.record_failure(&failure("127.0.0.1", 81, 200), 1), Some(1));
+        assert_eq!(conflicts.record_failure(&again, 2), Some(1));
+        let mut other = again;
+        other.task.leader[0] = b'N';
+        assert_eq!(conflicts.record_failure(&other, 1), Some(1));
+        // Failures that the probe aggregated are counted, too.
+        let burst = BindFailure { failures: 40, ..failure("127.0.0.1", 82, 200) };
+        assert_eq!(conflicts.record_failure(&burst, 1), Some(40));
+        assert_eq!(conflicts.failures(), 243);
+    }
+
+    #[test]
+    fn expired_entries_are_removed_long_before_the_limit() {
+        let mut conflicts = BindConflicts::default();
+        for second in 0..600_u64 {
+            let port = u16::try_from(second).unwrap() + 1;
+            conflicts.insert_time_wait(entry(second, "127.0.0.1", port, second + 60), second * SECOND_NS);
+            assert!(conflicts.time_waits.len() <= 60, "{} after {second} s", conflicts.time_waits.len());
+        }
+        conflicts.remove_expired(700 * SECOND_NS);
+        assert!(conflicts.time_waits.is_empty());
+    }
+
+    #[test]
+    fn the_number_of_entries_is_bounded() {
+        let mut conflicts = BindConflicts::default();
+        for port in 1..=u16::try_from(MAX_ENTRIES).unwrap() + 9 {
+            conflicts.insert_time_wait(entry(1, "127.0.0.1", port, 60), 0);
+            conflicts.record_failure(&failure("127.0.0.1", port, 0), 1);
+        }
+        assert!(conflicts.time_waits.len() <= MAX_ENTRIES && conflicts.bind_failures.len() <= MAX_ENTRIES);
+        conflicts.insert_time_wait(entry(2, "127.0.0.1", 9_999, 120), 61 * SECOND_NS);
+        assert_eq!(conflicts.time_waits.len(), 1, "expired entries are removed first");
+    }
+}

@@ -1,0 +1,406 @@
+//! Turns socket state transitions into connection events: each self-connection is established once and closed
+//! once, no matter how many probes reported a transition or missed it. Pure: no clock, no kernel, no I/O.
+//!
+//! The kernel's socket table is the second input. It is read at intervals: a self-connection that the table
+//! lists and the hooks missed is established, a self-connection that the table no longer lists is closed
+//! (`table.rs`).
+//!
+//! Two probes may report the same transition. They run one after the other under the socket's lock. The
+//! records of one socket are therefore in order in the ring buffer. Each record is there once or twice, or
+//! not at all if it was lost.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    net::{IpAddr, Ipv6Addr},
+};
+
+use selfconn_ebpf::{COMM_LEN, Opener, Task, Transition, family, state};
+
+mod reconcile;
+#[cfg(test)]
+mod tests;
+
+pub use reconcile::ListedConnection;
+pub use reconcile::Place;
+
+/// How long TIME_WAIT lasts: `TCP_TIMEWAIT_LEN`, include/net/tcp.h at v5.10, a constant of the kernel.
+pub const TIME_WAIT_NS: u64 = 60_000_000_000;
+
+/// For how long after a close a second report of it is treated as a duplicate. A later report belongs to the
+/// next socket at the same kernel address.
+const DUPLICATE_WINDOW_NS: u64 = 5_000_000_000;
+
+/// Kernel errnos that show how a socket was closed.
+const ECONNABORTED: u32 = 103;
+const ECONNRESET: u32 = 104;
+
+/// How a self-connection was detected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A hook reported it.
+    Live,
+    /// The socket table listed it.
+    Scan,
+}
+
+/// One self-connection, with all that is known about it so far.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connection {
+    /// Counts from 1 in this run. The `id` of the events is made of the run's id and this number.
+    pub number: u64,
+    /// How it was detected.
+    pub source: Source,
+    pub cookie: Option<u64>,
+    /// Source and destination address. An IPv6 socket with a v4-mapped address has an IPv4 address here.
+    pub addr: IpAddr,
+    /// Source and destination port.
+    pub port: u16,
+    /// True if the socket is IPv6.
+    pub is_ipv6: bool,
+    /// Inode of the network namespace.
+    pub netns: Option<u32>,
+    /// The interface of a link-local address.
+    pub ifindex: Option<u32>,
+    /// The socket's owner according to the socket table.
+    pub uid: Option<u32>,
+    /// The task that called connect().
+    pub opener: Option<Opener>,
+    /// The socket's initial sequence number and its peer's. They are equal, because the socket is its own
+    /// peer.
+    pub isns: Option<(u32, u32)>,
+    /// The task that closed the socket: the current task at ESTABLISHED -> FIN_WAIT1, or at a CLOSE that a
+    /// system call on the socket caused.
+    pub closer: Option<Task>,
+    /// When it became ESTABLISHED: `CLOCK_BOOTTIME`, nanoseconds. `None`: no hook reported that transition.
+    pub established_ns: Option<u64>,
+}
+
+/// How a self-connection was closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CloseReason {
+    /// Orderly, with FINs.
+    Fin,
+    /// Reset: SO_LINGER with timeout 0, or a close with unread data.
+    Rst,
+    /// Destroyed with SOCK_DESTROY.
+    Destroyed,
+}
+
+/// What is known when a self-connection is closed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ConnectionEnd {
+    /// Time from ESTABLISHED to CLOSE.
+    pub duration_ns: Option<u64>,
+    /// Payload bytes sent, without retransmissions.
+    pub bytes_sent: Option<u64>,
+    /// Payload bytes received.
+    pub bytes_received: Option<u64>,
+    /// `None`: the last transition and the socket's errno match none of the reasons.
+    pub reason: Option<CloseReason>,
+    /// When TIME_WAIT ends: `CLOCK_BOOTTIME`, nanoseconds. `None`: the port is free.
+    pub port_blocked_until_ns: Option<u64>,
+}
+
+/// What a transition, or the socket table, means for a self-connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectionEvent<'a> {
+    /// The self-connection is established.
+    Established(&'a Connection),
+    /// Its state changed from the first state to the second.
+    State(&'a Connection, u8, u8),
+    /// It is closed.
+    Closed(&'a Connection, ConnectionEnd),
+}
+
+impl<'a> ConnectionEvent<'a> {
+    /// The connection that the event is about.
+    #[must_use]
+    pub fn connection(self) -> &'a Connection {
+        let (Self::Established(connection) | Self::State(connection, ..) | Self::Closed(connection, _)) =
+            self;
+        connection
+    }
+}
+
+/// All tracked sockets, by their kernel address.
+#[derive(Debug, Default)]
+pub struct Connections {
+    tracked: HashMap<u64, Tracked>,
+    /// Keys of connections that the socket table listed and whose kernel address is not known yet.
+    provisional_keys: HashMap<Place, u64>,
+    /// Endpoints of the connections closed since the current snapshot of the socket table began. `None`: no
+    /// snapshot is in progress.
+    closed_during_snapshot: Option<HashSet<Place>>,
+    /// Closed sockets whose close a second probe may still report: time of the close, and kernel address. A
+    /// kernel address is queued at most once: the kernel reuses addresses of sockets, and in a flood a few
+    /// addresses are closed thousands of times a second.
+    duplicate_queue: VecDeque<(u64, u64)>,
+    /// The kernel addresses in `duplicate_queue`.
+    awaiting_duplicates: HashSet<u64>,
+    probe_count: u8,
+    last_number: u64,
+}
+
+#[derive(Debug)]
+struct Tracked {
+    connection: Connection,
+    /// The last transition, and one bit for each probe that reported it.
+    last: (u8, u8),
+    reported_by: u8,
+    /// Time of the last report: `CLOCK_BOOTTIME`, nanoseconds.
+    last_seen_ns: u64,
+    /// True if `established` has been emitted.
+    established_emitted: bool,
+    /// True if the last snapshot of the socket table should have listed it and did not.
+    was_absent: bool,
+    closed_ns: Option<u64>,
+}
+
+impl Connections {
+    /// `probe_count` is the number of probes that report transitions.
+    #[must_use]
+    pub fn new(probe_count: u8) -> Self {
+        Self { probe_count, ..Self::default() }
+    }
+
+    /// Applies one transition. Calls `each` for every resulting event.
+    pub fn apply(&mut self, t: &Transition, mut each: impl FnMut(ConnectionEvent<'_>)) {
+        self.expire_duplicates(t.at_ns);
+        self.assign_socket(t);
+        if let Some(tracked) = self.tracked.get_mut(&t.sock) {
+            if tracked.is_duplicate(t) {
+                tracked.reported_by |= 1 << t.probe_id;
+                tracked.update(t);
+                if tracked.closed_ns.is_some()
+                    && tracked.reported_by.count_ones() >= u32::from(self.probe_count)
+                {
+                    self.tracked.remove(&t.sock);
+                }
+                return;
+            }
+            if !tracked.can_follow(t) {
+                let missed = self
+                    .tracked
+                    .remove(&t.sock)
+                    .filter(|tracked| tracked.established_emitted && tracked.closed_ns.is_none());
+                if let Some(tracked) = missed {
+                    close(
+                        &mut self.closed_during_snapshot,
+                        &tracked.connection,
+                        ConnectionEnd::default(),
+                        &mut each,
+                    );
+                }
+            }
+        }
+        let last_number = &mut self.last_number;
+        let tracked = self.tracked.entry(t.sock).or_insert_with(|| {
+            *last_number += 1;
+            Tracked::new(*last_number, t)
+        });
+        tracked.last = (t.old, t.new);
+        tracked.reported_by = 1 << t.probe_id;
+        tracked.last_seen_ns = t.at_ns;
+        tracked.update(t);
+        if !tracked.established_emitted && proves_established(t.old, t.new) {
+            tracked.established_emitted = true;
+            each(ConnectionEvent::Established(&tracked.connection));
+        }
+        each(ConnectionEvent::State(&tracked.connection, t.old, t.new));
+        if t.new == state::CLOSE {
+            if tracked.established_emitted {
+                close(
+                    &mut self.closed_during_snapshot,
+                    &tracked.connection,
+                    end(&tracked.connection, t),
+                    &mut each,
+                );
+            }
+            tracked.closed_ns = Some(t.at_ns);
+            if self.probe_count > 1 {
+                if self.awaiting_duplicates.insert(t.sock) {
+                    self.duplicate_queue.push_back((t.at_ns, t.sock));
+                }
+            } else {
+                self.tracked.remove(&t.sock);
+            }
+        }
+    }
+
+    /// All open self-connections.
+    pub fn iter(&self) -> impl Iterator<Item = &Connection> {
+        let is_open = |tracked: &&Tracked| tracked.established_emitted && tracked.closed_ns.is_none();
+        self.tracked.values().filter(is_open).map(|tracked| &tracked.connection)
+    }
+
+    fn expire_duplicates(&mut self, now_ns: u64) {
+        while let Some((closed_ns, sock)) = self.duplicate_queue.front().copied() {
+            // The close of the socket that is at this address now. That socket may still be open.
+            let current_closed_ns = self.tracked.get(&sock).and_then(|tracked| tracked.closed_ns);
+            let is_awaited = current_closed_ns
+                .is_some_and(|closed_ns| now_ns.saturating_sub(closed_ns) < DUPLICATE_WINDOW_NS);
+            if is_awaited && current_closed_ns == Some(closed_ns) {
+                break;
+            }
+            self.duplicate_queue.pop_front();
+            if let Some(current_closed_ns) = current_closed_ns.filter(|_| is_awaited) {
+                self.duplicate_queue.push_back((current_closed_ns, sock));
+                continue;
+            }
+            if current_closed_ns.is_some() {
+                self.tracked.remove(&sock);
+            }
+            self.awaiting_duplicates.remove(&sock);
+        }
+    }
+}
+
+/// Emits the close of a self-connection, and records it for the snapshot of the socket table that is in
+/// progress.
+fn close(
+    closed_during_snapshot: &mut Option<HashSet<Place>>,
+    connection: &Connection,
+    end: ConnectionEnd,
+    each: &mut impl FnMut(ConnectionEvent<'_>),
+) {
+    if let Some(closed) = closed_during_snapshot {
+        closed.insert(connection.place());
+    }
+    each(ConnectionEvent::Closed(connection, end));
+}
+
+impl Connection {
+    /// The endpoint under which the socket table lists it.
+    #[must_use]
+    pub fn place(&self) -> Place {
+        (self.netns.unwrap_or(0), self.addr, self.port)
+    }
+}
+
+impl Tracked {
+    fn new(number: u64, t: &Transition) -> Self {
+        let v6 = Ipv6Addr::from(t.addr);
+        Self {
+            connection: Connection {
+                number,
+                source: Source::Live,
+                cookie: None,
+                addr: v6.to_canonical(),
+                port: t.port,
+                is_ipv6: t.family == family::INET6,
+                netns: (t.netns != 0).then_some(t.netns),
+                ifindex: (t.ifindex != 0 && v6.is_unicast_link_local()).then_some(t.ifindex),
+                uid: None,
+                opener: None,
+                isns: None,
+                closer: None,
+                established_ns: None,
+            },
+            last: (t.old, t.new),
+            reported_by: 0,
+            last_seen_ns: t.at_ns,
+            established_emitted: false,
+            was_absent: false,
+            closed_ns: None,
+        }
+    }
+
+    fn is_same_socket(&self, t: &Transition) -> bool {
+        let connection = &self.connection;
+        let connected_ns = connection.opener.map_or(0, |opener| opener.at_ns);
+        // Each probe records the opener at SYN_SENT. The second probe overwrites the first one's entry a
+        // moment later.
+        let is_same_attempt = connected_ns == 0 || t.opener.at_ns == 0 || connected_ns == t.opener.at_ns;
+        (is_same_attempt || t.new == state::SYN_SENT)
+            && connection.port == t.port
+            && connection.addr == Ipv6Addr::from(t.addr).to_canonical()
+            && connection.netns.unwrap_or(0) == t.netns
+    }
+
+    /// True if another probe has already reported this transition.
+    fn is_duplicate(&self, t: &Transition) -> bool {
+        self.last == (t.old, t.new)
+            && self.reported_by & 1 << t.probe_id == 0
+            && self.is_same_socket(t)
+            && self.closed_ns.is_none_or(|closed_ns| t.at_ns.saturating_sub(closed_ns) < DUPLICATE_WINDOW_NS)
+    }
+
+    /// True if this can be the next transition of the same socket. False if it belongs to a later socket at
+    /// the same kernel address.
+    fn can_follow(&self, t: &Transition) -> bool {
+        self.closed_ns.is_none()
+            && t.new != state::SYN_SENT
+            && rank(t.old) >= rank(self.last.1)
+            && self.is_same_socket(t)
+    }
+
+    fn update(&mut self, t: &Transition) {
+        let connection = &mut self.connection;
+        if t.cookie != 0 {
+            connection.cookie = Some(t.cookie);
+        }
+        if t.opener.at_ns != 0 {
+            connection.opener = Some(t.opener);
+        }
+        if (t.old, t.new) == (state::SYN_RECV, state::ESTABLISHED) && t.has_counters != 0 {
+            connection.isns = Some((t.snd_una.wrapping_sub(1), t.rcv_nxt.wrapping_sub(1)));
+        }
+        let is_call = t.new == state::FIN_WAIT1 || (t.new == state::CLOSE && t.is_owned != 0);
+        if is_call && connection.closer.is_none() && rank(t.old) == rank(state::ESTABLISHED) {
+            connection.closer = Some(t.current);
+        }
+        if t.new == state::ESTABLISHED && connection.established_ns.is_none() {
+            connection.established_ns = Some(t.at_ns);
+        }
+    }
+}
+
+/// Progress of a socket through its states. The rank of one socket never decreases.
+const fn rank(state: u8) -> u8 {
+    match state {
+        state::SYN_SENT => 1,
+        state::SYN_RECV => 2,
+        state::ESTABLISHED => 3,
+        state::FIN_WAIT1 | state::CLOSE_WAIT => 4,
+        state::FIN_WAIT2 | state::CLOSING | state::LAST_ACK => 5,
+        state::TIME_WAIT => 6,
+        // A new socket starts in CLOSE, too, but its first transition is to SYN_SENT. The caller checks that
+        // first.
+        _ => 0,
+    }
+}
+
+/// True if a socket with this transition is, or has been, ESTABLISHED.
+const fn proves_established(old: u8, new: u8) -> bool {
+    new == state::ESTABLISHED || rank(old) >= rank(state::ESTABLISHED)
+}
+
+fn end(connection: &Connection, t: &Transition) -> ConnectionEnd {
+    // A FIN was received. The kernel counts it as one received byte.
+    let fin_received =
+        matches!(t.old, state::CLOSING | state::TIME_WAIT | state::CLOSE_WAIT | state::LAST_ACK);
+    let has_counters = t.has_counters != 0;
+    let reason = match (t.error, t.old) {
+        _ if !has_counters => None,
+        (ECONNABORTED, _) => Some(CloseReason::Destroyed),
+        (ECONNRESET, _) | (0, state::ESTABLISHED) => Some(CloseReason::Rst),
+        (0, _) if fin_received => Some(CloseReason::Fin),
+        _ => None,
+    };
+    ConnectionEnd {
+        duration_ns: connection.established_ns.map(|since_ns| t.at_ns.saturating_sub(since_ns)),
+        bytes_sent: has_counters.then(|| t.bytes_sent.saturating_sub(t.bytes_retrans)),
+        bytes_received: has_counters.then(|| t.bytes_received.saturating_sub(u64::from(fin_received))),
+        reason,
+        port_blocked_until_ns: (reason == Some(CloseReason::Fin))
+            .then_some(t.at_ns.saturating_add(TIME_WAIT_NS)),
+    }
+}
+
+/// A task name of the kernel as text, up to the NUL. It is not escaped: the code that prints it must escape
+/// it.
+#[must_use]
+pub fn comm(bytes: &[u8; COMM_LEN]) -> String {
+    let len = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..len]).into_owned()
+}

@@ -1,0 +1,361 @@
+//! Table tests and property tests of connection tracking.
+
+use std::collections::HashSet;
+
+use proptest::prelude::*;
+use selfconn_ebpf::state::*;
+
+use super::*;
+
+const TWO_PROBES: u8 = 2;
+
+fn transition(sock: u64, at_ns: u64, old: u8, new: u8) -> Transition {
+    let mut addr = [0; 16];
+    addr[10..].copy_from_slice(&[0xff, 0xff, 127, 0, 0, 1]);
+    let task = Task { pid: 7, tid: 8, ..Task::UNKNOWN };
+    Transition {
+        at_ns,
+        sock,
+        cookie: 0,
+        bytes_sent: 0,
+        bytes_retrans: 0,
+        bytes_received: 0,
+        addr,
+        netns: 1,
+        ifindex: 0,
+        snd_una: 101,
+        rcv_nxt: 101,
+        error: 0,
+        port: 40_000,
+        family: family::INET,
+        old,
+        new,
+        probe_id: 0,
+        has_counters: 1,
+        is_owned: 0,
+        current: task,
+        opener: Opener { at_ns: at_ns / 1_000 * 1_000 + 1, task, ..Opener::UNKNOWN },
+    }
+}
+
+/// All transitions of a self-connection that is closed in order.
+const ORDERLY: [(u8, u8); 6] = [
+    (CLOSE, SYN_SENT),
+    (SYN_SENT, SYN_RECV),
+    (SYN_RECV, ESTABLISHED),
+    (ESTABLISHED, FIN_WAIT1),
+    (FIN_WAIT1, CLOSING),
+    (CLOSING, CLOSE),
+];
+const RESET: [(u8, u8); 4] =
+    [(CLOSE, SYN_SENT), (SYN_SENT, SYN_RECV), (SYN_RECV, ESTABLISHED), (ESTABLISHED, CLOSE)];
+const REFUSED: [(u8, u8); 2] = [(CLOSE, SYN_SENT), (SYN_SENT, CLOSE)];
+
+/// The events in order: `+N` for established, `-N` for closed.
+fn events(probe_count: u8, transitions: &[Transition]) -> Vec<String> {
+    let mut connections = Connections::new(probe_count);
+    let mut events = Vec::new();
+    for t in transitions {
+        connections.apply(t, |event| match event {
+            ConnectionEvent::Established(connection) => events.push(format!("+{}", connection.number)),
+            ConnectionEvent::Closed(connection, _) => events.push(format!("-{}", connection.number)),
+            ConnectionEvent::State(..) => {}
+        });
+    }
+    events
+}
+
+#[test]
+fn a_flood_at_few_addresses_queues_each_address_once_and_expires_it() {
+    const SOCKS: u64 = 4;
+    let mut connections = Connections::new(TWO_PROBES);
+    let mut closed = 0;
+    for index in 0..20_000 {
+        for (step, (old, new)) in RESET.into_iter().enumerate() {
+            let t = transition(index % SOCKS, index * 10_000 + step as u64, old, new);
+            connections.apply(&t, |event| closed += u64::from(matches!(event, ConnectionEvent::Closed(..))));
+        }
+        assert!(connections.duplicate_queue.len() as u64 <= SOCKS, "{index}");
+    }
+    assert_eq!(closed, 20_000);
+    // Long after the last close.
+    connections.apply(&transition(SOCKS, 2 * DUPLICATE_WINDOW_NS, CLOSE, SYN_SENT), |_| {});
+    assert_eq!(
+        (connections.tracked.len(), connections.duplicate_queue.len(), connections.awaiting_duplicates.len()),
+        (1, 0, 0)
+    );
+}
+
+#[test]
+fn each_connection_is_established_once_and_closed_once_no_matter_which_probes_reported_it() {
+    for (transitions, expected) in
+        [(&ORDERLY[..], &["+1", "-1"][..]), (&RESET, &["+1", "-1"]), (&REFUSED, &[])]
+    {
+        let reported_once: Vec<_> = transitions
+            .iter()
+            .enumerate()
+            .map(|(n, (old, new))| transition(1, n as u64, *old, *new))
+            .collect();
+        let reported_twice: Vec<_> =
+            reported_once.iter().flat_map(|t| [*t, Transition { probe_id: 1, ..*t }]).collect();
+        assert_eq!(events(1, &reported_once), expected);
+        assert_eq!(events(TWO_PROBES, &reported_once), expected);
+        assert_eq!(events(TWO_PROBES, &reported_twice), expected);
+    }
+}
+
+#[test]
+fn the_close_reason_follows_from_the_last_state_and_the_errno() {
+    for (old, error, counters, reason, received, leaves_time_wait) in [
+        (CLOSING, 0, 1, Some(CloseReason::Fin), Some(18), true),
+        (ESTABLISHED, 0, 1, Some(CloseReason::Rst), Some(19), false),
+        (ESTABLISHED, ECONNRESET, 1, Some(CloseReason::Rst), Some(19), false),
+        (ESTABLISHED, ECONNABORTED, 1, Some(CloseReason::Destroyed), Some(19), false),
+        (CLOSING, ECONNABORTED, 1, Some(CloseReason::Destroyed), Some(18), false),
+        (FIN_WAIT1, 110, 1, None, Some(19), false),
+        (CLOSING, 0, 0, None, None, false),
+    ] {
+        let mut connections = Connections::new(1);
+        connections.apply(&transition(1, 1_000, SYN_RECV, ESTABLISHED), |_| {});
+        let last = Transition {
+            error,
+            has_counters: counters,
+            bytes_sent: 20,
+            bytes_retrans: 2,
+            bytes_received: 19,
+            ..transition(1, 5_000, old, CLOSE)
+        };
+        let last = Transition { opener: Opener { at_ns: 1_001, ..last.opener }, ..last };
+        let mut ends = Vec::new();
+        connections.apply(&last, |event| {
+            if let ConnectionEvent::Closed(_, end) = event {
+                ends.push(end);
+            }
+        });
+        let expected = ConnectionEnd {
+            duration_ns: Some(4_000),
+            bytes_sent: (counters == 1).then_some(18),
+            bytes_received: received,
+            reason,
+            port_blocked_until_ns: leaves_time_wait.then_some(5_000 + TIME_WAIT_NS),
+        };
+        assert_eq!(ends, [expected], "from {} with errno {error}", name(old));
+    }
+}
+
+#[test]
+fn a_missed_close_is_reported_when_the_kernel_address_is_reused() {
+    let mut first: Vec<_> =
+        (0..3).map(|n| transition(1, n, ORDERLY[n as usize].0, ORDERLY[n as usize].1)).collect();
+    first.extend((0..6).map(|n| transition(1, 10_000 + n, ORDERLY[n as usize].0, ORDERLY[n as usize].1)));
+    assert_eq!(events(1, &first), ["+1", "-1", "+2", "-2"]);
+}
+
+fn listed(port: u16, state: u8) -> ListedConnection {
+    ListedConnection {
+        netns: 1,
+        addr: [127, 0, 0, 1].into(),
+        port,
+        is_ipv6: false,
+        ifindex: None,
+        cookie: Some(9),
+        uid: Some(0),
+        state,
+        connect_entry: None,
+    }
+}
+
+/// The events and the number of missed connections when the same table is read at 100 and again at 200, with
+/// transitions before the first snapshot, during it, and after the second.
+fn events_with_snapshots(
+    before: &[Transition],
+    during: &[Transition],
+    table: &[ListedConnection],
+    after: &[Transition],
+    was_read: bool,
+) -> (Vec<String>, u64) {
+    let mut connections = Connections::new(1);
+    let events = std::cell::RefCell::new(Vec::new());
+    let record = |event: ConnectionEvent<'_>| match event {
+        ConnectionEvent::Established(connection) => {
+            let mark = if connection.source == Source::Scan { "scan" } else { "" };
+            events.borrow_mut().push(format!("+{}{mark}", connection.number));
+        }
+        ConnectionEvent::Closed(connection, _) => events.borrow_mut().push(format!("-{}", connection.number)),
+        ConnectionEvent::State(..) => {}
+    };
+    before.iter().for_each(|t| connections.apply(t, record));
+    connections.begin_snapshot();
+    during.iter().for_each(|t| connections.apply(t, record));
+    let missed = connections.reconcile(table, 100, |_| was_read, record);
+    connections.begin_snapshot();
+    let missed = missed + connections.reconcile(table, 200, |_| was_read, record);
+    after.iter().for_each(|t| connections.apply(t, record));
+    (events.into_inner(), missed)
+}
+
+#[test]
+fn the_socket_table_establishes_missed_connections_and_closes_vanished_ones() {
+    let open = transition(1, 10, SYN_RECV, ESTABLISHED);
+    let connecting = transition(1, 10, CLOSE, SYN_SENT);
+    let opened_during = transition(1, 110, SYN_RECV, ESTABLISHED);
+    let closed_after = transition(1, 310, ESTABLISHED, CLOSE);
+    let again = transition(2, 320, SYN_RECV, ESTABLISHED);
+    let same = |t: &Transition| Transition { opener: open.opener, ..*t };
+    let table = [listed(40_000, ESTABLISHED)];
+    let with_entry =
+        [ListedConnection { connect_entry: Some((1, open.opener)), ..listed(40_000, ESTABLISHED) }];
+    // (before, during, table, after, whether its namespace was read, events, missed)
+    type ReconcileCase<'a> = (
+        &'a [Transition],
+        &'a [Transition],
+        &'a [ListedConnection],
+        &'a [Transition],
+        bool,
+        &'a [&'a str],
+        u64,
+    );
+    let rows: [ReconcileCase<'_>; 10] = [
+        // the hooks and the table agree: both have it, neither has it
+        (&[open], &[], &table, &[], true, &["+1"], 0),
+        (&[], &[], &[], &[], true, &[], 0),
+        // missed; then its close is reported, or the next connection at the same endpoint
+        (&[], &[], &table, &[], true, &["+1scan"], 1),
+        (&[], &[], &table, &[closed_after], true, &["+1scan", "-1"], 1),
+        (&[], &[], &with_entry, &[same(&closed_after)], true, &["+1scan", "-1"], 1),
+        (&[], &[], &table, &[again], true, &["+1scan", "-1", "+2"], 1),
+        // connect() was reported, and the rest was missed
+        (&[connecting], &[], &table, &[], true, &["+1"], 1),
+        // its close was missed; but nothing follows if the table was not read
+        (&[open], &[], &[], &[], true, &["+1", "-1"], 0),
+        (&[open], &[], &[], &[], false, &["+1"], 0),
+        // it was established while the table was read
+        (&[], &[opened_during], &table, &[], true, &["+1"], 0),
+    ];
+    for (row, (before, during, table, after, was_read, events, missed)) in rows.into_iter().enumerate() {
+        let got = events_with_snapshots(before, during, table, after, was_read);
+        assert_eq!(got, (events.iter().map(ToString::to_string).collect(), missed), "row {row}");
+    }
+    // A socket in TIME_WAIT is not a self-connection any more, and a connecting socket is none yet.
+    let not_self_connections = [listed(40_000, TIME_WAIT), listed(40_001, SYN_SENT)];
+    assert_eq!(events_with_snapshots(&[], &[], &not_self_connections, &[], true), (vec![], 0));
+}
+
+#[test]
+fn one_snapshot_without_it_closes_nothing_and_an_outdated_one_establishes_nothing() {
+    let mut connections = Connections::new(1);
+    let open = transition(1, 10, SYN_RECV, ESTABLISHED);
+    let closed = Transition { opener: open.opener, ..transition(1, 250, ESTABLISHED, CLOSE) };
+    let events = std::cell::RefCell::new(Vec::new());
+    let record = |event: ConnectionEvent<'_>| match event {
+        ConnectionEvent::Established(connection) => {
+            events.borrow_mut().push(format!("+{}", connection.number));
+        }
+        ConnectionEvent::Closed(connection, _) => events.borrow_mut().push(format!("-{}", connection.number)),
+        ConnectionEvent::State(..) => {}
+    };
+    let listing = [listed(40_000, ESTABLISHED)];
+    connections.apply(&open, record);
+    // Skipped, listed, skipped: never skipped twice in a row.
+    for (began_ns, table) in [(100, &[][..]), (120, &listing), (140, &[])] {
+        connections.begin_snapshot();
+        connections.reconcile(table, began_ns, |_| true, record);
+    }
+    // It is closed while the table is read, and the table still lists it.
+    connections.begin_snapshot();
+    connections.apply(&closed, record);
+    assert_eq!(connections.reconcile(&listing, 240, |_| true, record), 0);
+    assert_eq!(events.into_inner(), ["+1", "-1"]);
+}
+
+#[test]
+fn a_task_name_ends_at_its_nul() {
+    assert_eq!(comm(b"nginx\0old\0\0\0\0\0\0\0"), "nginx");
+    assert_eq!(comm(b"sixteen-bytes-xx"), "sixteen-bytes-xx");
+    assert_eq!(comm(&[0; COMM_LEN]), "");
+}
+
+/// Connections of several sockets, each with the records that its probes lost, in the kernel's order for each
+/// socket.
+fn arbitrary_connections() -> impl Strategy<Value = Vec<(u64, Vec<(usize, u8)>)>> {
+    // (socket, the transitions of an orderly connection, each with a bit mask of the probes that reported it)
+    let seen = proptest::collection::vec((0..6_usize, 1..4_u8), 0..6);
+    proptest::collection::vec((0..3_u64, seen), 1..20)
+}
+
+proptest! {
+    /// No loss of records causes two `established`, a `closed` without its `established`, or a wrong opener.
+    #[test]
+    fn events_are_paired_whatever_is_lost(inputs in arbitrary_connections()) {
+        let mut connections = Connections::new(TWO_PROBES);
+        let mut open = HashSet::new();
+        let mut ever_established = HashSet::new();
+        for (index, (sock, seen)) in inputs.iter().enumerate() {
+            let mut seen = seen.clone();
+            seen.sort_unstable();
+            seen.dedup_by_key(|(at, _)| *at);
+            let pid = u32::try_from(index).unwrap() + 1;
+            for (at, probes) in seen {
+                let (old, new) = ORDERLY[at];
+                for probe_id in (0..2).filter(|probe_id| probes & 1 << probe_id != 0) {
+                    let at_ns = index as u64 * 1_000_000 + at as u64;
+                    let mut t = Transition { probe_id, ..transition(*sock, at_ns, old, new) };
+                    t.opener = Opener { at_ns: index as u64 * 1_000_000 + 1, ..t.opener };
+                    t.opener.task.pid = pid;
+                    connections.apply(&t, |event| match event {
+                        ConnectionEvent::Established(connection) => {
+                            assert!(ever_established.insert(connection.number), "established twice");
+                            open.insert(connection.number);
+                            assert_eq!(connection.opener.unwrap().task.pid, pid);
+                        }
+                        ConnectionEvent::Closed(connection, _) => {
+                            assert!(open.remove(&connection.number), "closed but not open");
+                        }
+                        ConnectionEvent::State(connection, ..) => {
+                            assert_eq!(connection.opener.unwrap().task.pid, pid);
+                        }
+                    });
+                }
+            }
+        }
+        prop_assert_eq!(connections.iter().count(), open.len());
+    }
+
+    /// Without losses there is one `established` and one `closed` for each connection, no matter which probes
+    /// report twice.
+    #[test]
+    fn without_losses_no_connections_are_merged(inputs in proptest::collection::vec((0..3_u64, 1..4_u8), 1..30)) {
+        let mut transitions = Vec::new();
+        for (index, (sock, probes)) in inputs.iter().enumerate() {
+            for (at, (old, new)) in ORDERLY.into_iter().enumerate() {
+                for probe_id in (0..2).filter(|probe_id| probes & 1 << probe_id != 0) {
+                    let mut t = transition(*sock, index as u64 * 1_000_000 + at as u64, old, new);
+                    t.opener.at_ns = index as u64 * 1_000_000 + 1;
+                    transitions.push(Transition { probe_id, ..t });
+                }
+            }
+        }
+        let events = events(TWO_PROBES, &transitions);
+        let expected: Vec<_> = (1..=inputs.len()).flat_map(|n| [format!("+{n}"), format!("-{n}")]).collect();
+        prop_assert_eq!(events, expected);
+    }
+
+    /// Arbitrary transitions cause no panic and no unpaired close.
+    #[test]
+    fn arbitrary_transitions_keep_events_paired(
+        steps in proptest::collection::vec((0..3_u64, 0..16_u8, 0..16_u8, 0..4_u8, 0..3_u64), 0..200)
+    ) {
+        let mut connections = Connections::new(TWO_PROBES);
+        let mut open = HashSet::new();
+        for (n, (sock, old, new, probe_id, opener_at_ns)) in steps.into_iter().enumerate() {
+            let mut t = Transition { probe_id, ..transition(sock, n as u64, old, new) };
+            t.opener.at_ns = opener_at_ns;
+            connections.apply(&t, |event| match event {
+                ConnectionEvent::Established(connection) => assert!(open.insert(connection.number)),
+                ConnectionEvent::Closed(connection, _) => assert!(open.remove(&connection.number)),
+                ConnectionEvent::State(..) => {}
+            });
+        }
+        prop_assert_eq!(connections.iter().count(), open.len());
+    }
+}

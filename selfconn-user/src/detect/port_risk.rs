@@ -1,0 +1,402 @@
+//! Finds the ports at risk of a self-connection: a program keeps connecting to the port, nothing listens on
+//! it, and `connect()` can choose it as source port. Pure: the input is the probes' counts and the local port
+//! range of a network namespace, the output is the events to emit.
+//!
+//! A port that `connect()` can't choose is checked again, because the port range and the reserved ports can
+//! change. The interval depends on the rate of the attempts: few attempts pass between two checks, compared
+//! with the number of attempts that a self-connection takes on average.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv6Addr},
+};
+
+use selfconn_ebpf::{
+    Opener,
+    refused_connects::{Destination, REPORT_THRESHOLD, RefusedCount, WINDOW_NS},
+};
+
+use crate::ports::{LocalPorts, Odds, Reach};
+
+const SECOND_NS: u64 = 1_000_000_000;
+
+/// Minimum interval between two checks of a port, at any rate of attempts.
+const MIN_CHECK_INTERVAL_NS: u64 = SECOND_NS / 10;
+
+/// Mean number of checks during the number of attempts that a self-connection takes on average.
+const CHECKS_PER_EXPECTED_HIT: u64 = 50;
+
+/// Refused connection attempts to one port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RefusedConnects {
+    /// Source and destination address. A v4-mapped address is an IPv4 address here.
+    pub addr: IpAddr,
+    /// Destination port.
+    pub port: u16,
+    /// Inode of the network namespace. 0: this kernel has no namespaces.
+    pub netns: u32,
+    /// The task that made the newest attempt.
+    pub newest: Opener,
+    /// Time of the newest attempt: `CLOCK_BOOTTIME`, nanoseconds.
+    pub last_ns: u64,
+    /// Number of distinct pids that made the attempts (a lower bound).
+    pub dialers: u32,
+    /// Number of attempts.
+    pub refused: u64,
+    /// Time from the first attempt to the newest.
+    pub window_ns: u64,
+}
+
+/// An event about a port at risk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PortRiskEvent {
+    /// The next attempt can connect to itself.
+    AtRisk(RefusedConnects, Chance),
+    /// The port is not at risk any more.
+    Over(RefusedConnects, RiskEndReason),
+}
+
+/// Probability that one attempt connects to itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Chance {
+    /// One in this number of attempts.
+    OneIn(u32),
+    /// The port range can't be read. The text is the reason.
+    Unknown(String),
+}
+
+/// Why a port is not at risk any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RiskEndReason {
+    /// There was no attempt for a minute.
+    Silence,
+    /// `connect()` can't choose the port any more.
+    Unreachable,
+}
+
+/// The ports with many refused connection attempts.
+#[derive(Debug, Default)]
+pub struct PortRisks(HashMap<Destination, PortState>);
+
+#[derive(Debug)]
+struct PortState {
+    /// Time of the next check: `CLOCK_BOOTTIME`, nanoseconds.
+    next_check_ns: u64,
+    /// Number of attempts at which the port is reported next.
+    next_report_count: u64,
+    is_reported: bool,
+    /// The attempts at the last check.
+    last_connects: Option<RefusedConnects>,
+}
+
+impl PortRisks {
+    /// The probes reported that the count of this port crossed a threshold (the first, or the next tenfold).
+    /// The port is due for a check now.
+    pub fn on_threshold(&mut self, destination: Destination) {
+        let new = PortState {
+            next_check_ns: 0,
+            next_report_count: REPORT_THRESHOLD,
+            is_reported: false,
+            last_connects: None,
+        };
+        self.0.entry(destination).or_insert(new).next_check_ns = 0;
+    }
+
+    /// Time of the next check of any port: `CLOCK_BOOTTIME`, nanoseconds. `None`: no port is tracked.
+    #[must_use]
+    pub fn next_check_ns(&self) -> Option<u64> {
+        self.0.values().map(|port| port.next_check_ns).min()
+    }
+
+    /// The ports that are due for a check now.
+    #[must_use]
+    pub fn due(&self, now_ns: u64) -> Vec<Destination> {
+        self.0
+            .iter()
+            .filter(|(_, port)| port.next_check_ns <= now_ns)
+            .map(|(destination, _)| *destination)
+            .collect()
+    }
+
+    /// True if the count of this port has crossed a threshold and has not expired.
+    #[must_use]
+    pub fn is_tracked(&self, destination: &Destination) -> bool {
+        self.0.contains_key(destination)
+    }
+
+    /// Number of ports at risk now.
+    #[must_use]
+    pub fn at_risk(&self) -> usize {
+        self.0.values().filter(|port| port.is_reported).count()
+    }
+
+    /// Stops tracking a port after a minute without attempts. `None`: attempts go on. `Some`: tracking has
+    /// stopped; the caller must remove the port's count, and emit the event if there is one.
+    pub fn expire(
+        &mut self,
+        destination: &Destination,
+        count: Option<&RefusedCount>,
+        now_ns: u64,
+    ) -> Option<Option<PortRiskEvent>> {
+        if count.is_some_and(|count| now_ns.saturating_sub(count.last_ns) <= WINDOW_NS) {
+            return None;
+        }
+        let port = self.0.remove(destination)?;
+        let connects = count.map(|count| RefusedConnects::new(destination, count)).or(port.last_connects);
+        Some(
+            connects
+                .filter(|_| port.is_reported)
+                .map(|connects| PortRiskEvent::Over(connects, RiskEndReason::Silence)),
+        )
+    }
+
+    /// Checks a tracked port. `ports` is the local port range of its namespace, or the reason why the range
+    /// is unknown. `is_taken` is true if a self-connection already holds the port.
+    pub fn check(
+        &mut self,
+        destination: &Destination,
+        count: &RefusedCount,
+        ports: &Result<LocalPorts, String>,
+        is_taken: bool,
+        now_ns: u64,
+    ) -> Option<PortRiskEvent> {
+        let port = self.0.get_mut(destination)?;
+        let connects = RefusedConnects::new(destination, count);
+        let before = port.last_connects.replace(connects);
+        let expiry_ns = connects.last_ns.saturating_add(WINDOW_NS + 1);
+        port.next_check_ns = expiry_ns;
+        let chance = match ports {
+            Err(why) => Some(Chance::Unknown(why.clone())),
+            Ok(ports) => chance(ports, connects.port),
+        };
+        let Some(chance) = chance else {
+            let expected = ports.as_ref().map_or(1, |ports| u64::from(ports.expected_connects()).max(1));
+            let interval_ns =
+                connects.gap_ns(before.as_ref()).saturating_mul(expected) / CHECKS_PER_EXPECTED_HIT;
+            port.next_check_ns = expiry_ns.min(now_ns.saturating_add(interval_ns.max(MIN_CHECK_INTERVAL_NS)));
+            let was_reported = std::mem::take(&mut port.is_reported);
+            return was_reported.then_some(PortRiskEvent::Over(connects, RiskEndReason::Unreachable));
+        };
+        if is_taken || (port.is_reported && connects.refused < port.next_report_count) {
+            return None;
+        }
+        port.is_reported = true;
+        while port.next_report_count <= connects.refused {
+            port.next_report_count = port.next_report_count.saturating_mul(10);
+        }
+        Some(PortRiskEvent::AtRisk(connects, chance))
+    }
+}
+
+/// Probability that `connect()` chooses the destination port as source port. `None`: it never chooses that
+/// port.
+fn chance(ports: &LocalPorts, port: u16) -> Option<Chance> {
+    let is_chosen = match ports.reach(port) {
+        Reach::First => true,
+        // `connect()` chooses these ports only if every port of the preferred parity is reserved.
+        Reach::Last => ports.expected_connects() == 0,
+        Reach::Reserved | Reach::Outside => false,
+    };
+    is_chosen.then(|| Odds::of(ports).expected_connects(port)).flatten().map(Chance::OneIn)
+}
+
+impl RefusedConnects {
+    /// Converts a count of the probes.
+    #[must_use]
+    pub fn new(destination: &Destination, count: &RefusedCount) -> Self {
+        let mut octets = [0; 16];
+        for (to, word) in octets.chunks_exact_mut(4).zip(destination.addr) {
+            to.copy_from_slice(&word.to_ne_bytes());
+        }
+        Self {
+            addr: Ipv6Addr::from(octets).to_canonical(),
+            port: destination.port,
+            netns: destination.netns,
+            newest: count.last_opener,
+            last_ns: count.last_ns,
+            dialers: count.pid_count(),
+            refused: count.refused(),
+            window_ns: count.last_ns.saturating_sub(count.window_start_ns),
+        }
+    }
+
+    /// Mean time between two attempts: of all attempts, or of the attempts since `before` if that is less.
+    fn gap_ns(&self, before: Option<&Self>) -> u64 {
+        let mean = self.window_ns / (self.refused.saturating_sub(1)).max(1);
+        let recent = before.and_then(|before| {
+            let connects = self.refused.checked_sub(before.refused).filter(|connects| *connects > 0)?;
+            Some(self.last_ns.saturating_sub(before.last_ns) / connects)
+        });
+        recent.map_or(mean, |recent| mean.min(recent))
+    }
+
+    /// Expected number of seconds until a self-connection at this rate of attempts, rounded up.
+    #[must_use]
+    pub fn eta_seconds(&self, chance: &Chance) -> Option<u64> {
+        match chance {
+            Chance::Unknown(_) => None,
+            Chance::OneIn(connects) => {
+                let ns = u128::from(self.window_ns) * u128::from(*connects)
+                    / u128::from(self.refused.saturating_sub(1).max(1));
+                u64::try_from(ns.div_ceil(u128::from(SECOND_NS))).ok()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW_NS: u64 = 100_000 * SECOND_NS;
+    /// ::ffff:127.0.0.1, port 40000.
+    const DESTINATION: Destination = Destination {
+        addr: [0, 0, 0xffff_u32.to_be(), 0x7f00_0001_u32.to_be()],
+        netns: 7,
+        port: 40_000,
+        padding: 0,
+    };
+
+    /// `refused` attempts, one every `gap_ns`, the newest at `now_ns`.
+    fn count(refused: u64, gap_ns: u64, now_ns: u64) -> RefusedCount {
+        let mut count = RefusedCount::ZERO;
+        (count.total, count.last_ns, count.window_start_ns) =
+            (refused, now_ns, now_ns - (refused - 1) * gap_ns);
+        count
+    }
+
+    fn ports(range: &str, reserved: &str) -> Result<LocalPorts, String> {
+        LocalPorts::parse(range, reserved).map_err(|error| error.to_string())
+    }
+
+    fn check_now(
+        risks: &mut PortRisks,
+        refused: u64,
+        ports: &Result<LocalPorts, String>,
+    ) -> Option<PortRiskEvent> {
+        risks.on_threshold(DESTINATION);
+        risks.check(&DESTINATION, &count(refused, SECOND_NS, NOW_NS), ports, false, NOW_NS)
+    }
+
+    #[test]
+    fn a_port_is_reported_if_connect_can_choose_it() {
+        for (what, range, reserved, one_in) in [
+            ("first", "40000 40199", "", Some(100)),
+            ("first, with fewer others", "40000 40199", "40002-40099", None),
+            ("of the other parity", "40001 40199", "", None),
+            ("of the other parity, and all others reserved", "39999 40000", "39999", Some(1)),
+            ("reserved", "40000 40199", "40000", None),
+            ("outside", "32768 39999", "", None),
+        ] {
+            let event = check_now(&mut PortRisks::default(), 20, &ports(range, reserved));
+            match (&event, one_in) {
+                (Some(PortRiskEvent::AtRisk(connects, chance)), Some(one_in)) => {
+                    assert_eq!(*chance, Chance::OneIn(one_in), "{what}");
+                    assert_eq!((connects.addr, connects.port), (IpAddr::from([127, 0, 0, 1]), 40_000));
+                    assert_eq!((connects.refused, connects.window_ns), (20, 19 * SECOND_NS));
+                    assert_eq!(connects.eta_seconds(chance), Some(one_in.into()), "{what}");
+                }
+                (Some(PortRiskEvent::AtRisk(_, Chance::OneIn(fewer))), None) if what.contains("fewer") => {
+                    assert!(*fewer < 100, "{what}: {fewer}");
+                }
+                (event, one_in) => assert!(event.is_none() && one_in.is_none(), "{what}: {event:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_port_is_reported_again_at_each_tenfold_count() {
+        let (mut risks, ports) = (PortRisks::default(), ports("40000 40199", ""));
+        let reported: Vec<_> = [20, 21, 199, 200, 1_999, 2_001, 3_000, 20_000]
+            .into_iter()
+            .filter(|refused| check_now(&mut risks, *refused, &ports).is_some())
+            .collect();
+        assert_eq!(reported, [20, 200, 2_001, 20_000]);
+        assert_eq!(risks.at_risk(), 1);
+    }
+
+    #[test]
+    fn a_port_is_reported_when_it_is_unreserved_and_over_when_it_is_reserved() {
+        let (free, reserved) = (ports("40000 40199", ""), ports("40000 40199", "40000"));
+        let mut risks = PortRisks::default();
+        assert_eq!(check_now(&mut risks, 20, &reserved), None);
+        assert_eq!(check_now(&mut risks, 200, &reserved), None);
+        assert_eq!(risks.at_risk(), 0);
+        assert!(matches!(check_now(&mut risks, 230, &free), Some(PortRiskEvent::AtRisk(..))));
+        assert_eq!(check_now(&mut risks, 231, &free), None);
+        let over = check_now(&mut risks, 240, &reserved);
+        assert!(matches!(over, Some(PortRiskEvent::Over(_, RiskEndReason::Unreachable))), "{over:?}");
+        assert_eq!((risks.at_risk(), check_now(&mut risks, 241, &reserved)), (0, None));
+        assert!(matches!(check_now(&mut risks, 250, &free), Some(PortRiskEvent::AtRisk(..))));
+    }
+
+    #[test]
+    fn an_unknown_port_range_is_reported_with_its_reason() {
+        let event = check_now(&mut PortRisks::default(), 20, &Err("no way in".to_owned()));
+        let Some(PortRiskEvent::AtRisk(connects, chance)) = event else { panic!("{event:?}") };
+        assert_eq!(chance, Chance::Unknown("no way in".to_owned()));
+        assert_eq!(connects.eta_seconds(&chance), None);
+    }
+
+    #[test]
+    fn a_port_that_a_self_connection_holds_is_not_reported() {
+        let (mut risks, ports) = (PortRisks::default(), ports("40000 40199", ""));
+        risks.on_threshold(DESTINATION);
+        let count = count(20, SECOND_NS, NOW_NS);
+        assert_eq!(risks.check(&DESTINATION, &count, &ports, true, NOW_NS), None);
+        assert!(risks.check(&DESTINATION, &count, &ports, false, NOW_NS).is_some());
+    }
+
+    #[test]
+    fn a_risk_is_over_after_a_minute_without_attempts() {
+        let (mut risks, ports) = (PortRisks::default(), ports("40000 40199", ""));
+        assert!(check_now(&mut risks, 20, &ports).is_some());
+        let count = count(20, SECOND_NS, NOW_NS);
+        assert_eq!(risks.expire(&DESTINATION, Some(&count), NOW_NS + WINDOW_NS), None);
+        let next_check_ns = risks.next_check_ns().unwrap();
+        assert_eq!(next_check_ns, NOW_NS + WINDOW_NS + 1, "no check before it can expire");
+        assert_eq!((risks.due(next_check_ns - 1), risks.due(next_check_ns)), (vec![], vec![DESTINATION]));
+        let over = risks.expire(&DESTINATION, Some(&count), next_check_ns);
+        assert!(matches!(over, Some(Some(PortRiskEvent::Over(_, RiskEndReason::Silence)))), "{over:?}");
+        assert_eq!(
+            (risks.at_risk(), risks.next_check_ns(), risks.is_tracked(&DESTINATION)),
+            (0, None, false)
+        );
+    }
+
+    #[test]
+    fn a_port_that_was_not_reported_expires_without_an_event() {
+        let mut risks = PortRisks::default();
+        assert_eq!(check_now(&mut risks, 20, &ports("40000 40199", "40000")), None);
+        let count = count(20, SECOND_NS, NOW_NS);
+        assert_eq!(risks.expire(&DESTINATION, Some(&count), NOW_NS + WINDOW_NS + 1), Some(None));
+    }
+
+    #[test]
+    fn checks_are_more_frequent_the_sooner_a_self_connection_is_expected() {
+        const MS_NS: u64 = SECOND_NS / 1_000;
+        for (what, range, gap_ns, interval_ns) in [
+            ("a storm", "32769 60999", 1_000, MIN_CHECK_INTERVAL_NS),
+            ("a small range", "40001 40199", 100 * MS_NS, 100 * MS_NS * 99 / CHECKS_PER_EXPECTED_HIT),
+            ("ten a second", "32769 60999", 100 * MS_NS, 100 * MS_NS * 14_115 / CHECKS_PER_EXPECTED_HIT),
+            ("one a second", "32769 60999", SECOND_NS, WINDOW_NS + 1),
+        ] {
+            let mut risks = PortRisks::default();
+            risks.on_threshold(DESTINATION);
+            let count = count(20, gap_ns, NOW_NS);
+            assert_eq!(risks.check(&DESTINATION, &count, &ports(range, ""), false, NOW_NS), None, "{what}");
+            assert_eq!(risks.next_check_ns(), Some(NOW_NS + interval_ns), "{what}");
+        }
+        // A slow rate for a long time, and now a storm.
+        let mut risks = PortRisks::default();
+        let unreachable = ports("32769 60999", "");
+        risks.on_threshold(DESTINATION);
+        let slow = count(10_000, SECOND_NS, NOW_NS);
+        assert_eq!(risks.check(&DESTINATION, &slow, &unreachable, false, NOW_NS), None);
+        let later_ns = NOW_NS + SECOND_NS;
+        let mut fast = slow;
+        (fast.total, fast.last_ns) = (slow.total + 10_000, later_ns);
+        assert_eq!(risks.check(&DESTINATION, &fast, &unreachable, false, later_ns), None);
+        assert_eq!(risks.next_check_ns(), Some(later_ns + MIN_CHECK_INTERVAL_NS));
+    }
+}

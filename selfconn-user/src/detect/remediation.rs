@@ -1,0 +1,341 @@
+//! The policy of `--remedy`: decides which self-connections to destroy, when, and at what rate, and keeps the
+//! connections that wait. Pure: no clock, no kernel. The owner executes the steps and reports their results
+//! back.
+//!
+//! A self-connection is first looked up, and then destroyed by the cookie that the lookup returned. The
+//! cookie certainly belongs to that connection, because every transition until the lookup has been applied
+//! and the connection was still open.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::filter::Selection;
+use crate::{
+    event::{ConnectionFields, Remedied},
+    sockets::{Cookie, Target},
+};
+
+#[cfg(test)]
+mod tests;
+
+const SECOND_NS: u64 = 1_000_000_000;
+
+/// What `--remedy` does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RemedyMode {
+    /// Everything except SOCK_DESTROY itself.
+    DryRun,
+    /// Destroy the sockets with SOCK_DESTROY.
+    Destroy,
+}
+
+impl RemedyMode {
+    /// Name in the option and in events.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::DryRun => "dry-run",
+            Self::Destroy => "destroy",
+        }
+    }
+}
+
+/// The requested policy.
+#[derive(Clone, Debug)]
+pub struct RemedyPolicy {
+    /// What to do.
+    pub mode: RemedyMode,
+    /// Which self-connections may be destroyed.
+    pub selection: Selection,
+    /// How long a self-connection is left alone after it is established.
+    pub grace_ns: u64,
+    /// Maximum number per second. A burst may have the same number.
+    pub rate: u32,
+}
+
+/// Result for one self-connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RemedyOutcome {
+    /// The socket was destroyed.
+    Destroyed,
+    /// The socket would have been destroyed without dry-run.
+    WouldDestroy,
+    /// The selection of the policy excludes it.
+    Excepted,
+    /// It has to wait because of the rate limit.
+    RateLimited,
+    /// It was already closed.
+    Gone,
+    /// The lookup or SOCK_DESTROY failed.
+    Failed,
+}
+
+impl RemedyOutcome {
+    /// All outcomes, in the order of the counters.
+    pub const ALL: [Self; 6] =
+        [Self::Destroyed, Self::WouldDestroy, Self::Excepted, Self::RateLimited, Self::Gone, Self::Failed];
+
+    /// Name in events and metrics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Destroyed => "destroyed",
+            Self::WouldDestroy => "would_destroy",
+            Self::Excepted => "excepted",
+            Self::RateLimited => "rate_limited",
+            Self::Gone => "gone",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// An established self-connection that may be destroyed.
+#[derive(Clone, Debug)]
+pub struct RemedyCandidate {
+    /// Its fields in events.
+    pub fields: ConnectionFields,
+    /// Identity of the socket. `None`: the network namespace is unknown.
+    pub target: Option<Target>,
+    /// Processes and threads that may be in its network namespace.
+    pub netns_hints: Vec<u32>,
+}
+
+/// A step that the owner must execute.
+#[derive(Debug)]
+pub enum RemedyStep {
+    /// Look up the socket's cookie.
+    LookUp(RemedyRequest),
+    /// Destroy the socket with this cookie.
+    Destroy(RemedyRequest, Cookie),
+    /// Emit this event.
+    Emit(Box<Remedied>),
+}
+
+/// The socket that a step is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemedyRequest {
+    /// Number of the connection.
+    pub number: u64,
+    /// Identity of the socket.
+    pub target: Target,
+    /// Processes and threads to try first to enter its network namespace.
+    pub netns_hints: Vec<u32>,
+}
+
+/// The policy, and the self-connections that wait for a step.
+#[derive(Debug)]
+pub struct Remedy {
+    policy: RemedyPolicy,
+    /// By number. All have the same grace period, so they are due in the order of their numbers.
+    waiting: BTreeMap<u64, WaitingConnection>,
+    /// Connections that are being looked up or destroyed now.
+    in_progress: HashMap<u64, ConnectionInProgress>,
+    limiter: RateLimiter,
+    counts: [u64; RemedyOutcome::ALL.len()],
+}
+
+#[derive(Debug)]
+struct WaitingConnection {
+    due_ns: u64,
+    /// True if `rate_limited` has been reported for it.
+    is_reported: bool,
+    fields: ConnectionFields,
+    request: RemedyRequest,
+}
+
+#[derive(Debug)]
+struct ConnectionInProgress {
+    is_destroying: bool,
+    has_closed: bool,
+    fields: ConnectionFields,
+    request: RemedyRequest,
+}
+
+impl Remedy {
+    /// Starts with no connections.
+    #[must_use]
+    pub fn new(policy: RemedyPolicy) -> Self {
+        let limiter = RateLimiter::new(policy.rate);
+        Self {
+            policy,
+            waiting: BTreeMap::new(),
+            in_progress: HashMap::new(),
+            limiter,
+            counts: Default::default(),
+        }
+    }
+
+    /// Number of reports of each outcome.
+    pub fn counts(&self) -> impl Iterator<Item = (RemedyOutcome, u64)> {
+        RemedyOutcome::ALL.into_iter().zip(self.counts)
+    }
+
+    /// A self-connection was established at `at_ns`. Returns the event to emit at once, if any.
+    pub fn on_established(
+        &mut self,
+        number: u64,
+        candidate: RemedyCandidate,
+        at_ns: u64,
+    ) -> Option<Remedied> {
+        let RemedyCandidate { fields, target, netns_hints } = candidate;
+        if let Some(why) = self.policy.selection.exclusion_reason(&fields) {
+            return Some(self.finish(fields, RemedyOutcome::Excepted, Some(why)));
+        }
+        let Some(target) = target else {
+            let why = "its network namespace is unknown: the kernel has no usable BTF".to_owned();
+            return Some(self.finish(fields, RemedyOutcome::Failed, Some(why)));
+        };
+        let due_ns = at_ns.saturating_add(self.policy.grace_ns);
+        let request = RemedyRequest { number, target, netns_hints };
+        self.waiting.insert(number, WaitingConnection { due_ns, is_reported: false, fields, request });
+        None
+    }
+
+    /// The connection is closed, by itself or by the remedy.
+    pub fn on_closed(&mut self, number: u64) {
+        self.waiting.remove(&number);
+        if let Some(in_progress) = self.in_progress.get_mut(&number) {
+            in_progress.has_closed = true;
+        }
+    }
+
+    /// Time of the next step: `CLOCK_BOOTTIME`, nanoseconds.
+    #[must_use]
+    pub fn next_ns(&self) -> Option<u64> {
+        let (_, first) = self.waiting.first_key_value()?;
+        Some(if first.is_reported { first.due_ns.max(self.limiter.available_ns()) } else { first.due_ns })
+    }
+
+    /// True if a socket is being destroyed now.
+    #[must_use]
+    pub fn is_destroying(&self) -> bool {
+        self.in_progress.values().any(|in_progress| in_progress.is_destroying)
+    }
+
+    /// The steps that are due now.
+    pub fn due(&mut self, now_ns: u64) -> Vec<RemedyStep> {
+        let mut steps = Vec::new();
+        while let Some(first) = self.waiting.first_entry().filter(|first| first.get().due_ns <= now_ns) {
+            if !self.limiter.try_take(now_ns) {
+                break;
+            }
+            let (number, WaitingConnection { fields, request, .. }) = first.remove_entry();
+            steps.push(RemedyStep::LookUp(request.clone()));
+            self.in_progress.insert(
+                number,
+                ConnectionInProgress { is_destroying: false, has_closed: false, fields, request },
+            );
+        }
+        // The others that are due are over the rate limit. Each is reported once.
+        let per_second = format!("{} a second", self.policy.rate);
+        let overdue = self.waiting.values_mut().rev().skip_while(|waiting| waiting.due_ns > now_ns);
+        let unreported: Vec<_> = overdue
+            .take_while(|waiting| !waiting.is_reported)
+            .map(|waiting| {
+                waiting.is_reported = true;
+                waiting.fields.clone()
+            })
+            .collect();
+        for fields in unreported.into_iter().rev() {
+            let remedied = self.finish(fields, RemedyOutcome::RateLimited, Some(per_second.clone()));
+            steps.push(RemedyStep::Emit(Box::new(remedied)));
+        }
+        steps
+    }
+
+    /// Result of a lookup. Every transition until the lookup must have been applied before.
+    pub fn on_looked_up(
+        &mut self,
+        number: u64,
+        outcome: Result<Option<Cookie>, String>,
+    ) -> Option<RemedyStep> {
+        let ConnectionInProgress { has_closed, mut fields, request, .. } =
+            self.in_progress.remove(&number)?;
+        let expected_cookie = fields.cookie;
+        let (outcome, why) = match outcome {
+            // Another socket may have the same endpoint by now.
+            Ok(Some(cookie))
+                if !has_closed
+                    && expected_cookie.is_none_or(|expected_cookie| expected_cookie == cookie.get()) =>
+            {
+                fields.cookie = Some(cookie.get());
+                if self.policy.mode == RemedyMode::Destroy {
+                    let step = RemedyStep::Destroy(request.clone(), cookie);
+                    self.in_progress.insert(
+                        number,
+                        ConnectionInProgress { is_destroying: true, has_closed, fields, request },
+                    );
+                    return Some(step);
+                }
+                (RemedyOutcome::WouldDestroy, None)
+            }
+            Ok(_) => (RemedyOutcome::Gone, None),
+            Err(why) => (RemedyOutcome::Failed, Some(why)),
+        };
+        Some(RemedyStep::Emit(Box::new(self.finish(fields, outcome, why))))
+    }
+
+    /// Result of SOCK_DESTROY. `Ok(false)`: the socket did not exist any more.
+    pub fn on_destroyed(&mut self, number: u64, outcome: Result<bool, String>) -> Option<Remedied> {
+        let ConnectionInProgress { fields, .. } = self.in_progress.remove(&number)?;
+        let (outcome, why) = match outcome {
+            Ok(true) => (RemedyOutcome::Destroyed, None),
+            Ok(false) => (RemedyOutcome::Gone, None),
+            Err(why) => (RemedyOutcome::Failed, Some(why)),
+        };
+        Some(self.finish(fields, outcome, why))
+    }
+
+    fn finish(&mut self, fields: ConnectionFields, outcome: RemedyOutcome, why: Option<String>) -> Remedied {
+        self.counts[outcome as usize] += 1;
+        let port_freed = match outcome {
+            RemedyOutcome::Destroyed | RemedyOutcome::WouldDestroy => frees_port(&fields),
+            _ => None,
+        };
+        Remedied {
+            connection: fields,
+            mode: self.policy.mode.name(),
+            result: outcome.name(),
+            why,
+            port_freed,
+        }
+    }
+}
+
+/// True if SOCK_DESTROY frees the port at once. `None`: unknown. A port that connect() chose is released when
+/// the connection is closed, because it is not locked. A port that the program named stays with the socket
+/// until the socket is closed (`tcp_set_state`, net/ipv4/tcp.c, and SOCK_BINDPORT_LOCK, include/net/sock.h at
+/// v5.10). A port from bind to port 0 is not locked either, but events report it as bound.
+fn frees_port(fields: &ConnectionFields) -> Option<bool> {
+    match fields.cause {
+        Some("ephemeral") => Some(true),
+        _ => None,
+    }
+}
+
+/// Token bucket: `rate` tokens a second, with a capacity of one second. `full_ns` is the time at which the
+/// bucket is full again. Taking a token moves it one interval ahead, and it may be at most one second ahead
+/// of now.
+#[derive(Debug)]
+struct RateLimiter {
+    interval_ns: u64,
+    full_ns: u64,
+}
+
+impl RateLimiter {
+    fn new(rate: u32) -> Self {
+        Self { interval_ns: SECOND_NS / u64::from(rate.max(1)), full_ns: 0 }
+    }
+
+    /// Time from which a token is available.
+    fn available_ns(&self) -> u64 {
+        (self.full_ns + self.interval_ns).saturating_sub(SECOND_NS)
+    }
+
+    fn try_take(&mut self, now_ns: u64) -> bool {
+        let is_available = self.available_ns() <= now_ns;
+        if is_available {
+            self.full_ns = self.full_ns.max(now_ns) + self.interval_ns;
+        }
+        is_available
+    }
+}

@@ -1,0 +1,180 @@
+//! Table tests of the remedy: which connections are destroyed, when, and with which results.
+
+use super::*;
+use crate::detect::filter::tests::sample_fields;
+
+const TARGET: Target = Target {
+    netns: 1,
+    addr: std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
+    port: 40_000,
+    is_ipv6: false,
+    ifindex: None,
+};
+
+fn remedy(mode: RemedyMode, grace_ns: u64, rate: u32) -> Remedy {
+    Remedy::new(RemedyPolicy { mode, selection: Selection::default(), grace_ns, rate })
+}
+
+fn candidate() -> RemedyCandidate {
+    RemedyCandidate { fields: sample_fields(), target: Some(TARGET), netns_hints: vec![8, 7] }
+}
+
+fn cookie(number: u64) -> Cookie {
+    Cookie::new(number).unwrap()
+}
+
+fn request(number: u64) -> RemedyRequest {
+    RemedyRequest { number, target: TARGET, netns_hints: vec![8, 7] }
+}
+
+/// The due steps: numbers of the connections to look up, and results of the events.
+fn due(remedy: &mut Remedy, now_ns: u64) -> (Vec<u64>, Vec<&'static str>) {
+    let (mut numbers, mut results) = (Vec::new(), Vec::new());
+    for step in remedy.due(now_ns) {
+        match step {
+            RemedyStep::LookUp(request) => numbers.push(request.number),
+            RemedyStep::Emit(remedied) => results.push(remedied.result),
+            RemedyStep::Destroy(..) => panic!("destroyed before the lookup"),
+        }
+    }
+    (numbers, results)
+}
+
+#[test]
+fn a_connection_is_destroyed_by_the_cookie_of_its_lookup() {
+    let mut remedy = remedy(RemedyMode::Destroy, 0, 10);
+    assert!(remedy.on_established(1, candidate(), 5).is_none());
+    assert_eq!(remedy.next_ns(), Some(5));
+    assert_eq!(due(&mut remedy, 5), (vec![1], vec![]));
+    assert!(!remedy.is_destroying() && remedy.next_ns().is_none());
+    let step = remedy.on_looked_up(1, Ok(Some(cookie(9))));
+    assert!(matches!(step, Some(RemedyStep::Destroy(which, by)) if which == request(1) && by == cookie(9)));
+    assert!(remedy.is_destroying());
+    // The close is reported before the result of SOCK_DESTROY.
+    remedy.on_closed(1);
+    let remedied = remedy.on_destroyed(1, Ok(true)).unwrap();
+    assert_eq!((remedied.mode, remedied.result, remedied.port_freed), ("destroy", "destroyed", Some(true)));
+    assert_eq!(remedied.connection.cookie, Some(9));
+    assert!(!remedy.is_destroying());
+    assert!(remedy.on_destroyed(1, Ok(true)).is_none(), "reported only once");
+}
+
+#[test]
+fn a_dry_run_looks_up_and_destroys_nothing() {
+    let mut remedy = remedy(RemedyMode::DryRun, 0, 10);
+    remedy.on_established(1, candidate(), 5);
+    due(&mut remedy, 5);
+    let Some(RemedyStep::Emit(remedied)) = remedy.on_looked_up(1, Ok(Some(cookie(9)))) else { panic!() };
+    assert_eq!((remedied.mode, remedied.result), ("dry-run", "would_destroy"));
+    assert!(!remedy.is_destroying());
+}
+
+#[test]
+fn a_closed_or_replaced_connection_is_gone_and_a_failure_has_a_reason() {
+    let known = |cookie| RemedyCandidate {
+        fields: ConnectionFields { cookie: Some(cookie), ..sample_fields() },
+        ..candidate()
+    };
+    let refusal = || Err("refused".to_owned());
+    for (candidate, is_closed, looked_up, destroyed, result) in [
+        (candidate(), false, Ok(None), None, "gone"),
+        (candidate(), true, Ok(Some(cookie(9))), None, "gone"),
+        (known(8), false, Ok(Some(cookie(9))), None, "gone"),
+        (known(9), false, Ok(Some(cookie(9))), Some(Ok(true)), "destroyed"),
+        (candidate(), false, Ok(Some(cookie(9))), Some(Ok(false)), "gone"),
+        (candidate(), false, Ok(Some(cookie(9))), Some(refusal()), "failed"),
+        (candidate(), false, Err("refused".to_owned()), None, "failed"),
+    ] {
+        let mut remedy = remedy(RemedyMode::Destroy, 0, 10);
+        remedy.on_established(1, candidate, 5);
+        due(&mut remedy, 5);
+        if is_closed {
+            remedy.on_closed(1);
+        }
+        let remedied = match (remedy.on_looked_up(1, looked_up), destroyed) {
+            (Some(RemedyStep::Emit(remedied)), None) => *remedied,
+            (Some(RemedyStep::Destroy(..)), Some(outcome)) => remedy.on_destroyed(1, outcome).unwrap(),
+            (step, _) => panic!("{step:?}"),
+        };
+        assert_eq!(remedied.result, result);
+        assert_eq!(remedied.why.as_deref(), (result == "failed").then_some("refused"));
+        assert_eq!(remedied.port_freed.is_some(), result == "destroyed");
+        let counts: Vec<_> = remedy.counts().filter(|(_, count)| *count > 0).collect();
+        assert!(counts.len() == 1 && counts[0].0.name() == result, "{counts:?}");
+    }
+}
+
+#[test]
+fn a_connection_that_closes_within_its_grace_period_is_left_alone() {
+    let mut remedy = remedy(RemedyMode::Destroy, 100, 10);
+    remedy.on_established(1, candidate(), 5);
+    remedy.on_established(2, candidate(), 6);
+    assert_eq!(due(&mut remedy, 104), (vec![], vec![]));
+    remedy.on_closed(1);
+    assert_eq!(remedy.next_ns(), Some(106));
+    assert_eq!(due(&mut remedy, 106), (vec![2], vec![]));
+    assert!(remedy.counts().all(|(_, count)| count == 0));
+}
+
+#[test]
+fn connections_over_the_rate_limit_are_reported_once_and_handled_later() {
+    let mut remedy = remedy(RemedyMode::Destroy, 0, 2);
+    for number in 1..=5 {
+        remedy.on_established(number, candidate(), SECOND_NS);
+    }
+    remedy.on_established(6, candidate(), 3 * SECOND_NS);
+    let limited = |count| vec!["rate_limited"; count];
+    assert_eq!(due(&mut remedy, SECOND_NS), (vec![1, 2], limited(3)));
+    assert_eq!(remedy.next_ns(), Some(SECOND_NS + SECOND_NS / 2), "no wake-up before the next token");
+    assert_eq!(due(&mut remedy, SECOND_NS + 1), (vec![], vec![]));
+    remedy.on_closed(3);
+    assert_eq!(due(&mut remedy, SECOND_NS + SECOND_NS / 2), (vec![4], vec![]));
+    assert_eq!(due(&mut remedy, 2 * SECOND_NS), (vec![5], vec![]));
+    assert_eq!(remedy.next_ns(), Some(3 * SECOND_NS));
+    assert_eq!(due(&mut remedy, 3 * SECOND_NS), (vec![6], vec![]));
+}
+
+#[test]
+fn a_connection_that_arrives_while_others_wait_is_reported_as_rate_limited_too() {
+    let mut remedy = remedy(RemedyMode::Destroy, 0, 1);
+    for number in 1..=3 {
+        remedy.on_established(number, candidate(), SECOND_NS);
+        due(&mut remedy, SECOND_NS + number);
+    }
+    let limited = remedy.counts().find(|(outcome, _)| *outcome == RemedyOutcome::RateLimited);
+    assert_eq!(limited, Some((RemedyOutcome::RateLimited, 2)));
+}
+
+#[test]
+fn an_excluded_connection_is_reported_at_once_and_never_looked_up() {
+    let selection = Selection { except: vec!["comm=java".parse().unwrap()], ..Selection::default() };
+    let mut remedy = Remedy::new(RemedyPolicy { mode: RemedyMode::DryRun, selection, grace_ns: 7, rate: 1 });
+    let remedied = remedy.on_established(1, candidate(), 5).unwrap();
+    assert_eq!((remedied.result, remedied.why.as_deref()), ("excepted", Some("except comm=java")));
+    assert_eq!(remedy.next_ns(), None);
+}
+
+#[test]
+fn without_its_network_namespace_a_connection_cannot_be_looked_up() {
+    let remedied = remedy(RemedyMode::Destroy, 0, 1)
+        .on_established(1, RemedyCandidate { target: None, ..candidate() }, 5)
+        .unwrap();
+    assert_eq!(remedied.result, "failed");
+    assert!(remedied.why.unwrap().contains("BTF"));
+}
+
+#[test]
+fn the_rate_limiter_allows_its_rate_per_second() {
+    for rate in [1, 3, 10, 1_000_000] {
+        let mut limiter = RateLimiter::new(rate);
+        let start = 77 * SECOND_NS;
+        let tokens = |limiter: &mut RateLimiter, at| (0..20).filter(|_| limiter.try_take(at)).count();
+        let burst = (rate as usize).min(20);
+        assert_eq!(tokens(&mut limiter, start), burst, "{rate}");
+        if rate < 20 {
+            assert_eq!(tokens(&mut limiter, start), 0);
+            assert!(!limiter.try_take(limiter.available_ns() - 1));
+            assert!(limiter.try_take(limiter.available_ns()));
+        }
+    }
+}

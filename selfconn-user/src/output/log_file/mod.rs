@@ -1,0 +1,227 @@
+//! The event log: JSON lines appended to a file. Whole lines go in one write. If a full disk accepts only a
+//! part of a line, the rest is written later. Lines that do not fit into the queue until then are dropped and
+//! counted.
+//!
+//! The file may be moved or removed at any time, for example by logrotate. The next line then goes to a new
+//! file at the same path. A partial line is completed in the file that has its beginning. If that file was
+//! removed or truncated, the whole line is written to the new file.
+
+use std::{
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Error, Result, anyhow};
+
+use super::write_queue::WriteQueue;
+use place::OpenLogFile;
+
+mod place;
+
+/// Maximum bytes that wait for a file that refuses writes; about 10,000 lines.
+const PENDING_LIMIT: usize = 8 << 20;
+
+#[derive(Debug)]
+pub struct LogFile {
+    path: PathBuf,
+    current: OpenLogFile,
+    queue: WriteQueue,
+    /// Length of the file after a partial line was written.
+    len_after_partial: u64,
+    errors: u64,
+    /// The last write failed. A burst of errors is logged once.
+    is_failing: bool,
+    /// The open file was moved and no new one can be created, so lines still go to the moved file. Logged
+    /// once.
+    is_on_moved_file: bool,
+}
+
+impl LogFile {
+    /// Opens the file for appending. Creates it if it does not exist.
+    ///
+    /// # Errors
+    /// If the file cannot be opened for writing. The error has a hint.
+    pub fn open(path: &Path) -> Result<Self> {
+        let current = OpenLogFile::open(path).map_err(|error| open_error(path, error))?;
+        Ok(Self {
+            path: path.to_owned(),
+            current,
+            queue: WriteQueue::new(PENDING_LIMIT),
+            len_after_partial: 0,
+            errors: 0,
+            is_failing: false,
+            is_on_moved_file: false,
+        })
+    }
+
+    /// Adds a line, which ends in a newline. It is written at the next flush.
+    pub fn push(&mut self, line: &[u8]) {
+        self.queue.push(line);
+    }
+
+    /// Writes all lines that wait. After an error they continue to wait. A burst of errors is logged once.
+    pub fn flush(&mut self) {
+        if self.queue.is_empty() {
+            return;
+        }
+        match self.follow_path().and_then(|()| self.write()) {
+            Ok(()) => {
+                if std::mem::take(&mut self.is_failing) {
+                    log::warn!("the event log {} can be written again", self.path.display());
+                }
+            }
+            Err(error) => {
+                self.errors += 1;
+                if !std::mem::replace(&mut self.is_failing, true) {
+                    log::error!("cannot write the event log {}: {error}; events wait", self.path.display());
+                }
+            }
+        }
+    }
+
+    /// Closes a file that was moved, even if there is nothing to write. This is the reaction to SIGHUP.
+    pub fn reopen(&mut self) {
+        if let Err(error) = self.follow_path() {
+            self.errors += 1;
+            log::error!("cannot reopen the event log {}: {error}", self.path.display());
+        }
+        self.flush();
+    }
+
+    /// Switches to the file that is now at the path. Creates it if it does not exist.
+    fn follow_path(&mut self) -> io::Result<()> {
+        if self.current.is_at(&self.path) {
+            self.is_on_moved_file = false;
+            return Ok(());
+        }
+        match OpenLogFile::open(&self.path) {
+            Ok(next) => {
+                self.complete_partial_line(&next)?;
+                log::info!("the event log {} was moved or removed: reopened", self.path.display());
+                self.current = next;
+                self.is_on_moved_file = false;
+                Ok(())
+            }
+            // Lines written to a deleted file would be lost.
+            Err(error) if self.current.is_deleted() => Err(error),
+            Err(error) => {
+                if !std::mem::replace(&mut self.is_on_moved_file, true) {
+                    self.errors += 1;
+                    log::error!(
+                        "cannot reopen the event log {}: {error}; still writing to the moved file",
+                        self.path.display()
+                    );
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes the rest of a partial line to the file that has its beginning.
+    fn complete_partial_line(&mut self, next: &OpenLogFile) -> io::Result<()> {
+        self.check_truncation();
+        while !self.queue.partial_rest().is_empty() {
+            if self.current.is_deleted() {
+                self.queue.rewind();
+                break;
+            }
+            match write_once(&self.current, self.queue.partial_rest()) {
+                Ok(count) => self.advance(count),
+                // The next file has no room either, because it is on the same filesystem.
+                Err(error) if self.current.shares_filesystem(next) => return Err(error),
+                Err(_) => {
+                    self.queue.rewind();
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self) -> io::Result<()> {
+        self.check_truncation();
+        if self.current.has_partial_last_line {
+            write_once(&self.current, b"\n")?;
+            self.current.has_partial_last_line = false;
+        }
+        while !self.queue.is_empty() {
+            let count = write_once(&self.current, self.queue.remaining())?;
+            self.advance(count);
+        }
+        Ok(())
+    }
+
+    fn advance(&mut self, count: usize) {
+        self.queue.advance(count);
+        if !self.queue.partial_rest().is_empty() {
+            self.len_after_partial = self.current.len().unwrap_or(0);
+        }
+    }
+
+    /// If the file was truncated, the beginning of a partial line is gone, so the whole line is written
+    /// again.
+    fn check_truncation(&mut self) {
+        if !self.queue.partial_rest().is_empty()
+            && self.current.len().is_some_and(|len| len < self.len_after_partial)
+        {
+            self.queue.rewind();
+        }
+    }
+
+    /// Writes all lines at the end of the run and drops those that cannot be written. Returns true if all
+    /// were written.
+    pub fn finish(&mut self) -> bool {
+        self.flush();
+        let is_written = self.queue.is_empty();
+        self.queue.drop_all();
+        is_written
+    }
+
+    /// True if lines wait because the file refuses writes.
+    #[must_use]
+    pub fn has_pending(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    /// True if the last attempt to write failed.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        self.is_failing
+    }
+
+    /// Number of lines written to the file.
+    #[must_use]
+    pub fn written(&self) -> u64 {
+        self.queue.completed()
+    }
+
+    /// Number of lines that were dropped.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.queue.lost()
+    }
+
+    /// Number of failed attempts to write or reopen.
+    #[must_use]
+    pub fn errors(&self) -> u64 {
+        self.errors
+    }
+}
+
+fn open_error(path: &Path, error: io::Error) -> Error {
+    let context = format!("cannot write the event log {}", path.display());
+    match place::hint(path, &error) {
+        Some(hint) => anyhow!("{context}: {error}: {hint}"),
+        None => Error::new(error).context(context),
+    }
+}
+
+fn write_once(log: &OpenLogFile, bytes: &[u8]) -> io::Result<usize> {
+    loop {
+        match (&log.file).write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            outcome => return outcome,
+        }
+    }
+}

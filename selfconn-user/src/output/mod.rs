@@ -1,0 +1,269 @@
+//! The outputs of events: text or JSON lines on stdout, the journal, and the log file. A slow output does not
+//! stop the daemon: its events wait in a bounded queue, and events that do not fit are dropped and counted.
+
+use std::io;
+
+use jiff::Timestamp;
+
+use crate::event::{Event, EventKind, Losses, ProgramCounters, Stopped};
+use journald::JournalOutput;
+use log_file::LogFile;
+use stdout::Stdout;
+
+pub mod journald;
+pub mod log_file;
+mod stdout;
+mod write_queue;
+mod writer;
+
+pub use stdout::Format;
+
+/// Appends an event as one JSON line.
+pub fn json_line(event: &Event, out: &mut Vec<u8>) {
+    let start = out.len();
+    match serde_json::to_writer(&mut *out, event) {
+        Ok(()) => out.push(b'\n'),
+        // Impossible with a schema of strings and numbers. A partial line must never remain in the output.
+        Err(error) => {
+            out.truncate(start);
+            log::error!("cannot serialize an event as JSON: {error}");
+        }
+    }
+}
+
+/// The outputs that have pending events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PendingOutputs {
+    pub log: bool,
+    pub stdout: bool,
+    pub journal: bool,
+}
+
+impl PendingOutputs {
+    #[must_use]
+    pub fn any(self) -> bool {
+        self.log || self.stdout || self.journal
+    }
+}
+
+/// All outputs of events.
+#[derive(Debug)]
+pub struct Outputs {
+    stdout: Option<Stdout>,
+    journal: Option<JournalOutput>,
+    log: Option<LogFile>,
+    made: u64,
+    line: Vec<u8>,
+}
+
+impl Outputs {
+    /// An output that is `None` or false is not used.
+    ///
+    /// # Errors
+    /// If a writer thread cannot be started.
+    pub fn new(stdout: Option<Format>, journal: bool, log: Option<LogFile>) -> io::Result<Self> {
+        let stdout = stdout.map(Stdout::start).transpose()?;
+        let journal = journal.then(JournalOutput::start).transpose()?;
+        Ok(Self { stdout, journal, log, made: 0, line: Vec::new() })
+    }
+
+    /// Emits an event with the current time.
+    pub fn emit(&mut self, kind: EventKind) {
+        self.emit_at(Timestamp::now(), kind);
+    }
+
+    /// Emits an event. It is written at the next flush.
+    pub fn emit_at(&mut self, time: Timestamp, kind: EventKind) {
+        let event = Event { time, kind };
+        self.made += 1;
+        self.write_json(&event);
+        if let Some(log) = &mut self.log {
+            log.push(&self.line);
+        }
+        if let Some(stdout) = &mut self.stdout {
+            stdout.push(&event, &self.line);
+        }
+        if let Some(journal) = &mut self.journal {
+            journal.push(&self.line);
+        }
+    }
+
+    fn write_json(&mut self, event: &Event) {
+        self.line.clear();
+        json_line(event, &mut self.line);
+    }
+
+    /// Writes the emitted events as far as the outputs accept them.
+    ///
+    /// # Errors
+    /// Only a broken pipe: nobody reads stdout any more, and the caller ends the run. Every other error is
+    /// logged and counted where it happens.
+    pub fn flush(&mut self) -> io::Result<()> {
+        if let Some(log) = &mut self.log {
+            log.flush();
+        }
+        if let Some(journal) = &mut self.journal {
+            journal.writer.flush();
+        }
+        match &mut self.stdout {
+            Some(stdout) => {
+                stdout.writer.flush();
+                if stdout.writer.is_gone() { Err(io::ErrorKind::BrokenPipe.into()) } else { Ok(()) }
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Flushes as [`Self::flush`] does, then makes room for the events of the next batch. If there is only
+    /// one output and its reader is slow, this waits, and further records wait in the ring buffer. With
+    /// several outputs it does not wait: the slow output loses events, so that the other outputs do not.
+    ///
+    /// # Errors
+    /// As [`Self::flush`].
+    pub async fn make_room(&mut self) -> io::Result<()> {
+        self.flush()?;
+        match (&mut self.stdout, &mut self.journal, &self.log) {
+            (Some(stdout), None, None) => stdout.writer.make_room().await,
+            (None, Some(journal), None) => journal.writer.make_room().await,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Waits until an output has written its chunk and has more events, so that the caller should flush.
+    /// Cancel safe.
+    pub async fn ready(&mut self) {
+        let writers = (self.stdout.as_mut(), self.journal.as_mut());
+        match writers {
+            (Some(stdout), Some(journal)) => tokio::select! {
+                () = stdout.writer.ready() => {}
+                () = journal.writer.ready() => {}
+            },
+            (Some(stdout), None) => stdout.writer.ready().await,
+            (None, Some(journal)) => journal.writer.ready().await,
+            (None, None) => std::future::pending().await,
+        }
+    }
+
+    /// Reopens the log. This is the reaction to SIGHUP.
+    ///
+    /// # Errors
+    /// A broken pipe if stdout was a terminal and the terminal was hung up.
+    pub fn reopen(&mut self) -> io::Result<()> {
+        if let Some(log) = &mut self.log {
+            log.reopen();
+        }
+        match &self.stdout {
+            Some(stdout) if stdout.is_hung_up() => Err(io::ErrorKind::BrokenPipe.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// True if SIGHUP has something to reopen. Otherwise SIGHUP ends the run.
+    #[must_use]
+    pub fn can_reopen(&self) -> bool {
+        self.log.is_some() || self.journal.is_some()
+    }
+
+    /// The outputs that have pending events. Losses of an output are reported only after it accepts events
+    /// again, because otherwise the `lost` event would be dropped as well.
+    #[must_use]
+    pub fn pending(&self) -> PendingOutputs {
+        PendingOutputs {
+            log: self.log.as_ref().is_some_and(LogFile::has_pending),
+            stdout: self.stdout.as_ref().is_some_and(|stdout| stdout.writer.has_pending()),
+            journal: self.journal.as_ref().is_some_and(|journal| journal.writer.has_pending()),
+        }
+    }
+
+    /// Events that each output dropped: the part of [`Losses`] that the outputs count.
+    #[must_use]
+    pub fn lost(&self) -> Losses {
+        Losses {
+            log: self.log.as_ref().map_or(0, LogFile::lost),
+            stdout: self.stdout.as_ref().map_or(0, |stdout| stdout.writer.lost()),
+            journal: self.journal.as_ref().map_or(0, |journal| journal.writer.lost()),
+            ..Losses::default()
+        }
+    }
+
+    /// Number of events emitted so far.
+    #[must_use]
+    pub fn made(&self) -> u64 {
+        self.made
+    }
+
+    /// Number of events in the log file so far. `None` without a log file.
+    #[must_use]
+    pub fn written(&self) -> Option<u64> {
+        self.log.as_ref().map(LogFile::written)
+    }
+
+    /// Number of failed attempts to write or reopen the log.
+    #[must_use]
+    pub fn log_write_errors(&self) -> u64 {
+        self.log.as_ref().map_or(0, LogFile::errors)
+    }
+
+    /// True if the last attempt to write the log succeeded, or if there is no log file.
+    #[must_use]
+    pub fn can_write_log(&self) -> bool {
+        !self.log.as_ref().is_some_and(LogFile::is_failing)
+    }
+
+    /// Emits and writes the last event, `stopped`. Its counts include the event itself: the number of emitted
+    /// events is the number of written events plus the number of lost events.
+    pub async fn stop(&mut self, lost: Losses, open: u64, programs: ProgramCounters) {
+        let is_log_writable = self.log.as_mut().is_none_or(LogFile::finish);
+        self.drain().await;
+        self.made += 1;
+        // An output that does not accept the last event loses it.
+        let lost_stopped_event = Losses {
+            log: u64::from(!is_log_writable),
+            stdout: u64::from(self.stdout.as_ref().is_some_and(|stdout| stdout.writer.is_stuck())),
+            journal: u64::from(self.journal.as_ref().is_some_and(|journal| journal.writer.is_stuck())),
+            ..Losses::default()
+        };
+        let mut event =
+            self.stopped_event(lost.plus(lost_stopped_event), open, programs, u64::from(is_log_writable));
+        if is_log_writable {
+            self.write_json(&event);
+            if let Some(log) = &mut self.log {
+                log.push(&self.line);
+                if !log.finish() {
+                    // The log has counted the line as lost.
+                    event = self.stopped_event(lost.plus(lost_stopped_event), open, programs, 0);
+                }
+            }
+        }
+        self.write_json(&event);
+        if let Some(stdout) = &mut self.stdout {
+            stdout.push(&event, &self.line);
+        }
+        if let Some(journal) = &mut self.journal {
+            journal.push(&self.line);
+        }
+        self.drain().await;
+    }
+
+    /// Builds the `stopped` event. `written` is 1 if the event itself will be in the log, else 0.
+    fn stopped_event(&self, lost: Losses, open: u64, programs: ProgramCounters, written: u64) -> Event {
+        let stopped = Stopped {
+            made: self.made,
+            written: self.written().map(|before| before + written),
+            lost: lost.plus(self.lost()),
+            open,
+            programs,
+        };
+        Event { time: Timestamp::now(), kind: EventKind::Stopped(stopped) }
+    }
+
+    async fn drain(&mut self) {
+        if let Some(stdout) = &mut self.stdout {
+            stdout.writer.drain().await;
+        }
+        if let Some(journal) = &mut self.journal {
+            journal.writer.drain().await;
+        }
+    }
+}

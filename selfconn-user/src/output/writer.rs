@@ -1,0 +1,241 @@
+//! Writes queued items to an output that may block forever: a stopped terminal, a pipe whose reader is
+//! frozen, the journal's socket. A separate thread does the blocking writes. The event loop keeps the queue,
+//! hands over one chunk at a time, and receives the progress of the thread.
+
+use std::{io, sync::mpsc, thread, time::Duration};
+
+use rustix::thread::CapabilitySet;
+use tokio::sync::mpsc as async_mpsc;
+
+use super::write_queue::WriteQueue;
+use crate::system::capabilities;
+
+/// Maximum bytes that wait for a slow reader.
+const PENDING_LIMIT: usize = 4 << 20;
+
+/// Maximum bytes that are handed to the thread at once.
+const CHUNK_BYTES: usize = 256 << 10;
+
+/// Default capacity of a pipe. The thread reports its progress each time it has written this much of a chunk.
+pub(super) const PIPE_CAPACITY: usize = 64 << 10;
+
+/// A reader that accepts nothing for this long is considered stalled. A flood of events no longer waits for
+/// it.
+const STALLED_READER_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// A thread that makes no progress for this long is considered stuck. At the end of a run, the daemon waits
+/// no longer.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A report of the thread: `written` more bytes were written. An error may have followed.
+#[derive(Debug)]
+struct WriteProgress {
+    written: usize,
+    error: Option<io::Error>,
+    /// No further report comes for this chunk.
+    is_last: bool,
+}
+
+/// A queue, and the thread that writes its items.
+#[derive(Debug)]
+pub(super) struct Writer {
+    name: &'static str,
+    queue: WriteQueue,
+    chunks: mpsc::Sender<Vec<u8>>,
+    progress: async_mpsc::UnboundedReceiver<WriteProgress>,
+    /// The thread is writing a chunk.
+    is_busy: bool,
+    /// The last write failed. A burst of errors is logged once.
+    is_failing: bool,
+    /// The reader accepted nothing within [`STALLED_READER_TIMEOUT`].
+    is_stalled: bool,
+    end: Option<WriterEnd>,
+}
+
+/// Why no further chunk is handed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum WriterEnd {
+    /// The reader of the pipe ended, or the terminal was closed. Nobody reads further events, so none counts
+    /// as lost.
+    ReaderGone,
+    /// The run ended while the reader accepted nothing.
+    Stuck,
+}
+
+impl Writer {
+    /// Starts the thread. `deliver` writes bytes from the beginning of its argument and returns their number.
+    /// It may block.
+    ///
+    /// # Errors
+    /// If the thread cannot be started.
+    pub(super) fn start(
+        name: &'static str,
+        mut deliver: impl FnMut(&[u8]) -> io::Result<usize> + Send + 'static,
+    ) -> io::Result<Self> {
+        let (chunks, to_write) = mpsc::channel::<Vec<u8>>();
+        let (sender, progress) = async_mpsc::unbounded_channel();
+        thread::Builder::new().name(name.to_owned()).spawn(move || {
+            if let Err(error) = capabilities::restrict_to(CapabilitySet::empty()) {
+                log::error!("the thread that writes {name} keeps too many privileges: {error}");
+            }
+            // The channel is closed when the event loop ends.
+            for chunk in to_write {
+                let mut is_received = true;
+                write(&chunk, &mut deliver, |message| is_received = sender.send(message).is_ok());
+                if !is_received {
+                    break;
+                }
+            }
+        })?;
+        Ok(Self {
+            name,
+            queue: WriteQueue::new(PENDING_LIMIT),
+            chunks,
+            progress,
+            is_busy: false,
+            is_failing: false,
+            is_stalled: false,
+            end: None,
+        })
+    }
+
+    /// Adds an item. It is handed to the thread at the next flush.
+    pub(super) fn push(&mut self, item: &[u8]) {
+        self.queue.push(item);
+    }
+
+    /// Hands a chunk to the thread, unless the thread is still writing one.
+    pub(super) fn flush(&mut self) {
+        self.receive_progress();
+        if !self.is_busy && self.end.is_none() && !self.queue.is_empty() {
+            self.is_busy = self.chunks.send(self.queue.chunk(CHUNK_BYTES).to_owned()).is_ok();
+        }
+    }
+
+    /// Applies all reports that the thread has sent so far.
+    fn receive_progress(&mut self) {
+        while let Ok(progress) = self.progress.try_recv() {
+            self.apply(progress);
+        }
+    }
+
+    fn apply(&mut self, WriteProgress { written, error, is_last }: WriteProgress) {
+        self.is_busy = !is_last;
+        self.is_stalled = false;
+        self.queue.advance(written);
+        match error {
+            None => {
+                if std::mem::take(&mut self.is_failing) {
+                    log::warn!("{} can be written again", self.name);
+                }
+            }
+            Some(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                self.end = Some(WriterEnd::ReaderGone);
+            }
+            Some(error) => {
+                if !std::mem::replace(&mut self.is_failing, true) {
+                    log::error!("cannot write {}: {error}; events wait", self.name);
+                }
+            }
+        }
+    }
+
+    /// Waits until a chunk is written and more items wait, so that the caller should flush. Cancel safe.
+    pub(super) async fn ready(&mut self) {
+        loop {
+            // The thread does not end before this writer is dropped.
+            let Some(progress) = self.progress.recv().await else { return std::future::pending().await };
+            let has_failed = progress.error.is_some();
+            self.apply(progress);
+            // After an error, do not retry immediately: the next attempt comes with the next wake-up of the
+            // loop.
+            if self.is_gone() || (!has_failed && !self.is_busy && !self.queue.is_empty()) {
+                return;
+            }
+        }
+    }
+
+    /// Waits for a slow reader until there is room for the events of a batch. Does not wait for a stalled
+    /// reader.
+    pub(super) async fn make_room(&mut self) {
+        while self.queue.len() > PENDING_LIMIT / 2 {
+            self.flush();
+            if !self.is_busy || self.is_failing || self.is_stalled {
+                break;
+            }
+            match tokio::time::timeout(STALLED_READER_TIMEOUT, self.progress.recv()).await {
+                Ok(Some(progress)) => self.apply(progress),
+                Ok(None) | Err(_) => self.is_stalled = true,
+            }
+        }
+    }
+
+    /// Hands over all items while the reader accepts them, then drops the rest.
+    pub(super) async fn drain(&mut self) {
+        loop {
+            self.flush();
+            if !self.is_busy || self.is_failing {
+                break;
+            }
+            match tokio::time::timeout(DRAIN_TIMEOUT, self.progress.recv()).await {
+                Ok(Some(progress)) => self.apply(progress),
+                Ok(None) | Err(_) => break,
+            }
+        }
+        if !self.queue.is_empty() && !self.is_gone() {
+            self.queue.drop_all();
+            self.end = Some(WriterEnd::Stuck);
+        }
+    }
+
+    /// True if the reader has ended.
+    pub(super) fn is_gone(&self) -> bool {
+        self.end == Some(WriterEnd::ReaderGone)
+    }
+
+    /// True if the run ended while the reader accepted nothing.
+    pub(super) fn is_stuck(&self) -> bool {
+        self.end == Some(WriterEnd::Stuck)
+    }
+
+    /// True if items wait.
+    pub(super) fn has_pending(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    /// Number of items that were dropped.
+    pub(super) fn lost(&self) -> u64 {
+        self.queue.lost()
+    }
+}
+
+/// Writes a chunk until all of it is written or an error occurs.
+fn write(
+    chunk: &[u8],
+    deliver: &mut impl FnMut(&[u8]) -> io::Result<usize>,
+    mut report: impl FnMut(WriteProgress),
+) {
+    let (mut written, mut reported) = (0, 0);
+    while written < chunk.len() {
+        match deliver(&chunk[written..]) {
+            Ok(count @ 1..) => written += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            failed => {
+                let error = failed.err().unwrap_or_else(|| io::ErrorKind::WriteZero.into());
+                return report(WriteProgress {
+                    written: written - reported,
+                    error: Some(error),
+                    is_last: true,
+                });
+            }
+        }
+        if written - reported >= PIPE_CAPACITY || written == chunk.len() {
+            report(WriteProgress {
+                written: written - reported,
+                error: None,
+                is_last: written == chunk.len(),
+            });
+            reported = written;
+        }
+    }
+}

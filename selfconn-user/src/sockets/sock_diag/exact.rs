@@ -1,0 +1,276 @@
+//! Looks up one socket by its addresses and ports, or destroys one socket by its cookie, through sock_diag in
+//! the network namespace of the calling thread.
+//!
+//! The kernel applies a request without a cookie (`INET_DIAG_NOCOOKIE`) to any matching socket. If no
+//! connection matches, a listener on the port matches: the kernel would destroy it and report success
+//! (`inet_diag_find_one_icsk`, net/ipv4/inet_diag.c, and `sock_diag_check_cookie`, net/core/sock_diag.c at
+//! v5.10). The states in a request do not prevent this. Therefore a request to destroy needs a [`Cookie`],
+//! which never has that value.
+
+use std::{
+    io::{self, Read as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use netlink_packet_core::{
+    Emitable, ErrorBuffer, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer, NetlinkMessage,
+    NetlinkPayload, NetlinkSerializable,
+};
+use netlink_packet_sock_diag::{
+    AF_INET, AF_INET6, IPPROTO_TCP, SOCK_DESTROY, SOCK_DIAG_BY_FAMILY,
+    inet::{ExtensionFlags, InetRequest, SocketId, StateFlags},
+};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::{AF_NETLINK, NETLINK_SOCK_DIAG, parse};
+use crate::sockets::{DumpedSocket, Target};
+
+/// Both halves of `INET_DIAG_NOCOOKIE`, include/uapi/linux/inet_diag.h at v5.10.
+const NOCOOKIE: u64 = u64::MAX;
+
+/// The index of `lo` in every namespace (`LOOPBACK_IFINDEX`, include/net/flow.h at v5.10). The packets of
+/// self-connections arrive through `lo`. A lookup with this interface finds a socket that is bound to `lo`
+/// and a socket that is not bound to any interface.
+const LOOPBACK: u32 = 1;
+
+/// A reply describes one socket, with few attributes.
+const REPLY_BUFFER_LEN: usize = 4_096;
+
+const ENOENT: i32 = 2;
+
+/// The cookie of a socket. It is unique for this boot: no other socket ever has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cookie(u64);
+
+impl Cookie {
+    /// `None`: the value is not a valid cookie.
+    #[must_use]
+    pub const fn new(cookie: u64) -> Option<Self> {
+        match cookie {
+            0 | NOCOOKIE => None,
+            _ => Some(Self(cookie)),
+        }
+    }
+
+    /// The value as it appears in events.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+}
+
+/// The socket that the kernel finds for this target, which may be a listener. With a cookie, only the socket
+/// that has this cookie.
+pub(crate) fn look_up(target: &Target, cookie: Option<Cookie>) -> io::Result<Option<DumpedSocket>> {
+    request_socket(SOCK_DIAG_BY_FAMILY, target.id(cookie.map_or(NOCOOKIE, Cookie::get)))
+}
+
+/// Destroys the socket with this cookie. Returns true if it existed. The socket is gone when this returns.
+pub(crate) fn destroy(target: &Target, cookie: Cookie) -> io::Result<bool> {
+    existed(request_socket(SOCK_DESTROY, target.id(cookie.get())))
+}
+
+/// Creates a listener and destroys it with SOCK_DESTROY, because the kernel checks the permission only for a
+/// socket that exists.
+pub(crate) fn probe_destroy() -> io::Result<()> {
+    let addresses: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    let Some(listener) = addresses.into_iter().find_map(|addr| listen(addr).ok()) else {
+        // `lo` is down, so only the kernel's support for the request can be checked.
+        let nothing = id(Ipv4Addr::LOCALHOST.into(), 0, LOOPBACK, 1);
+        return existed(request_socket(SOCK_DESTROY, nothing)).map(drop);
+    };
+    let local = listener.local_addr()?.as_socket().ok_or(io::ErrorKind::Unsupported)?;
+    let cookie = Cookie::new(listener.cookie()?).ok_or(io::ErrorKind::Unsupported)?;
+    let unspecified =
+        if local.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    let listening = SocketId {
+        destination_address: unspecified,
+        destination_port: 0,
+        ..id(local.ip(), local.port(), 0, cookie.get())
+    };
+    request_socket(SOCK_DESTROY, listening).map(drop)
+}
+
+fn listen(addr: IpAddr) -> io::Result<Socket> {
+    let address = SocketAddr::new(addr, 0);
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.bind(&address.into())?;
+    socket.listen(1)?;
+    Ok(socket)
+}
+
+fn existed(result: io::Result<Option<DumpedSocket>>) -> io::Result<bool> {
+    match result {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+impl Target {
+    fn id(&self, cookie: u64) -> SocketId {
+        let addr = match self.addr {
+            IpAddr::V4(addr) if self.is_ipv6 => addr.to_ipv6_mapped().into(),
+            addr => addr,
+        };
+        id(addr, self.port, self.ifindex.unwrap_or(LOOPBACK), cookie)
+    }
+}
+
+fn id(addr: IpAddr, port: u16, ifindex: u32, cookie: u64) -> SocketId {
+    let (low, high) = (cookie as u32, (cookie >> 32) as u32);
+    let mut halves = [0; 8];
+    halves[..4].copy_from_slice(&low.to_ne_bytes());
+    halves[4..].copy_from_slice(&high.to_ne_bytes());
+    SocketId {
+        source_port: port,
+        destination_port: port,
+        source_address: addr,
+        destination_address: addr,
+        interface_id: ifindex,
+        cookie: halves,
+    }
+}
+
+/// Sends one request and returns the socket in the reply. `None`: success without a socket.
+fn request_socket(kind: u16, socket_id: SocketId) -> io::Result<Option<DumpedSocket>> {
+    let mut socket =
+        Socket::new(Domain::from(AF_NETLINK), Type::RAW, Some(Protocol::from(NETLINK_SOCK_DIAG)))?;
+    socket.send(&encode(kind, socket_id))?;
+    let mut buffer = [0; REPLY_BUFFER_LEN];
+    let len = loop {
+        match socket.read(&mut buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            outcome => break outcome?,
+        }
+    };
+    parse_reply(&buffer[..len])
+}
+
+fn encode(kind: u16, socket_id: SocketId) -> Vec<u8> {
+    let request = InetRequest {
+        family: if socket_id.source_address.is_ipv6() { AF_INET6 } else { AF_INET },
+        protocol: IPPROTO_TCP,
+        extensions: ExtensionFlags::empty(),
+        states: StateFlags::all(),
+        socket_id,
+    };
+    let mut message = NetlinkMessage::new(
+        Default::default(),
+        NetlinkPayload::InnerMessage(SocketMessage { kind, request }),
+    );
+    // Without NLM_F_ACK the kernel sends no reply after it has destroyed a socket.
+    message.header.flags = NLM_F_REQUEST | if kind == SOCK_DESTROY { NLM_F_ACK } else { 0 };
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    bytes
+}
+
+struct SocketMessage {
+    kind: u16,
+    request: InetRequest,
+}
+
+impl NetlinkSerializable for SocketMessage {
+    fn message_type(&self) -> u16 {
+        self.kind
+    }
+
+    fn buffer_len(&self) -> usize {
+        self.request.buffer_len()
+    }
+
+    fn serialize(&self, buffer: &mut [u8]) {
+        self.request.emit(buffer);
+    }
+}
+
+fn parse_reply(reply: &[u8]) -> io::Result<Option<DumpedSocket>> {
+    let malformed = |_| io::Error::new(io::ErrorKind::InvalidData, "sock_diag returned a truncated reply");
+    let message = NetlinkBuffer::new_checked(reply).map_err(malformed)?;
+    match message.message_type() {
+        SOCK_DIAG_BY_FAMILY => parse(message.payload()).map(Some).map_err(malformed),
+        NLMSG_ERROR => {
+            let code = ErrorBuffer::new_checked(message.payload()).map_err(malformed)?.code();
+            code.map_or(Ok(None), |code| Err(io::Error::from_raw_os_error(-code.get())))
+        }
+        other => Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("sock_diag sent an unexpected message type {other}"),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TARGET: Target = Target {
+        netns: 1,
+        addr: IpAddr::V4(Ipv4Addr::LOCALHOST),
+        port: 40_000,
+        is_ipv6: false,
+        ifindex: None,
+    };
+
+    #[test]
+    fn a_request_to_destroy_always_has_a_cookie() {
+        for none in [0, NOCOOKIE] {
+            assert_eq!(Cookie::new(none), None);
+        }
+        // Either half alone may be all ones.
+        for cookie in [1, 0xffff_ffff, 0xffff_ffff_0000_0000, NOCOOKIE - 1] {
+            let bytes = encode(SOCK_DESTROY, TARGET.id(Cookie::new(cookie).unwrap().get()));
+            assert_ne!(bytes[64..72], [0xff; 8], "{cookie:#x}");
+            assert_eq!(bytes[64..68], (cookie as u32).to_ne_bytes());
+            assert_eq!(bytes[68..72], ((cookie >> 32) as u32).to_ne_bytes());
+        }
+    }
+
+    #[test]
+    fn a_request_identifies_one_socket() {
+        let mapped = Target { is_ipv6: true, ..TARGET };
+        let local = Target { addr: "fe80::9".parse().unwrap(), ifindex: Some(3), ..mapped };
+        let v4 = [127, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let v6 = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 0, 0, 1];
+        let fe80 = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9];
+        for (target, family, address, ifindex) in
+            [(TARGET, AF_INET, v4, 1_u32), (mapped, AF_INET6, v6, 1), (local, AF_INET6, fe80, 3)]
+        {
+            for (kind, flags) in [(SOCK_DIAG_BY_FAMILY, 1_u16), (SOCK_DESTROY, 5)] {
+                let bytes = encode(kind, target.id(7));
+                assert_eq!(bytes.len(), 72);
+                assert_eq!(bytes[4..6], kind.to_ne_bytes());
+                assert_eq!(bytes[6..8], flags.to_ne_bytes());
+                assert_eq!(bytes[16..18], [family, IPPROTO_TCP]);
+                assert_eq!(bytes[24..28], [40_000_u16.to_be_bytes(); 2].concat());
+                assert_eq!(bytes[28..44], address);
+                assert_eq!(bytes[44..60], address);
+                assert_eq!(bytes[60..64], ifindex.to_ne_bytes());
+                assert_eq!(bytes[64..72], 7_u64.to_ne_bytes());
+            }
+        }
+    }
+
+    #[test]
+    fn a_reply_is_a_socket_or_success_or_an_errno() {
+        let message = |kind: u16, payload: &[u8]| {
+            let mut bytes = (16 + payload.len() as u32).to_ne_bytes().to_vec();
+            bytes.extend(kind.to_ne_bytes());
+            bytes.extend([0; 10]);
+            bytes.extend(payload);
+            bytes
+        };
+        let code = |code: i32| [&code.to_ne_bytes()[..], &[0; 16]].concat();
+        let errno = |reply: &[u8]| parse_reply(reply).map_err(|error| error.raw_os_error());
+        assert_eq!(errno(&message(NLMSG_ERROR, &code(0))), Ok(None));
+        assert_eq!(errno(&message(NLMSG_ERROR, &code(-2))), Err(Some(ENOENT)));
+        assert_eq!(errno(&message(SOCK_DIAG_BY_FAMILY, &[2; 10])), Err(None));
+        assert_eq!(errno(&message(99, &[])), Err(None));
+        assert_eq!(errno(&[]), Err(None));
+        let mut socket = vec![0; 72];
+        (socket[0], socket[1]) = (AF_INET, 1);
+        assert_eq!(parse_reply(&message(SOCK_DIAG_BY_FAMILY, &socket)).unwrap().unwrap().state, 1);
+    }
+}

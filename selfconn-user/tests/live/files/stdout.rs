@@ -1,0 +1,197 @@
+//! A slow, stopped or absent reader of stdout must not affect the log.
+
+use std::{
+    fs::{self, File},
+    io::{BufRead as _, BufReader, Read as _},
+    net::Ipv4Addr,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::support::{
+    client::run_self_connection,
+    daemon::{DEADLINE, selfconn},
+    netns::TestNetns,
+};
+
+fn start(log: &Path, stdout: impl Into<Stdio>) -> Child {
+    let mut command = Command::new(selfconn());
+    command.args(["run", "--json", "--states", "--log"]).arg(log).stdout(stdout);
+    let child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let until = Instant::now() + DEADLINE;
+    while !fs::read_to_string(log).is_ok_and(|text| text.contains("started")) {
+        assert!(Instant::now() < until, "the daemon did not start");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child
+}
+
+fn parse(text: &str) -> Vec<Value> {
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect()
+}
+
+/// Waits until the log has this many closed self-connections of this namespace. Returns the length of the
+/// log.
+fn wait_for_closed(log: &Path, net: TestNetns, count: usize) -> usize {
+    let until = Instant::now() + DEADLINE;
+    loop {
+        let text = fs::read_to_string(log).unwrap_or_default();
+        let netns_field = format!("\"netns\":{},", net.inode);
+        let is_ours = |line: &&str| line.contains("\"event\":\"closed\"") && line.contains(&netns_field);
+        let seen = text.lines().filter(is_ours).count();
+        if seen >= count {
+            return text.len();
+        }
+        assert!(Instant::now() < until, "{seen} of {count} are in the log");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Makes self-connections until the log is this long. Returns how many.
+fn fill_log_to(log: &Path, net: TestNetns, bytes: usize) -> usize {
+    let mut count = 0;
+    loop {
+        for _ in 0..100 {
+            run_self_connection(Ipv4Addr::LOCALHOST.into());
+        }
+        count += 100;
+        if wait_for_closed(log, net, count) > bytes {
+            return count;
+        }
+    }
+}
+
+fn terminate(child: &mut Child) {
+    kill_process(Pid::from_child(child), Signal::TERM).unwrap();
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(0));
+}
+
+#[test]
+fn a_stopped_reader_blocks_nothing_and_gets_a_lost_event_when_it_reads_again() {
+    let net = TestNetns::enter_new();
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("events.jsonl");
+    let mut child = start(&log, Stdio::piped());
+    let stdout = child.stdout.take().unwrap();
+    // More than the queue of the daemon and the pipe hold.
+    fill_log_to(&log, net, 9 << 20);
+    let (lines, received) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(stdout).lines() {
+            let line = line.unwrap();
+            lines.send(serde_json::from_str::<Value>(&line).unwrap()).unwrap();
+        }
+    });
+    let mut events = Vec::new();
+    while !events.last().is_some_and(|event: &Value| event["event"] == "lost" && event["where"] == "stdout") {
+        events.push(received.recv_timeout(DEADLINE).expect("a lost event"));
+    }
+    let reported = events.last().unwrap()["count"].as_u64().unwrap();
+    assert!(reported > 0);
+    terminate(&mut child);
+    events.extend(received.iter());
+    let in_log = parse(&fs::read_to_string(&log).unwrap());
+    let stopped = events.last().unwrap();
+    assert_eq!(in_log.last(), Some(stopped), "both end with `stopped`");
+    assert_eq!(stopped["lost"]["log"], 0);
+    assert_eq!(stopped["made"], in_log.len());
+    assert_eq!(stopped["lost"]["stdout"], reported);
+    assert_eq!(
+        stopped["made"],
+        events.len() as u64 + reported,
+        "received plus reported as lost is everything"
+    );
+}
+
+#[test]
+fn a_slow_reader_without_a_log_loses_nothing() {
+    let net = TestNetns::enter_new();
+    let mut command = Command::new(selfconn());
+    command
+        .args(["run", "--json", "--states", "--ring-size", "32M"])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null());
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    let (started, is_live) = std::sync::mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        let (mut text, mut chunk) = (Vec::new(), vec![0; 32 << 10]);
+        loop {
+            let count = stdout.read(&mut chunk).unwrap();
+            text.extend_from_slice(&chunk[..count]);
+            let _ = started.send(());
+            if count == 0 {
+                return String::from_utf8(text).unwrap();
+            }
+            // Longer than it takes to produce as much.
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    });
+    is_live.recv_timeout(DEADLINE).unwrap();
+    const COUNT: usize = 3_000;
+    for _ in 0..COUNT {
+        run_self_connection(Ipv4Addr::LOCALHOST.into());
+    }
+    terminate(&mut child);
+    let text = reader.join().unwrap();
+    assert!(text.len() > 10 << 20, "{} bytes fit into the queues", text.len());
+    let events = parse(&text);
+    let stopped = events.last().unwrap();
+    assert_eq!((&stopped["lost"]["stdout"], &stopped["lost"]["ring"]), (&0.into(), &0.into()), "{stopped}");
+    assert_eq!(stopped["made"], events.len());
+    let is_ours = |event: &&Value| event["event"] == "closed" && event["netns"] == net.inode;
+    assert_eq!(events.iter().filter(is_ours).count(), COUNT);
+}
+
+#[test]
+fn a_reader_that_stays_stopped_does_not_prevent_the_run_from_ending() {
+    let net = TestNetns::enter_new();
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("events.jsonl");
+    let mut child = start(&log, Stdio::piped());
+    // More than the pipe holds.
+    fill_log_to(&log, net, 200 << 10);
+    terminate(&mut child);
+    let in_log = parse(&fs::read_to_string(&log).unwrap());
+    let stopped = in_log.last().unwrap();
+    assert_eq!(stopped["event"], "stopped");
+    assert_eq!((&stopped["lost"]["log"], &stopped["made"]), (&0.into(), &in_log.len().into()));
+    // A lower bound, because the pipe has taken an unknown number.
+    assert!(stopped["lost"]["stdout"].as_u64().unwrap() > 10, "{stopped}");
+}
+
+#[test]
+fn a_closed_stdout_ends_the_run_in_order() {
+    let net = TestNetns::enter_new();
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("events.jsonl");
+    let mut child = start(&log, Stdio::piped());
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert!(line.contains("started"), "{line}");
+    run_self_connection(Ipv4Addr::LOCALHOST.into());
+    assert_eq!(child.wait().unwrap().code(), Some(0), "a broken pipe is not an error");
+    let in_log = parse(&fs::read_to_string(&log).unwrap());
+    let stopped = in_log.last().unwrap();
+    assert_eq!(stopped["event"], "stopped");
+    assert_eq!(stopped["made"], in_log.len());
+    let _ = net;
+}
+
+#[test]
+fn a_regular_file_as_stdout_gets_every_line() {
+    let net = TestNetns::enter_new();
+    let folder = tempfile::tempdir().unwrap();
+    let (log, out) = (folder.path().join("events.jsonl"), folder.path().join("out"));
+    let mut child = start(&log, File::create(&out).unwrap());
+    fill_log_to(&log, net, 100 << 10);
+    terminate(&mut child);
+    assert_eq!(fs::read_to_string(&out).unwrap(), fs::read_to_string(&log).unwrap());
+}

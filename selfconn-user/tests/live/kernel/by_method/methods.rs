@@ -1,0 +1,117 @@
+//! The attach methods of a kernel: which are available, why the others are not, and that a forced method is
+//! the one that runs. The expected methods are known only for the kernels of Debian, for which
+//! `SELFCONN_KERNEL` is set. On every kernel the reports must agree with each other.
+
+use std::process::Command;
+
+use crate::support::daemon::{
+    HookVariant, TestDaemon, doctor, hook_variants, method_verdicts, options_forcing, selfconn,
+};
+
+/// The expected method verdicts under a lockdown. There is no difference between kernels from 5.10 to 7.x,
+/// because the programs that read the socket by plain loads need no helper that a lockdown forbids.
+fn expected_verdicts(lockdown: &str) -> [(&'static str, &'static str); 4] {
+    let reads_memory = if lockdown == "confidentiality" { "refused" } else { "ok" };
+    [("tp_btf", "ok"), ("perf", reads_memory), ("fentry", "ok"), ("kprobe", reads_memory)]
+}
+
+/// The active lockdown, for example `integrity` in `none [integrity] confidentiality`; `none` on a kernel
+/// without lockdown.
+fn lockdown() -> String {
+    let text = std::fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default();
+    text.split(['[', ']']).nth(1).unwrap_or("none").to_owned()
+}
+
+#[test]
+fn a_kernel_has_the_expected_methods_and_refuses_the_others_by_policy() {
+    let Ok(kernel) = std::env::var("SELFCONN_KERNEL") else {
+        println!("skipped: the expected methods of this kernel are not known");
+        return;
+    };
+    // If the kernel ignored the requested lockdown, the rest would test something else.
+    assert_eq!(lockdown(), std::env::var("SELFCONN_LOCKDOWN").unwrap(), "{kernel}");
+    let found: Vec<_> = method_verdicts().into_iter().map(|(method, verdict, _)| (method, verdict)).collect();
+    assert_eq!(found, expected_verdicts(&lockdown()), "{kernel}: {}", doctor());
+    for (method, verdict, why) in method_verdicts() {
+        let names_the_policy = why.contains("lockdown=confidentiality");
+        assert_eq!(names_the_policy, verdict == "refused", "{kernel}: {method}: {why:?}");
+    }
+    // The pair never shares one recursion guard, and it uses both hooks.
+    let pair = if lockdown() == "confidentiality" { ["tp_btf", "fentry"] } else { ["tp_btf", "kprobe"] };
+    assert_eq!(doctor()["would_attach"], serde_json::json!(pair), "{kernel}");
+}
+
+#[test]
+fn started_lists_the_live_methods_and_why_the_others_are_not() {
+    let (events, _) = TestDaemon::start(&HookVariant(vec![]), &[]).stop();
+    let hooks = events[0]["hooks"].as_array().unwrap();
+    let live: Vec<_> = hooks.iter().filter_map(|hook| hook["method"].as_str()).collect();
+    assert_eq!(serde_json::json!(live), doctor()["would_attach"], "{}", events[0]);
+    for (method, verdict, why) in method_verdicts().into_iter().filter(|(_, verdict, _)| *verdict != "ok") {
+        // Only methods that were tried are listed: all methods of a hook without a live method, and for a
+        // live hook those before the live one.
+        let refused = hooks.iter().flat_map(|hook| hook["refused"].as_array().unwrap());
+        let reported: Vec<_> = refused.filter(|refused| refused["method"] == method).collect();
+        let is_hook_dead = hooks.iter().any(|hook| hook["method"].is_null());
+        assert!(reported.len() == 1 || reported.is_empty() && !is_hook_dead, "{method}: {}", events[0]);
+        for refused in reported {
+            let reason = refused["why"].as_str().unwrap();
+            assert!(
+                reason.starts_with(verdict) && reason.contains(why),
+                "{method}: {reason:?}, doctor: {why:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_forced_method_is_the_only_live_method() {
+    for variant in hook_variants().into_iter().filter(|variant| !variant.0.is_empty()) {
+        let daemon = TestDaemon::shared(&variant, &[]);
+        let hooks = daemon.received()[0]["hooks"].as_array().unwrap();
+        let live: Vec<_> = hooks.iter().filter_map(|hook| hook["method"].as_str()).collect();
+        assert_eq!(live, [*variant.0.last().unwrap()], "{hooks:?}");
+        daemon.stop();
+    }
+}
+
+/// Maximum number of instructions that the verifier may process per program, which takes milliseconds. A few
+/// hundred thousand took the verifier of 5.10 minutes, because it compares the saved states of each path with
+/// all others.
+const MAX_VERIFIED_INSNS: u64 = 14_000;
+
+#[test]
+fn the_verifier_processes_few_instructions() {
+    let mut counts = Vec::new();
+    for variant in hook_variants() {
+        let daemon = TestDaemon::shared(&variant, &[]);
+        let fds = std::fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid())).unwrap();
+        let texts = fds.map(|fd| std::fs::read_to_string(fd.unwrap().path()).unwrap_or_default());
+        // Reported since v5.16 (`bpf_prog_show_fdinfo`, kernel/bpf/syscall.c).
+        let verified = |text: String| {
+            text.lines().find_map(|line| line.strip_prefix("verified_insns:")?.trim().parse::<u64>().ok())
+        };
+        let most = texts.filter_map(verified).max();
+        daemon.stop();
+        let Some(most) = most else { return println!("skipped: this kernel does not report the count") };
+        println!("FACT verified.{}={most}", variant.0.last().unwrap_or(&"default"));
+        counts.push(most);
+    }
+    // The smallest program of the methods has more than a thousand instructions.
+    assert!(counts.iter().all(|most| (1_000..MAX_VERIFIED_INSNS).contains(most)), "{counts:?}");
+}
+
+#[test]
+fn forcing_an_unavailable_method_is_an_error_with_the_reason() {
+    for (method, verdict, why) in method_verdicts().into_iter().filter(|(_, verdict, _)| *verdict != "ok") {
+        let output =
+            Command::new(selfconn()).args(["run", "--json"]).args(options_forcing(method)).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{method}: {stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{method}: {stderr}");
+        for part in [method, verdict, why] {
+            assert!(stderr.contains(part), "{part:?} in {stderr}");
+        }
+        assert!(output.stdout.is_empty(), "{method}: no output on stdout");
+    }
+}

@@ -1,0 +1,8 @@
+//! Tests that force one attach method after another. Runs on every kernel, and again under each lockdown, because a
+//! lockdown decides which programs load and what they can read.
+
+pub(crate) mod accident;
+pub(crate) mod attribution;
+pub(crate) mod detection;
+pub(crate) mod kinds;
+pub(crate) mod methods;

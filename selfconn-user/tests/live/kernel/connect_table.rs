@@ -1,0 +1,255 @@
+//! The connect table, which holds the connects in flight: its entries, and what happens when it is full.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    sync::Barrier,
+    thread,
+    time::Duration,
+};
+
+use aya::maps::{Array, Map, MapData};
+use rustix::process::Signal;
+use selfconn::bpf::{
+    attach::RequestedHooks,
+    features::KernelFeatures,
+    loader::{Tracer, TracerOptions},
+};
+use selfconn_ebpf::{ConnectEntry, ConnectSet, Endpoint, WAYS, names, set_index};
+use socket2::{SockRef, Socket};
+
+use crate::support::{
+    client::{connect_to_self, connect_until_self, socket},
+    daemon::{HookVariant, TestDaemon, is_event, scaled},
+    helper_process::HelperProcess,
+    netns::TestNetns,
+};
+
+fn with_tracer(work: impl FnOnce(&mut Tracer)) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let options = TracerOptions {
+            hooks: RequestedHooks::default(),
+            bind_method: selfconn::bpf::bind_programs::RequestedBindMethod::Off,
+            ring_bytes: 1 << 16,
+            refused_table_size: 8,
+            connect_table_size: 1 << 14,
+            states: false,
+            log: false,
+        };
+        work(&mut Tracer::start(&KernelFeatures::probe(false).unwrap(), options).unwrap());
+    });
+}
+
+/// Number of entries of a namespace in the connect table.
+fn entry_count(tracer: &Tracer, net: TestNetns) -> usize {
+    tracer
+        .connect_entries()
+        .unwrap()
+        .iter()
+        .filter(|(_, entry)| u64::from(entry.endpoint.netns) == net.inode)
+        .count()
+}
+
+/// Opens `count` ordinary loopback connections to one server.
+fn ordinary_connections(count: usize) -> Vec<(TcpStream, TcpStream)> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let server = listener.local_addr().unwrap();
+    let connect = |_| {
+        let client = TcpStream::connect(server).unwrap();
+        // No TIME_WAIT, which would exhaust the ports.
+        SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
+        (client, listener.accept().unwrap().0)
+    };
+    (0..count).map(connect).collect()
+}
+
+#[test]
+fn ordinary_connections_leave_no_entries_in_the_connect_table() {
+    use rustix::{
+        process::{Resource, Rlimit, getrlimit, setrlimit},
+        thread::{UnshareFlags, unshare_unsafe},
+    };
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+    // Two descriptors for each connection, and some for everything else.
+    let each = usize::try_from(maximum.unwrap_or(20_000).min(20_000)).unwrap() / 2 - 100;
+    let net = TestNetns::enter_new();
+    let total = scaled(100_000);
+    with_tracer(|tracer| {
+        for _ in 0..2 {
+            let hold = Barrier::new(total.div_ceil(each) + 1);
+            thread::scope(|scope| {
+                for from in (0..total).step_by(each) {
+                    let (hold, count) = (&hold, each.min(total - from));
+                    scope.spawn(move || {
+                        // SAFETY: this thread gets a descriptor table of its own. It uses only descriptors
+                        // that it opens from here on, and it closes them itself.
+                        unsafe { unshare_unsafe(UnshareFlags::FILES) }.unwrap();
+                        let connections = ordinary_connections(count);
+                        hold.wait();
+                        hold.wait();
+                        drop(connections);
+                    });
+                }
+                hold.wait();
+                assert_eq!(entry_count(tracer, net), 0, "while {total} connections are open");
+                hold.wait();
+            });
+            assert_eq!(entry_count(tracer, net), 0, "after {total} connections were open");
+        }
+        assert!(tracer.counters().unwrap().connect_table_full == 0);
+    });
+}
+
+#[test]
+fn refused_connects_leave_no_entries_in_the_connect_table() {
+    let net = TestNetns::enter_new();
+    net.set_sysctl("ip_local_port_range", "40000 40199");
+    with_tracer(|tracer| {
+        // An odd port is never hit.
+        let closed = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 40_101);
+        assert!(connect_until_self(closed, scaled(20_000)).is_none());
+        assert_eq!(entry_count(tracer, net), 0);
+    });
+}
+
+#[test]
+fn a_self_connection_stays_in_the_connect_table_until_it_ends() {
+    let net = TestNetns::enter_new();
+    with_tracer(|tracer| {
+        let (connection, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+        assert_eq!(entry_count(tracer, net), 1);
+        let (_, entry) = tracer
+            .connect_entries()
+            .unwrap()
+            .into_iter()
+            .find(|(_, entry)| entry.endpoint.port == port)
+            .unwrap();
+        assert_eq!(entry.opener.task.pid, std::process::id());
+        drop(connection);
+        assert_eq!(entry_count(tracer, net), 0);
+    });
+}
+
+/// Connects to a server with a full accept queue. Their SYNs are dropped, so the connects stay in flight.
+pub(crate) fn unanswered_connects(count: usize) -> (TcpListener, Vec<Socket>) {
+    let listener = socket(Ipv4Addr::LOCALHOST.into());
+    listener.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
+    listener.listen(0).unwrap();
+    let server = listener.local_addr().unwrap();
+    let connect = |_| {
+        let client = socket(Ipv4Addr::LOCALHOST.into());
+        client.set_nonblocking(true).unwrap();
+        let _ = client.connect(&server);
+        client
+    };
+    (listener.into(), (0..count).map(connect).collect())
+}
+
+#[test]
+fn a_full_connect_table_yields_null_openers_and_a_warning() {
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--connect-table", "1", "-vv"]);
+    // One set has several ways, and a backlog of zero accepts one or two connections.
+    let (server, waiting) = unanswered_connects(3 * WAYS);
+    let connections: Vec<_> = thread::scope(|scope| {
+        let connect = || connect_to_self(Ipv4Addr::LOCALHOST.into());
+        (0..3).map(|_| scope.spawn(connect).join().unwrap()).collect()
+    });
+    let established = daemon.expect(3, is_event("established", net.inode));
+    for event in &established {
+        for unknown in ["pid", "tid", "comm", "thread_comm", "uid", "cause", "owner"] {
+            assert!(event[unknown].is_null(), "{unknown} in {event}");
+        }
+    }
+    drop((connections, server, waiting));
+    daemon.expect(3, is_event("closed", net.inode));
+    let (_, stderr) = daemon.stop();
+    assert!(stderr.contains("kernel: the connect table is full"), "{stderr}");
+}
+
+#[test]
+fn self_connections_already_reported_make_room_for_new_connects() {
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--connect-table", "1"]);
+    let held: Vec<_> = (0..3 * WAYS).map(|_| connect_to_self(Ipv4Addr::LOCALHOST.into())).collect();
+    let established = daemon.expect(held.len(), is_event("established", net.inode));
+    assert!(established.iter().all(|event| event["pid"] == std::process::id()), "{established:#?}");
+    drop(held);
+    let closed = daemon.expect(3 * WAYS, is_event("closed", net.inode));
+    assert!(closed.iter().all(|event| event["pid"] == std::process::id()), "{closed:#?}");
+    daemon.stop();
+}
+
+/// The connect table of a running daemon.
+struct DaemonConnectTable(Array<MapData, [u8; size_of::<ConnectSet>()]>);
+
+impl DaemonConnectTable {
+    fn open(daemon: &TestDaemon) -> Self {
+        let descriptors = std::fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid())).unwrap();
+        let map_id =
+            |text: String| text.lines().find_map(|line| line.strip_prefix("map_id:")?.trim().parse().ok());
+        let ids =
+            descriptors.filter_map(|entry| map_id(std::fs::read_to_string(entry.unwrap().path()).ok()?));
+        let as_connect_table = |id: u32| {
+            let map = MapData::from_id(id).unwrap();
+            (map.info().unwrap().name_as_str() == Some(names::CONNECT_TABLE)).then_some(map)
+        };
+        let map = ids.into_iter().find_map(as_connect_table).expect("the daemon has the map open");
+        Self(Array::try_from(Map::Array(map)).unwrap())
+    }
+
+    fn set(&self, index: u32) -> ConnectSet {
+        // SAFETY: the programs wrote a ConnectSet there, which consists of integers and byte arrays.
+        unsafe { std::mem::transmute(self.0.get(&index, 0).unwrap()) }
+    }
+
+    /// The entry for a connect to this port.
+    fn find_by_port(&self, net: TestNetns, port: u16) -> Option<(u64, ConnectEntry)> {
+        let slots = (0..self.0.len()).flat_map(|index| {
+            let ConnectSet { socks, entries } = self.set(index);
+            socks.into_iter().zip(entries)
+        });
+        let is_match = |(sock, entry): &(u64, ConnectEntry)| {
+            *sock != 0 && u64::from(entry.endpoint.netns) == net.inode && entry.endpoint.port == port
+        };
+        slots.into_iter().find(is_match)
+    }
+
+    fn insert(&mut self, sock: u64, entry: ConnectEntry) {
+        let index = set_index(sock as u32, self.0.len());
+        let mut set = self.set(index);
+        let way = set.socks.iter().position(|sock| *sock == 0).expect("a free entry");
+        (set.socks[way], set.entries[way]) = (sock, entry);
+        // SAFETY: a ConnectSet consists of integers and byte arrays without padding.
+        let bytes = unsafe { std::mem::transmute::<ConnectSet, [u8; size_of::<ConnectSet>()]>(set) };
+        self.0.set(index, bytes, 0).unwrap();
+    }
+}
+
+#[test]
+fn an_entry_is_removed_only_when_its_socket_is_gone() {
+    let net = TestNetns::enter_new();
+    // A snapshot finds namespaces through their processes, and only a thread is in this one.
+    let mut netns_process = HelperProcess::start("wait");
+    netns_process.read_output();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--reconcile", "1", "-vv"]);
+    let (connection, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    daemon.expect(1, is_event("established", net.inode));
+    let mut table = DaemonConnectTable::open(&daemon);
+    let (sock, live_entry) = table.find_by_port(net, port).expect("the connect table has the entry");
+    // The state after both probes missed the end of a connect: an entry for the address of no socket.
+    let endpoint = Endpoint { port: port ^ 1, ..live_entry.endpoint };
+    // A running daemon might remove the entry before the check.
+    daemon.signal(Signal::STOP);
+    table.insert(sock ^ 1, ConnectEntry::new((sock ^ 1) as u32, endpoint, live_entry.opener, 0));
+    assert!(table.find_by_port(net, port ^ 1).is_some());
+    daemon.signal(Signal::CONT);
+    daemon.run_until_snapshots(2, || thread::sleep(Duration::from_millis(20)));
+    assert!(table.find_by_port(net, port ^ 1).is_none(), "the stale entry is removed");
+    assert_eq!(table.find_by_port(net, port), Some((sock, live_entry)), "the live entry stays");
+    drop(connection);
+    daemon.expect(1, is_event("closed", net.inode));
+    daemon.stop();
+    netns_process.finish();
+}

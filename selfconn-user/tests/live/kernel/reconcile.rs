@@ -1,0 +1,230 @@
+//! The daemon and the socket table of the kernel: connections from before the daemon, connections that it
+//! missed, and connections that are gone.
+
+use std::{
+    collections::HashMap,
+    net::Ipv4Addr,
+    sync::{Barrier, Mutex, mpsc::sync_channel},
+    thread,
+    time::Duration,
+};
+
+use rustix::process::Signal;
+use serde_json::Value;
+use socket2::Socket;
+
+use crate::support::{
+    client::{connect_to_self, own_comm},
+    daemon::{HookVariant, TestDaemon, for_each_variant, is_event, scaled},
+    helper_process::HelperProcess,
+    netns::TestNetns,
+};
+
+/// A namespace with a process in it, and not only a thread, because the daemon finds namespaces through their
+/// processes.
+fn netns_with_process() -> (TestNetns, HelperProcess) {
+    let net = TestNetns::enter_new();
+    let mut netns_process = HelperProcess::start("wait");
+    netns_process.read_output();
+    (net, netns_process)
+}
+
+fn open_self_connections(count: usize) -> Vec<Socket> {
+    let connect = |_| {
+        let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+        // No TIME_WAIT, so that the same ports can be used again.
+        socket.set_linger(Some(Duration::ZERO)).unwrap();
+        socket
+    };
+    (0..count).map(connect).collect()
+}
+
+/// Checks that each id has one `established` and one `closed`. Returns the `established` events.
+#[track_caller]
+fn assert_pairs(events: &[Value], net: TestNetns, count: usize) -> Vec<&Value> {
+    let by_id = |kind| {
+        let mut ids = HashMap::new();
+        for event in events.iter().filter(|event| is_event(kind, net.inode)(event)) {
+            *ids.entry(event["id"].to_string()).or_insert(0) += 1;
+        }
+        ids
+    };
+    let (opened, closed) = (by_id("established"), by_id("closed"));
+    assert_eq!(opened.len(), count);
+    assert_eq!(opened, closed, "one `closed` for each `established`");
+    assert!(opened.values().all(|times| *times == 1), "{opened:?}");
+    events.iter().filter(|event| is_event("established", net.inode)(event)).collect()
+}
+
+#[test]
+fn a_restarted_daemon_finds_the_open_self_connections() {
+    let (net, netns_process) = netns_with_process();
+    let count = scaled(500);
+    for_each_variant(|variant| {
+        let mut killed = TestDaemon::start(variant, &[]);
+        let sockets = open_self_connections(count);
+        killed.expect(count, is_event("established", net.inode));
+        killed.signal(Signal::KILL);
+        drop(killed);
+
+        let mut daemon = TestDaemon::start(variant, &[]);
+        daemon.expect(count, is_event("established", net.inode));
+        drop(sockets);
+        daemon.expect(count, is_event("closed", net.inode));
+        let (events, _) = daemon.stop();
+        for event in assert_pairs(&events, net, count) {
+            assert_eq!(event["source"], "scan", "{variant:?}: {event}");
+            assert_eq!(event["owner"], "holder", "{event}");
+            assert_eq!(event["pid"], std::process::id(), "{event}");
+            assert_eq!(event["comm"], own_comm(), "{event}");
+            assert_eq!(event["holders"][0]["pid"], std::process::id(), "{event}");
+            assert!(event["cookie"].is_u64(), "{event}");
+            assert_eq!(event["cause"], Value::Null, "no program saw it: {event}");
+        }
+        for event in events.iter().filter(|event| is_event("closed", net.inode)(event)) {
+            assert_eq!(event["how"], "rst", "{event}");
+            assert_eq!(event["closer"]["pid"], std::process::id(), "{event}");
+        }
+        let stopped = events.last().unwrap();
+        assert_eq!(
+            stopped["lost"]["missed"], 0,
+            "connections from before the daemon are not missed: {stopped}"
+        );
+    });
+    netns_process.finish();
+}
+
+#[test]
+fn records_lost_by_a_full_ring_buffer_are_found_in_the_socket_table() {
+    let (net, netns_process) = netns_with_process();
+    assert_found_in_the_table_and_counted(net);
+    netns_process.finish();
+}
+
+#[test]
+fn records_lost_in_a_namespace_of_one_thread_are_found_by_the_connect_table() {
+    assert_found_in_the_table_and_counted(TestNetns::enter_new());
+}
+
+fn assert_found_in_the_table_and_counted(net: TestNetns) {
+    // Many times the capacity of one page, on an emulated kernel, too.
+    let count = 300;
+    let mut daemon =
+        TestDaemon::start(&HookVariant(vec![]), &["--ring-size", "4K", "--reconcile", "1", "-vv"]);
+    // Connections in the first snapshot existed before the daemon and do not count as missed.
+    daemon.run_until_snapshots(1, || thread::sleep(Duration::from_millis(20)));
+    // A stopped daemon drains no ring buffer, so one page is full at once.
+    daemon.signal(Signal::STOP);
+    let sockets = open_self_connections(count);
+    daemon.signal(Signal::CONT);
+    daemon.expect(count, is_event("established", net.inode));
+    daemon.signal(Signal::STOP);
+    drop(sockets);
+    daemon.signal(Signal::CONT);
+    daemon.expect(count, is_event("closed", net.inode));
+    let (events, _) = daemon.stop();
+    let established = assert_pairs(&events, net, count);
+    let scanned = established.iter().filter(|event| event["source"] == "scan").count();
+    assert!(scanned > count / 2, "{scanned} of {count} were found in the table");
+    // The programs recorded the connect all the same, so the opener is known.
+    for event in established {
+        assert_eq!(event["pid"], std::process::id(), "{event}");
+        assert_eq!(event["owner"], "witnessed", "{event}");
+    }
+    let reported = |location: &str| -> u64 {
+        let is_match = |event: &&Value| event["event"] == "lost" && event["where"] == location;
+        events.iter().filter(is_match).map(|event| event["count"].as_u64().unwrap()).sum()
+    };
+    let lost = &events.last().unwrap()["lost"];
+    assert!(reported("ring") > 0 && reported("missed") >= scanned as u64, "{lost}");
+    assert_eq!((&lost["ring"], &lost["missed"]), (&reported("ring").into(), &reported("missed").into()));
+}
+
+#[test]
+fn socket_table_snapshots_repeat_no_event() {
+    let (net, netns_process) = netns_with_process();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--reconcile", "1", "-vv"]);
+    let before = open_self_connections(20);
+    daemon.expect(20, is_event("established", net.inode));
+    // Connections are opened and closed during several snapshots.
+    let mut made = 20;
+    daemon.run_until_snapshots(4, || {
+        drop(open_self_connections(5));
+        made += 5;
+        thread::sleep(Duration::from_millis(5));
+    });
+    drop(before);
+    daemon.expect(made, is_event("closed", net.inode));
+    let (events, _) = daemon.stop();
+    for event in assert_pairs(&events, net, made) {
+        assert_eq!(event["source"], "live", "{event}");
+    }
+    assert_eq!(events.last().unwrap()["lost"]["missed"], 0);
+    netns_process.finish();
+}
+
+#[test]
+fn holders_are_distinguished_from_the_opener() {
+    let (net, netns_process) = netns_with_process();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--reconcile", "1", "-vv"]);
+    let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    daemon.expect(1, is_event("established", net.inode));
+    let mut child = HelperProcess::start_with_fd("hold", &socket);
+    child.read_output();
+    drop(socket);
+    // One snapshot may be under way; the second starts after this.
+    daemon.run_until_snapshots(2, || thread::sleep(Duration::from_millis(20)));
+    let pid = child.pid();
+    child.finish();
+    let closed = daemon.expect(1, is_event("closed", net.inode)).remove(0);
+    assert_eq!(closed["pid"], std::process::id(), "the opener: {closed}");
+    assert_eq!(closed["holders"], serde_json::json!([{ "pid": pid, "comm": "a-child" }]), "{closed}");
+    assert_eq!(closed["closer"]["pid"], pid, "{closed}");
+    daemon.stop();
+    netns_process.finish();
+}
+
+#[test]
+fn ten_thousand_in_fifty_namespaces_are_reported_with_namespace_and_opener() {
+    let each = scaled(200);
+    // Room for all records at once, because this test is not about the speed of the daemon.
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--ring-size", "32M"]);
+    // The inode number of a removed namespace is reused, so all of them stay until the end.
+    let all_are_done = Barrier::new(50);
+    // One namespace after another, because this test is not about the speed of the reader of stdout either.
+    let (turn, (done, threads_of)) = (Mutex::new(()), sync_channel(0));
+    let in_a_namespace = || {
+        let net = TestNetns::enter_new();
+        let own_turn = turn.lock().unwrap();
+        drop(open_self_connections(each));
+        done.send((net.inode, rustix::thread::gettid().as_raw_nonzero().get())).unwrap();
+        drop(own_turn);
+        all_are_done.wait();
+    };
+    let mut threads: HashMap<u64, i32> = HashMap::new();
+    thread::scope(|scope| {
+        for _ in 0..50 {
+            scope.spawn(in_a_namespace);
+        }
+        for _ in 0..50 {
+            let (inode, thread) = threads_of.recv().unwrap();
+            threads.insert(inode, thread);
+            daemon.expect(threads.len() * each, |event| {
+                event["event"] == "closed"
+                    && event["netns"].as_u64().is_some_and(|netns| threads.contains_key(&netns))
+            });
+        }
+    });
+    assert_eq!(threads.len(), 50);
+    let is_ours = |event: &Value| event["netns"].as_u64().is_some_and(|netns| threads.contains_key(&netns));
+    let (events, _) = daemon.stop();
+    let mut counts = HashMap::new();
+    for event in events.iter().filter(|event| event["event"] == "established" && is_ours(event)) {
+        let netns = event["netns"].as_u64().unwrap();
+        *counts.entry(netns).or_insert(0) += 1;
+        assert_eq!(event["tid"], threads[&netns], "{event}");
+        assert_eq!(event["pid"], std::process::id(), "{event}");
+    }
+    assert_eq!(counts.len(), 50);
+    assert!(counts.values().all(|count| *count == each), "{counts:?}");
+}

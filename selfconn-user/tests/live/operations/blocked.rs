@@ -1,0 +1,221 @@
+//! A server that cannot bind its port is reported, with the self-connection that holds the port. Bind
+//! failures for other reasons are not reported.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use crate::support::{
+    client::{connect_to_self, own_comm, run_self_connection},
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, selfconn},
+    helper_process::HelperProcess,
+    netns::TestNetns,
+};
+
+const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// The bind methods that `doctor` says can be attached here. If there is none, `started` must say why.
+fn bind_methods() -> Vec<&'static str> {
+    let doctor = Command::new(selfconn()).args(["doctor", "--json"]).output().unwrap();
+    let report: Value = serde_json::from_slice(&doctor.stdout).unwrap();
+    let is_ok = |name: &&str| {
+        let mut entries = report["binds"].as_array().unwrap().iter();
+        entries.any(|entry| entry["method"] == *name && entry["verdict"] == "ok")
+    };
+    let methods: Vec<_> = ["fexit", "perf"].into_iter().filter(is_ok).collect();
+    println!("FACT binds methods={methods:?}");
+    if methods.is_empty() {
+        let (events, _) = TestDaemon::start(&HookVariant(vec![]), &[]).stop();
+        assert_eq!(events[0]["binds"]["method"], Value::Null);
+        let refused = events[0]["binds"]["refused"].as_array().unwrap();
+        assert!(
+            refused.len() == 2 && refused.iter().all(|refused| refused["why"].is_string()),
+            "{refused:?}"
+        );
+    }
+    methods
+}
+
+fn start(method: &str, options: &[&str]) -> TestDaemon {
+    let options: Vec<_> = ["--bind-method", method].into_iter().chain(options.iter().copied()).collect();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &options);
+    let started = daemon.expect(1, |event| event["event"] == "started").remove(0);
+    assert_eq!(started["binds"]["method"], method, "{started}");
+    daemon
+}
+
+/// Starts a server that fails to bind. Returns its pid.
+fn fail_to_bind(address: IpAddr, port: u16) -> u32 {
+    let mut server = HelperProcess::start(&format!("bind {}", SocketAddr::new(address, port)));
+    assert_eq!(server.read_output(), "in use");
+    let pid = server.pid();
+    server.finish();
+    pid
+}
+
+fn assert_in_use(address: IpAddr, port: u16) {
+    let error = TcpListener::bind(SocketAddr::new(address, port)).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
+}
+
+#[test]
+fn a_failed_bind_is_reported_with_the_self_connection_that_holds_the_port() {
+    let net = TestNetns::enter_new();
+    for method in bind_methods() {
+        for (connected, requested) in [
+            (LOCALHOST, LOCALHOST),
+            (LOCALHOST, Ipv4Addr::UNSPECIFIED.into()),
+            (LOCALHOST, Ipv6Addr::UNSPECIFIED.into()),
+            (Ipv6Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()),
+            (Ipv6Addr::LOCALHOST.into(), Ipv6Addr::UNSPECIFIED.into()),
+        ] {
+            let mut daemon = start(method, &[]);
+            let (connection, port) = connect_to_self(connected);
+            let established = daemon.expect(1, is_event("established", net.inode)).remove(0);
+            let pid = fail_to_bind(requested, port);
+            let blocked = daemon.expect(1, is_event("blocked", net.inode)).remove(0);
+            assert_eq!(blocked["addr"], requested.to_string(), "{blocked}");
+            assert_eq!((&blocked["port"], &blocked["pid"]), (&port.into(), &pid.into()), "{blocked}");
+            assert_eq!(
+                (&blocked["comm"], &blocked["failures"]),
+                (&"a-server".into(), &1.into()),
+                "{blocked}"
+            );
+            let holder = &blocked["holder"];
+            assert_eq!(holder["id"], established["id"], "{blocked}");
+            assert_eq!(holder["addr"], connected.to_string(), "{blocked}");
+            assert_eq!(holder["state"], "ESTABLISHED", "{blocked}");
+            assert_eq!(holder["pid"], std::process::id(), "{blocked}");
+            assert_eq!(holder["comm"], own_comm(), "{blocked}");
+            assert!(holder["held_for_ns"].as_u64().unwrap() > 0, "{blocked}");
+            assert_eq!(holder["free_at"], Value::Null, "{blocked}");
+
+            // Then the TIME_WAIT entry of the same connection. Another process name counts as another server.
+            drop(connection);
+            let closed = daemon.expect(1, is_event("closed", net.inode)).remove(0);
+            assert_in_use(requested, port);
+            let blocked = daemon.expect(2, is_event("blocked", net.inode)).remove(1);
+            assert_eq!((&blocked["pid"], &blocked["comm"]), (&std::process::id().into(), &own_comm().into()));
+            let holder = &blocked["holder"];
+            assert_eq!(
+                (&holder["id"], &holder["state"]),
+                (&established["id"], &"TIME_WAIT".into()),
+                "{blocked}"
+            );
+            assert_eq!(
+                holder["free_at"].as_str().unwrap()[..23],
+                closed["port_blocked_until"].as_str().unwrap()[..23]
+            );
+            assert_eq!(holder["comm"], own_comm(), "{blocked}");
+            daemon.stop();
+        }
+    }
+}
+
+#[test]
+fn a_failed_bind_without_a_self_connection_is_not_reported() {
+    let net = TestNetns::enter_new();
+    for method in bind_methods() {
+        let mut daemon = start(method, &[]);
+        let (connection, port) = connect_to_self(LOCALHOST);
+        daemon.expect(1, is_event("established", net.inode));
+        // Another server holds the port.
+        let server = TcpListener::bind(SocketAddr::new(LOCALHOST, 0)).unwrap();
+        assert_in_use(LOCALHOST, server.local_addr().unwrap().port());
+        // UDP ports are independent of TCP ports with the same number.
+        let datagrams = UdpSocket::bind(SocketAddr::new(LOCALHOST, port)).unwrap();
+        UdpSocket::bind(SocketAddr::new(LOCALHOST, port)).unwrap_err();
+        drop(datagrams);
+        // Another address, and the same address in another namespace.
+        let other = IpAddr::from([127, 0, 0, 2]);
+        let elsewhere = TcpListener::bind(SocketAddr::new(other, port)).unwrap();
+        assert_in_use(other, port);
+        drop(elsewhere);
+        thread::spawn(move || {
+            let _net = TestNetns::enter_new();
+            let server = TcpListener::bind(SocketAddr::new(LOCALHOST, port)).unwrap();
+            assert_in_use(LOCALHOST, port);
+            drop(server);
+        })
+        .join()
+        .unwrap();
+        // When this failure is reported, everything before it has been processed.
+        assert_in_use(LOCALHOST, port);
+        daemon.expect(1, is_event("blocked", net.inode));
+        // A reset leaves no TIME_WAIT entry.
+        connection.set_linger(Some(Duration::ZERO)).unwrap();
+        drop(connection);
+        let server = TcpListener::bind(SocketAddr::new(LOCALHOST, port)).unwrap();
+        fail_to_bind(LOCALHOST, port);
+        drop(server);
+        let (events, _) = daemon.stop();
+        let blocked: Vec<_> = events.iter().filter(|event| event["event"] == "blocked").collect();
+        assert_eq!(blocked.len(), 1, "{method}: {blocked:#?}");
+        assert_eq!((&blocked[0]["port"], &blocked[0]["addr"]), (&port.into(), &"127.0.0.1".into()));
+    }
+}
+
+#[test]
+fn repeated_bind_failures_are_reported_at_once_and_then_with_a_count() {
+    let net = TestNetns::enter_new();
+    // One method is enough, because the counting does not depend on the method.
+    for method in bind_methods().into_iter().take(1) {
+        let mut daemon = start(method, &[]);
+        let (connection, port) = connect_to_self(LOCALHOST);
+        daemon.expect(1, is_event("established", net.inode));
+        let (mut tries, until) = (0_u64, Instant::now() + Duration::from_millis(10_500));
+        while Instant::now() < until {
+            // In bursts, because the programs suppress a part of each burst.
+            for _ in 0..10 {
+                assert_in_use(LOCALHOST, port);
+                tries += 1;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        let blocked = daemon.expect(2, is_event("blocked", net.inode));
+        let failures =
+            [&blocked[0]["failures"], &blocked[1]["failures"]].map(|count| count.as_u64().unwrap());
+        assert_eq!(failures[0], 1, "the first failure is reported at once: {}", blocked[0]);
+        assert!(failures[1] > tries / 2 && failures[1] <= tries, "{failures:?} of {tries}");
+        drop(connection);
+        let (events, _) = daemon.stop();
+        assert_eq!(events.iter().filter(|event| is_event("blocked", net.inode)(event)).count(), 2);
+    }
+}
+
+#[test]
+fn a_time_wait_entry_from_before_the_daemon_is_reported_as_holder() {
+    let net = TestNetns::enter_new();
+    // The daemon finds namespaces through their processes.
+    let mut netns_process = HelperProcess::start("wait");
+    netns_process.read_output();
+    for method in bind_methods().into_iter().take(1) {
+        let port = run_self_connection(LOCALHOST);
+        let daemon = start(method, &["-vv"]);
+        let until = Instant::now() + DEADLINE;
+        while daemon.snapshot_count() == 0 {
+            assert!(Instant::now() < until);
+            thread::sleep(Duration::from_millis(20));
+        }
+        let mut daemon = daemon;
+        assert_in_use(LOCALHOST, port);
+        let blocked = daemon.expect(1, is_event("blocked", net.inode)).remove(0);
+        let holder = &blocked["holder"];
+        assert_eq!((&holder["state"], &holder["id"]), (&"TIME_WAIT".into(), &Value::Null), "{blocked}");
+        assert_eq!((&holder["pid"], &holder["held_for_ns"]), (&Value::Null, &Value::Null), "{blocked}");
+        assert!(holder["free_at"].is_string(), "{blocked}");
+        daemon.stop();
+    }
+    netns_process.finish();
+}
+
+#[test]
+fn bind_failure_detection_can_be_turned_off() {
+    let (events, _) = TestDaemon::start(&HookVariant(vec![]), &["--bind-method", "off"]).stop();
+    assert_eq!(events[0]["binds"], serde_json::json!({ "method": null, "refused": [] }));
+}

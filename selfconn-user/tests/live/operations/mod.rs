@@ -1,0 +1,14 @@
+//! What an operator does with the daemon and what happens to it: audit, remedy, faults, privileges. Runs on the host and
+//! on the oldest kernel of the matrix.
+
+pub(crate) mod accounting;
+pub(crate) mod audit;
+pub(crate) mod blocked;
+pub(crate) mod faults;
+pub(crate) mod hostile;
+pub(crate) mod port_risk;
+pub(crate) mod privileges;
+pub(crate) mod remedy;
+pub(crate) mod scan_many;
+pub(crate) mod self_test;
+pub(crate) mod soak;

@@ -1,0 +1,254 @@
+//! The capabilities of the daemon once its hooks are live, as the kernel shows them for each thread.
+
+use std::{
+    fs, io,
+    net::Ipv4Addr,
+    os::unix::{fs::chown, process::CommandExt as _},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, configure_capability_in_ambient_set, set_capabilities,
+    set_keep_capabilities,
+};
+
+use crate::support::{
+    client::{connect_to_self, run_self_connection},
+    daemon::{DEADLINE, HookVariant, TestDaemon, hook_variants, is_event, selfconn},
+    helper_process::HelperProcess,
+    netns::TestNetns,
+};
+
+/// The fields of `/proc/PID/task/TID/status`.
+#[derive(Debug)]
+struct ThreadCapabilities {
+    name: String,
+    effective: CapabilitySet,
+    permitted: CapabilitySet,
+    inheritable: CapabilitySet,
+    ambient: CapabilitySet,
+    bounding: CapabilitySet,
+    no_new_privs: bool,
+}
+
+fn thread_capabilities(pid: u32) -> Vec<ThreadCapabilities> {
+    let of_one = |task: io::Result<fs::DirEntry>| {
+        // A short-lived thread may have ended.
+        let status = fs::read_to_string(task.ok()?.path().join("status")).ok()?;
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+            line.trim_start_matches(':').trim().to_owned()
+        };
+        let set = |name| CapabilitySet::from_bits_retain(u64::from_str_radix(&field(name), 16).unwrap());
+        Some(ThreadCapabilities {
+            name: field("Name"),
+            effective: set("CapEff"),
+            permitted: set("CapPrm"),
+            inheritable: set("CapInh"),
+            ambient: set("CapAmb"),
+            bounding: set("CapBnd"),
+            no_new_privs: field("NoNewPrivs") == "1",
+        })
+    };
+    fs::read_dir(format!("/proc/{pid}/task")).unwrap().filter_map(of_one).collect()
+}
+
+/// Waits until the daemon has dropped its capabilities, right after `started`. Returns its threads.
+fn wait_for_dropped_capabilities(pid: u32) -> Vec<ThreadCapabilities> {
+    let until = Instant::now() + DEADLINE;
+    loop {
+        let threads = thread_capabilities(pid);
+        let is_narrow = |thread: &ThreadCapabilities| match thread.name.as_str() {
+            "reader" => !thread.permitted.contains(CapabilitySet::DAC_OVERRIDE),
+            // It starts with the capabilities of the reader.
+            "ranges" => !thread.permitted.contains(CapabilitySet::DAC_READ_SEARCH),
+            "stdout" | "metrics" => thread.permitted.is_empty(),
+            _ => !thread.permitted.contains(CapabilitySet::SYS_ADMIN),
+        };
+        if threads.len() > 2 && threads.iter().all(is_narrow) {
+            return threads;
+        }
+        assert!(Instant::now() < until, "{threads:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The capabilities that a thread with this name may keep. The threads that enter network namespaces keep
+/// more than the others.
+fn expected_capabilities(name: &str) -> CapabilitySet {
+    match name {
+        "reader" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE | CapabilitySet::DAC_READ_SEARCH,
+        // These threads only write data that they are given.
+        "stdout" | "metrics" => CapabilitySet::empty(),
+        "ranges" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE,
+        _ => CapabilitySet::SYS_PTRACE,
+    }
+}
+
+#[test]
+fn no_thread_keeps_the_capabilities_for_attaching() {
+    let net = TestNetns::enter_new();
+    let had = capabilities(None).unwrap().permitted;
+    assert!(had.contains(CapabilitySet::BPF | CapabilitySet::PERFMON), "{had:?}");
+    for variant in hook_variants() {
+        let mut daemon = TestDaemon::start(&variant, &["-v", "--metrics", "127.0.0.1:0"]);
+        let threads = wait_for_dropped_capabilities(daemon.pid());
+        for name in ["reader", "ranges", "stdout", "metrics"] {
+            assert!(threads.iter().any(|thread| thread.name == name), "{name}: {threads:?}");
+        }
+        // Without these capabilities the daemon still reports self-connections and their processes.
+        let port = run_self_connection(Ipv4Addr::LOCALHOST.into());
+        let closed = daemon.expect(1, is_event("closed", net.inode)).remove(0);
+        assert_eq!(closed["port"], port, "{closed}");
+        assert_eq!(closed["exe"], std::env::current_exe().unwrap().to_str().unwrap(), "{closed}");
+        let (_, stderr) = daemon.stop();
+        // The daemon reports kernels on which the counters of the programs can be read only with CAP_BPF.
+        let keeps_bpf = stderr.contains("CAP_BPF is kept");
+        println!("FACT keeps_cap_bpf={keeps_bpf}");
+        for thread in threads {
+            let mut keeps = expected_capabilities(&thread.name) & had;
+            if keeps_bpf && thread.name == "selfconn" {
+                keeps |= CapabilitySet::BPF;
+            }
+            assert_eq!(thread.permitted, keeps, "{variant:?}: {thread:?}");
+            assert_eq!(thread.effective, keeps, "{variant:?}: {thread:?}");
+            for given_up in [thread.inheritable, thread.ambient, thread.bounding] {
+                assert!(given_up.is_empty(), "{variant:?}: {thread:?}");
+            }
+            assert!(thread.no_new_privs, "{thread:?}");
+        }
+    }
+}
+
+#[test]
+fn the_counters_can_be_read_after_capabilities_are_dropped() {
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--ring-size", "4K"]);
+    wait_for_dropped_capabilities(daemon.pid());
+    // One page holds about twenty records.
+    daemon.signal(rustix::process::Signal::STOP);
+    for _ in 0..50 {
+        run_self_connection(Ipv4Addr::LOCALHOST.into());
+    }
+    daemon.signal(rustix::process::Signal::CONT);
+    daemon.expect(1, is_event("established", net.inode));
+    let lost = daemon.expect(1, |event| event["event"] == "lost" && event["where"] == "ring").remove(0);
+    assert!(lost["count"].as_u64().unwrap() > 0, "{lost}");
+    let (_, stderr) = daemon.stop();
+    assert!(!stderr.contains("can't be read"), "{stderr}");
+}
+
+#[test]
+fn cap_dac_override_is_kept_only_for_a_log_that_needs_it() {
+    let _net = TestNetns::enter_new();
+    if !capabilities(None).unwrap().permitted.contains(CapabilitySet::DAC_OVERRIDE) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for (owner, keeps) in [(0, CapabilitySet::empty()), (65_534, CapabilitySet::DAC_OVERRIDE)] {
+        chown(dir.path(), Some(owner), None).unwrap();
+        let log = dir.path().join("events.jsonl");
+        let daemon = TestDaemon::start(&HookVariant(vec![]), &["--log", log.to_str().unwrap()]);
+        let threads = wait_for_dropped_capabilities(daemon.pid());
+        let own = threads.iter().find(|thread| thread.name == "selfconn").unwrap();
+        assert_eq!(own.permitted & CapabilitySet::DAC_OVERRIDE, keeps, "owner {owner}: {own:?}");
+        daemon.stop();
+    }
+}
+
+/// Starts the daemon as a user other than root with these capabilities, as `AmbientCapabilities` of a service
+/// manager does.
+fn start_as_user(set: CapabilitySet, options: &[&str]) -> (TestDaemon, tempfile::TempDir) {
+    const NOBODY: u32 = 65_534;
+    // A folder in which that user can run it.
+    let dir = tempfile::tempdir().unwrap();
+    chown(dir.path(), Some(NOBODY), None).unwrap();
+    let program = dir.path().join("selfconn");
+    fs::copy(selfconn(), &program).unwrap();
+    let daemon = TestDaemon::start_with(&HookVariant(vec![]), options, |command| {
+        let mut as_nobody = Command::new(&program);
+        as_nobody.args(command.get_args()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // SAFETY: only system calls, and none of them allocates.
+        unsafe { as_nobody.pre_exec(move || become_user(NOBODY, set)) };
+        as_nobody.spawn().unwrap()
+    });
+    (daemon, dir)
+}
+
+#[test]
+fn a_user_with_two_capabilities_ends_up_with_none() {
+    let _net = TestNetns::enter_new();
+    let (daemon, _dir) = start_as_user(
+        CapabilitySet::BPF | CapabilitySet::PERFMON,
+        &["--hooks", "tracepoint", "--tracepoint-method", "tp_btf", "-v"],
+    );
+    let until = Instant::now() + DEADLINE;
+    let mut seen = thread_capabilities(daemon.pid());
+    while seen.iter().any(|thread| thread.permitted.contains(CapabilitySet::PERFMON)) {
+        assert!(Instant::now() < until, "{seen:?}");
+        std::thread::sleep(Duration::from_millis(5));
+        seen = thread_capabilities(daemon.pid());
+    }
+    let (_, stderr) = daemon.stop();
+    let keeps = if stderr.contains("CAP_BPF is kept") { CapabilitySet::BPF } else { CapabilitySet::empty() };
+    for thread in seen {
+        let has = thread.permitted | thread.effective | thread.ambient | thread.inheritable;
+        assert!(has.difference(keeps).is_empty(), "{thread:?}");
+        assert!(thread.no_new_privs, "{thread:?}");
+    }
+}
+
+#[test]
+fn the_service_user_sees_what_root_sees() {
+    let net = TestNetns::enter_new();
+    let has = CapabilitySet::BPF
+        | CapabilitySet::PERFMON
+        | CapabilitySet::SYS_ADMIN
+        | CapabilitySet::SYS_PTRACE
+        | CapabilitySet::DAC_READ_SEARCH;
+    // A self-connection from before the daemon, held by root, in a namespace that must be entered.
+    let mut holder = HelperProcess::start("wait");
+    holder.read_output();
+    let (held, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    let mut as_root = TestDaemon::start(&HookVariant(vec![]), &[]);
+    let started = as_root.expect(1, |event| event["event"] == "started").remove(0);
+    as_root.stop();
+    let (mut daemon, _dir) = start_as_user(has, &[]);
+    let methods = |started: &serde_json::Value| {
+        let hooks = started["hooks"].as_array().unwrap();
+        hooks.iter().map(|hook| hook["method"].to_string()).collect::<Vec<_>>()
+    };
+    let own = daemon.expect(1, |event| event["event"] == "started").remove(0);
+    assert_eq!(methods(&own), methods(&started), "{own}");
+    let found = daemon.expect(1, is_event("established", net.inode)).remove(0);
+    assert_eq!((&found["source"], &found["owner"]), (&"scan".into(), &"holder".into()), "{found}");
+    assert_eq!(found["pid"], std::process::id(), "{found}");
+    run_self_connection(Ipv4Addr::LOCALHOST.into());
+    let live = daemon.expect(1, is_event("closed", net.inode)).remove(0);
+    assert_eq!(live["exe"], std::env::current_exe().unwrap().to_str().unwrap(), "{live}");
+    daemon.stop();
+    drop(held);
+    holder.finish();
+}
+
+/// Becomes a user with these capabilities, as `AmbientCapabilities` of a service manager does.
+pub(crate) fn become_user(uid: u32, set: CapabilitySet) -> io::Result<()> {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    // Before v5.11 maps count against this limit. On later kernels the limit does not matter, nor does a
+    // failure to raise it.
+    let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
+    set_keep_capabilities(true)?;
+    // SAFETY: no memory is involved. glibc would set it for all threads, and the new process has only one.
+    if unsafe { libc::setuid(uid) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    set_capabilities(None, CapabilitySets { effective: set, permitted: set, inheritable: set })?;
+    for number in 0..u64::BITS {
+        let one = CapabilitySet::from_bits_retain(1 << number);
+        if set.contains(one) {
+            configure_capability_in_ambient_set(one, true)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,157 @@
+//! Self-tests of the daemon: it verifies that its hooks see connections, cannot be misled by other processes,
+//! and reports when a hook is dead.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use crate::support::{
+    client::{connect_to_self, run_self_connection, socket},
+    daemon::{DEADLINE, HookVariant, TestDaemon, hook_variants, is_event, selfconn},
+    fd_injection,
+    netns::TestNetns,
+};
+
+/// The address of self-test connections.
+const SELF_TEST_ADDRESS: &str = "127.83.67.84";
+
+fn passed_count(daemon: &TestDaemon) -> usize {
+    daemon.stderr_so_far().matches("self-test passed").count()
+}
+
+/// Runs `work` until the daemon has passed this many self-tests.
+fn wait_for_self_tests(daemon: &TestDaemon, count: usize, mut work: impl FnMut()) {
+    let until = Instant::now() + DEADLINE;
+    while passed_count(daemon) < count {
+        assert!(Instant::now() < until, "{}", daemon.stderr_so_far());
+        work();
+    }
+}
+
+fn sleep_briefly() {
+    std::thread::sleep(Duration::from_millis(20));
+}
+
+#[test]
+fn self_tests_pass_and_are_reported_by_no_daemon() {
+    let net = TestNetns::enter_new();
+    for variant in hook_variants() {
+        let options = ["--self-test", "1", "--states", "-vv"];
+        let daemons = [(); 2].map(|()| TestDaemon::start(&variant, &options));
+        for daemon in &daemons {
+            wait_for_self_tests(daemon, 2, sleep_briefly);
+        }
+        // A real self-connection at the same time is reported.
+        let port = run_self_connection(Ipv4Addr::LOCALHOST.into());
+        for mut daemon in daemons {
+            let closed = daemon.expect(1, is_event("closed", net.inode)).remove(0);
+            assert_eq!(closed["port"], port);
+            let (events, stderr) = daemon.stop();
+            let traces: Vec<_> = events.iter().filter(|event| event["addr"] == SELF_TEST_ADDRESS).collect();
+            assert_eq!(traces, [&Value::Null; 0], "{variant:?}");
+            assert!(!stderr.contains("self-test failed"), "{variant:?}: {stderr}");
+            let is_hook_loss = |event: &Value| event["event"] == "lost" && event["where"] == "hooks";
+            assert!(!events.iter().any(is_hook_loss), "{variant:?}: {events:#?}");
+            assert_eq!(events.last().unwrap()["lost"]["hooks"], 0);
+        }
+    }
+}
+
+#[test]
+fn self_tests_pass_among_thousands_of_self_connections() {
+    let _net = TestNetns::enter_new();
+    let daemon = TestDaemon::start(&HookVariant(vec![]), &["--self-test", "1", "-vv", "--ring-size", "32M"]);
+    wait_for_self_tests(&daemon, 3, || {
+        for _ in 0..200 {
+            let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+            socket.set_linger(Some(Duration::ZERO)).unwrap();
+        }
+    });
+    let (events, _) = daemon.stop();
+    assert!(!events.iter().any(|event| event["event"] == "lost" && event["where"] == "hooks"));
+}
+
+#[test]
+fn a_connection_of_another_user_at_the_self_test_address_is_reported() {
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
+    let self_test_address = SocketAddr::new(SELF_TEST_ADDRESS.parse().unwrap(), 50_883);
+    let connect = || {
+        let socket = socket(self_test_address.ip());
+        socket.set_linger(Some(Duration::ZERO)).unwrap();
+        socket.bind(&self_test_address.into()).unwrap();
+        socket.connect(&self_test_address.into()).unwrap();
+    };
+    // A connection of root counts as the self-test of another daemon.
+    connect();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // SAFETY: no memory is involved. The system call, unlike the function of glibc, applies to this
+            // thread only.
+            assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, 1_000, 1_000, 1_000) }, 0);
+            connect();
+        });
+    });
+    let closed = daemon.expect(1, is_event("closed", net.inode)).remove(0);
+    assert_eq!((&closed["uid"], &closed["addr"]), (&1_000.into(), &SELF_TEST_ADDRESS.into()), "{closed}");
+    let (events, _) = daemon.stop();
+    assert_eq!(events.iter().filter(|event| is_event("closed", net.inode)(event)).count(), 1);
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn a_detached_method_is_reported_by_name_and_ends_the_run_with_code_2() {
+    let _net = TestNetns::enter_new();
+    for variant in hook_variants() {
+        let mut daemon = TestDaemon::start(&variant, &["--self-test", "1", "-vv"]);
+        let started = daemon.expect(1, |event| event["event"] == "started").remove(0);
+        let hooks = started["hooks"].as_array().unwrap().clone();
+        let live: Vec<String> =
+            hooks.iter().filter_map(|hook| hook["method"].as_str()).map(str::to_owned).collect();
+        daemon.stop();
+        for method in &live {
+            // Without the tracepoints of `bind`, which are perf links, too.
+            let options = ["--self-test", "1", "-vv", "--bind-method", "off"];
+            let mut daemon = TestDaemon::start(&variant, &options);
+            wait_for_self_tests(&daemon, 1, sleep_briefly);
+            let links = fd_injection::link_fds(daemon.pid(), method);
+            assert_eq!(links.len(), 1, "{variant:?}: of {method}");
+            fd_injection::replace_fd_with_stdin(daemon.pid(), links[0]);
+            let lost = |event: &Value| event["event"] == "lost" && event["where"] == "hooks";
+            let lost = daemon.expect(1, lost).remove(0);
+            assert_eq!((&lost["method"], &lost["count"]), (&method.as_str().into(), &1.into()), "{lost}");
+            let (code, events, stderr) = daemon.wait_for_exit();
+            assert_eq!(code, Some(2), "{stderr}");
+            assert!(stderr.contains(&format!("{method} observes no transitions any more")), "{stderr}");
+            let stopped = events.last().unwrap();
+            assert_eq!((&stopped["event"], &stopped["lost"]["hooks"]), (&"stopped".into(), &1.into()));
+        }
+    }
+}
+
+#[test]
+fn doctor_live_verifies_the_methods_it_would_attach() {
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--states"]);
+    let output = Command::new(selfconn()).args(["doctor", "--live", "--json"]).output().unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{report}");
+    assert_eq!((&report["live"]["passed"], &report["live"]["record"]), (&true.into(), &true.into()));
+    let sees: Vec<_> = report["live"]["methods"].as_array().unwrap().iter().collect();
+    assert_eq!(sees.len(), report["would_attach"].as_array().unwrap().len());
+    assert!(sees.iter().all(|method| method["sees"] == true), "{report}");
+    let text = Command::new(selfconn()).args(["doctor", "--live"]).output().unwrap().stdout;
+    assert!(String::from_utf8(text).unwrap().contains("observed it"));
+    let output = Command::new(selfconn()).args(["doctor", "--json"]).output().unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["live"], Value::Null);
+    // The self-test of `doctor` is not reported by a daemon.
+    run_self_connection(Ipv4Addr::LOCALHOST.into());
+    daemon.expect(1, is_event("closed", net.inode));
+    let (events, _) = daemon.stop();
+    assert!(!events.iter().any(|event| event["addr"] == SELF_TEST_ADDRESS), "{events:#?}");
+}

@@ -1,0 +1,218 @@
+//! Helper processes: the test binary itself, started again with a task. A helper process shares the network
+//! namespace of the thread that starts it.
+
+use std::{
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::Ipv4Addr,
+    os::{
+        fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::process::CommandExt as _,
+    },
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+};
+
+use socket2::Socket;
+
+use super::client::connect_to_self;
+
+const TASK_ENV: &str = "SELFCONN_TEST_HELPER_TASK";
+
+/// The descriptor number that a passed socket gets in the helper process. It is far above the numbers that a
+/// process opens by itself, because dup2 onto the same number would leave close-on-exec set.
+const PASSED_FD: libc::c_int = 100;
+
+/// A process that runs a task. It prints a line when its task is done, and ends when its stdin is closed.
+pub(crate) struct HelperProcess {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl HelperProcess {
+    /// Starts this binary with a task.
+    pub(crate) fn start(task: &str) -> Self {
+        Self::spawn(&mut command(task))
+    }
+
+    /// Starts this binary with a task, and passes it a socket as descriptor [`PASSED_FD`].
+    pub(crate) fn start_with_fd(task: &str, descriptor: &Socket) -> Self {
+        let fd = descriptor.as_raw_fd();
+        let mut command = command(task);
+        // SAFETY: dup2 is safe to call between fork and exec; `descriptor` outlives the spawn.
+        unsafe {
+            command.pre_exec(move || {
+                if libc::dup2(fd, PASSED_FD) == PASSED_FD {
+                    Ok(())
+                } else {
+                    Err(std::io::Error::last_os_error())
+                }
+            });
+        }
+        Self::spawn(&mut command)
+    }
+
+    fn spawn(command: &mut Command) -> Self {
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap();
+        let (stdin, stdout) = (child.stdin.take(), BufReader::new(child.stdout.take().unwrap()));
+        Self { child, stdin, stdout }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for the next line that the process prints. The lines of libtest itself are skipped.
+    pub(crate) fn read_output(&mut self) -> String {
+        let mut line = String::new();
+        loop {
+            line.clear();
+            assert_ne!(self.stdout.read_line(&mut line).unwrap(), 0, "the helper process printed nothing");
+            if let Some((_, output)) = line.split_once("helper: ") {
+                return output.trim_end().to_owned();
+            }
+        }
+    }
+
+    /// Closes its stdin and waits until it ends.
+    pub(crate) fn finish(mut self) {
+        self.stdin.take();
+        let _ = self.child.wait().unwrap();
+    }
+
+    /// Sends SIGKILL and waits until it ends.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+fn command(task: &str) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.args(["--exact", "role::run_helper_process", "--ignored", "--nocapture"]).env(TASK_ENV, task);
+    command
+}
+
+fn print_output(text: &str) {
+    let mut stdout = std::io::stdout();
+    writeln!(stdout, "helper: {text}").unwrap();
+    stdout.flush().unwrap();
+}
+
+fn wait_for_stdin_eof() {
+    let _ = std::io::stdin().read_to_end(&mut Vec::new());
+}
+
+/// Sends a socket to the process at the other end of a Unix socket.
+pub(crate) fn send_fd(socket: &Socket, through: &Socket) {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut rights = SendAncillaryBuffer::new(&mut space);
+    let descriptors = [socket.as_fd()];
+    assert!(rights.push(SendAncillaryMessage::ScmRights(&descriptors)));
+    // A descriptor cannot be sent without at least one byte of data.
+    sendmsg(through, &[std::io::IoSlice::new(b"s")], &mut rights, SendFlags::empty()).unwrap();
+}
+
+fn receive_fd(from: &OwnedFd) -> OwnedFd {
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut rights = RecvAncillaryBuffer::new(&mut space);
+    recvmsg(from, &mut [std::io::IoSliceMut::new(&mut [0])], &mut rights, RecvFlags::CMSG_CLOEXEC).unwrap();
+    let mut received = rights.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    received.next().expect("the message has a descriptor")
+}
+
+fn set_process_name(name: &str) {
+    std::fs::write("/proc/self/comm", name).unwrap();
+}
+
+/// Not a test: the tasks of the helper processes.
+#[test]
+#[ignore = "runs in processes that other tests start"]
+fn run_helper_process() {
+    let Ok(task) = std::env::var(TASK_ENV) else { return };
+    let connect = || connect_to_self(Ipv4Addr::LOCALHOST.into());
+    match task.as_str() {
+        "connect" => {
+            set_process_name("a-client");
+            let (_socket, port) = connect();
+            print_output(&port.to_string());
+            wait_for_stdin_eof();
+        }
+        connect if connect.starts_with("connect refused ") => {
+            set_process_name("a-connector");
+            let target: std::net::SocketAddr = connect["connect refused ".len()..].parse().unwrap();
+            std::net::TcpStream::connect(target).unwrap_err();
+            print_output("refused");
+        }
+        bind if bind.starts_with("bind ") => {
+            set_process_name("a-server");
+            let address: std::net::SocketAddr = bind["bind ".len()..].parse().unwrap();
+            print_output(match std::net::TcpListener::bind(address) {
+                Ok(_) => "bound",
+                Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => "in use",
+                Err(error) => panic!("{error}"),
+            });
+        }
+        "connect and kill itself" => {
+            set_process_name("short-lived");
+            let (_socket, _) = connect();
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
+        }
+        "connect and exec" => {
+            set_process_name("before-exec");
+            let (socket, port) = connect();
+            socket.set_cloexec(false).unwrap();
+            print_output(&port.to_string());
+            let error = command("wait").exec();
+            panic!("{error}");
+        }
+        "connect and pass to child" => {
+            set_process_name("a-parent");
+            let (socket, _) = connect();
+            let mut child = HelperProcess::start_with_fd("hold", &socket);
+            drop(socket);
+            print_output(&child.pid().to_string());
+            // The child keeps running. Its stdin is a pipe from this process, so it ends when this process
+            // does.
+            child.read_output();
+            wait_for_stdin_eof();
+            child.finish();
+        }
+        "hold" => {
+            set_process_name("a-child");
+            // SAFETY: the process that starts this task passes it this descriptor, and nothing else in this
+            // process uses it.
+            let _held = unsafe { OwnedFd::from_raw_fd(PASSED_FD) };
+            print_output("held");
+            wait_for_stdin_eof();
+        }
+        "receive and hold" => {
+            set_process_name("a-receiver");
+            // SAFETY: the process that starts this task passes it this descriptor, and nothing else in this
+            // process uses it.
+            let from = unsafe { OwnedFd::from_raw_fd(PASSED_FD) };
+            let _held = receive_fd(&from);
+            print_output("received");
+            wait_for_stdin_eof();
+        }
+        "wait" => {
+            print_output("waiting");
+            wait_for_stdin_eof();
+        }
+        "rename threads" => {
+            set_process_name("a-leader");
+            let connect = move || {
+                std::fs::write("/proc/thread-self/comm", "renamed\u{1b}[31m").unwrap();
+                connect().1
+            };
+            let port = std::thread::spawn(connect).join().unwrap();
+            print_output(&port.to_string());
+        }
+        other => panic!("unknown task {other}"),
+    }
+}
