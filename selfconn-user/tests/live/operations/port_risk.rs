@@ -146,7 +146,7 @@ fn connects_from_many_processes_are_one_port_at_risk() {
     }
     let event = daemon.expect(1, is_event("at_risk", net.inode)).remove(0);
     assert_eq!((&event["dialers"], &event["refused"]), (&20.into(), &20.into()), "{event}");
-    assert_eq!((&event["pid"], &event["comm"]), (&last.into(), &"a-client".into()), "{event}");
+    assert_eq!((&event["pid"], &event["comm"]), (&last.into(), &"a-connector".into()), "{event}");
     daemon.stop();
 }
 
