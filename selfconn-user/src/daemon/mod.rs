@@ -21,7 +21,7 @@ use crate::{
         loader::{Counters, Tracer},
     },
     detect::{bind_conflict::BindConflicts, connection::Connections, remediation::Remedy},
-    event::{EventKind, Losses, Lost, ProgramCounters},
+    event::{EventKind, LossCause, Losses, Lost, ProgramCounters},
     metrics,
     output::Outputs,
     system::{
@@ -191,7 +191,7 @@ impl Daemon {
                 }
                 () = sleep_until(report_losses_at.unwrap_or_else(Instant::now)), if report_losses_at.is_some() => {
                     self.report_losses();
-                    report_losses_at = self.pipeline.out.pending().any().then(|| Instant::now() + LOSS_REPORT_DELAY);
+                    report_losses_at = self.pipeline.out.has_pending().then(|| Instant::now() + LOSS_REPORT_DELAY);
                 }
             }
             let drained = self.drain_batch();
@@ -335,24 +335,13 @@ impl Daemon {
     fn report_losses(&mut self) {
         self.update_counters();
         let now = self.losses().plus(self.pipeline.out.lost());
-        let pending = self.pipeline.out.pending();
-        for (loss, is_pending, now, reported) in [
-            ("ring", false, now.ring, &mut self.reported_losses.ring),
-            ("missed", false, now.missed, &mut self.reported_losses.missed),
-            ("log", pending.log, now.log, &mut self.reported_losses.log),
-            ("stdout", pending.stdout, now.stdout, &mut self.reported_losses.stdout),
-            ("journal", pending.journal, now.journal, &mut self.reported_losses.journal),
-            ("refused_table", false, now.refused_table, &mut self.reported_losses.refused_table),
-        ] {
+        for cause in LossCause::ALL {
+            let (total, reported) = (now.get(cause), self.reported_losses.get(cause));
             // Losses of an output are reported only after it accepts events again. Otherwise the `lost` event
-            // would be dropped, too.
-            if now > *reported && !is_pending {
-                self.pipeline.out.emit(EventKind::Lost(Lost {
-                    r#where: loss,
-                    count: now - *reported,
-                    method: None,
-                }));
-                *reported = now;
+            // would be dropped, too. Dead hooks are reported by the self-test.
+            if total > reported && !self.pipeline.out.is_pending(cause) && cause != LossCause::Hooks {
+                self.pipeline.out.emit(EventKind::Lost(Lost::new(cause, total - reported, None)));
+                self.reported_losses.set(cause, total);
             }
         }
     }
@@ -366,13 +355,13 @@ impl Daemon {
 
     /// Losses before an event was made.
     fn losses(&self) -> Losses {
-        Losses {
-            ring: self.counters.ring_full,
-            missed: self.pipeline.missed,
-            refused_table: self.counters.refused_table_full,
-            hooks: self.dead_hooks,
-            ..Losses::default()
-        }
+        Losses::from([
+            (LossCause::Ring, self.counters.ring_full),
+            (LossCause::Missed, self.pipeline.missed),
+            (LossCause::RefusedTable, self.counters.refused_table_full),
+            (LossCause::Hooks, self.dead_hooks),
+            (LossCause::OpenerTable, self.counters.connect_table_full),
+        ])
     }
 }
 

@@ -10,7 +10,7 @@ use super::Daemon;
 use crate::{
     bpf::attach::Method,
     detect::probe_health::{DeadProbes, ProbeHealth, SelfTestCounts, SelfTestOutcome},
-    event::{EventKind, Lost},
+    event::{EventKind, LossCause, Lost},
 };
 use socket::SelfTestSocket;
 
@@ -127,7 +127,7 @@ impl Daemon {
         let ring_only = (dead.ring && dead.methods.is_empty()).then_some(None);
         for method in dead.methods.iter().copied().map(Some).chain(ring_only) {
             let method = method.map(Method::name);
-            self.pipeline.out.emit(EventKind::Lost(Lost { r#where: "hooks", count: 1, method }));
+            self.pipeline.out.emit(EventKind::Lost(Lost::new(LossCause::Hooks, 1, method)));
             self.dead_hooks += 1;
         }
     }

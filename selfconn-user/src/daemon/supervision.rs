@@ -113,7 +113,6 @@ impl Daemon {
             remedies: self.remedies().map(|(outcome, count)| (outcome.name(), count)).collect(),
             lost: self.losses().plus(self.pipeline.out.lost()),
             transitions_not_examined: self.tracer.not_examined(),
-            connect_table_full: self.counters.connect_table_full,
             log_write_errors: self.pipeline.out.log_write_errors(),
             hooks: self.tracer.methods().live.iter().map(hook_and_method).collect(),
             health_problems,
