@@ -12,7 +12,11 @@ use crate::{
         features::KernelFeatures,
         loader::{Tracer, TracerOptions},
     },
-    daemon::{Daemon, self_test::socket::SelfTestSocket, supervision::Supervision},
+    daemon::{
+        Daemon, DaemonOptions,
+        self_test::{SelfTest, socket::SelfTestSocket},
+        supervision::Supervision,
+    },
     metrics::server::MetricsListener,
     output::{Format, Outputs, journald, log_file::LogFile},
     system::{
@@ -203,7 +207,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         host.uses_static_offsets &= !args.btf_offsets;
         // Before anything is attached, so that a remedy that cannot work is an immediate error.
         let remedy = args.remedy.prepare(&mut host)?;
-        let self_test = match SelfTestSocket::prepare() {
+        let self_test_socket = match SelfTestSocket::prepare() {
             Ok(test) => Some(test),
             Err(why) => {
                 host.limitations.push(format!("the hooks are not tested while the daemon runs: {why}"));
@@ -233,12 +237,14 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         let supervision = Supervision::new(manager, metrics_requests);
         let outputs = Outputs::new(args.stdout_format(), args.writes_journal(), log)
             .context("cannot start a thread that writes events")?;
-        let reconcile_interval = Duration::from_secs(args.reconcile);
-        let mut daemon =
-            Daemon::new(&host, tracer, supervision, outputs, args.states, reconcile_interval, remedy)?;
-        if let Some(test) = self_test {
-            daemon.enable_self_test(test, Duration::from_secs(args.self_test));
-        }
+        let live = tracer.methods().live.iter().map(|(method, ())| *method).collect();
+        let options = DaemonOptions {
+            states: args.states,
+            snapshot_interval: Duration::from_secs(args.reconcile),
+            remedy,
+            self_test: SelfTest::new(self_test_socket, Duration::from_secs(args.self_test), live),
+        };
+        let daemon = Daemon::new(&host, tracer, supervision, outputs, options)?;
         kept.restrict_thread().context("cannot give up capabilities")?;
         drop(host);
         memory::trim_heap();
