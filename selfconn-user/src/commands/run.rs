@@ -3,11 +3,11 @@
 use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
-use clap::ValueEnum;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 
 use crate::{
     bpf::{
-        attach::{Hooks, Method, RequestedHooks},
+        attach::{Hook, Hooks, Method, RequestedHooks},
         bind_programs::{BindMethod, RequestedBindMethod},
         features::KernelFeatures,
         loader::{Tracer, TracerOptions},
@@ -58,19 +58,19 @@ pub struct RunArgs {
     #[arg(long, value_name = "BYTES", default_value = "8M", value_parser = ring_bytes)]
     ring_size: u32,
     /// Which hooks to attach
-    #[arg(long, value_enum, default_value_t = HooksArg::Auto)]
-    hooks: HooksArg,
+    #[arg(long, value_enum, default_value_t = Hooks::Auto)]
+    hooks: Hooks,
     /// Attach inet_sock_set_state by this method only
-    #[arg(long, value_enum, value_name = "METHOD")]
-    tracepoint_method: Option<TracepointMethod>,
+    #[arg(long, value_name = "METHOD", value_parser = method_of(Hook::InetSockSetState))]
+    tracepoint_method: Option<Method>,
     /// Attach tcp_set_state by this method only
-    #[arg(long, value_enum, value_name = "METHOD")]
-    function_method: Option<FunctionMethod>,
+    #[arg(long, value_name = "METHOD", value_parser = method_of(Hook::TcpSetState))]
+    function_method: Option<Method>,
     #[command(flatten)]
     remedy: remedy::RemedyArgs,
     /// How to observe that a server cannot bind a port
-    #[arg(long, value_enum, value_name = "METHOD", default_value_t = BindsArg::Auto)]
-    bind_method: BindsArg,
+    #[arg(long, value_name = "METHOD", default_value = "auto", value_parser = bind_method())]
+    bind_method: RequestedBindMethod,
     /// Log more on stderr; given twice, also log messages of the eBPF programs
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -97,60 +97,12 @@ pub struct RunArgs {
     btf_offsets: bool,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum HooksArg {
-    /// The methods that this kernel accepts
-    Auto,
-    /// Both hooks; an error if one cannot be attached
-    Both,
-    /// inet_sock_set_state only
-    Tracepoint,
-    /// tcp_set_state only
-    Function,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum BindsArg {
-    /// The methods that this kernel accepts
-    Auto,
-    /// By fexit on inet_csk_get_port
-    Fexit,
-    /// By the tracepoint of the system call bind
-    Perf,
-    /// Do not observe binds
-    Off,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum TracepointMethod {
-    Perf,
-    #[value(name = "tp_btf")]
-    TpBtf,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum FunctionMethod {
-    Fentry,
-    Kprobe,
-}
-
 impl RunArgs {
     fn requested_hooks(&self) -> RequestedHooks {
         RequestedHooks {
-            hooks: match self.hooks {
-                HooksArg::Auto => Hooks::Auto,
-                HooksArg::Both => Hooks::Both,
-                HooksArg::Tracepoint => Hooks::Tracepoint,
-                HooksArg::Function => Hooks::Function,
-            },
-            tracepoint: self.tracepoint_method.map(|method| match method {
-                TracepointMethod::Perf => Method::Perf,
-                TracepointMethod::TpBtf => Method::TpBtf,
-            }),
-            function: self.function_method.map(|method| match method {
-                FunctionMethod::Fentry => Method::Fentry,
-                FunctionMethod::Kprobe => Method::Kprobe,
-            }),
+            hooks: self.hooks,
+            tracepoint: self.tracepoint_method,
+            function: self.function_method,
         }
     }
 
@@ -168,6 +120,33 @@ impl RunArgs {
             Some(Format::Text)
         }
     }
+}
+
+/// Parses one of these names.
+fn one_of<T: Clone + Send + Sync + 'static>(
+    values: Vec<(PossibleValue, T)>,
+) -> impl TypedValueParser<Value = T> {
+    PossibleValuesParser::new(values.iter().map(|(name, _)| name.clone())).try_map(move |name| {
+        let value = values.iter().find(|(value, _)| value.get_name() == name);
+        value.map(|(_, value)| value.clone()).ok_or("not one of the possible values")
+    })
+}
+
+/// Parses the name of a method that attaches to this hook.
+fn method_of(hook: Hook) -> impl TypedValueParser<Value = Method> {
+    one_of(hook.candidates().iter().map(|method| (method.name().into(), *method)).collect())
+}
+
+/// Parses the name of a method that detects failed binds, `auto` or `off`.
+fn bind_method() -> impl TypedValueParser<Value = RequestedBindMethod> {
+    let named = |method: BindMethod| {
+        (PossibleValue::new(method.name()).help(method.description()), RequestedBindMethod::Only(method))
+    };
+    let auto = PossibleValue::new("auto").help("The methods that this kernel accepts");
+    let mut values = vec![(auto, RequestedBindMethod::Auto)];
+    values.extend(BindMethod::ALL.map(named));
+    values.push((PossibleValue::new("off").help("Do not observe binds"), RequestedBindMethod::Off));
+    one_of(values)
 }
 
 /// Parses a size such as `4M`: a power of two that the kernel accepts for a ring buffer.
@@ -216,12 +195,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         };
         let options = TracerOptions {
             hooks: args.requested_hooks(),
-            bind_method: match args.bind_method {
-                BindsArg::Auto => RequestedBindMethod::Auto,
-                BindsArg::Fexit => RequestedBindMethod::Only(BindMethod::Fexit),
-                BindsArg::Perf => RequestedBindMethod::Only(BindMethod::Perf),
-                BindsArg::Off => RequestedBindMethod::Off,
-            },
+            bind_method: args.bind_method,
             ring_bytes: args.ring_size,
             connect_table_size: args.connect_table,
             refused_table_size: args.refused_table,
