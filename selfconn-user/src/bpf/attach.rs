@@ -165,17 +165,17 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// The hooks to use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The hooks to use. The lines are the help of `--hooks`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Hooks {
-    /// Every hook that can be attached.
+    /// The methods that this kernel accepts
     #[default]
     Auto,
-    /// Both hooks; fail if one cannot be attached.
+    /// Both hooks; an error if one cannot be attached
     Both,
-    /// `inet_sock_set_state` only.
+    /// inet_sock_set_state only
     Tracepoint,
-    /// `tcp_set_state` only.
+    /// tcp_set_state only
     Function,
 }
 

@@ -39,6 +39,15 @@ impl BindMethod {
             Self::Perf => "perf",
         }
     }
+
+    /// The help of the option.
+    #[must_use]
+    pub const fn description(self) -> &'static str {
+        match self {
+            Self::Fexit => "By fexit on inet_csk_get_port",
+            Self::Perf => "By the tracepoint of the system call bind",
+        }
+    }
 }
 
 /// The methods that may be tried.

@@ -3,16 +3,20 @@
 use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
-use clap::ValueEnum;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 
 use crate::{
     bpf::{
-        attach::{Hooks, Method, RequestedHooks},
+        attach::{Hook, Hooks, Method, RequestedHooks},
         bind_programs::{BindMethod, RequestedBindMethod},
         features::KernelFeatures,
         loader::{Tracer, TracerOptions},
     },
-    daemon::{Daemon, self_test::socket::SelfTestSocket, supervision::Supervision},
+    daemon::{
+        Daemon, DaemonOptions,
+        self_test::{SelfTest, socket::SelfTestSocket},
+        supervision::Supervision,
+    },
     metrics::server::MetricsListener,
     output::{Format, Outputs, journald, log_file::LogFile},
     system::{
@@ -54,19 +58,19 @@ pub struct RunArgs {
     #[arg(long, value_name = "BYTES", default_value = "8M", value_parser = ring_bytes)]
     ring_size: u32,
     /// Which hooks to attach
-    #[arg(long, value_enum, default_value_t = HooksArg::Auto)]
-    hooks: HooksArg,
+    #[arg(long, value_enum, default_value_t = Hooks::Auto)]
+    hooks: Hooks,
     /// Attach inet_sock_set_state by this method only
-    #[arg(long, value_enum, value_name = "METHOD")]
-    tracepoint_method: Option<TracepointMethod>,
+    #[arg(long, value_name = "METHOD", value_parser = method_of(Hook::InetSockSetState))]
+    tracepoint_method: Option<Method>,
     /// Attach tcp_set_state by this method only
-    #[arg(long, value_enum, value_name = "METHOD")]
-    function_method: Option<FunctionMethod>,
+    #[arg(long, value_name = "METHOD", value_parser = method_of(Hook::TcpSetState))]
+    function_method: Option<Method>,
     #[command(flatten)]
     remedy: remedy::RemedyArgs,
     /// How to observe that a server cannot bind a port
-    #[arg(long, value_enum, value_name = "METHOD", default_value_t = BindsArg::Auto)]
-    bind_method: BindsArg,
+    #[arg(long, value_name = "METHOD", default_value = "auto", value_parser = bind_method())]
+    bind_method: RequestedBindMethod,
     /// Log more on stderr; given twice, also log messages of the eBPF programs
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -93,60 +97,12 @@ pub struct RunArgs {
     btf_offsets: bool,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum HooksArg {
-    /// The methods that this kernel accepts
-    Auto,
-    /// Both hooks; an error if one cannot be attached
-    Both,
-    /// inet_sock_set_state only
-    Tracepoint,
-    /// tcp_set_state only
-    Function,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum BindsArg {
-    /// The methods that this kernel accepts
-    Auto,
-    /// By fexit on inet_csk_get_port
-    Fexit,
-    /// By the tracepoint of the system call bind
-    Perf,
-    /// Do not observe binds
-    Off,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum TracepointMethod {
-    Perf,
-    #[value(name = "tp_btf")]
-    TpBtf,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum FunctionMethod {
-    Fentry,
-    Kprobe,
-}
-
 impl RunArgs {
     fn requested_hooks(&self) -> RequestedHooks {
         RequestedHooks {
-            hooks: match self.hooks {
-                HooksArg::Auto => Hooks::Auto,
-                HooksArg::Both => Hooks::Both,
-                HooksArg::Tracepoint => Hooks::Tracepoint,
-                HooksArg::Function => Hooks::Function,
-            },
-            tracepoint: self.tracepoint_method.map(|method| match method {
-                TracepointMethod::Perf => Method::Perf,
-                TracepointMethod::TpBtf => Method::TpBtf,
-            }),
-            function: self.function_method.map(|method| match method {
-                FunctionMethod::Fentry => Method::Fentry,
-                FunctionMethod::Kprobe => Method::Kprobe,
-            }),
+            hooks: self.hooks,
+            tracepoint: self.tracepoint_method,
+            function: self.function_method,
         }
     }
 
@@ -164,6 +120,33 @@ impl RunArgs {
             Some(Format::Text)
         }
     }
+}
+
+/// Parses one of these names.
+fn one_of<T: Clone + Send + Sync + 'static>(
+    values: Vec<(PossibleValue, T)>,
+) -> impl TypedValueParser<Value = T> {
+    PossibleValuesParser::new(values.iter().map(|(name, _)| name.clone())).try_map(move |name| {
+        let value = values.iter().find(|(value, _)| value.get_name() == name);
+        value.map(|(_, value)| value.clone()).ok_or("not one of the possible values")
+    })
+}
+
+/// Parses the name of a method that attaches to this hook.
+fn method_of(hook: Hook) -> impl TypedValueParser<Value = Method> {
+    one_of(hook.candidates().iter().map(|method| (method.name().into(), *method)).collect())
+}
+
+/// Parses the name of a method that detects failed binds, `auto` or `off`.
+fn bind_method() -> impl TypedValueParser<Value = RequestedBindMethod> {
+    let named = |method: BindMethod| {
+        (PossibleValue::new(method.name()).help(method.description()), RequestedBindMethod::Only(method))
+    };
+    let auto = PossibleValue::new("auto").help("The methods that this kernel accepts");
+    let mut values = vec![(auto, RequestedBindMethod::Auto)];
+    values.extend(BindMethod::ALL.map(named));
+    values.push((PossibleValue::new("off").help("Do not observe binds"), RequestedBindMethod::Off));
+    one_of(values)
 }
 
 /// Parses a size such as `4M`: a power of two that the kernel accepts for a ring buffer.
@@ -203,7 +186,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         host.uses_static_offsets &= !args.btf_offsets;
         // Before anything is attached, so that a remedy that cannot work is an immediate error.
         let remedy = args.remedy.prepare(&mut host)?;
-        let self_test = match SelfTestSocket::prepare() {
+        let self_test_socket = match SelfTestSocket::prepare() {
             Ok(test) => Some(test),
             Err(why) => {
                 host.limitations.push(format!("the hooks are not tested while the daemon runs: {why}"));
@@ -212,12 +195,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         };
         let options = TracerOptions {
             hooks: args.requested_hooks(),
-            bind_method: match args.bind_method {
-                BindsArg::Auto => RequestedBindMethod::Auto,
-                BindsArg::Fexit => RequestedBindMethod::Only(BindMethod::Fexit),
-                BindsArg::Perf => RequestedBindMethod::Only(BindMethod::Perf),
-                BindsArg::Off => RequestedBindMethod::Off,
-            },
+            bind_method: args.bind_method,
             ring_bytes: args.ring_size,
             connect_table_size: args.connect_table,
             refused_table_size: args.refused_table,
@@ -233,12 +211,14 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         let supervision = Supervision::new(manager, metrics_requests);
         let outputs = Outputs::new(args.stdout_format(), args.writes_journal(), log)
             .context("cannot start a thread that writes events")?;
-        let reconcile_interval = Duration::from_secs(args.reconcile);
-        let mut daemon =
-            Daemon::new(&host, tracer, supervision, outputs, args.states, reconcile_interval, remedy)?;
-        if let Some(test) = self_test {
-            daemon.enable_self_test(test, Duration::from_secs(args.self_test));
-        }
+        let live = tracer.methods().live.iter().map(|(method, ())| *method).collect();
+        let options = DaemonOptions {
+            states: args.states,
+            snapshot_interval: Duration::from_secs(args.reconcile),
+            remedy,
+            self_test: SelfTest::new(self_test_socket, Duration::from_secs(args.self_test), live),
+        };
+        let daemon = Daemon::new(&host, tracer, supervision, outputs, options)?;
         kept.restrict_thread().context("cannot give up capabilities")?;
         drop(host);
         memory::trim_heap();

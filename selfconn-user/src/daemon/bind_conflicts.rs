@@ -3,7 +3,7 @@
 
 use selfconn_ebpf::{bind_failure::BindFailure, state};
 
-use super::{Daemon, Pipeline, table_snapshot::TableSnapshot};
+use super::{pipeline::Pipeline, table_snapshot::TableSnapshot};
 use crate::{
     detect::{
         bind_conflict::{BindConflicts, PortHolder, TimeWaitEntry},
@@ -15,14 +15,6 @@ use crate::{
         process::{Attribution, ObservedTask},
     },
 };
-
-impl Daemon {
-    /// Number of binds that failed because of a self-connection.
-    #[must_use]
-    pub fn blocked_binds(&self) -> u64 {
-        self.pipeline.bind_conflicts.failures()
-    }
-}
 
 /// Records the TIME_WAIT of a self-connection that is closed.
 pub(super) fn on_connection_event(

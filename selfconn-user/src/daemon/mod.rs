@@ -1,50 +1,48 @@
-//! The daemon: one loop on one thread owns the tracer, the connections and the outputs. Nothing is shared, so
-//! nothing is locked. Work that blocks or changes the network namespace runs on worker threads, which own no
-//! state of the daemon.
+//! The daemon: one loop on one thread owns the tracer, the parts, and the outputs. Nothing is shared, so
+//! nothing is locked. Each part holds its state, and the loop calls it; no part knows the daemon. Work that
+//! blocks or changes the network namespace runs on worker threads, which own no state of the daemon.
 
-use std::{
-    collections::{HashMap, HashSet},
-    io,
-    time::Duration,
-};
+use std::{collections::HashSet, io, time::Duration};
 
-use rustix::process::Signal;
 use selfconn_ebpf::{ABSENT, Field, Record};
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    time::{Instant, sleep, sleep_until},
-};
+use tokio::time::{Instant, sleep};
 
 use crate::{
     bpf::{
+        attach::Method,
         features::KernelFeatures,
         loader::{Counters, Tracer},
     },
-    detect::{bind_conflict::BindConflicts, connection::Connections, remediation::Remedy},
-    event::{EventKind, Losses, Lost, ProgramCounters},
-    metrics,
+    detect::remediation::Remedy,
+    event::{EventKind, LossCause, Losses, ProgramCounters},
+    metrics::MetricsSnapshot,
     output::Outputs,
     system::{
-        clock::{self, Offset},
+        clock::{Offset, sleep_until_some},
         memory,
         process::Processes,
     },
 };
-
+use losses::LossReporter;
 use pipeline::Pipeline;
+use port_ranges::PortRangeResponse;
+use port_risk::{PortRiskMonitor, RiskReporter};
+use remediation::Remediation;
 use self_test::SelfTest;
+use signals::{SignalAction, Signals};
+use snapshot_worker::{SnapshotRequest, SnapshotResponse, SnapshotWorker};
 use supervision::Supervision;
 use table_snapshot::TableSnapshot;
-use worker::SnapshotRequest;
-use worker::SnapshotResponse;
-use worker::SnapshotWorker;
 
 mod bind_conflicts;
+mod losses;
 mod pipeline;
 mod port_ranges;
 mod port_risk;
 mod remediation;
 pub mod self_test;
+mod signals;
+mod snapshot_worker;
 mod started;
 pub mod supervision;
 mod table_snapshot;
@@ -59,28 +57,39 @@ const MAX_BATCH: usize = 1024;
 /// records.
 const MAX_BATCHES: usize = 512;
 
-/// Delay from the first activity until the probes' counters are read and losses are reported. While an output
-/// is not writable, losses are checked again after the same delay.
-const LOSS_REPORT_DELAY: Duration = Duration::from_secs(1);
+/// Maximum time to wait for a record that a probe has counted and not yet written. It is longer than any probe
+/// runs.
+const RECORD_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// Time between two looks at the ring buffer while such a record is missing.
+const RECORD_POLL_INTERVAL: Duration = Duration::from_millis(1);
+
+/// The options of a run, for the parts that need them.
+pub struct DaemonOptions {
+    /// True to report every state change.
+    pub states: bool,
+    /// Time between two snapshots of the socket table.
+    pub snapshot_interval: Duration,
+    pub remedy: Option<Remedy>,
+    pub self_test: SelfTest,
+}
 
 /// The state of the event loop.
 pub struct Daemon {
     tracer: Tracer,
     snapshot_worker: SnapshotWorker,
-    risk: port_risk::PortRiskMonitor,
+    port_risks: PortRiskMonitor,
     supervision: Supervision,
     pipeline: Pipeline,
-    /// Time between two snapshots of the socket table.
+    self_test: SelfTest,
+    loss_reporter: LossReporter,
     snapshot_interval: Duration,
     /// True if the probes can read a socket's network namespace.
     knows_netns: bool,
     /// True if the socket table has been read in this run.
     has_snapshot: bool,
+    /// The probes' counters, as last read.
     counters: Counters,
-    reported_losses: Losses,
-    self_test: SelfTest,
-    /// Number of attach methods whose probes do not work any more.
-    dead_hooks: u64,
 }
 
 impl Daemon {
@@ -93,36 +102,24 @@ impl Daemon {
         tracer: Tracer,
         supervision: Supervision,
         mut out: Outputs,
-        states: bool,
-        snapshot_interval: Duration,
-        remedy: Option<Remedy>,
+        options: DaemonOptions,
     ) -> io::Result<Self> {
         out.emit(EventKind::Started(started::started(host, tracer.methods(), tracer.bind_choice())));
         let probe_count = u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX);
+        let processes = Processes::new(host.is_initial_pid_ns);
+        let remediation = Remediation::new(options.remedy);
         Ok(Self {
             tracer,
-            snapshot_worker: SnapshotWorker::start()?,
-            risk: port_risk::PortRiskMonitor::start()?,
+            snapshot_worker: snapshot_worker::start()?,
+            port_risks: PortRiskMonitor::start()?,
             supervision,
-            pipeline: Pipeline {
-                run_id: clock::boot_ns(),
-                connections: Connections::new(probe_count),
-                processes: Processes::new(host.is_initial_pid_ns),
-                attributions: HashMap::new(),
-                report_states: states,
-                remedy,
-                bind_conflicts: BindConflicts::default(),
-                out,
-                established_counts: metrics::ConnectionCounts::default(),
-                missed: 0,
-            },
-            snapshot_interval,
+            pipeline: Pipeline::new(probe_count, processes, options.states, remediation, out),
+            self_test: options.self_test,
+            loss_reporter: LossReporter::default(),
+            snapshot_interval: options.snapshot_interval,
             knows_netns: host.offsets[Field::NetnsInum as usize] != ABSENT,
             has_snapshot: false,
             counters: Counters::default(),
-            reported_losses: Losses::default(),
-            self_test: SelfTest::new(),
-            dead_hooks: 0,
         })
     }
 
@@ -132,36 +129,32 @@ impl Daemon {
     /// # Errors
     /// If signals or the ring buffer can't be waited for.
     pub async fn run(mut self) -> io::Result<Option<HooksDead>> {
-        let (mut interrupt, mut terminate) =
-            (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-        // Without a file to reopen, SIGHUP keeps its default action: the daemon ends with its terminal.
-        let mut hangup = self.pipeline.out.can_reopen().then(|| signal(SignalKind::hangup())).transpose()?;
-        // With a handler for SIGXFSZ, a limit on the log's size is a write error and does not kill the
-        // daemon.
-        let _too_large = signal(SignalKind::from_raw(Signal::XFSZ.as_raw()))?;
+        let mut signals = Signals::install(self.pipeline.out.can_reopen())?;
         let mut is_stdout_open = self.pipeline.out.flush().is_ok();
         self.supervision.ready(self.tracer.methods());
         let mut has_more = false;
-        let mut report_losses_at: Option<Instant> = None;
         // The first snapshot finds the self-connections that exist already. The hooks are attached, so no
         // later one is missed.
         let mut next_snapshot_at: Option<Instant> = None;
         self.request_snapshot();
         let mut hooks_dead = None;
         while is_stdout_open && hooks_dead.is_none() {
-            let (remedy_at, self_test_at) = (self.next_remedy_at(), self.next_self_test_at());
-            let until_check = self.risk.time_until_check();
+            let remedy_at = self.pipeline.remediation.next_at();
+            let port_check_at = self.port_risks.next_at();
+            let self_test_at = self.self_test.next_at();
+            let loss_report_at = self.loss_reporter.next_at();
             tokio::select! {
                 biased;
-                _ = interrupt.recv() => break,
-                _ = terminate.recv() => break,
-                () = next_signal(&mut hangup) => {
-                    self.supervision.reloading();
-                    if self.pipeline.out.reopen().is_err() {
-                        break;
+                action = signals.next() => match action {
+                    SignalAction::Stop => break,
+                    SignalAction::ReopenLog => {
+                        self.supervision.reloading();
+                        if self.pipeline.out.reopen().is_err() {
+                            break;
+                        }
+                        self.supervision.ready(self.tracer.methods());
                     }
-                    self.supervision.ready(self.tracer.methods());
-                }
+                },
                 // Before the records, because their stream may never end. Requests arrive at most a few times
                 // a second.
                 request = self.supervision.next_metrics_request() => {
@@ -172,42 +165,52 @@ impl Daemon {
                 readable = self.tracer.readable() => readable?,
                 // The pending events are written below.
                 () = self.pipeline.out.ready() => {}
-                Some(response) = self.snapshot_worker.next_response() => match response {
+                response = self.snapshot_worker.response() => match response {
                     SnapshotResponse::Table(snapshot) => {
                         self.drain_all().await;
                         self.reconcile(&snapshot);
                         next_snapshot_at = Some(Instant::now() + self.snapshot_interval);
                     }
-                    SnapshotResponse::LookedUp(number, found) => self.on_looked_up(number, found),
-                    SnapshotResponse::Destroyed(number, began_ns, outcome) => self.on_destroyed(number, began_ns, outcome),
+                    SnapshotResponse::LookedUp(number, cookie_result) => {
+                        while self.drain_batch() > 0 {}
+                        let Self { pipeline: Pipeline { remediation, out, .. }, snapshot_worker, .. } = &mut self;
+                        remediation.on_looked_up(number, cookie_result, snapshot_worker, out);
+                    }
+                    SnapshotResponse::Destroyed(number, began_ns, outcome) => {
+                        let Pipeline { remediation, out, .. } = &mut self.pipeline;
+                        remediation.on_destroyed(number, began_ns, outcome, out);
+                    }
                 },
-                () = sleep_until(remedy_at.unwrap_or_else(Instant::now)), if remedy_at.is_some() => {}
-                Some(response) = self.risk.next_response() => self.evaluate_port_risks(&response),
-                () = sleep(until_check.unwrap_or_default()), if until_check.is_some() => {}
-                () = sleep_until(self_test_at.unwrap_or_else(Instant::now)), if self_test_at.is_some() => {}
-                () = sleep_until(next_snapshot_at.unwrap_or_else(Instant::now)), if next_snapshot_at.is_some() => {
+                response = self.port_risks.response() => self.evaluate_port_risks(&response),
+                // What is due is done below.
+                () = sleep_until_some(remedy_at) => {}
+                () = sleep_until_some(port_check_at) => {}
+                () = sleep_until_some(self_test_at) => {}
+                () = sleep_until_some(next_snapshot_at) => {
                     next_snapshot_at = None;
                     self.request_snapshot();
                 }
-                () = sleep_until(report_losses_at.unwrap_or_else(Instant::now)), if report_losses_at.is_some() => {
+                () = sleep_until_some(loss_report_at) => {
                     self.report_losses();
-                    report_losses_at = self.pipeline.out.pending().any().then(|| Instant::now() + LOSS_REPORT_DELAY);
+                    self.loss_reporter.reschedule(&self.pipeline.out);
                 }
             }
             let drained = self.drain_batch();
             has_more = drained == MAX_BATCH;
+            if drained > 0 {
+                self.loss_reporter.on_records();
+            }
             self.check_port_risks();
             if !has_more {
-                self.start_due_remedies();
+                let Pipeline { remediation, out, .. } = &mut self.pipeline;
+                remediation.start_due_steps(&self.snapshot_worker, out);
             }
             hooks_dead = self.run_self_test();
             is_stdout_open = self.pipeline.out.make_room().await.is_ok();
-            if drained > 0 && report_losses_at.is_none() {
-                report_losses_at = Some(Instant::now() + LOSS_REPORT_DELAY);
-            }
         }
         self.supervision.stopping();
-        self.finish_remedies().await;
+        let Self { pipeline: Pipeline { remediation, out, .. }, snapshot_worker, .. } = &mut self;
+        remediation.finish(snapshot_worker, out).await;
         // Events from before the signal are still reported. From here on nothing is observed.
         self.tracer.detach();
         let program_counters = self.drain_remaining().await;
@@ -217,10 +220,9 @@ impl Daemon {
     }
 
     /// Drains the rest of the ring buffer after the probes are detached. A probe may still be running on
-    /// another CPU: waits for the records that are counted as matched, at most 100 ms, which is longer than
-    /// any probe runs.
+    /// another CPU: waits for the records that are counted as matched.
     async fn drain_remaining(&mut self) -> ProgramCounters {
-        let until = Instant::now() + Duration::from_millis(100);
+        let until = Instant::now() + RECORD_TIMEOUT;
         loop {
             self.drain_all().await;
             self.report_losses();
@@ -234,7 +236,7 @@ impl Daemon {
                     not_remembered: connect_table_full,
                 };
             }
-            sleep(Duration::from_millis(1)).await;
+            sleep(RECORD_POLL_INTERVAL).await;
         }
     }
 
@@ -242,7 +244,7 @@ impl Daemon {
     /// never end. It must not stop at the first batch that is not full, because a record that is still being
     /// written holds up the records after it.
     async fn drain_all(&mut self) {
-        let until = Instant::now() + Duration::from_millis(100);
+        let until = Instant::now() + RECORD_TIMEOUT;
         for _ in 0..MAX_BATCHES {
             if self.drain_batch() == 0 {
                 self.update_counters();
@@ -250,7 +252,7 @@ impl Daemon {
                 if matched <= self.tracer.delivered() + ring_full || Instant::now() > until {
                     break;
                 }
-                sleep(Duration::from_millis(1)).await;
+                sleep(RECORD_POLL_INTERVAL).await;
             }
             // A closed stdout is detected at the next flush.
             let _ = self.pipeline.out.make_room().await;
@@ -260,33 +262,39 @@ impl Daemon {
     /// Drains and handles at most [`MAX_BATCH`] records. Returns their number.
     fn drain_batch(&mut self) -> usize {
         let clock = Offset::now();
-        let Self { tracer, pipeline, risk, self_test, .. } = self;
+        let Self { tracer, pipeline, port_risks, self_test, .. } = self;
         tracer.drain(MAX_BATCH, |record| match record {
             Record::Transition(transition) if self_test.consume(transition) => {}
             Record::Transition(transition) => pipeline.apply(transition, clock),
-            Record::RefusedConnects(destination) => risk.on_threshold(*destination),
+            Record::RefusedConnects(destination) => port_risks.on_threshold(*destination),
             Record::BindFailure(failure) => pipeline.on_bind_failure(failure, clock),
         })
     }
 
     /// Checks the ports with many refused connects, if a check is due.
     fn check_port_risks(&mut self) {
-        if self.risk.time_until_check().is_some_and(|until_check| until_check.is_zero()) {
-            let Self { tracer, pipeline: Pipeline { processes, out, .. }, risk, .. } = self;
-            risk.check_due_ports(tracer.refused_counts(), port_risk::RiskReporter { processes, out });
-        }
+        let Self { tracer, pipeline: Pipeline { processes, out, .. }, port_risks, .. } = self;
+        port_risks.check_due_ports(tracer.refused_counts(), RiskReporter { processes, out });
     }
 
     /// Evaluates the ports at risk with the port ranges that the worker has read.
-    fn evaluate_port_risks(&mut self, response: &port_ranges::PortRangeResponse) {
-        let Self { tracer, pipeline: Pipeline { processes, out, connections, .. }, risk, .. } = self;
+    fn evaluate_port_risks(&mut self, response: &PortRangeResponse) {
+        let Self { tracer, pipeline: Pipeline { processes, out, connections, .. }, port_risks, .. } = self;
         let is_taken = |place: &_| connections.iter().any(|connection| connection.place() == *place);
-        risk.evaluate(
-            response,
-            tracer.refused_counts(),
-            is_taken,
-            port_risk::RiskReporter { processes, out },
-        );
+        let reporter = RiskReporter { processes, out };
+        port_risks.evaluate(response, tracer.refused_counts(), is_taken, reporter);
+    }
+
+    /// Begins or evaluates a self-test, if due. `Some`: the hooks are dead.
+    fn run_self_test(&mut self) -> Option<HooksDead> {
+        self.self_test.begin_if_due(&self.tracer);
+        if !self.self_test.can_evaluate() {
+            return None;
+        }
+        while self.drain_batch() > 0 {}
+        let dead = self.self_test.evaluate(&self.tracer)?;
+        self.loss_reporter.report_dead_hooks(&dead, &mut self.pipeline.out);
+        Some(HooksDead(dead))
     }
 
     /// Requests a snapshot of the socket table from the worker.
@@ -323,7 +331,7 @@ impl Daemon {
         for sock in snapshot.stale_connects(&entries) {
             self.tracer.remove_connect(sock);
         }
-        self.risk.remove_expired_counts(self.tracer.refused_counts());
+        self.port_risks.remove_expired_counts(self.tracer.refused_counts());
         self.pipeline.bind_conflicts.remove_expired(snapshot.began_ns());
         self.report_losses();
         // A burst since the last snapshot is usually over by now. Its memory is given back.
@@ -334,27 +342,8 @@ impl Daemon {
     /// Reads the probes' counters, and emits `lost` for every loss since the last call.
     fn report_losses(&mut self) {
         self.update_counters();
-        let now = self.losses().plus(self.pipeline.out.lost());
-        let pending = self.pipeline.out.pending();
-        for (loss, is_pending, now, reported) in [
-            ("ring", false, now.ring, &mut self.reported_losses.ring),
-            ("missed", false, now.missed, &mut self.reported_losses.missed),
-            ("log", pending.log, now.log, &mut self.reported_losses.log),
-            ("stdout", pending.stdout, now.stdout, &mut self.reported_losses.stdout),
-            ("journal", pending.journal, now.journal, &mut self.reported_losses.journal),
-            ("refused_table", false, now.refused_table, &mut self.reported_losses.refused_table),
-        ] {
-            // Losses of an output are reported only after it accepts events again. Otherwise the `lost` event
-            // would be dropped, too.
-            if now > *reported && !is_pending {
-                self.pipeline.out.emit(EventKind::Lost(Lost {
-                    r#where: loss,
-                    count: now - *reported,
-                    method: None,
-                }));
-                *reported = now;
-            }
-        }
+        let totals = self.losses().plus(self.pipeline.out.lost());
+        self.loss_reporter.report(&totals, &mut self.pipeline.out);
     }
 
     fn update_counters(&mut self) {
@@ -366,22 +355,46 @@ impl Daemon {
 
     /// Losses before an event was made.
     fn losses(&self) -> Losses {
-        Losses {
-            ring: self.counters.ring_full,
-            missed: self.pipeline.missed,
-            refused_table: self.counters.refused_table_full,
-            hooks: self.dead_hooks,
-            ..Losses::default()
-        }
+        Losses::from([
+            (LossCause::Ring, self.counters.ring_full),
+            (LossCause::Missed, self.pipeline.missed),
+            (LossCause::RefusedTable, self.counters.refused_table_full),
+            (LossCause::Hooks, self.loss_reporter.dead_hooks()),
+            (LossCause::OpenerTable, self.counters.connect_table_full),
+        ])
     }
-}
 
-/// Waits for the signal. Without a signal handler it waits forever.
-async fn next_signal(signal: &mut Option<tokio::signal::unix::Signal>) {
-    match signal {
-        Some(signal) => {
-            signal.recv().await;
+    /// Current values of all exported metrics. Every metric gets its value here.
+    fn collect_metrics(&mut self) -> MetricsSnapshot {
+        self.update_counters();
+        let mut health_problems = Vec::new();
+        if !self.tracer.is_attached() {
+            health_problems.push("hooks: none is attached");
         }
-        None => std::future::pending().await,
+        if !self.self_test.is_healthy() {
+            health_problems.push("hooks: the last self-test failed");
+        }
+        if !self.pipeline.out.can_write_log() {
+            health_problems.push("log: it can't be written");
+        }
+        let hook_and_method = |(method, ()): &(Method, ())| (method.hook().name(), method.name());
+        let remedy_counts = self.pipeline.remediation.counts();
+        MetricsSnapshot {
+            connections: self.pipeline.established_counts,
+            connections_open: self.pipeline.connections.iter().count() as u64,
+            refused_self_dials: Some(self.counters.refused_connects),
+            ports_at_risk: Some(self.port_risks.at_risk() as u64),
+            self_tests: self
+                .self_test
+                .counts()
+                .map_or_else(Vec::new, |counts| vec![("passed", counts.passed), ("failed", counts.failed)]),
+            blocked_binds: Some(self.pipeline.bind_conflicts.failures()),
+            remedies: remedy_counts.map(|(outcome, count)| (outcome.name(), count)).collect(),
+            lost: self.losses().plus(self.pipeline.out.lost()),
+            transitions_not_examined: self.tracer.not_examined(),
+            log_write_errors: self.pipeline.out.log_write_errors(),
+            hooks: self.tracer.methods().live.iter().map(hook_and_method).collect(),
+            health_problems,
+        }
     }
 }

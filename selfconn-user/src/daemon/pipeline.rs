@@ -5,18 +5,17 @@ use std::collections::HashMap;
 
 use selfconn_ebpf::{Task, Transition, state};
 
-use super::{bind_conflicts, remediation, table_snapshot::TableSnapshot};
+use super::{bind_conflicts, remediation::Remediation, table_snapshot::TableSnapshot};
 use crate::{
     detect::{
         bind_conflict::BindConflicts,
         connection::{Connection, ConnectionEvent, Connections, ListedConnection},
-        remediation::Remedy,
     },
     event::{Closed, ConnectionFields, EventKind, StateChange},
     metrics,
     output::Outputs,
     system::{
-        clock::Offset,
+        clock::{self, Offset},
         process::{Attribution, ObservedTask, Processes},
     },
 };
@@ -30,7 +29,7 @@ pub(super) struct Pipeline {
     /// The process behind each open connection, by the connection's number.
     pub(super) attributions: HashMap<u64, Attribution>,
     pub(super) report_states: bool,
-    pub(super) remedy: Option<Remedy>,
+    pub(super) remediation: Remediation,
     pub(super) bind_conflicts: BindConflicts,
     pub(super) out: Outputs,
     pub(super) established_counts: metrics::ConnectionCounts,
@@ -38,6 +37,27 @@ pub(super) struct Pipeline {
 }
 
 impl Pipeline {
+    pub(super) fn new(
+        probe_count: u8,
+        processes: Processes,
+        report_states: bool,
+        remediation: Remediation,
+        out: Outputs,
+    ) -> Self {
+        Self {
+            run_id: clock::boot_ns(),
+            connections: Connections::new(probe_count),
+            processes,
+            attributions: HashMap::new(),
+            report_states,
+            remediation,
+            bind_conflicts: BindConflicts::default(),
+            out,
+            established_counts: metrics::ConnectionCounts::default(),
+            missed: 0,
+        }
+    }
+
     /// Applies a transition, and emits the resulting events.
     pub(super) fn apply(&mut self, transition: &Transition, clock: Offset) {
         let Self {
@@ -46,7 +66,7 @@ impl Pipeline {
             processes,
             attributions,
             report_states,
-            remedy,
+            remediation,
             bind_conflicts,
             out,
             established_counts,
@@ -70,10 +90,7 @@ impl Pipeline {
             if let Some(kind) = event_of(event, attribution, *run_id, *report_states, clock) {
                 out.emit_at(clock.wall(at_ns), kind);
             }
-            if let Some(remedy) = remedy
-                && let Some(remedied) =
-                    remediation::on_connection_event(remedy, event, attribution, *run_id, at_ns)
-            {
+            if let Some(remedied) = remediation.on_connection_event(event, attribution, *run_id, at_ns) {
                 out.emit_at(clock.wall(at_ns), EventKind::Remedied(Box::new(remedied)));
             }
             bind_conflicts::on_connection_event(bind_conflicts, event, attribution, at_ns);
@@ -105,7 +122,7 @@ impl Pipeline {
             processes,
             attributions,
             report_states,
-            remedy,
+            remediation,
             out,
             established_counts,
             ..
@@ -131,9 +148,8 @@ impl Pipeline {
             if let Some(kind) = event_of(event, attribution, *run_id, *report_states, clock) {
                 out.emit(kind);
             }
-            if let Some(remedy) = remedy
-                && let Some(remedied) =
-                    remediation::on_connection_event(remedy, event, attribution, *run_id, snapshot.began_ns())
+            if let Some(remedied) =
+                remediation.on_connection_event(event, attribution, *run_id, snapshot.began_ns())
             {
                 out.emit(EventKind::Remedied(Box::new(remedied)));
             }

@@ -1,11 +1,9 @@
-//! The worker thread that reads the local port range of a network namespace. The worker that reads the socket
-//! table can be busy for longer than the report of a port at risk may take, so this is a separate thread. It
-//! owns no state of the daemon either.
+//! The worker that reads the local port range of a network namespace. The worker that reads the socket table
+//! can be busy for longer than the report of a port at risk may take, so this is a separate thread.
 
-use std::{collections::HashMap, io, sync::mpsc, thread};
+use std::{collections::HashMap, io};
 
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
-
+use super::worker::Worker;
 use crate::{
     ports::{LocalPorts, sysctl},
     sockets,
@@ -18,39 +16,12 @@ pub(super) type PortRangeResponse = HashMap<u32, Result<LocalPorts, String>>;
 /// Network namespaces, each with a process that may be in it.
 type PortRangeRequest = HashMap<u32, u32>;
 
-/// The daemon's end of the channels to the worker thread.
-pub(super) struct PortRangeWorker {
-    requests: mpsc::Sender<PortRangeRequest>,
-    responses: UnboundedReceiver<PortRangeResponse>,
-}
+pub(super) type PortRangeWorker = Worker<PortRangeRequest, PortRangeResponse>;
 
-impl PortRangeWorker {
-    pub(super) fn start() -> io::Result<Self> {
-        let (requests, request_receiver) = mpsc::channel::<PortRangeRequest>();
-        let (response_sender, responses) = unbounded_channel();
-        thread::Builder::new().name("ranges".to_owned()).spawn(move || {
-            if let Err(error) = capabilities::restrict_to(capabilities::PORT_RANGE_WORKER) {
-                log::error!("the thread that reads port ranges cannot drop its privileges: {error}");
-            }
-            // Ends when the daemon drops its end of the channel.
-            while let Ok(request) = request_receiver.recv() {
-                if response_sender.send(request.into_iter().map(read).collect()).is_err() {
-                    break;
-                }
-            }
-        })?;
-        Ok(Self { requests, responses })
-    }
-
-    pub(super) fn send(&self, request: PortRangeRequest) {
-        if self.requests.send(request).is_err() {
-            log::error!("the thread that reads port ranges has ended");
-        }
-    }
-
-    pub(super) async fn next_response(&mut self) -> Option<PortRangeResponse> {
-        self.responses.recv().await
-    }
+pub(super) fn start() -> io::Result<PortRangeWorker> {
+    Worker::start("ranges", capabilities::PORT_RANGE_WORKER, |request: PortRangeRequest| {
+        request.into_iter().map(read).collect()
+    })
 }
 
 fn read((netns, hint): (u32, u32)) -> (u32, Result<LocalPorts, String>) {

@@ -5,8 +5,9 @@
 use std::{collections::HashMap, io, rc::Rc, time::Duration};
 
 use selfconn_ebpf::refused_connects::Destination;
+use tokio::time::Instant;
 
-use super::port_ranges::{PortRangeResponse, PortRangeWorker};
+use super::port_ranges::{self, PortRangeResponse, PortRangeWorker};
 use crate::{
     bpf::loader::RefusedCounts,
     detect::{
@@ -24,6 +25,7 @@ use crate::{
     },
 };
 
+/// The ports with many refused connects, and the worker that reads port ranges.
 pub(super) struct PortRiskMonitor {
     risks: PortRisks,
     port_range_worker: PortRangeWorker,
@@ -41,7 +43,7 @@ impl PortRiskMonitor {
     pub(super) fn start() -> io::Result<Self> {
         Ok(Self {
             risks: PortRisks::default(),
-            port_range_worker: PortRangeWorker::start()?,
+            port_range_worker: port_ranges::start()?,
             awaiting_ranges: Vec::new(),
         })
     }
@@ -56,23 +58,29 @@ impl PortRiskMonitor {
         self.risks.at_risk()
     }
 
-    /// Time until the next check. `None`: no check before the next record or response.
-    pub(super) fn time_until_check(&self) -> Option<Duration> {
-        let check_ns = self.risks.next_check_ns().filter(|_| self.awaiting_ranges.is_empty())?;
-        Some(Duration::from_nanos(check_ns.saturating_sub(clock::boot_ns())))
+    /// Time of the next check (`CLOCK_BOOTTIME`, nanoseconds). `None`: no check before the next record or
+    /// response.
+    fn next_check_ns(&self) -> Option<u64> {
+        self.risks.next_check_ns().filter(|_| self.awaiting_ranges.is_empty())
     }
 
-    /// Stops tracking ports without recent attempts, and requests the port ranges for the ports that are due
-    /// for a check.
+    /// Time of the next check.
+    pub(super) fn next_at(&self) -> Option<Instant> {
+        let until_check_ns = self.next_check_ns()?.saturating_sub(clock::boot_ns());
+        Some(Instant::now() + Duration::from_nanos(until_check_ns))
+    }
+
+    /// If a check is due, stops tracking ports without recent attempts, and requests the port ranges for the
+    /// ports that are due.
     pub(super) fn check_due_ports(
         &mut self,
         refused_counts: &mut RefusedCounts,
         mut reporter: RiskReporter<'_>,
     ) {
-        if !self.awaiting_ranges.is_empty() {
+        let now_ns = clock::boot_ns();
+        if self.next_check_ns().is_none_or(|check_ns| check_ns > now_ns) {
             return;
         }
-        let now_ns = clock::boot_ns();
         let mut request = HashMap::new();
         for destination in self.risks.due(now_ns) {
             let count = refused_counts.get(&destination);
@@ -95,8 +103,8 @@ impl PortRiskMonitor {
     }
 
     /// Waits for the worker's next response.
-    pub(super) async fn next_response(&mut self) -> Option<PortRangeResponse> {
-        self.port_range_worker.next_response().await
+    pub(super) async fn response(&mut self) -> PortRangeResponse {
+        self.port_range_worker.response().await
     }
 
     /// Checks the ports that waited for this response. `is_taken` returns true if a self-connection holds the

@@ -1,22 +1,19 @@
 //! Supervision from outside: the service manager, whose watchdog expects regular pings, and the clients that
 //! scrape the metrics. The event loop serves both itself. If they get no answer, the loop is therefore stuck.
 
-use tokio::{
-    sync::mpsc::Receiver,
-    time::{Instant, sleep_until},
-};
+use tokio::{sync::mpsc::Receiver, time::Instant};
 
-use super::Daemon;
 use crate::{
-    bpf::attach::{Choice, Method},
-    metrics::{MetricsSnapshot, server::MetricsRequest},
-    system::sd_notify::ServiceManager,
+    bpf::attach::Choice,
+    metrics::server::MetricsRequest,
+    system::{clock::sleep_until_some, sd_notify::ServiceManager},
 };
 
 /// The service manager and the metrics server, as far as the event loop serves them.
 pub struct Supervision {
     manager: Option<ServiceManager>,
     requests: Option<Receiver<MetricsRequest>>,
+    /// When the watchdog must get its next ping. `None`: the service manager has no watchdog.
     ping_at: Option<Instant>,
 }
 
@@ -62,15 +59,9 @@ impl Supervision {
                     None => std::future::pending().await,
                 }
             };
-            let watchdog_due = async {
-                match *ping_at {
-                    Some(at) => sleep_until(at).await,
-                    None => std::future::pending().await,
-                }
-            };
             tokio::select! {
                 biased;
-                () = watchdog_due => {
+                () = sleep_until_some(*ping_at) => {
                     if let Some(manager) = manager {
                         manager.ping();
                         *ping_at = manager.ping_interval().map(|interval| Instant::now() + interval);
@@ -82,41 +73,6 @@ impl Supervision {
                     None => self.requests = None,
                 }
             }
-        }
-    }
-}
-
-impl Daemon {
-    /// Current values of all exported metrics. Every metric gets its value here.
-    pub(super) fn collect_metrics(&mut self) -> MetricsSnapshot {
-        self.update_counters();
-        let mut health_problems = Vec::new();
-        if !self.tracer.is_attached() {
-            health_problems.push("hooks: none is attached");
-        }
-        if !self.hooks_are_healthy() {
-            health_problems.push("hooks: the last self-test failed");
-        }
-        if !self.pipeline.out.can_write_log() {
-            health_problems.push("log: it can't be written");
-        }
-        let hook_and_method = |(method, ()): &(Method, ())| (method.hook().name(), method.name());
-        MetricsSnapshot {
-            connections: self.pipeline.established_counts,
-            connections_open: self.pipeline.connections.iter().count() as u64,
-            refused_self_dials: Some(self.counters.refused_connects),
-            ports_at_risk: Some(self.risk.at_risk() as u64),
-            self_tests: self
-                .self_test_counts()
-                .map_or_else(Vec::new, |counts| vec![("passed", counts.passed), ("failed", counts.failed)]),
-            blocked_binds: Some(self.blocked_binds()),
-            remedies: self.remedies().map(|(outcome, count)| (outcome.name(), count)).collect(),
-            lost: self.losses().plus(self.pipeline.out.lost()),
-            transitions_not_examined: self.tracer.not_examined(),
-            connect_table_full: self.counters.connect_table_full,
-            log_write_errors: self.pipeline.out.log_write_errors(),
-            hooks: self.tracer.methods().live.iter().map(hook_and_method).collect(),
-            health_problems,
         }
     }
 }

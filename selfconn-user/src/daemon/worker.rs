@@ -1,82 +1,87 @@
-//! The worker thread for work that blocks, walks /proc or changes the network namespace, so that the event
-//! loop does none of that: snapshots of the socket table, lookups of sockets, and SOCK_DESTROY. It owns no
-//! state of the daemon: it receives requests and sends responses.
+//! A worker thread for work that blocks, walks /proc or changes the network namespace, so that the event loop
+//! does none of that. It owns no state of the daemon: it receives requests and sends one response to each, in
+//! the order of the requests.
 
-use std::{io, sync::mpsc, thread};
+use std::{io, sync::mpsc};
 
+use rustix::thread::CapabilitySet;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use super::table_snapshot::{TableSnapshot, take_snapshot};
-use crate::{
-    detect::remediation::RemedyRequest,
-    sockets::{self, Cookie},
-    system::{capabilities, clock},
-};
+use crate::system::capabilities;
 
-/// A request to the worker.
-pub(super) enum SnapshotRequest {
-    /// Take a snapshot of the socket table, also in the namespaces of these threads. At most one may be in
-    /// progress.
-    Table(Vec<u32>),
-    /// Look up the cookie of a socket.
-    LookUp(RemedyRequest),
-    /// Destroy a socket.
-    Destroy(RemedyRequest, Cookie),
+/// The daemon's end of the channels to a worker thread.
+pub(super) struct Worker<Request, Response> {
+    name: &'static str,
+    requests: mpsc::Sender<Request>,
+    responses: UnboundedReceiver<Response>,
+    has_ended: bool,
 }
 
-/// A response of the worker.
-pub(super) enum SnapshotResponse {
-    Table(TableSnapshot),
-    /// Number of the connection, and the cookie. `None`: no such socket.
-    LookedUp(u64, Result<Option<Cookie>, String>),
-    /// Number of the connection, start time (`CLOCK_BOOTTIME`, nanoseconds), and whether the socket existed.
-    Destroyed(u64, u64, Result<bool, String>),
-}
-
-/// The daemon's end of the channels to the worker thread.
-pub(super) struct SnapshotWorker {
-    requests: mpsc::Sender<SnapshotRequest>,
-    responses: UnboundedReceiver<SnapshotResponse>,
-}
-
-impl SnapshotWorker {
-    pub(super) fn start() -> io::Result<Self> {
+impl<Request: Send + 'static, Response: Send + 'static> Worker<Request, Response> {
+    /// Starts a thread with this name and only these capabilities. `handle` may block.
+    pub(super) fn start(
+        name: &'static str,
+        capability_set: CapabilitySet,
+        handle: impl Fn(Request) -> Response + Send + 'static,
+    ) -> io::Result<Self> {
         let (requests, request_receiver) = mpsc::channel();
         let (response_sender, responses) = unbounded_channel();
-        thread::Builder::new().name("reader".to_owned()).spawn(move || {
-            if let Err(error) = capabilities::restrict_to(capabilities::SNAPSHOT_WORKER) {
-                log::error!("the thread that reads the socket table cannot drop its privileges: {error}");
-            }
-            // Ends when the daemon drops its end of the channel.
+        capabilities::spawn_restricted(name, capability_set, move || {
+            // Ends when the daemon drops its end of the channels.
             while let Ok(request) = request_receiver.recv()
                 && response_sender.send(handle(request)).is_ok()
             {}
         })?;
-        Ok(Self { requests, responses })
+        Ok(Self { name, requests, responses, has_ended: false })
     }
 
-    /// Sends a request. The responses arrive in the order of the requests.
-    pub(super) fn send(&self, request: SnapshotRequest) {
-        if self.requests.send(request).is_err() {
-            log::error!("the thread that reads the socket table has ended");
+    pub(super) fn send(&self, request: Request) {
+        // Fails only if the thread has ended, which `response` notices.
+        let _ = self.requests.send(request);
+    }
+
+    /// Waits for the next response. After the thread has ended, which only a panic does, there is none and
+    /// this waits forever. Cancel safe.
+    pub(super) async fn response(&mut self) -> Response {
+        if !self.has_ended {
+            if let Some(response) = self.responses.recv().await {
+                return response;
+            }
+            self.has_ended = true;
+            log::error!("the thread {} has ended; its work is not done any more", self.name);
         }
-    }
-
-    /// Waits for the next response.
-    pub(super) async fn next_response(&mut self) -> Option<SnapshotResponse> {
-        self.responses.recv().await
+        std::future::pending().await
     }
 }
 
-fn handle(request: SnapshotRequest) -> SnapshotResponse {
-    match request {
-        SnapshotRequest::Table(netns_hints) => SnapshotResponse::Table(take_snapshot(&netns_hints)),
-        SnapshotRequest::LookUp(RemedyRequest { number, target, netns_hints }) => {
-            SnapshotResponse::LookedUp(number, sockets::look_up(&target, &netns_hints))
-        }
-        SnapshotRequest::Destroy(RemedyRequest { number, target, netns_hints }, cookie) => {
-            let began_ns = clock::boot_ns();
-            SnapshotResponse::Destroyed(number, began_ns, sockets::destroy(&target, cookie, &netns_hints))
-        }
+#[cfg(test)]
+mod tests {
+    use std::{panic::resume_unwind, time::Duration};
+
+    use tokio::{runtime, time::timeout};
+
+    use super::*;
+
+    #[test]
+    fn responses_arrive_in_order_until_the_thread_panics() {
+        let runtime = runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(async {
+            let double = |number: Option<u32>| match number {
+                Some(number) => 2 * number,
+                // A panic without a message.
+                None => resume_unwind(Box::new(())),
+            };
+            let mut worker = Worker::start("double", CapabilitySet::empty(), double).unwrap();
+            for number in [Some(2), Some(3), None, Some(4)] {
+                worker.send(number);
+            }
+            assert_eq!((worker.response().await, worker.response().await), (4, 6));
+            let mut attempts = 0;
+            while !worker.has_ended && attempts < 1_000 {
+                assert!(timeout(Duration::from_millis(10), worker.response()).await.is_err());
+                attempts += 1;
+            }
+            assert!(worker.has_ended);
+        });
     }
 }

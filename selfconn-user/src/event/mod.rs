@@ -24,6 +24,7 @@ mod blocked;
 pub mod blocked_text;
 pub mod closed_text;
 pub mod established_text;
+pub mod loss;
 pub mod lost_text;
 mod remedied;
 pub mod remedied_text;
@@ -34,6 +35,7 @@ pub mod text;
 pub mod unknown_text;
 
 pub use blocked::Blocked;
+pub use loss::{LossCause, LossKind, Losses};
 pub use remedied::Remedied;
 
 /// One event, which is one line of the event log.
@@ -206,12 +208,21 @@ pub struct Closed {
 /// `lost`.
 #[derive(Debug, Serialize)]
 pub struct Lost {
-    /// `ring`, `missed`, `log`, `stdout`, `journal`, `refused_table` or `hooks`.
-    pub r#where: &'static str,
+    /// Why something was lost.
+    pub r#where: LossCause,
+    /// `record`, `event` or `fact`.
+    pub kind: LossKind,
     /// Number lost since the previous `lost` event with the same `where`.
     pub count: u64,
     /// With `hooks`: the method that no longer observes connections.
     pub method: Option<&'static str>,
+}
+
+impl Lost {
+    #[must_use]
+    pub fn new(cause: LossCause, count: u64, method: Option<&'static str>) -> Self {
+        Self { r#where: cause, kind: cause.kind(), count, method }
+    }
 }
 
 /// `stopped`.
@@ -221,7 +232,7 @@ pub struct Stopped {
     pub made: u64,
     /// Events written to the log file, this one included. Null without a log file.
     pub written: Option<u64>,
-    /// Transitions and events lost, by the place where they were lost.
+    /// Records and events lost, by cause.
     pub lost: Losses,
     /// Self-connections that are still open.
     pub open: u64,
@@ -239,43 +250,9 @@ pub struct ProgramCounters {
     pub delivered: u64,
     /// Number of times the kernel skipped a program. `None` if the kernel does not count it.
     pub not_examined: Option<u64>,
-    /// Connection attempts that were not inserted because the connect table was full.
+    /// Connection attempts that were not inserted because the connect table was full. `lost` events have them
+    /// as the facts of `opener_table`.
     pub not_remembered: u64,
-}
-
-/// Totals of the losses of a run, by the place where they happened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Losses {
-    /// Transitions for which the ring buffer had no room.
-    pub ring: u64,
-    /// Self-connections that the hooks missed and the socket table contained.
-    pub missed: u64,
-    /// Events that could not be written to the log file.
-    pub log: u64,
-    /// Events that the reader of stdout did not read in time.
-    pub stdout: u64,
-    /// Events that the journal did not accept.
-    pub journal: u64,
-    /// Refused connects that were not counted by destination because the table was full.
-    pub refused_table: u64,
-    /// Methods that no longer observed connections.
-    pub hooks: u64,
-}
-
-impl Losses {
-    /// The sum, field by field.
-    #[must_use]
-    pub fn plus(self, other: Self) -> Self {
-        Self {
-            ring: self.ring + other.ring,
-            missed: self.missed + other.missed,
-            log: self.log + other.log,
-            stdout: self.stdout + other.stdout,
-            journal: self.journal + other.journal,
-            refused_table: self.refused_table + other.refused_table,
-            hooks: self.hooks + other.hooks,
-        }
-    }
 }
 
 impl ConnectionFields {

@@ -9,7 +9,10 @@ use prometheus::{
 };
 use selfconn_ebpf::cause;
 
-use crate::{detect::connection::Connection, event::Losses};
+use crate::{
+    detect::connection::Connection,
+    event::{LossKind, Losses},
+};
 
 mod process;
 pub mod server;
@@ -34,11 +37,10 @@ pub struct MetricsSnapshot {
     pub remedies: Vec<(&'static str, u64)>,
     /// Self-tests of the hooks, by result. Empty if there are none.
     pub self_tests: Vec<(&'static str, u64)>,
+    /// Losses by cause.
     pub lost: Losses,
     /// Transitions that a program did not examine. `None` if the kernel does not count them.
     pub transitions_not_examined: Option<u64>,
-    /// Connects that were not inserted because the connect table was full.
-    pub connect_table_full: u64,
     /// Failed attempts to write or reopen the event log.
     pub log_write_errors: u64,
     /// Attached hooks, each with its method.
@@ -108,18 +110,16 @@ impl MetricsSnapshot {
             .value(self.blocked_binds),
             Family::counter("selfconn_remedies_total", "Actions of --remedy, by result.")
                 .per_label("result", &self.remedies),
-            Family::counter("selfconn_events_lost_total", "Records and events that were not observed or not written, by place of the loss.").per_label(
-                "where",
-                &[
-                    ("ring", lost.ring),
-                    ("missed", lost.missed),
-                    ("log", lost.log),
-                    ("stdout", lost.stdout),
-                    ("journal", lost.journal),
-                    ("refused_table", lost.refused_table),
-                    ("hooks", lost.hooks),
-                ],
-            ),
+            Family::counter(
+                "selfconn_events_lost_total",
+                "Records and events that were not observed or not written, by cause.",
+            )
+            .per_label("where", &lost.of_records_and_events().collect::<Vec<_>>()),
+            Family::counter(
+                "selfconn_facts_lost_total",
+                "Fields of events that are unknown because something was full, by cause.",
+            )
+            .per_label("where", &lost.of_kinds(&[LossKind::Fact]).collect::<Vec<_>>()),
             Family::counter(
                 "selfconn_self_tests_total",
                 "Self-connections that the daemon made to test its hooks. Passed: every attached hook observed it.",
@@ -130,11 +130,6 @@ impl MetricsSnapshot {
                 "TCP transitions that one program did not examine; another may have. A lower bound.",
             )
             .value(self.transitions_not_examined),
-            Family::counter(
-                "selfconn_openers_not_remembered_total",
-                "Connects that were not tracked because the connect table was full.",
-            )
-            .value(Some(self.connect_table_full)),
             Family::counter("selfconn_log_write_errors_total", "Failed attempts to write or reopen the event log.")
                 .value(Some(self.log_write_errors)),
             Family::gauge("selfconn_healthy", "1 while /healthz answers 200.")

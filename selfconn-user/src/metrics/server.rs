@@ -5,7 +5,7 @@
 //! oldest), their age, the size of a request, the requests of a connection (one), and the rate of requests to
 //! the event loop.
 
-use std::{collections::VecDeque, convert::Infallible, io, net::SocketAddr, thread};
+use std::{collections::VecDeque, convert::Infallible, io, net::SocketAddr};
 
 use anyhow::{Result, anyhow};
 use http_body_util::Full;
@@ -95,10 +95,7 @@ impl MetricsListener {
         let (loop_requests, receiver) = mpsc::channel(1);
         let runtime = runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         log::info!("metrics: http://{}/metrics", self.address);
-        thread::Builder::new().name("metrics".to_owned()).spawn(move || {
-            if let Err(error) = capabilities::restrict_to(CapabilitySet::empty()) {
-                log::error!("the thread that serves metrics keeps too many privileges: {error}");
-            }
+        capabilities::spawn_restricted("metrics", CapabilitySet::empty(), move || {
             if let Err(error) = runtime.block_on(serve(self.listener, loop_requests)) {
                 log::error!("metrics are no longer served: {error}");
             }
@@ -249,6 +246,7 @@ mod tests {
             Arc,
             atomic::{AtomicU64, Ordering},
         },
+        thread,
     };
 
     use super::*;

@@ -1,4 +1,5 @@
 use super::*;
+use crate::event::LossCause;
 
 /// A snapshot in which every value is known.
 pub(super) fn full() -> MetricsSnapshot {
@@ -9,10 +10,18 @@ pub(super) fn full() -> MetricsSnapshot {
         ports_at_risk: Some(6),
         blocked_binds: Some(7),
         remedies: vec![("destroyed", 8), ("failed", 9)],
-        lost: Losses { ring: 10, missed: 11, log: 12, stdout: 16, refused_table: 17, journal: 18, hooks: 21 },
+        lost: Losses::from([
+            (LossCause::Ring, 10),
+            (LossCause::Missed, 11),
+            (LossCause::Log, 12),
+            (LossCause::Stdout, 16),
+            (LossCause::RefusedTable, 17),
+            (LossCause::Journal, 18),
+            (LossCause::Hooks, 21),
+            (LossCause::OpenerTable, 14),
+        ]),
         self_tests: vec![("passed", 19), ("failed", 20)],
         transitions_not_examined: Some(13),
-        connect_table_full: 14,
         log_write_errors: 15,
         hooks: vec![("inet_sock_set_state", "tp_btf"), ("tcp_set_state", "kprobe")],
         health_problems: Vec::new(),
@@ -42,7 +51,7 @@ fn every_value_is_exported_under_its_name() {
         "selfconn_self_tests_total{result=\"passed\"} 19",
         "selfconn_self_tests_total{result=\"failed\"} 20",
         "selfconn_transitions_not_examined_total 13",
-        "selfconn_openers_not_remembered_total 14",
+        "selfconn_facts_lost_total{where=\"opener_table\"} 14",
         "selfconn_log_write_errors_total 15",
         "selfconn_healthy 1",
         "selfconn_hook_info{hook=\"inet_sock_set_state\",method=\"tp_btf\"} 1",

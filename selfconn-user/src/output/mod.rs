@@ -5,7 +5,7 @@ use std::io;
 
 use jiff::Timestamp;
 
-use crate::event::{Event, EventKind, Losses, ProgramCounters, Stopped};
+use crate::event::{Event, EventKind, LossCause, Losses, ProgramCounters, Stopped};
 use journald::JournalOutput;
 use log_file::LogFile;
 use stdout::Stdout;
@@ -28,21 +28,6 @@ pub fn json_line(event: &Event, out: &mut Vec<u8>) {
             out.truncate(start);
             log::error!("cannot serialize an event as JSON: {error}");
         }
-    }
-}
-
-/// The outputs that have pending events.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PendingOutputs {
-    pub log: bool,
-    pub stdout: bool,
-    pub journal: bool,
-}
-
-impl PendingOutputs {
-    #[must_use]
-    pub fn any(self) -> bool {
-        self.log || self.stdout || self.journal
     }
 }
 
@@ -165,26 +150,32 @@ impl Outputs {
         self.log.is_some() || self.journal.is_some()
     }
 
-    /// The outputs that have pending events. Losses of an output are reported only after it accepts events
-    /// again, because otherwise the `lost` event would be dropped as well.
+    /// True if the output that counts losses of this cause has pending events. Such losses are reported only
+    /// after it accepts events again, because otherwise the `lost` event would be dropped as well.
     #[must_use]
-    pub fn pending(&self) -> PendingOutputs {
-        PendingOutputs {
-            log: self.log.as_ref().is_some_and(LogFile::has_pending),
-            stdout: self.stdout.as_ref().is_some_and(|stdout| stdout.writer.has_pending()),
-            journal: self.journal.as_ref().is_some_and(|journal| journal.writer.has_pending()),
+    pub fn is_pending(&self, cause: LossCause) -> bool {
+        match cause {
+            LossCause::Log => self.log.as_ref().is_some_and(LogFile::has_pending),
+            LossCause::Stdout => self.stdout.as_ref().is_some_and(|stdout| stdout.writer.has_pending()),
+            LossCause::Journal => self.journal.as_ref().is_some_and(|journal| journal.writer.has_pending()),
+            _ => false,
         }
+    }
+
+    /// True if any output has pending events.
+    #[must_use]
+    pub fn has_pending(&self) -> bool {
+        LossCause::ALL.into_iter().any(|cause| self.is_pending(cause))
     }
 
     /// Events that each output dropped: the part of [`Losses`] that the outputs count.
     #[must_use]
     pub fn lost(&self) -> Losses {
-        Losses {
-            log: self.log.as_ref().map_or(0, LogFile::lost),
-            stdout: self.stdout.as_ref().map_or(0, |stdout| stdout.writer.lost()),
-            journal: self.journal.as_ref().map_or(0, |journal| journal.writer.lost()),
-            ..Losses::default()
-        }
+        Losses::from([
+            (LossCause::Log, self.log.as_ref().map_or(0, LogFile::lost)),
+            (LossCause::Stdout, self.stdout.as_ref().map_or(0, |stdout| stdout.writer.lost())),
+            (LossCause::Journal, self.journal.as_ref().map_or(0, |journal| journal.writer.lost())),
+        ])
     }
 
     /// Number of events emitted so far.
@@ -218,21 +209,21 @@ impl Outputs {
         self.drain().await;
         self.made += 1;
         // An output that does not accept the last event loses it.
-        let lost_stopped_event = Losses {
-            log: u64::from(!is_log_writable),
-            stdout: u64::from(self.stdout.as_ref().is_some_and(|stdout| stdout.writer.is_stuck())),
-            journal: u64::from(self.journal.as_ref().is_some_and(|journal| journal.writer.is_stuck())),
-            ..Losses::default()
-        };
-        let mut event =
-            self.stopped_event(lost.plus(lost_stopped_event), open, programs, u64::from(is_log_writable));
+        let is_stdout_stuck = self.stdout.as_ref().is_some_and(|stdout| stdout.writer.is_stuck());
+        let is_journal_stuck = self.journal.as_ref().is_some_and(|journal| journal.writer.is_stuck());
+        let lost = lost.plus(Losses::from([
+            (LossCause::Log, u64::from(!is_log_writable)),
+            (LossCause::Stdout, u64::from(is_stdout_stuck)),
+            (LossCause::Journal, u64::from(is_journal_stuck)),
+        ]));
+        let mut event = self.stopped_event(lost, open, programs, u64::from(is_log_writable));
         if is_log_writable {
             self.write_json(&event);
             if let Some(log) = &mut self.log {
                 log.push(&self.line);
                 if !log.finish() {
                     // The log has counted the line as lost.
-                    event = self.stopped_event(lost.plus(lost_stopped_event), open, programs, 0);
+                    event = self.stopped_event(lost, open, programs, 0);
                 }
             }
         }

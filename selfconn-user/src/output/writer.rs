@@ -2,7 +2,7 @@
 //! frozen, the journal's socket. A separate thread does the blocking writes. The event loop keeps the queue,
 //! hands over one chunk at a time, and receives the progress of the thread.
 
-use std::{io, sync::mpsc, thread, time::Duration};
+use std::{io, sync::mpsc, time::Duration};
 
 use rustix::thread::CapabilitySet;
 use tokio::sync::mpsc as async_mpsc;
@@ -74,10 +74,7 @@ impl Writer {
     ) -> io::Result<Self> {
         let (chunks, to_write) = mpsc::channel::<Vec<u8>>();
         let (sender, progress) = async_mpsc::unbounded_channel();
-        thread::Builder::new().name(name.to_owned()).spawn(move || {
-            if let Err(error) = capabilities::restrict_to(CapabilitySet::empty()) {
-                log::error!("the thread that writes {name} keeps too many privileges: {error}");
-            }
+        capabilities::spawn_restricted(name, CapabilitySet::empty(), move || {
             // The channel is closed when the event loop ends.
             for chunk in to_write {
                 let mut is_received = true;

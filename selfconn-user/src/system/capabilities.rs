@@ -109,6 +109,25 @@ pub fn restrict_to(capability_set: CapabilitySet) -> io::Result<()> {
     Ok(set_thread_capabilities(kept, kept)?)
 }
 
+/// Starts a thread with this name and only these capabilities, as far as this thread has them. If they cannot
+/// be dropped, the thread runs nevertheless.
+///
+/// # Errors
+/// If the thread cannot be started.
+pub fn spawn_restricted(
+    name: &'static str,
+    capability_set: CapabilitySet,
+    run: impl FnOnce() + Send + 'static,
+) -> io::Result<()> {
+    thread::Builder::new().name(name.to_owned()).spawn(move || {
+        if let Err(error) = restrict_to(capability_set) {
+            log::error!("the thread {name} keeps too many privileges: {error}");
+        }
+        run();
+    })?;
+    Ok(())
+}
+
 fn set_thread_capabilities(effective: CapabilitySet, permitted: CapabilitySet) -> rustix::io::Result<()> {
     set_capabilities(None, CapabilitySets { effective, permitted, inheritable: CapabilitySet::empty() })
 }

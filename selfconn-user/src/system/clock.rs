@@ -1,7 +1,8 @@
-//! Converts nanoseconds of `CLOCK_BOOTTIME`, which the eBPF programs use, to wall-clock time.
+//! Converts nanoseconds of `CLOCK_BOOTTIME`, which the eBPF programs use, to wall-clock time; waits for a time.
 
 use jiff::Timestamp;
 use rustix::time::{ClockId, clock_gettime};
+use tokio::time::{Instant, sleep_until};
 
 /// Two clocks cannot be read at the same moment. If the reads of `CLOCK_BOOTTIME` before and after the wall
 /// clock are not further apart than this, the offset is precise enough.
@@ -11,6 +12,14 @@ const MAX_READ_GAP_NS: i128 = 2_000;
 #[must_use]
 pub fn boot_ns() -> u64 {
     read(ClockId::Boottime).try_into().unwrap_or(0)
+}
+
+/// Waits until this time. `None`: waits forever. Cancel safe.
+pub async fn sleep_until_some(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// The offset of the wall clock from `CLOCK_BOOTTIME`. It is read once for each batch of events, so that the

@@ -68,7 +68,8 @@ fn a_one_page_ring_buffer_counts_each_lost_record() {
             daemon.signal(Signal::STOP);
             make_self_connections(50);
             daemon.signal(Signal::CONT);
-            daemon.expect(1, |event| event["event"] == "lost" && event["where"] == "ring");
+            let lost = |event: &Value| event["event"] == "lost" && event["where"] == "ring";
+            assert_eq!(daemon.expect(1, lost)[0]["kind"], "record");
         }
         let (events, _) = daemon.stop();
         let stopped = events.last().unwrap();
@@ -98,7 +99,17 @@ fn a_table_of_eight_entries_counts_each_unknown_opener() {
     assert_sums_hold(stopped);
     let unnamed = established.iter().filter(|event| event["pid"].is_null()).count() as u64;
     assert_eq!(unnamed, 200, "{stopped}");
-    assert!(number(stopped, "/not_remembered") >= unnamed, "{stopped}");
+    let not_remembered = number(stopped, "/not_remembered");
+    assert!(not_remembered >= unnamed, "{stopped}");
+    let is_opener_loss = |event: &&Value| event["event"] == "lost" && event["where"] == "opener_table";
+    let reported = events.iter().filter(is_opener_loss);
+    let reported: u64 = reported
+        .inspect(|event| assert_eq!(event["kind"], "fact"))
+        .map(|event| number(event, "/count"))
+        .sum();
+    assert_eq!(reported, not_remembered, "{stopped}");
+    // A fact is not part of the totals.
+    assert!(stopped["lost"]["opener_table"].is_null(), "{stopped}");
 }
 
 #[test]
