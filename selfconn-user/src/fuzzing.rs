@@ -10,8 +10,8 @@ use serde_json::Value;
 use crate::{
     bpf::features::Capabilities,
     detect::connection::{ConnectionEvent, Connections, comm},
-    event::{ConnectionFields, Event, EventKind, text},
-    output::{journald, json_line},
+    event::{ConnectionFields, Event, EventKind, render, text},
+    output::journald,
     ports::{LocalPorts, PortRange, ReservedPorts},
     sockets,
     system::process::{self, Attribution, Holder, ProcessInfo},
@@ -30,10 +30,7 @@ pub fn proc_text(bytes: &[u8]) {
 /// If the text is not safe.
 pub fn log_line(bytes: &[u8]) {
     if let Some(fields) = text::parse(bytes) {
-        let mut rendered = String::new();
-        let written = text::render(text::LogRecord::new(&fields), &mut rendered);
-        assert!(written.is_ok());
-        assert_harmless(&rendered);
+        assert_harmless(&render(text::LogRecord::new(&fields)));
         // The journal output only gets lines of selfconn itself, so only such keys are tested.
         if fields.keys().all(|key| key.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')) {
             journal_entry(text::LogRecord::new(&fields), bytes);
@@ -108,7 +105,7 @@ pub fn hostile_names(names: &[String]) {
     let event = Event { time: Timestamp::UNIX_EPOCH, kind: EventKind::Established(Box::new(fields.clone())) };
 
     let mut line = Vec::new();
-    json_line(&event, &mut line);
+    event.write_json_line(&mut line);
     assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
     assert_eq!(line.last(), Some(&b'\n'));
     let read_back: Value = serde_json::from_slice(&line).expect("a line is JSON");
@@ -120,10 +117,7 @@ pub fn hostile_names(names: &[String]) {
 
     log_line(&line);
 
-    let mut rendered = Vec::new();
-    text::line(&event, &mut rendered);
-    let rendered = String::from_utf8(rendered).expect("text is UTF-8");
-    assert_harmless(rendered.strip_suffix('\n').expect("a line ends with a line break"));
+    assert_harmless(&render(text::LogRecord::new(&event.to_json_fields())));
 }
 
 /// Asserts that a text starts no new line, moves no cursor, sets no colour, and changes no text direction.
@@ -190,6 +184,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::event::FORMATS;
 
     #[test]
     fn hostile_names_are_rendered_safely() {
@@ -217,7 +212,7 @@ mod tests {
 
         #[test]
         fn any_log_line_is_rendered_safely(
-            kind in "started|established|state|closed|lost|stopped|at_risk|blocked|remedied|.*",
+            kind in prop_oneof![proptest::sample::select(&FORMATS).prop_map(|format| format.event.to_owned()), ".*"],
             fields in proptest::collection::vec(("time|addr|port|comm|pid|how|where|hooks|limits|kernel|from|to|.*", ".*"), 0..8),
         ) {
             let mut object = serde_json::Map::from_iter(fields.into_iter().map(|(key, value)| (key, Value::from(value))));

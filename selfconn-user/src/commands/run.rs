@@ -18,7 +18,7 @@ use crate::{
         supervision::Supervision,
     },
     metrics::server::MetricsListener,
-    output::{Format, Outputs, journald, log_file::LogFile},
+    output::{Outputs, StdoutFormat, journald, log_file::LogFile},
     system::{
         capabilities::{self, PrivilegePlan},
         logger, memory,
@@ -106,18 +106,19 @@ impl RunArgs {
         }
     }
 
-    /// True if stdout is the journal, so that structured journal entries replace the output on stdout.
-    fn writes_journal(&self) -> bool {
-        !(self.quiet || self.json || self.text) && journald::is_journal(io::stdout())
-    }
-
-    fn stdout_format(&self) -> Option<Format> {
-        if self.quiet || self.writes_journal() {
+    fn stdout_format(&self) -> Option<StdoutFormat> {
+        if self.quiet {
             None
-        } else if self.json || !(self.text || rustix::termios::isatty(io::stdout())) {
-            Some(Format::Json)
+        } else if self.text {
+            Some(StdoutFormat::Text)
+        } else if self.json {
+            Some(StdoutFormat::Json)
+        } else if journald::is_journal(io::stdout()) {
+            Some(StdoutFormat::Journal)
+        } else if rustix::termios::isatty(io::stdout()) {
+            Some(StdoutFormat::Text)
         } else {
-            Some(Format::Text)
+            Some(StdoutFormat::Json)
         }
     }
 }
@@ -209,8 +210,8 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         let metrics_requests =
             listener.map(MetricsListener::serve).transpose().context("cannot serve metrics")?;
         let supervision = Supervision::new(manager, metrics_requests);
-        let outputs = Outputs::new(args.stdout_format(), args.writes_journal(), log)
-            .context("cannot start a thread that writes events")?;
+        let outputs =
+            Outputs::new(args.stdout_format(), log).context("cannot start a thread that writes events")?;
         let live = tracer.methods().live.iter().map(|(method, ())| *method).collect();
         let options = DaemonOptions {
             states: args.states,

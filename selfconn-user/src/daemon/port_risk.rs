@@ -14,10 +14,7 @@ use crate::{
         connection::Place,
         port_risk::{PortRiskEvent, PortRisks, RefusedConnects},
     },
-    event::{
-        EventKind,
-        at_risk::{AtRisk, AtRiskOver},
-    },
+    event::{AtRisk, AtRiskOver, EventKind},
     output::Outputs,
     system::{
         clock::{self, Offset},

@@ -1,9 +1,12 @@
 //! The events `at_risk` and `at_risk_over`: connects to a closed local port that can become a
 //! self-connection.
 
+use std::fmt::Write as _;
+
 use serde::Serialize;
 
-use super::process_name;
+use super::connection::process_name;
+use super::text::{EventFormat, LogRecord, Severity, duration, escape, subject};
 use crate::{
     detect::port_risk::{Chance, RefusedConnects, RiskEndReason},
     system::process::ProcessInfo,
@@ -107,5 +110,97 @@ impl AtRiskOver {
             RiskEndReason::Unreachable => "unreachable",
         };
         Self { connects: RefusedConnectFields::new(connects, process), why }
+    }
+}
+
+pub(super) const FORMAT: EventFormat =
+    EventFormat { event: "at_risk", label: "AT RISK", severity: Severity::Warning, message, details: None };
+
+pub(super) const OVER_FORMAT: EventFormat = EventFormat {
+    event: "at_risk_over",
+    label: "risk over",
+    severity: Severity::Notice,
+    message: over_message,
+    details: None,
+};
+
+fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
+    subject::write(record, out)?;
+    write!(out, " connects to a port without a listener: ")?;
+    refused_counts(record, out)?;
+    match record.number("expected_dials") {
+        Some(expected) => write!(out, "; one connect in {expected} becomes a self-connection")?,
+        None => write!(out, "; the chance of a self-connection is unknown")?,
+    }
+    if let Some(seconds) = record.number("eta_seconds") {
+        write!(out, ", at this rate within about {}", duration(seconds.saturating_mul(1_000_000_000)))?;
+    }
+    match record.text("range_unknown") {
+        Some(why) => write!(out, ": {}", escape(why)),
+        None => Ok(()),
+    }
+}
+
+fn over_message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
+    subject::endpoint(record, out)?;
+    match record.text("why") {
+        Some("silence") => write!(out, ": connects have stopped")?,
+        Some("unreachable") => write!(out, ": connect() can no longer choose this port")?,
+        _ => write!(out, ": no longer at risk")?,
+    }
+    write!(out, "; ")?;
+    refused_counts(record, out)?;
+    write!(out, ", the last by ")?;
+    subject::process(record, out)
+}
+
+/// Counts such as `240 refused in 1m35s by 3 processes`.
+fn refused_counts(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
+    match record.number("refused") {
+        Some(refused) => write!(out, "{refused} refused")?,
+        None => write!(out, "an unknown number refused")?,
+    }
+    if let Some(ns) = record.number("window_ns") {
+        write!(out, " in {}", duration(ns))?;
+    }
+    match record.number("dialers") {
+        Some(dialers) if dialers > 1 => write!(out, " by {dialers} processes"),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::event::tests::rendered;
+
+    #[test]
+    fn a_line_mentions_only_known_fields() {
+        for (json, line) in [
+            (
+                r#"{"event":"at_risk","addr":"::1","port":40000,"comm":"curl","pid":7,"dialers":20,"refused":20,
+                    "window_ns":19000000000,"expected_dials":14116,"eta_seconds":14116,"range_unknown":null}"#,
+                "AT RISK      [::1]:40000           curl[7] connects to a port without a listener: 20 refused in 19.0s by 20 \
+                 processes; one connect in 14116 becomes a self-connection, at this rate within about 3h55m",
+            ),
+            (
+                r#"{"event":"at_risk","addr":"::1","port":80,"comm":"curl","pid":7,"dialers":1,"refused":20,
+                    "window_ns":19000000000,"expected_dials":null,"eta_seconds":null,"range_unknown":"no way"}"#,
+                "AT RISK      [::1]:80              curl[7] connects to a port without a listener: 20 refused in 19.0s; the \
+                 chance of a self-connection is unknown: no way",
+            ),
+            (
+                r#"{"event":"at_risk_over","addr":"::1","port":80,"comm":"curl","pid":7,"dialers":1,"refused":240,
+                    "window_ns":95000000000,"why":"silence"}"#,
+                "risk over    [::1]:80: connects have stopped; 240 refused in 1m35s, the last by curl[7]",
+            ),
+            (
+                r#"{"event":"at_risk_over","addr":"::1","port":80,"comm":"curl","pid":7,"dialers":2,"refused":240,
+                    "window_ns":95000000000,"why":"unreachable"}"#,
+                "risk over    [::1]:80: connect() can no longer choose this port; 240 refused in 1m35s by 2 processes, \
+                 the last by curl[7]",
+            ),
+        ] {
+            assert_eq!(rendered(json), line);
+        }
     }
 }

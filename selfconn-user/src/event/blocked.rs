@@ -1,10 +1,13 @@
 //! The event `blocked`: a server could not bind a port because a self-connection holds it.
 
+use std::fmt::Write as _;
+
 use jiff::Timestamp;
 use selfconn_ebpf::{bind_failure::BindFailure, state};
 use serde::Serialize;
 
-use super::{ConnectionFields, optional_rfc3339, process_name};
+use super::connection::{ConnectionFields, process_name};
+use super::text::{self, EventFormat, LogRecord, Severity, duration, subject, utc_time};
 use crate::{
     detect::bind_conflict::{self, PortHolder, requested_addr},
     system::{clock::Offset, process::ProcessInfo},
@@ -37,30 +40,37 @@ pub struct Blocked {
     pub holder: BlockingConnection,
 }
 
-/// The self-connection that holds the port. Fields without a comment have the same meaning as in
-/// `established`.
+/// The self-connection that holds the port.
 #[derive(Debug, Serialize)]
 pub struct BlockingConnection {
-    /// Null if the connection ended before this run.
-    pub id: Option<String>,
-    pub cookie: Option<u64>,
-    pub family: &'static str,
-    pub addr: String,
-    pub cause: Option<&'static str>,
-    pub pid: Option<u32>,
-    pub comm: Option<String>,
-    pub exe: Option<String>,
-    pub cmdline: Option<Vec<String>>,
-    pub unit: Option<String>,
-    pub container: Option<String>,
-    pub owner: Option<&'static str>,
+    /// The self-connection. Only the fields in [`HolderFields`] are in the JSON.
+    #[serde(flatten, serialize_with = "HolderFields::serialize")]
+    pub connection: ConnectionFields,
     /// `ESTABLISHED` if the connection is open, or `TIME_WAIT`.
     pub state: &'static str,
     /// Time since the connection became ESTABLISHED.
     pub held_for_ns: Option<u64>,
     /// Time at which TIME_WAIT ends.
-    #[serde(serialize_with = "optional_rfc3339")]
+    #[serde(serialize_with = "text::optional_rfc3339")]
     pub free_at: Option<Timestamp>,
+}
+
+/// The fields of a connection that `holder` has.
+#[derive(Serialize)]
+#[serde(remote = "ConnectionFields")]
+struct HolderFields {
+    id: Option<String>,
+    cookie: Option<u64>,
+    family: &'static str,
+    addr: String,
+    cause: Option<&'static str>,
+    pid: Option<u32>,
+    comm: Option<String>,
+    exe: Option<String>,
+    cmdline: Option<Vec<String>>,
+    unit: Option<String>,
+    container: Option<String>,
+    owner: Option<&'static str>,
 }
 
 impl Blocked {
@@ -92,22 +102,77 @@ impl Blocked {
             container: process.container.clone(),
             failures: failed.failures.into(),
             holder: BlockingConnection {
-                id: (tracked.number != 0).then_some(connection.id),
-                cookie: connection.cookie,
-                family: connection.family,
-                addr: connection.addr,
-                cause: connection.cause,
-                pid: connection.pid,
-                comm: connection.comm,
-                exe: connection.exe,
-                cmdline: connection.cmdline,
-                unit: connection.unit,
-                container: connection.container,
-                owner: connection.owner,
+                connection,
                 state: state::name(state),
                 held_for_ns: tracked.established_ns.map(|since_ns| failed.at_ns.saturating_sub(since_ns)),
                 free_at,
             },
+        }
+    }
+}
+
+pub(super) const FORMAT: EventFormat =
+    EventFormat { event: "blocked", label: "BLOCKED", severity: Severity::Warning, message, details: None };
+
+fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
+    subject::process(record, out)?;
+    write!(out, " cannot bind ")?;
+    match record.text("addr") {
+        // Bound to any address: only the port matters.
+        Some("0.0.0.0" | "::") if record.number("port").is_some() => {
+            write!(out, "{}", record.number("port").unwrap_or(0))?;
+        }
+        _ => subject::endpoint(record, out)?,
+    }
+    write!(out, ": held by ")?;
+    match record.object("holder") {
+        Some(holder) => held_by(holder, out)?,
+        None => write!(out, "a self-connection")?,
+    }
+    match record.number("failures") {
+        Some(failures) if failures > 1 => write!(out, "; {failures} failures"),
+        _ => Ok(()),
+    }
+}
+
+fn held_by(holder: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
+    if holder.text("state") == Some("TIME_WAIT") {
+        write!(out, "the TIME_WAIT of ")?;
+        subject::process(holder, out)?;
+        write!(out, ", which was connected to itself")?;
+        return match holder.timestamp("free_at") {
+            Some(until) => write!(out, "; free at {}", utc_time(until)),
+            None => Ok(()),
+        };
+    }
+    subject::process(holder, out)?;
+    write!(out, ", connected to itself")?;
+    match holder.number("held_for_ns") {
+        Some(ns) => write!(out, " for {}", duration(ns)),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::event::tests::rendered;
+
+    #[test]
+    fn a_line_mentions_only_known_fields() {
+        for (json, line) in [
+            (
+                r#"{"event":"blocked","addr":"0.0.0.0","port":44446,"comm":"nginx","pid":812,"failures":1,"holder":
+                    {"comm":"java","pid":13154,"state":"ESTABLISHED","held_for_ns":11520000000000,"free_at":null}}"#,
+                "BLOCKED      nginx[812] cannot bind 44446: held by java[13154], connected to itself for 3h12m",
+            ),
+            (
+                r#"{"event":"blocked","addr":"::1","port":80,"comm":"a\u001b","pid":7,"failures":9,"holder":{"comm":
+                    "b\n","pid":8,"state":"TIME_WAIT","held_for_ns":5,"free_at":"2026-11-22T23:10:58.584252Z"}}"#,
+                "BLOCKED      a\\u{1b}[7] cannot bind [::1]:80: held by the TIME_WAIT of b\\n[8], which was connected \
+                 to itself; free at 23:10:58.584252Z; 9 failures",
+            ),
+        ] {
+            assert_eq!(rendered(json), line);
         }
     }
 }

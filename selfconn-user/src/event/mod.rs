@@ -1,48 +1,48 @@
 //! The public event schema: the JSON object of one line of the event log. Every field is documented in
 //! docs/events.md, and fields are only ever added. An unknown value is `null`, never a guess.
 //!
-//! The types here only convert internal state to the schema. Writing events is the business of `output`.
+//! Each event has a file with its schema, which converts internal state, and its text. The text is made only
+//! from the JSON object of the event. Therefore an event of this run, an event from a log, and an event of a
+//! newer version take the same path, and `run` and `tail` show the same text. `text` has what the texts
+//! share and knows no event. Writing events is the business of `output`.
+
+use std::fmt::Write as _;
 
 use jiff::Timestamp;
-use selfconn_ebpf::{Task, cause, state};
-use serde::{Serialize, Serializer};
+use serde::Serialize;
+use serde_json::Value;
 
-use crate::{
-    detect::connection::{CloseReason, Connection, ConnectionEnd, Source, comm},
-    system::{
-        clock::Offset,
-        process::{Attribution, Holder},
-    },
-};
-
-use at_risk::AtRisk;
-use at_risk::AtRiskOver;
-
-pub mod at_risk;
-pub mod at_risk_text;
-mod blocked;
-pub mod blocked_text;
-pub mod closed_text;
-pub mod established_text;
-pub mod loss;
-pub mod lost_text;
-mod remedied;
-pub mod remedied_text;
-pub mod started_text;
-pub mod state_text;
-pub mod stopped_text;
-pub mod text;
-pub mod unknown_text;
-
+pub use at_risk::{AtRisk, AtRiskOver};
 pub use blocked::Blocked;
+pub use closed::Closed;
+pub use connection::ConnectionFields;
 pub use loss::{LossCause, LossKind, Losses};
+pub use lost::Lost;
 pub use remedied::Remedied;
+pub use started::{BindStatus, HookStatus, RefusedMethod, Started};
+pub use state::StateChange;
+pub use stopped::{ProgramCounters, Stopped};
+use text::{EventFormat, JsonFields, LogRecord};
+
+mod at_risk;
+mod blocked;
+mod closed;
+mod connection;
+mod established;
+pub mod loss;
+mod lost;
+mod remedied;
+mod started;
+mod state;
+mod stopped;
+pub mod text;
+mod unknown;
 
 /// One event, which is one line of the event log.
 #[derive(Debug, Serialize)]
 pub struct Event {
     /// Time of the event, UTC.
-    #[serde(serialize_with = "rfc3339")]
+    #[serde(serialize_with = "text::rfc3339")]
     pub time: Timestamp,
     /// The event's name and its other fields.
     #[serde(flatten)]
@@ -75,278 +75,91 @@ pub enum EventKind {
     Stopped(Stopped),
 }
 
-/// `started`.
-#[derive(Debug, Serialize)]
-pub struct Started {
-    /// Version of selfconn.
-    pub version: &'static str,
-    /// Kernel release, as `uname -r` prints it.
-    pub kernel: String,
-    /// Process id of the daemon.
-    pub pid: u32,
-    /// One entry for each attached method, and one for each hook without a method.
-    pub hooks: Vec<HookStatus>,
-    /// How failed binds are observed.
-    pub binds: BindStatus,
-    /// What the daemon cannot observe on this host.
-    pub limits: Vec<String>,
+/// The formats of all events that this version knows.
+pub const FORMATS: [&EventFormat; 10] = [
+    &started::FORMAT,
+    &established::FORMAT,
+    &state::FORMAT,
+    &closed::FORMAT,
+    &remedied::FORMAT,
+    &at_risk::FORMAT,
+    &at_risk::OVER_FORMAT,
+    &blocked::FORMAT,
+    &lost::FORMAT,
+    &stopped::FORMAT,
+];
+
+/// The format for this event. An event of a newer version is rendered as a list of its fields.
+#[must_use]
+pub fn format_of(record: LogRecord<'_>) -> &'static EventFormat {
+    FORMATS.into_iter().find(|format| format.event == record.event()).unwrap_or(&unknown::FORMAT)
 }
 
-/// Outcome of attaching one hook.
-#[derive(Debug, Serialize)]
-pub struct HookStatus {
-    /// Kernel name of the hook.
-    pub hook: &'static str,
-    /// How the hook is attached. Null if it is not attached.
-    pub method: Option<&'static str>,
-    /// The other methods that were tried.
-    pub refused: Vec<RefusedMethod>,
-}
-
-/// How failed binds are observed.
-#[derive(Debug, Serialize)]
-pub struct BindStatus {
-    /// How the program is attached. Null if failed binds are not observed.
-    pub method: Option<&'static str>,
-    /// The methods that were tried and are not attached.
-    pub refused: Vec<RefusedMethod>,
-}
-
-/// A method that was tried and is not attached.
-#[derive(Debug, Serialize)]
-pub struct RefusedMethod {
-    /// Name of the method.
-    pub method: &'static str,
-    /// Why it is not attached.
-    pub why: String,
-}
-
-/// The fields of the self-connection that an event is about.
-#[derive(Clone, Debug, Serialize)]
-pub struct ConnectionFields {
-    /// Identifier of the connection: the same in all its events, unique on this boot.
-    pub id: String,
-    /// Socket cookie, as `ss -e` shows it.
-    pub cookie: Option<u64>,
-    /// `live`, or `scan` if the connection was found in the socket table.
-    pub source: &'static str,
-    /// Address family of the socket: `ipv4` or `ipv6`.
-    pub family: &'static str,
-    /// Source and destination address.
-    pub addr: String,
-    /// Interface index of a link-local address.
-    pub ifindex: Option<u32>,
-    /// Source and destination port.
-    pub port: u16,
-    /// Inode of the network namespace.
-    pub netns: Option<u32>,
-    /// `ephemeral` if connect() chose the source port, `bound` if the socket had a port before connect().
-    pub cause: Option<&'static str>,
-    /// The process that connected, in the initial pid namespace.
-    pub pid: Option<u32>,
-    /// Thread id of the connecting thread.
-    pub tid: Option<u32>,
-    /// Name of the process.
-    pub comm: Option<String>,
-    /// Name of the thread.
-    pub thread_comm: Option<String>,
-    /// Path of the executable.
-    pub exe: Option<String>,
-    /// Arguments of the process.
-    pub cmdline: Option<Vec<String>>,
-    /// Real user id of the process.
-    pub uid: Option<u32>,
-    /// Path of the control group.
-    pub cgroup: Option<String>,
-    /// systemd unit of the process.
-    pub unit: Option<String>,
-    /// Id of the container.
-    pub container: Option<String>,
-    /// How the process is known: `witnessed` at connect(), or `holder` because it has the socket open.
-    pub owner: Option<&'static str>,
-    /// The processes that have the socket open now. Null if they were not looked up.
-    pub holders: Option<Vec<Holder>>,
-    /// Initial sequence number.
-    pub isn: Option<u32>,
-    /// Initial sequence number of the peer. Equality with `isn` proves the self-connection.
-    pub peer_isn: Option<u32>,
-}
-
-/// `state`.
-#[derive(Debug, Serialize)]
-pub struct StateChange {
-    /// The self-connection.
-    #[serde(flatten)]
-    pub connection: ConnectionFields,
-    /// Kernel name of the previous state.
-    pub from: &'static str,
-    /// Kernel name of the new state.
-    pub to: &'static str,
-}
-
-/// `closed`.
-#[derive(Debug, Serialize)]
-pub struct Closed {
-    /// The self-connection.
-    #[serde(flatten)]
-    pub connection: ConnectionFields,
-    /// Time from ESTABLISHED to the end.
-    pub duration_ns: Option<u64>,
-    /// Payload bytes sent, without SYN, FIN and retransmissions.
-    pub bytes_sent: Option<u64>,
-    /// Payload bytes received.
-    pub bytes_received: Option<u64>,
-    /// How the connection ended: `fin`, `rst` or `destroyed`.
-    pub how: Option<&'static str>,
-    /// The process that closed the connection, if it is known.
-    pub closer: Option<Holder>,
-    /// Time at which TIME_WAIT ends and a server can bind the port again.
-    #[serde(serialize_with = "optional_rfc3339")]
-    pub port_blocked_until: Option<Timestamp>,
-}
-
-/// `lost`.
-#[derive(Debug, Serialize)]
-pub struct Lost {
-    /// Why something was lost.
-    pub r#where: LossCause,
-    /// `record`, `event` or `fact`.
-    pub kind: LossKind,
-    /// Number lost since the previous `lost` event with the same `where`.
-    pub count: u64,
-    /// With `hooks`: the method that no longer observes connections.
-    pub method: Option<&'static str>,
-}
-
-impl Lost {
-    #[must_use]
-    pub fn new(cause: LossCause, count: u64, method: Option<&'static str>) -> Self {
-        Self { r#where: cause, kind: cause.kind(), count, method }
+impl Event {
+    /// Appends the event as one JSON line.
+    pub fn write_json_line(&self, out: &mut Vec<u8>) {
+        let start = out.len();
+        match serde_json::to_writer(&mut *out, self) {
+            Ok(()) => out.push(b'\n'),
+            // Impossible with a schema of strings and numbers. A partial line must never remain in the output.
+            Err(error) => {
+                out.truncate(start);
+                log::error!("cannot serialize an event as JSON: {error}");
+            }
+        }
     }
-}
 
-/// `stopped`.
-#[derive(Debug, Serialize)]
-pub struct Stopped {
-    /// Events emitted in this run, this one included.
-    pub made: u64,
-    /// Events written to the log file, this one included. Null without a log file.
-    pub written: Option<u64>,
-    /// Records and events lost, by cause.
-    pub lost: Losses,
-    /// Self-connections that are still open.
-    pub open: u64,
-    /// Counters of the eBPF programs.
-    #[serde(flatten)]
-    pub programs: ProgramCounters,
-}
-
-/// Counters of the eBPF programs over a run. `matched` = `delivered` + `lost.ring`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct ProgramCounters {
-    /// Records that the programs wanted to send through the ring buffer.
-    pub matched: u64,
-    /// Records that the daemon read from the ring buffer.
-    pub delivered: u64,
-    /// Number of times the kernel skipped a program. `None` if the kernel does not count it.
-    pub not_examined: Option<u64>,
-    /// Connection attempts that were not inserted because the connect table was full. `lost` events have them
-    /// as the facts of `opener_table`.
-    pub not_remembered: u64,
-}
-
-impl ConnectionFields {
-    /// Combines a tracked connection with the information that `/proc` has about its process. `run`
-    /// identifies this run, so that ids stay unique on this boot.
+    /// The JSON object that a reader of the log gets.
     #[must_use]
-    pub fn new(connection: &Connection, run: u64, attribution: &Attribution) -> Self {
-        let (opener, process) = (connection.opener, &attribution.process);
-        // If connect() was not observed, report the first process that has the socket open instead.
-        let holder =
-            attribution.holders.as_ref().and_then(|holders| holders.first()).filter(|_| opener.is_none());
-        let task = opener.map(|opener| opener.task);
-        Self {
-            id: format!("{run:x}-{:x}", connection.number),
-            cookie: connection.cookie,
-            source: match connection.source {
-                Source::Live => "live",
-                Source::Scan => "scan",
-            },
-            family: if connection.is_ipv6 { "ipv6" } else { "ipv4" },
-            addr: connection.addr.to_string(),
-            ifindex: connection.ifindex,
-            port: connection.port,
-            netns: connection.netns,
-            cause: opener.and_then(|opener| match opener.cause {
-                cause::EPHEMERAL => Some("ephemeral"),
-                cause::BOUND => Some("bound"),
-                _ => None,
-            }),
-            pid: task.map(|task| task.pid).or(holder.map(|holder| holder.pid)),
-            tid: task.map(|task| task.tid),
-            comm: task
-                .and_then(|task| process_name(&task))
-                .or_else(|| holder.and_then(|holder| holder.comm.clone()))
-                .or_else(|| process.comm.clone()),
-            thread_comm: task.map(|task| comm(&task.comm)),
-            exe: process.exe.clone(),
-            cmdline: process.cmdline.clone(),
-            uid: opener.map(|opener| opener.uid).or(connection.uid),
-            cgroup: process.cgroup.clone(),
-            unit: process.unit.clone(),
-            container: process.container.clone(),
-            owner: opener.map(|_| "witnessed").or(holder.map(|_| "holder")),
-            holders: attribution.holders.clone(),
-            isn: connection.isns.map(|(isn, _)| isn),
-            peer_isn: connection.isns.map(|(_, peer_isn)| peer_isn),
+    pub fn to_json_fields(&self) -> JsonFields {
+        match serde_json::to_value(self) {
+            Ok(Value::Object(fields)) => fields,
+            // Impossible with a schema of strings and numbers.
+            _ => JsonFields::new(),
         }
     }
 }
 
-/// The name of the process, if the eBPF program could read it.
-fn process_name(task: &Task) -> Option<String> {
-    (task.leader[0] != 0 || task.pid == task.tid).then(|| comm(&task.leader))
-}
-
-impl StateChange {
-    /// `from` and `to` are the kernel's state numbers.
-    #[must_use]
-    pub fn new(connection: ConnectionFields, from: u8, to: u8) -> Self {
-        Self { connection, from: state::name(from), to: state::name(to) }
+/// Renders an event as text with its detail lines.
+#[must_use]
+pub fn render(record: LogRecord<'_>) -> String {
+    let format = format_of(record);
+    let mut out = String::with_capacity(160);
+    if let Some(time) = record.time() {
+        out.push_str(&text::utc_time(time));
+        out.push_str("  ");
     }
+    let written = write!(out, "{:<12} ", format.label).and_then(|()| {
+        text::align_columns(&format.message(record), &mut out);
+        format.details.map_or(Ok(()), |details| details(record, &mut out))
+    });
+    debug_assert!(written.is_ok(), "writing to a String does not fail");
+    out
 }
 
-impl Closed {
-    #[must_use]
-    pub fn new(
-        connection: ConnectionFields,
-        closer: Option<&Task>,
-        end: &ConnectionEnd,
-        clock: Offset,
-    ) -> Self {
-        Self {
-            connection,
-            duration_ns: end.duration_ns,
-            bytes_sent: end.bytes_sent,
-            bytes_received: end.bytes_received,
-            how: end.reason.map(|how| match how {
-                CloseReason::Fin => "fin",
-                CloseReason::Rst => "rst",
-                CloseReason::Destroyed => "destroyed",
-            }),
-            closer: closer.map(|task| Holder { pid: task.pid, comm: process_name(task) }),
-            port_blocked_until: end.port_blocked_until_ns.map(|at_ns| clock.wall(at_ns)),
-        }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The rendered line of a JSON event.
+    pub(super) fn rendered(json: &str) -> String {
+        render(LogRecord::new(&text::parse(json.as_bytes()).unwrap()))
     }
-}
 
-fn rfc3339<S: Serializer>(time: &Timestamp, to: S) -> Result<S::Ok, S::Error> {
-    to.collect_str(&format_args!("{time:.9}"))
-}
+    #[test]
+    fn every_documented_event_has_a_format() {
+        let page = include_str!("../../../docs/events.md");
+        let table = page.split("| `event` | when |").nth(1).unwrap();
+        let rows = table.lines().skip(2).take_while(|row| row.starts_with("| ["));
+        let documented: Vec<_> = rows.filter_map(|row| row.split('`').nth(1)).collect();
+        assert_eq!(FORMATS.map(|format| format.event)[..], documented[..]);
+    }
 
-fn optional_rfc3339<S: Serializer>(time: &Option<Timestamp>, to: S) -> Result<S::Ok, S::Error> {
-    match time {
-        Some(time) => rfc3339(time, to),
-        None => to.serialize_none(),
+    #[test]
+    fn a_field_of_an_unexpected_type_is_unknown() {
+        assert_eq!(
+            rendered(r#"{"time":7,"event":"lost","where":["ring"],"count":"many"}"#),
+            "LOST         an unknown number (unknown place)"
+        );
     }
 }

@@ -21,7 +21,7 @@ use rustix::{
 use serde_json::Value;
 
 use super::writer::Writer;
-use crate::event::text::{LogRecord, format_of, parse};
+use crate::event::{format_of, text::LogRecord};
 
 const SOCKET: &str = "/run/systemd/journal/socket";
 
@@ -35,47 +35,38 @@ pub fn is_journal(fd: impl AsFd) -> bool {
     metadata.is_ok_and(|found| stream == format!("{}:{}", found.dev(), found.ino()))
 }
 
-#[derive(Debug)]
-pub(super) struct JournalOutput {
-    pub(super) writer: Writer,
-    frame: Vec<u8>,
-}
-
-impl JournalOutput {
-    /// # Errors
-    /// If the socket cannot be created or the writer thread cannot be started.
-    pub(super) fn start() -> io::Result<Self> {
-        let socket = UnixDatagram::unbound()?;
-        let writer = Writer::start("journal", move |entries| {
-            // Each entry begins with its length.
-            let (length, rest) = entries.split_at(size_of::<u32>());
-            let length = length.try_into().map_or(0, u32::from_ne_bytes) as usize;
-            send(&socket, &rest[..length])?;
-            Ok(size_of::<u32>() + length)
+/// Starts the thread that sends entries to the journal. Its items are made by [`frame`].
+///
+/// # Errors
+/// If the socket cannot be created or the thread cannot be started.
+pub(super) fn start_writer() -> io::Result<Writer> {
+    let socket = UnixDatagram::unbound()?;
+    Writer::start("journal", move |frames| {
+        let (length, rest) = frames.split_at(size_of::<u32>());
+        let length = length.try_into().map_or(0, u32::from_ne_bytes) as usize;
+        send(&socket, &rest[..length]).map_err(|error| match error.kind() {
+            // A broken pipe ends a writer for good, but the journal may come back.
+            io::ErrorKind::BrokenPipe => io::ErrorKind::ConnectionReset.into(),
+            _ => error,
         })?;
-        Ok(Self { writer, frame: Vec::new() })
-    }
-
-    /// Adds an event. `json` is its JSON line.
-    pub(super) fn push(&mut self, json: &[u8]) {
-        let json = json.trim_ascii_end();
-        let Some(fields) = parse(json) else { return };
-        self.frame.clear();
-        self.frame.extend([0; size_of::<u32>()]);
-        entry(LogRecord::new(&fields), json, &mut self.frame);
-        let length = u32::try_from(self.frame.len() - size_of::<u32>()).unwrap_or(0);
-        self.frame[..size_of::<u32>()].copy_from_slice(&length.to_ne_bytes());
-        self.writer.push(&self.frame);
-    }
+        Ok(size_of::<u32>() + length)
+    })
 }
 
-/// Appends an event as an entry.
+/// An event as an entry, with the entry's length before it.
+pub(super) fn frame(record: LogRecord<'_>, json: &[u8]) -> Vec<u8> {
+    let mut frame = vec![0; size_of::<u32>()];
+    entry(record, json, &mut frame);
+    let length = u32::try_from(frame.len() - size_of::<u32>()).unwrap_or(0);
+    frame[..size_of::<u32>()].copy_from_slice(&length.to_ne_bytes());
+    frame
+}
+
+/// Appends an event as an entry. `json` is its JSON object.
 pub(crate) fn entry(record: LogRecord<'_>, json: &[u8], out: &mut Vec<u8>) {
     let format = format_of(record);
-    let mut message = format!("{} ", format.label);
-    let written = (format.message)(record, &mut message);
-    debug_assert!(written.is_ok(), "writing to a String does not fail");
-    field("MESSAGE", message.replace('\t', " ").as_bytes(), out);
+    let message = format!("{} {}", format.label, format.message(record).replace('\t', " "));
+    field("MESSAGE", message.as_bytes(), out);
     field("MESSAGE_ID", message_id(record.event()).as_bytes(), out);
     field("PRIORITY", (format.severity as u8).to_string().as_bytes(), out);
     field("SYSLOG_IDENTIFIER", b"selfconn", out);
@@ -146,7 +137,7 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::event::text::FORMATS;
+    use crate::event::{FORMATS, text::parse};
 
     #[test]
     fn a_value_with_a_line_break_cannot_add_a_field() {

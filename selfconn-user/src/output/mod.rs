@@ -1,12 +1,11 @@
-//! The outputs of events: text or JSON lines on stdout, the journal, and the log file. A slow output does not
-//! stop the daemon: its events wait in a bounded queue, and events that do not fit are dropped and counted.
+//! The outputs of events: the log file, and stdout or the journal in its place. A slow output does not stop
+//! the daemon: its events wait in a bounded queue, and events that do not fit are dropped and counted.
 
 use std::io;
 
 use jiff::Timestamp;
 
 use crate::event::{Event, EventKind, LossCause, Losses, ProgramCounters, Stopped};
-use journald::JournalOutput;
 use log_file::LogFile;
 use stdout::Stdout;
 
@@ -16,40 +15,27 @@ mod stdout;
 mod write_queue;
 mod writer;
 
-pub use stdout::Format;
-
-/// Appends an event as one JSON line.
-pub fn json_line(event: &Event, out: &mut Vec<u8>) {
-    let start = out.len();
-    match serde_json::to_writer(&mut *out, event) {
-        Ok(()) => out.push(b'\n'),
-        // Impossible with a schema of strings and numbers. A partial line must never remain in the output.
-        Err(error) => {
-            out.truncate(start);
-            log::error!("cannot serialize an event as JSON: {error}");
-        }
-    }
-}
+pub use stdout::StdoutFormat;
 
 /// All outputs of events.
 #[derive(Debug)]
 pub struct Outputs {
-    stdout: Option<Stdout>,
-    journal: Option<JournalOutput>,
     log: Option<LogFile>,
+    stdout: Option<Stdout>,
+    /// Number of events emitted so far.
     made: u64,
+    /// The JSON line of the current event.
     line: Vec<u8>,
 }
 
 impl Outputs {
-    /// An output that is `None` or false is not used.
+    /// An output that is `None` is not used.
     ///
     /// # Errors
-    /// If a writer thread cannot be started.
-    pub fn new(stdout: Option<Format>, journal: bool, log: Option<LogFile>) -> io::Result<Self> {
+    /// If the writer of stdout cannot be started.
+    pub fn new(stdout: Option<StdoutFormat>, log: Option<LogFile>) -> io::Result<Self> {
         let stdout = stdout.map(Stdout::start).transpose()?;
-        let journal = journal.then(JournalOutput::start).transpose()?;
-        Ok(Self { stdout, journal, log, made: 0, line: Vec::new() })
+        Ok(Self { log, stdout, made: 0, line: Vec::new() })
     }
 
     /// Emits an event with the current time.
@@ -68,14 +54,11 @@ impl Outputs {
         if let Some(stdout) = &mut self.stdout {
             stdout.push(&event, &self.line);
         }
-        if let Some(journal) = &mut self.journal {
-            journal.push(&self.line);
-        }
     }
 
     fn write_json(&mut self, event: &Event) {
         self.line.clear();
-        json_line(event, &mut self.line);
+        event.write_json_line(&mut self.line);
     }
 
     /// Writes the emitted events as far as the outputs accept them.
@@ -87,46 +70,35 @@ impl Outputs {
         if let Some(log) = &mut self.log {
             log.flush();
         }
-        if let Some(journal) = &mut self.journal {
-            journal.writer.flush();
-        }
-        match &mut self.stdout {
-            Some(stdout) => {
-                stdout.writer.flush();
-                if stdout.writer.is_gone() { Err(io::ErrorKind::BrokenPipe.into()) } else { Ok(()) }
+        if let Some(stdout) = &mut self.stdout {
+            stdout.writer.flush();
+            if stdout.writer.is_gone() {
+                return Err(io::ErrorKind::BrokenPipe.into());
             }
-            None => Ok(()),
         }
+        Ok(())
     }
 
-    /// Flushes as [`Self::flush`] does, then makes room for the events of the next batch. If there is only
-    /// one output and its reader is slow, this waits, and further records wait in the ring buffer. With
-    /// several outputs it does not wait: the slow output loses events, so that the other outputs do not.
+    /// Flushes as [`Self::flush`] does, then makes room for the events of the next batch. If stdout is the
+    /// only output and its reader is slow, this waits, and further records wait in the ring buffer. With a
+    /// log it does not wait: stdout loses events, so that the log does not.
     ///
     /// # Errors
     /// As [`Self::flush`].
     pub async fn make_room(&mut self) -> io::Result<()> {
         self.flush()?;
-        match (&mut self.stdout, &mut self.journal, &self.log) {
-            (Some(stdout), None, None) => stdout.writer.make_room().await,
-            (None, Some(journal), None) => journal.writer.make_room().await,
-            _ => {}
+        if let (Some(stdout), None) = (&mut self.stdout, &self.log) {
+            stdout.writer.make_room().await;
         }
         Ok(())
     }
 
-    /// Waits until an output has written its chunk and has more events, so that the caller should flush.
-    /// Cancel safe.
+    /// Waits until stdout has written its chunk and has more events, so that the caller should flush. Cancel
+    /// safe.
     pub async fn ready(&mut self) {
-        let writers = (self.stdout.as_mut(), self.journal.as_mut());
-        match writers {
-            (Some(stdout), Some(journal)) => tokio::select! {
-                () = stdout.writer.ready() => {}
-                () = journal.writer.ready() => {}
-            },
-            (Some(stdout), None) => stdout.writer.ready().await,
-            (None, Some(journal)) => journal.writer.ready().await,
-            (None, None) => std::future::pending().await,
+        match &mut self.stdout {
+            Some(stdout) => stdout.writer.ready().await,
+            None => std::future::pending().await,
         }
     }
 
@@ -147,7 +119,12 @@ impl Outputs {
     /// True if SIGHUP has something to reopen. Otherwise SIGHUP ends the run.
     #[must_use]
     pub fn can_reopen(&self) -> bool {
-        self.log.is_some() || self.journal.is_some()
+        self.log.is_some() || self.is_journal()
+    }
+
+    /// True if events go to the journal instead of stdout.
+    fn is_journal(&self) -> bool {
+        self.stdout.as_ref().is_some_and(Stdout::is_journal)
     }
 
     /// True if the output that counts losses of this cause has pending events. Such losses are reported only
@@ -156,32 +133,29 @@ impl Outputs {
     pub fn is_pending(&self, cause: LossCause) -> bool {
         match cause {
             LossCause::Log => self.log.as_ref().is_some_and(LogFile::has_pending),
-            LossCause::Stdout => self.stdout.as_ref().is_some_and(|stdout| stdout.writer.has_pending()),
-            LossCause::Journal => self.journal.as_ref().is_some_and(|journal| journal.writer.has_pending()),
+            _ if cause == self.stdout_cause() => {
+                self.stdout.as_ref().is_some_and(|stdout| stdout.writer.has_pending())
+            }
             _ => false,
         }
-    }
-
-    /// True if any output has pending events.
-    #[must_use]
-    pub fn has_pending(&self) -> bool {
-        LossCause::ALL.into_iter().any(|cause| self.is_pending(cause))
     }
 
     /// Events that each output dropped: the part of [`Losses`] that the outputs count.
     #[must_use]
     pub fn lost(&self) -> Losses {
-        Losses::from([
-            (LossCause::Log, self.log.as_ref().map_or(0, LogFile::lost)),
-            (LossCause::Stdout, self.stdout.as_ref().map_or(0, |stdout| stdout.writer.lost())),
-            (LossCause::Journal, self.journal.as_ref().map_or(0, |journal| journal.writer.lost())),
-        ])
+        self.losses(
+            self.log.as_ref().map_or(0, LogFile::lost),
+            self.stdout.as_ref().map_or(0, |stdout| stdout.writer.lost()),
+        )
     }
 
-    /// Number of events emitted so far.
-    #[must_use]
-    pub fn made(&self) -> u64 {
-        self.made
+    /// The cause under which losses of stdout are counted: stdout or, if it is connected to the journal, the journal.
+    fn stdout_cause(&self) -> LossCause {
+        if self.is_journal() { LossCause::Journal } else { LossCause::Stdout }
+    }
+
+    fn losses(&self, log: u64, stdout: u64) -> Losses {
+        Losses::from([(LossCause::Log, log), (self.stdout_cause(), stdout)])
     }
 
     /// Number of events in the log file so far. `None` without a log file.
@@ -209,13 +183,8 @@ impl Outputs {
         self.drain().await;
         self.made += 1;
         // An output that does not accept the last event loses it.
-        let is_stdout_stuck = self.stdout.as_ref().is_some_and(|stdout| stdout.writer.is_stuck());
-        let is_journal_stuck = self.journal.as_ref().is_some_and(|journal| journal.writer.is_stuck());
-        let lost = lost.plus(Losses::from([
-            (LossCause::Log, u64::from(!is_log_writable)),
-            (LossCause::Stdout, u64::from(is_stdout_stuck)),
-            (LossCause::Journal, u64::from(is_journal_stuck)),
-        ]));
+        let is_stuck = self.stdout.as_ref().is_some_and(|stdout| stdout.writer.is_stuck());
+        let lost = lost.plus(self.losses(u64::from(!is_log_writable), u64::from(is_stuck)));
         let mut event = self.stopped_event(lost, open, programs, u64::from(is_log_writable));
         if is_log_writable {
             self.write_json(&event);
@@ -230,9 +199,6 @@ impl Outputs {
         self.write_json(&event);
         if let Some(stdout) = &mut self.stdout {
             stdout.push(&event, &self.line);
-        }
-        if let Some(journal) = &mut self.journal {
-            journal.push(&self.line);
         }
         self.drain().await;
     }
@@ -252,9 +218,6 @@ impl Outputs {
     async fn drain(&mut self) {
         if let Some(stdout) = &mut self.stdout {
             stdout.writer.drain().await;
-        }
-        if let Some(journal) = &mut self.journal {
-            journal.writer.drain().await;
         }
     }
 }

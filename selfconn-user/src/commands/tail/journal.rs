@@ -9,7 +9,9 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use jiff::Timestamp;
-use serde_json::{Map, Value};
+use serde_json::Value;
+
+use crate::event::text::parse;
 
 /// A running `journalctl`.
 #[derive(Debug)]
@@ -70,7 +72,7 @@ impl JournalReader {
                 }
                 return Ok(None);
             }
-            let Ok(mut fields) = serde_json::from_slice::<Map<String, Value>>(&entry) else { continue };
+            let Some(mut fields) = parse(&entry) else { continue };
             if let Some(Value::String(cursor)) = fields.remove("__CURSOR") {
                 self.cursor = Some(cursor);
             }

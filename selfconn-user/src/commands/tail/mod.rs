@@ -16,10 +16,7 @@ use crate::event::text::{LogRecord, Style, parse};
 use filter::Filter;
 use journal::JournalReader;
 use lines::LineSplitter;
-use source::BLOCK_BYTES;
-use source::FileChange;
-use source::LastEventsSearch;
-use source::LogSource;
+use source::{BLOCK_BYTES, FileChange, LastEventsSearch, LogSource};
 use view::ConnectionView;
 use wait::FileWatch;
 

@@ -3,22 +3,21 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use crate::event::{
+    format_of,
+    text::{JsonFields, LogRecord, Style, duration},
+};
 use jiff::Timestamp;
-use serde_json::{Map, Value};
-
-use crate::event::text::{LogRecord, Style, duration};
 
 /// Maximum number of connections that are held back. Beyond it, the oldest ones are shown without their end.
 const MAX_OPEN_CONNECTIONS: usize = 50_000;
-
-type Event = Map<String, Value>;
 
 /// Renders events as lines.
 #[derive(Debug)]
 pub(super) struct ConnectionView {
     style: Style,
     /// Events of the connections that are not closed so far, in order.
-    open: BTreeMap<u64, Event>,
+    open: BTreeMap<u64, JsonFields>,
     /// Key in `open` of each connection id.
     positions: HashMap<String, u64>,
     next: u64,
@@ -30,7 +29,7 @@ impl ConnectionView {
     }
 
     /// Adds an event and appends the lines that can be shown now.
-    pub(super) fn push(&mut self, event: Event, out: &mut String) {
+    pub(super) fn push(&mut self, event: JsonFields, out: &mut String) {
         let record = LogRecord::new(&event);
         let id = record.text("id").map(ToOwned::to_owned);
         match (record.event(), id) {
@@ -75,15 +74,15 @@ impl ConnectionView {
         }
     }
 
-    fn remove_id(&mut self, event: &Event) {
+    fn remove_id(&mut self, event: &JsonFields) {
         if let Some(id) = LogRecord::new(event).text("id") {
             self.positions.remove(id);
         }
     }
 
-    fn write_line(&self, event: &Event, label: Option<&str>, out: &mut String) {
+    fn write_line(&self, event: &JsonFields, label: Option<&str>, out: &mut String) {
         let record = LogRecord::new(event);
-        self.style.line(record, label, out);
+        self.style.line(format_of(record), record, label, out);
         if label == Some("OPEN")
             && let Some(since) = record.time()
         {

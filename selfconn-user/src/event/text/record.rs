@@ -4,31 +4,22 @@
 use jiff::Timestamp;
 use serde_json::{Map, Value};
 
-use crate::event::Event;
+/// A JSON object: the fields of an event by their names.
+pub type JsonFields = Map<String, Value>;
 
 /// The fields of an event, or of an object inside an event.
 #[derive(Clone, Copy, Debug)]
-pub struct LogRecord<'a>(&'a Map<String, Value>);
+pub struct LogRecord<'a>(&'a JsonFields);
 
 /// Parses a line of a log. `None` if it is not a JSON object.
 #[must_use]
-pub fn parse(line: &[u8]) -> Option<Map<String, Value>> {
+pub fn parse(line: &[u8]) -> Option<JsonFields> {
     serde_json::from_slice(line).ok()
-}
-
-/// Converts an event to the JSON object that a reader of the log gets.
-#[must_use]
-pub fn to_json_fields(event: &Event) -> Map<String, Value> {
-    match serde_json::to_value(event) {
-        Ok(Value::Object(fields)) => fields,
-        // Impossible with a schema of strings and numbers.
-        _ => Map::new(),
-    }
 }
 
 impl<'a> LogRecord<'a> {
     #[must_use]
-    pub fn new(fields: &'a Map<String, Value>) -> Self {
+    pub fn new(fields: &'a JsonFields) -> Self {
         Self(fields)
     }
 
@@ -57,11 +48,6 @@ impl<'a> LogRecord<'a> {
     #[must_use]
     pub fn flag(self, key: &str) -> Option<bool> {
         self.0.get(key)?.as_bool()
-    }
-
-    #[must_use]
-    pub fn fraction(self, key: &str) -> Option<f64> {
-        self.0.get(key)?.as_f64()
     }
 
     #[must_use]

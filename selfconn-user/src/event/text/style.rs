@@ -5,7 +5,7 @@ use std::{fmt::Write as _, io::IsTerminal};
 use anstyle::AnsiColor;
 use jiff::tz::TimeZone;
 
-use super::{LogRecord, Severity, format_of};
+use super::{EventFormat, LogRecord, Severity};
 
 /// Width of the first column of a message: an IPv4 address and a port.
 const COLUMN: usize = 21;
@@ -25,13 +25,18 @@ impl Style {
     }
 
     /// Appends an event without a newline. `label` replaces the usual label of the event.
-    pub fn line(self, record: LogRecord<'_>, label: Option<&str>, out: &mut String) {
-        let written = self.write(record, label, out);
+    pub fn line(self, format: &EventFormat, record: LogRecord<'_>, label: Option<&str>, out: &mut String) {
+        let written = self.write(format, record, label, out);
         debug_assert!(written.is_ok(), "writing to a String does not fail");
     }
 
-    fn write(self, record: LogRecord<'_>, label: Option<&str>, out: &mut String) -> std::fmt::Result {
-        let format = format_of(record);
+    fn write(
+        self,
+        format: &EventFormat,
+        record: LogRecord<'_>,
+        label: Option<&str>,
+        out: &mut String,
+    ) -> std::fmt::Result {
         let (dim, emphasis) =
             (self.apply(anstyle::Style::new().dimmed()), self.apply(severity_style(format.severity)));
         match record.time() {
@@ -43,9 +48,7 @@ impl Style {
             None => write!(out, "{dim}{:24}{dim:#}  ", "?")?,
         }
         write!(out, "{emphasis}{:<12}{emphasis:#} ", label.unwrap_or(format.label))?;
-        let mut message = String::with_capacity(120);
-        (format.message)(record, &mut message)?;
-        align_columns(&message, out);
+        align_columns(&format.message(record), out);
         Ok(())
     }
 
@@ -65,7 +68,7 @@ fn severity_style(severity: Severity) -> anstyle::Style {
 
 /// Replaces the tab of a message, if it has one, with padding up to the second column. A tab in a process
 /// name is already escaped.
-pub(super) fn align_columns(message: &str, out: &mut String) {
+pub(in crate::event) fn align_columns(message: &str, out: &mut String) {
     match message.split_once('\t') {
         Some((first, rest)) => {
             out.push_str(first);

@@ -5,14 +5,14 @@ use std::fmt::Write as _;
 use super::{LogRecord, escape};
 
 /// Endpoint and process, such as `127.0.0.1:38160 nginx[26152]`. A tab separates the two columns.
-pub(crate) fn write(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
+pub(in crate::event) fn write(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     endpoint(record, out)?;
     out.push('\t');
     process(record, out)
 }
 
 /// Address and port, such as `127.0.0.1:38160` or `[::1]:38160`.
-pub(crate) fn endpoint(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
+pub(in crate::event) fn endpoint(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     let addr = escape(record.text("addr").unwrap_or("?"));
     let (open, close) = if addr.contains(':') { ("[", "]") } else { ("", "") };
     write!(out, "{open}{addr}{close}:")?;
@@ -23,7 +23,7 @@ pub(crate) fn endpoint(record: LogRecord<'_>, out: &mut String) -> std::fmt::Res
 }
 
 /// Name and pid, such as `nginx[26152]`.
-pub(crate) fn process(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
+pub(in crate::event) fn process(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     match (record.text("comm"), record.number("pid")) {
         (Some(comm), Some(pid)) => write!(out, "{}[{pid}]", escape(comm)),
         (None, Some(pid)) => write!(out, "[{pid}]"),

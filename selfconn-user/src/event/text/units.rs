@@ -1,13 +1,33 @@
-//! Readable times and durations.
+//! Times and durations as text: readable ones, and the timestamps of the JSON.
 
 use std::time::Duration;
 
 use jiff::{Timestamp, tz::TimeZone};
+use serde::Serializer;
 
 /// Time of day in UTC. The date is only in the JSON.
 #[must_use]
-pub(crate) fn utc_time(time: Timestamp) -> String {
+pub fn utc_time(time: Timestamp) -> String {
     TimeZone::UTC.to_datetime(time).strftime("%H:%M:%S.%6fZ").to_string()
+}
+
+/// Serializes a timestamp as RFC 3339 with nanoseconds.
+///
+/// # Errors
+/// As the serializer.
+pub fn rfc3339<S: Serializer>(time: &Timestamp, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(&format_args!("{time:.9}"))
+}
+
+/// As [`rfc3339`], or null.
+///
+/// # Errors
+/// As the serializer.
+pub fn optional_rfc3339<S: Serializer>(time: &Option<Timestamp>, to: S) -> Result<S::Ok, S::Error> {
+    match time {
+        Some(time) => rfc3339(time, to),
+        None => to.serialize_none(),
+    }
 }
 
 /// A duration in its two largest units.

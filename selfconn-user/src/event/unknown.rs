@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::text::{EventFormat, LogRecord, Severity, escape, subject};
 
-pub(crate) const FORMAT: EventFormat =
+pub(super) const FORMAT: EventFormat =
     EventFormat { event: "", label: "?", severity: Severity::Notice, message, details: None };
 
 fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
@@ -41,4 +41,21 @@ fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
 
 fn escape_char(c: char) -> String {
     if matches!(c, '"' | '\'' | '\\') { c.to_string() } else { c.escape_debug().to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::event::tests::rendered;
+
+    #[test]
+    fn an_event_of_a_newer_version_is_shown_by_its_fields() {
+        assert_eq!(
+            rendered(
+                r#"{"event":"moved\u001b","addr":"127.0.0.1","port":80,"comm":"x\n","pid":7,"by":2,"to":{"a":"\u202e"},
+                    "on":["b",true],"off":null}"#
+            ),
+            "?            moved\\u{1b} 127.0.0.1:80 x\\n[7] by=2 on=[\"b\",true] to={\"a\":\"\\u{202e}\"}"
+        );
+        assert_eq!(rendered(r#"{"some":"object"}"#), "?            some=object");
+    }
 }

@@ -1,0 +1,145 @@
+//! The public fields of a self-connection, and the one constructor that makes them. Every event about a
+//! self-connection has them, and so has a line of `scan --json`.
+
+use selfconn_ebpf::{Task, cause};
+use serde::Serialize;
+
+use crate::{
+    detect::connection::{Connection, Source, comm},
+    system::process::{Attribution, Holder},
+};
+
+/// The fields of the self-connection that an event is about.
+#[derive(Clone, Debug, Serialize)]
+pub struct ConnectionFields {
+    /// Identifier of the connection: the same in all its events, unique on this boot. Null if the connection
+    /// ended before this run, which only `blocked` can be about.
+    pub id: Option<String>,
+    /// Socket cookie, as `ss -e` shows it.
+    pub cookie: Option<u64>,
+    /// `live`, or `scan` if the connection was found in the socket table.
+    pub source: &'static str,
+    /// Address family of the socket: `ipv4` or `ipv6`.
+    pub family: &'static str,
+    /// Source and destination address.
+    pub addr: String,
+    /// Interface index of a link-local address.
+    pub ifindex: Option<u32>,
+    /// Source and destination port.
+    pub port: u16,
+    /// Inode of the network namespace.
+    pub netns: Option<u32>,
+    /// `ephemeral` if connect() chose the source port, `bound` if the socket had a port before connect().
+    pub cause: Option<&'static str>,
+    /// The process that connected, in the initial pid namespace.
+    pub pid: Option<u32>,
+    /// Thread id of the connecting thread.
+    pub tid: Option<u32>,
+    /// Name of the process.
+    pub comm: Option<String>,
+    /// Name of the thread.
+    pub thread_comm: Option<String>,
+    /// Path of the executable.
+    pub exe: Option<String>,
+    /// Arguments of the process.
+    pub cmdline: Option<Vec<String>>,
+    /// Real user id of the process.
+    pub uid: Option<u32>,
+    /// Path of the control group.
+    pub cgroup: Option<String>,
+    /// systemd unit of the process.
+    pub unit: Option<String>,
+    /// Id of the container.
+    pub container: Option<String>,
+    /// How the process is known: `witnessed` at connect(), or `holder` because it has the socket open.
+    pub owner: Option<&'static str>,
+    /// The processes that have the socket open now. Null if they were not looked up.
+    pub holders: Option<Vec<Holder>>,
+    /// Initial sequence number.
+    pub isn: Option<u32>,
+    /// Initial sequence number of the peer. Equality with `isn` proves the self-connection.
+    pub peer_isn: Option<u32>,
+}
+
+impl ConnectionFields {
+    /// Combines a connection with the information that `/proc` has about its process. `run` identifies this
+    /// run, so that ids stay unique on this boot.
+    #[must_use]
+    pub fn new(connection: &Connection, run: u64, attribution: &Attribution) -> Self {
+        let (opener, process) = (connection.opener, &attribution.process);
+        // If connect() was not observed, report the first process that has the socket open instead.
+        let holder =
+            attribution.holders.as_ref().and_then(|holders| holders.first()).filter(|_| opener.is_none());
+        let task = opener.map(|opener| opener.task);
+        Self {
+            id: (connection.number != 0).then(|| format!("{run:x}-{:x}", connection.number)),
+            cookie: connection.cookie,
+            source: match connection.source {
+                Source::Live => "live",
+                Source::Scan => "scan",
+            },
+            family: if connection.is_ipv6 { "ipv6" } else { "ipv4" },
+            addr: connection.addr.to_string(),
+            ifindex: connection.ifindex,
+            port: connection.port,
+            netns: connection.netns,
+            cause: opener.and_then(|opener| match opener.cause {
+                cause::EPHEMERAL => Some("ephemeral"),
+                cause::BOUND => Some("bound"),
+                _ => None,
+            }),
+            pid: task.map(|task| task.pid).or(holder.map(|holder| holder.pid)),
+            tid: task.map(|task| task.tid),
+            comm: task
+                .and_then(|task| process_name(&task))
+                .or_else(|| holder.and_then(|holder| holder.comm.clone()))
+                .or_else(|| process.comm.clone()),
+            thread_comm: task.map(|task| comm(&task.comm)),
+            exe: process.exe.clone(),
+            cmdline: process.cmdline.clone(),
+            uid: opener.map(|opener| opener.uid).or(connection.uid),
+            cgroup: process.cgroup.clone(),
+            unit: process.unit.clone(),
+            container: process.container.clone(),
+            owner: opener.map(|_| "witnessed").or(holder.map(|_| "holder")),
+            holders: attribution.holders.clone(),
+            isn: connection.isns.map(|(isn, _)| isn),
+            peer_isn: connection.isns.map(|(_, peer_isn)| peer_isn),
+        }
+    }
+
+    /// The fields of a self-connection of `java[7]` in a container.
+    #[cfg(test)]
+    pub(crate) fn sample() -> Self {
+        Self {
+            id: Some("1-1".to_owned()),
+            cookie: None,
+            source: "live",
+            family: "ipv4",
+            addr: "127.0.0.1".to_owned(),
+            ifindex: None,
+            port: 40_000,
+            netns: Some(4_026_531_833),
+            cause: Some("ephemeral"),
+            pid: Some(7),
+            tid: Some(8),
+            comm: Some("java".to_owned()),
+            thread_comm: Some("pool-1".to_owned()),
+            exe: Some("/usr/bin/java".to_owned()),
+            cmdline: Some(vec!["java".to_owned(), "-jar".to_owned(), "a.jar".to_owned()]),
+            uid: Some(1_000),
+            cgroup: Some("/docker/4a".to_owned()),
+            unit: None,
+            container: Some("4a".to_owned()),
+            owner: Some("witnessed"),
+            holders: None,
+            isn: None,
+            peer_isn: None,
+        }
+    }
+}
+
+/// The name of the process, if the eBPF program could read it.
+pub(super) fn process_name(task: &Task) -> Option<String> {
+    (task.leader[0] != 0 || task.pid == task.tid).then(|| comm(&task.leader))
+}

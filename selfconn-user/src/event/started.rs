@@ -1,0 +1,123 @@
+//! The event `started`: the hooks are attached. Version, kernel, attached methods, and limits.
+
+use std::fmt::Write as _;
+
+use serde::Serialize;
+
+use super::text::{EventFormat, LogRecord, Severity, escape};
+
+/// `started`.
+#[derive(Debug, Serialize)]
+pub struct Started {
+    /// Version of selfconn.
+    pub version: &'static str,
+    /// Kernel release, as `uname -r` prints it.
+    pub kernel: String,
+    /// Process id of the daemon.
+    pub pid: u32,
+    /// One entry for each attached method, and one for each hook without a method.
+    pub hooks: Vec<HookStatus>,
+    /// How failed binds are observed.
+    pub binds: BindStatus,
+    /// What the daemon cannot observe on this host.
+    pub limits: Vec<String>,
+}
+
+/// Outcome of attaching one hook.
+#[derive(Debug, Serialize)]
+pub struct HookStatus {
+    /// Kernel name of the hook.
+    pub hook: &'static str,
+    /// How the hook is attached. Null if it is not attached.
+    pub method: Option<&'static str>,
+    /// The other methods that were tried.
+    pub refused: Vec<RefusedMethod>,
+}
+
+/// How failed binds are observed.
+#[derive(Debug, Serialize)]
+pub struct BindStatus {
+    /// How the program is attached. Null if failed binds are not observed.
+    pub method: Option<&'static str>,
+    /// The methods that were tried and are not attached.
+    pub refused: Vec<RefusedMethod>,
+}
+
+/// A method that was tried and is not attached.
+#[derive(Debug, Serialize)]
+pub struct RefusedMethod {
+    /// Name of the method.
+    pub method: &'static str,
+    /// Why it is not attached.
+    pub why: String,
+}
+
+pub(super) const FORMAT: EventFormat = EventFormat {
+    event: "started",
+    label: "started",
+    severity: Severity::Notice,
+    message,
+    details: Some(details),
+};
+
+fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
+    write!(out, "selfconn {}", escape(record.text("version").unwrap_or("?")))?;
+    if let Some(pid) = record.number("pid") {
+        write!(out, " [{pid}]")?;
+    }
+    write!(out, " on kernel {}", escape(record.text("kernel").unwrap_or("?")))
+}
+
+fn details(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
+    let hooks: Vec<_> = record.objects("hooks").collect();
+    for statuses in hooks.chunk_by(|one, next| one.text("hook") == next.text("hook")) {
+        let live: Vec<_> = statuses.iter().filter_map(|status| status.text("method")).collect();
+        let how = match &live[..] {
+            [] => "not attached".to_owned(),
+            live => format!("attached by {}", escape(&live.join(" and "))),
+        };
+        write!(out, "\n    {}: {how}", escape(statuses[0].text("hook").unwrap_or("?")))?;
+        for status in statuses {
+            refused_methods(*status, out)?;
+        }
+    }
+    if let Some(binds) = record.object("binds") {
+        match binds.text("method") {
+            Some(method) => write!(out, "\n    failed binds: observed by {}", escape(method))?,
+            None => write!(out, "\n    failed binds: not observed")?,
+        }
+        refused_methods(binds, out)?;
+    }
+    for limit in record.texts("limits") {
+        write!(out, "\n    limit: {}", escape(limit))?;
+    }
+    Ok(())
+}
+
+/// The methods that are not attached, one a line.
+fn refused_methods(status: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
+    for refused in status.objects("refused") {
+        let text = |key| escape(refused.text(key).unwrap_or("?"));
+        write!(out, "\n        {} {}", text("method"), text("why"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::event::tests::rendered;
+
+    #[test]
+    fn a_line_mentions_only_known_fields() {
+        assert_eq!(
+            rendered(
+                r#"{"event":"started","version":"0.1.0","pid":7,"kernel":"6.1\u001b","hooks":[{"hook":"h","method":
+                    "tp_btf","refused":[]},{"hook":"h","method":"perf","refused":[]},{"hook":"g","method":null,
+                    "refused":[{"method":"fentry","why":"refused"}]}],"binds":{"method":null,"refused":[{"method":
+                    "perf","why":"no"}]},"limits":["one"]}"#
+            ),
+            "started      selfconn 0.1.0 [7] on kernel 6.1\\u{1b}\n    h: attached by tp_btf and perf\n    g: not \
+                 attached\n        fentry refused\n    failed binds: not observed\n        perf no\n    limit: one"
+        );
+    }
+}
