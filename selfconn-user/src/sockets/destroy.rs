@@ -7,8 +7,9 @@ use std::{collections::HashMap, io, net::IpAddr, panic, thread};
 use selfconn_ebpf::state;
 
 use super::{
-    DumpedSocket, Namespace, STATES, SocketEntry, netns,
+    netns::{self, Namespace},
     sock_diag::exact::{self, Cookie},
+    table::{DumpedSocket, STATES, SocketEntry},
 };
 
 const EPERM: i32 = 1;
@@ -191,7 +192,7 @@ mod tests {
             ("127.0.0.2:4", "127.0.0.2:4", state::ESTABLISHED, false, false),
             ("127.0.0.1:4", "127.0.0.2:4", state::ESTABLISHED, false, false),
         ] {
-            let row = super::super::tests::row(source, destination, state);
+            let row = super::super::table::tests::row(source, destination, state);
             let case = format!("{source} {destination} {}", state::name(state));
             assert_eq!((target.matches(&row), mapped.matches(&row)), (plain, v6), "{case}");
         }

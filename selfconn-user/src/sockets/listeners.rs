@@ -4,8 +4,8 @@
 use std::{io, net::IpAddr, panic, path::PathBuf, thread};
 
 use super::{
-    DumpedSocket, Tables,
     netns::{self, Namespace},
+    table::{DumpedSocket, Tables},
 };
 
 /// The network namespaces to inspect.

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::DumpedSocket;
+use super::table::DumpedSocket;
 
 /// The files show the network namespace of the calling thread.
 const IPV4: &str = "/proc/thread-self/net/tcp";
@@ -96,6 +96,13 @@ fn address(text: &str) -> Option<IpAddr> {
         32 => Some(Ipv6Addr::from(bytes).into()),
         _ => None,
     }
+}
+
+/// Runs every parser of text in this folder on arbitrary bytes.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn parse_anything(bytes: &[u8]) {
+    let _ = super::netns::mount_points(bytes);
+    let _ = std::str::from_utf8(bytes).map(|line| parse(line, |_, _, _| true));
 }
 
 #[cfg(all(test, target_endian = "little"))]

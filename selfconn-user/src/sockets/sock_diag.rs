@@ -20,7 +20,7 @@ use netlink_packet_sock_diag::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{DumpedSocket, STATES};
+use super::table::{DumpedSocket, STATES};
 
 mod bytecode;
 pub(super) mod exact;

@@ -23,7 +23,7 @@ use netlink_packet_sock_diag::{
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{AF_NETLINK, NETLINK_SOCK_DIAG, parse};
-use crate::sockets::{DumpedSocket, Target};
+use crate::sockets::{destroy::Target, table::DumpedSocket};
 
 /// Both halves of `INET_DIAG_NOCOOKIE`, include/uapi/linux/inet_diag.h at v5.10.
 const NOCOOKIE: u64 = u64::MAX;
