@@ -2,9 +2,10 @@
 //! that hold them. Can destroy them.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     fmt::Write as _,
     io::{self, Write as _},
+    mem,
     process::ExitCode,
 };
 
@@ -18,7 +19,7 @@ use crate::{
         remediation::RemedyOutcome,
     },
     event::{ConnectionFields, text::escape},
-    sockets::{self, HolderSearch, SnapshotOptions, SocketEntry, SocketSnapshot, find_holders},
+    sockets::{self, HolderSearch, Holders, SnapshotOptions, SocketEntry, SocketSnapshot},
     system::{
         clock::{self, Offset},
         logger,
@@ -98,13 +99,22 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     if args.destroy {
         sockets::can_destroy().map_err(|why| anyhow!("--destroy: {why}"))?;
     }
-    let options = SnapshotOptions { procfs_only: args.procfs, ..SnapshotOptions::default() };
+    // Outside the initial pid namespace the holders' pids in /proc are not those that the output needs.
+    let search = if args.holders { HolderSearch::Complete } else { HolderSearch::Quick };
+    let holders = process::is_in_initial_pid_ns().then_some(search);
+    let options = SnapshotOptions { procfs_only: args.procfs, holders, attempts: false };
     let mut snapshot = sockets::snapshot(options, &[]).context("cannot start a thread")?;
     if snapshot.namespaces.is_empty() {
         bail!("no socket table can be read: {}", snapshot.unseen.join("; "));
     }
-    snapshot.entries.sort_by_key(|entry| (entry.netns, entry.addr, entry.port, entry.is_ipv6, entry.cookie));
-    let mut holders = SocketHolders::collect(&snapshot.entries, args.holders);
+    snapshot.entries.sort_by_key(|SocketEntry { endpoint, cookie, .. }| {
+        (endpoint.netns, endpoint.ip(), endpoint.port, endpoint.is_ipv6(), *cookie)
+    });
+    let mut holders = SocketHolders { found: mem::take(&mut snapshot.holders), processes: HashMap::new() };
+    if options.holders.is_none() && snapshot.entries.iter().any(|entry| entry.inode != 0) {
+        let why = "holders: their pids are unknown outside the initial pid namespace";
+        holders.found.unseen = Some(why.to_owned());
+    }
     let selection = Selection { only: args.only.clone(), except: args.except.clone() };
     snapshot.entries.retain(|entry| {
         selection.exclusion_reason(&holders.connection_fields(entry, String::new())).is_none()
@@ -117,7 +127,7 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     if let Some(why) = &snapshot.without_sock_diag {
         warn(&format!("sock_diag: {why}: cookies and interfaces are unknown: /proc/net/tcp has none"));
     }
-    for item in snapshot.unseen.iter().chain(&holders.unseen) {
+    for item in snapshot.unseen.iter().chain(&holders.found.unseen) {
         warn(&format!("not seen: {item}"));
     }
     let out = if args.json {
@@ -137,36 +147,14 @@ fn warn(message: &str) {
 /// The processes that hold the sockets.
 #[derive(Debug, Default)]
 struct SocketHolders {
-    /// Holders of each socket that has any, by socket inode.
-    by_inode: HashMap<u64, Vec<Holder>>,
+    found: Holders,
     processes: HashMap<u32, ProcessInfo>,
-    /// True if all holders were found.
-    is_complete: bool,
-    unseen: Vec<String>,
 }
 
 impl SocketHolders {
-    fn collect(entries: &[SocketEntry], is_complete_search: bool) -> Self {
-        let inodes: HashSet<_> =
-            entries.iter().map(|entry| entry.inode).filter(|inode| *inode != 0).collect();
-        if inodes.is_empty() {
-            return Self::default();
-        }
-        if !process::is_in_initial_pid_ns() {
-            let why = "holders: their pids are unknown outside the initial pid namespace".to_owned();
-            return Self { unseen: vec![why], ..Self::default() };
-        }
-        let holders = find_holders(
-            &inodes,
-            if is_complete_search { HolderSearch::Complete } else { HolderSearch::Quick },
-        );
-        let unseen = holders.unseen.into_iter().collect();
-        Self { by_inode: holders.by_inode, is_complete: holders.complete, unseen, ..Self::default() }
-    }
-
     /// The holders of a socket. A socket without an inode has none. `None` if the holders are unknown.
     fn holders(&self, entry: &SocketEntry) -> Option<&[Holder]> {
-        if entry.inode == 0 { Some(&[]) } else { self.by_inode.get(&entry.inode).map(Vec::as_slice) }
+        if entry.inode == 0 { Some(&[]) } else { self.found.by_inode.get(&entry.inode).map(Vec::as_slice) }
     }
 
     fn connection_fields(&mut self, entry: &SocketEntry, id: String) -> ConnectionFields {
@@ -183,11 +171,11 @@ impl SocketHolders {
             id,
             cookie: entry.cookie,
             source: "scan",
-            family: if entry.is_ipv6 { "ipv6" } else { "ipv4" },
-            addr: entry.addr.to_string(),
+            family: if entry.endpoint.is_ipv6() { "ipv6" } else { "ipv4" },
+            addr: entry.endpoint.ip().to_string(),
             ifindex: entry.ifindex,
-            port: entry.port,
-            netns: Some(entry.netns),
+            port: entry.endpoint.port,
+            netns: Some(entry.endpoint.netns),
             cause: None,
             pid: first.as_ref().map(|holder| holder.pid),
             tid: None,
@@ -200,7 +188,7 @@ impl SocketHolders {
             unit: process.unit,
             container: process.container,
             owner: first.map(|_| "holder"),
-            holders: holders.filter(|_| entry.inode == 0 || self.is_complete),
+            holders: holders.filter(|_| entry.inode == 0 || self.found.complete),
             isn: None,
             peer_isn: None,
         }
@@ -246,8 +234,8 @@ fn text(snapshot: &SocketSnapshot, holders: &SocketHolders, outcomes: &DestroyOu
     let endpoints: Vec<_> = snapshot.entries.iter().map(endpoint).collect();
     let width = endpoints.iter().map(String::len).max().unwrap_or(0);
     for (number, (entry, endpoint)) in snapshot.entries.iter().zip(&endpoints).enumerate() {
-        let _ =
-            write!(out, "{:<11}  {endpoint:<width$}  netns {:<10}  ", state::name(entry.state), entry.netns);
+        let (state, netns) = (state::name(entry.state), entry.endpoint.netns);
+        let _ = write!(out, "{state:<11}  {endpoint:<width$}  netns {netns:<10}  ");
         match (entry.time_wait_left, holders.holders(entry)) {
             (Some(left), _) => {
                 let _ = write!(out, "no process; holds the port for {:.1} s more", left.as_secs_f64());
@@ -282,7 +270,7 @@ fn text(snapshot: &SocketSnapshot, holders: &SocketHolders, outcomes: &DestroyOu
 }
 
 fn endpoint(entry: &SocketEntry) -> String {
-    let SocketEntry { addr, port, .. } = entry;
+    let (addr, port) = (entry.endpoint.ip(), entry.endpoint.port);
     match entry.ifindex {
         Some(ifindex) => format!("[{addr}%{ifindex}]:{port}"),
         None if addr.is_ipv6() => format!("[{addr}]:{port}"),
@@ -304,20 +292,18 @@ fn write_holders(holders: &[Holder], out: &mut String) {
 mod tests {
     use std::time::Duration;
 
+    use selfconn_ebpf::Endpoint;
+
     use super::*;
+    use crate::detect::samples;
 
     fn entry(addr: &str, state: u8, inode: u64) -> SocketEntry {
+        let endpoint = Endpoint { netns: 4_026_531_840, ..samples::endpoint(addr, 40_000) };
         SocketEntry {
-            addr: addr.parse().unwrap(),
-            port: 40_000,
-            is_ipv6: addr.contains(':'),
-            state,
-            netns: 4_026_531_840,
-            ifindex: None,
             cookie: Some(0xabc),
             inode,
             uid: (inode != 0).then_some(33),
-            time_wait_left: None,
+            ..samples::entry(endpoint, state)
         }
     }
 
@@ -332,13 +318,14 @@ mod tests {
         ];
         let holder = |pid| Holder { pid, comm: Some("a\nb".to_owned()) };
         let by_inode = HashMap::from([(1, vec![holder(u32::MAX)]), (2, (1..=6).map(holder).collect())]);
+        let found = Holders { by_inode, complete: true, unseen: None };
         let snapshot = SocketSnapshot {
             entries,
             namespaces: [1, 2, 3].into(),
             began_ns: 0xff,
             ..SocketSnapshot::default()
         };
-        (snapshot, SocketHolders { by_inode, is_complete: true, ..SocketHolders::default() })
+        (snapshot, SocketHolders { found, processes: HashMap::new() })
     }
 
     #[test]
@@ -400,7 +387,7 @@ ESTABLISHED  127.0.0.3:40000    netns 4026531840  an unknown process
         assert!(rows[2]["port_blocked_until"].is_string());
         assert_eq!(rows[2]["holders"], serde_json::json!([]));
         assert_eq!(rows[4]["id"], "scan-ff-4");
-        holders.is_complete = false;
+        holders.found.complete = false;
         let bytes = json(&snapshot, &mut holders, &vec![]).unwrap();
         let first: serde_json::Value =
             serde_json::from_slice(bytes.split(|byte| *byte == b'\n').next().unwrap()).unwrap();

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{ConnectionFields, optional_rfc3339, process_name};
 use crate::{
-    detect::bind_conflict::{self, PortHolder, requested_addr},
+    detect::bind_conflict::{self, PortHolder, requested},
     system::{clock::Offset, process::ProcessInfo},
 };
 
@@ -74,6 +74,7 @@ impl Blocked {
         clock: Offset,
     ) -> Self {
         let tracked = holder.connection();
+        let requested = requested(failed);
         let (state, free_at) = match holder {
             PortHolder::Open(_) => (state::ESTABLISHED, None),
             PortHolder::TimeWait(bind_conflict::TimeWaitEntry { until_ns, .. }) => {
@@ -81,9 +82,9 @@ impl Blocked {
             }
         };
         Self {
-            addr: requested_addr(failed).to_string(),
-            port: failed.port,
-            netns: (failed.netns != 0).then_some(failed.netns),
+            addr: requested.ip().to_string(),
+            port: requested.port,
+            netns: requested.known_netns(),
             pid: failed.task.pid,
             comm: process_name(&failed.task).or_else(|| process.comm.clone()),
             uid: failed.uid,

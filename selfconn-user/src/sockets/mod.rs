@@ -19,7 +19,6 @@ mod snapshot;
 mod sock_diag;
 mod table;
 
-pub use destroy::Target;
 pub use destroy::can_destroy;
 pub use destroy::can_enter;
 pub use destroy::destroy;
@@ -28,7 +27,6 @@ pub use destroy::look_up;
 pub use holders::HolderSearch;
 pub use holders::Holders;
 pub use holders::find_holders;
-pub use listeners::Listener;
 pub use listeners::ListenerInspection;
 pub use listeners::NamespaceSelection;
 pub use listeners::inspect;
@@ -36,7 +34,6 @@ pub use netns::Namespace;
 pub use netns::run_in_namespace;
 #[cfg(any(test, fuzzing))]
 pub(crate) use procfs::parse_anything;
-pub use snapshot::ConnectAttempt;
 pub use snapshot::SnapshotOptions;
 pub use snapshot::SocketSnapshot;
 pub use snapshot::snapshot;

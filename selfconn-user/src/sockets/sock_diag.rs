@@ -20,7 +20,7 @@ use netlink_packet_sock_diag::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::table::{DumpedSocket, STATES};
+use super::table::{DumpedSocket, STATES, SocketEntry, dumped_endpoint};
 
 mod bytecode;
 pub(super) mod exact;
@@ -262,16 +262,18 @@ pub(super) fn parse(response: &[u8]) -> Result<DumpedSocket, netlink_packet_core
     // The crate does not provide the remaining time of this timer.
     let left =
         (header.timer == Some(Timer::TimeWait)).then(|| Duration::from_millis(word(EXPIRES_MS).into()));
-    Ok(DumpedSocket {
-        source: (id.source_address, id.source_port),
-        destination: (id.destination_address, id.destination_port),
+    let endpoint = dumped_endpoint(id.source_address, id.source_port);
+    let entry = SocketEntry {
+        endpoint,
         state: header.state,
-        ifindex: id.interface_id,
+        ifindex: (id.interface_id != 0 && endpoint.is_link_local()).then_some(id.interface_id),
         cookie: Some(u64::from(low) | u64::from(high) << 32),
         inode: header.inode.into(),
-        uid: header.uid,
+        uid: (header.inode != 0).then_some(header.uid),
         time_wait_left: left,
-    })
+        connect_entry: None,
+    };
+    Ok(DumpedSocket { entry, destination: dumped_endpoint(id.destination_address, id.destination_port) })
 }
 
 #[cfg(test)]
@@ -281,6 +283,7 @@ mod tests {
     use selfconn_ebpf::state;
 
     use super::*;
+    use crate::detect::samples;
 
     const SELF_CONNECTIONS: DumpRequest =
         DumpRequest { family: AF_INET, states: STATES, filter: DumpFilter::SelfConnections };
@@ -363,19 +366,30 @@ mod tests {
         let mut time_wait = response(("::1", 40_000), ("::1", 40_000), state::TIME_WAIT);
         time_wait[2] = 3;
         time_wait[EXPIRES_MS].copy_from_slice(&59_876_u32.to_ne_bytes());
-        let expected = DumpedSocket {
-            source: ("::1".parse().unwrap(), 40_000),
-            destination: ("::1".parse().unwrap(), 40_000),
-            state: state::TIME_WAIT,
-            ifindex: 3,
+        let destination = dumped_endpoint("::1".parse().unwrap(), 40_000);
+        let entry = SocketEntry {
             cookie: Some(0x9abc_1234_5678),
             inode: 4_711,
-            uid: 1_000,
+            uid: Some(1_000),
             time_wait_left: Some(Duration::from_millis(59_876)),
+            ..samples::entry(destination, state::TIME_WAIT)
         };
-        assert_eq!(parse(&time_wait).unwrap(), expected);
+        assert_eq!(parse(&time_wait).unwrap(), DumpedSocket { entry, destination });
         time_wait[2] = 1;
-        assert_eq!(parse(&time_wait).unwrap().time_wait_left, None, "the time of another timer");
+        assert_eq!(parse(&time_wait).unwrap().entry.time_wait_left, None, "the time of another timer");
+    }
+
+    #[test]
+    fn an_interface_needs_a_link_local_address_and_a_uid_needs_an_inode() {
+        let mut local = response(("fe80::1", 4), ("fe80::1", 4), state::ESTABLISHED);
+        let held = parse(&local).unwrap().entry;
+        assert_eq!((held.ifindex, held.uid), (Some(3), Some(1_000)));
+        local[68..72].fill(0);
+        assert_eq!(parse(&local).unwrap().entry.uid, None);
+        let mapped = response(("::ffff:127.0.0.1", 4), ("::ffff:127.0.0.1", 4), state::ESTABLISHED);
+        let mapped = parse(&mapped).unwrap().entry;
+        assert_eq!((mapped.ifindex, mapped.endpoint.is_ipv6()), (None, true));
+        assert_eq!(mapped.endpoint.ip(), IpAddr::from([127, 0, 0, 1]));
     }
 
     #[test]

@@ -3,24 +3,17 @@
 
 use std::{io, net::IpAddr, time::Duration};
 
-use selfconn_ebpf::state;
+use selfconn_ebpf::{Endpoint, Opener, state};
 
-use super::{procfs, snapshot::ConnectAttempt, sock_diag};
+use super::{procfs, sock_diag};
 
-/// A self-connection in a socket table.
+/// A socket in the kernel's table: a self-connection, or a listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SocketEntry {
-    /// The source and destination address. It is IPv4 also if the socket is IPv6 and the address is
-    /// v4-mapped.
-    pub addr: IpAddr,
-    /// The source and destination port.
-    pub port: u16,
-    /// True if the socket is IPv6.
-    pub is_ipv6: bool,
+    /// Source and destination; of a listener, the local end.
+    pub endpoint: Endpoint,
     /// The TCP state: one of [`state`].
     pub state: u8,
-    /// The inode of the network namespace.
-    pub netns: u32,
     /// The interface of a link-local address; procfs does not provide it.
     pub ifindex: Option<u32>,
     /// The socket cookie; procfs does not provide it.
@@ -31,6 +24,9 @@ pub struct SocketEntry {
     pub uid: Option<u32>,
     /// The time for which TIME_WAIT still holds the port. `None`: the socket is not in TIME_WAIT.
     pub time_wait_left: Option<Duration>,
+    /// The socket's kernel address and its opener, if the probes' connect table has an entry for it. Only
+    /// [`super::SocketSnapshot::add_connect_entries`] sets it.
+    pub connect_entry: Option<(u64, Opener)>,
 }
 
 /// Reads the socket tables of the network namespace that the calling thread is in.
@@ -84,74 +80,48 @@ pub(super) const STATES: u32 = {
     all & !(1 | 1 << state::CLOSE | 1 << state::LISTEN)
 };
 
-/// A socket as dumped by sock_diag or procfs.
+/// A socket as dumped by sock_diag or procfs. The kernel reports no network namespace here, so it is 0 in both
+/// endpoints.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct DumpedSocket {
-    pub(super) source: (IpAddr, u16),
-    pub(super) destination: (IpAddr, u16),
-    pub(super) state: u8,
-    pub(super) ifindex: u32,
-    pub(super) cookie: Option<u64>,
-    pub(super) inode: u64,
-    pub(super) uid: u32,
-    pub(super) time_wait_left: Option<Duration>,
+    /// The source, and everything else.
+    pub(super) entry: SocketEntry,
+    pub(super) destination: Endpoint,
 }
 
 impl DumpedSocket {
     pub(super) fn is_self_connection(&self) -> bool {
-        self.source == self.destination && self.source.1 != 0 && STATES & 1 << self.state != 0
+        let SocketEntry { endpoint, state, .. } = &self.entry;
+        *endpoint == self.destination && endpoint.port != 0 && STATES & 1 << state != 0
     }
 
     pub(super) fn is_attempt(&self) -> bool {
-        self.source.0 == self.destination.0 && self.state == state::SYN_SENT
+        self.entry.endpoint.addr == self.destination.addr && self.entry.state == state::SYN_SENT
     }
 
-    pub(super) fn entry(&self, netns: u32) -> SocketEntry {
-        let (addr, port) = self.source;
-        SocketEntry {
-            addr: addr.to_canonical(),
-            port,
-            is_ipv6: addr.is_ipv6(),
-            state: self.state,
-            netns,
-            ifindex: self.link_local_ifindex(),
-            cookie: self.cookie,
-            inode: self.inode,
-            uid: (self.inode != 0).then_some(self.uid),
-            time_wait_left: self.time_wait_left,
-        }
+    pub(super) fn into_entry(self, netns: u32) -> SocketEntry {
+        let mut entry = self.entry;
+        entry.endpoint.netns = netns;
+        entry
     }
+}
 
-    pub(super) fn link_local_ifindex(&self) -> Option<u32> {
-        let is_link_local = matches!(self.source.0, IpAddr::V6(addr) if addr.is_unicast_link_local());
-        (self.ifindex != 0 && is_link_local).then_some(self.ifindex)
-    }
-
-    pub(super) fn attempt(&self, netns: u32) -> ConnectAttempt {
-        let (addr, dport) = self.destination;
-        ConnectAttempt { netns, addr: addr.to_canonical(), dport, is_ipv6: addr.is_ipv6() }
-    }
+/// An end of a dumped socket.
+pub(super) fn dumped_endpoint(ip: IpAddr, port: u16) -> Endpoint {
+    Endpoint::new(0, ip, port, ip.is_ipv6())
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::detect::samples;
 
     pub(in crate::sockets) fn row(source: &str, destination: &str, state: u8) -> DumpedSocket {
         let end = |text: &str| {
             let end: std::net::SocketAddr = text.parse().unwrap();
-            (end.ip(), end.port())
+            dumped_endpoint(end.ip(), end.port())
         };
-        DumpedSocket {
-            source: end(source),
-            destination: end(destination),
-            state,
-            ifindex: 3,
-            cookie: Some(9),
-            inode: 0,
-            uid: 0,
-            time_wait_left: None,
-        }
+        DumpedSocket { entry: samples::entry(end(source), state), destination: end(destination) }
     }
 
     #[test]
@@ -178,18 +148,5 @@ pub(super) mod tests {
                 "{case}"
             );
         }
-    }
-
-    #[test]
-    fn an_interface_needs_a_link_local_address_and_a_uid_needs_an_inode() {
-        let local = row("[fe80::1]:4", "[fe80::1]:4", state::ESTABLISHED).entry(1);
-        assert_eq!((local.ifindex, local.uid), (Some(3), None));
-        let held = DumpedSocket {
-            inode: 5,
-            ..row("[::ffff:127.0.0.1]:4", "[::ffff:127.0.0.1]:4", state::ESTABLISHED)
-        };
-        let held = held.entry(1);
-        assert_eq!((held.ifindex, held.uid, held.is_ipv6), (None, Some(0), true));
-        assert_eq!(held.addr, IpAddr::from([127, 0, 0, 1]));
     }
 }
