@@ -3,7 +3,7 @@
 //!
 //! The kernel's socket table is the second input. It is read at intervals: a self-connection that the table
 //! lists and the hooks missed is established, a self-connection that the table no longer lists is closed
-//! (`table.rs`).
+//! (`connection/reconcile.rs`).
 //!
 //! Two probes may report the same transition. They run one after the other under the socket's lock. The
 //! records of one socket are therefore in order in the ring buffer. Each record is there once or twice, or

@@ -10,24 +10,20 @@ use std::{
 };
 
 use netlink_packet_core::{
-    DefaultNla, DoneBuffer, Emitable, ErrorBuffer, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE,
-    NLMSG_ERROR, NLMSG_OVERRUN, NetlinkBuffer, NetlinkMessage, NetlinkPayload, NetlinkSerializable,
-    Parseable as _,
+    DefaultNla, DoneBuffer, ErrorBuffer, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR,
+    NLMSG_OVERRUN, NetlinkBuffer, Parseable as _,
 };
 use netlink_packet_sock_diag::{
     AF_INET, AF_INET6, IPPROTO_TCP, SOCK_DIAG_BY_FAMILY,
     inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags, Timer},
 };
-use socket2::{Domain, Protocol, Socket, Type};
 
 use super::table::{DumpedSocket, STATES, SocketEntry, dumped_endpoint};
+use message::DiagMessage;
 
 mod bytecode;
 pub(super) mod exact;
-
-/// `AF_NETLINK` and `NETLINK_SOCK_DIAG`, include/linux/socket.h and include/uapi/linux/netlink.h at v5.10.
-pub(super) const AF_NETLINK: i32 = 16;
-pub(super) const NETLINK_SOCK_DIAG: i32 = 4;
+mod message;
 
 /// `INET_DIAG_REQ_BYTECODE`, include/uapi/linux/inet_diag.h at v5.10.
 const BYTECODE: u16 = 1;
@@ -126,8 +122,7 @@ impl DiagReader {
     fn dump(&mut self, request: DumpRequest, rows: &mut Vec<DumpedSocket>) -> io::Result<bool> {
         // Each dump uses a new netlink socket, so that messages left over from an aborted dump are never read
         // as part of the next one.
-        let mut socket =
-            Socket::new(Domain::from(AF_NETLINK), Type::RAW, Some(Protocol::from(NETLINK_SOCK_DIAG)))?;
+        let mut socket = message::open()?;
         let message = request.encode((request.filter == DumpFilter::SelfConnections).then_some(&self.filter));
         socket.send(&message)?;
         let mut is_consistent = true;
@@ -163,15 +158,8 @@ impl DumpRequest {
             socket_id: any_socket,
         };
         let filter = filter.map(|code| DefaultNla::new(BYTECODE, code.clone()));
-        let mut message = NetlinkMessage::new(
-            Default::default(),
-            NetlinkPayload::InnerMessage(DumpMessage { request, filter }),
-        );
-        message.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-        message.finalize();
-        let mut bytes = vec![0; message.buffer_len()];
-        message.serialize(&mut bytes);
-        bytes
+        let flags = NLM_F_REQUEST | NLM_F_DUMP;
+        DiagMessage { kind: SOCK_DIAG_BY_FAMILY, flags, request, filter }.encode()
     }
 
     /// Appends the matching sockets of a batch of messages.
@@ -221,30 +209,6 @@ impl DumpRequest {
             }
             DumpFilter::EqualAddresses => fixed[source] == fixed[destination],
             DumpFilter::All => true,
-        }
-    }
-}
-
-/// A netlink message: the request and the bytecode filter.
-struct DumpMessage {
-    request: InetRequest,
-    filter: Option<DefaultNla>,
-}
-
-impl NetlinkSerializable for DumpMessage {
-    fn message_type(&self) -> u16 {
-        SOCK_DIAG_BY_FAMILY
-    }
-
-    fn buffer_len(&self) -> usize {
-        self.request.buffer_len() + self.filter.as_ref().map_or(0, Emitable::buffer_len)
-    }
-
-    fn serialize(&self, buffer: &mut [u8]) {
-        let (request, filter) = buffer.split_at_mut(self.request.buffer_len());
-        self.request.emit(request);
-        if let Some(attribute) = &self.filter {
-            attribute.emit(filter);
         }
     }
 }

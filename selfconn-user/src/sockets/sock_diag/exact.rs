@@ -12,10 +12,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use netlink_packet_core::{
-    Emitable, ErrorBuffer, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer, NetlinkMessage,
-    NetlinkPayload, NetlinkSerializable,
-};
+use netlink_packet_core::{ErrorBuffer, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer};
 use netlink_packet_sock_diag::{
     AF_INET, AF_INET6, IPPROTO_TCP, SOCK_DESTROY, SOCK_DIAG_BY_FAMILY,
     inet::{ExtensionFlags, InetRequest, SocketId, StateFlags},
@@ -23,7 +20,10 @@ use netlink_packet_sock_diag::{
 use selfconn_ebpf::Endpoint;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{AF_NETLINK, NETLINK_SOCK_DIAG, parse};
+use super::{
+    message::{self, DiagMessage},
+    parse,
+};
 use crate::sockets::table::DumpedSocket;
 
 /// Both halves of `INET_DIAG_NOCOOKIE`, include/uapi/linux/inet_diag.h at v5.10.
@@ -138,8 +138,7 @@ fn id(addr: IpAddr, port: u16, ifindex: u32, cookie: u64) -> SocketId {
 
 /// Sends one request and returns the socket in the reply. `None`: success without a socket.
 fn request_socket(kind: u16, socket_id: SocketId) -> io::Result<Option<DumpedSocket>> {
-    let mut socket =
-        Socket::new(Domain::from(AF_NETLINK), Type::RAW, Some(Protocol::from(NETLINK_SOCK_DIAG)))?;
+    let mut socket = message::open()?;
     socket.send(&encode(kind, socket_id))?;
     let mut buffer = [0; REPLY_BUFFER_LEN];
     let len = loop {
@@ -159,35 +158,9 @@ fn encode(kind: u16, socket_id: SocketId) -> Vec<u8> {
         states: StateFlags::all(),
         socket_id,
     };
-    let mut message = NetlinkMessage::new(
-        Default::default(),
-        NetlinkPayload::InnerMessage(SocketMessage { kind, request }),
-    );
     // Without NLM_F_ACK the kernel sends no reply after it has destroyed a socket.
-    message.header.flags = NLM_F_REQUEST | if kind == SOCK_DESTROY { NLM_F_ACK } else { 0 };
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-    bytes
-}
-
-struct SocketMessage {
-    kind: u16,
-    request: InetRequest,
-}
-
-impl NetlinkSerializable for SocketMessage {
-    fn message_type(&self) -> u16 {
-        self.kind
-    }
-
-    fn buffer_len(&self) -> usize {
-        self.request.buffer_len()
-    }
-
-    fn serialize(&self, buffer: &mut [u8]) {
-        self.request.emit(buffer);
-    }
+    let flags = NLM_F_REQUEST | if kind == SOCK_DESTROY { NLM_F_ACK } else { 0 };
+    DiagMessage { kind, flags, request, filter: None }.encode()
 }
 
 fn parse_reply(reply: &[u8]) -> io::Result<Option<DumpedSocket>> {
