@@ -44,8 +44,8 @@ pub enum PortHolder<'a> {
 /// Failed binds, and the TIME_WAIT entries that can cause them.
 #[derive(Debug, Default)]
 pub struct BindConflicts {
-    /// By endpoint of any family, because sockets of both families hold the same port. Boxed, so that empty slots
-    /// of the table take little memory.
+    /// By endpoint of any family, because sockets of both families hold the same port. Boxed, so that empty
+    /// slots of the table take little memory.
     time_waits: HashMap<Endpoint, Box<TimeWaitEntry>>,
     /// When expired entries were last removed.
     last_sweep_ns: u64,
@@ -89,8 +89,8 @@ pub fn requested(failure: &BindFailure) -> Endpoint {
     Endpoint { addr, netns, port, family }
 }
 
-/// True if the socket at `held` keeps another socket from binding `requested`. Only the addresses decide, not the
-/// families of the two sockets.
+/// True if the socket at `held` keeps another socket from binding `requested`. Only the addresses decide, not
+/// the families of the two sockets.
 fn is_conflicting(held: &Endpoint, requested: &Endpoint) -> bool {
     let is_requested = match requested.ip() {
         // An IPv6 socket requests the IPv4 port, too, unless it has IPV6_V6ONLY set.

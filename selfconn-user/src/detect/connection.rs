@@ -16,6 +16,8 @@ use std::{
 
 use selfconn_ebpf::{COMM_LEN, Endpoint, Opener, Task, Transition, family, state};
 
+use crate::sockets::SocketEntry;
+
 mod reconcile;
 #[cfg(test)]
 mod tests;
@@ -120,8 +122,8 @@ pub struct Connections {
     /// Keys of connections that the socket table listed and whose kernel address is not known yet, by their
     /// endpoints of any family.
     provisional_keys: HashMap<Endpoint, u64>,
-    /// Endpoints, of any family, of the connections closed since the current snapshot of the socket table began.
-    /// `None`: no snapshot is in progress.
+    /// Endpoints, of any family, of the connections closed since the current snapshot of the socket table
+    /// began. `None`: no snapshot is in progress.
     closed_during_snapshot: Option<HashSet<Endpoint>>,
     /// Closed sockets whose close a second probe may still report: time of the close, and kernel address. A
     /// kernel address is queued at most once: the kernel reuses addresses of sockets, and in a flood a few
@@ -261,6 +263,36 @@ fn close(
     each(ConnectionEvent::Closed(connection, end));
 }
 
+impl Connection {
+    /// A connection of which only this is known.
+    pub(super) fn new(number: u64, source: Source, endpoint: Endpoint) -> Self {
+        Self {
+            number,
+            source,
+            cookie: None,
+            endpoint,
+            ifindex: None,
+            uid: None,
+            opener: None,
+            isns: None,
+            closer: None,
+            established_ns: None,
+        }
+    }
+
+    /// A connection with all that the socket table says.
+    #[must_use]
+    pub fn from_entry(number: u64, entry: &SocketEntry) -> Self {
+        Self {
+            cookie: entry.cookie,
+            ifindex: entry.ifindex,
+            uid: entry.uid,
+            opener: entry.connect_entry.map(|(_, opener)| opener),
+            ..Self::new(number, Source::Scan, entry.endpoint)
+        }
+    }
+}
+
 /// The socket's source and destination.
 fn endpoint(t: &Transition) -> Endpoint {
     Endpoint::new(t.netns, Ipv6Addr::from(t.addr).into(), t.port, t.family == family::INET6)
@@ -271,16 +303,8 @@ impl Tracked {
         let endpoint = endpoint(t);
         Self {
             connection: Connection {
-                number,
-                source: Source::Live,
-                cookie: None,
-                endpoint,
                 ifindex: (t.ifindex != 0 && endpoint.is_link_local()).then_some(t.ifindex),
-                uid: None,
-                opener: None,
-                isns: None,
-                closer: None,
-                established_ns: None,
+                ..Connection::new(number, Source::Live, endpoint)
             },
             last: (t.old, t.new),
             reported_by: 0,

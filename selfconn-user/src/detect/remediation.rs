@@ -162,7 +162,8 @@ impl Remedy {
         RemedyOutcome::ALL.into_iter().zip(self.counts)
     }
 
-    /// A self-connection was established at `at_ns`. `fields` are its fields in events. Returns the event to emit at once, if any.
+    /// A self-connection was established at `at_ns`. `fields` are its fields in events. Returns the event to
+    /// emit at once, if any.
     pub fn on_established(
         &mut self,
         fields: ConnectionFields,

@@ -15,18 +15,7 @@ pub(crate) fn endpoint(ip: &str, port: u16) -> Endpoint {
 
 /// An open connection that a hook reported, of which nothing else is known.
 pub(crate) fn connection(number: u64, endpoint: Endpoint) -> Connection {
-    Connection {
-        number,
-        source: Source::Live,
-        cookie: None,
-        endpoint,
-        ifindex: None,
-        uid: None,
-        opener: None,
-        isns: None,
-        closer: None,
-        established_ns: None,
-    }
+    Connection::new(number, Source::Live, endpoint)
 }
 
 /// A socket with a cookie that no process holds.
@@ -43,8 +32,8 @@ pub(crate) fn entry(endpoint: Endpoint, state: u8) -> SocketEntry {
     }
 }
 
-/// A transition of a self-connection of 127.0.0.1:40000 in the network namespace 1, with counters. The opener is
-/// the same within each microsecond.
+/// A transition of a self-connection of 127.0.0.1:40000 in the network namespace 1, with counters. The opener
+/// is the same within each microsecond.
 pub(crate) fn transition(sock: u64, at_ns: u64, old: u8, new: u8) -> Transition {
     let task = Task { pid: 7, tid: 8, ..Task::UNKNOWN };
     Transition {

@@ -20,9 +20,9 @@ const EOPNOTSUPP: i32 = 95;
 const NEEDS_NET_ADMIN: &str =
     "destroying sockets needs CAP_NET_ADMIN in their network namespace: run as root, or grant it";
 
-/// The cookie of the self-connection at this endpoint. `None`: it does not exist, or only its TIME_WAIT socket is
-/// left. `ifindex` is the interface of a link-local address. The namespaces of the processes and threads in
-/// `netns_hints` are searched first.
+/// The cookie of the self-connection at this endpoint. `None`: it does not exist, or only its TIME_WAIT
+/// socket is left. `ifindex` is the interface of a link-local address. The namespaces of the processes and
+/// threads in `netns_hints` are searched first.
 ///
 /// # Errors
 /// A text for people, if the namespace cannot be found or entered, or if the kernel does not answer.
@@ -130,8 +130,8 @@ fn destroy_here(
     exact::destroy(endpoint, ifindex, cookie)
 }
 
-/// True if this socket is the self-connection at this endpoint. The kernel may also return a listener here. The
-/// family counts: the sockets of the two families are different sockets to destroy.
+/// True if this socket is the self-connection at this endpoint. The kernel may also return a listener here.
+/// The family counts: the sockets of the two families are different sockets to destroy.
 fn is_at(row: &DumpedSocket, endpoint: &Endpoint) -> bool {
     // The kernel reports no namespace: the thread is in the namespace of the endpoint.
     row.is_self_connection() && row.entry.endpoint == Endpoint { netns: 0, ..*endpoint }

@@ -25,8 +25,8 @@ pub struct SnapshotOptions {
     pub attempts: bool,
     /// Read `/proc/net/tcp` even if sock_diag is available.
     pub procfs_only: bool,
-    /// Also search for the holders. The walk over the descriptors of all processes is expensive, so it is left
-    /// out if there is no self-connection.
+    /// Also search for the holders. The walk over the descriptors of all processes is expensive, so it is
+    /// left out if there is no self-connection.
     pub holders: Option<HolderSearch>,
 }
 
@@ -62,7 +62,8 @@ impl SocketSnapshot {
     }
 
     /// Adds the entries of the probes' connect table to the sockets. If the probes do not know the network
-    /// namespace of a socket, it becomes unknown in the snapshot, too: transitions of these sockets have none.
+    /// namespace of a socket, it becomes unknown in the snapshot, too: transitions of these sockets have
+    /// none.
     pub fn add_connect_entries(&mut self, connects: &[(u64, ConnectEntry)], knows_netns: bool) {
         let connects: HashMap<Endpoint, (u64, Opener)> = connects
             .iter()

@@ -80,8 +80,8 @@ pub(super) const STATES: u32 = {
     all & !(1 | 1 << state::CLOSE | 1 << state::LISTEN)
 };
 
-/// A socket as dumped by sock_diag or procfs. The kernel reports no network namespace here, so it is 0 in both
-/// endpoints.
+/// A socket as dumped by sock_diag or procfs. The kernel reports no network namespace here, so it is 0 in
+/// both endpoints.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct DumpedSocket {
     /// The source, and everything else.

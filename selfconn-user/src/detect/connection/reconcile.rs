@@ -13,32 +13,11 @@ use std::collections::{HashMap, HashSet};
 
 use selfconn_ebpf::{Endpoint, Transition, state};
 
-use super::{
-    Connection, ConnectionEnd, ConnectionEvent, Connections, Source, Tracked, close, endpoint, rank,
-};
+use super::{Connection, ConnectionEnd, ConnectionEvent, Connections, Tracked, close, endpoint, rank};
 use crate::sockets::SocketEntry;
 
-impl Connection {
-    /// A connection with this number and all that the socket table says.
-    #[must_use]
-    pub fn from_entry(number: u64, entry: &SocketEntry) -> Self {
-        Self {
-            number,
-            source: Source::Scan,
-            cookie: entry.cookie,
-            endpoint: entry.endpoint,
-            ifindex: entry.ifindex,
-            uid: entry.uid,
-            opener: entry.connect_entry.map(|(_, opener)| opener),
-            isns: None,
-            closer: None,
-            established_ns: None,
-        }
-    }
-}
-
-/// ESTABLISHED or later. A socket that is still connecting is not a self-connection yet. One in TIME_WAIT is not a
-/// self-connection any more.
+/// ESTABLISHED or later. A socket that is still connecting is not a self-connection yet. One in TIME_WAIT is
+/// not a self-connection any more.
 fn is_open(entry: &SocketEntry) -> bool {
     rank(entry.state) >= rank(state::ESTABLISHED) && entry.state != state::TIME_WAIT
 }

@@ -6,10 +6,7 @@ use proptest::prelude::*;
 use selfconn_ebpf::state::*;
 
 use super::*;
-use crate::{
-    detect::samples::{self, transition},
-    sockets::SocketEntry,
-};
+use crate::detect::samples::{self, transition};
 
 const TWO_PROBES: u8 = 2;
 

@@ -60,8 +60,8 @@ impl Cookie {
     }
 }
 
-/// The socket that the kernel finds for a connection from this endpoint to itself, which may be a listener. With
-/// a cookie, only the socket that has this cookie. `ifindex` is the interface of a link-local address.
+/// The socket that the kernel finds for a connection from this endpoint to itself, which may be a listener.
+/// With a cookie, only the socket that has this cookie. `ifindex` is the interface of a link-local address.
 pub(crate) fn look_up(
     endpoint: &Endpoint,
     ifindex: Option<u32>,
