@@ -46,6 +46,18 @@ impl Endpoint {
         self.family == family::INET6 as u16
     }
 
+    /// Inode of the network namespace. `None`: unknown.
+    #[must_use]
+    pub fn known_netns(&self) -> Option<u32> {
+        (self.netns != 0).then_some(self.netns)
+    }
+
+    /// True if the address is an IPv6 address of a link. Only such a socket has an interface.
+    #[must_use]
+    pub fn is_link_local(&self) -> bool {
+        matches!(self.ip(), IpAddr::V6(ip) if ip.is_unicast_link_local())
+    }
+
     /// The same address, port and namespace for sockets of either family.
     #[inline(always)]
     #[must_use]

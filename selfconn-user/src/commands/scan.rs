@@ -2,8 +2,10 @@
 //! that hold them. Can destroy them.
 
 use std::{
+    collections::HashMap,
     fmt::Write as _,
     io::{self, Write as _},
+    mem,
     process::ExitCode,
     time::Duration,
 };
@@ -22,11 +24,11 @@ use crate::{
         ConnectionFields,
         text::{self, escape},
     },
-    sockets::{self, SnapshotOptions, SocketEntry, SocketSnapshot},
+    sockets::{self, HolderSearch, SnapshotOptions, SocketEntry, SocketSnapshot},
     system::{
         clock::{self, Offset},
         logger,
-        process::Holder,
+        process::{self, Holder},
     },
 };
 
@@ -107,13 +109,22 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     if args.destroy {
         sockets::can_destroy().map_err(|why| anyhow!("--destroy: {why}"))?;
     }
-    let options = SnapshotOptions { procfs_only: args.procfs, ..SnapshotOptions::default() };
+    // Outside the initial pid namespace the holders' pids in /proc are not those that the output needs.
+    let search = if args.holders { HolderSearch::Complete } else { HolderSearch::Quick };
+    let holders = process::is_in_initial_pid_ns().then_some(search);
+    let options = SnapshotOptions { procfs_only: args.procfs, holders, attempts: false };
     let mut snapshot = sockets::snapshot(options, &[]).context("cannot start a thread")?;
     if snapshot.namespaces.is_empty() {
         bail!("no socket table can be read: {}", snapshot.unseen.join("; "));
     }
-    snapshot.entries.sort_by_key(|entry| (entry.netns, entry.addr, entry.port, entry.is_ipv6, entry.cookie));
-    let mut holders = SocketHolders::collect(&snapshot.entries, args.holders);
+    snapshot.entries.sort_by_key(|SocketEntry { endpoint, cookie, .. }| {
+        (endpoint.netns, endpoint.ip(), endpoint.port, endpoint.is_ipv6(), *cookie)
+    });
+    let mut holders = SocketHolders { found: mem::take(&mut snapshot.holders), processes: HashMap::new() };
+    if options.holders.is_none() && snapshot.entries.iter().any(|entry| entry.inode != 0) {
+        let why = "holders: their pids are unknown outside the initial pid namespace";
+        holders.found.unseen = Some(why.to_owned());
+    }
     let selection = Selection { only: args.only.clone(), except: args.except.clone() };
     snapshot.entries.retain(|entry| selection.exclusion_reason(&holders.connection_fields(entry)).is_none());
     let outcomes = if args.destroy {
@@ -124,7 +135,7 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     if let Some(why) = &snapshot.without_sock_diag {
         warn(&format!("sock_diag: {why}: cookies and interfaces are unknown: /proc/net/tcp has none"));
     }
-    for item in snapshot.unseen.iter().chain(&holders.unseen) {
+    for item in snapshot.unseen.iter().chain(&holders.found.unseen) {
         warn(&format!("not seen: {item}"));
     }
     let out = if args.json {
@@ -177,8 +188,8 @@ fn table(snapshot: &SocketSnapshot, holders: &SocketHolders, outcomes: &DestroyO
     let endpoints: Vec<_> = snapshot.entries.iter().map(endpoint).collect();
     let width = endpoints.iter().map(String::len).max().unwrap_or(0);
     for (number, (entry, endpoint)) in snapshot.entries.iter().zip(&endpoints).enumerate() {
-        let _ =
-            write!(out, "{:<11}  {endpoint:<width$}  netns {:<10}  ", state::name(entry.state), entry.netns);
+        let (state, netns) = (state::name(entry.state), entry.endpoint.netns);
+        let _ = write!(out, "{state:<11}  {endpoint:<width$}  netns {netns:<10}  ");
         match (entry.time_wait_left, holders.holders(entry)) {
             (Some(left), _) => {
                 let _ = write!(out, "no process; holds the port for {:.1} s more", left.as_secs_f64());
@@ -213,7 +224,7 @@ fn table(snapshot: &SocketSnapshot, holders: &SocketHolders, outcomes: &DestroyO
 }
 
 fn endpoint(entry: &SocketEntry) -> String {
-    let SocketEntry { addr, port, .. } = entry;
+    let (addr, port) = (entry.endpoint.ip(), entry.endpoint.port);
     match entry.ifindex {
         Some(ifindex) => format!("[{addr}%{ifindex}]:{port}"),
         None if addr.is_ipv6() => format!("[{addr}]:{port}"),
@@ -233,22 +244,18 @@ fn write_holders(holders: &[Holder], out: &mut String) {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
+    use selfconn_ebpf::Endpoint;
 
     use super::*;
+    use crate::{detect::samples, sockets::Holders};
 
     fn entry(addr: &str, state: u8, inode: u64) -> SocketEntry {
+        let endpoint = Endpoint { netns: 4_026_531_840, ..samples::endpoint(addr, 40_000) };
         SocketEntry {
-            addr: addr.parse().unwrap(),
-            port: 40_000,
-            is_ipv6: addr.contains(':'),
-            state,
-            netns: 4_026_531_840,
-            ifindex: None,
             cookie: Some(0xabc),
             inode,
             uid: (inode != 0).then_some(33),
-            time_wait_left: None,
+            ..samples::entry(endpoint, state)
         }
     }
 
@@ -263,13 +270,14 @@ mod tests {
         ];
         let holder = |pid| Holder { pid, comm: Some("a\nb".to_owned()) };
         let by_inode = HashMap::from([(1, vec![holder(u32::MAX)]), (2, (1..=6).map(holder).collect())]);
+        let found = Holders { by_inode, complete: true, unseen: None };
         let snapshot = SocketSnapshot {
             entries,
             namespaces: [1, 2, 3].into(),
             began_ns: 0xff,
             ..SocketSnapshot::default()
         };
-        (snapshot, SocketHolders { by_inode, is_complete: true, ..SocketHolders::default() })
+        (snapshot, SocketHolders { found, processes: HashMap::new() })
     }
 
     #[test]
@@ -331,7 +339,7 @@ ESTABLISHED  127.0.0.3:40000    netns 4026531840  an unknown process
         assert!(rows[2]["port_blocked_until"].is_string());
         assert_eq!(rows[2]["holders"], serde_json::json!([]));
         assert_eq!(rows[4]["id"], "scan-ff-4");
-        holders.is_complete = false;
+        holders.found.complete = false;
         let bytes = json(&snapshot, &mut holders, &vec![]).unwrap();
         let first: serde_json::Value =
             serde_json::from_slice(bytes.split(|byte| *byte == b'\n').next().unwrap()).unwrap();

@@ -3,13 +3,14 @@
 
 use selfconn_ebpf::{bind_failure::BindFailure, state};
 
-use super::{pipeline::Pipeline, table_snapshot::TableSnapshot};
+use super::pipeline::Pipeline;
 use crate::{
     detect::{
         bind_conflict::{BindConflicts, PortHolder, TimeWaitEntry},
-        connection::{ConnectionEvent, ListedConnection},
+        connection::{Connection, ConnectionEvent},
     },
     event::{self, ConnectionFields, EventKind},
+    sockets::SocketSnapshot,
     system::{
         clock::Offset,
         process::{Attribution, ObservedTask},
@@ -55,15 +56,16 @@ impl Pipeline {
     }
 
     /// Records the TIME_WAIT sockets of self-connections whose close this run did not observe.
-    pub(super) fn record_time_waits(&mut self, snapshot: &TableSnapshot, listed: &[ListedConnection]) {
-        for (listed, time_left) in snapshot.time_waits(listed) {
-            let connection = listed.to_connection(0);
+    pub(super) fn record_time_waits(&mut self, snapshot: &SocketSnapshot) {
+        for entry in &snapshot.entries {
+            let Some(time_left) = entry.time_wait_left else { continue };
+            debug_assert_eq!(entry.state, state::TIME_WAIT);
+            let connection = Connection::from_entry(0, entry);
             let time_left_ns = u64::try_from(time_left.as_nanos()).unwrap_or(u64::MAX);
-            let until_ns = snapshot.began_ns().saturating_add(time_left_ns);
-            debug_assert_eq!(listed.state, state::TIME_WAIT);
+            let until_ns = snapshot.began_ns.saturating_add(time_left_ns);
             self.bind_conflicts.insert_listed_time_wait(
                 TimeWaitEntry { connection, attribution: Attribution::default(), until_ns },
-                snapshot.began_ns(),
+                snapshot.began_ns,
             );
         }
     }

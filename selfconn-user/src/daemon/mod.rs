@@ -17,6 +17,7 @@ use crate::{
     event::{EventKind, LossCause, Losses, ProgramCounters},
     metrics::MetricsSnapshot,
     output::Outputs,
+    sockets::SocketSnapshot,
     system::{
         clock::{Offset, sleep_until_some},
         memory,
@@ -32,7 +33,6 @@ use self_test::SelfTest;
 use signals::{SignalAction, Signals};
 use snapshot_worker::{SnapshotRequest, SnapshotResponse, SnapshotWorker};
 use supervision::Supervision;
-use table_snapshot::TableSnapshot;
 
 mod bind_conflicts;
 mod losses;
@@ -45,7 +45,6 @@ mod signals;
 mod snapshot_worker;
 mod started;
 pub mod supervision;
-mod table_snapshot;
 mod worker;
 
 pub use self_test::HooksDead;
@@ -168,7 +167,7 @@ impl Daemon {
                 response = self.snapshot_worker.response() => match response {
                     SnapshotResponse::Table(snapshot) => {
                         self.drain_all().await;
-                        self.reconcile(&snapshot);
+                        self.reconcile(snapshot);
                         next_snapshot_at = Some(Instant::now() + self.snapshot_interval);
                     }
                     SnapshotResponse::LookedUp(number, cookie_result) => {
@@ -280,7 +279,9 @@ impl Daemon {
     /// Evaluates the ports at risk with the port ranges that the worker has read.
     fn evaluate_port_risks(&mut self, response: &PortRangeResponse) {
         let Self { tracer, pipeline: Pipeline { processes, out, connections, .. }, port_risks, .. } = self;
-        let is_taken = |place: &_| connections.iter().any(|connection| connection.place() == *place);
+        // A connect of either family can have this destination.
+        let is_taken =
+            |endpoint: &_| connections.iter().any(|connection| connection.endpoint.any_family() == *endpoint);
         let reporter = RiskReporter { processes, out };
         port_risks.evaluate(response, tracer.refused_counts(), is_taken, reporter);
     }
@@ -315,28 +316,31 @@ impl Daemon {
 
     /// Reconciles the tracked connections with a snapshot of the socket table. All records from before the
     /// snapshot must have been drained.
-    fn reconcile(&mut self, snapshot: &TableSnapshot) {
+    fn reconcile(&mut self, mut snapshot: SocketSnapshot) {
         let entries = self.tracer.connect_entries().unwrap_or_else(|error| {
             log::error!("the connect table can't be read: {error:#}");
             Vec::new()
         });
-        let listed = snapshot.listed(&entries, self.knows_netns);
-        let missed = self.pipeline.reconcile(snapshot, &listed, self.knows_netns);
+        snapshot.add_connect_entries(&entries, self.knows_netns);
+        let missed = self.pipeline.reconcile(&snapshot, self.knows_netns);
         // Connections of the first snapshot existed before this run. They do not count as missed.
         if self.has_snapshot {
             self.pipeline.missed += missed;
         }
         self.has_snapshot = true;
-        self.pipeline.record_time_waits(snapshot, &listed);
+        self.pipeline.record_time_waits(&snapshot);
         for sock in snapshot.stale_connects(&entries) {
             self.tracer.remove_connect(sock);
         }
         self.port_risks.remove_expired_counts(self.tracer.refused_counts());
-        self.pipeline.bind_conflicts.remove_expired(snapshot.began_ns());
+        self.pipeline.bind_conflicts.remove_expired(snapshot.began_ns);
         self.report_losses();
         // A burst since the last snapshot is usually over by now. Its memory is given back.
         memory::trim_heap();
-        log::debug!("read the socket table: {} self-connections, {missed} of them new", listed.len());
+        log::debug!(
+            "read the socket table: {} self-connections, {missed} of them new",
+            snapshot.entries.len()
+        );
     }
 
     /// Reads the probes' counters, and emits `lost` for every loss since the last call.

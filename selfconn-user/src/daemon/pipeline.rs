@@ -5,15 +5,16 @@ use std::collections::HashMap;
 
 use selfconn_ebpf::{Task, Transition, state};
 
-use super::{bind_conflicts, remediation::Remediation, table_snapshot::TableSnapshot};
+use super::{bind_conflicts, remediation::Remediation};
 use crate::{
     detect::{
         bind_conflict::BindConflicts,
-        connection::{Connection, ConnectionEvent, Connections, ListedConnection},
+        connection::{Connection, ConnectionEvent, Connections},
     },
     event::{Closed, ConnectionFields, EventKind, StateChange},
     metrics,
     output::Outputs,
+    sockets::{self, HolderSearch, SnapshotOptions, SocketSnapshot},
     system::{
         clock::{self, Offset},
         process::{Attribution, ObservedTask, Processes},
@@ -34,6 +35,22 @@ pub(super) struct Pipeline {
     pub(super) out: Outputs,
     pub(super) established_counts: metrics::ConnectionCounts,
     pub(super) missed: u64,
+}
+
+/// Reads the socket tables and searches for the holders of the self-connections. This may take long.
+/// `netns_hints` are threads that may be the only ones in their namespace.
+pub(super) fn take_snapshot(netns_hints: &[u32]) -> SocketSnapshot {
+    let holders = Some(HolderSearch::Complete);
+    let options = SnapshotOptions { attempts: true, holders, ..SnapshotOptions::default() };
+    let snapshot = sockets::snapshot(options, netns_hints).unwrap_or_else(|error| {
+        // An empty snapshot covers no namespace, so no connection is considered closed.
+        log::error!("the socket table can't be read: {error}");
+        SocketSnapshot::default()
+    });
+    for why in &snapshot.unseen {
+        log::info!("the socket table of a network namespace can't be read: {why}");
+    }
+    snapshot
 }
 
 impl Pipeline {
@@ -110,12 +127,7 @@ impl Pipeline {
 
     /// Reconciles the connections with a snapshot of the socket table. Returns the number of missed
     /// self-connections.
-    pub(super) fn reconcile(
-        &mut self,
-        snapshot: &TableSnapshot,
-        listed: &[ListedConnection],
-        knows_netns: bool,
-    ) -> u64 {
+    pub(super) fn reconcile(&mut self, snapshot: &SocketSnapshot, knows_netns: bool) -> u64 {
         let Self {
             run_id,
             connections,
@@ -132,8 +144,11 @@ impl Pipeline {
         let was_read = |netns| !knows_netns || snapshot.covers(netns);
         // Outside the initial pid namespace the holders' pids in /proc differ from the pids in events.
         let can_look_up = processes.can_look_up();
-        let holders = |connection: &Connection| can_look_up.then(|| snapshot.holders(connection)).flatten();
-        let missed = connections.reconcile(listed, snapshot.began_ns(), was_read, |event| {
+        let by_endpoint = snapshot.holders_by_endpoint();
+        let holders_of = |connection: &Connection| {
+            by_endpoint.get(&connection.endpoint.any_family()).map(|holders| holders.to_vec())
+        };
+        let missed = connections.reconcile(&snapshot.entries, snapshot.began_ns, was_read, |event| {
             let connection = event.connection();
             if matches!(event, ConnectionEvent::Established(_)) {
                 established_counts.count(connection);
@@ -141,15 +156,15 @@ impl Pipeline {
             let attribution =
                 attributions.entry(connection.number).or_insert_with(|| match connection.opener {
                     Some(opener) => Attribution::from_opener(
-                        processes.look_up(&ObservedTask::from_opener(&opener), snapshot.began_ns()),
+                        processes.look_up(&ObservedTask::from_opener(&opener), snapshot.began_ns),
                     ),
-                    None => Attribution::from_holders(holders(connection)),
+                    None => Attribution::from_holders(holders_of(connection).filter(|_| can_look_up)),
                 });
             if let Some(kind) = event_of(event, attribution, *run_id, *report_states, clock) {
                 out.emit(kind);
             }
             if let Some(remedied) =
-                remediation.on_connection_event(event, attribution, *run_id, snapshot.began_ns())
+                remediation.on_connection_event(event, attribution, *run_id, snapshot.began_ns)
             {
                 out.emit(EventKind::Remedied(Box::new(remedied)));
             }
@@ -162,7 +177,7 @@ impl Pipeline {
         }
         for connection in connections.iter() {
             if let (Some(attribution), Some(holders)) =
-                (attributions.get_mut(&connection.number), snapshot.holders(connection))
+                (attributions.get_mut(&connection.number), holders_of(connection))
             {
                 attribution.holders = Some(holders);
             }

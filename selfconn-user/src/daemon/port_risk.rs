@@ -4,16 +4,13 @@
 
 use std::{collections::HashMap, io, rc::Rc, time::Duration};
 
-use selfconn_ebpf::refused_connects::Destination;
+use selfconn_ebpf::{Endpoint, refused_connects::Destination};
 use tokio::time::Instant;
 
 use super::port_ranges::{self, PortRangeResponse, PortRangeWorker};
 use crate::{
     bpf::loader::RefusedCounts,
-    detect::{
-        connection::Place,
-        port_risk::{PortRiskEvent, PortRisks, RefusedConnects},
-    },
+    detect::port_risk::{PortRiskEvent, PortRisks, RefusedConnects},
     event::{AtRisk, AtRiskOver, EventKind},
     output::Outputs,
     system::{
@@ -110,7 +107,7 @@ impl PortRiskMonitor {
         &mut self,
         response: &PortRangeResponse,
         refused_counts: &RefusedCounts,
-        is_taken: impl Fn(&Place) -> bool,
+        is_taken: impl Fn(&Endpoint) -> bool,
         mut reporter: RiskReporter<'_>,
     ) {
         let now_ns = clock::boot_ns();
@@ -124,7 +121,7 @@ impl PortRiskMonitor {
                 log::info!("whether connect() can choose port {} is unknown: {why}", destination.port);
             }
             let connects = RefusedConnects::new(&destination, &count);
-            let is_taken = is_taken(&(connects.netns, connects.addr, connects.port));
+            let is_taken = is_taken(&connects.endpoint);
             if let Some(event) = self.risks.check(&destination, &count, ports, is_taken, now_ns) {
                 reporter.emit(&event, now_ns);
             }

@@ -9,11 +9,11 @@ use super::snapshot_worker::{SnapshotRequest, SnapshotResponse, SnapshotWorker};
 use crate::{
     detect::{
         connection::{Connection, ConnectionEvent},
-        remediation::{Remedy, RemedyCandidate, RemedyOutcome, RemedyStep},
+        remediation::{Remedy, RemedyOutcome, RemedyRequest, RemedyStep},
     },
     event::{ConnectionFields, EventKind, Remedied},
     output::Outputs,
-    sockets::{Cookie, Target},
+    sockets::Cookie,
     system::{
         clock::{self, Offset},
         process::Attribution,
@@ -48,7 +48,8 @@ impl Remediation {
         match event {
             ConnectionEvent::Established(connection) => {
                 let fields = ConnectionFields::new(connection, run_id, attribution);
-                remedy.on_established(connection.number, candidate(connection, fields), at_ns)
+                let request = request(connection, &fields);
+                remedy.on_established(fields, request, at_ns)
             }
             ConnectionEvent::State(..) => None,
             ConnectionEvent::Closed(connection, _) => {
@@ -125,10 +126,9 @@ fn perform(step: RemedyStep, worker: &SnapshotWorker, out: &mut Outputs) {
     }
 }
 
-fn candidate(connection: &Connection, fields: ConnectionFields) -> RemedyCandidate {
-    let &Connection { addr, port, is_ipv6, ifindex, .. } = connection;
-    let target = connection.netns.map(|netns| Target { netns, addr, port, is_ipv6, ifindex });
+fn request(connection: &Connection, fields: &ConnectionFields) -> RemedyRequest {
+    let &Connection { number, endpoint, ifindex, .. } = connection;
     let opener = connection.opener.iter().flat_map(|opener| [opener.task.tid, opener.task.pid]);
     let holders = fields.holders.iter().flatten().map(|holder| holder.pid);
-    RemedyCandidate { netns_hints: opener.chain(holders).collect(), fields, target }
+    RemedyRequest { number, endpoint, ifindex, netns_hints: opener.chain(holders).collect() }
 }

@@ -2,13 +2,10 @@
 
 use std::io;
 
-use super::{
-    table_snapshot::{TableSnapshot, take_snapshot},
-    worker::Worker,
-};
+use super::{pipeline::take_snapshot, worker::Worker};
 use crate::{
     detect::remediation::RemedyRequest,
-    sockets::{self, Cookie},
+    sockets::{self, Cookie, SocketSnapshot},
     system::{capabilities, clock},
 };
 
@@ -23,7 +20,7 @@ pub(super) enum SnapshotRequest {
 }
 
 pub(super) enum SnapshotResponse {
-    Table(TableSnapshot),
+    Table(SocketSnapshot),
     /// Number of the connection, and the cookie. `None`: no such socket.
     LookedUp(u64, Result<Option<Cookie>, String>),
     /// Number of the connection, start time (`CLOCK_BOOTTIME`, nanoseconds), and whether the socket existed.
@@ -35,12 +32,13 @@ pub(super) type SnapshotWorker = Worker<SnapshotRequest, SnapshotResponse>;
 pub(super) fn start() -> io::Result<SnapshotWorker> {
     Worker::start("reader", capabilities::SNAPSHOT_WORKER, |request| match request {
         SnapshotRequest::Table(netns_hints) => SnapshotResponse::Table(take_snapshot(&netns_hints)),
-        SnapshotRequest::LookUp(RemedyRequest { number, target, netns_hints }) => {
-            SnapshotResponse::LookedUp(number, sockets::look_up(&target, &netns_hints))
+        SnapshotRequest::LookUp(RemedyRequest { number, endpoint, ifindex, netns_hints }) => {
+            SnapshotResponse::LookedUp(number, sockets::look_up(&endpoint, ifindex, &netns_hints))
         }
-        SnapshotRequest::Destroy(RemedyRequest { number, target, netns_hints }, cookie) => {
+        SnapshotRequest::Destroy(RemedyRequest { number, endpoint, ifindex, netns_hints }, cookie) => {
             let began_ns = clock::boot_ns();
-            SnapshotResponse::Destroyed(number, began_ns, sockets::destroy(&target, cookie, &netns_hints))
+            let outcome = sockets::destroy(&endpoint, ifindex, cookie, &netns_hints);
+            SnapshotResponse::Destroyed(number, began_ns, outcome)
         }
     })
 }

@@ -2,14 +2,11 @@
 //! the input is failed binds, open connections and connections in TIME_WAIT; the output is the holder of the
 //! port and the number of failures to report.
 
-use std::{
-    collections::HashMap,
-    net::{IpAddr, Ipv6Addr},
-};
+use std::{collections::HashMap, net::IpAddr};
 
-use selfconn_ebpf::{COMM_LEN, bind_failure::BindFailure};
+use selfconn_ebpf::{COMM_LEN, Endpoint, bind_failure::BindFailure};
 
-use super::connection::{Connection, Place};
+use super::connection::Connection;
 use crate::system::process::Attribution;
 
 const SECOND_NS: u64 = 1_000_000_000;
@@ -47,8 +44,9 @@ pub enum PortHolder<'a> {
 /// Failed binds, and the TIME_WAIT entries that can cause them.
 #[derive(Debug, Default)]
 pub struct BindConflicts {
-    /// Boxed, so that empty slots of the table take little memory.
-    time_waits: HashMap<Place, Box<TimeWaitEntry>>,
+    /// By endpoint of any family, because sockets of both families hold the same port. Boxed, so that empty
+    /// slots of the table take little memory.
+    time_waits: HashMap<Endpoint, Box<TimeWaitEntry>>,
     /// When expired entries were last removed.
     last_sweep_ns: u64,
     bind_failures: HashMap<BindFailureKey, BindFailureState>,
@@ -59,9 +57,8 @@ pub struct BindConflicts {
 /// because it has another pid after a restart.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct BindFailureKey {
-    netns: u32,
-    addr: IpAddr,
-    port: u16,
+    /// Of any family: servers of both families request the same port.
+    requested: Endpoint,
     name: [u8; COMM_LEN],
     holder: u64,
 }
@@ -85,25 +82,23 @@ impl PortHolder<'_> {
     }
 }
 
-/// The requested address. An unspecified address stands for all addresses.
+/// The requested endpoint. An unspecified address stands for all addresses.
 #[must_use]
-pub fn requested_addr(failure: &BindFailure) -> IpAddr {
-    let mut octets = [0; 16];
-    for (to, word) in octets.chunks_exact_mut(4).zip(failure.addr) {
-        to.copy_from_slice(&word.to_ne_bytes());
-    }
-    Ipv6Addr::from(octets).to_canonical()
+pub fn requested(failure: &BindFailure) -> Endpoint {
+    let &BindFailure { addr, netns, port, family, .. } = failure;
+    Endpoint { addr, netns, port, family }
 }
 
-/// True if the socket at `place` keeps another socket from binding this address and port.
-fn is_conflicting(place: &Place, netns: u32, requested: IpAddr, port: u16) -> bool {
-    let is_requested = match requested {
+/// True if the socket at `held` keeps another socket from binding `requested`. Only the addresses decide, not
+/// the families of the two sockets.
+fn is_conflicting(held: &Endpoint, requested: &Endpoint) -> bool {
+    let is_requested = match requested.ip() {
         // An IPv6 socket requests the IPv4 port, too, unless it has IPV6_V6ONLY set.
         IpAddr::V6(any) if any.is_unspecified() => true,
-        IpAddr::V4(any) if any.is_unspecified() => place.1.is_ipv4(),
-        one => one == place.1,
+        IpAddr::V4(any) if any.is_unspecified() => held.ip().is_ipv4(),
+        one => one == held.ip(),
     };
-    place.0 == netns && place.2 == port && is_requested
+    (held.netns, held.port) == (requested.netns, requested.port) && is_requested
 }
 
 impl BindConflicts {
@@ -114,7 +109,7 @@ impl BindConflicts {
             self.remove_expired(now_ns);
         }
         if self.time_waits.len() < MAX_ENTRIES {
-            self.time_waits.insert(entry.connection.place(), Box::new(entry));
+            self.time_waits.insert(entry.connection.endpoint.any_family(), Box::new(entry));
         }
     }
 
@@ -126,7 +121,7 @@ impl BindConflicts {
 
     /// Adds a self-connection that the socket table lists in TIME_WAIT, unless it is known.
     pub fn insert_listed_time_wait(&mut self, entry: TimeWaitEntry, now_ns: u64) {
-        let known = self.time_waits.get(&entry.connection.place());
+        let known = self.time_waits.get(&entry.connection.endpoint.any_family());
         if known.is_none_or(|known| known.until_ns < now_ns) {
             self.insert_time_wait(entry, now_ns);
         }
@@ -145,15 +140,15 @@ impl BindConflicts {
         failure: &BindFailure,
         mut open: impl Iterator<Item = &'a Connection>,
     ) -> Option<PortHolder<'a>> {
-        let requested = requested_addr(failure);
-        let conflicts_with = |place: &Place| is_conflicting(place, failure.netns, requested, failure.port);
-        if let Some(connection) = open.find(|connection| conflicts_with(&connection.place())) {
+        let requested = requested(failure);
+        let conflicts_with = |held: &Endpoint| is_conflicting(held, &requested);
+        if let Some(connection) = open.find(|connection| conflicts_with(&connection.endpoint)) {
             return Some(PortHolder::Open(connection));
         }
         let is_in_time_wait = |entry: &&TimeWaitEntry| entry.until_ns > failure.at_ns;
         // The entry that expires last.
         let time_waits =
-            self.time_waits.iter().filter(|(place, _)| conflicts_with(place)).map(|(_, entry)| &**entry);
+            self.time_waits.iter().filter(|(held, _)| conflicts_with(held)).map(|(_, entry)| &**entry);
         time_waits.filter(is_in_time_wait).max_by_key(|entry| entry.until_ns).map(PortHolder::TimeWait)
     }
 
@@ -170,8 +165,7 @@ impl BindConflicts {
             self.bind_failures.clear();
         }
         let name = if failure.task.leader[0] == 0 { failure.task.comm } else { failure.task.leader };
-        let (netns, port) = (failure.netns, failure.port);
-        let key = BindFailureKey { netns, addr: requested_addr(failure), port, name, holder };
+        let key = BindFailureKey { requested: requested(failure).any_family(), name, holder };
         let state = self.bind_failures.entry(key).or_insert(BindFailureState {
             failures: 0,
             last_ns: 0,
@@ -191,51 +185,15 @@ impl BindConflicts {
 
 #[cfg(test)]
 mod tests {
-    use selfconn_ebpf::Task;
-
     use super::*;
-    use crate::detect::connection::Source;
+    use crate::detect::samples;
 
     fn connection(number: u64, addr: &str, port: u16) -> Connection {
-        Connection {
-            number,
-            source: Source::Live,
-            cookie: None,
-            addr: addr.parse().unwrap(),
-            port,
-            is_ipv6: false,
-            netns: Some(7),
-            ifindex: None,
-            uid: None,
-            opener: None,
-            isns: None,
-            closer: None,
-            established_ns: None,
-        }
+        samples::connection(number, samples::endpoint(addr, port))
     }
 
     fn failure(addr: &str, port: u16, at_s: u64) -> BindFailure {
-        let octets = match addr.parse().unwrap() {
-            IpAddr::V4(addr) => addr.to_ipv6_mapped().octets(),
-            IpAddr::V6(addr) => addr.octets(),
-        };
-        let mut words = [0; 4];
-        for (word, bytes) in words.iter_mut().zip(octets.chunks_exact(4)) {
-            *word = u32::from_ne_bytes(bytes.try_into().unwrap());
-        }
-        let mut task = Task::UNKNOWN;
-        task.leader[..5].copy_from_slice(b"nginx");
-        BindFailure {
-            at_ns: at_s * SECOND_NS,
-            start_ns: 0,
-            addr: words,
-            netns: 7,
-            port,
-            family: 2,
-            task,
-            failures: 1,
-            uid: 0,
-        }
+        samples::bind_failure(samples::endpoint(addr, port), at_s * SECOND_NS)
     }
 
     fn entry(number: u64, addr: &str, port: u16, until_s: u64) -> TimeWaitEntry {

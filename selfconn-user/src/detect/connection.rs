@@ -3,7 +3,7 @@
 //!
 //! The kernel's socket table is the second input. It is read at intervals: a self-connection that the table
 //! lists and the hooks missed is established, a self-connection that the table no longer lists is closed
-//! (`table.rs`).
+//! (`connection/reconcile.rs`).
 //!
 //! Two probes may report the same transition. They run one after the other under the socket's lock. The
 //! records of one socket are therefore in order in the ring buffer. Each record is there once or twice, or
@@ -11,17 +11,16 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    net::{IpAddr, Ipv6Addr},
+    net::Ipv6Addr,
 };
 
-use selfconn_ebpf::{COMM_LEN, Opener, Task, Transition, family, state};
+use selfconn_ebpf::{COMM_LEN, Endpoint, Opener, Task, Transition, family, state};
+
+use crate::sockets::SocketEntry;
 
 mod reconcile;
 #[cfg(test)]
 mod tests;
-
-pub use reconcile::ListedConnection;
-pub use reconcile::Place;
 
 /// How long TIME_WAIT lasts: `TCP_TIMEWAIT_LEN`, include/net/tcp.h at v5.10, a constant of the kernel.
 pub const TIME_WAIT_NS: u64 = 60_000_000_000;
@@ -51,14 +50,8 @@ pub struct Connection {
     /// How it was detected.
     pub source: Source,
     pub cookie: Option<u64>,
-    /// Source and destination address. An IPv6 socket with a v4-mapped address has an IPv4 address here.
-    pub addr: IpAddr,
-    /// Source and destination port.
-    pub port: u16,
-    /// True if the socket is IPv6.
-    pub is_ipv6: bool,
-    /// Inode of the network namespace.
-    pub netns: Option<u32>,
+    /// Source and destination.
+    pub endpoint: Endpoint,
     /// The interface of a link-local address.
     pub ifindex: Option<u32>,
     /// The socket's owner according to the socket table.
@@ -126,11 +119,12 @@ impl<'a> ConnectionEvent<'a> {
 #[derive(Debug, Default)]
 pub struct Connections {
     tracked: HashMap<u64, Tracked>,
-    /// Keys of connections that the socket table listed and whose kernel address is not known yet.
-    provisional_keys: HashMap<Place, u64>,
-    /// Endpoints of the connections closed since the current snapshot of the socket table began. `None`: no
-    /// snapshot is in progress.
-    closed_during_snapshot: Option<HashSet<Place>>,
+    /// Keys of connections that the socket table listed and whose kernel address is not known yet, by their
+    /// endpoints of any family.
+    provisional_keys: HashMap<Endpoint, u64>,
+    /// Endpoints, of any family, of the connections closed since the current snapshot of the socket table
+    /// began. `None`: no snapshot is in progress.
+    closed_during_snapshot: Option<HashSet<Endpoint>>,
     /// Closed sockets whose close a second probe may still report: time of the close, and kernel address. A
     /// kernel address is queued at most once: the kernel reuses addresses of sockets, and in a flood a few
     /// addresses are closed thousands of times a second.
@@ -258,43 +252,59 @@ impl Connections {
 /// Emits the close of a self-connection, and records it for the snapshot of the socket table that is in
 /// progress.
 fn close(
-    closed_during_snapshot: &mut Option<HashSet<Place>>,
+    closed_during_snapshot: &mut Option<HashSet<Endpoint>>,
     connection: &Connection,
     end: ConnectionEnd,
     each: &mut impl FnMut(ConnectionEvent<'_>),
 ) {
     if let Some(closed) = closed_during_snapshot {
-        closed.insert(connection.place());
+        closed.insert(connection.endpoint.any_family());
     }
     each(ConnectionEvent::Closed(connection, end));
 }
 
 impl Connection {
-    /// The endpoint under which the socket table lists it.
-    #[must_use]
-    pub fn place(&self) -> Place {
-        (self.netns.unwrap_or(0), self.addr, self.port)
+    /// A connection of which only this is known.
+    pub(super) fn new(number: u64, source: Source, endpoint: Endpoint) -> Self {
+        Self {
+            number,
+            source,
+            cookie: None,
+            endpoint,
+            ifindex: None,
+            uid: None,
+            opener: None,
+            isns: None,
+            closer: None,
+            established_ns: None,
+        }
     }
+
+    /// A connection with all that the socket table says.
+    #[must_use]
+    pub fn from_entry(number: u64, entry: &SocketEntry) -> Self {
+        Self {
+            cookie: entry.cookie,
+            ifindex: entry.ifindex,
+            uid: entry.uid,
+            opener: entry.connect_entry.map(|(_, opener)| opener),
+            ..Self::new(number, Source::Scan, entry.endpoint)
+        }
+    }
+}
+
+/// The socket's source and destination.
+fn endpoint(t: &Transition) -> Endpoint {
+    Endpoint::new(t.netns, Ipv6Addr::from(t.addr).into(), t.port, t.family == family::INET6)
 }
 
 impl Tracked {
     fn new(number: u64, t: &Transition) -> Self {
-        let v6 = Ipv6Addr::from(t.addr);
+        let endpoint = endpoint(t);
         Self {
             connection: Connection {
-                number,
-                source: Source::Live,
-                cookie: None,
-                addr: v6.to_canonical(),
-                port: t.port,
-                is_ipv6: t.family == family::INET6,
-                netns: (t.netns != 0).then_some(t.netns),
-                ifindex: (t.ifindex != 0 && v6.is_unicast_link_local()).then_some(t.ifindex),
-                uid: None,
-                opener: None,
-                isns: None,
-                closer: None,
-                established_ns: None,
+                ifindex: (t.ifindex != 0 && endpoint.is_link_local()).then_some(t.ifindex),
+                ..Connection::new(number, Source::Live, endpoint)
             },
             last: (t.old, t.new),
             reported_by: 0,
@@ -312,9 +322,7 @@ impl Tracked {
         // moment later.
         let is_same_attempt = connected_ns == 0 || t.opener.at_ns == 0 || connected_ns == t.opener.at_ns;
         (is_same_attempt || t.new == state::SYN_SENT)
-            && connection.port == t.port
-            && connection.addr == Ipv6Addr::from(t.addr).to_canonical()
-            && connection.netns.unwrap_or(0) == t.netns
+            && connection.endpoint.any_family() == endpoint(t).any_family()
     }
 
     /// True if another probe has already reported this transition.

@@ -7,3 +7,5 @@ pub mod filter;
 pub mod port_risk;
 pub mod probe_health;
 pub mod remediation;
+#[cfg(test)]
+pub(crate) mod samples;

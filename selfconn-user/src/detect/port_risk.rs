@@ -6,13 +6,10 @@
 //! change. The interval depends on the rate of the attempts: few attempts pass between two checks, compared
 //! with the number of attempts that a self-connection takes on average.
 
-use std::{
-    collections::HashMap,
-    net::{IpAddr, Ipv6Addr},
-};
+use std::collections::HashMap;
 
 use selfconn_ebpf::{
-    Opener,
+    Endpoint, Opener,
     refused_connects::{Destination, REPORT_THRESHOLD, RefusedCount, WINDOW_NS},
 };
 
@@ -29,12 +26,8 @@ const CHECKS_PER_EXPECTED_HIT: u64 = 50;
 /// Refused connection attempts to one port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RefusedConnects {
-    /// Source and destination address. A v4-mapped address is an IPv4 address here.
-    pub addr: IpAddr,
-    /// Destination port.
-    pub port: u16,
-    /// Inode of the network namespace. 0: this kernel has no namespaces.
-    pub netns: u32,
+    /// The destination, for sockets of either family. Namespace 0: this kernel has no namespaces.
+    pub endpoint: Endpoint,
     /// The task that made the newest attempt.
     pub newest: Opener,
     /// Time of the newest attempt: `CLOCK_BOOTTIME`, nanoseconds.
@@ -167,7 +160,7 @@ impl PortRisks {
         port.next_check_ns = expiry_ns;
         let chance = match ports {
             Err(why) => Some(Chance::Unknown(why.clone())),
-            Ok(ports) => chance(ports, connects.port),
+            Ok(ports) => chance(ports, connects.endpoint.port),
         };
         let Some(chance) = chance else {
             let expected = ports.as_ref().map_or(1, |ports| u64::from(ports.expected_connects()).max(1));
@@ -204,14 +197,9 @@ impl RefusedConnects {
     /// Converts a count of the probes.
     #[must_use]
     pub fn new(destination: &Destination, count: &RefusedCount) -> Self {
-        let mut octets = [0; 16];
-        for (to, word) in octets.chunks_exact_mut(4).zip(destination.addr) {
-            to.copy_from_slice(&word.to_ne_bytes());
-        }
+        let &Destination { addr, netns, port, .. } = destination;
         Self {
-            addr: Ipv6Addr::from(octets).to_canonical(),
-            port: destination.port,
-            netns: destination.netns,
+            endpoint: Endpoint { addr, netns, port, family: 0 },
             newest: count.last_opener,
             last_ns: count.last_ns,
             dialers: count.pid_count(),
@@ -292,7 +280,10 @@ mod tests {
             match (&event, one_in) {
                 (Some(PortRiskEvent::AtRisk(connects, chance)), Some(one_in)) => {
                     assert_eq!(*chance, Chance::OneIn(one_in), "{what}");
-                    assert_eq!((connects.addr, connects.port), (IpAddr::from([127, 0, 0, 1]), 40_000));
+                    assert_eq!(
+                        connects.endpoint,
+                        Endpoint::new(7, [127, 0, 0, 1].into(), 40_000, false).any_family()
+                    );
                     assert_eq!((connects.refused, connects.window_ns), (20, 19 * SECOND_NS));
                     assert_eq!(connects.eta_seconds(chance), Some(one_in.into()), "{what}");
                 }

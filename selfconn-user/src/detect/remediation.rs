@@ -8,10 +8,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use selfconn_ebpf::Endpoint;
+
 use super::filter::Selection;
 use crate::{
     event::{ConnectionFields, Remedied},
-    sockets::{Cookie, Target},
+    sockets::Cookie,
 };
 
 #[cfg(test)]
@@ -88,17 +90,6 @@ impl RemedyOutcome {
     }
 }
 
-/// An established self-connection that may be destroyed.
-#[derive(Clone, Debug)]
-pub struct RemedyCandidate {
-    /// Its fields in events.
-    pub fields: ConnectionFields,
-    /// Identity of the socket. `None`: the network namespace is unknown.
-    pub target: Option<Target>,
-    /// Processes and threads that may be in its network namespace.
-    pub netns_hints: Vec<u32>,
-}
-
 /// A step that the owner must execute.
 #[derive(Debug)]
 pub enum RemedyStep {
@@ -115,8 +106,10 @@ pub enum RemedyStep {
 pub struct RemedyRequest {
     /// Number of the connection.
     pub number: u64,
-    /// Identity of the socket.
-    pub target: Target,
+    /// Source and destination.
+    pub endpoint: Endpoint,
+    /// The interface of a link-local address.
+    pub ifindex: Option<u32>,
     /// Processes and threads to try first to enter its network namespace.
     pub netns_hints: Vec<u32>,
 }
@@ -169,24 +162,24 @@ impl Remedy {
         RemedyOutcome::ALL.into_iter().zip(self.counts)
     }
 
-    /// A self-connection was established at `at_ns`. Returns the event to emit at once, if any.
+    /// A self-connection was established at `at_ns`. `fields` are its fields in events. Returns the event to
+    /// emit at once, if any.
     pub fn on_established(
         &mut self,
-        number: u64,
-        candidate: RemedyCandidate,
+        fields: ConnectionFields,
+        request: RemedyRequest,
         at_ns: u64,
     ) -> Option<Remedied> {
-        let RemedyCandidate { fields, target, netns_hints } = candidate;
         if let Some(why) = self.policy.selection.exclusion_reason(&fields) {
             return Some(self.finish(fields, RemedyOutcome::Excepted, Some(why)));
         }
-        let Some(target) = target else {
+        if request.endpoint.known_netns().is_none() {
             let why = "its network namespace is unknown: the kernel has no usable BTF".to_owned();
             return Some(self.finish(fields, RemedyOutcome::Failed, Some(why)));
-        };
+        }
         let due_ns = at_ns.saturating_add(self.policy.grace_ns);
-        let request = RemedyRequest { number, target, netns_hints };
-        self.waiting.insert(number, WaitingConnection { due_ns, is_reported: false, fields, request });
+        self.waiting
+            .insert(request.number, WaitingConnection { due_ns, is_reported: false, fields, request });
         None
     }
 

@@ -71,9 +71,9 @@ impl RefusedConnectFields {
     pub fn new(connects: &RefusedConnects, process: &ProcessInfo) -> Self {
         let is_seen = connects.newest.at_ns != 0;
         Self {
-            addr: connects.addr.to_string(),
-            port: connects.port,
-            netns: (connects.netns != 0).then_some(connects.netns),
+            addr: connects.endpoint.ip().to_string(),
+            port: connects.endpoint.port,
+            netns: connects.endpoint.known_netns(),
             pid: is_seen.then_some(connects.newest.task.pid),
             comm: process_name(&connects.newest.task).filter(|_| is_seen).or_else(|| process.comm.clone()),
             exe: process.exe.clone(),

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::connection::{ConnectionFields, process_name};
 use super::text::{self, EventFormat, LogRecord, Severity, duration, subject, utc_time};
 use crate::{
-    detect::bind_conflict::{self, PortHolder, requested_addr},
+    detect::bind_conflict::{self, PortHolder, requested},
     system::{clock::Offset, process::ProcessInfo},
 };
 
@@ -84,6 +84,7 @@ impl Blocked {
         clock: Offset,
     ) -> Self {
         let tracked = holder.connection();
+        let requested = requested(failed);
         let (state, free_at) = match holder {
             PortHolder::Open(_) => (state::ESTABLISHED, None),
             PortHolder::TimeWait(bind_conflict::TimeWaitEntry { until_ns, .. }) => {
@@ -91,9 +92,9 @@ impl Blocked {
             }
         };
         Self {
-            addr: requested_addr(failed).to_string(),
-            port: failed.port,
-            netns: (failed.netns != 0).then_some(failed.netns),
+            addr: requested.ip().to_string(),
+            port: requested.port,
+            netns: requested.known_netns(),
             pid: failed.task.pid,
             comm: process_name(&failed.task).or_else(|| process.comm.clone()),
             uid: failed.uid,

@@ -140,6 +140,12 @@ impl Outputs {
         }
     }
 
+    /// True if any output has pending events.
+    #[must_use]
+    pub fn has_pending(&self) -> bool {
+        LossCause::ALL.into_iter().any(|cause| self.is_pending(cause))
+    }
+
     /// Events that each output dropped: the part of [`Losses`] that the outputs count.
     #[must_use]
     pub fn lost(&self) -> Losses {

@@ -2,13 +2,14 @@
 //! network namespace, its addresses and its state are verified, and it is destroyed by its cookie. If another
 //! socket has taken its place in the meantime, that socket is not affected.
 
-use std::{collections::HashMap, io, net::IpAddr, panic, thread};
+use std::{collections::HashMap, io, panic, thread};
 
-use selfconn_ebpf::state;
+use selfconn_ebpf::{Endpoint, state};
 
 use super::{
-    DumpedSocket, Namespace, STATES, SocketEntry, netns,
+    netns::{self, Namespace},
     sock_diag::exact::{self, Cookie},
+    table::{DumpedSocket, SocketEntry},
 };
 
 const EPERM: i32 = 1;
@@ -19,40 +20,24 @@ const EOPNOTSUPP: i32 = 95;
 const NEEDS_NET_ADMIN: &str =
     "destroying sockets needs CAP_NET_ADMIN in their network namespace: run as root, or grant it";
 
-/// The identity of a self-connection: network namespace, address and port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Target {
-    /// The inode of the network namespace.
-    pub netns: u32,
-    /// The source and destination address, as in [`SocketEntry`].
-    pub addr: IpAddr,
-    /// The source and destination port.
-    pub port: u16,
-    /// True if the socket is IPv6.
-    pub is_ipv6: bool,
-    /// The interface of a link-local address.
-    pub ifindex: Option<u32>,
-}
-
-impl From<&SocketEntry> for Target {
-    fn from(entry: &SocketEntry) -> Self {
-        let &SocketEntry { netns, addr, port, is_ipv6, ifindex, .. } = entry;
-        Self { netns, addr, port, is_ipv6, ifindex }
-    }
-}
-
-/// The cookie of this self-connection. `None`: it does not exist, or only its TIME_WAIT socket is left. The
-/// namespaces of the processes and threads in `netns_hints` are searched first.
+/// The cookie of the self-connection at this endpoint. `None`: it does not exist, or only its TIME_WAIT
+/// socket is left. `ifindex` is the interface of a link-local address. The namespaces of the processes and
+/// threads in `netns_hints` are searched first.
 ///
 /// # Errors
 /// A text for people, if the namespace cannot be found or entered, or if the kernel does not answer.
-pub fn look_up(target: &Target, netns_hints: &[u32]) -> Result<Option<Cookie>, String> {
+pub fn look_up(
+    endpoint: &Endpoint,
+    ifindex: Option<u32>,
+    netns_hints: &[u32],
+) -> Result<Option<Cookie>, String> {
     let look = || {
-        let row = none_if_missing(exact::look_up(target, None))?;
-        Ok(row.filter(|row| target.matches(row) && row.state != state::TIME_WAIT).and_then(|row| row.cookie))
+        let row = none_if_missing(exact::look_up(endpoint, ifindex, None))?;
+        let is_open = |row: &DumpedSocket| is_at(row, endpoint) && row.entry.state != state::TIME_WAIT;
+        Ok(row.filter(is_open).and_then(|row| row.entry.cookie))
     };
     let cookie =
-        netns::run_in_namespace(target.netns, netns_hints, look).map_err(|error| explain_error(&error))?;
+        netns::run_in_namespace(endpoint.netns, netns_hints, look).map_err(|error| explain_error(&error))?;
     Ok(cookie.and_then(Cookie::new))
 }
 
@@ -61,9 +46,14 @@ pub fn look_up(target: &Target, netns_hints: &[u32]) -> Result<Option<Cookie>, S
 ///
 /// # Errors
 /// As [`look_up`], and if this process is not permitted to destroy sockets.
-pub fn destroy(target: &Target, cookie: Cookie, netns_hints: &[u32]) -> Result<bool, String> {
-    let destroy = || destroy_here(target, cookie, false);
-    netns::run_in_namespace(target.netns, netns_hints, destroy).map_err(|error| explain_error(&error))
+pub fn destroy(
+    endpoint: &Endpoint,
+    ifindex: Option<u32>,
+    cookie: Cookie,
+    netns_hints: &[u32],
+) -> Result<bool, String> {
+    let destroy = || destroy_here(endpoint, ifindex, cookie, false);
+    netns::run_in_namespace(endpoint.netns, netns_hints, destroy).map_err(|error| explain_error(&error))
 }
 
 /// Destroys the self-connections of a snapshot, TIME_WAIT included. Returns for each entry whether it still
@@ -74,15 +64,16 @@ pub fn destroy(target: &Target, cookie: Cookie, netns_hints: &[u32]) -> Result<b
 pub fn destroy_all(entries: &[SocketEntry]) -> io::Result<Vec<Result<bool, String>>> {
     let mut by_netns: HashMap<u32, Vec<usize>> = HashMap::new();
     for (index, entry) in entries.iter().enumerate() {
-        by_netns.entry(entry.netns).or_default().push(index);
+        by_netns.entry(entry.endpoint.netns).or_default().push(index);
     }
     let mut outcomes = vec![Err("its network namespace was not found again".to_owned()); entries.len()];
     let visit = || {
         netns::visit(&[], |&Namespace { inode: netns, .. }| {
             for index in by_netns.remove(&netns).unwrap_or_default() {
-                outcomes[index] = match entries[index].cookie.and_then(Cookie::new) {
-                    Some(cookie) => destroy_here(&(&entries[index]).into(), cookie, true)
-                        .map_err(|error| explain_error_in(&error, entries[index].state)),
+                let &SocketEntry { endpoint, ifindex, state, cookie, .. } = &entries[index];
+                outcomes[index] = match cookie.and_then(Cookie::new) {
+                    Some(cookie) => destroy_here(&endpoint, ifindex, cookie, true)
+                        .map_err(|error| explain_error_in(&error, state)),
                     None => Err("its cookie is unknown: only sock_diag reports it".to_owned()),
                 };
             }
@@ -124,23 +115,26 @@ pub fn can_enter() -> Result<(), String> {
     entered.map_err(|error| format!("entering another network namespace: {error}: it needs CAP_SYS_ADMIN"))
 }
 
-fn destroy_here(target: &Target, cookie: Cookie, time_wait: bool) -> io::Result<bool> {
-    let row = none_if_missing(exact::look_up(target, Some(cookie)))?;
-    let is_target = |row: &DumpedSocket| target.matches(row) && (time_wait || row.state != state::TIME_WAIT);
-    if !row.is_some_and(|row| is_target(&row)) {
+fn destroy_here(
+    endpoint: &Endpoint,
+    ifindex: Option<u32>,
+    cookie: Cookie,
+    time_wait: bool,
+) -> io::Result<bool> {
+    let row = none_if_missing(exact::look_up(endpoint, ifindex, Some(cookie)))?;
+    let may_destroy =
+        |row: &DumpedSocket| is_at(row, endpoint) && (time_wait || row.entry.state != state::TIME_WAIT);
+    if !row.is_some_and(|row| may_destroy(&row)) {
         return Ok(false);
     }
-    exact::destroy(target, cookie)
+    exact::destroy(endpoint, ifindex, cookie)
 }
 
-impl Target {
-    /// True if this socket is the self-connection of this target. The kernel may also return a listener here.
-    fn matches(&self, row: &DumpedSocket) -> bool {
-        row.source == row.destination
-            && (row.source.0.to_canonical(), row.source.1) == (self.addr, self.port)
-            && row.source.0.is_ipv6() == self.is_ipv6
-            && STATES & 1 << row.state != 0
-    }
+/// True if this socket is the self-connection at this endpoint. The kernel may also return a listener here.
+/// The family counts: the sockets of the two families are different sockets to destroy.
+fn is_at(row: &DumpedSocket, endpoint: &Endpoint) -> bool {
+    // The kernel reports no namespace: the thread is in the namespace of the endpoint.
+    row.is_self_connection() && row.entry.endpoint == Endpoint { netns: 0, ..*endpoint }
 }
 
 /// Converts ENOENT to `None`, because the absence of the socket is a valid result.
@@ -173,10 +167,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_target_matches_only_a_self_connection_at_its_address_and_port() {
-        let target =
-            Target { netns: 1, addr: Ipv4Addr::LOCALHOST.into(), port: 4, is_ipv6: false, ifindex: None };
-        let mapped = Target { is_ipv6: true, ..target };
+    fn only_the_self_connection_at_the_endpoint_is_destroyed() {
+        let [v4, mapped] =
+            [false, true].map(|is_ipv6| Endpoint::new(1, Ipv4Addr::LOCALHOST.into(), 4, is_ipv6));
         for (source, destination, state, plain, v6) in [
             ("127.0.0.1:4", "127.0.0.1:4", state::ESTABLISHED, true, false),
             ("127.0.0.1:4", "127.0.0.1:4", state::TIME_WAIT, true, false),
@@ -191,9 +184,9 @@ mod tests {
             ("127.0.0.2:4", "127.0.0.2:4", state::ESTABLISHED, false, false),
             ("127.0.0.1:4", "127.0.0.2:4", state::ESTABLISHED, false, false),
         ] {
-            let row = super::super::tests::row(source, destination, state);
+            let row = super::super::table::tests::row(source, destination, state);
             let case = format!("{source} {destination} {}", state::name(state));
-            assert_eq!((target.matches(&row), mapped.matches(&row)), (plain, v6), "{case}");
+            assert_eq!((is_at(&row, &v4), is_at(&row, &mapped)), (plain, v6), "{case}");
         }
     }
 

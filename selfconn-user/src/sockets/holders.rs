@@ -13,7 +13,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::NEEDS_PTRACE;
+use super::netns::NEEDS_PTRACE;
 use crate::system::process::Holder;
 
 /// The size of the buffer for a link target. It is large enough for `socket:[18446744073709551615]`; a longer

@@ -1,11 +1,11 @@
 //! Lists the listeners of the requested network namespaces. In each namespace the caller can read further
 //! data while the thread is in it.
 
-use std::{io, net::IpAddr, panic, path::PathBuf, thread};
+use std::{io, panic, path::PathBuf, thread};
 
 use super::{
-    DumpedSocket, Tables,
     netns::{self, Namespace},
+    table::{SocketEntry, Tables},
 };
 
 /// The network namespaces to inspect.
@@ -18,19 +18,6 @@ pub enum NamespaceSelection {
     /// All network namespaces that can be found and entered.
     #[default]
     All,
-}
-
-/// A listening socket.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listener {
-    /// The local address. It is IPv4 also if the socket is IPv6 and the address is v4-mapped; it is
-    /// unspecified if the listener accepts connections to any address.
-    pub addr: IpAddr,
-    pub port: u16,
-    /// The interface of a link-local address; procfs does not provide it.
-    pub ifindex: Option<u32>,
-    /// The inode of the socket, used to find its holders.
-    pub inode: u64,
 }
 
 /// The result of [`inspect`].
@@ -52,7 +39,7 @@ pub struct ListenerInspection<T> {
 pub fn inspect<T: Send>(
     selection: &NamespaceSelection,
     procfs_only: bool,
-    each: impl FnMut(&Namespace, Vec<Listener>) -> io::Result<T> + Send,
+    each: impl FnMut(&Namespace, Vec<SocketEntry>) -> io::Result<T> + Send,
 ) -> io::Result<ListenerInspection<T>> {
     thread::scope(|scope| {
         let thread = thread::Builder::new().name("namespaces".to_owned());
@@ -65,13 +52,14 @@ pub fn inspect<T: Send>(
 fn visit<T>(
     selection: &NamespaceSelection,
     procfs_only: bool,
-    mut each: impl FnMut(&Namespace, Vec<Listener>) -> io::Result<T>,
+    mut each: impl FnMut(&Namespace, Vec<SocketEntry>) -> io::Result<T>,
 ) -> io::Result<ListenerInspection<T>> {
     let mut tables = Tables::new(procfs_only);
     let mut found = Vec::new();
     let inspect_one = |namespace: &Namespace| {
         tables.read_listeners()?;
-        found.push(each(namespace, tables.rows.iter().map(DumpedSocket::listener).collect())?);
+        let listeners = tables.rows.drain(..).map(|row| row.into_entry(namespace.inode));
+        found.push(each(namespace, listeners.collect())?);
         Ok(())
     };
     let visited = match selection {
@@ -83,13 +71,6 @@ fn visit<T>(
         return Err(io::Error::other(visited.unseen.join("; ")));
     }
     Ok(ListenerInspection { found, unseen: visited.unseen, without_sock_diag: tables.without_diag })
-}
-
-impl DumpedSocket {
-    fn listener(&self) -> Listener {
-        let (addr, port) = self.source;
-        Listener { addr: addr.to_canonical(), port, ifindex: self.link_local_ifindex(), inode: self.inode }
-    }
 }
 
 #[cfg(test)]
@@ -125,11 +106,12 @@ mod tests {
             let current = fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
             assert_eq!(u64::from(namespace.inode), current);
             for bound in &bound {
-                let is_bound =
-                    |listener: &&Listener| (listener.addr, listener.port) == (bound.ip(), bound.port());
+                let is_bound = |listener: &&SocketEntry| {
+                    (listener.endpoint.ip(), listener.endpoint.port) == (bound.ip(), bound.port())
+                };
                 assert_eq!(listeners.iter().filter(is_bound).count(), 1, "{bound}: {listeners:?}");
             }
-            assert!(listeners.iter().all(|listener| listener.port != 0));
+            assert!(listeners.iter().all(|listener| listener.endpoint.port != 0));
         }
     }
 

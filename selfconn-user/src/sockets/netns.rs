@@ -21,9 +21,10 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
-use super::NEEDS_PTRACE;
-
 const CURRENT_NETNS: &str = "/proc/thread-self/ns/net";
+
+/// The hint for processes that this process may not inspect.
+pub(super) const NEEDS_PTRACE: &str = "looking into them needs CAP_SYS_PTRACE, which root has";
 
 const NEEDS_ADMIN: &str = ": entering it needs CAP_SYS_ADMIN, which root has";
 

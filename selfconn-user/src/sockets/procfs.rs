@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::DumpedSocket;
+use super::table::{DumpedSocket, SocketEntry, dumped_endpoint};
 
 /// The files show the network namespace of the calling thread.
 const IPV4: &str = "/proc/thread-self/net/tcp";
@@ -71,17 +71,18 @@ pub(super) fn parse(line: &str, filter: impl Fn(&str, &str, &str) -> bool) -> Op
     let ticks = u64::from_str_radix(ticks, 16).ok()?;
     let uid = words.nth(1)?.parse().ok()?;
     let inode = words.nth(1)?.parse().ok()?;
-    Some(DumpedSocket {
-        source: (address(source.0)?, port(source.1)?),
-        destination: (address(destination.0)?, port(destination.1)?),
+    let entry = SocketEntry {
+        endpoint: dumped_endpoint(address(source.0)?, port(source.1)?),
         state,
-        ifindex: 0,
+        ifindex: None,
         cookie: None,
         inode,
-        uid,
+        uid: (inode != 0).then_some(uid),
         time_wait_left: (timer == TIME_WAIT_TIMER)
             .then(|| Duration::from_millis(ticks * (1_000 / TICKS_PER_SECOND))),
-    })
+        connect_entry: None,
+    };
+    Some(DumpedSocket { entry, destination: dumped_endpoint(address(destination.0)?, port(destination.1)?) })
 }
 
 /// Parses an address, which the kernel prints as 32-bit numbers in the byte order of the machine.
@@ -98,49 +99,56 @@ fn address(text: &str) -> Option<IpAddr> {
     }
 }
 
+/// Runs every parser of text in this folder on arbitrary bytes.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn parse_anything(bytes: &[u8]) {
+    let _ = super::netns::mount_points(bytes);
+    let _ = std::str::from_utf8(bytes).map(|line| parse(line, |_, _, _| true));
+}
+
 #[cfg(all(test, target_endian = "little"))]
 mod tests {
     use selfconn_ebpf::state;
 
     use super::*;
+    use crate::detect::samples;
 
     #[test]
     fn a_line_is_parsed_as_the_kernel_prints_it() {
         let row = |source: (&str, u16), destination: (&str, u16), state, uid, inode, left_ms: Option<u64>| {
-            DumpedSocket {
-                source: (source.0.parse().unwrap(), source.1),
-                destination: (destination.0.parse().unwrap(), destination.1),
-                state,
-                ifindex: 0,
+            let end = |(ip, port): (&str, u16)| dumped_endpoint(ip.parse().unwrap(), port);
+            let entry = SocketEntry {
                 cookie: None,
                 inode,
                 uid,
                 time_wait_left: left_ms.map(Duration::from_millis),
-            }
+                ..samples::entry(end(source), state)
+            };
+            DumpedSocket { entry, destination: end(destination) }
         };
         let loopback = ("127.0.0.1", 40_029);
         let mapped = ("::ffff:127.0.0.1", 40_029);
         for (line, expected) in [
             (
                 "   1: 0100007F:9C5D 0100007F:9C5D 01 00000000:00000000 00:00000000 00000000  1000        0 23584 2 0000000000000000 20 4 30 10 -1",
-                Some(row(loopback, loopback, state::ESTABLISHED, 1_000, 23_584, None)),
+                Some(row(loopback, loopback, state::ESTABLISHED, Some(1_000), 23_584, None)),
             ),
             (
                 "   1: 0100007F:9C5D 0100007F:9C5D 06 00000000:00000000 03:00001770 00000000     0        0 0 3 0000000000000000",
-                Some(row(loopback, loopback, state::TIME_WAIT, 0, 0, Some(60_000))),
+                Some(row(loopback, loopback, state::TIME_WAIT, None, 0, Some(60_000))),
             ),
             (
                 "   2: 0000000000000000FFFF00000100007F:9C5D 0000000000000000FFFF00000100007F:9C5D 0B 00000000:00000000 01:00000014 00000000     0        0 77 1 0000000000000000",
-                Some(row(mapped, mapped, state::CLOSING, 0, 77, None)),
+                Some(row(mapped, mapped, state::CLOSING, Some(0), 77, None)),
             ),
             (
                 "   3: 00000000000000000000000001000000:0050 00000000000000000000000001000000:0050 02 00000000:00000001 01:00000014 00000000     0        0 78 1 0",
-                Some(row(("::1", 80), ("::1", 80), state::SYN_SENT, 0, 78, None)),
+                Some(row(("::1", 80), ("::1", 80), state::SYN_SENT, Some(0), 78, None)),
             ),
             // A connection attempt in progress.
             (
                 "   4: 0100007F:9C5E 0100007F:9C5D 02 00000000:00000001 01:00000014 00000000     0        0 79 1 0",
-                Some(row(("127.0.0.1", 40_030), loopback, state::SYN_SENT, 0, 79, None)),
+                Some(row(("127.0.0.1", 40_030), loopback, state::SYN_SENT, Some(0), 79, None)),
             ),
             ("   5: 0100007F:9C5D 0200007F:9C5D 01 00000000:00000000 00:00000000 00000000 0 0 80 1 0", None),
             (
@@ -161,7 +169,8 @@ mod tests {
         let is_listener = |_: &str, _: &str, state: &str| state == LISTEN;
         let line = "   0: 0100007F:9C5D 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 812 1 0";
         let row = parse(line, is_listener).unwrap();
-        assert_eq!((row.source, row.inode), (("127.0.0.1".parse().unwrap(), 40_029), 812));
+        assert_eq!(row.entry.endpoint, dumped_endpoint("127.0.0.1".parse().unwrap(), 40_029));
+        assert_eq!(row.entry.inode, 812);
         let other = line.replace(" 0A ", " 01 ");
         assert_eq!(parse(&other, is_listener), None);
     }

@@ -10,24 +10,20 @@ use std::{
 };
 
 use netlink_packet_core::{
-    DefaultNla, DoneBuffer, Emitable, ErrorBuffer, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE,
-    NLMSG_ERROR, NLMSG_OVERRUN, NetlinkBuffer, NetlinkMessage, NetlinkPayload, NetlinkSerializable,
-    Parseable as _,
+    DefaultNla, DoneBuffer, ErrorBuffer, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR,
+    NLMSG_OVERRUN, NetlinkBuffer, Parseable as _,
 };
 use netlink_packet_sock_diag::{
     AF_INET, AF_INET6, IPPROTO_TCP, SOCK_DIAG_BY_FAMILY,
     inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags, Timer},
 };
-use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{DumpedSocket, STATES};
+use super::table::{DumpedSocket, STATES, SocketEntry, dumped_endpoint};
+use message::DiagMessage;
 
 mod bytecode;
 pub(super) mod exact;
-
-/// `AF_NETLINK` and `NETLINK_SOCK_DIAG`, include/linux/socket.h and include/uapi/linux/netlink.h at v5.10.
-pub(super) const AF_NETLINK: i32 = 16;
-pub(super) const NETLINK_SOCK_DIAG: i32 = 4;
+mod message;
 
 /// `INET_DIAG_REQ_BYTECODE`, include/uapi/linux/inet_diag.h at v5.10.
 const BYTECODE: u16 = 1;
@@ -126,8 +122,7 @@ impl DiagReader {
     fn dump(&mut self, request: DumpRequest, rows: &mut Vec<DumpedSocket>) -> io::Result<bool> {
         // Each dump uses a new netlink socket, so that messages left over from an aborted dump are never read
         // as part of the next one.
-        let mut socket =
-            Socket::new(Domain::from(AF_NETLINK), Type::RAW, Some(Protocol::from(NETLINK_SOCK_DIAG)))?;
+        let mut socket = message::open()?;
         let message = request.encode((request.filter == DumpFilter::SelfConnections).then_some(&self.filter));
         socket.send(&message)?;
         let mut is_consistent = true;
@@ -163,15 +158,8 @@ impl DumpRequest {
             socket_id: any_socket,
         };
         let filter = filter.map(|code| DefaultNla::new(BYTECODE, code.clone()));
-        let mut message = NetlinkMessage::new(
-            Default::default(),
-            NetlinkPayload::InnerMessage(DumpMessage { request, filter }),
-        );
-        message.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-        message.finalize();
-        let mut bytes = vec![0; message.buffer_len()];
-        message.serialize(&mut bytes);
-        bytes
+        let flags = NLM_F_REQUEST | NLM_F_DUMP;
+        DiagMessage { kind: SOCK_DIAG_BY_FAMILY, flags, request, filter }.encode()
     }
 
     /// Appends the matching sockets of a batch of messages.
@@ -225,30 +213,6 @@ impl DumpRequest {
     }
 }
 
-/// A netlink message: the request and the bytecode filter.
-struct DumpMessage {
-    request: InetRequest,
-    filter: Option<DefaultNla>,
-}
-
-impl NetlinkSerializable for DumpMessage {
-    fn message_type(&self) -> u16 {
-        SOCK_DIAG_BY_FAMILY
-    }
-
-    fn buffer_len(&self) -> usize {
-        self.request.buffer_len() + self.filter.as_ref().map_or(0, Emitable::buffer_len)
-    }
-
-    fn serialize(&self, buffer: &mut [u8]) {
-        let (request, filter) = buffer.split_at_mut(self.request.buffer_len());
-        self.request.emit(request);
-        if let Some(attribute) = &self.filter {
-            attribute.emit(filter);
-        }
-    }
-}
-
 /// Parses the response that describes one socket.
 pub(super) fn parse(response: &[u8]) -> Result<DumpedSocket, netlink_packet_core::DecodeError> {
     let header = InetResponseHeader::parse(response)?;
@@ -262,16 +226,18 @@ pub(super) fn parse(response: &[u8]) -> Result<DumpedSocket, netlink_packet_core
     // The crate does not provide the remaining time of this timer.
     let left =
         (header.timer == Some(Timer::TimeWait)).then(|| Duration::from_millis(word(EXPIRES_MS).into()));
-    Ok(DumpedSocket {
-        source: (id.source_address, id.source_port),
-        destination: (id.destination_address, id.destination_port),
+    let endpoint = dumped_endpoint(id.source_address, id.source_port);
+    let entry = SocketEntry {
+        endpoint,
         state: header.state,
-        ifindex: id.interface_id,
+        ifindex: (id.interface_id != 0 && endpoint.is_link_local()).then_some(id.interface_id),
         cookie: Some(u64::from(low) | u64::from(high) << 32),
         inode: header.inode.into(),
-        uid: header.uid,
+        uid: (header.inode != 0).then_some(header.uid),
         time_wait_left: left,
-    })
+        connect_entry: None,
+    };
+    Ok(DumpedSocket { entry, destination: dumped_endpoint(id.destination_address, id.destination_port) })
 }
 
 #[cfg(test)]
@@ -281,6 +247,7 @@ mod tests {
     use selfconn_ebpf::state;
 
     use super::*;
+    use crate::detect::samples;
 
     const SELF_CONNECTIONS: DumpRequest =
         DumpRequest { family: AF_INET, states: STATES, filter: DumpFilter::SelfConnections };
@@ -363,19 +330,30 @@ mod tests {
         let mut time_wait = response(("::1", 40_000), ("::1", 40_000), state::TIME_WAIT);
         time_wait[2] = 3;
         time_wait[EXPIRES_MS].copy_from_slice(&59_876_u32.to_ne_bytes());
-        let expected = DumpedSocket {
-            source: ("::1".parse().unwrap(), 40_000),
-            destination: ("::1".parse().unwrap(), 40_000),
-            state: state::TIME_WAIT,
-            ifindex: 3,
+        let destination = dumped_endpoint("::1".parse().unwrap(), 40_000);
+        let entry = SocketEntry {
             cookie: Some(0x9abc_1234_5678),
             inode: 4_711,
-            uid: 1_000,
+            uid: Some(1_000),
             time_wait_left: Some(Duration::from_millis(59_876)),
+            ..samples::entry(destination, state::TIME_WAIT)
         };
-        assert_eq!(parse(&time_wait).unwrap(), expected);
+        assert_eq!(parse(&time_wait).unwrap(), DumpedSocket { entry, destination });
         time_wait[2] = 1;
-        assert_eq!(parse(&time_wait).unwrap().time_wait_left, None, "the time of another timer");
+        assert_eq!(parse(&time_wait).unwrap().entry.time_wait_left, None, "the time of another timer");
+    }
+
+    #[test]
+    fn an_interface_needs_a_link_local_address_and_a_uid_needs_an_inode() {
+        let mut local = response(("fe80::1", 4), ("fe80::1", 4), state::ESTABLISHED);
+        let held = parse(&local).unwrap().entry;
+        assert_eq!((held.ifindex, held.uid), (Some(3), Some(1_000)));
+        local[68..72].fill(0);
+        assert_eq!(parse(&local).unwrap().entry.uid, None);
+        let mapped = response(("::ffff:127.0.0.1", 4), ("::ffff:127.0.0.1", 4), state::ESTABLISHED);
+        let mapped = parse(&mapped).unwrap().entry;
+        assert_eq!((mapped.ifindex, mapped.endpoint.is_ipv6()), (None, true));
+        assert_eq!(mapped.endpoint.ip(), IpAddr::from([127, 0, 0, 1]));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use socket2::{Domain, Socket, Type};
 use super::{fix::Persistence, services::RequestedService};
 use crate::{
     ports::{LocalPorts, sysctl},
-    sockets::{self, HolderSearch, Listener, Namespace, NamespaceSelection},
+    sockets::{self, HolderSearch, Namespace, NamespaceSelection, SocketEntry},
     system::process,
 };
 
@@ -134,7 +134,7 @@ pub(super) fn collect(
 }
 
 /// The ports to audit in the network namespace of the calling thread.
-fn audited_ports(listeners: &[Listener], services: &[RequestedService]) -> Vec<AuditedPort> {
+fn audited_ports(listeners: &[SocketEntry], services: &[RequestedService]) -> Vec<AuditedPort> {
     let mut cache: HashMap<(IpAddr, Option<u32>), RouteSource> = HashMap::new();
     let mut cached_source =
         |addr: Option<IpAddr>, ifindex, port| match addr.filter(|addr| !addr.is_unspecified()) {
@@ -146,7 +146,8 @@ fn audited_ports(listeners: &[Listener], services: &[RequestedService]) -> Vec<A
     let mut seen = HashSet::new();
     let mut audited_ports = Vec::new();
     for listener in listeners {
-        let Listener { addr, port, ifindex, inode } = *listener;
+        let &SocketEntry { endpoint, ifindex, inode, .. } = listener;
+        let (addr, port) = (endpoint.ip(), endpoint.port);
         // Several sockets can listen on the same address and port.
         if seen.insert((Some(addr), ifindex, port)) {
             audited_ports.push(AuditedPort {

@@ -146,33 +146,18 @@ fn ack_errno(response: &[u8]) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
-    use selfconn_ebpf::{Opener, Task};
+    use selfconn_ebpf::{Opener, state};
 
     use super::*;
+    use crate::detect::samples;
 
     fn transition(addr: Ipv4Addr, port: u16, uid: u32, opened_ns: u64, netns: u32) -> Transition {
         Transition {
-            at_ns: 2,
-            sock: 1,
-            cookie: 0,
-            bytes_sent: 0,
-            bytes_retrans: 0,
-            bytes_received: 0,
             addr: addr.to_ipv6_mapped().octets(),
             netns,
-            ifindex: 0,
-            snd_una: 0,
-            rcv_nxt: 0,
-            error: 0,
             port,
-            family: 2,
-            old: 3,
-            new: 1,
-            probe_id: 0,
-            has_counters: 1,
-            is_owned: 0,
-            current: Task::UNKNOWN,
             opener: Opener { at_ns: opened_ns, uid, ..Opener::UNKNOWN },
+            ..samples::transition(1, 2, state::SYN_RECV, state::ESTABLISHED)
         }
     }
 

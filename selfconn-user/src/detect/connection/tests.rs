@@ -6,37 +6,9 @@ use proptest::prelude::*;
 use selfconn_ebpf::state::*;
 
 use super::*;
+use crate::detect::samples::{self, transition};
 
 const TWO_PROBES: u8 = 2;
-
-fn transition(sock: u64, at_ns: u64, old: u8, new: u8) -> Transition {
-    let mut addr = [0; 16];
-    addr[10..].copy_from_slice(&[0xff, 0xff, 127, 0, 0, 1]);
-    let task = Task { pid: 7, tid: 8, ..Task::UNKNOWN };
-    Transition {
-        at_ns,
-        sock,
-        cookie: 0,
-        bytes_sent: 0,
-        bytes_retrans: 0,
-        bytes_received: 0,
-        addr,
-        netns: 1,
-        ifindex: 0,
-        snd_una: 101,
-        rcv_nxt: 101,
-        error: 0,
-        port: 40_000,
-        family: family::INET,
-        old,
-        new,
-        probe_id: 0,
-        has_counters: 1,
-        is_owned: 0,
-        current: task,
-        opener: Opener { at_ns: at_ns / 1_000 * 1_000 + 1, task, ..Opener::UNKNOWN },
-    }
-}
 
 /// All transitions of a self-connection that is closed in order.
 const ORDERLY: [(u8, u8); 6] = [
@@ -151,18 +123,8 @@ fn a_missed_close_is_reported_when_the_kernel_address_is_reused() {
     assert_eq!(events(1, &first), ["+1", "-1", "+2", "-2"]);
 }
 
-fn listed(port: u16, state: u8) -> ListedConnection {
-    ListedConnection {
-        netns: 1,
-        addr: [127, 0, 0, 1].into(),
-        port,
-        is_ipv6: false,
-        ifindex: None,
-        cookie: Some(9),
-        uid: Some(0),
-        state,
-        connect_entry: None,
-    }
+fn listed(port: u16, state: u8) -> SocketEntry {
+    samples::entry(samples::endpoint("127.0.0.1", port), state)
 }
 
 /// The events and the number of missed connections when the same table is read at 100 and again at 200, with
@@ -170,7 +132,7 @@ fn listed(port: u16, state: u8) -> ListedConnection {
 fn events_with_snapshots(
     before: &[Transition],
     during: &[Transition],
-    table: &[ListedConnection],
+    table: &[SocketEntry],
     after: &[Transition],
     was_read: bool,
 ) -> (Vec<String>, u64) {
@@ -203,18 +165,10 @@ fn the_socket_table_establishes_missed_connections_and_closes_vanished_ones() {
     let again = transition(2, 320, SYN_RECV, ESTABLISHED);
     let same = |t: &Transition| Transition { opener: open.opener, ..*t };
     let table = [listed(40_000, ESTABLISHED)];
-    let with_entry =
-        [ListedConnection { connect_entry: Some((1, open.opener)), ..listed(40_000, ESTABLISHED) }];
+    let with_entry = [SocketEntry { connect_entry: Some((1, open.opener)), ..listed(40_000, ESTABLISHED) }];
     // (before, during, table, after, whether its namespace was read, events, missed)
-    type ReconcileCase<'a> = (
-        &'a [Transition],
-        &'a [Transition],
-        &'a [ListedConnection],
-        &'a [Transition],
-        bool,
-        &'a [&'a str],
-        u64,
-    );
+    type ReconcileCase<'a> =
+        (&'a [Transition], &'a [Transition], &'a [SocketEntry], &'a [Transition], bool, &'a [&'a str], u64);
     let rows: [ReconcileCase<'_>; 10] = [
         // the hooks and the table agree: both have it, neither has it
         (&[open], &[], &table, &[], true, &["+1"], 0),

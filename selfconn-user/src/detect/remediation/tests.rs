@@ -1,21 +1,10 @@
 //! Table tests of the remedy: which connections are destroyed, when, and with which results.
 
 use super::*;
-
-const TARGET: Target = Target {
-    netns: 1,
-    addr: std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
-    port: 40_000,
-    is_ipv6: false,
-    ifindex: None,
-};
+use crate::detect::samples;
 
 fn remedy(mode: RemedyMode, grace_ns: u64, rate: u32) -> Remedy {
     Remedy::new(RemedyPolicy { mode, selection: Selection::default(), grace_ns, rate })
-}
-
-fn candidate() -> RemedyCandidate {
-    RemedyCandidate { fields: ConnectionFields::sample(), target: Some(TARGET), netns_hints: vec![8, 7] }
 }
 
 fn cookie(number: u64) -> Cookie {
@@ -23,7 +12,8 @@ fn cookie(number: u64) -> Cookie {
 }
 
 fn request(number: u64) -> RemedyRequest {
-    RemedyRequest { number, target: TARGET, netns_hints: vec![8, 7] }
+    let endpoint = samples::endpoint("127.0.0.1", 40_000);
+    RemedyRequest { number, endpoint, ifindex: None, netns_hints: vec![8, 7] }
 }
 
 /// The due steps: numbers of the connections to look up, and results of the events.
@@ -42,7 +32,7 @@ fn due(remedy: &mut Remedy, now_ns: u64) -> (Vec<u64>, Vec<&'static str>) {
 #[test]
 fn a_connection_is_destroyed_by_the_cookie_of_its_lookup() {
     let mut remedy = remedy(RemedyMode::Destroy, 0, 10);
-    assert!(remedy.on_established(1, candidate(), 5).is_none());
+    assert!(remedy.on_established(ConnectionFields::sample(), request(1), 5).is_none());
     assert_eq!(remedy.next_ns(), Some(5));
     assert_eq!(due(&mut remedy, 5), (vec![1], vec![]));
     assert!(!remedy.is_destroying() && remedy.next_ns().is_none());
@@ -61,7 +51,7 @@ fn a_connection_is_destroyed_by_the_cookie_of_its_lookup() {
 #[test]
 fn a_dry_run_looks_up_and_destroys_nothing() {
     let mut remedy = remedy(RemedyMode::DryRun, 0, 10);
-    remedy.on_established(1, candidate(), 5);
+    remedy.on_established(ConnectionFields::sample(), request(1), 5);
     due(&mut remedy, 5);
     let Some(RemedyStep::Emit(remedied)) = remedy.on_looked_up(1, Ok(Some(cookie(9)))) else { panic!() };
     assert_eq!((remedied.mode, remedied.result), ("dry-run", "would_destroy"));
@@ -70,22 +60,19 @@ fn a_dry_run_looks_up_and_destroys_nothing() {
 
 #[test]
 fn a_closed_or_replaced_connection_is_gone_and_a_failure_has_a_reason() {
-    let known = |cookie| RemedyCandidate {
-        fields: ConnectionFields { cookie: Some(cookie), ..ConnectionFields::sample() },
-        ..candidate()
-    };
+    let known = |cookie| ConnectionFields { cookie: Some(cookie), ..ConnectionFields::sample() };
     let refusal = || Err("refused".to_owned());
-    for (candidate, is_closed, looked_up, destroyed, result) in [
-        (candidate(), false, Ok(None), None, "gone"),
-        (candidate(), true, Ok(Some(cookie(9))), None, "gone"),
+    for (fields, is_closed, looked_up, destroyed, result) in [
+        (ConnectionFields::sample(), false, Ok(None), None, "gone"),
+        (ConnectionFields::sample(), true, Ok(Some(cookie(9))), None, "gone"),
         (known(8), false, Ok(Some(cookie(9))), None, "gone"),
         (known(9), false, Ok(Some(cookie(9))), Some(Ok(true)), "destroyed"),
-        (candidate(), false, Ok(Some(cookie(9))), Some(Ok(false)), "gone"),
-        (candidate(), false, Ok(Some(cookie(9))), Some(refusal()), "failed"),
-        (candidate(), false, Err("refused".to_owned()), None, "failed"),
+        (ConnectionFields::sample(), false, Ok(Some(cookie(9))), Some(Ok(false)), "gone"),
+        (ConnectionFields::sample(), false, Ok(Some(cookie(9))), Some(refusal()), "failed"),
+        (ConnectionFields::sample(), false, Err("refused".to_owned()), None, "failed"),
     ] {
         let mut remedy = remedy(RemedyMode::Destroy, 0, 10);
-        remedy.on_established(1, candidate, 5);
+        remedy.on_established(fields, request(1), 5);
         due(&mut remedy, 5);
         if is_closed {
             remedy.on_closed(1);
@@ -106,8 +93,8 @@ fn a_closed_or_replaced_connection_is_gone_and_a_failure_has_a_reason() {
 #[test]
 fn a_connection_that_closes_within_its_grace_period_is_left_alone() {
     let mut remedy = remedy(RemedyMode::Destroy, 100, 10);
-    remedy.on_established(1, candidate(), 5);
-    remedy.on_established(2, candidate(), 6);
+    remedy.on_established(ConnectionFields::sample(), request(1), 5);
+    remedy.on_established(ConnectionFields::sample(), request(2), 6);
     assert_eq!(due(&mut remedy, 104), (vec![], vec![]));
     remedy.on_closed(1);
     assert_eq!(remedy.next_ns(), Some(106));
@@ -119,9 +106,9 @@ fn a_connection_that_closes_within_its_grace_period_is_left_alone() {
 fn connections_over_the_rate_limit_are_reported_once_and_handled_later() {
     let mut remedy = remedy(RemedyMode::Destroy, 0, 2);
     for number in 1..=5 {
-        remedy.on_established(number, candidate(), SECOND_NS);
+        remedy.on_established(ConnectionFields::sample(), request(number), SECOND_NS);
     }
-    remedy.on_established(6, candidate(), 3 * SECOND_NS);
+    remedy.on_established(ConnectionFields::sample(), request(6), 3 * SECOND_NS);
     let limited = |count| vec!["rate_limited"; count];
     assert_eq!(due(&mut remedy, SECOND_NS), (vec![1, 2], limited(3)));
     assert_eq!(remedy.next_ns(), Some(SECOND_NS + SECOND_NS / 2), "no wake-up before the next token");
@@ -137,7 +124,7 @@ fn connections_over_the_rate_limit_are_reported_once_and_handled_later() {
 fn a_connection_that_arrives_while_others_wait_is_reported_as_rate_limited_too() {
     let mut remedy = remedy(RemedyMode::Destroy, 0, 1);
     for number in 1..=3 {
-        remedy.on_established(number, candidate(), SECOND_NS);
+        remedy.on_established(ConnectionFields::sample(), request(number), SECOND_NS);
         due(&mut remedy, SECOND_NS + number);
     }
     let limited = remedy.counts().find(|(outcome, _)| *outcome == RemedyOutcome::RateLimited);
@@ -148,15 +135,16 @@ fn a_connection_that_arrives_while_others_wait_is_reported_as_rate_limited_too()
 fn an_excluded_connection_is_reported_at_once_and_never_looked_up() {
     let selection = Selection { except: vec!["comm=java".parse().unwrap()], ..Selection::default() };
     let mut remedy = Remedy::new(RemedyPolicy { mode: RemedyMode::DryRun, selection, grace_ns: 7, rate: 1 });
-    let remedied = remedy.on_established(1, candidate(), 5).unwrap();
+    let remedied = remedy.on_established(ConnectionFields::sample(), request(1), 5).unwrap();
     assert_eq!((remedied.result, remedied.why.as_deref()), ("excepted", Some("except comm=java")));
     assert_eq!(remedy.next_ns(), None);
 }
 
 #[test]
 fn without_its_network_namespace_a_connection_cannot_be_looked_up() {
+    let nowhere = Endpoint { netns: 0, ..request(1).endpoint };
     let remedied = remedy(RemedyMode::Destroy, 0, 1)
-        .on_established(1, RemedyCandidate { target: None, ..candidate() }, 5)
+        .on_established(ConnectionFields::sample(), RemedyRequest { endpoint: nowhere, ..request(1) }, 5)
         .unwrap();
     assert_eq!(remedied.result, "failed");
     assert!(remedied.why.unwrap().contains("BTF"));

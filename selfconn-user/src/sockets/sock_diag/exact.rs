@@ -12,18 +12,19 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use netlink_packet_core::{
-    Emitable, ErrorBuffer, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer, NetlinkMessage,
-    NetlinkPayload, NetlinkSerializable,
-};
+use netlink_packet_core::{ErrorBuffer, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR, NetlinkBuffer};
 use netlink_packet_sock_diag::{
     AF_INET, AF_INET6, IPPROTO_TCP, SOCK_DESTROY, SOCK_DIAG_BY_FAMILY,
     inet::{ExtensionFlags, InetRequest, SocketId, StateFlags},
 };
+use selfconn_ebpf::Endpoint;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{AF_NETLINK, NETLINK_SOCK_DIAG, parse};
-use crate::sockets::{DumpedSocket, Target};
+use super::{
+    message::{self, DiagMessage},
+    parse,
+};
+use crate::sockets::table::DumpedSocket;
 
 /// Both halves of `INET_DIAG_NOCOOKIE`, include/uapi/linux/inet_diag.h at v5.10.
 const NOCOOKIE: u64 = u64::MAX;
@@ -59,15 +60,20 @@ impl Cookie {
     }
 }
 
-/// The socket that the kernel finds for this target, which may be a listener. With a cookie, only the socket
-/// that has this cookie.
-pub(crate) fn look_up(target: &Target, cookie: Option<Cookie>) -> io::Result<Option<DumpedSocket>> {
-    request_socket(SOCK_DIAG_BY_FAMILY, target.id(cookie.map_or(NOCOOKIE, Cookie::get)))
+/// The socket that the kernel finds for a connection from this endpoint to itself, which may be a listener.
+/// With a cookie, only the socket that has this cookie. `ifindex` is the interface of a link-local address.
+pub(crate) fn look_up(
+    endpoint: &Endpoint,
+    ifindex: Option<u32>,
+    cookie: Option<Cookie>,
+) -> io::Result<Option<DumpedSocket>> {
+    let cookie = cookie.map_or(NOCOOKIE, Cookie::get);
+    request_socket(SOCK_DIAG_BY_FAMILY, self_connection(endpoint, ifindex, cookie))
 }
 
 /// Destroys the socket with this cookie. Returns true if it existed. The socket is gone when this returns.
-pub(crate) fn destroy(target: &Target, cookie: Cookie) -> io::Result<bool> {
-    existed(request_socket(SOCK_DESTROY, target.id(cookie.get())))
+pub(crate) fn destroy(endpoint: &Endpoint, ifindex: Option<u32>, cookie: Cookie) -> io::Result<bool> {
+    existed(request_socket(SOCK_DESTROY, self_connection(endpoint, ifindex, cookie.get())))
 }
 
 /// Creates a listener and destroys it with SOCK_DESTROY, because the kernel checks the permission only for a
@@ -107,14 +113,12 @@ fn existed(result: io::Result<Option<DumpedSocket>>) -> io::Result<bool> {
     }
 }
 
-impl Target {
-    fn id(&self, cookie: u64) -> SocketId {
-        let addr = match self.addr {
-            IpAddr::V4(addr) if self.is_ipv6 => addr.to_ipv6_mapped().into(),
-            addr => addr,
-        };
-        id(addr, self.port, self.ifindex.unwrap_or(LOOPBACK), cookie)
-    }
+fn self_connection(endpoint: &Endpoint, ifindex: Option<u32>, cookie: u64) -> SocketId {
+    let addr = match endpoint.ip() {
+        IpAddr::V4(addr) if endpoint.is_ipv6() => addr.to_ipv6_mapped().into(),
+        addr => addr,
+    };
+    id(addr, endpoint.port, ifindex.unwrap_or(LOOPBACK), cookie)
 }
 
 fn id(addr: IpAddr, port: u16, ifindex: u32, cookie: u64) -> SocketId {
@@ -134,8 +138,7 @@ fn id(addr: IpAddr, port: u16, ifindex: u32, cookie: u64) -> SocketId {
 
 /// Sends one request and returns the socket in the reply. `None`: success without a socket.
 fn request_socket(kind: u16, socket_id: SocketId) -> io::Result<Option<DumpedSocket>> {
-    let mut socket =
-        Socket::new(Domain::from(AF_NETLINK), Type::RAW, Some(Protocol::from(NETLINK_SOCK_DIAG)))?;
+    let mut socket = message::open()?;
     socket.send(&encode(kind, socket_id))?;
     let mut buffer = [0; REPLY_BUFFER_LEN];
     let len = loop {
@@ -155,35 +158,9 @@ fn encode(kind: u16, socket_id: SocketId) -> Vec<u8> {
         states: StateFlags::all(),
         socket_id,
     };
-    let mut message = NetlinkMessage::new(
-        Default::default(),
-        NetlinkPayload::InnerMessage(SocketMessage { kind, request }),
-    );
     // Without NLM_F_ACK the kernel sends no reply after it has destroyed a socket.
-    message.header.flags = NLM_F_REQUEST | if kind == SOCK_DESTROY { NLM_F_ACK } else { 0 };
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-    bytes
-}
-
-struct SocketMessage {
-    kind: u16,
-    request: InetRequest,
-}
-
-impl NetlinkSerializable for SocketMessage {
-    fn message_type(&self) -> u16 {
-        self.kind
-    }
-
-    fn buffer_len(&self) -> usize {
-        self.request.buffer_len()
-    }
-
-    fn serialize(&self, buffer: &mut [u8]) {
-        self.request.emit(buffer);
-    }
+    let flags = NLM_F_REQUEST | if kind == SOCK_DESTROY { NLM_F_ACK } else { 0 };
+    DiagMessage { kind, flags, request, filter: None }.encode()
 }
 
 fn parse_reply(reply: &[u8]) -> io::Result<Option<DumpedSocket>> {
@@ -206,13 +183,9 @@ fn parse_reply(reply: &[u8]) -> io::Result<Option<DumpedSocket>> {
 mod tests {
     use super::*;
 
-    const TARGET: Target = Target {
-        netns: 1,
-        addr: IpAddr::V4(Ipv4Addr::LOCALHOST),
-        port: 40_000,
-        is_ipv6: false,
-        ifindex: None,
-    };
+    fn endpoint(ip: &str, is_ipv6: bool) -> Endpoint {
+        Endpoint::new(1, ip.parse().unwrap(), 40_000, is_ipv6)
+    }
 
     #[test]
     fn a_request_to_destroy_always_has_a_cookie() {
@@ -221,7 +194,8 @@ mod tests {
         }
         // Either half alone may be all ones.
         for cookie in [1, 0xffff_ffff, 0xffff_ffff_0000_0000, NOCOOKIE - 1] {
-            let bytes = encode(SOCK_DESTROY, TARGET.id(Cookie::new(cookie).unwrap().get()));
+            let cookie_of = Cookie::new(cookie).unwrap().get();
+            let bytes = encode(SOCK_DESTROY, self_connection(&endpoint("127.0.0.1", false), None, cookie_of));
             assert_ne!(bytes[64..72], [0xff; 8], "{cookie:#x}");
             assert_eq!(bytes[64..68], (cookie as u32).to_ne_bytes());
             assert_eq!(bytes[68..72], ((cookie >> 32) as u32).to_ne_bytes());
@@ -230,16 +204,17 @@ mod tests {
 
     #[test]
     fn a_request_identifies_one_socket() {
-        let mapped = Target { is_ipv6: true, ..TARGET };
-        let local = Target { addr: "fe80::9".parse().unwrap(), ifindex: Some(3), ..mapped };
         let v4 = [127, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         let v6 = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 0, 0, 1];
         let fe80 = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9];
-        for (target, family, address, ifindex) in
-            [(TARGET, AF_INET, v4, 1_u32), (mapped, AF_INET6, v6, 1), (local, AF_INET6, fe80, 3)]
-        {
+        for (ip, ifindex, family, address, expected_ifindex) in [
+            ("127.0.0.1", None, AF_INET, v4, 1_u32),
+            ("127.0.0.1", None, AF_INET6, v6, 1),
+            ("fe80::9", Some(3), AF_INET6, fe80, 3),
+        ] {
+            let endpoint = endpoint(ip, family == AF_INET6);
             for (kind, flags) in [(SOCK_DIAG_BY_FAMILY, 1_u16), (SOCK_DESTROY, 5)] {
-                let bytes = encode(kind, target.id(7));
+                let bytes = encode(kind, self_connection(&endpoint, ifindex, 7));
                 assert_eq!(bytes.len(), 72);
                 assert_eq!(bytes[4..6], kind.to_ne_bytes());
                 assert_eq!(bytes[6..8], flags.to_ne_bytes());
@@ -247,7 +222,7 @@ mod tests {
                 assert_eq!(bytes[24..28], [40_000_u16.to_be_bytes(); 2].concat());
                 assert_eq!(bytes[28..44], address);
                 assert_eq!(bytes[44..60], address);
-                assert_eq!(bytes[60..64], ifindex.to_ne_bytes());
+                assert_eq!(bytes[60..64], expected_ifindex.to_ne_bytes());
                 assert_eq!(bytes[64..72], 7_u64.to_ne_bytes());
             }
         }
@@ -271,6 +246,6 @@ mod tests {
         assert_eq!(errno(&[]), Err(None));
         let mut socket = vec![0; 72];
         (socket[0], socket[1]) = (AF_INET, 1);
-        assert_eq!(parse_reply(&message(SOCK_DIAG_BY_FAMILY, &socket)).unwrap().unwrap().state, 1);
+        assert_eq!(parse_reply(&message(SOCK_DIAG_BY_FAMILY, &socket)).unwrap().unwrap().entry.state, 1);
     }
 }

@@ -13,8 +13,8 @@ use std::{
 
 use jiff::Timestamp;
 use rustix::mount::{UnmountFlags, mount_bind, unmount};
-use selfconn::sockets::{self, ConnectAttempt, SnapshotOptions};
-use selfconn_ebpf::state;
+use selfconn::sockets::{self, SnapshotOptions};
+use selfconn_ebpf::{Endpoint, state};
 use serde_json::{Value, json};
 use socket2::{SockFilter, Socket};
 
@@ -216,7 +216,10 @@ fn a_mounted_namespace_without_processes_is_scanned_once() {
         assert_eq!(ScanOutput::run(options).only_row_in(left)["port"], port);
     }
     let snapshot = sockets::snapshot(SnapshotOptions::default(), &[]).unwrap();
-    assert_eq!(snapshot.entries.iter().filter(|found| u64::from(found.netns) == left.inode).count(), 1);
+    assert_eq!(
+        snapshot.entries.iter().filter(|found| u64::from(found.endpoint.netns) == left.inode).count(),
+        1
+    );
     drop((first, second));
     assert_eq!(ScanOutput::run(&[]).rows_in(left).len(), 0, "the namespace can no longer be found");
 }
@@ -323,22 +326,24 @@ fn connects_in_flight_are_listed_when_requested() {
     let own = itself.local_addr().unwrap().as_socket().unwrap();
     let _itself = start_connect(itself, own);
     for procfs_only in [false, true] {
-        let snapshot = sockets::snapshot(SnapshotOptions { attempts: true, procfs_only }, &[]).unwrap();
+        let snapshot =
+            sockets::snapshot(SnapshotOptions { attempts: true, procfs_only, holders: None }, &[]).unwrap();
         let netns = u32::try_from(net.inode).unwrap();
-        let found: Vec<_> = snapshot.entries.iter().filter(|found| found.netns == netns).collect();
+        let found: Vec<_> = snapshot.entries.iter().filter(|found| found.endpoint.netns == netns).collect();
         assert_eq!(found.len(), 1, "{found:?}");
-        assert_eq!((found[0].port, found[0].state), (own.port(), state::SYN_SENT));
+        assert_eq!((found[0].endpoint.port, found[0].state), (own.port(), state::SYN_SENT));
         let attempts: HashSet<_> =
             snapshot.attempts.iter().filter(|attempt| attempt.netns == netns).copied().collect();
         let v6 = Ipv6Addr::LOCALHOST.into();
         let expected = HashSet::from([
-            ConnectAttempt { netns, addr: localhost, dport: v4_port, is_ipv6: false },
-            ConnectAttempt { netns, addr: v6, dport: v6_port, is_ipv6: true },
-            ConnectAttempt { netns, addr: localhost, dport: own.port(), is_ipv6: false },
+            Endpoint::new(netns, localhost, v4_port, false),
+            Endpoint::new(netns, v6, v6_port, true),
+            Endpoint::new(netns, localhost, own.port(), false),
         ]);
         assert_eq!(attempts, expected);
-        let not_asked = sockets::snapshot(SnapshotOptions { attempts: false, procfs_only }, &[]).unwrap();
+        let not_asked =
+            sockets::snapshot(SnapshotOptions { attempts: false, procfs_only, holders: None }, &[]).unwrap();
         assert_eq!(not_asked.attempts, []);
-        assert_eq!(not_asked.entries.iter().filter(|found| found.netns == netns).count(), 1);
+        assert_eq!(not_asked.entries.iter().filter(|found| found.endpoint.netns == netns).count(), 1);
     }
 }

@@ -1,0 +1,167 @@
+//! A snapshot of the socket tables of all network namespaces: the self-connections, and the connection
+//! attempts in progress, and the processes that hold the self-connections.
+//!
+//! Where sockets are matched with the connect table and with tracked connections, the family does not count:
+//! an IPv4 socket and an IPv6 socket with a v4-mapped address cannot have the same endpoint at the same time.
+
+use std::{
+    collections::{HashMap, HashSet},
+    io, panic, thread,
+};
+
+use selfconn_ebpf::{ConnectEntry, Endpoint, Opener};
+
+use super::{
+    holders::{HolderSearch, Holders, find_holders},
+    netns::{self, Namespace},
+    table::{SocketEntry, Tables},
+};
+use crate::system::{clock, process::Holder};
+
+/// The options of a snapshot.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SnapshotOptions {
+    /// Also list connection attempts in progress; this needs another walk through each table.
+    pub attempts: bool,
+    /// Read `/proc/net/tcp` even if sock_diag is available.
+    pub procfs_only: bool,
+    /// Also search for the holders. The walk over the descriptors of all processes is expensive, so it is
+    /// left out if there is no self-connection.
+    pub holders: Option<HolderSearch>,
+}
+
+/// The self-connections found in the socket tables.
+#[derive(Debug, Default)]
+pub struct SocketSnapshot {
+    /// All self-connections, each once, TIME_WAIT included.
+    pub entries: Vec<SocketEntry>,
+    /// Connection attempts in progress from an address to itself: their destinations, each once; empty unless
+    /// requested.
+    pub attempts: Vec<Endpoint>,
+    /// The processes that hold the self-connections; empty unless requested.
+    pub holders: Holders,
+    /// The inodes of the network namespaces that were read.
+    pub namespaces: HashSet<u32>,
+    /// What could not be read, and the reason: one line of text for people each.
+    pub unseen: Vec<String>,
+    /// The reason why `/proc/net/tcp` was read instead of sock_diag; cookies and interfaces are unknown in
+    /// this case.
+    pub without_sock_diag: Option<String>,
+    /// The time when reading began, in nanoseconds of `CLOCK_BOOTTIME`. Connections made later may be
+    /// missing.
+    pub began_ns: u64,
+    /// The time when reading ended. Connections that ended earlier may be listed.
+    pub ended_ns: u64,
+}
+
+impl SocketSnapshot {
+    /// True if the snapshot includes this network namespace.
+    #[must_use]
+    pub fn covers(&self, netns: u32) -> bool {
+        self.namespaces.contains(&netns)
+    }
+
+    /// Adds the entries of the probes' connect table to the sockets. If the probes do not know the network
+    /// namespace of a socket, it becomes unknown in the snapshot, too: transitions of these sockets have
+    /// none.
+    pub fn add_connect_entries(&mut self, connects: &[(u64, ConnectEntry)], knows_netns: bool) {
+        let connects: HashMap<Endpoint, (u64, Opener)> = connects
+            .iter()
+            .map(|(sock, connect)| (connect.endpoint.any_family(), (*sock, connect.opener)))
+            .collect();
+        for entry in &mut self.entries {
+            if !knows_netns {
+                entry.endpoint.netns = 0;
+            }
+            entry.connect_entry = connects.get(&entry.endpoint.any_family()).copied();
+        }
+    }
+
+    /// The processes that have a self-connection open, by its endpoint of any family. An endpoint without a
+    /// holder is missing.
+    #[must_use]
+    pub fn holders_by_endpoint(&self) -> HashMap<Endpoint, &[Holder]> {
+        let holders_of = |entry: &SocketEntry| {
+            let holders = self.holders.by_inode.get(&entry.inode)?;
+            Some((entry.endpoint.any_family(), holders.as_slice()))
+        };
+        self.entries.iter().filter_map(holders_of).collect()
+    }
+
+    /// Kernel addresses in the connect table whose sockets no longer exist: the entry is older than the
+    /// snapshot, its namespace was read, and the snapshot lists neither a self-connection nor a connection
+    /// attempt for it.
+    #[must_use]
+    pub fn stale_connects(&self, connects: &[(u64, ConnectEntry)]) -> Vec<u64> {
+        let sockets = self.entries.iter().map(|entry| &entry.endpoint).chain(&self.attempts);
+        let existing: HashSet<Endpoint> = sockets.map(Endpoint::any_family).collect();
+        let is_stale = |connect: &ConnectEntry| {
+            connect.opener.at_ns < self.began_ns
+                && self.covers(connect.endpoint.netns)
+                && !existing.contains(&connect.endpoint.any_family())
+        };
+        connects.iter().filter(|(_, connect)| is_stale(connect)).map(|(sock, _)| *sock).collect()
+    }
+}
+
+/// Reads the socket tables of all network namespaces that can be found and entered. It runs on a separate
+/// thread and returns when the thread has ended, so the namespace of the caller does not change.
+/// `netns_hints` are thread ids as in this process's `/proc`; they help to find namespaces that only non-main
+/// threads are in.
+///
+/// # Errors
+/// If no thread can be started.
+pub fn snapshot(options: SnapshotOptions, netns_hints: &[u32]) -> io::Result<SocketSnapshot> {
+    let mut snapshot = thread::scope(|scope| -> io::Result<SocketSnapshot> {
+        let thread = thread::Builder::new().name("namespaces".to_owned());
+        let thread = thread.spawn_scoped(scope, move || snapshot_all(options, netns_hints))?;
+        Ok(thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause)))
+    })?;
+    if let Some(search) = options.holders {
+        let inodes = snapshot.entries.iter().map(|entry| entry.inode).filter(|inode| *inode != 0).collect();
+        snapshot.holders = find_holders(&inodes, search);
+    }
+    Ok(snapshot)
+}
+
+/// Must be called on a thread that ends afterwards, because the thread stays in the last namespace.
+fn snapshot_all(options: SnapshotOptions, netns_hints: &[u32]) -> SocketSnapshot {
+    let mut snapshot = SocketSnapshot { began_ns: clock::boot_ns(), ..SocketSnapshot::default() };
+    let mut tables = Tables::new(options.procfs_only);
+    let visited = netns::visit(netns_hints, |&Namespace { inode: netns, .. }| {
+        tables.read(options.attempts)?;
+        let mut cookies = HashSet::new();
+        for row in tables.rows.drain(..) {
+            if row.is_attempt() && options.attempts {
+                snapshot.attempts.push(Endpoint { netns, ..row.destination });
+            }
+            // If a hash chain changes while it is read, a socket can appear twice.
+            if row.is_self_connection() && row.entry.cookie.is_none_or(|cookie| cookies.insert(cookie)) {
+                snapshot.entries.push(row.into_entry(netns));
+            }
+        }
+        Ok(())
+    });
+    snapshot.namespaces = visited.namespaces;
+    snapshot.unseen = visited.unseen;
+    snapshot.without_sock_diag = tables.without_diag;
+    snapshot.attempts.sort_unstable();
+    snapshot.attempts.dedup();
+    snapshot.ended_ns = clock::boot_ns();
+    snapshot
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_does_not_change_the_namespace_of_the_caller() {
+        let current_netns = || std::fs::read_link("/proc/thread-self/ns/net").unwrap();
+        let before = current_netns();
+        let snapshot = snapshot(SnapshotOptions::default(), &[]).unwrap();
+        assert_eq!(current_netns(), before);
+        assert!(!snapshot.namespaces.is_empty(), "{snapshot:?}");
+        assert!(snapshot.began_ns < snapshot.ended_ns);
+    }
+}

@@ -1,0 +1,54 @@
+//! A request to sock_diag as a netlink message, and the socket that carries it.
+
+use std::io;
+
+use netlink_packet_core::{DefaultNla, Emitable, NetlinkMessage, NetlinkPayload, NetlinkSerializable};
+use netlink_packet_sock_diag::inet::InetRequest;
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// `AF_NETLINK` and `NETLINK_SOCK_DIAG`, include/linux/socket.h and include/uapi/linux/netlink.h at v5.10.
+const AF_NETLINK: i32 = 16;
+const NETLINK_SOCK_DIAG: i32 = 4;
+
+/// A netlink socket for sock_diag, in the network namespace of the calling thread.
+pub(super) fn open() -> io::Result<Socket> {
+    Socket::new(Domain::from(AF_NETLINK), Type::RAW, Some(Protocol::from(NETLINK_SOCK_DIAG)))
+}
+
+/// The request, and the bytecode filter of a dump.
+pub(super) struct DiagMessage {
+    pub(super) kind: u16,
+    pub(super) flags: u16,
+    pub(super) request: InetRequest,
+    pub(super) filter: Option<DefaultNla>,
+}
+
+impl DiagMessage {
+    pub(super) fn encode(self) -> Vec<u8> {
+        let flags = self.flags;
+        let mut message = NetlinkMessage::new(Default::default(), NetlinkPayload::InnerMessage(self));
+        message.header.flags = flags;
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        bytes
+    }
+}
+
+impl NetlinkSerializable for DiagMessage {
+    fn message_type(&self) -> u16 {
+        self.kind
+    }
+
+    fn buffer_len(&self) -> usize {
+        self.request.buffer_len() + self.filter.as_ref().map_or(0, Emitable::buffer_len)
+    }
+
+    fn serialize(&self, buffer: &mut [u8]) {
+        let (request, filter) = buffer.split_at_mut(self.request.buffer_len());
+        self.request.emit(request);
+        if let Some(attribute) = &self.filter {
+            attribute.emit(filter);
+        }
+    }
+}
