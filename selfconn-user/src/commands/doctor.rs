@@ -6,19 +6,21 @@
 use std::{fmt::Write as _, process::ExitCode};
 
 use anyhow::{Context as _, Result};
+use rustix::thread::CapabilitySet;
 use serde::Serialize;
 
 use crate::{
     bpf::{
         attach::{Hook, Method, Refusal, RequestedHooks, choose},
-        bind_programs::{self, BindMethod},
-        features::{CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, KernelFeatures},
-        loader,
+        bind_method::BindMethod,
+        bind_programs,
+        features::KernelFeatures,
+        programs,
         tracefs::Tracefs,
     },
     event::text::escape,
     sockets,
-    system::logger,
+    system::{capabilities, logger},
 };
 
 use live::LiveMethod;
@@ -109,7 +111,7 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
 }
 
 fn collect(features: &KernelFeatures) -> DoctorReport {
-    let probed = loader::probe_methods(features);
+    let probed = programs::probe_methods(features);
     let (outcomes, ring) = match probed {
         Ok(outcomes) => (outcomes, Ok(())),
         Err(error) => {
@@ -188,7 +190,7 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
     };
     let tracefs = match features.tracefs {
         Tracefs::At(at) => (true, format!("mounted on {at}")),
-        Tracefs::NotMounted if features.capabilities.has(CAP_SYS_ADMIN) => {
+        Tracefs::NotMounted if features.capabilities.contains(CapabilitySet::SYS_ADMIN) => {
             (true, "not mounted; selfconn mounts it privately while it attaches".to_owned())
         }
         Tracefs::NotMounted => (false, "not mounted".to_owned()),
@@ -197,11 +199,7 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
     let remedy = sockets::can_destroy().and_then(|()| sockets::can_enter());
     let lockdown =
         features.lockdown.clone().unwrap_or_else(|| "unknown (securityfs is not mounted)".to_owned());
-    let missing: Vec<_> = [CAP_BPF, CAP_PERFMON]
-        .into_iter()
-        .filter(|capability| !features.capabilities.has(*capability))
-        .map(|capability| capability.name)
-        .collect();
+    let missing = capabilities::names(features.missing_capabilities());
     vec![
         check(
             "btf",

@@ -8,9 +8,10 @@ use clap::ValueEnum;
 use crate::{
     bpf::{
         attach::{Hooks, Method, RequestedHooks},
-        bind_programs::{BindMethod, RequestedBindMethod},
+        bind_method::{BindMethod, RequestedBindMethod},
         features::KernelFeatures,
         loader::{Tracer, TracerOptions},
+        object::ObjectOptions,
     },
     daemon::{Daemon, self_test::socket::SelfTestSocket, supervision::Supervision},
     metrics::server::MetricsListener,
@@ -218,11 +219,13 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
                 BindsArg::Perf => RequestedBindMethod::Only(BindMethod::Perf),
                 BindsArg::Off => RequestedBindMethod::Off,
             },
-            ring_bytes: args.ring_size,
-            connect_table_size: args.connect_table,
-            refused_table_size: args.refused_table,
-            states: args.states,
-            log: args.verbose > 1,
+            object: ObjectOptions {
+                ring_bytes: args.ring_size,
+                connect_table_size: args.connect_table,
+                refused_table_size: args.refused_table,
+                states: args.states,
+                log: args.verbose > 1,
+            },
         };
         let tracer = Tracer::start(&host, options)?;
         // Precondition: the hooks are attached, and no other thread is started yet.
