@@ -73,7 +73,7 @@ pub struct ReproArgs {
     mode: ReproMode,
 
     /// Keep the connection open for this time
-    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", value_parser = super::duration::parse_seconds)]
     hold: Option<Duration>,
 
     /// With --mode retry: give up after this many attempts [default: 10 times the expected number]
@@ -314,11 +314,6 @@ fn scope_id(endpoint: SocketAddr) -> Option<u32> {
 
 fn nanoseconds(time: Duration) -> u64 {
     time.as_nanos().try_into().unwrap_or(u64::MAX)
-}
-
-fn parse_seconds(text: &str) -> Result<Duration, String> {
-    let number: f64 = text.parse().map_err(|_| "not a number of seconds such as 60 or 0.5")?;
-    Duration::try_from_secs_f64(number).map_err(|error| error.to_string())
 }
 
 fn parse_thread_name(text: &str) -> Result<String, String> {
