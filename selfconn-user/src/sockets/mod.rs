@@ -20,6 +20,7 @@ mod destroy;
 mod holders;
 mod listeners;
 mod netns;
+mod on_port;
 mod procfs;
 mod sock_diag;
 
@@ -38,6 +39,8 @@ pub use listeners::NamespaceSelection;
 pub use listeners::inspect;
 pub use netns::Namespace;
 pub use netns::run_in_namespace;
+pub use on_port::PortSocket;
+pub use on_port::on_port;
 pub use sock_diag::exact::Cookie;
 
 /// The hint for processes that this process may not inspect.

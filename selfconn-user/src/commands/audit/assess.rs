@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::collect::{AuditedPort, ListenerProcess, NamespaceInfo, RouteSource};
 use crate::{
-    commands::repro::group_thousands,
+    event::text::units::group_thousands,
     ports::{LocalPorts, Odds, Reach},
 };
 

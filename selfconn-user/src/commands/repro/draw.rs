@@ -2,23 +2,10 @@
 //! there is one socket, and each segment that leaves the socket comes back to it. It is drawn from the rules
 //! of TCP and the numbers of one run, not from captured packets.
 
-use std::fmt::Write as _;
-use std::net::SocketAddr;
-use std::time::Duration;
+use std::{fmt::Write as _, time::Duration};
 
-use super::step::CloseKind;
-
-/// The values of one run that the chart shows.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Chart {
-    pub(super) endpoint: SocketAddr,
-    /// Number of refused connects before the successful one.
-    pub(super) refused_connects: u64,
-    pub(super) bytes: usize,
-    pub(super) how: CloseKind,
-    /// Remaining time in TIME_WAIT after the close. `None`: no socket in TIME_WAIT was found.
-    pub(super) time_wait: Option<Duration>,
-}
+use super::step::{CloseKind, ReproSummary};
+use crate::event::text::units::group_thousands;
 
 /// A segment: the state of the socket after it is sent, its content, a remark on the sending, and a remark on
 /// the receipt.
@@ -28,10 +15,10 @@ type Segment<'a> = (&'a str, &'a str, &'a str, &'a str);
 const LOOP_WIDTH: usize = 24;
 
 /// Draws the chart. Each line ends with a newline and is at most 80 columns wide.
-pub(super) fn chart(chart: &Chart) -> String {
-    let bytes = format!("{} bytes", chart.bytes);
-    let port = chart.endpoint.port();
-    let sends_syn = match chart.refused_connects {
+pub(super) fn chart(summary: &ReproSummary) -> String {
+    let bytes = format!("{} bytes", summary.bytes_sent);
+    let (port, refused_connects) = (summary.port, summary.attempts - 1);
+    let sends_syn = match refused_connects {
         0 => "connect(): out to its own port".to_owned(),
         _ => format!("connect(), now from port {port}"),
     };
@@ -49,8 +36,8 @@ pub(super) fn chart(chart: &Chart) -> String {
         [("FIN_WAIT1", "FIN", "close()", "its own FIN: a simultaneous close"), ("CLOSING", "ACK", "", "")];
 
     let mut text = String::new();
-    if chart.refused_connects > 0 {
-        let sockets = match chart.refused_connects {
+    if refused_connects > 0 {
+        let sockets = match refused_connects {
             1 => "1 socket, with".to_owned(),
             refused => format!("{} sockets, each with", group_thousands(refused)),
         };
@@ -61,14 +48,14 @@ pub(super) fn chart(chart: &Chart) -> String {
     }
     draw_line(&mut text, "CLOSE", "┬", "one socket");
     open.iter().for_each(|segment| draw_segment(&mut text, segment));
-    match (chart.how, chart.time_wait) {
-        (CloseKind::Fin, left) => {
+    match summary.how {
+        CloseKind::Fin => {
             close.iter().for_each(|segment| draw_segment(&mut text, segment));
-            let remark =
-                left.map(|left| format!("no process; blocks port for {} s", left.as_secs_f64().ceil()));
+            let left = summary.port_blocked_ns.map(|ns| Duration::from_nanos(ns).as_secs_f64().ceil());
+            let remark = left.map(|left| format!("no process; blocks port for {left} s"));
             draw_line(&mut text, "TIME_WAIT", "┴", remark.as_deref().unwrap_or("not found here"));
         }
-        (CloseKind::Destroyed, _) => draw_line(&mut text, "CLOSE", "╳", "destroyed: no FIN, so no TIME_WAIT"),
+        CloseKind::Destroyed => draw_line(&mut text, "CLOSE", "╳", "destroyed: no FIN, so no TIME_WAIT"),
     }
     text
 }
@@ -84,32 +71,9 @@ fn draw_line(text: &mut String, state: &str, drawing: &str, remark: &str) {
     let _ = writeln!(text, "{}", line.trim_end());
 }
 
-/// Formats a number with commas between the thousands.
-pub(in crate::commands) fn group_thousands(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
-
-    fn example_chart() -> Chart {
-        Chart {
-            endpoint: "127.0.0.1:40029".parse().unwrap(),
-            refused_connects: 0,
-            bytes: 25,
-            how: CloseKind::Fin,
-            time_wait: Some(Duration::from_secs(60)),
-        }
-    }
+    use super::{super::narrate::tests::summary, *};
 
     #[test]
     fn the_textbook_client_goes_from_close_to_time_wait() {
@@ -131,13 +95,13 @@ mod tests {
                  │<───────────────────────╯
     TIME_WAIT    ┴                            no process; blocks port for 60 s
 ";
-        let got = format!("\n{}", chart(&example_chart()));
+        let got = format!("\n{}", chart(&summary(1)));
         assert_eq!(got, want, "{got}");
     }
 
     #[test]
     fn the_accident_starts_with_the_refused_connects() {
-        let got = format!("\n{}", chart(&Chart { refused_connects: 6900, ..example_chart() }));
+        let got = format!("\n{}", chart(&summary(6901)));
         let want = "
     SYN_SENT     ├──── SYN ──────────────>╳   no listener: refused by RST,
     CLOSE        ┴                            6,900 sockets, each with
@@ -146,31 +110,18 @@ mod tests {
     SYN_SENT     ├──── SYN ───────────────╮   connect(), now from port 40029
 ";
         assert!(got.starts_with(want), "{got}");
-    }
-
-    #[test]
-    fn a_destroyed_connection_ends_without_fin_and_time_wait() {
-        let got = chart(&Chart { how: CloseKind::Destroyed, time_wait: None, ..example_chart() });
-        assert!(
-            got.ends_with("╳                            destroyed: no FIN, so no TIME_WAIT\n"),
-            "\n{got}"
-        );
-        assert!(!got.contains("FIN_WAIT1") && !got.contains("CLOSING"), "\n{got}");
-    }
-
-    #[test]
-    fn no_line_is_wider_than_a_terminal() {
-        let widest = Chart { refused_connects: 1_000_000_000, bytes: 65_536, ..example_chart() };
-        for line in chart(&widest).lines() {
+        for line in chart(&summary(1_000_000_000)).lines() {
             assert!(line.chars().count() <= 80, "{line}");
         }
     }
 
     #[test]
-    fn thousands_are_grouped() {
-        let rows = [(0, "0"), (999, "999"), (1000, "1,000"), (14116, "14,116"), (1_234_567, "1,234,567")];
-        for (number, want) in rows {
-            assert_eq!(group_thousands(number), want);
-        }
+    fn a_destroyed_connection_ends_without_fin_and_time_wait() {
+        let got = chart(&ReproSummary { how: CloseKind::Destroyed, port_blocked_ns: None, ..summary(1) });
+        assert!(
+            got.ends_with("╳                            destroyed: no FIN, so no TIME_WAIT\n"),
+            "\n{got}"
+        );
+        assert!(!got.contains("FIN_WAIT1") && !got.contains("CLOSING"), "\n{got}");
     }
 }
