@@ -153,15 +153,33 @@ pub enum Refusal {
     NotRequested,
 }
 
+impl Refusal {
+    /// The kind of refusal in one word.
+    #[must_use]
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Unsupported(_) => "unsupported",
+            Self::Refused(_) => "refused",
+            Self::Denied(_) => "denied",
+            Self::Broken(_) => "broken",
+            Self::NotRequested => "not wanted",
+        }
+    }
+
+    /// The reason as text for people. `None`: the user did not ask for the method.
+    #[must_use]
+    pub fn reason(&self) -> Option<&str> {
+        match self {
+            Self::Unsupported(why) | Self::Refused(why) | Self::Denied(why) | Self::Broken(why) => Some(why),
+            Self::NotRequested => None,
+        }
+    }
+}
+
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Unsupported(why) => write!(f, "unsupported: {why}"),
-            Self::Refused(why) => write!(f, "refused: {why}"),
-            Self::Denied(why) => write!(f, "denied: {why}"),
-            Self::Broken(why) => write!(f, "broken: {why}"),
-            Self::NotRequested => write!(f, "not wanted"),
-        }
+        f.write_str(self.kind())?;
+        self.reason().map_or(Ok(()), |why| write!(f, ": {why}"))
     }
 }
 

@@ -26,7 +26,7 @@ use tokio::{
 
 use crate::sockets::{self, PortSocket};
 use connect::OpenedConnection;
-use narrate::{NarrationStyle, Narrator};
+use narrate::Narrator;
 use step::{BindResult, CloseKind, ReproStep, ReproSummary};
 
 mod address;
@@ -74,8 +74,8 @@ pub struct ReproArgs {
     json: bool,
 
     /// Make this many connections, one after the other
-    #[arg(long, value_name = "N", hide = true, default_value = "1", conflicts_with = "port")]
-    count: NonZeroU64,
+    #[arg(long, value_name = "N", hide = true, conflicts_with = "port", requires = "json")]
+    count: Option<NonZeroU64>,
 
     /// Connect from a thread with this name
     #[arg(long, value_name = "NAME", hide = true, value_parser = parse_thread_name)]
@@ -112,12 +112,8 @@ fn run_all(args: &ReproArgs) -> Result<()> {
         bail!("--attempts applies to --mode retry only: add --mode retry, or omit --attempts");
     }
     address::check_local(args.address)?;
-    let mut narrator = Narrator::new(match (args.json, args.count.get()) {
-        (true, _) => NarrationStyle::Json,
-        (false, 1) => NarrationStyle::NumberedSteps,
-        (false, _) => NarrationStyle::OneLine,
-    });
-    for _ in 0..args.count.get() {
+    let mut narrator = Narrator::new(args.json);
+    for _ in 0..args.count.map_or(1, NonZeroU64::get) {
         if run_once(args, &mut narrator)? == HoldEnd::Signalled {
             break;
         }
@@ -135,7 +131,7 @@ fn run_once(args: &ReproArgs, narrator: &mut Narrator) -> Result<HoldEnd> {
     let begin = Instant::now();
     // To read /proc/net/tcp the kernel walks all hash buckets, which takes longer than a connection. So a run
     // with many connections skips it.
-    let reads_table = args.count.get() == 1;
+    let reads_table = args.count.is_none();
     let endpoint = check_endpoints(&socket, reads_table, narrator)?;
     exchange_data(&socket, narrator)?;
     let (socket, hold_end) = match args.hold {
@@ -168,7 +164,6 @@ fn run_once(args: &ReproArgs, narrator: &mut Narrator) -> Result<HoldEnd> {
         duration_ns,
         how,
         port_blocked_ns,
-        endpoint,
     }))?;
     Ok(hold_end)
 }

@@ -1,5 +1,5 @@
-//! Prints the steps: as numbered lines with a chart at the end for people, as one JSON object per step, or as
-//! one line per connection in a run of many connections. Only this module writes to stdout in `repro`.
+//! Prints the steps: as numbered lines with a chart at the end for people, or as one JSON object per step. Only
+//! this module writes to stdout in `repro`.
 
 use std::{fmt::Write as _, net::SocketAddr, time::Duration};
 
@@ -15,36 +15,28 @@ use crate::event::text::units::group_thousands;
 /// Width of the columns with the number and the verb.
 const VERB_COLUMN_WIDTH: usize = 14;
 
-/// The output format.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum NarrationStyle {
-    NumberedSteps,
-    /// One line for each connection.
-    OneLine,
-    Json,
-}
-
 /// Prints each step to stdout when it happens.
 #[derive(Debug)]
 pub(super) struct Narrator {
-    style: NarrationStyle,
+    is_json: bool,
     last_number: usize,
 }
 
 impl Narrator {
-    pub(super) fn new(style: NarrationStyle) -> Self {
-        Self { style, last_number: 0 }
+    pub(super) fn new(is_json: bool) -> Self {
+        Self { is_json, last_number: 0 }
     }
 
     pub(super) fn narrate(&mut self, step: &ReproStep) -> Result<()> {
-        let text = match (self.style, step) {
-            (NarrationStyle::Json, step) => serde_json::to_string(step)? + "\n",
-            (NarrationStyle::OneLine, ReproStep::Summary(summary)) => one_line(summary),
-            (NarrationStyle::OneLine, _) => return Ok(()),
-            (NarrationStyle::NumberedSteps, ReproStep::Summary(summary)) => closing_text(summary),
-            (NarrationStyle::NumberedSteps, step) => self.numbered(&step_lines(step)),
-        };
+        let text = if self.is_json { serde_json::to_string(step)? + "\n" } else { self.text(step) };
         crate::commands::print(text.as_bytes())
+    }
+
+    fn text(&mut self, step: &ReproStep) -> String {
+        match step {
+            ReproStep::Summary(summary) => closing_text(summary),
+            step => self.numbered(&step_lines(step)),
+        }
     }
 
     fn numbered(&mut self, lines: &[(&str, String)]) -> String {
@@ -173,51 +165,46 @@ fn closing_text(summary: &ReproSummary) -> String {
     text
 }
 
-fn one_line(summary: &ReproSummary) -> String {
-    let noun = if summary.attempts == 1 { "attempt" } else { "attempts" };
-    format!("{}: {} {noun}\n", summary.endpoint, group_thousands(summary.attempts))
-}
-
 fn format_duration(ns: u64) -> String {
     format!("{:.1?}", Duration::from_nanos(ns))
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::*;
 
-    pub(in super::super) fn summary(attempts: u64) -> ReproSummary {
+    fn narrated(steps: &[ReproStep]) -> String {
+        let mut narrator = Narrator::new(false);
+        steps.iter().map(|step| narrator.text(step)).collect()
+    }
+
+    fn summary(mode: ReproMode, attempts: u64, how: CloseKind, port_blocked_ns: Option<u64>) -> ReproStep {
         let endpoint: SocketAddr = "127.0.0.1:40029".parse().unwrap();
-        ReproSummary {
+        ReproStep::Summary(ReproSummary {
             pid: 7,
             tid: 7,
             comm: None,
             thread_comm: None,
             netns: None,
-            mode: ReproMode::Bind,
-            cause: "bound",
-            family: "ipv4",
+            mode,
+            cause: "",
+            family: "",
             addr: endpoint.ip(),
             ifindex: None,
             port: endpoint.port(),
             attempts,
-            bytes_sent: 25,
-            bytes_received: 25,
+            bytes_sent: 24,
+            bytes_received: 24,
             duration_ns: 1,
-            how: CloseKind::Fin,
-            port_blocked_ns: Some(60_000_000_000),
-            endpoint,
-        }
-    }
-
-    fn narrated(steps: &[ReproStep]) -> String {
-        let mut narrator = Narrator::new(NarrationStyle::NumberedSteps);
-        steps.iter().map(|step| narrator.numbered(&step_lines(step))).collect()
+            how,
+            port_blocked_ns,
+        })
     }
 
     #[test]
-    fn the_textbook_client_is_printed_as_numbered_steps() {
+    fn the_textbook_client_is_printed_as_numbered_steps_and_a_chart() {
         let local: SocketAddr = "127.0.0.1:40029".parse().unwrap();
+        let blocked_ns = Some(59_990_000_000);
         let got = narrated(&[
             ReproStep::Bound { local, chosen_by_kernel: true },
             ReproStep::Connected { remote: local, duration_ns: 70_400, progress: None },
@@ -227,10 +214,11 @@ pub(super) mod tests {
             ReproStep::After {
                 endpoint: local,
                 state: Some("TIME_WAIT"),
-                port_blocked_ns: Some(59_990_000_000),
+                port_blocked_ns: blocked_ns,
                 bind: BindResult::InUse,
                 bind_reuseaddr: BindResult::InUse,
             },
+            summary(ReproMode::Bind, 1, CloseKind::Fin, blocked_ns),
         ]);
         let want = "
   1. bind     127.0.0.1:40029, a port that the kernel chose
@@ -243,8 +231,29 @@ pub(super) mod tests {
   6. close
   7. look     /proc/net/tcp   TIME_WAIT, for 60.0s more; no process holds it
               bind() again    EADDRINUSE, with SO_REUSEADDR as well
+
+The segments (drawn from the rules of TCP, not captured):
+
+    CLOSE        ┬                            one socket
+    SYN_SENT     ├──── SYN ───────────────╮   connect(): out to its own port
+                 │<───────────────────────╯   its own SYN: a simultaneous open
+    SYN_RECV     ├──── SYN+ACK ───────────╮   it answers itself
+                 │<───────────────────────╯   and is answered
+    ESTABLISHED  ├──── ACK ───────────────╮   connect() returns
+                 │<───────────────────────╯
+                 ├──── 24 bytes ──────────╮   write()
+                 │<───────────────────────╯   read() gets the same bytes
+                 ├──── ACK ───────────────╮
+                 │<───────────────────────╯
+    FIN_WAIT1    ├──── FIN ───────────────╮   close()
+                 │<───────────────────────╯   its own FIN: a simultaneous close
+    CLOSING      ├──── ACK ───────────────╮
+                 │<───────────────────────╯
+    TIME_WAIT    ┴                            no process; blocks port for 60 s
+
+Port 40029 stays taken until TIME_WAIT ends. No process holds it.
 ";
-        assert!(got.ends_with(want), "\n{got}");
+        assert!(got.contains(want), "\n{got}");
     }
 
     #[test]
@@ -265,6 +274,7 @@ pub(super) mod tests {
                 bind: BindResult::Free,
                 bind_reuseaddr: BindResult::Free,
             },
+            summary(ReproMode::Retry, 6901, CloseKind::Destroyed, None),
         ]);
         let want = "
   1. retry    [::1]:40000, where nobody listens, until it succeeds
@@ -278,7 +288,21 @@ pub(super) mod tests {
   4. close    another process had already destroyed the connection
   5. look     /proc/net/tcp6  no entry left
               bind() again    works: the port is free
+
+The segments (drawn from the rules of TCP, not captured):
+
+    SYN_SENT     ├──── SYN ──────────────>╳   no listener: refused by RST,
+    CLOSE        ┴                            6,900 sockets, each with
+                                              another source port than 40029
+    CLOSE        ┬                            one socket
+    SYN_SENT     ├──── SYN ───────────────╮   connect(), now from port 40029
 ";
-        assert!(got.ends_with(want), "\n{got}");
+        assert!(got.contains(want), "\n{got}");
+        let end = "
+                 │<───────────────────────╯
+    CLOSE        ╳                            destroyed: no FIN, so no TIME_WAIT
+
+To prevent this";
+        assert!(got.contains(end), "\n{got}");
     }
 }

@@ -108,7 +108,4 @@ pub(super) struct ReproSummary {
     pub(super) how: CloseKind,
     /// Null also in a run of many connections, which does not check this.
     pub(super) port_blocked_ns: Option<u64>,
-    /// For the text only. JSON has its parts.
-    #[serde(skip)]
-    pub(super) endpoint: SocketAddr,
 }
