@@ -8,7 +8,6 @@ use selfconn_ebpf::{COMM_LEN, Opener, Task, Transition, family, state};
 use serde_json::Value;
 
 use crate::{
-    bpf::features::Capabilities,
     detect::connection::{ConnectionEvent, Connections, comm},
     event::{ConnectionFields, Event, EventKind, render, text},
     output::journald,
@@ -21,7 +20,6 @@ use crate::{
 pub fn proc_text(bytes: &[u8]) {
     process::parse_anything(bytes);
     sockets::parse_anything(bytes);
-    let _ = std::str::from_utf8(bytes).map(Capabilities::parse);
 }
 
 /// Renders a log line, which can be from a newer version or damaged: its text must be safe for a terminal.

@@ -8,68 +8,13 @@ use aya::{
 use selfconn_ebpf::names;
 
 use super::{
-    attach::{Refusal, RequestedHooks},
+    attach::Refusal,
+    bind_method::{BindChoice, BindMethod, RequestedBindMethod},
     features::KernelFeatures,
+    object::{self, ObjectOptions},
+    programs::{KernelBtf, refusal},
     tracefs,
 };
-use super::{
-    loader::{TracerOptions, load, raise_memlock},
-    programs::{KernelBtf, refusal},
-};
-
-/// A method that detects a failed bind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BindMethod {
-    /// The return of `inet_csk_get_port`, which every bind of a TCP socket calls. Other sockets have no
-    /// overhead.
-    Fexit,
-    /// The system call `bind`, of sockets of any protocol.
-    Perf,
-}
-
-impl BindMethod {
-    /// All methods, in the order of preference.
-    pub const ALL: [Self; 2] = [Self::Fexit, Self::Perf];
-
-    /// The name in events and options.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Fexit => "fexit",
-            Self::Perf => "perf",
-        }
-    }
-
-    /// The help of the option.
-    #[must_use]
-    pub const fn description(self) -> &'static str {
-        match self {
-            Self::Fexit => "By fexit on inet_csk_get_port",
-            Self::Perf => "By the tracepoint of the system call bind",
-        }
-    }
-}
-
-/// The methods that may be tried.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum RequestedBindMethod {
-    /// The first method that can be attached.
-    #[default]
-    Auto,
-    /// Only this method.
-    Only(BindMethod),
-    /// No method: failed binds are not detected.
-    Off,
-}
-
-/// The result of the attempts to attach.
-#[derive(Debug, Default)]
-pub struct BindChoice {
-    /// The attached method.
-    pub live: Option<BindMethod>,
-    /// The methods that were tried and are not attached, with the reasons.
-    pub refused: Vec<(BindMethod, Refusal)>,
-}
 
 /// The links of the attached programs; dropping them detaches the programs.
 #[expect(dead_code, reason = "dropping it detaches the programs")]
@@ -114,17 +59,7 @@ pub(crate) fn choose(
 /// Attaches each method for a moment to find out whether this kernel supports it.
 #[must_use]
 pub fn probe_methods(features: &KernelFeatures) -> Vec<(BindMethod, Result<(), Refusal>)> {
-    raise_memlock();
-    let options = TracerOptions {
-        hooks: RequestedHooks::default(),
-        bind_method: RequestedBindMethod::Auto,
-        ring_bytes: 1 << 16,
-        connect_table_size: 8,
-        refused_table_size: 8,
-        states: false,
-        log: false,
-    };
-    let mut ebpf = match load(features, options) {
+    let mut ebpf = match object::load(features, ObjectOptions::MINIMAL) {
         Ok(ebpf) => ebpf,
         Err(error) => {
             let why = format!("{error:#}");

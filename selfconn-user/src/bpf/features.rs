@@ -6,18 +6,21 @@
 
 use std::{fs, io};
 
+use anyhow::Context as _;
 use aya::{
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported},
 };
+use rustix::thread::CapabilitySet;
 use selfconn_ebpf::{ABSENT, FIELDS, Field, task_access, uses_static_offsets};
 
 use super::{
     attach::{Method, Refusal},
-    bind_programs::BindMethod,
+    bind_method::BindMethod,
     btf::{Btf, BtfKind},
     tracefs::{self, Tracefs, format},
 };
+use crate::system::{capabilities, process};
 
 const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
 
@@ -26,41 +29,6 @@ const METHOD_TARGETS: [(Method, BtfKind, &str); 2] = [
     (Method::TpBtf, BtfKind::Typedef, "btf_trace_inet_sock_set_state"),
     (Method::Fentry, BtfKind::Function, "tcp_set_state"),
 ];
-
-/// A capability from `include/uapi/linux/capability.h`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Capability {
-    number: u32,
-    /// The name in manuals, for example `CAP_BPF`.
-    pub name: &'static str,
-}
-
-/// Needed to load maps and programs.
-pub const CAP_BPF: Capability = Capability { number: 39, name: "CAP_BPF" };
-/// Needed to attach tracing programs, which read kernel memory.
-pub const CAP_PERFMON: Capability = Capability { number: 38, name: "CAP_PERFMON" };
-/// Includes both of them; needed to mount tracefs.
-pub const CAP_SYS_ADMIN: Capability = Capability { number: 21, name: "CAP_SYS_ADMIN" };
-
-/// This process's effective capabilities.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Capabilities(u64);
-
-impl Capabilities {
-    /// Parses `CapEff` from the text of `/proc/self/status`.
-    #[must_use]
-    pub fn parse(status: &str) -> Option<Self> {
-        let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
-        u64::from_str_radix(mask.trim(), 16).ok().map(Self)
-    }
-
-    /// True if the capability is effective, either itself or through CAP_SYS_ADMIN, which includes CAP_BPF
-    /// and CAP_PERFMON (`bpf_capable` and `perfmon_capable`, `include/linux/capability.h` at v5.10).
-    #[must_use]
-    pub const fn has(self, capability: Capability) -> bool {
-        self.0 & (1 << capability.number | 1 << CAP_SYS_ADMIN.number) != 0
-    }
-}
 
 /// The result of all probes.
 #[derive(Debug)]
@@ -89,7 +57,8 @@ pub struct KernelFeatures {
     /// `none`, `integrity` or `confidentiality`; `None`: securityfs does not provide it.
     pub lockdown: Option<String>,
     pub tracefs: Tracefs,
-    pub capabilities: Capabilities,
+    /// The effective capabilities, with those that CAP_SYS_ADMIN includes.
+    pub capabilities: CapabilitySet,
     /// True if this process is in the initial pid namespace, so that its pids are the pids that the programs
     /// report.
     pub is_initial_pid_ns: bool,
@@ -102,12 +71,8 @@ impl KernelFeatures {
     /// tests.
     ///
     /// # Errors
-    /// If `/proc/self/status` cannot be read.
+    /// If a seccomp filter forbids to read the capabilities.
     pub fn probe(without_btf: bool) -> anyhow::Result<Self> {
-        let capabilities = fs::read_to_string("/proc/self/status")
-            .ok()
-            .and_then(|status| Capabilities::parse(&status))
-            .ok_or_else(|| anyhow::anyhow!("cannot read /proc/self/status: mount procfs on /proc"))?;
         let btf = if without_btf {
             Err("hidden by an option".to_owned())
         } else {
@@ -161,8 +126,8 @@ impl KernelFeatures {
                 .ok()
                 .and_then(|text| parse_lockdown(&text)),
             tracefs: tracefs::find(),
-            capabilities,
-            is_initial_pid_ns: crate::system::process::is_in_initial_pid_ns(),
+            capabilities: capabilities::effective().context("cannot read the capabilities")?,
+            is_initial_pid_ns: process::is_in_initial_pid_ns(),
             limitations: Vec::new(),
         })
     }
@@ -172,13 +137,18 @@ impl KernelFeatures {
     /// # Errors
     /// [`Refusal::Denied`], which names the missing capability.
     pub fn check_capabilities(&self) -> Result<(), Refusal> {
-        match [CAP_BPF, CAP_PERFMON].into_iter().find(|capability| !self.capabilities.has(*capability)) {
+        match capabilities::names(self.missing_capabilities()).first() {
             None => Ok(()),
-            Some(Capability { name, .. }) => Err(Refusal::Denied(format!(
-                "needs {name} (or {}): run as root, or grant it",
-                CAP_SYS_ADMIN.name
-            ))),
+            Some(name) => {
+                Err(Refusal::Denied(format!("needs {name} (or CAP_SYS_ADMIN): run as root, or grant it")))
+            }
         }
+    }
+
+    /// The capabilities to load and attach programs that this process does not have.
+    #[must_use]
+    pub fn missing_capabilities(&self) -> CapabilitySet {
+        capabilities::ATTACH.difference(self.capabilities)
     }
 
     /// Checks that everything that a method needs is available, before anything is loaded for it. The check
@@ -304,29 +274,6 @@ fn parse_lockdown(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn capabilities_are_parsed_from_the_effective_set() {
-        let parse =
-            |mask: &str| Capabilities::parse(&format!("CapPrm:\t1\nCapEff:\t{mask}\nCapBnd:\t2\n")).unwrap();
-        for (mask, bpf, perfmon, admin) in [
-            ("000001ffffffffff", true, true, true),
-            ("0000000000000000", false, false, false),
-            ("0000008000000000", true, false, false),
-            ("0000004000000000", false, true, false),
-            ("000000c000000000", true, true, false),
-            ("0000000000200000", true, true, true),
-        ] {
-            let got = parse(mask);
-            assert_eq!(
-                (got.has(CAP_BPF), got.has(CAP_PERFMON), got.has(CAP_SYS_ADMIN)),
-                (bpf, perfmon, admin),
-                "{mask}"
-            );
-        }
-        assert_eq!(Capabilities::parse("CapEff: many"), None);
-        assert_eq!(Capabilities::parse(""), None);
-    }
 
     #[test]
     fn lockdown_is_the_word_in_brackets() {

@@ -1,7 +1,6 @@
-//! Loads and attaches the eBPF programs, reads their maps, and parses the bytes of the ring buffer into
-//! records.
+//! The attached programs: starts and detaches them, drains their ring buffer into records, and reads their
+//! other maps.
 
-use crate::bpf::bind_programs;
 use std::{
     fs, io,
     os::fd::{AsFd as _, AsRawFd},
@@ -9,44 +8,34 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
-    Ebpf, EbpfError, EbpfLoader,
-    maps::{MapData, MapError, PerCpuArray, RingBuf},
+    Ebpf,
+    maps::{MapData, PerCpuArray, RingBuf},
 };
 use aya_log::EbpfLogger;
-use selfconn_ebpf::{ConnectEntry, Record, WAYS, counter, names, reported};
+use selfconn_ebpf::{ConnectEntry, Record, counter, names};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
     attach::{Choice, Method, Refusal, RequestedHooks, choose},
+    bind_method::{BindChoice, RequestedBindMethod},
+    bind_programs::{self, BindLinks},
+    connect_table::ConnectTable,
     features::KernelFeatures,
+    object::{self, ObjectOptions},
+    programs::{KernelBtf, Link, attach},
     tracefs,
 };
 
-use super::connect_table::ConnectTable;
-use super::programs::{KernelBtf, Link, attach};
 pub use super::refused_connects::RefusedCounts;
 
-/// The eBPF object that `cargo xtask build-ebpf` builds.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-hooks"));
-
-/// The configuration of the programs and their maps.
+/// What to attach, and the options of the object.
 #[derive(Clone, Copy, Debug)]
 pub struct TracerOptions {
     /// The hooks and methods to attach.
     pub hooks: RequestedHooks,
     /// The method that detects failed binds.
-    pub bind_method: bind_programs::RequestedBindMethod,
-    /// The size of the ring buffer in bytes: a power of two and at least one page.
-    pub ring_bytes: u32,
-    /// The maximum number of entries in the connect table: connection attempts in progress and
-    /// self-connections.
-    pub connect_table_size: u32,
-    /// The maximum number of destinations for which refused connects are counted.
-    pub refused_table_size: u32,
-    /// True to report every state transition, and not only the beginning and the end of a connection.
-    pub states: bool,
-    /// True to read the log of the eBPF programs.
-    pub log: bool,
+    pub bind_method: RequestedBindMethod,
+    pub object: ObjectOptions,
 }
 
 /// The counters of the eBPF programs since they were loaded.
@@ -76,8 +65,8 @@ pub struct Tracer {
     log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
     delivered: u64,
     methods: Choice<()>,
-    binds: bind_programs::BindChoice,
-    bind_links: Option<bind_programs::BindLinks>,
+    binds: BindChoice,
+    bind_links: Option<BindLinks>,
     links: Vec<Link>,
     programs: Ebpf,
     uses_static_offsets: bool,
@@ -90,8 +79,7 @@ impl Tracer {
     /// If the requested hooks cannot be attached or the maps cannot be created.
     pub fn start(features: &KernelFeatures, options: TracerOptions) -> Result<Self> {
         features.check_capabilities().map_err(|why| anyhow!("{why}"))?;
-        raise_memlock();
-        let mut ebpf = load(features, options)?;
+        let mut ebpf = object::load(features, options.object)?;
         let (choice, (binds, bind_links)) = tracefs::with(|| {
             let kernel_btf = KernelBtf::new(features);
             let choice = choose(options.hooks, |method| attach(&mut ebpf, method, features, &kernel_btf));
@@ -105,7 +93,7 @@ impl Tracer {
         choice.satisfies(options.hooks).map_err(|why| anyhow!(why))?;
         let ring = RingBuf::try_from(take_map(&mut ebpf, names::RECORDS)?)?;
         let counters = PerCpuArray::try_from(take_map(&mut ebpf, names::COUNTERS)?)?;
-        let log = if options.log {
+        let log = if options.object.log {
             let logger = EbpfLogger::init(&mut ebpf).context("the programs' log")?;
             Some(async_fd(logger)?)
         } else {
@@ -136,7 +124,7 @@ impl Tracer {
 
     /// The method that detects failed binds, and the reasons why other methods are not attached.
     #[must_use]
-    pub fn bind_choice(&self) -> &bind_programs::BindChoice {
+    pub fn bind_choice(&self) -> &BindChoice {
         &self.binds
     }
 
@@ -253,61 +241,6 @@ impl Tracer {
     }
 }
 
-/// Attaches each method for a moment to find out whether this kernel supports it.
-///
-/// # Errors
-/// If the maps cannot be created.
-pub fn probe_methods(features: &KernelFeatures) -> Result<Vec<(Method, Result<(), Refusal>)>> {
-    raise_memlock();
-    let options = TracerOptions {
-        hooks: RequestedHooks::default(),
-        bind_method: bind_programs::RequestedBindMethod::Off,
-        ring_bytes: 1 << 16,
-        connect_table_size: 8,
-        refused_table_size: 8,
-        states: false,
-        log: false,
-    };
-    let mut ebpf = load(features, options)?;
-    Ok(tracefs::with(|| {
-        let kernel_btf = KernelBtf::new(features);
-        let outcome = |method| (method, attach(&mut ebpf, method, features, &kernel_btf).map(drop));
-        Method::ALL.into_iter().map(outcome).collect()
-    }))
-}
-
-pub(super) fn load(features: &KernelFeatures, options: TracerOptions) -> Result<Ebpf> {
-    // 0 is below every level of aya-log, and the verifier removes the unreachable code.
-    let log_level = if options.log { aya_log::Level::Debug as u8 } else { 0 };
-    let sets = options.connect_table_size.div_ceil(WAYS as u32).max(1);
-    let reported = if options.states { reported::STATES } else { reported::LIFETIMES };
-    EbpfLoader::new()
-        .btf(None)
-        .override_global(names::OFFSETS, &features.offsets[..], true)
-        .override_global(names::TASK_ACCESS, &features.task_access, true)
-        .override_global(names::REPORTED, &reported, true)
-        .override_global(aya_log::LEVEL, &log_level, true)
-        .map_max_entries(names::RECORDS, options.ring_bytes)
-        .override_global(names::CONNECT_SETS, &sets, true)
-        .map_max_entries(names::CONNECT_TABLE, sets)
-        .map_max_entries(names::REFUSED_CONNECTS, options.refused_table_size)
-        .load(OBJECT)
-        .map_err(|error| ring_memory_error(&error, options.ring_bytes).unwrap_or_else(|| error.into()))
-        .context("cannot load the maps")
-}
-
-/// A message with a hint, if the kernel had no memory for the ring buffer.
-fn ring_memory_error(error: &EbpfError, ring_bytes: u32) -> Option<anyhow::Error> {
-    let EbpfError::MapError(MapError::CreateError { name, io_error, .. }) = error else { return None };
-    let is_ring = *name == names::RECORDS && io_error.kind() == io::ErrorKind::OutOfMemory;
-    let size = if ring_bytes >= 1 << 30 {
-        format!("{} GiB", ring_bytes >> 30)
-    } else {
-        format!("{} KiB", ring_bytes >> 10)
-    };
-    is_ring.then(|| anyhow!("no memory for a ring buffer of {size}: ask for a smaller one with --ring-size"))
-}
-
 /// Parses the counter from a program's `fdinfo` (`bpf_prog_show_fdinfo`, kernel/bpf/syscall.c at v5.12).
 /// Unlike BPF_OBJ_GET_INFO_BY_FD, reading `fdinfo` needs no `unsafe`.
 fn recursion_misses(fdinfo: &str) -> Option<u64> {
@@ -322,14 +255,6 @@ fn async_fd<T: AsRawFd>(readable: T) -> io::Result<AsyncFd<T>> {
 
 fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<aya::maps::Map> {
     ebpf.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))
-}
-
-/// Raises RLIMIT_MEMLOCK, because before v5.11 maps count against it. Later kernels ignore it for maps.
-pub(super) fn raise_memlock() {
-    use rustix::process::{Resource, Rlimit, setrlimit};
-    if let Err(error) = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }) {
-        log::debug!("cannot raise RLIMIT_MEMLOCK: {error}");
-    }
 }
 
 #[cfg(test)]

@@ -1,18 +1,24 @@
 //! The user-space part of the eBPF programs: feature probes, loading, attaching, and reading of the maps.
 //!
-//! `features` probes the kernel, `btf` and `tracefs::format` parse layouts, `tracefs` finds tracefs or
-//! mounts it in a private mount namespace, `attach` decides which methods to try, `loader` loads and attaches
-//! the programs and reads their maps.
+//! Each module uses only modules above it in this list, so that there is no circle:
+//! - `attach`, `bind_method`: the methods and hooks, why a method is refused, and which methods to choose;
+//! - `btf`, `tracefs`: layouts of the kernel's records; tracefs is mounted privately if it is not mounted;
+//! - `features`: probes this kernel and this process;
+//! - `object`: the embedded eBPF object; `connect_table`, `refused_connects`: two of its maps;
+//! - `programs`, `bind_programs`: attach one method, or say why not;
+//! - `loader`: everything together, for the daemon and the commands.
 //!
-//! Architecture invariant: only `loader` and the files beside it use aya's programs and maps, and only `features` and `tracefs` open
-//! files.
+//! Architecture invariant: only `object` and the modules after it use aya's programs and maps, and only
+//! `features`, `tracefs` and `loader` open files.
 
 pub mod attach;
+pub mod bind_method;
 pub mod bind_programs;
 pub mod btf;
 pub mod connect_table;
 pub mod features;
 pub mod loader;
+pub mod object;
 pub mod programs;
 pub mod refused_connects;
 pub mod tracefs;

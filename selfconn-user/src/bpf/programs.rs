@@ -15,6 +15,8 @@ use super::{
     attach::{Method, Refusal},
     btf,
     features::KernelFeatures,
+    object::{self, ObjectOptions},
+    tracefs,
 };
 
 /// The link of an attached program; dropping it detaches the program.
@@ -54,6 +56,19 @@ impl<'a> KernelBtf<'a> {
         };
         self.parsed.get_or_init(parse).as_ref().map_err(|why| Refusal::Unsupported(why.clone()))
     }
+}
+
+/// Attaches each method for a moment to find out whether this kernel supports it.
+///
+/// # Errors
+/// If the maps cannot be created.
+pub fn probe_methods(features: &KernelFeatures) -> anyhow::Result<Vec<(Method, Result<(), Refusal>)>> {
+    let mut ebpf = object::load(features, ObjectOptions::MINIMAL)?;
+    Ok(tracefs::with(|| {
+        let kernel_btf = KernelBtf::new(features);
+        let outcome = |method| (method, attach(&mut ebpf, method, features, &kernel_btf).map(drop));
+        Method::ALL.into_iter().map(outcome).collect()
+    }))
 }
 
 /// Loads and attaches one method.

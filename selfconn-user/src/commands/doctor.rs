@@ -6,19 +6,21 @@
 use std::{fmt::Write as _, process::ExitCode};
 
 use anyhow::{Context as _, Result};
+use rustix::thread::CapabilitySet;
 use serde::Serialize;
 
 use crate::{
     bpf::{
         attach::{Hook, Method, Refusal, RequestedHooks, choose},
-        bind_programs::{self, BindMethod},
-        features::{CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, KernelFeatures},
-        loader,
+        bind_method::BindMethod,
+        bind_programs,
+        features::KernelFeatures,
+        programs,
         tracefs::Tracefs,
     },
     event::text::escape,
     sockets,
-    system::logger,
+    system::{capabilities, logger},
 };
 
 use live::LiveMethod;
@@ -109,7 +111,7 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
 }
 
 fn collect(features: &KernelFeatures) -> DoctorReport {
-    let probed = loader::probe_methods(features);
+    let probed = programs::probe_methods(features);
     let (outcomes, ring) = match probed {
         Ok(outcomes) => (outcomes, Ok(())),
         Err(error) => {
@@ -158,101 +160,84 @@ fn bind_reports(outcomes: Vec<(BindMethod, Result<(), Refusal>)>) -> Vec<MethodR
 }
 
 fn method_report(method: &'static str, outcome: Result<(), Refusal>, would_attach: bool) -> MethodReport {
-    let (verdict, why, hint) = match outcome {
-        Ok(()) => ("ok", None, None),
-        Err(Refusal::Unsupported(why)) => ("unsupported", Some(why), None),
-        Err(Refusal::Refused(why)) => (
-            "refused",
-            Some(why),
-            Some("blocked by a policy of this host; no action needed if another method is attached"),
-        ),
-        Err(Refusal::Denied(why)) => {
-            ("denied", Some(why), Some("run as root, or with CAP_BPF and CAP_PERFMON in the ambient set"))
+    let refusal = outcome.err();
+    let hint = match &refusal {
+        Some(Refusal::Refused(_)) => {
+            Some("blocked by a policy of this host; no action needed if another method is attached")
         }
-        Err(Refusal::Broken(why)) => {
-            ("broken", Some(why), Some("please report this: it is a bug in selfconn"))
-        }
-        Err(Refusal::NotRequested) => ("unsupported", None, None),
+        Some(Refusal::Denied(_)) => Some("run as root, or with CAP_BPF and CAP_PERFMON in the ambient set"),
+        Some(Refusal::Broken(_)) => Some("please report this: it is a bug in selfconn"),
+        Some(Refusal::Unsupported(_) | Refusal::NotRequested) | None => None,
     };
-    MethodReport { method, verdict, why, hint, would_attach }
+    MethodReport {
+        method,
+        verdict: refusal.as_ref().map_or("ok", Refusal::kind),
+        why: refusal.as_ref().and_then(Refusal::reason).map(str::to_owned),
+        hint,
+        would_attach,
+    }
 }
 
 fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorCheck> {
-    let check = |name, ok, finding: String, hint: Option<&str>| {
-        let hint = if ok { None } else { hint.map(str::to_owned) };
-        DoctorCheck { name, ok, finding, hint }
+    let check = |name, finding: Result<String, String>, hint: Option<&str>| DoctorCheck {
+        name,
+        ok: finding.is_ok(),
+        hint: finding.as_ref().err().and(hint).map(str::to_owned),
+        finding: finding.unwrap_or_else(|problem| problem),
+    };
+    let either = |ok: bool, finding: &str, problem: &str| {
+        if ok { Ok(finding.to_owned()) } else { Err(problem.to_owned()) }
     };
     let btf = match (&features.btf, &features.offsets_missing) {
         (Ok(bytes), None) => Ok(format!("{} KiB, every offset found", bytes.len() / 1024)),
         (Ok(_), Some(why)) | (Err(why), _) => Err(why.clone()),
     };
     let tracefs = match features.tracefs {
-        Tracefs::At(at) => (true, format!("mounted on {at}")),
-        Tracefs::NotMounted if features.capabilities.has(CAP_SYS_ADMIN) => {
-            (true, "not mounted; selfconn mounts it privately while it attaches".to_owned())
+        Tracefs::At(at) => Ok(format!("mounted on {at}")),
+        Tracefs::NotMounted if features.capabilities.contains(CapabilitySet::SYS_ADMIN) => {
+            Ok("not mounted; selfconn mounts it privately while it attaches".to_owned())
         }
-        Tracefs::NotMounted => (false, "not mounted".to_owned()),
-        Tracefs::Absent => (false, "not in this kernel".to_owned()),
+        Tracefs::NotMounted => Err("not mounted".to_owned()),
+        Tracefs::Absent => Err("not in this kernel".to_owned()),
     };
+    let lockdown = features.lockdown.as_deref().unwrap_or("unknown (securityfs is not mounted)");
+    let missing = capabilities::names(features.missing_capabilities()).join(", ");
     let remedy = sockets::can_destroy().and_then(|()| sockets::can_enter());
-    let lockdown =
-        features.lockdown.clone().unwrap_or_else(|| "unknown (securityfs is not mounted)".to_owned());
-    let missing: Vec<_> = [CAP_BPF, CAP_PERFMON]
-        .into_iter()
-        .filter(|capability| !features.capabilities.has(*capability))
-        .map(|capability| capability.name)
-        .collect();
     vec![
-        check(
-            "btf",
-            btf.is_ok(),
-            btf.unwrap_or_else(|why| why),
-            Some("use a kernel with CONFIG_DEBUG_INFO_BTF=y; without BTF, only perf works"),
-        ),
-        check("tracefs", tracefs.0, tracefs.1, Some("mount -t tracefs tracefs /sys/kernel/tracing")),
-        check("lockdown", true, lockdown, None),
+        check("btf", btf, Some("use a kernel with CONFIG_DEBUG_INFO_BTF=y; without BTF, only perf works")),
+        check("tracefs", tracefs, Some("mount -t tracefs tracefs /sys/kernel/tracing")),
+        check("lockdown", Ok(lockdown.to_owned()), None),
         check(
             "probe_read",
-            features.probe_read,
-            if features.probe_read {
-                "bpf_probe_read_kernel may be called"
-            } else {
-                "bpf_probe_read_kernel may not be called"
-            }
-            .to_owned(),
+            either(
+                features.probe_read,
+                "bpf_probe_read_kernel may be called",
+                "bpf_probe_read_kernel may not be called",
+            ),
             Some("tp_btf and fentry do not need it"),
         ),
         check(
             "capabilities",
-            missing.is_empty(),
-            if missing.is_empty() {
-                "CAP_BPF and CAP_PERFMON are present".to_owned()
-            } else {
-                format!("missing: {}", missing.join(", "))
-            },
+            either(missing.is_empty(), "CAP_BPF and CAP_PERFMON are present", &format!("missing: {missing}")),
             Some("run as root, or with these in the ambient set"),
         ),
         check(
             "ring_buffer",
-            ring.is_ok(),
-            ring.map_or_else(|why| why, |()| "can be created".to_owned()),
+            ring.map(|()| "can be created".to_owned()),
             Some("needs Linux 5.8 or newer and the capabilities above"),
         ),
         check(
             "remedy",
-            remedy.is_ok(),
-            remedy.as_ref().map_or_else(Clone::clone, |()| "sockets can be destroyed".to_owned()),
+            remedy.map(|()| "sockets can be destroyed".to_owned()),
             Some("only --remedy and scan --destroy need it"),
         ),
         check(
             "pid_namespace",
-            features.is_initial_pid_ns,
-            if features.is_initial_pid_ns {
-                "the initial one"
-            } else {
-                "not the initial one: process names cannot be looked up"
-            }
-            .to_owned(),
+            either(
+                features.is_initial_pid_ns,
+                "the initial one",
+                "not the initial one: process names cannot be looked up",
+            ),
             Some("run on the host, or with the host's pid namespace (hostPID, --pid=host)"),
         ),
     ]

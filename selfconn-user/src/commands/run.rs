@@ -8,9 +8,10 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use crate::{
     bpf::{
         attach::{Hook, Hooks, Method, RequestedHooks},
-        bind_programs::{BindMethod, RequestedBindMethod},
+        bind_method::{BindMethod, RequestedBindMethod},
         features::KernelFeatures,
         loader::{Tracer, TracerOptions},
+        object::ObjectOptions,
     },
     daemon::{
         Daemon, DaemonOptions,
@@ -197,11 +198,13 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         let options = TracerOptions {
             hooks: args.requested_hooks(),
             bind_method: args.bind_method,
-            ring_bytes: args.ring_size,
-            connect_table_size: args.connect_table,
-            refused_table_size: args.refused_table,
-            states: args.states,
-            log: args.verbose > 1,
+            object: ObjectOptions {
+                ring_bytes: args.ring_size,
+                connect_table_size: args.connect_table,
+                refused_table_size: args.refused_table,
+                states: args.states,
+                log: args.verbose > 1,
+            },
         };
         let tracer = Tracer::start(&host, options)?;
         // Precondition: the hooks are attached, and no other thread is started yet.

@@ -3,7 +3,7 @@
 use crate::{
     bpf::{
         attach::{Choice, Hook, Method},
-        bind_programs::{BindChoice, BindMethod},
+        bind_method::{BindChoice, BindMethod},
         features::KernelFeatures,
     },
     event::{BindStatus, HookStatus, RefusedMethod, Started},

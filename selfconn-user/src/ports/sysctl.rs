@@ -9,6 +9,11 @@ use anyhow::{Context as _, Result};
 
 use super::LocalPorts;
 
+/// The range of ports from which the kernel chooses source ports. Each network namespace has its own.
+pub const RANGE_KEY: &str = "net.ipv4.ip_local_port_range";
+/// The ports that the kernel must not choose. Each network namespace has its own list.
+pub const RESERVED_KEY: &str = "net.ipv4.ip_local_reserved_ports";
+
 /// Reads the range, the reserved ports, and the step width if the kernel has one.
 ///
 /// # Errors

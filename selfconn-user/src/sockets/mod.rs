@@ -14,6 +14,7 @@ mod destroy;
 mod holders;
 mod listeners;
 mod netns;
+mod on_port;
 mod procfs;
 mod snapshot;
 mod sock_diag;
@@ -32,6 +33,8 @@ pub use listeners::NamespaceSelection;
 pub use listeners::inspect;
 pub use netns::Namespace;
 pub use netns::run_in_namespace;
+pub use on_port::PortSocket;
+pub use on_port::on_port;
 #[cfg(any(test, fuzzing))]
 pub(crate) use procfs::parse_anything;
 pub use snapshot::SnapshotOptions;

@@ -33,6 +33,11 @@ pub(super) fn read_listeners(rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
     read_files(rows, |line| parse(line, |_, _, state| state == LISTEN))
 }
 
+/// Appends the sockets with this local port, in any state.
+pub(super) fn read_port(port: u16, rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
+    read_files(rows, |line| parse(line, |_, _, _| true).filter(|row| row.entry.endpoint.port == port))
+}
+
 fn read_files(rows: &mut Vec<DumpedSocket>, parse: impl Fn(&str) -> Option<DumpedSocket>) -> io::Result<()> {
     read_file(IPV4, rows, &parse)?;
     match read_file(IPV6, rows, &parse) {

@@ -18,6 +18,10 @@ use rustix::{
     },
 };
 
+/// The capabilities to load and attach the programs: CAP_BPF for the maps and programs, CAP_PERFMON because
+/// tracing programs read kernel memory.
+pub const ATTACH: CapabilitySet = CapabilitySet::BPF.union(CapabilitySet::PERFMON);
+
 /// The capabilities of the snapshot worker: it enters other network namespaces, finds the holders of sockets,
 /// and destroys sockets with `--remedy`.
 pub const SNAPSHOT_WORKER: CapabilitySet = CapabilitySet::SYS_ADMIN
@@ -31,6 +35,27 @@ pub const PORT_RANGE_WORKER: CapabilitySet = CapabilitySet::SYS_ADMIN.union(Capa
 
 /// The capabilities of the main loop: it reads the executable paths of other users' processes.
 const MAIN_LOOP: CapabilitySet = CapabilitySet::SYS_PTRACE;
+
+/// The names of these capabilities as in manuals, for example `CAP_BPF`, in alphabetical order.
+pub fn names(set: CapabilitySet) -> Vec<String> {
+    let mut names: Vec<_> = set.iter_names().map(|(name, _)| format!("CAP_{name}")).collect();
+    names.sort();
+    names
+}
+
+/// The effective capabilities of this thread, with those that CAP_SYS_ADMIN includes.
+///
+/// # Errors
+/// If a seccomp filter forbids it.
+pub fn effective() -> io::Result<CapabilitySet> {
+    Ok(with_included(capabilities(None)?.effective))
+}
+
+/// CAP_SYS_ADMIN includes CAP_BPF and CAP_PERFMON (`bpf_capable` and `perfmon_capable`,
+/// `include/linux/capability.h` at v5.10).
+fn with_included(set: CapabilitySet) -> CapabilitySet {
+    if set.contains(CapabilitySet::SYS_ADMIN) { set | ATTACH } else { set }
+}
 
 /// What the process still has to do after the programs are attached, in addition to watching.
 #[derive(Clone, Copy, Debug)]
@@ -72,13 +97,11 @@ pub fn drop_after_attach(
     set_thread_capabilities(had & needed_by_loop, had).context(context)?;
     if !can_read_maps() {
         // Kernels before v5.8 do not have CAP_BPF.
-        let (needed, name) = if had.contains(CapabilitySet::BPF) {
-            (CapabilitySet::BPF, "CAP_BPF")
-        } else {
-            (CapabilitySet::SYS_ADMIN, "CAP_SYS_ADMIN")
-        };
+        let has_bpf = had.contains(CapabilitySet::BPF);
+        let needed = if has_bpf { CapabilitySet::BPF } else { CapabilitySet::SYS_ADMIN };
         log::info!(
-            "{name} is kept: this kernel requires it to read maps while kernel.unprivileged_bpf_disabled is set"
+            "{} is kept: this kernel requires it to read maps while kernel.unprivileged_bpf_disabled is set",
+            names(needed).join(", ")
         );
         needed_by_loop |= had & needed;
     }
@@ -158,4 +181,24 @@ fn can_create(file: &Path, capabilities: CapabilitySet) -> bool {
             && access(file, Access::WRITE_OK).is_ok()
     };
     thread::scope(|scope| scope.spawn(check).join().unwrap_or(false))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sys_admin_includes_what_attaching_needs() {
+        const NONE: CapabilitySet = CapabilitySet::empty();
+        for (set, missing) in [
+            (CapabilitySet::SYS_ADMIN, NONE),
+            (ATTACH, NONE),
+            (CapabilitySet::BPF, CapabilitySet::PERFMON),
+            (CapabilitySet::PERFMON, CapabilitySet::BPF),
+            (CapabilitySet::NET_ADMIN, ATTACH),
+        ] {
+            assert_eq!(ATTACH.difference(with_included(set)), missing, "{set:?}");
+        }
+        assert_eq!(names(ATTACH), ["CAP_BPF", "CAP_PERFMON"]);
+    }
 }

@@ -1,9 +1,10 @@
-//! This process and the host around it: other processes' facts from /proc, clocks, capabilities, the heap, the service
-//! manager's socket, diagnostics on stderr.
+//! This process and the host around it: other processes' facts from /proc, clocks, capabilities, routes, the
+//! heap, the service manager's socket, diagnostics on stderr.
 
 pub mod capabilities;
 pub mod clock;
 pub mod logger;
 pub mod memory;
 pub mod process;
+pub mod route;
 pub mod sd_notify;

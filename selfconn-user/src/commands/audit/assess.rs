@@ -1,11 +1,11 @@
-//! Assesses the risk of each port, and gives the reason. Pure functions on the state that `look` read: no I/O
-//! here.
+//! Assesses the risk of each port, and gives the reason. Pure functions on the state that `collect` read: no
+//! I/O here.
 
 use std::net::{IpAddr, SocketAddr};
 
 use super::collect::{AuditedPort, ListenerProcess, NamespaceInfo, RouteSource};
 use crate::{
-    commands::repro::group_thousands,
+    event::text::group_thousands,
     ports::{LocalPorts, Odds, Reach},
 };
 
@@ -217,11 +217,11 @@ fn assess_port(ports: &LocalPorts, odds: &Odds, audited: &AuditedPort) -> Assess
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
-    use crate::{commands::audit::fix, sockets::Namespace};
+    use crate::sockets::Namespace;
 
-    fn audited(
+    pub(in crate::commands::audit) fn audited(
         addr: Option<&str>,
         port: u16,
         route_source: RouteSource,
@@ -239,7 +239,11 @@ mod tests {
         }
     }
 
-    fn namespace(range: &str, reserved: &str, audited_ports: Vec<AuditedPort>) -> NamespaceInfo {
+    pub(in crate::commands::audit) fn namespace(
+        range: &str,
+        reserved: &str,
+        audited_ports: Vec<AuditedPort>,
+    ) -> NamespaceInfo {
         NamespaceInfo {
             namespace: Namespace { inode: 7, path: "/run/netns/blue".into(), is_current: false },
             local_ports: LocalPorts::parse(range, reserved).unwrap(),
@@ -248,7 +252,7 @@ mod tests {
         }
     }
 
-    fn java() -> Option<ListenerProcess> {
+    pub(in crate::commands::audit) fn java() -> Option<ListenerProcess> {
         Some(ListenerProcess { pid: Some(812), comm: Some("java".to_owned()), ..ListenerProcess::default() })
     }
 
@@ -291,7 +295,6 @@ mod tests {
             let case = format!("{range} without {reserved:?}: {port}: {rows:?}");
             assert_eq!((rows[0].risk, rows[0].expected_dials), (risk, expected_connects), "{case}");
             assert!(rows[0].why.contains(why), "{case}");
-            assert_eq!(fix::fix(&info, &rows).is_some(), risk != Risk::None, "{case}");
         }
     }
 
@@ -350,54 +353,5 @@ mod tests {
                 ("*:80".to_owned(), Risk::None, true),
             ]
         );
-    }
-
-    #[test]
-    fn the_fix_keeps_reserved_ports_and_adds_all_ports_at_risk() {
-        let mut info = namespace(
-            "40000 40199",
-            "8080,40104",
-            vec![
-                audited(Some("127.0.0.1"), 40_102, RouteSource::Same, java()),
-                audited(Some("127.0.0.1"), 40_103, RouteSource::Same, java()),
-                audited(Some("127.0.0.1"), 22, RouteSource::Same, java()),
-            ],
-        );
-        let set = "sysctl -w net.ipv4.ip_local_reserved_ports=8080,40102-40104";
-        let rows = assess(&info);
-        let fix = |info: &NamespaceInfo| fix::fix(info, &rows).unwrap();
-        assert_eq!(fix(&info).immediate, format!("nsenter --net=/run/netns/blue {set}"));
-        assert_eq!(fix(&info).persistent, None);
-        info.persistence = Some(fix::Persistence::Pod);
-        assert_eq!(
-            fix(&info).persistent.unwrap(),
-            "securityContext: {sysctls: [{name: net.ipv4.ip_local_reserved_ports, value: \"8080,40102-40104\"}]}"
-        );
-        info.persistence = Some(fix::Persistence::SysctlD);
-        info.namespace.is_current = true;
-        assert_eq!(fix(&info).immediate, set);
-        assert!(
-            fix(&info)
-                .persistent
-                .unwrap()
-                .starts_with("selfconn audit --netns self --sysctl > /etc/sysctl.d/")
-        );
-    }
-
-    #[test]
-    fn a_process_name_cannot_add_a_line_to_the_sysctl_d_file() {
-        let mut hostile = java();
-        hostile.as_mut().unwrap().comm = Some("x\nkernel.panic = 1".to_owned());
-        let namespace = |audited_ports| namespace("40000 40199", "8080", audited_ports);
-        let at_risk = namespace(vec![audited(Some("127.0.0.1"), 40_102, RouteSource::Same, hostile)]);
-        let text = fix::sysctl_d(&at_risk, &assess(&at_risk));
-        let settings: Vec<_> = text.lines().filter(|line| !line.starts_with('#')).collect();
-        assert_eq!(settings, ["net.ipv4.ip_local_reserved_ports = 8080,40102"], "{text}");
-        assert!(text.contains("# Added, high risk: 127.0.0.1:40102, x\\nkernel.panic = 1[812]"), "{text}");
-        let without_risk = namespace(vec![]);
-        assert!(fix::sysctl_d(&without_risk, &[]).ends_with("\nnet.ipv4.ip_local_reserved_ports = 8080\n"));
-        let without_reserved =
-            NamespaceInfo { local_ports: LocalPorts::parse("40000 40199", "").unwrap(), ..without_risk };
-        assert!(fix::sysctl_d(&without_reserved, &[]).lines().all(|line| line.starts_with('#')));
     }
 }

@@ -15,15 +15,15 @@ use std::{
 
 use serde::Serialize;
 
-use crate::ports::{PortRange, ReservedPorts};
+use crate::ports::{
+    PortRange, ReservedPorts,
+    sysctl::{RANGE_KEY, RESERVED_KEY},
+};
 
 /// The directories in order of precedence, relative to the root directory.
 const SYSCTL_D_DIRECTORIES: [&str; 5] =
     ["etc/sysctl.d", "run/sysctl.d", "usr/local/lib/sysctl.d", "usr/lib/sysctl.d", "lib/sysctl.d"];
 const SYSCTL_CONF: &str = "etc/sysctl.conf";
-
-const RANGE_KEY: &str = "net.ipv4.ip_local_port_range";
-const RESERVED_KEY: &str = super::fix::RESERVED_PORTS_KEY;
 
 /// The default of the kernel: `inet_init_net`, net/ipv4/af_inet.c at v6.12. By default no port is reserved.
 const DEFAULT_RANGE: PortRange = PortRange { low: 32_768, high: 60_999 };

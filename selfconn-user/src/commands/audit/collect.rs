@@ -1,7 +1,7 @@
 //! Reads the state that the audit assesses: for each network namespace its port settings, its listeners, the
 //! ports that the user names, and the source address that the kernel chooses for a connect to each of them.
 //!
-//! The audit reads its input only here and in `boot` and `services`. The assessment itself is in `grade`.
+//! The audit reads its input only here and in `boot` and `services`. Nothing here knows how it is rated.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -11,13 +11,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use socket2::{Domain, Socket, Type};
 
-use super::{fix::Persistence, services::RequestedService};
+use super::services::RequestedService;
 use crate::{
     ports::{LocalPorts, sysctl},
     sockets::{self, HolderSearch, Namespace, NamespaceSelection, SocketEntry},
-    system::process,
+    system::{process, route},
 };
 
 /// The audited state of one network namespace.
@@ -57,6 +56,15 @@ pub(super) enum RouteSource {
     NotLocal,
     /// No route to the destination at the moment, with the reason.
     Unroutable(String),
+}
+
+/// Where the sysctls of a namespace are configured permanently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Persistence {
+    /// Network namespace of the host: in the files of sysctl.d.
+    SysctlD,
+    /// Network namespace of a pod: in the pod specification.
+    Pod,
 }
 
 /// The process that holds a listening socket. Unknown fields are `None`.
@@ -178,24 +186,16 @@ fn audited_ports(listeners: &[SocketEntry], services: &[RequestedService]) -> Ve
     audited_ports
 }
 
-/// Asks the routing table for the source address. It connects a UDP socket, which sends no packet.
 fn route_source(addr: IpAddr, ifindex: Option<u32>, port: u16) -> RouteSource {
-    let endpoint = |port| match addr {
+    let destination = match addr {
         IpAddr::V4(addr) => SocketAddr::new(addr.into(), port),
         IpAddr::V6(addr) => SocketAddrV6::new(addr, port, 0, ifindex.unwrap_or(0)).into(),
     };
-    let socket = || Socket::new(Domain::for_address(endpoint(0)), Type::DGRAM, None);
-    let source = || {
-        let socket = socket()?;
-        socket.connect(&endpoint(port).into())?;
-        socket.local_addr()
-    };
-    match source().map(|source| source.as_socket().map(|source| source.ip().to_canonical())) {
-        Ok(Some(source)) if source == addr => RouteSource::Same,
-        outcome => match (socket().and_then(|socket| socket.bind(&endpoint(0).into())), outcome) {
+    match route::source(destination).map(|source| source.to_canonical()) {
+        Ok(source) if source == addr => RouteSource::Same,
+        outcome => match (route::bind(destination), outcome) {
             (Err(error), _) if error.kind() == io::ErrorKind::AddrNotAvailable => RouteSource::NotLocal,
-            (_, Ok(Some(source))) => RouteSource::Other(source),
-            (_, Ok(None)) => RouteSource::Unroutable("the kernel gave no source".to_owned()),
+            (_, Ok(source)) => RouteSource::Other(source),
             (_, Err(error)) => RouteSource::Unroutable(error.to_string()),
         },
     }

@@ -5,7 +5,8 @@
 //! clients still connect. So the audit covers all listeners, and also the services that the user names,
 //! because these may be down.
 //!
-//! `look` reads the state of the host, `grade` assesses it without I/O, `fix` and `print` write the output.
+//! Each step knows only the steps before it: `collect` reads the state of the host, `assess` rates it without
+//! I/O, `fix` removes the risks, and `print` writes the output. `services` and `boot` are two more inputs.
 
 use std::{
     io::{self, Write as _},

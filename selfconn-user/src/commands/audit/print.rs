@@ -225,10 +225,9 @@ mod tests {
     use crate::{
         commands::audit::{
             assess::assess,
-            collect::{AuditedPort, ListenerProcess, RouteSource},
-            fix::Persistence,
+            collect::{AuditedPort, ListenerProcess, Persistence, RouteSource},
         },
-        ports::LocalPorts,
+        ports::{LocalPorts, sysctl::RESERVED_KEY},
         sockets::Namespace,
     };
 
@@ -266,7 +265,7 @@ mod tests {
             audited_ports: vec![audited("127.0.0.1", 22, Some(ListenerProcess::default()))],
         };
         let disagreement = Disagreement {
-            key: fix::RESERVED_PORTS_KEY,
+            key: RESERVED_KEY,
             file: None,
             at_boot: String::new(),
             running: "8080".to_owned(),

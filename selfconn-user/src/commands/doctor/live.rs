@@ -11,8 +11,10 @@ use tokio::time::{Instant, sleep_until};
 use crate::{
     bpf::{
         attach::{Method, RequestedHooks},
+        bind_method::RequestedBindMethod,
         features::KernelFeatures,
         loader::{Tracer, TracerOptions},
+        object::ObjectOptions,
     },
     daemon::self_test::socket::SelfTestSocket,
     detect::probe_health::{DeadProbes, ProbeHealth, SelfTestOutcome},
@@ -44,12 +46,8 @@ pub(super) fn test(features: &KernelFeatures) -> Result<LiveTest> {
     runtime.block_on(async {
         let options = TracerOptions {
             hooks: RequestedHooks::default(),
-            bind_method: crate::bpf::bind_programs::RequestedBindMethod::Off,
-            ring_bytes: 1 << 20,
-            connect_table_size: 64,
-            refused_table_size: 64,
-            states: false,
-            log: false,
+            bind_method: RequestedBindMethod::Off,
+            object: ObjectOptions { ring_bytes: 1 << 20, ..ObjectOptions::MINIMAL },
         };
         let mut tracer = Tracer::start(features, options)?;
         let test = SelfTestSocket::prepare().map_err(|why| anyhow!(why))?;

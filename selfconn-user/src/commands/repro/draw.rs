@@ -2,175 +2,71 @@
 //! there is one socket, and each segment that leaves the socket comes back to it. It is drawn from the rules
 //! of TCP and the numbers of one run, not from captured packets.
 
-use std::fmt::Write as _;
-use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::step::CloseKind;
-
-/// The values of one run that the chart shows.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Chart {
-    pub(super) endpoint: SocketAddr,
-    /// Number of refused connects before the successful one.
-    pub(super) refused_connects: u64,
-    pub(super) bytes: usize,
-    pub(super) how: CloseKind,
-    /// Remaining time in TIME_WAIT after the close. `None`: no socket in TIME_WAIT was found.
-    pub(super) time_wait: Option<Duration>,
-}
-
-/// A segment: the state of the socket after it is sent, its content, a remark on the sending, and a remark on
-/// the receipt.
-type Segment<'a> = (&'a str, &'a str, &'a str, &'a str);
-
-/// Columns between the lifeline and the turn of the arrow.
-const LOOP_WIDTH: usize = 24;
+use super::step::{CloseKind, ReproSummary};
+use crate::event::text::group_thousands;
 
 /// Draws the chart. Each line ends with a newline and is at most 80 columns wide.
-pub(super) fn chart(chart: &Chart) -> String {
-    let bytes = format!("{} bytes", chart.bytes);
-    let port = chart.endpoint.port();
-    let sends_syn = match chart.refused_connects {
-        0 => "connect(): out to its own port".to_owned(),
-        _ => format!("connect(), now from port {port}"),
+pub(super) fn chart(summary: &ReproSummary) -> String {
+    let port = summary.port;
+    let (refused, connect) = match summary.attempts {
+        1 => (String::new(), "connect(): out to its own port".to_owned()),
+        2 => (refused_connects("1 socket, with", port), format!("connect(), now from port {port}")),
+        attempts => {
+            let sockets = format!("{} sockets, each with", group_thousands(attempts - 1));
+            (refused_connects(&sockets, port), format!("connect(), now from port {port}"))
+        }
     };
-    // Before Linux commit 23e89e8ee7be (2024) the returning SYN+ACK did not complete the handshake. The
-    // socket answered it with the same ACK, and the return of this ACK completed the handshake. The segments
-    // are the same.
-    let open: [Segment<'_>; 5] = [
-        ("SYN_SENT", "SYN", &sends_syn, "its own SYN: a simultaneous open"),
-        ("SYN_RECV", "SYN+ACK", "it answers itself", "and is answered"),
-        ("ESTABLISHED", "ACK", "connect() returns", ""),
-        ("", &bytes, "write()", "read() gets the same bytes"),
-        ("", "ACK", "", ""),
-    ];
-    let close: [Segment<'_>; 2] =
-        [("FIN_WAIT1", "FIN", "close()", "its own FIN: a simultaneous close"), ("CLOSING", "ACK", "", "")];
-
-    let mut text = String::new();
-    if chart.refused_connects > 0 {
-        let sockets = match chart.refused_connects {
-            1 => "1 socket, with".to_owned(),
-            refused => format!("{} sockets, each with", group_thousands(refused)),
-        };
-        let arrow = format!("{:─<width$}>╳", "──── SYN ", width = LOOP_WIDTH - 1);
-        draw_line(&mut text, "SYN_SENT", &format!("├{arrow}"), "no listener: refused by RST,");
-        draw_line(&mut text, "CLOSE", "┴", &sockets);
-        draw_line(&mut text, "", "", &format!("another source port than {port}"));
-    }
-    draw_line(&mut text, "CLOSE", "┬", "one socket");
-    open.iter().for_each(|segment| draw_segment(&mut text, segment));
-    match (chart.how, chart.time_wait) {
-        (CloseKind::Fin, left) => {
-            close.iter().for_each(|segment| draw_segment(&mut text, segment));
-            let remark =
-                left.map(|left| format!("no process; blocks port for {} s", left.as_secs_f64().ceil()));
-            draw_line(&mut text, "TIME_WAIT", "┴", remark.as_deref().unwrap_or("not found here"));
-        }
-        (CloseKind::Destroyed, _) => draw_line(&mut text, "CLOSE", "╳", "destroyed: no FIN, so no TIME_WAIT"),
-    }
-    text
+    refused + &open(&connect, summary.bytes_sent) + &close(summary.how, summary.port_blocked_ns)
 }
 
-fn draw_segment(text: &mut String, &(state, segment, sent_remark, received_remark): &Segment<'_>) {
-    draw_line(text, state, &format!("├{:─<LOOP_WIDTH$}╮", format!("──── {segment} ")), sent_remark);
-    draw_line(text, "", &format!("│<{:─<width$}╯", "", width = LOOP_WIDTH - 1), received_remark);
+fn refused_connects(sockets: &str, port: u16) -> String {
+    format!(
+        "    SYN_SENT     ├──── SYN ──────────────>╳   no listener: refused by RST,
+    CLOSE        ┴                            {sockets}
+                                              another source port than {port}
+"
+    )
 }
 
-fn draw_line(text: &mut String, state: &str, drawing: &str, remark: &str) {
-    let line = format!("    {state:<13}{drawing:<width$}   {remark}", width = LOOP_WIDTH + 2);
-    // Writing to a String cannot fail.
-    let _ = writeln!(text, "{}", line.trim_end());
-}
-
-/// Formats a number with commas between the thousands.
-pub(in crate::commands) fn group_thousands(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn example_chart() -> Chart {
-        Chart {
-            endpoint: "127.0.0.1:40029".parse().unwrap(),
-            refused_connects: 0,
-            bytes: 25,
-            how: CloseKind::Fin,
-            time_wait: Some(Duration::from_secs(60)),
-        }
-    }
-
-    #[test]
-    fn the_textbook_client_goes_from_close_to_time_wait() {
-        let want = "
-    CLOSE        ┬                            one socket
-    SYN_SENT     ├──── SYN ───────────────╮   connect(): out to its own port
+/// Before Linux commit 23e89e8ee7be (2024) the returning SYN+ACK did not complete the handshake. The socket
+/// answered it with the same ACK, and the return of this ACK completed the handshake. The segments are the
+/// same.
+fn open(connect: &str, bytes: usize) -> String {
+    let bytes = format!("{bytes} bytes ");
+    format!(
+        "    CLOSE        ┬                            one socket
+    SYN_SENT     ├──── SYN ───────────────╮   {connect}
                  │<───────────────────────╯   its own SYN: a simultaneous open
     SYN_RECV     ├──── SYN+ACK ───────────╮   it answers itself
                  │<───────────────────────╯   and is answered
     ESTABLISHED  ├──── ACK ───────────────╮   connect() returns
                  │<───────────────────────╯
-                 ├──── 25 bytes ──────────╮   write()
+                 ├──── {bytes:─<19}╮   write()
                  │<───────────────────────╯   read() gets the same bytes
                  ├──── ACK ───────────────╮
                  │<───────────────────────╯
-    FIN_WAIT1    ├──── FIN ───────────────╮   close()
+"
+    )
+}
+
+fn close(how: CloseKind, port_blocked_ns: Option<u64>) -> String {
+    let remark = match port_blocked_ns.map(Duration::from_nanos) {
+        Some(left) => &format!("no process; blocks port for {} s", left.as_secs_f64().ceil()),
+        None => "not found here",
+    };
+    match how {
+        CloseKind::Destroyed => {
+            "    CLOSE        ╳                            destroyed: no FIN, so no TIME_WAIT\n".to_owned()
+        }
+        CloseKind::Fin => format!(
+            "    FIN_WAIT1    ├──── FIN ───────────────╮   close()
                  │<───────────────────────╯   its own FIN: a simultaneous close
     CLOSING      ├──── ACK ───────────────╮
                  │<───────────────────────╯
-    TIME_WAIT    ┴                            no process; blocks port for 60 s
-";
-        let got = format!("\n{}", chart(&example_chart()));
-        assert_eq!(got, want, "{got}");
-    }
-
-    #[test]
-    fn the_accident_starts_with_the_refused_connects() {
-        let got = format!("\n{}", chart(&Chart { refused_connects: 6900, ..example_chart() }));
-        let want = "
-    SYN_SENT     ├──── SYN ──────────────>╳   no listener: refused by RST,
-    CLOSE        ┴                            6,900 sockets, each with
-                                              another source port than 40029
-    CLOSE        ┬                            one socket
-    SYN_SENT     ├──── SYN ───────────────╮   connect(), now from port 40029
-";
-        assert!(got.starts_with(want), "{got}");
-    }
-
-    #[test]
-    fn a_destroyed_connection_ends_without_fin_and_time_wait() {
-        let got = chart(&Chart { how: CloseKind::Destroyed, time_wait: None, ..example_chart() });
-        assert!(
-            got.ends_with("╳                            destroyed: no FIN, so no TIME_WAIT\n"),
-            "\n{got}"
-        );
-        assert!(!got.contains("FIN_WAIT1") && !got.contains("CLOSING"), "\n{got}");
-    }
-
-    #[test]
-    fn no_line_is_wider_than_a_terminal() {
-        let widest = Chart { refused_connects: 1_000_000_000, bytes: 65_536, ..example_chart() };
-        for line in chart(&widest).lines() {
-            assert!(line.chars().count() <= 80, "{line}");
-        }
-    }
-
-    #[test]
-    fn thousands_are_grouped() {
-        let rows = [(0, "0"), (999, "999"), (1000, "1,000"), (14116, "14,116"), (1_234_567, "1,234,567")];
-        for (number, want) in rows {
-            assert_eq!(group_thousands(number), want);
-        }
+    TIME_WAIT    ┴                            {remark}
+"
+        ),
     }
 }

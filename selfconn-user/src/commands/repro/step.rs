@@ -6,20 +6,40 @@ use std::net::{IpAddr, SocketAddr};
 use serde::Serialize;
 
 use super::ReproMode;
-use super::address::EndpointText;
-use super::table::State;
-use crate::ports::PortRange;
 
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub(super) enum ReproStep {
-    Bound(Bound),
+    Bound {
+        local: SocketAddr,
+        chosen_by_kernel: bool,
+    },
+    /// The start of the connect loop.
     #[serde(rename = "dialling")]
-    Connecting(ConnectLoop),
+    Connecting {
+        remote: SocketAddr,
+        range: (u16, u16),
+        expected_dials: u32,
+        limit: u64,
+    },
     Progress(Progress),
-    Connected(Connected),
-    Checked(Checked),
-    Echoed(Echoed),
+    Connected {
+        remote: SocketAddr,
+        duration_ns: u64,
+        /// The connect loop that led to this connection. `None`: the port was bound.
+        #[serde(flatten)]
+        progress: Option<Progress>,
+    },
+    /// Both addresses of the socket, and its state in `/proc/net/tcp`.
+    Checked {
+        local: SocketAddr,
+        remote: SocketAddr,
+        state: Option<&'static str>,
+    },
+    Echoed {
+        text: &'static str,
+        bytes: usize,
+    },
     Holding {
         seconds: f64,
         port: u16,
@@ -27,24 +47,16 @@ pub(super) enum ReproStep {
     Closed {
         how: CloseKind,
     },
-    After(AfterClose),
+    /// What remains after the socket is closed.
+    After {
+        #[serde(skip)]
+        endpoint: SocketAddr,
+        state: Option<&'static str>,
+        port_blocked_ns: Option<u64>,
+        bind: BindResult,
+        bind_reuseaddr: BindResult,
+    },
     Summary(ReproSummary),
-}
-
-#[derive(Debug, Clone, Serialize)]
-pub(super) struct Bound {
-    pub(super) local: EndpointText,
-    pub(super) chosen_by_kernel: bool,
-}
-
-/// The start of the connect loop.
-#[derive(Debug, Clone, Serialize)]
-pub(super) struct ConnectLoop {
-    pub(super) remote: EndpointText,
-    #[serde(serialize_with = "range_as_pair")]
-    pub(super) range: PortRange,
-    pub(super) expected_dials: u32,
-    pub(super) limit: u64,
 }
 
 /// The progress of the connect loop.
@@ -57,29 +69,6 @@ pub(super) struct Progress {
     pub(super) chance: f64,
 }
 
-#[derive(Debug, Clone, Serialize)]
-pub(super) struct Connected {
-    pub(super) remote: EndpointText,
-    pub(super) duration_ns: u64,
-    /// The connect loop that led to this connection. `None`: the port was bound.
-    #[serde(flatten)]
-    pub(super) progress: Option<Progress>,
-}
-
-/// Both addresses of the socket, and its state in `/proc/net/tcp`.
-#[derive(Debug, Clone, Serialize)]
-pub(super) struct Checked {
-    pub(super) local: EndpointText,
-    pub(super) remote: EndpointText,
-    pub(super) state: Option<State>,
-}
-
-#[derive(Debug, Clone, Serialize)]
-pub(super) struct Echoed {
-    pub(super) text: String,
-    pub(super) bytes: usize,
-}
-
 /// How the connection ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -87,18 +76,6 @@ pub(super) enum CloseKind {
     Fin,
     /// Another process destroyed it during the hold.
     Destroyed,
-}
-
-/// What remains after the socket is closed.
-#[derive(Debug, Clone, Serialize)]
-pub(super) struct AfterClose {
-    /// For the text only. In JSON the other steps have it.
-    #[serde(skip)]
-    pub(super) endpoint: SocketAddr,
-    pub(super) state: Option<State>,
-    pub(super) port_blocked_ns: Option<u64>,
-    pub(super) bind: BindResult,
-    pub(super) bind_reuseaddr: BindResult,
 }
 
 /// The result of a `bind()` of the port after the close.
@@ -111,7 +88,7 @@ pub(super) enum BindResult {
 }
 
 /// A summary of all steps, for a test to compare with the events of the daemon.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Serialize)]
 pub(super) struct ReproSummary {
     pub(super) pid: u32,
     pub(super) tid: u32,
@@ -131,11 +108,4 @@ pub(super) struct ReproSummary {
     pub(super) how: CloseKind,
     /// Null also in a run of many connections, which does not check this.
     pub(super) port_blocked_ns: Option<u64>,
-    /// For the text only. JSON has its parts.
-    #[serde(skip)]
-    pub(super) endpoint: SocketAddr,
-}
-
-fn range_as_pair<S: serde::Serializer>(range: &PortRange, serializer: S) -> Result<S::Ok, S::Error> {
-    (range.low, range.high).serialize(serializer)
 }

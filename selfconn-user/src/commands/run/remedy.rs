@@ -8,6 +8,7 @@ use selfconn_ebpf::{ABSENT, Field};
 
 use crate::{
     bpf::features::KernelFeatures,
+    commands::duration,
     detect::{
         filter::{Rule, Selection},
         remediation::{Remedy, RemedyMode, RemedyPolicy},
@@ -27,7 +28,7 @@ pub(super) struct RemedyArgs {
     #[arg(long, value_name = "KEY=GLOB", requires = "remedy")]
     remedy_except: Vec<Rule>,
     /// Only self-connections at least this old: 500ms, 30s, 5m, 1h
-    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = time)]
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = duration::parse_seconds)]
     remedy_grace: Duration,
     /// Maximum number of remedies each second
     #[arg(long, value_name = "NUMBER", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
@@ -79,48 +80,5 @@ impl RemedyArgs {
         let selection = Selection { only: self.remedy_only.clone(), except: self.remedy_except.clone() };
         let grace_ns = u64::try_from(self.remedy_grace.as_nanos()).unwrap_or(u64::MAX);
         Ok(Some(Remedy::new(RemedyPolicy { mode, selection, grace_ns, rate: self.remedy_rate })))
-    }
-}
-
-/// Parses a number with a unit. The default unit is seconds.
-fn time(text: &str) -> Result<Duration, String> {
-    let (digits, unit) = text.split_at(text.bytes().take_while(u8::is_ascii_digit).count());
-    let number: u64 = digits.parse().map_err(|_| "not a time such as 500ms, 30s, 5m or 1h".to_owned())?;
-    let seconds = |each: u64| number.checked_mul(each).map(Duration::from_secs);
-    match unit {
-        "ms" => Some(Duration::from_millis(number)),
-        "" | "s" => seconds(1),
-        "m" => seconds(60),
-        "h" => seconds(3_600),
-        _ => return Err(format!("unknown unit {unit}: use ms, s, m or h")),
-    }
-    .ok_or_else(|| "too long".to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_time_is_a_number_with_an_optional_unit() {
-        for (text, ms) in [
-            ("0", Some(0)),
-            ("0s", Some(0)),
-            ("7", Some(7_000)),
-            ("500ms", Some(500)),
-            ("30s", Some(30_000)),
-            ("5m", Some(300_000)),
-            ("1h", Some(3_600_000)),
-            ("", None),
-            ("s", None),
-            ("-1s", None),
-            ("1.5s", None),
-            ("1d", None),
-            ("1 s", None),
-            ("99999999999999999999", None),
-            ("18446744073709551615h", None),
-        ] {
-            assert_eq!(time(text).ok().map(|time| time.as_millis()), ms, "{text}");
-        }
     }
 }

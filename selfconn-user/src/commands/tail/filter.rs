@@ -1,8 +1,8 @@
 //! The filter of `tail`: selects the events to show.
 
-use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
+use jiff::Timestamp;
 
-use crate::event::text::LogRecord;
+use crate::{commands::duration, event::text::LogRecord};
 
 /// All conditions must hold. Of several values for one condition, one must match.
 #[derive(Clone, Debug, Default)]
@@ -58,12 +58,8 @@ pub(super) fn since(text: &str, now: Timestamp) -> Result<Timestamp, String> {
     if let Ok(time) = text.parse() {
         return Ok(time);
     }
-    let ago = text
-        .parse::<Span>()
-        .and_then(|span| span.to_duration(SpanRelativeTo::days_are_24_hours()))
-        .ok()
-        .filter(|ago| *ago >= SignedDuration::ZERO);
-    ago.and_then(|ago| now.checked_sub(ago).ok())
+    duration::parse(text)
+        .and_then(|ago| now.checked_sub(ago).ok())
         .ok_or_else(|| "neither a time span such as 90s, 30m, 1h or 2d nor an RFC 3339 time".to_owned())
 }
 

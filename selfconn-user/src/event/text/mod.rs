@@ -12,6 +12,7 @@ pub use escape::escape;
 pub use record::{JsonFields, LogRecord, parse};
 pub use style::Style;
 pub(super) use style::align_columns;
+pub(crate) use units::group_thousands;
 pub use units::{duration, optional_rfc3339, rfc3339, utc_time};
 
 /// How the events of one name are rendered as text.

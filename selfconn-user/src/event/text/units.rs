@@ -42,6 +42,19 @@ pub fn duration(ns: u64) -> String {
     }
 }
 
+/// A number with commas between the thousands.
+pub(crate) fn group_thousands(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -57,6 +70,15 @@ mod tests {
             (90_000_000_000_000, "1d1h"),
         ] {
             assert_eq!(duration(ns), text);
+        }
+    }
+
+    #[test]
+    fn thousands_are_grouped() {
+        for (number, text) in
+            [(0, "0"), (999, "999"), (1000, "1,000"), (14116, "14,116"), (1_234_567, "1,234,567")]
+        {
+            assert_eq!(group_thousands(number), text);
         }
     }
 }

@@ -11,8 +11,10 @@ use aya::maps::{Array, Map, MapData};
 use rustix::process::Signal;
 use selfconn::bpf::{
     attach::RequestedHooks,
+    bind_method::RequestedBindMethod,
     features::KernelFeatures,
     loader::{Tracer, TracerOptions},
+    object::ObjectOptions,
 };
 use selfconn_ebpf::{ConnectEntry, ConnectSet, Endpoint, WAYS, names, set_index};
 use socket2::{SockRef, Socket};
@@ -29,12 +31,8 @@ fn with_tracer(work: impl FnOnce(&mut Tracer)) {
     runtime.block_on(async {
         let options = TracerOptions {
             hooks: RequestedHooks::default(),
-            bind_method: selfconn::bpf::bind_programs::RequestedBindMethod::Off,
-            ring_bytes: 1 << 16,
-            refused_table_size: 8,
-            connect_table_size: 1 << 14,
-            states: false,
-            log: false,
+            bind_method: RequestedBindMethod::Off,
+            object: ObjectOptions { connect_table_size: 1 << 14, ..ObjectOptions::MINIMAL },
         };
         work(&mut Tracer::start(&KernelFeatures::probe(false).unwrap(), options).unwrap());
     });

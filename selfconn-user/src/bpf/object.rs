@@ -1,0 +1,81 @@
+//! The eBPF object that is part of this binary: its options, the globals that they become, and its maps.
+
+use std::io;
+
+use anyhow::{Context as _, Result, anyhow};
+use aya::{Ebpf, EbpfError, EbpfLoader, maps::MapError};
+use selfconn_ebpf::{WAYS, names, reported};
+
+use super::features::KernelFeatures;
+
+/// The eBPF object that `cargo xtask build-ebpf` builds.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-hooks"));
+
+/// The sizes of the maps, and what the programs report.
+#[derive(Clone, Copy, Debug)]
+pub struct ObjectOptions {
+    /// The size of the ring buffer in bytes: a power of two and at least one page.
+    pub ring_bytes: u32,
+    /// The maximum number of entries in the connect table: connection attempts in progress and
+    /// self-connections.
+    pub connect_table_size: u32,
+    /// The maximum number of destinations for which refused connects are counted.
+    pub refused_table_size: u32,
+    /// True to report every state transition, and not only the beginning and the end of a connection.
+    pub states: bool,
+    /// True to read the log of the eBPF programs.
+    pub log: bool,
+}
+
+impl ObjectOptions {
+    /// The options of an object that is loaded for a moment only.
+    pub const MINIMAL: Self = Self {
+        ring_bytes: 1 << 16,
+        connect_table_size: 64,
+        refused_table_size: 64,
+        states: false,
+        log: false,
+    };
+}
+
+/// Loads the object: creates its maps and sets its globals. No program is loaded yet.
+pub(super) fn load(features: &KernelFeatures, options: ObjectOptions) -> Result<Ebpf> {
+    raise_memlock();
+    // 0 is below every level of aya-log, and the verifier removes the unreachable code.
+    let log_level = if options.log { aya_log::Level::Debug as u8 } else { 0 };
+    let sets = options.connect_table_size.div_ceil(WAYS as u32).max(1);
+    let reported = if options.states { reported::STATES } else { reported::LIFETIMES };
+    EbpfLoader::new()
+        .btf(None)
+        .override_global(names::OFFSETS, &features.offsets[..], true)
+        .override_global(names::TASK_ACCESS, &features.task_access, true)
+        .override_global(names::REPORTED, &reported, true)
+        .override_global(aya_log::LEVEL, &log_level, true)
+        .map_max_entries(names::RECORDS, options.ring_bytes)
+        .override_global(names::CONNECT_SETS, &sets, true)
+        .map_max_entries(names::CONNECT_TABLE, sets)
+        .map_max_entries(names::REFUSED_CONNECTS, options.refused_table_size)
+        .load(OBJECT)
+        .map_err(|error| ring_memory_error(&error, options.ring_bytes).unwrap_or_else(|| error.into()))
+        .context("cannot load the maps")
+}
+
+/// A message with a hint, if the kernel had no memory for the ring buffer.
+fn ring_memory_error(error: &EbpfError, ring_bytes: u32) -> Option<anyhow::Error> {
+    let EbpfError::MapError(MapError::CreateError { name, io_error, .. }) = error else { return None };
+    let is_ring = *name == names::RECORDS && io_error.kind() == io::ErrorKind::OutOfMemory;
+    let size = if ring_bytes >= 1 << 30 {
+        format!("{} GiB", ring_bytes >> 30)
+    } else {
+        format!("{} KiB", ring_bytes >> 10)
+    };
+    is_ring.then(|| anyhow!("no memory for a ring buffer of {size}: ask for a smaller one with --ring-size"))
+}
+
+/// Raises RLIMIT_MEMLOCK, because before v5.11 maps count against it. Later kernels ignore it for maps.
+fn raise_memlock() {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    if let Err(error) = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }) {
+        log::debug!("cannot raise RLIMIT_MEMLOCK: {error}");
+    }
+}
