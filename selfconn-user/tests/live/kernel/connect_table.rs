@@ -1,103 +1,22 @@
 //! The connect table, which holds the connects in flight: its entries, and what happens when it is full.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
-    sync::Barrier,
+    net::{Ipv4Addr, SocketAddr},
     thread,
     time::Duration,
 };
 
 use aya::maps::{Array, Map, MapData};
 use rustix::process::Signal;
-use selfconn::bpf::{
-    attach::RequestedHooks,
-    bind_method::RequestedBindMethod,
-    features::KernelFeatures,
-    loader::{Tracer, TracerOptions},
-    object::ObjectOptions,
-};
 use selfconn_ebpf::{ConnectEntry, ConnectSet, Endpoint, WAYS, names, set_index};
-use socket2::{SockRef, Socket};
 
 use crate::support::{
-    client::{connect_to_self, connect_until_self, socket},
+    client::{connect_to_self, connect_until_self, unanswered_connects},
     daemon::{HookVariant, TestDaemon, is_event, scaled},
+    direct_tracer::{entry_count, with_tracer},
     helper_process::HelperProcess,
     netns::TestNetns,
 };
-
-fn with_tracer(work: impl FnOnce(&mut Tracer)) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
-        let options = TracerOptions {
-            hooks: RequestedHooks::default(),
-            bind_method: RequestedBindMethod::Off,
-            object: ObjectOptions { connect_table_size: 1 << 14, ..ObjectOptions::MINIMAL },
-        };
-        work(&mut Tracer::start(&KernelFeatures::probe(false).unwrap(), options).unwrap());
-    });
-}
-
-/// Number of entries of a namespace in the connect table.
-fn entry_count(tracer: &Tracer, net: TestNetns) -> usize {
-    tracer
-        .connect_entries()
-        .unwrap()
-        .iter()
-        .filter(|(_, entry)| u64::from(entry.endpoint.netns) == net.inode)
-        .count()
-}
-
-/// Opens `count` ordinary loopback connections to one server.
-fn ordinary_connections(count: usize) -> Vec<(TcpStream, TcpStream)> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let server = listener.local_addr().unwrap();
-    let connect = |_| {
-        let client = TcpStream::connect(server).unwrap();
-        // No TIME_WAIT, which would exhaust the ports.
-        SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
-        (client, listener.accept().unwrap().0)
-    };
-    (0..count).map(connect).collect()
-}
-
-#[test]
-fn ordinary_connections_leave_no_entries_in_the_connect_table() {
-    use rustix::{
-        process::{Resource, Rlimit, getrlimit, setrlimit},
-        thread::{UnshareFlags, unshare_unsafe},
-    };
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
-    // Two descriptors for each connection, and some for everything else.
-    let each = usize::try_from(maximum.unwrap_or(20_000).min(20_000)).unwrap() / 2 - 100;
-    let net = TestNetns::enter_new();
-    let total = scaled(100_000);
-    with_tracer(|tracer| {
-        for _ in 0..2 {
-            let hold = Barrier::new(total.div_ceil(each) + 1);
-            thread::scope(|scope| {
-                for from in (0..total).step_by(each) {
-                    let (hold, count) = (&hold, each.min(total - from));
-                    scope.spawn(move || {
-                        // SAFETY: this thread gets a descriptor table of its own. It uses only descriptors
-                        // that it opens from here on, and it closes them itself.
-                        unsafe { unshare_unsafe(UnshareFlags::FILES) }.unwrap();
-                        let connections = ordinary_connections(count);
-                        hold.wait();
-                        hold.wait();
-                        drop(connections);
-                    });
-                }
-                hold.wait();
-                assert_eq!(entry_count(tracer, net), 0, "while {total} connections are open");
-                hold.wait();
-            });
-            assert_eq!(entry_count(tracer, net), 0, "after {total} connections were open");
-        }
-        assert!(tracer.counters().unwrap().connect_table_full == 0);
-    });
-}
 
 #[test]
 fn refused_connects_leave_no_entries_in_the_connect_table() {
@@ -127,21 +46,6 @@ fn a_self_connection_stays_in_the_connect_table_until_it_ends() {
         drop(connection);
         assert_eq!(entry_count(tracer, net), 0);
     });
-}
-
-/// Connects to a server with a full accept queue. Their SYNs are dropped, so the connects stay in flight.
-pub(crate) fn unanswered_connects(count: usize) -> (TcpListener, Vec<Socket>) {
-    let listener = socket(Ipv4Addr::LOCALHOST.into());
-    listener.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
-    listener.listen(0).unwrap();
-    let server = listener.local_addr().unwrap();
-    let connect = |_| {
-        let client = socket(Ipv4Addr::LOCALHOST.into());
-        client.set_nonblocking(true).unwrap();
-        let _ = client.connect(&server);
-        client
-    };
-    (listener.into(), (0..count).map(connect).collect())
 }
 
 #[test]

@@ -14,7 +14,7 @@ use aya::{Ebpf, programs::TracePoint};
 use crate::support::{
     client::{assert_opened_by_this_thread, connect_to_self},
     daemon::{HookVariant, TestDaemon, is_event, scaled},
-    daemon_pool,
+    daemon_pool, machine,
     netns::TestNetns,
 };
 
@@ -52,6 +52,7 @@ fn self_connections_under_rps_are_reported_once_with_the_right_opener() {
 
 #[test]
 fn a_busy_tracepoint_program_of_another_agent_hides_nothing() {
+    machine::occupy();
     let mut agent = Ebpf::load(TEST_PROGRAMS).unwrap();
     let program: &mut TracePoint = agent.program_mut("busy_sys_enter").unwrap().try_into().unwrap();
     selfconn::bpf::tracefs::with(|| {

@@ -3,7 +3,6 @@
 use std::{
     io::{BufRead as _, BufReader},
     net::Ipv4Addr,
-    panic::AssertUnwindSafe,
     path::PathBuf,
     process::{Child, Command, Stdio},
     sync::{
@@ -18,8 +17,10 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    client::{self, connect_to_self},
+    client::connect_to_self,
     daemon_pool::{self, PoolKey},
+    machine,
+    retries::Missed,
 };
 
 /// Generous because emulated kernels are slow. A passing test never waits this long.
@@ -31,8 +32,9 @@ const MARKER_PREFIX: &str = "127.254.";
 /// A marker is reported within milliseconds, unless its record is lost. With a single method that can happen.
 const MARKER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The path of the binary under test.
+/// The path of the binary under test. The test that asks for it has the machine for itself from now on.
 pub(crate) fn selfconn() -> PathBuf {
+    machine::occupy();
     std::env::var_os("SELFCONN_BIN").map_or_else(|| env!("CARGO_BIN_EXE_selfconn").into(), PathBuf::from)
 }
 
@@ -49,8 +51,13 @@ pub(crate) struct HookVariant(pub(crate) Vec<&'static str>);
 impl HookVariant {
     /// True unless this is a single method on a kernel that preempts BPF programs. The module `load` measures
     /// what preemption loses.
-    fn is_lossless(&self) -> bool {
+    pub(crate) fn is_lossless(&self) -> bool {
         self.0.last().is_none_or(|method| !is_preemptible("tp_btf") && !is_preemptible(method))
+    }
+
+    /// The forced method, or `default`.
+    pub(crate) fn method(&self) -> &'static str {
+        self.0.last().copied().unwrap_or("default")
     }
 }
 
@@ -131,24 +138,6 @@ pub(crate) fn lossless_variants() -> impl Iterator<Item = HookVariant> {
     hook_variants().into_iter().filter(HookVariant::is_lossless)
 }
 
-/// Runs a test with the default and with each method alone. A method that can be preempted may miss a
-/// transition of the one connection that a test makes, so it gets three tries. A wrong opener is never
-/// retried.
-pub(crate) fn for_each_variant(test: impl Fn(&HookVariant)) {
-    for variant in hook_variants() {
-        let tries = if variant.is_lossless() { 1 } else { 3 };
-        for tries_left in (0..tries).rev() {
-            match std::panic::catch_unwind(AssertUnwindSafe(|| test(&variant))) {
-                Ok(()) => break,
-                Err(panic) if tries_left == 0 || client::wrong_opener_seen() => {
-                    std::panic::resume_unwind(panic)
-                }
-                Err(_) => println!("{variant:?}: trying again, because its program can be preempted"),
-            }
-        }
-    }
-}
-
 /// A `selfconn run` process and its output so far.
 pub(crate) struct TestDaemon {
     child: Child,
@@ -225,14 +214,36 @@ impl TestDaemon {
 
     /// Waits until `count` events match.
     pub(crate) fn expect(&mut self, count: usize, matches: impl Fn(&Value) -> bool) -> Vec<Value> {
-        match self.wait_for(count, &matches) {
-            Ok(events) => events,
-            Err(why) => {
-                let got = self.events.iter().filter(|event| matches(event)).count();
-                let last: Vec<_> = self.events.iter().rev().take(12).map(ToString::to_string).collect();
-                panic!("{got} of {count} events ({why}); newest first:\n{}", last.join("\n"));
-            }
-        }
+        self.try_expect(count, matches).unwrap_or_else(|Missed(what)| panic!("{what}"))
+    }
+
+    /// As [`Self::expect`]; too few events are not the end of the test. A daemon that has ended is.
+    pub(crate) fn try_expect(
+        &mut self,
+        count: usize,
+        matches: impl Fn(&Value) -> bool,
+    ) -> Result<Vec<Value>, Missed> {
+        self.wait_for(count, &matches).map_err(|why| {
+            let got = self.events.iter().filter(|event| matches(event)).count();
+            let last: Vec<_> = self.events.iter().rev().take(12).map(ToString::to_string).collect();
+            let what = format!("{got} of {count} events ({why}); newest first:\n{}", last.join("\n"));
+            assert_eq!(why, RecvTimeoutError::Timeout, "the daemon has ended: {what}");
+            Missed(what)
+        })
+    }
+
+    /// The only `established` and the only `closed` event of a namespace, after all pending events have
+    /// arrived. A program saw the opener and the end.
+    pub(crate) fn only_pair(mut self, netns: u64) -> Result<(Value, Value), Missed> {
+        self.try_expect(1, is_event("closed", netns))?;
+        let (events, _) = self.stop();
+        let all =
+            |kind| events.iter().filter(|event| is_event(kind, netns)(event)).cloned().collect::<Vec<_>>();
+        let (mut established, mut closed) = (all("established"), all("closed"));
+        assert_eq!((established.len(), closed.len()), (1, 1), "{events:#?}");
+        Missed::if_opener_unseen(&established[0])?;
+        Missed::if_null(&closed[0], &["pid", "how"])?;
+        Ok((established.remove(0), closed.remove(0)))
     }
 
     fn wait_for(

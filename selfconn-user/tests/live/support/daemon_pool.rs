@@ -18,7 +18,10 @@ use rustix::{
     thread::{UnshareFlags, unshare_unsafe},
 };
 
-use super::daemon::{HookVariant, TestDaemon};
+use super::{
+    daemon::{HookVariant, TestDaemon},
+    machine,
+};
 
 /// The options that a pooled daemon was started with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +43,7 @@ impl PoolKey {
 static IDLE: Mutex<Vec<(PoolKey, TestDaemon)>> = Mutex::new(Vec::new());
 
 pub(crate) fn take_idle(key: &PoolKey) -> Option<TestDaemon> {
+    machine::occupy();
     let mut idle = IDLE.lock().unwrap();
     let index = idle.iter().position(|(idle_key, _)| idle_key == key)?;
     Some(idle.swap_remove(index).1)
@@ -51,6 +55,7 @@ pub(crate) fn put_idle(key: PoolKey, daemon: TestDaemon) {
 
 /// Ends all idle daemons, for tests in which no other daemon may run.
 pub(crate) fn stop_idle() {
+    machine::occupy();
     IDLE.lock().unwrap().clear();
 }
 

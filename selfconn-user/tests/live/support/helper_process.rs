@@ -87,10 +87,16 @@ impl HelperProcess {
     }
 }
 
+/// The path of a function in this module, as libtest names it: without the crate.
+fn test_path(function: &str) -> String {
+    let (_, module) = module_path!().split_once("::").unwrap();
+    format!("{module}::{function}")
+}
+
 fn command(task: &str) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command
-        .args(["--exact", "support::helper_process::run_helper_process", "--ignored", "--nocapture"])
+        .args(["--exact", &test_path("run_helper_process"), "--ignored", "--nocapture"])
         .env(TASK_ENV, task);
     command
 }

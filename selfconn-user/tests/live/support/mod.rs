@@ -1,12 +1,18 @@
 //! What the live tests share: namespaces, clients, daemons under test, helper processes. No tests.
 
+pub(crate) mod accounting;
 pub(crate) mod client;
 pub(crate) mod daemon;
 pub(crate) mod daemon_pool;
+pub(crate) mod direct_tracer;
 pub(crate) mod disk;
 pub(crate) mod fd_injection;
 pub(crate) mod helper_process;
 pub(crate) mod kernel_gaps;
+#[expect(dead_code, reason = "only the tests of the command line share the machine")]
+pub(crate) mod machine;
 pub(crate) mod netns;
+pub(crate) mod refused_connects;
+pub(crate) mod retries;
 pub(crate) mod scan_output;
 pub(crate) mod socket_crowd;

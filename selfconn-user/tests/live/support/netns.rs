@@ -15,7 +15,7 @@ use std::{
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 use socket2::{Domain, Socket, Type};
 
-use super::daemon::DEADLINE;
+use super::{daemon::DEADLINE, machine};
 
 /// The network namespace that the calling thread is in from now on.
 #[derive(Clone, Copy, Debug)]
@@ -26,8 +26,9 @@ pub(crate) struct TestNetns {
 
 impl TestNetns {
     /// Moves the calling thread into a new network namespace with `lo` up. Threads and processes that it
-    /// starts from now on are in this namespace, too.
+    /// starts from now on are in this namespace, too. The test has the machine for itself from now on.
     pub(crate) fn enter_new() -> Self {
+        machine::occupy();
         // SAFETY: only the flag FILES could take descriptors away from other threads, and it is not set.
         unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace: run as root");
         let mut request = request("lo");

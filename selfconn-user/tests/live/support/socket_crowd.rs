@@ -56,8 +56,10 @@ impl SocketCrowd {
             CrowdSockets::TimeWait(address) => json!(["time-wait", address]),
             CrowdSockets::Shared => json!(["shared"]),
         };
+        // libtest names a test without its crate.
+        let (_, module) = module_path!().split_once("::").unwrap();
         let mut child = Command::new("/proc/self/exe")
-            .args(["--exact", "scan::crowd::run_crowd_process", "--ignored", "--nocapture"])
+            .args(["--exact", &format!("{module}::run_crowd_process"), "--ignored", "--nocapture"])
             .env(CROWD_ENV, task.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -5,8 +5,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::support::{
     client::{assert_opened_by_this_thread, connect_until_self, socket},
-    daemon::{TestDaemon, for_each_variant, is_event, lossless_variants},
+    daemon::{TestDaemon, is_event, lossless_variants},
     netns::TestNetns,
+    retries::{PREEMPTED, for_each_variant_retrying},
 };
 
 /// The range is so small that a port with the parity of its low end is hit within some hundred attempts.
@@ -17,27 +18,24 @@ const MAX_ATTEMPTS: usize = 20_000;
 fn a_port_chosen_by_connect_is_ephemeral_and_has_its_opener() {
     let net = TestNetns::enter_new();
     net.set_sysctl("ip_local_port_range", PORT_RANGE);
-    for_each_variant(|variant| {
+    for_each_variant_retrying(PREEMPTED, |variant| {
         for (address, port) in
             [(IpAddr::from(Ipv4Addr::LOCALHOST), 40_100), (Ipv6Addr::LOCALHOST.into(), 40_102)]
         {
-            let mut daemon = TestDaemon::shared(variant, &[]);
+            let daemon = TestDaemon::shared(variant, &[]);
             let target = SocketAddr::new(address, port);
             let connection =
                 connect_until_self(target, MAX_ATTEMPTS).expect("an even port of the range is hit");
             // No TIME_WAIT, which would block this port in the next round.
             connection.set_linger(Some(std::time::Duration::ZERO)).unwrap();
             drop(connection);
-            daemon.expect(1, is_event("closed", net.inode));
-            let (events, _) = daemon.stop();
-            let established: Vec<_> =
-                events.iter().filter(|event| is_event("established", net.inode)(event)).collect();
-            assert_eq!(established.len(), 1, "{variant:?}: {events:#?}");
-            assert_opened_by_this_thread(established[0]);
-            assert_eq!(established[0]["cause"], "ephemeral", "{variant:?}");
-            assert_eq!(established[0]["port"], port);
-            assert_eq!(established[0]["addr"], address.to_string());
+            let (established, _) = daemon.only_pair(net.inode)?;
+            assert_opened_by_this_thread(&established);
+            assert_eq!(established["cause"], "ephemeral", "{variant:?}");
+            assert_eq!(established["port"], port);
+            assert_eq!(established["addr"], address.to_string());
         }
+        Ok(())
     });
 }
 

@@ -11,9 +11,10 @@ use socket2::Socket;
 
 use crate::support::{
     client::{self, connect_to_self, own_comm},
-    daemon::{HookVariant, TestDaemon, comm_by_thread, for_each_variant, is_event, is_name_or_unknown},
+    daemon::{HookVariant, TestDaemon, comm_by_thread, is_event, is_name_or_unknown},
     helper_process::{self, HelperProcess},
     netns::TestNetns,
+    retries::{Missed, PREEMPTED, for_each_variant_retrying},
 };
 
 fn expect_established(daemon: &mut TestDaemon, net: TestNetns) -> Value {
@@ -22,6 +23,21 @@ fn expect_established(daemon: &mut TestDaemon, net: TestNetns) -> Value {
 
 fn expect_closed(daemon: &mut TestDaemon, net: TestNetns) -> Value {
     daemon.expect(1, is_event("closed", net.inode)).pop().unwrap()
+}
+
+/// The event of the opening of the only self-connection. A program saw the opener.
+fn try_established(daemon: &mut TestDaemon, net: TestNetns) -> Result<Value, Missed> {
+    let opened = daemon.try_expect(1, is_event("established", net.inode))?.pop().unwrap();
+    Missed::if_opener_unseen(&opened)?;
+    Ok(opened)
+}
+
+/// The event of the end of the only self-connection. Programs saw the opener and the closer.
+fn try_closed(daemon: &mut TestDaemon, net: TestNetns) -> Result<Value, Missed> {
+    let closed = daemon.try_expect(1, is_event("closed", net.inode))?.pop().unwrap();
+    Missed::if_opener_unseen(&closed)?;
+    Missed::if_null(&closed, &["how", "closer"])?;
+    Ok(closed)
 }
 
 #[test]
@@ -51,20 +67,21 @@ fn the_openers_program_and_cgroup_are_reported_in_both_events() {
 #[test]
 fn an_opener_that_dies_at_once_is_named() {
     let net = TestNetns::enter_new();
-    for_each_variant(|variant| {
+    for_each_variant_retrying(PREEMPTED, |variant| {
         let mut daemon = TestDaemon::shared(variant, &[]);
         let client = HelperProcess::start("connect and kill itself");
         let pid = client.pid();
         client.finish();
-        let opened = expect_established(&mut daemon, net);
+        let opened = try_established(&mut daemon, net)?;
         assert_eq!(opened["pid"], pid, "{variant:?}: {opened}");
         assert!(is_name_or_unknown(&opened["comm"], "short-lived"), "{variant:?}: {opened}");
         // The fields that could still be read are right; the others are null.
         assert!(opened["cmdline"].is_null() || opened["cmdline"][1] == "--exact", "{opened}");
-        let closed = expect_closed(&mut daemon, net);
+        let closed = try_closed(&mut daemon, net)?;
         assert_eq!(closed["how"], "fin", "{closed}");
         assert_eq!(closed["closer"]["pid"], pid, "{variant:?}: {closed}");
         daemon.stop();
+        Ok(())
     });
 }
 
@@ -103,17 +120,18 @@ fn exec_after_connect_keeps_the_openers_name() {
 #[test]
 fn an_inherited_socket_is_opened_by_the_parent_and_closed_by_the_child() {
     let net = TestNetns::enter_new();
-    for_each_variant(|variant| {
+    for_each_variant_retrying(PREEMPTED, |variant| {
         let mut daemon = TestDaemon::shared(variant, &[]);
         let mut parent = HelperProcess::start("connect and pass to child");
         let pid = parent.pid();
         let child: u32 = parent.read_output().parse().unwrap();
         parent.finish();
-        let closed = expect_closed(&mut daemon, net);
+        let closed = try_closed(&mut daemon, net)?;
         assert_eq!((&closed["pid"], &closed["comm"]), (&pid.into(), &"a-parent".into()), "{closed}");
         assert_eq!(closed["closer"]["pid"], child, "{variant:?}: {closed}");
         assert_eq!(closed["closer"]["comm"], comm_by_thread("a-child"), "{variant:?}: {closed}");
         daemon.stop();
+        Ok(())
     });
 }
 
@@ -218,16 +236,17 @@ fn a_thread_that_renames_itself_does_not_rename_its_process() {
 fn a_reset_names_the_closer_and_never_a_bystander() {
     let net = TestNetns::enter_new();
     net.enable_rps();
-    for_each_variant(|variant| {
+    for_each_variant_retrying(PREEMPTED, |variant| {
         let mut daemon = TestDaemon::shared(variant, &[]);
         let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
         socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
         drop(socket);
-        let closed = expect_closed(&mut daemon, net);
+        let closed = try_closed(&mut daemon, net)?;
         let closer = &closed["closer"];
         assert_eq!(closer["pid"], std::process::id(), "{variant:?}: {closed}");
         assert_eq!(closer["comm"], comm_by_thread(&own_comm()), "{variant:?}: {closed}");
         daemon.stop();
+        Ok(())
     });
 }
 
@@ -256,17 +275,18 @@ fn connect_by_io_uring(flags: io_uring::squeue::Flags) -> Option<Socket> {
 fn an_io_uring_connect_is_attributed_to_the_requesting_process() {
     use io_uring::squeue::Flags;
     let net = TestNetns::enter_new();
-    for_each_variant(|variant| {
+    for_each_variant_retrying(PREEMPTED, |variant| {
         for flags in [Flags::empty(), Flags::ASYNC] {
             let mut daemon = TestDaemon::shared(variant, &[]);
-            let Some(socket) = connect_by_io_uring(flags) else { return };
+            let Some(socket) = connect_by_io_uring(flags) else { return Ok(()) };
             drop(socket);
-            let closed = expect_closed(&mut daemon, net);
+            let closed = try_closed(&mut daemon, net)?;
             assert_eq!(closed["pid"], std::process::id(), "{variant:?}: {closed}");
             assert_eq!(closed["comm"], own_comm(), "{variant:?}: {closed}");
             let is_worker = closed["thread_comm"].as_str().unwrap().starts_with("iou-wrk-");
             assert_eq!(is_worker, flags == Flags::ASYNC, "{variant:?}: {closed}");
             daemon.stop();
         }
+        Ok(())
     });
 }

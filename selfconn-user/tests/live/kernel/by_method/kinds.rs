@@ -11,23 +11,21 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::support::{
     client::{PAYLOAD, assert_opened_by_this_thread, connect_to_self, socket},
-    daemon::{TestDaemon, for_each_variant, is_event},
+    daemon::TestDaemon,
     netns::TestNetns,
+    retries::{PREEMPTED, for_each_variant_retrying},
 };
 
 /// Runs `client` with each variant. `check` gets its only `established` and its only `closed` event.
 fn for_each_method(net: TestNetns, client: impl Fn() -> u16, check: impl Fn(&Value, &Value)) {
-    for_each_variant(|variant| {
-        let mut daemon = TestDaemon::shared(variant, &[]);
+    for_each_variant_retrying(PREEMPTED, |variant| {
+        let daemon = TestDaemon::shared(variant, &[]);
         let port = client();
-        daemon.expect(1, is_event("closed", net.inode));
-        let (events, _) = daemon.stop();
-        let all = |kind| events.iter().filter(|event| is_event(kind, net.inode)(event)).collect::<Vec<_>>();
-        let (established, closed) = (all("established"), all("closed"));
-        assert_eq!((established.len(), closed.len()), (1, 1), "{variant:?}: {events:#?}");
-        assert_opened_by_this_thread(established[0]);
-        assert_eq!(established[0]["port"], port, "{variant:?}");
-        check(established[0], closed[0]);
+        let (established, closed) = daemon.only_pair(net.inode)?;
+        assert_opened_by_this_thread(&established);
+        assert_eq!(established["port"], port, "{variant:?}");
+        check(&established, &closed);
+        Ok(())
     });
 }
 

@@ -4,5 +4,6 @@
 pub(crate) mod accident;
 pub(crate) mod attribution;
 pub(crate) mod detection;
+pub(crate) mod early_warning;
 pub(crate) mod kinds;
 pub(crate) mod methods;

@@ -15,7 +15,7 @@ use socket2::Socket;
 
 use super::{LOCALHOST, start};
 use crate::support::{
-    client::socket,
+    client::{is_connected, socket},
     daemon::{HookVariant, is_event, scaled},
     netns::TestNetns,
 };
@@ -117,7 +117,7 @@ fn a_listener_survives_the_remedy_while_self_connections_on_its_port_close() {
     // The last connection stays open and must be destroyed by the daemon.
     let last = client(address);
     let closed = daemon.expect(count + 1, is_event("closed", net.inode));
-    assert!(!super::is_connected(&last));
+    assert!(!is_connected(&last));
     assert_healthy(&listener, address);
     let (events, _) = daemon.stop();
     let results = |result: &'static str| {

@@ -1,24 +1,20 @@
 //! Runs `selfconn tail` on logs of other versions, and on rotated, truncated, hostile and large logs.
-#![expect(clippy::unwrap_used, reason = "a test panics on an unexpected error")]
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _},
-    os::fd::OwnedFd,
+    io::{BufRead as _, BufReader, Seek as _, SeekFrom, Write as _},
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Output, Stdio},
     sync::mpsc::{Receiver, channel},
     time::Duration,
 };
 
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use crate::support::{on_a_terminal, selfconn};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
 fn tail() -> Command {
-    let binary = std::env::var_os("SELFCONN_BIN");
-    let mut command =
-        Command::new(binary.map_or_else(|| env!("CARGO_BIN_EXE_selfconn").into(), PathBuf::from));
+    let mut command = selfconn();
     command.arg("tail").env_remove("NO_COLOR").env("TERM", "xterm").stdin(Stdio::null());
     command
 }
@@ -302,27 +298,17 @@ fn following_ends_when_the_reader_closes_the_pipe_even_without_new_events() {
     assert_eq!(child.wait().unwrap().code(), Some(0), "a broken pipe is not an error");
 }
 
-/// The output of a command on a terminal.
-fn on_terminal(command: &mut Command) -> String {
-    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-    grantpt(&master).unwrap();
-    unlockpt(&master).unwrap();
-    let name = ptsname(&master, Vec::new()).unwrap();
-    let slave: OwnedFd =
-        OpenOptions::new().read(true).write(true).open(name.to_str().unwrap()).unwrap().into();
-    let mut child = command.stdout(slave).spawn().unwrap();
-    // This drops the last other descriptor of the slave. So the read ends when the child exits.
-    command.stdout(Stdio::null());
-    let mut text = Vec::new();
-    let _ = File::from(master).read_to_end(&mut text);
-    assert!(child.wait().unwrap().success());
-    String::from_utf8(text).unwrap()
-}
-
 #[test]
 fn colour_is_only_used_on_capable_terminals_without_no_color() {
     let log = Log::of(event("established", 1, 80, "one"));
-    assert!(on_terminal(tail().arg(&log.path)).contains("\u{1b}["));
-    assert!(!on_terminal(tail().arg(&log.path).env("NO_COLOR", "1")).contains('\u{1b}'));
-    assert!(!on_terminal(tail().arg(&log.path).env("TERM", "dumb")).contains('\u{1b}'));
+    let shown = |variables: &[(&str, &str)]| {
+        let mut command = tail();
+        command.arg(&log.path).envs(variables.iter().copied());
+        let (code, text) = on_a_terminal(command);
+        assert_eq!(code, Some(0), "{text}");
+        text
+    };
+    assert!(shown(&[]).contains("\u{1b}["));
+    assert!(!shown(&[("NO_COLOR", "1")]).contains('\u{1b}'));
+    assert!(!shown(&[("TERM", "dumb")]).contains('\u{1b}'));
 }

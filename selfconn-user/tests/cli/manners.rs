@@ -1,27 +1,21 @@
 //! Tests what all commands have in common, with the real binary and for each command of the clap definitions:
 //! help with valid examples, one-line errors, exit codes, colour, broken pipes, man pages and completions.
 //! These tests cover a new command automatically.
-#![expect(clippy::unwrap_used, reason = "a test panics on an unexpected error")]
 
-#[path = "../examples/pages.rs"]
+#[path = "../../examples/pages.rs"]
 #[expect(dead_code, reason = "only the example itself calls its main function")]
 mod pages;
 
 use std::{
     fs::File,
-    io::{self, Read as _},
-    path::PathBuf,
-    process::{Command, Output, Stdio},
+    io,
+    process::{Command, Stdio},
 };
 
 use clap::{CommandFactory as _, Parser as _};
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use selfconn::cli::Cli;
 
-fn selfconn() -> Command {
-    let binary = std::env::var_os("SELFCONN_BIN");
-    Command::new(binary.map_or_else(|| env!("CARGO_BIN_EXE_selfconn").into(), PathBuf::from))
-}
+use crate::support::{assert_one_line_error, on_a_terminal, selfconn};
 
 /// The visible commands of the clap definitions.
 fn commands() -> Vec<clap::Command> {
@@ -40,17 +34,6 @@ fn names() -> Vec<Vec<String>> {
 fn broken_pipe() -> Stdio {
     let (_, writer) = io::pipe().unwrap();
     writer.into()
-}
-
-#[track_caller]
-fn assert_one_line_error(output: &Output, expected: &[&str]) {
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{stderr}");
-    assert_eq!(stderr.lines().count(), 1, "{stderr}");
-    assert!(stderr.starts_with("selfconn: ") && stderr.ends_with('\n'), "{stderr}");
-    for text in expected {
-        assert!(stderr.contains(text), "{text} is not in: {stderr}");
-    }
 }
 
 #[test]
@@ -185,37 +168,18 @@ fn an_error_sets_the_exit_code_also_without_a_reader() {
     assert_eq!(status.code(), Some(2));
 }
 
-/// The output of a command on a terminal.
-fn on_a_terminal(mut command: Command) -> String {
-    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
-    grantpt(&terminal).unwrap();
-    unlockpt(&terminal).unwrap();
-    let name = ptsname(&terminal, Vec::new()).unwrap();
-    let slave = File::options().read(true).write(true).open(name.to_str().unwrap()).unwrap();
-    command.env("TERM", "xterm").stdin(Stdio::null()).stdout(slave.try_clone().unwrap()).stderr(slave);
-    let mut child = command.spawn().unwrap();
-    drop(command);
-    let (mut text, mut chunk) = (Vec::new(), [0; 4096]);
-    // A read fails with EIO after the other end of the terminal is closed.
-    while let Ok(length @ 1..) = File::from(terminal.try_clone().unwrap()).read(&mut chunk) {
-        text.extend_from_slice(&chunk[..length]);
-    }
-    child.wait().unwrap();
-    String::from_utf8(text).unwrap()
-}
-
 #[test]
 fn help_has_colour_on_a_terminal_unless_no_color_is_set() {
     for name in names() {
         let help = || {
             let mut command = selfconn();
-            command.args(&name).arg("--help").env_remove("NO_COLOR");
+            command.args(&name).arg("--help").env_remove("NO_COLOR").env("TERM", "xterm");
             command
         };
-        assert!(on_a_terminal(help()).contains("\x1b["), "{name:?}");
+        assert!(on_a_terminal(help()).1.contains("\x1b["), "{name:?}");
         let mut plain = help();
         plain.env("NO_COLOR", "1");
-        assert!(!on_a_terminal(plain).contains('\x1b'), "{name:?}");
+        assert!(!on_a_terminal(plain).1.contains('\x1b'), "{name:?}");
     }
 }
 
@@ -223,8 +187,8 @@ fn help_has_colour_on_a_terminal_unless_no_color_is_set() {
 fn output_on_a_terminal_has_no_colour_if_no_color_is_set() {
     for name in ["doctor", "scan", "repro"] {
         let mut command = selfconn();
-        command.arg(name).env("NO_COLOR", "1");
-        let text = on_a_terminal(command);
+        command.arg(name).env("NO_COLOR", "1").env("TERM", "xterm");
+        let (_, text) = on_a_terminal(command);
         assert!(!text.is_empty() && !text.contains("\x1b["), "{name}: {text:?}");
     }
 }

@@ -1,24 +1,24 @@
 //! Runs `selfconn repro` with the real binary on the real kernel, and checks what remains afterwards. Needs
 //! no privilege. The tests that need a separate network namespace create one, or print that they are skipped.
 
-#![expect(clippy::unwrap_used, reason = "a test panics on an unexpected error")]
-
-use std::collections::BTreeSet;
-use std::io::{self, BufRead as _, BufReader, Read as _};
-use std::net::{Ipv4Addr, TcpListener};
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    io::{self, BufRead as _, BufReader, Read as _},
+    net::{Ipv4Addr, TcpListener},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-/// `SELFCONN_BIN` names another build to test, for example a release.
-fn binary() -> String {
-    std::env::var("SELFCONN_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_selfconn").to_owned())
-}
+use crate::{
+    machine,
+    support::{assert_one_line_error, binary, selfconn},
+};
 
 fn repro(args: &[&str]) -> Command {
-    let mut command = Command::new(binary());
+    let mut command = selfconn();
     command.arg("repro").args(args);
     command
 }
@@ -42,14 +42,6 @@ fn steps(text: &str) -> Vec<Value> {
 
 fn step<'a>(steps: &'a [Value], event: &str) -> &'a Value {
     steps.iter().find(|step| step["event"] == event).unwrap_or_else(|| panic!("no {event} in {steps:#?}"))
-}
-
-/// Checks for exit code 2 and one line on stderr, and returns this line.
-fn error(output: &Output) -> String {
-    assert_eq!(output.status.code(), Some(2), "{output:?}");
-    let text = String::from_utf8(output.stderr.clone()).unwrap();
-    assert!(text.starts_with("selfconn: ") && text.ends_with('\n') && text.lines().count() == 1, "{text:?}");
-    text
 }
 
 /// Runs a shell script in a new network namespace. In it `$SELFCONN` is the binary, and `lo` is down. `None`:
@@ -141,8 +133,7 @@ fn the_port_stays_blocked_in_time_wait() {
     let error = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
 
-    let again = self::error(&run(&["127.0.0.1", &port.to_string()]));
-    assert!(again.contains("a socket in TIME_WAIT has it for"), "{again}");
+    assert_one_line_error(&run(&["127.0.0.1", &port.to_string()]), &["a socket in TIME_WAIT has it for"]);
 }
 
 #[test]
@@ -199,13 +190,17 @@ fn the_accident_happens_on_the_default_range() {
 
 #[test]
 fn the_error_names_a_listener_and_does_not_connect_to_it() {
+    // A process that another test starts would be a holder of the listener, too, until it calls exec.
+    machine::occupy();
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     listener.set_nonblocking(true).unwrap();
     let port = listener.local_addr().unwrap().port().to_string();
-    let text = error(&run(&["127.0.0.1", &port]));
-    assert!(text.contains(&format!("(pid {}) listens on it", std::process::id())), "{text}");
+    assert_one_line_error(
+        &run(&["127.0.0.1", &port]),
+        &[&format!("(pid {}) listens on it", std::process::id())],
+    );
     // In retry mode the port can also be rejected because of its parity.
-    error(&run(&["127.0.0.1", &port, "--mode", "retry"]));
+    assert_one_line_error(&run(&["127.0.0.1", &port, "--mode", "retry"]), &[]);
     assert_eq!(
         listener.accept().unwrap_err().kind(),
         io::ErrorKind::WouldBlock,
@@ -223,8 +218,7 @@ fn only_an_address_of_this_host_is_accepted() {
         ("::", "every address"),
     ] {
         for mode in ["bind", "retry"] {
-            let text = error(&run(&[address, "--mode", mode]));
-            assert!(text.contains(want), "{address}: {text}");
+            assert_one_line_error(&run(&[address, "--mode", mode]), &[want]);
         }
     }
 }
@@ -335,8 +329,7 @@ fn a_port_that_cannot_self_connect_is_rejected_at_once() {
              exec \"$SELFCONN\" repro {args} --mode retry"
         );
         let Some(output) = in_namespace(&script) else { return };
-        let text = error(&output);
-        assert!(text.contains(want), "{args}: {text}");
+        assert_one_line_error(&output, &[want]);
     }
 }
 
@@ -372,8 +365,7 @@ fn a_foreign_address_is_rejected_although_ip_nonlocal_bind_allows_to_bind_it() {
                   \"$SELFCONN\" repro 192.0.2.7 > /dev/null
                   exec \"$SELFCONN\" repro 192.0.2.8";
     let Some(output) = in_namespace(script) else { return };
-    let text = error(&output);
-    assert!(text.contains("is not a known address of this host"), "{text}");
+    assert_one_line_error(&output, &["is not a known address of this host"]);
 }
 
 #[test]
@@ -381,7 +373,6 @@ fn the_error_for_a_loopback_that_is_down_has_a_hint() {
     for address in ["127.0.0.1", "::1"] {
         let script = format!("exec \"$SELFCONN\" repro {address}");
         let Some(output) = in_namespace(&script) else { return };
-        let text = error(&output);
-        assert!(text.contains("ip link set lo up"), "{text}");
+        assert_one_line_error(&output, &["ip link set lo up"]);
     }
 }

@@ -1,18 +1,19 @@
-//! `scan --destroy`.
+//! `scan --destroy`: kernels differ in what they let it destroy.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     process::Command,
 };
 
 use serde_json::Value;
 
-use super::{LOCALHOST, assert_aborted, is_connected};
 use crate::support::{
-    client::{connect_to_self, run_self_connection},
+    client::{assert_aborted, connect_to_self, is_connected, run_self_connection},
     daemon::selfconn,
     netns::TestNetns,
 };
+
+const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// Runs `scan` on this namespace only, because it would otherwise destroy the connections of all tests.
 /// Returns the exit code and the rows.

@@ -1,42 +1,10 @@
-//! Runs the real binary: exit codes, one-line errors with a hint, and tests that need no separate kernel.
-#![expect(clippy::unwrap_used, reason = "a test panics on an unexpected error")]
+//! `selfconn run` and `doctor`: errors before anything is attached, missing privileges, and agreement of both.
 
-use std::{
-    os::unix::process::CommandExt as _,
-    path::PathBuf,
-    process::{Command, Output, Stdio},
-};
+use std::process::Stdio;
 
 use serde_json::Value;
 
-fn selfconn() -> Command {
-    let binary = std::env::var_os("SELFCONN_BIN");
-    Command::new(binary.map_or_else(|| env!("CARGO_BIN_EXE_selfconn").into(), PathBuf::from))
-}
-
-/// The binary as an unprivileged user. It is copied, because other users may have no access to the build
-/// directory.
-fn unprivileged_selfconn() -> (tempfile::TempDir, Command) {
-    use std::{fs, os::unix::fs::PermissionsExt as _};
-    let directory =
-        tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o755)).tempdir().unwrap();
-    let copy = directory.path().join("selfconn");
-    fs::copy(selfconn().get_program(), &copy).unwrap();
-    let mut command = Command::new(copy);
-    command.uid(65_534).gid(65_534).current_dir("/");
-    (directory, command)
-}
-
-#[track_caller]
-fn assert_one_line_error(output: &Output, expected: &[&str]) {
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{stderr}");
-    assert_eq!(stderr.lines().count(), 1, "{stderr}");
-    assert!(stderr.starts_with("selfconn: "), "{stderr}");
-    for text in expected {
-        assert!(stderr.contains(text), "{text} is not in: {stderr}");
-    }
-}
+use crate::support::{assert_one_line_error, selfconn, unprivileged_selfconn};
 
 #[test]
 fn a_log_that_cannot_be_written_is_an_error_before_anything_is_attached() {

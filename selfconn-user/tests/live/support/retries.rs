@@ -1,0 +1,84 @@
+//! Retries: the only reason to repeat a test is a transition that no program could see, because the forced
+//! method can be preempted. A test says so by [`for_each_variant_retrying`] and returns [`Missed`]. A failed
+//! assertion ends a test at once: a wrong value is never retried. Tests of what must not be reported have no
+//! retries.
+
+use serde_json::Value;
+
+use super::daemon::{HookVariant, hook_variants};
+
+/// A program misses a transition when it is preempted and another task enters it on the same CPU.
+pub(crate) const PREEMPTED: &str = "the program of this method can be preempted";
+
+/// What was not reported, or not completely, and how that shows.
+#[derive(Debug)]
+pub(crate) struct Missed(pub(crate) String);
+
+/// An attempt of a test.
+pub(crate) type Attempt = Result<(), Missed>;
+
+impl Missed {
+    /// An error if one of these fields of an event is null, because no program saw its transition.
+    pub(crate) fn if_null(event: &Value, fields: &[&str]) -> Attempt {
+        match fields.iter().find(|field| event[**field].is_null()) {
+            Some(field) => Err(Self(format!("{field} is null: {event}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// An error if no program saw how this self-connection was opened.
+    pub(crate) fn if_opener_unseen(event: &Value) -> Attempt {
+        match event["owner"].as_str() {
+            Some("holder") | None => Err(Self(format!("no program saw the opener: {event}"))),
+            Some(_) => Self::if_null(event, &["pid"]),
+        }
+    }
+}
+
+/// Repeats an attempt that missed something, at most `max` times in all. Prints each retry, so that a report
+/// can count them.
+fn with_retries(reason: &str, method: &str, max: usize, attempt: impl Fn() -> Attempt) {
+    for number in 1..=max {
+        let Err(Missed(what)) = attempt() else { return };
+        assert!(number < max, "{method}, attempt {number} of {max}: {what}");
+        let test = std::thread::current().name().unwrap_or_default().to_owned();
+        println!("RETRY test={test} method={method} attempt={number} reason={reason:?} missed={what:?}");
+    }
+}
+
+/// Runs a test with the default and with each method alone. A method that can be preempted on this kernel gets
+/// three attempts, and every other one gets one.
+pub(crate) fn for_each_variant_retrying(reason: &str, test: impl Fn(&HookVariant) -> Attempt) {
+    for variant in hook_variants() {
+        let max = if variant.is_lossless() { 1 } else { 3 };
+        with_retries(reason, variant.method(), max, || test(&variant));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    fn attempts_until(success: usize, max: usize) -> usize {
+        let count = Cell::new(0);
+        with_retries("a test of retries", "none", max, || {
+            count.set(count.get() + 1);
+            if count.get() == success { Ok(()) } else { Err(Missed("nothing".into())) }
+        });
+        count.get()
+    }
+
+    #[test]
+    fn an_attempt_is_repeated_until_it_misses_nothing() {
+        assert_eq!(attempts_until(1, 3), 1);
+        assert_eq!(attempts_until(3, 3), 3);
+    }
+
+    #[test]
+    #[should_panic(expected = "attempt 3 of 3: nothing")]
+    fn the_last_attempt_that_misses_something_fails() {
+        attempts_until(4, 3);
+    }
+}
