@@ -1,4 +1,5 @@
-//! `cargo xtask build` and `cargo xtask run`: the daemon as it is released, and one command to see it work.
+//! `cargo xtask build` and `cargo xtask run`: the release build of the daemon, and one command to see it
+//! work.
 
 use std::{env, ffi::OsString, os::unix::process::CommandExt as _};
 
@@ -7,23 +8,19 @@ use anyhow::{Result, anyhow, bail};
 use crate::{
     build_ebpf, environment,
     packages::may_install,
-    progress::{self, say},
+    run::{self, say},
     workspace::{Workspace, here},
 };
 
-/// Builds all, for release.
+/// Builds the eBPF object and the daemon, for release.
 pub(crate) fn build(workspace: &Workspace) -> Result<()> {
     build_ebpf::build(workspace)?;
     let mut cargo = environment::cargo();
     cargo.args(["build", "--release", "--package", "selfconn-user"]).current_dir(&workspace.root);
-    let what = format!("building {}", here(&workspace.daemon()));
-    let finished = progress::run(&what, cargo, None)?;
-    finished.must_have_succeeded(&what)?;
-    finished.show_warnings();
-    Ok(())
+    run::step(&format!("building {}", here(&workspace.daemon())), &mut cargo)
 }
 
-/// Builds all, and becomes the daemon.
+/// Builds all, and replaces this process by the daemon.
 pub(crate) fn run(workspace: &Workspace, arguments: &[OsString]) -> Result<()> {
     build(workspace)?;
     let daemon = here(&workspace.daemon());
@@ -39,18 +36,11 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[OsString]) -> Result<()> {
     };
     command.arg("run").args(arguments);
     say(format!("starting {daemon} run; ctrl-c ends it"));
-    say(format!("to see it work, in a second shell: {} repro", in_any_shell(workspace)));
-    // In our place, so that signals and the terminal are its own.
+    // A second shell is most likely in the workspace's root, where the short path is right.
+    let in_root = env::current_dir().is_ok_and(|directory| directory == workspace.root);
+    let typed = if in_root { daemon } else { workspace.daemon().display().to_string() };
+    say(format!("to see it work, in a second shell: {typed} repro"));
+    // The daemon takes this process's place, so that signals and the terminal are its own.
     let error = command.exec();
     Err(anyhow!(error).context(format!("start {}", command.get_program().display())))
-}
-
-/// The binary as the reader types it in a shell that is where this one is.
-fn in_any_shell(workspace: &Workspace) -> String {
-    let daemon = workspace.daemon();
-    // A path below a directory that the shell may not be in would mislead.
-    match env::current_dir() {
-        Ok(dir) if dir == workspace.root => here(&daemon),
-        _ => daemon.display().to_string(),
-    }
 }

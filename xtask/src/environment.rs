@@ -1,5 +1,5 @@
-//! The environment of the programs we start. `cargo xtask` is itself a cargo that tells its child which toolchain and
-//! package it runs for; a cargo of another toolchain believes that and breaks.
+//! The environment of the programs that we start. `cargo xtask` sets variables that name a toolchain and a
+//! package; a cargo of another toolchain would use them and fail, so they are removed.
 
 use std::{
     env,
@@ -8,28 +8,28 @@ use std::{
     process::Command,
 };
 
-/// A cargo of the toolchain that runs us, for what is built for this host.
+/// A cargo of the toolchain that runs us, to build for this host.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     clean(&mut command, about_our_package);
     command
 }
 
-/// A program of any toolchain, or none: it learns nothing of the one that runs us.
+/// A program that must not see the toolchain that runs us.
 pub(crate) fn other(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
     clean(&mut command, |key| about_our_package(key) || about_our_toolchain(key));
     command
 }
 
-/// A system's program whose output is parsed: untranslated.
+/// A system program whose output is parsed, so it must not be translated.
 pub(crate) fn plain(program: impl AsRef<OsStr>) -> Command {
     let mut command = other(program);
     command.env("LC_ALL", "C");
     command
 }
 
-/// Whether this program can be started by its name.
+/// True if this program is in PATH.
 pub(crate) fn is_in_path(program: &str) -> bool {
     env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|dir| dir.join(program).is_file()))
 }
@@ -49,14 +49,16 @@ fn clean(command: &mut Command, leave_out: impl Fn(&str) -> bool) {
     }
 }
 
-/// Set by cargo for the package it runs: meaningless to a cargo that runs another.
+/// True for variables that cargo sets about the package it runs. They mislead a cargo that runs another
+/// package.
 fn about_our_package(key: &str) -> bool {
     const EXACT: [&str; 4] = ["CARGO_CRATE_NAME", "CARGO_BIN_NAME", "CARGO_PRIMARY_PACKAGE", "OUT_DIR"];
     const PREFIXES: [&str; 3] = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_EXE_"];
     EXACT.contains(&key) || PREFIXES.iter().any(|prefix| key.starts_with(prefix))
 }
 
-/// Chooses or configures a compiler. What says how to reach a registry, how to print and how many jobs to run stays.
+/// True for variables that choose or configure a compiler. Variables about the registry, the output and the
+/// number of jobs are kept.
 fn about_our_toolchain(key: &str) -> bool {
     const EXACT: [&str; 9] = [
         "CARGO",
@@ -69,7 +71,7 @@ fn about_our_toolchain(key: &str) -> bool {
         "RUSTUP_TOOLCHAIN",
         "RUSTUP_TOOLCHAIN_SOURCE",
     ];
-    const STAYS: [&str; 8] = [
+    const KEPT: [&str; 8] = [
         "CARGO_BUILD_JOBS",
         "CARGO_HOME",
         "CARGO_HTTP_",
@@ -79,17 +81,17 @@ fn about_our_toolchain(key: &str) -> bool {
         "CARGO_SOURCE_",
         "CARGO_TERM_",
     ];
-    let cargos = key.starts_with("CARGO_") && !STAYS.iter().any(|prefix| key.starts_with(prefix));
-    cargos || key.starts_with("RUSTC_") || EXACT.contains(&key)
+    let is_cargos = key.starts_with("CARGO_") && !KEPT.iter().any(|prefix| key.starts_with(prefix));
+    is_cargos || key.starts_with("RUSTC_") || EXACT.contains(&key)
 }
 
-/// `LD_LIBRARY_PATH` without what cargo puts in front of it: its target directory and its toolchain's libraries, whose
-/// libLLVM another toolchain must not load.
+/// `LD_LIBRARY_PATH` without the directories that cargo adds: its target directory, and its toolchain's
+/// libraries, whose libLLVM another toolchain must not load.
 fn without_cargos(value: &OsStr, this_program: Option<&Path>) -> Option<OsString> {
     let ours = this_program.and_then(Path::parent);
     let paths: Vec<PathBuf> = env::split_paths(value).collect();
     let is_rustlib = |path: &Path| path.components().any(|part| part.as_os_str() == "rustlib");
-    // The toolchain's directory is the one above `lib/rustlib`.
+    // The toolchain's libraries are in the parent of `rustlib`.
     let lib = paths
         .iter()
         .find(|path| is_rustlib(path))
@@ -110,8 +112,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_foreign_cargo_learns_how_to_fetch_but_not_what_we_are() {
-        let leaks = |key: &str| !about_our_package(key) && !about_our_toolchain(key);
+    fn another_toolchain_sees_registry_settings_but_not_our_toolchain() {
+        let is_kept = |key: &str| !about_our_package(key) && !about_our_toolchain(key);
         for key in [
             "PATH",
             "HOME",
@@ -124,7 +126,7 @@ mod tests {
             "CARGO_BUILD_JOBS",
             "RUST_BACKTRACE",
         ] {
-            assert!(leaks(key), "{key} is needed");
+            assert!(is_kept(key), "{key} is needed");
         }
         for key in [
             "CARGO",
@@ -142,19 +144,19 @@ mod tests {
             "RUSTFLAGS",
             "RUSTUP_TOOLCHAIN",
         ] {
-            assert!(!leaks(key), "{key} breaks another toolchain");
+            assert!(!is_kept(key), "{key} breaks another toolchain");
         }
     }
 
     #[test]
-    fn our_own_cargo_keeps_its_toolchain() {
+    fn our_cargo_keeps_its_toolchain_settings() {
         for key in ["CARGO", "RUSTUP_TOOLCHAIN", "RUSTFLAGS", "CARGO_TARGET_DIR"] {
             assert!(!about_our_package(key), "{key}");
         }
     }
 
     #[test]
-    fn library_path_keeps_what_the_user_put_there() {
+    fn only_cargos_directories_leave_the_library_path() {
         let program = Some(Path::new("/src/target/debug/xtask"));
         let added = "/src/target/debug:/src/target/debug/deps:/r/stable/lib/rustlib/x86_64/lib:/r/stable/lib";
         for (value, kept) in [

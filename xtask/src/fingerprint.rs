@@ -1,4 +1,4 @@
-//! Tells whether an eBPF object was made from the sources at hand. Shared with selfconn-user's build script, which
+//! A hash of the eBPF sources, to see whether an object was built from them. selfconn-user's build script
 //! includes this file, so it may use nothing else of xtask.
 
 use std::{
@@ -8,12 +8,12 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
-/// What the object is made from, below the workspace's root. The root's Cargo.toml has the profile and the versions
-/// asked for. Cargo.lock is left out: it changes with every dependency of user space, and `build-ebpf` leaves it to
-/// cargo to notice the few lines that matter here.
+/// The object's sources, relative to the workspace's root. The root's Cargo.toml has the profile and the
+/// requested versions. Cargo.lock is left out, because it changes with every dependency of user space;
+/// `build-ebpf` runs cargo, which notices the few lines that matter here.
 pub(crate) const SOURCES: [&str; 3] = ["Cargo.toml", "selfconn-ebpf/Cargo.toml", "selfconn-ebpf/src"];
 
-/// A fingerprint of all [`SOURCES`]: names and contents.
+/// A hash of the names and contents of all [`SOURCES`].
 pub(crate) fn of_sources(root: &Path) -> io::Result<String> {
     let mut files = Vec::new();
     for source in SOURCES {
@@ -23,7 +23,7 @@ pub(crate) fn of_sources(root: &Path) -> io::Result<String> {
     let mut hash = Sha256::new();
     for file in files {
         let content = fs::read(root.join(&file)).map_err(|error| with_path(&error, &file))?;
-        // Lengths keep a name and a content from running into each other.
+        // The lengths separate names from contents.
         for part in [file.as_os_str().as_encoded_bytes(), &content] {
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part);
@@ -61,9 +61,8 @@ fn hex(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
 
-    /// What happens to a source, and whether the object is stale after it.
     #[test]
-    fn any_source_counts_by_name_and_content() {
+    fn the_fingerprint_depends_on_names_and_contents_of_the_sources() {
         let root = std::env::temp_dir().join(format!("selfconn-fingerprint-{}", std::process::id()));
         let write = |name: &str, content: &str| {
             let path = root.join(name);
@@ -90,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn hashes_are_as_sha256sum_prints_them() {
+    fn hashes_have_the_format_of_sha256sum() {
         let empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         assert_eq!(of_bytes(b""), empty);
     }

@@ -1,18 +1,16 @@
-//! selfconn's build and test commands: `cargo xtask COMMAND`. Each sets up what it needs, or says how to.
+//! selfconn's build and test commands: `cargo xtask COMMAND`. Each installs what it needs, or prints the
+//! command that does. Exit code 2 is an error.
 
 mod bench;
 mod build_ebpf;
 mod daemon;
-mod deny;
 mod dist;
 mod environment;
 mod fingerprint;
-mod fuzz;
 mod operations;
 mod packages;
-mod progress;
 mod remap;
-mod soak;
+mod run;
 mod strip;
 mod test;
 mod toolchain;
@@ -30,16 +28,16 @@ use workspace::Workspace;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", about, max_term_width = 100)]
-struct Arguments {
+struct XtaskCli {
     #[command(subcommand)]
-    command: Command,
+    command: XtaskCommand,
 }
 
 #[derive(Subcommand)]
-enum Command {
+enum XtaskCommand {
     /// Build the eBPF object that the daemon embeds
     ///
-    /// Finds or installs what that takes: a Rust with the sources of its library, and bpf-linker.
+    /// Finds or installs a Rust with the sources of its library, LLVM's development files, and bpf-linker.
     BuildEbpf,
     /// Build all, for release: target/release/selfconn
     Build,
@@ -49,35 +47,30 @@ enum Command {
         #[arg(last = true)]
         arguments: Vec<OsString>,
     },
-    /// Run everything that must pass: format, lints, unit tests, and as root live tests, CLI tests and other kernels
+    /// Run everything that must pass: format, lints, unit tests, and as root live tests, CLI tests and other
+    /// kernels
     Test {
-        /// Only the tests with this in their name
+        /// Run only the tests with this in their name
         filter: Option<String>,
-        /// Boot no other kernels: without this the oldest, the newest, and that one under lockdown
+        /// Boot no virtual machines: by default the oldest kernel, the newest, and the newest under lockdown
         #[arg(long)]
         no_kernels: bool,
     },
-    /// Run the fuzz targets, each for a bounded time, and tell what was tried
-    Fuzz(fuzz::Args),
-    /// Run the released daemon under mixed load for a long time, and tell what became of everything
-    Soak(soak::Args),
-    /// Check what is shipped for operators with systemd's and Prometheus's own programs
+    /// Check the unit, the alert rules and the metrics with systemd's and Prometheus's own programs
     Operations,
-    /// Make what is handed to others: a Debian package, a tarball, a bill of materials, checksums
-    Dist(dist::Args),
-    /// Check licenses, sources and known faults of what we depend on, with cargo-deny
-    Deny,
-    /// Run the Debian package under systemd, in a virtual machine: installed, rotated, killed, upgraded, purged
-    Service(vm::service::Args),
+    /// Make the release: a Debian package, a tarball, bills of materials, checksums
+    Dist(dist::DistArgs),
+    /// Install, rotate, kill, upgrade and purge the Debian package under systemd in a virtual machine
+    Service(vm::service::ServiceArgs),
     /// Run the live tests on other kernels, in virtual machines
-    Vm(vm::Args),
-    /// Measure what selfconn costs, and judge it by its targets
-    Bench(bench::Args),
+    Vm(vm::VmArgs),
+    /// Measure what selfconn costs, and compare it with its targets
+    Bench(bench::BenchArgs),
 }
 
 fn main() -> ExitCode {
-    let Arguments { command } = Arguments::parse();
-    match Workspace::find().and_then(|workspace| run(&command, &workspace)) {
+    let XtaskCli { command } = XtaskCli::parse();
+    match Workspace::find().and_then(|workspace| dispatch(&command, &workspace)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("xtask: {error:#}");
@@ -86,19 +79,16 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: &Command, workspace: &Workspace) -> Result<()> {
+fn dispatch(command: &XtaskCommand, workspace: &Workspace) -> Result<()> {
     match command {
-        Command::BuildEbpf => build_ebpf::build(workspace),
-        Command::Build => daemon::build(workspace),
-        Command::Run { arguments } => daemon::run(workspace, arguments),
-        Command::Service(arguments) => vm::service::run(arguments, workspace),
-        Command::Test { filter, no_kernels } => test::test(workspace, filter.as_deref(), !no_kernels),
-        Command::Fuzz(arguments) => fuzz::run(arguments, workspace),
-        Command::Soak(arguments) => soak::run(arguments, workspace),
-        Command::Operations => operations::operations(workspace),
-        Command::Deny => deny::run(workspace),
-        Command::Dist(arguments) => dist::run(arguments, workspace),
-        Command::Vm(arguments) => vm::run(arguments, workspace),
-        Command::Bench(arguments) => bench::run(arguments, workspace),
+        XtaskCommand::BuildEbpf => build_ebpf::build(workspace),
+        XtaskCommand::Build => daemon::build(workspace),
+        XtaskCommand::Run { arguments } => daemon::run(workspace, arguments),
+        XtaskCommand::Test { filter, no_kernels } => test::test(workspace, filter.as_deref(), !no_kernels),
+        XtaskCommand::Operations => operations::operations(workspace),
+        XtaskCommand::Dist(arguments) => dist::run(arguments, workspace),
+        XtaskCommand::Service(arguments) => vm::service::run(arguments, workspace),
+        XtaskCommand::Vm(arguments) => vm::run(arguments, workspace),
+        XtaskCommand::Bench(arguments) => bench::run(arguments, workspace),
     }
 }

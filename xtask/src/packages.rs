@@ -1,68 +1,109 @@
-//! The distribution's packages: installed by us as root, else by the one command we print.
+//! The distribution's packages. As root they are installed; otherwise the error is the one command that does
+//! it.
 
-use std::{env, time::Duration};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use crate::{
     environment,
-    progress::{self, say},
+    run::{self, say},
 };
 
-/// Whether we are root.
+/// True if we are root.
 pub(crate) fn may_install() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Whether this package is there.
+/// Fails with the command to run instead, if we are not root.
+pub(crate) fn must_be_root(why: &str, command: &str) -> Result<()> {
+    if may_install() {
+        return Ok(());
+    }
+    bail!("{why}: run: sudo env PATH=\"$PATH\" HOME=\"$HOME\" cargo xtask {command}")
+}
+
+/// True if dpkg has this package installed.
 pub(crate) fn is_installed(name: &str) -> bool {
     let query =
         environment::plain("dpkg-query").args(["--show", "--showformat=${db:Status-Status}", name]).output();
     query.is_ok_and(|query| query.stdout == b"installed")
 }
 
-/// Fetches the package lists.
-pub(crate) fn update() -> Result<()> {
-    let finished =
-        progress::run("fetching the package lists (apt-get update)", apt_get(&["update"]), Some(LIMIT))?;
-    if !finished.succeeded() {
-        // One broken source of many is no reason to stop; what is missing will be told.
-        say(format!("apt-get update failed: {}", finished.why()));
-    }
-    Ok(())
+/// Installs the packages of the programs that are not in PATH. Each pair is a program and its package.
+pub(crate) fn install_programs(programs: &[(&str, &str)]) -> Result<()> {
+    let missing = programs.iter().filter(|(program, package)| {
+        !environment::is_in_path(program) && !Path::new(program).exists() && !is_installed(package)
+    });
+    let missing: Vec<&str> = missing.map(|(_, package)| *package).collect();
+    if missing.is_empty() { Ok(()) } else { install(&missing) }
 }
 
-const LIMIT: Duration = Duration::from_secs(15 * 60);
+/// Fetches the package lists. One broken source of many is no reason to stop: apt then names what is missing.
+pub(crate) fn update() {
+    if let Err(error) = run::step("fetching the package lists", &mut apt_get(&["update"])) {
+        say(format!("{error:#}"));
+    }
+}
 
-/// Installs packages, or says how to.
-pub(crate) fn install(names: &[String]) -> Result<()> {
+/// Installs packages, or fails with the command that does it.
+pub(crate) fn install(names: &[&str]) -> Result<()> {
     let list = names.join(" ");
     if !may_install() {
         bail!("missing packages: run: sudo apt-get install --no-install-recommends {list}");
     }
     let what = format!("installing {list}");
-    // Never at the price of what the user has: rather fail and show what apt says.
-    let mut arguments = vec!["install", "--yes", "--no-install-recommends", "--no-remove"];
-    arguments.extend(names.iter().map(String::as_str));
-    let finished = progress::run(&what, apt_get(&arguments), Some(LIMIT))?;
-    if finished.succeeded() {
-        return Ok(());
-    }
-    // Lists that are older than the mirror name files that it no longer has.
-    update()?;
-    progress::must(&what, apt_get(&arguments))
+    // Nothing that the user has is removed: apt fails instead and says why.
+    let arguments = [&["install", "--yes", "--no-install-recommends", "--no-remove"], names].concat();
+    run::step(&what, &mut apt_get(&arguments)).or_else(|_| {
+        // Lists that are older than the mirror name files that it no longer has.
+        update();
+        run::step(&what, &mut apt_get(&arguments))
+    })
 }
 
-fn apt_get(arguments: &[&str]) -> std::process::Command {
+/// Downloads a package and unpacks it into this directory, without installing it: an installation may start a
+/// service or conflict with another package.
+pub(crate) fn unpack(name: &str, directory: &Path) -> Result<()> {
+    fs::create_dir_all(directory).with_context(|| format!("create {}", directory.display()))?;
+    let fetch = || {
+        let mut download = environment::plain("apt-get");
+        // As root, apt would download as another user, who can't write here.
+        download.args(["--option", "APT::Sandbox::User=root", "download", name]).current_dir(directory);
+        run::step(&format!("fetching {name}"), &mut download)
+    };
+    fetch().or_else(|_| {
+        update();
+        fetch()
+    })?;
+    for package in debs_in(directory)? {
+        run::output(environment::plain("dpkg-deb").arg("--extract").args([&package, directory]))?;
+        fs::remove_file(&package).with_context(|| format!("remove {}", package.display()))?;
+    }
+    Ok(())
+}
+
+/// The package files in a directory.
+pub(crate) fn debs_in(directory: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(directory).with_context(|| format!("list {}", directory.display()))?;
+    let mut debs = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    debs.retain(|path| path.extension().is_some_and(|extension| extension == "deb"));
+    Ok(debs)
+}
+
+fn apt_get(arguments: &[&str]) -> Command {
     let mut command = environment::plain("apt-get");
     command
-        .args(["--option", "DPkg::Lock::Timeout=300"])
+        .args(["--quiet=2", "--option", "DPkg::Lock::Timeout=300"])
         .args(arguments)
         .env("DEBIAN_FRONTEND", "noninteractive");
     if let Some(path) = env::var_os("PATH") {
-        // dpkg needs these, and who became root with another user's PATH may not have them.
-        let mut dirs: Vec<_> = env::split_paths(&path).collect();
-        dirs.extend(["/usr/sbin", "/sbin"].map(Into::into));
+        // dpkg needs these. A user who became root with his own PATH may not have them.
+        let dirs = env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(Into::into));
         if let Ok(path) = env::join_paths(dirs) {
             command.env("PATH", path);
         }

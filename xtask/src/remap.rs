@@ -1,4 +1,5 @@
-//! Paths of this machine, kept out of what is built: the same sources give the same bytes wherever they lie.
+//! Keeps paths of this machine out of binaries, so that the same sources give the same bytes wherever they
+//! are.
 
 use std::{
     env, fs,
@@ -7,11 +8,12 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-/// The compiler's options for the sources at `root`, the library in this sysroot, and the registry's crates.
+/// Compiler options that rename the paths of the sources at `root`, of the library in this sysroot, and of
+/// crates.
 pub(crate) fn flags(root: &Path, sysroot: &Path) -> Result<Vec<String>> {
     let library = sysroot.join("lib/rustlib/src/rust");
     let mut remaps = vec![(root.to_owned(), "."), (library.clone(), "/rust")];
-    // A distribution's link to where its sources really are.
+    // A distribution may have a symbolic link there.
     remaps.extend(fs::canonicalize(&library).ok().map(|real| (real, "/rust")));
     let cargo_home: Option<PathBuf> =
         env::var_os("CARGO_HOME").map(Into::into).or_else(|| Some(env::home_dir()?.join(".cargo")));
@@ -23,7 +25,7 @@ pub(crate) fn flags(root: &Path, sysroot: &Path) -> Result<Vec<String>> {
     remaps.into_iter().map(flag).collect()
 }
 
-/// A path that can stand in an option.
+/// A path as text, for an option.
 pub(crate) fn utf8(path: &Path) -> Result<String> {
     path.to_str().map(ToOwned::to_owned).with_context(|| format!("{} is not UTF-8", path.display()))
 }

@@ -1,8 +1,10 @@
-//! Which Rust and which bpf-linker build the eBPF programs, and what to do next to have them. Pure: [`next`] takes
-//! what is known of this machine; `probe.rs` finds that out and `setup.rs` does what is asked, until [`Step::Ready`].
+//! Chooses the Rust and the bpf-linker that build the eBPF programs. Pure: [`next_step`] takes what is known
+//! of this machine and returns what to do next; `probe.rs` examines the machine, and `setup.rs` takes the
+//! steps until [`SetupStep::Ready`].
 //!
-//! A Rust is fit when its release is new enough and its library's sources are there, for `core` is compiled for BPF
-//! from them. A bpf-linker is fit for it when its LLVM is at least as new as the one that wrote the bitcode.
+//! A Rust is usable if it is new enough and has the sources of its library, because `core` is compiled for
+//! BPF from them. bpf-linker must have an LLVM at least as new as the compiler's, because it reads the
+//! compiler's bitcode. The linker is always built by us, in one pinned version.
 
 mod parse;
 mod probe;
@@ -10,47 +12,48 @@ pub(crate) mod setup;
 
 use std::{collections::HashMap, path::PathBuf};
 
-pub(crate) use parse::Release;
+pub(crate) use parse::RustVersion;
 
-/// Where a compiler comes from, in the order of our preference.
+/// The bpf-linker that we build: MIT or Apache-2.0, from the registry.
+pub(crate) const BPF_LINKER: &str = "0.13.0";
+
+/// The LLVMs that this version of bpf-linker can be built with.
+const LINKER_LLVMS: [u32; 3] = [21, 22, 23];
+
+/// Where a compiler comes from, in the order of preference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Origin {
-    /// rustup, and made to use unstable features.
+pub(crate) enum RustOrigin {
+    /// A nightly of rustup's, made to use unstable features.
     Nightly,
-    /// rustup, any other.
+    /// Another toolchain of rustup's.
     Rustup,
-    /// Neither: the distribution's, most likely.
+    /// Most likely the distribution's.
     System,
 }
 
 /// A compiler with its cargo.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Rust {
-    pub(crate) origin: Origin,
-    /// For people, and for rustup.
+    pub(crate) origin: RustOrigin,
+    /// The toolchain's name for rustup, else the path of rustc.
     pub(crate) name: String,
     /// The directory of `rustc` and `cargo`.
     pub(crate) bin: PathBuf,
     pub(crate) sysroot: PathBuf,
-    pub(crate) release: Release,
+    pub(crate) version: RustVersion,
     pub(crate) llvm: u32,
-    /// The sources of its library are there.
-    pub(crate) source: bool,
+    /// True if the sources of its library are there.
+    pub(crate) has_source: bool,
 }
 
-/// A bpf-linker that runs.
+/// A bpf-linker that was built by us and runs.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Linker {
     pub(crate) path: PathBuf,
-    /// As it calls itself.
-    pub(crate) version: String,
-    /// None: it does not tell, so the trial is the build.
-    pub(crate) llvm: Option<u32>,
-    /// Built by us.
-    pub(crate) ours: bool,
+    pub(crate) llvm: u32,
 }
 
-/// LLVM with development files.
+/// An installed LLVM with development files.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Llvm {
     pub(crate) major: u32,
@@ -59,205 +62,138 @@ pub(crate) struct Llvm {
 
 /// What apt can install here.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Apt {
-    /// Rust with its sources, the newest.
+pub(crate) struct AptOffer {
+    /// The newest Rust that comes with its sources.
     pub(crate) rust: Option<AptRust>,
-    /// `llvm-N-dev`.
+    /// Each N for which there is a package `llvm-N-dev`.
     pub(crate) llvms: Vec<u32>,
-    /// The package lists are of today.
-    pub(crate) updated: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct AptRust {
-    pub(crate) packages: &'static [&'static str],
-    pub(crate) release: Release,
+    pub(crate) packages: [&'static str; 3],
+    pub(crate) version: RustVersion,
     pub(crate) llvm: u32,
 }
 
-/// The bpf-linker that cargo can build.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct LinkerCrate {
-    pub(crate) version: String,
-    pub(crate) llvms: Vec<u32>,
-}
-
-/// What is known of this machine. What costs time to find out comes when [`next`] asks for it.
+/// What is known of this machine.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Machine {
     pub(crate) rusts: Vec<Rust>,
     pub(crate) linkers: Vec<Linker>,
     pub(crate) llvms: Vec<Llvm>,
-    /// None: not asked yet. Some(None): this is no Debian-like system.
-    pub(crate) apt: Option<Option<Apt>>,
-    /// None: not asked yet.
-    pub(crate) linker_crate: Option<LinkerCrate>,
-    /// By a Rust's name or a linker's path: what was tried and why it failed.
+    /// Empty until apt is asked, and where there is no apt.
+    pub(crate) apt: AptOffer,
+    /// Toolchains to which rust-src could not be added, and why.
     pub(crate) failed: HashMap<String, String>,
 }
 
 /// What to do next.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Step {
-    /// Find out [`Machine::apt`].
-    AskApt,
-    /// Find out [`Machine::linker_crate`].
-    AskLinkerCrate,
-    /// Fetch apt's package lists: nothing is good enough with those at hand.
-    UpdateApt,
+pub(crate) enum SetupStep {
     /// `rustup component add rust-src` for this toolchain.
     AddSource(String),
     /// Install these packages.
     Install(Vec<String>),
-    /// Build bpf-linker against this LLVM.
+    /// Build bpf-linker with this LLVM.
     BuildLinker(Llvm),
-    /// All is there.
+    /// Everything is there.
     Ready(Rust, Linker),
 }
 
-/// What one way still costs, to compare ways: what is there is free, and a download beats a package with its
-/// dependencies and a build. Equal costs leave the order of [`Origin`].
+/// Relative costs of what is missing. A download is cheaper than a build or a package with its dependencies.
+/// Where costs are equal, the order of [`RustOrigin`] decides.
 mod cost {
     pub(super) const ADD_SOURCE: u32 = 10;
     pub(super) const BUILD_LINKER: u32 = 20;
     pub(super) const INSTALL: u32 = 30;
 }
 
-/// How a linker for one LLVM is had.
-enum LinkerWay {
-    Use(Linker),
+/// How to get a linker for one LLVM.
+enum LinkerSource {
+    Present(Linker),
     Build(Llvm),
-    Install(u32),
-    AskApt,
-    AskCrate,
+    /// Install this package, then build.
+    Install(String),
 }
 
-/// Chooses the way that takes the least, and says its next step; or why there is none, a reason for each candidate.
-pub(crate) fn next(machine: &Machine, needed: Release) -> Result<Step, Vec<String>> {
+/// The next step of the cheapest way, or the reason against each candidate.
+pub(crate) fn next_step(machine: &Machine, needed: RustVersion) -> Result<SetupStep, Vec<String>> {
     let mut refused = Vec::new();
-    let mut best: Option<(u32, Step)> = None;
-    let mut offer = |cost: u32, step: Step| {
-        if best.as_ref().is_none_or(|(least, _)| cost < *least) {
-            best = Some((cost, step));
-        }
-    };
-
+    let mut best: Option<(u32, SetupStep)> = None;
     let mut rusts: Vec<&Rust> = machine.rusts.iter().collect();
     rusts.sort_by_key(|rust| rust.origin);
-    for rust in rusts {
-        match step_with(machine, rust, needed) {
-            Ok((cost, step)) => offer(cost, step),
-            Err(why) => refused.push(format!("{}: {why}", rust.name)),
+    let present = rusts.into_iter().map(|rust| (rust.name.clone(), step_with(machine, rust, needed)));
+    let apt = ("the distribution's packages".to_owned(), step_with_apt(machine, needed));
+    for (name, step) in present.chain([apt]) {
+        match step {
+            Ok((cost, step)) if best.as_ref().is_none_or(|(least, _)| cost < *least) => {
+                best = Some((cost, step));
+            }
+            Ok(_) => {}
+            Err(why) => refused.push(format!("{name}: {why}")),
         }
     }
-    match step_with_apts_rust(machine, needed) {
-        Some(Ok((cost, step))) => offer(cost, step),
-        Some(Err(why)) => refused.push(format!("the distribution's packages: {why}")),
-        None => {}
-    }
-    match (best, &machine.apt) {
-        (Some((_, step)), _) => Ok(step),
-        (None, Some(Some(apt))) if !apt.updated => Ok(Step::UpdateApt),
-        (None, _) => Err(refused),
-    }
+    best.map(|(_, step)| step).ok_or(refused)
 }
 
-/// The next step with a compiler that is there.
-fn step_with(machine: &Machine, rust: &Rust, needed: Release) -> Result<(u32, Step), String> {
-    if rust.release < needed {
-        return Err(format!("{} is older than {needed}", rust.release));
+/// The cost and the next step with an installed compiler.
+fn step_with(machine: &Machine, rust: &Rust, needed: RustVersion) -> Result<(u32, SetupStep), String> {
+    if rust.version < needed {
+        return Err(format!("{} is older than {needed}", rust.version));
     }
     if let Some(why) = machine.failed.get(&rust.name) {
         return Err(why.clone());
     }
-    let (mut cost, linker) = linker_for(machine, rust.llvm)?;
-    if !rust.source {
-        if rust.origin == Origin::System {
+    let (cost, linker) = linker_for(machine, rust.llvm)?;
+    if !rust.has_source {
+        if rust.origin == RustOrigin::System {
             return Err("the sources of its library are not there".to_owned());
         }
-        cost += cost::ADD_SOURCE;
+        return Ok((cost + cost::ADD_SOURCE, SetupStep::AddSource(rust.name.clone())));
     }
     let step = match linker {
-        // Not before it is known that this way leads anywhere.
-        LinkerWay::AskApt => Step::AskApt,
-        LinkerWay::AskCrate => Step::AskLinkerCrate,
-        _ if !rust.source => Step::AddSource(rust.name.clone()),
-        LinkerWay::Use(linker) => Step::Ready(rust.clone(), linker),
-        LinkerWay::Build(llvm) => Step::BuildLinker(llvm),
-        LinkerWay::Install(llvm) => Step::Install(vec![llvm_package(llvm)]),
+        LinkerSource::Present(linker) => SetupStep::Ready(rust.clone(), linker),
+        LinkerSource::Build(llvm) => SetupStep::BuildLinker(llvm),
+        LinkerSource::Install(package) => SetupStep::Install(vec![package]),
     };
     Ok((cost, step))
 }
 
-/// The next step with a compiler that apt has. None: this system has no apt.
-fn step_with_apts_rust(machine: &Machine, needed: Release) -> Option<Result<(u32, Step), String>> {
-    // Not asked yet: as good as it can be, which is to install all of it.
-    let Some(apt) = &machine.apt else { return Some(Ok((2 * cost::INSTALL, Step::AskApt))) };
-    let Some(rust) = &apt.as_ref()?.rust else { return Some(Err("no Rust with its sources".to_owned())) };
-    if rust.release < needed {
-        return Some(Err(format!("{} {} is older than {needed}", rust.packages[0], rust.release)));
+/// The cost and the next step with the compiler that apt has.
+fn step_with_apt(machine: &Machine, needed: RustVersion) -> Result<(u32, SetupStep), String> {
+    let rust = machine.apt.rust.as_ref().ok_or("no Rust with its sources")?;
+    if rust.version < needed {
+        return Err(format!("{} {} is older than {needed}", rust.packages[0], rust.version));
     }
-    Some(linker_for(machine, rust.llvm).map(|(cost, linker)| {
-        let mut packages: Vec<String> = rust.packages.iter().map(ToString::to_string).collect();
-        let step = match linker {
-            LinkerWay::AskApt => Step::AskApt,
-            LinkerWay::AskCrate => Step::AskLinkerCrate,
-            LinkerWay::Use(_) | LinkerWay::Build(_) => Step::Install(packages),
-            LinkerWay::Install(llvm) => {
-                packages.push(llvm_package(llvm));
-                Step::Install(packages)
-            }
-        };
-        (cost + cost::INSTALL, step)
-    }))
+    let (cost, linker) = linker_for(machine, rust.llvm)?;
+    let mut packages = rust.packages.map(str::to_owned).to_vec();
+    if let LinkerSource::Install(llvm) = linker {
+        packages.push(llvm);
+    }
+    Ok((cost + cost::INSTALL, SetupStep::Install(packages)))
 }
 
-/// How to come by a bpf-linker that reads what this LLVM writes, and the cost.
-fn linker_for(machine: &Machine, llvm: u32) -> Result<(u32, LinkerWay), String> {
-    let fit = |linker: &&Linker| {
-        linker.llvm.is_none_or(|its| its >= llvm)
-            && !machine.failed.contains_key(&linker.path.display().to_string())
-    };
-    // Ours first: another one may tell nothing of its LLVM and fail at the end of the build, each time.
-    let linkers = || machine.linkers.iter().filter(fit);
-    if let Some(linker) = linkers().find(|linker| linker.ours).or_else(|| linkers().next()) {
-        return Ok((0, LinkerWay::Use(linker.clone())));
+/// The cost and the source of a bpf-linker that reads this LLVM's bitcode.
+fn linker_for(machine: &Machine, llvm: u32) -> Result<(u32, LinkerSource), String> {
+    let mut linkers = machine.linkers.iter().filter(|linker| linker.llvm >= llvm);
+    if let Some(linker) = linkers.next() {
+        return Ok((0, LinkerSource::Present(linker.clone())));
     }
-    let offered = |major: u32| match &machine.linker_crate {
-        None => major >= llvm,
-        Some(offer) => major >= llvm && offer.llvms.contains(&major),
-    };
-    let present =
-        machine.llvms.iter().filter(|present| offered(present.major)).min_by_key(|present| present.major);
-    if let Some(present) = present {
-        let way = if machine.linker_crate.is_none() {
-            LinkerWay::AskCrate
-        } else {
-            LinkerWay::Build(present.clone())
-        };
-        return Ok((cost::BUILD_LINKER, way));
+    let is_usable = |major: u32| major >= llvm && LINKER_LLVMS.contains(&major);
+    let installed = machine.llvms.iter().filter(|installed| is_usable(installed.major));
+    if let Some(installed) = installed.min_by_key(|installed| installed.major) {
+        return Ok((cost::BUILD_LINKER, LinkerSource::Build(installed.clone())));
     }
-    let cost = cost::INSTALL + cost::BUILD_LINKER;
-    let Some(apt) = &machine.apt else { return Ok((cost, LinkerWay::AskApt)) };
-    let installable = apt.iter().flat_map(|apt| &apt.llvms).copied().filter(|major| offered(*major)).min();
-    match (installable, &machine.linker_crate) {
-        (Some(_), None) => Ok((cost, LinkerWay::AskCrate)),
-        (Some(llvm), Some(_)) => Ok((cost, LinkerWay::Install(llvm))),
-        (None, Some(offer)) if !offer.llvms.iter().any(|offered| *offered >= llvm) => {
-            let llvms: Vec<_> = offer.llvms.iter().map(u32::to_string).collect();
-            let llvms = llvms.join(", ");
-            Err(format!("it uses LLVM {llvm}, and bpf-linker {} knows only LLVM {llvms}", offer.version))
-        }
-        (None, _) => Err(format!(
-            "no bpf-linker with LLVM {llvm} or newer, nor that LLVM's development files to build one ({})",
-            llvm_package(llvm)
-        )),
+    let package = format!("llvm-{llvm}-dev");
+    if let Some(major) = machine.apt.llvms.iter().copied().filter(|major| is_usable(*major)).min() {
+        let source = LinkerSource::Install(format!("llvm-{major}-dev"));
+        return Ok((cost::INSTALL + cost::BUILD_LINKER, source));
     }
-}
-
-/// The development files of an LLVM on Debian and its kin. What else bpf-linker links comes with them.
-fn llvm_package(major: u32) -> String {
-    format!("llvm-{major}-dev")
+    if LINKER_LLVMS.iter().all(|known| *known < llvm) {
+        return Err(format!("it uses LLVM {llvm}, which is too new for bpf-linker {BPF_LINKER}"));
+    }
+    Err(format!("the development files of LLVM {llvm} to build bpf-linker with are missing ({package})"))
 }
 
 #[cfg(test)]

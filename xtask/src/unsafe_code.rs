@@ -1,11 +1,12 @@
-//! What SECURITY.md says of `unsafe`, compared with the sources: a table of files and counts is true or a test fails.
+//! Compares the table of `unsafe` code in SECURITY.md with the sources. Test code only.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
 use crate::workspace::Workspace;
 
-/// Blocks, functions, implementations and attributes, by the file; without tests and benchmarks.
-fn counted(root: &Path) -> BTreeMap<String, usize> {
+/// The number of unsafe blocks, functions, implementations and attributes of each file, without tests and
+/// benchmarks.
+fn count_by_file(root: &Path) -> BTreeMap<String, usize> {
     let mut counts = BTreeMap::new();
     let mut directories: Vec<_> =
         ["selfconn-ebpf/src", "selfconn-user/src", "xtask/src"].map(|part| root.join(part)).into();
@@ -33,8 +34,8 @@ fn in_line(line: &str) -> usize {
         .sum()
 }
 
-/// Rows of the table: a file between backticks, and a number.
-fn said(text: &str) -> BTreeMap<String, usize> {
+/// The rows of the table: a file between backticks, and a number.
+fn documented_counts(text: &str) -> BTreeMap<String, usize> {
     let row = |line: &str| {
         let mut cells = line.strip_prefix("| `")?.split('|');
         let file = cells.next()?.trim().strip_suffix('`')?.to_owned();
@@ -44,14 +45,14 @@ fn said(text: &str) -> BTreeMap<String, usize> {
 }
 
 #[test]
-fn what_is_said_of_unsafe_code_is_so() {
+fn security_md_lists_all_unsafe_code() {
     let root = Workspace::find().unwrap().root;
-    let said = said(&fs::read_to_string(root.join("SECURITY.md")).unwrap());
-    assert_eq!(said, counted(&root), "left: SECURITY.md, right: the sources");
+    let documented = documented_counts(&fs::read_to_string(root.join("SECURITY.md")).unwrap());
+    assert_eq!(documented, count_by_file(&root), "left: SECURITY.md, right: the sources");
 }
 
 #[test]
-fn a_line_is_counted_by_what_it_opens() {
+fn each_form_of_unsafe_is_counted() {
     for (line, count) in [
         ("let a = unsafe { b() };", 1),
         ("    unsafe impl Pod for A {}", 1),

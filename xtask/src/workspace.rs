@@ -1,19 +1,19 @@
-//! Where things are: the sources, the target directory, and what we put there for others to find.
+//! Where the sources and the target directory are, and how files in them are written.
 
 use std::{
     env, fs,
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
-use crate::environment;
+use crate::{environment, run};
 
-/// The clone we work in.
+/// The clone that we work in.
 pub(crate) struct Workspace {
-    /// Of the workspace's Cargo.toml.
+    /// The directory of the workspace's Cargo.toml.
     pub(crate) root: PathBuf,
-    /// Cargo's target directory, wherever it was told to put it.
+    /// Cargo's target directory, wherever the user has it.
     pub(crate) target: PathBuf,
 }
 
@@ -22,43 +22,38 @@ impl Workspace {
     pub(crate) fn find() -> Result<Self> {
         let manifest_dir =
             env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
-        let output = environment::cargo()
-            .args(["metadata", "--no-deps", "--format-version", "1"])
-            .current_dir(&manifest_dir)
-            .output()
-            .context("run cargo metadata: is cargo in PATH?")?;
-        if !output.status.success() {
-            bail!("cargo metadata failed: {}", String::from_utf8_lossy(&output.stderr).trim());
-        }
+        let mut cargo = environment::cargo();
+        cargo.args(["metadata", "--no-deps", "--format-version", "1"]).current_dir(&manifest_dir);
         let metadata: serde_json::Value =
-            serde_json::from_slice(&output.stdout).context("read what cargo metadata says")?;
+            serde_json::from_str(&run::output(&mut cargo)?).context("parse the output of cargo metadata")?;
         let path = |key: &str| {
             let path = metadata[key].as_str().map(PathBuf::from);
-            path.with_context(|| format!("cargo metadata says no {key}: its format has changed"))
+            path.with_context(|| format!("cargo metadata has no {key}: its format has changed"))
         };
         Ok(Self { root: path("workspace_root")?, target: path("target_directory")? })
     }
 
-    /// An eBPF object. The build script of user space looks for `bpf/` above its own output.
+    /// An eBPF object. The build script of selfconn-user looks for `bpf/` above its own output directory.
     pub(crate) fn object(&self, name: &str) -> PathBuf {
         self.target.join("bpf").join(name)
     }
 
-    /// The daemon as it is released.
+    /// The release build of the daemon.
     pub(crate) fn daemon(&self) -> PathBuf {
         self.target.join("release/selfconn")
     }
 }
 
-/// A path as a person would type it here.
+/// A path as a user would type it in this directory.
 pub(crate) fn here(path: &Path) -> String {
     let short = env::current_dir().ok().and_then(|dir| path.strip_prefix(dir).ok().map(Path::to_owned));
     short.as_deref().unwrap_or(path).display().to_string()
 }
 
-/// Writes a file at once or not at all, and not when it is there already: what is built from it stays fresh.
+/// Writes a file atomically, and only if its content changes, so that cargo does not rebuild what depends on
+/// it.
 pub(crate) fn write_if_changed(path: &Path, content: &[u8]) -> Result<()> {
-    if fs::read(path).is_ok_and(|there| there == content) {
+    if fs::read(path).is_ok_and(|present| present == content) {
         return Ok(());
     }
     let dir = path.parent().context("a file has a directory")?;
@@ -71,11 +66,11 @@ pub(crate) fn write_if_changed(path: &Path, content: &[u8]) -> Result<()> {
     write().with_context(|| format!("write {}", path.display()))
 }
 
-/// Puts what `write` makes of it in the place of what a document has between two marks of this name.
+/// Replaces the text between the markers `<!-- NAME:begin -->` and `<!-- NAME:end -->` of a document.
 pub(crate) fn rewrite_section(file: &Path, name: &str, write: impl FnOnce(&str) -> String) -> Result<()> {
     let text = fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
     let new = with_section(&text, name, write)
-        .with_context(|| format!("{}: no marks {name}:begin and {name}:end", file.display()))?;
+        .with_context(|| format!("{}: no markers {name}:begin and {name}:end", file.display()))?;
     write_if_changed(file, new.as_bytes())
 }
 
@@ -91,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_section_is_rewritten_and_nothing_else() {
+    fn only_the_section_is_rewritten() {
         let text = "before\n<!-- a:begin -->\nold\n<!-- a:end -->\nafter\n";
         let new = with_section(text, "a", |old| format!("{old}new\n")).unwrap();
         assert_eq!(new, "before\n<!-- a:begin -->\nold\nnew\n<!-- a:end -->\nafter\n");

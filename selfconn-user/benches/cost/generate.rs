@@ -1,4 +1,5 @@
-//! The traffic: processes of their own, pinned to a CPU, bounded in count and time, that say at the end what they made.
+//! Traffic generators: processes that are pinned to a CPU, limited in count and time, and print what they
+//! made.
 
 use std::{
     net::{Ipv4Addr, SocketAddr, SocketAddrV4},
@@ -13,69 +14,69 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, Type};
 
-/// What to make.
+/// A kind of traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum Kind {
+pub(crate) enum TrafficKind {
     /// Connections that are made, accepted and closed.
     Churn,
     /// Self-connections.
     Selves,
-    /// Dials that are refused.
+    /// Connects that are refused.
     Refused,
 }
 
-/// How much, where and how fast.
+/// Options of a generator.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {
-    kind: Kind,
-    /// The address dialled
+pub(crate) struct GenerateArgs {
+    kind: TrafficKind,
+    /// The destination address
     #[arg(long, default_value = "127.0.0.1")]
     to: Ipv4Addr,
-    /// At most so many
+    /// At most this number
     #[arg(long)]
     count: u64,
-    /// At most so long
+    /// At most this time
     #[arg(long, default_value_t = 600.0)]
     seconds: f64,
-    /// So many a second; without it as fast as it goes
+    /// The number a second; by default as many as possible
     #[arg(long)]
     rate: Option<f64>,
-    /// The CPU to run on; without it any
+    /// The CPU to run on; by default any
     #[arg(long)]
     cpu: Option<usize>,
 }
 
-/// What was made.
+/// The traffic that a generator made.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub(crate) struct Made {
+pub(crate) struct TrafficMade {
     pub(crate) count: u64,
     pub(crate) elapsed_ns: u64,
-    /// Dials that were refused, or that hit themselves, against the intention.
+    /// Connects with another result than intended.
     pub(crate) others: u64,
 }
 
-impl Made {
-    /// So many a second.
+impl TrafficMade {
+    /// The number a second.
     pub(crate) fn rate(&self) -> f64 {
         self.count as f64 * 1e9 / self.elapsed_ns as f64
     }
 }
 
-/// Generates, and says on stdout what.
-pub(crate) fn run(args: &Args) -> Result<()> {
+/// Makes the traffic, and prints a [`TrafficMade`] on stdout.
+pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     if let Some(cpu) = args.cpu {
         pin(cpu)?;
     }
     let made = match args.kind {
-        Kind::Churn => churn(args)?,
-        Kind::Selves => selves(args)?,
-        Kind::Refused => refused(args)?,
+        TrafficKind::Churn => churn(args)?,
+        TrafficKind::Selves => selves(args)?,
+        TrafficKind::Refused => refused(args)?,
     };
     println!("{}", serde_json::to_string(&made)?);
     Ok(())
 }
 
-/// Keeps the calling thread on one CPU.
+/// Pins the calling thread to a CPU.
 pub(crate) fn pin(cpu: usize) -> Result<()> {
     let mut cpus = CpuSet::new();
     cpus.set(cpu);
@@ -86,12 +87,12 @@ fn socket() -> Result<Socket> {
     Ok(Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?)
 }
 
-/// Calls `make` as often and as fast as asked; `make` says whether it made what was intended.
-fn paced(args: &Args, mut make: impl FnMut() -> Result<bool>) -> Result<Made> {
+/// Calls `make` with the requested count and rate. `make` returns true if the result was the intended one.
+fn paced(args: &GenerateArgs, mut make: impl FnMut() -> Result<bool>) -> Result<TrafficMade> {
     let (began, limit) = (Instant::now(), Duration::from_secs_f64(args.seconds));
     let (mut count, mut others) = (0, 0);
     while count < args.count {
-        // The clock is asked once for each few, so that it doesn't count.
+        // The clock is read only once in 16 rounds, so that its cost does not matter.
         if (count + others) % 16 == 0 {
             let elapsed = began.elapsed();
             if elapsed > limit {
@@ -109,11 +110,11 @@ fn paced(args: &Args, mut make: impl FnMut() -> Result<bool>) -> Result<Made> {
             false => others += 1,
         }
     }
-    Ok(Made { count, elapsed_ns: began.elapsed().as_nanos() as u64, others })
+    Ok(TrafficMade { count, elapsed_ns: began.elapsed().as_nanos() as u64, others })
 }
 
-/// Connections to a server in this process; reset, so that no TIME_WAIT uses the ports up.
-fn churn(args: &Args) -> Result<Made> {
+/// Connections to a server in this process. They are reset, because TIME_WAIT entries would use up the ports.
+fn churn(args: &GenerateArgs) -> Result<TrafficMade> {
     let server = socket()?;
     server.bind(&SocketAddr::from((args.to, 0)).into())?;
     server.listen(128)?;
@@ -130,11 +131,11 @@ fn churn(args: &Args) -> Result<Made> {
 }
 
 /// Self-connections, each reset at once.
-fn selves(args: &Args) -> Result<Made> {
+fn selves(args: &GenerateArgs) -> Result<TrafficMade> {
     paced(args, || self_connection(args.to).map(|_| true))
 }
 
-/// Binds a port that the kernel chooses, and connects to it; to be reset when it is closed.
+/// Binds a port that the kernel chooses, and connects to it. It is reset when it is closed.
 pub(crate) fn self_connection(address: Ipv4Addr) -> Result<(Socket, u16)> {
     let client = socket()?;
     client.set_linger(Some(Duration::ZERO))?;
@@ -144,8 +145,9 @@ pub(crate) fn self_connection(address: Ipv4Addr) -> Result<(Socket, u16)> {
     Ok((client, own.as_socket().context("no address")?.port()))
 }
 
-/// Dials a port where nobody listens, out of the parity that `connect()` chooses from; so it never hits itself.
-fn refused(args: &Args) -> Result<Made> {
+/// Connects to a port without a listener. `connect()` chooses source ports of the other parity, so it never
+/// hits itself.
+fn refused(args: &GenerateArgs) -> Result<TrafficMade> {
     let low: u16 = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?
         .split_ascii_whitespace()
         .next()
@@ -153,6 +155,6 @@ fn refused(args: &Args) -> Result<Made> {
         .parse()?;
     let target = SocketAddr::V4(SocketAddrV4::new(args.to, low + 1)).into();
     let made = paced(args, || Ok(socket()?.connect(&target).is_err()))?;
-    ensure!(made.others == 0, "a dial of a closed port was answered");
+    ensure!(made.others == 0, "a connect to a closed port succeeded");
     Ok(made)
 }

@@ -1,4 +1,4 @@
-//! A network namespace of the measurement's own: no traffic of ours is anywhere else.
+//! A network namespace for the traffic of a measurement.
 
 use std::{
     fs,
@@ -14,13 +14,12 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
-/// A namespace with `lo` up. It lasts as long as this and whatever runs in it.
-pub(crate) struct Net {
+/// A namespace with `lo` up. It exists as long as this, or a process in it.
+pub(crate) struct NetNamespace {
     fd: OwnedFd,
 }
 
-impl Net {
-    /// Makes one.
+impl NetNamespace {
     pub(crate) fn new() -> Result<Self> {
         let make = || -> Result<OwnedFd> {
             // SAFETY: only FILES, which is not among the flags, can take descriptors away from other threads.
@@ -29,12 +28,12 @@ impl Net {
             raise_lo().context("raise lo")?;
             Ok(fs::File::open("/proc/thread-self/ns/net").context("open a network namespace")?.into())
         };
-        // A thread of its own, so that this one stays where it is.
+        // A new thread, so that this one keeps its namespace.
         let made = thread::spawn(make).join();
         made.unwrap_or_else(|_| bail!("making a network namespace panicked")).map(|fd| Self { fd })
     }
 
-    /// Does something on a thread inside.
+    /// Runs a closure on a thread inside.
     pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         thread::scope(|scope| {
             let inside = scope.spawn(|| {
@@ -46,19 +45,19 @@ impl Net {
         })
     }
 
-    /// This binary, to be started inside.
-    pub(crate) fn own(&self, arguments: &[&str]) -> Command {
+    /// A command that runs this binary inside.
+    pub(crate) fn helper(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new("/proc/self/exe");
         command.args(arguments);
         self.enter(&mut command);
         command
     }
 
-    /// Has a command start inside.
+    /// Makes a command start inside.
     pub(crate) fn enter(&self, command: &mut Command) {
         let fd = self.fd.as_raw_fd();
-        // SAFETY: setns is safe to call between fork and exec, and the descriptor is open there: `self` outlives the
-        // spawn in every caller, and close-on-exec comes later.
+        // SAFETY: setns is async-signal-safe, and the descriptor is open between fork and exec: `self`
+        // outlives the spawn in every caller, and close-on-exec comes later.
         unsafe {
             command.pre_exec(move || {
                 if libc::setns(fd, libc::CLONE_NEWNET) == 0 {
@@ -71,30 +70,30 @@ impl Net {
     }
 }
 
-/// Runs to the end; what it wrote on stdout.
+/// Runs a command. Returns its stdout.
 pub(crate) fn output(mut command: Command) -> Result<String> {
     let what = format!("{:?}", command.get_args().collect::<Vec<_>>());
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
     finish(child.with_context(|| format!("start {what}"))?).with_context(|| format!("run {what}"))
 }
 
-/// Waits for a child that was started with a pipe for stdout; what it wrote there.
+/// Waits for a child whose stdout is a pipe. Returns its stdout.
 pub(crate) fn finish(mut child: Child) -> Result<String> {
-    let mut said = String::new();
-    child.stdout.take().context("no stdout")?.read_to_string(&mut said)?;
+    let mut printed = String::new();
+    child.stdout.take().context("no stdout")?.read_to_string(&mut printed)?;
     let status = child.wait()?;
-    if status.success() { Ok(said) } else { bail!("{status}") }
+    if status.success() { Ok(printed) } else { bail!("{status}") }
 }
 
 fn raise_lo() -> io::Result<()> {
-    // SAFETY: a C struct of integers and bytes, for which all zero is a value.
+    // SAFETY: this C struct has only integers and bytes, so all zeros are a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
         *to = *from as libc::c_char;
     }
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)?;
-    // SAFETY: this number takes a pointer to a struct ifreq.
+    // SAFETY: this ioctl takes a pointer to a struct ifreq.
     match unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

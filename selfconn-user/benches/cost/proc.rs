@@ -1,18 +1,18 @@
-//! What the kernel tells of a process: its memory, its time, and how often it woke.
+//! Memory, CPU time and wake-ups of a process.
 
 use std::{fs, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 
-/// Resident bytes: all, and without the mappings of BPF maps, whose pages the ring buffer has twice.
+/// Resident bytes: all, and without BPF maps, because the ring buffer maps its pages twice.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Memory {
+pub(crate) struct ResidentMemory {
     pub(crate) all: u64,
     pub(crate) own: u64,
 }
 
 /// Reads `/proc/PID/smaps`.
-pub(crate) fn memory(pid: u32) -> Result<Memory> {
+pub(crate) fn memory(pid: u32) -> Result<ResidentMemory> {
     let path = format!("/proc/{pid}/smaps");
     let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
     let (mut all, mut own, mut is_map) = (0, 0, false);
@@ -25,15 +25,15 @@ pub(crate) fn memory(pid: u32) -> Result<Memory> {
             is_map = line.contains("bpf-map");
         }
     }
-    Ok(Memory { all, own })
+    Ok(ResidentMemory { all, own })
 }
 
-/// Time on a CPU, of all threads that are there or have ended: its CPU-time clock (`clock_getcpuclockid(3)`). One of those
-/// that look into network namespaces lives no longer than that.
+/// CPU time of all threads, also of those that have ended (`clock_getcpuclockid(3)`): the daemon starts
+/// short-lived threads to read network namespaces.
 pub(crate) fn on_cpu(pid: u32) -> Result<Duration> {
     let mut clock = 0;
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: both write no more than what they are given.
+    // SAFETY: both calls write only to the variables that they are given.
     let failed = unsafe {
         libc::clock_getcpuclockid(pid.cast_signed(), &raw mut clock) != 0
             || libc::clock_gettime(clock, &raw mut time) != 0
@@ -42,7 +42,7 @@ pub(crate) fn on_cpu(pid: u32) -> Result<Duration> {
     Ok(Duration::new(time.tv_sec.try_into()?, time.tv_nsec.try_into()?))
 }
 
-/// How often its threads went to sleep, and so woke.
+/// How often its threads went to sleep, which is how often they woke.
 pub(crate) fn sleeps(pid: u32) -> Result<u64> {
     of_threads(pid, "status", |text| {
         let line = text.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?;

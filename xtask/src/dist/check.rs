@@ -1,55 +1,43 @@
-//! Builds everything a second time, from a clone in a directory of another name, and compares.
+//! Builds the release a second time, from a clone in another directory, and compares the checksums.
 
-use std::{collections::BTreeMap, env, fs, path::Path};
+use std::{fs, path::Path};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
-use super::tool;
+use super::Tree;
 use crate::{
     environment::{cargo, plain},
-    progress::{self, say},
+    run::{self, say},
     workspace::{Workspace, here},
 };
 
-/// Builds here and there. The clone is removed when it was as it should be.
+/// Builds twice. The clone is removed if the results are equal.
 pub(super) fn run(workspace: &Workspace) -> Result<()> {
-    let git = |arguments: &[&str]| {
-        let mut git = plain("git");
-        git.arg("-C").arg(&workspace.root).args(arguments);
-        tool::run(git)
-    };
+    let git = |arguments: &[&str]| run::output(plain("git").arg("-C").arg(&workspace.root).args(arguments));
     let changed = git(&["status", "--porcelain"])?;
-    ensure!(changed.is_empty(), "a clone has only what is committed, and this is not: {}", changed.trim());
-    // First, for somebody may commit while this is built.
-    let clone = workspace.target.join("dist-check/a clone elsewhere");
-    super::Tree::empty(&clone)?;
+    ensure!(changed.is_empty(), "a clone has only committed files, and these are not: {}", changed.trim());
+    // The clone is made first, because somebody may commit during the build.
+    let clone = workspace.target.join("dist-check/clone-elsewhere");
+    Tree::empty(&clone)?;
     git(&["clone", "--quiet", "--no-hardlinks", ".", &clone.to_string_lossy()])?;
     super::make(workspace)?;
-    say(format!("the same again in {}", here(&clone)));
+    // The tools are the same: the clone need not build them again, which takes minutes.
+    fs::create_dir_all(clone.join("target")).context("make the clone's target directory")?;
+    for tools in ["bpf-linker", "tools"] {
+        std::os::unix::fs::symlink(workspace.target.join(tools), clone.join("target").join(tools))
+            .context("link the tools into the clone")?;
+    }
     let mut again = cargo();
     again.args(["run", "--quiet", "--package", "xtask", "--", "dist"]).current_dir(&clone);
-    // A bpf-linker that was built here would be built there, too: from the same sources, in minutes.
-    let linkers = fs::read_dir(workspace.target.join("bpf-linker")).into_iter().flatten().flatten();
-    let path = env::var_os("PATH").unwrap_or_default();
-    let directories = linkers.map(|linker| linker.path().join("bin")).chain(env::split_paths(&path));
-    again.env("PATH", env::join_paths(directories).context("extend PATH")?).env_remove("CARGO_TARGET_DIR");
-    progress::must("building it there", again)?;
+    run::step(&format!("building it again in {}", here(&clone)), again.env_remove("CARGO_TARGET_DIR"))?;
 
+    let sums = |directory: &Path| {
+        fs::read_to_string(directory.join("SHA256SUMS"))
+            .with_context(|| format!("read SHA256SUMS in {}", directory.display()))
+    };
     let (first, second) = (sums(&workspace.target.join("dist"))?, sums(&clone.join("target/dist"))?);
-    if first != second {
-        bail!("not reproducible: here {first:?}, there {second:?}; both are kept");
-    }
+    ensure!(first == second, "not reproducible; both are kept. Here:\n{first}in the clone:\n{second}");
     fs::remove_dir_all(&clone).with_context(|| format!("remove {}", clone.display()))?;
-    for (name, sum) in first {
-        say(format!("twice the same: {sum}  {name}"));
-    }
+    say(format!("both builds are equal:\n{first}"));
     Ok(())
-}
-
-/// The sums there, by file.
-fn sums(directory: &Path) -> Result<BTreeMap<String, String>> {
-    let path = directory.join("SHA256SUMS");
-    let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-    let sums = text.lines().filter_map(|line| line.split_once("  "));
-    Ok(sums.map(|(sum, name)| (name.to_owned(), sum.to_owned())).collect())
 }

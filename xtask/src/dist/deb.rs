@@ -1,4 +1,4 @@
-//! The Debian package, put together with dpkg's own tools.
+//! The Debian package, made with dpkg's own tools.
 
 use std::{
     fs,
@@ -7,21 +7,18 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{Kit, notices, tool, tree::Tree};
-use crate::{
-    environment::plain,
-    progress::{self, say},
-};
+use super::{ReleaseParts, tree::Tree};
+use crate::{environment::plain, run};
 
-/// What dpkg runs as the package comes and goes.
+/// The scripts that dpkg runs at installation and removal.
 const SCRIPTS: [&str; 3] = ["postinst", "prerm", "postrm"];
 
-/// What an administrator may have edited.
+/// Files that an administrator may edit.
 const CONFIGURATION: [&str; 1] = ["etc/logrotate.d/selfconn"];
 
 const DOCS: &str = "usr/share/doc/selfconn";
 
-/// A package, built.
+/// A package file.
 #[derive(Debug)]
 pub(crate) struct Deb {
     pub(crate) file: PathBuf,
@@ -29,13 +26,13 @@ pub(crate) struct Deb {
 
 impl Deb {
     /// Builds this revision of it into this directory.
-    pub(crate) fn build(kit: &Kit, revision: u32, directory: &Path) -> Result<Self> {
-        let release = &kit.release;
+    pub(crate) fn build(parts: &ReleaseParts, revision: u32, directory: &Path) -> Result<Self> {
+        let release = &parts.release;
         let version = format!("{}-{revision}", release.version);
-        let control = fs::read_to_string(kit.root.join("packaging/debian/control"));
+        let control = fs::read_to_string(parts.root.join("packaging/debian/control"));
         let control = control.context("read the control file")?;
-        let tree = Tree::empty(&kit.work.join("deb"))?;
-        fill(&tree, kit, &version, field(&control, "Maintainer").context("there is no maintainer")?)?;
+        let tree = Tree::empty(&parts.work.join("deb"))?;
+        fill(&tree, parts, &version, field(&control, "Maintainer").context("there is no maintainer")?)?;
 
         let files = tree.files()?;
         let mut size = 0;
@@ -46,40 +43,38 @@ impl Deb {
             .replace("@VERSION@", &version)
             .replace("@ARCHITECTURE@", release.architecture.debian)
             .replace("@SIZE@", &size.to_string())
-            .replace("@DEPENDS@", &libraries(kit)?);
+            .replace("@DEPENDS@", &libraries(parts)?);
         tree.write("DEBIAN/control", 0o644, control.as_bytes())?;
         tree.write("DEBIAN/md5sums", 0o644, md5sums(&tree, &files)?.as_bytes())?;
         let configuration: String = CONFIGURATION.iter().map(|path| format!("/{path}\n")).collect();
         tree.write("DEBIAN/conffiles", 0o644, configuration.as_bytes())?;
         for script in SCRIPTS {
-            let source = kit.root.join("packaging/debian").join(script);
+            let source = parts.root.join("packaging/debian").join(script);
             tree.copy(&format!("DEBIAN/{script}"), 0o755, &source)?;
         }
 
         let file = directory.join(format!("selfconn_{version}_{}.deb", release.architecture.debian));
         let mut dpkg = plain("dpkg-deb");
         dpkg.args(["--root-owner-group", "-Zxz", "--build"]).arg(&tree.root).arg(&file);
-        // Nothing in it is younger than the commit.
+        // dpkg-deb lowers later times to this one.
         dpkg.env("SOURCE_DATE_EPOCH", release.epoch.to_string());
-        tool::run(dpkg)?;
+        run::output(&mut dpkg)?;
         Ok(Self { file })
     }
 
-    /// Shows it to lintian, which must have nothing to say against it.
+    /// Runs lintian, which must find no error and no warning.
     pub(crate) fn lint(&self) -> Result<()> {
         let mut lintian = plain("lintian");
         lintian.args(["--allow-root", "--fail-on", "error,warning", "--tag-display-limit", "0"]);
         lintian.arg(&self.file);
-        progress::must("looking at the package with lintian", lintian)?;
-        say("lintian has no error and no warning");
-        Ok(())
+        run::step("checking the package with lintian", &mut lintian)
     }
 }
 
-/// All that the package puts on a disk.
-fn fill(tree: &Tree, kit: &Kit, version: &str, maintainer: &str) -> Result<()> {
-    let packaging = |path: &str| kit.root.join("packaging").join(path);
-    tree.copy("usr/bin/selfconn", 0o755, &kit.dynamic)?;
+/// Writes all files of the package.
+fn fill(tree: &Tree, parts: &ReleaseParts, version: &str, maintainer: &str) -> Result<()> {
+    let packaging = |path: &str| parts.root.join("packaging").join(path);
+    tree.copy("usr/bin/selfconn", 0o755, &parts.dynamic)?;
     let unit = "usr/lib/systemd/system/selfconn.service";
     tree.copy(unit, 0o644, &packaging("systemd/selfconn.service"))?;
     tree.copy(CONFIGURATION[0], 0o644, &packaging("logrotate/selfconn"))?;
@@ -88,49 +83,49 @@ fn fill(tree: &Tree, kit: &Kit, version: &str, maintainer: &str) -> Result<()> {
         ("zsh/_selfconn", "usr/share/zsh/vendor-completions/_selfconn"),
         ("fish/selfconn.fish", "usr/share/fish/vendor_completions.d/selfconn.fish"),
     ] {
-        tree.copy(path, 0o644, &kit.pages.join(name))?;
+        tree.copy(path, 0o644, &parts.pages.join(name))?;
     }
-    for (name, path) in kit.man_pages()? {
+    for (name, path) in parts.man_pages()? {
         let page = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
         tree.write_gz(&format!("usr/share/man/man1/{name}.gz"), &page)?;
     }
-    for (name, path) in kit.examples()? {
+    for (name, path) in parts.examples()? {
         tree.copy(&format!("usr/share/selfconn/{name}"), 0o644, &path)?;
     }
-    for (name, path) in kit.documents()? {
+    for (name, path) in parts.documents()? {
         tree.copy(&format!("{DOCS}/{name}"), 0o644, &path)?;
     }
     tree.copy("usr/share/lintian/overrides/selfconn", 0o644, &packaging("debian/lintian-overrides"))?;
     tree.copy(&format!("{DOCS}/copyright"), 0o644, &packaging("debian/copyright"))?;
-    tree.write_gz(&format!("{DOCS}/THIRD-PARTY.gz"), notices::of(&kit.crates)?.as_bytes())?;
-    let changes = fs::read(kit.root.join("CHANGELOG.md")).context("read CHANGELOG.md")?;
+    tree.write_gz(&format!("{DOCS}/THIRD-PARTY.gz"), parts.notices.as_bytes())?;
+    let changes = fs::read(parts.root.join("CHANGELOG.md")).context("read CHANGELOG.md")?;
     tree.write_gz(&format!("{DOCS}/changelog.gz"), &changes)?;
-    let date = kit.release.date("+%a, %d %b %Y %H:%M:%S +0000")?;
+    let date = parts.release.date("+%a, %d %b %Y %H:%M:%S +0000")?;
     let of_debian = format!(
-        "selfconn ({version}) unstable; urgency=medium\n\n  * What changed is in changelog.gz beside this file.\n\n \
+        "selfconn ({version}) unstable; urgency=medium\n\n  * The changes are in changelog.gz beside this file.\n\n \
          -- {maintainer}  {date}\n"
     );
     tree.write_gz(&format!("{DOCS}/changelog.Debian.gz"), of_debian.as_bytes())
 }
 
-/// The packages of the libraries that the binary was linked with, each in the version it needs at least.
-fn libraries(kit: &Kit) -> Result<String> {
-    let tree = Tree::empty(&kit.work.join("shlibdeps"))?;
-    // It reads the description of a source package, of which nothing counts here.
+/// The packages of the linked libraries, each with the lowest version that will do.
+fn libraries(parts: &ReleaseParts) -> Result<String> {
+    let tree = Tree::empty(&parts.work.join("shlibdeps"))?;
+    // It must have the description of a source package, and uses nothing of it.
     tree.write("debian/control", 0o644, b"Source: selfconn\n\nPackage: selfconn\nArchitecture: any\n")?;
     let mut dpkg = plain("dpkg-shlibdeps");
-    dpkg.args(["-O", "--warnings=0"]).arg(&kit.dynamic).current_dir(&tree.root);
-    let said = tool::run(dpkg)?;
-    let depends = said.trim().strip_prefix("shlibs:Depends=");
-    depends.map(str::to_owned).with_context(|| format!("dpkg-shlibdeps says {said:?}"))
+    dpkg.args(["-O", "--warnings=0"]).arg(&parts.dynamic).current_dir(&tree.root);
+    let printed = run::output(&mut dpkg)?;
+    let depends = printed.trim().strip_prefix("shlibs:Depends=");
+    depends.map(str::to_owned).with_context(|| format!("dpkg-shlibdeps prints {printed:?}"))
 }
 
 fn md5sums(tree: &Tree, files: &[PathBuf]) -> Result<String> {
     let configuration = CONFIGURATION.map(PathBuf::from);
     let mut md5sum = plain("md5sum");
     md5sum.args(files.iter().filter(|file| !configuration.contains(file))).current_dir(&tree.root);
-    let sums = tool::run(md5sum)?;
-    // A backslash would begin the line of a name that dpkg can't read.
+    let sums = run::output(&mut md5sum)?;
+    // md5sum escapes such a name, and dpkg can't read that.
     ensure!(!sums.contains('\\'), "a file's name has to be escaped: {sums}");
     Ok(sums)
 }

@@ -1,171 +1,142 @@
-//! `cargo xtask dist`: what is handed to others, in `dist/` of the target directory. A Debian package, a tarball with
-//! a binary that needs no libraries, a bill of materials, and the checksums of all.
+//! `cargo xtask dist`: makes the release: a Debian package, a tarball with a static binary, bills of
+//! materials, and checksums.
 //!
-//! The same commit is to give the same bytes, wherever it is built, as long as compiler and packages of the builder are the
-//! same; `--check` builds it a second time elsewhere and compares.
+//! The same commit gives the same bytes on any machine with the same compiler and packages. `--check` builds
+//! it again from a clone elsewhere and compares.
 
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
     time::Instant,
 };
 
 use anyhow::{Context as _, Result, ensure};
 
-use self::{binary::Linking, release::Release, tree::Tree};
+use self::{binary::Linking, release::Release};
 use crate::{
     build_ebpf,
-    environment::{is_in_path, plain},
+    environment::plain,
     fingerprint, packages,
-    progress::{say, seconds},
+    run::{self, say, seconds_since},
     workspace::{Workspace, here},
 };
 
 mod binary;
 mod check;
-mod crates;
 mod deb;
-mod notices;
+mod dependencies;
 mod release;
-mod sbom;
 mod tarball;
-mod tool;
 mod tree;
 
-pub(crate) use deb::Deb;
+pub(crate) use self::{deb::Deb, tree::Tree};
 
-/// What to make of it.
+/// Options of `cargo xtask dist`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {
+pub(crate) struct DistArgs {
     /// Build it a second time, from a clone in another directory, and compare the checksums
     #[arg(long)]
     check: bool,
 }
 
-/// What it takes, and the packages it comes in.
-const TOOLS: [(&str, &str); 6] = [
-    ("dpkg-deb", "dpkg"),
+/// Programs, and their packages.
+const PROGRAMS: [(&str, &str); 5] = [
     ("dpkg-shlibdeps", "dpkg-dev"),
     ("lintian", "lintian"),
-    ("tar", "tar"),
+    ("xz", "xz-utils"),
     ("zsh", "zsh"),
     ("fish", "fish"),
 ];
 
-/// Installs what is missing, or says how to.
-fn set_up() -> Result<()> {
-    let missing: Vec<String> = TOOLS
-        .into_iter()
-        .filter(|(tool, _)| !is_in_path(tool))
-        .map(|(_, package)| package.to_owned())
-        .collect();
-    if missing.is_empty() { Ok(()) } else { packages::install(&missing) }
-}
-
-/// Makes all of it, or checks that it is made alike elsewhere.
-pub(crate) fn run(args: &Args, workspace: &Workspace) -> Result<()> {
-    let began = Instant::now();
-    set_up()?;
+/// Makes the release, or checks that a second build gives the same bytes.
+pub(crate) fn run(args: &DistArgs, workspace: &Workspace) -> Result<()> {
+    let start = Instant::now();
     if args.check {
         check::run(workspace)?;
     } else {
         make(workspace)?;
     }
-    say(format!("done in {}", seconds(began.elapsed())));
+    say(format!("done in {}", seconds_since(start)));
     Ok(())
 }
 
 fn make(workspace: &Workspace) -> Result<()> {
-    let kit = Kit::build(workspace, &[Linking::Dynamic, Linking::Static])?;
-    let release = &kit.release;
+    let parts = ReleaseParts::build(workspace, &[Linking::Dynamic, Linking::Static])?;
     let directory = workspace.target.join("dist");
     Tree::empty(&directory)?;
-
-    let deb = Deb::build(&kit, 1, &directory)?;
+    let deb = Deb::build(&parts, 1, &directory)?;
     deb.lint()?;
-    let mut made = vec![deb.file];
-    made.push(tarball::build(&kit, &directory)?);
-    let bill = directory.join(format!("selfconn-{}.cdx.json", release.version));
-    fs::write(&bill, sbom::of(release, &kit.crates)?).with_context(|| format!("write {}", bill.display()))?;
-    made.push(bill);
-    sums(&directory, &made)
-}
+    let mut files = vec![deb.file, tarball::build(&parts, &directory)?];
+    files.extend(dependencies::bills_of_materials(workspace, &parts.release, &directory)?);
 
-/// `SHA256SUMS`, as `sha256sum --check` reads it.
-fn sums(directory: &Path, files: &[PathBuf]) -> Result<()> {
+    // In the format of `sha256sum --check`.
     let mut sums = String::new();
     for file in files {
-        let bytes = fs::read(file).with_context(|| format!("read {}", file.display()))?;
+        let bytes = fs::read(&file).with_context(|| format!("read {}", file.display()))?;
         let name = file.file_name().unwrap_or_default().to_string_lossy();
         sums += &format!("{}  {name}\n", fingerprint::of_bytes(&bytes));
-        say(format!("{}: {} KiB", here(file), bytes.len().div_ceil(1024)));
+        say(format!("{}: {} KiB", here(&file), bytes.len().div_ceil(1024)));
     }
-    let path = directory.join("SHA256SUMS");
-    fs::write(&path, sums).with_context(|| format!("write {}", path.display()))
+    fs::write(directory.join("SHA256SUMS"), sums).context("write SHA256SUMS")
 }
 
-/// All that the packages are put together of.
+/// What the packages are made of.
 #[derive(Debug)]
-pub(crate) struct Kit {
+pub(crate) struct ReleaseParts {
     pub(crate) release: Release,
-    /// Of the repository.
+    /// The repository.
     root: PathBuf,
-    /// For what is put together here.
+    /// A directory for intermediate files.
     work: PathBuf,
-    /// With the libraries of the system.
+    /// The binary that uses the system's libraries.
     dynamic: PathBuf,
-    /// Without any; only where it was asked for.
-    alone: Option<PathBuf>,
-    /// Man pages and completions.
+    /// The binary that needs no libraries, if it was asked for.
+    static_binary: Option<PathBuf>,
+    /// The directory of man pages and completions.
     pages: PathBuf,
-    crates: crates::Crates,
+    /// The licences of the crates in the binary.
+    notices: String,
 }
 
-impl Kit {
-    /// Builds the binaries and the pages.
+impl ReleaseParts {
+    /// The parts of the Debian package.
+    pub(crate) fn for_deb(workspace: &Workspace) -> Result<Self> {
+        Self::build(workspace, &[Linking::Dynamic])
+    }
+
     fn build(workspace: &Workspace, linkings: &[Linking]) -> Result<Self> {
-        let release = Release::of(workspace)?;
+        packages::install_programs(&PROGRAMS)?;
+        let release = Release::current(workspace)?;
         build_ebpf::build(workspace)?;
         let work = workspace.target.join("package");
-        let mut binaries = Vec::new();
-        for linking in linkings {
-            binaries.push(binary::build(workspace, &release, *linking, &work)?);
-        }
-        let mut binaries = binaries.into_iter();
+        let build = |linking: &Linking| binary::build(workspace, &release, *linking, &work);
+        let mut binaries = linkings.iter().map(build).collect::<Result<Vec<_>>>()?.into_iter();
         let dynamic = binaries.next().context("no binary was asked for")?;
+        let static_binary = binaries.next();
         let pages = binary::pages(workspace, &work)?;
-        completions_are_understood(&pages)?;
-        let crates = crates::Crates::of(workspace)?;
-        Ok(Self {
-            release,
-            root: workspace.root.clone(),
-            work,
-            dynamic,
-            alone: binaries.next(),
-            pages,
-            crates,
-        })
+        check_completions(&pages)?;
+        let notices = dependencies::notices(workspace)?;
+        Ok(Self { release, root: workspace.root.clone(), work, dynamic, static_binary, pages, notices })
     }
 
-    /// Name and file of each man page.
+    /// Each man page: name and path.
     fn man_pages(&self) -> Result<Vec<(String, PathBuf)>> {
         files_in(&self.pages.join("man"))
     }
 
-    /// Alert rules, dashboards, and what can be added to the unit: for operators to copy from.
+    /// Examples for operators: alert rules, dashboards, drop-ins of the unit.
     fn examples(&self) -> Result<Vec<(String, PathBuf)>> {
         let mut all = Vec::new();
         for folder in ["prometheus", "grafana", "systemd/examples"] {
             let files = files_in(&self.root.join("packaging").join(folder))?;
-            // The rules' tests are for us.
+            // The tests of the rules are not for operators.
             let files = files.into_iter().filter(|(name, _)| !name.contains("test"));
             all.extend(files.map(|(name, path)| (format!("{folder}/{name}"), path)));
         }
         Ok(all)
     }
 
-    /// What there is to read; the links between these files hold where they lie.
+    /// The documents, in the same folders as in the repository, so that links between them work.
     fn documents(&self) -> Result<Vec<(String, PathBuf)>> {
         let top = ["README.md", "ARCHITECTURE.md", "SECURITY.md", "CONTRIBUTING.md"];
         let mut all: Vec<_> = top.map(|name| (name.to_owned(), self.root.join(name))).into();
@@ -173,35 +144,25 @@ impl Kit {
         all.extend(docs.into_iter().map(|(name, path)| (format!("docs/{name}"), path)));
         Ok(all)
     }
-
-    /// What the Debian package takes.
-    pub(crate) fn for_deb(workspace: &Workspace) -> Result<Self> {
-        set_up()?;
-        Self::build(workspace, &[Linking::Dynamic])
-    }
 }
 
-/// Each shell reads its own; fish also says what it would offer. What bash offers is the CLI tests' matter.
-fn completions_are_understood(pages: &Path) -> Result<()> {
-    let script = |name: &str| pages.join(name);
+/// Each shell parses its completions. fish is also asked for one; the CLI tests ask bash.
+fn check_completions(pages: &Path) -> Result<()> {
     for (shell, options, name) in [
         ("bash", &["--norc", "-n"][..], "bash/selfconn"),
         ("zsh", &["-f", "-n"], "zsh/_selfconn"),
         ("fish", &["--no-config", "-n"], "fish/selfconn.fish"),
     ] {
-        let mut command = plain(shell);
-        command.args(options).arg(script(name));
-        tool::run(command)?;
+        run::output(plain(shell).args(options).arg(pages.join(name)))?;
     }
-    let mut fish: Command = plain("fish");
-    fish.args(["--no-config", "-c", "source $argv[1]; complete -C 'selfconn do'"])
-        .arg(script("fish/selfconn.fish"));
-    let offered = tool::run(fish)?;
-    ensure!(offered.starts_with("doctor\t"), "fish completes `selfconn do` to {offered:?}");
+    let mut fish = plain("fish");
+    fish.args(["--no-config", "-c", "source $argv[1]; complete -C 'selfconn do'"]);
+    let completions = run::output(fish.arg(pages.join("fish/selfconn.fish")))?;
+    ensure!(completions.starts_with("doctor\t"), "fish completes `selfconn do` to {completions:?}");
     Ok(())
 }
 
-/// The files in a folder, by name.
+/// The files in a folder, sorted by name.
 fn files_in(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))? {

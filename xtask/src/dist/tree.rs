@@ -1,4 +1,4 @@
-//! A directory tree in the making, as it will be on the disk of whoever unpacks it.
+//! A directory tree that becomes a package or an archive.
 
 use std::{
     fs,
@@ -8,71 +8,57 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::tool;
-use crate::environment::plain;
+use crate::{environment::plain, run};
 
-/// A tree. Modes are set whatever the umask.
+/// A tree. It sets all modes itself, so that the umask does not matter.
 #[derive(Debug)]
-pub(super) struct Tree {
-    pub(super) root: PathBuf,
+pub(crate) struct Tree {
+    pub(crate) root: PathBuf,
 }
 
 impl Tree {
-    /// An empty one in place of whatever was there.
-    pub(super) fn empty(root: &Path) -> Result<Self> {
+    /// An empty tree. Everything that was there is removed.
+    pub(crate) fn empty(root: &Path) -> Result<Self> {
         match fs::remove_dir_all(root) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(error).with_context(|| format!("remove {}", root.display()));
             }
             _ => {}
         }
-        let this = Self { root: root.to_owned() };
-        this.directory(root)?;
-        Ok(this)
+        let tree = Self { root: root.to_owned() };
+        tree.create_directory(root)?;
+        Ok(tree)
     }
 
-    /// A file with this content. The path is relative to the root.
-    pub(super) fn write(&self, path: &str, mode: u32, content: &[u8]) -> Result<()> {
+    /// Writes a file. The path is relative to the root.
+    pub(crate) fn write(&self, path: &str, mode: u32, content: &[u8]) -> Result<()> {
         let path = self.root.join(path);
-        let parent = path.parent().context("a file has a directory")?;
-        self.directory(parent)?;
+        self.create_directory(path.parent().context("a file has a directory")?)?;
         fs::write(&path, content)
             .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(mode)))
             .with_context(|| format!("write {}", path.display()))
     }
 
-    /// A copy of this file.
-    pub(super) fn copy(&self, path: &str, mode: u32, source: &Path) -> Result<()> {
+    /// Copies a file to this path.
+    pub(crate) fn copy(&self, path: &str, mode: u32, source: &Path) -> Result<()> {
         let content = fs::read(source).with_context(|| format!("read {}", source.display()))?;
         self.write(path, mode, &content)
     }
 
-    /// This content, compressed as Debian's policy wants it.
+    /// Writes a file compressed, as Debian's policy requires.
     pub(super) fn write_gz(&self, path: &str, content: &[u8]) -> Result<()> {
-        let mut gzip = plain("gzip");
-        gzip.args(["-9n"]);
-        self.write(path, 0o644, &tool::filter(gzip, content)?)
+        self.write(path, 0o644, &run::filter(plain("gzip").arg("-9n"), content)?)
     }
 
     /// All files, relative to the root, sorted.
     pub(super) fn files(&self) -> Result<Vec<PathBuf>> {
-        let mut files = Vec::new();
-        let mut directories = vec![self.root.clone()];
-        while let Some(directory) = directories.pop() {
-            for entry in fs::read_dir(&directory).with_context(|| format!("list {}", directory.display()))? {
-                let entry = entry?;
-                if entry.file_type()?.is_dir() {
-                    directories.push(entry.path());
-                } else if let Ok(path) = entry.path().strip_prefix(&self.root) {
-                    files.push(path.to_owned());
-                }
-            }
-        }
+        let listed = run::output(plain("find").args([".", "-type", "f"]).current_dir(&self.root))?;
+        let mut files: Vec<_> = listed.lines().map(|line| line.trim_start_matches("./").into()).collect();
         files.sort();
         Ok(files)
     }
 
-    fn directory(&self, path: &Path) -> Result<()> {
+    fn create_directory(&self, path: &Path) -> Result<()> {
         fs::create_dir_all(path).with_context(|| format!("create {}", path.display()))?;
         for directory in path.ancestors().take_while(|directory| directory.starts_with(&self.root)) {
             fs::set_permissions(directory, fs::Permissions::from_mode(0o755))

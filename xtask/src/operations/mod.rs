@@ -1,69 +1,56 @@
-//! `cargo xtask operations`: what is shipped for those who run the daemon, checked by the programs that will read it:
-//! the unit by systemd, rules and metrics by Prometheus, which scrapes a daemon that meets a self-connection.
+//! `cargo xtask operations`: checks the files that are shipped for operators with the programs that read
+//! them: the unit with systemd, alert rules and metrics with Prometheus, which scrapes a daemon that sees a
+//! self-connection.
 
+mod background;
 mod prometheus;
-mod running;
 mod unit;
 
-use std::time::Instant;
+use std::{rc::Rc, time::Instant};
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    environment, packages,
-    progress::{must, say, seconds},
+    build_ebpf, environment, packages,
+    run::{self, say, seconds_since},
     workspace::Workspace,
 };
 
-/// `cargo xtask operations`.
+/// A check, and its name. It returns what it found.
+type NamedCheck<'a> = (&'static str, Box<dyn Fn() -> Result<String> + 'a>);
+
+/// `cargo xtask operations`: runs all checks, also after a failure.
 pub(crate) fn operations(workspace: &Workspace) -> Result<()> {
-    let Outcome { passed, failed } = check(workspace)?;
-    println!("xtask: {passed} passed, {} failed, 0 skipped", failed.len());
-    if failed.is_empty() { Ok(()) } else { bail!("failed: {}: what was said is above", failed.join(", ")) }
-}
-
-/// What came of the checks.
-pub(crate) struct Outcome {
-    pub(crate) passed: u32,
-    /// Their names.
-    pub(crate) failed: Vec<&'static str>,
-}
-
-/// Checks all; a failure keeps none of the others from being looked at.
-pub(crate) fn check(workspace: &Workspace) -> Result<Outcome> {
-    if !packages::may_install() {
-        bail!("the daemon needs root: run: sudo env PATH=\"$PATH\" HOME=\"$HOME\" cargo xtask operations");
-    }
-    if !environment::is_in_path("systemd-analyze") {
-        packages::install(&["systemd".to_owned()])?;
-    }
-    let tools = prometheus::Tools::get(workspace)?;
-    let mut cargo = environment::cargo();
-    cargo.args(["build", "--package", "selfconn-user"]).current_dir(&workspace.root);
-    crate::build_ebpf::build(workspace)?;
-    must("building the daemon", cargo)?;
-
-    type Check<'a> = (&'static str, &'a dyn Fn() -> Result<String>);
-    let checks: [Check<'_>; 5] = [
-        ("the unit is understood", &|| unit::is_understood(workspace)),
-        ("the unit exposes little", &|| unit::exposes_little(workspace)),
-        ("the rules are valid", &|| tools.rules_are_valid(workspace)),
-        ("each alert fires when it must, and only then", &|| tools.rules_fire(workspace)),
-        ("Prometheus sees a self-connection", &|| tools.sees_a_self_connection(workspace)),
-    ];
-    let mut outcome = Outcome { passed: 0, failed: Vec::new() };
-    for (name, check) in checks {
-        let began = Instant::now();
+    let mut failed = Vec::new();
+    for (name, check) in checks(workspace)? {
+        let start = Instant::now();
         match check().with_context(|| name.to_owned()) {
-            Ok(found) => {
-                say(format!("{name}: passed, {}: {found}", seconds(began.elapsed())));
-                outcome.passed += 1;
-            }
+            Ok(found) => say(format!("{name}: passed, {}: {found}", seconds_since(start))),
             Err(error) => {
                 say(format!("FAILED: {error:#}"));
-                outcome.failed.push(name);
+                failed.push(name);
             }
         }
     }
-    Ok(outcome)
+    if failed.is_empty() { Ok(()) } else { bail!("failed: {}: their output is above", failed.join(", ")) }
+}
+
+/// Installs what the checks need, and builds the daemon.
+pub(crate) fn checks(workspace: &Workspace) -> Result<Vec<NamedCheck<'_>>> {
+    packages::must_be_root("the daemon needs root", "operations")?;
+    packages::install_programs(&[("systemd-analyze", "systemd")])?;
+    let tools = Rc::new(prometheus::Prometheus::find_or_fetch(workspace)?);
+    build_ebpf::build(workspace)?;
+    let mut cargo = environment::cargo();
+    cargo.args(["build", "--quiet", "--package", "selfconn-user"]).current_dir(&workspace.root);
+    run::step("building the daemon", &mut cargo)?;
+
+    let (rules, tests, scrape) = (Rc::clone(&tools), Rc::clone(&tools), tools);
+    Ok(vec![
+        ("systemd understands the unit", Box::new(|| unit::is_understood(workspace))),
+        ("the unit exposes little", Box::new(|| unit::exposes_little(workspace))),
+        ("the alert rules are valid", Box::new(move || rules.rules_are_valid(workspace))),
+        ("each alert fires when it must, and only then", Box::new(move || tests.rules_fire(workspace))),
+        ("Prometheus sees a self-connection", Box::new(move || scrape.sees_a_self_connection(workspace))),
+    ])
 }

@@ -1,47 +1,29 @@
-//! Prometheus and promtool, from the distribution's package. It is unpacked and not installed, for an installation
-//! starts a service.
+//! Checks with Prometheus and promtool, from the distribution's package. The package is unpacked and not
+//! installed, because its installation starts a service.
 
-use std::{
-    fs,
-    io::Write as _,
-    path::PathBuf,
-    process::{Command, Stdio},
-};
+use std::{fs, path::PathBuf, process::Command};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
-use super::running::{Running, free_port, get};
-use crate::{environment, packages, progress::must, workspace::Workspace};
+use super::background::{BackgroundProcess, free_address, http_get};
+use crate::{environment, packages, run, workspace::Workspace};
 
-pub(super) struct Tools {
+pub(super) struct Prometheus {
     promtool: PathBuf,
-    prometheus: PathBuf,
+    server: PathBuf,
 }
 
-impl Tools {
-    /// Those in the path, or the package's.
-    pub(super) fn get(workspace: &Workspace) -> Result<Self> {
+impl Prometheus {
+    /// The programs in PATH, or those of the package.
+    pub(super) fn find_or_fetch(workspace: &Workspace) -> Result<Self> {
         if environment::is_in_path("promtool") && environment::is_in_path("prometheus") {
-            return Ok(Self { promtool: "promtool".into(), prometheus: "prometheus".into() });
+            return Ok(Self { promtool: "promtool".into(), server: "prometheus".into() });
         }
-        let dir = workspace.target.join("operations/prometheus");
-        let bin = dir.join("usr/bin");
-        let tools = Self { promtool: bin.join("promtool"), prometheus: bin.join("prometheus") };
-        if !tools.prometheus.is_file() {
-            fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-            if fetch(&dir).is_err() {
-                // Lists that are older than the mirror name files that it no longer has.
-                packages::update()?;
-                fetch(&dir)?;
-            }
-            let package = fs::read_dir(&dir)?
-                .filter_map(|entry| Some(entry.ok()?.path()))
-                .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-                .context("apt-get download left no package")?;
-            let mut unpack = environment::plain("dpkg-deb");
-            unpack.arg("--extract").args([&package, &dir]);
-            must("unpacking prometheus", unpack)?;
-            fs::remove_file(&package)?;
+        let directory = workspace.target.join("operations/prometheus");
+        let bin = directory.join("usr/bin");
+        let tools = Self { promtool: bin.join("promtool"), server: bin.join("prometheus") };
+        if !tools.server.is_file() {
+            packages::unpack("prometheus", &directory)?;
         }
         Ok(tools)
     }
@@ -54,29 +36,29 @@ impl Tools {
 
     pub(super) fn rules_are_valid(&self, workspace: &Workspace) -> Result<String> {
         let mut check = self.promtool(&["check", "rules", "selfconn.rules.yml"]);
-        said(check.current_dir(workspace.root.join("packaging/prometheus")))
+        last_line(check.current_dir(workspace.root.join("packaging/prometheus")))
     }
 
     pub(super) fn rules_fire(&self, workspace: &Workspace) -> Result<String> {
         let mut test = self.promtool(&["test", "rules", "selfconn.rules.test.yml"]);
-        said(test.current_dir(workspace.root.join("packaging/prometheus")))
+        last_line(test.current_dir(workspace.root.join("packaging/prometheus")))
     }
 
-    /// A daemon, a Prometheus that scrapes it with our rules, and a self-connection.
+    /// Starts a daemon and a Prometheus that scrapes it with our rules, and makes a self-connection.
     pub(super) fn sees_a_self_connection(&self, workspace: &Workspace) -> Result<String> {
-        let dir = tempfile::tempdir().context("a directory for Prometheus")?;
+        let dir = tempfile::tempdir().context("make a directory for Prometheus")?;
         let selfconn = workspace.target.join("debug/selfconn");
-        let (metrics, api) = (free_port()?, free_port()?);
+        let (metrics, api) = (free_address()?, free_address()?);
         let mut run = environment::other(&selfconn);
-        let log = dir.path().join("events.jsonl");
-        run.args(["run", "--json", "--metrics", &metrics.to_string(), "--log"]).arg(log);
-        let mut daemon = Running::start(run, dir.path())?;
-        daemon.until("the daemon is healthy", || {
-            Ok(get(metrics, "/healthz").is_ok_and(|(status, body)| status == "200" && body == "ok\n"))
+        run.args(["run", "--json", "--metrics", &metrics.to_string(), "--log"]).arg(dir.path().join("log"));
+        let mut daemon = BackgroundProcess::start(run, "selfconn", dir.path())?;
+        daemon.wait_until("the daemon is healthy", || {
+            Ok(http_get(metrics, "/healthz").is_ok_and(|(status, body)| status == "200" && body == "ok\n"))
         })?;
-        let (status, text) = get(metrics, "/metrics")?;
+        let (status, text) = http_get(metrics, "/metrics")?;
         ensure!(status == "200", "/metrics: {status}: {text}");
-        self.accepts(&text)?;
+        let complaints = run::filter(&mut self.promtool(&["check", "metrics"]), text.as_bytes())?;
+        ensure!(complaints.is_empty(), "promtool: {} of\n{text}", String::from_utf8_lossy(&complaints));
 
         let rules = workspace.root.join("packaging/prometheus/selfconn.rules.yml");
         let config = format!(
@@ -84,74 +66,36 @@ impl Tools {
              - job_name: selfconn\n    static_configs: [{{ targets: [\"{metrics}\"] }}]\n"
         );
         let config_path = dir.path().join("prometheus.yml");
-        fs::write(&config_path, config)?;
-        let mut serve = environment::other(&self.prometheus);
+        fs::write(&config_path, config).context("write prometheus.yml")?;
+        let mut serve = environment::other(&self.server);
         serve.current_dir(dir.path()).arg("--config.file").arg(&config_path).args([
             &format!("--web.listen-address={api}"),
             "--storage.tsdb.path=data",
             "--log.level=warn",
         ]);
-        let mut prometheus = Running::start(serve, dir.path())?;
-        let mut holds = |expression: &str| {
-            prometheus.until(expression, || Ok(!self.query(&api.to_string(), expression)?.is_empty()))
+        let mut server = BackgroundProcess::start(serve, "prometheus", dir.path())?;
+        let mut wait_for = |expression: &str| {
+            server.wait_until(expression, || {
+                // The query fails until the server listens.
+                let query = &["query", "instant", &format!("http://{api}"), expression];
+                Ok(run::output(&mut self.promtool(query)).is_ok_and(|found| !found.trim().is_empty()))
+            })
         };
-        holds("up{job=\"selfconn\"} == 1")?;
-        holds("selfconn_healthy == 1")?;
-        holds("count(selfconn_connections_total) == 3")?;
-        // What it is asked for by name, so that its cause is known.
-        let mut repro = environment::plain(&selfconn);
-        repro.args(["repro", "--mode", "bind"]);
-        said(&mut repro)?;
-        holds("selfconn_connections_total{cause=\"bound\"} >= 1")?;
-        holds("ALERTS{alertname=\"SelfConnectionsMade\", alertstate=\"firing\"}")?;
+        wait_for("up{job=\"selfconn\"} == 1")?;
+        wait_for("selfconn_healthy == 1")?;
+        wait_for("count(selfconn_connections_total) == 3")?;
+        // This mode binds the port, so the cause is known.
+        run::output(environment::plain(&selfconn).args(["repro", "--mode", "bind"]))?;
+        wait_for("selfconn_connections_total{cause=\"bound\"} >= 1")?;
+        wait_for("ALERTS{alertname=\"SelfConnectionsMade\", alertstate=\"firing\"}")?;
         drop(daemon);
-        holds("up{job=\"selfconn\"} == 0")?;
+        wait_for("up{job=\"selfconn\"} == 0")?;
         Ok("up, counted, alerted, down".to_owned())
     }
-
-    /// `promtool check metrics` has nothing to say.
-    fn accepts(&self, text: &str) -> Result<()> {
-        let mut check = self.promtool(&["check", "metrics"]);
-        let mut child = check
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("promtool")?;
-        child.stdin.take().context("a pipe was asked for")?.write_all(text.as_bytes())?;
-        let output = child.wait_with_output()?;
-        let said = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
-        ensure!(
-            output.status.success() && said.trim().is_empty(),
-            "promtool check metrics: {said}of\n{text}"
-        );
-        Ok(())
-    }
-
-    /// What an expression gives now; nothing while the server isn't there yet.
-    fn query(&self, api: &str, expression: &str) -> Result<String> {
-        let output = self
-            .promtool(&["query", "instant", &format!("http://{api}"), expression])
-            .output()
-            .context("run promtool")?;
-        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    }
 }
 
-fn fetch(dir: &PathBuf) -> Result<()> {
-    let mut download = environment::plain("apt-get");
-    // As root apt would give the file to a user who may not write here.
-    download.args(["--option", "APT::Sandbox::User=root", "download", "prometheus"]).current_dir(dir);
-    must("fetching prometheus", download)
-}
-
-/// What a program said, if it succeeded.
-fn said(command: &mut Command) -> Result<String> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let output = command.output().with_context(|| format!("run {name}"))?;
-    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-    if !output.status.success() {
-        bail!("{name}: {}: {text}", output.status);
-    }
-    Ok(text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default().trim().to_owned())
+/// The last line of a program's output.
+fn last_line(command: &mut Command) -> Result<String> {
+    let output = run::output(command)?;
+    Ok(output.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default().trim().to_owned())
 }

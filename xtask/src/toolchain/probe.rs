@@ -1,45 +1,32 @@
-//! Asks this machine what it has. What is asked at each start takes well below a second in all.
+//! Examines this machine: installed compilers, linkers and LLVMs, and what apt offers. It changes nothing.
 
 use std::{
-    collections::HashMap,
     env, fs,
     path::{Path, PathBuf},
     process::Command,
 };
 
-use anyhow::{Context as _, Result, bail};
+use super::{AptOffer, AptRust, BPF_LINKER, Linker, Llvm, Rust, RustOrigin, RustVersion, parse};
+use crate::{environment, run, workspace::Workspace};
 
-use super::{Apt, AptRust, Linker, LinkerCrate, Llvm, Machine, Origin, Release, Rust, parse};
-use crate::{environment, progress::say, workspace::Workspace};
+/// Debian's packages of Rust: the compiler, cargo, the library's sources. `-web` are the newer ones that
+/// Debian has for its browsers.
+const APT_RUSTS: [[&str; 3]; 2] =
+    [["rustc-web", "cargo-web", "rust-web-src"], ["rustc", "cargo", "rust-src"]];
 
-/// Debian's packages of Rust: the compiler, cargo, the library's sources. `-web` are the newer ones it keeps for its
-/// browsers.
-const APT_RUSTS: [&[&str]; 2] =
-    [&["rustc-web", "cargo-web", "rust-web-src"], &["rustc", "cargo", "rust-src"]];
-
-/// Finds what changes with each step.
-pub(super) fn refresh(machine: &mut Machine, workspace: &Workspace) {
-    machine.rusts = rusts();
-    machine.llvms = llvms();
-    machine.linkers = linkers(workspace, &mut machine.failed);
-}
-
-/// rustup's toolchains, and what else is in PATH.
-fn rusts() -> Vec<Rust> {
+/// The toolchains of rustup, and those in PATH.
+pub(super) fn rusts() -> Vec<Rust> {
     let listed = ask(environment::plain("rustup").args(["toolchain", "list", "-v"])).unwrap_or_default();
     let mut rusts: Vec<Rust> = parse::rustup_toolchains(&listed)
         .into_iter()
         .filter_map(|(name, path)| rust(&Path::new(path).join("bin"), Some(name)))
         .collect();
-    let mut dirs: Vec<PathBuf> = path_dirs();
-    // Where a distribution has its own, also when PATH was cut down to rustup's.
-    dirs.push("/usr/bin".into());
-    dirs.dedup();
-    for dir in dirs {
-        // rustup's stand-ins live beside it, or are links to it.
+    let path = env::var_os("PATH").unwrap_or_default();
+    // The distribution's compiler is in /usr/bin, which may be missing in PATH.
+    for dir in env::split_paths(&path).chain([PathBuf::from("/usr/bin")]) {
+        // The proxies of rustup are beside it, or are links to it.
         let real = fs::canonicalize(dir.join("rustc"));
-        let rustups = dir.join("rustup").exists() || real.is_ok_and(|real| real.ends_with("rustup"));
-        if rustups {
+        if dir.join("rustup").exists() || real.is_ok_and(|real| real.ends_with("rustup")) {
             continue;
         }
         if let Some(rust) = rust(&dir, None)
@@ -51,82 +38,47 @@ fn rusts() -> Vec<Rust> {
     rusts
 }
 
-fn rust(bin: &Path, rustups: Option<&str>) -> Option<Rust> {
+fn rust(bin: &Path, rustup_name: Option<&str>) -> Option<Rust> {
     let rustc = bin.join("rustc");
     if !rustc.exists() || !bin.join("cargo").exists() {
         return None;
     }
-    let version = ask(environment::plain(&rustc).arg("-vV"))?;
-    let (release, llvm) = parse::rustc(&version)?;
+    let printed = ask(environment::plain(&rustc).arg("-vV"))?;
+    let (version, llvm) = parse::rustc(&printed)?;
     let sysroot: PathBuf = ask(environment::plain(&rustc).args(["--print", "sysroot"]))?.trim().into();
-    let origin = match rustups {
-        Some(_) if version.contains("-nightly") => Origin::Nightly,
-        Some(_) => Origin::Rustup,
-        None => Origin::System,
+    let origin = match rustup_name {
+        Some(_) if printed.contains("-nightly") => RustOrigin::Nightly,
+        Some(_) => RustOrigin::Rustup,
+        None => RustOrigin::System,
     };
-    // cargo's build-std resolves by this lock file, so it proves more than the sources of core do.
-    let source = library(&sysroot).join("Cargo.lock").exists();
-    let name = rustups.map_or_else(|| rustc.display().to_string(), ToOwned::to_owned);
-    Some(Rust { origin, name, bin: bin.to_owned(), sysroot, release, llvm, source })
+    // cargo's build-std reads this lock file, so it is a better sign than the sources of core.
+    let has_source = sysroot.join("lib/rustlib/src/rust/library/Cargo.lock").exists();
+    let name = rustup_name.map_or_else(|| rustc.display().to_string(), ToOwned::to_owned);
+    Some(Rust { origin, name, bin: bin.to_owned(), sysroot, version, llvm, has_source })
 }
 
-/// Where rustc and cargo look for the library's sources.
-pub(crate) fn library(sysroot: &Path) -> PathBuf {
-    sysroot.join("lib/rustlib/src/rust/library")
-}
-
-/// Where we put a bpf-linker for this LLVM.
-pub(super) fn our_linker(workspace: &Workspace, llvm: u32) -> PathBuf {
+/// The directory of our linker for this LLVM.
+pub(super) fn linker_directory(workspace: &Workspace, llvm: u32) -> PathBuf {
     workspace.target.join(format!("bpf-linker/llvm-{llvm}"))
 }
 
-fn linkers(workspace: &Workspace, failed: &mut HashMap<String, String>) -> Vec<Linker> {
-    let ours = numbered(&workspace.target.join("bpf-linker"), "llvm-").into_iter();
-    let mut linkers: Vec<Linker> = ours
-        .filter_map(|(llvm, dir)| {
-            let path = dir.join("bin/bpf-linker");
-            let version = linker_version(&path).ok()?;
-            Some(Linker { path, version, llvm: Some(llvm), ours: true })
-        })
-        .collect();
-    if let Some(path) = path_dirs().into_iter().map(|dir| dir.join("bpf-linker")).find(|path| path.exists()) {
-        match linker_version(&path) {
-            Ok(version) => {
-                let llvm =
-                    ask(environment::plain("ldd").arg(&path)).and_then(|libs| parse::linked_llvm(&libs));
-                linkers.push(Linker { path, version, llvm, ours: false });
-            }
-            Err(why) => {
-                // Said once, however often we look.
-                failed.entry(path.display().to_string()).or_insert_with_key(|path| {
-                    say(format!("not {path}: it does not run: {why:#}"));
-                    "does not run".to_owned()
-                });
-            }
-        }
-    }
-    linkers
+/// Our linkers of the pinned version.
+pub(super) fn linkers(workspace: &Workspace) -> Vec<Linker> {
+    let linker = |(llvm, directory): (u32, PathBuf)| {
+        let path = directory.join("bin/bpf-linker");
+        let version = ask(environment::plain(&path).arg("--version"))?;
+        (version.trim() == format!("bpf-linker {BPF_LINKER}")).then_some(Linker { path, llvm })
+    };
+    numbered(&workspace.target.join("bpf-linker")).into_iter().filter_map(linker).collect()
 }
 
-fn linker_version(path: &Path) -> Result<String> {
-    let output = environment::plain(path).arg("--version").output()?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        bail!("{}", said.lines().next().map_or_else(|| output.status.to_string(), ToOwned::to_owned));
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).trim().trim_start_matches("bpf-linker ").to_owned())
-}
-
-/// LLVMs that something can be linked with: Debian's, each in a directory of its own, and the one of `llvm-config`.
-fn llvms() -> Vec<Llvm> {
-    let mut llvms: Vec<Llvm> = numbered(Path::new("/usr/lib"), "llvm-")
-        .into_iter()
-        .map(|(major, prefix)| Llvm { major, prefix })
-        .collect();
+/// LLVMs to link with: Debian's, each in a directory of its own, and the one of `llvm-config`.
+pub(super) fn llvms() -> Vec<Llvm> {
+    let debians = numbered(Path::new("/usr/lib")).into_iter();
+    let mut llvms: Vec<Llvm> = debians.map(|(major, prefix)| Llvm { major, prefix }).collect();
     let config = |flag| ask(environment::plain("llvm-config").arg(flag));
     if let (Some(version), Some(prefix)) = (config("--version"), config("--prefix"))
         && let Some(major) = version.split('.').next().and_then(|major| major.trim().parse().ok())
-        && llvms.iter().all(|known| known.major != major)
     {
         llvms.push(Llvm { major, prefix: prefix.trim().into() });
     }
@@ -134,73 +86,44 @@ fn llvms() -> Vec<Llvm> {
     llvms
 }
 
-/// What apt offers, by the package lists at hand.
-pub(super) fn apt(updated: bool) -> Option<Apt> {
-    let names = APT_RUSTS.concat();
-    let policy = ask(environment::plain("apt-cache").arg("policy").args(names))?;
+/// What apt offers, by the package lists on this machine.
+pub(super) fn apt() -> AptOffer {
+    let policy = ask(environment::plain("apt-cache").arg("policy").args(APT_RUSTS.as_flattened()));
+    let policy = policy.unwrap_or_default();
     let candidates = parse::apt_candidates(&policy);
     let version =
         |name: &str| candidates.iter().find(|(candidate, _)| *candidate == name).map(|(_, version)| *version);
     let rust = APT_RUSTS
         .into_iter()
         .filter(|packages| packages.iter().all(|package| version(package).is_some()))
-        .filter_map(|packages| Some((packages, version(packages[0])?.parse::<Release>().ok()?)))
-        .max_by_key(|(_, release)| *release)
-        .and_then(|(packages, release)| {
-            Some(AptRust { packages, release, llvm: llvm_of_package(packages[0])? })
+        .filter_map(|packages| Some((packages, version(packages[0])?.parse::<RustVersion>().ok()?)))
+        .max_by_key(|(_, version)| *version)
+        .and_then(|(packages, version)| {
+            Some(AptRust { packages, version, llvm: llvm_of_package(packages[0])? })
         });
     let llvms = ask(environment::plain("apt-cache").args(["pkgnames", "llvm-"])).unwrap_or_default();
-    Some(Apt { rust, llvms: parse::llvm_dev_packages(&llvms), updated })
+    AptOffer { rust, llvms: parse::llvm_dev_packages(&llvms) }
 }
 
 /// The LLVM that a packaged compiler depends on.
 fn llvm_of_package(rustc: &str) -> Option<u32> {
-    const NO: [&str; 6] = [
-        "--no-recommends",
-        "--no-suggests",
-        "--no-conflicts",
-        "--no-breaks",
-        "--no-replaces",
-        "--no-enhances",
-    ];
-    let output = ask(environment::plain("apt-cache").args(["depends", "--recurse"]).args(NO).arg(rustc))?;
-    parse::llvm_library(&output)
+    let mut depends = environment::plain("apt-cache");
+    depends.args(["depends", "--recurse", "--important", rustc]);
+    parse::llvm_library(&ask(&mut depends)?)
 }
 
-/// The bpf-linker that cargo would install.
-pub(super) fn linker_crate() -> Result<LinkerCrate> {
-    let output = environment::cargo()
-        .args(["info", "bpf-linker", "--color", "never"])
-        .output()
-        .context("run cargo info bpf-linker")?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    let Some((version, llvms)) = parse::linker_crate(&said).filter(|_| output.status.success()) else {
-        let why = String::from_utf8_lossy(&output.stderr);
-        let why =
-            why.lines().find(|line| line.starts_with("error")).unwrap_or("it says nothing we understand");
-        bail!("cargo info bpf-linker: {why}: check the network, or install a bpf-linker into PATH");
-    };
-    Ok(LinkerCrate { version, llvms })
-}
-
-/// Entries of a directory that are called by a prefix and a number.
-fn numbered(dir: &Path, prefix: &str) -> Vec<(u32, PathBuf)> {
+/// The entries `llvm-N` of a directory, the lowest N first.
+fn numbered(dir: &Path) -> Vec<(u32, PathBuf)> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut found: Vec<(u32, PathBuf)> = entries
-        .filter_map(|entry| {
-            Some((entry.file_name().to_str()?.strip_prefix(prefix)?.parse().ok()?, entry.path()))
-        })
-        .collect();
+    let number = |entry: fs::DirEntry| {
+        Some((entry.file_name().to_str()?.strip_prefix("llvm-")?.parse().ok()?, entry.path()))
+    };
+    let mut found: Vec<_> = entries.filter_map(number).collect();
     found.sort();
     found
 }
 
-fn path_dirs() -> Vec<PathBuf> {
-    env::var_os("PATH").map(|path| env::split_paths(&path).collect()).unwrap_or_default()
-}
-
-/// What a program says, if it is there and succeeds.
+/// The output of a program, if it is there and succeeds.
 fn ask(command: &mut Command) -> Option<String> {
-    let output = command.output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+    run::output(command).ok()
 }

@@ -1,113 +1,106 @@
-//! Does what [`super::next`] asks for, step by step, until a Rust and a bpf-linker are ready.
+//! Takes the steps of [`next_step`] until a Rust and a bpf-linker are ready.
 
-use std::{fs, time::Duration};
+use std::fs;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 
-use super::{Linker, Llvm, Machine, Release, Rust, Step, next, probe};
+use super::{BPF_LINKER, Linker, Llvm, Machine, Rust, RustVersion, SetupStep, next_step, probe};
 use crate::{
     environment, packages,
-    progress::{self, Finished, say},
+    run::{self, say},
     workspace::{Workspace, here},
 };
 
-/// For a download of some megabytes; a network that swallows packets would hold us for many minutes.
-const RUSTUP_LIMIT: Duration = Duration::from_secs(90);
+/// Seconds for a download of some megabytes. Without a limit, a network that drops packets would stop us for
+/// minutes.
+const RUSTUP_TIMEOUT: &str = "90";
 
-/// A Rust and a bpf-linker that fit, found or installed. `machine` keeps what was learned, for another call after one
-/// of them failed.
-pub(crate) fn ready(workspace: &Workspace, machine: &mut Machine) -> Result<(Rust, Linker)> {
-    let needed: Release = match env!("CARGO_PKG_RUST_VERSION").parse() {
-        Ok(release) => release,
-        Err(()) => bail!("rust-version in Cargo.toml is no release"),
+/// A Rust and a bpf-linker that fit, found or installed.
+pub(crate) fn ready(workspace: &Workspace) -> Result<(Rust, Linker)> {
+    let needed: RustVersion = match env!("CARGO_PKG_RUST_VERSION").parse() {
+        Ok(version) => version,
+        Err(()) => bail!("rust-version in Cargo.toml is no version"),
     };
-    let mut done = Vec::new();
+    let mut machine = Machine::default();
+    let (mut is_apt_known, mut is_updated, mut done) = (false, false, Vec::new());
     loop {
-        probe::refresh(machine, workspace);
-        let step = match next(machine, needed) {
+        machine.rusts = probe::rusts();
+        machine.llvms = probe::llvms();
+        machine.linkers = probe::linkers(workspace);
+        let step = match next_step(&machine, needed) {
+            Ok(SetupStep::Ready(rust, linker)) => return Ok((rust, linker)),
+            // apt is asked only if something is missing, because it takes half a second.
+            _ if !is_apt_known => {
+                machine.apt = probe::apt();
+                is_apt_known = true;
+                continue;
+            }
+            Err(_) if !is_updated && packages::may_install() && environment::is_in_path("apt-get") => {
+                packages::update();
+                machine.apt = probe::apt();
+                is_updated = true;
+                continue;
+            }
+            Err(refused) => bail!("{}", nothing_fits(needed, &refused)),
             Ok(step) => step,
-            Err(refused) => bail!("{}", nothing_fits(machine, needed, &refused)),
         };
         if done.contains(&step) {
             bail!("{step:?} was done and changed nothing: please report this");
         }
         done.push(step.clone());
         match step {
-            Step::Ready(rust, linker) => return Ok((rust, linker)),
-            Step::AskApt => machine.apt = Some(probe::apt(false)),
-            Step::AskLinkerCrate => machine.linker_crate = Some(probe::linker_crate()?),
-            Step::UpdateApt => {
-                // Who may not update them goes on with the lists as they are.
-                if packages::may_install() {
-                    packages::update()?;
-                }
-                machine.apt = Some(probe::apt(true));
+            SetupStep::AddSource(toolchain) => add_source(&mut machine, toolchain),
+            SetupStep::Install(names) => {
+                packages::install(&names.iter().map(String::as_str).collect::<Vec<_>>())?;
             }
-            Step::AddSource(toolchain) => {
-                let finished = add_source(&toolchain)?;
-                if !finished.succeeded() {
-                    let why = format!("its rust-src can't be added: {}", finished.why());
-                    say(format!("not {toolchain}: {why}"));
-                    // A server that did not answer for one toolchain won't for the others.
-                    let others = machine.rusts.iter().filter(|rust| finished.took_too_long() && !rust.source);
-                    machine.failed.extend(others.map(|rust| (rust.name.clone(), why.clone())));
-                    machine.failed.insert(toolchain, why);
-                }
-            }
-            Step::Install(names) => packages::install(&names)?,
-            Step::BuildLinker(llvm) => build_linker(workspace, machine, &llvm)?,
+            SetupStep::BuildLinker(llvm) => build_linker(workspace, &llvm)?,
+            SetupStep::Ready(..) => {}
         }
     }
 }
 
-/// One line for a machine on which nothing can be made to fit.
-fn nothing_fits(machine: &Machine, needed: Release, refused: &[String]) -> String {
-    let cure = match &machine.apt {
-        Some(Some(_)) if !packages::may_install() => {
-            "run `sudo apt-get update` and try again, or as root".to_owned()
-        }
-        _ => "install rustup's nightly with rust-src, and a bpf-linker with its LLVM".to_owned(),
+/// One line for a machine on which no Rust can be used.
+fn nothing_fits(needed: RustVersion, refused: &[String]) -> String {
+    let hint = if environment::is_in_path("apt-get") && !packages::may_install() {
+        "run `sudo apt-get update` and try again, or as root"
+    } else {
+        "install rustup's nightly with rust-src, and LLVM's development files"
     };
-    let refused = if refused.is_empty() { "there is no other Rust".to_owned() } else { refused.join("; ") };
-    format!("no Rust of {needed} or newer can build the eBPF programs here: {refused}: {cure}")
+    format!("no Rust of {needed} or newer can build the eBPF programs here: {}: {hint}", refused.join("; "))
 }
 
-fn add_source(toolchain: &str) -> Result<Finished> {
-    let mut command = environment::plain("rustup");
-    command.args(["component", "add", "rust-src", "--toolchain", toolchain]);
-    // It would try again and again, and no answer is an answer, for there are other ways.
+/// A failure is noted, because there may be another toolchain.
+fn add_source(machine: &mut Machine, toolchain: String) {
+    let mut command = environment::plain("timeout");
+    command.args([RUSTUP_TIMEOUT, "rustup", "component", "add", "rust-src", "--toolchain", &toolchain]);
     command.env("RUSTUP_MAX_RETRIES", "1");
-    progress::run(&format!("adding rust-src to {toolchain}"), command, Some(RUSTUP_LIMIT))
+    if let Err(error) = run::step(&format!("adding rust-src to {toolchain}"), &mut command) {
+        say(format!("{error:#}"));
+        machine.failed.insert(toolchain, "its rust-src can't be added".to_owned());
+    }
 }
 
-fn build_linker(workspace: &Workspace, machine: &Machine, llvm: &Llvm) -> Result<()> {
-    let version =
-        &machine.linker_crate.as_ref().context("bpf-linker's version is known before it is built")?.version;
-    for linker in machine.linkers.iter().filter(|linker| !linker.ours) {
-        if let Some(old) = linker.llvm.filter(|its| *its < llvm.major) {
-            say(format!("not {}: its LLVM is {old}", linker.path.display()));
-        }
-    }
+fn build_linker(workspace: &Workspace, llvm: &Llvm) -> Result<()> {
     let build_dir = workspace.target.join("bpf-linker/build");
-    let root = probe::our_linker(workspace, llvm.major);
-    let mut command = environment::cargo();
-    // For this host, whatever the user builds for.
+    let root = probe::linker_directory(workspace, llvm.major);
+    let mut cargo = environment::cargo();
+    // The linker runs on this host, whatever the user builds for.
     for key in ["CARGO_BUILD_TARGET", "CARGO_ENCODED_RUSTFLAGS", "RUSTFLAGS"] {
-        command.env_remove(key);
+        cargo.env_remove(key);
     }
-    command
-        .args(["install", "bpf-linker", "--locked", "--force", "--no-default-features", "--version", version])
-        .args(["--features", &format!("llvm-{}", llvm.major)])
-        .arg("--root")
+    cargo
+        .args(["install", "bpf-linker", "--quiet", "--locked", "--force", "--version", BPF_LINKER])
+        .args(["--no-default-features", "--features", &format!("llvm-{}", llvm.major), "--root"])
         .arg(&root)
         .env("CARGO_TARGET_DIR", &build_dir)
-        // LLVM does the work, and that is compiled already: optimising the rest takes a minute and saves half a second.
+        // LLVM does the work and is already compiled: optimising the rest takes a minute and saves half a
+        // second.
         .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0")
         .env("CARGO_PROFILE_RELEASE_DEBUG", "0")
         .env("LLVM_PREFIX", &llvm.prefix);
-    let what = format!("building bpf-linker {version} with LLVM {} into {}", llvm.major, here(&root));
-    progress::must(&what, command)?;
-    // 150 MB that nobody needs again; if they can't be removed, they lie in target.
+    let what = format!("building bpf-linker {BPF_LINKER} with LLVM {} into {}", llvm.major, here(&root));
+    run::step(&what, &mut cargo)?;
+    // 150 MB that nobody needs again. If it can't be removed, it does no harm.
     let _ = fs::remove_dir_all(build_dir);
     Ok(())
 }

@@ -1,207 +1,154 @@
-//! Machines, and the next step on each.
+//! The next step on each kind of machine.
 
 use super::*;
 
-const NEEDED: Release = Release(1, 93);
-const WEB: &[&str] = &["rustc-web", "cargo-web", "rust-web-src"];
+const NEEDED: RustVersion = RustVersion(1, 93);
+const WEB: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
 
-fn rust(origin: Origin, name: &str, release: Release, llvm: u32, source: bool) -> Rust {
-    Rust { origin, name: name.to_owned(), bin: "/r".into(), sysroot: name.into(), release, llvm, source }
+fn rust(origin: RustOrigin, name: &str, version: RustVersion, llvm: u32, has_source: bool) -> Rust {
+    Rust { origin, name: name.to_owned(), bin: "/r".into(), sysroot: name.into(), version, llvm, has_source }
 }
 
-fn stable(source: bool) -> Rust {
-    rust(Origin::Rustup, "stable", Release(1, 95), 22, source)
+fn stable(has_source: bool) -> Rust {
+    rust(RustOrigin::Rustup, "stable", RustVersion(1, 95), 22, has_source)
 }
 
-fn nightly(llvm: u32, source: bool) -> Rust {
-    rust(Origin::Nightly, "nightly", Release(1, 97), llvm, source)
+fn nightly(llvm: u32, has_source: bool) -> Rust {
+    rust(RustOrigin::Nightly, "nightly", RustVersion(1, 97), llvm, has_source)
 }
 
-fn system(release: Release, source: bool) -> Rust {
-    rust(Origin::System, "/usr/bin/rustc", release, 22, source)
+fn system(version: RustVersion, has_source: bool) -> Rust {
+    rust(RustOrigin::System, "/usr/bin/rustc", version, 22, has_source)
 }
 
-fn linker(path: &str, llvm: Option<u32>) -> Linker {
-    Linker { path: path.into(), version: "0.13.0".to_owned(), llvm, ours: path.starts_with("target") }
+fn linker(llvm: u32) -> Linker {
+    Linker { path: format!("target/llvm-{llvm}").into(), llvm }
 }
 
 fn llvm(major: u32) -> Llvm {
     Llvm { major, prefix: format!("/usr/lib/llvm-{major}").into() }
 }
 
-fn apt(release: Release, llvms: &[u32], updated: bool) -> Option<Option<Apt>> {
-    let rust = AptRust { packages: WEB, release, llvm: 22 };
-    Some(Some(Apt { rust: Some(rust), llvms: llvms.to_vec(), updated }))
-}
-
-fn linker_crate() -> Option<LinkerCrate> {
-    Some(LinkerCrate { version: "0.13.0".to_owned(), llvms: vec![21, 22, 23] })
-}
-
 fn failed(names: &[&str]) -> HashMap<String, String> {
     names.iter().map(|name| ((*name).to_owned(), "no answer".to_owned())).collect()
 }
 
-fn install(packages: &[&str]) -> Step {
-    Step::Install(packages.iter().map(ToString::to_string).collect())
+fn install(packages: &[&str]) -> SetupStep {
+    SetupStep::Install(packages.iter().map(ToString::to_string).collect())
 }
 
-/// A machine with all that can be asked for known, and nothing there.
-fn known() -> Machine {
-    Machine { apt: apt(Release(1, 96), &[14, 22], true), linker_crate: linker_crate(), ..Machine::default() }
+/// A machine with nothing but apt.
+fn bare() -> Machine {
+    let rust = AptRust { packages: WEB, version: RustVersion(1, 96), llvm: 22 };
+    Machine { apt: AptOffer { rust: Some(rust), llvms: vec![14, 22] }, ..Machine::default() }
 }
 
 #[track_caller]
-fn check(machine: &Machine, step: &Step) {
-    assert_eq!(next(machine, NEEDED).as_ref(), Ok(step), "{machine:#?}");
+fn check(machine: &Machine, step: &SetupStep) {
+    assert_eq!(next_step(machine, NEEDED).as_ref(), Ok(step), "{machine:#?}");
 }
 
 #[track_caller]
 fn refused(machine: &Machine) -> String {
-    next(machine, NEEDED).expect_err("no way").join("; ")
+    next_step(machine, NEEDED).expect_err("no way").join("; ")
 }
 
 #[test]
-fn what_is_there_is_used_at_once() {
-    let used = linker("target/llvm-22", Some(22));
-    let machine = |rusts: &[Rust]| Machine {
-        rusts: rusts.to_vec(),
-        linkers: vec![used.clone()],
-        // Neither apt nor the registry is asked.
-        ..Machine::default()
-    };
-    let (chosen_stable, chosen_nightly) = (stable(true), nightly(22, true));
-    let chosen_system = system(Release(1, 96), true);
+fn an_installed_toolchain_is_preferred_to_one_that_must_be_fetched() {
+    let (stable_rust, nightly_rust) = (stable(true), nightly(22, true));
+    let system_rust = system(RustVersion(1, 96), true);
     for (rusts, chosen) in [
-        (vec![chosen_stable.clone(), chosen_nightly.clone(), chosen_system.clone()], &chosen_nightly),
-        (vec![chosen_stable.clone(), chosen_system.clone()], &chosen_stable),
-        (vec![chosen_system.clone()], &chosen_system),
-        // Before something that must be fetched.
-        (vec![nightly(22, false), stable(false), chosen_system.clone()], &chosen_system),
+        (vec![stable_rust.clone(), nightly_rust.clone(), system_rust.clone()], &nightly_rust),
+        (vec![stable_rust.clone(), system_rust.clone()], &stable_rust),
+        (vec![system_rust.clone()], &system_rust),
+        (vec![nightly(22, false), stable(false), system_rust.clone()], &system_rust),
     ] {
-        check(&machine(&rusts), &Step::Ready(chosen.clone(), used.clone()));
+        let machine = Machine { rusts, linkers: vec![linker(22)], ..bare() };
+        check(&machine, &SetupStep::Ready(chosen.clone(), linker(22)));
     }
 }
 
 #[test]
-fn a_linker_must_read_what_the_compiler_writes() {
-    let (old, exact, newer, silent) = (
-        linker("/bin/old", Some(21)),
-        linker("/bin/exact", Some(22)),
-        linker("/bin/newer", Some(23)),
-        linker("/bin/silent", None),
-    );
-    let ours = linker("target/llvm-22", Some(22));
-    let machine = |linkers: &[&Linker], bad: &[&str]| Machine {
+fn a_linker_must_read_the_bitcode_of_the_compiler() {
+    let machine = |linkers: &[u32]| Machine {
         rusts: vec![stable(true)],
-        linkers: linkers.iter().map(|linker| (*linker).clone()).collect(),
+        linkers: linkers.iter().copied().map(linker).collect(),
         llvms: vec![llvm(14), llvm(22), llvm(23)],
-        failed: failed(bad),
-        ..known()
+        ..bare()
     };
-    let build = Step::BuildLinker(llvm(22));
-    for (linkers, bad, step) in [
-        (vec![&exact], vec![], Step::Ready(stable(true), exact.clone())),
-        (vec![&newer], vec![], Step::Ready(stable(true), newer.clone())),
-        // It does not tell: the build will.
-        (vec![&silent], vec![], Step::Ready(stable(true), silent.clone())),
-        (vec![&silent], vec!["/bin/silent"], build.clone()),
-        (vec![&silent, &ours], vec![], Step::Ready(stable(true), ours.clone())),
-        (vec![&old], vec![], build.clone()),
-        (vec![&old, &ours], vec![], Step::Ready(stable(true), ours.clone())),
-        (vec![], vec![], build),
+    let build = SetupStep::BuildLinker(llvm(22));
+    for (linkers, step) in [
+        (vec![22], SetupStep::Ready(stable(true), linker(22))),
+        (vec![23], SetupStep::Ready(stable(true), linker(23))),
+        (vec![21, 22], SetupStep::Ready(stable(true), linker(22))),
+        (vec![21], build.clone()),
+        (vec![], build),
     ] {
-        check(&machine(&linkers, &bad), &step);
+        check(&machine(&linkers), &step);
     }
 }
 
 #[test]
-fn nothing_is_fetched_before_it_is_known_to_lead_anywhere() {
-    let machine = Machine { rusts: vec![stable(false)], ..Machine::default() };
-    check(&machine, &Step::AskApt);
-    let machine = Machine { apt: apt(Release(1, 96), &[22], false), ..machine };
-    check(&machine, &Step::AskLinkerCrate);
-    let machine = Machine { linker_crate: linker_crate(), ..machine };
-    check(&machine, &Step::AddSource("stable".to_owned()));
-    // Then its linker's LLVM.
-    let machine = Machine { rusts: vec![stable(true)], ..machine };
+fn sources_come_first_then_llvm_then_the_linker() {
+    let machine = Machine { rusts: vec![stable(false)], ..bare() };
+    check(&machine, &SetupStep::AddSource("stable".to_owned()));
+    let machine = Machine { rusts: vec![stable(true)], ..bare() };
     check(&machine, &install(&["llvm-22-dev"]));
     let machine = Machine { llvms: vec![llvm(22)], ..machine };
-    check(&machine, &Step::BuildLinker(llvm(22)));
+    check(&machine, &SetupStep::BuildLinker(llvm(22)));
 }
 
 #[test]
-fn a_download_that_fails_leads_to_the_next_candidate() {
-    let machine = |bad: &[&str]| Machine {
-        rusts: vec![stable(false), nightly(22, false)],
-        failed: failed(bad),
-        ..known()
-    };
-    check(&machine(&[]), &Step::AddSource("nightly".to_owned()));
-    check(&machine(&["nightly"]), &Step::AddSource("stable".to_owned()));
-    check(
-        &machine(&["nightly", "stable"]),
-        &install(&["rustc-web", "cargo-web", "rust-web-src", "llvm-22-dev"]),
-    );
-}
-
-#[test]
-fn only_what_is_missing_is_installed() {
-    let web = install(WEB);
+fn a_failed_download_leads_to_the_next_candidate() {
+    let machine =
+        |bad| Machine { rusts: vec![stable(false), nightly(22, false)], failed: failed(bad), ..bare() };
+    check(&machine(&[]), &SetupStep::AddSource("nightly".to_owned()));
+    check(&machine(&["nightly"]), &SetupStep::AddSource("stable".to_owned()));
     let all = install(&["rustc-web", "cargo-web", "rust-web-src", "llvm-22-dev"]);
-    let used = linker("/bin/bpf-linker", Some(22));
+    check(&machine(&["nightly", "stable"]), &all);
+}
+
+#[test]
+fn only_missing_packages_are_installed() {
+    let (web, all) = (install(&WEB), install(&["rustc-web", "cargo-web", "rust-web-src", "llvm-22-dev"]));
+    let with_linker = |rust| Machine { rusts: vec![rust], linkers: vec![linker(22)], ..bare() };
     for (machine, step) in [
-        (Machine { ..known() }, &all),
-        (Machine { llvms: vec![llvm(22)], ..known() }, &web),
-        (Machine { linkers: vec![used.clone()], ..known() }, &web),
-        // The sources, with the compiler's own update if there is one.
-        (
-            Machine { rusts: vec![system(Release(1, 96), false)], linkers: vec![used.clone()], ..known() },
-            &web,
-        ),
-        (Machine { rusts: vec![system(Release(1, 63), true)], linkers: vec![used.clone()], ..known() }, &web),
+        (bare(), &all),
+        (Machine { llvms: vec![llvm(22)], ..bare() }, &web),
+        (Machine { linkers: vec![linker(22)], ..bare() }, &web),
+        // The package of the sources may bring an update of the compiler.
+        (with_linker(system(RustVersion(1, 96), false)), &web),
+        (with_linker(system(RustVersion(1, 63), true)), &web),
         // An older LLVM is of no use.
-        (Machine { llvms: vec![llvm(14)], ..known() }, &all),
+        (Machine { llvms: vec![llvm(14)], ..bare() }, &all),
     ] {
         check(&machine, step);
     }
 }
 
 #[test]
-fn package_lists_are_fetched_when_those_at_hand_lead_nowhere() {
-    let empty = |updated| Some(Some(Apt { updated, ..Apt::default() }));
-    let machine = Machine { rusts: vec![stable(true)], apt: empty(false), ..known() };
-    check(&machine, &Step::UpdateApt);
-    let machine = Machine { apt: apt(Release(1, 85), &[19], false), ..machine };
-    check(&machine, &Step::UpdateApt);
-    let machine = Machine { apt: empty(true), ..machine };
-    assert_eq!(
-        refused(&machine),
-        "stable: no bpf-linker with LLVM 22 or newer, nor that LLVM's development files to build one (llvm-22-dev); \
-         the distribution's packages: no Rust with its sources"
-    );
+fn a_nightly_too_new_for_the_linker_does_not_block_an_older_rust() {
+    let machine = Machine { rusts: vec![nightly(24, true), stable(true)], llvms: vec![llvm(22)], ..bare() };
+    check(&machine, &SetupStep::BuildLinker(llvm(22)));
 }
 
 #[test]
-fn every_candidate_says_why_not() {
+fn the_error_has_a_reason_for_each_candidate() {
     let machine = Machine {
-        rusts: vec![nightly(24, true), system(Release(1, 63), true), stable(false)],
-        apt: Some(None),
+        rusts: vec![nightly(24, true), system(RustVersion(1, 63), true), stable(false)],
         failed: failed(&["stable"]),
         llvms: vec![llvm(22), llvm(24)],
-        linker_crate: linker_crate(),
         ..Machine::default()
     };
     assert_eq!(
         refused(&machine),
-        "nightly: it uses LLVM 24, and bpf-linker 0.13.0 knows only LLVM 21, 22, 23; stable: no answer; \
-         /usr/bin/rustc: 1.63 is older than 1.93"
+        "nightly: it uses LLVM 24, which is too new for bpf-linker 0.13.0; stable: no answer; \
+         /usr/bin/rustc: 1.63 is older than 1.93; the distribution's packages: no Rust with its sources"
     );
-    assert_eq!(refused(&Machine { apt: Some(None), ..Machine::default() }), "");
-}
-
-#[test]
-fn a_nightly_beyond_all_linkers_does_not_block_an_older_rust() {
-    let machine = Machine { rusts: vec![nightly(24, true), stable(true)], llvms: vec![llvm(22)], ..known() };
-    check(&machine, &Step::BuildLinker(llvm(22)));
+    let machine = Machine { rusts: vec![stable(true)], ..Machine::default() };
+    assert_eq!(
+        refused(&machine),
+        "stable: the development files of LLVM 22 to build bpf-linker with are missing (llvm-22-dev); \
+         the distribution's packages: no Rust with its sources"
+    );
 }

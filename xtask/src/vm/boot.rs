@@ -1,4 +1,4 @@
-//! One boot: the virtual machine from its start to its power-off, and how it ended.
+//! One boot of a virtual machine, and how it ended.
 
 use std::{
     fs,
@@ -11,43 +11,47 @@ use std::{
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
-use super::{kernel::Kernel, plan};
+use super::kernel::Kernel;
 
-/// The emulator, and the package it comes in.
+/// The emulator.
 pub(super) const QEMU: &str = "qemu-system-x86_64";
 
-/// How much longer than the guest's own deadline the machine may take: for a kernel that has stopped, which has no
-/// deadline of its own.
+/// Lines that begin with this are the guest's own (`init.sh`, `service/guest.sh`); the others are printed by
+/// tests.
+pub(super) const GUEST_PREFIX: &str = "selfconn-guest: ";
+
+/// The guest's last line if everything passed, and if not.
+const ALL_PASSED: &str = "selfconn-guest: all passed";
+const NOT_ALL_PASSED: &str = "selfconn-guest: not all passed";
+
+/// The beginning of the guest's line at its deadline.
+const DEADLINE_PASSED: &str = "selfconn-guest: the deadline";
+
+/// The host waits this much longer than the guest's own deadline, because a stopped kernel does not keep one.
 const GRACE: Duration = Duration::from_secs(30);
 
-/// A machine and what it starts with.
+/// A machine.
 #[derive(Debug)]
 pub(super) struct Boot<'a> {
-    /// The kernel.
     pub(super) kernel: &'a Kernel,
-    /// The file of the initramfs.
     pub(super) initramfs: &'a Path,
     /// Added to the kernel's command line.
     pub(super) kernel_args: &'a [&'a str],
-    /// How many CPUs it has.
     pub(super) cpus: u32,
-    /// How much memory.
     pub(super) memory_mib: u32,
-    /// After so long the guest gives up.
+    /// The guest's own deadline.
     pub(super) deadline: Duration,
 }
 
-/// What a machine left behind.
+/// The result of a boot.
 #[derive(Debug)]
-pub(super) struct Remains {
-    /// The guest's output, tests and all.
+pub(super) struct BootResult {
+    /// The output of the guest and its tests.
     pub(super) output: String,
-    /// The kernel's own messages.
+    /// The kernel's messages.
     pub(super) console: String,
-    /// How it ended.
     pub(super) ending: Ending,
-    /// From start to power-off.
-    pub(super) took: Duration,
+    pub(super) duration: Duration,
 }
 
 /// How a boot ended.
@@ -55,26 +59,26 @@ pub(super) struct Remains {
 pub(super) enum Ending {
     /// Everything ran and passed.
     Passed,
-    /// Everything ran, and not everything passed.
+    /// Everything ran, and something failed.
     Failed,
-    /// The kernel died, with this message.
+    /// The kernel crashed with this message.
     Panicked(String),
-    /// It was not over at the deadline; the last line it said.
+    /// The deadline passed; the last line of output.
     Hung(String),
-    /// The emulator failed, for this reason.
-    NotRun(String),
-    /// It powered off without a verdict; the last line it said.
-    Silent(String),
+    /// QEMU failed for this reason.
+    EmulatorFailed(String),
+    /// The machine powered off without a verdict; the last line of output.
+    NoVerdict(String),
 }
 
 impl Boot<'_> {
-    /// Runs the machine; its output and its console go to these files.
-    pub(super) fn run(&self, output: &Path, console: &Path) -> Result<Remains> {
-        // What an earlier boot left must not be taken for this one's.
+    /// Runs the machine. Its output and its console go to these files.
+    pub(super) fn run(&self, output: &Path, console: &Path) -> Result<BootResult> {
+        // An earlier boot may have left files.
         for file in [output, console] {
             fs::write(file, "").with_context(|| format!("write {}", file.display()))?;
         }
-        let started = Instant::now();
+        let start = Instant::now();
         let mut qemu = self
             .command(output, console)
             .stdin(Stdio::null())
@@ -86,26 +90,28 @@ impl Boot<'_> {
             if let Some(status) = qemu.try_wait().context("wait for the machine")? {
                 break Some(status);
             }
-            if started.elapsed() > self.deadline + GRACE {
+            if start.elapsed() > self.deadline + GRACE {
                 qemu.kill().context("end the machine")?;
                 qemu.wait().context("wait for the machine")?;
                 break None;
             }
             thread::sleep(Duration::from_millis(20));
         };
-        let took = started.elapsed();
-        let complaint = qemu.stderr.take().map(std::io::read_to_string).transpose()?.unwrap_or_default();
+        let duration = start.elapsed();
+        let errors = qemu.stderr.take().map(std::io::read_to_string).transpose()?.unwrap_or_default();
         let [output, console] = [output, console].map(|file| {
-            // A console is bytes, not always text.
+            // A console may print bytes that are not UTF-8.
             let bytes = fs::read(file).with_context(|| format!("read {}", file.display()))?;
             Ok::<_, anyhow::Error>(String::from_utf8_lossy(&bytes).replace('\r', ""))
         });
         let (output, console) = (output?, console?);
         let ending = match status {
-            Some(status) if !status.success() => Ending::NotRun(format!("{status}: {}", complaint.trim())),
+            Some(status) if !status.success() => {
+                Ending::EmulatorFailed(format!("{status}: {}", errors.trim()))
+            }
             status => ending(&output, &console, status.is_some()),
         };
-        Ok(Remains { output, console, ending, took })
+        Ok(BootResult { output, console, ending, duration })
     }
 
     fn command(&self, output: &Path, console: &Path) -> Command {
@@ -115,7 +121,7 @@ impl Boot<'_> {
         command.arg("-m").arg(self.memory_mib.to_string());
         command.args(["-accel", "tcg,thread=multi", "-cpu", emulation.cpu, "-smp", &self.cpus.to_string()]);
         command.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(self.initramfs);
-        // An oops is a panic, and a panic a reboot, which QEMU takes for the end.
+        // An oops becomes a panic, and a panic a reboot, at which QEMU exits.
         let kernel_args = ["console=ttyS0", "loglevel=5", "oops=panic", "panic=-1"];
         command.arg("-append").arg([&kernel_args, self.kernel_args].concat().join(" "));
         for line in [console, output] {
@@ -125,44 +131,44 @@ impl Boot<'_> {
     }
 }
 
-/// Judges a boot by what it said and whether it ended by itself.
-fn ending(output: &str, console: &str, by_itself: bool) -> Ending {
+/// How a boot ended, by its output and whether it powered off.
+fn ending(output: &str, console: &str, powered_off: bool) -> Ending {
     let last_line = || {
-        let said = if output.trim().is_empty() { console } else { output };
-        said.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or("nothing was said").to_owned()
+        let text = if output.trim().is_empty() { console } else { output };
+        text.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or("no output").to_owned()
     };
-    let said = |wanted: &str| output.lines().any(|line| line == wanted);
-    if said(plan::verdict(true)) {
+    let has_line = |wanted: &str| output.lines().any(|line| line == wanted);
+    if has_line(ALL_PASSED) {
         Ending::Passed
-    } else if let Some((before, _)) = output.split_once(plan::DEADLINE) {
+    } else if let Some((before, _)) = output.split_once(DEADLINE_PASSED) {
         let last = before.lines().map(str::trim).rfind(|line| !line.is_empty());
-        Ending::Hung(last.unwrap_or("nothing was said").to_owned())
-    } else if said(plan::verdict(false)) {
+        Ending::Hung(last.unwrap_or("no output").to_owned())
+    } else if has_line(NOT_ALL_PASSED) {
         Ending::Failed
-    } else if let Some(message) = panic_in(console) {
+    } else if let Some(message) = crash_message(console) {
         Ending::Panicked(message.to_owned())
-    } else if by_itself {
-        Ending::Silent(last_line())
+    } else if powered_off {
+        Ending::NoVerdict(last_line())
     } else {
         Ending::Hung(last_line())
     }
 }
 
-/// The first line of the kernel's last words.
-fn panic_in(console: &str) -> Option<&str> {
+/// The first line of the kernel's crash message.
+fn crash_message(console: &str) -> Option<&str> {
     const SIGNS: [&str; 6] =
         ["Oops: ", "BUG: ", "double fault: ", "general protection fault", "invalid opcode: ", "Kernel panic"];
     console.lines().map(without_time).find(|line| SIGNS.iter().any(|sign| line.contains(sign)))
 }
 
-/// Lines in which the kernel complains and lives on.
-pub(super) fn complaints_in(console: &str) -> Vec<String> {
+/// The kernel's warnings after which it continues.
+pub(super) fn warnings_in(console: &str) -> Vec<String> {
     const SIGNS: [&str; 5] = ["WARNING: ", "BUG: ", "INFO: task ", "rcu: INFO: ", "soft lockup"];
-    let complaint = |line: &&str| SIGNS.iter().any(|sign| line.contains(sign));
-    console.lines().map(without_time).filter(complaint).map(str::to_owned).collect()
+    let is_warning = |line: &&str| SIGNS.iter().any(|sign| line.contains(sign));
+    console.lines().map(without_time).filter(is_warning).map(str::to_owned).collect()
 }
 
-/// A kernel message without the time before it.
+/// A kernel message without its timestamp.
 fn without_time(line: &str) -> &str {
     match line.trim().strip_prefix('[').and_then(|rest| rest.split_once("] ")) {
         Some((time, message)) if time.trim().parse::<f64>().is_ok() => message,
@@ -172,19 +178,28 @@ fn without_time(line: &str) -> &str {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use super::*;
 
     #[test]
-    fn tells_how_a_boot_ended() {
-        let passed = format!("test a ... ok\n{}\n", plan::verdict(true));
-        let failed = format!("test a ... FAILED\n{}\n", plan::verdict(false));
-        let late = format!("test a ... \n{} of 9 s has passed\n{}\n", plan::DEADLINE, plan::verdict(false));
+    fn the_scripts_of_guests_print_what_is_expected_of_them() {
+        for script in [super::super::guest::INIT, super::super::service::GUEST] {
+            for line in [ALL_PASSED, NOT_ALL_PASSED, DEADLINE_PASSED] {
+                let message = line.strip_prefix(GUEST_PREFIX).unwrap();
+                assert!(script.contains(&format!("say \"{message}")), "{line}");
+            }
+            assert!(script.contains(&format!("echo \"{GUEST_PREFIX}$*\"")));
+        }
+    }
+
+    #[test]
+    fn the_ending_follows_from_the_output() {
+        let passed = format!("test a ... ok\n{ALL_PASSED}\n");
+        let failed = format!("test a ... FAILED\n{NOT_ALL_PASSED}\n");
+        let late = format!("test a ... \n{DEADLINE_PASSED} of 9 s has passed\n{NOT_ALL_PASSED}\n");
         let panic =
             "[    0.7] quiet\n[    1.5] BUG: kernel NULL pointer dereference\n[    1.5] Kernel panic - not";
         let bug = || Ending::Panicked("BUG: kernel NULL pointer dereference".into());
-        for (output, console, by_itself, expected) in [
+        for (output, console, powered_off, expected) in [
             (passed.as_str(), "", true, Ending::Passed),
             (&passed, panic, true, Ending::Passed),
             (&failed, "", true, Ending::Failed),
@@ -195,57 +210,28 @@ mod tests {
                 Ending::Panicked("Kernel panic - not syncing: VFS".into())
             }),
             ("test a ... ok\ntest b ... ", "[    0.7] fine", false, Ending::Hung("test b ...".into())),
-            ("", "[    0.7] fine\n\n", true, Ending::Silent("[    0.7] fine".into())),
-            ("", "", true, Ending::Silent("nothing was said".into())),
+            ("", "[    0.7] fine\n\n", true, Ending::NoVerdict("[    0.7] fine".into())),
+            ("", "", true, Ending::NoVerdict("no output".into())),
         ] {
-            assert_eq!(ending(output, console, by_itself), expected, "{output:?} {console:?} {by_itself}");
+            assert_eq!(
+                ending(output, console, powered_off),
+                expected,
+                "{output:?} {console:?} {powered_off}"
+            );
         }
     }
 
     #[test]
-    fn finds_complaints_and_nothing_else() {
+    fn only_warnings_are_found() {
         let console = "[    0.1] x86/cpu: fine\n[   20.0] watchdog: BUG: soft lockup - CPU#0 stuck for 22s!\n\
                        [   21.0] WARNING: CPU: 0 PID: 1 at net/core/dev.c:1\nrcu: INFO: rcu_preempt stall\n";
         assert_eq!(
-            complaints_in(console),
+            warnings_in(console),
             [
                 "watchdog: BUG: soft lockup - CPU#0 stuck for 22s!",
                 "WARNING: CPU: 0 PID: 1 at net/core/dev.c:1",
                 "rcu: INFO: rcu_preempt stall",
             ]
         );
-    }
-
-    #[test]
-    fn a_machine_is_what_the_boot_says() {
-        let kernel = Kernel {
-            version: "6.12.117".into(),
-            image: PathBuf::from("image"),
-            modules: Vec::new(),
-            is_known: false,
-        };
-        let boot = Boot {
-            kernel: &kernel,
-            initramfs: Path::new("root"),
-            kernel_args: &["lockdown=integrity"],
-            cpus: 2,
-            memory_mib: 1024,
-            deadline: Duration::ZERO,
-        };
-        let command = boot.command(Path::new("out"), Path::new("console"));
-        let args: Vec<&str> = command.get_args().map(|arg| arg.to_str().unwrap()).collect();
-        let after = |option: &str| args[args.iter().position(|arg| *arg == option).unwrap() + 1];
-        for (option, value) in [
-            ("-smp", "2"),
-            ("-m", "1024"),
-            ("-cpu", "qemu64,-cx16"),
-            ("-kernel", "image"),
-            ("-initrd", "root"),
-            ("-append", "console=ttyS0 loglevel=5 oops=panic panic=-1 lockdown=integrity"),
-            // The first serial line is the console.
-            ("-serial", "file:console"),
-        ] {
-            assert_eq!(after(option), value);
-        }
     }
 }

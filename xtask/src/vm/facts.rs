@@ -1,36 +1,37 @@
-//! Facts about a kernel in the guest's output: stated by the guest and by tests, a line each, and found by `selfconn
-//! doctor`, a line of JSON.
+//! Facts about a kernel in the guest's output: lines `FACT key=value` of the guest and of tests, and the JSON
+//! line of `selfconn doctor`.
 
 use serde_json::Value;
 
-use super::plan::FACT;
+/// The beginning of a line with a fact.
+const FACT: &str = "FACT ";
 
-/// A key and its value. What stands before a dot in the key is the table the fact belongs to.
+/// A key and its value.
 pub(super) type Fact = (String, String);
 
-/// The facts that `doctor` finds about the methods of the hooks.
+/// The prefix of facts from `doctor` about the methods of the hooks.
 pub(super) const HOOKS: &str = "hooks.";
 
-/// What the load tests state: a mode and a condition, and what was lost.
+/// The prefix of facts from the load tests: a mode and a condition, and how much was lost.
 pub(super) const LOSS: &str = "loss.";
 
-/// Reads all of them.
+/// All facts in the output.
 pub(super) fn parse(output: &str) -> Vec<Fact> {
     output
         .lines()
-        .flat_map(|line| stated(line).map_or_else(|| found_by_doctor(line), |fact| vec![fact]))
+        .flat_map(|line| fact_line(line).map_or_else(|| doctor_facts(line), |fact| vec![fact]))
         .collect()
 }
 
-/// A fact stated on a line, also on that where a test's name stands and its verdict not yet.
-fn stated(line: &str) -> Option<Fact> {
+/// The fact of a line. A test's name may precede it.
+fn fact_line(line: &str) -> Option<Fact> {
     let line = line.strip_prefix("test ").and_then(|line| line.split_once(" ... ")).map_or(line, |cut| cut.1);
     let (key, value) = line.strip_prefix(FACT)?.split_once('=')?;
     Some((key.trim().to_owned(), value.trim().to_owned()))
 }
 
-/// For each method its verdict, with the reason and a mark where it would be attached.
-fn found_by_doctor(line: &str) -> Vec<Fact> {
+/// The verdict on each method, with a star if it would be attached, and the reason.
+fn doctor_facts(line: &str) -> Vec<Fact> {
     let Some(report) = line.strip_prefix('{').and_then(|_| serde_json::from_str::<Value>(line).ok()) else {
         return Vec::new();
     };
@@ -55,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_what_is_stated_and_what_doctor_finds() {
+    fn facts_are_read_from_lines_and_from_doctor() {
         let output = "selfconn-guest: start doctor\nFACT cpus=2\n\
             {\"hooks\":[{\"hook\":\"h\",\"methods\":[{\"method\":\"a\",\"verdict\":\"ok\",\"why\":null,\"would_attach\":true},\
             {\"method\":\"b\",\"verdict\":\"refused\",\"why\":\"EPERM\",\"would_attach\":false}]}]}\n\

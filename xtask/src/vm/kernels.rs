@@ -1,5 +1,5 @@
-//! The tables in ARCHITECTURE.md of what loads where and what is lost: renders the rows of a run, and leaves those rows
-//! as they are that it did not run.
+//! The tables in docs/kernels.md: which methods load on which kernel, and which transitions are lost. A run
+//! replaces its own rows and leaves the others.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,17 +9,16 @@ use std::{
 use anyhow::Result;
 
 use super::{
-    archive::numbers,
     facts::{HOOKS, LOSS},
-    report::{Row, Verdict, line},
+    report::{MatrixRow, TestOutcome, line},
     stock::series_of,
 };
 use crate::workspace::rewrite_section;
 
-/// The columns of the methods in the first table.
+/// The columns of the first table.
 const METHODS: [&str; 4] = ["tp_btf", "perf", "fentry", "kprobe"];
 
-/// Those of the second, pairs in the order of preference.
+/// The columns of the second table; pairs in the order of preference.
 const MODES: [&str; 10] = [
     "tp_btf",
     "perf",
@@ -33,33 +32,34 @@ const MODES: [&str; 10] = [
     "perf+kprobe",
 ];
 
-/// What makes a kernel lose transitions, and its letter in the table.
+/// The conditions of the load tests, and their letters in the table.
 const CONDITIONS: [(&str, &str); 4] = [("plain", "p"), ("steered", "s"), ("delayed", "d"), ("beside", "b")];
 
 const LOADS: &str = "\
-What loads: each method was forced, and the live tests passed with it. *Attached* is the default pair.
+Which methods load: each was forced, and the live tests passed with it. *Attached* is the default pair.
 ";
 
-const LOSES: &str = "\
-Transitions lost, of each 1,000 that four workers bring about as fast as they can: `p` plain; `s` with packets of
-`lo` steered to both CPUs; `d` with each packet delayed by a millisecond (netem); `b` beside another agent's busy
-tracepoint program, and steered where there are two CPUs. 0: in none of these. Whatever was lost of a connection
-that lived on was found by the next reading of the socket table and counted as `missed`, and no opener was wrong;
-how many could not be named stands in the last column.
+const LOSSES: &str = "\
+Lost transitions per 1,000, while four workers make as many as they can: `p` plain; `s` with packets of `lo` steered
+to both CPUs (RPS); `d` with each packet delayed by a millisecond (netem); `b` beside the busy tracepoint program of
+another agent, with RPS where there are two CPUs. 0: none is lost under any condition. The next snapshot of the
+socket table finds a lost connection that still exists and counts it as `missed`. No opener was wrong; the last column
+is the number of unknown openers.
 ";
 
-/// Puts the rows of a run into the file.
-pub(super) fn update(file: &Path, rows: &[Row]) -> Result<()> {
+/// Writes the rows of a run into the file.
+pub(super) fn update(file: &Path, rows: &[MatrixRow]) -> Result<()> {
     rewrite_section(file, "kernels", |old| section(old, rows))
 }
 
-fn section(old: &str, rows: &[Row]) -> String {
-    let loads = Table::new(
+fn section(old: &str, rows: &[MatrixRow]) -> String {
+    let loads = KernelTable::new(
         ["kernel", "lockdown"],
         METHODS.map(code).into_iter().chain(["attached", "why not"].map(str::to_owned)),
     );
-    let loses = Table::new(["kernel", "CPUs"], MODES.map(code).into_iter().chain(["unnamed".to_owned()]));
-    [(loads, LOADS, what_loads as fn(&Row) -> _), (loses, LOSES, what_is_lost)]
+    let losses =
+        KernelTable::new(["kernel", "CPUs"], MODES.map(code).into_iter().chain(["unnamed".to_owned()]));
+    [(loads, LOADS, loading_row as fn(&MatrixRow) -> _), (losses, LOSSES, loss_row)]
         .into_iter()
         .map(|(mut table, legend, of)| {
             table.read(old);
@@ -73,17 +73,17 @@ fn code(name: &str) -> String {
     format!("`{}`", name.replace('+', "` + `"))
 }
 
-/// A row of the first table. Only where the methods were forced, and not merely found by `doctor`.
-fn what_loads(row: &Row) -> Option<Vec<String>> {
+/// A row of the first table, if tests forced the methods.
+fn loading_row(row: &MatrixRow) -> Option<Vec<String>> {
     let is_forced =
-        row.tests.iter().any(|test| test.name.starts_with("methods::") && test.verdict == Verdict::Passed);
+        row.tests.iter().any(|test| test.name.contains("methods::") && test.outcome == TestOutcome::Passed);
     let lockdown = row.fact("lockdown").filter(|_| is_forced)?;
     let verdicts = METHODS.map(|method| {
         let of = |key: &str| key.strip_prefix(HOOKS).is_some_and(|key| key.split(' ').nth(1) == Some(method));
         let fact = row.facts.iter().rfind(|(key, _)| of(key));
         fact.map_or("", |(_, verdict)| verdict.as_str())
     });
-    let told = |verdict: &str| match verdict.split([' ', ':']).next().unwrap_or_default() {
+    let word = |verdict: &str| match verdict.split([' ', ':']).next().unwrap_or_default() {
         "ok" => "works".to_owned(),
         other => other.to_owned(),
     };
@@ -96,14 +96,14 @@ fn what_loads(row: &Row) -> Option<Vec<String>> {
     let reasons: BTreeSet<&str> =
         verdicts.into_iter().filter_map(|verdict| Some(verdict.split_once(": ")?.1)).collect();
     let mut cells = vec![row.kernel.clone(), lockdown.to_owned()];
-    cells.extend(verdicts.map(told));
+    cells.extend(verdicts.map(word));
     cells.push(attached.join(" + "));
     cells.push(reasons.into_iter().collect::<Vec<_>>().join("; "));
     Some(cells)
 }
 
-/// A row of the second table.
-fn what_is_lost(row: &Row) -> Option<Vec<String>> {
+/// A row of the second table, if the load tests ran.
+fn loss_row(row: &MatrixRow) -> Option<Vec<String>> {
     let mut cells = vec![row.kernel.clone(), row.fact("cpus")?.to_owned()];
     let mut unnamed = Vec::new();
     let mut is_known = false;
@@ -134,12 +134,12 @@ fn what_is_lost(row: &Row) -> Option<Vec<String>> {
 }
 
 fn per_mille(lost: u64, made: u64) -> String {
-    // Numbers of transitions are far below what a float holds exactly.
+    // A float is exact for numbers of this size.
     let share = lost as f64 * 1000.0 / made.max(1) as f64;
     if share < 0.1 { "<0.1".to_owned() } else { format!("{share:.1}") }
 }
 
-/// What a test stated of a mode and a condition.
+/// The result of a load test.
 struct Loss {
     lost: u64,
     made: u64,
@@ -147,7 +147,7 @@ struct Loss {
 }
 
 impl Loss {
-    /// Reads `24 lost of 28800, …, 3 unknown`.
+    /// Parses `24 lost of 28800, …, 3 unknown`.
     fn parse(text: &str) -> Option<Self> {
         let before = |word: &str| text.split_once(word)?.0.split(' ').next_back()?.parse().ok();
         let (_, of) = text.split_once(" lost of ")?;
@@ -159,18 +159,18 @@ impl Loss {
     }
 }
 
-/// A table whose rows are known by their first two cells: a kernel's series, and one thing more.
-struct Table {
+/// A table whose key is the first two cells: a kernel's series, and the lockdown or the number of CPUs.
+struct KernelTable {
     head: Vec<String>,
     rows: BTreeMap<(Vec<u32>, usize, String), Vec<String>>,
 }
 
-impl Table {
+impl KernelTable {
     fn new(key: [&str; 2], columns: impl Iterator<Item = String>) -> Self {
         Self { head: key.into_iter().map(str::to_owned).chain(columns).collect(), rows: BTreeMap::new() }
     }
 
-    /// Takes in the rows that stand in a text below just this head.
+    /// Reads the rows below this head in a text.
     fn read(&mut self, text: &str) {
         let head = line(&self.head);
         let Some((_, below)) = text.split_once(&head) else { return };
@@ -184,9 +184,9 @@ impl Table {
 
     fn insert(&mut self, cells: Vec<String>) {
         let [kernel, second, ..] = cells.as_slice() else { return };
-        // None comes before both lockdowns, and two CPUs after one.
+        // The order of lockdowns; numbers of CPUs are ordered as text.
         let rank = ["none", "integrity", "confidentiality"].iter().position(|lockdown| lockdown == second);
-        let key = (numbers(&series_of(kernel)), rank.unwrap_or(0), second.clone());
+        let key = (series_of(kernel), rank.unwrap_or(0), second.clone());
         self.rows.insert(key, cells);
     }
 
@@ -210,15 +210,15 @@ mod tests {
         format!(
             "{{\"hooks\":[{{\"hook\":\"t\",\"methods\":[{},{}]}}]}}\n\
              FACT lockdown={lockdown}\nFACT cpus={cpus}\ntest methods::a ... ok\n\
-             FACT loss.tp_btf plain=0 lost of 400, 1 of 1 told, 0 of 1 found, owners 2 right 0 wrong 0 unknown\n\
-             FACT loss.tp_btf steered={lost} lost of 400, 1 of 1 told, 0 of 1 found, owners 0 right 0 wrong 2 unknown\n",
+             FACT loss.tp_btf plain=0 lost of 400, 1 of 1 reported, 0 of 1 found, owners 2 right 0 wrong 0 unknown\n\
+             FACT loss.tp_btf steered={lost} lost of 400, 1 of 1 reported, 0 of 1 found, owners 0 right 0 wrong 2 unknown\n",
             method("tp_btf", "ok", true),
             method("perf", verdict, false)
         )
     }
 
     #[test]
-    fn a_run_replaces_the_rows_that_it_ran_and_no_others() {
+    fn a_run_replaces_only_its_own_rows() {
         let text = section;
         let first = text(
             "",
@@ -240,7 +240,7 @@ mod tests {
         assert!(first.contains("\n| 5.10.9 | 2 | 0 |"), "{first}");
         assert!(first.contains("\n| 7.1.4 | 1 | s 7.5 |"), "{first}");
         assert!(first.contains("|  | `tp_btf` 2 |"), "{first}");
-        // The same again, and nothing, change nothing; a newer kernel of the series takes the place of the old.
+        // An empty run changes nothing. A newer kernel of the series replaces the old one.
         assert_eq!(text(&first, &[]), first);
         let second = text(&first, &[row_of("7.2.0", &output("ok", "none", 0, 1))]);
         assert_eq!(second.lines().count(), first.lines().count());
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_forced_or_failed_makes_no_row() {
+    fn a_failed_run_or_one_without_forced_methods_makes_no_row() {
         let forced = output("ok", "none", 1, 2);
         for bad in [forced.replace("methods::", "other::"), forced.replace("... ok", "... FAILED")] {
             let new = section("", &[row_of("6.1.1", &bad)]);

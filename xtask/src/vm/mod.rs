@@ -1,69 +1,62 @@
-//! `cargo xtask vm`: the live tests on other kernels, in virtual machines without an accelerator. A row is a kernel in
-//! a variant, and a boot.
+//! `cargo xtask vm`: the live tests on other kernels, in virtual machines without an accelerator. A row of
+//! the matrix is a kernel in a variant, and one boot.
 
-use std::{
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::{path::PathBuf, time::Instant};
 
 use anyhow::{Context as _, Result};
 
 use self::{
-    bench::Bench,
-    binaries::Binaries,
     kernel::Kernel,
-    report::Report,
-    stock::Stock,
+    report::VmReport,
+    rows::RowRunner,
+    stock::KernelStock,
     variant::{VARIANTS, Variant},
 };
 use crate::{
-    build_ebpf,
-    environment::is_in_path,
-    packages,
-    progress::{say, seconds},
+    build_ebpf, packages,
+    run::{say, seconds_since},
     workspace::{Workspace, write_if_changed},
 };
 
-mod archive;
+mod apt;
 mod bench;
 mod binaries;
 mod boot;
 mod facts;
-mod initramfs;
+mod guest;
 mod kernel;
 mod kernels;
-mod measure;
-mod plan;
 mod report;
+mod rows;
 pub(crate) mod service;
-mod sources;
 mod stock;
 mod variant;
 
-pub(crate) use measure::measure;
+pub(crate) use bench::measure;
 
-/// What to run on what.
+/// Options of `cargo xtask vm`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {
-    /// A kernel image, a kernel package, or a version such as 6.12; without it the newest 5.10, 6.1, 6.12, 6.18 and
-    /// 7.x that Debian has
+pub(crate) struct VmArgs {
+    /// A kernel image, a kernel package, or a version such as 6.12; by default the newest 5.10, 6.1, 6.12,
+    /// 6.18 and 7.x that Debian has
     #[arg(long, value_name = "PATH|VERSION")]
-    pub(crate) kernel: Vec<String>,
-    /// How to boot the kernels and what to run there; without it all; `rest` is for the oldest
-    #[arg(long, value_name = "NAME", value_parser = VARIANTS.map(|variant| variant.name))]
-    pub(crate) variant: Vec<String>,
-    /// How many machines run beside each other
+    kernel: Vec<String>,
+    /// How to boot the kernels and which tests to run there; by default all, and `rest` on the oldest kernel
+    /// only
+    # [arg(long, value_name = "NAME", value_parser = VARIANTS.map(|variant| variant.name))]
+    variant: Vec<String>,
+    /// How many machines run at the same time
     #[arg(long, value_name = "N", default_value_t = 2)]
-    pub(crate) jobs: usize,
+    jobs: usize,
     /// How long a machine may take
     #[arg(long, value_name = "SECONDS", default_value_t = 900)]
-    pub(crate) deadline: u64,
-    /// Set for the tests; SELFCONN_SCALE divides their counts, and is 10 unless set, but for the load on one CPU
-    #[arg(long, value_name = "NAME=VALUE", value_parser = assignment)]
-    pub(crate) env: Vec<(String, String)>,
+    deadline: u64,
+    /// A variable for the tests; SELFCONN_SCALE divides their counts (default 10; less for the load tests)
+    # [arg(long, value_name = "NAME=VALUE", value_parser = assignment)]
+    env: Vec<(String, String)>,
     /// Arguments of the tests, such as a part of their names
     #[arg(last = true, value_name = "TEST-ARGS")]
-    pub(crate) test_args: Vec<String>,
+    test_args: Vec<String>,
 }
 
 fn assignment(text: &str) -> Result<(String, String)> {
@@ -71,48 +64,47 @@ fn assignment(text: &str) -> Result<(String, String)> {
     Ok((name.to_owned(), value.to_owned()))
 }
 
-/// What it takes, and the packages it comes in.
-const TOOLS: [(&str, &str); 4] =
-    [(boot::QEMU, "qemu-system-x86"), ("apt-get", "apt"), ("dpkg-deb", "dpkg"), ("xz", "xz-utils")];
+/// Programs (and the file of a keyring), and their packages.
+const PROGRAMS: [(&str, &str); 7] = [
+    (boot::QEMU, "qemu-system-x86"),
+    ("apt-get", "apt"),
+    ("dpkg-deb", "dpkg"),
+    ("xz", "xz-utils"),
+    ("/sbin/modprobe", "kmod"),
+    ("bsdtar", "libarchive-tools"),
+    (apt::KEYRING, "debian-archive-keyring"),
+];
 
-/// Installs what is missing, or says how to.
-fn set_up() -> Result<()> {
-    let tools = TOOLS.into_iter().filter(|(tool, _)| !is_in_path(tool)).map(|(_, package)| package);
-    let keyring = (!Path::new(archive::KEYRING).exists()).then_some("debian-archive-keyring");
-    let missing: Vec<String> = tools.chain(keyring).map(str::to_owned).collect();
-    if missing.is_empty() { Ok(()) } else { packages::install(&missing) }
-}
-
-/// Runs every row; those that did not pass are an error.
-pub(crate) fn run(args: &Args, workspace: &Workspace) -> Result<()> {
-    let started = Instant::now();
-    set_up()?;
-    let stock = Stock::get(&args.kernel, &directory(workspace))?;
-    let variants = variant::asked_for(&args.variant);
+/// Runs all rows. It is an error if one did not pass.
+pub(crate) fn run(args: &VmArgs, workspace: &Workspace) -> Result<()> {
+    let start = Instant::now();
+    packages::install_programs(&PROGRAMS)?;
+    let stock = KernelStock::get_all(&args.kernel, &directory(workspace))?;
+    let variants = variant::named(&args.variant);
     let rows: Vec<_> = variants
         .iter()
         .flat_map(|variant| stock.kernels.iter().map(|kernel| (kernel, *variant)))
         .filter(|(kernel, variant)| !variant.repeats_one_of(&variants, kernel))
-        // Tests that somebody names are no rest of others.
+        // If the user names tests, there are no other tests for the oldest kernel to run.
         .filter(|(kernel, variant)| {
             !variant.at_oldest || (stock.is_oldest(kernel) && args.test_args.is_empty())
         })
         .collect();
     let report = boot(args, &rows, stock.skipped.clone(), workspace)?;
-    // Of a row of some tests nobody knows what it would have been; one that did not pass leaves the last one that did.
+    // The documented rows are those of all tests; a row that did not pass leaves the documented one.
     if args.test_args.is_empty() {
-        kernels::update(&workspace.root.join("ARCHITECTURE.md"), &report.rows)?;
+        kernels::update(&workspace.root.join("docs/kernels.md"), &report.rows)?;
     }
-    report.must_have_passed()?;
-    say(format!("{} rows passed in {}", report.rows.len(), seconds(started.elapsed())));
+    report.check()?;
+    say(format!("{} rows passed in {}", report.rows.len(), seconds_since(start)));
     Ok(())
 }
 
-/// What `cargo xtask test` has time for: on the oldest kernel and the newest the tests that go by method, and on the
-/// newest under the strictest lockdown, too. What of it can't be had here, and why; rows that did not pass are an
-/// error.
-pub(crate) fn subset(workspace: &Workspace) -> Result<Vec<String>> {
-    let args = Args {
+/// The rows of `cargo xtask test`: on the oldest and the newest kernel the tests that force the methods, and
+/// on the newest also under the strictest lockdown. Returns what can't be had here, with the reason. It is an
+/// error if a row did not pass.
+pub(crate) fn run_subset(workspace: &Workspace) -> Result<Vec<String>> {
+    let args = VmArgs {
         kernel: SUBSET.map(str::to_owned).into(),
         variant: Vec::new(),
         jobs: 2,
@@ -120,17 +112,17 @@ pub(crate) fn subset(workspace: &Workspace) -> Result<Vec<String>> {
         env: Vec::new(),
         test_args: Vec::new(),
     };
-    // An archive out of reach or a machine that can't install is no fault of what is tested.
-    if let Err(error) = set_up() {
+    // If packages or kernels can't be had, the tested code is not at fault.
+    if let Err(error) = packages::install_programs(&PROGRAMS) {
         return Ok(vec![format!("{error:#}")]);
     }
-    let stock = Stock::whatever(&args.kernel, &directory(workspace));
+    let stock = KernelStock::get_available(&args.kernel, &directory(workspace));
     let skipped = stock.skipped.iter().map(|(kernel, why)| format!("kernel {kernel}: {why}")).collect();
-    let as_they_come = stock.kernels.iter().map(|kernel| (kernel, &variant::QUICK));
+    let unchanged = stock.kernels.iter().map(|kernel| (kernel, &variant::QUICK));
     let locked = stock.kernels.last().map(|newest| (newest, &variant::STRICTEST));
-    let rows: Vec<_> = as_they_come.chain(locked).collect();
+    let rows: Vec<_> = unchanged.chain(locked).collect();
     if !rows.is_empty() {
-        boot(&args, &rows, stock.skipped.clone(), workspace)?.must_have_passed()?;
+        boot(&args, &rows, stock.skipped.clone(), workspace)?.check()?;
     }
     Ok(skipped)
 }
@@ -142,22 +134,17 @@ fn directory(workspace: &Workspace) -> PathBuf {
     workspace.target.join("vm")
 }
 
-/// Boots the rows, and reports on them.
+/// Boots the rows, and prints and stores the report.
 fn boot(
-    args: &Args,
+    args: &VmArgs,
     rows: &[(&Kernel, &Variant)],
     skipped: Vec<(String, String)>,
     workspace: &Workspace,
-) -> Result<Report> {
-    let directory = directory(workspace);
+) -> Result<VmReport> {
     build_ebpf::build(workspace)?;
-    let binaries = Binaries::build(workspace, &directory.join("build"))?;
-    let bench = Bench::new(&binaries, args, directory.join("logs"))?;
-    let report = Report { rows: bench.run(rows)?, skipped };
-    let verdicts = report.verdicts();
-    println!("{verdicts}");
-    let rendered = verdicts + &report.facts();
-    write_if_changed(&directory.join("report.md"), rendered.as_bytes())?;
-    write_if_changed(&directory.join("report.json"), &serde_json::to_vec_pretty(&report)?)?;
+    let report = VmReport { rows: RowRunner::new(args, workspace)?.run(rows)?, skipped };
+    println!("{}", report.render());
+    let file = directory(workspace).join("report.json");
+    write_if_changed(&file, &serde_json::to_vec_pretty(&report)?)?;
     Ok(report)
 }

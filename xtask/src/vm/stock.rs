@@ -1,4 +1,4 @@
-//! The kernels asked for, from wherever they come: a file, the archive, or what was taken from it before.
+//! Gets the kernels to boot: from files, from the archive, or those that are kept from before.
 
 use std::{
     fs,
@@ -8,65 +8,55 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, ensure};
 
 use super::{
-    archive::{Apt, Package, newest, numbers},
+    apt::{KernelPackage, PrivateApt, is_version, newest, numbers},
     kernel::Kernel,
 };
-use crate::progress::say;
+use crate::run::say;
 
-/// One of each long-term series from 5.10 on, and the newest there is.
-const DEFAULT: [&str; 5] = ["5.10", "6.1", "6.12", "6.18", "7"];
+/// One kernel of each long-term series since 5.10, and the newest.
+const DEFAULT_SERIES: [&str; 5] = ["5.10", "6.1", "6.12", "6.18", "7"];
 
-/// Fewer of the default ones than these are no matrix.
-const FEWEST: usize = 4;
+/// With fewer kernels than this the default set is an error.
+const MIN_DEFAULT_KERNELS: usize = 4;
 
-/// The series of a kernel: the one of the default set that it is of, or else its first two numbers.
-pub(super) fn series_of(version: &str) -> String {
-    let all = numbers(version);
-    let of = DEFAULT.into_iter().find(|series| all.starts_with(&numbers(series)));
-    of.map_or_else(
-        || all.iter().take(2).map(ToString::to_string).collect::<Vec<_>>().join("."),
-        str::to_owned,
-    )
+/// The series of a kernel: one of the default set, or else its first two numbers.
+pub(super) fn series_of(version: &str) -> Vec<u32> {
+    let version = numbers(version);
+    let series = DEFAULT_SERIES.into_iter().map(numbers).find(|series| version.starts_with(series));
+    series.unwrap_or_else(|| version.into_iter().take(2).collect())
 }
 
-/// The kernels to boot, and what of the wanted can't be had, with the reason.
+/// The kernels to boot; and what can't be had, with the reason.
 #[derive(Debug, Default)]
-pub(super) struct Stock {
+pub(super) struct KernelStock {
     pub(super) kernels: Vec<Kernel>,
     pub(super) skipped: Vec<(String, String)>,
 }
 
-impl Stock {
-    /// Gets what is wanted, each a file or a version, or else the default set. Everything is kept in this directory.
-    pub(super) fn get(wanted: &[String], directory: &Path) -> Result<Self> {
-        let default: Vec<String> = DEFAULT.map(str::to_owned).into();
+impl KernelStock {
+    /// Gets all that are wanted, each a file or a version, or else most of the default set.
+    pub(super) fn get_all(wanted: &[String], directory: &Path) -> Result<Self> {
+        let default: Vec<String> = DEFAULT_SERIES.map(str::to_owned).into();
         let (wanted, fewest) =
-            if wanted.is_empty() { (default.as_slice(), FEWEST) } else { (wanted, wanted.len()) };
-        let stock = Self::whatever(wanted, directory);
-        ensure!(
-            stock.kernels.len() >= fewest,
-            "{} kernels can be had, and it takes {fewest}",
-            stock.kernels.len()
-        );
+            if wanted.is_empty() { (&default[..], MIN_DEFAULT_KERNELS) } else { (wanted, wanted.len()) };
+        let stock = Self::get_available(wanted, directory);
+        let count = stock.kernels.len();
+        ensure!(count >= fewest, "{count} kernels can be had, and {fewest} are needed");
         Ok(stock)
     }
 
-    /// Whether it is the oldest one here.
-    pub(super) fn is_oldest(&self, kernel: &Kernel) -> bool {
-        self.kernels.first().is_some_and(|first| first.version == kernel.version)
-    }
-
-    /// Gets what can be had of what is wanted.
-    pub(super) fn whatever(wanted: &[String], directory: &Path) -> Self {
+    /// Gets those of the wanted kernels that can be had. They are kept in this directory.
+    pub(super) fn get_available(wanted: &[String], directory: &Path) -> Self {
         let kept = directory.join("kernels");
-        let mut shop = None;
+        let mut archive = None;
         let mut stock = Self::default();
         for (index, wanted) in wanted.iter().enumerate() {
-            let kernel = if numbers(wanted).is_empty() || Path::new(wanted).is_file() {
-                Kernel::from_file(Path::new(wanted), &kept.join(format!("given-{index}")))
+            let kernel = if is_version(wanted) {
+                let archive =
+                    archive.get_or_insert_with(|| KernelArchive::open(directory.join("apt"), kept.clone()));
+                archive.kernel(wanted).map(|kernel| Kernel { is_known: true, ..kernel })
             } else {
-                let shop = shop.get_or_insert_with(|| Shop::open(directory.join("apt"), kept.clone()));
-                shop.kernel(wanted).map(|kernel| Kernel { is_known: true, ..kernel })
+                Kernel::from_file(Path::new(wanted), &kept.join(format!("given-{index}")))
             };
             match kernel {
                 Ok(kernel) => {
@@ -81,61 +71,65 @@ impl Stock {
         }
         stock
     }
+
+    /// True for the first kernel, which is the oldest of the default set.
+    pub(super) fn is_oldest(&self, kernel: &Kernel) -> bool {
+        self.kernels.first().is_some_and(|first| first.version == kernel.version)
+    }
 }
 
-/// The archive, if it can be reached, and what was taken from it before.
-struct Shop {
-    archive: Result<(Apt, Vec<Package>)>,
+/// The archive, if it can be reached, and the directory of the kernels from before.
+struct KernelArchive {
+    apt: Result<(PrivateApt, Vec<KernelPackage>)>,
     kept: PathBuf,
 }
 
-impl Shop {
+impl KernelArchive {
     fn open(directory: PathBuf, kept: PathBuf) -> Self {
-        let archive = Apt::open(directory).and_then(|apt| {
+        let apt = PrivateApt::open(directory).and_then(|apt| {
             let packages = apt.kernels()?;
             Ok((apt, packages))
         });
-        Self { archive, kept }
+        Self { apt, kept }
     }
 
-    /// The newest kernel of this series.
+    /// The newest kernel of this series; one from before if the archive can't be reached.
     fn kernel(&mut self, version: &str) -> Result<Kernel> {
-        let (apt, packages) = match &mut self.archive {
+        let (apt, packages) = match &mut self.apt {
             Ok((apt, packages)) => (apt, packages),
             Err(error) => return newest_kept(&self.kept, version).with_context(|| format!("{error:#}")),
         };
-        match take(version, apt, packages, &self.kept) {
-            // The lists may name what the archive has replaced since.
-            Err(error) if !apt.is_up_to_date() => {
-                say(format!("kernel {version}: {error:#}; fetching the lists anew"));
+        match fetch(version, apt, packages, &self.kept) {
+            // The lists may name packages that the archive has replaced.
+            Err(error) if !apt.is_updated => {
+                say(format!("kernel {version}: {error:#}; fetching the package lists again"));
                 apt.update()?;
                 *packages = apt.kernels()?;
-                take(version, apt, packages, &self.kept)
+                fetch(version, apt, packages, &self.kept)
             }
             result => result,
         }
     }
 }
 
-/// Where the archive is out of reach, an older kernel is better than none.
 fn newest_kept(kept: &Path, version: &str) -> Result<Kernel> {
-    let directories = fs::read_dir(kept).ok().into_iter().flatten();
+    let directories = fs::read_dir(kept).into_iter().flatten();
     directories
         .filter_map(|entry| Kernel::kept(&entry.ok()?.path()))
         .filter(|kernel| numbers(&kernel.version).starts_with(&numbers(version)))
         .max_by_key(|kernel| numbers(&kernel.version))
-        .ok_or_else(|| anyhow!("and none is kept from before"))
+        .ok_or_else(|| anyhow!("no kernel of it is kept from before"))
 }
 
-fn take(version: &str, apt: &Apt, packages: &[Package], kept: &Path) -> Result<Kernel> {
+fn fetch(version: &str, apt: &PrivateApt, packages: &[KernelPackage], kept: &Path) -> Result<Kernel> {
     let package = newest(packages, version).context("the archive has no such kernel")?;
     let directory = kept.join(package.id());
     if let Some(kernel) = Kernel::kept(&directory) {
         return Ok(kernel);
     }
     say(format!("kernel {version}: fetching {}", package.id()));
-    let files = apt.fetch(package)?;
-    let kernel = Kernel::unpack(&files, &directory)?;
-    apt.forget(package)?;
+    let packages = apt.fetch(package)?;
+    let kernel = Kernel::from_packages(&packages, &directory)?;
+    fs::remove_dir_all(&packages).with_context(|| format!("remove {}", packages.display()))?;
     Ok(kernel)
 }

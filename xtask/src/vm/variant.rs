@@ -1,112 +1,75 @@
-//! The ways in which each kernel is booted: the columns of the matrix. The methods of the hooks are no columns, for in
-//! each boot the tests force one after another.
+//! The variants in which each kernel is booted: the columns of the matrix. The methods of the hooks are not
+//! among them, because in each boot the tests force one method after another.
 
 use super::kernel::Kernel;
 
-/// One of them.
+/// A column of the matrix.
 #[derive(Debug)]
 pub(super) struct Variant {
     pub(super) name: &'static str,
     /// Added to the kernel's command line.
     pub(super) kernel_args: &'static [&'static str],
-    /// How many CPUs the machine has.
     pub(super) cpus: u32,
-    /// Only on the oldest kernel.
+    /// True if it is for the oldest kernel only.
     pub(super) at_oldest: bool,
-    /// What is run, one after another.
-    pub(super) parts: &'static [Part],
+    /// They run one after another.
+    pub(super) parts: &'static [TestSelection],
 }
 
-/// Some of the live tests.
+/// A selection of the live tests.
 #[derive(Debug)]
-pub(super) struct Part {
+pub(super) struct TestSelection {
     pub(super) name: &'static str,
-    /// As libtest takes them: parts of names, of which one must fit, and what leaves out.
+    /// Arguments of libtest: parts of names, and what is skipped.
     pub(super) args: &'static [&'static str],
-    /// Divides the counts, where there is more than one CPU, and where there is one: emulation is some ten times slower
-    /// than the machine it runs on, and on one CPU loses what it loses only in earnest.
+    /// Divisors of the tests' counts, with several CPUs and with one. Emulation is some ten times slower than
+    /// the machine it runs on; on one CPU only the full counts make it lose what it can lose.
     scale: [u32; 2],
 }
 
-impl Part {
-    /// What divides the counts on a machine with so many CPUs.
+impl TestSelection {
+    /// The divisor on a machine with this number of CPUs.
     pub(super) fn scale(&self, cpus: u32) -> u32 {
         self.scale[usize::from(cpus == 1)]
     }
 }
 
-/// The module `load` is a part of its own, for it needs the machine for itself and other counts.
-const LOAD: Part = Part { name: "load", args: &["load::"], scale: [4, 1] };
+/// The module `load` runs alone, because it needs the whole machine, and has other counts.
+const LOAD: TestSelection = TestSelection { name: "load", args: &["load::"], scale: [4, 1] };
 
-/// What each kernel may do in its own way: what loads and is seen, who is named, what the socket table has.
-const CORE: Part = Part {
+/// What depends on the kernel: what loads and is seen, which process is named, what the socket table has.
+const CORE: TestSelection = TestSelection {
     name: "live",
-    args: &[
-        "accident::",
-        "accounting::with_room",
-        "detection::",
-        "kinds::",
-        "methods::",
-        "not_ours::",
-        "openers::",
-        "risk::the_twentieth",
-        "scan::",
-        "steering::",
-        "table::",
-        "who::",
-        "--skip=openers::ordinary",
-        "--skip=scan::many",
-    ],
+    args: &["kernel::", "accounting::with_room", "port_risk::the_twentieth"],
     scale: [10, 10],
 };
 
-/// All that neither [`CORE`] nor [`LOAD`] has, but for what is about files, pipes, HTTP and a service manager: no kernel
-/// would do that differently.
-const REST: Part = Part {
+/// What an operator does with the daemon. The tests of files, pipes, HTTP and a service manager (`files::`)
+/// run in no machine, because they don't depend on the kernel.
+const REST: TestSelection = TestSelection {
     name: "live",
     args: &[
-        "--skip=accident::",
+        "operations::",
         "--skip=accounting::a_disk",
         "--skip=accounting::with_room",
-        "--skip=detection::",
-        "--skip=kinds::",
-        "--skip=load::",
-        "--skip=log::",
-        "--skip=log_file::",
-        "--skip=methods::",
-        "--skip=metrics::",
-        "--skip=not_ours::",
-        "--skip=openers::a_",
-        "--skip=openers::an_",
-        "--skip=openers::refused",
-        "--skip=openers::self",
-        "--skip=risk::the_twentieth",
-        "--skip=scan::a_",
-        "--skip=scan::an_",
-        "--skip=scan::connects",
-        "--skip=scan::without",
-        "--skip=service::",
-        "--skip=stdout::",
-        "--skip=steering::",
-        "--skip=table::",
-        "--skip=who::",
+        "--skip=port_risk::the_twentieth",
     ],
     scale: [10, 10],
 };
 
-/// What is run of those tests that somebody names.
-pub(super) const EVERYTHING: Part = Part { name: "live", args: &[], scale: [10, 10] };
+/// The base for tests that the user names.
+pub(super) const EVERYTHING: TestSelection = TestSelection { name: "live", args: &[], scale: [10, 10] };
 
-/// The modules that go through the methods one after another: a lockdown decides which programs load and what they may
-/// read, and nothing else that we do.
-const BY_METHOD: Part = Part {
+/// The tests that force the methods one after another. A lockdown decides which programs load and what they
+/// may read, and nothing else that we do.
+const BY_METHOD: TestSelection = TestSelection {
     name: "live",
-    args: &["accident::", "detection::", "kinds::", "methods::", "risk::the_twentieth", "who::"],
+    args: &["kernel::by_method::", "port_risk::the_twentieth"],
     scale: [10, 10],
 };
 
-/// As it comes, in two parts; where nothing runs beside a preempted program; with what a kernel under Secure Boot denies,
-/// and more than that. What takes long comes first.
+/// The kernel without changes; with one CPU, where no other program runs beside a preempted one; and under
+/// the two lockdowns, of which a kernel under Secure Boot has the first. The longest come first.
 pub(super) const VARIANTS: [Variant; 5] = [
     Variant { name: "default", kernel_args: &[], cpus: 2, at_oldest: false, parts: &[CORE, LOAD] },
     Variant { name: "rest", kernel_args: &[], cpus: 2, at_oldest: true, parts: &[REST] },
@@ -121,11 +84,11 @@ pub(super) const VARIANTS: [Variant; 5] = [
     STRICTEST,
 ];
 
-/// A kernel as it comes, for those who have little time.
+/// The kernel without changes, for `cargo xtask test`.
 pub(super) const QUICK: Variant =
     Variant { name: "default", kernel_args: &[], cpus: 2, at_oldest: false, parts: &[BY_METHOD] };
 
-/// What denies most.
+/// The lockdown that denies most.
 pub(super) const STRICTEST: Variant = Variant {
     name: "confidentiality",
     kernel_args: &["lockdown=confidentiality"],
@@ -135,17 +98,17 @@ pub(super) const STRICTEST: Variant = Variant {
 };
 
 impl Variant {
-    /// How many CPUs it has with this kernel: fewer where the emulator can't do more.
+    /// The number of CPUs with this kernel, which the emulator may limit.
     pub(super) fn cpus_with(&self, kernel: &Kernel) -> u32 {
-        self.cpus.min(kernel.emulation().most_cpus)
+        self.cpus.min(kernel.emulation().max_cpus)
     }
 
-    /// The lockdown it is booted with.
+    /// The lockdown on the kernel's command line.
     pub(super) fn lockdown(&self) -> &'static str {
         self.kernel_args.iter().find_map(|arg| arg.strip_prefix("lockdown=")).unwrap_or("none")
     }
 
-    /// Whether one of these, before it, has its tests, in the same machine with this kernel.
+    /// True if an earlier one of these has the same tests in the same machine with this kernel.
     pub(super) fn repeats_one_of(&self, variants: &[&Self], kernel: &Kernel) -> bool {
         let has_parts =
             |other: &Self| self.parts.iter().all(|part| other.parts.iter().any(|has| has.args == part.args));
@@ -158,10 +121,10 @@ impl Variant {
     }
 }
 
-/// Those with these names; or all, where there are no names.
-pub(super) fn asked_for(names: &[String]) -> Vec<&'static Variant> {
-    let is_asked_for = |variant: &&Variant| names.is_empty() || names.iter().any(|name| name == variant.name);
-    VARIANTS.iter().filter(is_asked_for).collect()
+/// The variants with these names, or all if there are no names.
+pub(super) fn named(names: &[String]) -> Vec<&'static Variant> {
+    let is_named = |variant: &&Variant| names.is_empty() || names.iter().any(|name| name == variant.name);
+    VARIANTS.iter().filter(is_named).collect()
 }
 
 #[cfg(test)]
@@ -171,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_cpu_is_a_row_of_its_own_only_where_there_can_be_two() {
+    fn one_cpu_is_a_row_of_its_own_only_if_there_can_be_two() {
         for (version, names, expected) in [
             (
                 "6.1.1",
@@ -190,7 +153,7 @@ mod tests {
                 is_known: false,
             };
             let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-            let variants = asked_for(&names);
+            let variants = named(&names);
             let rows = variants.iter().filter(|variant| !variant.repeats_one_of(&variants, &kernel));
             assert_eq!(rows.map(|variant| variant.name).collect::<Vec<_>>(), expected, "{version} {names:?}");
         }

@@ -197,7 +197,7 @@ fn start(log: &Path, metrics: SocketAddr) -> Child {
 }
 
 #[test]
-#[ignore = "runs for SELFCONN_SOAK_SECONDS: cargo xtask soak"]
+#[ignore = "runs for SELFCONN_SOAK_SECONDS: docs/soak.md"]
 fn soak() {
     let seconds: u64 = std::env::var("SELFCONN_SOAK_SECONDS").map_or(60, |text| text.parse().unwrap());
     TestNetns::enter_new();

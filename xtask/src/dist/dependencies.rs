@@ -1,0 +1,101 @@
+//! What a release says about the crates in it: their licences (cargo-about) and bills of materials
+//! (cargo-cyclonedx). Both tools are built once into `target/tools`, which takes minutes.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result};
+
+use super::release::Release;
+use crate::{
+    environment::{self, plain},
+    run,
+    workspace::{Workspace, here},
+};
+
+/// A program from the registry, in a pinned version.
+struct Tool {
+    name: &'static str,
+    version: &'static str,
+    features: &'static [&'static str],
+}
+
+/// MIT or Apache-2.0.
+const CARGO_ABOUT: Tool = Tool { name: "cargo-about", version: "0.9.3", features: &["--features", "cli"] };
+
+/// Apache-2.0.
+const CARGO_CYCLONEDX: Tool = Tool { name: "cargo-cyclonedx", version: "0.5.9", features: &[] };
+
+impl Tool {
+    /// The program. It is built if it is not there in this version.
+    fn get(&self, workspace: &Workspace) -> Result<PathBuf> {
+        let root = workspace.target.join("tools").join(format!("{}-{}", self.name, self.version));
+        let program = root.join("bin").join(self.name);
+        if !program.exists() {
+            let mut cargo = environment::cargo();
+            cargo.args(["install", "--quiet", "--locked", self.name, "--version", self.version]);
+            cargo.args(self.features).arg("--root").arg(&root);
+            cargo.env("CARGO_TARGET_DIR", root.join("build"));
+            run::step(&format!("building {} {} into {}", self.name, self.version, here(&root)), &mut cargo)?;
+            // Only the program is needed again.
+            let _ = fs::remove_dir_all(root.join("build"));
+        }
+        Ok(program)
+    }
+}
+
+/// The licence of each crate in the binary, with its text. `packaging/about.toml` has the targets and the
+/// accepted licences, `packaging/about.hbs` the form.
+pub(super) fn notices(workspace: &Workspace) -> Result<String> {
+    let program = CARGO_ABOUT.get(workspace)?;
+    // It asks cargo about all targets, and must not look for licences elsewhere.
+    let mut fetch = environment::cargo();
+    run::step(
+        "fetching the crates",
+        fetch.args(["fetch", "--locked", "--quiet"]).current_dir(&workspace.root),
+    )?;
+    let mut about = plain(&program);
+    about.env("CARGO", environment::cargo().get_program());
+    about.args(["generate", "--frozen", "--fail", "--config", "packaging/about.toml"]);
+    about.args(["--manifest-path", "selfconn-user/Cargo.toml", "packaging/about.hbs"]);
+    run::output(about.current_dir(&workspace.root))
+}
+
+/// The bills of materials in CycloneDX's format: one for user space, and one for the eBPF programs, because a
+/// bill is for one target.
+pub(super) fn bills_of_materials(
+    workspace: &Workspace,
+    release: &Release,
+    directory: &Path,
+) -> Result<Vec<PathBuf>> {
+    const FILE: &str = "selfconn-bill-of-materials";
+    let program = CARGO_CYCLONEDX.get(workspace)?;
+    let host = format!("{}-unknown-linux-gnu", release.architecture.rust);
+    let mut bills = Vec::new();
+    for (package, target) in [("selfconn-user", host.as_str()), ("selfconn-ebpf", "bpfel-unknown-none")] {
+        let mut cyclonedx = plain(&program);
+        cyclonedx.env("CARGO", environment::cargo().get_program());
+        cyclonedx.args(["cyclonedx", "--quiet", "--format", "json", "--spec-version", "1.5"]);
+        cyclonedx.args(["--no-build-deps", "--target", target, "--override-filename", FILE]);
+        cyclonedx.current_dir(&workspace.root).env("SOURCE_DATE_EPOCH", release.epoch.to_string());
+        run::output(&mut cyclonedx)?;
+        // It writes a file for each member of the workspace, beside its Cargo.toml.
+        let mut text = None;
+        for member in ["selfconn-ebpf", "selfconn-user", "xtask"] {
+            let file = workspace.root.join(member).join(FILE).with_extension("json");
+            if member == package {
+                text = fs::read_to_string(&file).ok();
+            }
+            fs::remove_file(&file).with_context(|| format!("remove {}", file.display()))?;
+        }
+        // References contain the path of the clone.
+        let root = format!("file://{}", workspace.root.display());
+        let text = text.with_context(|| format!("no bill of {package}"))?.replace(&root, "file://.");
+        let bill = directory.join(format!("{package}-{}.cdx.json", release.version));
+        fs::write(&bill, text).with_context(|| format!("write {}", bill.display()))?;
+        bills.push(bill);
+    }
+    Ok(bills)
+}

@@ -1,0 +1,169 @@
+//! Runs the rows of the matrix: makes an initramfs for each, boots it, and reports the result.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::{
+    VmArgs, binaries,
+    boot::{Boot, BootResult, warnings_in},
+    facts,
+    guest::{self, GuestRun},
+    kernel::Kernel,
+    report::{MatrixRow, faults, parse_tests},
+    variant::{EVERYTHING, Variant},
+};
+use crate::{
+    run::{say, seconds},
+    workspace::{Workspace, here},
+};
+
+/// The number of lines shown of the log of a failed row.
+const SHOWN_LINES: usize = 60;
+
+/// One test at a time, because all of them use the same kernel; and with output, for the facts in it.
+const TEST_ARGS: [&str; 2] = ["--test-threads=1", "--show-output"];
+
+/// The tests may set this machine's clock, and take its CPUs away.
+const OWN_MACHINE: (&str, &str) = ("SELFCONN_OWN_MACHINE", "1");
+
+/// The daemon's file in the guest.
+const DAEMON: &str = "/bin/selfconn";
+
+/// What all rows have in common.
+pub(super) struct RowRunner<'a> {
+    args: &'a VmArgs,
+    logs: PathBuf,
+    busybox: PathBuf,
+    programs: [PathBuf; 2],
+}
+
+impl<'a> RowRunner<'a> {
+    /// Builds the programs. The eBPF object must be there.
+    pub(super) fn new(args: &'a VmArgs, workspace: &Workspace) -> Result<Self> {
+        let logs = workspace.target.join("vm/logs");
+        fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))?;
+        let programs =
+            binaries::build(workspace, &["test", "--no-run", "--test", "live"], ["selfconn", "live"])?;
+        Ok(Self { args, logs, busybox: guest::busybox(workspace)?, programs })
+    }
+
+    /// Runs the rows, some at a time, and returns the results in their order.
+    pub(super) fn run(&self, rows: &[(&Kernel, &Variant)]) -> Result<Vec<MatrixRow>> {
+        ensure!(!rows.is_empty(), "nothing to boot");
+        let next = AtomicUsize::new(0);
+        let worker = || {
+            let mut results = Vec::new();
+            while let Some((index, (kernel, variant))) = {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                rows.get(index).map(|row| (index, *row))
+            } {
+                let row = self.run_row(kernel, variant);
+                results.push((index, row.with_context(|| format!("{} {}", kernel.version, variant.name))?));
+            }
+            Ok(results)
+        };
+        let results: Vec<Result<Vec<(usize, MatrixRow)>>> = thread::scope(|scope| {
+            let workers: Vec<_> = (0..self.args.jobs.max(1)).map(|_| scope.spawn(worker)).collect();
+            let join = |worker: thread::ScopedJoinHandle<'_, _>| {
+                worker.join().unwrap_or_else(|_| bail!("a thread that boots machines panicked"))
+            };
+            workers.into_iter().map(join).collect()
+        });
+        let mut results =
+            results.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect::<Vec<_>>();
+        results.sort_by_key(|(index, _)| *index);
+        Ok(results.into_iter().map(|(_, row)| row).collect())
+    }
+
+    fn run_row(&self, kernel: &Kernel, variant: &Variant) -> Result<MatrixRow> {
+        let file = |end: &str| self.logs.join(format!("{}-{}{end}", kernel.version, variant.name));
+        let (initramfs, log, console) = (file(".cpio"), file(".log"), file(".console.log"));
+        let [daemon, tests] = &self.programs;
+        let runs = self.runs(kernel, variant);
+        guest::initramfs(&initramfs, &self.busybox, kernel, &[daemon, tests], &runs, self.args.deadline)?;
+        let boot = Boot {
+            kernel,
+            initramfs: &initramfs,
+            kernel_args: variant.kernel_args,
+            cpus: variant.cpus_with(kernel),
+            memory_mib: 1024,
+            deadline: Duration::from_secs(self.args.deadline),
+        };
+        let result = boot.run(&log, &console)?;
+        fs::remove_file(&initramfs).with_context(|| format!("remove {}", initramfs.display()))?;
+        let (tests, facts) = (parse_tests(&result.output), facts::parse(&result.output));
+        let row = MatrixRow {
+            kernel: kernel.version.clone(),
+            variant: variant.name.to_owned(),
+            faults: faults(&result.output, &tests, &facts),
+            tests,
+            facts,
+            warnings: warnings_in(&result.console),
+            ending: result.ending.clone(),
+            duration: result.duration,
+            log,
+        };
+        report(&row, &result, &console);
+        Ok(row)
+    }
+
+    fn runs(&self, kernel: &Kernel, variant: &Variant) -> Vec<GuestRun> {
+        let owned = |args: &[&str]| args.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>();
+        let variable = |(key, value): (&str, &str)| (key.to_owned(), value.to_owned());
+        let mut env = [("SELFCONN_BIN", DAEMON), OWN_MACHINE].map(variable).to_vec();
+        if kernel.is_known {
+            env.push(variable(("SELFCONN_KERNEL", &kernel.version)));
+            env.push(variable(("SELFCONN_LOCKDOWN", variant.lockdown())));
+        }
+        // Its verdicts are facts of this kernel.
+        let doctor = GuestRun {
+            name: "doctor".into(),
+            env: [env.clone(), self.args.env.clone()].concat(),
+            program: DAEMON.into(),
+            args: owned(&["doctor", "--json"]),
+        };
+        // Tests that the user names run in all variants.
+        let parts = if self.args.test_args.is_empty() { variant.parts } else { &[EVERYTHING] };
+        let tests = parts.iter().map(|part| {
+            let scale = part.scale(variant.cpus_with(kernel)).to_string();
+            GuestRun {
+                name: part.name.into(),
+                // The user's variables come last, so they win.
+                env: [env.clone(), vec![variable(("SELFCONN_SCALE", &scale))], self.args.env.clone()]
+                    .concat(),
+                program: "/bin/live".into(),
+                args: [owned(&TEST_ARGS), owned(part.args), self.args.test_args.clone()].concat(),
+            }
+        });
+        [doctor].into_iter().chain(tests).collect()
+    }
+}
+
+/// Prints a line for the row, libtest's results, and the end of the logs if the row did not pass.
+fn report(row: &MatrixRow, result: &BootResult, console: &Path) {
+    let mut text = format!("{} {}: {} ({})", row.kernel, row.variant, row.summary(), seconds(row.duration));
+    for line in result.output.lines().filter(|line| line.starts_with("test result: ")) {
+        text += &format!("\n    {line}");
+    }
+    if !row.passed() {
+        for (file, output) in [(console, &result.console), (row.log.as_path(), &result.output)] {
+            text += &format!("\n--- the end of {}\n{}", here(file), last_lines(output, SHOWN_LINES));
+        }
+        text += "---";
+    }
+    say(text);
+}
+
+/// The last lines of a text.
+pub(super) fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    let shown = &lines[lines.len().saturating_sub(count)..];
+    shown.iter().map(|line| format!("{line}\n")).collect()
+}

@@ -1,0 +1,233 @@
+#!/bin/sh
+# The life of the Debian package, run by systemd in the machine that `cargo xtask service` boots: a line for
+# each step, a verdict, and the end of the machine. The host reads the lines that begin with `selfconn-guest:
+# `: xtask/src/vm/boot.rs.
+#
+# Each step is a function. It runs in a subshell with `set -e`; its last line of output is what it found.
+# Steps pass values to later steps by files in $state.
+
+export LC_ALL=C DEBIAN_FRONTEND=noninteractive
+unit=selfconn.service
+log=/var/log/selfconn/events.jsonl
+state=/run/selfconn-guest
+# The machine is emulated, and may be slow.
+timeout_s=90
+# `systemd-analyze security` calls a service without any protection 10.
+max_exposure=2.5
+
+say() { echo "selfconn-guest: $*"; }
+fail() {
+    echo "$*"
+    exit 1
+}
+property() { systemctl show --value --property "$1" $unit; }
+
+# Waits until a command succeeds: `wait_for WHAT COMMAND...`.
+wait_for() {
+    what=$1
+    shift
+    end=$(($(date +%s) + timeout_s))
+    until "$@" >/dev/null 2>&1; do
+        [ "$(date +%s)" -lt $end ] || fail "$what: not within $timeout_s s"
+        sleep 0.1
+    done
+}
+
+# Waits for the service to be active with another process than in $state/pid, and notes the new one there.
+wait_for_new_process() {
+    old=$(cat $state/pid)
+    is_active() {
+        [ "$(property ActiveState)" = active ] && [ "$(property MainPID)" != "$old" ] && [ "$(property MainPID)" != 0 ]
+    }
+    wait_for "the service is active with a new process" is_active
+    property MainPID >$state/pid
+}
+
+# Makes a self-connection, and waits until the log has its end. Its port is in $state/port.
+connect_to_self() {
+    selfconn repro --json | jq -s 'map(.port // empty) | last' >$state/port
+    has_event() { jq -e -s "any(.event == \"$1\" and .port == $(cat $state/port))" $log; }
+    wait_for "the log has the connection" has_event established
+    wait_for "the log has its end" has_event closed
+}
+
+# All files, except virtual file systems and what dpkg and ldconfig note.
+list_files() {
+    find / \( -path /proc -o -path /sys -o -path /dev -o -path /run -o -path /tmp -o -path /var/tmp \
+        -o -path /var/lib/dpkg -o -path /var/cache/ldconfig \) -prune -o -print | sort
+}
+
+system_is_up() {
+    mkdir -p $state
+    echo 0 >$state/pid
+    is_up() { case $(systemctl is-system-running) in starting | initializing) return 1 ;; esac; }
+    wait_for "systemd has started" is_up
+    list_files >$state/files
+    # A unit of the system may fail in a machine that is all memory.
+    echo "$(systemctl is-system-running || true), $(systemctl --version | head -n 1)"
+}
+
+installed() {
+    dpkg --install /packages/first.deb
+    [ "$(systemctl is-enabled $unit)" = enabled ] || fail "the service is not enabled"
+    selfconn --version
+}
+
+active_when_hooks_are_live() {
+    wait_for_new_process
+    [ "$(property Type)" = notify ] || fail "the service does not notify systemd"
+    # The log's first line is written when the hooks are live, and READY=1 is sent after that.
+    [ "$(head -n 1 $log | jq -r .event)" = started ] || fail "active before it started"
+    took=$(($(property ActiveEnterTimestampMonotonic) - $(property InactiveExitTimestampMonotonic)))
+    echo "$((took / 1000)) ms to READY=1, $(grep VmRSS "/proc/$(cat $state/pid)/status")"
+}
+
+self_connection_in_log() {
+    connect_to_self
+    jq -c "select(.event == \"established\" and .port == $(cat $state/port))" $log >$state/event
+    jq -e '.comm == "selfconn" and .owner == "witnessed"' $state/event || fail "no opener: $(cat $state/event)"
+    jq -r '"port \(.port), opened by \(.comm) [\(.pid)]"' $state/event
+}
+
+self_connection_in_journal() {
+    entry() {
+        journalctl --no-pager --unit $unit --output json |
+            jq -e -c -s "map(select(.SELFCONN_PORT == \"$(cat $state/port)\")) | first" >$state/entry
+    }
+    wait_for "the journal has it" entry
+    jq -e '(.MESSAGE_ID | length) == 32 and (.MESSAGE | startswith("{") | not)' $state/entry ||
+        fail "the entry is not for people, or has no MESSAGE_ID: $(cat $state/entry)"
+    jq -r .MESSAGE $state/entry
+}
+
+capabilities_given_up() {
+    # Bits 38 and 39 are CAP_PERFMON and CAP_BPF.
+    for set in CapPrm CapEff; do
+        bits=$(awk "/^$set/ { print \$2 }" "/proc/$(cat $state/pid)/status")
+        [ $((0x$bits >> 38 & 3)) = 0 ] || fail "$set still has CAP_BPF or CAP_PERFMON: $bits"
+        found="$found $set $bits"
+    done
+    echo "$found"
+}
+
+exposes_little() {
+    level=$(systemd-analyze security --no-pager $unit | sed -n 's/.*Overall exposure level.*: \([0-9.]*\).*/\1/p')
+    awk "BEGIN { exit !(\"$level\" != \"\" && $level + 0 <= $max_exposure) }" || fail "exposure level '$level'"
+    echo "exposure level $level"
+}
+
+rotated() {
+    old_port=$(cat $state/port)
+    logrotate --force /etc/logrotate.d/selfconn
+    [ -e $log.1 ] || fail "there is no $log.1"
+    connect_to_self
+    jq -e -s "any(.port == $old_port)" $log.1 || fail "$log.1 lost events"
+    jq -e -s "all(.port != $(cat $state/port))" $log.1 || fail "the daemon still writes to $log.1"
+    [ "$(property MainPID)" = "$(cat $state/pid)" ] || fail "the rotation ended the daemon"
+    [ -z "$(tail -c 1 $log.1)" ] || fail "$log.1 ends in an incomplete line"
+    echo "$(wc -l <$log.1) lines before, $(wc -l <$log) after"
+}
+
+restarted_after_sigkill() {
+    systemctl kill --signal=KILL $unit
+    wait_for_new_process
+    [ "$(property NRestarts)" = 1 ] || fail "restarted $(property NRestarts) times"
+    connect_to_self
+    echo "as [$(cat $state/pid)]"
+}
+
+upgraded() {
+    dpkg --install /packages/second.deb
+    wait_for_new_process
+    version=$(dpkg-query --show --showformat '${Version}' selfconn)
+    case $version in *-2) ;; *) fail "the version is $version" ;; esac
+    connect_to_self
+    echo "to $version, as [$(cat $state/pid)]"
+}
+
+files_are_unchanged() {
+    # This system leaves documents out.
+    changed=$(dpkg --verify selfconn | grep -v ^missing || true)
+    [ -z "$changed" ] || fail "$changed"
+    echo "by dpkg --verify"
+}
+
+stopped() {
+    systemctl stop $unit
+    [ "$(property Result)" = success ] || fail "stopped with $(property Result)"
+    [ "$(tail -n 1 $log | jq -r .event)" = stopped ] || fail "the last event is $(tail -n 1 $log)"
+    tail -n 1 $log
+}
+
+stays_disabled_when_installed_again() {
+    systemctl disable $unit
+    dpkg --install /packages/second.deb
+    [ "$(systemctl is-enabled $unit || true)" = disabled ] || fail "it is enabled"
+    [ "$(property ActiveState)" = inactive ] || fail "it is $(property ActiveState)"
+    systemctl enable --now $unit
+    echo 0 >$state/pid
+    wait_for_new_process
+    echo "and enabled again"
+}
+
+removed() {
+    dpkg --remove selfconn
+    [ ! -e /usr/bin/selfconn ] || fail "the binary is still there"
+    [ -e $log ] && [ -e /etc/logrotate.d/selfconn ] || fail "the log or the configuration is gone"
+    [ "$(property ActiveState)" = inactive ] || fail "the service is $(property ActiveState)"
+    echo "log and configuration are kept"
+}
+
+purged() {
+    dpkg --purge selfconn
+    list_files >$state/files.after
+    # The system itself writes into these directories.
+    left=$(comm -13 $state/files $state/files.after |
+        grep -v -E '^/var/(log|lib/systemd|lib/logrotate)/' || true)
+    left="$left$(grep selfconn $state/files.after | grep -v selfconn-service-guest || true)"
+    [ -z "$left" ] || fail "left behind: $left"
+    gone=$(comm -23 $state/files $state/files.after)
+    [ -z "$gone" ] || fail "removed with it: $gone"
+    echo "$(wc -l <$state/files) files, as before"
+}
+
+show_state() {
+    systemctl status --no-pager --full $unit
+    journalctl --no-pager --lines=40 --unit $unit
+    systemctl --no-pager --failed
+}
+
+end() {
+    if [ "$1" = 0 ]; then say "all passed"; else say "not all passed"; fi
+    stty -F /dev/ttyS1 raw
+    sleep 0.2
+    systemctl poweroff --force --force
+}
+
+[ -e /packages/first.deb ] || fail "this installs and purges packages, and powers off the machine it runs on"
+exec </dev/null >/dev/ttyS1 2>&1
+stty -F /dev/ttyS1 raw
+deadline=$1
+(
+    sleep "$deadline"
+    say "the deadline of $deadline s has passed"
+    show_state
+    end 1
+) &
+failed=0
+for step in system_is_up installed active_when_hooks_are_live self_connection_in_log self_connection_in_journal \
+    capabilities_given_up exposes_little rotated restarted_after_sigkill upgraded files_are_unchanged stopped \
+    stays_disabled_when_installed_again removed purged; do
+    output=$(
+        set -e
+        $step 2>&1
+    )
+    if [ $? = 0 ]; then
+        say "$step: passed: $(echo "$output" | tail -n 1)"
+    else
+        say "$step: FAILED: $output"
+        show_state
+        failed=1
+    fi
+done
+end $failed
