@@ -184,6 +184,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::event::FORMATS;
 
     #[test]
     fn hostile_names_are_rendered_safely() {
@@ -211,7 +212,7 @@ mod tests {
 
         #[test]
         fn any_log_line_is_rendered_safely(
-            kind in "started|established|state|closed|lost|stopped|at_risk|blocked|remedied|.*",
+            kind in prop_oneof![proptest::sample::select(&FORMATS).prop_map(|format| format.event.to_owned()), ".*"],
             fields in proptest::collection::vec(("time|addr|port|comm|pid|how|where|hooks|limits|kernel|from|to|.*", ".*"), 0..8),
         ) {
             let mut object = serde_json::Map::from_iter(fields.into_iter().map(|(key, value)| (key, Value::from(value))));

@@ -2,13 +2,14 @@
 //! that hold them. Can destroy them.
 
 use std::{
-    collections::{HashMap, HashSet},
     fmt::Write as _,
     io::{self, Write as _},
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use jiff::Timestamp;
 use selfconn_ebpf::state;
 use serde::Serialize;
 
@@ -17,14 +18,21 @@ use crate::{
         filter::{Rule, Selection},
         remediation::RemedyOutcome,
     },
-    event::{ConnectionFields, text::escape},
-    sockets::{self, HolderSearch, SnapshotOptions, SocketEntry, SocketSnapshot, find_holders},
+    event::{
+        ConnectionFields,
+        text::{self, escape},
+    },
+    sockets::{self, SnapshotOptions, SocketEntry, SocketSnapshot},
     system::{
         clock::{self, Offset},
         logger,
-        process::{self, Holder, ProcessInfo},
+        process::Holder,
     },
 };
+
+use holders::SocketHolders;
+
+mod holders;
 
 /// Shown below the options.
 pub const EXAMPLE: &str = "\
@@ -69,8 +77,9 @@ struct ScanEntry {
     connection: ConnectionFields,
     /// Kernel name of the TCP state.
     state: &'static str,
-    /// Time at which TIME_WAIT endpoints and a server can bind the port again.
-    port_blocked_until: Option<String>,
+    /// Time at which TIME_WAIT ends and a server can bind the port again.
+    #[serde(serialize_with = "text::optional_rfc3339")]
+    port_blocked_until: Option<Timestamp>,
     /// Result of `--destroy`. Null without that option.
     result: Option<&'static str>,
     /// Why it could not be destroyed.
@@ -106,9 +115,7 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     snapshot.entries.sort_by_key(|entry| (entry.netns, entry.addr, entry.port, entry.is_ipv6, entry.cookie));
     let mut holders = SocketHolders::collect(&snapshot.entries, args.holders);
     let selection = Selection { only: args.only.clone(), except: args.except.clone() };
-    snapshot.entries.retain(|entry| {
-        selection.exclusion_reason(&holders.connection_fields(entry, String::new())).is_none()
-    });
+    snapshot.entries.retain(|entry| selection.exclusion_reason(&holders.connection_fields(entry)).is_none());
     let outcomes = if args.destroy {
         sockets::destroy_all(&snapshot.entries).context("cannot start a thread")?
     } else {
@@ -123,7 +130,7 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     let out = if args.json {
         json(&snapshot, &mut holders, &outcomes)?
     } else {
-        text(&snapshot, &holders, &outcomes).into_bytes()
+        table(&snapshot, &holders, &outcomes).into_bytes()
     };
     super::print(&out)?;
     let gone = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
@@ -132,79 +139,6 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
 
 fn warn(message: &str) {
     let _ = writeln!(io::stderr(), "selfconn: {}", escape(message));
-}
-
-/// The processes that hold the sockets.
-#[derive(Debug, Default)]
-struct SocketHolders {
-    /// Holders of each socket that has any, by socket inode.
-    by_inode: HashMap<u64, Vec<Holder>>,
-    processes: HashMap<u32, ProcessInfo>,
-    /// True if all holders were found.
-    is_complete: bool,
-    unseen: Vec<String>,
-}
-
-impl SocketHolders {
-    fn collect(entries: &[SocketEntry], is_complete_search: bool) -> Self {
-        let inodes: HashSet<_> =
-            entries.iter().map(|entry| entry.inode).filter(|inode| *inode != 0).collect();
-        if inodes.is_empty() {
-            return Self::default();
-        }
-        if !process::is_in_initial_pid_ns() {
-            let why = "holders: their pids are unknown outside the initial pid namespace".to_owned();
-            return Self { unseen: vec![why], ..Self::default() };
-        }
-        let holders = find_holders(
-            &inodes,
-            if is_complete_search { HolderSearch::Complete } else { HolderSearch::Quick },
-        );
-        let unseen = holders.unseen.into_iter().collect();
-        Self { by_inode: holders.by_inode, is_complete: holders.complete, unseen, ..Self::default() }
-    }
-
-    /// The holders of a socket. A socket without an inode has none. `None` if the holders are unknown.
-    fn holders(&self, entry: &SocketEntry) -> Option<&[Holder]> {
-        if entry.inode == 0 { Some(&[]) } else { self.by_inode.get(&entry.inode).map(Vec::as_slice) }
-    }
-
-    fn connection_fields(&mut self, entry: &SocketEntry, id: String) -> ConnectionFields {
-        let holders = self.holders(entry).map(<[_]>::to_vec);
-        let first = holders.as_ref().and_then(|holders| holders.first()).cloned();
-        let process = first.as_ref().map(|holder| {
-            self.processes
-                .entry(holder.pid)
-                .or_insert_with(|| process::read(holder.pid).unwrap_or_default())
-                .clone()
-        });
-        let process = process.unwrap_or_default();
-        ConnectionFields {
-            id,
-            cookie: entry.cookie,
-            source: "scan",
-            family: if entry.is_ipv6 { "ipv6" } else { "ipv4" },
-            addr: entry.addr.to_string(),
-            ifindex: entry.ifindex,
-            port: entry.port,
-            netns: Some(entry.netns),
-            cause: None,
-            pid: first.as_ref().map(|holder| holder.pid),
-            tid: None,
-            comm: first.as_ref().and_then(|holder| holder.comm.clone()),
-            thread_comm: None,
-            exe: process.exe,
-            cmdline: process.cmdline,
-            uid: entry.uid,
-            cgroup: process.cgroup,
-            unit: process.unit,
-            container: process.container,
-            owner: first.map(|_| "holder"),
-            holders: holders.filter(|_| entry.inode == 0 || self.is_complete),
-            isn: None,
-            peer_isn: None,
-        }
-    }
 }
 
 fn json(
@@ -222,16 +156,13 @@ fn json(
             Some(cookie) => format!("scan-{cookie:x}"),
             None => format!("scan-{:x}-{number:x}", snapshot.began_ns),
         };
-        let until = |left| {
-            let left_ns = u64::try_from(left).unwrap_or(0);
-            format!("{:.9}", clock.wall(now_ns + left_ns))
-        };
+        let until = |left: Duration| clock.wall(now_ns + u64::try_from(left.as_nanos()).unwrap_or(0));
         let outcome = outcomes.get(number);
         let time_wait_left = entry.time_wait_left.filter(|_| !matches!(outcome, Some(Ok(_))));
         let row = ScanEntry {
-            connection: holders.connection_fields(entry, id),
+            connection: ConnectionFields { id: Some(id), ..holders.connection_fields(entry) },
             state: state::name(entry.state),
-            port_blocked_until: time_wait_left.map(|left| until(left.as_nanos())),
+            port_blocked_until: time_wait_left.map(until),
             result: outcome.map(|outcome| result(outcome).name()),
             why: outcome.and_then(|outcome| outcome.as_ref().err()).cloned(),
         };
@@ -241,7 +172,7 @@ fn json(
     Ok(out)
 }
 
-fn text(snapshot: &SocketSnapshot, holders: &SocketHolders, outcomes: &DestroyOutcomes) -> String {
+fn table(snapshot: &SocketSnapshot, holders: &SocketHolders, outcomes: &DestroyOutcomes) -> String {
     let mut out = String::new();
     let endpoints: Vec<_> = snapshot.entries.iter().map(endpoint).collect();
     let width = endpoints.iter().map(String::len).max().unwrap_or(0);
@@ -302,7 +233,7 @@ fn write_holders(holders: &[Holder], out: &mut String) {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::collections::HashMap;
 
     use super::*;
 
@@ -345,7 +276,7 @@ mod tests {
     fn text_output_has_a_line_for_each_socket_and_a_summary() {
         let (snapshot, holders) = snapshot();
         assert_eq!(
-            text(&snapshot, &holders, &vec![]),
+            table(&snapshot, &holders, &vec![]),
             "\
 ESTABLISHED  127.0.0.1:40000    netns 4026531840  a\\nb[4294967295]
 ESTABLISHED  [fe80::1%2]:40000  netns 4026531840  a\\nb[1], a\\nb[2], a\\nb[3], a\\nb[4] and 2 more
@@ -356,14 +287,14 @@ ESTABLISHED  127.0.0.3:40000    netns 4026531840  an unknown process
 "
         );
         let nothing = SocketSnapshot { namespaces: [1].into(), ..SocketSnapshot::default() };
-        assert_eq!(text(&nothing, &holders, &vec![]), "nothing found in 1 network namespace\n");
+        assert_eq!(table(&nothing, &holders, &vec![]), "nothing found in 1 network namespace\n");
     }
 
     #[test]
     fn destroy_outcomes_are_shown_with_the_reason_of_a_failure() {
         let (snapshot, mut holders) = snapshot();
         let outcomes = vec![Ok(true), Ok(false), Ok(true), Err("no\nway".to_owned()), Ok(true)];
-        let text = text(&snapshot, &holders, &outcomes);
+        let text = table(&snapshot, &holders, &outcomes);
         for expected in [
             "a\\nb[4294967295]: destroyed\n",
             " and 2 more: already closed\n",

@@ -178,37 +178,8 @@ impl Selection {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-
-    /// The fields of a self-connection of `java[7]` in a container.
-    pub(crate) fn sample_fields() -> ConnectionFields {
-        ConnectionFields {
-            id: "1-1".to_owned(),
-            cookie: None,
-            source: "live",
-            family: "ipv4",
-            addr: "127.0.0.1".to_owned(),
-            ifindex: None,
-            port: 40_000,
-            netns: Some(4_026_531_833),
-            cause: Some("ephemeral"),
-            pid: Some(7),
-            tid: Some(8),
-            comm: Some("java".to_owned()),
-            thread_comm: Some("pool-1".to_owned()),
-            exe: Some("/usr/bin/java".to_owned()),
-            cmdline: Some(vec!["java".to_owned(), "-jar".to_owned(), "a.jar".to_owned()]),
-            uid: Some(1_000),
-            cgroup: Some("/docker/4a".to_owned()),
-            unit: None,
-            container: Some("4a".to_owned()),
-            owner: Some("witnessed"),
-            holders: None,
-            isn: None,
-            peer_isn: None,
-        }
-    }
 
     fn selection(only: &[&str], except: &[&str]) -> Selection {
         let rules = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
@@ -241,21 +212,22 @@ pub(crate) mod tests {
             (&[], &["comm=nginx"], true),
             (&[], &["unit=*"], true),
         ] {
-            let why = selection(only, except).exclusion_reason(&sample_fields());
+            let why = selection(only, except).exclusion_reason(&ConnectionFields::sample());
             assert_eq!(why.is_none(), is_selected, "only {only:?} except {except:?}: {why:?}");
         }
     }
 
     #[test]
     fn unknown_fields_exclude_and_fields_known_to_be_empty_do_not() {
-        let host = ConnectionFields { container: None, cgroup: Some("/".to_owned()), ..sample_fields() };
+        let host =
+            ConnectionFields { container: None, cgroup: Some("/".to_owned()), ..ConnectionFields::sample() };
         let gone = ConnectionFields {
             container: None,
             cgroup: None,
             unit: None,
             exe: None,
             comm: None,
-            ..sample_fields()
+            ..ConnectionFields::sample()
         };
         for (fields, only, except, why) in [
             (&host, &[][..], &["container=*"][..], None),

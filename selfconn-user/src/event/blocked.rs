@@ -40,23 +40,12 @@ pub struct Blocked {
     pub holder: BlockingConnection,
 }
 
-/// The self-connection that holds the port. Fields without a comment have the same meaning as in
-/// `established`.
+/// The self-connection that holds the port.
 #[derive(Debug, Serialize)]
 pub struct BlockingConnection {
-    /// Null if the connection ended before this run.
-    pub id: Option<String>,
-    pub cookie: Option<u64>,
-    pub family: &'static str,
-    pub addr: String,
-    pub cause: Option<&'static str>,
-    pub pid: Option<u32>,
-    pub comm: Option<String>,
-    pub exe: Option<String>,
-    pub cmdline: Option<Vec<String>>,
-    pub unit: Option<String>,
-    pub container: Option<String>,
-    pub owner: Option<&'static str>,
+    /// The self-connection. Only the fields of `HolderFields` are in the JSON.
+    #[serde(flatten, serialize_with = "HolderFields::serialize")]
+    pub connection: ConnectionFields,
     /// `ESTABLISHED` if the connection is open, or `TIME_WAIT`.
     pub state: &'static str,
     /// Time since the connection became ESTABLISHED.
@@ -64,6 +53,24 @@ pub struct BlockingConnection {
     /// Time at which TIME_WAIT ends.
     #[serde(serialize_with = "text::optional_rfc3339")]
     pub free_at: Option<Timestamp>,
+}
+
+/// The fields of a connection that `holder` has.
+#[derive(Serialize)]
+#[serde(remote = "ConnectionFields")]
+struct HolderFields {
+    id: Option<String>,
+    cookie: Option<u64>,
+    family: &'static str,
+    addr: String,
+    cause: Option<&'static str>,
+    pid: Option<u32>,
+    comm: Option<String>,
+    exe: Option<String>,
+    cmdline: Option<Vec<String>>,
+    unit: Option<String>,
+    container: Option<String>,
+    owner: Option<&'static str>,
 }
 
 impl Blocked {
@@ -95,18 +102,7 @@ impl Blocked {
             container: process.container.clone(),
             failures: failed.failures.into(),
             holder: BlockingConnection {
-                id: (tracked.number != 0).then_some(connection.id),
-                cookie: connection.cookie,
-                family: connection.family,
-                addr: connection.addr,
-                cause: connection.cause,
-                pid: connection.pid,
-                comm: connection.comm,
-                exe: connection.exe,
-                cmdline: connection.cmdline,
-                unit: connection.unit,
-                container: connection.container,
-                owner: connection.owner,
+                connection,
                 state: state::name(state),
                 held_for_ns: tracked.established_ns.map(|since_ns| failed.at_ns.saturating_sub(since_ns)),
                 free_at,

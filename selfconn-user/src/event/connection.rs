@@ -12,8 +12,9 @@ use crate::{
 /// The fields of the self-connection that an event is about.
 #[derive(Clone, Debug, Serialize)]
 pub struct ConnectionFields {
-    /// Identifier of the connection: the same in all its events, unique on this boot.
-    pub id: String,
+    /// Identifier of the connection: the same in all its events, unique on this boot. Null if the connection
+    /// ended before this run, which only `blocked` can be about.
+    pub id: Option<String>,
     /// Socket cookie, as `ss -e` shows it.
     pub cookie: Option<u64>,
     /// `live`, or `scan` if the connection was found in the socket table.
@@ -61,8 +62,8 @@ pub struct ConnectionFields {
 }
 
 impl ConnectionFields {
-    /// Combines a tracked connection with the information that `/proc` has about its process. `run`
-    /// identifies this run, so that ids stay unique on this boot.
+    /// Combines a connection with the information that `/proc` has about its process. `run` identifies this
+    /// run, so that ids stay unique on this boot.
     #[must_use]
     pub fn new(connection: &Connection, run: u64, attribution: &Attribution) -> Self {
         let (opener, process) = (connection.opener, &attribution.process);
@@ -71,7 +72,7 @@ impl ConnectionFields {
             attribution.holders.as_ref().and_then(|holders| holders.first()).filter(|_| opener.is_none());
         let task = opener.map(|opener| opener.task);
         Self {
-            id: format!("{run:x}-{:x}", connection.number),
+            id: (connection.number != 0).then(|| format!("{run:x}-{:x}", connection.number)),
             cookie: connection.cookie,
             source: match connection.source {
                 Source::Live => "live",
@@ -104,6 +105,36 @@ impl ConnectionFields {
             holders: attribution.holders.clone(),
             isn: connection.isns.map(|(isn, _)| isn),
             peer_isn: connection.isns.map(|(_, peer_isn)| peer_isn),
+        }
+    }
+
+    /// The fields of a self-connection of `java[7]` in a container.
+    #[cfg(test)]
+    pub(crate) fn sample() -> Self {
+        Self {
+            id: Some("1-1".to_owned()),
+            cookie: None,
+            source: "live",
+            family: "ipv4",
+            addr: "127.0.0.1".to_owned(),
+            ifindex: None,
+            port: 40_000,
+            netns: Some(4_026_531_833),
+            cause: Some("ephemeral"),
+            pid: Some(7),
+            tid: Some(8),
+            comm: Some("java".to_owned()),
+            thread_comm: Some("pool-1".to_owned()),
+            exe: Some("/usr/bin/java".to_owned()),
+            cmdline: Some(vec!["java".to_owned(), "-jar".to_owned(), "a.jar".to_owned()]),
+            uid: Some(1_000),
+            cgroup: Some("/docker/4a".to_owned()),
+            unit: None,
+            container: Some("4a".to_owned()),
+            owner: Some("witnessed"),
+            holders: None,
+            isn: None,
+            peer_isn: None,
         }
     }
 }

@@ -1,7 +1,6 @@
 //! Table tests of the remedy: which connections are destroyed, when, and with which results.
 
 use super::*;
-use crate::detect::filter::tests::sample_fields;
 
 const TARGET: Target = Target {
     netns: 1,
@@ -16,7 +15,7 @@ fn remedy(mode: RemedyMode, grace_ns: u64, rate: u32) -> Remedy {
 }
 
 fn candidate() -> RemedyCandidate {
-    RemedyCandidate { fields: sample_fields(), target: Some(TARGET), netns_hints: vec![8, 7] }
+    RemedyCandidate { fields: ConnectionFields::sample(), target: Some(TARGET), netns_hints: vec![8, 7] }
 }
 
 fn cookie(number: u64) -> Cookie {
@@ -72,7 +71,7 @@ fn a_dry_run_looks_up_and_destroys_nothing() {
 #[test]
 fn a_closed_or_replaced_connection_is_gone_and_a_failure_has_a_reason() {
     let known = |cookie| RemedyCandidate {
-        fields: ConnectionFields { cookie: Some(cookie), ..sample_fields() },
+        fields: ConnectionFields { cookie: Some(cookie), ..ConnectionFields::sample() },
         ..candidate()
     };
     let refusal = || Err("refused".to_owned());
