@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use super::ConnectionFields;
+use super::connection::ConnectionFields;
 use super::text::{EventFormat, LogRecord, Severity, escape, subject};
 
 /// `remedied`.

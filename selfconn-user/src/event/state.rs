@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use selfconn_ebpf::state;
 use serde::Serialize;
 
-use super::ConnectionFields;
+use super::connection::ConnectionFields;
 use super::text::{EventFormat, LogRecord, Severity, escape, subject};
 
 /// `state`.
