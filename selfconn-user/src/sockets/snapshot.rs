@@ -153,7 +153,37 @@ fn snapshot_all(options: SnapshotOptions, netns_hints: &[u32]) -> SocketSnapshot
 
 #[cfg(test)]
 mod tests {
+    use selfconn_ebpf::state;
+
     use super::*;
+    use crate::detect::samples;
+
+    fn connect(sock: u64, endpoint: Endpoint, at_ns: u64) -> (u64, ConnectEntry) {
+        (sock, ConnectEntry::new(sock as u32, endpoint, Opener { at_ns, ..Opener::UNKNOWN }, 0))
+    }
+
+    #[test]
+    fn a_socket_and_its_connect_match_in_either_family_and_an_old_connect_without_a_socket_is_stale() {
+        let [v4, mapped] = [false, true].map(|is_ipv6| Endpoint::new(1, [127, 0, 0, 1].into(), 4, is_ipv6));
+        let other = samples::endpoint("::1", 4);
+        let elsewhere = Endpoint { netns: 2, ..other };
+        let connects = [connect(7, mapped, 5), connect(8, other, 5), connect(9, elsewhere, 5)];
+        let mut snapshot = SocketSnapshot {
+            entries: vec![samples::entry(v4, state::ESTABLISHED)],
+            namespaces: [1].into(),
+            began_ns: 6,
+            ..SocketSnapshot::default()
+        };
+        snapshot.add_connect_entries(&connects, true);
+        assert_eq!(snapshot.entries[0].connect_entry.map(|(sock, _)| sock), Some(7));
+        assert_eq!(snapshot.stale_connects(&connects), [8], "9 is in a namespace that was not read");
+        snapshot.attempts.push(other);
+        assert_eq!(snapshot.stale_connects(&connects), [0; 0], "8 is still connecting");
+        // Without BTF.
+        snapshot.add_connect_entries(&[connect(7, Endpoint { netns: 0, ..v4 }, 5)], false);
+        let entry = &snapshot.entries[0];
+        assert_eq!((entry.endpoint.netns, entry.connect_entry.map(|(sock, _)| sock)), (0, Some(7)));
+    }
 
     #[test]
     fn a_snapshot_does_not_change_the_namespace_of_the_caller() {
