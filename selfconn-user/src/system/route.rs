@@ -1,5 +1,5 @@
-//! Asks the kernel about an address in the network namespace of the calling thread. UDP sockets are used, because
-//! they send no packet.
+//! Asks the kernel about an address in the network namespace of the calling thread. UDP sockets are used,
+//! because they send no packet.
 
 use std::{
     io,

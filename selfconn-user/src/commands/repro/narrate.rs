@@ -1,5 +1,5 @@
-//! Prints the steps: as numbered lines with a chart at the end for people, or as one JSON object per step. Only
-//! this module writes to stdout in `repro`.
+//! Prints the steps: as numbered lines with a chart at the end for people, or as one JSON object per step.
+//! Only this module writes to stdout in `repro`.
 
 use std::{fmt::Write as _, net::SocketAddr, time::Duration};
 
