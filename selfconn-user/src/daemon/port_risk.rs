@@ -4,7 +4,7 @@
 
 use std::{collections::HashMap, io, rc::Rc, time::Duration};
 
-use selfconn_ebpf::refused_connects::Destination;
+use selfconn_ebpf::Endpoint;
 
 use super::port_ranges::{PortRangeResponse, PortRangeWorker};
 use crate::{
@@ -28,7 +28,7 @@ pub(super) struct PortRiskMonitor {
     risks: PortRisks,
     port_range_worker: PortRangeWorker,
     /// The ports that wait for the worker's response.
-    awaiting_ranges: Vec<Destination>,
+    awaiting_ranges: Vec<Endpoint>,
 }
 
 /// What is needed to emit an event.
@@ -47,7 +47,7 @@ impl PortRiskMonitor {
     }
 
     /// A probe reported that the count of this port crossed a threshold.
-    pub(super) fn on_threshold(&mut self, destination: Destination) {
+    pub(super) fn on_threshold(&mut self, destination: Endpoint) {
         self.risks.on_threshold(destination);
     }
 

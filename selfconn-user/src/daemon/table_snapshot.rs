@@ -3,7 +3,6 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    net::Ipv6Addr,
     time::Duration,
 };
 
@@ -127,9 +126,5 @@ impl TableSnapshot {
 }
 
 fn place(entry: &ConnectEntry) -> Place {
-    let mut octets = [0; 16];
-    for (to, word) in octets.chunks_exact_mut(4).zip(entry.endpoint.addr) {
-        to.copy_from_slice(&word.to_ne_bytes());
-    }
-    (entry.endpoint.netns, Ipv6Addr::from(octets).to_canonical(), entry.endpoint.port)
+    (entry.endpoint.netns, entry.endpoint.ip(), entry.endpoint.port)
 }

@@ -2,10 +2,7 @@
 //! the input is failed binds, open connections and connections in TIME_WAIT; the output is the holder of the
 //! port and the number of failures to report.
 
-use std::{
-    collections::HashMap,
-    net::{IpAddr, Ipv6Addr},
-};
+use std::{collections::HashMap, net::IpAddr};
 
 use selfconn_ebpf::{COMM_LEN, bind_failure::BindFailure};
 
@@ -88,11 +85,7 @@ impl PortHolder<'_> {
 /// The requested address. An unspecified address stands for all addresses.
 #[must_use]
 pub fn requested_addr(failure: &BindFailure) -> IpAddr {
-    let mut octets = [0; 16];
-    for (to, word) in octets.chunks_exact_mut(4).zip(failure.addr) {
-        to.copy_from_slice(&word.to_ne_bytes());
-    }
-    Ipv6Addr::from(octets).to_canonical()
+    failure.endpoint.ip()
 }
 
 /// True if the socket at `place` keeps another socket from binding this address and port.
@@ -146,7 +139,8 @@ impl BindConflicts {
         mut open: impl Iterator<Item = &'a Connection>,
     ) -> Option<PortHolder<'a>> {
         let requested = requested_addr(failure);
-        let conflicts_with = |place: &Place| is_conflicting(place, failure.netns, requested, failure.port);
+        let conflicts_with =
+            |place: &Place| is_conflicting(place, failure.endpoint.netns, requested, failure.endpoint.port);
         if let Some(connection) = open.find(|connection| conflicts_with(&connection.place())) {
             return Some(PortHolder::Open(connection));
         }
@@ -160,7 +154,7 @@ impl BindConflicts {
     /// Counts a bind that failed because of the self-connection with number `holder`. `Some`: a report is
     /// due, with this number of failures of the same server because of the same self-connection.
     pub fn record_failure(&mut self, failure: &BindFailure, holder: u64) -> Option<u64> {
-        let (now_ns, failures) = (failure.at_ns, u64::from(failure.failures));
+        let (now_ns, failures) = (failure.at_ns, failure.failures);
         self.failures += failures;
         if self.bind_failures.len() >= MAX_ENTRIES {
             self.bind_failures
@@ -170,7 +164,7 @@ impl BindConflicts {
             self.bind_failures.clear();
         }
         let name = if failure.task.leader[0] == 0 { failure.task.comm } else { failure.task.leader };
-        let (netns, port) = (failure.netns, failure.port);
+        let (netns, port) = (failure.endpoint.netns, failure.endpoint.port);
         let key = BindFailureKey { netns, addr: requested_addr(failure), port, name, holder };
         let state = self.bind_failures.entry(key).or_insert(BindFailureState {
             failures: 0,
@@ -191,7 +185,7 @@ impl BindConflicts {
 
 #[cfg(test)]
 mod tests {
-    use selfconn_ebpf::Task;
+    use selfconn_ebpf::{Endpoint, Task, tag};
 
     use super::*;
     use crate::detect::connection::Source;
@@ -215,26 +209,17 @@ mod tests {
     }
 
     fn failure(addr: &str, port: u16, at_s: u64) -> BindFailure {
-        let octets = match addr.parse().unwrap() {
-            IpAddr::V4(addr) => addr.to_ipv6_mapped().octets(),
-            IpAddr::V6(addr) => addr.octets(),
-        };
-        let mut words = [0; 4];
-        for (word, bytes) in words.iter_mut().zip(octets.chunks_exact(4)) {
-            *word = u32::from_ne_bytes(bytes.try_into().unwrap());
-        }
         let mut task = Task::UNKNOWN;
         task.leader[..5].copy_from_slice(b"nginx");
         BindFailure {
+            tag: tag::BIND_FAILURE,
+            padding: 0,
+            uid: 0,
             at_ns: at_s * SECOND_NS,
             start_ns: 0,
-            addr: words,
-            netns: 7,
-            port,
-            family: 2,
+            endpoint: Endpoint::new(7, addr.parse().unwrap(), port, false),
             task,
             failures: 1,
-            uid: 0,
         }
     }
 
@@ -266,7 +251,8 @@ mod tests {
             let got = number(conflicts.find_holder(&failure(requested, port, 0), open.iter()));
             assert_eq!(got, holder, "{requested}:{port}");
         }
-        let elsewhere = BindFailure { netns: 8, ..failure("127.0.0.1", 80, 0) };
+        let mut elsewhere = failure("127.0.0.1", 80, 0);
+        elsewhere.endpoint.netns = 8;
         assert!(BindConflicts::default().find_holder(&elsewhere, open.iter()).is_none());
         let v6 = [connection(2, "::1", 80)];
         assert!(BindConflicts::default().find_holder(&failure("0.0.0.0", 80, 0), v6.iter()).is_none());

@@ -11,10 +11,10 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    net::{IpAddr, Ipv6Addr},
+    net::IpAddr,
 };
 
-use selfconn_ebpf::{COMM_LEN, Opener, Task, Transition, family, state};
+use selfconn_ebpf::{COMM_LEN, Opener, Task, Transition, state};
 
 mod reconcile;
 #[cfg(test)]
@@ -277,19 +277,25 @@ impl Connection {
     }
 }
 
+/// The endpoint of a transition.
+fn place(t: &Transition) -> Place {
+    (t.endpoint.netns, t.endpoint.ip(), t.endpoint.port)
+}
+
 impl Tracked {
     fn new(number: u64, t: &Transition) -> Self {
-        let v6 = Ipv6Addr::from(t.addr);
+        let addr = t.endpoint.ip();
+        let is_link_local = matches!(addr, IpAddr::V6(addr) if addr.is_unicast_link_local());
         Self {
             connection: Connection {
                 number,
                 source: Source::Live,
                 cookie: None,
-                addr: v6.to_canonical(),
-                port: t.port,
-                is_ipv6: t.family == family::INET6,
-                netns: (t.netns != 0).then_some(t.netns),
-                ifindex: (t.ifindex != 0 && v6.is_unicast_link_local()).then_some(t.ifindex),
+                addr,
+                port: t.endpoint.port,
+                is_ipv6: t.endpoint.is_ipv6(),
+                netns: (t.endpoint.netns != 0).then_some(t.endpoint.netns),
+                ifindex: (t.ifindex != 0 && is_link_local).then_some(t.ifindex),
                 uid: None,
                 opener: None,
                 isns: None,
@@ -311,10 +317,7 @@ impl Tracked {
         // Each probe records the opener at SYN_SENT. The second probe overwrites the first one's entry a
         // moment later.
         let is_same_attempt = connected_ns == 0 || t.opener.at_ns == 0 || connected_ns == t.opener.at_ns;
-        (is_same_attempt || t.new == state::SYN_SENT)
-            && connection.port == t.port
-            && connection.addr == Ipv6Addr::from(t.addr).to_canonical()
-            && connection.netns.unwrap_or(0) == t.netns
+        (is_same_attempt || t.new == state::SYN_SENT) && connection.place() == place(t)
     }
 
     /// True if another probe has already reported this transition.

@@ -6,14 +6,11 @@
 //! change. The interval depends on the rate of the attempts: few attempts pass between two checks, compared
 //! with the number of attempts that a self-connection takes on average.
 
-use std::{
-    collections::HashMap,
-    net::{IpAddr, Ipv6Addr},
-};
+use std::{collections::HashMap, net::IpAddr};
 
 use selfconn_ebpf::{
-    Opener,
-    refused_connects::{Destination, REPORT_THRESHOLD, RefusedCount, WINDOW_NS},
+    Endpoint, Opener,
+    refused_connects::{REPORT_THRESHOLD, RefusedCount, WINDOW_NS},
 };
 
 use crate::ports::{LocalPorts, Odds, Reach};
@@ -76,7 +73,7 @@ pub enum RiskEndReason {
 
 /// The ports with many refused connection attempts.
 #[derive(Debug, Default)]
-pub struct PortRisks(HashMap<Destination, PortState>);
+pub struct PortRisks(HashMap<Endpoint, PortState>);
 
 #[derive(Debug)]
 struct PortState {
@@ -92,7 +89,7 @@ struct PortState {
 impl PortRisks {
     /// The probes reported that the count of this port crossed a threshold (the first, or the next tenfold).
     /// The port is due for a check now.
-    pub fn on_threshold(&mut self, destination: Destination) {
+    pub fn on_threshold(&mut self, destination: Endpoint) {
         let new = PortState {
             next_check_ns: 0,
             next_report_count: REPORT_THRESHOLD,
@@ -110,7 +107,7 @@ impl PortRisks {
 
     /// The ports that are due for a check now.
     #[must_use]
-    pub fn due(&self, now_ns: u64) -> Vec<Destination> {
+    pub fn due(&self, now_ns: u64) -> Vec<Endpoint> {
         self.0
             .iter()
             .filter(|(_, port)| port.next_check_ns <= now_ns)
@@ -120,7 +117,7 @@ impl PortRisks {
 
     /// True if the count of this port has crossed a threshold and has not expired.
     #[must_use]
-    pub fn is_tracked(&self, destination: &Destination) -> bool {
+    pub fn is_tracked(&self, destination: &Endpoint) -> bool {
         self.0.contains_key(destination)
     }
 
@@ -134,7 +131,7 @@ impl PortRisks {
     /// stopped; the caller must remove the port's count, and emit the event if there is one.
     pub fn expire(
         &mut self,
-        destination: &Destination,
+        destination: &Endpoint,
         count: Option<&RefusedCount>,
         now_ns: u64,
     ) -> Option<Option<PortRiskEvent>> {
@@ -154,7 +151,7 @@ impl PortRisks {
     /// is unknown. `is_taken` is true if a self-connection already holds the port.
     pub fn check(
         &mut self,
-        destination: &Destination,
+        destination: &Endpoint,
         count: &RefusedCount,
         ports: &Result<LocalPorts, String>,
         is_taken: bool,
@@ -203,13 +200,9 @@ fn chance(ports: &LocalPorts, port: u16) -> Option<Chance> {
 impl RefusedConnects {
     /// Converts a count of the probes.
     #[must_use]
-    pub fn new(destination: &Destination, count: &RefusedCount) -> Self {
-        let mut octets = [0; 16];
-        for (to, word) in octets.chunks_exact_mut(4).zip(destination.addr) {
-            to.copy_from_slice(&word.to_ne_bytes());
-        }
+    pub fn new(destination: &Endpoint, count: &RefusedCount) -> Self {
         Self {
-            addr: Ipv6Addr::from(octets).to_canonical(),
+            addr: destination.ip(),
             port: destination.port,
             netns: destination.netns,
             newest: count.last_opener,
@@ -250,11 +243,11 @@ mod tests {
 
     const NOW_NS: u64 = 100_000 * SECOND_NS;
     /// ::ffff:127.0.0.1, port 40000.
-    const DESTINATION: Destination = Destination {
+    const DESTINATION: Endpoint = Endpoint {
         addr: [0, 0, 0xffff_u32.to_be(), 0x7f00_0001_u32.to_be()],
         netns: 7,
         port: 40_000,
-        padding: 0,
+        family: 0,
     };
 
     /// `refused` attempts, one every `gap_ns`, the newest at `now_ns`.

@@ -82,15 +82,15 @@ impl Blocked {
         };
         Self {
             addr: requested_addr(failed).to_string(),
-            port: failed.port,
-            netns: (failed.netns != 0).then_some(failed.netns),
+            port: failed.endpoint.port,
+            netns: (failed.endpoint.netns != 0).then_some(failed.endpoint.netns),
             pid: failed.task.pid,
             comm: process_name(&failed.task).or_else(|| process.comm.clone()),
             uid: failed.uid,
             exe: process.exe.clone(),
             unit: process.unit.clone(),
             container: process.container.clone(),
-            failures: failed.failures.into(),
+            failures: failed.failures,
             holder: BlockingConnection {
                 id: (tracked.number != 0).then_some(connection.id),
                 cookie: connection.cookie,

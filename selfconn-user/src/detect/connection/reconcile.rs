@@ -8,12 +8,12 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    net::{IpAddr, Ipv6Addr},
+    net::IpAddr,
 };
 
 use selfconn_ebpf::{Opener, Transition, state};
 
-use super::{Connection, ConnectionEnd, ConnectionEvent, Connections, Source, Tracked, close, rank};
+use super::{Connection, ConnectionEnd, ConnectionEvent, Connections, Source, Tracked, close, place, rank};
 
 /// Identity of a self-connection in the socket table: network namespace, address and port. No two live
 /// sockets have the same. Namespace 0: unknown.
@@ -138,8 +138,7 @@ impl Connections {
         if self.provisional_keys.is_empty() {
             return;
         }
-        let place = (t.netns, Ipv6Addr::from(t.addr).to_canonical(), t.port);
-        if let Some(key) = self.provisional_keys.remove(&place)
+        if let Some(key) = self.provisional_keys.remove(&place(t))
             && let Some(tracked) = self.tracked.remove(&key)
         {
             self.tracked.insert(t.sock, tracked);

@@ -3,38 +3,27 @@
 use std::collections::HashSet;
 
 use proptest::prelude::*;
-use selfconn_ebpf::state::*;
+use selfconn_ebpf::{Endpoint, state::*};
+use zerocopy::FromZeros as _;
 
 use super::*;
 
 const TWO_PROBES: u8 = 2;
 
 fn transition(sock: u64, at_ns: u64, old: u8, new: u8) -> Transition {
-    let mut addr = [0; 16];
-    addr[10..].copy_from_slice(&[0xff, 0xff, 127, 0, 0, 1]);
     let task = Task { pid: 7, tid: 8, ..Task::UNKNOWN };
     Transition {
         at_ns,
         sock,
-        cookie: 0,
-        bytes_sent: 0,
-        bytes_retrans: 0,
-        bytes_received: 0,
-        addr,
-        netns: 1,
-        ifindex: 0,
+        endpoint: Endpoint::new(1, [127, 0, 0, 1].into(), 40_000, false),
         snd_una: 101,
         rcv_nxt: 101,
-        error: 0,
-        port: 40_000,
-        family: family::INET,
         old,
         new,
-        probe_id: 0,
         has_counters: 1,
-        is_owned: 0,
         current: task,
         opener: Opener { at_ns: at_ns / 1_000 * 1_000 + 1, task, ..Opener::UNKNOWN },
+        ..Transition::new_zeroed()
     }
 }
 
