@@ -7,13 +7,14 @@ use std::collections::HashSet;
 use libfuzzer_sys::fuzz_target;
 use selfconn::detect::connection::{ConnectionEvent, Connections};
 use selfconn_ebpf::Transition;
+use zerocopy::FromBytes as _;
 
 fuzz_target!(|bytes: &[u8]| {
     let Some((probe_count, records)) = bytes.split_first() else { return };
     let mut connections = Connections::new(1 + probe_count % 2);
     let (mut established, mut closed) = (HashSet::new(), HashSet::new());
     for record in records.chunks(size_of::<Transition>()) {
-        let Some(mut transition) = Transition::from_bytes(record) else { break };
+        let Ok(mut transition) = Transition::read_from_bytes(record) else { break };
         // There are four probes.
         transition.probe_id %= 4;
         connections.apply(&transition, |event| match event {

@@ -18,10 +18,14 @@ mod entry_points {
         programs::{BtfTracePointContext, FEntryContext, FExitContext, ProbeContext, TracePointContext},
     };
 
+    use selfconn_ebpf::names::{FENTRY, KPROBE, PERF, TP_BTF, probe_id};
+
     use crate::programs::{
         bind_failure,
-        sock::{BtfOffsets, DirectLoad, Layout, ProbeRead, SelfAddr, Sock, StaticOffsets, TracepointRecord},
+        kernel_read::{BtfOffsets, DirectLoad, Layout, ProbeRead, StaticOffsets},
+        sock::{SelfAddr, Sock},
         tcp_state,
+        tracepoint_record::TracepointRecord,
     };
 
     /// `inet_sock_set_state(sk, oldstate, newstate)`, called after the state is set.
@@ -41,7 +45,7 @@ mod entry_points {
         let sock = Sock::<DirectLoad>::new(ctx.arg(0));
         if let Some(self_addr) = sock.self_addr::<L>() {
             let (old, new): (i32, i32) = (ctx.arg(1), ctx.arg(2));
-            tcp_state::on_socket::<_, _, 0>(ctx, sock, self_addr, old as u8, new as u8);
+            tcp_state::on_socket::<_, _, { probe_id(TP_BTF) }>(ctx, sock, self_addr, old as u8, new as u8);
         }
         0
     }
@@ -50,7 +54,7 @@ mod entry_points {
     #[tracepoint(category = "sock", name = "inet_sock_set_state")]
     fn selfconn_perf(ctx: TracePointContext) -> u32 {
         if TracepointRecord::is_self_addressed(&ctx) {
-            tcp_state::on_tracepoint_record::<1>(ctx);
+            tcp_state::on_tracepoint_record::<{ probe_id(PERF) }>(ctx);
         }
         0
     }
@@ -72,7 +76,7 @@ mod entry_points {
         let sock = Sock::<DirectLoad>::new(ctx.arg(0));
         if let Some(self_addr) = sock.self_addr::<L>() {
             let (old, new): (u8, i32) = (sock.state(), ctx.arg(1));
-            tcp_state::on_socket::<_, _, 2>(ctx, sock, self_addr, old, new as u8);
+            tcp_state::on_socket::<_, _, { probe_id(FENTRY) }>(ctx, sock, self_addr, old, new as u8);
         }
         0
     }
@@ -94,7 +98,13 @@ mod entry_points {
         if let (Some(sk), Some(new)) = (ctx.arg::<*const u8>(0), ctx.arg::<i32>(1)) {
             let sock = Sock::<ProbeRead>::new(sk);
             if let Some(self_addr) = read_self_addr(sock) {
-                tcp_state::on_socket::<_, _, 3>(ctx, sock, self_addr, sock.state(), new as u8);
+                tcp_state::on_socket::<_, _, { probe_id(KPROBE) }>(
+                    ctx,
+                    sock,
+                    self_addr,
+                    sock.state(),
+                    new as u8,
+                );
             }
         }
         0

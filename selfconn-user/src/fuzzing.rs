@@ -4,8 +4,9 @@
 use std::rc::Rc;
 
 use jiff::Timestamp;
-use selfconn_ebpf::{COMM_LEN, Opener, Task, Transition, family, state};
+use selfconn_ebpf::{COMM_LEN, Endpoint, Opener, Task, Transition, state};
 use serde_json::Value;
+use zerocopy::FromZeros as _;
 
 use crate::{
     detect::connection::{ConnectionEvent, Connections, comm},
@@ -149,11 +150,10 @@ fn connection_fields(names: &[String]) -> ConnectionFields {
     let opener = Opener { at_ns: 1, start_ns: 1, task, uid: 0, cause: 0 };
     let transition = Transition {
         opener,
-        port: 80,
-        family: family::INET,
+        endpoint: Endpoint::new(0, [127, 0, 0, 1].into(), 80, false),
         old: state::SYN_RECV,
         new: state::ESTABLISHED,
-        ..Transition::from_bytes(&[0; size_of::<Transition>()]).expect("the length of a Transition")
+        ..Transition::new_zeroed()
     };
     let attribution = Attribution {
         process: Rc::new(ProcessInfo {

@@ -8,6 +8,8 @@
 //! call. A checksum replaces the lock: an entry that two CPUs wrote at the same time, or that belongs to
 //! another socket, fails the checksum and is ignored.
 
+use zerocopy::{FromBytes, Immutable, IntoBytes, transmute};
+
 use super::{endpoint::Endpoint, task::Opener};
 
 /// Number of entries in a [`ConnectSet`].
@@ -16,7 +18,7 @@ pub const WAYS: usize = 4;
 /// The entries of all sockets whose address hashes to the same index: a value of
 /// [`crate::names::CONNECT_TABLE`].
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 pub struct ConnectSet {
     /// Kernel address of the socket of each entry. 0: the entry is free.
     pub socks: [u64; WAYS],
@@ -31,15 +33,13 @@ impl ConnectSet {
     /// Makes a set from its words, in memory order.
     #[must_use]
     pub const fn from_words(words: [u64; Self::WORDS]) -> Self {
-        // SAFETY: a ConnectSet consists of integers and byte arrays without padding, has the same size as the
-        // words, and every bit pattern is a valid value.
-        unsafe { core::mem::transmute(words) }
+        transmute!(words)
     }
 }
 
 /// The entry of a connection attempt in flight or of a self-connection.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 pub struct ConnectEntry {
     /// The entry is used only if the whole endpoint matches.
     pub endpoint: Endpoint,
@@ -145,8 +145,7 @@ impl Endpoint {
     /// The endpoint as words, because the programs compute with words and copy them faster than bytes.
     #[inline(always)]
     const fn words(&self) -> [u64; 3] {
-        // SAFETY: a Endpoint consists of integers without padding, and has the same size as the words.
-        unsafe { core::mem::transmute(*self) }
+        transmute!(*self)
     }
 }
 
@@ -154,9 +153,7 @@ impl Opener {
     /// The opener as words: see [`Endpoint::words`].
     #[inline(always)]
     const fn words(&self) -> [u64; 8] {
-        // SAFETY: an Opener consists of integers and byte arrays without padding, and has the same size as
-        // the words.
-        unsafe { core::mem::transmute(*self) }
+        transmute!(*self)
     }
 
     /// Copies an opener from memory that another CPU may write to at the same time. Each word is read exactly
@@ -173,8 +170,7 @@ impl Opener {
             unsafe { from.cast::<u64>().add(at).read_volatile() }
         };
         let words = [word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7)];
-        // SAFETY: the sizes are equal, and every bit pattern is a valid value.
-        unsafe { core::mem::transmute(words) }
+        transmute!(words)
     }
 }
 
@@ -196,14 +192,11 @@ mod tests {
     }
 
     fn words(entry: ConnectEntry) -> [u64; WORDS] {
-        // SAFETY: a ConnectEntry consists of integers and byte arrays without padding, and has the same size
-        // as the words.
-        unsafe { core::mem::transmute(entry) }
+        transmute!(entry)
     }
 
     fn from_words(words: [u64; WORDS]) -> ConnectEntry {
-        // SAFETY: as in `words`; every bit pattern is a valid value.
-        unsafe { core::mem::transmute(words) }
+        transmute!(words)
     }
 
     #[test]

@@ -2,17 +2,21 @@
 
 use core::net::{IpAddr, Ipv6Addr};
 
+use zerocopy::{FromBytes, Immutable, IntoBytes, transmute};
+
 use super::tcp::family;
 
-/// An address, a port and a network namespace: where a self-connection is, and where a connection attempt goes.
+/// An address, a port and a network namespace: where a self-connection is, where a connection attempt goes, or
+/// what a `bind()` requests.
 #[repr(C, align(8))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, FromBytes, IntoBytes, Immutable)]
 pub struct Endpoint {
-    /// Source and destination address, network byte order; IPv4 as v4-mapped.
+    /// The address, network byte order; IPv4 as v4-mapped. The source and the destination of a self-connection
+    /// are equal.
     pub addr: [u32; 4],
     /// Inode of the network namespace. 0: unknown.
     pub netns: u32,
-    /// Destination port, host byte order.
+    /// The port, host byte order. Of a connection attempt: the destination port.
     pub port: u16,
     /// One of [`family`]: the family of the socket. 0: either.
     pub family: u16,
@@ -27,16 +31,13 @@ impl Endpoint {
             IpAddr::V6(ip) => ip.octets(),
         };
         let family = if is_ipv6 { family::INET6 } else { family::INET };
-        Self { addr: words(octets), netns, port, family: family.into() }
+        Self { addr: transmute!(octets), netns, port, family: family.into() }
     }
 
     /// The address. A v4-mapped address is an IPv4 address here.
     #[must_use]
     pub fn ip(&self) -> IpAddr {
-        let mut octets = [0; 16];
-        for (to, word) in octets.chunks_exact_mut(4).zip(self.addr) {
-            to.copy_from_slice(&word.to_ne_bytes());
-        }
+        let octets: [u8; 16] = transmute!(self.addr);
         Ipv6Addr::from(octets).to_canonical()
     }
 
@@ -64,11 +65,6 @@ impl Endpoint {
     pub const fn any_family(&self) -> Self {
         Self { family: 0, ..*self }
     }
-}
-
-fn words(octets: [u8; 16]) -> [u32; 4] {
-    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = octets;
-    [[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]].map(u32::from_ne_bytes)
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! What the programs and user space agree on. Integers and byte arrays only, sizes and offsets asserted at compile
-//! time.
+//! What the programs and user space agree on. Integers and byte arrays only, without implicit padding: the
+//! derived `IntoBytes` does not compile otherwise, and every size is asserted.
 
 mod action;
 pub mod bind_failure;
@@ -18,6 +18,6 @@ pub use connect_table::{ConnectEntry, ConnectSet, WAYS, set_index};
 pub use counters::counter;
 pub use endpoint::Endpoint;
 pub use kernel_fields::{ABSENT, FIELDS, Field, STATIC_OFFSETS, uses_static_offsets};
-pub use record::{Record, Transition, reported};
+pub use record::{Record, Transition, reported, tag};
 pub use task::{COMM_LEN, Opener, Task, cause, task_access};
 pub use tcp::{IPPROTO_TCP, family, state};

@@ -3,6 +3,25 @@
 /// The programs that observe transitions. [`crate::Transition::probe_id`] is an index into this list.
 pub const PROGRAMS: [&str; 4] = [TP_BTF, PERF, FENTRY, KPROBE];
 
+/// The index of a program in [`PROGRAMS`]. It does not compile for another name.
+#[must_use]
+pub const fn probe_id(program: &str) -> u8 {
+    let mut id = 0;
+    while !is_equal(PROGRAMS[id].as_bytes(), program.as_bytes()) {
+        id += 1;
+    }
+    id as u8
+}
+
+/// `==` of slices is not available in a `const fn`.
+const fn is_equal(a: &[u8], b: &[u8]) -> bool {
+    match (a, b) {
+        ([], []) => true,
+        ([a, rest_a @ ..], [b, rest_b @ ..]) => *a == *b && is_equal(rest_a, rest_b),
+        _ => false,
+    }
+}
+
 /// `inet_sock_set_state`, BTF-typed tracepoint.
 pub const TP_BTF: &str = "selfconn_tp_btf";
 /// `inet_sock_set_state`, perf tracepoint.
@@ -27,14 +46,15 @@ pub const BIND_ENTER: &str = "selfconn_bind_enter";
 /// Exit of the system call `bind()`, perf tracepoint.
 pub const BIND_EXIT: &str = "selfconn_bind_exit";
 
-/// Ring buffer of [`crate::Record`]; owned by `report.rs`.
+/// Ring buffer of [`crate::Record`]; owned by `ring_buffer.rs`.
 pub const RECORDS: &str = "RECORDS";
-/// Per-CPU array of `u64`, indexed by [`crate::counter`]; owned by `report.rs`.
+/// Per-CPU array of `u64`, indexed by [`crate::counter`]; owned by `counters.rs`.
 pub const COUNTERS: &str = "COUNTERS";
-/// Array of [`crate::ConnectSet`], indexed by [`crate::set_index`]; owned by `witness.rs`.
+/// Array of [`crate::ConnectSet`], indexed by [`crate::set_index`]; owned by `connect_table.rs`.
 pub const CONNECT_TABLE: &str = "CONNECT_TABLE";
-/// Hash from a [`crate::risk::Destination`] to its [`crate::risk::RefusedCount`]; owned by `refusal.rs`. The
-/// kernel truncates the name to 15 characters.
+/// Hash from an [`Endpoint`](crate::Endpoint) to its
+/// [`RefusedCount`](crate::refused_connects::RefusedCount); owned by `refused_connects.rs`. The kernel
+/// truncates the name to 15 characters.
 pub const REFUSED_CONNECTS: &str = "REFUSED_CONNECTS";
 
 /// Global `[u32; FIELDS]`: the offset of each [`crate::Field`].

@@ -1,17 +1,44 @@
-//! The records in the ring buffer.
+//! The records in the ring buffer. Each begins with its tag, so that user space knows what it is.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{
-    bind_failure,
+    bind_failure::BindFailure,
     endpoint::Endpoint,
-    refused_connects,
+    refused_connects::RefusedConnectsReport,
     task::{Opener, Task},
     tcp::state,
 };
 
-/// One transition of a self-connection: the record in the ring buffer, in the host's byte order.
+/// The first two bytes of a record: its kind. Zero is no tag, so a record of zeroes is invalid.
+pub mod tag {
+    /// [`Transition`](super::Transition).
+    pub const TRANSITION: u16 = 1;
+    /// [`RefusedConnectsReport`](super::RefusedConnectsReport).
+    pub const REFUSED_CONNECTS: u16 = 2;
+    /// [`BindFailure`](super::BindFailure).
+    pub const BIND_FAILURE: u16 = 3;
+}
+
+/// A self-connection changed its state. In the host's byte order.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 pub struct Transition {
+    /// [`tag::TRANSITION`].
+    pub tag: u16,
+    /// One of [`state`].
+    pub old: u8,
+    /// One of [`state`].
+    pub new: u8,
+    /// The program that observed the transition: an index into [`crate::names::PROGRAMS`].
+    pub probe_id: u8,
+    /// 1 if the fields read from `tcp_sock` (bytes, `snd_una`, `rcv_nxt`) are present, else 0.
+    pub has_counters: u8,
+    /// 1 if a process holds the socket lock (`sk_lock.owned`), else 0. If it is held, [`Self::current`] made
+    /// a system call on this socket; otherwise an arriving packet may have interrupted an unrelated task.
+    pub is_owned: u8,
+    /// Always zero.
+    pub padding: u8,
     /// `CLOCK_BOOTTIME`, nanoseconds.
     pub at_ns: u64,
     /// Kernel address of the socket: its identity while it exists. Never shown to users.
@@ -19,70 +46,36 @@ pub struct Transition {
     /// The socket cookie. 0: the kernel has not assigned one yet, because it assigns one on the first
     /// request.
     pub cookie: u64,
+    /// Where the self-connection is.
+    pub endpoint: Endpoint,
     /// Payload bytes sent, retransmissions included, as the kernel counts them.
     pub bytes_sent: u64,
     /// Payload bytes retransmitted.
     pub bytes_retrans: u64,
     /// Bytes received in order, as the kernel counts them. A FIN counts as one byte.
     pub bytes_received: u64,
-    /// Source and destination address, network byte order; IPv4 as v4-mapped.
-    pub addr: [u8; 16],
-    /// Inode of the network namespace. 0: unknown.
-    pub netns: u32,
-    /// The interface the socket is bound to. 0: none.
-    pub ifindex: u32,
     /// `snd_una`: at SYN_RECV -> ESTABLISHED the initial sequence number plus one.
     pub snd_una: u32,
     /// `rcv_nxt`: at SYN_RECV -> ESTABLISHED the peer's initial sequence number plus one.
     pub rcv_nxt: u32,
+    /// The interface the socket is bound to. 0: none.
+    pub ifindex: u32,
     /// `sk_err`, an errno. ECONNABORTED at CLOSE means that the socket was destroyed from outside
     /// (`SOCK_DESTROY`).
     pub error: u32,
-    /// Source and destination port, host byte order.
-    pub port: u16,
-    /// One of [`family`].
-    pub family: u8,
-    /// One of [`state`].
-    pub old: u8,
-    /// One of [`state`].
-    pub new: u8,
-    /// The program that observed the transition: an index into [`names::PROGRAMS`].
-    pub probe_id: u8,
-    /// 1 if the fields read from `tcp_sock` (bytes, `snd_una`, `rcv_nxt`, `error`) are present, else 0.
-    pub has_counters: u8,
-    /// 1 if a process holds the socket lock (`sk_lock.owned`), else 0. If it is held, [`Self::current`] made
-    /// a system call on this socket; otherwise an arriving packet may have interrupted an unrelated task.
-    pub is_owned: u8,
     /// The task that was running.
     pub current: Task,
     /// The connecting task.
     pub opener: Opener,
 }
 
+// `IntoBytes` compiles only if a record has no implicit padding, so a size fixes every offset.
 const _: () = {
-    use core::mem::{offset_of, size_of};
     assert!(size_of::<Task>() == 40);
     assert!(size_of::<Opener>() == 64);
     assert!(size_of::<Endpoint>() == 24);
     assert!(size_of::<Transition>() == 200);
-    assert!(offset_of!(Transition, addr) == 48);
-    assert!(offset_of!(Transition, port) == 84);
-    assert!(offset_of!(Transition, current) == 92);
-    assert!(offset_of!(Transition, opener) == 136);
 };
-
-impl Transition {
-    /// Reads a record from the ring buffer. `None`: the length is not that of a `Transition`.
-    #[must_use]
-    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        if bytes.len() != size_of::<Self>() {
-            return None;
-        }
-        // SAFETY: the length was compared above, `read_unaligned` needs no alignment, and a Transition holds
-        // only integers and byte arrays, for which every bit pattern is a valid value.
-        Some(unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
-    }
-}
 
 /// A record in the ring buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,19 +83,23 @@ pub enum Record {
     /// A self-connection changed its state.
     Transition(Transition),
     /// The number of refused connection attempts to this destination crossed a threshold.
-    RefusedConnects(refused_connects::Destination),
+    RefusedConnects(Endpoint),
     /// A process could not bind a port.
-    BindFailure(bind_failure::BindFailure),
+    BindFailure(BindFailure),
 }
 
 impl Record {
-    /// Reads a record of any kind; the length says which kind it is. `None`: no record has this length.
+    /// Reads a record. `None`: the tag is unknown, or the record does not have the length of its kind.
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let transition = Transition::from_bytes(bytes).map(Self::Transition);
-        let refused_connects = || refused_connects::Destination::from_bytes(bytes).map(Self::RefusedConnects);
-        let bind_failure = || bind_failure::BindFailure::from_bytes(bytes).map(Self::BindFailure);
-        transition.or_else(refused_connects).or_else(bind_failure)
+        match u16::read_from_prefix(bytes).ok()?.0 {
+            tag::TRANSITION => Transition::read_from_bytes(bytes).map(Self::Transition).ok(),
+            tag::REFUSED_CONNECTS => RefusedConnectsReport::read_from_bytes(bytes)
+                .map(|report| Self::RefusedConnects(report.destination))
+                .ok(),
+            tag::BIND_FAILURE => BindFailure::read_from_bytes(bytes).map(Self::BindFailure).ok(),
+            _ => None,
+        }
     }
 }
 
@@ -121,10 +118,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_of_wrong_length_is_rejected() {
-        let bytes = [0_u8; size_of::<Transition>() + 1];
-        assert!(Transition::from_bytes(&bytes).is_none());
-        assert!(Transition::from_bytes(&bytes[..size_of::<Transition>() - 1]).is_none());
-        assert!(Transition::from_bytes(&bytes[..size_of::<Transition>()]).is_some());
+    fn a_record_is_known_by_its_tag_and_rejected_with_a_wrong_length() {
+        let mut bytes = [0_u8; size_of::<Transition>() + 1];
+        for (tag, len) in [
+            (tag::TRANSITION, size_of::<Transition>()),
+            (tag::REFUSED_CONNECTS, size_of::<RefusedConnectsReport>()),
+            (tag::BIND_FAILURE, size_of::<BindFailure>()),
+        ] {
+            bytes[..2].copy_from_slice(&tag.to_ne_bytes());
+            let read_tag = match Record::from_bytes(&bytes[..len]) {
+                Some(Record::Transition(_)) => tag::TRANSITION,
+                Some(Record::RefusedConnects(_)) => tag::REFUSED_CONNECTS,
+                Some(Record::BindFailure(_)) => tag::BIND_FAILURE,
+                None => 0,
+            };
+            assert_eq!(read_tag, tag);
+            for wrong in [0, 1, 2, len - 1, len + 1] {
+                assert_eq!(Record::from_bytes(&bytes[..wrong]), None, "{tag} with {wrong} bytes");
+            }
+        }
+        for unknown in [0, tag::BIND_FAILURE + 1, u16::MAX] {
+            bytes[..2].copy_from_slice(&unknown.to_ne_bytes());
+            assert_eq!(Record::from_bytes(&bytes[..size_of::<Transition>()]), None, "{unknown}");
+        }
     }
 }

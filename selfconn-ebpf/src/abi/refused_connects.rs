@@ -7,6 +7,8 @@
 //! twentieth attempt within a minute, and then at each tenfold count. So even a very high rate of attempts
 //! adds almost nothing to the ring buffer.
 
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
 use super::{endpoint::Endpoint, task::Opener};
 
 /// Number of refused attempts within [`WINDOW_NS`] that causes the first report. The next report comes at ten
@@ -27,49 +29,29 @@ const RECENT_SLOTS: usize = 32;
 /// Number of words in the set of pids of connecting processes.
 const PID_SET_WORDS: usize = 16;
 
-/// The destination of refused attempts: the key of [`crate::names::REFUSED_CONNECTS`], and the record that
-/// tells user space to read the entry of this key.
+/// The number of refused attempts to a destination crossed a threshold: a record in the ring buffer. User space
+/// then reads the entry of this key.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Destination {
-    /// Source and destination address, network byte order; IPv4 as v4-mapped.
-    pub addr: [u32; 4],
-    /// Inode of the network namespace. 0: unknown.
-    pub netns: u32,
-    /// Destination port, host byte order.
-    pub port: u16,
-    /// Always zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+pub struct RefusedConnectsReport {
+    /// [`crate::tag::REFUSED_CONNECTS`].
+    pub tag: u16,
+    /// Always zero. Two numbers, because the compiler sets an array of zeroes with a call to memset.
     pub padding: u16,
+    pub more_padding: u32,
+    /// The key.
+    pub destination: Endpoint,
 }
 
-impl Destination {
-    /// The destination of a connection attempt. The socket family is left out, because IPv4 sockets and IPv6
-    /// sockets with a v4-mapped address connect to the same port.
-    #[inline(always)]
-    #[must_use]
-    pub const fn of(endpoint: &Endpoint) -> Self {
-        Self { addr: endpoint.addr, netns: endpoint.netns, port: endpoint.port, padding: 0 }
-    }
-
-    /// Reads a record from the ring buffer. `None`: the length is not that of a `Destination`.
-    #[must_use]
-    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        if bytes.len() != size_of::<Self>() {
-            return None;
-        }
-        // SAFETY: the length was compared above, `read_unaligned` needs no alignment, and a Destination holds
-        // only integers, for which every bit pattern is a valid value.
-        Some(unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
-    }
-}
-
-/// The refused attempts to one [`Destination`]: the value of [`crate::names::REFUSED_CONNECTS`].
+/// The refused attempts to one destination: the value of [`crate::names::REFUSED_CONNECTS`]. Its key is an
+/// [`Endpoint`] of [any family](Endpoint::any_family), because IPv4 sockets and IPv6 sockets with a v4-mapped
+/// address connect to the same port.
 ///
 /// Two CPUs can count at the same time. `total` is incremented by one atomic instruction. A write to any
 /// other field can be lost, so a pid can be missing, and a report can be sent twice. A report is missing only
 /// if the ring buffer was full and no further attempt follows after the retry delay.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 pub struct RefusedCount {
     /// Refused attempts since the entry was created.
     pub total: u64,
@@ -96,7 +78,7 @@ pub struct RefusedCount {
 
 const _: () = {
     assert!(RECENT_SLOTS.is_power_of_two() && RECENT_SLOTS as u64 >= REPORT_THRESHOLD);
-    assert!(size_of::<Destination>() == 24);
+    assert!(size_of::<RefusedConnectsReport>() == 32);
     assert!(size_of::<RefusedCount>() == 112 + 8 * RECENT_SLOTS + 4 * RECENT_SLOTS + 8 * PID_SET_WORDS);
 };
 

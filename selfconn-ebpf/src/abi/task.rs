@@ -1,5 +1,7 @@
 //! Tasks: the one that runs, and the one that called `connect()`.
 
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
 /// `TASK_COMM_LEN`: a kernel task name, NUL-terminated within.
 pub const COMM_LEN: usize = 16;
 
@@ -13,7 +15,7 @@ pub mod cause {
 
 /// A task, with its ids in the initial pid namespace.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 pub struct Task {
     /// Process id (the kernel's tgid).
     pub pid: u32,
@@ -32,7 +34,7 @@ impl Task {
 
 /// The connecting task, as observed at CLOSE -> SYN_SENT: the only transition that always runs in that task.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 pub struct Opener {
     /// Time of the `connect()`: `CLOCK_BOOTTIME`, nanoseconds. 0: the attempt was not observed, so all fields
     /// are unknown.

@@ -16,24 +16,26 @@ use aya_ebpf::{
     programs::TracePointContext,
 };
 use selfconn_ebpf::{
-    IPPROTO_TCP,
+    Endpoint, IPPROTO_TCP,
     bind_failure::{BindFailure, REPORT_INTERVAL_NS},
-    family,
+    family, tag,
 };
 
 use super::{
+    kernel_read::KernelRead,
     ring_buffer,
-    sock::{self, KernelRead, Sock, v4_mapped},
+    sock::{self, Sock, v4_mapped},
+    task,
 };
 
 /// Key of [`LAST_REPORTS`]: the process, and the address and port that it requests.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct BindAttempt {
-    addr: [u32; 4],
-    netns: u32,
-    pid: u32,
-    port: u32,
+    /// Of any family.
+    endpoint: Endpoint,
+    /// 64 bits, because a key must not have padding.
+    pid: u64,
 }
 
 /// The last report of a key, and the failures since.
@@ -51,16 +53,7 @@ static LAST_REPORTS: LruHashMap<BindAttempt, LastReport> = LruHashMap::with_max_
 
 /// The requested address and port of each `bind()` in progress, by thread.
 #[map]
-static REQUESTED_BINDS: LruHashMap<u64, RequestedBind> = LruHashMap::with_max_entries(1_024, 0);
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RequestedBind {
-    addr: [u32; 4],
-    netns: u32,
-    port: u16,
-    family: u16,
-}
+static REQUESTED_BINDS: LruHashMap<u64, Endpoint> = LruHashMap::with_max_entries(1_024, 0);
 
 /// Handles the exit of `inet_csk_get_port(sk, port)`. The kernel calls it to reserve a port for a TCP socket,
 /// in `bind()` and again in `listen()`. It fails only because the port is in use. At its exit the address of
@@ -72,7 +65,7 @@ pub(crate) fn on_get_port_exit<M: KernelRead>(sock: Sock<M>, port: u16, result: 
         return;
     }
     let Some((family, addr)) = sock.source_address() else { return };
-    report_failure(&RequestedBind { addr, netns: sock.netns(), port, family: family.into() });
+    report_failure(&sock.endpoint(family, addr, port));
 }
 
 /// Handles the entry of `bind(fd, address, length)`. In the record, each argument has eight bytes, from
@@ -89,20 +82,19 @@ pub(crate) fn on_bind_enter(ctx: &TracePointContext) {
     }
     // `struct sockaddr_in` and `struct sockaddr_in6` both begin with family and port.
     // SAFETY: the helper copies or fails; it never faults.
-    let Ok([addr_family, port_be, a, b]) = (unsafe { bpf_probe_read_user(address.cast::<[u16; 4]>()) })
-    else {
+    let Ok([family, port_be, a, b]) = (unsafe { bpf_probe_read_user(address.cast::<[u16; 4]>()) }) else {
         return;
     };
     let port = u16::from_be(port_be);
     if port == 0 {
         return;
     }
-    let addr = if addr_family == u16::from(family::INET) {
-        v4_mapped(u32::from(a) | u32::from(b) << 16)
-    } else if addr_family == u16::from(family::INET6) {
+    let (family, addr) = if family == u16::from(family::INET) {
+        (family::INET, v4_mapped(u32::from(a) | u32::from(b) << 16))
+    } else if family == u16::from(family::INET6) {
         // SAFETY: as above.
         match unsafe { bpf_probe_read_user(address.wrapping_add(8).cast::<[u32; 4]>()) } {
-            Ok(addr) => addr,
+            Ok(addr) => (family::INET6, addr),
             Err(_) => return,
         }
     } else {
@@ -110,11 +102,7 @@ pub(crate) fn on_bind_enter(ctx: &TracePointContext) {
     };
     // SAFETY: the helper takes no arguments.
     let thread = unsafe { bpf_get_current_pid_tgid() };
-    let _ = REQUESTED_BINDS.insert(
-        &thread,
-        &RequestedBind { addr, netns: sock.netns(), port, family: addr_family },
-        0,
-    );
+    let _ = REQUESTED_BINDS.insert(&thread, &sock.endpoint(family, addr, port), 0);
 }
 
 /// Handles the exit of `bind()`.
@@ -136,16 +124,11 @@ pub(crate) fn on_bind_exit(ctx: &TracePointContext) {
 
 /// Reports a failed bind, unless the same process was reported for the same address and port a moment ago.
 #[inline(always)]
-fn report_failure(requested: &RequestedBind) {
+fn report_failure(endpoint: &Endpoint) {
     // SAFETY: the helpers take no arguments.
     let (at_ns, uid) = unsafe { (bpf_ktime_get_boot_ns(), bpf_get_current_uid_gid() as u32) };
-    let (task, start_ns) = sock::current_task();
-    let key = BindAttempt {
-        addr: requested.addr,
-        netns: requested.netns,
-        pid: task.pid,
-        port: requested.port.into(),
-    };
+    let (task, start_ns) = task::current_task();
+    let key = BindAttempt { endpoint: endpoint.any_family(), pid: task.pid.into() };
     let mut failures = 1;
     if let Some(last) = LAST_REPORTS.get_ptr_mut(&key) {
         // SAFETY: the memory belongs to the map. If two threads of one process count at the same time, one
@@ -157,10 +140,17 @@ fn report_failure(requested: &RequestedBind) {
             return;
         }
     }
-    let &RequestedBind { addr, netns, port, family } = requested;
-    let failure =
-        BindFailure { at_ns, start_ns, addr, netns, port, family, task, failures: failures as u32, uid };
-    if ring_buffer::submit(&failure) {
+    let failure = || BindFailure {
+        tag: tag::BIND_FAILURE,
+        padding: 0,
+        uid,
+        at_ns,
+        start_ns,
+        endpoint: *endpoint,
+        task,
+        failures,
+    };
+    if ring_buffer::submit(failure) {
         let _ = LAST_REPORTS.insert(&key, &LastReport { at_ns, failures: 0 }, 0);
     }
 }

@@ -1,5 +1,6 @@
 //! The connect table: it maps the kernel address of a socket to the task that called `connect()` on it, for
-//! connection attempts in flight and for self-connections. The layout of its entries is in `dial.rs`.
+//! connection attempts in flight and for self-connections. The layout of its entries is in
+//! `abi/connect_table.rs`.
 //!
 //! Only the transition CLOSE -> SYN_SENT always runs in the connecting task, and at that point the source
 //! port may not be known yet. So every connection attempt of a socket to its own address is inserted, and
@@ -16,11 +17,14 @@ use aya_ebpf::{
     macros::map,
     maps::Array,
 };
-use selfconn_ebpf::{ConnectEntry, ConnectSet, Endpoint, Opener, WAYS, cause, set_index, state};
+use aya_log_ebpf::warn;
+use selfconn_ebpf::{ConnectEntry, ConnectSet, Endpoint, Opener, WAYS, cause, counter, set_index, state};
 
 use super::{
-    ring_buffer,
-    sock::{self, KernelRead, Sock},
+    counters::count,
+    kernel_read::KernelRead,
+    sock::{SelfAddr, Sock, can_read_port},
+    task::opener,
 };
 
 /// The connect table. The loader sets its size, and reads it through mmap(2).
@@ -42,30 +46,20 @@ const fn seen_by(probe_id: u8) -> u32 {
     1 << (16 + probe_id as u32)
 }
 
-/// A connection attempt, at CLOSE -> SYN_SENT.
-pub(crate) struct NewAttempt {
-    pub(crate) probe_id: u8,
-    /// See [`Endpoint::addr`], [`Endpoint::port`] and [`Endpoint::family`].
-    pub(crate) addr: [u32; 4],
-    pub(crate) dport: u16,
-    pub(crate) family: u8,
-    /// 0: the socket has no source port yet.
-    pub(crate) source_port: u16,
-}
-
 /// Inserts the running task as the opener. It overwrites an entry of an earlier connection of the same
-/// socket, but keeps the entry that the other probe has just written for the same attempt. This function is
-/// not inlined, so that it has its own stack frame.
-#[inline(never)]
-pub(crate) fn insert<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, attempt: &NewAttempt) {
-    let NewAttempt { probe_id, addr, dport, family, source_port } = *attempt;
+/// socket, but keeps the entry that the other probe has just written for the same attempt. A source port of 0:
+/// the socket has none yet.
+#[inline(always)]
+pub(crate) fn insert<C: EbpfContext, M: KernelRead>(
+    ctx: &C,
+    sock: Sock<M>,
+    probe_id: u8,
+    self_addr: SelfAddr,
+    source_port: u16,
+    dport: u16,
+) {
     let key = sock.key();
-    let Some(set) = CONNECT_TABLE.get_ptr_mut(set_index(sock.low_half(), CONNECT_SETS.load())) else {
-        return;
-    };
-    // SAFETY: a value of an array stays valid as long as the program is loaded. Another CPU can write to it
-    // at the same time; the checksum in `ConnectEntry` detects that.
-    let set = unsafe { &mut *set };
+    let Some(set) = set_of(sock) else { return };
     // SAFETY: the helper takes no arguments.
     let now_ns = unsafe { bpf_ktime_get_boot_ns() };
     if let Some(way) = find(set, key) {
@@ -84,51 +78,49 @@ pub(crate) fn insert<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, atte
         }
     }
     let cause = match source_port {
-        _ if !sock::can_read_port() => 0,
+        _ if !can_read_port() => 0,
         0 => cause::EPHEMERAL,
         _ => cause::BOUND,
     };
-    let endpoint = Endpoint { addr, netns: sock.netns(), port: dport, family: family.into() };
-    let entry = ConnectEntry::new(sock.low_half(), endpoint, sock::opener(now_ns, cause), seen_by(probe_id));
+    let (endpoint, opener) = (self_addr.endpoint(sock, dport), opener(now_ns, cause));
+    let entry = ConnectEntry::new(sock.low_half(), endpoint, opener, seen_by(probe_id));
     match find(set, key).or_else(|| find(set, 0)).or_else(|| evictable(set)) {
         Some(way) => {
             set.socks[way] = key;
             set.entries[way] = entry;
         }
-        None => ring_buffer::count_connect_table_full(ctx),
+        None => {
+            count(counter::CONNECT_TABLE_FULL);
+            warn!(ctx, "the connect table is full: an opener is not stored");
+        }
     }
 }
 
-/// True if the other probe has already reported that this socket enters this state. Marks the state as
-/// reported.
+/// Marks this state of the socket as reported. Returns whether the other probe has already reported it, and the
+/// opener of the socket, or [`Opener::UNKNOWN`] if the attempt was not observed. `removes`: also removes the
+/// entry.
 #[inline(always)]
-pub(crate) fn already_reported<M: KernelRead>(sock: Sock<M>, endpoint: &Endpoint, new: u8) -> bool {
-    let Some(set) = CONNECT_TABLE.get_ptr_mut(set_index(sock.low_half(), CONNECT_SETS.load())) else {
-        return false;
-    };
-    // SAFETY: as in `insert`.
-    let set = unsafe { &mut *set };
-    let Some(way) = find(set, sock.key()) else { return false };
+pub(crate) fn mark_reported<M: KernelRead>(
+    sock: Sock<M>,
+    endpoint: &Endpoint,
+    new: u8,
+    removes: bool,
+) -> (bool, Opener) {
+    let Some((set, way)) = entry_of(sock) else { return (false, Opener::UNKNOWN) };
     let entry = &mut set.entries[way];
-    if !same_endpoint(&entry.endpoint, endpoint) || !entry.is_valid_for(sock.low_half()) {
-        return false;
-    }
-    let bit = 1 << (new & 15);
-    let is_reported = entry.has_flag(bit);
-    entry.set_flags(bit);
-    is_reported
-}
-
-/// The opener of this socket, or [`Opener::UNKNOWN`] if the attempt was not observed.
-#[inline(always)]
-pub(crate) fn lookup<M: KernelRead>(sock: Sock<M>, endpoint: &Endpoint) -> Opener {
-    let Some(set) = CONNECT_TABLE.get_ptr(set_index(sock.low_half(), CONNECT_SETS.load())) else {
-        return Opener::UNKNOWN;
+    let (already_reported, opener) = match read_opener(entry, sock, endpoint) {
+        Some(opener) => {
+            let state = 1 << (new & 15);
+            let already_reported = entry.has_flag(state);
+            entry.set_flags(state);
+            (already_reported, opener)
+        }
+        None => (false, Opener::UNKNOWN),
     };
-    // SAFETY: as in `insert`.
-    let set = unsafe { &*set };
-    let Some(way) = find(set, sock.key()) else { return Opener::UNKNOWN };
-    read_opener(&set.entries[way], sock, endpoint).unwrap_or(Opener::UNKNOWN)
+    if removes {
+        set.socks[way] = 0;
+    }
+    (already_reported, opener)
 }
 
 /// Copies the opener. `None`: the entry belongs to another attempt, or another CPU is writing to it.
@@ -143,14 +135,36 @@ fn read_opener<M: KernelRead>(entry: &ConnectEntry, sock: Sock<M>, endpoint: &En
 /// Removes the entry of this socket.
 #[inline(always)]
 pub(crate) fn remove<M: KernelRead>(sock: Sock<M>) {
-    let Some(set) = CONNECT_TABLE.get_ptr_mut(set_index(sock.low_half(), CONNECT_SETS.load())) else {
-        return;
-    };
-    // SAFETY: as in `insert`.
-    let set = unsafe { &mut *set };
-    if let Some(way) = find(set, sock.key()) {
+    if let Some((set, way)) = entry_of(sock) {
         set.socks[way] = 0;
     }
+}
+
+/// Removes the entry of a failed attempt, and returns its opener. `None`: the attempt was not observed, or
+/// the other probe has already removed the entry.
+#[inline(always)]
+pub(crate) fn take<M: KernelRead>(sock: Sock<M>, endpoint: &Endpoint) -> Option<Opener> {
+    let (set, way) = entry_of(sock)?;
+    let opener = read_opener(&set.entries[way], sock, endpoint);
+    set.socks[way] = 0;
+    opener
+}
+
+/// The set of this socket.
+#[inline(always)]
+fn set_of<M: KernelRead>(sock: Sock<M>) -> Option<&'static mut ConnectSet> {
+    let set = CONNECT_TABLE.get_ptr_mut(set_index(sock.low_half(), CONNECT_SETS.load()))?;
+    // SAFETY: a value of an array stays valid as long as the program is loaded. Another CPU can write to it
+    // at the same time; the checksum in `ConnectEntry` detects that.
+    Some(unsafe { &mut *set })
+}
+
+/// The set of this socket, and the index of its entry there.
+#[inline(always)]
+fn entry_of<M: KernelRead>(sock: Sock<M>) -> Option<(&'static mut ConnectSet, usize)> {
+    let set = set_of(sock)?;
+    let way = find(set, sock.key())?;
+    Some((set, way))
 }
 
 /// Index of the entry of this socket. With 0: index of a free entry.
@@ -180,29 +194,4 @@ fn position(set: &ConnectSet, matches: impl Fn(usize) -> bool) -> Option<usize> 
             any = in(reg) set.socks[0], zero = out(reg) _, way = inout(reg) way, options(nomem, preserves_flags));
     }
     Some(way as usize & (WAYS - 1))
-}
-
-/// Removes the entry of a failed attempt, and returns its opener. `None`: the attempt was not observed, or
-/// the other probe has already removed the entry.
-#[inline(always)]
-pub(crate) fn take<M: KernelRead>(sock: Sock<M>, endpoint: &Endpoint) -> Option<Opener> {
-    let set = CONNECT_TABLE.get_ptr_mut(set_index(sock.low_half(), CONNECT_SETS.load()))?;
-    // SAFETY: as in `insert`.
-    let set = unsafe { &mut *set };
-    let way = find(set, sock.key())?;
-    let opener = read_opener(&set.entries[way], sock, endpoint);
-    set.socks[way] = 0;
-    opener
-}
-
-/// Compares two tuples without `==`, which would become a call to memcmp.
-#[inline(always)]
-fn same_endpoint(a: &Endpoint, b: &Endpoint) -> bool {
-    a.addr[0] == b.addr[0]
-        && a.addr[1] == b.addr[1]
-        && a.addr[2] == b.addr[2]
-        && a.addr[3] == b.addr[3]
-        && a.netns == b.netns
-        && a.port == b.port
-        && a.family == b.family
 }

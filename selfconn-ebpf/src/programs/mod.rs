@@ -2,7 +2,11 @@
 
 pub(crate) mod bind_failure;
 mod connect_table;
+mod counters;
+pub(crate) mod kernel_read;
 mod refused_connects;
 mod ring_buffer;
 pub(crate) mod sock;
+mod task;
 pub(crate) mod tcp_state;
+pub(crate) mod tracepoint_record;

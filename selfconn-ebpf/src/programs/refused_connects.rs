@@ -5,15 +5,19 @@ use aya_ebpf::{EbpfContext, helpers::generated::bpf_ktime_get_boot_ns, macros::m
 use aya_log_ebpf::warn;
 use selfconn_ebpf::{
     Endpoint, Opener, counter,
-    refused_connects::{Destination, RefusedCount},
+    refused_connects::{RefusedConnectsReport, RefusedCount},
+    tag,
 };
 
-use super::ring_buffer;
+use super::{
+    counters::{add_one, count},
+    ring_buffer,
+};
 
 /// A plain hash, not an LRU: user space removes an entry after a minute without attempts, and attempts that
 /// do not fit are counted. The loader may set its size.
 #[map]
-static REFUSED_CONNECTS: HashMap<Destination, RefusedCount> = HashMap::with_max_entries(4_096, 0);
+static REFUSED_CONNECTS: HashMap<Endpoint, RefusedCount> = HashMap::with_max_entries(4_096, 0);
 
 /// The initial value of an entry. It is in `.rodata`, because it would not fit on the stack.
 static ZERO: RefusedCount = RefusedCount::ZERO;
@@ -21,34 +25,36 @@ static ZERO: RefusedCount = RefusedCount::ZERO;
 /// Counts one refused attempt, and reports its destination to user space if a report is due.
 #[inline(always)]
 pub(crate) fn count_refused<C: EbpfContext>(ctx: &C, endpoint: &Endpoint, opener: &Opener) {
-    ring_buffer::count(counter::REFUSED);
-    let destination = Destination::of(endpoint);
+    count(counter::REFUSED);
+    let destination = endpoint.any_family();
     let entry = REFUSED_CONNECTS.get_ptr_mut(&destination).or_else(|| {
         /// Do not overwrite an entry that another CPU has just inserted: `include/uapi/linux/bpf.h`.
         const BPF_NOEXIST: u64 = 1;
         let _ = REFUSED_CONNECTS.insert(&destination, &ZERO, BPF_NOEXIST);
         REFUSED_CONNECTS.get_ptr_mut(&destination)
     });
-    let Some(count) = entry else {
-        ring_buffer::count(counter::REFUSED_TABLE_FULL);
+    let Some(refused) = entry else {
+        count(counter::REFUSED_TABLE_FULL);
         warn!(ctx, "the refused connect table is full: one to port {} is not counted", destination.port);
         return;
     };
     // SAFETY: the pointer is to a value of the map. Its memory belongs to the map even if user space removes
     // the entry at the same time.
-    unsafe { ring_buffer::add_one(&raw mut (*count).total) };
+    unsafe { add_one(&raw mut (*refused).total) };
     // SAFETY: as above. The documentation of `RefusedCount` says which writes of another CPU can collide.
-    let count = unsafe { &mut *count };
+    let refused = unsafe { &mut *refused };
     // SAFETY: the helper takes no arguments.
     let now_ns = unsafe { bpf_ktime_get_boot_ns() };
     // The read is volatile, because the compiler does not know that the inline assembly has changed `total`.
     // SAFETY: the pointer comes from a live reference.
-    let total = unsafe { core::ptr::read_volatile(&raw const count.total) };
-    if count.record(total, now_ns, opener) {
-        if ring_buffer::submit(&destination) {
-            count.mark_reported();
+    let total = unsafe { core::ptr::read_volatile(&raw const refused.total) };
+    if refused.record(total, now_ns, opener) {
+        let report =
+            || RefusedConnectsReport { tag: tag::REFUSED_CONNECTS, padding: 0, more_padding: 0, destination };
+        if ring_buffer::submit(report) {
+            refused.mark_reported();
         } else {
-            count.postpone_report(now_ns);
+            refused.postpone_report(now_ns);
         }
     }
 }

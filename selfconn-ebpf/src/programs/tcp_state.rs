@@ -5,15 +5,23 @@
 //! no helper call and no store. The code after it is in separate functions, because otherwise every run would
 //! first save registers and set up the stack for it.
 
-use aya_ebpf::{EbpfContext, programs::TracePointContext};
-use selfconn_ebpf::{Action, Endpoint, IPPROTO_TCP, classify, state};
+use aya_ebpf::{EbpfContext, Global, helpers::generated::bpf_ktime_get_boot_ns, programs::TracePointContext};
+use aya_log_ebpf::warn;
+use selfconn_ebpf::{Action, IPPROTO_TCP, Transition, classify, counter, reported, state, tag};
 
 use super::{
-    connect_table::{self, NewAttempt},
-    refused_connects,
-    ring_buffer::{ReportedTransition, report},
-    sock::{KernelRead, SelfAddr, Sock, TracepointRecord},
+    connect_table,
+    counters::count,
+    kernel_read::KernelRead,
+    refused_connects, ring_buffer,
+    sock::{SelfAddr, Sock},
+    task::current_task,
+    tracepoint_record::TracepointRecord,
 };
+
+/// One of [`reported`].
+#[unsafe(no_mangle)]
+static REPORTED: Global<u32> = Global::new(reported::STATES);
 
 /// Handles a transition for a program whose context has the socket.
 #[inline(never)]
@@ -25,12 +33,14 @@ pub(crate) fn on_socket<C: EbpfContext, M: KernelRead, const PROBE_ID: u8>(
     new: u8,
 ) {
     let (source, dport) = (sock.source_port(new), sock.dport());
+    let action = classify(old, new, source, dport);
     // The protocol is checked last, because it is in another cache line and the ports already exclude most
     // sockets.
-    if matches!(classify(old, new, source, dport), Action::Ignore) || sock.protocol() != IPPROTO_TCP {
+    if matches!(action, Action::Ignore) || sock.protocol() != IPPROTO_TCP {
         return;
     }
-    handle(&ctx, sock, &SocketTransition { probe_id: PROBE_ID, self_addr, source, dport, old, new });
+    let transition = SocketTransition { probe_id: PROBE_ID, self_addr, source, dport, old, new };
+    handle(&ctx, sock, action, &transition);
 }
 
 /// Handles a transition for the program whose context is the tracepoint's record.
@@ -42,7 +52,8 @@ pub(crate) fn on_tracepoint_record<const PROBE_ID: u8>(ctx: TracePointContext) {
     let TracepointRecord { sock, self_addr, old, new, dport, .. } = record;
     // The record has inet_sport, which is the right port except at SYN_SENT: see `classify`.
     let source = if new == state::SYN_SENT { sock.num() } else { record.sport };
-    handle(&ctx, sock, &SocketTransition { probe_id: PROBE_ID, self_addr, source, dport, old, new });
+    let transition = SocketTransition { probe_id: PROBE_ID, self_addr, source, dport, old, new };
+    handle(&ctx, sock, classify(old, new, source, dport), &transition);
 }
 
 /// A transition of a TCP socket whose source address equals its destination address. Ports are in host byte
@@ -57,53 +68,96 @@ struct SocketTransition {
 }
 
 #[inline(always)]
-fn handle<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, transition: &SocketTransition) {
-    let SocketTransition { probe_id, self_addr, source, dport, old, new } = *transition;
-    // Each step has exactly one call site, because each is inlined and the stack of a program is small.
-    let (inserts, reports, removes_and_counts, removes) = match classify(old, new, source, dport) {
-        Action::Ignore => return,
-        Action::Insert => (true, false, false, false),
-        Action::InsertAndReport => (true, true, false, false),
-        Action::Report => (false, true, false, false),
-        Action::ReportAndRemove => (false, true, false, true),
-        Action::RemoveAndCount => (false, false, true, false),
-        Action::Remove => (false, false, false, true),
-    };
-    let endpoint = || Endpoint {
-        addr: self_addr.addr(),
-        netns: sock.netns(),
-        port: dport,
-        family: self_addr.family().into(),
-    };
-    if inserts {
-        let attempt = NewAttempt {
+fn handle<C: EbpfContext, M: KernelRead>(
+    ctx: &C,
+    sock: Sock<M>,
+    action: Action,
+    transition: &SocketTransition,
+) {
+    match action {
+        Action::Ignore => {}
+        Action::Insert => insert(ctx, sock, transition),
+        Action::InsertAndReport => {
+            insert(ctx, sock, transition);
+            report(ctx, sock, transition, false);
+        }
+        Action::Report => report(ctx, sock, transition, false),
+        Action::ReportAndRemove => report(ctx, sock, transition, true),
+        Action::Remove => connect_table::remove(sock),
+        Action::RemoveAndCount => end_failed_connect(ctx, sock, transition),
+    }
+}
+
+// The following functions are not inlined, so that each has its own stack frame.
+
+/// Inserts the connecting task into the connect table.
+#[inline(never)]
+fn insert<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, transition: &SocketTransition) {
+    let SocketTransition { probe_id, self_addr, source, dport, .. } = *transition;
+    connect_table::insert(ctx, sock, probe_id, self_addr, source, dport);
+}
+
+/// Reports the transition of a self-connection, unless the other probe has reported it. `removes`: also removes
+/// the entry from the connect table.
+#[inline(never)]
+fn report<C: EbpfContext, M: KernelRead>(
+    ctx: &C,
+    sock: Sock<M>,
+    transition: &SocketTransition,
+    removes: bool,
+) {
+    let SocketTransition { probe_id, self_addr, dport, old, new, .. } = *transition;
+    if REPORTED.load() & 1 << (new & 31) == 0 {
+        return;
+    }
+    // User space uses these counters to check that each program observes transitions.
+    count(counter::SEEN_BY_PROBE + u32::from(probe_id));
+    let endpoint = self_addr.endpoint(sock, dport);
+    let (already_reported, opener) = connect_table::mark_reported(sock, &endpoint, new, removes);
+    if already_reported {
+        return;
+    }
+    let is_submitted = ring_buffer::submit(|| {
+        let counters = sock.tcp_counters();
+        let has_counters = u8::from(counters.is_some());
+        let counters = counters.unwrap_or_default();
+        Transition {
+            tag: tag::TRANSITION,
+            old,
+            new,
             probe_id,
-            addr: self_addr.addr(),
-            dport,
-            family: self_addr.family(),
-            source_port: source,
-        };
-        connect_table::insert(ctx, sock, &attempt);
-    }
-    if reports {
-        report(ctx, sock, &ReportedTransition { probe_id, endpoint: endpoint(), old, new });
-    }
-    if removes_and_counts {
-        end_failed_connect(ctx, sock, &endpoint());
-    }
-    if removes {
-        connect_table::remove(sock);
+            has_counters,
+            is_owned: u8::from(sock.is_owned()),
+            padding: 0,
+            // SAFETY: the helper takes no arguments.
+            at_ns: unsafe { bpf_ktime_get_boot_ns() },
+            sock: sock.key(),
+            cookie: sock.cookie(),
+            endpoint,
+            bytes_sent: counters.bytes_sent,
+            bytes_retrans: counters.bytes_retrans,
+            bytes_received: counters.bytes_received,
+            snd_una: counters.snd_una,
+            rcv_nxt: counters.rcv_nxt,
+            ifindex: sock.ifindex(),
+            error: sock.error(),
+            current: current_task().0,
+            opener,
+        }
+    });
+    if !is_submitted {
+        warn!(ctx, "ring buffer full: transition {} -> {} of port {} is lost", old, new, dport);
     }
 }
 
 /// Removes the entry of a failed connection attempt, and counts the attempt if it was refused. Only one of
-/// the two probes finds the entry, so the attempt is counted once. This function is not inlined, so that it
-/// has its own stack frame.
+/// the two probes finds the entry, so the attempt is counted once.
 #[inline(never)]
-fn end_failed_connect<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, endpoint: &Endpoint) {
-    if let Some(opener) = connect_table::take(sock, endpoint)
+fn end_failed_connect<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, transition: &SocketTransition) {
+    let endpoint = transition.self_addr.endpoint(sock, transition.dport);
+    if let Some(opener) = connect_table::take(sock, &endpoint)
         && sock.was_refused()
     {
-        refused_connects::count_refused(ctx, endpoint, &opener);
+        refused_connects::count_refused(ctx, &endpoint, &opener);
     }
 }

@@ -5,27 +5,23 @@ use aya::{
     Pod,
     maps::{HashMap, Map, MapData},
 };
-use selfconn_ebpf::refused_connects::{Destination, RefusedCount, WINDOW_NS};
+use selfconn_ebpf::{
+    Endpoint,
+    refused_connects::{RefusedCount, WINDOW_NS},
+};
+use zerocopy::{FromBytes, IntoBytes};
 
 /// The refused-connect table.
 #[derive(Debug)]
-pub struct RefusedCounts(HashMap<MapData, DestinationKey, RefusedCountValue>);
+pub struct RefusedCounts(HashMap<MapData, Plain<Endpoint>, Plain<RefusedCount>>);
 
-/// A key of the map.
+/// A key or a value of the map.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug)]
-struct DestinationKey(Destination);
+struct Plain<T>(T);
 
-// SAFETY: integers without padding; every bit pattern is a valid value.
-unsafe impl Pod for DestinationKey {}
-
-/// A value of the map.
-#[repr(transparent)]
-#[derive(Clone, Copy, Debug)]
-struct RefusedCountValue(RefusedCount);
-
-// SAFETY: integers and byte arrays without padding; every bit pattern is a valid value.
-unsafe impl Pod for RefusedCountValue {}
+// SAFETY: `IntoBytes` says that the type has no padding, and `FromBytes` that every bit pattern is a valid value.
+unsafe impl<T: Copy + FromBytes + IntoBytes + 'static> Pod for Plain<T> {}
 
 impl RefusedCounts {
     pub(crate) fn new(map: Map) -> Result<Self> {
@@ -34,21 +30,21 @@ impl RefusedCounts {
 
     /// The refused connects to one destination. `None`: there is no entry.
     #[must_use]
-    pub fn get(&self, destination: &Destination) -> Option<RefusedCount> {
-        self.0.get(&DestinationKey(*destination), 0).ok().map(|value| value.0)
+    pub fn get(&self, destination: &Endpoint) -> Option<RefusedCount> {
+        self.0.get(&Plain(*destination), 0).ok().map(|value| value.0)
     }
 
     /// Removes the count of a destination to which no further connects are attempted.
-    pub fn remove(&mut self, destination: &Destination) {
-        if let Err(error) = self.0.remove(&DestinationKey(*destination)) {
+    pub fn remove(&mut self, destination: &Endpoint) {
+        if let Err(error) = self.0.remove(&Plain(*destination)) {
             log::debug!("cannot remove the count of a destination: {error}");
         }
     }
 
     /// Removes the counts of all destinations without a refused connect within the window, except those for
     /// which `is_watched` is true. Walks the whole table.
-    pub fn remove_expired(&mut self, now_ns: u64, is_watched: impl Fn(&Destination) -> bool) {
-        let is_expired = |(key, value): &(DestinationKey, RefusedCountValue)| {
+    pub fn remove_expired(&mut self, now_ns: u64, is_watched: impl Fn(&Endpoint) -> bool) {
+        let is_expired = |(key, value): &(Plain<Endpoint>, Plain<RefusedCount>)| {
             now_ns.saturating_sub(value.0.last_ns) > WINDOW_NS && !is_watched(&key.0)
         };
         let expired: Vec<_> = self.0.iter().filter_map(Result::ok).filter(is_expired).collect();

@@ -4,7 +4,7 @@
 
 use std::{collections::HashMap, io, rc::Rc, time::Duration};
 
-use selfconn_ebpf::{Endpoint, refused_connects::Destination};
+use selfconn_ebpf::Endpoint;
 use tokio::time::Instant;
 
 use super::port_ranges::{self, PortRangeResponse, PortRangeWorker};
@@ -24,7 +24,7 @@ pub(super) struct PortRiskMonitor {
     risks: PortRisks,
     port_range_worker: PortRangeWorker,
     /// The ports that wait for the worker's response.
-    awaiting_ranges: Vec<Destination>,
+    awaiting_ranges: Vec<Endpoint>,
 }
 
 /// What is needed to emit an event.
@@ -43,7 +43,7 @@ impl PortRiskMonitor {
     }
 
     /// A probe reported that the count of this port crossed a threshold.
-    pub(super) fn on_threshold(&mut self, destination: Destination) {
+    pub(super) fn on_threshold(&mut self, destination: Endpoint) {
         self.risks.on_threshold(destination);
     }
 

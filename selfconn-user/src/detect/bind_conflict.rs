@@ -82,14 +82,8 @@ impl PortHolder<'_> {
     }
 }
 
-/// The requested endpoint. An unspecified address stands for all addresses.
-#[must_use]
-pub fn requested(failure: &BindFailure) -> Endpoint {
-    let &BindFailure { addr, netns, port, family, .. } = failure;
-    Endpoint { addr, netns, port, family }
-}
-
-/// True if the socket at `held` keeps another socket from binding `requested`. Only the addresses decide, not
+/// True if the socket at `held` keeps another socket from binding `requested`, of which an unspecified address
+/// stands for all addresses. Only the addresses decide, not
 /// the families of the two sockets.
 fn is_conflicting(held: &Endpoint, requested: &Endpoint) -> bool {
     let is_requested = match requested.ip() {
@@ -140,8 +134,7 @@ impl BindConflicts {
         failure: &BindFailure,
         mut open: impl Iterator<Item = &'a Connection>,
     ) -> Option<PortHolder<'a>> {
-        let requested = requested(failure);
-        let conflicts_with = |held: &Endpoint| is_conflicting(held, &requested);
+        let conflicts_with = |held: &Endpoint| is_conflicting(held, &failure.endpoint);
         if let Some(connection) = open.find(|connection| conflicts_with(&connection.endpoint)) {
             return Some(PortHolder::Open(connection));
         }
@@ -155,7 +148,7 @@ impl BindConflicts {
     /// Counts a bind that failed because of the self-connection with number `holder`. `Some`: a report is
     /// due, with this number of failures of the same server because of the same self-connection.
     pub fn record_failure(&mut self, failure: &BindFailure, holder: u64) -> Option<u64> {
-        let (now_ns, failures) = (failure.at_ns, u64::from(failure.failures));
+        let (now_ns, failures) = (failure.at_ns, failure.failures);
         self.failures += failures;
         if self.bind_failures.len() >= MAX_ENTRIES {
             self.bind_failures
@@ -165,7 +158,7 @@ impl BindConflicts {
             self.bind_failures.clear();
         }
         let name = if failure.task.leader[0] == 0 { failure.task.comm } else { failure.task.leader };
-        let key = BindFailureKey { requested: requested(failure).any_family(), name, holder };
+        let key = BindFailureKey { requested: failure.endpoint.any_family(), name, holder };
         let state = self.bind_failures.entry(key).or_insert(BindFailureState {
             failures: 0,
             last_ns: 0,
@@ -224,7 +217,8 @@ mod tests {
             let got = number(conflicts.find_holder(&failure(requested, port, 0), open.iter()));
             assert_eq!(got, holder, "{requested}:{port}");
         }
-        let elsewhere = BindFailure { netns: 8, ..failure("127.0.0.1", 80, 0) };
+        let mut elsewhere = failure("127.0.0.1", 80, 0);
+        elsewhere.endpoint.netns = 8;
         assert!(BindConflicts::default().find_holder(&elsewhere, open.iter()).is_none());
         let v6 = [connection(2, "::1", 80)];
         assert!(BindConflicts::default().find_holder(&failure("0.0.0.0", 80, 0), v6.iter()).is_none());

@@ -11,10 +11,9 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    net::Ipv6Addr,
 };
 
-use selfconn_ebpf::{COMM_LEN, Endpoint, Opener, Task, Transition, family, state};
+use selfconn_ebpf::{COMM_LEN, Endpoint, Opener, Task, Transition, state};
 
 use crate::sockets::SocketEntry;
 
@@ -293,14 +292,9 @@ impl Connection {
     }
 }
 
-/// The socket's source and destination.
-fn endpoint(t: &Transition) -> Endpoint {
-    Endpoint::new(t.netns, Ipv6Addr::from(t.addr).into(), t.port, t.family == family::INET6)
-}
-
 impl Tracked {
     fn new(number: u64, t: &Transition) -> Self {
-        let endpoint = endpoint(t);
+        let endpoint = t.endpoint;
         Self {
             connection: Connection {
                 ifindex: (t.ifindex != 0 && endpoint.is_link_local()).then_some(t.ifindex),
@@ -322,7 +316,7 @@ impl Tracked {
         // moment later.
         let is_same_attempt = connected_ns == 0 || t.opener.at_ns == 0 || connected_ns == t.opener.at_ns;
         (is_same_attempt || t.new == state::SYN_SENT)
-            && connection.endpoint.any_family() == endpoint(t).any_family()
+            && connection.endpoint.any_family() == t.endpoint.any_family()
     }
 
     /// True if another probe has already reported this transition.

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 
 use selfconn_ebpf::{
     Endpoint, Opener,
-    refused_connects::{Destination, REPORT_THRESHOLD, RefusedCount, WINDOW_NS},
+    refused_connects::{REPORT_THRESHOLD, RefusedCount, WINDOW_NS},
 };
 
 use crate::ports::{LocalPorts, Odds, Reach};
@@ -69,7 +69,7 @@ pub enum RiskEndReason {
 
 /// The ports with many refused connection attempts.
 #[derive(Debug, Default)]
-pub struct PortRisks(HashMap<Destination, PortState>);
+pub struct PortRisks(HashMap<Endpoint, PortState>);
 
 #[derive(Debug)]
 struct PortState {
@@ -85,7 +85,7 @@ struct PortState {
 impl PortRisks {
     /// The probes reported that the count of this port crossed a threshold (the first, or the next tenfold).
     /// The port is due for a check now.
-    pub fn on_threshold(&mut self, destination: Destination) {
+    pub fn on_threshold(&mut self, destination: Endpoint) {
         let new = PortState {
             next_check_ns: 0,
             next_report_count: REPORT_THRESHOLD,
@@ -103,7 +103,7 @@ impl PortRisks {
 
     /// The ports that are due for a check now.
     #[must_use]
-    pub fn due(&self, now_ns: u64) -> Vec<Destination> {
+    pub fn due(&self, now_ns: u64) -> Vec<Endpoint> {
         self.0
             .iter()
             .filter(|(_, port)| port.next_check_ns <= now_ns)
@@ -113,7 +113,7 @@ impl PortRisks {
 
     /// True if the count of this port has crossed a threshold and has not expired.
     #[must_use]
-    pub fn is_tracked(&self, destination: &Destination) -> bool {
+    pub fn is_tracked(&self, destination: &Endpoint) -> bool {
         self.0.contains_key(destination)
     }
 
@@ -127,7 +127,7 @@ impl PortRisks {
     /// stopped; the caller must remove the port's count, and emit the event if there is one.
     pub fn expire(
         &mut self,
-        destination: &Destination,
+        destination: &Endpoint,
         count: Option<&RefusedCount>,
         now_ns: u64,
     ) -> Option<Option<PortRiskEvent>> {
@@ -147,7 +147,7 @@ impl PortRisks {
     /// is unknown. `is_taken` is true if a self-connection already holds the port.
     pub fn check(
         &mut self,
-        destination: &Destination,
+        destination: &Endpoint,
         count: &RefusedCount,
         ports: &Result<LocalPorts, String>,
         is_taken: bool,
@@ -196,10 +196,9 @@ fn chance(ports: &LocalPorts, port: u16) -> Option<Chance> {
 impl RefusedConnects {
     /// Converts a count of the probes.
     #[must_use]
-    pub fn new(destination: &Destination, count: &RefusedCount) -> Self {
-        let &Destination { addr, netns, port, .. } = destination;
+    pub fn new(destination: &Endpoint, count: &RefusedCount) -> Self {
         Self {
-            endpoint: Endpoint { addr, netns, port, family: 0 },
+            endpoint: *destination,
             newest: count.last_opener,
             last_ns: count.last_ns,
             dialers: count.pid_count(),
@@ -238,11 +237,11 @@ mod tests {
 
     const NOW_NS: u64 = 100_000 * SECOND_NS;
     /// ::ffff:127.0.0.1, port 40000.
-    const DESTINATION: Destination = Destination {
+    const DESTINATION: Endpoint = Endpoint {
         addr: [0, 0, 0xffff_u32.to_be(), 0x7f00_0001_u32.to_be()],
         netns: 7,
         port: 40_000,
-        padding: 0,
+        family: 0,
     };
 
     /// `refused` attempts, one every `gap_ns`, the newest at `now_ns`.

@@ -2,7 +2,8 @@
 
 use std::net::IpAddr;
 
-use selfconn_ebpf::{Endpoint, Opener, Task, Transition, bind_failure::BindFailure, family};
+use selfconn_ebpf::{Endpoint, Opener, Task, Transition, bind_failure::BindFailure};
+use zerocopy::FromZeros as _;
 
 use super::connection::{Connection, Source};
 use crate::sockets::SocketEntry;
@@ -39,32 +40,21 @@ pub(crate) fn transition(sock: u64, at_ns: u64, old: u8, new: u8) -> Transition 
     Transition {
         at_ns,
         sock,
-        cookie: 0,
-        bytes_sent: 0,
-        bytes_retrans: 0,
-        bytes_received: 0,
-        addr: std::net::Ipv4Addr::LOCALHOST.to_ipv6_mapped().octets(),
-        netns: 1,
-        ifindex: 0,
+        endpoint: endpoint("127.0.0.1", 40_000),
         snd_una: 101,
         rcv_nxt: 101,
-        error: 0,
-        port: 40_000,
-        family: family::INET,
         old,
         new,
-        probe_id: 0,
         has_counters: 1,
-        is_owned: 0,
         current: task,
         opener: Opener { at_ns: at_ns / 1_000 * 1_000 + 1, task, ..Opener::UNKNOWN },
+        ..Transition::new_zeroed()
     }
 }
 
 /// A bind of nginx that failed once.
 pub(crate) fn bind_failure(requested: Endpoint, at_ns: u64) -> BindFailure {
-    let Endpoint { addr, netns, port, family } = requested;
     let mut task = Task::UNKNOWN;
     task.leader[..5].copy_from_slice(b"nginx");
-    BindFailure { at_ns, start_ns: 0, addr, netns, port, family, task, failures: 1, uid: 0 }
+    BindFailure { at_ns, endpoint: requested, task, failures: 1, ..BindFailure::new_zeroed() }
 }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::connection::{ConnectionFields, process_name};
 use super::text::{self, EventFormat, LogRecord, Severity, duration, subject, utc_time};
 use crate::{
-    detect::bind_conflict::{self, PortHolder, requested},
+    detect::bind_conflict::{self, PortHolder},
     system::{clock::Offset, process::ProcessInfo},
 };
 
@@ -84,7 +84,7 @@ impl Blocked {
         clock: Offset,
     ) -> Self {
         let tracked = holder.connection();
-        let requested = requested(failed);
+        let requested = failed.endpoint;
         let (state, free_at) = match holder {
             PortHolder::Open(_) => (state::ESTABLISHED, None),
             PortHolder::TimeWait(bind_conflict::TimeWaitEntry { until_ns, .. }) => {
@@ -101,7 +101,7 @@ impl Blocked {
             exe: process.exe.clone(),
             unit: process.unit.clone(),
             container: process.container.clone(),
-            failures: failed.failures.into(),
+            failures: failed.failures,
             holder: BlockingConnection {
                 connection,
                 state: state::name(state),

@@ -92,7 +92,7 @@ impl SelfTestSocket {
     /// True if the transition belongs to this socket.
     #[must_use]
     pub fn owns(&self, t: &Transition) -> bool {
-        match t.netns {
+        match t.endpoint.netns {
             // Without BTF the probes do not know the namespace.
             0 => is_self_test(t, self.uid),
             netns => netns == self.netns,
@@ -105,8 +105,8 @@ impl SelfTestSocket {
 /// another user at the same endpoint is reported like any other.
 #[must_use]
 pub fn is_self_test(t: &Transition, own_uid: u32) -> bool {
-    t.addr == ADDRESS.to_ipv6_mapped().octets()
-        && t.port == PORT
+    t.endpoint.ip() == ADDRESS
+        && t.endpoint.port == PORT
         // The second probe's last record may have no opener, because the entry is already removed.
         && (t.opener.at_ns == 0 || [0, own_uid].contains(&t.opener.uid))
 }
@@ -146,16 +146,14 @@ fn ack_errno(response: &[u8]) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
-    use selfconn_ebpf::{Opener, state};
+    use selfconn_ebpf::{Endpoint, Opener, state};
 
     use super::*;
     use crate::detect::samples;
 
     fn transition(addr: Ipv4Addr, port: u16, uid: u32, opened_ns: u64, netns: u32) -> Transition {
         Transition {
-            addr: addr.to_ipv6_mapped().octets(),
-            netns,
-            port,
+            endpoint: Endpoint::new(netns, addr.into(), port, false),
             opener: Opener { at_ns: opened_ns, uid, ..Opener::UNKNOWN },
             ..samples::transition(1, 2, state::SYN_RECV, state::ESTABLISHED)
         }

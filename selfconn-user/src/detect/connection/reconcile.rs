@@ -13,7 +13,7 @@ use std::collections::{HashMap, HashSet};
 
 use selfconn_ebpf::{Endpoint, Transition, state};
 
-use super::{Connection, ConnectionEnd, ConnectionEvent, Connections, Tracked, close, endpoint, rank};
+use super::{Connection, ConnectionEnd, ConnectionEvent, Connections, Tracked, close, rank};
 use crate::sockets::SocketEntry;
 
 /// ESTABLISHED or later. A socket that is still connecting is not a self-connection yet. One in TIME_WAIT is
@@ -97,7 +97,7 @@ impl Connections {
         if self.provisional_keys.is_empty() {
             return;
         }
-        if let Some(key) = self.provisional_keys.remove(&endpoint(t).any_family())
+        if let Some(key) = self.provisional_keys.remove(&t.endpoint.any_family())
             && let Some(tracked) = self.tracked.remove(&key)
         {
             self.tracked.insert(t.sock, tracked);
