@@ -89,7 +89,9 @@ impl HelperProcess {
 
 fn command(task: &str) -> Command {
     let mut command = Command::new("/proc/self/exe");
-    command.args(["--exact", "role::run_helper_process", "--ignored", "--nocapture"]).env(TASK_ENV, task);
+    command
+        .args(["--exact", "support::helper_process::run_helper_process", "--ignored", "--nocapture"])
+        .env(TASK_ENV, task);
     command
 }
 
