@@ -1,5 +1,7 @@
 //! Unit tests of the report. The bench itself has no harness, so they are a test target of their own.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
+
 #[path = "report/mod.rs"]
 mod report;
 

@@ -9,9 +9,7 @@
 //! records of one socket are therefore in order in the ring buffer. Each record is there once or twice, or
 //! not at all if it was lost.
 
-use std::{
-    collections::{HashMap, HashSet, VecDeque},
-};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use selfconn_ebpf::{COMM_LEN, Endpoint, Opener, Task, Transition, state};
 

@@ -27,6 +27,14 @@ const SIGNAL_COMMAND: &str = "systemctl kill --signal=HUP selfconn.service 2>/de
 /// Fewer than the 14 old files that the snippet keeps, so that no file is removed.
 const ROTATIONS: usize = 12;
 
+struct EndLoad<'a>(&'a AtomicBool);
+
+impl Drop for EndLoad<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 struct Rotation {
     folder: tempfile::TempDir,
     config: String,
@@ -100,8 +108,11 @@ fn rotate_under_load(rotation: &Rotation) -> Value {
     command.args(["run", "--quiet", "--states", "--log"]).arg(&log).stdin(Stdio::null());
     let mut child = command.spawn().unwrap();
     let is_over = AtomicBool::new(false);
+    // Also if a rotation fails, because the scope waits for the thread.
+    let end_load = EndLoad(&is_over);
     let len = || log.metadata().map_or(0, |metadata| metadata.len());
     thread::scope(|scope| {
+        let end_load = end_load;
         scope.spawn(|| {
             while !is_over.load(Ordering::Relaxed) {
                 run_self_connection(Ipv4Addr::LOCALHOST.into());
@@ -117,7 +128,7 @@ fn rotate_under_load(rotation: &Rotation) -> Value {
             }
             rotation.rotate(child.id());
         }
-        is_over.store(true, Ordering::Relaxed);
+        drop(end_load);
     });
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));

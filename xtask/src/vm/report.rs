@@ -50,6 +50,8 @@ pub(super) struct MatrixRow {
     pub(super) faults: Vec<String>,
     /// In the order of the output.
     pub(super) facts: Vec<Fact>,
+    /// How often a test was repeated, because the program of a forced method was preempted.
+    pub(super) retries: usize,
     /// The kernel's warnings.
     pub(super) warnings: Vec<String>,
     pub(super) duration: Duration,
@@ -89,6 +91,9 @@ impl MatrixRow {
             Ending::Hung(line) => words.push(format!("hung after: {line}")),
             Ending::EmulatorFailed(why) => words.push(format!("the emulator failed: {why}")),
             Ending::NoVerdict(line) => words.push(format!("no verdict after: {line}")),
+        }
+        if self.retries > 0 {
+            words.push(format!("{} repeated", self.retries));
         }
         words.extend_from_slice(&self.faults);
         words.join(", ")
@@ -173,6 +178,11 @@ fn table(head: &[String], rows: impl Iterator<Item = Vec<String>>) -> String {
     [line(head), rule].into_iter().chain(rows.map(|row| line(&row))).collect()
 }
 
+/// Counts the retries that the tests print.
+pub(super) fn count_retries(output: &str) -> usize {
+    output.matches("RETRY test=").count()
+}
+
 /// Parses libtest's output. If a test prints past libtest's capture, its outcome is on a later line.
 pub(super) fn parse_tests(output: &str) -> Vec<TestResult> {
     let mut tests: Vec<TestResult> = Vec::new();
@@ -224,6 +234,7 @@ pub(super) fn row_of(kernel: &str, output: &str) -> MatrixRow {
         faults: faults(output, &tests, &facts),
         tests,
         facts,
+        retries: count_retries(output),
         warnings: Vec::new(),
         duration: Duration::ZERO,
         log: PathBuf::new(),
@@ -233,6 +244,13 @@ pub(super) fn row_of(kernel: &str, output: &str) -> MatrixRow {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn retries_are_counted_and_shown() {
+        let output = "test a ... RETRY test=a method=perf attempt=1 reason=\"r\" missed=\"m\"\nok\n";
+        assert!(row("6.1", "default", Ending::Passed, output).summary().ends_with("1 passed, 1 repeated"));
+        assert_eq!(row("6.1", "default", Ending::Passed, "test a ... ok\n").summary(), "1 passed");
+    }
 
     #[test]
     fn outcomes_are_read_from_libtests_output() {

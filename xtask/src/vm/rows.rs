@@ -16,7 +16,7 @@ use super::{
     facts,
     guest::{self, GuestRun},
     kernel::Kernel,
-    report::{MatrixRow, faults, parse_tests},
+    report::{MatrixRow, count_retries, faults, parse_tests},
     variant::{EVERYTHING, Variant},
 };
 use crate::{
@@ -105,6 +105,7 @@ impl<'a> RowRunner<'a> {
             faults: faults(&result.output, &tests, &facts),
             tests,
             facts,
+            retries: count_retries(&result.output),
             warnings: warnings_in(&result.console),
             ending: result.ending.clone(),
             duration: result.duration,

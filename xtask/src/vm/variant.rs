@@ -38,35 +38,19 @@ impl TestSelection {
 const LOAD: TestSelection = TestSelection { name: "load", args: &["load::"], scale: [4, 1] };
 
 /// What depends on the kernel: what loads and is seen, which process is named, what the socket table has.
-const CORE: TestSelection = TestSelection {
-    name: "live",
-    args: &["kernel::", "accounting::with_room", "port_risk::the_twentieth"],
-    scale: [10, 10],
-};
+const CORE: TestSelection = TestSelection { name: "live", args: &["kernel::"], scale: [10, 10] };
 
 /// What an operator does with the daemon. The tests of files, pipes, HTTP and a service manager (`files::`)
 /// run in no machine, because they don't depend on the kernel.
-const REST: TestSelection = TestSelection {
-    name: "live",
-    args: &[
-        "operations::",
-        "--skip=accounting::a_disk",
-        "--skip=accounting::with_room",
-        "--skip=port_risk::the_twentieth",
-    ],
-    scale: [10, 10],
-};
+const REST: TestSelection = TestSelection { name: "live", args: &["operations::"], scale: [10, 10] };
 
 /// The base for tests that the user names.
 pub(super) const EVERYTHING: TestSelection = TestSelection { name: "live", args: &[], scale: [10, 10] };
 
 /// The tests that force the methods one after another. A lockdown decides which programs load and what they
 /// may read, and nothing else that we do.
-const BY_METHOD: TestSelection = TestSelection {
-    name: "live",
-    args: &["kernel::by_method::", "port_risk::the_twentieth"],
-    scale: [10, 10],
-};
+const BY_METHOD: TestSelection =
+    TestSelection { name: "live", args: &["kernel::by_method::"], scale: [10, 10] };
 
 /// The kernel without changes; with one CPU, where no other program runs beside a preempted one; and under
 /// the two lockdowns, of which a kernel under Secure Boot has the first. The longest come first.

@@ -3,6 +3,8 @@
 //! assertion ends a test at once: a wrong value is never retried. Tests of what must not be reported have no
 //! retries.
 
+use std::io::Write as _;
+
 use serde_json::Value;
 
 use super::daemon::{HookVariant, hook_variants};
@@ -42,7 +44,10 @@ fn with_retries(reason: &str, method: &str, max: usize, attempt: impl Fn() -> At
         let Err(Missed(what)) = attempt() else { return };
         assert!(number < max, "{method}, attempt {number} of {max}: {what}");
         let test = std::thread::current().name().unwrap_or_default().to_owned();
-        println!("RETRY test={test} method={method} attempt={number} reason={reason:?} missed={what:?}");
+        // Not `println!`, whose text libtest hides if the test passes.
+        let line =
+            format!("RETRY test={test} method={method} attempt={number} reason={reason:?} missed={what:?}\n");
+        let _ = std::io::stderr().write_all(line.as_bytes());
     }
 }
 
