@@ -34,7 +34,6 @@ use signals::{SignalAction, Signals};
 use snapshot_worker::{SnapshotRequest, SnapshotResponse, SnapshotWorker};
 use supervision::Supervision;
 
-mod bind_conflicts;
 mod losses;
 mod pipeline;
 mod port_ranges;

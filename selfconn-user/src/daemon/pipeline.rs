@@ -1,20 +1,20 @@
-//! The pipeline: turns transitions and snapshots of the socket table into connection events, attributes them
-//! to processes, and emits them.
+//! The pipeline: turns transitions, snapshots of the socket table and failed binds into events, attributes them to
+//! processes, and emits them.
 
 use std::collections::HashMap;
 
-use selfconn_ebpf::{Task, Transition, state};
+use selfconn_ebpf::{Task, Transition, bind_failure::BindFailure, state};
 
-use super::{bind_conflicts, remediation::Remediation};
+use super::remediation::Remediation;
 use crate::{
     detect::{
-        bind_conflict::BindConflicts,
+        bind_conflict::{BindConflicts, PortHolder, TimeWaitEntry},
         connection::{Connection, ConnectionEvent, Connections},
     },
-    event::{Closed, ConnectionFields, EventKind, StateChange},
+    event::{self, Closed, ConnectionFields, EventKind, StateChange},
     metrics,
     output::Outputs,
-    sockets::{self, HolderSearch, SnapshotOptions, SocketSnapshot},
+    sockets::SocketSnapshot,
     system::{
         clock::{self, Offset},
         process::{Attribution, ObservedTask, Processes},
@@ -35,22 +35,6 @@ pub(super) struct Pipeline {
     pub(super) out: Outputs,
     pub(super) established_counts: metrics::ConnectionCounts,
     pub(super) missed: u64,
-}
-
-/// Reads the socket tables and searches for the holders of the self-connections. This may take long.
-/// `netns_hints` are threads that may be the only ones in their namespace.
-pub(super) fn take_snapshot(netns_hints: &[u32]) -> SocketSnapshot {
-    let holders = Some(HolderSearch::Complete);
-    let options = SnapshotOptions { attempts: true, holders, ..SnapshotOptions::default() };
-    let snapshot = sockets::snapshot(options, netns_hints).unwrap_or_else(|error| {
-        // An empty snapshot covers no namespace, so no connection is considered closed.
-        log::error!("the socket table can't be read: {error}");
-        SocketSnapshot::default()
-    });
-    for why in &snapshot.unseen {
-        log::info!("the socket table of a network namespace can't be read: {why}");
-    }
-    snapshot
 }
 
 impl Pipeline {
@@ -110,7 +94,7 @@ impl Pipeline {
             if let Some(remedied) = remediation.on_connection_event(event, attribution, *run_id, at_ns) {
                 out.emit_at(clock.wall(at_ns), EventKind::Remedied(Box::new(remedied)));
             }
-            bind_conflicts::on_connection_event(bind_conflicts, event, attribution, at_ns);
+            record_time_wait(bind_conflicts, event, attribution, at_ns);
             if matches!(event, ConnectionEvent::Closed(..) | ConnectionEvent::State(_, _, state::CLOSE)) {
                 // One transition can close two connections: the previous one whose close was missed, and the
                 // current one.
@@ -183,6 +167,58 @@ impl Pipeline {
             }
         }
         missed
+    }
+
+    /// Handles a failed bind: emits `blocked` if a self-connection holds the port and a report is due.
+    pub(super) fn on_bind_failure(&mut self, failure: &BindFailure, clock: Offset) {
+        let Self { connections, bind_conflicts, processes, attributions, .. } = self;
+        let Some(holder) = bind_conflicts.find_holder(failure, connections.iter()) else { return };
+        let connection = holder.connection();
+        let unknown = Attribution::default();
+        let attribution = match holder {
+            PortHolder::Open(connection) => attributions.get(&connection.number).unwrap_or(&unknown),
+            PortHolder::TimeWait(entry) => &entry.attribution,
+        };
+        let fields = ConnectionFields::new(connection, self.run_id, attribution);
+        let observed = ObservedTask { task: failure.task, start_ns: failure.start_ns, at_ns: failure.at_ns };
+        let process = processes.look_up(&observed, failure.at_ns);
+        let mut report = event::Blocked::new(failure, &process, &holder, fields, clock);
+        let number = connection.number;
+        if let Some(failures) = bind_conflicts.record_failure(failure, number) {
+            report.failures = failures;
+            self.out.emit_at(clock.wall(failure.at_ns), EventKind::Blocked(Box::new(report)));
+        }
+    }
+
+    /// Records the TIME_WAIT sockets of self-connections whose close this run did not observe.
+    pub(super) fn record_time_waits(&mut self, snapshot: &SocketSnapshot) {
+        for entry in &snapshot.entries {
+            let Some(time_left) = entry.time_wait_left else { continue };
+            debug_assert_eq!(entry.state, state::TIME_WAIT);
+            let connection = Connection::from_entry(0, entry);
+            let time_left_ns = u64::try_from(time_left.as_nanos()).unwrap_or(u64::MAX);
+            let until_ns = snapshot.began_ns.saturating_add(time_left_ns);
+            self.bind_conflicts.insert_listed_time_wait(
+                TimeWaitEntry { connection, attribution: Attribution::default(), until_ns },
+                snapshot.began_ns,
+            );
+        }
+    }
+}
+
+/// Records the TIME_WAIT of a self-connection that is closed.
+fn record_time_wait(
+    bind_conflicts: &mut BindConflicts,
+    event: ConnectionEvent<'_>,
+    attribution: &Attribution,
+    now_ns: u64,
+) {
+    if let ConnectionEvent::Closed(connection, end) = event
+        && let Some(until_ns) = end.port_blocked_until_ns
+    {
+        let entry =
+            TimeWaitEntry { connection: connection.clone(), attribution: attribution.clone(), until_ns };
+        bind_conflicts.insert_time_wait(entry, now_ns);
     }
 }
 

@@ -2,10 +2,10 @@
 
 use std::io;
 
-use super::{pipeline::take_snapshot, worker::Worker};
+use super::worker::Worker;
 use crate::{
     detect::remediation::RemedyRequest,
-    sockets::{self, Cookie, SocketSnapshot},
+    sockets::{self, Cookie, HolderSearch, SnapshotOptions, SocketSnapshot},
     system::{capabilities, clock},
 };
 
@@ -41,4 +41,20 @@ pub(super) fn start() -> io::Result<SnapshotWorker> {
             SnapshotResponse::Destroyed(number, began_ns, outcome)
         }
     })
+}
+
+/// Reads the socket tables and searches for the holders of the self-connections. This may take long.
+/// `netns_hints` are threads that may be the only ones in their namespace.
+fn take_snapshot(netns_hints: &[u32]) -> SocketSnapshot {
+    let holders = Some(HolderSearch::Complete);
+    let options = SnapshotOptions { attempts: true, holders, ..SnapshotOptions::default() };
+    let snapshot = sockets::snapshot(options, netns_hints).unwrap_or_else(|error| {
+        // An empty snapshot covers no namespace, so no connection is considered closed.
+        log::error!("the socket table can't be read: {error}");
+        SocketSnapshot::default()
+    });
+    for why in &snapshot.unseen {
+        log::info!("the socket table of a network namespace can't be read: {why}");
+    }
+    snapshot
 }

@@ -7,9 +7,9 @@ use std::{collections::HashMap, io, panic, thread};
 use selfconn_ebpf::{Endpoint, state};
 
 use super::{
+    entry::{DumpedSocket, SocketEntry},
     netns::{self, Namespace},
     sock_diag::exact::{self, Cookie},
-    table::{DumpedSocket, SocketEntry},
 };
 
 const EPERM: i32 = 1;
@@ -184,7 +184,7 @@ mod tests {
             ("127.0.0.2:4", "127.0.0.2:4", state::ESTABLISHED, false, false),
             ("127.0.0.1:4", "127.0.0.2:4", state::ESTABLISHED, false, false),
         ] {
-            let row = super::super::table::tests::row(source, destination, state);
+            let row = super::super::entry::tests::row(source, destination, state);
             let case = format!("{source} {destination} {}", state::name(state));
             assert_eq!((is_at(&row, &v4), is_at(&row, &mapped)), (plain, v6), "{case}");
         }

@@ -4,8 +4,9 @@
 use std::{io, panic, path::PathBuf, thread};
 
 use super::{
+    entry::SocketEntry,
     netns::{self, Namespace},
-    table::{SocketEntry, Tables},
+    table::Tables,
 };
 
 /// The network namespaces to inspect.

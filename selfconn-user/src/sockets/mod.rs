@@ -11,6 +11,7 @@
 //! only in another mount namespace.
 
 mod destroy;
+mod entry;
 mod holders;
 mod listeners;
 mod netns;
@@ -25,6 +26,7 @@ pub use destroy::can_enter;
 pub use destroy::destroy;
 pub use destroy::destroy_all;
 pub use destroy::look_up;
+pub use entry::SocketEntry;
 pub use holders::HolderSearch;
 pub use holders::Holders;
 pub use holders::find_holders;
@@ -41,4 +43,3 @@ pub use snapshot::SnapshotOptions;
 pub use snapshot::SocketSnapshot;
 pub use snapshot::snapshot;
 pub use sock_diag::exact::Cookie;
-pub use table::SocketEntry;

@@ -3,7 +3,7 @@
 
 use std::{io, net::IpAddr, time::Duration};
 
-use super::{procfs, table::DumpedSocket};
+use super::{entry::DumpedSocket, procfs};
 
 /// A socket that has the port.
 #[derive(Clone, Copy, Debug)]

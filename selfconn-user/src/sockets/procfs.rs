@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::table::{DumpedSocket, SocketEntry, dumped_endpoint};
+use super::entry::{DumpedSocket, SocketEntry, dumped_endpoint};
 
 /// The files show the network namespace of the calling thread.
 const IPV4: &str = "/proc/thread-self/net/tcp";

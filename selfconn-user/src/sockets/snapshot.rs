@@ -12,9 +12,10 @@ use std::{
 use selfconn_ebpf::{ConnectEntry, Endpoint, Opener};
 
 use super::{
+    entry::SocketEntry,
     holders::{HolderSearch, Holders, find_holders},
     netns::{self, Namespace},
-    table::{SocketEntry, Tables},
+    table::Tables,
 };
 use crate::system::{clock, process::Holder};
 

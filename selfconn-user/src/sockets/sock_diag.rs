@@ -18,7 +18,7 @@ use netlink_packet_sock_diag::{
     inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags, Timer},
 };
 
-use super::table::{DumpedSocket, STATES, SocketEntry, dumped_endpoint};
+use super::entry::{DumpedSocket, STATES, SocketEntry, dumped_endpoint};
 use message::DiagMessage;
 
 mod bytecode;

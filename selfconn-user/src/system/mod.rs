@@ -2,6 +2,7 @@
 //! heap, the service manager's socket, diagnostics on stderr.
 
 pub mod capabilities;
+mod cgroup;
 pub mod clock;
 pub mod logger;
 pub mod memory;

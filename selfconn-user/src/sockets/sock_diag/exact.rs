@@ -24,7 +24,7 @@ use super::{
     message::{self, DiagMessage},
     parse,
 };
-use crate::sockets::table::DumpedSocket;
+use crate::sockets::entry::DumpedSocket;
 
 /// Both halves of `INET_DIAG_NOCOOKIE`, include/uapi/linux/inet_diag.h at v5.10.
 const NOCOOKIE: u64 = u64::MAX;
