@@ -76,7 +76,10 @@ pub(crate) fn unpack(name: &str, directory: &Path) -> Result<()> {
         download.args(["--option", "APT::Sandbox::User=root", "download", name]).current_dir(directory);
         run::step(&format!("fetching {name}"), &mut download)
     };
-    fetch().or_else(|_| {
+    fetch().or_else(|error| {
+        if !may_install() {
+            return Err(error.context("run: sudo apt-get update"));
+        }
         update();
         fetch()
     })?;

@@ -2,7 +2,13 @@
 //! stop the others. The last lines are the result of all checks in libtest's form, and the names of those that
 //! failed.
 
-use std::{env, io, process::Stdio, time::Instant};
+use std::{
+    cell::Cell,
+    env,
+    io::{self, BufRead as _, BufReader},
+    process::{Command, Stdio},
+    time::Instant,
+};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -28,6 +34,8 @@ const LIVE_TESTS: &[&str] = &["test", "--no-fail-fast", "--package", "selfconn-u
 struct Summary {
     passed: usize,
     failed: Vec<String>,
+    /// What could not be checked here, with the reason.
+    skipped: Vec<String>,
 }
 
 impl Summary {
@@ -38,8 +46,10 @@ impl Summary {
         match check() {
             Ok(skipped) => {
                 skipped.iter().for_each(|what| say(format!("{name}: skipped: {what}")));
-                say(format!("{name}: passed, {}", seconds_since(start)));
+                let word = if skipped.is_empty() { "passed" } else { "passed in part" };
+                say(format!("{name}: {word}, {}", seconds_since(start)));
                 self.passed += 1;
+                self.skipped.extend(skipped);
             }
             Err(error) => {
                 say(format!("{name}: FAILED: {error:#}, {}", seconds_since(start)));
@@ -51,11 +61,19 @@ impl Summary {
 
 /// Runs all checks, or only the tests with `filter` in their name. `kernels`: in virtual machines, too.
 pub(crate) fn test(workspace: &Workspace, filter: Option<&str>, kernels: bool) -> Result<()> {
+    let ran = Cell::new(0);
     let cargo = |arguments: &[&str]| -> Result<Vec<String>> {
         let mut cargo = environment::cargo();
         cargo.args(arguments).args(filter).current_dir(&workspace.root);
-        let status = cargo.stdin(Stdio::null()).stdout(io::stdout()).status().context("start cargo")?;
-        if status.success() { Ok(Vec::new()) } else { bail!("cargo {}: {status}", arguments[0]) }
+        cargo.stdin(Stdio::null());
+        let is_success = if filter.is_some() {
+            let (is_success, count) = count_tests(&mut cargo)?;
+            ran.set(ran.get() + count);
+            is_success
+        } else {
+            cargo.stdout(io::stdout()).status().context("start cargo")?.success()
+        };
+        if is_success { Ok(Vec::new()) } else { bail!("cargo {} failed", arguments[0]) }
     };
     let mut summary = Summary::default();
     if filter.is_none() {
@@ -90,15 +108,47 @@ pub(crate) fn test(workspace: &Workspace, filter: Option<&str>, kernels: bool) -
 
     let (word, failed) = (if summary.failed.is_empty() { "ok" } else { "FAILED" }, summary.failed.len());
     say("all checks:");
-    println!("test result: {word}. {} passed; {failed} failed; 0 ignored; 0 measured", summary.passed);
+    println!(
+        "test result: {word}. {} passed; {failed} failed; {} ignored; 0 measured",
+        summary.passed,
+        summary.skipped.len()
+    );
     if failed > 0 {
         bail!("failed: {}: their output is above", summary.failed.join(", "));
+    }
+    if let Some(filter) = filter
+        && ran.get() == 0
+    {
+        bail!("no test has `{filter}` in its name");
     }
     if !may_install() {
         packages::must_be_root("live tests, CLI tests and other kernels were not run", "test")?;
     }
-    say("everything passed");
+    say(match summary.skipped.is_empty() {
+        true => "everything passed".to_owned(),
+        false => format!("passed, without what was skipped: {}", summary.skipped.join("; ")),
+    });
     Ok(())
+}
+
+/// Runs cargo with its output, and returns the number of tests that ran, from libtest's lines in it.
+fn count_tests(cargo: &mut Command) -> Result<(bool, usize)> {
+    let mut child = cargo.stdout(Stdio::piped()).spawn().context("start cargo")?;
+    let mut ran = 0;
+    for line in child.stdout.take().map(BufReader::new).into_iter().flat_map(BufReader::lines) {
+        let line = line.context("read cargo's output")?;
+        println!("{line}");
+        ran += tests_in(&line);
+    }
+    Ok((child.wait().context("wait for cargo")?.success(), ran))
+}
+
+/// The passed and failed tests in a line `test result: ok. 3 passed; 0 failed; ...`.
+fn tests_in(line: &str) -> usize {
+    let Some(counts) = line.strip_prefix("test result: ") else { return 0 };
+    let words: Vec<_> = counts.split([' ', ';']).collect();
+    let counted = words.windows(2).filter(|pair| ["passed", "failed"].contains(&pair[1]));
+    counted.filter_map(|pair| pair[0].parse::<usize>().ok()).sum()
 }
 
 /// Adds rustfmt and clippy to the toolchain that runs us.
@@ -121,4 +171,20 @@ fn add_components() -> Result<()> {
     } else {
         &["rustfmt", "rust-clippy"]
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tests_are_counted_in_results_only() {
+        for (line, count) in [
+            ("test result: ok. 3 passed; 1 failed; 2 ignored; 0 measured; 9 filtered out", 4),
+            ("test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 44 filtered out", 0),
+            ("test a ... 3 passed", 0),
+        ] {
+            assert_eq!(tests_in(line), count, "{line}");
+        }
+    }
 }

@@ -111,6 +111,9 @@ pub mod reported {
     pub const LIFETIMES: u32 = 1 << state::ESTABLISHED | 1 << state::FIN_WAIT1 | 1 << state::CLOSE;
     /// All transitions.
     pub const STATES: u32 = u32::MAX;
+
+    // The report at CLOSE also frees the socket's slot in the connect table.
+    const _: () = assert!(LIFETIMES & STATES & 1 << state::CLOSE != 0);
 }
 
 #[cfg(test)]

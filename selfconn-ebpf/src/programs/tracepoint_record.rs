@@ -7,9 +7,9 @@ use super::{
     sock::{SelfAddr, Sock},
 };
 
-/// `trace_event_raw_inet_sock_set_state`, include/trace/events/sock.h at
-/// v5.10. The layout is the same from v5.6 on. The verifier refuses run-time offsets into a context, so they
-/// are constants here, and user space compares them with the kernel's `format` file.
+/// `trace_event_raw_inet_sock_set_state`, include/trace/events/sock.h at v5.10. The layout is the same from v5.6
+/// on. The verifier refuses run-time offsets into a context, so they are constants here, and user space compares
+/// them with the kernel's `format` file.
 pub(crate) struct TracepointRecord {
     pub(crate) sock: Sock<ProbeRead>,
     pub(crate) self_addr: SelfAddr,

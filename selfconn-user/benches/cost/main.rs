@@ -36,7 +36,7 @@ struct CostCli {
     #[command(subcommand)]
     helper: Option<CostHelper>,
     /// The daemon to measure
-    # [arg(long, default_value = env!("CARGO_BIN_EXE_selfconn"))]
+    #[arg(long, default_value = env!("CARGO_BIN_EXE_selfconn"))]
     daemon: PathBuf,
     /// Fewer and shorter rounds
     #[arg(long)]
@@ -45,7 +45,7 @@ struct CostCli {
     #[arg(long)]
     json: bool,
     /// Print only the samples, as one line of JSON
-    # [arg(long, conflicts_with_all = ["json", "write"])]
+    #[arg(long, conflicts_with_all = ["json", "write"])]
     samples: bool,
     /// Compare the samples in this file, which were taken in a virtual machine, too
     #[arg(long, value_name = "FILE")]
@@ -63,7 +63,7 @@ struct CostCli {
     #[arg(long, hide = true)]
     bench: bool,
     /// Only these groups
-    # [arg(value_parser = GROUPS.map(|(name, _)| name))]
+    #[arg(value_parser = GROUPS.map(|(name, _)| name))]
     groups: Vec<String>,
 }
 

@@ -73,6 +73,7 @@ impl KernelFeatures {
     /// # Errors
     /// If a seccomp filter forbids to read the capabilities.
     pub fn probe(without_btf: bool) -> anyhow::Result<Self> {
+        fs::metadata("/proc/self/status").context("cannot read /proc/self/status: mount procfs on /proc")?;
         let btf = if without_btf {
             Err("hidden by an option".to_owned())
         } else {

@@ -171,7 +171,11 @@ fn method_report(method: &'static str, outcome: Result<(), Refusal>, would_attac
     };
     MethodReport {
         method,
-        verdict: refusal.as_ref().map_or("ok", Refusal::kind),
+        verdict: match &refusal {
+            None => "ok",
+            Some(Refusal::NotRequested) => "unsupported",
+            Some(refusal) => refusal.kind(),
+        },
         why: refusal.as_ref().and_then(Refusal::reason).map(str::to_owned),
         hint,
         would_attach,

@@ -83,8 +83,7 @@ impl PortHolder<'_> {
 }
 
 /// True if the socket at `held` keeps another socket from binding `requested`, of which an unspecified address
-/// stands for all addresses. Only the addresses decide, not
-/// the families of the two sockets.
+/// stands for all addresses. Only the addresses decide, not the families of the two sockets.
 fn is_conflicting(held: &Endpoint, requested: &Endpoint) -> bool {
     let is_requested = match requested.ip() {
         // An IPv6 socket requests the IPv4 port, too, unless it has IPV6_V6ONLY set.

@@ -10,11 +10,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::{
     environment::plain,
-    packages::debs_in,
+    packages::{self, debs_in},
     run::{self, say},
     workspace::write_if_changed,
 };
@@ -55,8 +55,18 @@ impl DebianArchive {
     /// Asks the machine's apt, which reads its sources in all their forms.
     fn of_this_machine() -> Result<Self> {
         let format = "$(REPO_URI) $(RELEASE)";
-        let sources =
-            run::output(plain("apt-get").args(["indextargets", "--format", format, "Created-By: Packages"]))?;
+        let ask = || {
+            run::output(plain("apt-get").args(["indextargets", "--format", format, "Created-By: Packages"]))
+        };
+        let mut sources = ask()?;
+        // Without package lists apt names no source.
+        if Self::find(&sources).is_none() {
+            if !packages::may_install() {
+                bail!("apt knows no source of Debian packages: run: sudo apt-get update");
+            }
+            packages::update();
+            sources = ask()?;
+        }
         Self::find(&sources)
             .context("no source of Debian packages in /etc/apt: name the kernels by --kernel PATH")
     }

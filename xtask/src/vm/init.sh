@@ -63,6 +63,7 @@ while read -r module; do
 done </modules/order
 echo "FACT kernel=$(read_first /proc/sys/kernel/osrelease)"
 lockdown=$(read_first /sys/kernel/security/lockdown)
+lockdown=${lockdown:-[unknown]}
 lockdown=${lockdown#*[}
 echo "FACT lockdown=${lockdown%%]*}"
 echo "FACT cpus=$($b nproc)"

@@ -43,7 +43,7 @@ pub(crate) struct VmArgs {
     kernel: Vec<String>,
     /// How to boot the kernels and which tests to run there; by default all, and `rest` on the oldest kernel
     /// only
-    # [arg(long, value_name = "NAME", value_parser = VARIANTS.map(|variant| variant.name))]
+    #[arg(long, value_name = "NAME", value_parser = VARIANTS.map(|variant| variant.name))]
     variant: Vec<String>,
     /// How many machines run at the same time
     #[arg(long, value_name = "N", default_value_t = 2)]
@@ -52,7 +52,7 @@ pub(crate) struct VmArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 900)]
     deadline: u64,
     /// A variable for the tests; SELFCONN_SCALE divides their counts (default 10; less for the load tests)
-    # [arg(long, value_name = "NAME=VALUE", value_parser = assignment)]
+    #[arg(long, value_name = "NAME=VALUE", value_parser = assignment)]
     env: Vec<(String, String)>,
     /// Arguments of the tests, such as a part of their names
     #[arg(last = true, value_name = "TEST-ARGS")]
@@ -113,7 +113,9 @@ pub(crate) fn run_subset(workspace: &Workspace) -> Result<Vec<String>> {
         test_args: Vec::new(),
     };
     // If packages or kernels can't be had, the tested code is not at fault.
-    if let Err(error) = packages::install_programs(&PROGRAMS) {
+    if let Err(error) =
+        packages::install_programs(&PROGRAMS).and_then(|()| guest::busybox(workspace).map(drop))
+    {
         return Ok(vec![format!("{error:#}")]);
     }
     let stock = KernelStock::get_available(&args.kernel, &directory(workspace));

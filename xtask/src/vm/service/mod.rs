@@ -49,8 +49,8 @@ const MEMORY_MIB: u32 = 2048;
 /// PID 1 until systemd: loads modules, and moves to a root that systemd can pivot from, as it does for
 /// services with their own view of the file system. The root of an initramfs can't be pivoted from
 /// (`pivot_root` in `fs/namespace.c` at v6.1); a bind mount of it that is moved over it can.
-const INIT: &str = "\
-# !/bin/sh
+pub(super) const INIT: &str = "\
+#!/bin/sh
 mount -t proc proc /proc
 while read -r module; do insmod \"/modules/$module\" || echo \"$module was refused\"; done </modules/order
 umount /proc
