@@ -34,7 +34,7 @@ mod targets {
             Some("a\n<!-- cost:begin -->\nnew\n<!-- cost:end -->\nb\n")
         );
         assert_eq!(with_section("a\n", "new\n"), None);
-        assert_eq!(short_version("6.18.44-fc-v657"), "6.18.44");
+        assert_eq!(short_version("6.18.44-local"), "6.18.44");
     }
 }
 
