@@ -71,8 +71,9 @@ impl<M: KernelRead> Sock<M> {
         M::low_half(self.sk)
     }
 
+    /// A field of the socket. Zero: this kernel does not have it. `T` must have the field's size.
     #[inline(always)]
-    fn get<T: Copy + Default>(self, field: Field) -> T {
+    pub(crate) fn get<T: Copy + Default>(self, field: Field) -> T {
         Self::at(self.sk, field)
     }
 
@@ -165,7 +166,7 @@ impl<M: KernelRead> Sock<M> {
     #[inline(always)]
     pub(crate) fn was_refused(self) -> bool {
         const ECONNREFUSED: u32 = 111;
-        self.error() == ECONNREFUSED
+        self.get::<u32>(Field::Error) == ECONNREFUSED
     }
 
     /// An address and a port in the network namespace of this socket.
@@ -180,24 +181,6 @@ impl<M: KernelRead> Sock<M> {
         let (Some(net), Some(inum)) = (offset(Field::Net), offset(Field::NetnsInum)) else { return 0 };
         let net: Pointer = M::read(self.sk.wrapping_add(net));
         M::read(net.0.wrapping_add(inum))
-    }
-
-    /// The socket cookie. 0: the kernel has not assigned one yet.
-    #[inline(always)]
-    pub(crate) fn cookie(self) -> u64 {
-        self.get(Field::Cookie)
-    }
-
-    /// The interface that the socket is bound to. 0: none.
-    #[inline(always)]
-    pub(crate) fn ifindex(self) -> u32 {
-        self.get(Field::BoundDevIf)
-    }
-
-    /// `sk_err`, an errno.
-    #[inline(always)]
-    pub(crate) fn error(self) -> u32 {
-        self.get(Field::Error)
     }
 
     /// True if a process holds the socket lock.

@@ -7,7 +7,7 @@
 
 use aya_ebpf::{EbpfContext, Global, helpers::generated::bpf_ktime_get_boot_ns, programs::TracePointContext};
 use aya_log_ebpf::warn;
-use selfconn_ebpf::{Action, IPPROTO_TCP, Transition, classify, counter, reported, state, tag};
+use selfconn_ebpf::{Action, Field, IPPROTO_TCP, Transition, classify, counter, reported, state, tag};
 
 use super::{
     connect_table,
@@ -132,15 +132,15 @@ fn report<C: EbpfContext, M: KernelRead>(
             // SAFETY: the helper takes no arguments.
             at_ns: unsafe { bpf_ktime_get_boot_ns() },
             sock: sock.key(),
-            cookie: sock.cookie(),
+            cookie: sock.get(Field::Cookie),
             endpoint,
             bytes_sent: counters.bytes_sent,
             bytes_retrans: counters.bytes_retrans,
             bytes_received: counters.bytes_received,
             snd_una: counters.snd_una,
             rcv_nxt: counters.rcv_nxt,
-            ifindex: sock.ifindex(),
-            error: sock.error(),
+            ifindex: sock.get(Field::BoundDevIf),
+            error: sock.get(Field::Error),
             current: current_task().0,
             opener,
         }

@@ -168,8 +168,11 @@ mod tests {
 
     const INTERVAL: Duration = Duration::from_secs(60);
 
+    /// The other methods have observed nothing.
     fn counters(seen: [u64; 4], ring_full: u64) -> Counters {
-        Counters { seen, ring_full, ..Counters::default() }
+        let mut counters = Counters { ring_full, ..Counters::default() };
+        counters.seen[..seen.len()].copy_from_slice(&seen);
+        counters
     }
 
     /// Runs one test of `tp_btf` and `perf` with these counters, with or without its record, and with or

@@ -15,7 +15,7 @@ fn live(choice: &Choice<Method>) -> Vec<Method> {
 
 #[test]
 fn the_default_pair_never_shares_a_recursion_guard() {
-    for bits in 0..16_u32 {
+    for bits in 0..1_u32 << Method::ALL.len() {
         let these: Vec<_> = Method::ALL.into_iter().filter(|m| bits & 1 << *m as u32 != 0).collect();
         let live = live(&choose(ANY, attach_only(&these)));
         let shared = |these: &[Method]| {
@@ -70,7 +70,7 @@ fn no_method_is_attempted_twice_or_without_request() {
         attempts.push(method);
         Err(Refusal::Unsupported(String::new()))
     });
-    assert_eq!(attempts, [TpBtf, Perf]);
+    assert_eq!(attempts, Hook::InetSockSetState.candidates());
 }
 
 #[test]

@@ -83,13 +83,20 @@ pub(crate) fn method_verdicts() -> Vec<(&'static str, &'static str, &'static str
 
 /// The options that force this method and attach no other.
 pub(crate) fn options_forcing(method: &str) -> Vec<&'static str> {
-    match method {
-        "tp_btf" => vec!["--hooks", "tracepoint", "--tracepoint-method", "tp_btf"],
-        "perf" => vec!["--hooks", "tracepoint", "--tracepoint-method", "perf"],
-        "fentry" => vec!["--hooks", "function", "--function-method", "fentry"],
-        "kprobe" => vec!["--hooks", "function", "--function-method", "kprobe"],
-        other => panic!("no method {other}"),
-    }
+    let methods_of =
+        |hook: &'static Value| hook["methods"].as_array().unwrap().iter().map(move |m| (hook, m));
+    let (hook, method) = doctor()["hooks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(methods_of)
+        .find(|(_, known)| known["method"] == method)
+        .unwrap_or_else(|| panic!("no method {method}"));
+    let [hook, method_option] = match hook["hook"].as_str() {
+        Some("tcp_set_state") => ["function", "--function-method"],
+        _ => ["tracepoint", "--tracepoint-method"],
+    };
+    vec!["--hooks", hook, method_option, method["method"].as_str().unwrap()]
 }
 
 /// True if the kernel has this version or a later one.
