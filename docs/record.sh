@@ -13,7 +13,7 @@
 # 6.18.44-local), because the suffix names one machine's build.
 set -eu
 
-COLUMNS_SHOWN=120
+COLUMNS_SHOWN=150
 LINES_RECORDED=50
 
 prompt() {
