@@ -32,6 +32,10 @@ pub enum Field {
     Net,
     /// `u32`, in `struct net`.
     NetnsInum,
+    /// `int[2]`, in `struct net`: the first and the last port that the kernel chooses. Absent since v6.8.
+    PortRangePair,
+    /// `u32`, in `struct net`: the last port in the upper half, the first in the lower. Absent before v6.8.
+    PortRangePacked,
     /// `u16` since v5.6.
     Protocol,
     /// `int`.
@@ -75,6 +79,10 @@ pub enum Field {
 /// Number of fields.
 pub const FIELDS: usize = Field::SocketSk as usize + 1;
 
+/// The member of `struct net` that is [`Field::PortRangePair`] if it is an array, else
+/// [`Field::PortRangePacked`] (`struct local_ports`, include/net/netns/ipv4.h at v6.7 and v6.8).
+pub const PORT_RANGE: &str = "ipv4.ip_local_ports.range";
+
 /// The offset of a field that the running kernel does not have.
 pub const ABSENT: u32 = u32::MAX;
 
@@ -110,6 +118,8 @@ impl Field {
         (Self::Cookie, "sock_common", "skc_cookie", false),
         (Self::Net, "sock_common", "skc_net", false),
         (Self::NetnsInum, "net", "ns.inum", false),
+        (Self::PortRangePair, "net", PORT_RANGE, false),
+        (Self::PortRangePacked, "net", PORT_RANGE, false),
         (Self::Protocol, "sock", "sk_protocol", true),
         (Self::Error, "sock", "sk_err", false),
         (Self::LockOwned, "sock", "sk_lock.owned", false),

@@ -17,7 +17,7 @@ pub use action::{Action, classify};
 pub use connect_table::{ConnectEntry, ConnectSet, WAYS, set_index};
 pub use counters::counter;
 pub use endpoint::Endpoint;
-pub use kernel_fields::{ABSENT, FIELDS, Field, STATIC_OFFSETS, uses_static_offsets};
+pub use kernel_fields::{ABSENT, FIELDS, Field, PORT_RANGE, STATIC_OFFSETS, uses_static_offsets};
 pub use record::{Record, Transition, reported, tag};
 pub use task::{COMM_LEN, Opener, Task, cause, task_access};
 pub use tcp::{IPPROTO_TCP, family, state};

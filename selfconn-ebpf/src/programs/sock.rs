@@ -183,6 +183,27 @@ impl<M: KernelRead> Sock<M> {
         M::read(net.0.wrapping_add(inum))
     }
 
+    /// True if `connect()` can choose this port as the source port: it is in the port range of the socket's
+    /// namespace. The socket's own range can only be a part of it (`inet_sk_get_local_port_range`,
+    /// net/ipv4/inet_connection_sock.c at v6.12). True if the range can't be read.
+    #[inline(always)]
+    pub(crate) fn can_choose(self, port: u16) -> bool {
+        let Some(net) = offset(Field::Net) else { return true };
+        let (low, high) = if let Some(range) = offset(Field::PortRangePacked) {
+            let net: Pointer = M::read(self.sk.wrapping_add(net));
+            let range: u32 = M::read(net.0.wrapping_add(range));
+            (range & 0xffff, range >> 16)
+        } else if let Some(range) = offset(Field::PortRangePair) {
+            let net: Pointer = M::read(self.sk.wrapping_add(net));
+            (M::read(net.0.wrapping_add(range)), M::read(net.0.wrapping_add(range + 4)))
+        } else {
+            return true;
+        };
+        let port = u32::from(port);
+        // A read that fails returns zero, which is not the end of any range.
+        high == 0 || (low <= port && port <= high)
+    }
+
     /// True if a process holds the socket lock.
     #[inline(always)]
     pub(crate) fn is_owned(self) -> bool {

@@ -76,6 +76,9 @@ fn handle<C: EbpfContext, M: KernelRead>(
 ) {
     match action {
         Action::Ignore => {}
+        // An attempt that has no source port yet ends as an ordinary connection if `connect()` can't choose the
+        // destination port. Nearly every service of a host has such a port. So these attempts have no entry.
+        Action::Insert | Action::Remove | Action::RemoveAndCount if !sock.can_choose(transition.dport) => {}
         Action::Insert => insert(ctx, sock, transition),
         Action::InsertAndReport => {
             insert(ctx, sock, transition);

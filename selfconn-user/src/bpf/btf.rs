@@ -115,6 +115,17 @@ impl<'a> Btf<'a> {
     /// # Errors
     /// If the BTF is inconsistent, or if the member is a bit field.
     pub fn offset(&self, name: &str, member: &str) -> Result<Option<u32>> {
+        Ok(self.find_member(name, member)?.map(|(offset, _)| offset))
+    }
+
+    /// True if this member is an array. `name` and `member` are as in [`Self::offset`].
+    #[must_use]
+    pub fn is_array(&self, name: &str, member: &str) -> bool {
+        matches!(self.find_member(name, member), Ok(Some((_, ty))) if ty.kind() == kind::ARRAY)
+    }
+
+    /// The offset in bytes and the underlying type of a member.
+    fn find_member(&self, name: &str, member: &str) -> Result<Option<(u32, BtfType)>> {
         let Some(mut ty) = self.find(BtfKind::Struct, name) else { return Ok(None) };
         let mut bits = 0_u32;
         for part in member.split('.') {
@@ -123,7 +134,7 @@ impl<'a> Btf<'a> {
             ty = self.resolve(of)?;
         }
         ensure!(bits.is_multiple_of(8), "BTF: {name}.{member} is a bit field");
-        Ok(Some(bits / 8))
+        Ok(Some((bits / 8, ty)))
     }
 
     /// Builds a small BTF in which only these types have names; each has the same type id as in the kernel's

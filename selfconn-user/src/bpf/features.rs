@@ -12,7 +12,7 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 use rustix::thread::CapabilitySet;
-use selfconn_ebpf::{ABSENT, FIELDS, Field, task_access, uses_static_offsets};
+use selfconn_ebpf::{ABSENT, FIELDS, Field, PORT_RANGE, task_access, uses_static_offsets};
 
 use super::{
     attach::{Method, Refusal},
@@ -263,6 +263,8 @@ fn read_offsets(btf: &Btf<'_>) -> ([u32; FIELDS], Option<String>) {
             Err(_) => {}
         }
     }
+    let unused = if btf.is_array("net", PORT_RANGE) { Field::PortRangePacked } else { Field::PortRangePair };
+    offsets[unused as usize] = ABSENT;
     (offsets, missing)
 }
 

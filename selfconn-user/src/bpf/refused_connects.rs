@@ -34,6 +34,11 @@ impl RefusedCounts {
         self.0.get(&Plain(*destination), 0).ok().map(|value| value.0)
     }
 
+    /// All counts with their destinations. Walks the whole table.
+    pub fn entries(&self) -> impl Iterator<Item = (Endpoint, RefusedCount)> {
+        self.0.iter().filter_map(Result::ok).map(|(key, value)| (key.0, value.0))
+    }
+
     /// Removes the count of a destination to which no further connects are attempted.
     pub fn remove(&mut self, destination: &Endpoint) {
         if let Err(error) = self.0.remove(&Plain(*destination)) {
@@ -44,12 +49,12 @@ impl RefusedCounts {
     /// Removes the counts of all destinations without a refused connect within the window, except those for
     /// which `is_watched` is true. Walks the whole table.
     pub fn remove_expired(&mut self, now_ns: u64, is_watched: impl Fn(&Endpoint) -> bool) {
-        let is_expired = |(key, value): &(Plain<Endpoint>, Plain<RefusedCount>)| {
-            now_ns.saturating_sub(value.0.last_ns) > WINDOW_NS && !is_watched(&key.0)
+        let is_expired = |(destination, refused): &(Endpoint, RefusedCount)| {
+            now_ns.saturating_sub(refused.last_ns) > WINDOW_NS && !is_watched(destination)
         };
-        let expired: Vec<_> = self.0.iter().filter_map(Result::ok).filter(is_expired).collect();
-        for (key, _) in expired {
-            self.remove(&key.0);
+        let expired: Vec<_> = self.entries().filter(is_expired).map(|(destination, _)| destination).collect();
+        for destination in expired {
+            self.remove(&destination);
         }
     }
 }

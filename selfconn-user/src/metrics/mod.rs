@@ -95,7 +95,7 @@ impl MetricsSnapshot {
                 .value(Some(self.connections_open)),
             Family::counter(
                 "selfconn_refused_self_dials_total",
-                "Refused connects of an address to itself.",
+                "Refused connects of an address to itself, at ports in the port range of their network namespace.",
             )
             .value(self.refused_self_dials),
             Family::gauge(

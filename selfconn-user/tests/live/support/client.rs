@@ -78,8 +78,15 @@ pub(crate) fn assert_opened_by_this_thread(event: &Value) {
 
 /// Connects to a server with a full accept queue. Their SYNs are dropped, so the connects stay in flight.
 pub(crate) fn unanswered_connects(count: usize) -> (TcpListener, Vec<Socket>) {
-    let listener = socket(Ipv4Addr::LOCALHOST.into());
-    listener.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
+    unanswered_connects_to((Ipv4Addr::LOCALHOST, 0).into(), count)
+}
+
+/// As [`unanswered_connects`], to a server at this address.
+pub(crate) fn unanswered_connects_to(server: SocketAddr, count: usize) -> (TcpListener, Vec<Socket>) {
+    let listener = socket(server.ip());
+    // The port may still be in TIME_WAIT.
+    listener.set_reuse_address(true).unwrap();
+    listener.bind(&server.into()).unwrap();
     listener.listen(0).unwrap();
     let server = listener.local_addr().unwrap();
     let connect = |_| {

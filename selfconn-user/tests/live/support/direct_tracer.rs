@@ -12,10 +12,15 @@ use super::netns::TestNetns;
 
 /// Runs `work` with the programs loaded and attached by this process, without a daemon.
 pub(crate) fn with_tracer(work: impl FnOnce(&mut Tracer)) {
+    with_tracer_on(RequestedHooks::default(), work);
+}
+
+/// As [`with_tracer`], with these hooks and methods only.
+pub(crate) fn with_tracer_on(hooks: RequestedHooks, work: impl FnOnce(&mut Tracer)) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let options = TracerOptions {
-            hooks: RequestedHooks::default(),
+            hooks,
             bind_method: RequestedBindMethod::Off,
             object: ObjectOptions { connect_table_size: 1 << 14, ..ObjectOptions::MINIMAL },
         };

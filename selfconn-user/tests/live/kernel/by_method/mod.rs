@@ -7,3 +7,4 @@ pub(crate) mod detection;
 pub(crate) mod early_warning;
 pub(crate) mod kinds;
 pub(crate) mod methods;
+pub(crate) mod port_range;
