@@ -5,6 +5,7 @@
 //! Nothing in this library reads kernel memory, so all of it is tested on the host. The programs are in
 //! `main.rs`.
 #![no_std]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 #[cfg(test)]
 extern crate std;

@@ -147,7 +147,7 @@ fn connection_fields(names: &[String]) -> ConnectionFields {
         bytes
     };
     let task = Task { pid: 7, tid: 8, comm: kernel_name(0), leader: kernel_name(1) };
-    let opener = Opener { at_ns: 1, start_ns: 1, task, uid: 0, cause: 0 };
+    let opener = Opener { at_ns: 1, start_ns: 1, task, ..Opener::UNKNOWN };
     let transition = Transition {
         opener,
         endpoint: Endpoint::new(0, [127, 0, 0, 1].into(), 80, false),

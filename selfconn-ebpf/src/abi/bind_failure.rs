@@ -31,4 +31,4 @@ pub struct BindFailure {
     pub failures: u64,
 }
 
-const _: () = assert!(size_of::<BindFailure>() == 96);
+const _: () = assert!(size_of::<BindFailure>() == 112);

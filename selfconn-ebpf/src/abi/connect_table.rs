@@ -13,7 +13,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, transmute};
 use super::{endpoint::Endpoint, task::Opener};
 
 /// Number of entries in a [`ConnectSet`].
-pub const WAYS: usize = 4;
+pub const WAYS: usize = 8;
 
 /// The entries of all sockets whose address hashes to the same index: a value of
 /// [`crate::names::CONNECT_TABLE`].
@@ -53,8 +53,9 @@ pub struct ConnectEntry {
 }
 
 const _: () = {
-    assert!(size_of::<ConnectEntry>() == 104);
-    assert!(size_of::<ConnectSet>() == 8 * WAYS + 104 * WAYS);
+    assert!(size_of::<ConnectEntry>() == 144);
+    // The addresses of a set's sockets are one cache line.
+    assert!(size_of::<[u64; WAYS]>() == 64 && size_of::<ConnectSet>() == 64 + 144 * WAYS);
 };
 
 /// The index of a socket's set among `sets`, computed from the lower half of the socket address, because the
@@ -71,12 +72,8 @@ pub const fn set_index(sock: u32, sets: u32) -> u32 {
 
 impl ConnectEntry {
     /// An entry that is valid for no socket.
-    pub const EMPTY: Self = Self {
-        endpoint: Endpoint { addr: [0; 4], netns: 0, port: 0, family: 0 },
-        opener: Opener::UNKNOWN,
-        checksum: 0,
-        flags: 0,
-    };
+    pub const EMPTY: Self =
+        Self { endpoint: Endpoint::UNKNOWN, opener: Opener::UNKNOWN, checksum: 0, flags: 0 };
 
     /// A new entry with these flags set: see [`Self::has_flag`].
     #[inline(always)]
@@ -124,7 +121,7 @@ impl ConnectEntry {
     /// stays the same only if their differences cancel out.
     #[inline(always)]
     const fn checksum_of(sock: u32, endpoint: &Endpoint, opener: &Opener) -> u64 {
-        let ([a, b, c], [d, e, f, g, h, i, j, k]) = (endpoint.words(), opener.words());
+        let ([a, b, c, d, e], [f, g, h, i, j, k, l, m, n, o, p]) = (endpoint.words(), opener.words());
         let mut sum = 0x9ae1_6a3b_2f90_404f_u64;
         sum = sum.wrapping_add((sock as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         sum = sum.wrapping_add(a.wrapping_mul(0xbf58_476d_1ce4_e5b9));
@@ -137,14 +134,19 @@ impl ConnectEntry {
         sum = sum.wrapping_add(h.wrapping_mul(0xeb44_acca_b455_d165));
         sum = sum.wrapping_add(i.wrapping_mul(0x9c6e_6877_736c_46e3));
         sum = sum.wrapping_add(j.wrapping_mul(0xa076_1d64_78bd_642f));
-        sum.wrapping_add(k.wrapping_mul(0xc2b2_ae3d_27d4_eb4f))
+        sum = sum.wrapping_add(k.wrapping_mul(0xc2b2_ae3d_27d4_eb4f));
+        sum = sum.wrapping_add(l.wrapping_mul(0x9fb2_1c65_1e98_df25));
+        sum = sum.wrapping_add(m.wrapping_mul(0xc4ce_b9fe_1a85_ec53));
+        sum = sum.wrapping_add(n.wrapping_mul(0xff51_afd7_ed55_8ccd));
+        sum = sum.wrapping_add(o.wrapping_mul(0x8648_dbdf_56af_f8c5));
+        sum.wrapping_add(p.wrapping_mul(0xb492_b66f_be98_f273))
     }
 }
 
 impl Endpoint {
     /// The endpoint as words, because the programs compute with words and copy them faster than bytes.
     #[inline(always)]
-    const fn words(&self) -> [u64; 3] {
+    const fn words(&self) -> [u64; 5] {
         transmute!(*self)
     }
 }
@@ -152,7 +154,7 @@ impl Endpoint {
 impl Opener {
     /// The opener as words: see [`Endpoint::words`].
     #[inline(always)]
-    const fn words(&self) -> [u64; 8] {
+    const fn words(&self) -> [u64; 11] {
         transmute!(*self)
     }
 
@@ -166,10 +168,22 @@ impl Opener {
     #[must_use]
     pub unsafe fn read(from: *const Self) -> Self {
         let word = |at| {
-            // SAFETY: the caller guarantees a valid, aligned pointer, and an Opener has eight words.
+            // SAFETY: the caller guarantees a valid, aligned pointer, and an Opener has eleven words.
             unsafe { from.cast::<u64>().add(at).read_volatile() }
         };
-        let words = [word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7)];
+        let words: [u64; 11] = [
+            word(0),
+            word(1),
+            word(2),
+            word(3),
+            word(4),
+            word(5),
+            word(6),
+            word(7),
+            word(8),
+            word(9),
+            word(10),
+        ];
         transmute!(words)
     }
 }
@@ -185,9 +199,9 @@ mod tests {
     const WORDS: usize = size_of::<ConnectEntry>() / 8;
 
     fn entry(sock: u32, pid: u32, comm: u8) -> ConnectEntry {
-        let endpoint = Endpoint { addr: [0, 0, 0xffff_0000, 0x0100_007f], netns: 7, port: 40_000, family: 2 };
+        let endpoint = Endpoint::new(7, [127, 0, 0, 1].into(), 40_000, false);
         let task = Task { pid, tid: pid, comm: [comm; 16], leader: [comm; 16] };
-        let opener = Opener { at_ns: u64::from(pid) * 1_000, start_ns: 5, task, uid: 0, cause: 1 };
+        let opener = Opener { at_ns: u64::from(pid) * 1_000, start_ns: 5, task, cause: 1, ..Opener::UNKNOWN };
         ConnectEntry::new(sock, endpoint, opener, 0)
     }
 

@@ -32,6 +32,10 @@ pub enum Field {
     Net,
     /// `u32`, in `struct net`.
     NetnsInum,
+    /// `u64`, in `struct net`. Since v5.12; absent, too, if user space can't ask for it (before v5.14).
+    NetnsCookie,
+    /// `u32`, in `struct net`: random, and not zero. Absent if [`Self::NetnsCookie`] is present.
+    NetnsHashMix,
     /// `int[2]`, in `struct net`: the first and the last port that the kernel chooses. Absent since v6.8.
     PortRangePair,
     /// `u32`, in `struct net`: the last port in the upper half, the first in the lower. Absent before v6.8.
@@ -42,6 +46,10 @@ pub enum Field {
     Error,
     /// `int`.
     LockOwned,
+    /// `u32`, a user id in the initial user namespace.
+    SockUid,
+    /// `struct socket *`.
+    SockSocket,
     /// `u16`, network byte order.
     Sport,
     /// `u64`.
@@ -60,6 +68,20 @@ pub enum Field {
     TaskComm,
     /// `u64`, nanoseconds.
     StartBoottime,
+    /// `struct mm_struct *`; a kernel thread has none.
+    TaskMm,
+    /// `unsigned long`, in `mm_struct`.
+    ArgStart,
+    /// `const struct cred *`.
+    TaskCred,
+    /// `struct user_namespace *`.
+    CredUserNs,
+    /// `int`; 0 for the initial user namespace.
+    UserNsLevel,
+    /// `struct user_namespace *`.
+    UserNsParent,
+    /// `u32`, a user id in the initial user namespace.
+    UserNsOwner,
     /// `struct files_struct *`.
     TaskFiles,
     /// `struct fdtable *`.
@@ -70,6 +92,10 @@ pub enum Field {
     FdtFiles,
     /// `void *`.
     FilePrivate,
+    /// `struct inode *`.
+    FileInode,
+    /// `unsigned long`, in `struct inode`.
+    InodeNumber,
     /// `struct file *`.
     SocketFile,
     /// `struct sock *`.
@@ -118,11 +144,15 @@ impl Field {
         (Self::Cookie, "sock_common", "skc_cookie", false),
         (Self::Net, "sock_common", "skc_net", false),
         (Self::NetnsInum, "net", "ns.inum", false),
+        (Self::NetnsCookie, "net", "net_cookie", false),
+        (Self::NetnsHashMix, "net", "hash_mix", false),
         (Self::PortRangePair, "net", PORT_RANGE, false),
         (Self::PortRangePacked, "net", PORT_RANGE, false),
         (Self::Protocol, "sock", "sk_protocol", true),
         (Self::Error, "sock", "sk_err", false),
         (Self::LockOwned, "sock", "sk_lock.owned", false),
+        (Self::SockUid, "sock", "sk_uid.val", false),
+        (Self::SockSocket, "sock", "sk_socket", false),
         (Self::Sport, "inet_sock", "inet_sport", true),
         (Self::BytesSent, "tcp_sock", "bytes_sent", false),
         (Self::BytesRetrans, "tcp_sock", "bytes_retrans", false),
@@ -132,11 +162,20 @@ impl Field {
         (Self::GroupLeader, "task_struct", "group_leader", false),
         (Self::TaskComm, "task_struct", "comm", false),
         (Self::StartBoottime, "task_struct", "start_boottime", false),
+        (Self::TaskMm, "task_struct", "mm", false),
+        (Self::ArgStart, "mm_struct", "arg_start", false),
+        (Self::TaskCred, "task_struct", "cred", false),
+        (Self::CredUserNs, "cred", "user_ns", false),
+        (Self::UserNsLevel, "user_namespace", "level", false),
+        (Self::UserNsParent, "user_namespace", "parent", false),
+        (Self::UserNsOwner, "user_namespace", "owner.val", false),
         (Self::TaskFiles, "task_struct", "files", false),
         (Self::FilesFdt, "files_struct", "fdt", false),
         (Self::FdtMax, "fdtable", "max_fds", false),
         (Self::FdtFiles, "fdtable", "fd", false),
         (Self::FilePrivate, "file", "private_data", false),
+        (Self::FileInode, "file", "f_inode", false),
+        (Self::InodeNumber, "inode", "i_ino", false),
         (Self::SocketFile, "socket", "file", false),
         (Self::SocketSk, "socket", "sk", false),
     ];

@@ -57,10 +57,17 @@ pub const CONNECT_TABLE: &str = "CONNECT_TABLE";
 /// truncates the name to 15 characters.
 pub const REFUSED_CONNECTS: &str = "REFUSED_CONNECTS";
 
+/// Hash from an [`Owner`](crate::Owner) to its [`OwnerLosses`](crate::owner::OwnerLosses); owned by `owners.rs`.
+pub const OWNERS: &str = "OWNERS";
+
 /// Global `[u32; FIELDS]`: the offset of each [`crate::Field`].
 pub const OFFSETS: &str = "OFFSETS";
 /// Global `u32`: one of [`crate::task_access`].
 pub const TASK_ACCESS: &str = "TASK_ACCESS";
+/// Global `u32`: one of [`crate::cgroup_access`].
+pub const CGROUP_ACCESS: &str = "CGROUP_ACCESS";
+/// Global `u32`: 1 if programs with typed pointers may call `bpf_get_socket_cookie`.
+pub const SOCKET_COOKIE: &str = "SOCKET_COOKIE";
 /// Global `u32`: number of values of [`CONNECT_TABLE`].
 pub const CONNECT_SETS: &str = "CONNECT_SETS";
 /// Global `u32`: one of [`crate::reported`].

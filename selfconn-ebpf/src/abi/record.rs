@@ -41,10 +41,10 @@ pub struct Transition {
     pub padding: u8,
     /// `CLOCK_BOOTTIME`, nanoseconds.
     pub at_ns: u64,
-    /// Kernel address of the socket: its identity while it exists. Never shown to users.
+    /// Kernel address of the socket. Another socket can have it when this one is gone. Never shown to users.
     pub sock: u64,
-    /// The socket cookie. 0: the kernel has not assigned one yet, because it assigns one on the first
-    /// request.
+    /// The socket cookie, the identity of the socket until the next boot. 0: the kernel has not assigned one yet,
+    /// because it assigns one on the first request, and this program can't request one.
     pub cookie: u64,
     /// Where the self-connection is.
     pub endpoint: Endpoint,
@@ -58,11 +58,14 @@ pub struct Transition {
     pub snd_una: u32,
     /// `rcv_nxt`: at SYN_RECV -> ESTABLISHED the peer's initial sequence number plus one.
     pub rcv_nxt: u32,
-    /// The interface the socket is bound to. 0: none.
-    pub ifindex: u32,
+    /// The user that owns the socket (`sk_uid`), in the initial user namespace.
+    pub uid: u32,
     /// `sk_err`, an errno. ECONNABORTED at CLOSE means that the socket was destroyed from outside
     /// (`SOCK_DESTROY`).
     pub error: u32,
+    /// Inode of the socket's file. 0: unknown, or the socket has no file: the kernel itself uses it, or its program
+    /// has closed it.
+    pub inode: u64,
     /// The task that was running.
     pub current: Task,
     /// The connecting task.
@@ -72,9 +75,9 @@ pub struct Transition {
 // `IntoBytes` compiles only if a record has no implicit padding, so a size fixes every offset.
 const _: () = {
     assert!(size_of::<Task>() == 40);
-    assert!(size_of::<Opener>() == 64);
-    assert!(size_of::<Endpoint>() == 24);
-    assert!(size_of::<Transition>() == 200);
+    assert!(size_of::<Opener>() == 88);
+    assert!(size_of::<Endpoint>() == 40);
+    assert!(size_of::<Transition>() == 248);
 };
 
 /// A record in the ring buffer.

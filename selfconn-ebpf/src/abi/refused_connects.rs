@@ -78,8 +78,8 @@ pub struct RefusedCount {
 
 const _: () = {
     assert!(RECENT_SLOTS.is_power_of_two() && RECENT_SLOTS as u64 >= REPORT_THRESHOLD);
-    assert!(size_of::<RefusedConnectsReport>() == 32);
-    assert!(size_of::<RefusedCount>() == 112 + 8 * RECENT_SLOTS + 4 * RECENT_SLOTS + 8 * PID_SET_WORDS);
+    assert!(size_of::<RefusedConnectsReport>() == 48);
+    assert!(size_of::<RefusedCount>() == 136 + 8 * RECENT_SLOTS + 4 * RECENT_SLOTS + 8 * PID_SET_WORDS);
 };
 
 impl RefusedCount {

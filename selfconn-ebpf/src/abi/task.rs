@@ -2,6 +2,8 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use super::owner::Owner;
+
 /// `TASK_COMM_LEN`: a kernel task name, NUL-terminated within.
 pub const COMM_LEN: usize = 16;
 
@@ -43,6 +45,11 @@ pub struct Opener {
     pub start_ns: u64,
     /// The thread that called `connect()`.
     pub task: Task,
+    /// Where the process has its arguments: `arg_start` of its `mm_struct`, which differs after each `execve()`
+    /// because the kernel places the stack at random. 0: unknown, or a kernel thread.
+    pub arg_start: u64,
+    /// Who is charged for what this connection takes.
+    pub owner: Owner,
     /// Real user id, in the initial user namespace.
     pub uid: u32,
     /// One of [`cause`]. 0: unknown.
@@ -51,7 +58,15 @@ pub struct Opener {
 
 impl Opener {
     /// The attempt was not observed.
-    pub const UNKNOWN: Self = Self { at_ns: 0, start_ns: 0, task: Task::UNKNOWN, uid: 0, cause: 0 };
+    pub const UNKNOWN: Self = Self {
+        at_ns: 0,
+        start_ns: 0,
+        task: Task::UNKNOWN,
+        arg_start: 0,
+        owner: Owner::UNKNOWN,
+        uid: 0,
+        cause: 0,
+    };
 }
 
 /// How the programs read the `task_struct` of the current task: the values of the global
@@ -63,4 +78,15 @@ pub mod task_access {
     pub const BTF: u32 = 1;
     /// `bpf_get_current_task` and `bpf_probe_read_kernel`.
     pub const PROBE: u32 = 2;
+}
+
+/// How the programs find the control group of the current task: the values of the global
+/// [`names::CGROUP_ACCESS`].
+pub mod cgroup_access {
+    /// Not at all.
+    pub const NONE: u32 = 0;
+    /// `bpf_get_current_cgroup_id`: only the group of the task.
+    pub const CURRENT: u32 = 1;
+    /// `bpf_get_current_ancestor_cgroup_id`, too.
+    pub const ANCESTOR: u32 = 2;
 }

@@ -18,11 +18,14 @@ use aya_ebpf::{
     maps::Array,
 };
 use aya_log_ebpf::warn;
-use selfconn_ebpf::{ConnectEntry, ConnectSet, Endpoint, Opener, WAYS, cause, counter, set_index, state};
+use selfconn_ebpf::{
+    ConnectEntry, ConnectSet, Endpoint, Opener, Owner, WAYS, cause, counter, owner::evicted, set_index, state,
+};
 
 use super::{
     counters::count,
     kernel_read::KernelRead,
+    owners,
     sock::{SelfAddr, Sock, can_read_port},
     task::opener,
 };
@@ -36,7 +39,7 @@ static CONNECT_TABLE: Array<ConnectSet> = Array::with_max_entries(SETS, BPF_F_MM
 static CONNECT_SETS: Global<u32> = Global::new(SETS);
 
 /// Default number of sets.
-const SETS: u32 = 1 << 12;
+const SETS: u32 = 1 << 11;
 
 /// Maximum time between the first and the second probe's observation of the same connection attempt.
 const SAME_ATTEMPT_NS: u64 = 100_000_000;
@@ -84,16 +87,37 @@ pub(crate) fn insert<C: EbpfContext, M: KernelRead>(
     };
     let (endpoint, opener) = (self_addr.endpoint(sock, dport), opener(now_ns, cause));
     let entry = ConnectEntry::new(sock.low_half(), endpoint, opener, seen_by(probe_id));
-    match find(set, key).or_else(|| find(set, 0)).or_else(|| evictable(set)) {
-        Some(way) => {
-            set.socks[way] = key;
-            set.entries[way] = entry;
-        }
+    let way = match find(set, key).or_else(|| find(set, 0)).or_else(|| reported(set)) {
+        Some(way) => way,
         None => {
             count(counter::CONNECT_TABLE_FULL);
-            warn!(ctx, "the connect table is full: an opener is not stored");
+            let way = evict(set, &entry.opener.owner);
+            if way >= WAYS as u64 {
+                warn!(ctx, "the connect table is full: an opener is not stored");
+                return;
+            }
+            way as usize
         }
-    }
+    };
+    set.socks[way] = key;
+    set.entries[way] = entry;
+}
+
+/// Index of the entry of a full set that makes room for an entry of `pusher`, or [`WAYS`] if there is none. Counts
+/// the loss for its owner. A function of its own, because it needs much of the stack.
+#[inline(never)]
+fn evict(set: &ConnectSet, pusher: &Owner) -> u64 {
+    let opener = |way: usize| &raw const set.entries[way].opener;
+    // The reads are volatile, because the compiler would keep all of them on the stack.
+    // SAFETY: the pointers come from a live reference.
+    let owner = |way| unsafe { (&raw const (*opener(way)).owner).read_volatile() };
+    // SAFETY: as above.
+    let inserted_ns = |way| unsafe { (&raw const (*opener(way)).at_ns).read_volatile() };
+    let way = evicted::<WAYS>(owner, inserted_ns, pusher);
+    let loser = way.map_or(*pusher, |way| set.entries[way & (WAYS - 1)].opener.owner);
+    // SAFETY: the pointer is to a value of the map.
+    owners::count_loss(&loser, |losses| unsafe { &raw mut (*losses).openers });
+    way.map_or(WAYS, |way| way & (WAYS - 1)) as u64
 }
 
 /// Marks this state of the socket as reported. Returns whether the other probe has already reported it, and the
@@ -176,7 +200,7 @@ fn find(set: &ConnectSet, sock: u64) -> Option<usize> {
 /// Index of an entry that may be overwritten: its transition to ESTABLISHED was reported, so user space
 /// already has the opener.
 #[inline(always)]
-fn evictable(set: &ConnectSet) -> Option<usize> {
+fn reported(set: &ConnectSet) -> Option<usize> {
     position(set, |way| set.entries[way].has_flag(1 << state::ESTABLISHED))
 }
 

@@ -69,6 +69,10 @@ pub(crate) trait KernelRead: Copy {
 
     /// The lower half of an address, as a number that allows arithmetic.
     fn low_half(address: *const u8) -> u32;
+
+    /// The cookie of a socket; makes one if the socket has none and this is possible. Called only where
+    /// `bpf_get_socket_cookie` is available.
+    fn make_cookie(sk: *const u8) -> u64;
 }
 
 /// Direct loads, which the verifier allows on the typed pointers of tp_btf and fentry programs.
@@ -106,6 +110,13 @@ impl KernelRead for DirectLoad {
         unsafe { asm!("w0 = w1", in("r1") address, out("r0") low, options(pure, nomem, preserves_flags)) };
         low as u32
     }
+
+    #[inline(always)]
+    fn make_cookie(sk: *const u8) -> u64 {
+        // SAFETY: the verifier accepts only a typed pointer to a socket (`bpf_get_socket_ptr_cookie`,
+        // net/core/filter.c at v5.12).
+        unsafe { helpers::bpf_get_socket_cookie(sk.cast_mut().cast()) }
+    }
 }
 
 impl KernelRead for ProbeRead {
@@ -130,6 +141,11 @@ impl KernelRead for ProbeRead {
     #[inline(always)]
     fn low_half(address: *const u8) -> u32 {
         address as u64 as u32
+    }
+
+    #[inline(always)]
+    fn make_cookie(sk: *const u8) -> u64 {
+        offset(Field::Cookie).map_or(0, |cookie| Self::read(sk.wrapping_add(cookie)))
     }
 }
 

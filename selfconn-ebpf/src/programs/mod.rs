@@ -4,6 +4,7 @@ pub(crate) mod bind_failure;
 mod connect_table;
 mod counters;
 pub(crate) mod kernel_read;
+pub(crate) mod owners;
 mod refused_connects;
 mod ring_buffer;
 pub(crate) mod sock;

@@ -2,11 +2,15 @@
 
 use core::marker::PhantomData;
 
-use aya_ebpf::helpers::generated as helpers;
-use selfconn_ebpf::{Endpoint, Field, family, state};
+use aya_ebpf::{Global, helpers::generated as helpers};
+use selfconn_ebpf::{Endpoint, Field, family, hashed_netns, state};
 use zerocopy::transmute;
 
 use super::kernel_read::{KernelRead, Layout, Pointer, ProbeRead, offset, static_offset};
+
+/// 1 if programs with typed pointers may call `bpf_get_socket_cookie`, else 0. User space sets it before the load.
+#[unsafe(no_mangle)]
+static SOCKET_COOKIE: Global<u32> = Global::new(0);
 
 /// True if the programs can read at SYN_SENT whether the socket already has a port. This needs BTF.
 #[inline(always)]
@@ -169,18 +173,38 @@ impl<M: KernelRead> Sock<M> {
         self.get::<u32>(Field::Error) == ECONNREFUSED
     }
 
-    /// An address and a port in the network namespace of this socket.
+    /// An address and a port in the network namespace of this socket, with its device.
     #[inline(always)]
     pub(crate) fn endpoint(self, family: u8, addr: [u32; 4], port: u16) -> Endpoint {
-        Endpoint { addr, netns: self.netns(), port, family: family.into() }
+        let (mut netns, mut netns_cookie) = (0, 0);
+        if let Some(net) = offset(Field::Net) {
+            let net: Pointer = M::read(self.sk.wrapping_add(net));
+            netns = Self::at(net.0, Field::NetnsInum);
+            netns_cookie = match offset(Field::NetnsHashMix) {
+                Some(hash_mix) => hashed_netns(M::read(net.0.wrapping_add(hash_mix))),
+                None => Self::at(net.0, Field::NetnsCookie),
+            };
+        }
+        let ifindex = self.get(Field::BoundDevIf);
+        Endpoint { addr, netns_cookie, netns, ifindex, port, family: family.into(), padding: 0 }
     }
 
-    /// Inode of the network namespace. 0: unknown.
+    /// The cookie of the socket. 0: it has none yet.
     #[inline(always)]
-    fn netns(self) -> u32 {
-        let (Some(net), Some(inum)) = (offset(Field::Net), offset(Field::NetnsInum)) else { return 0 };
-        let net: Pointer = M::read(self.sk.wrapping_add(net));
-        M::read(net.0.wrapping_add(inum))
+    pub(crate) fn cookie(self) -> u64 {
+        if SOCKET_COOKIE.load() != 0 { M::make_cookie(self.sk) } else { self.get(Field::Cookie) }
+    }
+
+    /// Inode of the socket's file. 0: unknown, or there is no file.
+    #[inline(always)]
+    pub(crate) fn inode(self) -> u64 {
+        if offset(Field::InodeNumber).is_none() {
+            return 0;
+        }
+        let socket: Pointer = self.get(Field::SockSocket);
+        let file: Pointer = Self::at(socket.0, Field::SocketFile);
+        let inode: Pointer = Self::at(file.0, Field::FileInode);
+        Self::at(inode.0, Field::InodeNumber)
     }
 
     /// True if `connect()` can choose this port as the source port: it is in the port range of the socket's

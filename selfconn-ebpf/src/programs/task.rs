@@ -6,7 +6,11 @@ use aya_ebpf::{
     Global,
     helpers::{bpf_get_current_pid_tgid, bpf_get_current_uid_gid, generated as helpers},
 };
-use selfconn_ebpf::{COMM_LEN, Field, Opener, Task, task_access};
+use selfconn_ebpf::{
+    COMM_LEN, Field, Opener, Owner, Task, cgroup_access,
+    owner::{MAX_USER_NS_LEVEL, OWNER_CGROUP_LEVEL},
+    task_access,
+};
 use zerocopy::transmute;
 
 use super::kernel_read::{DirectLoad, KernelRead, Pointer, ProbeRead, offset};
@@ -14,6 +18,10 @@ use super::kernel_read::{DirectLoad, KernelRead, Pointer, ProbeRead, offset};
 /// One of [`task_access`].
 #[unsafe(no_mangle)]
 static TASK_ACCESS: Global<u32> = Global::new(task_access::NONE);
+
+/// One of [`cgroup_access`].
+#[unsafe(no_mangle)]
+static CGROUP_ACCESS: Global<u32> = Global::new(cgroup_access::NONE);
 
 /// A task name as two words, because bytes would be copied one by one.
 type Name = [u64; COMM_LEN / 8];
@@ -32,19 +40,25 @@ pub(crate) fn current_task() -> (Task, u64) {
         name.assume_init()
     };
     let is_leader = pid == tid;
-    let (leader, start_ns) = match TASK_ACCESS.load() {
-        // SAFETY: the helper takes no arguments, and its result is valid while the program runs.
-        task_access::BTF => {
-            leader::<DirectLoad>(unsafe { helpers::bpf_get_current_task_btf() }.cast(), is_leader)
-        }
-        // SAFETY: the helper takes no arguments, and its result is only passed to bpf_probe_read_kernel.
-        task_access::PROBE => {
-            leader::<ProbeRead>(unsafe { helpers::bpf_get_current_task() } as *const u8, is_leader)
-        }
-        _ => ([0; 2], 0),
-    };
+    let (leader, start_ns) = with_current(is_leader, leader::<DirectLoad>, leader::<ProbeRead>);
     let leader = if is_leader { name } else { leader };
     (Task { pid, tid, comm: transmute!(name), leader: transmute!(leader) }, start_ns)
+}
+
+/// Calls one of two functions with the running task, as far as the programs can read it.
+#[inline(always)]
+fn with_current<A, T: Default>(
+    argument: A,
+    direct: impl FnOnce(*const u8, A) -> T,
+    probe: impl FnOnce(*const u8, A) -> T,
+) -> T {
+    match TASK_ACCESS.load() {
+        // SAFETY: the helper takes no arguments, and its result is valid while the program runs.
+        task_access::BTF => direct(unsafe { helpers::bpf_get_current_task_btf() }.cast(), argument),
+        // SAFETY: the helper takes no arguments, and its result is only passed to bpf_probe_read_kernel.
+        task_access::PROBE => probe(unsafe { helpers::bpf_get_current_task() } as *const u8, argument),
+        _ => T::default(),
+    }
 }
 
 /// Name and start time of the process, from its leader thread. The name is read only if the task is not the
@@ -70,5 +84,72 @@ fn leader<M: KernelRead>(task: *const u8, is_leader: bool) -> (Name, u64) {
 #[inline(always)]
 pub(crate) fn opener(at_ns: u64, cause: u32) -> Opener {
     let (task, start_ns) = current_task();
-    Opener { at_ns, start_ns, task, uid: bpf_get_current_uid_gid() as u32, cause }
+    let uid = bpf_get_current_uid_gid() as u32;
+    let (arg_start, owner) = with_current(uid, image_and_owner::<DirectLoad>, image_and_owner::<ProbeRead>);
+    Opener { at_ns, start_ns, task, arg_start, owner: Owner::new(owner, owner_cgroup()), uid, cause }
+}
+
+/// The owner of the running task.
+#[inline(always)]
+pub(crate) fn current_owner() -> Owner {
+    let uid = bpf_get_current_uid_gid() as u32;
+    let owner_uid = with_current(uid, owner_uid::<DirectLoad>, owner_uid::<ProbeRead>);
+    Owner::new(owner_uid, owner_cgroup())
+}
+
+/// Where the arguments of the process are, and the uid of its owner.
+#[inline(always)]
+fn image_and_owner<M: KernelRead>(task: *const u8, uid: u32) -> (u64, u32) {
+    let mut arg_start = 0;
+    if let (Some(mm), Some(at)) = (offset(Field::TaskMm), offset(Field::ArgStart)) {
+        let mm: Pointer = M::read(task.wrapping_add(mm));
+        // A kernel thread has none, and a load through NULL reads zero.
+        arg_start = M::read(mm.0.wrapping_add(at));
+    }
+    (arg_start, owner_uid::<M>(task, uid))
+}
+
+/// The uid in an [`Owner`] of a task with this real uid. The loop is bounded by the kernel's own limit.
+#[inline(always)]
+fn owner_uid<M: KernelRead>(task: *const u8, uid: u32) -> u32 {
+    let (Some(cred), Some(user_ns), Some(level), Some(parent), Some(owner)) = (
+        offset(Field::TaskCred),
+        offset(Field::CredUserNs),
+        offset(Field::UserNsLevel),
+        offset(Field::UserNsParent),
+        offset(Field::UserNsOwner),
+    ) else {
+        return uid;
+    };
+    let cred: Pointer = M::read(task.wrapping_add(cred));
+    let mut user_ns: Pointer = M::read(cred.0.wrapping_add(user_ns));
+    let depth: u32 = M::read(user_ns.0.wrapping_add(level));
+    if depth == 0 {
+        return uid;
+    }
+    for above in 1..MAX_USER_NS_LEVEL {
+        if above >= depth {
+            break;
+        }
+        user_ns = M::read(user_ns.0.wrapping_add(parent));
+    }
+    M::read(user_ns.0.wrapping_add(owner))
+}
+
+/// The control group in an [`Owner`] of the running task.
+#[inline(always)]
+fn owner_cgroup() -> u64 {
+    match CGROUP_ACCESS.load() {
+        cgroup_access::ANCESTOR => {
+            // SAFETY: the helper takes a number. It returns 0 if the group is at a higher level.
+            match unsafe { helpers::bpf_get_current_ancestor_cgroup_id(OWNER_CGROUP_LEVEL as i32) } {
+                // SAFETY: the helper takes no arguments.
+                0 => unsafe { helpers::bpf_get_current_cgroup_id() },
+                ancestor => ancestor,
+            }
+        }
+        // SAFETY: the helper takes no arguments.
+        cgroup_access::CURRENT => unsafe { helpers::bpf_get_current_cgroup_id() },
+        _ => 0,
+    }
 }

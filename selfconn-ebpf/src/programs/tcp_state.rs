@@ -135,15 +135,16 @@ fn report<C: EbpfContext, M: KernelRead>(
             // SAFETY: the helper takes no arguments.
             at_ns: unsafe { bpf_ktime_get_boot_ns() },
             sock: sock.key(),
-            cookie: sock.get(Field::Cookie),
+            cookie: sock.cookie(),
             endpoint,
             bytes_sent: counters.bytes_sent,
             bytes_retrans: counters.bytes_retrans,
             bytes_received: counters.bytes_received,
             snd_una: counters.snd_una,
             rcv_nxt: counters.rcv_nxt,
-            ifindex: sock.get(Field::BoundDevIf),
+            uid: sock.get(Field::SockUid),
             error: sock.get(Field::Error),
+            inode: sock.inode(),
             current: current_task().0,
             opener,
         }

@@ -12,7 +12,7 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 use rustix::thread::CapabilitySet;
-use selfconn_ebpf::{ABSENT, FIELDS, Field, PORT_RANGE, task_access, uses_static_offsets};
+use selfconn_ebpf::{ABSENT, FIELDS, Field, PORT_RANGE, cgroup_access, task_access, uses_static_offsets};
 
 use super::{
     attach::{Method, Refusal},
@@ -20,7 +20,10 @@ use super::{
     btf::{Btf, BtfKind},
     tracefs::{self, Tracefs, format},
 };
-use crate::system::{capabilities, process};
+use crate::{
+    sockets,
+    system::{capabilities, process},
+};
 
 const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
 
@@ -29,6 +32,10 @@ const METHOD_TARGETS: [(Method, BtfKind, &str); 2] = [
     (Method::TpBtf, BtfKind::Typedef, "btf_trace_inet_sock_set_state"),
     (Method::Fentry, BtfKind::Function, "tcp_set_state"),
 ];
+
+/// The function behind `bpf_get_socket_cookie` in programs with typed pointers (v5.12, net/core/filter.c). Whether
+/// such a program may call it can't be probed without one.
+const SOCKET_COOKIE_HELPER: &str = "bpf_get_socket_ptr_cookie";
 
 /// The result of all probes.
 #[derive(Debug)]
@@ -50,6 +57,10 @@ pub struct KernelFeatures {
     btf_targets: Vec<Method>,
     /// How the programs access the current task: one of [`task_access`].
     pub task_access: u32,
+    /// How the programs find the control group of the current task: one of [`cgroup_access`].
+    pub cgroup_access: u32,
+    /// True if programs with typed pointers may make the cookie of a socket.
+    pub socket_cookie: bool,
     /// True if programs may call `bpf_probe_read_kernel`.
     pub probe_read: bool,
     /// True if the kernel has kprobes for perf events.
@@ -84,7 +95,7 @@ impl KernelFeatures {
                 _ => format!("{BTF_PATH}: {error}"),
             })
         };
-        let mut targets = Vec::new();
+        let (mut targets, mut socket_cookie) = (Vec::new(), false);
         let (offsets, offsets_missing) = match btf.as_deref().map(Btf::parse) {
             Ok(Ok(btf)) => {
                 targets.extend(
@@ -93,6 +104,7 @@ impl KernelFeatures {
                         .filter(|(_, kind, name)| btf.has(*kind, name))
                         .map(|target| target.0),
                 );
+                socket_cookie = btf.has(BtfKind::Function, SOCKET_COOKIE_HELPER);
                 read_offsets(&btf)
             }
             Ok(Err(error)) => ([ABSENT; FIELDS], Some(error.to_string())),
@@ -111,6 +123,13 @@ impl KernelFeatures {
         } else {
             task_access::NONE
         };
+        let cgroup_access = if has_helper(BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id) {
+            cgroup_access::ANCESTOR
+        } else if has_helper(BpfHelper::BPF_FUNC_get_current_cgroup_id) {
+            cgroup_access::CURRENT
+        } else {
+            cgroup_access::NONE
+        };
         let uname = rustix::system::uname();
         Ok(Self {
             release: uname.release().to_string_lossy().into_owned(),
@@ -121,6 +140,8 @@ impl KernelFeatures {
             offsets_missing,
             btf_targets: targets,
             task_access,
+            cgroup_access,
+            socket_cookie,
             probe_read,
             kprobes: fs::exists("/sys/bus/event_source/devices/kprobe/type").unwrap_or(false),
             lockdown: fs::read_to_string("/sys/kernel/security/lockdown")
@@ -264,6 +285,8 @@ fn read_offsets(btf: &Btf<'_>) -> ([u32; FIELDS], Option<String>) {
         }
     }
     let unused = if btf.is_array("net", PORT_RANGE) { Field::PortRangePacked } else { Field::PortRangePair };
+    offsets[unused as usize] = ABSENT;
+    let unused = if sockets::has_cookies() { Field::NetnsHashMix } else { Field::NetnsCookie };
     offsets[unused as usize] = ABSENT;
     (offsets, missing)
 }

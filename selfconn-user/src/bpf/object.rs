@@ -45,10 +45,13 @@ pub(super) fn load(features: &KernelFeatures, options: ObjectOptions) -> Result<
     let log_level = if options.log { aya_log::Level::Debug as u8 } else { 0 };
     let sets = options.connect_table_size.div_ceil(WAYS as u32).max(1);
     let reported = if options.states { reported::STATES } else { reported::LIFETIMES };
+    let socket_cookie = u32::from(features.socket_cookie);
     EbpfLoader::new()
         .btf(None)
         .override_global(names::OFFSETS, &features.offsets[..], true)
         .override_global(names::TASK_ACCESS, &features.task_access, true)
+        .override_global(names::CGROUP_ACCESS, &features.cgroup_access, true)
+        .override_global(names::SOCKET_COOKIE, &socket_cookie, true)
         .override_global(names::REPORTED, &reported, true)
         .override_global(aya_log::LEVEL, &log_level, true)
         .map_max_entries(names::RECORDS, options.ring_bytes)

@@ -225,11 +225,8 @@ fn table(snapshot: &SocketSnapshot, holders: &SocketHolders, outcomes: &DestroyO
 
 fn endpoint(entry: &SocketEntry) -> String {
     let (addr, port) = (entry.endpoint.ip(), entry.endpoint.port);
-    match entry.ifindex {
-        Some(ifindex) => format!("[{addr}%{ifindex}]:{port}"),
-        None if addr.is_ipv6() => format!("[{addr}]:{port}"),
-        None => format!("{addr}:{port}"),
-    }
+    let device = entry.endpoint.device().map_or_else(String::new, |ifindex| format!("%{ifindex}"));
+    if addr.is_ipv6() { format!("[{addr}{device}]:{port}") } else { format!("{addr}{device}:{port}") }
 }
 
 fn write_holders(holders: &[Holder], out: &mut String) {
@@ -259,11 +256,17 @@ mod tests {
         }
     }
 
+    /// The same socket, bound to a device.
+    fn bound(mut entry: SocketEntry) -> SocketEntry {
+        entry.endpoint.ifindex = 2;
+        entry
+    }
+
     fn snapshot() -> (SocketSnapshot, SocketHolders) {
         let time_wait = Duration::from_millis(59_949);
         let entries = vec![
             entry("127.0.0.1", state::ESTABLISHED, 1),
-            SocketEntry { ifindex: Some(2), ..entry("fe80::1", state::ESTABLISHED, 2) },
+            bound(entry("fe80::1", state::ESTABLISHED, 2)),
             SocketEntry { time_wait_left: Some(time_wait), ..entry("::1", state::TIME_WAIT, 0) },
             entry("127.0.0.2", state::CLOSING, 0),
             SocketEntry { cookie: None, ..entry("127.0.0.3", state::ESTABLISHED, 3) },
@@ -273,7 +276,7 @@ mod tests {
         let found = Holders { by_inode, complete: true, unseen: None };
         let snapshot = SocketSnapshot {
             entries,
-            namespaces: [1, 2, 3].into(),
+            namespaces: [(1, 0), (2, 0), (3, 0)].into(),
             began_ns: 0xff,
             ..SocketSnapshot::default()
         };
@@ -294,7 +297,7 @@ ESTABLISHED  127.0.0.3:40000    netns 4026531840  an unknown process
 5 self-connections in 3 network namespaces
 "
         );
-        let nothing = SocketSnapshot { namespaces: [1].into(), ..SocketSnapshot::default() };
+        let nothing = SocketSnapshot { namespaces: [(1, 0)].into(), ..SocketSnapshot::default() };
         assert_eq!(table(&nothing, &holders, &vec![]), "nothing found in 1 network namespace\n");
     }
 

@@ -4,7 +4,7 @@
 
 use std::{collections::HashSet, io, time::Duration};
 
-use selfconn_ebpf::{ABSENT, Field, Record};
+use selfconn_ebpf::{ABSENT, Endpoint, Field, Record};
 use tokio::time::{Instant, sleep};
 
 use crate::{
@@ -279,8 +279,9 @@ impl Daemon {
     fn evaluate_port_risks(&mut self, response: &PortRangeResponse) {
         let Self { tracer, pipeline: Pipeline { processes, out, connections, .. }, port_risks, .. } = self;
         // A connect of either family can have this destination.
-        let is_taken =
-            |endpoint: &_| connections.iter().any(|connection| connection.endpoint.any_family() == *endpoint);
+        let is_taken = |endpoint: &Endpoint| {
+            connections.iter().any(|connection| connection.endpoint.table_key() == endpoint.table_key())
+        };
         let reporter = RiskReporter { processes, out };
         port_risks.evaluate(response, tracer.refused_counts(), is_taken, reporter);
     }

@@ -1,7 +1,7 @@
 //! The pipeline: turns transitions, snapshots of the socket table and failed binds into events, attributes them to
 //! processes, and emits them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use selfconn_ebpf::{Task, Transition, bind_failure::BindFailure, state};
 
@@ -9,7 +9,7 @@ use super::remediation::Remediation;
 use crate::{
     detect::{
         bind_conflict::{BindConflicts, PortHolder, TimeWaitEntry},
-        connection::{Connection, ConnectionEvent, Connections},
+        connection::{Connection, ConnectionEvent, Connections, TIME_WAIT_NS},
     },
     event::{self, Closed, ConnectionFields, EventKind, StateChange},
     metrics,
@@ -17,7 +17,7 @@ use crate::{
     sockets::SocketSnapshot,
     system::{
         clock::{self, Offset},
-        process::{Attribution, ObservedTask, Processes},
+        process::{Attribution, Holder, ObservedTask, Processes},
     },
 };
 
@@ -125,14 +125,16 @@ impl Pipeline {
         } = self;
         let clock = Offset::now();
         let mut closed_numbers = Vec::new();
-        let was_read = |netns| !knows_netns || snapshot.covers(netns);
+        let is_covered = |connection: &Connection| {
+            !knows_netns
+                || snapshot.covers(&connection.endpoint)
+                || snapshot.proves_end_of_netns(&connection.endpoint)
+        };
         // Outside the initial pid namespace the holders' pids in /proc differ from the pids in events.
         let can_look_up = processes.can_look_up();
-        let by_endpoint = snapshot.holders_by_endpoint();
-        let holders_of = |connection: &Connection| {
-            by_endpoint.get(&connection.endpoint.any_family()).map(|holders| holders.to_vec())
-        };
-        let missed = connections.reconcile(&snapshot.entries, snapshot.began_ns, was_read, |event| {
+        let holders_of =
+            |connection: &Connection| snapshot.holders_of(connection.inode).map(<[Holder]>::to_vec);
+        let missed = connections.reconcile(&snapshot.entries, snapshot.began_ns, is_covered, |event| {
             let connection = event.connection();
             if matches!(event, ConnectionEvent::Established(_)) {
                 established_counts.count(connection);
@@ -190,8 +192,19 @@ impl Pipeline {
         }
     }
 
-    /// Records the TIME_WAIT sockets of self-connections whose close this run did not observe.
+    /// Records the TIME_WAIT sockets of self-connections whose close this run did not observe, and removes those
+    /// that the kernel does not have any more: they ended early, or with their network namespace.
     pub(super) fn record_time_waits(&mut self, snapshot: &SocketSnapshot) {
+        let listed: HashSet<u64> = snapshot.entries.iter().filter_map(|entry| entry.cookie).collect();
+        self.bind_conflicts.remove_ended(|TimeWaitEntry { connection, until_ns, .. }| {
+            let began_ns = until_ns.saturating_sub(TIME_WAIT_NS);
+            let is_missing = connection.cookie.is_some_and(|cookie| !listed.contains(&cookie));
+            snapshot.proves_end_of_netns(&connection.endpoint)
+                || is_missing
+                    && began_ns < snapshot.began_ns
+                    && snapshot.without_sock_diag.is_none()
+                    && snapshot.covers(&connection.endpoint)
+        });
         for entry in &snapshot.entries {
             let Some(time_left) = entry.time_wait_left else { continue };
             debug_assert_eq!(entry.state, state::TIME_WAIT);

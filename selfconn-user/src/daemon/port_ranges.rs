@@ -6,15 +6,15 @@ use std::{collections::HashMap, io};
 use super::worker::Worker;
 use crate::{
     ports::{LocalPorts, sysctl},
-    sockets,
+    sockets::{self, NetnsId},
     system::capabilities,
 };
 
 /// The local ports of each namespace, or the reason why they are unknown.
-pub(super) type PortRangeResponse = HashMap<u32, Result<LocalPorts, String>>;
+pub(super) type PortRangeResponse = HashMap<NetnsId, Result<LocalPorts, String>>;
 
 /// Network namespaces, each with a process that may be in it.
-type PortRangeRequest = HashMap<u32, u32>;
+type PortRangeRequest = HashMap<NetnsId, u32>;
 
 pub(super) type PortRangeWorker = Worker<PortRangeRequest, PortRangeResponse>;
 
@@ -24,7 +24,7 @@ pub(super) fn start() -> io::Result<PortRangeWorker> {
     })
 }
 
-fn read((netns, hint): (u32, u32)) -> (u32, Result<LocalPorts, String>) {
+fn read((netns, hint): (NetnsId, u32)) -> (NetnsId, Result<LocalPorts, String>) {
     let ports = || sysctl::local_ports().map_err(|error| io::Error::other(format!("{error:#}")));
     (netns, sockets::run_in_namespace(netns, &[hint], ports).map_err(|error| error.to_string()))
 }

@@ -13,6 +13,7 @@ use crate::{
     detect::port_risk::{PortRiskEvent, PortRisks, RefusedConnects},
     event::{AtRisk, AtRiskOver, EventKind},
     output::Outputs,
+    sockets::NetnsId,
     system::{
         clock::{self, Offset},
         process::{ObservedTask, Processes},
@@ -80,7 +81,7 @@ impl PortRiskMonitor {
             let count = refused_counts.get(&destination);
             match (self.risks.expire(&destination, count.as_ref(), now_ns), count) {
                 (None, Some(count)) => {
-                    request.insert(destination.netns, count.last_opener.task.pid);
+                    request.insert(NetnsId::from(&destination), count.last_opener.task.pid);
                     self.awaiting_ranges.push(destination);
                 }
                 (expired, _) => {
@@ -113,7 +114,7 @@ impl PortRiskMonitor {
         let now_ns = clock::boot_ns();
         for destination in std::mem::take(&mut self.awaiting_ranges) {
             let (Some(count), Some(ports)) =
-                (refused_counts.get(&destination), response.get(&destination.netns))
+                (refused_counts.get(&destination), response.get(&NetnsId::from(&destination)))
             else {
                 continue;
             };

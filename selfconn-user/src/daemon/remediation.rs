@@ -13,7 +13,7 @@ use crate::{
     },
     event::{ConnectionFields, EventKind, Remedied},
     output::Outputs,
-    sockets::Cookie,
+    sockets::{Cookie, TargetSocket},
     system::{
         clock::{self, Offset},
         process::Attribution,
@@ -127,8 +127,10 @@ fn perform(step: RemedyStep, worker: &SnapshotWorker, out: &mut Outputs) {
 }
 
 fn request(connection: &Connection, fields: &ConnectionFields) -> RemedyRequest {
-    let &Connection { number, endpoint, ifindex, .. } = connection;
+    let &Connection { number, endpoint, cookie, inode, uid, .. } = connection;
     let opener = connection.opener.iter().flat_map(|opener| [opener.task.tid, opener.task.pid]);
     let holders = fields.holders.iter().flatten().map(|holder| holder.pid);
-    RemedyRequest { number, endpoint, ifindex, netns_hints: opener.chain(holders).collect() }
+    let netns_hints = opener.chain(holders).collect();
+    let cookie = cookie.and_then(Cookie::new);
+    RemedyRequest { number, target: TargetSocket { endpoint, cookie, inode, uid, netns_hints } }
 }

@@ -32,12 +32,12 @@ pub(super) type SnapshotWorker = Worker<SnapshotRequest, SnapshotResponse>;
 pub(super) fn start() -> io::Result<SnapshotWorker> {
     Worker::start("reader", capabilities::SNAPSHOT_WORKER, |request| match request {
         SnapshotRequest::Table(netns_hints) => SnapshotResponse::Table(take_snapshot(&netns_hints)),
-        SnapshotRequest::LookUp(RemedyRequest { number, endpoint, ifindex, netns_hints }) => {
-            SnapshotResponse::LookedUp(number, sockets::look_up(&endpoint, ifindex, &netns_hints))
+        SnapshotRequest::LookUp(RemedyRequest { number, target }) => {
+            SnapshotResponse::LookedUp(number, sockets::look_up(&target))
         }
-        SnapshotRequest::Destroy(RemedyRequest { number, endpoint, ifindex, netns_hints }, cookie) => {
+        SnapshotRequest::Destroy(RemedyRequest { number, target }, cookie) => {
             let began_ns = clock::boot_ns();
-            let outcome = sockets::destroy(&endpoint, ifindex, cookie, &netns_hints);
+            let outcome = sockets::destroy(&target, cookie);
             SnapshotResponse::Destroyed(number, began_ns, outcome)
         }
     })

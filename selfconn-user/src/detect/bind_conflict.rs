@@ -6,7 +6,7 @@ use std::{collections::HashMap, net::IpAddr};
 
 use selfconn_ebpf::{COMM_LEN, Endpoint, bind_failure::BindFailure};
 
-use super::connection::Connection;
+use super::connection::{Connection, SocketId};
 use crate::system::process::Attribution;
 
 const SECOND_NS: u64 = 1_000_000_000;
@@ -44,9 +44,9 @@ pub enum PortHolder<'a> {
 /// Failed binds, and the TIME_WAIT entries that can cause them.
 #[derive(Debug, Default)]
 pub struct BindConflicts {
-    /// By endpoint of any family, because sockets of both families hold the same port. Boxed, so that empty
-    /// slots of the table take little memory.
-    time_waits: HashMap<Endpoint, Box<TimeWaitEntry>>,
+    /// By socket: a TIME_WAIT has the cookie of its socket (`inet_twsk_alloc`, net/ipv4/inet_timewait_sock.c at
+    /// v5.10). Boxed, so that empty slots of the table take little memory.
+    time_waits: HashMap<SocketId, Box<TimeWaitEntry>>,
     /// When expired entries were last removed.
     last_sweep_ns: u64,
     bind_failures: HashMap<BindFailureKey, BindFailureState>,
@@ -72,6 +72,12 @@ struct BindFailureState {
     report_interval_ns: u64,
 }
 
+impl TimeWaitEntry {
+    fn id(&self) -> SocketId {
+        SocketId::new(self.connection.cookie, &self.connection.endpoint)
+    }
+}
+
 impl PortHolder<'_> {
     #[must_use]
     pub fn connection(&self) -> &Connection {
@@ -91,7 +97,13 @@ fn is_conflicting(held: &Endpoint, requested: &Endpoint) -> bool {
         IpAddr::V4(any) if any.is_unspecified() => held.ip().is_ipv4(),
         one => one == held.ip(),
     };
-    (held.netns, held.port) == (requested.netns, requested.port) && is_requested
+    // Sockets that are bound to different devices don't compete (`inet_bind_conflict`,
+    // net/ipv4/inet_connection_sock.c at v6.12).
+    let is_same_device = match (held.device(), requested.device()) {
+        (Some(held), Some(requested)) => held == requested,
+        _ => true,
+    };
+    held.is_in_netns_of(requested) && held.port == requested.port && is_same_device && is_requested
 }
 
 impl BindConflicts {
@@ -102,7 +114,7 @@ impl BindConflicts {
             self.remove_expired(now_ns);
         }
         if self.time_waits.len() < MAX_ENTRIES {
-            self.time_waits.insert(entry.connection.endpoint.any_family(), Box::new(entry));
+            self.time_waits.insert(entry.id(), Box::new(entry));
         }
     }
 
@@ -114,10 +126,16 @@ impl BindConflicts {
 
     /// Adds a self-connection that the socket table lists in TIME_WAIT, unless it is known.
     pub fn insert_listed_time_wait(&mut self, entry: TimeWaitEntry, now_ns: u64) {
-        let known = self.time_waits.get(&entry.connection.endpoint.any_family());
+        let known = self.time_waits.get(&entry.id());
         if known.is_none_or(|known| known.until_ns < now_ns) {
             self.insert_time_wait(entry, now_ns);
         }
+    }
+
+    /// Removes the TIME_WAIT entries that have ended early. `has_ended` returns true if the kernel does not have this
+    /// one any more.
+    pub fn remove_ended(&mut self, has_ended: impl Fn(&TimeWaitEntry) -> bool) {
+        self.time_waits.retain(|_, entry| !has_ended(entry));
     }
 
     /// Number of binds that failed because of a self-connection.
@@ -139,8 +157,8 @@ impl BindConflicts {
         }
         let is_in_time_wait = |entry: &&TimeWaitEntry| entry.until_ns > failure.at_ns;
         // The entry that expires last.
-        let time_waits =
-            self.time_waits.iter().filter(|(held, _)| conflicts_with(held)).map(|(_, entry)| &**entry);
+        let time_waits = self.time_waits.values().map(|entry| &**entry);
+        let time_waits = time_waits.filter(|entry| conflicts_with(&entry.connection.endpoint));
         time_waits.filter(is_in_time_wait).max_by_key(|entry| entry.until_ns).map(PortHolder::TimeWait)
     }
 

@@ -14,7 +14,11 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use selfconn_ebpf::{COMM_LEN, Endpoint, Opener, Task, Transition, state};
 
 use crate::sockets::SocketEntry;
+use identity::ClosedSockets;
 
+pub use identity::SocketId;
+
+mod identity;
 mod reconcile;
 #[cfg(test)]
 mod tests;
@@ -49,9 +53,9 @@ pub struct Connection {
     pub cookie: Option<u64>,
     /// Source and destination.
     pub endpoint: Endpoint,
-    /// The interface of a link-local address.
-    pub ifindex: Option<u32>,
-    /// The socket's owner according to the socket table.
+    /// The inode of the socket's file. `None`: unknown, or the socket has none.
+    pub inode: Option<u64>,
+    /// The user that owns the socket.
     pub uid: Option<u32>,
     /// The task that called connect().
     pub opener: Option<Opener>,
@@ -116,12 +120,11 @@ impl<'a> ConnectionEvent<'a> {
 #[derive(Debug, Default)]
 pub struct Connections {
     tracked: HashMap<u64, Tracked>,
-    /// Keys of connections that the socket table listed and whose kernel address is not known yet, by their
-    /// endpoints of any family.
-    provisional_keys: HashMap<Endpoint, u64>,
-    /// Endpoints, of any family, of the connections closed since the current snapshot of the socket table
-    /// began. `None`: no snapshot is in progress.
-    closed_during_snapshot: Option<HashSet<Endpoint>>,
+    /// Keys of connections that the socket table listed and whose kernel address is not known yet.
+    provisional_keys: HashMap<SocketId, u64>,
+    /// The connections closed since the current snapshot of the socket table began. `None`: no snapshot is in
+    /// progress.
+    closed_during_snapshot: Option<ClosedSockets>,
     /// Closed sockets whose close a second probe may still report: time of the close, and kernel address. A
     /// kernel address is queued at most once: the kernel reuses addresses of sockets, and in a flood a few
     /// addresses are closed thousands of times a second.
@@ -249,13 +252,13 @@ impl Connections {
 /// Emits the close of a self-connection, and records it for the snapshot of the socket table that is in
 /// progress.
 fn close(
-    closed_during_snapshot: &mut Option<HashSet<Endpoint>>,
+    closed_during_snapshot: &mut Option<ClosedSockets>,
     connection: &Connection,
     end: ConnectionEnd,
     each: &mut impl FnMut(ConnectionEvent<'_>),
 ) {
     if let Some(closed) = closed_during_snapshot {
-        closed.insert(connection.endpoint.any_family());
+        closed.insert(connection);
     }
     each(ConnectionEvent::Closed(connection, end));
 }
@@ -268,7 +271,7 @@ impl Connection {
             source,
             cookie: None,
             endpoint,
-            ifindex: None,
+            inode: None,
             uid: None,
             opener: None,
             isns: None,
@@ -282,7 +285,7 @@ impl Connection {
     pub fn from_entry(number: u64, entry: &SocketEntry) -> Self {
         Self {
             cookie: entry.cookie,
-            ifindex: entry.ifindex,
+            inode: (entry.inode != 0).then_some(entry.inode),
             uid: entry.uid,
             opener: entry.connect_entry.map(|(_, opener)| opener),
             ..Self::new(number, Source::Scan, entry.endpoint)
@@ -292,12 +295,8 @@ impl Connection {
 
 impl Tracked {
     fn new(number: u64, t: &Transition) -> Self {
-        let endpoint = t.endpoint;
         Self {
-            connection: Connection {
-                ifindex: (t.ifindex != 0 && endpoint.is_link_local()).then_some(t.ifindex),
-                ..Connection::new(number, Source::Live, endpoint)
-            },
+            connection: Connection::new(number, Source::Live, t.endpoint),
             last: (t.old, t.new),
             reported_by: 0,
             last_seen_ns: t.at_ns,
@@ -307,14 +306,20 @@ impl Tracked {
         }
     }
 
+    /// True if this transition is about this socket, and not about another one at the same kernel address.
     fn is_same_socket(&self, t: &Transition) -> bool {
         let connection = &self.connection;
+        if let Some(cookie) = connection.cookie
+            && t.cookie != 0
+        {
+            return cookie == t.cookie;
+        }
         let connected_ns = connection.opener.map_or(0, |opener| opener.at_ns);
         // Each probe records the opener at SYN_SENT. The second probe overwrites the first one's entry a
         // moment later.
         let is_same_attempt = connected_ns == 0 || t.opener.at_ns == 0 || connected_ns == t.opener.at_ns;
         (is_same_attempt || t.new == state::SYN_SENT)
-            && connection.endpoint.any_family() == t.endpoint.any_family()
+            && connection.endpoint.table_key() == t.endpoint.table_key()
     }
 
     /// True if another probe has already reported this transition.
@@ -338,6 +343,9 @@ impl Tracked {
         let connection = &mut self.connection;
         if t.cookie != 0 {
             connection.cookie = Some(t.cookie);
+        }
+        if t.inode != 0 {
+            (connection.inode, connection.uid) = (Some(t.inode), Some(t.uid));
         }
         if t.opener.at_ns != 0 {
             connection.opener = Some(t.opener);

@@ -242,6 +242,7 @@ mod tests {
         netns: 7,
         port: 40_000,
         family: 0,
+        ..Endpoint::UNKNOWN
     };
 
     /// `refused` attempts, one every `gap_ns`, the newest at `now_ns`.

@@ -8,12 +8,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use selfconn_ebpf::Endpoint;
-
 use super::filter::Selection;
 use crate::{
     event::{ConnectionFields, Remedied},
-    sockets::Cookie,
+    sockets::{Cookie, TargetSocket},
 };
 
 #[cfg(test)]
@@ -106,12 +104,7 @@ pub enum RemedyStep {
 pub struct RemedyRequest {
     /// Number of the connection.
     pub number: u64,
-    /// Source and destination.
-    pub endpoint: Endpoint,
-    /// The interface of a link-local address.
-    pub ifindex: Option<u32>,
-    /// Processes and threads to try first to enter its network namespace.
-    pub netns_hints: Vec<u32>,
+    pub target: TargetSocket,
 }
 
 /// The policy, and the self-connections that wait for a step.
@@ -173,7 +166,7 @@ impl Remedy {
         if let Some(why) = self.policy.selection.exclusion_reason(&fields) {
             return Some(self.finish(fields, RemedyOutcome::Excepted, Some(why)));
         }
-        if request.endpoint.known_netns().is_none() {
+        if request.target.endpoint.known_netns().is_none() {
             let why = "its network namespace is unknown: the kernel has no usable BTF".to_owned();
             return Some(self.finish(fields, RemedyOutcome::Failed, Some(why)));
         }

@@ -24,7 +24,6 @@ pub(crate) fn entry(endpoint: Endpoint, state: u8) -> SocketEntry {
     SocketEntry {
         endpoint,
         state,
-        ifindex: None,
         cookie: Some(9),
         inode: 0,
         uid: None,

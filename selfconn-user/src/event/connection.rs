@@ -80,7 +80,7 @@ impl ConnectionFields {
             },
             family: if connection.endpoint.is_ipv6() { "ipv6" } else { "ipv4" },
             addr: connection.endpoint.ip().to_string(),
-            ifindex: connection.ifindex,
+            ifindex: connection.endpoint.device(),
             port: connection.endpoint.port,
             netns: connection.endpoint.known_netns(),
             cause: opener.and_then(|opener| match opener.cause {

@@ -1,6 +1,9 @@
-//! Destroys a self-connection with SOCK_DESTROY, and never any other socket. The socket is looked up in its
-//! network namespace, its addresses and its state are verified, and it is destroyed by its cookie. If another
-//! socket has taken its place in the meantime, that socket is not affected.
+//! Destroys a self-connection with SOCK_DESTROY, and never any other socket.
+//!
+//! The socket is known by its cookie. If only the programs' record describes it, its cookie is taken from the socket
+//! table of its network namespace, if exactly one socket there agrees with the record. The request has the socket's own
+//! device. That the kernel does not find a socket proves nothing, because another one with the same addresses can
+//! hide it: a second look goes through the whole table.
 
 use std::{collections::HashMap, io, panic, thread};
 
@@ -8,8 +11,11 @@ use selfconn_ebpf::{Endpoint, state};
 
 use super::{
     entry::{DumpedSocket, SocketEntry},
-    netns::{self, Namespace},
-    sock_diag::exact::{self, Cookie},
+    netns::{self, Namespace, NetnsId},
+    sock_diag::{
+        DiagReader,
+        exact::{self, Cookie},
+    },
 };
 
 const EPERM: i32 = 1;
@@ -20,25 +26,39 @@ const EOPNOTSUPP: i32 = 95;
 const NEEDS_NET_ADMIN: &str =
     "destroying sockets needs CAP_NET_ADMIN in their network namespace: run as root, or grant it";
 
-/// The cookie of the self-connection at this endpoint. `None`: it does not exist, or only its TIME_WAIT
-/// socket is left. `ifindex` is the interface of a link-local address. The namespaces of the processes and
-/// threads in `netns_hints` are searched first.
+/// Why a socket that exists could not be destroyed.
+const HIDDEN: &str = "another socket with the same addresses and ports, which is not bound to a device, hides it \
+                      from SOCK_DESTROY";
+
+/// What is known about a self-connection that is to be destroyed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TargetSocket {
+    /// Source and destination.
+    pub endpoint: Endpoint,
+    /// `None`: unknown.
+    pub cookie: Option<Cookie>,
+    /// The inode of the socket's file. `None`: unknown.
+    pub inode: Option<u64>,
+    /// The user that owns the socket. `None`: unknown.
+    pub uid: Option<u32>,
+    /// Processes and threads to try first to enter its network namespace.
+    pub netns_hints: Vec<u32>,
+}
+
+/// The cookie of this self-connection. `None`: it does not exist any more, or only its TIME_WAIT socket is left.
 ///
 /// # Errors
-/// A text for people, if the namespace cannot be found or entered, or if the kernel does not answer.
-pub fn look_up(
-    endpoint: &Endpoint,
-    ifindex: Option<u32>,
-    netns_hints: &[u32],
-) -> Result<Option<Cookie>, String> {
-    let look = || {
-        let row = none_if_missing(exact::look_up(endpoint, ifindex, None))?;
-        let is_open = |row: &DumpedSocket| is_at(row, endpoint) && row.entry.state != state::TIME_WAIT;
-        Ok(row.filter(is_open).and_then(|row| row.entry.cookie))
+/// A text for people, if the namespace cannot be found or entered, if the kernel does not answer, or if it is not
+/// certain which socket it is.
+pub fn look_up(target: &TargetSocket) -> Result<Option<Cookie>, String> {
+    let look = || match target.cookie {
+        Some(cookie) => {
+            let found = find(&target.endpoint, cookie)?;
+            Ok(found.filter(|row| row.entry.state != state::TIME_WAIT).map(|_| cookie))
+        }
+        None => identify(target),
     };
-    let cookie =
-        netns::run_in_namespace(endpoint.netns, netns_hints, look).map_err(|error| explain_error(&error))?;
-    Ok(cookie.and_then(Cookie::new))
+    run_in_namespace(target, look)
 }
 
 /// Destroys this self-connection if it has this cookie. Returns true if it existed. If it has already become
@@ -46,14 +66,16 @@ pub fn look_up(
 ///
 /// # Errors
 /// As [`look_up`], and if this process is not permitted to destroy sockets.
-pub fn destroy(
-    endpoint: &Endpoint,
-    ifindex: Option<u32>,
-    cookie: Cookie,
-    netns_hints: &[u32],
-) -> Result<bool, String> {
-    let destroy = || destroy_here(endpoint, ifindex, cookie, false);
-    netns::run_in_namespace(endpoint.netns, netns_hints, destroy).map_err(|error| explain_error(&error))
+pub fn destroy(target: &TargetSocket, cookie: Cookie) -> Result<bool, String> {
+    run_in_namespace(target, || destroy_here(&target.endpoint, cookie, false))
+}
+
+fn run_in_namespace<T: Send>(
+    target: &TargetSocket,
+    work: impl FnOnce() -> io::Result<T> + Send,
+) -> Result<T, String> {
+    netns::run_in_namespace(NetnsId::from(&target.endpoint), &target.netns_hints, work)
+        .map_err(|error| explain_error(&error))
 }
 
 /// Destroys the self-connections of a snapshot, TIME_WAIT included. Returns for each entry whether it still
@@ -62,18 +84,19 @@ pub fn destroy(
 /// # Errors
 /// If no thread can be started.
 pub fn destroy_all(entries: &[SocketEntry]) -> io::Result<Vec<Result<bool, String>>> {
-    let mut by_netns: HashMap<u32, Vec<usize>> = HashMap::new();
+    let mut by_netns: HashMap<NetnsId, Vec<usize>> = HashMap::new();
     for (index, entry) in entries.iter().enumerate() {
-        by_netns.entry(entry.endpoint.netns).or_default().push(index);
+        by_netns.entry(NetnsId::from(&entry.endpoint)).or_default().push(index);
     }
     let mut outcomes = vec![Err("its network namespace was not found again".to_owned()); entries.len()];
     let visit = || {
-        netns::visit(&[], |&Namespace { inode: netns, .. }| {
-            for index in by_netns.remove(&netns).unwrap_or_default() {
-                let &SocketEntry { endpoint, ifindex, state, cookie, .. } = &entries[index];
+        netns::visit(&[], |&Namespace { id, .. }| {
+            for index in by_netns.remove(&id).unwrap_or_default() {
+                let &SocketEntry { endpoint, state, cookie, .. } = &entries[index];
                 outcomes[index] = match cookie.and_then(Cookie::new) {
-                    Some(cookie) => destroy_here(&endpoint, ifindex, cookie, true)
-                        .map_err(|error| explain_error_in(&error, state)),
+                    Some(cookie) => {
+                        destroy_here(&endpoint, cookie, true).map_err(|error| explain_error_in(&error, state))
+                    }
                     None => Err("its cookie is unknown: only sock_diag reports it".to_owned()),
                 };
             }
@@ -115,34 +138,64 @@ pub fn can_enter() -> Result<(), String> {
     entered.map_err(|error| format!("entering another network namespace: {error}: it needs CAP_SYS_ADMIN"))
 }
 
-fn destroy_here(
-    endpoint: &Endpoint,
-    ifindex: Option<u32>,
-    cookie: Cookie,
-    time_wait: bool,
-) -> io::Result<bool> {
-    let row = none_if_missing(exact::look_up(endpoint, ifindex, Some(cookie)))?;
-    let may_destroy =
-        |row: &DumpedSocket| is_at(row, endpoint) && (time_wait || row.entry.state != state::TIME_WAIT);
-    if !row.is_some_and(|row| may_destroy(&row)) {
+fn destroy_here(endpoint: &Endpoint, cookie: Cookie, time_wait: bool) -> io::Result<bool> {
+    let Some(row) = find(endpoint, cookie)? else { return Ok(false) };
+    if !time_wait && row.entry.state == state::TIME_WAIT {
         return Ok(false);
     }
-    exact::destroy(endpoint, ifindex, cookie)
+    if exact::destroy(endpoint, cookie)? {
+        return Ok(true);
+    }
+    match find(endpoint, cookie)? {
+        Some(row) if time_wait || row.entry.state != state::TIME_WAIT => Err(io::Error::other(HIDDEN)),
+        _ => Ok(false),
+    }
+}
+
+/// The self-connection with this cookie, in the network namespace of the calling thread. `None`: it does not exist.
+fn find(endpoint: &Endpoint, cookie: Cookie) -> io::Result<Option<DumpedSocket>> {
+    if let Some(row) = exact::look_up(endpoint, cookie)? {
+        return Ok(Some(row).filter(|row| is_at(row, endpoint)));
+    }
+    let mut table = self_connections()?;
+    let position =
+        table.iter().position(|row| row.entry.cookie == Some(cookie.get()) && is_at(row, endpoint));
+    Ok(position.map(|position| table.swap_remove(position)))
+}
+
+/// The cookie of the only open self-connection that agrees with what is known.
+fn identify(target: &TargetSocket) -> io::Result<Option<Cookie>> {
+    let is_open = |row: &DumpedSocket| {
+        is_at(row, &target.endpoint) && row.entry.state != state::TIME_WAIT && row.entry.inode != 0
+    };
+    let table = self_connections()?;
+    let mut open = table.iter().filter(|row| is_open(row)).map(|row| &row.entry);
+    let Some(first) = open.next() else { return Ok(None) };
+    let agrees = |entry: &SocketEntry| target.inode == Some(entry.inode) && target.uid == entry.uid;
+    let why = if target.inode.is_none() {
+        "the programs could read neither its cookie nor its inode"
+    } else {
+        match [first].into_iter().chain(open).find(|entry| agrees(entry)) {
+            Some(entry) => return Ok(entry.cookie.and_then(Cookie::new)),
+            None => "the socket at its addresses and ports has another inode or owner",
+        }
+    };
+    Err(io::Error::other(format!("which socket it is, is not certain: {why}")))
+}
+
+/// The self-connections in the network namespace of the calling thread, TIME_WAIT included.
+fn self_connections() -> io::Result<Vec<DumpedSocket>> {
+    let mut rows = Vec::new();
+    DiagReader::new().read(false, &mut rows)?;
+    rows.retain(DumpedSocket::is_self_connection);
+    Ok(rows)
 }
 
 /// True if this socket is the self-connection at this endpoint. The kernel may also return a listener here.
 /// The family counts: the sockets of the two families are different sockets to destroy.
 fn is_at(row: &DumpedSocket, endpoint: &Endpoint) -> bool {
     // The kernel reports no namespace: the thread is in the namespace of the endpoint.
-    row.is_self_connection() && row.entry.endpoint == Endpoint { netns: 0, ..*endpoint }
-}
-
-/// Converts ENOENT to `None`, because the absence of the socket is a valid result.
-fn none_if_missing(result: io::Result<Option<DumpedSocket>>) -> io::Result<Option<DumpedSocket>> {
-    match result {
-        Err(error) if error.raw_os_error() == Some(ENOENT) => Ok(None),
-        outcome => outcome,
-    }
+    row.is_self_connection() && row.entry.endpoint == Endpoint { netns: 0, netns_cookie: 0, ..*endpoint }
 }
 
 fn explain_error(error: &io::Error) -> String {
@@ -187,6 +240,7 @@ mod tests {
             let row = super::super::entry::tests::row(source, destination, state);
             let case = format!("{source} {destination} {}", state::name(state));
             assert_eq!((is_at(&row, &v4), is_at(&row, &mapped)), (plain, v6), "{case}");
+            assert!(!is_at(&row, &Endpoint { ifindex: 3, ..v4 }), "bound to a device: {case}");
         }
     }
 

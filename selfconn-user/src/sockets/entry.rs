@@ -4,6 +4,8 @@ use std::{net::IpAddr, time::Duration};
 
 use selfconn_ebpf::{Endpoint, Opener, state};
 
+use super::netns::NetnsId;
+
 /// A socket in the kernel's table: a self-connection, or a listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SocketEntry {
@@ -11,9 +13,7 @@ pub struct SocketEntry {
     pub endpoint: Endpoint,
     /// The TCP state: one of [`state`].
     pub state: u8,
-    /// The interface of a link-local address; procfs does not provide it.
-    pub ifindex: Option<u32>,
-    /// The socket cookie; procfs does not provide it.
+    /// The socket cookie; procfs does not provide it. Then the device of the endpoint is unknown, too.
     pub cookie: Option<u64>,
     /// The inode of the socket, used to find its holders. 0: no process holds the socket, as in TIME_WAIT.
     pub inode: u64,
@@ -52,16 +52,21 @@ impl DumpedSocket {
         self.entry.endpoint.addr == self.destination.addr && self.entry.state == state::SYN_SENT
     }
 
-    pub(super) fn into_entry(self, netns: u32) -> SocketEntry {
+    pub(super) fn into_entry(self, netns: NetnsId) -> SocketEntry {
         let mut entry = self.entry;
-        entry.endpoint.netns = netns;
+        entry.endpoint = in_netns(entry.endpoint, netns);
         entry
     }
 }
 
-/// An end of a dumped socket.
-pub(super) fn dumped_endpoint(ip: IpAddr, port: u16) -> Endpoint {
-    Endpoint::new(0, ip, port, ip.is_ipv6())
+/// An end of a dumped socket. `ifindex` is the device that the socket is bound to, or 0.
+pub(super) fn dumped_endpoint(ip: IpAddr, port: u16, ifindex: u32) -> Endpoint {
+    Endpoint { ifindex, ..Endpoint::new(0, ip, port, ip.is_ipv6()) }
+}
+
+/// An end of a socket that was dumped in this network namespace.
+pub(super) fn in_netns(endpoint: Endpoint, netns: NetnsId) -> Endpoint {
+    Endpoint { netns: netns.inode, netns_cookie: netns.cookie, ..endpoint }
 }
 
 #[cfg(test)]
@@ -72,7 +77,7 @@ pub(super) mod tests {
     pub(in crate::sockets) fn row(source: &str, destination: &str, state: u8) -> DumpedSocket {
         let end = |text: &str| {
             let end: std::net::SocketAddr = text.parse().unwrap();
-            dumped_endpoint(end.ip(), end.port())
+            dumped_endpoint(end.ip(), end.port(), 0)
         };
         DumpedSocket { entry: samples::entry(end(source), state), destination: end(destination) }
     }

@@ -59,7 +59,7 @@ fn visit<T>(
     let mut found = Vec::new();
     let inspect_one = |namespace: &Namespace| {
         tables.read_listeners()?;
-        let listeners = tables.rows.drain(..).map(|row| row.into_entry(namespace.inode));
+        let listeners = tables.rows.drain(..).map(|row| row.into_entry(namespace.id));
         found.push(each(namespace, listeners.collect())?);
         Ok(())
     };
@@ -105,7 +105,7 @@ mod tests {
             let (namespace, listeners) = &inspected.found[0];
             assert!(namespace.is_current);
             let current = fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
-            assert_eq!(u64::from(namespace.inode), current);
+            assert_eq!(u64::from(namespace.id.inode), current);
             for bound in &bound {
                 let is_bound = |listener: &&SocketEntry| {
                     (listener.endpoint.ip(), listener.endpoint.port) == (bound.ip(), bound.port())

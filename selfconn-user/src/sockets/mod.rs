@@ -21,6 +21,7 @@ mod snapshot;
 mod sock_diag;
 mod table;
 
+pub use destroy::TargetSocket;
 pub use destroy::can_destroy;
 pub use destroy::can_enter;
 pub use destroy::destroy;
@@ -34,6 +35,8 @@ pub use listeners::ListenerInspection;
 pub use listeners::NamespaceSelection;
 pub use listeners::inspect;
 pub use netns::Namespace;
+pub use netns::NetnsId;
+pub use netns::has_cookies;
 pub use netns::run_in_namespace;
 pub use on_port::PortSocket;
 pub use on_port::on_port;

@@ -1,11 +1,11 @@
 //! Finds the network namespaces of this host and enters each one once with the calling thread.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     ffi::OsString,
     fs, io,
     os::{
-        fd::AsFd as _,
+        fd::{AsFd as _, AsRawFd as _},
         unix::{
             ffi::OsStringExt as _,
             fs::{MetadataExt as _, OpenOptionsExt as _},
@@ -20,6 +20,8 @@ use rustix::{
     fs::{FsWord, OFlags, fstatfs},
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
+use selfconn_ebpf::Endpoint;
+use socket2::{Domain, Socket, Type};
 
 const CURRENT_NETNS: &str = "/proc/thread-self/ns/net";
 
@@ -34,16 +36,31 @@ const NSFS_MAGIC: FsWord = 0x6e73_6673;
 /// The result of a visit.
 #[derive(Debug, Default)]
 pub(super) struct VisitResult {
-    /// The inodes of the namespaces in which `each` succeeded.
-    pub(super) namespaces: HashSet<u32>,
+    /// The namespaces in which `each` succeeded: inodes and cookies.
+    pub(super) namespaces: HashMap<u32, u64>,
     /// What could not be visited, and the reason: one line of text for people each.
     pub(super) unseen: Vec<String>,
 }
 
-/// A network namespace.
+/// The identity of a network namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct NetnsId {
+    /// The kernel gives it to another namespace when this one has ended.
+    pub inode: u32,
+    /// Unique until the next boot. 0: unknown.
+    pub cookie: u64,
+}
+
+impl From<&Endpoint> for NetnsId {
+    fn from(endpoint: &Endpoint) -> Self {
+        Self { inode: endpoint.netns, cookie: endpoint.table_key().netns_cookie }
+    }
+}
+
+/// A network namespace that was entered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Namespace {
-    pub inode: u32,
+    pub id: NetnsId,
     /// The file through which it was entered: a mount point, or a file in the `/proc` directory of a process.
     pub path: PathBuf,
     /// True if this process is in this namespace.
@@ -113,7 +130,7 @@ enum NamespaceSource {
 struct NamespaceVisit {
     /// Device and inode of the namespaces that were visited or permanently refused.
     known: HashSet<(u64, u64)>,
-    namespaces: HashSet<u32>,
+    namespaces: HashMap<u32, u64>,
     /// The number of processes whose namespace this process is not permitted to identify.
     denied_processes: usize,
     /// By reason: the number of refusals, and the name of the first refused namespace.
@@ -173,10 +190,10 @@ impl NamespaceVisit {
             self.add_refusal(why, which);
             return Ok(true);
         }
-        let netns = u32::try_from(inode).unwrap_or(0);
-        match each(&Namespace { inode: netns, path: path.to_owned(), is_current }) {
+        let id = NetnsId { inode: u32::try_from(inode).unwrap_or(0), cookie: current_cookie().unwrap_or(0) };
+        match each(&Namespace { id, path: path.to_owned(), is_current }) {
             Ok(()) => {
-                self.namespaces.insert(netns);
+                self.namespaces.insert(id.inode, id.cookie);
             }
             Err(error) if source == NamespaceSource::Requested => return Err(error),
             Err(error) => {
@@ -209,23 +226,53 @@ impl NamespaceVisit {
     }
 }
 
-/// Calls `work` on a separate thread that is in the network namespace with this inode; the namespace of the
-/// caller does not change. The search for the namespace begins with the namespace of the caller, continues
-/// with those of the processes or threads in `netns_hints`, and then with all others as in [`visit`]. The
-/// inode 0 is the namespace of the caller, because a kernel without namespaces reports no inode.
+/// True if this kernel has cookies of network namespaces and tells them (`SO_NETNS_COOKIE`, v5.14).
+#[must_use]
+pub fn has_cookies() -> bool {
+    current_cookie().is_some()
+}
+
+/// The cookie of the network namespace that the calling thread is in. `None`: this kernel does not tell it.
+fn current_cookie() -> Option<u64> {
+    let socket = Socket::new(Domain::UNIX, Type::DGRAM, None).ok()?;
+    let (mut cookie, mut length) = (0_u64, size_of::<u64>() as libc::socklen_t);
+    // SAFETY: the option writes at most `length` bytes to the number, and a length to `length`.
+    let outcome = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    (outcome == 0 && cookie != 0).then_some(cookie)
+}
+
+/// Calls `work` on a separate thread that is in this network namespace; the namespace of the caller does not
+/// change. The search for the namespace begins with the namespace of the caller, continues with those of the
+/// processes or threads in `netns_hints`, and then with all others as in [`visit`]. The inode 0 is the namespace of
+/// the caller, because a kernel without namespaces reports no inode.
 ///
 /// # Errors
-/// If the namespace cannot be found or entered, and the errors of `work`.
+/// If the namespace cannot be found or entered, or has ended, and the errors of `work`.
 pub fn run_in_namespace<T: Send>(
-    netns: u32,
+    netns: NetnsId,
     netns_hints: &[u32],
     work: impl FnOnce() -> io::Result<T> + Send,
 ) -> io::Result<T> {
     thread::scope(|scope| {
         let thread = thread::Builder::new().name("namespace".to_owned());
         let thread = thread.spawn_scoped(scope, || {
-            enter(netns, netns_hints)?;
-            work()
+            enter(netns.inode, netns_hints)?;
+            match current_cookie() {
+                Some(cookie) if ![0, cookie].contains(&netns.cookie) => {
+                    let why =
+                        format!("network namespace {} has ended; its inode is that of another", netns.inode);
+                    Err(io::Error::new(io::ErrorKind::NotFound, why))
+                }
+                _ => work(),
+            }
         })?;
         thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause))
     })
@@ -336,12 +383,12 @@ mod tests {
     #[test]
     fn refusals_with_the_same_reason_are_one_line() {
         let mut visit =
-            NamespaceVisit { denied_processes: 7, namespaces: [1].into(), ..NamespaceVisit::default() };
+            NamespaceVisit { denied_processes: 7, namespaces: [(1, 5)].into(), ..NamespaceVisit::default() };
         visit.add_refusal("no".to_owned(), Some("1 (/a)".to_owned()));
         visit.add_refusal("no".to_owned(), Some("2 (/b)".to_owned()));
         visit.add_refusal("never".to_owned(), Some("3 (/c)".to_owned()));
         let VisitResult { namespaces, unseen } = visit.finish();
-        assert_eq!(namespaces, HashSet::from([1]));
+        assert_eq!(namespaces, HashMap::from([(1, 5)]));
         assert_eq!(
             unseen[..2],
             ["network namespace 3 (/c): never", "2 network namespaces, the first 1 (/a): no"]

@@ -77,9 +77,8 @@ pub(super) fn parse(line: &str, filter: impl Fn(&str, &str, &str) -> bool) -> Op
     let uid = words.nth(1)?.parse().ok()?;
     let inode = words.nth(1)?.parse().ok()?;
     let entry = SocketEntry {
-        endpoint: dumped_endpoint(address(source.0)?, port(source.1)?),
+        endpoint: dumped_endpoint(address(source.0)?, port(source.1)?, 0),
         state,
-        ifindex: None,
         cookie: None,
         inode,
         uid: (inode != 0).then_some(uid),
@@ -87,7 +86,10 @@ pub(super) fn parse(line: &str, filter: impl Fn(&str, &str, &str) -> bool) -> Op
             .then(|| Duration::from_millis(ticks * (1_000 / TICKS_PER_SECOND))),
         connect_entry: None,
     };
-    Some(DumpedSocket { entry, destination: dumped_endpoint(address(destination.0)?, port(destination.1)?) })
+    Some(DumpedSocket {
+        entry,
+        destination: dumped_endpoint(address(destination.0)?, port(destination.1)?, 0),
+    })
 }
 
 /// Parses an address, which the kernel prints as 32-bit numbers in the byte order of the machine.
@@ -121,7 +123,7 @@ mod tests {
     #[test]
     fn a_line_is_parsed_as_the_kernel_prints_it() {
         let row = |source: (&str, u16), destination: (&str, u16), state, uid, inode, left_ms: Option<u64>| {
-            let end = |(ip, port): (&str, u16)| dumped_endpoint(ip.parse().unwrap(), port);
+            let end = |(ip, port): (&str, u16)| dumped_endpoint(ip.parse().unwrap(), port, 0);
             let entry = SocketEntry {
                 cookie: None,
                 inode,
@@ -174,7 +176,7 @@ mod tests {
         let is_listener = |_: &str, _: &str, state: &str| state == LISTEN;
         let line = "   0: 0100007F:9C5D 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 812 1 0";
         let row = parse(line, is_listener).unwrap();
-        assert_eq!(row.entry.endpoint, dumped_endpoint("127.0.0.1".parse().unwrap(), 40_029));
+        assert_eq!(row.entry.endpoint, dumped_endpoint("127.0.0.1".parse().unwrap(), 40_029, 0));
         assert_eq!(row.entry.inode, 812);
         let other = line.replace(" 0A ", " 01 ");
         assert_eq!(parse(&other, is_listener), None);

@@ -12,7 +12,7 @@ use std::{
 use selfconn_ebpf::{ConnectEntry, Endpoint, Opener};
 
 use super::{
-    entry::SocketEntry,
+    entry::{SocketEntry, in_netns},
     holders::{HolderSearch, Holders, find_holders},
     netns::{self, Namespace},
     table::Tables,
@@ -41,8 +41,8 @@ pub struct SocketSnapshot {
     pub attempts: Vec<Endpoint>,
     /// The processes that hold the self-connections; empty unless requested.
     pub holders: Holders,
-    /// The inodes of the network namespaces that were read.
-    pub namespaces: HashSet<u32>,
+    /// The network namespaces that were read: inodes and cookies. A cookie of 0 is unknown.
+    pub namespaces: HashMap<u32, u64>,
     /// What could not be read, and the reason: one line of text for people each.
     pub unseen: Vec<String>,
     /// The reason why `/proc/net/tcp` was read instead of sock_diag; cookies and interfaces are unknown in
@@ -56,37 +56,41 @@ pub struct SocketSnapshot {
 }
 
 impl SocketSnapshot {
-    /// True if the snapshot includes this network namespace.
+    /// True if the snapshot includes the network namespace of this endpoint.
     #[must_use]
-    pub fn covers(&self, netns: u32) -> bool {
-        self.namespaces.contains(&netns)
+    pub fn covers(&self, endpoint: &Endpoint) -> bool {
+        self.namespaces.get(&endpoint.netns).is_some_and(|cookie| is_same(*cookie, endpoint))
+    }
+
+    /// True if the network namespace of this endpoint has ended, because its inode is that of another namespace. A
+    /// namespace that was only not found may still exist.
+    #[must_use]
+    pub fn proves_end_of_netns(&self, endpoint: &Endpoint) -> bool {
+        self.namespaces.get(&endpoint.netns).is_some_and(|cookie| !is_same(*cookie, endpoint))
     }
 
     /// Adds the entries of the probes' connect table to the sockets. If the probes do not know the network
     /// namespace of a socket, it becomes unknown in the snapshot, too: transitions of these sockets have
     /// none.
     pub fn add_connect_entries(&mut self, connects: &[(u64, ConnectEntry)], knows_netns: bool) {
-        let connects: HashMap<Endpoint, (u64, Opener)> = connects
-            .iter()
-            .map(|(sock, connect)| (connect.endpoint.any_family(), (*sock, connect.opener)))
-            .collect();
+        // `None`: more than one socket has this endpoint, so the opener is not certain.
+        let mut openers: HashMap<Endpoint, Option<(u64, Opener)>> = HashMap::new();
+        for (sock, connect) in connects {
+            let opener = Some((*sock, connect.opener));
+            openers.entry(connect.endpoint.table_key()).and_modify(|known| *known = None).or_insert(opener);
+        }
         for entry in &mut self.entries {
             if !knows_netns {
-                entry.endpoint.netns = 0;
+                (entry.endpoint.netns, entry.endpoint.netns_cookie) = (0, 0);
             }
-            entry.connect_entry = connects.get(&entry.endpoint.any_family()).copied();
+            entry.connect_entry = openers.get(&entry.endpoint.table_key()).copied().flatten();
         }
     }
 
-    /// The processes that have a self-connection open, by its endpoint of any family. An endpoint without a
-    /// holder is missing.
+    /// The processes that have the socket with this inode open. `None`: there is no such process, or none was found.
     #[must_use]
-    pub fn holders_by_endpoint(&self) -> HashMap<Endpoint, &[Holder]> {
-        let holders_of = |entry: &SocketEntry| {
-            let holders = self.holders.by_inode.get(&entry.inode)?;
-            Some((entry.endpoint.any_family(), holders.as_slice()))
-        };
-        self.entries.iter().filter_map(holders_of).collect()
+    pub fn holders_of(&self, inode: Option<u64>) -> Option<&[Holder]> {
+        self.holders.by_inode.get(&inode?).map(Vec::as_slice)
     }
 
     /// Kernel addresses in the connect table whose sockets no longer exist: the entry is older than the
@@ -95,14 +99,20 @@ impl SocketSnapshot {
     #[must_use]
     pub fn stale_connects(&self, connects: &[(u64, ConnectEntry)]) -> Vec<u64> {
         let sockets = self.entries.iter().map(|entry| &entry.endpoint).chain(&self.attempts);
-        let existing: HashSet<Endpoint> = sockets.map(Endpoint::any_family).collect();
+        let existing: HashSet<Endpoint> = sockets.map(Endpoint::table_key).collect();
         let is_stale = |connect: &ConnectEntry| {
             connect.opener.at_ns < self.began_ns
-                && self.covers(connect.endpoint.netns)
-                && !existing.contains(&connect.endpoint.any_family())
+                && (self.proves_end_of_netns(&connect.endpoint)
+                    || self.covers(&connect.endpoint) && !existing.contains(&connect.endpoint.table_key()))
         };
         connects.iter().filter(|(_, connect)| is_stale(connect)).map(|(sock, _)| *sock).collect()
     }
+}
+
+/// True if the namespace with this cookie is that of an endpoint with the same inode.
+fn is_same(cookie: u64, endpoint: &Endpoint) -> bool {
+    let known = endpoint.table_key().netns_cookie;
+    cookie == 0 || known == 0 || cookie == known
 }
 
 /// Reads the socket tables of all network namespaces that can be found and entered. It runs on a separate
@@ -129,16 +139,16 @@ pub fn snapshot(options: SnapshotOptions, netns_hints: &[u32]) -> io::Result<Soc
 fn snapshot_all(options: SnapshotOptions, netns_hints: &[u32]) -> SocketSnapshot {
     let mut snapshot = SocketSnapshot { began_ns: clock::boot_ns(), ..SocketSnapshot::default() };
     let mut tables = Tables::new(options.procfs_only);
-    let visited = netns::visit(netns_hints, |&Namespace { inode: netns, .. }| {
+    let visited = netns::visit(netns_hints, |&Namespace { id, .. }| {
         tables.read(options.attempts)?;
         let mut cookies = HashSet::new();
         for row in tables.rows.drain(..) {
             if row.is_attempt() && options.attempts {
-                snapshot.attempts.push(Endpoint { netns, ..row.destination });
+                snapshot.attempts.push(in_netns(row.destination, id));
             }
             // If a hash chain changes while it is read, a socket can appear twice.
             if row.is_self_connection() && row.entry.cookie.is_none_or(|cookie| cookies.insert(cookie)) {
-                snapshot.entries.push(row.into_entry(netns));
+                snapshot.entries.push(row.into_entry(id));
             }
         }
         Ok(())
@@ -171,7 +181,7 @@ mod tests {
         let connects = [connect(7, mapped, 5), connect(8, other, 5), connect(9, elsewhere, 5)];
         let mut snapshot = SocketSnapshot {
             entries: vec![samples::entry(v4, state::ESTABLISHED)],
-            namespaces: [1].into(),
+            namespaces: [(1, 0)].into(),
             began_ns: 6,
             ..SocketSnapshot::default()
         };

@@ -226,18 +226,17 @@ pub(super) fn parse(response: &[u8]) -> Result<DumpedSocket, netlink_packet_core
     // The crate does not provide the remaining time of this timer.
     let left =
         (header.timer == Some(Timer::TimeWait)).then(|| Duration::from_millis(word(EXPIRES_MS).into()));
-    let endpoint = dumped_endpoint(id.source_address, id.source_port);
     let entry = SocketEntry {
-        endpoint,
+        endpoint: dumped_endpoint(id.source_address, id.source_port, id.interface_id),
         state: header.state,
-        ifindex: (id.interface_id != 0 && endpoint.is_link_local()).then_some(id.interface_id),
         cookie: Some(u64::from(low) | u64::from(high) << 32),
         inode: header.inode.into(),
         uid: (header.inode != 0).then_some(header.uid),
         time_wait_left: left,
         connect_entry: None,
     };
-    Ok(DumpedSocket { entry, destination: dumped_endpoint(id.destination_address, id.destination_port) })
+    let destination = dumped_endpoint(id.destination_address, id.destination_port, id.interface_id);
+    Ok(DumpedSocket { entry, destination })
 }
 
 #[cfg(test)]
@@ -330,7 +329,7 @@ mod tests {
         let mut time_wait = response(("::1", 40_000), ("::1", 40_000), state::TIME_WAIT);
         time_wait[2] = 3;
         time_wait[EXPIRES_MS].copy_from_slice(&59_876_u32.to_ne_bytes());
-        let destination = dumped_endpoint("::1".parse().unwrap(), 40_000);
+        let destination = dumped_endpoint("::1".parse().unwrap(), 40_000, 3);
         let entry = SocketEntry {
             cookie: Some(0x9abc_1234_5678),
             inode: 4_711,
@@ -344,15 +343,15 @@ mod tests {
     }
 
     #[test]
-    fn an_interface_needs_a_link_local_address_and_a_uid_needs_an_inode() {
+    fn the_device_is_part_of_the_endpoint_and_a_uid_needs_an_inode() {
         let mut local = response(("fe80::1", 4), ("fe80::1", 4), state::ESTABLISHED);
         let held = parse(&local).unwrap().entry;
-        assert_eq!((held.ifindex, held.uid), (Some(3), Some(1_000)));
+        assert_eq!((held.endpoint.device(), held.uid), (Some(3), Some(1_000)));
         local[68..72].fill(0);
         assert_eq!(parse(&local).unwrap().entry.uid, None);
         let mapped = response(("::ffff:127.0.0.1", 4), ("::ffff:127.0.0.1", 4), state::ESTABLISHED);
         let mapped = parse(&mapped).unwrap().entry;
-        assert_eq!((mapped.ifindex, mapped.endpoint.is_ipv6()), (None, true));
+        assert_eq!((mapped.endpoint.device(), mapped.endpoint.is_ipv6()), (Some(3), true));
         assert_eq!(mapped.endpoint.ip(), IpAddr::from([127, 0, 0, 1]));
     }
 

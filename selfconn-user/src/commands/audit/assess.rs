@@ -82,7 +82,7 @@ pub(super) fn assess(info: &NamespaceInfo) -> Vec<PortAssessment> {
             let Assessment { risk, why, brief, expected_dials } =
                 assess_port(&info.local_ports, &odds, audited);
             PortAssessment {
-                netns: info.namespace.inode,
+                netns: info.namespace.id.inode,
                 addr: audited.addr,
                 ifindex: audited.ifindex,
                 port: audited.port,
@@ -219,7 +219,7 @@ fn assess_port(ports: &LocalPorts, odds: &Odds, audited: &AuditedPort) -> Assess
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::sockets::Namespace;
+    use crate::sockets::{Namespace, NetnsId};
 
     pub(in crate::commands::audit) fn audited(
         addr: Option<&str>,
@@ -245,7 +245,11 @@ pub(super) mod tests {
         audited_ports: Vec<AuditedPort>,
     ) -> NamespaceInfo {
         NamespaceInfo {
-            namespace: Namespace { inode: 7, path: "/run/netns/blue".into(), is_current: false },
+            namespace: Namespace {
+                id: NetnsId { inode: 7, cookie: 0 },
+                path: "/run/netns/blue".into(),
+                is_current: false,
+            },
             local_ports: LocalPorts::parse(range, reserved).unwrap(),
             persistence: None,
             audited_ports,

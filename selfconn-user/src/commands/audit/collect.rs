@@ -121,7 +121,7 @@ pub(super) fn collect(
     drop_ports_of_other_namespaces(&mut namespaces);
     unseen.extend(identify_listeners(&mut namespaces));
     let init_namespace = match fs::metadata("/proc/1/ns/net") {
-        Ok(init) => namespaces.iter().position(|info| u64::from(info.namespace.inode) == init.ino()),
+        Ok(init) => namespaces.iter().position(|info| u64::from(info.namespace.id.inode) == init.ino()),
         Err(error) => {
             unseen
                 .push(format!("whether sysctl.d applies to this network namespace: /proc/1/ns/net: {error}"));
@@ -154,7 +154,8 @@ fn audited_ports(listeners: &[SocketEntry], services: &[RequestedService]) -> Ve
     let mut seen = HashSet::new();
     let mut audited_ports = Vec::new();
     for listener in listeners {
-        let &SocketEntry { endpoint, ifindex, inode, .. } = listener;
+        let &SocketEntry { endpoint, inode, .. } = listener;
+        let ifindex = endpoint.device().filter(|_| endpoint.is_link_local());
         let (addr, port) = (endpoint.ip(), endpoint.port);
         // Several sockets can listen on the same address and port.
         if seen.insert((Some(addr), ifindex, port)) {

@@ -52,7 +52,7 @@ pub(super) fn sysctl_d(info: &NamespaceInfo, rows: &[PortAssessment]) -> String 
     );
     out.push_str("# because a client that connects to one while its server is down can connect to itself.\n");
     let range = info.local_ports.range;
-    let _ = writeln!(out, "# Network namespace {}, source ports {range}.", info.namespace.inode);
+    let _ = writeln!(out, "# Network namespace {}, source ports {range}.", info.namespace.id.inode);
     if !info.local_ports.reserved.is_empty() {
         let _ = writeln!(out, "# Reserved before: {}", info.local_ports.reserved);
     }

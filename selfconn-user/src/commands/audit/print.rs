@@ -127,7 +127,7 @@ impl<'a> JsonNamespace<'a> {
     fn of(report: &'a NamespaceReport) -> Self {
         let NamespaceInfo { namespace, local_ports, .. } = &report.namespace_info;
         Self {
-            netns: namespace.inode,
+            netns: namespace.id.inode,
             path: (!namespace.is_current).then(|| namespace.path.display().to_string()),
             range: local_ports.range.to_string(),
             reserved: local_ports.reserved.to_string(),
@@ -211,7 +211,7 @@ fn write_heading(info: &NamespaceInfo, assessments: &[PortAssessment], out: &mut
         true => format!("; {without_risk} {}, nothing at risk", port_noun(without_risk)),
         false => String::new(),
     };
-    let (inode, range) = (namespace.inode, local_ports.range);
+    let (inode, range) = (namespace.id.inode, local_ports.range);
     let _ = writeln!(out, "netns {inode} ({location}): source ports {range}, {reserved}{summary}");
 }
 
@@ -228,7 +228,7 @@ mod tests {
             collect::{AuditedPort, ListenerProcess, Persistence, RouteSource},
         },
         ports::{LocalPorts, sysctl::RESERVED_KEY},
-        sockets::Namespace,
+        sockets::{Namespace, NetnsId},
     };
 
     fn reports() -> Vec<NamespaceReport> {
@@ -248,7 +248,11 @@ mod tests {
             ..ListenerProcess::default()
         };
         let with_risk = NamespaceInfo {
-            namespace: Namespace { inode: 7, path: "/run/netns/blue".into(), is_current: true },
+            namespace: Namespace {
+                id: NetnsId { inode: 7, cookie: 0 },
+                path: "/run/netns/blue".into(),
+                is_current: true,
+            },
             local_ports: LocalPorts::parse("32768 60999", "8080").unwrap(),
             persistence: Some(Persistence::SysctlD),
             audited_ports: vec![
@@ -259,7 +263,11 @@ mod tests {
             ],
         };
         let without_risk = NamespaceInfo {
-            namespace: Namespace { inode: 8, path: "/run/netns/blue".into(), is_current: false },
+            namespace: Namespace {
+                id: NetnsId { inode: 8, cookie: 0 },
+                path: "/run/netns/blue".into(),
+                is_current: false,
+            },
             local_ports: LocalPorts::parse("32768 60999", "").unwrap(),
             persistence: None,
             audited_ports: vec![audited("127.0.0.1", 22, Some(ListenerProcess::default()))],

@@ -6,14 +6,17 @@
 //! sockets of the same hash bucket are removed between two pieces. One dump that lists a socket proves that
 //! the socket exists. Only two dumps in a row without the socket prove that it is gone.
 //!
-//! A socket of the table and a tracked connection are the same if their namespace, address and port are. The
-//! family does not count: an IPv4 socket and an IPv6 socket with a v4-mapped address cannot both have them.
+//! When a socket of the table and a tracked connection are the same is decided in `identity.rs`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
-use selfconn_ebpf::{Endpoint, Transition, state};
+use selfconn_ebpf::{Transition, state};
 
-use super::{Connection, ConnectionEnd, ConnectionEvent, Connections, Tracked, close, rank};
+use super::{
+    Connection, ConnectionEnd, ConnectionEvent, Connections, Tracked, close,
+    identity::{Agreement, ClosedSockets, SocketId, TrackedKeys, agreement},
+    rank,
+};
 use crate::sockets::SocketEntry;
 
 /// ESTABLISHED or later. A socket that is still connecting is not a self-connection yet. One in TIME_WAIT is
@@ -26,80 +29,99 @@ impl Connections {
     /// Must be called before the socket table is read. From now on, every close is recorded: a snapshot that
     /// still lists the closed connection must not establish it again.
     pub fn begin_snapshot(&mut self) {
-        self.closed_during_snapshot = Some(HashSet::new());
+        self.closed_during_snapshot = Some(ClosedSockets::default());
     }
 
     /// Compares the tracked connections with a snapshot of the socket table. Every transition until the
     /// snapshot must have been applied before. `began_ns` is when the snapshot began (`CLOCK_BOOTTIME`).
-    /// `was_read` returns true if the snapshot covers that network namespace.
+    /// `is_covered` returns true if the snapshot would list this connection if it still existed.
     ///
     /// Returns the number of self-connections that the hooks missed, which are those established here.
     pub fn reconcile(
         &mut self,
         entries: &[SocketEntry],
         began_ns: u64,
-        was_read: impl Fn(u32) -> bool,
+        is_covered: impl Fn(&Connection) -> bool,
         mut each: impl FnMut(ConnectionEvent<'_>),
     ) -> u64 {
         let closed_during_snapshot = self.closed_during_snapshot.take().unwrap_or_default();
-        let known: HashMap<Endpoint, u64> = self
-            .tracked
-            .iter()
-            .filter(|(_, tracked)| tracked.closed_ns.is_none())
-            .map(|(key, tracked)| (tracked.connection.endpoint.any_family(), *key))
-            .collect();
+        let mut known = TrackedKeys::default();
+        for (key, tracked) in self.tracked.iter().filter(|(_, tracked)| tracked.closed_ns.is_none()) {
+            known.insert(&tracked.connection, *key);
+        }
         let mut seen = HashSet::new();
         let mut missed = 0;
         for entry in entries.iter().filter(|entry| is_open(entry)) {
-            let endpoint = entry.endpoint.any_family();
-            seen.insert(endpoint);
-            if let Some(tracked) = known.get(&endpoint).and_then(|key| self.tracked.get_mut(key)) {
-                tracked.connection.cookie = tracked.connection.cookie.or(entry.cookie);
+            let tracked = known.find(entry).and_then(|key| Some((key, self.tracked.get_mut(&key)?)));
+            let found = tracked.map(|(key, tracked)| (key, agreement(&tracked.connection, entry), tracked));
+            if let Some((key, agreement @ (Agreement::Proven | Agreement::Possible), tracked)) = found {
+                seen.insert(key);
+                let connection = &mut tracked.connection;
+                if agreement == Agreement::Proven {
+                    connection.cookie = connection.cookie.or(entry.cookie);
+                }
+                connection.inode = connection.inode.or((entry.inode != 0).then_some(entry.inode));
                 // Its connect() was reported, but the hooks missed that it was established.
                 if !tracked.established_emitted && tracked.last_seen_ns < began_ns {
                     tracked.established_emitted = true;
                     missed += 1;
                     each(ConnectionEvent::Established(&tracked.connection));
                 }
-            } else if !closed_during_snapshot.contains(&endpoint) {
+            } else if !closed_during_snapshot.contains(entry) {
                 missed += 1;
                 self.last_number += 1;
                 let tracked = Tracked::from_entry(self.last_number, entry, began_ns);
                 each(ConnectionEvent::Established(&tracked.connection));
+                // The numbers of connections are no kernel addresses.
                 let key = entry.connect_entry.map_or(self.last_number, |(sock, _)| sock);
                 if entry.connect_entry.is_none() {
-                    self.provisional_keys.insert(endpoint, key);
+                    for id in SocketId::all_of(entry.cookie, &entry.endpoint) {
+                        self.provisional_keys.insert(id, key);
+                    }
                 }
                 self.tracked.insert(key, tracked);
+                seen.insert(key);
             }
         }
         let mut vanished = Vec::new();
         for (key, tracked) in self.tracked.iter_mut().filter(|(_, tracked)| tracked.closed_ns.is_none()) {
-            let endpoint = tracked.connection.endpoint.any_family();
             let is_absent =
-                tracked.last_seen_ns < began_ns && was_read(endpoint.netns) && !seen.contains(&endpoint);
+                tracked.last_seen_ns < began_ns && !seen.contains(key) && is_covered(&tracked.connection);
             if is_absent && tracked.was_absent {
                 vanished.push(*key);
             }
             tracked.was_absent = is_absent;
         }
         for tracked in vanished.into_iter().filter_map(|key| self.tracked.remove(&key)) {
-            self.provisional_keys.remove(&tracked.connection.endpoint.any_family());
+            let connection = &tracked.connection;
+            for id in SocketId::all_of(connection.cookie, &connection.endpoint) {
+                self.provisional_keys.remove(&id);
+            }
             if tracked.established_emitted {
-                close(&mut None, &tracked.connection, ConnectionEnd::default(), &mut each);
+                close(&mut None, connection, ConnectionEnd::default(), &mut each);
             }
         }
         missed
     }
 
-    /// Assigns the kernel address of a transition to a connection that was known by its endpoint only.
+    /// Assigns the kernel address of a transition to a connection that only the socket table has listed so far.
     pub(super) fn assign_socket(&mut self, t: &Transition) {
         if self.provisional_keys.is_empty() {
             return;
         }
-        if let Some(key) = self.provisional_keys.remove(&t.endpoint.any_family())
+        let cookie = (t.cookie != 0).then_some(t.cookie);
+        let found = SocketId::all_of(cookie, &t.endpoint).find_map(|id| {
+            let key = *self.provisional_keys.get(&id)?;
+            let listed_cookie = self.tracked.get(&key)?.connection.cookie;
+            (cookie.is_none() || listed_cookie.is_none() || cookie == listed_cookie).then_some(key)
+        });
+        if let Some(key) = found
             && let Some(tracked) = self.tracked.remove(&key)
         {
+            let connection = &tracked.connection;
+            for id in SocketId::all_of(connection.cookie, &connection.endpoint) {
+                self.provisional_keys.remove(&id);
+            }
             self.tracked.insert(t.sock, tracked);
         }
     }

@@ -13,7 +13,8 @@ fn cookie(number: u64) -> Cookie {
 
 fn request(number: u64) -> RemedyRequest {
     let endpoint = samples::endpoint("127.0.0.1", 40_000);
-    RemedyRequest { number, endpoint, ifindex: None, netns_hints: vec![8, 7] }
+    let target = TargetSocket { endpoint, cookie: None, inode: None, uid: None, netns_hints: vec![8, 7] };
+    RemedyRequest { number, target }
 }
 
 /// The due steps: numbers of the connections to look up, and results of the events.
@@ -142,10 +143,10 @@ fn an_excluded_connection_is_reported_at_once_and_never_looked_up() {
 
 #[test]
 fn without_its_network_namespace_a_connection_cannot_be_looked_up() {
-    let nowhere = Endpoint { netns: 0, ..request(1).endpoint };
-    let remedied = remedy(RemedyMode::Destroy, 0, 1)
-        .on_established(ConnectionFields::sample(), RemedyRequest { endpoint: nowhere, ..request(1) }, 5)
-        .unwrap();
+    let mut nowhere = request(1);
+    nowhere.target.endpoint.netns = 0;
+    let remedied =
+        remedy(RemedyMode::Destroy, 0, 1).on_established(ConnectionFields::sample(), nowhere, 5).unwrap();
     assert_eq!(remedied.result, "failed");
     assert!(remedied.why.unwrap().contains("BTF"));
 }

@@ -4,7 +4,7 @@
 //! The kernel applies a request without a cookie (`INET_DIAG_NOCOOKIE`) to any matching socket. If no
 //! connection matches, a listener on the port matches: the kernel would destroy it and report success
 //! (`inet_diag_find_one_icsk`, net/ipv4/inet_diag.c, and `sock_diag_check_cookie`, net/core/sock_diag.c at
-//! v5.10). The states in a request do not prevent this. Therefore a request to destroy needs a [`Cookie`],
+//! v5.10). The states in a request do not prevent this. Therefore every request here needs a [`Cookie`],
 //! which never has that value.
 
 use std::{
@@ -29,15 +29,11 @@ use crate::sockets::entry::DumpedSocket;
 /// Both halves of `INET_DIAG_NOCOOKIE`, include/uapi/linux/inet_diag.h at v5.10.
 const NOCOOKIE: u64 = u64::MAX;
 
-/// The index of `lo` in every namespace (`LOOPBACK_IFINDEX`, include/net/flow.h at v5.10). The packets of
-/// self-connections arrive through `lo`. A lookup with this interface finds a socket that is bound to `lo`
-/// and a socket that is not bound to any interface.
-const LOOPBACK: u32 = 1;
-
 /// A reply describes one socket, with few attributes.
 const REPLY_BUFFER_LEN: usize = 4_096;
 
 const ENOENT: i32 = 2;
+const ESTALE: i32 = 116;
 
 /// The cookie of a socket. It is unique for this boot: no other socket ever has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,20 +56,20 @@ impl Cookie {
     }
 }
 
-/// The socket that the kernel finds for a connection from this endpoint to itself, which may be a listener.
-/// With a cookie, only the socket that has this cookie. `ifindex` is the interface of a link-local address.
-pub(crate) fn look_up(
-    endpoint: &Endpoint,
-    ifindex: Option<u32>,
-    cookie: Option<Cookie>,
-) -> io::Result<Option<DumpedSocket>> {
-    let cookie = cookie.map_or(NOCOOKIE, Cookie::get);
-    request_socket(SOCK_DIAG_BY_FAMILY, self_connection(endpoint, ifindex, cookie))
+/// The socket with this cookie, if the kernel finds it by its endpoint. `None`: the kernel finds no socket there, or
+/// another one. For the endpoint of a socket that is bound to a device, the kernel takes the first socket with these
+/// addresses and ports that is bound to the same device or to none (`inet_sk_bound_dev_eq`,
+/// include/net/inet_sock.h at v6.12). For one without a device, it takes only one without.
+pub(crate) fn look_up(endpoint: &Endpoint, cookie: Cookie) -> io::Result<Option<DumpedSocket>> {
+    none_if_another(request_socket(SOCK_DIAG_BY_FAMILY, self_connection(endpoint, cookie)))
 }
 
-/// Destroys the socket with this cookie. Returns true if it existed. The socket is gone when this returns.
-pub(crate) fn destroy(endpoint: &Endpoint, ifindex: Option<u32>, cookie: Cookie) -> io::Result<bool> {
-    existed(request_socket(SOCK_DESTROY, self_connection(endpoint, ifindex, cookie.get())))
+/// Destroys the socket with this cookie. Returns true if the kernel found it: see [`look_up`]. The socket is gone
+/// when this returns true.
+pub(crate) fn destroy(endpoint: &Endpoint, cookie: Cookie) -> io::Result<bool> {
+    // The kernel's acknowledgement has no socket.
+    let acknowledged = request_socket(SOCK_DESTROY, self_connection(endpoint, cookie));
+    none_if_another(acknowledged.map(|_| Some(()))).map(|found| found.is_some())
 }
 
 /// Creates a listener and destroys it with SOCK_DESTROY, because the kernel checks the permission only for a
@@ -82,8 +78,8 @@ pub(crate) fn probe_destroy() -> io::Result<()> {
     let addresses: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
     let Some(listener) = addresses.into_iter().find_map(|addr| listen(addr).ok()) else {
         // `lo` is down, so only the kernel's support for the request can be checked.
-        let nothing = id(Ipv4Addr::LOCALHOST.into(), 0, LOOPBACK, 1);
-        return existed(request_socket(SOCK_DESTROY, nothing)).map(drop);
+        let nothing = id(Ipv4Addr::LOCALHOST.into(), 0, 0, 1);
+        return none_if_another(request_socket(SOCK_DESTROY, nothing)).map(drop);
     };
     let local = listener.local_addr()?.as_socket().ok_or(io::ErrorKind::Unsupported)?;
     let cookie = Cookie::new(listener.cookie()?).ok_or(io::ErrorKind::Unsupported)?;
@@ -105,20 +101,21 @@ fn listen(addr: IpAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-fn existed(result: io::Result<Option<DumpedSocket>>) -> io::Result<bool> {
+/// The kernel's answers for no socket (ENOENT) and for a socket with another cookie (ESTALE,
+/// `sock_diag_check_cookie`, net/core/sock_diag.c at v5.10) are no errors.
+fn none_if_another<T>(result: io::Result<Option<T>>) -> io::Result<Option<T>> {
     match result {
-        Ok(_) => Ok(true),
-        Err(error) if error.raw_os_error() == Some(ENOENT) => Ok(false),
-        Err(error) => Err(error),
+        Err(error) if matches!(error.raw_os_error(), Some(ENOENT | ESTALE)) => Ok(None),
+        outcome => outcome,
     }
 }
 
-fn self_connection(endpoint: &Endpoint, ifindex: Option<u32>, cookie: u64) -> SocketId {
+fn self_connection(endpoint: &Endpoint, cookie: Cookie) -> SocketId {
     let addr = match endpoint.ip() {
         IpAddr::V4(addr) if endpoint.is_ipv6() => addr.to_ipv6_mapped().into(),
         addr => addr,
     };
-    id(addr, endpoint.port, ifindex.unwrap_or(LOOPBACK), cookie)
+    id(addr, endpoint.port, endpoint.ifindex, cookie.get())
 }
 
 fn id(addr: IpAddr, port: u16, ifindex: u32, cookie: u64) -> SocketId {
@@ -194,8 +191,8 @@ mod tests {
         }
         // Either half alone may be all ones.
         for cookie in [1, 0xffff_ffff, 0xffff_ffff_0000_0000, NOCOOKIE - 1] {
-            let cookie_of = Cookie::new(cookie).unwrap().get();
-            let bytes = encode(SOCK_DESTROY, self_connection(&endpoint("127.0.0.1", false), None, cookie_of));
+            let request = self_connection(&endpoint("127.0.0.1", false), Cookie::new(cookie).unwrap());
+            let bytes = encode(SOCK_DESTROY, request);
             assert_ne!(bytes[64..72], [0xff; 8], "{cookie:#x}");
             assert_eq!(bytes[64..68], (cookie as u32).to_ne_bytes());
             assert_eq!(bytes[68..72], ((cookie >> 32) as u32).to_ne_bytes());
@@ -207,14 +204,12 @@ mod tests {
         let v4 = [127, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         let v6 = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 0, 0, 1];
         let fe80 = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9];
-        for (ip, ifindex, family, address, expected_ifindex) in [
-            ("127.0.0.1", None, AF_INET, v4, 1_u32),
-            ("127.0.0.1", None, AF_INET6, v6, 1),
-            ("fe80::9", Some(3), AF_INET6, fe80, 3),
-        ] {
-            let endpoint = endpoint(ip, family == AF_INET6);
+        for (ip, ifindex, family, address) in
+            [("127.0.0.1", 0, AF_INET, v4), ("127.0.0.1", 7, AF_INET6, v6), ("fe80::9", 3, AF_INET6, fe80)]
+        {
+            let endpoint = Endpoint { ifindex, ..endpoint(ip, family == AF_INET6) };
             for (kind, flags) in [(SOCK_DIAG_BY_FAMILY, 1_u16), (SOCK_DESTROY, 5)] {
-                let bytes = encode(kind, self_connection(&endpoint, ifindex, 7));
+                let bytes = encode(kind, self_connection(&endpoint, Cookie::new(7).unwrap()));
                 assert_eq!(bytes.len(), 72);
                 assert_eq!(bytes[4..6], kind.to_ne_bytes());
                 assert_eq!(bytes[6..8], flags.to_ne_bytes());
@@ -222,7 +217,7 @@ mod tests {
                 assert_eq!(bytes[24..28], [40_000_u16.to_be_bytes(); 2].concat());
                 assert_eq!(bytes[28..44], address);
                 assert_eq!(bytes[44..60], address);
-                assert_eq!(bytes[60..64], expected_ifindex.to_ne_bytes());
+                assert_eq!(bytes[60..64], u32::to_ne_bytes(ifindex));
                 assert_eq!(bytes[64..72], 7_u64.to_ne_bytes());
             }
         }

@@ -7,11 +7,11 @@ use std::{
 };
 
 use aya::maps::{Array, Map, MapData};
-use rustix::process::Signal;
+use rustix::{process::Signal, thread::set_thread_res_uid};
 use selfconn_ebpf::{ConnectEntry, ConnectSet, Endpoint, WAYS, names, set_index};
 
 use crate::support::{
-    client::{connect_to_self, connect_until_self, unanswered_connects},
+    client::{assert_opened_by_this_thread, connect_to_self, connect_until_self, unanswered_connects},
     daemon::{HookVariant, TestDaemon, is_event, scaled},
     direct_tracer::{entry_count, with_tracer},
     helper_process::HelperProcess,
@@ -48,26 +48,50 @@ fn a_self_connection_stays_in_the_connect_table_until_it_ends() {
     });
 }
 
+/// The calling thread becomes this user.
+fn become_user(uid: u32) {
+    let uid = rustix::fs::Uid::from_raw(uid);
+    set_thread_res_uid(uid, uid, uid).unwrap();
+}
+
 #[test]
-fn a_full_connect_table_yields_null_openers_and_a_warning() {
+fn a_full_connect_table_costs_the_names_of_the_user_who_filled_it() {
+    const NOBODY: u32 = 65_534;
     let net = TestNetns::enter_new();
     let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--connect-table", "1", "-vv"]);
     // One set has several ways, and a backlog of zero accepts one or two connections.
-    let (server, waiting) = unanswered_connects(3 * WAYS);
+    let flood = || {
+        become_user(NOBODY);
+        unanswered_connects(3 * WAYS)
+    };
     let connections: Vec<_> = thread::scope(|scope| {
-        let connect = || connect_to_self(Ipv4Addr::LOCALHOST.into());
-        (0..3).map(|_| scope.spawn(connect).join().unwrap()).collect()
+        let before = connect_to_self(Ipv4Addr::LOCALHOST.into());
+        let waiting = scope.spawn(flood).join().unwrap();
+        let after = connect_to_self(Ipv4Addr::LOCALHOST.into());
+        let again = scope.spawn(flood).join().unwrap();
+        vec![(before, waiting), (after, again)]
     });
-    let established = daemon.expect(3, is_event("established", net.inode));
+    let established = daemon.expect(2, is_event("established", net.inode));
     for event in &established {
-        for unknown in ["pid", "tid", "comm", "thread_comm", "uid", "cause", "owner"] {
-            assert!(event[unknown].is_null(), "{unknown} in {event}");
-        }
+        assert_opened_by_this_thread(event);
     }
-    drop((connections, server, waiting));
-    daemon.expect(3, is_event("closed", net.inode));
-    let (_, stderr) = daemon.stop();
-    assert!(stderr.contains("kernel: the connect table is full"), "{stderr}");
+    let lost = daemon.expect(1, |event| event["event"] == "lost" && event["where"] == "opener_table");
+    assert!(lost[0]["count"].as_u64().is_some_and(|count| count > 0), "{lost:#?}");
+    drop(connections);
+    daemon.expect(2, is_event("closed", net.inode));
+    daemon.stop();
+}
+
+#[test]
+fn a_user_who_fills_the_connect_table_keeps_the_names_of_the_newest_connects() {
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--connect-table", "1"]);
+    let (server, waiting) = unanswered_connects(3 * WAYS);
+    let newest = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    assert_opened_by_this_thread(&daemon.expect(1, is_event("established", net.inode))[0]);
+    drop((newest, server, waiting));
+    daemon.expect(1, is_event("closed", net.inode));
+    daemon.stop();
 }
 
 #[test]

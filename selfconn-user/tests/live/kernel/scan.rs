@@ -332,8 +332,8 @@ fn connects_in_flight_are_listed_when_requested() {
         let found: Vec<_> = snapshot.entries.iter().filter(|found| found.endpoint.netns == netns).collect();
         assert_eq!(found.len(), 1, "{found:?}");
         assert_eq!((found[0].endpoint.port, found[0].state), (own.port(), state::SYN_SENT));
-        let attempts: HashSet<_> =
-            snapshot.attempts.iter().filter(|attempt| attempt.netns == netns).copied().collect();
+        let attempts = snapshot.attempts.iter().filter(|attempt| attempt.netns == netns).copied();
+        let attempts: HashSet<_> = attempts.map(|attempt| Endpoint { netns_cookie: 0, ..attempt }).collect();
         let v6 = Ipv6Addr::LOCALHOST.into();
         let expected = HashSet::from([
             Endpoint::new(netns, localhost, v4_port, false),

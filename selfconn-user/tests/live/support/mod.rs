@@ -4,6 +4,7 @@ pub(crate) mod accounting;
 pub(crate) mod client;
 pub(crate) mod daemon;
 pub(crate) mod daemon_pool;
+pub(crate) mod devices;
 pub(crate) mod direct_tracer;
 pub(crate) mod disk;
 pub(crate) mod fd_injection;

@@ -3,13 +3,15 @@
 //! self-connections on that port close by themselves at the moment when they are destroyed.
 
 use std::{
+    fs,
     net::{SocketAddr, TcpStream},
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     sync::mpsc,
     thread,
     time::Duration,
 };
 
-use selfconn::sockets::{self, Cookie};
+use selfconn::sockets::{self, Cookie, TargetSocket};
 use selfconn_ebpf::Endpoint;
 use socket2::Socket;
 
@@ -62,22 +64,31 @@ fn a_listener_survives_ten_thousand_races_between_destroy_and_close() {
     let (listener, address) = listener();
     let netns = u32::try_from(net.inode).unwrap();
     let endpoint = Endpoint::new(netns, address.ip(), address.port(), false);
+    // What the programs know of a socket where they can't read its cookie.
+    let described = |socket: &Socket| TargetSocket {
+        endpoint,
+        cookie: None,
+        inode: Some(fs::metadata(format!("/proc/self/fd/{}", socket.as_raw_fd())).unwrap().ino()),
+        uid: Some(0),
+        netns_hints: Vec::new(),
+    };
     let (to_closer, sockets_to_close) = mpsc::channel::<Socket>();
     let closer = thread::spawn(move || sockets_to_close.iter().for_each(drop));
     let (mut destroyed, mut gone) = (0, 0);
     for round in 0..scaled(10_000) {
         let client = client(address);
-        let cookie = sockets::look_up(&endpoint, None, &[]).unwrap().expect("the connection exists");
+        let mut target = described(&client);
+        let cookie = sockets::look_up(&target).unwrap().expect("the connection exists");
         assert_eq!(cookie.get(), client.cookie().unwrap());
+        target.cookie = Some(cookie);
         // In one of four rounds the connection is certainly gone; in the others it may go at any moment.
         match round % 4 {
             0 => drop(client),
             _ => to_closer.send(client).unwrap(),
         }
         // In one of four rounds it is looked up when it may be gone already.
-        let cookie =
-            if round % 4 == 2 { sockets::look_up(&endpoint, None, &[]).unwrap() } else { Some(cookie) };
-        let was_there = cookie.is_some_and(|cookie| sockets::destroy(&endpoint, None, cookie, &[]).unwrap());
+        let cookie = if round % 4 == 2 { sockets::look_up(&target).unwrap() } else { Some(cookie) };
+        let was_there = cookie.is_some_and(|cookie| sockets::destroy(&target, cookie).unwrap());
         if was_there {
             destroyed += 1;
         } else {
@@ -85,7 +96,7 @@ fn a_listener_survives_ten_thousand_races_between_destroy_and_close() {
         }
         assert!(listener.is_listener().unwrap(), "round {round}");
         // Wait, so that the port has one client at a time.
-        while sockets::look_up(&endpoint, None, &[]).unwrap().is_some() {
+        while sockets::look_up(&target).unwrap().is_some() {
             thread::yield_now();
         }
     }
@@ -97,7 +108,8 @@ fn a_listener_survives_ten_thousand_races_between_destroy_and_close() {
     assert_healthy(&listener, address);
     // This makes the test meaningful: the listener has a cookie and could be destroyed by it.
     let its = Cookie::new(listener.cookie().unwrap()).unwrap();
-    assert_eq!(sockets::destroy(&endpoint, None, its, &[]), Ok(false), "the listener is no self-connection");
+    let target = TargetSocket { cookie: Some(its), ..described(&listener) };
+    assert_eq!(sockets::destroy(&target, its), Ok(false), "the listener is no self-connection");
     assert_healthy(&listener, address);
 }
 
