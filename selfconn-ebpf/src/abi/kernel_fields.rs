@@ -70,10 +70,22 @@ pub enum Field {
     SocketFile,
     /// `struct sock *`.
     SocketSk,
+    /// `pid_t`: the id of the process.
+    TaskTgid,
+    /// `pid_t`: the id of the thread.
+    TaskPid,
+    /// `struct inode *`.
+    FileInode,
+    /// `unsigned long`.
+    InodeNumber,
+    /// `kuid_t`: the owner, as a uid of the initial user namespace.
+    SockUid,
+    /// `u64` since v5.12, in `struct net`; before, an `atomic64_t` that is 0 until it is asked for.
+    NetnsCookie,
 }
 
 /// Number of fields.
-pub const FIELDS: usize = Field::SocketSk as usize + 1;
+pub const FIELDS: usize = Field::NetnsCookie as usize + 1;
 
 /// The offset of a field that the running kernel does not have.
 pub const ABSENT: u32 = u32::MAX;
@@ -129,6 +141,12 @@ impl Field {
         (Self::FilePrivate, "file", "private_data", false),
         (Self::SocketFile, "socket", "file", false),
         (Self::SocketSk, "socket", "sk", false),
+        (Self::TaskTgid, "task_struct", "tgid", false),
+        (Self::TaskPid, "task_struct", "pid", false),
+        (Self::FileInode, "file", "f_inode", false),
+        (Self::InodeNumber, "inode", "i_ino", false),
+        (Self::SockUid, "sock", "sk_uid", false),
+        (Self::NetnsCookie, "net", "net_cookie", false),
     ];
 }
 

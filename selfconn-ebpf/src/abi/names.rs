@@ -46,6 +46,9 @@ pub const BIND_ENTER: &str = "selfconn_bind_enter";
 /// Exit of the system call `bind()`, perf tracepoint.
 pub const BIND_EXIT: &str = "selfconn_bind_exit";
 
+/// Iterator over the descriptors of all tasks.
+pub const DESCRIPTORS: &str = "selfconn_descriptors";
+
 /// Ring buffer of [`crate::Record`]; owned by `ring_buffer.rs`.
 pub const RECORDS: &str = "RECORDS";
 /// Per-CPU array of `u64`, indexed by [`crate::counter`]; owned by `counters.rs`.
@@ -65,3 +68,5 @@ pub const TASK_ACCESS: &str = "TASK_ACCESS";
 pub const CONNECT_SETS: &str = "CONNECT_SETS";
 /// Global `u32`: one of [`crate::reported`].
 pub const REPORTED: &str = "REPORTED";
+/// Global `u32`: 1 if an iterator may call `bpf_get_socket_cookie`, else 0.
+pub const CAN_MAKE_COOKIE: &str = "CAN_MAKE_COOKIE";

@@ -177,10 +177,21 @@ impl<M: KernelRead> Sock<M> {
 
     /// Inode of the network namespace. 0: unknown.
     #[inline(always)]
-    fn netns(self) -> u32 {
-        let (Some(net), Some(inum)) = (offset(Field::Net), offset(Field::NetnsInum)) else { return 0 };
+    pub(crate) fn netns(self) -> u32 {
+        self.of_netns(Field::NetnsInum)
+    }
+
+    /// Cookie of the network namespace. 0: unknown.
+    #[inline(always)]
+    pub(crate) fn netns_cookie(self) -> u64 {
+        self.of_netns(Field::NetnsCookie)
+    }
+
+    #[inline(always)]
+    fn of_netns<T: Copy + Default>(self, field: Field) -> T {
+        let (Some(net), Some(field)) = (offset(Field::Net), offset(field)) else { return T::default() };
         let net: Pointer = M::read(self.sk.wrapping_add(net));
-        M::read(net.0.wrapping_add(inum))
+        M::read(net.0.wrapping_add(field))
     }
 
     /// True if a process holds the socket lock.
@@ -228,10 +239,20 @@ impl SelfAddr {
         Self { family, words }
     }
 
+    #[inline(always)]
+    pub(crate) fn family(self) -> u8 {
+        self.family
+    }
+
+    #[inline(always)]
+    pub(crate) fn addr(self) -> [u32; 4] {
+        transmute!(self.words)
+    }
+
     /// This address with a port, in the network namespace of a socket.
     #[inline(always)]
     pub(crate) fn endpoint<M: KernelRead>(self, sock: Sock<M>, port: u16) -> Endpoint {
-        sock.endpoint(self.family, transmute!(self.words), port)
+        sock.endpoint(self.family, self.addr(), port)
     }
 }
 

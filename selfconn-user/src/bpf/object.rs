@@ -49,6 +49,7 @@ pub(super) fn load(features: &KernelFeatures, options: ObjectOptions) -> Result<
         .btf(None)
         .override_global(names::OFFSETS, &features.offsets[..], true)
         .override_global(names::TASK_ACCESS, &features.task_access, true)
+        .override_global(names::CAN_MAKE_COOKIE, &u32::from(features.can_make_cookie), true)
         .override_global(names::REPORTED, &reported, true)
         .override_global(aya_log::LEVEL, &log_level, true)
         .map_max_entries(names::RECORDS, options.ring_bytes)
