@@ -44,8 +44,15 @@ struct Collector {
 
 struct HeldSocket {
     record: SocketDescriptor,
-    /// By pid: when the process started, and its name.
-    holders: HashMap<u32, (u64, [u8; COMM_LEN])>,
+    /// Each process once. Nearly every socket has one.
+    holders: Vec<HolderRecord>,
+}
+
+struct HolderRecord {
+    /// When the process started.
+    start_ns: u64,
+    pid: u32,
+    comm: [u8; COMM_LEN],
 }
 
 impl Collector {
@@ -54,26 +61,28 @@ impl Collector {
         let held = match self.sockets.entry((record.sock, record.cookie)) {
             hash_map::Entry::Occupied(held) => held.into_mut(),
             hash_map::Entry::Vacant(new) => {
-                new.insert(HeldSocket { record: *record, holders: HashMap::new() })
+                new.insert(HeldSocket { record: *record, holders: Vec::with_capacity(1) })
             }
         };
-        held.holders.entry(record.pid).or_insert((record.start_ns, record.comm));
+        let &SocketDescriptor { start_ns, pid, comm, .. } = record;
+        if held.holders.iter().all(|known| known.pid != pid) {
+            held.holders.push(HolderRecord { start_ns, pid, comm });
+        }
     }
 
     fn finish(self) -> HeldSockets {
         let mut held = HeldSockets { tasks: self.tasks, ..HeldSockets::default() };
         held.holders.complete = true;
-        for HeldSocket { record, holders } in self.sockets.into_values() {
+        for HeldSocket { record, mut holders } in self.sockets.into_values() {
             if record.state == state::SYN_SENT {
                 held.attempts.push(endpoint(&record, record.destination_port));
             }
             if record.port == record.destination_port {
                 held.entries.push(entry(&record));
                 // The process that started first is probably the one that the others have it from.
-                let mut holders: Vec<_> = holders.into_iter().collect();
-                holders.sort_unstable_by_key(|(pid, (start_ns, _))| (*start_ns, *pid));
+                holders.sort_unstable_by_key(|holder| (holder.start_ns, holder.pid));
                 let holder =
-                    |(pid, (_, comm)): (_, (_, [u8; COMM_LEN]))| Holder { pid, comm: Some(text(&comm)) };
+                    |holder: HolderRecord| Holder { pid: holder.pid, comm: Some(text(&holder.comm)) };
                 held.holders.by_inode.insert(record.inode, holders.into_iter().map(holder).collect());
             }
         }

@@ -5,7 +5,7 @@
 use std::{
     collections::HashSet,
     fs::File,
-    net::{Ipv4Addr, TcpListener},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     os::fd::AsRawFd as _,
     thread::sleep,
     time::{Duration, Instant},
@@ -18,10 +18,13 @@ use selfconn::{
         features::KernelFeatures,
     },
     sockets::{self, HolderSearch, SnapshotOptions},
+    system::process,
 };
+use selfconn_ebpf::{family, state};
+use socket2::Socket;
 
 use crate::support::{
-    client::connect_to_self,
+    client::{connect_to_self, own_comm, socket},
     daemon::{HookVariant, TestDaemon, is_event, reads_descriptors, scaled},
     helper_process::HelperProcess,
     netns::TestNetns,
@@ -79,16 +82,68 @@ fn a_self_connection_is_found_with_its_process_wherever_a_descriptor_of_it_is() 
     }
 }
 
+/// A socket option of eight bytes. `None`: this kernel does not have it.
+fn number_option(socket: &Socket, option: libc::c_int) -> Option<u64> {
+    let mut value = 0_u64;
+    let mut len = libc::socklen_t::try_from(size_of_val(&value)).unwrap();
+    // SAFETY: the kernel writes at most `len` bytes to `value`.
+    let outcome = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut len)
+    };
+    (outcome == 0).then_some(value)
+}
+
+#[test]
+fn a_record_says_what_the_process_itself_sees() {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let net = TestNetns::enter_new();
+    let Some(iter) = open_descriptor_iter() else { return };
+    let (plain, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    let again = plain.try_clone().unwrap();
+    let bound = socket(Ipv6Addr::LOCALHOST.into());
+    bound.bind_device(Some(b"lo")).unwrap();
+    bound.bind(&SocketAddr::from((Ipv6Addr::LOCALHOST, 0)).into()).unwrap();
+    bound.connect(&bound.local_addr().unwrap()).unwrap();
+    let mut records = Vec::new();
+    iter.pass(|record| records.extend((u64::from(record.netns) == net.inode).then_some(*record))).unwrap();
+    assert_eq!(records.len(), 3, "{records:?}");
+    let record = |socket: &Socket| {
+        *records.iter().find(|record| record.fd == socket.as_raw_fd().cast_unsigned()).unwrap()
+    };
+    for (socket, is_ipv6, ifindex) in [(&plain, false, 0), (&again, false, 0), (&bound, true, 1)] {
+        let record = record(socket);
+        // By the pass, or by this request: it is made once.
+        assert_eq!(number_option(socket, libc::SO_COOKIE), Some(record.cookie));
+        if let Some(cookie) = number_option(socket, SO_NETNS_COOKIE) {
+            assert_eq!(record.netns_cookie, cookie);
+        }
+        assert_eq!(record.inode, rustix::fs::fstat(socket).unwrap().st_ino);
+        assert_eq!((record.family == u16::from(family::INET6), record.ifindex), (is_ipv6, ifindex));
+        assert_eq!((record.port, record.state), (record.destination_port, state::ESTABLISHED));
+        // This thread shares its descriptors with the first one.
+        assert_eq!((record.pid, record.tid), (std::process::id(), std::process::id()));
+        assert_eq!(record.uid, 0);
+        assert_eq!(String::from_utf8_lossy(&record.comm).trim_end_matches('\0'), own_comm());
+        // /proc rounds down to a tick.
+        let started_ns = process::start_time_ns(record.pid).unwrap();
+        assert!((started_ns..started_ns + 10_000_000).contains(&record.start_ns), "{record:?}");
+    }
+    assert_eq!(record(&plain).port, port);
+    assert_eq!(record(&plain).sock, record(&again).sock);
+    assert_ne!(record(&plain).sock, record(&bound).sock);
+    assert_ne!(record(&plain).cookie, record(&bound).cookie);
+}
+
 #[test]
 fn a_snapshot_by_descriptors_and_one_by_tables_list_the_same() {
     let net = TestNetns::enter_new();
     let Some(iter) = open_descriptor_iter() else { return };
     let netns = u32::try_from(net.inode).unwrap();
     let (_held, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
-    let (_v6, v6_port) = connect_to_self(std::net::Ipv6Addr::LOCALHOST.into());
+    let (_v6, v6_port) = connect_to_self(Ipv6Addr::LOCALHOST.into());
     // Its addresses are equal, its ports are not.
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     // A socket without a descriptor.
     let (closed, closed_port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
     drop(closed);
