@@ -22,6 +22,7 @@ mod entry_points {
 
     use crate::programs::{
         bind_failure,
+        descriptors::{self, DescriptorContext},
         kernel_read::{BtfOffsets, DirectLoad, Layout, ProbeRead, StaticOffsets},
         sock::{SelfAddr, Sock},
         tcp_state,
@@ -129,6 +130,15 @@ mod entry_points {
     #[tracepoint(category = "syscalls", name = "sys_exit_bind")]
     fn selfconn_bind_exit(ctx: TracePointContext) -> u32 {
         bind_failure::on_bind_exit(&ctx);
+        0
+    }
+
+    /// Each descriptor of each task, while user space reads the iterator. aya has no macro for this section.
+    #[unsafe(link_section = "iter/task_file")]
+    #[unsafe(no_mangle)]
+    extern "C" fn selfconn_descriptors(context: &DescriptorContext) -> i32 {
+        // 0: go on, whatever became of this descriptor.
+        descriptors::visit(context);
         0
     }
 

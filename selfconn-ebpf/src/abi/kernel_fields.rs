@@ -100,10 +100,14 @@ pub enum Field {
     SocketFile,
     /// `struct sock *`.
     SocketSk,
+    /// `pid_t`: the id of the process.
+    TaskTgid,
+    /// `pid_t`: the id of the thread.
+    TaskPid,
 }
 
 /// Number of fields.
-pub const FIELDS: usize = Field::SocketSk as usize + 1;
+pub const FIELDS: usize = Field::TaskPid as usize + 1;
 
 /// The member of `struct net` that is [`Field::PortRangePair`] if it is an array, else
 /// [`Field::PortRangePacked`] (`struct local_ports`, include/net/netns/ipv4.h at v6.7 and v6.8).
@@ -178,6 +182,8 @@ impl Field {
         (Self::InodeNumber, "inode", "i_ino", false),
         (Self::SocketFile, "socket", "file", false),
         (Self::SocketSk, "socket", "sk", false),
+        (Self::TaskTgid, "task_struct", "tgid", false),
+        (Self::TaskPid, "task_struct", "pid", false),
     ];
 }
 

@@ -46,6 +46,9 @@ pub const BIND_ENTER: &str = "selfconn_bind_enter";
 /// Exit of the system call `bind()`, perf tracepoint.
 pub const BIND_EXIT: &str = "selfconn_bind_exit";
 
+/// Iterator over the descriptors of all tasks.
+pub const DESCRIPTORS: &str = "selfconn_descriptors";
+
 /// Ring buffer of [`crate::Record`]; owned by `ring_buffer.rs`.
 pub const RECORDS: &str = "RECORDS";
 /// Per-CPU array of `u64`, indexed by [`crate::counter`]; owned by `counters.rs`.

@@ -24,7 +24,7 @@ static TASK_ACCESS: Global<u32> = Global::new(task_access::NONE);
 static CGROUP_ACCESS: Global<u32> = Global::new(cgroup_access::NONE);
 
 /// A task name as two words, because bytes would be copied one by one.
-type Name = [u64; COMM_LEN / 8];
+pub(super) type Name = [u64; COMM_LEN / 8];
 
 /// The running task, and the start time of its process: `start_boottime` of the leader, nanoseconds. 0:
 /// unknown.
@@ -64,7 +64,7 @@ fn with_current<A, T: Default>(
 /// Name and start time of the process, from its leader thread. The name is read only if the task is not the
 /// leader.
 #[inline(always)]
-fn leader<M: KernelRead>(task: *const u8, is_leader: bool) -> (Name, u64) {
+pub(super) fn leader<M: KernelRead>(task: *const u8, is_leader: bool) -> (Name, u64) {
     let (mut name, mut start_ns) = ([0; 2], 0);
     if let Some(group_leader) = offset(Field::GroupLeader) {
         let leader: Pointer = M::read(task.wrapping_add(group_leader));

@@ -37,6 +37,21 @@ const METHOD_TARGETS: [(Method, BtfKind, &str); 2] = [
 /// such a program may call it can't be probed without one.
 const SOCKET_COOKIE_HELPER: &str = "bpf_get_socket_ptr_cookie";
 
+/// The attach target of the iterator over descriptors, and the helper that it calls, which is a function of the
+/// kernel. The helpers of tracing programs cannot be probed.
+const DESCRIPTOR_TARGETS: [&str; 2] = ["bpf_iter_task_file", "bpf_sock_from_file"];
+
+/// The fields that the iterator over descriptors cannot do without.
+const DESCRIPTOR_FIELDS: [Field; 7] = [
+    Field::SocketSk,
+    Field::TaskTgid,
+    Field::TaskPid,
+    Field::GroupLeader,
+    Field::StartBoottime,
+    Field::FileInode,
+    Field::InodeNumber,
+];
+
 /// The result of all probes.
 #[derive(Debug)]
 pub struct KernelFeatures {
@@ -55,6 +70,8 @@ pub struct KernelFeatures {
     pub offsets_missing: Option<String>,
     /// The methods whose attach target exists in the BTF.
     btf_targets: Vec<Method>,
+    /// The functions of [`DESCRIPTOR_TARGETS`] that the BTF lacks.
+    descriptor_targets_missing: Vec<&'static str>,
     /// How the programs access the current task: one of [`task_access`].
     pub task_access: u32,
     /// How the programs find the control group of the current task: one of [`cgroup_access`].
@@ -96,6 +113,7 @@ impl KernelFeatures {
             })
         };
         let (mut targets, mut socket_cookie) = (Vec::new(), false);
+        let mut descriptor_targets_missing = DESCRIPTOR_TARGETS.to_vec();
         let (offsets, offsets_missing) = match btf.as_deref().map(Btf::parse) {
             Ok(Ok(btf)) => {
                 targets.extend(
@@ -104,6 +122,7 @@ impl KernelFeatures {
                         .filter(|(_, kind, name)| btf.has(*kind, name))
                         .map(|target| target.0),
                 );
+                descriptor_targets_missing.retain(|name| !btf.has(BtfKind::Function, name));
                 socket_cookie = btf.has(BtfKind::Function, SOCKET_COOKIE_HELPER);
                 read_offsets(&btf)
             }
@@ -139,6 +158,7 @@ impl KernelFeatures {
             offsets,
             offsets_missing,
             btf_targets: targets,
+            descriptor_targets_missing,
             task_access,
             cgroup_access,
             socket_cookie,
@@ -218,6 +238,32 @@ impl KernelFeatures {
                 }
                 Ok(())
             }
+        }
+    }
+
+    /// Checks the same for the iterator over descriptors.
+    ///
+    /// # Errors
+    /// See [`Self::check_method`].
+    pub fn check_descriptors(&self) -> Result<(), Refusal> {
+        self.check_capabilities()?;
+        self.check_offsets()?;
+        let unsupported = |why: String| Err(Refusal::Unsupported(why));
+        if !self.is_initial_pid_ns {
+            // The iterator walks the tasks of the reader's pid namespace.
+            return unsupported(
+                "not in the initial pid namespace, so other processes are not visited".into(),
+            );
+        }
+        if let Some(name) = self.descriptor_targets_missing.first() {
+            return unsupported(format!("the kernel's BTF has no {name}"));
+        }
+        match DESCRIPTOR_FIELDS.into_iter().find(|field| self.offsets[*field as usize] == ABSENT) {
+            Some(field) => {
+                let (_, of, member, _) = Field::ALL[field as usize];
+                unsupported(format!("the kernel's BTF has no {of}.{member}"))
+            }
+            None => Ok(()),
         }
     }
 

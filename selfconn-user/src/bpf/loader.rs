@@ -20,6 +20,7 @@ use super::{
     bind_method::{BindChoice, RequestedBindMethod},
     bind_programs::{self, BindLinks},
     connect_table::ConnectTable,
+    descriptors::{self, DescriptorIter},
     features::KernelFeatures,
     object::{self, ObjectOptions},
     programs::{KernelBtf, Link, attach},
@@ -67,6 +68,8 @@ pub struct Tracer {
     methods: Choice<()>,
     binds: BindChoice,
     bind_links: Option<BindLinks>,
+    descriptors: Result<(), Refusal>,
+    descriptor_iter: Option<DescriptorIter>,
     links: Vec<Link>,
     programs: Ebpf,
     uses_static_offsets: bool,
@@ -80,11 +83,21 @@ impl Tracer {
     pub fn start(features: &KernelFeatures, options: TracerOptions) -> Result<Self> {
         features.check_capabilities().map_err(|why| anyhow!("{why}"))?;
         let mut ebpf = object::load(features, options.object)?;
-        let (choice, (binds, bind_links)) = tracefs::with(|| {
+        let (choice, (binds, bind_links), descriptors) = tracefs::with(|| {
             let kernel_btf = KernelBtf::new(features);
             let choice = choose(options.hooks, |method| attach(&mut ebpf, method, features, &kernel_btf));
-            (choice, bind_programs::choose(&mut ebpf, options.bind_method, features, &kernel_btf))
+            let binds = bind_programs::choose(&mut ebpf, options.bind_method, features, &kernel_btf);
+            (choice, binds, descriptors::attach(&mut ebpf, features, &kernel_btf))
         });
+        if let Err(Refusal::Broken(why)) = &descriptors {
+            log::warn!(
+                "the iterator over descriptors should work on this kernel but does not; please report it: {why}"
+            );
+        }
+        let (descriptor_iter, descriptors) = match descriptors {
+            Ok(iter) => (Some(iter), Ok(())),
+            Err(why) => (None, Err(why)),
+        };
         for (method, why) in &choice.refused {
             if let Refusal::Broken(why) = why {
                 log::warn!("{method} should work on this kernel but does not; please report it: {why}");
@@ -110,6 +123,8 @@ impl Tracer {
             methods: Choice { live, refused: choice.refused },
             binds,
             bind_links,
+            descriptors,
+            descriptor_iter,
             links,
             programs: ebpf,
             uses_static_offsets: features.uses_static_offsets,
@@ -126,6 +141,17 @@ impl Tracer {
     #[must_use]
     pub fn bind_choice(&self) -> &BindChoice {
         &self.binds
+    }
+
+    /// Whether the iterator over descriptors is attached, or the reason why not.
+    pub fn descriptors(&self) -> &Result<(), Refusal> {
+        &self.descriptors
+    }
+
+    /// Takes the iterator over descriptors out. It is independent of the rest. `None`: it is not attached, or
+    /// was taken before.
+    pub fn take_descriptor_iter(&mut self) -> Option<DescriptorIter> {
+        self.descriptor_iter.take()
     }
 
     /// True if any program is attached to its hook.

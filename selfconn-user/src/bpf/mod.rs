@@ -5,7 +5,7 @@
 //! - `btf`, `tracefs`: layouts of the kernel's records; tracefs is mounted privately if it is not mounted;
 //! - `features`: probes this kernel and this process;
 //! - `object`: the embedded eBPF object; `connect_table`, `refused_connects`: two of its maps;
-//! - `programs`, `bind_programs`: attach one method, or say why not;
+//! - `programs`, `bind_programs`, `descriptors`: attach one method or the iterator, or say why not;
 //! - `loader`: everything together, for the daemon and the commands.
 //!
 //! Architecture invariant: only `object` and the modules after it use aya's programs and maps, and only
@@ -16,6 +16,7 @@ pub mod bind_method;
 pub mod bind_programs;
 pub mod btf;
 pub mod connect_table;
+pub mod descriptors;
 pub mod features;
 pub mod loader;
 pub mod object;

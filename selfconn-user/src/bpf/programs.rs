@@ -29,10 +29,11 @@ pub(crate) enum Link {
 }
 
 /// The BTF types that BTF-based programs attach to.
-const BTF_TARGETS: [(btf::BtfKind, &str); 3] = [
+const BTF_TARGETS: [(btf::BtfKind, &str); 4] = [
     (btf::BtfKind::Typedef, "btf_trace_inet_sock_set_state"),
     (btf::BtfKind::Function, "tcp_set_state"),
     (btf::BtfKind::Function, "inet_csk_get_port"),
+    (btf::BtfKind::Function, "bpf_iter_task_file"),
 ];
 
 /// The kernel's BTF as aya needs it. It is parsed when the first method needs it.
@@ -136,7 +137,8 @@ pub(crate) fn refusal(error: &ProgramError) -> Refusal {
     }
 }
 
-fn refusal_by_errno(call: &str, error: &io::Error) -> Refusal {
+/// Classifies an error by its errno.
+pub(super) fn refusal_by_errno(call: &str, error: &io::Error) -> Refusal {
     /// From `include/linux/errno.h`; it is not an errno of user space.
     const ENOTSUPP: i32 = 524;
     let why = format!("{call}: {error}");

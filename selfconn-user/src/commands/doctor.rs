@@ -13,7 +13,7 @@ use crate::{
     bpf::{
         attach::{Hook, Method, Refusal, RequestedHooks, choose},
         bind_method::BindMethod,
-        bind_programs,
+        bind_programs, descriptors,
         features::KernelFeatures,
         programs,
         tracefs::Tracefs,
@@ -56,6 +56,8 @@ struct DoctorReport {
     would_attach: Vec<&'static str>,
     /// The methods to observe failed binds. The first one that is `ok` would be attached.
     binds: Vec<MethodReport>,
+    /// How the descriptors of all processes would be read. If not `ok`, holders are looked up in `/proc`.
+    descriptors: Vec<MethodReport>,
     limits: Vec<String>,
     /// Result of `--live`. Null without that option.
     live: Option<LiveTest>,
@@ -146,6 +148,7 @@ fn collect(features: &KernelFeatures) -> DoctorReport {
         hooks,
         would_attach: choice.live.iter().map(|(method, ())| method.name()).collect(),
         binds: bind_reports(bind_programs::probe_methods(features)),
+        descriptors: vec![descriptor_report(descriptors::probe(features))],
         limits: features.limits(),
         live: None,
         fit: !choice.live.is_empty(),
@@ -157,6 +160,11 @@ fn bind_reports(outcomes: Vec<(BindMethod, Result<(), Refusal>)>) -> Vec<MethodR
     let report =
         |(method, outcome): (BindMethod, _)| method_report(method.name(), outcome, first == Some(method));
     outcomes.into_iter().map(report).collect()
+}
+
+fn descriptor_report(outcome: Result<(), Refusal>) -> MethodReport {
+    let is_ok = outcome.is_ok();
+    method_report(descriptors::NAME, outcome, is_ok)
 }
 
 fn method_report(method: &'static str, outcome: Result<(), Refusal>, would_attach: bool) -> MethodReport {
@@ -260,7 +268,9 @@ fn text(report: &DoctorReport) -> String {
         row(if check.ok { "ok" } else { "--" }, check.name, &check.finding, check.hint.as_deref());
     }
     let hooks = report.hooks.iter().map(|hook| (hook.hook, &hook.methods));
-    for (name, methods) in hooks.chain([("failed binds", &report.binds)]) {
+    for (name, methods) in
+        hooks.chain([("failed binds", &report.binds), ("descriptors", &report.descriptors)])
+    {
         let _ = writeln!(out, "\n  {name}");
         for method in methods {
             let mark = if method.would_attach { "*" } else { " " };

@@ -208,7 +208,11 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         };
         let tracer = Tracer::start(&host, options)?;
         // Precondition: the hooks are attached, and no other thread is started yet.
-        let plan = PrivilegePlan { log: args.log.as_deref(), destroys: args.remedy.destroys() };
+        let plan = PrivilegePlan {
+            log: args.log.as_deref(),
+            destroys: args.remedy.destroys(),
+            has_iterator: tracer.descriptors().is_ok(),
+        };
         let kept = capabilities::drop_after_attach(plan, || tracer.counters().is_ok())?;
         let metrics_requests =
             listener.map(MetricsListener::serve).transpose().context("cannot serve metrics")?;

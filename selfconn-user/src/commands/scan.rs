@@ -112,7 +112,7 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     // Outside the initial pid namespace the holders' pids in /proc are not those that the output needs.
     let search = if args.holders { HolderSearch::Complete } else { HolderSearch::Quick };
     let holders = process::is_in_initial_pid_ns().then_some(search);
-    let options = SnapshotOptions { procfs_only: args.procfs, holders, attempts: false };
+    let options = SnapshotOptions { procfs_only: args.procfs, holders, ..SnapshotOptions::default() };
     let mut snapshot = sockets::snapshot(options, &[]).context("cannot start a thread")?;
     if snapshot.namespaces.is_empty() {
         bail!("no socket table can be read: {}", snapshot.unseen.join("; "));

@@ -97,18 +97,19 @@ impl Daemon {
     /// If a worker thread can't be started.
     pub fn new(
         host: &KernelFeatures,
-        tracer: Tracer,
+        mut tracer: Tracer,
         supervision: Supervision,
         mut out: Outputs,
         options: DaemonOptions,
     ) -> io::Result<Self> {
-        out.emit(EventKind::Started(started::started(host, tracer.methods(), tracer.bind_choice())));
+        out.emit(EventKind::Started(started::started(host, &tracer)));
         let probe_count = u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX);
         let processes = Processes::new(host.is_initial_pid_ns);
         let remediation = Remediation::new(options.remedy);
+        let snapshot_worker = snapshot_worker::start(tracer.take_descriptor_iter())?;
         Ok(Self {
             tracer,
-            snapshot_worker: snapshot_worker::start()?,
+            snapshot_worker,
             port_risks: PortRiskMonitor::start()?,
             supervision,
             pipeline: Pipeline::new(probe_count, processes, options.states, remediation, out),

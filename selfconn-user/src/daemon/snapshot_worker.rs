@@ -4,6 +4,7 @@ use std::io;
 
 use super::worker::Worker;
 use crate::{
+    bpf::descriptors::DescriptorIter,
     detect::remediation::RemedyRequest,
     sockets::{self, Cookie, HolderSearch, SnapshotOptions, SocketSnapshot},
     system::{capabilities, clock},
@@ -29,9 +30,13 @@ pub(super) enum SnapshotResponse {
 
 pub(super) type SnapshotWorker = Worker<SnapshotRequest, SnapshotResponse>;
 
-pub(super) fn start() -> io::Result<SnapshotWorker> {
-    Worker::start("reader", capabilities::SNAPSHOT_WORKER, |request| match request {
-        SnapshotRequest::Table(netns_hints) => SnapshotResponse::Table(take_snapshot(&netns_hints)),
+/// `descriptors`: the iterator over descriptors, if it is attached.
+pub(super) fn start(descriptors: Option<DescriptorIter>) -> io::Result<SnapshotWorker> {
+    let capability_set = capabilities::snapshot_worker(descriptors.is_some());
+    Worker::start("reader", capability_set, move |request| match request {
+        SnapshotRequest::Table(netns_hints) => {
+            SnapshotResponse::Table(take_snapshot(&netns_hints, descriptors.as_ref()))
+        }
         SnapshotRequest::LookUp(RemedyRequest { number, target }) => {
             SnapshotResponse::LookedUp(number, sockets::look_up(&target))
         }
@@ -43,11 +48,12 @@ pub(super) fn start() -> io::Result<SnapshotWorker> {
     })
 }
 
-/// Reads the socket tables and searches for the holders of the self-connections. This may take long.
+/// Lists the self-connections and their holders: in one pass over descriptors, or else by a search, which may
+/// take long. Reads the socket tables, too.
 /// `netns_hints` are threads that may be the only ones in their namespace.
-fn take_snapshot(netns_hints: &[u32]) -> SocketSnapshot {
+fn take_snapshot(netns_hints: &[u32], descriptors: Option<&DescriptorIter>) -> SocketSnapshot {
     let holders = Some(HolderSearch::Complete);
-    let options = SnapshotOptions { attempts: true, holders, ..SnapshotOptions::default() };
+    let options = SnapshotOptions { attempts: true, holders, descriptors, ..SnapshotOptions::default() };
     let snapshot = sockets::snapshot(options, netns_hints).unwrap_or_else(|error| {
         // An empty snapshot covers no namespace, so no connection is considered closed.
         log::error!("the socket table can't be read: {error}");

@@ -2,14 +2,18 @@
 
 use crate::{
     bpf::{
-        attach::{Choice, Hook, Method},
-        bind_method::{BindChoice, BindMethod},
+        attach::{Hook, Method},
+        bind_method::BindMethod,
+        descriptors,
         features::KernelFeatures,
+        loader::Tracer,
     },
-    event::{BindStatus, HookStatus, RefusedMethod, Started},
+    event::{HookStatus, MethodStatus, RefusedMethod, Started},
 };
 
-pub(super) fn started(host: &KernelFeatures, methods: &Choice<()>, binds: &BindChoice) -> Started {
+pub(super) fn started(host: &KernelFeatures, tracer: &Tracer) -> Started {
+    let (methods, binds) = (tracer.methods(), tracer.bind_choice());
+    let descriptors = tracer.descriptors().as_ref().err();
     let refused = |hook| {
         let refused_method =
             |(method, why): &(Method, _)| RefusedMethod { method: method.name(), why: format!("{why}") };
@@ -31,12 +35,19 @@ pub(super) fn started(host: &KernelFeatures, methods: &Choice<()>, binds: &BindC
         kernel: host.release.clone(),
         pid: std::process::id(),
         hooks,
-        binds: BindStatus {
+        binds: MethodStatus {
             method: binds.live.map(BindMethod::name),
             refused: binds
                 .refused
                 .iter()
                 .map(|(method, why)| RefusedMethod { method: method.name(), why: why.to_string() })
+                .collect(),
+        },
+        descriptors: MethodStatus {
+            method: descriptors.is_none().then_some(descriptors::NAME),
+            refused: descriptors
+                .map(|why| RefusedMethod { method: descriptors::NAME, why: why.to_string() })
+                .into_iter()
                 .collect(),
         },
         limits: host.limits(),

@@ -19,7 +19,7 @@ pub use connection::ConnectionFields;
 pub use loss::{LossCause, LossKind, Losses};
 pub use lost::Lost;
 pub use remedied::Remedied;
-pub use started::{BindStatus, HookStatus, RefusedMethod, Started};
+pub use started::{HookStatus, MethodStatus, RefusedMethod, Started};
 pub use state::StateChange;
 pub use stopped::{ProgramCounters, Stopped};
 use text::{EventFormat, JsonFields, LogRecord};

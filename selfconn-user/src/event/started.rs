@@ -18,7 +18,9 @@ pub struct Started {
     /// One entry for each attached method, and one for each hook without a method.
     pub hooks: Vec<HookStatus>,
     /// How failed binds are observed.
-    pub binds: BindStatus,
+    pub binds: MethodStatus,
+    /// How the descriptors of all processes are read. Without a method, holders are looked up in `/proc`.
+    pub descriptors: MethodStatus,
     /// What the daemon cannot observe on this host.
     pub limits: Vec<String>,
 }
@@ -34,10 +36,10 @@ pub struct HookStatus {
     pub refused: Vec<RefusedMethod>,
 }
 
-/// How failed binds are observed.
+/// How something else is observed.
 #[derive(Debug, Serialize)]
-pub struct BindStatus {
-    /// How the program is attached. Null if failed binds are not observed.
+pub struct MethodStatus {
+    /// How the program is attached. Null if it is not.
     pub method: Option<&'static str>,
     /// The methods that were tried and are not attached.
     pub refused: Vec<RefusedMethod>,
@@ -88,6 +90,13 @@ fn details(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
         }
         refused_methods(binds, out)?;
     }
+    if let Some(descriptors) = record.object("descriptors") {
+        match descriptors.text("method") {
+            Some(method) => write!(out, "\n    descriptors: read by {}", escape(method))?,
+            None => write!(out, "\n    descriptors: read from /proc")?,
+        }
+        refused_methods(descriptors, out)?;
+    }
     for limit in record.texts("limits") {
         write!(out, "\n    limit: {}", escape(limit))?;
     }
@@ -114,10 +123,12 @@ mod tests {
                 r#"{"event":"started","version":"0.1.0","pid":7,"kernel":"6.1\u001b","hooks":[{"hook":"h","method":
                     "tp_btf","refused":[]},{"hook":"h","method":"perf","refused":[]},{"hook":"g","method":null,
                     "refused":[{"method":"fentry","why":"refused"}]}],"binds":{"method":null,"refused":[{"method":
-                    "perf","why":"no"}]},"limits":["one"]}"#
+                    "perf","why":"no"}]},"descriptors":{"method":null,"refused":[{"method":"task_file","why":"old"}]},
+                    "limits":["one"]}"#
             ),
             "started      selfconn 0.1.0 [7] on kernel 6.1\\u{1b}\n    h: attached by tp_btf and perf\n    g: not \
-                 attached\n        fentry refused\n    failed binds: not observed\n        perf no\n    limit: one"
+                 attached\n        fentry refused\n    failed binds: not observed\n        perf no\n    descriptors: read from /proc\n        \
+                 task_file old\n    limit: one"
         );
     }
 }

@@ -1,5 +1,7 @@
 //! A snapshot of the socket tables of all network namespaces: the self-connections, and the connection
-//! attempts in progress, and the processes that hold the self-connections.
+//! attempts in progress, and the processes that hold the self-connections. What a process holds comes from the
+//! iterator over descriptors where it is attached; sock_diag lists the rest, such as TIME_WAIT, in the
+//! namespaces that can be entered.
 //!
 //! Where sockets are matched with the connect table and with tracked connections, the family does not count:
 //! an IPv4 socket and an IPv6 socket with a v4-mapped address cannot have the same endpoint at the same time.
@@ -13,15 +15,19 @@ use selfconn_ebpf::{ConnectEntry, Endpoint, Opener};
 
 use super::{
     entry::{SocketEntry, in_netns},
+    held::{self, HeldSockets},
     holders::{HolderSearch, Holders, find_holders},
     netns::{self, Namespace},
     table::Tables,
 };
-use crate::system::{clock, process::Holder};
+use crate::{
+    bpf::descriptors::DescriptorIter,
+    system::{clock, process::Holder},
+};
 
 /// The options of a snapshot.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct SnapshotOptions {
+pub struct SnapshotOptions<'a> {
     /// Also list connection attempts in progress; this needs another walk through each table.
     pub attempts: bool,
     /// Read `/proc/net/tcp` even if sock_diag is available.
@@ -29,6 +35,8 @@ pub struct SnapshotOptions {
     /// Also search for the holders. The walk over the descriptors of all processes is expensive, so it is
     /// left out if there is no self-connection.
     pub holders: Option<HolderSearch>,
+    /// The iterator over descriptors. With it, the holders are always known and cost no search.
+    pub descriptors: Option<&'a DescriptorIter>,
 }
 
 /// The self-connections found in the socket tables.
@@ -41,7 +49,8 @@ pub struct SocketSnapshot {
     pub attempts: Vec<Endpoint>,
     /// The processes that hold the self-connections; empty unless requested.
     pub holders: Holders,
-    /// The network namespaces that were read: inodes and cookies. A cookie of 0 is unknown.
+    /// The network namespaces whose tables were read: inodes and cookies. A cookie of 0 is unknown. A self-connection
+    /// that a process holds may be listed in another one, but only here a missing one has ended.
     pub namespaces: HashMap<u32, u64>,
     /// What could not be read, and the reason: one line of text for people each.
     pub unseen: Vec<String>,
@@ -67,6 +76,21 @@ impl SocketSnapshot {
     #[must_use]
     pub fn proves_end_of_netns(&self, endpoint: &Endpoint) -> bool {
         self.namespaces.get(&endpoint.netns).is_some_and(|cookie| !is_same(*cookie, endpoint))
+    }
+
+    /// Adds what the iterator over descriptors has found. It knows more of a held socket than the socket table,
+    /// which procfs may have read.
+    fn add_held(&mut self, held: HeldSockets, attempts: bool) {
+        let key = |entry: &SocketEntry| (without_device(&entry.endpoint), entry.inode);
+        let listed: HashSet<_> = held.entries.iter().map(key).collect();
+        self.entries.retain(|entry| !listed.contains(&key(entry)));
+        self.entries.extend(held.entries);
+        self.holders = held.holders;
+        if attempts {
+            self.attempts.extend(held.attempts);
+            self.attempts.sort_unstable();
+            self.attempts.dedup();
+        }
     }
 
     /// Adds the entries of the probes' connect table to the sockets. If the probes do not know the network
@@ -109,6 +133,11 @@ impl SocketSnapshot {
     }
 }
 
+/// The key of an endpoint in a table that may have no devices, because procfs has none.
+fn without_device(endpoint: &Endpoint) -> Endpoint {
+    Endpoint { ifindex: 0, ..endpoint.table_key() }
+}
+
 /// True if the namespace with this cookie is that of an endpoint with the same inode.
 fn is_same(cookie: u64, endpoint: &Endpoint) -> bool {
     let known = endpoint.table_key().netns_cookie;
@@ -122,13 +151,25 @@ fn is_same(cookie: u64, endpoint: &Endpoint) -> bool {
 ///
 /// # Errors
 /// If no thread can be started.
-pub fn snapshot(options: SnapshotOptions, netns_hints: &[u32]) -> io::Result<SocketSnapshot> {
+pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result<SocketSnapshot> {
+    let began_ns = clock::boot_ns();
+    let (held, refusal) = match options.descriptors.map(held::read) {
+        Some(Ok(held)) => (Some(held), None),
+        Some(Err(error)) => (None, Some(format!("the iterator over descriptors: {error}"))),
+        None => (None, None),
+    };
+    let holders = held.iter().flat_map(|held| held.tasks.iter());
+    let netns_hints: &[u32] = &netns_hints.iter().chain(holders).copied().collect::<Vec<_>>();
     let mut snapshot = thread::scope(|scope| -> io::Result<SocketSnapshot> {
         let thread = thread::Builder::new().name("namespaces".to_owned());
         let thread = thread.spawn_scoped(scope, move || snapshot_all(options, netns_hints))?;
         Ok(thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause)))
     })?;
-    if let Some(search) = options.holders {
+    snapshot.began_ns = began_ns;
+    snapshot.unseen.extend(refusal);
+    if let Some(held) = held {
+        snapshot.add_held(held, options.attempts);
+    } else if let Some(search) = options.holders {
         let inodes = snapshot.entries.iter().map(|entry| entry.inode).filter(|inode| *inode != 0).collect();
         snapshot.holders = find_holders(&inodes, search);
     }
@@ -136,8 +177,8 @@ pub fn snapshot(options: SnapshotOptions, netns_hints: &[u32]) -> io::Result<Soc
 }
 
 /// Must be called on a thread that ends afterwards, because the thread stays in the last namespace.
-fn snapshot_all(options: SnapshotOptions, netns_hints: &[u32]) -> SocketSnapshot {
-    let mut snapshot = SocketSnapshot { began_ns: clock::boot_ns(), ..SocketSnapshot::default() };
+fn snapshot_all(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> SocketSnapshot {
+    let mut snapshot = SocketSnapshot::default();
     let mut tables = Tables::new(options.procfs_only);
     let visited = netns::visit(netns_hints, |&Namespace { id, .. }| {
         tables.read(options.attempts)?;
@@ -194,6 +235,53 @@ mod tests {
         snapshot.add_connect_entries(&[connect(7, Endpoint { netns: 0, ..v4 }, 5)], false);
         let entry = &snapshot.entries[0];
         assert_eq!((entry.endpoint.netns, entry.connect_entry.map(|(sock, _)| sock)), (0, Some(7)));
+    }
+
+    #[test]
+    fn a_held_socket_is_listed_once_and_one_without_a_descriptor_stays() {
+        let entry = |port, state, inode| {
+            let endpoint = Endpoint::new(1, [127, 0, 0, 1].into(), port, false);
+            SocketEntry { inode, ..samples::entry(endpoint, state) }
+        };
+        let mut snapshot = SocketSnapshot {
+            entries: vec![
+                SocketEntry { cookie: None, ..entry(4, state::ESTABLISHED, 40) },
+                // Its process holds another socket there by now.
+                entry(5, state::ESTABLISHED, 50),
+                entry(6, state::TIME_WAIT, 0),
+                entry(7, state::ESTABLISHED, 70),
+            ],
+            attempts: vec![samples::endpoint("::1", 9)],
+            ..SocketSnapshot::default()
+        };
+        let elsewhere = Endpoint { netns: 2, ..samples::endpoint("::1", 8) };
+        let held = HeldSockets {
+            entries: vec![
+                entry(4, state::CLOSE_WAIT, 40),
+                entry(5, state::ESTABLISHED, 51),
+                SocketEntry { inode: 80, ..samples::entry(elsewhere, state::ESTABLISHED) },
+            ],
+            attempts: vec![samples::endpoint("::1", 9), elsewhere],
+            ..HeldSockets::default()
+        };
+        snapshot.add_held(held, true);
+        let listed: HashSet<_> =
+            snapshot.entries.iter().map(|entry| (entry.endpoint.port, entry.inode, entry.state)).collect();
+        let [established, close_wait, time_wait] = [state::ESTABLISHED, state::CLOSE_WAIT, state::TIME_WAIT];
+        assert_eq!(snapshot.entries.len(), 6);
+        assert_eq!(
+            listed,
+            HashSet::from([
+                (4, 40, close_wait),
+                (5, 50, established),
+                (5, 51, established),
+                (6, 0, time_wait),
+                (7, 70, established),
+                (8, 80, established),
+            ])
+        );
+        assert_eq!(snapshot.attempts.len(), 2);
+        assert!(!snapshot.covers(&elsewhere), "only the socket table shows that a socket is gone");
     }
 
     #[test]

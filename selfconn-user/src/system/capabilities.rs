@@ -22,12 +22,15 @@ use rustix::{
 /// tracing programs read kernel memory.
 pub const ATTACH: CapabilitySet = CapabilitySet::BPF.union(CapabilitySet::PERFMON);
 
-/// The capabilities of the snapshot worker: it enters other network namespaces, finds the holders of sockets,
-/// and destroys sockets with `--remedy`.
-pub const SNAPSHOT_WORKER: CapabilitySet = CapabilitySet::SYS_ADMIN
-    .union(CapabilitySet::SYS_PTRACE)
-    .union(CapabilitySet::DAC_READ_SEARCH)
-    .union(CapabilitySet::NET_ADMIN);
+/// The capabilities of the snapshot worker: it enters other network namespaces, which it finds through
+/// processes, and destroys sockets with `--remedy`. Without the iterator over descriptors it also lists the open
+/// files of other users' processes. A pass of the iterator needs none; kernels before v5.19 require CAP_BPF to
+/// begin one where they require it to read maps, and CAP_SYS_ADMIN includes it.
+#[must_use]
+pub const fn snapshot_worker(has_iterator: bool) -> CapabilitySet {
+    let always = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE).union(CapabilitySet::NET_ADMIN);
+    always.union(if has_iterator { CapabilitySet::BPF } else { CapabilitySet::DAC_READ_SEARCH })
+}
 
 /// The capabilities of the port range worker: it enters other network namespaces, which it finds through
 /// processes.
@@ -64,6 +67,8 @@ pub struct PrivilegePlan<'a> {
     pub log: Option<&'a Path>,
     /// True if the process may destroy sockets.
     pub destroys: bool,
+    /// True if the iterator over descriptors is attached.
+    pub has_iterator: bool,
 }
 
 /// The capabilities that are left for the main loop.
@@ -105,9 +110,13 @@ pub fn drop_after_attach(
         );
         needed_by_loop |= had & needed;
     }
-    let snapshot_worker =
-        if plan.destroys { SNAPSHOT_WORKER } else { SNAPSHOT_WORKER.difference(CapabilitySet::NET_ADMIN) };
-    let kept = had & (needed_by_loop | snapshot_worker);
+    let mut workers = snapshot_worker(plan.has_iterator) | PORT_RANGE_WORKER;
+    // The snapshot worker has it only if the loop needs it, too.
+    workers.remove(CapabilitySet::BPF);
+    if !plan.destroys {
+        workers.remove(CapabilitySet::NET_ADMIN);
+    }
+    let kept = had & (needed_by_loop | workers);
     set_thread_capabilities(kept, kept).context(context)?;
     Ok(LoopCapabilities(needed_by_loop))
 }

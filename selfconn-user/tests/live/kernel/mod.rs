@@ -4,6 +4,7 @@
 pub(crate) mod accounting;
 pub(crate) mod by_method;
 pub(crate) mod connect_table;
+pub(crate) mod descriptors;
 pub(crate) mod identity;
 pub(crate) mod negative;
 pub(crate) mod reconcile;

@@ -18,6 +18,7 @@ use selfconn_ebpf::{Endpoint, state};
 use serde_json::{Value, json};
 use socket2::{SockFilter, Socket};
 
+use super::descriptors::open_descriptor_iter;
 use crate::support::{
     client::{connect_to_self, socket},
     daemon::{DEADLINE, selfconn},
@@ -325,9 +326,12 @@ fn connects_in_flight_are_listed_when_requested() {
     drop_received_packets(&itself);
     let own = itself.local_addr().unwrap().as_socket().unwrap();
     let _itself = start_connect(itself, own);
-    for procfs_only in [false, true] {
-        let snapshot =
-            sockets::snapshot(SnapshotOptions { attempts: true, procfs_only, holders: None }, &[]).unwrap();
+    let iter = open_descriptor_iter();
+    for (procfs_only, descriptors) in
+        [(false, None), (true, None), (false, iter.as_ref()), (true, iter.as_ref())]
+    {
+        let options = SnapshotOptions { attempts: true, procfs_only, holders: None, descriptors };
+        let snapshot = sockets::snapshot(options, &[]).unwrap();
         let netns = u32::try_from(net.inode).unwrap();
         let found: Vec<_> = snapshot.entries.iter().filter(|found| found.endpoint.netns == netns).collect();
         assert_eq!(found.len(), 1, "{found:?}");
@@ -341,8 +345,7 @@ fn connects_in_flight_are_listed_when_requested() {
             Endpoint::new(netns, localhost, own.port(), false),
         ]);
         assert_eq!(attempts, expected);
-        let not_asked =
-            sockets::snapshot(SnapshotOptions { attempts: false, procfs_only, holders: None }, &[]).unwrap();
+        let not_asked = sockets::snapshot(SnapshotOptions { attempts: false, ..options }, &[]).unwrap();
         assert_eq!(not_asked.attempts, []);
         assert_eq!(not_asked.entries.iter().filter(|found| found.endpoint.netns == netns).count(), 1);
     }

@@ -70,6 +70,11 @@ pub(crate) fn doctor() -> &'static Value {
     })
 }
 
+/// True if this kernel has the iterator over descriptors.
+pub(crate) fn reads_descriptors() -> bool {
+    doctor()["descriptors"][0]["verdict"] == "ok"
+}
+
 /// Each method with its verdict by `doctor` and the reason.
 pub(crate) fn method_verdicts() -> Vec<(&'static str, &'static str, &'static str)> {
     let hooks = doctor()["hooks"].as_array().unwrap().iter();

@@ -13,7 +13,10 @@ use std::{
 
 use socket2::Socket;
 
-use super::client::connect_to_self;
+use super::{
+    client::{connect_to_self, socket},
+    netns::TestNetns,
+};
 
 const TASK_ENV: &str = "SELFCONN_TEST_HELPER_TASK";
 
@@ -134,6 +137,42 @@ fn receive_fd(from: &OwnedFd) -> OwnedFd {
     received.next().expect("the message has a descriptor")
 }
 
+/// Gives up root, on every thread of this process.
+fn become_nobody() {
+    const NOBODY: libc::uid_t = 65_534;
+    // SAFETY: no memory is involved, and glibc does it for all threads.
+    assert_eq!(unsafe { libc::setuid(NOBODY) }, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// Ends the first thread of this process, and waits until it is a zombie. The process goes on.
+fn end_first_thread() {
+    extern "C" fn end_thread(_: libc::c_int) {
+        // SAFETY: a system call that ends this thread only.
+        unsafe { libc::syscall(libc::SYS_exit, 0) };
+    }
+    let pid = std::process::id();
+    // SAFETY: the handler calls nothing but a system call. The first thread only waits for the end of the task.
+    unsafe {
+        libc::signal(libc::SIGUSR1, end_thread as extern "C" fn(libc::c_int) as libc::sighandler_t);
+        libc::syscall(libc::SYS_tgkill, pid, pid, libc::SIGUSR1);
+    }
+    while !std::fs::read_to_string("/proc/self/stat").unwrap().contains(") Z ") {
+        std::thread::yield_now();
+    }
+}
+
+/// A connection of 127.0.0.1 to itself between two sockets: its addresses are equal, its ports are not.
+fn ordinary_connection() -> [Socket; 3] {
+    let loopback = Ipv4Addr::LOCALHOST;
+    let listener = socket(loopback.into());
+    listener.bind(&std::net::SocketAddr::from((loopback, 0)).into()).unwrap();
+    listener.listen(1).unwrap();
+    let client = socket(loopback.into());
+    client.connect(&listener.local_addr().unwrap()).unwrap();
+    let (server, _) = listener.accept().unwrap();
+    [listener, client, server]
+}
+
 fn set_process_name(name: &str) {
     std::fs::write("/proc/self/comm", name).unwrap();
 }
@@ -207,6 +246,55 @@ fn run_helper_process() {
             let _held = receive_fd(&from);
             print_output("received");
             wait_for_stdin_eof();
+        }
+        "hold in a namespace that only the sockets keep" => {
+            set_process_name("only-sockets");
+            let (inode, _held) =
+                TestNetns::with_new_in_helper(|net| (net.inode, (connect(), ordinary_connection())));
+            become_nobody();
+            print_output(&inode.to_string());
+            wait_for_stdin_eof();
+        }
+        "hold in a namespace that a descriptor keeps" => {
+            set_process_name("a-descriptor");
+            let (inode, _held) = TestNetns::with_new_in_helper(|net| {
+                (net.inode, (connect(), std::fs::File::open("/proc/thread-self/ns/net").unwrap()))
+            });
+            become_nobody();
+            print_output(&inode.to_string());
+            wait_for_stdin_eof();
+        }
+        "hold in a namespace that a thread is in" => {
+            set_process_name("a-thread");
+            TestNetns::with_new_in_helper(|net| {
+                let _held = connect();
+                become_nobody();
+                print_output(&net.inode.to_string());
+                wait_for_stdin_eof();
+            });
+        }
+        "hold without a first thread" => {
+            set_process_name("no-leader");
+            let net = TestNetns::enter_new_in_helper();
+            let held = connect();
+            become_nobody();
+            end_first_thread();
+            print_output(&net.inode.to_string());
+            wait_for_stdin_eof();
+            drop(held);
+            // The first thread would end the process.
+            std::process::exit(0);
+        }
+        "hold in a descriptor table of a thread" => {
+            set_process_name("own-table");
+            TestNetns::with_new_in_helper(|net| {
+                // SAFETY: this thread uses only descriptors that it opens from here on, and stdin and stdout.
+                unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FILES) }.unwrap();
+                let _held = connect();
+                become_nobody();
+                print_output(&net.inode.to_string());
+                wait_for_stdin_eof();
+            });
         }
         "wait" => {
             print_output("waiting");

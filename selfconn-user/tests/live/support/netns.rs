@@ -9,6 +9,7 @@ use std::{
         fd::{AsFd as _, AsRawFd as _},
         unix::fs::MetadataExt as _,
     },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -29,12 +30,23 @@ impl TestNetns {
     /// starts from now on are in this namespace, too. The test has the machine for itself from now on.
     pub(crate) fn enter_new() -> Self {
         machine::occupy();
+        Self::enter_new_in_helper()
+    }
+
+    /// The same in a helper process, whose test has the machine.
+    pub(crate) fn enter_new_in_helper() -> Self {
         // SAFETY: only the flag FILES could take descriptors away from other threads, and it is not set.
         unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace: run as root");
         let mut request = request("lo");
         request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
         ioctl(libc::SIOCSIFFLAGS, &mut request);
         Self { inode: fs::metadata("/proc/thread-self/ns/net").unwrap().ino() }
+    }
+
+    /// Calls `work` on a thread in a new network namespace. If nothing that `work` returns keeps it, the
+    /// namespace ends. For helper processes.
+    pub(crate) fn with_new_in_helper<T: Send>(work: impl FnOnce(Self) -> T + Send) -> T {
+        thread::scope(|scope| scope.spawn(|| work(Self::enter_new_in_helper())).join().unwrap())
     }
 
     /// Moves the calling thread into the network namespace of a process.
@@ -77,7 +89,7 @@ impl TestNetns {
         let until = Instant::now() + DEADLINE;
         while UdpSocket::bind(SocketAddrV6::new(address, 0, 0, 1)).is_err() {
             assert!(Instant::now() < until, "{address} stays tentative");
-            std::thread::sleep(Duration::from_millis(5));
+            thread::sleep(Duration::from_millis(5));
         }
     }
 
@@ -94,7 +106,7 @@ impl TestNetns {
         unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
         mount("sysfs", "/sys", "sysfs", MountFlags::empty(), None).unwrap();
-        let cpus = (1_u64 << std::thread::available_parallelism().unwrap().get()) - 1;
+        let cpus = (1_u64 << thread::available_parallelism().unwrap().get()) - 1;
         fs::write("/sys/class/net/lo/queues/rx-0/rps_cpus", format!("{cpus:x}")).unwrap();
     }
 

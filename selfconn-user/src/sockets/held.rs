@@ -1,0 +1,177 @@
+//! The self-connections that processes hold, with their holders, from one pass of the iterator over
+//! descriptors: of every network namespace, also of one that only a socket, a descriptor or a thread leads to.
+//! What has no descriptor is not among them: TIME_WAIT, a socket whose process has closed it, a descriptor in
+//! flight through a unix socket, a file that only io_uring has.
+
+use std::{
+    collections::{HashMap, HashSet, hash_map},
+    io,
+};
+
+use selfconn_ebpf::{COMM_LEN, Endpoint, SocketDescriptor, state};
+
+use super::{entry::SocketEntry, holders::Holders};
+use crate::{bpf::descriptors::DescriptorIter, system::process::Holder};
+
+/// The result of a pass.
+#[derive(Debug, Default)]
+pub(super) struct HeldSockets {
+    /// Self-connections, each once.
+    pub(super) entries: Vec<SocketEntry>,
+    /// The destinations of the connection attempts from an address to itself.
+    pub(super) attempts: Vec<Endpoint>,
+    pub(super) holders: Holders,
+    /// The tasks that hold any of them. One of them may be in the namespace of its socket.
+    pub(super) tasks: HashSet<u32>,
+}
+
+/// Makes a pass.
+pub(super) fn read(iter: &DescriptorIter) -> io::Result<HeldSockets> {
+    let mut collector = Collector::default();
+    iter.pass(|record| collector.add(record))?;
+    Ok(collector.finish())
+}
+
+/// The sockets so far, by kernel address and cookie: an address alone may belong to another socket when the
+/// walk comes to it again.
+#[derive(Default)]
+struct Collector {
+    sockets: HashMap<(u64, u64), HeldSocket>,
+    tasks: HashSet<u32>,
+}
+
+struct HeldSocket {
+    record: SocketDescriptor,
+    /// Each process once. Nearly every socket has one.
+    holders: Vec<HolderRecord>,
+}
+
+struct HolderRecord {
+    /// When the process started.
+    start_ns: u64,
+    pid: u32,
+    comm: [u8; COMM_LEN],
+}
+
+impl Collector {
+    fn add(&mut self, record: &SocketDescriptor) {
+        self.tasks.insert(record.tid);
+        let held = match self.sockets.entry((record.sock, record.cookie)) {
+            hash_map::Entry::Occupied(held) => held.into_mut(),
+            hash_map::Entry::Vacant(new) => {
+                new.insert(HeldSocket { record: *record, holders: Vec::with_capacity(1) })
+            }
+        };
+        let &SocketDescriptor { start_ns, pid, comm, .. } = record;
+        if held.holders.iter().all(|known| known.pid != pid) {
+            held.holders.push(HolderRecord { start_ns, pid, comm });
+        }
+    }
+
+    fn finish(self) -> HeldSockets {
+        let mut held = HeldSockets { tasks: self.tasks, ..HeldSockets::default() };
+        held.holders.complete = true;
+        for HeldSocket { record, mut holders } in self.sockets.into_values() {
+            if record.state == state::SYN_SENT {
+                held.attempts.push(Endpoint { port: record.destination_port, ..record.endpoint });
+            }
+            if record.endpoint.port == record.destination_port {
+                held.entries.push(entry(&record));
+                // The process that started first is probably the one that the others have it from.
+                holders.sort_unstable_by_key(|holder| (holder.start_ns, holder.pid));
+                let holder =
+                    |holder: HolderRecord| Holder { pid: holder.pid, comm: Some(text(&holder.comm)) };
+                held.holders.by_inode.insert(record.inode, holders.into_iter().map(holder).collect());
+            }
+        }
+        held
+    }
+}
+
+/// The entry of a self-connection.
+fn entry(record: &SocketDescriptor) -> SocketEntry {
+    SocketEntry {
+        endpoint: record.endpoint,
+        state: record.state,
+        cookie: (record.cookie != 0).then_some(record.cookie),
+        inode: record.inode,
+        uid: Some(record.uid),
+        time_wait_left: None,
+        connect_entry: None,
+    }
+}
+
+/// A NUL-padded name.
+fn text(name: &[u8]) -> String {
+    let end = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
+    String::from_utf8_lossy(&name[..end]).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use zerocopy::FromZeros as _;
+
+    use super::*;
+
+    fn record(sock: u64, pid: u32, fd: u32) -> SocketDescriptor {
+        let mut record = SocketDescriptor {
+            pid,
+            tid: pid,
+            fd,
+            uid: 1_000,
+            start_ns: u64::from(1_000 - pid),
+            sock,
+            cookie: sock + 1,
+            inode: sock + 2,
+            endpoint: Endpoint::new(5, [127, 0, 0, 1].into(), 4, false),
+            destination_port: 4,
+            state: state::ESTABLISHED,
+            ..SocketDescriptor::new_zeroed()
+        };
+        record.comm[..4].copy_from_slice(b"idle");
+        record
+    }
+
+    fn collect(records: &[SocketDescriptor]) -> HeldSockets {
+        let mut collector = Collector::default();
+        records.iter().for_each(|record| collector.add(record));
+        collector.finish()
+    }
+
+    #[test]
+    fn a_socket_is_one_entry_and_a_process_one_holder_however_many_descriptors_and_threads_there_are() {
+        let thread = SocketDescriptor { tid: 71, ..record(3, 7, 9) };
+        let held = collect(&[record(3, 7, 9), record(3, 7, 10), thread, record(3, 8, 9), record(30, 8, 1)]);
+        assert_eq!(held.entries.len(), 2);
+        let entry = held.entries.iter().find(|entry| entry.inode == 5).unwrap();
+        assert_eq!(entry.endpoint, Endpoint::new(5, [127, 0, 0, 1].into(), 4, false));
+        assert_eq!((entry.cookie, entry.uid), (Some(4), Some(1_000)));
+        let holders = |inode| {
+            let holders: &Vec<Holder> = &held.holders.by_inode[&inode];
+            holders.iter().map(|holder| (holder.pid, holder.comm.as_deref().unwrap())).collect::<Vec<_>>()
+        };
+        assert_eq!(holders(5), [(8, "idle"), (7, "idle")], "8 started first");
+        assert_eq!(holders(32), [(8, "idle")]);
+        assert!(held.holders.complete && held.attempts.is_empty());
+        assert_eq!(held.tasks, [7, 8, 71].into());
+    }
+
+    #[test]
+    fn an_attempt_is_no_self_connection_unless_its_ports_are_equal() {
+        let connecting = SocketDescriptor { state: state::SYN_SENT, ..record(3, 7, 9) };
+        let other_port = Endpoint { port: 5, ..connecting.endpoint };
+        let elsewhere = SocketDescriptor { endpoint: other_port, sock: 4, ..connecting };
+        let held = collect(&[connecting, elsewhere]);
+        assert_eq!(held.attempts.len(), 2);
+        assert!(held.attempts.iter().all(|destination| destination.port == 4));
+        assert_eq!(held.entries.len(), 1);
+        assert_eq!(held.entries[0].endpoint.port, 4);
+    }
+
+    #[test]
+    fn an_address_that_two_sockets_had_one_after_the_other_is_two_sockets() {
+        let later = SocketDescriptor { cookie: 99, inode: 98, ..record(3, 8, 9) };
+        let held = collect(&[record(3, 7, 9), later]);
+        assert_eq!((held.entries.len(), held.holders.by_inode.len()), (2, 2));
+    }
+}

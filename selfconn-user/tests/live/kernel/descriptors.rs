@@ -1,0 +1,217 @@
+//! What processes hold, in one pass of the iterator over descriptors: self-connections from before the daemon,
+//! in namespaces that no process leads to, and of processes that `/proc/PID/fd` does not show. The holders run
+//! as uid 65534. Kernels before v5.11 have no such iterator.
+
+use std::{
+    collections::HashSet,
+    fs::File,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsRawFd as _,
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use selfconn::{
+    bpf::{
+        descriptors::{self, DescriptorIter},
+        features::KernelFeatures,
+    },
+    sockets::{self, HolderSearch, SnapshotOptions},
+    system::process,
+};
+use selfconn_ebpf::{family, state};
+use socket2::Socket;
+
+use crate::support::{
+    client::{connect_to_self, own_comm, socket},
+    daemon::{HookVariant, TestDaemon, is_event, reads_descriptors, scaled},
+    helper_process::HelperProcess,
+    netns::TestNetns,
+};
+
+/// The iterator, if this kernel has it.
+pub(crate) fn open_descriptor_iter() -> Option<DescriptorIter> {
+    let iter = descriptors::open(&KernelFeatures::probe(false).unwrap());
+    assert_eq!(iter.is_ok(), reads_descriptors(), "{iter:?}");
+    println!("FACT reads_descriptors={}", iter.is_ok());
+    iter.ok()
+}
+
+/// Where a self-connection is found only by its descriptor, and the name of the process.
+const HIDDEN: [(&str, &str); 5] = [
+    ("hold in a namespace that only the sockets keep", "only-sockets"),
+    ("hold in a namespace that a descriptor keeps", "a-descriptor"),
+    ("hold in a namespace that a thread is in", "a-thread"),
+    ("hold without a first thread", "no-leader"),
+    ("hold in a descriptor table of a thread", "own-table"),
+];
+
+#[test]
+fn a_self_connection_is_found_with_its_process_wherever_a_descriptor_of_it_is() {
+    let _net = TestNetns::enter_new();
+    let helpers: Vec<_> = HIDDEN
+        .iter()
+        .map(|(task, name)| {
+            let mut helper = HelperProcess::start(task);
+            let netns: u64 = helper.read_output().parse().unwrap();
+            (helper, netns, *name)
+        })
+        .collect();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["-vv", "--reconcile", "1"]);
+    if reads_descriptors() {
+        for (helper, netns, name) in &helpers {
+            let found = daemon.expect(1, is_event("established", *netns)).remove(0);
+            assert_eq!((&found["source"], &found["owner"]), (&"scan".into(), &"holder".into()), "{found}");
+            assert_eq!((&found["pid"], &found["comm"]), (&helper.pid().into(), &(*name).into()), "{found}");
+            assert_eq!(found["holders"].as_array().unwrap().len(), 1, "{found}");
+            assert_eq!(found["uid"], 0, "the socket is from before setuid: {found}");
+            assert!(found["cookie"].is_u64(), "{found}");
+        }
+    }
+    // A later pass lists no other socket of these namespaces, and takes none of them for closed.
+    daemon.run_until_snapshots(3, || sleep(Duration::from_millis(20)));
+    let (events, _) = daemon.stop();
+    for (helper, netns, name) in helpers {
+        let of_netns = |kind| events.iter().filter(|event| is_event(kind, netns)(event)).count();
+        // Without the iterator, no process leads to these namespaces.
+        let expected = usize::from(reads_descriptors());
+        assert_eq!(of_netns("established"), expected, "{name}: {events:?}");
+        assert_eq!(of_netns("closed"), 0, "{name}: {events:?}");
+        helper.finish();
+    }
+}
+
+/// A socket option of eight bytes. `None`: this kernel does not have it.
+fn number_option(socket: &Socket, option: libc::c_int) -> Option<u64> {
+    let mut value = 0_u64;
+    let mut len = libc::socklen_t::try_from(size_of_val(&value)).unwrap();
+    // SAFETY: the kernel writes at most `len` bytes to `value`.
+    let outcome = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut len)
+    };
+    (outcome == 0).then_some(value)
+}
+
+#[test]
+fn a_record_says_what_the_process_itself_sees() {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let net = TestNetns::enter_new();
+    let Some(iter) = open_descriptor_iter() else { return };
+    let (plain, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    let again = plain.try_clone().unwrap();
+    let bound = socket(Ipv6Addr::LOCALHOST.into());
+    bound.bind_device(Some(b"lo")).unwrap();
+    bound.bind(&SocketAddr::from((Ipv6Addr::LOCALHOST, 0)).into()).unwrap();
+    bound.connect(&bound.local_addr().unwrap()).unwrap();
+    let mut records = Vec::new();
+    iter.pass(|record| records.extend((u64::from(record.endpoint.netns) == net.inode).then_some(*record)))
+        .unwrap();
+    assert_eq!(records.len(), 3, "{records:?}");
+    let record = |socket: &Socket| {
+        *records.iter().find(|record| record.fd == socket.as_raw_fd().cast_unsigned()).unwrap()
+    };
+    for (socket, is_ipv6, ifindex) in [(&plain, false, 0), (&again, false, 0), (&bound, true, 1)] {
+        let record = record(socket);
+        // By the pass, or by this request: it is made once.
+        assert_eq!(number_option(socket, libc::SO_COOKIE), Some(record.cookie));
+        if let Some(cookie) = number_option(socket, SO_NETNS_COOKIE) {
+            assert_eq!(record.endpoint.netns_cookie, cookie);
+        }
+        assert_eq!(record.inode, rustix::fs::fstat(socket).unwrap().st_ino);
+        assert_eq!(
+            (record.endpoint.family == u16::from(family::INET6), record.endpoint.ifindex),
+            (is_ipv6, ifindex)
+        );
+        assert_eq!((record.endpoint.port, record.state), (record.destination_port, state::ESTABLISHED));
+        // This thread shares its descriptors with the first one.
+        assert_eq!((record.pid, record.tid), (std::process::id(), std::process::id()));
+        assert_eq!(record.uid, 0);
+        assert_eq!(String::from_utf8_lossy(&record.comm).trim_end_matches('\0'), own_comm());
+        // /proc rounds down to a tick.
+        let started_ns = process::start_time_ns(record.pid).unwrap();
+        assert!((started_ns..started_ns + 10_000_000).contains(&record.start_ns), "{record:?}");
+    }
+    assert_eq!(record(&plain).endpoint.port, port);
+    assert_eq!(record(&plain).sock, record(&again).sock);
+    assert_ne!(record(&plain).sock, record(&bound).sock);
+    assert_ne!(record(&plain).cookie, record(&bound).cookie);
+}
+
+#[test]
+fn a_snapshot_by_descriptors_and_one_by_tables_list_the_same() {
+    let net = TestNetns::enter_new();
+    let Some(iter) = open_descriptor_iter() else { return };
+    let netns = u32::try_from(net.inode).unwrap();
+    let (_held, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    let (_v6, v6_port) = connect_to_self(Ipv6Addr::LOCALHOST.into());
+    // Its addresses are equal, its ports are not.
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    // A socket without a descriptor.
+    let (closed, closed_port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    drop(closed);
+    let list = |descriptors| {
+        let holders = Some(HolderSearch::Complete);
+        let options = SnapshotOptions { holders, descriptors, ..SnapshotOptions::default() };
+        let snapshot = sockets::snapshot(options, &[]).unwrap();
+        let mut own: Vec<_> = snapshot
+            .entries
+            .iter()
+            .filter(|entry| entry.endpoint.netns == netns)
+            .map(|entry| {
+                let holders = snapshot.holders.by_inode.get(&entry.inode).cloned();
+                // The time left differs.
+                (entry.endpoint, entry.state, entry.cookie, entry.inode, entry.uid, holders)
+            })
+            .collect();
+        own.sort_unstable_by_key(|(endpoint, ..)| endpoint.port);
+        own
+    };
+    let by_tables = list(None);
+    assert_eq!(list(Some(&iter)), by_tables);
+    let ports: HashSet<u16> = by_tables.iter().map(|(endpoint, ..)| endpoint.port).collect();
+    assert_eq!(ports, HashSet::from([port, v6_port, closed_port]));
+}
+
+#[test]
+fn a_pass_over_many_descriptors_is_faster_than_a_walk_of_proc() {
+    let net = TestNetns::enter_new();
+    let Some(iter) = open_descriptor_iter() else { return };
+    // Where the limit is lower, as many as it allows.
+    let before = getrlimit(Resource::Nofile);
+    let limit = before.maximum.unwrap_or(u64::MAX);
+    let count = scaled(100_000).min(usize::try_from(limit - 1_000).unwrap());
+    setrlimit(Resource::Nofile, Rlimit { current: before.maximum, maximum: before.maximum }).unwrap();
+    let (held, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    let null = File::open("/dev/null").unwrap();
+    let many: Vec<File> = (0..count).map(|_| null.try_clone().unwrap()).collect();
+    let mut records = Vec::new();
+    let mut by_iterator: Vec<_> = (0..5)
+        .map(|_| {
+            records.clear();
+            let began = Instant::now();
+            iter.pass(|record| records.push(*record)).unwrap();
+            began.elapsed()
+        })
+        .collect();
+    let own = records.iter().find(|record| u64::from(record.endpoint.netns) == net.inode).unwrap();
+    assert_eq!(
+        (own.endpoint.port, own.pid, own.fd),
+        (port, std::process::id(), held.as_raw_fd().cast_unsigned())
+    );
+    let inodes = HashSet::from([own.inode]);
+    let mut by_proc: Vec<_> = (0..3)
+        .map(|_| {
+            let began = Instant::now();
+            assert_eq!(sockets::find_holders(&inodes, HolderSearch::Complete).by_inode.len(), 1);
+            began.elapsed()
+        })
+        .collect();
+    drop(many);
+    setrlimit(Resource::Nofile, before).unwrap();
+    by_iterator.sort_unstable();
+    by_proc.sort_unstable();
+    println!("FACT descriptors={count} iterator={:?} proc={:?}", by_iterator[2], by_proc[1]);
+    assert!(by_iterator[2] < by_proc[1], "{by_iterator:?} {by_proc:?}");
+}
