@@ -22,19 +22,22 @@ use rustix::{
 /// tracing programs read kernel memory.
 pub const ATTACH: CapabilitySet = CapabilitySet::BPF.union(CapabilitySet::PERFMON);
 
-/// The capabilities of the snapshot worker: it enters other network namespaces, finds the holders of sockets,
-/// and destroys sockets with `--remedy`.
-pub const SNAPSHOT_WORKER: CapabilitySet = CapabilitySet::SYS_ADMIN
-    .union(CapabilitySet::SYS_PTRACE)
-    .union(CapabilitySet::DAC_READ_SEARCH)
-    .union(CapabilitySet::NET_ADMIN);
+/// The capabilities of the snapshot worker: it enters other network namespaces, and finds the holders of
+/// sockets.
+pub const SNAPSHOT_WORKER: CapabilitySet =
+    CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE).union(CapabilitySet::DAC_READ_SEARCH);
+
+/// The capabilities of the remedy worker: it enters other network namespaces, which it finds as the snapshot
+/// worker does, and destroys sockets.
+pub const REMEDY_WORKER: CapabilitySet = SNAPSHOT_WORKER.union(CapabilitySet::NET_ADMIN);
 
 /// The capabilities of the port range worker: it enters other network namespaces, which it finds through
 /// processes.
 pub const PORT_RANGE_WORKER: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE);
 
-/// The capabilities of the main loop: it reads the executable paths of other users' processes.
-const MAIN_LOOP: CapabilitySet = CapabilitySet::SYS_PTRACE;
+/// The capabilities of the threads that look up processes: they read the executable paths of other users'
+/// processes.
+pub const LOOKUP_WORKER: CapabilitySet = CapabilitySet::SYS_PTRACE;
 
 /// The names of these capabilities as in manuals, for example `CAP_BPF`, in alphabetical order.
 pub fn names(set: CapabilitySet) -> Vec<String> {
@@ -82,7 +85,7 @@ pub fn drop_after_attach(
     can_read_maps: impl FnOnce() -> bool,
 ) -> Result<LoopCapabilities> {
     let had = capabilities(None).context("cannot read the capabilities")?.permitted;
-    let mut needed_by_loop = had & MAIN_LOOP;
+    let mut needed_by_loop = CapabilitySet::empty();
     if let Some(log) = plan.log
         && had.contains(CapabilitySet::DAC_OVERRIDE)
         && !can_create(log, needed_by_loop)
@@ -105,9 +108,9 @@ pub fn drop_after_attach(
         );
         needed_by_loop |= had & needed;
     }
-    let snapshot_worker =
-        if plan.destroys { SNAPSHOT_WORKER } else { SNAPSHOT_WORKER.difference(CapabilitySet::NET_ADMIN) };
-    let kept = had & (needed_by_loop | snapshot_worker);
+    // These include what every other worker needs.
+    let needed_by_workers = if plan.destroys { REMEDY_WORKER } else { SNAPSHOT_WORKER };
+    let kept = had & (needed_by_loop | needed_by_workers);
     set_thread_capabilities(kept, kept).context(context)?;
     Ok(LoopCapabilities(needed_by_loop))
 }
