@@ -8,6 +8,7 @@ pub mod detect;
 pub mod event;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+pub mod lookup;
 pub mod metrics;
 pub mod output;
 pub mod ports;

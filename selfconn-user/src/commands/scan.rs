@@ -2,7 +2,6 @@
 //! that hold them. Can destroy them.
 
 use std::{
-    collections::HashMap,
     fmt::Write as _,
     io::{self, Write as _},
     mem,
@@ -120,7 +119,7 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     snapshot.entries.sort_by_key(|SocketEntry { endpoint, cookie, .. }| {
         (endpoint.netns, endpoint.ip(), endpoint.port, endpoint.is_ipv6(), *cookie)
     });
-    let mut holders = SocketHolders { found: mem::take(&mut snapshot.holders), processes: HashMap::new() };
+    let mut holders = SocketHolders { found: mem::take(&mut snapshot.holders), ..SocketHolders::default() };
     if options.holders.is_none() && snapshot.entries.iter().any(|entry| entry.inode != 0) {
         let why = "holders: their pids are unknown outside the initial pid namespace";
         holders.found.unseen = Some(why.to_owned());
@@ -135,7 +134,8 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     if let Some(why) = &snapshot.without_sock_diag {
         warn(&format!("sock_diag: {why}: cookies and interfaces are unknown: /proc/net/tcp has none"));
     }
-    for item in snapshot.unseen.iter().chain(&holders.found.unseen) {
+    let command_lines = holders.lookups.unseen();
+    for item in snapshot.unseen.iter().chain(&holders.found.unseen).chain(&command_lines) {
         warn(&format!("not seen: {item}"));
     }
     let out = if args.json {
@@ -243,6 +243,8 @@ fn write_holders(holders: &[Holder], out: &mut String) {
 mod tests {
     use selfconn_ebpf::Endpoint;
 
+    use std::collections::HashMap;
+
     use super::*;
     use crate::{detect::samples, sockets::Holders};
 
@@ -280,7 +282,7 @@ mod tests {
             began_ns: 0xff,
             ..SocketSnapshot::default()
         };
-        (snapshot, SocketHolders { found, processes: HashMap::new() })
+        (snapshot, SocketHolders { found, ..SocketHolders::default() })
     }
 
     #[test]

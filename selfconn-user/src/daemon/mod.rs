@@ -15,45 +15,55 @@ use crate::{
     },
     detect::remediation::Remedy,
     event::{EventKind, LossCause, Losses, ProgramCounters},
+    lookup::Lookups,
     metrics::MetricsSnapshot,
     output::Outputs,
-    sockets::SocketSnapshot,
+    sockets::{Cookie, SocketSnapshot},
     system::{
-        clock::{Offset, sleep_until_some},
+        clock::{self, Offset, sleep_until_some},
         memory,
-        process::Processes,
     },
 };
+use catch_up::{AfterRecords, CatchUp};
 use losses::LossReporter;
 use pipeline::Pipeline;
 use port_ranges::PortRangeResponse;
-use port_risk::{PortRiskMonitor, RiskReporter};
+use port_risk::PortRiskMonitor;
 use remediation::Remediation;
+use remedy_worker::SocketResponse;
 use self_test::SelfTest;
 use signals::{SignalAction, Signals};
-use snapshot_worker::{SnapshotRequest, SnapshotResponse, SnapshotWorker};
+use snapshot_worker::SnapshotWorker;
 use supervision::Supervision;
 
+mod catch_up;
 mod losses;
+mod pending;
 mod pipeline;
 mod port_ranges;
 mod port_risk;
 mod remediation;
+mod remedy_worker;
 pub mod self_test;
 mod signals;
 mod snapshot_worker;
 mod started;
 pub mod supervision;
-mod worker;
 
 pub use self_test::HooksDead;
 
-/// Maximum number of records drained per loop iteration, so that signals are not starved.
+/// The most threads that a daemon has at the same time. The unit's `TasksMax` must not be below it.
+///
+/// The loop; `metrics`; the writer of stdout or the journal; `facts`; `reader`, `ranges` and `remedy`, each
+/// with a thread that enters a namespace; and the readers of command lines, all of which may be stuck.
+pub const MAX_THREADS: usize = 1 + 1 + 1 + 1 + 3 * 2 + crate::lookup::MAX_STUCK;
+
+/// Maximum number of records drained per loop iteration, so that every other source gets its turn.
 const MAX_BATCH: usize = 1024;
 
-/// Maximum number of batches that [`Daemon::drain_all`] drains. A ring buffer of a usual size holds fewer
-/// records.
-const MAX_BATCHES: usize = 512;
+/// Maximum time that the end of a run works on the records in the ring buffer, without the time in which a slow
+/// reader of stdout is waited for. The rest counts as lost. A full ring buffer of the usual size takes 0.4 s.
+const FINAL_DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Maximum time to wait for a record that a probe has counted and not yet written. It is longer than any probe
 /// runs.
@@ -61,6 +71,9 @@ const RECORD_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Time between two looks at the ring buffer while such a record is missing.
 const RECORD_POLL_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Maximum time between two looks at stdout while events of a snapshot wait for room.
+const BACKLOG_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The options of a run, for the parts that need them.
 pub struct DaemonOptions {
@@ -86,6 +99,12 @@ pub struct Daemon {
     knows_netns: bool,
     /// True if the socket table has been read in this run.
     has_snapshot: bool,
+    /// When the next snapshot is due. `None`: one is in progress.
+    next_snapshot_at: Option<Instant>,
+    /// What waits until every record from before it is applied.
+    catch_up: CatchUp<AfterRecords>,
+    /// Records that were still in the ring buffer at the end of the run.
+    unread: u64,
     /// The probes' counters, as last read.
     counters: Counters,
 }
@@ -104,20 +123,23 @@ impl Daemon {
     ) -> io::Result<Self> {
         out.emit(EventKind::Started(started::started(host, &tracer)));
         let probe_count = u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX);
-        let processes = Processes::new(host.is_initial_pid_ns);
-        let remediation = Remediation::new(options.remedy);
+        let lookups = Lookups::start(host.is_initial_pid_ns)?;
+        let remediation = Remediation::start(options.remedy)?;
         let snapshot_worker = snapshot_worker::start(tracer.take_descriptor_iter())?;
         Ok(Self {
             tracer,
             snapshot_worker,
             port_risks: PortRiskMonitor::start()?,
             supervision,
-            pipeline: Pipeline::new(probe_count, processes, options.states, remediation, out),
+            pipeline: Pipeline::new(probe_count, lookups, options.states, remediation, out),
             self_test: options.self_test,
             loss_reporter: LossReporter::default(),
             snapshot_interval: options.snapshot_interval,
             knows_netns: host.offsets[Field::NetnsInum as usize] != ABSENT,
             has_snapshot: false,
+            next_snapshot_at: None,
+            catch_up: CatchUp::default(),
+            unread: 0,
             counters: Counters::default(),
         })
     }
@@ -131,17 +153,14 @@ impl Daemon {
         let mut signals = Signals::install(self.pipeline.out.can_reopen())?;
         let mut is_stdout_open = self.pipeline.out.flush().is_ok();
         self.supervision.ready(self.tracer.methods());
-        let mut has_more = false;
+        let (mut has_more, mut remedied_at) = (false, Instant::now());
         // The first snapshot finds the self-connections that exist already. The hooks are attached, so no
         // later one is missed.
-        let mut next_snapshot_at: Option<Instant> = None;
         self.request_snapshot();
         let mut hooks_dead = None;
         while is_stdout_open && hooks_dead.is_none() {
-            let remedy_at = self.pipeline.remediation.next_at();
-            let port_check_at = self.port_risks.next_at();
-            let self_test_at = self.self_test.next_at();
-            let loss_report_at = self.loss_reporter.next_at();
+            let wake_at = self.next_wake();
+            // Waits for the first source that has something. Every source is then served once.
             tokio::select! {
                 biased;
                 action = signals.next() => match action {
@@ -154,80 +173,162 @@ impl Daemon {
                         self.supervision.ready(self.tracer.methods());
                     }
                 },
-                // Before the records, because their stream may never end. Requests arrive at most a few times
-                // a second.
                 request = self.supervision.next_metrics_request() => {
                     // An error means that the client is gone. It can be ignored.
                     let _ = request.send(self.collect_metrics());
                 }
-                () = std::future::ready(()), if has_more => {}
+                () = self.snapshot_worker.ready() => {}
+                () = self.port_risks.ready() => {}
+                () = self.pipeline.remediation.ready() => {}
+                () = self.pipeline.lookups.ready() => {}
                 readable = self.tracer.readable() => readable?,
                 // The pending events are written below.
                 () = self.pipeline.out.ready() => {}
-                response = self.snapshot_worker.response() => match response {
-                    SnapshotResponse::Table(snapshot) => {
-                        self.drain_all().await;
-                        self.reconcile(snapshot);
-                        next_snapshot_at = Some(Instant::now() + self.snapshot_interval);
-                    }
-                    SnapshotResponse::LookedUp(number, cookie_result) => {
-                        while self.drain_batch() > 0 {}
-                        let Self { pipeline: Pipeline { remediation, out, .. }, snapshot_worker, .. } = &mut self;
-                        remediation.on_looked_up(number, cookie_result, snapshot_worker, out);
-                    }
-                    SnapshotResponse::Destroyed(number, began_ns, outcome) => {
-                        let Pipeline { remediation, out, .. } = &mut self.pipeline;
-                        remediation.on_destroyed(number, began_ns, outcome, out);
-                    }
-                },
-                response = self.port_risks.response() => self.evaluate_port_risks(&response),
-                // What is due is done below.
-                () = sleep_until_some(remedy_at) => {}
-                () = sleep_until_some(port_check_at) => {}
-                () = sleep_until_some(self_test_at) => {}
-                () = sleep_until_some(next_snapshot_at) => {
-                    next_snapshot_at = None;
-                    self.request_snapshot();
-                }
-                () = sleep_until_some(loss_report_at) => {
-                    self.report_losses();
-                    self.loss_reporter.reschedule(&self.pipeline.out);
-                }
+                () = sleep_until_some(wake_at) => {}
+                // The runtime looks for signals, and for what else is readable, only while this task waits.
+                () = tokio::task::yield_now(), if has_more => {}
             }
-            let drained = self.drain_batch();
-            has_more = drained == MAX_BATCH;
-            if drained > 0 {
+            let is_held_back = self.pipeline.out.holds_back_records();
+            let drained = if is_held_back { 0 } else { self.drain_batch() };
+            if self.pipeline.serve_lookups() || drained > 0 {
                 self.loss_reporter.on_records();
             }
-            self.check_port_risks();
-            if !has_more {
+            self.serve_workers();
+            hooks_dead = self.serve_caught_up(drained == 0 && !is_held_back);
+            self.serve_timers();
+            // A connection may be closed by a record that is not drained yet. A flood must not stop the remedy.
+            if drained < MAX_BATCH || remedied_at.elapsed() > RECORD_TIMEOUT {
+                remedied_at = Instant::now();
                 let Pipeline { remediation, out, .. } = &mut self.pipeline;
-                remediation.start_due_steps(&self.snapshot_worker, out);
+                remediation.start_due_steps(out);
             }
-            hooks_dead = self.run_self_test();
             is_stdout_open = self.pipeline.out.make_room().await.is_ok();
+            // A filling stdout wakes the loop.
+            let can_emit = self.pipeline.has_backlog() && !self.pipeline.out.is_filling();
+            has_more = drained == MAX_BATCH || is_held_back || can_emit;
         }
         self.supervision.stopping();
-        let Self { pipeline: Pipeline { remediation, out, .. }, snapshot_worker, .. } = &mut self;
-        remediation.finish(snapshot_worker, out).await;
+        let Pipeline { remediation, out, .. } = &mut self.pipeline;
+        remediation.finish(out).await;
         // Events from before the signal are still reported. From here on nothing is observed.
         self.tracer.detach();
         let program_counters = self.drain_remaining().await;
+        self.pipeline.emit_all_pending().await;
         let (losses, open) = (self.losses(), self.pipeline.connections.iter().count());
         self.pipeline.out.stop(losses, open as u64, program_counters).await;
         Ok(hooks_dead)
+    }
+
+    /// When the loop has something to do although nothing happens.
+    fn next_wake(&self) -> Option<Instant> {
+        let times = [
+            self.pipeline.remediation.next_at(),
+            self.port_risks.next_at(),
+            self.self_test.next_at(),
+            self.loss_reporter.next_at(),
+            self.next_snapshot_at,
+            (!self.catch_up.is_empty()).then(|| Instant::now() + RECORD_POLL_INTERVAL),
+            self.pipeline.has_backlog().then(|| Instant::now() + BACKLOG_POLL_INTERVAL),
+        ];
+        times.into_iter().flatten().min()
+    }
+
+    /// Takes the responses of the workers that are there.
+    fn serve_workers(&mut self) {
+        if let Some(snapshot) = self.snapshot_worker.try_response() {
+            self.wait_for_records(AfterRecords::Reconcile(Box::new(snapshot)));
+        }
+        match self.pipeline.remediation.try_response() {
+            Some(SocketResponse::LookedUp(number, cookie_result)) => {
+                self.wait_for_records(AfterRecords::LookedUp(number, cookie_result));
+            }
+            Some(SocketResponse::Destroyed(number, began_ns, outcome)) => {
+                let Pipeline { remediation, out, .. } = &mut self.pipeline;
+                remediation.on_destroyed(number, began_ns, outcome, out);
+            }
+            None => {}
+        }
+        if let Some(response) = self.port_risks.try_response() {
+            self.evaluate_port_risks(&response);
+        }
+    }
+
+    /// Keeps `then` until every record that is matched by now is applied.
+    fn wait_for_records(&mut self, then: AfterRecords) {
+        self.update_counters();
+        let Counters { matched, ring_full, .. } = self.counters;
+        self.catch_up.push(matched.saturating_sub(ring_full), Instant::now() + RECORD_TIMEOUT, then);
+    }
+
+    /// Does what waited for records that are applied now. `Some`: the hooks are dead.
+    fn serve_caught_up(&mut self, is_ring_empty: bool) -> Option<HooksDead> {
+        while let Some(then) = self.catch_up.next(self.tracer.delivered(), is_ring_empty, Instant::now()) {
+            match then {
+                AfterRecords::Reconcile(snapshot) => {
+                    self.reconcile(*snapshot);
+                    self.next_snapshot_at = Some(Instant::now() + self.snapshot_interval);
+                }
+                AfterRecords::LookedUp(number, cookie_result) => self.on_looked_up(number, cookie_result),
+                AfterRecords::EvaluateSelfTest => {
+                    if let Some(dead) = self.self_test.evaluate(&self.tracer) {
+                        self.loss_reporter.report_dead_hooks(&dead, &mut self.pipeline.out);
+                        return Some(HooksDead(dead));
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    fn on_looked_up(&mut self, number: u64, cookie_result: Result<Option<Cookie>, String>) {
+        let Pipeline { remediation, out, .. } = &mut self.pipeline;
+        remediation.on_looked_up(number, cookie_result, out);
+    }
+
+    /// Does what is due.
+    fn serve_timers(&mut self) {
+        let now = Instant::now();
+        let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        self.check_port_risks();
+        self.self_test.begin_if_due(&self.tracer);
+        if self.self_test.can_evaluate()
+            && !self.catch_up.has(|then| matches!(then, AfterRecords::EvaluateSelfTest))
+        {
+            self.wait_for_records(AfterRecords::EvaluateSelfTest);
+        }
+        if is_due(self.next_snapshot_at) {
+            self.next_snapshot_at = None;
+            self.request_snapshot();
+        }
+        if is_due(self.loss_reporter.next_at()) {
+            self.report_losses();
+            self.loss_reporter.reschedule(&self.pipeline.out);
+        }
     }
 
     /// Drains the rest of the ring buffer after the probes are detached. A probe may still be running on
     /// another CPU: waits for the records that are counted as matched.
     async fn drain_remaining(&mut self) -> ProgramCounters {
         let until = Instant::now() + RECORD_TIMEOUT;
+        let mut worked = Duration::ZERO;
         loop {
-            self.drain_all().await;
+            // A closed stdout is detected at the next flush.
+            let _ = self.pipeline.out.make_room().await;
+            if self.pipeline.out.holds_back_records() {
+                continue;
+            }
+            let began = Instant::now();
+            let drained = self.drain_batch();
+            self.pipeline.serve_lookups();
+            worked += began.elapsed();
+            if drained > 0 && worked < FINAL_DRAIN_TIMEOUT {
+                continue;
+            }
             self.report_losses();
             let Counters { matched, ring_full, connect_table_full, .. } = self.counters;
             let delivered = self.tracer.delivered();
             if matched == delivered + ring_full || Instant::now() > until {
+                self.unread = matched.saturating_sub(delivered + ring_full);
                 return ProgramCounters {
                     matched,
                     delivered,
@@ -236,25 +337,6 @@ impl Daemon {
                 };
             }
             sleep(RECORD_POLL_INTERVAL).await;
-        }
-    }
-
-    /// Drains all records so far, and records that arrive meanwhile, within bounds, because a flood would
-    /// never end. It must not stop at the first batch that is not full, because a record that is still being
-    /// written holds up the records after it.
-    async fn drain_all(&mut self) {
-        let until = Instant::now() + RECORD_TIMEOUT;
-        for _ in 0..MAX_BATCHES {
-            if self.drain_batch() == 0 {
-                self.update_counters();
-                let Counters { matched, ring_full, .. } = self.counters;
-                if matched <= self.tracer.delivered() + ring_full || Instant::now() > until {
-                    break;
-                }
-                sleep(RECORD_POLL_INTERVAL).await;
-            }
-            // A closed stdout is detected at the next flush.
-            let _ = self.pipeline.out.make_room().await;
         }
     }
 
@@ -272,39 +354,36 @@ impl Daemon {
 
     /// Checks the ports with many refused connects, if a check is due.
     fn check_port_risks(&mut self) {
-        let Self { tracer, pipeline: Pipeline { processes, out, .. }, port_risks, .. } = self;
-        port_risks.check_due_ports(tracer.refused_counts(), RiskReporter { processes, out });
+        let now_ns = clock::boot_ns();
+        let mut events = Vec::new();
+        self.port_risks.check_due_ports(self.tracer.refused_counts(), now_ns, |event| events.push(event));
+        for event in events {
+            self.pipeline.on_port_risk(event, now_ns);
+        }
     }
 
     /// Evaluates the ports at risk with the port ranges that the worker has read.
     fn evaluate_port_risks(&mut self, response: &PortRangeResponse) {
-        let Self { tracer, pipeline: Pipeline { processes, out, connections, .. }, port_risks, .. } = self;
+        let Self { tracer, pipeline, port_risks, .. } = self;
+        let now_ns = clock::boot_ns();
         // A connect of either family can have this destination.
         let is_taken = |endpoint: &Endpoint| {
-            connections.iter().any(|connection| connection.endpoint.table_key() == endpoint.table_key())
+            let key = endpoint.table_key();
+            pipeline.connections.iter().any(|connection| connection.endpoint.table_key() == key)
         };
-        let reporter = RiskReporter { processes, out };
-        port_risks.evaluate(response, tracer.refused_counts(), is_taken, reporter);
-    }
-
-    /// Begins or evaluates a self-test, if due. `Some`: the hooks are dead.
-    fn run_self_test(&mut self) -> Option<HooksDead> {
-        self.self_test.begin_if_due(&self.tracer);
-        if !self.self_test.can_evaluate() {
-            return None;
+        let mut events = Vec::new();
+        port_risks.evaluate(response, tracer.refused_counts(), is_taken, now_ns, |event| events.push(event));
+        for event in events {
+            pipeline.on_port_risk(event, now_ns);
         }
-        while self.drain_batch() > 0 {}
-        let dead = self.self_test.evaluate(&self.tracer)?;
-        self.loss_reporter.report_dead_hooks(&dead, &mut self.pipeline.out);
-        Some(HooksDead(dead))
     }
 
     /// Requests a snapshot of the socket table from the worker.
     fn request_snapshot(&mut self) {
         self.pipeline.connections.begin_snapshot();
         let netns_hints =
-            if self.pipeline.processes.can_look_up() { self.opener_threads() } else { Vec::new() };
-        self.snapshot_worker.send(SnapshotRequest::Table(netns_hints));
+            if self.pipeline.lookups.can_look_up() { self.opener_threads() } else { Vec::new() };
+        self.snapshot_worker.send(netns_hints);
     }
 
     /// Thread ids of the openers in the connect table. Such a thread may be in a namespace that no process is
@@ -361,12 +440,23 @@ impl Daemon {
     /// Losses before an event was made.
     fn losses(&self) -> Losses {
         Losses::from([
-            (LossCause::Ring, self.counters.ring_full),
+            (LossCause::Ring, self.counters.ring_full + self.unread),
             (LossCause::Missed, self.pipeline.missed),
             (LossCause::RefusedTable, self.counters.refused_table_full),
             (LossCause::Hooks, self.loss_reporter.dead_hooks()),
             (LossCause::OpenerTable, self.counters.connect_table_full),
+            (LossCause::Lookups, self.pipeline.lookups.given_up()),
         ])
+    }
+
+    /// Names of the worker threads that a panic has ended.
+    fn ended_workers(&self) -> impl Iterator<Item = &'static str> {
+        let others = [
+            self.snapshot_worker.ended(),
+            self.port_risks.ended_worker(),
+            self.pipeline.remediation.ended_worker(),
+        ];
+        others.into_iter().flatten().chain(self.pipeline.lookups.ended_workers())
     }
 
     /// Current values of all exported metrics. Every metric gets its value here.
@@ -374,14 +464,15 @@ impl Daemon {
         self.update_counters();
         let mut health_problems = Vec::new();
         if !self.tracer.is_attached() {
-            health_problems.push("hooks: none is attached");
+            health_problems.push("hooks: none is attached".to_owned());
         }
         if !self.self_test.is_healthy() {
-            health_problems.push("hooks: the last self-test failed");
+            health_problems.push("hooks: the last self-test failed".to_owned());
         }
         if !self.pipeline.out.can_write_log() {
-            health_problems.push("log: it can't be written");
+            health_problems.push("log: it can't be written".to_owned());
         }
+        health_problems.extend(self.ended_workers().map(|name| format!("thread {name}: it has ended")));
         let hook_and_method = |(method, ()): &(Method, ())| (method.hook().name(), method.name());
         let remedy_counts = self.pipeline.remediation.counts();
         MetricsSnapshot {
@@ -397,9 +488,25 @@ impl Daemon {
             remedies: remedy_counts.map(|(outcome, count)| (outcome.name(), count)).collect(),
             lost: self.losses().plus(self.pipeline.out.lost()),
             transitions_not_examined: self.tracer.not_examined(),
+            lookups_abandoned: self.pipeline.lookups.abandoned(),
             log_write_errors: self.pipeline.out.log_write_errors(),
             hooks: self.tracer.methods().live.iter().map(hook_and_method).collect(),
             health_problems,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_unit_lets_every_thread_start() {
+        let unit = include_str!("../../../packaging/systemd/selfconn.service");
+        let limits: Vec<usize> =
+            unit.lines().filter_map(|line| line.strip_prefix("TasksMax=")?.parse().ok()).collect();
+        assert_eq!(limits, [32]);
+        assert!(limits[0] >= 2 * MAX_THREADS, "{MAX_THREADS} threads, and those of a daemon that still ends");
+        assert!(unit.contains(&format!("at most {MAX_THREADS} threads")), "the comment in the unit");
     }
 }

@@ -1,35 +1,54 @@
 //! The pipeline: turns transitions, snapshots of the socket table and failed binds into events, attributes them to
 //! processes, and emits them.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    rc::Rc,
+};
 
+use jiff::Timestamp;
 use selfconn_ebpf::{Task, Transition, bind_failure::BindFailure, state};
 
-use super::remediation::Remediation;
+use super::{
+    pending::{MAX_PENDING_EVENTS, PendingEvents, QueuedEvent},
+    port_risk,
+    remediation::Remediation,
+};
 use crate::{
     detect::{
         bind_conflict::{BindConflicts, PortHolder, TimeWaitEntry},
         connection::{Connection, ConnectionEvent, Connections, TIME_WAIT_NS},
+        port_risk::PortRiskEvent,
     },
     event::{self, Closed, ConnectionFields, EventKind, StateChange},
+    lookup::{LookupOwner, LookupTarget, Lookups},
     metrics,
     output::Outputs,
     sockets::SocketSnapshot,
     system::{
         clock::{self, Offset},
-        process::{Attribution, Holder, ObservedTask, Processes},
+        process::{Attribution, Holder, ObservedTask, ProcessInfo},
     },
 };
+
+/// Maximum number of connections of a snapshot whose events are emitted in one turn of the loop.
+const BACKLOG_PORTION: usize = 256;
+
+/// Number of these connections after which the outputs are flushed.
+const FLUSH_INTERVAL: usize = 16;
 
 /// The tracked connections, everything that is known about them, and the outputs.
 pub(super) struct Pipeline {
     /// Identifies this run in every `id`: the time of its start.
     pub(super) run_id: u64,
     pub(super) connections: Connections,
-    pub(super) processes: Processes,
+    pub(super) lookups: Lookups<Waiter>,
     /// The process behind each open connection, by the connection's number.
-    pub(super) attributions: HashMap<u64, Attribution>,
-    pub(super) report_states: bool,
+    attributions: HashMap<u64, Attribution>,
+    pending: PendingEvents,
+    /// The events of the current transition. Kept, so that its memory is reused.
+    events: Vec<QueuedEvent>,
+    report_states: bool,
     pub(super) remediation: Remediation,
     pub(super) bind_conflicts: BindConflicts,
     pub(super) out: Outputs,
@@ -37,10 +56,35 @@ pub(super) struct Pipeline {
     pub(super) missed: u64,
 }
 
+/// What waits for a look-up.
+pub(super) enum Waiter {
+    /// The events of a connection that a probe reported.
+    Connection(u64),
+    /// The events of a connection that a snapshot listed.
+    Listed(u64),
+    Blocked(Box<PendingBlocked>),
+    PortRisk(Box<PortRiskEvent>, u64),
+}
+
+/// A `blocked` event whose process is being looked up.
+pub(super) struct PendingBlocked {
+    failure: BindFailure,
+    holder: KnownHolder,
+    /// The process that called bind(), if it is looked up.
+    process: Option<Rc<ProcessInfo>>,
+    time: Timestamp,
+}
+
+/// The self-connection that held the port when the bind failed.
+enum KnownHolder {
+    Open(Box<Connection>, Attribution),
+    TimeWait(Box<TimeWaitEntry>),
+}
+
 impl Pipeline {
     pub(super) fn new(
         probe_count: u8,
-        processes: Processes,
+        lookups: Lookups<Waiter>,
         report_states: bool,
         remediation: Remediation,
         out: Outputs,
@@ -48,8 +92,10 @@ impl Pipeline {
         Self {
             run_id: clock::boot_ns(),
             connections: Connections::new(probe_count),
-            processes,
+            lookups,
             attributions: HashMap::new(),
+            pending: PendingEvents::default(),
+            events: Vec::new(),
             report_states,
             remediation,
             bind_conflicts: BindConflicts::default(),
@@ -59,111 +105,229 @@ impl Pipeline {
         }
     }
 
-    /// Applies a transition, and emits the resulting events.
+    /// Applies a transition. The resulting events are emitted at once if the process is known, and otherwise
+    /// after its look-up.
     pub(super) fn apply(&mut self, transition: &Transition, clock: Offset) {
-        let Self {
-            run_id,
-            connections,
-            processes,
-            attributions,
-            report_states,
-            remediation,
-            bind_conflicts,
-            out,
-            established_counts,
-            ..
-        } = self;
-        let at_ns = transition.at_ns;
-        let mut closed_numbers = [None; 2];
-        connections.apply(transition, |event| {
-            let connection = event.connection();
-            if matches!(event, ConnectionEvent::Established(_)) {
-                established_counts.count(connection);
-            }
-            // Looked up at the first event, while the process still exists. Later events use the same result.
-            let attribution =
-                attributions.entry(connection.number).or_insert_with(|| match connection.opener {
-                    Some(opener) => Attribution::from_opener(
-                        processes.look_up(&ObservedTask::from_opener(&opener), at_ns),
-                    ),
-                    None => Attribution::default(),
-                });
-            if let Some(kind) = event_of(event, attribution, *run_id, *report_states, clock) {
-                out.emit_at(clock.wall(at_ns), kind);
-            }
-            if let Some(remedied) = remediation.on_connection_event(event, attribution, *run_id, at_ns) {
-                out.emit_at(clock.wall(at_ns), EventKind::Remedied(Box::new(remedied)));
-            }
-            record_time_wait(bind_conflicts, event, attribution, at_ns);
-            if matches!(event, ConnectionEvent::Closed(..) | ConnectionEvent::State(_, _, state::CLOSE)) {
-                // One transition can close two connections: the previous one whose close was missed, and the
-                // current one.
-                closed_numbers = [
-                    closed_numbers[1].filter(|number| *number != connection.number),
-                    Some(connection.number),
-                ];
+        let mut events = std::mem::take(&mut self.events);
+        let (at_ns, report_states) = (transition.at_ns, self.report_states);
+        let time = clock.wall(at_ns);
+        self.connections.apply(transition, |event| {
+            if report_states || !matches!(event, ConnectionEvent::State(_, _, to) if to != state::CLOSE) {
+                events.push(QueuedEvent::new(event, at_ns, time));
             }
         });
-        for number in closed_numbers.into_iter().flatten() {
-            attributions.remove(&number);
+        // The last state change and the close are two events of one transition.
+        let ended: Vec<u64> =
+            events.iter().filter(|event| event.is_last()).map(|event| event.connection.number).collect();
+        for event in events.drain(..) {
+            self.count(&event);
+            self.on_event(event, clock);
+        }
+        self.events = events;
+        for number in ended {
+            if !self.pending.contains(number) {
+                self.attributions.remove(&number);
+            }
+        }
+    }
+
+    fn count(&mut self, event: &QueuedEvent) {
+        if let ConnectionEvent::Established(connection) = event.event() {
+            self.established_counts.count(connection);
+        }
+    }
+
+    fn on_event(&mut self, event: QueuedEvent, clock: Offset) {
+        let number = event.connection.number;
+        if !self.attributions.contains_key(&number) {
+            // Looked up at the first event, while the process still exists. Later events use the same result.
+            let target = opener_target(&event.connection);
+            let known = match &target {
+                Some(target) => self.lookups.known(target, event.at_ns),
+                None => Some(Rc::default()),
+            };
+            let is_known = known.is_some();
+            self.attributions
+                .insert(number, Attribution { process: known.unwrap_or_default(), holders: None });
+            if let Some(target) = target.filter(|_| !is_known) {
+                self.lookups.begin(target, Waiter::Connection(number));
+                self.push_pending(event);
+                return;
+            }
+        }
+        if self.pending.contains(number) {
+            self.push_pending(event);
+        } else {
+            record_time_wait(&mut self.bind_conflicts, &event, self.attributions.get(&number));
+            self.emit(&event, clock);
+        }
+    }
+
+    /// Keeps an event until its process is looked up, or its turn comes.
+    fn push_pending(&mut self, event: QueuedEvent) {
+        // A server may fail to bind the port before that.
+        record_time_wait(&mut self.bind_conflicts, &event, None);
+        self.pending.push(event);
+        while self.pending.len() > MAX_PENDING_EVENTS {
+            match self.pending.pop_backlog() {
+                Some(number) => self.emit_pending(number),
+                None => {
+                    self.lookups.give_up_one();
+                    if !self.lookups.has_completed() {
+                        break;
+                    }
+                }
+            }
+            self.emit_completed();
+            // A closed stdout is detected at the next flush.
+            let _ = self.out.flush();
+        }
+    }
+
+    fn emit(&mut self, queued: &QueuedEvent, clock: Offset) {
+        let unknown = Attribution::default();
+        let (event, number) = (queued.event(), queued.connection.number);
+        let attribution = self.attributions.get(&number).unwrap_or(&unknown);
+        if let Some(kind) = event_of(event, attribution, self.run_id, self.report_states, clock) {
+            self.out.emit_at(queued.time, kind);
+        }
+        let remedied = self.remediation.on_connection_event(event, attribution, self.run_id, queued.at_ns);
+        if let Some(remedied) = remedied {
+            self.out.emit_at(queued.time, EventKind::Remedied(Box::new(remedied)));
+        }
+    }
+
+    /// Emits the events of a connection that waited.
+    fn emit_pending(&mut self, number: u64) {
+        let clock = Offset::now();
+        let mut has_ended = false;
+        for event in self.pending.take(number) {
+            has_ended |= event.is_last();
+            if let (ConnectionEvent::Closed(connection, _), Some(attribution)) =
+                (event.event(), self.attributions.get(&number))
+            {
+                self.bind_conflicts.attribute_time_wait(connection, attribution);
+            }
+            self.emit(&event, clock);
+        }
+        if has_ended {
+            self.attributions.remove(&number);
+        }
+    }
+
+    /// Takes the results of look-ups, and emits what waited for them. Returns true if there was something.
+    pub(super) fn serve_lookups(&mut self) -> bool {
+        self.lookups.update();
+        let has_completed = self.lookups.has_completed();
+        self.emit_completed();
+        let mut portion = 0;
+        while portion < BACKLOG_PORTION
+            && !self.out.is_filling()
+            && let Some(number) = self.pending.pop_backlog()
+        {
+            self.emit_pending(number);
+            portion += 1;
+            if portion % FLUSH_INTERVAL == 0 {
+                // A closed stdout is detected at the next flush.
+                let _ = self.out.flush();
+            }
+        }
+        has_completed || portion > 0
+    }
+
+    fn emit_completed(&mut self) {
+        while let Some((waiter, process)) = self.lookups.next_completed() {
+            match waiter {
+                Waiter::Connection(number) => {
+                    self.attribute(number, process);
+                    self.emit_pending(number);
+                }
+                Waiter::Listed(number) => {
+                    self.attribute(number, process);
+                    self.pending.push_backlog(number);
+                }
+                Waiter::Blocked(blocked) => self.on_binder_known(*blocked, process),
+                Waiter::PortRisk(event, now_ns) => self.emit_port_risk(&event, now_ns, &process),
+            }
+        }
+    }
+
+    fn attribute(&mut self, number: u64, process: Rc<ProcessInfo>) {
+        if let Some(attribution) = self.attributions.get_mut(&number) {
+            attribution.process = process;
+        }
+    }
+
+    /// True if events of a snapshot wait for their turn.
+    pub(super) fn has_backlog(&self) -> bool {
+        self.pending.has_backlog()
+    }
+
+    /// Emits everything that waits, with what is known: the run ends.
+    pub(super) async fn emit_all_pending(&mut self) {
+        self.lookups.give_up_all();
+        self.emit_completed();
+        // A completed `blocked` may have begun the look-up of its holder.
+        self.lookups.give_up_all();
+        self.emit_completed();
+        while let Some(number) = self.pending.pop_backlog() {
+            self.emit_pending(number);
+            if self.out.is_filling() {
+                let _ = self.out.make_room().await;
+            }
         }
     }
 
     /// Reconciles the connections with a snapshot of the socket table. Returns the number of missed
-    /// self-connections.
+    /// self-connections. The events are emitted later, in portions.
     pub(super) fn reconcile(&mut self, snapshot: &SocketSnapshot, knows_netns: bool) -> u64 {
-        let Self {
-            run_id,
-            connections,
-            processes,
-            attributions,
-            report_states,
-            remediation,
-            out,
-            established_counts,
-            ..
-        } = self;
-        let clock = Offset::now();
-        let mut closed_numbers = Vec::new();
         let is_covered = |connection: &Connection| {
             !knows_netns
                 || snapshot.covers(&connection.endpoint)
                 || snapshot.proves_end_of_netns(&connection.endpoint)
         };
         // Outside the initial pid namespace the holders' pids in /proc differ from the pids in events.
-        let can_look_up = processes.can_look_up();
+        let can_look_up = self.lookups.can_look_up();
         let holders_of =
             |connection: &Connection| snapshot.holders_of(connection.inode).map(<[Holder]>::to_vec);
-        let missed = connections.reconcile(&snapshot.entries, snapshot.began_ns, is_covered, |event| {
-            let connection = event.connection();
-            if matches!(event, ConnectionEvent::Established(_)) {
-                established_counts.count(connection);
-            }
-            let attribution =
-                attributions.entry(connection.number).or_insert_with(|| match connection.opener {
-                    Some(opener) => Attribution::from_opener(
-                        processes.look_up(&ObservedTask::from_opener(&opener), snapshot.began_ns),
-                    ),
-                    None => Attribution::from_holders(holders_of(connection).filter(|_| can_look_up)),
-                });
-            if let Some(kind) = event_of(event, attribution, *run_id, *report_states, clock) {
-                out.emit(kind);
-            }
-            if let Some(remedied) =
-                remediation.on_connection_event(event, attribution, *run_id, snapshot.began_ns)
-            {
-                out.emit(EventKind::Remedied(Box::new(remedied)));
-            }
-            if matches!(event, ConnectionEvent::Closed(..)) {
-                closed_numbers.push(connection.number);
-            }
+        let (began_ns, time) = (snapshot.began_ns, Timestamp::now());
+        let mut events = Vec::new();
+        let missed = self.connections.reconcile(&snapshot.entries, began_ns, is_covered, |event| {
+            events.push(QueuedEvent::new(event, began_ns, time));
         });
-        for number in closed_numbers {
-            attributions.remove(&number);
+        for event in events {
+            self.count(&event);
+            let connection = &event.connection;
+            let number = connection.number;
+            if self.pending.contains(number) {
+                self.push_pending(event);
+                continue;
+            }
+            let mut target = None;
+            self.attributions.entry(number).or_insert_with(|| {
+                target = opener_target(connection);
+                let mut attribution = Attribution::default();
+                if target.is_none() && can_look_up {
+                    attribution.holders = holders_of(connection);
+                    let first = attribution.holders.iter().flatten().next();
+                    target = first.map(|holder| LookupTarget::Pid(holder.pid));
+                }
+                attribution
+            });
+            match target.map(|target| (target, self.lookups.known(&target, began_ns))) {
+                Some((target, None)) => self.lookups.begin(target, Waiter::Listed(number)),
+                known => {
+                    if let Some((_, Some(process))) = known {
+                        self.attribute(number, process);
+                    }
+                    self.pending.push_backlog(number);
+                }
+            }
+            self.push_pending(event);
         }
-        for connection in connections.iter() {
+        for connection in self.connections.iter() {
             if let (Some(attribution), Some(holders)) =
-                (attributions.get_mut(&connection.number), holders_of(connection))
+                (self.attributions.get_mut(&connection.number), holders_of(connection))
             {
                 attribution.holders = Some(holders);
             }
@@ -171,25 +335,80 @@ impl Pipeline {
         missed
     }
 
-    /// Handles a failed bind: emits `blocked` if a self-connection holds the port and a report is due.
+    /// Handles a failed bind: if a self-connection holds the port and a report is due, looks up the process,
+    /// and emits `blocked`.
     pub(super) fn on_bind_failure(&mut self, failure: &BindFailure, clock: Offset) {
-        let Self { connections, bind_conflicts, processes, attributions, .. } = self;
-        let Some(holder) = bind_conflicts.find_holder(failure, connections.iter()) else { return };
-        let connection = holder.connection();
-        let unknown = Attribution::default();
-        let attribution = match holder {
-            PortHolder::Open(connection) => attributions.get(&connection.number).unwrap_or(&unknown),
-            PortHolder::TimeWait(entry) => &entry.attribution,
+        let Some(holder) = self.bind_conflicts.find_holder(failure, self.connections.iter()) else { return };
+        let number = holder.connection().number;
+        let holder = match holder {
+            PortHolder::Open(connection) => {
+                let attribution = self.attributions.get(&number).cloned().unwrap_or_default();
+                KnownHolder::Open(Box::new(connection.clone()), attribution)
+            }
+            PortHolder::TimeWait(entry) => KnownHolder::TimeWait(Box::new(entry.clone())),
         };
-        let fields = ConnectionFields::new(connection, self.run_id, attribution);
+        let Some(failures) = self.bind_conflicts.record_failure(failure, number) else { return };
+        let blocked = PendingBlocked {
+            failure: BindFailure { failures, ..*failure },
+            holder,
+            process: None,
+            time: clock.wall(failure.at_ns),
+        };
         let observed = ObservedTask { task: failure.task, start_ns: failure.start_ns, at_ns: failure.at_ns };
-        let process = processes.look_up(&observed, failure.at_ns);
-        let mut report = event::Blocked::new(failure, &process, &holder, fields, clock);
-        let number = connection.number;
-        if let Some(failures) = bind_conflicts.record_failure(failure, number) {
-            report.failures = failures;
-            self.out.emit_at(clock.wall(failure.at_ns), EventKind::Blocked(Box::new(report)));
+        let target = LookupTarget::Observed(observed, LookupOwner(failure.uid));
+        match self.lookups.known(&target, failure.at_ns) {
+            Some(process) => self.on_binder_known(blocked, process),
+            None => self.lookups.begin(target, Waiter::Blocked(Box::new(blocked))),
         }
+    }
+
+    /// Emits `blocked`, unless the holder's own look-up is in progress. `process` is that of the binder the
+    /// first time, and that of the holder the second time.
+    fn on_binder_known(&mut self, mut blocked: PendingBlocked, process: Rc<ProcessInfo>) {
+        if blocked.process.is_none() {
+            blocked.process = Some(process);
+            if let KnownHolder::Open(connection, _) = &blocked.holder
+                && self.pending.contains(connection.number)
+                && let Some(target) = opener_target(connection)
+            {
+                self.lookups.begin(target, Waiter::Blocked(Box::new(blocked)));
+                return;
+            }
+        } else if let KnownHolder::Open(_, attribution) = &mut blocked.holder {
+            attribution.process = process;
+        }
+        let PendingBlocked { failure, holder, process, time } = blocked;
+        let (holder, attribution) = match &holder {
+            KnownHolder::Open(connection, at_failure) => {
+                let now = self.attributions.get(&connection.number).unwrap_or(at_failure);
+                (PortHolder::Open(connection), now)
+            }
+            KnownHolder::TimeWait(entry) => (PortHolder::TimeWait(entry), &entry.attribution),
+        };
+        let fields = ConnectionFields::new(holder.connection(), self.run_id, attribution);
+        let process = process.unwrap_or_default();
+        let report = event::Blocked::new(&failure, &process, &holder, fields, Offset::now());
+        self.out.emit_at(time, EventKind::Blocked(Box::new(report)));
+    }
+
+    /// Looks up the newest connecting process of a port at risk, and emits the event.
+    pub(super) fn on_port_risk(&mut self, event: PortRiskEvent, now_ns: u64) {
+        let (PortRiskEvent::AtRisk(connects, _) | PortRiskEvent::Over(connects, _)) = &event;
+        let newest = connects.newest;
+        // If two CPUs wrote to the count at the same time, the task may be mixed from two attempts. Only a
+        // matching start time proves that it is not.
+        if newest.start_ns == 0 {
+            return self.emit_port_risk(&event, now_ns, &ProcessInfo::default());
+        }
+        let target = LookupTarget::Observed(ObservedTask::from_opener(&newest), LookupOwner(newest.uid));
+        match self.lookups.known(&target, now_ns) {
+            Some(process) => self.emit_port_risk(&event, now_ns, &process),
+            None => self.lookups.begin(target, Waiter::PortRisk(Box::new(event), now_ns)),
+        }
+    }
+
+    fn emit_port_risk(&mut self, event: &PortRiskEvent, now_ns: u64, process: &ProcessInfo) {
+        self.out.emit_at(Offset::now().wall(now_ns), port_risk::event_kind(event, process));
     }
 
     /// Records the TIME_WAIT sockets of self-connections whose close this run did not observe, and removes those
@@ -219,20 +438,25 @@ impl Pipeline {
     }
 }
 
-/// Records the TIME_WAIT of a self-connection that is closed.
+/// Records the TIME_WAIT of a self-connection that is closed. `None`: its process is not looked up yet.
 fn record_time_wait(
     bind_conflicts: &mut BindConflicts,
-    event: ConnectionEvent<'_>,
-    attribution: &Attribution,
-    now_ns: u64,
+    event: &QueuedEvent,
+    attribution: Option<&Attribution>,
 ) {
-    if let ConnectionEvent::Closed(connection, end) = event
+    if let ConnectionEvent::Closed(connection, end) = event.event()
         && let Some(until_ns) = end.port_blocked_until_ns
     {
-        let entry =
-            TimeWaitEntry { connection: connection.clone(), attribution: attribution.clone(), until_ns };
-        bind_conflicts.insert_time_wait(entry, now_ns);
+        let attribution = attribution.cloned().unwrap_or_default();
+        let entry = TimeWaitEntry { connection: connection.clone(), attribution, until_ns };
+        bind_conflicts.insert_time_wait(entry, event.at_ns);
     }
+}
+
+/// The process that opened a connection. `None`: it is unknown.
+fn opener_target(connection: &Connection) -> Option<LookupTarget> {
+    let opener = connection.opener?;
+    Some(LookupTarget::Observed(ObservedTask::from_opener(&opener), LookupOwner(opener.uid)))
 }
 
 /// The event to emit for a connection event, if any.

@@ -3,11 +3,10 @@
 
 use std::{collections::HashMap, io};
 
-use super::worker::Worker;
 use crate::{
     ports::{LocalPorts, sysctl},
     sockets::{self, NetnsId},
-    system::capabilities,
+    system::{capabilities, worker::Worker},
 };
 
 /// The local ports of each namespace, or the reason why they are unknown.

@@ -2,7 +2,7 @@
 //! port range of its namespace, and `crate::detect::port_risk` decides which event to emit. No timer runs while there is
 //! no such port.
 
-use std::{collections::HashMap, io, rc::Rc, time::Duration};
+use std::{collections::HashMap, io, time::Duration};
 
 use selfconn_ebpf::Endpoint;
 use tokio::time::Instant;
@@ -12,12 +12,8 @@ use crate::{
     bpf::loader::RefusedCounts,
     detect::port_risk::{PortRiskEvent, PortRisks, RefusedConnects},
     event::{AtRisk, AtRiskOver, EventKind},
-    output::Outputs,
     sockets::NetnsId,
-    system::{
-        clock::{self, Offset},
-        process::{ObservedTask, Processes},
-    },
+    system::{clock, process::ProcessInfo},
 };
 
 /// The ports with many refused connects, and the worker that reads port ranges.
@@ -26,12 +22,6 @@ pub(super) struct PortRiskMonitor {
     port_range_worker: PortRangeWorker,
     /// The ports that wait for the worker's response.
     awaiting_ranges: Vec<Endpoint>,
-}
-
-/// What is needed to emit an event.
-pub(super) struct RiskReporter<'a> {
-    pub(super) processes: &'a mut Processes,
-    pub(super) out: &'a mut Outputs,
 }
 
 impl PortRiskMonitor {
@@ -66,13 +56,13 @@ impl PortRiskMonitor {
     }
 
     /// If a check is due, stops tracking ports without recent attempts, and requests the port ranges for the
-    /// ports that are due.
+    /// ports that are due. `report` gets the events.
     pub(super) fn check_due_ports(
         &mut self,
         refused_counts: &mut RefusedCounts,
-        mut reporter: RiskReporter<'_>,
+        now_ns: u64,
+        mut report: impl FnMut(PortRiskEvent),
     ) {
-        let now_ns = clock::boot_ns();
         if self.next_check_ns().is_none_or(|check_ns| check_ns > now_ns) {
             return;
         }
@@ -86,9 +76,7 @@ impl PortRiskMonitor {
                 }
                 (expired, _) => {
                     refused_counts.remove(&destination);
-                    if let Some(event) = expired.flatten() {
-                        reporter.emit(&event, now_ns);
-                    }
+                    expired.flatten().into_iter().for_each(&mut report);
                 }
             }
         }
@@ -97,21 +85,31 @@ impl PortRiskMonitor {
         }
     }
 
-    /// Waits for the worker's next response.
-    pub(super) async fn response(&mut self) -> PortRangeResponse {
-        self.port_range_worker.response().await
+    /// Waits until the worker has a response. Cancel safe.
+    pub(super) async fn ready(&mut self) {
+        self.port_range_worker.ready().await;
+    }
+
+    /// The worker's next response, if it is there.
+    pub(super) fn try_response(&mut self) -> Option<PortRangeResponse> {
+        self.port_range_worker.try_response()
+    }
+
+    /// The name of the worker if a panic has ended it.
+    pub(super) fn ended_worker(&self) -> Option<&'static str> {
+        self.port_range_worker.ended()
     }
 
     /// Checks the ports that waited for this response. `is_taken` returns true if a self-connection holds the
-    /// port.
+    /// port. `report` gets the events.
     pub(super) fn evaluate(
         &mut self,
         response: &PortRangeResponse,
         refused_counts: &RefusedCounts,
         is_taken: impl Fn(&Endpoint) -> bool,
-        mut reporter: RiskReporter<'_>,
+        now_ns: u64,
+        mut report: impl FnMut(PortRiskEvent),
     ) {
-        let now_ns = clock::boot_ns();
         for destination in std::mem::take(&mut self.awaiting_ranges) {
             let (Some(count), Some(ports)) =
                 (refused_counts.get(&destination), response.get(&NetnsId::from(&destination)))
@@ -123,9 +121,8 @@ impl PortRiskMonitor {
             }
             let connects = RefusedConnects::new(&destination, &count);
             let is_taken = is_taken(&connects.endpoint);
-            if let Some(event) = self.risks.check(&destination, &count, ports, is_taken, now_ns) {
-                reporter.emit(&event, now_ns);
-            }
+            let event = self.risks.check(&destination, &count, ports, is_taken, now_ns);
+            event.into_iter().for_each(&mut report);
         }
         log::debug!("ports at risk: {}", self.at_risk());
     }
@@ -136,24 +133,14 @@ impl PortRiskMonitor {
     }
 }
 
-impl RiskReporter<'_> {
-    fn emit(&mut self, event: &PortRiskEvent, now_ns: u64) {
-        let (PortRiskEvent::AtRisk(connects, _) | PortRiskEvent::Over(connects, _)) = event;
-        // If two CPUs wrote to the count at the same time, the task may be mixed from two attempts. Only a
-        // matching start time proves that it is not.
-        let newest = ObservedTask::from_opener(&connects.newest);
-        let process = match newest.start_ns {
-            0 => Rc::default(),
-            _ => self.processes.look_up(&newest, now_ns),
-        };
-        let kind = match event {
-            PortRiskEvent::AtRisk(connects, chance) => {
-                EventKind::AtRisk(Box::new(AtRisk::new(connects, chance, &process)))
-            }
-            PortRiskEvent::Over(connects, why) => {
-                EventKind::AtRiskOver(Box::new(AtRiskOver::new(connects, *why, &process)))
-            }
-        };
-        self.out.emit_at(Offset::now().wall(now_ns), kind);
+/// The event to emit. `process` is the newest connecting one.
+pub(super) fn event_kind(event: &PortRiskEvent, process: &ProcessInfo) -> EventKind {
+    match event {
+        PortRiskEvent::AtRisk(connects, chance) => {
+            EventKind::AtRisk(Box::new(AtRisk::new(connects, chance, process)))
+        }
+        PortRiskEvent::Over(connects, why) => {
+            EventKind::AtRiskOver(Box::new(AtRiskOver::new(connects, *why, process)))
+        }
     }
 }

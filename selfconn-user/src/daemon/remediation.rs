@@ -1,11 +1,11 @@
 //! Executes the remedy policy: passes established and closed connections to it, and sends its requests to the
-//! snapshot worker.
+//! remedy worker.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use tokio::time::{Instant, timeout_at};
 
-use super::snapshot_worker::{SnapshotRequest, SnapshotResponse, SnapshotWorker};
+use super::remedy_worker::{self, RemedyWorker, SocketRequest, SocketResponse};
 use crate::{
     detect::{
         connection::{Connection, ConnectionEvent},
@@ -21,19 +21,41 @@ use crate::{
 };
 
 /// Maximum time that the end of a run waits for SOCK_DESTROY requests in progress.
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(300);
 
-/// The remedy policy, and the connections that it is about. `None`: no remedy is requested.
-pub(super) struct Remediation(Option<Remedy>);
+/// The remedy policy, with the connections that it is about, and the worker. `None`: no remedy is requested.
+pub(super) struct Remediation(Option<(Remedy, RemedyWorker)>);
 
 impl Remediation {
-    pub(super) fn new(remedy: Option<Remedy>) -> Self {
-        Self(remedy)
+    /// Starts the worker, if a remedy is requested.
+    pub(super) fn start(remedy: Option<Remedy>) -> io::Result<Self> {
+        Ok(Self(match remedy {
+            Some(remedy) => Some((remedy, remedy_worker::start()?)),
+            None => None,
+        }))
+    }
+
+    /// Waits until the worker has a response. Cancel safe.
+    pub(super) async fn ready(&mut self) {
+        match &mut self.0 {
+            Some((_, worker)) => worker.ready().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// The worker's next response, if it is there.
+    pub(super) fn try_response(&mut self) -> Option<SocketResponse> {
+        self.0.as_mut()?.1.try_response()
+    }
+
+    /// The name of the worker if a panic has ended it.
+    pub(super) fn ended_worker(&self) -> Option<&'static str> {
+        self.0.as_ref()?.1.ended()
     }
 
     /// Number of remedies by outcome. Empty without `--remedy`.
     pub(super) fn counts(&self) -> impl Iterator<Item = (RemedyOutcome, u64)> {
-        self.0.iter().flat_map(Remedy::counts)
+        self.0.iter().flat_map(|(remedy, _)| remedy.counts())
     }
 
     /// Passes a connection event of time `at_ns` to the policy. Returns the event to emit at once, if any.
@@ -44,7 +66,7 @@ impl Remediation {
         run_id: u64,
         at_ns: u64,
     ) -> Option<Remedied> {
-        let remedy = self.0.as_mut()?;
+        let (remedy, _) = self.0.as_mut()?;
         match event {
             ConnectionEvent::Established(connection) => {
                 let fields = ConnectionFields::new(connection, run_id, attribution);
@@ -61,13 +83,13 @@ impl Remediation {
 
     /// Time of the next step.
     pub(super) fn next_at(&self) -> Option<Instant> {
-        let next_ns = self.0.as_ref()?.next_ns()?;
+        let next_ns = self.0.as_ref()?.0.next_ns()?;
         Some(Instant::now() + Duration::from_nanos(next_ns.saturating_sub(clock::boot_ns())))
     }
 
     /// Executes the steps that are due.
-    pub(super) fn start_due_steps(&mut self, worker: &SnapshotWorker, out: &mut Outputs) {
-        if let Some(remedy) = &mut self.0 {
+    pub(super) fn start_due_steps(&mut self, out: &mut Outputs) {
+        if let Some((remedy, worker)) = &mut self.0 {
             for step in remedy.due(clock::boot_ns()) {
                 perform(step, worker, out);
             }
@@ -80,10 +102,11 @@ impl Remediation {
         &mut self,
         number: u64,
         cookie_result: Result<Option<Cookie>, String>,
-        worker: &SnapshotWorker,
         out: &mut Outputs,
     ) {
-        if let Some(step) = self.0.as_mut().and_then(|remedy| remedy.on_looked_up(number, cookie_result)) {
+        if let Some((remedy, worker)) = &mut self.0
+            && let Some(step) = remedy.on_looked_up(number, cookie_result)
+        {
             perform(step, worker, out);
         }
     }
@@ -96,7 +119,7 @@ impl Remediation {
         outcome: Result<bool, String>,
         out: &mut Outputs,
     ) {
-        if let Some(remedied) = self.0.as_mut().and_then(|remedy| remedy.on_destroyed(number, outcome)) {
+        if let Some(remedied) = self.0.as_mut().and_then(|(remedy, _)| remedy.on_destroyed(number, outcome)) {
             // The event's time must be before that of the close which it causes.
             out.emit_at(Offset::now().wall(began_ns), EventKind::Remedied(Box::new(remedied)));
         }
@@ -104,24 +127,23 @@ impl Remediation {
 
     /// Waits at the end of a run for SOCK_DESTROY requests in progress. Connections that are only being
     /// looked up are left alone.
-    pub(super) async fn finish(&mut self, worker: &mut SnapshotWorker, out: &mut Outputs) {
+    pub(super) async fn finish(&mut self, out: &mut Outputs) {
         let until = Instant::now() + SHUTDOWN_TIMEOUT;
-        while self.0.as_ref().is_some_and(Remedy::is_destroying) {
-            match timeout_at(until, worker.response()).await {
-                Ok(SnapshotResponse::Destroyed(number, began_ns, outcome)) => {
-                    self.on_destroyed(number, began_ns, outcome, out);
-                }
-                Ok(_) => {}
-                Err(_) => return,
+        while let Some((remedy, worker)) = &mut self.0
+            && remedy.is_destroying()
+            && timeout_at(until, worker.ready()).await.is_ok()
+        {
+            if let Some(SocketResponse::Destroyed(number, began_ns, outcome)) = worker.try_response() {
+                self.on_destroyed(number, began_ns, outcome, out);
             }
         }
     }
 }
 
-fn perform(step: RemedyStep, worker: &SnapshotWorker, out: &mut Outputs) {
+fn perform(step: RemedyStep, worker: &RemedyWorker, out: &mut Outputs) {
     match step {
-        RemedyStep::LookUp(request) => worker.send(SnapshotRequest::LookUp(request)),
-        RemedyStep::Destroy(request, cookie) => worker.send(SnapshotRequest::Destroy(request, cookie)),
+        RemedyStep::LookUp(request) => worker.send(SocketRequest::LookUp(request)),
+        RemedyStep::Destroy(request, cookie) => worker.send(SocketRequest::Destroy(request, cookie)),
         RemedyStep::Emit(remedied) => out.emit(EventKind::Remedied(remedied)),
     }
 }

@@ -1,50 +1,21 @@
-//! The worker that takes snapshots of the socket table, looks up sockets, and destroys them.
+//! The worker that takes snapshots of the socket table.
 
 use std::io;
 
-use super::worker::Worker;
 use crate::{
     bpf::descriptors::DescriptorIter,
-    detect::remediation::RemedyRequest,
-    sockets::{self, Cookie, HolderSearch, SnapshotOptions, SocketSnapshot},
-    system::{capabilities, clock},
+    sockets::{self, HolderSearch, SnapshotOptions, SocketSnapshot},
+    system::{capabilities, worker::Worker},
 };
 
-pub(super) enum SnapshotRequest {
-    /// Take a snapshot of the socket table, also in the namespaces of these threads. At most one may be in
-    /// progress.
-    Table(Vec<u32>),
-    /// Look up the cookie of a socket.
-    LookUp(RemedyRequest),
-    /// Destroy a socket.
-    Destroy(RemedyRequest, Cookie),
-}
-
-pub(super) enum SnapshotResponse {
-    Table(SocketSnapshot),
-    /// Number of the connection, and the cookie. `None`: no such socket.
-    LookedUp(u64, Result<Option<Cookie>, String>),
-    /// Number of the connection, start time (`CLOCK_BOOTTIME`, nanoseconds), and whether the socket existed.
-    Destroyed(u64, u64, Result<bool, String>),
-}
-
-pub(super) type SnapshotWorker = Worker<SnapshotRequest, SnapshotResponse>;
+/// A request has the threads whose namespaces are to be read as well. At most one may be in progress.
+pub(super) type SnapshotWorker = Worker<Vec<u32>, SocketSnapshot>;
 
 /// `descriptors`: the iterator over descriptors, if it is attached.
 pub(super) fn start(descriptors: Option<DescriptorIter>) -> io::Result<SnapshotWorker> {
     let capability_set = capabilities::snapshot_worker(descriptors.is_some());
-    Worker::start("reader", capability_set, move |request| match request {
-        SnapshotRequest::Table(netns_hints) => {
-            SnapshotResponse::Table(take_snapshot(&netns_hints, descriptors.as_ref()))
-        }
-        SnapshotRequest::LookUp(RemedyRequest { number, target }) => {
-            SnapshotResponse::LookedUp(number, sockets::look_up(&target))
-        }
-        SnapshotRequest::Destroy(RemedyRequest { number, target }, cookie) => {
-            let began_ns = clock::boot_ns();
-            let outcome = sockets::destroy(&target, cookie);
-            SnapshotResponse::Destroyed(number, began_ns, outcome)
-        }
+    Worker::start("reader", capability_set, move |netns_hints: Vec<u32>| {
+        take_snapshot(&netns_hints, descriptors.as_ref())
     })
 }
 

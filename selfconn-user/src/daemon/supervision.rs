@@ -1,13 +1,21 @@
 //! Supervision from outside: the service manager, whose watchdog expects regular pings, and the clients that
 //! scrape the metrics. The event loop serves both itself. If they get no answer, the loop is therefore stuck.
 
-use tokio::{sync::mpsc::Receiver, time::Instant};
+use std::time::Duration;
+
+use tokio::{
+    sync::mpsc::Receiver,
+    time::{Instant, sleep},
+};
 
 use crate::{
     bpf::attach::Choice,
     metrics::server::MetricsRequest,
     system::{clock::sleep_until_some, sd_notify::ServiceManager},
 };
+
+/// Time after which a message is sent again to a service manager that did not read its socket.
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The service manager and the metrics server, as far as the event loop serves them.
 pub struct Supervision {
@@ -26,7 +34,7 @@ impl Supervision {
 
     /// Reports to the service manager that the hooks are attached.
     pub(super) fn ready(&mut self, methods: &Choice<()>) {
-        if let Some(manager) = &self.manager {
+        if let Some(manager) = &mut self.manager {
             let names: Vec<_> = methods.live.iter().map(|(method, ())| method.name()).collect();
             manager.ready(&format!("watching by {}", names.join(" and ")));
             // The next ping keeps its time: repeated reloads must not postpone it.
@@ -35,15 +43,15 @@ impl Supervision {
     }
 
     /// Reports that the log is being reopened. [`Self::ready`] ends the reload.
-    pub(super) fn reloading(&self) {
-        if let Some(manager) = &self.manager {
+    pub(super) fn reloading(&mut self) {
+        if let Some(manager) = &mut self.manager {
             manager.reloading();
         }
     }
 
     /// Reports that the daemon is stopping.
-    pub(super) fn stopping(&self) {
-        if let Some(manager) = &self.manager {
+    pub(super) fn stopping(&mut self) {
+        if let Some(manager) = &mut self.manager {
             manager.stopping();
         }
     }
@@ -59,8 +67,12 @@ impl Supervision {
                     None => std::future::pending().await,
                 }
             };
+            // A turn of the loop may end before the sleep below does.
+            manager.iter_mut().for_each(ServiceManager::send_unsent);
+            let has_unsent = manager.as_ref().is_some_and(ServiceManager::has_unsent);
             tokio::select! {
                 biased;
+                () = sleep(RETRY_INTERVAL), if has_unsent => {}
                 () = sleep_until_some(*ping_at) => {
                     if let Some(manager) = manager {
                         manager.ping();

@@ -118,6 +118,14 @@ impl BindConflicts {
         }
     }
 
+    /// Sets the process behind a connection in TIME_WAIT, because its look-up has ended after the close.
+    pub fn attribute_time_wait(&mut self, connection: &Connection, attribution: &Attribution) {
+        let entry = self.time_waits.get_mut(&SocketId::new(connection.cookie, &connection.endpoint));
+        if let Some(entry) = entry.filter(|entry| entry.connection.number == connection.number) {
+            entry.attribution = attribution.clone();
+        }
+    }
+
     /// Removes the connections that are not in TIME_WAIT any more.
     pub fn remove_expired(&mut self, now_ns: u64) {
         self.time_waits.retain(|_, entry| entry.until_ns > now_ns);

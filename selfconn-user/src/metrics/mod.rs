@@ -41,12 +41,14 @@ pub struct MetricsSnapshot {
     pub lost: Losses,
     /// Transitions that a program did not examine. `None` if the kernel does not count them.
     pub transitions_not_examined: Option<u64>,
+    /// Look-ups of a process whose reader was abandoned, because the process did not let it finish.
+    pub lookups_abandoned: u64,
     /// Failed attempts to write or reopen the event log.
     pub log_write_errors: u64,
     /// Attached hooks, each with its method.
     pub hooks: Vec<(&'static str, &'static str)>,
     /// Problems that prevent the daemon from working. Empty if it is healthy.
-    pub health_problems: Vec<&'static str>,
+    pub health_problems: Vec<String>,
 }
 
 /// Numbers of self-connections by the cause of their source port.
@@ -117,7 +119,7 @@ impl MetricsSnapshot {
             .per_label("where", &lost.of_records_and_events().collect::<Vec<_>>()),
             Family::counter(
                 "selfconn_facts_lost_total",
-                "Fields of events that are unknown because something was full, by cause.",
+                "Fields of events that are unknown because something was full or took too long, by cause.",
             )
             .per_label("where", &lost.of_kinds(&[LossKind::Fact]).collect::<Vec<_>>()),
             Family::counter(
@@ -130,6 +132,11 @@ impl MetricsSnapshot {
                 "TCP transitions that one program did not examine; another may have. A lower bound.",
             )
             .value(self.transitions_not_examined),
+            Family::counter(
+                "selfconn_lookups_abandoned_total",
+                "Look-ups of a process that were abandoned because the process did not let them finish.",
+            )
+            .value(Some(self.lookups_abandoned)),
             Family::counter("selfconn_log_write_errors_total", "Failed attempts to write or reopen the event log.")
                 .value(Some(self.log_write_errors)),
             Family::gauge("selfconn_healthy", "1 while /healthz answers 200.")

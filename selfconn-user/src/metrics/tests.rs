@@ -19,9 +19,11 @@ pub(super) fn full() -> MetricsSnapshot {
             (LossCause::Journal, 18),
             (LossCause::Hooks, 21),
             (LossCause::OpenerTable, 14),
+            (LossCause::Lookups, 22),
         ]),
         self_tests: vec![("passed", 19), ("failed", 20)],
         transitions_not_examined: Some(13),
+        lookups_abandoned: 23,
         log_write_errors: 15,
         hooks: vec![("inet_sock_set_state", "tp_btf"), ("tcp_set_state", "kprobe")],
         health_problems: Vec::new(),
@@ -52,6 +54,8 @@ fn every_value_is_exported_under_its_name() {
         "selfconn_self_tests_total{result=\"failed\"} 20",
         "selfconn_transitions_not_examined_total 13",
         "selfconn_facts_lost_total{where=\"opener_table\"} 14",
+        "selfconn_facts_lost_total{where=\"lookups\"} 22",
+        "selfconn_lookups_abandoned_total 23",
         "selfconn_log_write_errors_total 15",
         "selfconn_healthy 1",
         "selfconn_hook_info{hook=\"inet_sock_set_state\",method=\"tp_btf\"} 1",
@@ -64,9 +68,11 @@ fn every_value_is_exported_under_its_name() {
 
 #[test]
 fn an_unknown_value_is_not_exported_as_zero() {
-    let text =
-        MetricsSnapshot { health_problems: vec!["hooks: none is attached"], ..MetricsSnapshot::default() }
-            .text();
+    let text = MetricsSnapshot {
+        health_problems: vec!["hooks: none is attached".to_owned()],
+        ..MetricsSnapshot::default()
+    }
+    .text();
     for name in ["transitions_not_examined", "remedies", "self_tests", "hook_info", "ports_at_risk"] {
         assert!(!text.contains(name), "{name} is in\n{text}");
     }

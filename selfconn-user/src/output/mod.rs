@@ -79,6 +79,19 @@ impl Outputs {
         Ok(())
     }
 
+    /// True if stdout has many pending events and its reader takes them: what can wait should wait.
+    #[must_use]
+    pub fn is_filling(&self) -> bool {
+        self.stdout.as_ref().is_some_and(|stdout| stdout.writer.is_filling())
+    }
+
+    /// True if records should wait in the ring buffer, because stdout is the only output and is filling. With
+    /// a log they do not wait: stdout loses events, so that the log does not.
+    #[must_use]
+    pub fn holds_back_records(&self) -> bool {
+        self.log.is_none() && self.is_filling()
+    }
+
     /// Flushes as [`Self::flush`] does, then makes room for the events of the next batch. If stdout is the
     /// only output and its reader is slow, this waits, and further records wait in the ring buffer. With a
     /// log it does not wait: stdout loses events, so that the log does not.

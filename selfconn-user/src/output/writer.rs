@@ -25,7 +25,7 @@ const STALLED_READER_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// A thread that makes no progress for this long is considered stuck. At the end of a run, the daemon waits
 /// no longer.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// A report of the thread: `written` more bytes were written. An error may have followed.
 #[derive(Debug)]
@@ -49,6 +49,8 @@ pub(super) struct Writer {
     is_failing: bool,
     /// The reader accepted nothing within [`STALLED_READER_TIMEOUT`].
     is_stalled: bool,
+    /// When the reader last accepted something, or the thread got its first chunk.
+    last_progress: tokio::time::Instant,
     end: Option<WriterEnd>,
 }
 
@@ -92,6 +94,7 @@ impl Writer {
             is_busy: false,
             is_failing: false,
             is_stalled: false,
+            last_progress: tokio::time::Instant::now(),
             end: None,
         })
     }
@@ -106,6 +109,7 @@ impl Writer {
         self.receive_progress();
         if !self.is_busy && self.end.is_none() && !self.queue.is_empty() {
             self.is_busy = self.chunks.send(self.queue.chunk(CHUNK_BYTES).to_owned()).is_ok();
+            self.last_progress = tokio::time::Instant::now();
         }
     }
 
@@ -119,6 +123,7 @@ impl Writer {
     fn apply(&mut self, WriteProgress { written, error, is_last }: WriteProgress) {
         self.is_busy = !is_last;
         self.is_stalled = false;
+        self.last_progress = tokio::time::Instant::now();
         self.queue.advance(written);
         match error {
             None => {
@@ -152,17 +157,34 @@ impl Writer {
         }
     }
 
-    /// Waits for a slow reader until there is room for the events of a batch. Does not wait for a stalled
-    /// reader.
+    /// True if a quarter of the queue is used, and the reader takes its items: there will be room soon.
+    pub(super) fn is_filling(&self) -> bool {
+        let is_taking = self.is_busy
+            && !self.is_stalled
+            && !self.is_failing
+            && self.last_progress.elapsed() < STALLED_READER_TIMEOUT;
+        self.queue.len() > PENDING_LIMIT / 4 && is_taking
+    }
+
+    /// Waits for a slow reader until there is room for the events of a batch, at most
+    /// [`STALLED_READER_TIMEOUT`]. Does not wait for a stalled reader.
     pub(super) async fn make_room(&mut self) {
-        while self.queue.len() > PENDING_LIMIT / 2 {
+        let until = tokio::time::Instant::now() + STALLED_READER_TIMEOUT;
+        let mut has_progress = false;
+        while self.queue.len() > PENDING_LIMIT / 4 {
             self.flush();
             if !self.is_busy || self.is_failing || self.is_stalled {
                 break;
             }
-            match tokio::time::timeout(STALLED_READER_TIMEOUT, self.progress.recv()).await {
-                Ok(Some(progress)) => self.apply(progress),
-                Ok(None) | Err(_) => self.is_stalled = true,
+            match tokio::time::timeout_at(until, self.progress.recv()).await {
+                Ok(Some(progress)) => {
+                    self.apply(progress);
+                    has_progress = true;
+                }
+                Ok(None) | Err(_) => {
+                    self.is_stalled = !has_progress;
+                    break;
+                }
             }
         }
     }
@@ -171,7 +193,7 @@ impl Writer {
     pub(super) async fn drain(&mut self) {
         loop {
             self.flush();
-            if !self.is_busy || self.is_failing {
+            if !self.is_busy || self.is_failing || self.end.is_some() {
                 break;
             }
             match tokio::time::timeout(DRAIN_TIMEOUT, self.progress.recv()).await {

@@ -23,21 +23,27 @@ use rustix::{
 pub const ATTACH: CapabilitySet = CapabilitySet::BPF.union(CapabilitySet::PERFMON);
 
 /// The capabilities of the snapshot worker: it enters other network namespaces, which it finds through
-/// processes, and destroys sockets with `--remedy`. Without the iterator over descriptors it also lists the open
-/// files of other users' processes. A pass of the iterator needs none; kernels before v5.19 require CAP_BPF to
-/// begin one where they require it to read maps, and CAP_SYS_ADMIN includes it.
+/// processes. Without the iterator over descriptors it also lists the open files of other users' processes. A pass
+/// of the iterator needs none; kernels before v5.19 require CAP_BPF to begin one where they require it to read maps,
+/// and CAP_SYS_ADMIN includes it.
 #[must_use]
 pub const fn snapshot_worker(has_iterator: bool) -> CapabilitySet {
-    let always = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE).union(CapabilitySet::NET_ADMIN);
+    let always = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE);
     always.union(if has_iterator { CapabilitySet::BPF } else { CapabilitySet::DAC_READ_SEARCH })
 }
+
+/// The capabilities of the remedy worker: it enters other network namespaces, which it finds through processes, and
+/// destroys sockets.
+pub const REMEDY_WORKER: CapabilitySet =
+    CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE).union(CapabilitySet::NET_ADMIN);
 
 /// The capabilities of the port range worker: it enters other network namespaces, which it finds through
 /// processes.
 pub const PORT_RANGE_WORKER: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE);
 
-/// The capabilities of the main loop: it reads the executable paths of other users' processes.
-const MAIN_LOOP: CapabilitySet = CapabilitySet::SYS_PTRACE;
+/// The capabilities of the threads that look up processes: they read the executable paths of other users'
+/// processes.
+pub const LOOKUP_WORKER: CapabilitySet = CapabilitySet::SYS_PTRACE;
 
 /// The names of these capabilities as in manuals, for example `CAP_BPF`, in alphabetical order.
 pub fn names(set: CapabilitySet) -> Vec<String> {
@@ -87,7 +93,7 @@ pub fn drop_after_attach(
     can_read_maps: impl FnOnce() -> bool,
 ) -> Result<LoopCapabilities> {
     let had = capabilities(None).context("cannot read the capabilities")?.permitted;
-    let mut needed_by_loop = had & MAIN_LOOP;
+    let mut needed_by_loop = CapabilitySet::empty();
     if let Some(log) = plan.log
         && had.contains(CapabilitySet::DAC_OVERRIDE)
         && !can_create(log, needed_by_loop)
@@ -110,13 +116,14 @@ pub fn drop_after_attach(
         );
         needed_by_loop |= had & needed;
     }
-    let mut workers = snapshot_worker(plan.has_iterator) | PORT_RANGE_WORKER;
+    // These include what every other worker needs.
+    let mut needed_by_workers = snapshot_worker(plan.has_iterator) | PORT_RANGE_WORKER;
     // The snapshot worker has it only if the loop needs it, too.
-    workers.remove(CapabilitySet::BPF);
-    if !plan.destroys {
-        workers.remove(CapabilitySet::NET_ADMIN);
+    needed_by_workers.remove(CapabilitySet::BPF);
+    if plan.destroys {
+        needed_by_workers |= REMEDY_WORKER;
     }
-    let kept = had & (needed_by_loop | workers);
+    let kept = had & (needed_by_loop | needed_by_workers);
     set_thread_capabilities(kept, kept).context(context)?;
     Ok(LoopCapabilities(needed_by_loop))
 }

@@ -9,3 +9,4 @@ pub mod memory;
 pub mod process;
 pub mod route;
 pub mod sd_notify;
+pub mod worker;

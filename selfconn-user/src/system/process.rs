@@ -1,10 +1,10 @@
 //! Process attribution: information about a process from `/proc`. It is used only if the pid still belongs to
-//! the process that the kernel observed.
+//! the process that the kernel observed. `crate::lookup` decides which thread reads it.
 
 use std::{
     fs,
     io::{self, Read as _},
-    os::unix::ffi::OsStrExt as _,
+    os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
     rc::Rc,
 };
 
@@ -18,10 +18,6 @@ const TICK_NS: u64 = 1_000_000_000 / 100;
 
 /// Maximum number of bytes of a command line in an event.
 const CMDLINE_LIMIT: u64 = 4_096;
-
-/// How long information about a process is used without reading `/proc` again. A process that opens thousands
-/// of self-connections a second is read only a few times.
-const CACHE_TTL_NS: u64 = 100_000_000;
 
 /// Information about a process from `/proc`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -58,22 +54,6 @@ pub struct Holder {
     pub comm: Option<String>,
 }
 
-impl Attribution {
-    /// For a connection whose opener is known.
-    #[must_use]
-    pub fn from_opener(process: Rc<ProcessInfo>) -> Self {
-        Self { process, holders: None }
-    }
-
-    /// For a connection whose opener is unknown: the processes that have it open.
-    #[must_use]
-    pub fn from_holders(holders: Option<Vec<Holder>>) -> Self {
-        let first = holders.as_ref().and_then(|holders| holders.first());
-        let process = first.and_then(|holder| read(holder.pid)).unwrap_or_default();
-        Self { process: Rc::new(process), holders }
-    }
-}
-
 /// A task that the kernel observed in an action, such as connect(). Times are of `CLOCK_BOOTTIME`.
 #[derive(Clone, Copy, Debug)]
 pub struct ObservedTask {
@@ -108,80 +88,59 @@ impl ObservedTask {
     }
 }
 
-/// Looks up processes in `/proc`, with a cache of one entry.
-#[derive(Debug)]
-pub struct Processes {
-    /// True if the pids in `/proc` are those that the probes report.
-    is_initial_pid_ns: bool,
-    /// True if the start times in `/proc` are comparable with the probes' times: `/proc` shows them in the
-    /// reader's time namespace (`do_task_stat`, fs/proc/array.c at v5.10).
-    is_initial_time_ns: bool,
-    cached: Option<CachedProcess>,
+/// What a look-up has to prove about the process that has a pid now.
+#[derive(Clone, Copy, Debug)]
+pub enum ProcessProof {
+    /// It is the process of this task.
+    Observed(ObservedTask),
+    /// It started at this time, in clock ticks since boot.
+    Started(u64),
+    /// Nothing: the process that has the pid now is wanted.
+    None,
 }
 
-#[derive(Debug)]
-struct CachedProcess {
-    pid: u32,
-    start_ns: u64,
-    at_ns: u64,
-    process: Rc<ProcessInfo>,
+/// What can be read of a process without waiting for it: `exe`, control group, name and start time.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProcessFacts {
+    /// All but `cmdline`.
+    pub info: ProcessInfo,
+    /// Start time in clock ticks since boot.
+    pub start_ticks: u64,
+    /// Effective user id, or 0 if the process does not show its memory.
+    pub uid: u32,
 }
 
-impl Processes {
-    /// Outside the initial pid namespace nothing is looked up, because the same pid is another process there.
-    #[must_use]
-    pub fn new(is_initial_pid_ns: bool) -> Self {
-        let is_initial_time_ns = match fs::read_link("/proc/self/ns/time") {
-            // The kernel's inode number of the initial namespace: include/linux/proc_ns.h at v5.10.
-            Ok(ns) => ns.as_os_str() == "time:[4026531834]",
-            // A kernel without time namespaces.
-            Err(error) => error.kind() == io::ErrorKind::NotFound,
-        };
-        Self { is_initial_pid_ns, is_initial_time_ns, cached: None }
-    }
-
-    /// True if the pids in `/proc` are those in events.
-    #[must_use]
-    pub fn can_look_up(&self) -> bool {
-        self.is_initial_pid_ns
-    }
-
-    /// Information about the process of an observed task, if its pid still belongs to it. `now_ns` is of
-    /// `CLOCK_BOOTTIME`. The result is empty for a process that has exited.
-    pub fn look_up(&mut self, observed: &ObservedTask, now_ns: u64) -> Rc<ProcessInfo> {
-        match (self.is_initial_pid_ns, observed.start_ns) {
-            (false, _) => Rc::default(),
-            (true, 0) => self.look_up_by_thread(observed),
-            (true, start_ns) => self.look_up_by_start_time(observed.task.pid, start_ns, now_ns),
+impl ProcessProof {
+    /// `is_initial_time_ns`: the start times in `/proc` are comparable with the probes' times.
+    fn accepts(&self, start_ticks: u64, is_initial_time_ns: bool) -> bool {
+        match self {
+            Self::None => true,
+            Self::Started(expected_ticks) => start_ticks == *expected_ticks,
+            Self::Observed(observed) if observed.start_ns == 0 => {
+                is_initial_time_ns
+                    && observed.existed_when_observed(start_ticks)
+                    && observed.has_same_thread()
+            }
+            Self::Observed(observed) => start_ticks == start_ticks_of(observed.start_ns),
         }
     }
+}
 
-    fn look_up_by_start_time(&mut self, pid: u32, start_ns: u64, now_ns: u64) -> Rc<ProcessInfo> {
-        if let Some(cached) = &self.cached
-            && (cached.pid, cached.start_ns) == (pid, start_ns)
-            && now_ns.saturating_sub(cached.at_ns) < CACHE_TTL_NS
-        {
-            return Rc::clone(&cached.process);
-        }
-        let is_same_process = |start_ticks| start_ticks == start_ns / TICK_NS;
-        let process = match (read_if(pid, is_same_process), self.cached.take()) {
-            (Some(process), _) => Rc::new(process),
-            // The process has exited, and the cached information is still true.
-            (None, Some(cached)) if (cached.pid, cached.start_ns) == (pid, start_ns) => cached.process,
-            (None, _) => Rc::default(),
-        };
-        self.cached = Some(CachedProcess { pid, start_ns, at_ns: now_ns, process: Rc::clone(&process) });
-        process
-    }
+/// A start time of the kernel in clock ticks, as `/proc` has it.
+#[must_use]
+pub const fn start_ticks_of(start_ns: u64) -> u64 {
+    start_ns / TICK_NS
+}
 
-    /// For a kernel that does not provide the start time. The result is not cached, because the proof of
-    /// identity must be checked every time.
-    fn look_up_by_thread(&self, observed: &ObservedTask) -> Rc<ProcessInfo> {
-        let existed_when_observed =
-            |start_ticks| self.is_initial_time_ns && observed.existed_when_observed(start_ticks);
-        let process =
-            read_if(observed.task.pid, existed_when_observed).filter(|_| observed.has_same_thread());
-        process.map(Rc::new).unwrap_or_default()
+/// True if this process is in the initial time namespace: `/proc` shows start times in the reader's time
+/// namespace (`do_task_stat`, fs/proc/array.c at v5.10).
+#[must_use]
+pub fn is_in_initial_time_ns() -> bool {
+    match fs::read_link("/proc/self/ns/time") {
+        // The kernel's inode number of the initial namespace: include/linux/proc_ns.h at v5.10.
+        Ok(ns) => ns.as_os_str() == "time:[4026531834]",
+        // A kernel without time namespaces.
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
     }
 }
 
@@ -193,36 +152,47 @@ pub fn is_in_initial_pid_ns() -> bool {
     fs::read_link("/proc/self/ns/pid").is_ok_and(|ns| ns.as_os_str() == "pid:[4026531836]")
 }
 
-/// Information about the process that has this pid now.
+/// Reads what does not depend on the process's memory. None of these files waits for the process:
+/// `proc_exe_link`, `proc_cgroup_show` and `do_task_stat` do not take its `mmap_lock` (fs/proc at v6.12).
 #[must_use]
-pub fn read(pid: u32) -> Option<ProcessInfo> {
-    read_if(pid, |_| true)
-}
-
-/// Information about the process that has this pid now, if `start_matches` accepts its start time in clock
-/// ticks.
-fn read_if(pid: u32, start_matches: impl Fn(u64) -> bool) -> Option<ProcessInfo> {
+pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> Option<ProcessFacts> {
     let file = |name: &str| format!("/proc/{pid}/{name}");
     let exe = fs::read_link(file("exe")).ok().map(|path| lossy(path.as_os_str().as_bytes()));
-    let mut cmdline = Vec::new();
-    let _ =
-        fs::File::open(file("cmdline")).and_then(|file| file.take(CMDLINE_LIMIT).read_to_end(&mut cmdline));
     let cgroup = fs::read(file("cgroup")).ok().and_then(|text| cgroup::path(&lossy(&text)));
+    let uid = fs::metadata(file("")).map_or(0, |folder| folder.uid());
     // The start time is read last, because it proves which process the other files belonged to.
-    let stat = lossy(&fs::read(file("stat")).ok()?);
-    let (comm, start_ticks) = parse_stat(&stat)?;
-    if !start_matches(start_ticks) {
+    let (comm, start_ticks) = read_stat(pid)?;
+    if !proof.accepts(start_ticks, is_initial_time_ns) {
         return None;
     }
     let cgroup_info = cgroup.as_deref().map(CgroupInfo::parse).unwrap_or_default();
-    Some(ProcessInfo {
-        comm: Some(comm.to_owned()),
+    let info = ProcessInfo {
+        comm: Some(comm),
         exe,
-        cmdline: arguments(&cmdline),
+        cmdline: None,
         unit: cgroup_info.unit,
         container: cgroup_info.container,
         cgroup,
-    })
+    };
+    Some(ProcessFacts { info, start_ticks, uid })
+}
+
+/// Reads the arguments of the process that started at this time. This waits for the process's `mmap_lock`
+/// (`get_mm_cmdline`, fs/proc/base.c at v6.12), which the process can hold forever. Only SIGKILL ends the
+/// wait.
+#[must_use]
+pub fn read_cmdline(pid: u32, start_ticks: u64) -> Option<Vec<String>> {
+    let mut cmdline = Vec::new();
+    let file = fs::File::open(format!("/proc/{pid}/cmdline")).ok()?;
+    file.take(CMDLINE_LIMIT).read_to_end(&mut cmdline).ok()?;
+    let (_, start_ticks_now) = read_stat(pid)?;
+    (start_ticks_now == start_ticks).then(|| arguments(&cmdline)).flatten()
+}
+
+/// Name, and start time in clock ticks since boot.
+fn read_stat(pid: u32) -> Option<(String, u64)> {
+    let stat = lossy(&fs::read(format!("/proc/{pid}/stat")).ok()?);
+    parse_stat(&stat).map(|(comm, start_ticks)| (comm.to_owned(), start_ticks))
 }
 
 /// Runs every parser of this module on arbitrary bytes.
@@ -241,8 +211,7 @@ fn lossy(bytes: &[u8]) -> String {
 /// tick.
 #[must_use]
 pub fn start_time_ns(pid: u32) -> Option<u64> {
-    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
-    parse_stat(&String::from_utf8_lossy(&stat)).map(|(_, start_ticks)| start_ticks * TICK_NS)
+    read_stat(pid).map(|(_, start_ticks)| start_ticks * TICK_NS)
 }
 
 /// Name, and start time in clock ticks since boot, from the text of `/proc/PID/stat`. The name may contain
@@ -279,11 +248,14 @@ mod tests {
         let pid = std::process::id();
         let stat = fs::read_to_string("/proc/self/stat").unwrap();
         let (comm, start) = parse_stat(&stat).unwrap();
-        let process = read(pid).unwrap();
-        assert_eq!(process.comm.as_deref(), Some(comm));
-        assert_eq!(process.exe, std::env::current_exe().ok().map(|path| path.to_string_lossy().into_owned()));
-        assert_eq!(process.cmdline.as_deref().unwrap(), std::env::args().collect::<Vec<_>>());
-        assert_eq!(read(u32::MAX), None);
+        let ticks = ProcessProof::Started(start);
+        let facts = read_facts(pid, &ticks, true).unwrap();
+        assert_eq!(facts.info.comm.as_deref(), Some(comm));
+        let exe = std::env::current_exe().ok().map(|path| path.to_string_lossy().into_owned());
+        assert_eq!((facts.info.exe, facts.start_ticks), (exe, start));
+        assert_eq!(read_cmdline(pid, start).unwrap(), std::env::args().collect::<Vec<_>>());
+        assert_eq!(read_cmdline(pid, start + 1), None, "another process");
+        assert_eq!(read_facts(u32::MAX, &ProcessProof::None, true), None);
 
         let start_ns = start * TICK_NS;
         let (task, mut renamed) = (this_task(), this_task());
@@ -299,20 +271,15 @@ mod tests {
             ("the thread has exited", elsewhere, 0, start_ns + TICK_NS, false),
             ("neither time is known", task, 0, 0, false),
         ] {
-            let observed = ObservedTask { task, start_ns, at_ns };
-            let mut processes = Processes::new(true);
-            for time in ["first", "again"] {
-                let expected = if is_same_process { process.clone() } else { ProcessInfo::default() };
-                assert_eq!(*processes.look_up(&observed, 1), expected, "{what}, {time}");
-            }
+            let proof = ProcessProof::Observed(ObservedTask { task, start_ns, at_ns });
+            assert_eq!(read_facts(pid, &proof, true).is_some(), is_same_process, "{what}");
+            let is_shifted = start_ns == 0;
+            let expected = is_same_process && !is_shifted;
             assert_eq!(
-                *Processes::new(false).look_up(&observed, 1),
-                ProcessInfo::default(),
-                "{what}, in another pid namespace"
+                read_facts(pid, &proof, false).is_some(),
+                expected,
+                "{what}, in another time namespace"
             );
-            let mut shifted = Processes { is_initial_time_ns: false, ..Processes::new(true) };
-            let expected = if start_ns == start * TICK_NS { process.clone() } else { ProcessInfo::default() };
-            assert_eq!(*shifted.look_up(&observed, 1), expected, "{what}, in another time namespace");
         }
     }
 
@@ -323,31 +290,6 @@ mod tests {
         comm[..name.len() - 1].copy_from_slice(&name[..name.len() - 1]);
         let tid = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
         Task { pid: std::process::id(), tid, comm, leader: [0; 16] }
-    }
-
-    #[test]
-    fn cached_info_outlives_the_process_if_its_start_time_is_known() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let pid = child.id();
-        let mut comm = [0; 16];
-        comm[..5].copy_from_slice(b"sleep");
-        let task = Task { pid, tid: pid, comm, leader: comm };
-        let start_ns = start_time_ns(pid).unwrap();
-        let known = ObservedTask { task, start_ns, at_ns: start_ns };
-        let unknown = ObservedTask { task, start_ns: 0, at_ns: start_ns + TICK_NS };
-        let mut processes = Processes::new(true);
-        // `spawn` returns after the execve().
-        for observed in [&known, &unknown] {
-            assert_eq!(processes.look_up(observed, 1).comm.as_deref(), Some("sleep"), "{observed:?}");
-        }
-        child.kill().unwrap();
-        child.wait().unwrap();
-        for now_ns in [2, 2 * CACHE_TTL_NS, 4 * CACHE_TTL_NS] {
-            assert_eq!(processes.look_up(&known, now_ns).comm.as_deref(), Some("sleep"), "at {now_ns}");
-            assert_eq!(*processes.look_up(&unknown, now_ns), ProcessInfo::default(), "at {now_ns}");
-        }
-        let later = ObservedTask { start_ns: start_ns + TICK_NS, ..known };
-        assert_eq!(*processes.look_up(&later, 5 * CACHE_TTL_NS), ProcessInfo::default());
     }
 
     #[test]

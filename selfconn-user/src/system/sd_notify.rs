@@ -6,6 +6,7 @@
 //! is stuck.
 
 use std::{
+    collections::VecDeque,
     env,
     ffi::OsStr,
     io,
@@ -21,11 +22,17 @@ use std::{
 
 use rustix::time::{ClockId, clock_gettime};
 
+/// Maximum number of messages that wait for a manager that does not read its socket.
+const MAX_UNSENT: usize = 64;
+
 /// The service manager that started this process.
 #[derive(Debug)]
 pub struct ServiceManager {
+    /// Non-blocking: a manager that does not read its socket must not stop the daemon.
     socket: UnixDatagram,
     ping_interval: Option<Duration>,
+    /// Messages that the manager's socket had no room for, in order.
+    unsent: VecDeque<String>,
 }
 
 impl ServiceManager {
@@ -38,6 +45,7 @@ impl ServiceManager {
             return Ok(None);
         };
         let socket = UnixDatagram::unbound()?;
+        socket.set_nonblocking(true)?;
         socket.connect_addr(&address(&name)?)?;
         let variable = |name| env::var(name).ok();
         let limit = watchdog_limit(
@@ -45,7 +53,8 @@ impl ServiceManager {
             variable("WATCHDOG_PID").as_deref(),
             std::process::id(),
         );
-        Ok(Some(Self { socket, ping_interval: limit.map(|limit| limit / 2) }))
+        let ping_interval = limit.map(|limit| limit / 2);
+        Ok(Some(Self { socket, ping_interval, unsent: VecDeque::new() }))
     }
 
     /// The interval between pings of the watchdog; `None`: there is no watchdog.
@@ -55,30 +64,50 @@ impl ServiceManager {
     }
 
     /// Reports that the hooks are attached.
-    pub fn ready(&self, status: &str) {
+    pub fn ready(&mut self, status: &str) {
         self.send(&format!("READY=1\nSTATUS={}", one_line(status)));
     }
 
     /// Reports that the main loop is running.
-    pub fn ping(&self) {
+    pub fn ping(&mut self) {
         self.send("WATCHDOG=1");
     }
 
     /// Reports that files are being reopened; [`Self::ready`] reports the end of it.
-    pub fn reloading(&self) {
+    pub fn reloading(&mut self) {
         let now = clock_gettime(ClockId::Monotonic);
         let microseconds = i128::from(now.tv_sec) * 1_000_000 + i128::from(now.tv_nsec) / 1_000;
         self.send(&format!("RELOADING=1\nMONOTONIC_USEC={microseconds}"));
     }
 
     /// Reports that the process is stopping.
-    pub fn stopping(&self) {
+    pub fn stopping(&mut self) {
         self.send("STOPPING=1");
     }
 
-    fn send(&self, message: &str) {
-        if let Err(error) = self.socket.send(message.as_bytes()) {
-            log::warn!("cannot send {message:?} to the service manager: {error}");
+    fn send(&mut self, message: &str) {
+        // A repeated ping says no more than the one that waits.
+        if self.unsent.len() < MAX_UNSENT && self.unsent.back().is_none_or(|last| last != message) {
+            self.unsent.push_back(message.to_owned());
+        }
+        self.send_unsent();
+    }
+
+    /// True if a message waits for room in the manager's socket.
+    #[must_use]
+    pub fn has_unsent(&self) -> bool {
+        !self.unsent.is_empty()
+    }
+
+    /// Sends the messages that wait, as far as there is room.
+    pub fn send_unsent(&mut self) {
+        while let Some(message) = self.unsent.front() {
+            match self.socket.send(message.as_bytes()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) => log::warn!("cannot send {message:?} to the service manager: {error}"),
+                Ok(_) => {}
+            }
+            self.unsent.pop_front();
         }
     }
 }
@@ -131,6 +160,34 @@ mod tests {
         let path = address(OsStr::new("/run/systemd/notify")).unwrap();
         assert_eq!(path.as_pathname(), Some(std::path::Path::new("/run/systemd/notify")));
         assert!(address(OsStr::new(&"x".repeat(200))).is_err());
+    }
+
+    #[test]
+    fn a_manager_that_does_not_read_blocks_nothing_and_gets_the_rest_later() {
+        let folder = tempfile::tempdir().unwrap();
+        let manager = UnixDatagram::bind(folder.path().join("notify")).unwrap();
+        manager.set_nonblocking(true).unwrap();
+        let socket = UnixDatagram::unbound().unwrap();
+        socket.connect(folder.path().join("notify")).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let mut service = ServiceManager { socket, ping_interval: None, unsent: VecDeque::new() };
+        let mut sent = 0;
+        while !service.has_unsent() && sent < 10_000 {
+            service.ping();
+            sent += 1;
+        }
+        assert!(service.has_unsent(), "the queue never fills");
+        service.ping();
+        service.stopping();
+        assert_eq!(service.unsent, ["WATCHDOG=1", "STOPPING=1"]);
+        let mut message = [0; 64];
+        let mut received = Vec::new();
+        while let Ok(length) = manager.recv(&mut message) {
+            received.push(message[..length].to_vec());
+            service.send_unsent();
+        }
+        assert_eq!((received.len(), service.has_unsent()), (sent + 1, false));
+        assert_eq!(received.last().unwrap(), b"STOPPING=1");
     }
 
     #[test]

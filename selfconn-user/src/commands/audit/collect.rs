@@ -16,7 +16,10 @@ use super::services::RequestedService;
 use crate::{
     ports::{LocalPorts, sysctl},
     sockets::{self, HolderSearch, Namespace, NamespaceSelection, SocketEntry},
-    system::{process, route},
+    system::{
+        process::{self, ProcessInfo, ProcessProof},
+        route,
+    },
 };
 
 /// The audited state of one network namespace.
@@ -245,7 +248,7 @@ fn identify_listeners(namespaces: &mut [NamespaceInfo]) -> Vec<String> {
             continue;
         };
         let process = processes.entry(first.pid).or_insert_with(|| {
-            let info = process::read(first.pid).unwrap_or_default();
+            let info = facts_of(first.pid).unwrap_or_default();
             ListenerProcess {
                 pid: Some(first.pid),
                 comm: first.comm.clone(),
@@ -257,6 +260,11 @@ fn identify_listeners(namespaces: &mut [NamespaceInfo]) -> Vec<String> {
         audited.listener = Some(process.clone());
     }
     holders.unseen.into_iter().collect()
+}
+
+/// What identifies a listening process: its control group. Nothing is read that waits for the process.
+fn facts_of(pid: u32) -> Option<ProcessInfo> {
+    process::read_facts(pid, &ProcessProof::None, true).map(|facts| facts.info)
 }
 
 /// True if the kubelet made this control group. The kubelet puts pods below `kubepods` (cgroupfs driver) or

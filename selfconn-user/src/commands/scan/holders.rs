@@ -5,8 +5,9 @@ use std::{collections::HashMap, rc::Rc};
 use crate::{
     detect::connection::Connection,
     event::ConnectionFields,
+    lookup::blocking::BlockingLookups,
     sockets::{Holders, SocketEntry},
-    system::process::{self, Attribution, Holder, ProcessInfo},
+    system::process::{Attribution, Holder, ProcessInfo},
 };
 
 /// The processes that hold the sockets.
@@ -14,6 +15,7 @@ use crate::{
 pub(super) struct SocketHolders {
     pub(super) found: Holders,
     pub(super) processes: HashMap<u32, Rc<ProcessInfo>>,
+    pub(super) lookups: BlockingLookups,
 }
 
 impl SocketHolders {
@@ -26,7 +28,7 @@ impl SocketHolders {
     pub(super) fn connection_fields(&mut self, entry: &SocketEntry) -> ConnectionFields {
         let holders = self.holders(entry).map(<[_]>::to_vec);
         let process = holders.as_ref().and_then(|holders| holders.first()).map(|first| {
-            let read = || Rc::new(process::read(first.pid).unwrap_or_default());
+            let read = || Rc::new(self.lookups.read(first.pid).unwrap_or_default());
             self.processes.entry(first.pid).or_insert_with(read).clone()
         });
         let attribution = Attribution { process: process.unwrap_or_default(), holders };

@@ -5,6 +5,7 @@ pub(crate) mod accounting;
 pub(crate) mod audit;
 pub(crate) mod blocked;
 pub(crate) mod connect_table;
+pub(crate) mod delays;
 pub(crate) mod faults;
 pub(crate) mod hostile;
 pub(crate) mod port_risk;

@@ -63,7 +63,7 @@ fn wait_for_dropped_capabilities(pid: u32) -> Vec<ThreadCapabilities> {
             "reader" => !thread.permitted.contains(CapabilitySet::DAC_OVERRIDE),
             // It starts with the capabilities of the reader.
             "ranges" => thread.permitted.difference(expected_capabilities("ranges")).is_empty(),
-            "stdout" | "metrics" => thread.permitted.is_empty(),
+            "stdout" | "metrics" | "selfconn" => !thread.permitted.contains(CapabilitySet::SYS_PTRACE),
             _ => !thread.permitted.contains(CapabilitySet::SYS_ADMIN),
         };
         if threads.len() > 2 && threads.iter().all(is_narrow) {
@@ -84,7 +84,9 @@ fn expected_capabilities(name: &str) -> CapabilitySet {
         // These threads only write data that they are given.
         "stdout" | "metrics" => CapabilitySet::empty(),
         "ranges" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE,
-        _ => CapabilitySet::SYS_PTRACE,
+        name if name == "facts" || name.starts_with("cmdline-") => CapabilitySet::SYS_PTRACE,
+        // The loop reads nothing of another process.
+        _ => CapabilitySet::empty(),
     }
 }
 
@@ -96,7 +98,7 @@ fn no_thread_keeps_the_capabilities_for_attaching() {
     for variant in hook_variants() {
         let mut daemon = TestDaemon::start(&variant, &["-v", "--metrics", "127.0.0.1:0"]);
         let threads = wait_for_dropped_capabilities(daemon.pid());
-        for name in ["reader", "ranges", "stdout", "metrics"] {
+        for name in ["reader", "ranges", "facts", "cmdline-1", "stdout", "metrics"] {
             assert!(threads.iter().any(|thread| thread.name == name), "{name}: {threads:?}");
         }
         // Without these capabilities the daemon still reports self-connections and their processes.

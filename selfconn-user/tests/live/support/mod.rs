@@ -13,6 +13,7 @@ pub(crate) mod kernel_gaps;
 #[expect(dead_code, reason = "only the tests of the command line share the machine")]
 pub(crate) mod machine;
 pub(crate) mod netns;
+pub(crate) mod nobody;
 pub(crate) mod refused_connects;
 pub(crate) mod retries;
 pub(crate) mod scan_output;

@@ -1,0 +1,130 @@
+//! Connection events that wait for the look-up of their process. The events of one connection stay in order;
+//! those of other connections pass them.
+
+use std::collections::{HashMap, VecDeque};
+
+use jiff::Timestamp;
+use selfconn_ebpf::state;
+
+use crate::detect::connection::{Connection, ConnectionEnd, ConnectionEvent};
+
+/// Maximum number of events that wait, of some 400 bytes each. Beyond it they are emitted without what is not
+/// looked up yet.
+pub(super) const MAX_PENDING_EVENTS: usize = 8_192;
+
+/// A connection event that can be kept: with the connection as it was then.
+#[derive(Debug)]
+pub(super) struct QueuedEvent {
+    pub(super) connection: Connection,
+    change: Change,
+    /// `CLOCK_BOOTTIME`, nanoseconds.
+    pub(super) at_ns: u64,
+    pub(super) time: Timestamp,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Change {
+    Established,
+    State(u8, u8),
+    Closed(ConnectionEnd),
+}
+
+impl QueuedEvent {
+    pub(super) fn new(event: ConnectionEvent<'_>, at_ns: u64, time: Timestamp) -> Self {
+        let (connection, change) = match event {
+            ConnectionEvent::Established(connection) => (connection, Change::Established),
+            ConnectionEvent::State(connection, from, to) => (connection, Change::State(from, to)),
+            ConnectionEvent::Closed(connection, end) => (connection, Change::Closed(end)),
+        };
+        Self { connection: connection.clone(), change, at_ns, time }
+    }
+
+    pub(super) fn event(&self) -> ConnectionEvent<'_> {
+        match self.change {
+            Change::Established => ConnectionEvent::Established(&self.connection),
+            Change::State(from, to) => ConnectionEvent::State(&self.connection, from, to),
+            Change::Closed(end) => ConnectionEvent::Closed(&self.connection, end),
+        }
+    }
+
+    /// True if only events of the same transition may follow.
+    pub(super) fn is_last(&self) -> bool {
+        matches!(self.change, Change::Closed(_) | Change::State(_, state::CLOSE))
+    }
+}
+
+/// The events that wait, by the number of their connection.
+#[derive(Debug, Default)]
+pub(super) struct PendingEvents {
+    by_connection: HashMap<u64, Vec<QueuedEvent>>,
+    len: usize,
+    /// Connections of a snapshot that are looked up, and whose events are emitted in portions.
+    backlog: VecDeque<u64>,
+}
+
+impl PendingEvents {
+    /// True if events of this connection wait, so that its next event must wait as well.
+    pub(super) fn contains(&self, number: u64) -> bool {
+        self.by_connection.contains_key(&number)
+    }
+
+    pub(super) fn push(&mut self, event: QueuedEvent) {
+        self.by_connection.entry(event.connection.number).or_default().push(event);
+        self.len += 1;
+    }
+
+    /// Number of events.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The events of this connection, in order. From now on none of them waits.
+    pub(super) fn take(&mut self, number: u64) -> Vec<QueuedEvent> {
+        let events = self.by_connection.remove(&number).unwrap_or_default();
+        self.len -= events.len();
+        events
+    }
+
+    /// The events of this connection may be emitted when there is time.
+    pub(super) fn push_backlog(&mut self, number: u64) {
+        self.backlog.push_back(number);
+    }
+
+    pub(super) fn pop_backlog(&mut self) -> Option<u64> {
+        self.backlog.pop_front()
+    }
+
+    pub(super) fn has_backlog(&self) -> bool {
+        !self.backlog.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::detect::samples;
+
+    #[test]
+    fn events_of_a_connection_are_kept_in_order_and_counted() {
+        let connection = |number| Connection {
+            number,
+            ..Connection::from_entry(
+                number,
+                &samples::entry(samples::endpoint("127.0.0.1", 80), state::ESTABLISHED),
+            )
+        };
+        let (first, second) = (connection(1), connection(2));
+        let mut pending = PendingEvents::default();
+        let time = Timestamp::UNIX_EPOCH;
+        pending.push(QueuedEvent::new(ConnectionEvent::Established(&first), 1, time));
+        pending.push(QueuedEvent::new(ConnectionEvent::Established(&second), 2, time));
+        let end = ConnectionEnd::default();
+        pending.push(QueuedEvent::new(ConnectionEvent::Closed(&first, end), 3, time));
+        assert!(pending.contains(1) && pending.len() == 3);
+        let taken = pending.take(1);
+        assert_eq!(taken[0].event(), ConnectionEvent::Established(&first));
+        assert_eq!(taken[1].event(), ConnectionEvent::Closed(&first, end));
+        assert_eq!(taken.iter().map(QueuedEvent::is_last).collect::<Vec<_>>(), [false, true]);
+        assert!(!pending.contains(1) && pending.contains(2) && pending.len() == 1);
+    }
+}

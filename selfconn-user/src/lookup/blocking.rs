@@ -1,0 +1,121 @@
+//! Look-ups for commands: the caller waits, but not for a process that does not let its arguments be read.
+
+use std::{
+    collections::HashSet,
+    io,
+    sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    thread,
+    time::Duration,
+};
+
+use super::{DEADLINE, LookupOwner, MAX_STUCK};
+use crate::system::process::{self, ProcessFacts, ProcessInfo, ProcessProof};
+
+/// Reads processes, one at a time. A thread that hangs is left alone; the process ends by exit, which ends the
+/// thread as well.
+#[derive(Debug, Default)]
+pub struct BlockingLookups {
+    reader: Option<CmdlineThread>,
+    /// The owners of the processes that hung. Nothing of theirs is read again.
+    stuck: HashSet<LookupOwner>,
+    /// Number of processes whose arguments were not read because of that.
+    given_up: usize,
+}
+
+#[derive(Debug)]
+struct CmdlineThread {
+    requests: Sender<(u32, u64)>,
+    responses: Receiver<Option<Vec<String>>>,
+}
+
+impl CmdlineThread {
+    fn start() -> io::Result<Self> {
+        let (requests, receiver) = mpsc::channel();
+        let (sender, responses) = mpsc::channel();
+        thread::Builder::new().name("cmdline".to_owned()).spawn(move || {
+            for (pid, start_ticks) in receiver {
+                if sender.send(process::read_cmdline(pid, start_ticks)).is_err() {
+                    break;
+                }
+            }
+        })?;
+        Ok(Self { requests, responses })
+    }
+
+    /// `Err`: the thread hangs.
+    fn read(
+        &self,
+        pid: u32,
+        start_ticks: u64,
+        deadline: Duration,
+    ) -> Result<Option<Vec<String>>, RecvTimeoutError> {
+        let _ = self.requests.send((pid, start_ticks));
+        self.responses.recv_timeout(deadline)
+    }
+}
+
+impl BlockingLookups {
+    /// Information about the process that has this pid now.
+    pub fn read(&mut self, pid: u32) -> Option<ProcessInfo> {
+        let ProcessFacts { info, start_ticks, uid } = process::read_facts(pid, &ProcessProof::None, true)?;
+        Some(ProcessInfo { cmdline: self.read_cmdline(pid, start_ticks, LookupOwner(uid)), ..info })
+    }
+
+    fn read_cmdline(&mut self, pid: u32, start_ticks: u64, owner: LookupOwner) -> Option<Vec<String>> {
+        if self.stuck.contains(&owner) || self.stuck.len() >= MAX_STUCK {
+            self.given_up += 1;
+            return None;
+        }
+        if self.reader.is_none() {
+            self.reader = CmdlineThread::start().ok();
+        }
+        match self.reader.as_ref()?.read(pid, start_ticks, DEADLINE) {
+            Ok(cmdline) => cmdline,
+            Err(_) => {
+                self.reader = None;
+                self.stuck.insert(owner);
+                self.given_up += 1;
+                None
+            }
+        }
+    }
+
+    /// What could not be read, as text for people.
+    #[must_use]
+    pub fn unseen(&self) -> Option<String> {
+        let given_up = self.given_up;
+        (given_up != 0).then(|| {
+            format!(
+                "command lines of processes ({given_up}): a process does not let its command line be read"
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_read_with_its_arguments() {
+        let mut lookups = BlockingLookups::default();
+        let info = lookups.read(std::process::id()).unwrap();
+        assert_eq!(info.cmdline.unwrap(), std::env::args().collect::<Vec<_>>());
+        assert!(info.exe.is_some());
+        assert_eq!((lookups.read(u32::MAX), lookups.unseen()), (None, None));
+    }
+
+    #[test]
+    fn nothing_more_is_read_of_an_owner_whose_process_hung() {
+        let mut lookups = BlockingLookups::default();
+        let (pid, uid) = (std::process::id(), rustix::process::geteuid().as_raw());
+        lookups.stuck.insert(LookupOwner(uid));
+        let info = lookups.read(pid).unwrap();
+        assert!(info.exe.is_some() && info.cmdline.is_none(), "{info:?}");
+        assert!(lookups.unseen().unwrap().contains("(1)"));
+        lookups.stuck = (1..=MAX_STUCK as u32).map(|other| LookupOwner(uid + other)).collect();
+        assert_eq!(lookups.read(pid).unwrap().cmdline, None, "too many hang");
+        lookups.stuck.clear();
+        assert!(lookups.read(pid).unwrap().cmdline.is_some());
+    }
+}

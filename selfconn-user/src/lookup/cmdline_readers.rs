@@ -1,0 +1,169 @@
+//! The threads that read `/proc/PID/cmdline`. A thread whose read does not return in time is abandoned: it
+//! reads nothing else until its read returns. The others do its work. So that nobody takes all of them, one
+//! owner has at most one read at a time, and a process that hung is not read again.
+
+use std::{
+    collections::VecDeque,
+    io,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use super::{LookupOwner, ProcessKey};
+use crate::system::{capabilities, worker::Worker};
+
+/// Number of readers, which is the maximum number of reads that can be stuck at the same time. All are started
+/// with the daemon, because a thread that the loop starts later would have only the loop's capabilities.
+pub const MAX_STUCK: usize = 4;
+
+/// Maximum number of processes that hung and are remembered.
+const MAX_HUNG: usize = 1_024;
+
+/// A read that returns within this time was slow: the host is busy. The process did not hang.
+const SLOW_READ: Duration = Duration::from_secs(1);
+
+/// The names of the threads.
+const NAMES: [&str; MAX_STUCK] = ["cmdline-1", "cmdline-2", "cmdline-3", "cmdline-4"];
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CmdlineRequest {
+    /// Number of the look-up.
+    pub(super) id: u64,
+    pub(super) key: ProcessKey,
+    pub(super) owner: LookupOwner,
+}
+
+/// Why a process's arguments are not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// A read of this process hung before.
+    Hung,
+    /// A read of the same owner is stuck, or all readers are.
+    Busy,
+}
+
+struct Reader {
+    worker: Worker<ProcessKey, Option<Vec<String>>>,
+    request: Option<CmdlineRequest>,
+    began: Instant,
+    is_stuck: bool,
+}
+
+pub(super) struct CmdlineReaders {
+    readers: Vec<Reader>,
+    queue: VecDeque<CmdlineRequest>,
+    hung: VecDeque<ProcessKey>,
+    abandoned: u64,
+}
+
+impl CmdlineReaders {
+    pub(super) fn start(read: fn(u32, u64) -> Option<Vec<String>>) -> io::Result<Self> {
+        let reader = |name| -> io::Result<Reader> {
+            let handle = move |ProcessKey { pid, start_ticks }| read(pid, start_ticks);
+            let worker = Worker::start(name, capabilities::LOOKUP_WORKER, handle)?;
+            Ok(Reader { worker, request: None, began: Instant::now(), is_stuck: false })
+        };
+        let readers = NAMES.into_iter().map(reader).collect::<io::Result<_>>()?;
+        Ok(Self { readers, queue: VecDeque::new(), hung: VecDeque::new(), abandoned: 0 })
+    }
+
+    /// Number of times that a reader was abandoned.
+    pub(super) fn abandoned(&self) -> u64 {
+        self.abandoned
+    }
+
+    /// Names of the threads that a panic has ended.
+    pub(super) fn ended_workers(&self) -> impl Iterator<Item = &'static str> {
+        self.readers.iter().filter_map(|reader| reader.worker.ended())
+    }
+
+    /// Queues a read. The response is in [`Self::next_response`] later, unless it is given up before.
+    pub(super) fn request(&mut self, request: CmdlineRequest) -> Result<(), Refusal> {
+        if self.hung.contains(&request.key) {
+            return Err(Refusal::Hung);
+        }
+        let is_stuck = |reader: &Reader| reader.is_stuck;
+        let is_owner_stuck =
+            self.readers.iter().any(|reader| is_stuck(reader) && reader.reads_for(request.owner));
+        if is_owner_stuck || self.readers.iter().all(is_stuck) {
+            return Err(Refusal::Busy);
+        }
+        self.queue.push_back(request);
+        self.dispatch();
+        Ok(())
+    }
+
+    /// Gives queued reads to idle readers. An owner's reads follow each other.
+    fn dispatch(&mut self) {
+        let is_idle = |reader: &Reader| reader.request.is_none() && reader.worker.ended().is_none();
+        while let Some(idle) = self.readers.iter().position(is_idle) {
+            let is_owner_idle =
+                |request: &CmdlineRequest| !self.readers.iter().any(|reader| reader.reads_for(request.owner));
+            let Some(next) = self.queue.iter().position(is_owner_idle) else { break };
+            if let Some(request) = self.queue.remove(next) {
+                self.readers[idle].worker.send(request.key);
+                self.readers[idle].request = Some(request);
+                self.readers[idle].began = Instant::now();
+            }
+        }
+    }
+
+    /// The result of this look-up is of no use any more. A read that is in progress returns by itself.
+    pub(super) fn forget(&mut self, id: u64) {
+        self.queue.retain(|request| request.id != id);
+    }
+
+    /// The deadline of this look-up has passed. If its read is in progress, the reader is abandoned. Returns
+    /// the look-ups whose reads are refused because of that.
+    pub(super) fn give_up(&mut self, id: u64) -> Vec<u64> {
+        self.forget(id);
+        let is_reading = |reader: &&mut Reader| reader.request.is_some_and(|request| request.id == id);
+        let Some(reader) = self.readers.iter_mut().find(is_reading) else { return Vec::new() };
+        let Some(CmdlineRequest { key, owner, .. }) = reader.request else { return Vec::new() };
+        reader.is_stuck = true;
+        self.abandoned += 1;
+        if self.hung.len() >= MAX_HUNG {
+            self.hung.pop_front();
+        }
+        self.hung.push_back(key);
+        log::warn!("reading the command line of process {} hangs; it is reported as unknown", key.pid);
+        let are_all_stuck = self.readers.iter().all(|reader| reader.is_stuck);
+        let is_refused = |request: &CmdlineRequest| are_all_stuck || request.owner == owner;
+        let refused =
+            self.queue.iter().filter(|request| is_refused(request)).map(|request| request.id).collect();
+        self.queue.retain(|request| !is_refused(request));
+        refused
+    }
+
+    /// Waits until a reader has a response.
+    pub(super) fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let mut is_ready = Poll::Pending;
+        for reader in self.readers.iter_mut().filter(|reader| reader.request.is_some()) {
+            if reader.worker.poll_ready(context).is_ready() {
+                is_ready = Poll::Ready(());
+            }
+        }
+        is_ready
+    }
+
+    /// The next response that is there.
+    pub(super) fn next_response(&mut self) -> Option<(CmdlineRequest, Option<Vec<String>>)> {
+        let take = |reader: &mut Reader| {
+            let cmdline = reader.worker.try_response()?;
+            reader.is_stuck = false;
+            Some((reader.request.take()?, cmdline, reader.began.elapsed()))
+        };
+        let (request, cmdline, took) = self.readers.iter_mut().find_map(take)?;
+        if took < SLOW_READ {
+            self.hung.retain(|key| *key != request.key);
+        }
+        self.dispatch();
+        Some((request, cmdline))
+    }
+}
+
+impl Reader {
+    fn reads_for(&self, owner: LookupOwner) -> bool {
+        self.request.is_some_and(|request| request.owner == owner)
+    }
+}

@@ -1,0 +1,420 @@
+//! Looks up processes in `/proc` on worker threads, with a deadline. Another process can delay its own
+//! look-up: a read of `/proc/PID/cmdline` waits for that process's `mmap_lock`, which the process can hold
+//! forever. So the event loop reads nothing of another process, and what is not read in time is null.
+//!
+//! `cmdline` has readers of its own (`cmdline_readers`). Everything else is read by one more thread, which
+//! nobody can hold up. `blocking` does the same for the commands, which have no event loop.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    future::poll_fn,
+    io,
+    rc::Rc,
+    task::Poll,
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use crate::system::{
+    capabilities, clock,
+    process::{self, ObservedTask, ProcessFacts, ProcessInfo, ProcessProof},
+    worker::Worker,
+};
+use cache::ProcessCache;
+use cmdline_readers::{CmdlineReaders, CmdlineRequest, Refusal};
+
+pub mod blocking;
+mod cache;
+mod cmdline_readers;
+
+pub use cmdline_readers::MAX_STUCK;
+
+/// Time after which an event is emitted without what could not be read. Together with the time that a record
+/// waits in the ring buffer it stays below a quarter of a second.
+const DEADLINE: Duration = Duration::from_millis(100);
+
+/// Maximum number of look-ups in progress. Beyond it the oldest one ends as if its deadline had passed.
+const MAX_IN_PROGRESS: usize = 1_024;
+
+/// Who pays for a look-up that gets stuck: the real user id of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LookupOwner(pub u32);
+
+/// The same process at any time: pid, and start time in clock ticks since boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct ProcessKey {
+    pid: u32,
+    start_ticks: u64,
+}
+
+/// The process to look up.
+#[derive(Clone, Copy, Debug)]
+pub enum LookupTarget {
+    /// The process of a task that the kernel observed, if its pid still belongs to it.
+    Observed(ObservedTask, LookupOwner),
+    /// The process that has this pid now.
+    Pid(u32),
+}
+
+impl LookupTarget {
+    fn pid(&self) -> u32 {
+        match self {
+            Self::Observed(observed, _) => observed.task.pid,
+            Self::Pid(pid) => *pid,
+        }
+    }
+
+    /// `None`: the proof is about this observation only.
+    fn joint(&self) -> Option<Joint> {
+        match self {
+            Self::Observed(..) => self.key().map(Joint::Process),
+            Self::Pid(pid) => Some(Joint::Pid(*pid)),
+        }
+    }
+
+    /// Known before the look-up only if the kernel provides the start time.
+    fn key(&self) -> Option<ProcessKey> {
+        match self {
+            Self::Observed(observed, _) if observed.start_ns != 0 => Some(ProcessKey {
+                pid: observed.task.pid,
+                start_ticks: process::start_ticks_of(observed.start_ns),
+            }),
+            _ => None,
+        }
+    }
+}
+
+/// Two look-ups at the same time with the same one are of the same process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Joint {
+    Process(ProcessKey),
+    Pid(u32),
+}
+
+/// Why a look-up ends before everything is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Why {
+    /// Its deadline has passed: a read hangs.
+    Overdue,
+    /// Nobody can wait for it. This says nothing about the process.
+    NoTime,
+}
+
+/// A part of a look-up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Part<T> {
+    NotRequested,
+    Requested,
+    Read(T),
+}
+
+/// A look-up, and who waits for it.
+struct InProgress<W> {
+    target: LookupTarget,
+    began_ns: u64,
+    facts: Part<Option<ProcessFacts>>,
+    cmdline: Part<Option<Vec<String>>>,
+    waiters: Vec<W>,
+}
+
+struct FactsRequest {
+    id: u64,
+    target: LookupTarget,
+}
+
+/// The look-ups in progress, the results that are still fresh, and the workers. A waiter `W` says what to do
+/// with a result.
+pub struct Lookups<W> {
+    /// True if the pids in `/proc` are those that the probes report.
+    is_initial_pid_ns: bool,
+    facts: Worker<FactsRequest, (u64, Option<ProcessFacts>)>,
+    cmdlines: CmdlineReaders,
+    cache: ProcessCache,
+    in_progress: HashMap<u64, InProgress<W>>,
+    /// The look-ups in progress that others can join.
+    joinable: HashMap<Joint, u64>,
+    /// All have the same deadline, so they are in order. An id whose look-up has ended is skipped.
+    deadlines: VecDeque<(Instant, u64)>,
+    completed: VecDeque<(W, Rc<ProcessInfo>)>,
+    last_id: u64,
+    given_up: u64,
+}
+
+impl<W> Lookups<W> {
+    /// Starts the workers. Outside the initial pid namespace nothing is looked up, because the same pid is
+    /// another process there.
+    ///
+    /// # Errors
+    /// If a worker cannot be started.
+    pub fn start(is_initial_pid_ns: bool) -> io::Result<Self> {
+        Self::start_with(is_initial_pid_ns, process::read_cmdline)
+    }
+
+    fn start_with(
+        is_initial_pid_ns: bool,
+        read_cmdline: fn(u32, u64) -> Option<Vec<String>>,
+    ) -> io::Result<Self> {
+        let is_initial_time_ns = process::is_in_initial_time_ns();
+        let read_facts = move |FactsRequest { id, target }| {
+            let proof = match target {
+                LookupTarget::Observed(observed, _) => ProcessProof::Observed(observed),
+                LookupTarget::Pid(_) => ProcessProof::None,
+            };
+            (id, process::read_facts(target.pid(), &proof, is_initial_time_ns))
+        };
+        Ok(Self {
+            is_initial_pid_ns,
+            facts: Worker::start("facts", capabilities::LOOKUP_WORKER, read_facts)?,
+            cmdlines: CmdlineReaders::start(read_cmdline)?,
+            cache: ProcessCache::default(),
+            in_progress: HashMap::new(),
+            joinable: HashMap::new(),
+            deadlines: VecDeque::new(),
+            completed: VecDeque::new(),
+            last_id: 0,
+            given_up: 0,
+        })
+    }
+
+    /// True if the pids in `/proc` are those in events.
+    #[must_use]
+    pub fn can_look_up(&self) -> bool {
+        self.is_initial_pid_ns
+    }
+
+    /// Number of look-ups whose `cmdline`, or more, was given up.
+    #[must_use]
+    pub fn given_up(&self) -> u64 {
+        self.given_up
+    }
+
+    /// Number of times that a reader of `cmdline` was abandoned because its process did not let it finish.
+    #[must_use]
+    pub fn abandoned(&self) -> u64 {
+        self.cmdlines.abandoned()
+    }
+
+    /// Names of the workers that a panic has ended.
+    pub fn ended_workers(&self) -> impl Iterator<Item = &'static str> {
+        self.facts.ended().into_iter().chain(self.cmdlines.ended_workers())
+    }
+
+    /// The result, if it is known without a look-up: the process was looked up a moment before `now_ns`
+    /// (`CLOCK_BOOTTIME`), or nothing can be looked up.
+    #[must_use]
+    pub fn known(&self, target: &LookupTarget, now_ns: u64) -> Option<Rc<ProcessInfo>> {
+        if !self.is_initial_pid_ns {
+            return Some(Rc::default());
+        }
+        self.cache.fresh(target.key()?, now_ns)
+    }
+
+    /// Begins a look-up, or joins the one of the same process. The waiter is in [`Self::next_completed`]
+    /// after [`DEADLINE`] at the latest.
+    pub fn begin(&mut self, target: LookupTarget, waiter: W) {
+        let key = target.key();
+        let joint = target.joint();
+        let same = joint.and_then(|joint| self.joinable.get(&joint));
+        if let Some(same) = same.and_then(|id| self.in_progress.get_mut(id)) {
+            same.waiters.push(waiter);
+            return;
+        }
+        while self.in_progress.len() >= MAX_IN_PROGRESS {
+            self.give_up_oldest(Why::NoTime);
+        }
+        self.last_id += 1;
+        let id = self.last_id;
+        self.deadlines.push_back((Instant::now() + DEADLINE, id));
+        self.in_progress.insert(
+            id,
+            InProgress {
+                target,
+                began_ns: clock::boot_ns(),
+                facts: Part::Requested,
+                cmdline: Part::NotRequested,
+                waiters: vec![waiter],
+            },
+        );
+        if let Some(joint) = joint {
+            self.joinable.insert(joint, id);
+        }
+        self.facts.send(FactsRequest { id, target });
+        if let (Some(key), LookupTarget::Observed(_, owner)) = (key, target) {
+            self.request_cmdline(CmdlineRequest { id, key, owner });
+        }
+    }
+
+    fn request_cmdline(&mut self, request: CmdlineRequest) {
+        let id = request.id;
+        let cmdline = match self.cmdlines.request(request) {
+            Ok(()) => Part::Requested,
+            Err(refusal) => {
+                // A process that hung was counted when it did.
+                self.given_up += u64::from(refusal == Refusal::Busy);
+                Part::Read(None)
+            }
+        };
+        if let Some(lookup) = self.in_progress.get_mut(&id) {
+            lookup.cmdline = cmdline;
+        }
+    }
+
+    /// Waits until a worker has a response, or a look-up's deadline has passed. Cancel safe.
+    pub async fn ready(&mut self) {
+        if !self.completed.is_empty() {
+            return;
+        }
+        let deadline = self.next_deadline();
+        let Self { facts, cmdlines, .. } = self;
+        let response = poll_fn(|context| match (facts.poll_ready(context), cmdlines.poll_ready(context)) {
+            (Poll::Pending, Poll::Pending) => Poll::Pending,
+            _ => Poll::Ready(()),
+        });
+        tokio::select! {
+            biased;
+            () = response => {}
+            () = clock::sleep_until_some(deadline) => {}
+        }
+    }
+
+    fn next_deadline(&mut self) -> Option<Instant> {
+        while let Some((deadline, id)) = self.deadlines.front() {
+            if self.in_progress.contains_key(id) {
+                return Some(*deadline);
+            }
+            self.deadlines.pop_front();
+        }
+        None
+    }
+
+    /// Takes the responses that are there, and gives up the look-ups whose deadline has passed.
+    pub fn update(&mut self) {
+        // At most as many as there are look-ups, because no new one begins here.
+        while let Some((id, facts)) = self.facts.try_response() {
+            self.on_facts(id, facts);
+        }
+        while let Some((request, cmdline)) = self.cmdlines.next_response() {
+            match self.in_progress.get_mut(&request.id) {
+                Some(lookup) => {
+                    lookup.cmdline = Part::Read(cmdline);
+                    self.finish_if_read(request.id);
+                }
+                // Its deadline has passed. Later events have it.
+                None => self.cache.add_cmdline(request.key, cmdline),
+            }
+        }
+        let now = Instant::now();
+        while self.next_deadline().is_some_and(|deadline| deadline <= now) {
+            self.give_up_oldest(Why::Overdue);
+        }
+    }
+
+    fn on_facts(&mut self, id: u64, facts: Option<ProcessFacts>) {
+        let Some(lookup) = self.in_progress.get_mut(&id) else { return };
+        if let (Some(facts), Part::NotRequested) = (&facts, &lookup.cmdline) {
+            let pid = lookup.target.pid();
+            let key = ProcessKey { pid, start_ticks: facts.start_ticks };
+            let owner = match lookup.target {
+                LookupTarget::Observed(_, owner) => owner,
+                LookupTarget::Pid(_) => LookupOwner(facts.uid),
+            };
+            lookup.facts = Part::Read(Some(facts.clone()));
+            self.request_cmdline(CmdlineRequest { id, key, owner });
+        } else {
+            lookup.facts = Part::Read(facts);
+        }
+        self.finish_if_read(id);
+    }
+
+    /// Ends a look-up if nothing is missing. Without a process its arguments are of no use.
+    fn finish_if_read(&mut self, id: u64) {
+        let Some(lookup) = self.in_progress.get(&id) else { return };
+        match (&lookup.facts, &lookup.cmdline) {
+            (Part::Read(None), _) => {
+                self.cmdlines.forget(id);
+                self.finish(id);
+            }
+            (Part::Read(Some(_)), Part::Read(_)) => self.finish(id),
+            _ => {}
+        }
+    }
+
+    /// Ends the oldest look-up with what has been read.
+    fn give_up_oldest(&mut self, why: Why) {
+        if self.next_deadline().is_none() {
+            return;
+        }
+        let Some((_, id)) = self.deadlines.pop_front() else { return };
+        self.given_up += 1;
+        let refused = match why {
+            Why::Overdue => self.cmdlines.give_up(id),
+            Why::NoTime => {
+                self.cmdlines.forget(id);
+                Vec::new()
+            }
+        };
+        self.finish(id);
+        for id in refused {
+            self.given_up += 1;
+            if let Some(lookup) = self.in_progress.get_mut(&id) {
+                lookup.cmdline = Part::Read(None);
+                self.finish_if_read(id);
+            }
+        }
+    }
+
+    /// Ends every look-up with what has been read: nobody waits for the rest at the end of a run.
+    pub fn give_up_all(&mut self) {
+        self.update();
+        while self.next_deadline().is_some() {
+            self.give_up_oldest(Why::NoTime);
+        }
+    }
+
+    /// Ends the oldest look-up: too many wait for it.
+    pub fn give_up_one(&mut self) {
+        self.give_up_oldest(Why::NoTime);
+    }
+
+    fn finish(&mut self, id: u64) {
+        let Some(lookup) = self.in_progress.remove(&id) else { return };
+        let InProgress { target, began_ns, facts, cmdline, waiters } = lookup;
+        let key = target.key();
+        if let Some(joint) = target.joint() {
+            self.joinable.remove(&joint);
+        }
+        let cmdline = match cmdline {
+            Part::Read(cmdline) => cmdline,
+            _ => None,
+        };
+        let process = match (facts, key) {
+            (Part::Read(Some(facts)), key) => {
+                let process = Rc::new(ProcessInfo { cmdline, ..facts.info });
+                if let Some(key) = key {
+                    self.cache.insert(key, Rc::clone(&process), clock::boot_ns());
+                }
+                process
+            }
+            // The process has exited, and what is known of it is still true.
+            (Part::Read(None), Some(key)) => self.cache.known(key, began_ns).unwrap_or_default(),
+            _ => Rc::default(),
+        };
+        self.completed.extend(waiters.into_iter().map(|waiter| (waiter, Rc::clone(&process))));
+    }
+
+    /// The next waiter whose look-up has ended, and the result. The result is empty for a process that has
+    /// exited.
+    pub fn next_completed(&mut self) -> Option<(W, Rc<ProcessInfo>)> {
+        self.completed.pop_front()
+    }
+
+    /// True if [`Self::next_completed`] has one.
+    #[must_use]
+    pub fn has_completed(&self) -> bool {
+        !self.completed.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests;

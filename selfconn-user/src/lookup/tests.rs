@@ -1,0 +1,183 @@
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+};
+
+use selfconn_ebpf::Task;
+use tokio::{runtime, time::timeout};
+
+use super::*;
+
+/// Pids from here on hang until [`RELEASED`] is true. They are pids that no process has.
+const HANGING: u32 = 1 << 30;
+
+static RELEASED: Mutex<bool> = Mutex::new(false);
+
+fn read_cmdline(pid: u32, _: u64) -> Option<Vec<String>> {
+    while pid >= HANGING && !*RELEASED.lock().unwrap_or_else(PoisonError::into_inner) {
+        thread::sleep(Duration::from_millis(1));
+    }
+    Some(vec![pid.to_string()])
+}
+
+fn set_released(is_released: bool) {
+    *RELEASED.lock().unwrap_or_else(PoisonError::into_inner) = is_released;
+}
+
+/// The tests that make readers hang take turns.
+fn take_turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn run(test: impl AsyncFnOnce()) {
+    runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(test());
+}
+
+fn request(id: u64, pid: u32, uid: u32) -> CmdlineRequest {
+    CmdlineRequest { id, key: ProcessKey { pid, start_ticks: 1 }, owner: LookupOwner(uid) }
+}
+
+async fn response(readers: &mut CmdlineReaders) -> Option<(CmdlineRequest, Option<Vec<String>>)> {
+    let ready = poll_fn(|context| readers.poll_ready(context));
+    timeout(Duration::from_secs(10), ready).await.ok()?;
+    readers.next_response()
+}
+
+#[test]
+fn a_stuck_reader_takes_nothing_from_other_owners() {
+    let _turn = take_turn();
+    set_released(false);
+    run(async || {
+        let mut readers = CmdlineReaders::start(read_cmdline).unwrap();
+        assert_eq!(readers.request(request(1, HANGING, 1_000)), Ok(()));
+        // Another process of the same owner waits for its turn, which does not come.
+        assert_eq!(readers.request(request(2, 7, 1_000)), Ok(()));
+        assert_eq!(readers.request(request(3, 8, 2_000)), Ok(()));
+        let (answered, cmdline) = response(&mut readers).await.unwrap();
+        assert_eq!((answered.id, cmdline), (3, Some(vec!["8".to_owned()])));
+        assert_eq!((readers.give_up(1), readers.abandoned()), (vec![2], 1));
+        assert_eq!(readers.request(request(4, 9, 1_000)), Err(Refusal::Busy), "one stuck read an owner");
+        assert_eq!(readers.request(request(5, HANGING, 3_000)), Err(Refusal::Hung), "it is not asked again");
+        // Three more owners take the other readers.
+        for (id, uid) in [(6, 2_000), (7, 3_000), (8, 4_000)] {
+            assert_eq!(readers.request(request(id, HANGING + id as u32, uid)), Ok(()));
+            assert_eq!(readers.give_up(id), [0; 0]);
+        }
+        assert_eq!(readers.request(request(9, 10, 5_000)), Err(Refusal::Busy), "all readers are stuck");
+        assert_eq!(readers.abandoned(), MAX_STUCK as u64);
+        // The processes let their readers go.
+        set_released(true);
+        for _ in 0..MAX_STUCK {
+            response(&mut readers).await.unwrap();
+        }
+        assert_eq!(readers.request(request(10, 10, 1_000)), Ok(()));
+        assert_eq!(response(&mut readers).await.unwrap().0.id, 10);
+    });
+}
+
+fn this_process(uid: u32) -> LookupTarget {
+    let pid = std::process::id();
+    let start_ns = process::start_time_ns(pid).unwrap();
+    let task = Task { pid, tid: pid, ..Task::UNKNOWN };
+    LookupTarget::Observed(ObservedTask { task, start_ns, at_ns: start_ns }, LookupOwner(uid))
+}
+
+async fn completed(lookups: &mut Lookups<u32>) -> (u32, Rc<ProcessInfo>) {
+    loop {
+        if let Some(completed) = lookups.next_completed() {
+            return completed;
+        }
+        timeout(Duration::from_secs(10), lookups.ready()).await.unwrap();
+        lookups.update();
+    }
+}
+
+#[test]
+fn a_look_up_is_shared_and_its_result_is_fresh_for_a_while() {
+    run(async || {
+        let mut lookups = Lookups::start(true).unwrap();
+        let target = this_process(0);
+        assert_eq!(lookups.known(&target, clock::boot_ns()), None);
+        lookups.begin(target, 1);
+        lookups.begin(target, 2);
+        assert_eq!(lookups.in_progress.len(), 1, "the same process is looked up once");
+        let (first, process) = completed(&mut lookups).await;
+        assert_eq!((first, completed(&mut lookups).await.0), (1, 2));
+        assert_eq!(process.cmdline.as_deref().unwrap(), std::env::args().collect::<Vec<_>>());
+        assert!(process.exe.is_some() && process.comm.is_some(), "{process:?}");
+        assert_eq!(lookups.known(&target, clock::boot_ns()), Some(Rc::clone(&process)));
+        // The holder of a socket has no start time yet.
+        lookups.begin(LookupTarget::Pid(std::process::id()), 3);
+        lookups.begin(LookupTarget::Pid(std::process::id()), 3);
+        assert_eq!(lookups.in_progress.len(), 1, "the same holder is looked up once");
+        for _ in 0..2 {
+            assert_eq!(completed(&mut lookups).await, (3, Rc::clone(&process)));
+        }
+        lookups.begin(LookupTarget::Pid(u32::MAX), 4);
+        assert_eq!(completed(&mut lookups).await, (4, Rc::default()), "no such process");
+        assert_eq!((lookups.given_up(), lookups.abandoned()), (0, 0));
+    });
+}
+
+#[test]
+fn in_another_pid_namespace_nothing_is_looked_up() {
+    let lookups = Lookups::<()>::start(false).unwrap();
+    assert_eq!(lookups.known(&this_process(0), clock::boot_ns()), Some(Rc::default()));
+}
+
+#[test]
+fn what_is_known_of_a_process_outlives_it() {
+    run(async || {
+        let mut lookups = Lookups::start(true).unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = child.id();
+        let start_ns = process::start_time_ns(pid).unwrap();
+        let task = Task { pid, tid: pid, ..Task::UNKNOWN };
+        let observed = ObservedTask { task, start_ns, at_ns: start_ns };
+        let target = LookupTarget::Observed(observed, LookupOwner(0));
+        lookups.begin(target, 1);
+        // `spawn` returns after the execve().
+        assert_eq!(completed(&mut lookups).await.1.comm.as_deref(), Some("sleep"));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        for waiter in [2, 3] {
+            lookups.begin(target, waiter);
+            assert_eq!(completed(&mut lookups).await.1.comm.as_deref(), Some("sleep"));
+        }
+        let later = ObservedTask { start_ns: start_ns + 1_000_000_000, ..observed };
+        lookups.begin(LookupTarget::Observed(later, LookupOwner(0)), 4);
+        assert_eq!(completed(&mut lookups).await, (4, Rc::default()), "another process with this pid");
+    });
+}
+
+#[test]
+fn after_the_deadline_the_rest_is_unknown() {
+    fn hang(_: u32, _: u64) -> Option<Vec<String>> {
+        while !*RELEASED.lock().unwrap_or_else(PoisonError::into_inner) {
+            thread::sleep(Duration::from_millis(1));
+        }
+        None
+    }
+    let _turn = take_turn();
+    set_released(false);
+    run(async || {
+        let mut lookups = Lookups::start_with(true, hang).unwrap();
+        let (target, began) = (this_process(0), Instant::now());
+        lookups.begin(target, 1);
+        let (_, process) = completed(&mut lookups).await;
+        assert!(began.elapsed() >= DEADLINE && began.elapsed() < DEADLINE * 20, "{:?}", began.elapsed());
+        assert!(process.exe.is_some() && process.cmdline.is_none(), "{process:?}");
+        assert_eq!((lookups.given_up(), lookups.abandoned()), (1, 1));
+        // It is known to hang, so its next event waits for nothing that hangs.
+        lookups.begin(target, 2);
+        let (_, again) = completed(&mut lookups).await;
+        assert_eq!((again, lookups.given_up(), lookups.abandoned()), (process, 1, 1));
+        // At the end of a run nobody waits.
+        lookups.begin(LookupTarget::Pid(std::process::id()), 3);
+        lookups.give_up_all();
+        assert_eq!(lookups.next_completed().unwrap().0, 3);
+        assert_eq!(lookups.abandoned(), 1, "giving up is not the process's fault");
+    });
+    set_released(true);
+}

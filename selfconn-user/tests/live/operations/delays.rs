@@ -1,0 +1,219 @@
+//! What another process, a service manager or a flood cannot do to the daemon: delay other connections' events,
+//! SIGTERM or the watchdog. The hostile processes run as uid 65534.
+
+use std::{
+    fs,
+    net::Ipv4Addr,
+    os::unix::net::UnixDatagram,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use crate::support::{
+    client::{connect_to_self, run_self_connection},
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, selfconn},
+    netns::TestNetns,
+    nobody::{NOBODY, Nobody},
+    socket_crowd::{CrowdSockets, SocketCrowd},
+};
+
+/// Other connections' events come within this time.
+const EVENT_LIMIT: Duration = Duration::from_millis(250);
+
+/// The daemon ends within this time after SIGTERM.
+const STOP_LIMIT: Duration = Duration::from_secs(1);
+
+/// Makes a self-connection of this process. Returns its `closed` event, which must come in time.
+fn expect_event_in_time(daemon: &mut TestDaemon, netns: u64) -> Value {
+    let before = daemon.received().iter().filter(|event| is_event("closed", netns)(event)).count();
+    let port = run_self_connection(Ipv4Addr::LOCALHOST.into());
+    let until = Instant::now() + EVENT_LIMIT;
+    let closed = daemon.wait_until(until, before + 1, is_event("closed", netns)).unwrap().pop().unwrap();
+    println!("FACT event_after_us={}", (EVENT_LIMIT - (until - Instant::now())).as_micros());
+    assert_eq!((&closed["port"], &closed["pid"]), (&port.into(), &std::process::id().into()), "{closed}");
+    closed
+}
+
+/// Ends the daemon by SIGTERM. Returns its events.
+fn stop_in_time(daemon: TestDaemon) -> Vec<Value> {
+    let began = Instant::now();
+    let (events, _) = daemon.stop();
+    println!("FACT stop_after_ms={}", began.elapsed().as_millis());
+    assert!(began.elapsed() < STOP_LIMIT, "{:?}", began.elapsed());
+    events
+}
+
+/// The `established` event of a hung process, which has everything but its arguments.
+fn expect_hung_process(daemon: &mut TestDaemon, netns: u64, pid: u32) {
+    let is_hung = |event: &Value| is_event("established", netns)(event) && event["pid"] == pid;
+    let established = daemon.expect(1, is_hung).pop().unwrap();
+    assert_eq!(established["cmdline"], Value::Null, "{established}");
+    for known in ["exe", "comm", "cgroup"] {
+        assert!(established[known].is_string(), "{known}: {established}");
+    }
+    if established["source"] == "live" {
+        assert_eq!(established["uid"], NOBODY, "{established}");
+    }
+}
+
+#[test]
+fn a_process_whose_command_line_cannot_be_read_delays_nobody() {
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
+    let Some(mut hung) = Nobody::hung() else { return };
+    hung.wait();
+    let closed = expect_event_in_time(&mut daemon, net.inode);
+    assert!(closed["cmdline"].is_array(), "other owners' processes are read: {closed}");
+    expect_hung_process(&mut daemon, net.inode, hung.pid());
+    let is_lost = |event: &Value| event["event"] == "lost" && event["where"] == "lookups";
+    let lost = daemon.expect(1, is_lost).pop().unwrap();
+    assert_eq!((&lost["kind"], &lost["count"]), (&"fact".into(), &1.into()), "{lost}");
+
+    // A new daemon finds it in the socket table.
+    let mut second = TestDaemon::start(&HookVariant(vec![]), &[]);
+    expect_hung_process(&mut second, net.inode, hung.pid());
+    expect_event_in_time(&mut second, net.inode);
+    stop_in_time(second);
+    let stopped = stop_in_time(daemon).pop().unwrap();
+    assert_eq!((&stopped["event"], &stopped["open"]), (&"stopped".into(), &1.into()), "{stopped}");
+
+    for arguments in [&["scan", "--json"][..], &["scan"], &["audit"], &["doctor"]] {
+        let began = Instant::now();
+        let output = Command::new(selfconn()).args(arguments).output().unwrap();
+        assert!(began.elapsed() < Duration::from_secs(20), "{arguments:?}: {:?}", began.elapsed());
+        if arguments[0] == "scan" {
+            let stderr = String::from_utf8(output.stderr).unwrap();
+            assert!(stderr.contains("not seen: command lines of processes (1): "), "{stderr}");
+        }
+        if arguments == ["scan", "--json"] {
+            let text = String::from_utf8(output.stdout).unwrap();
+            assert!(text.contains(&format!("\"pid\":{}", hung.pid())), "{text}");
+        }
+    }
+}
+
+#[test]
+fn ten_hung_processes_of_one_user_take_nothing_from_another() {
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
+    let mut hung: Vec<_> = (0..10).map_while(|_| Nobody::hung()).collect();
+    hung.iter_mut().for_each(Nobody::wait);
+    if hung.is_empty() {
+        return;
+    }
+    for _ in 0..3 {
+        let closed = expect_event_in_time(&mut daemon, net.inode);
+        assert!(closed["cmdline"].is_array(), "{closed}");
+    }
+    for process in &hung {
+        expect_hung_process(&mut daemon, net.inode, process.pid());
+    }
+    let stuck = |task: fs::DirEntry| {
+        let name = fs::read_to_string(task.path().join("comm")).ok()?;
+        let state = fs::read_to_string(task.path().join("stat")).ok()?;
+        (name.starts_with("cmdline") && state.contains(") D ")).then_some(())
+    };
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap().flatten();
+    assert_eq!(tasks.filter_map(stuck).count(), 1, "one stuck thread for one user");
+    stop_in_time(daemon);
+}
+
+#[test]
+fn a_service_manager_that_does_not_read_delays_nobody() {
+    let net = TestNetns::enter_new();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("notify");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    let other = UnixDatagram::unbound().unwrap();
+    other.connect(&path).unwrap();
+    other.set_nonblocking(true).unwrap();
+    let fill = || while other.send(b"X").is_ok() {};
+    fill();
+    let mut daemon = TestDaemon::start_with(&HookVariant(vec![]), &[], |command| {
+        command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "200000").spawn().unwrap()
+    });
+    for _ in 0..4 {
+        expect_event_in_time(&mut daemon, net.inode);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // It gets the messages when it reads.
+    manager.set_read_timeout(Some(DEADLINE)).unwrap();
+    let receive = || {
+        let mut message = [0; 256];
+        let length = manager.recv(&mut message).unwrap();
+        String::from_utf8_lossy(&message[..length]).into_owned()
+    };
+    while !receive().starts_with("READY=1") {}
+    while receive() != "WATCHDOG=1" {}
+    fill();
+    stop_in_time(daemon);
+}
+
+#[test]
+fn a_flood_of_records_keeps_nobody_from_the_daemon() {
+    let net = TestNetns::enter_new();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("notify");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    manager.set_nonblocking(true).unwrap();
+    let options = ["--reconcile", "1", "--self-test", "1"];
+    let mut daemon = TestDaemon::start_with(&HookVariant(vec![]), &options, |command| {
+        command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "1000000").spawn().unwrap()
+    });
+    let mut flood = Nobody::failing_binds();
+    flood.wait();
+    // The watchdog expects a ping in each half second.
+    let (mut last_ping, mut longest) = (Instant::now(), Duration::ZERO);
+    let until = Instant::now() + Duration::from_secs(4);
+    while Instant::now() < until {
+        let mut message = [0; 256];
+        while let Ok(length) = manager.recv(&mut message) {
+            if &message[..length] == b"WATCHDOG=1" {
+                longest = longest.max(last_ping.elapsed());
+                last_ping = Instant::now();
+            }
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    longest = longest.max(last_ping.elapsed());
+    println!("FACT longest_without_ping_ms={}", longest.as_millis());
+    assert!(longest < Duration::from_secs(1), "{longest:?}");
+    // The ring buffer may be full, so a record may be lost, and is counted then. One is reported in the end.
+    let (mut is_reported, until) = (false, Instant::now() + DEADLINE);
+    while !is_reported && Instant::now() < until {
+        drop(connect_to_self(Ipv4Addr::LOCALHOST.into()));
+        let at = Instant::now() + EVENT_LIMIT;
+        let is_own =
+            |event: &Value| is_event("established", net.inode)(event) && event["pid"] == std::process::id();
+        is_reported = daemon.wait_until(at, 1, is_own).is_ok();
+    }
+    assert!(is_reported, "no self-connection is reported during the flood");
+    let stopped = stop_in_time(daemon).pop().unwrap();
+    let number = |value: &Value| value.as_u64().unwrap();
+    assert_eq!(
+        number(&stopped["matched"]),
+        number(&stopped["delivered"]) + number(&stopped["lost"]["ring"]),
+        "{stopped}"
+    );
+}
+
+#[test]
+fn two_thousand_connections_found_at_the_start_lose_no_event() {
+    let net = TestNetns::enter_new();
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("events.jsonl");
+    // Each event has some 9 KB, because its process has 2,000 arguments.
+    let address = Ipv4Addr::LOCALHOST.into();
+    let crowd = SocketCrowd::start_with_arguments(CrowdSockets::SelfConnections(2_000, address), 2_000);
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--log", log.to_str().unwrap()]);
+    expect_event_in_time(&mut daemon, net.inode);
+    let found = daemon.expect(2_000, |event| event["source"] == "scan" && event["pid"] == crowd.pid());
+    assert!(found[0]["cmdline"].as_array().unwrap().len() > 1_000, "{}", found[0]);
+    let events = stop_in_time(daemon);
+    let lost: Vec<_> = events.iter().filter(|event| event["event"] == "lost").collect();
+    assert!(lost.is_empty(), "{lost:?}");
+    let written = fs::read_to_string(&log).unwrap().lines().count();
+    assert_eq!(written, events.len(), "the log has them all");
+}

@@ -1,0 +1,291 @@
+//! Hostile processes: the test binary, started again as uid 65534 without any privilege in the initial user
+//! namespace.
+
+use std::{
+    ffi::CStr,
+    fs::{self, Permissions},
+    io::{self, BufRead as _, BufReader, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::{fs::PermissionsExt as _, process::CommandExt as _},
+    },
+    path::{Path, PathBuf},
+    process::{Child, ChildStdout, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+
+use super::client::{connect_to_self, socket};
+
+/// The user of these processes.
+pub(crate) const NOBODY: u32 = 65_534;
+
+const TASK_ENV: &str = "SELFCONN_TEST_NOBODY_TASK";
+const FOLDER_ENV: &str = "SELFCONN_TEST_NOBODY_FOLDER";
+
+/// Such a process. It ends when this value is dropped.
+pub(crate) struct Nobody {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+    _folder: tempfile::TempDir,
+}
+
+impl Nobody {
+    /// A process whose `/proc/PID/cmdline` cannot be read: whoever tries waits until the process is killed.
+    /// Then it connects a socket to itself, and [`Self::read_output`] returns. `None`: this kernel has no FUSE.
+    pub(crate) fn hung() -> Option<Self> {
+        let folder = folder();
+        let device = folder.path().join("fuse");
+        // /dev/fuse is open to everybody, as udev makes it. A container may have none, so the test makes it.
+        mknodat(CWD, &device, FileType::CharacterDevice, Mode::from_raw_mode(0o666), makedev(10, 229))
+            .unwrap();
+        fs::set_permissions(&device, Permissions::from_mode(0o666)).unwrap();
+        if let Err(error) = fs::File::options().read(true).write(true).open(&device) {
+            println!("FACT no_fuse={error}");
+            return None;
+        }
+        fs::create_dir(folder.path().join("mount")).unwrap();
+        fs::set_permissions(folder.path().join("mount"), Permissions::from_mode(0o777)).unwrap();
+        Some(Self::start("hang", folder, true))
+    }
+
+    /// A process that fails binds as fast as it can, at ever other addresses.
+    pub(crate) fn failing_binds() -> Self {
+        Self::start("fail binds", folder(), false)
+    }
+
+    fn start(task: &str, folder: tempfile::TempDir, has_user_namespace: bool) -> Self {
+        let mut command = command(task);
+        command.env(FOLDER_ENV, folder.path()).stdin(Stdio::null()).stdout(Stdio::piped());
+        // SAFETY: the closure only makes system calls.
+        unsafe { command.pre_exec(move || become_nobody(has_user_namespace)) };
+        let mut child = command.spawn().unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        Self { child, stdout, _folder: folder }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until the process is what it is made for.
+    pub(crate) fn wait(&mut self) {
+        let mut line = String::new();
+        while !line.contains("nobody: ") {
+            line.clear();
+            assert_ne!(self.stdout.read_line(&mut line).unwrap(), 0, "the process printed nothing");
+        }
+    }
+}
+
+impl Drop for Nobody {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A folder that everybody may enter.
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    folder
+}
+
+fn command(task: &str) -> Command {
+    let (_, module) = module_path!().split_once("::").unwrap();
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .args(["--exact", &format!("{module}::run_nobody"), "--ignored", "--nocapture"])
+        .env(TASK_ENV, task);
+    command
+}
+
+fn check(outcome: libc::c_int) -> io::Result<()> {
+    if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Gives up every privilege. With a user namespace, it gets one of its own, and a mount namespace below it.
+fn become_nobody(has_user_namespace: bool) -> io::Result<()> {
+    let write = |path: &CStr, text: &[u8]| -> io::Result<()> {
+        // SAFETY: `path` and `text` are valid for the calls.
+        unsafe {
+            let fd = libc::open(path.as_ptr(), libc::O_WRONLY);
+            check(fd)?;
+            let written = libc::write(fd, text.as_ptr().cast(), text.len());
+            libc::close(fd);
+            if written < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        }
+    };
+    // SAFETY: all arguments are valid.
+    unsafe {
+        check(libc::setgroups(0, std::ptr::null()))?;
+        check(libc::setgid(NOBODY))?;
+        check(libc::setuid(NOBODY))?;
+        // A change of the user hides /proc/self from it.
+        check(libc::prctl(libc::PR_SET_DUMPABLE, 1))?;
+        if has_user_namespace {
+            check(libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS))?;
+            write(c"/proc/self/setgroups", b"deny")?;
+            write(c"/proc/self/uid_map", b"0 65534 1")?;
+            write(c"/proc/self/gid_map", b"0 65534 1")?;
+        }
+    }
+    Ok(())
+}
+
+/// Not a test: what these processes do.
+#[test]
+#[ignore = "runs in processes that other tests start"]
+fn run_nobody() {
+    let Ok(task) = std::env::var(TASK_ENV) else { return };
+    let folder = PathBuf::from(std::env::var_os(FOLDER_ENV).unwrap_or_default());
+    match task.as_str() {
+        "hang" => hang(&folder),
+        "serve" => serve(),
+        "fail binds" => fail_binds(),
+        other => panic!("unknown task {other}"),
+    }
+}
+
+fn print_output(text: &str) {
+    let mut stdout = io::stdout();
+    writeln!(stdout, "nobody: {text}").unwrap();
+    stdout.flush().unwrap();
+}
+
+/// A page fault on a file that its server never gives holds the `mmap_lock` for reading. munmap() waits to
+/// write, and every later reader waits behind it, such as a reader of `/proc/PID/cmdline`.
+fn hang(folder: &Path) {
+    use rustix::mount::{MountFlags, mount};
+    let device = fs::File::options().read(true).write(true).open(folder.join("fuse")).unwrap();
+    let mount_point = folder.join("mount");
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
+    let options = std::ffi::CString::new(options).unwrap();
+    mount("x", &mount_point, "fuse", MountFlags::NOSUID | MountFlags::NODEV, options.as_c_str()).unwrap();
+    let mut server = command("serve");
+    server.stdin(Stdio::from(OwnedFd::from(device))).stdout(Stdio::null());
+    // The server must end with this process: only then the kernel aborts its requests, and this process can end.
+    // SAFETY: prctl is safe to call between fork and exec.
+    unsafe { server.pre_exec(|| check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))) };
+    #[expect(clippy::zombie_processes, reason = "this process ends by SIGKILL, and its child with it")]
+    let _server = server.spawn().unwrap();
+    // The device is closed here, in this process: the command has it.
+    drop(server);
+    let file = fs::File::open(mount_point.join("f")).unwrap();
+    // Everything that runs while the lock is held has run before, because a page fault would wait for it.
+    let (client, listener) = (socket(Ipv4Addr::LOCALHOST.into()), TcpListener::bind("127.0.0.1:0").unwrap());
+    let closed: SocketAddr = listener.local_addr().unwrap();
+    drop(listener);
+    assert!(socket(Ipv4Addr::LOCALHOST.into()).connect(&closed.into()).is_err());
+    client.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
+    let own = client.local_addr().unwrap();
+    thread::sleep(Duration::from_millis(1));
+    // SAFETY: a new mapping, which nothing else refers to. The threads below use its address only.
+    let page = unsafe {
+        libc::mmap(std::ptr::null_mut(), 4_096, libc::PROT_READ, libc::MAP_PRIVATE, file.as_raw_fd(), 0)
+    };
+    assert_ne!(page, libc::MAP_FAILED, "{}", io::Error::last_os_error());
+    let address = page as usize;
+    thread::spawn(move || {
+        thread::sleep(Duration::from_millis(700));
+        // SAFETY: the mapping is not used any more, except by the read below, which never returns.
+        unsafe { libc::munmap(address as *mut libc::c_void, 4_096) }
+    });
+    thread::spawn(move || {
+        thread::sleep(Duration::from_millis(100));
+        // SAFETY: the mapping is readable. The read never returns.
+        unsafe { std::ptr::read_volatile(address as *const u8) }
+    });
+    thread::sleep(Duration::from_millis(1_200));
+    client.connect(&own).unwrap();
+    let message = b"nobody: hung\n";
+    // SAFETY: the buffer is valid for the call.
+    unsafe { libc::write(1, message.as_ptr().cast(), message.len()) };
+    loop {
+        // SAFETY: no arguments.
+        unsafe { libc::pause() };
+    }
+}
+
+/// Serves a filesystem with one file at stdin: two reads fail, and the others get no answer
+/// (`include/uapi/linux/fuse.h`).
+fn serve() {
+    const LOOKUP: u32 = 1;
+    const FORGET: u32 = 2;
+    const GETATTR: u32 = 3;
+    const OPEN: u32 = 14;
+    const READ: u32 = 15;
+    const INIT: u32 = 26;
+    const INTERRUPT: u32 = 36;
+    const BATCH_FORGET: u32 = 42;
+    let mut request = vec![0; 1 << 20];
+    let mut reads = 0;
+    loop {
+        let length = match rustix::io::read(io::stdin(), &mut request[..]) {
+            Ok(length) => length,
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::NOENT) => continue,
+            Err(_) => return,
+        };
+        // struct fuse_in_header: len, opcode, unique, nodeid.
+        let word = |at: usize| u32::from_ne_bytes(request[at..at + 4].try_into().unwrap());
+        let long = |at: usize| u64::from_ne_bytes(request[at..at + 8].try_into().unwrap());
+        assert!(length >= 40);
+        let (opcode, unique, node) = (word(4), long(8), long(16));
+        let words = |words: &[u32]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<u8>>();
+        // struct fuse_attr: ino, size, blocks, three times, their nanoseconds, mode, nlink, uid, gid, rdev,
+        // blksize, flags.
+        let attributes = |node: u64| {
+            let mode = if node == 1 { 0o040_755 } else { 0o100_644 };
+            let mut attributes = [node, 4_096, 0, 0, 0, 0].map(u64::to_ne_bytes).concat();
+            attributes.extend(words(&[0, 0, 0, mode, 1, 0, 0, 0, 0, 0]));
+            attributes
+        };
+        let (error, body) = match opcode {
+            // struct fuse_init_out: major, minor, max_readahead, flags, max_background, max_write, ...
+            INIT => (0, words(&[7, 31, 4_096, 0, 0, 4_096, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])),
+            // struct fuse_entry_out: nodeid, generation, entry_valid, attr_valid, two nanoseconds, attr.
+            LOOKUP => {
+                let entry = [2, 0, 1_000, 1_000, 0].map(u64::to_ne_bytes).concat();
+                (0, [entry, attributes(2)].concat())
+            }
+            // struct fuse_attr_out: attr_valid, nanoseconds and padding, attr.
+            GETATTR => (0, [[1_000, 0].map(u64::to_ne_bytes).concat(), attributes(node)].concat()),
+            // struct fuse_open_out: fh, open_flags, padding.
+            OPEN => (0, [1, 0].map(u64::to_ne_bytes).concat()),
+            READ if reads == 2 => continue,
+            READ => {
+                reads += 1;
+                (-libc::EIO, Vec::new())
+            }
+            FORGET | INTERRUPT | BATCH_FORGET => continue,
+            _ => (-libc::ENOSYS, Vec::new()),
+        };
+        // struct fuse_out_header: len, error, unique.
+        let length = u32::try_from(16 + body.len()).unwrap();
+        let mut reply = [length.to_ne_bytes(), error.to_ne_bytes()].concat();
+        reply.extend(unique.to_ne_bytes());
+        reply.extend(body);
+        let _ = rustix::io::write(io::stdin(), &reply);
+    }
+}
+
+/// Binds the port of a listener, at one address of 127.0.0.0/8 after another.
+fn fail_binds() {
+    let (_held, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let server = socket(Ipv4Addr::LOCALHOST.into());
+    let began = Instant::now();
+    for number in 0_u32.. {
+        let [_, b, c, d] = number.to_be_bytes();
+        let address = SocketAddr::from(([127, b, c, d], port));
+        assert!(server.bind(&address.into()).is_err());
+        if number == 20_000 {
+            print_output(&format!("{:?}", began.elapsed()));
+        }
+    }
+}
