@@ -163,6 +163,7 @@ fn connection_fields(names: &[String]) -> ConnectionFields {
             cgroup: name(4),
             unit: name(5),
             container: name(6),
+            pod: name(8),
         }),
         holders: Some(vec![Holder { pid: 9, comm: name(7) }]),
     };

@@ -51,6 +51,8 @@ pub struct ConnectionFields {
     pub unit: Option<String>,
     /// Id of the container.
     pub container: Option<String>,
+    /// Uid of the Kubernetes pod.
+    pub pod: Option<String>,
     /// How the process is known: `witnessed` at connect(), or `holder` because it has the socket open.
     pub owner: Option<&'static str>,
     /// The processes that have the socket open now. Null if they were not looked up.
@@ -101,6 +103,7 @@ impl ConnectionFields {
             cgroup: process.cgroup.clone(),
             unit: process.unit.clone(),
             container: process.container.clone(),
+            pod: process.pod.clone(),
             owner: opener.map(|_| "witnessed").or(holder.map(|_| "holder")),
             holders: attribution.holders.clone(),
             isn: connection.isns.map(|(isn, _)| isn),
@@ -131,6 +134,7 @@ impl ConnectionFields {
             cgroup: Some("/docker/4a".to_owned()),
             unit: None,
             container: Some("4a".to_owned()),
+            pod: None,
             owner: Some("witnessed"),
             holders: None,
             isn: None,

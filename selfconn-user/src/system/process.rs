@@ -38,6 +38,8 @@ pub struct ProcessInfo {
     pub unit: Option<String>,
     /// The container id in the path of the control group.
     pub container: Option<String>,
+    /// The uid of the Kubernetes pod in the path of the control group.
+    pub pod: Option<String>,
 }
 
 /// The process behind a connection, in addition to what the kernel recorded about its opener.
@@ -207,21 +209,25 @@ fn read_if(pid: u32, start_matches: impl Fn(u64) -> bool) -> Option<ProcessInfo>
     let mut cmdline = Vec::new();
     let _ =
         fs::File::open(file("cmdline")).and_then(|file| file.take(CMDLINE_LIMIT).read_to_end(&mut cmdline));
-    let cgroup = fs::read(file("cgroup")).ok().and_then(|text| cgroup::path(&lossy(&text)));
+    let cgroup_text = fs::read(file("cgroup")).map(|text| lossy(&text)).unwrap_or_default();
+    let cgroup = cgroup::path(&cgroup_text);
+    let cgroup_info = cgroup.map_or_else(CgroupInfo::default, |(hierarchy, path)| {
+        CgroupInfo::new(&cgroup::components(hierarchy, path))
+    });
     // The start time is read last, because it proves which process the other files belonged to.
     let stat = lossy(&fs::read(file("stat")).ok()?);
     let (comm, start_ticks) = parse_stat(&stat)?;
     if !start_matches(start_ticks) {
         return None;
     }
-    let cgroup_info = cgroup.as_deref().map(CgroupInfo::parse).unwrap_or_default();
     Some(ProcessInfo {
         comm: Some(comm.to_owned()),
         exe,
         cmdline: arguments(&cmdline),
         unit: cgroup_info.unit,
         container: cgroup_info.container,
-        cgroup,
+        pod: cgroup_info.pod,
+        cgroup: cgroup.map(|(_, path)| path.to_owned()),
     })
 }
 
@@ -230,7 +236,7 @@ fn read_if(pid: u32, start_matches: impl Fn(u64) -> bool) -> Option<ProcessInfo>
 pub(crate) fn parse_anything(bytes: &[u8]) {
     let text = lossy(bytes);
     let _ = (parse_stat(&text), arguments(bytes));
-    let _ = (cgroup::path(&text), CgroupInfo::parse(&text));
+    cgroup::parse_anything(&text);
 }
 
 fn lossy(bytes: &[u8]) -> String {

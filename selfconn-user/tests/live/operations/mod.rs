@@ -4,6 +4,7 @@
 pub(crate) mod accounting;
 pub(crate) mod audit;
 pub(crate) mod blocked;
+pub(crate) mod cgroup;
 pub(crate) mod connect_table;
 pub(crate) mod faults;
 pub(crate) mod hostile;

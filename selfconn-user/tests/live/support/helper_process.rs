@@ -21,6 +21,9 @@ const TASK_ENV: &str = "SELFCONN_TEST_HELPER_TASK";
 /// process opens by itself, because dup2 onto the same number would leave close-on-exec set.
 const PASSED_FD: libc::c_int = 100;
 
+/// The user and group id of an unprivileged helper process: nobody's.
+pub(crate) const UNPRIVILEGED: u32 = 65_534;
+
 /// A process that runs a task. It prints a line when its task is done, and ends when its stdin is closed.
 pub(crate) struct HelperProcess {
     child: Child,
@@ -46,6 +49,25 @@ impl HelperProcess {
                 } else {
                     Err(std::io::Error::last_os_error())
                 }
+            });
+        }
+        Self::spawn(&mut command)
+    }
+
+    /// Starts this binary with a task as an unprivileged user, in the control group of this `cgroup.procs`.
+    pub(crate) fn start_unprivileged(task: &str, cgroup_procs: Option<&std::fs::File>) -> Self {
+        let procs = cgroup_procs.map(|file| file.as_raw_fd());
+        let mut command = command(task);
+        command.current_dir("/");
+        // SAFETY: write, setgroups, setgid and setuid are safe to call between fork and exec; the file
+        // outlives the spawn.
+        unsafe {
+            command.pre_exec(move || {
+                let is_done = procs.is_none_or(|fd| libc::write(fd, c"0".as_ptr().cast(), 1) == 1)
+                    && libc::setgroups(0, std::ptr::null()) == 0
+                    && libc::setgid(UNPRIVILEGED) == 0
+                    && libc::setuid(UNPRIVILEGED) == 0;
+                if is_done { Ok(()) } else { Err(std::io::Error::last_os_error()) }
             });
         }
         Self::spawn(&mut command)
