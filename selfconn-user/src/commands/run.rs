@@ -85,10 +85,10 @@ pub struct RunArgs {
     #[arg(long, hide = true, default_value_t = 4_096, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     refused_table: u32,
     /// Interval of the comparison with the kernel's socket table
-    #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     reconcile: u64,
     /// Interval of the self-test of the hooks
-    #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     self_test: u64,
     /// Work as if the kernel had no BTF
     #[arg(long, hide = true)]

@@ -248,7 +248,7 @@ fn lossy(bytes: &[u8]) -> String {
 #[must_use]
 pub fn start_time_ns(pid: u32) -> Option<u64> {
     let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
-    parse_stat(&String::from_utf8_lossy(&stat)).map(|(_, start_ticks)| start_ticks * TICK_NS)
+    parse_stat(&String::from_utf8_lossy(&stat)).map(|(_, start_ticks)| start_ticks.saturating_mul(TICK_NS))
 }
 
 /// Name, and start time in clock ticks since boot, from the text of `/proc/PID/stat`. The name may contain
