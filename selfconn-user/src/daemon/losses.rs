@@ -46,7 +46,13 @@ impl LossReporter {
             let (total, reported) = (totals.get(cause), self.reported.get(cause));
             if total > reported && !out.is_pending(cause) {
                 self.reported.set(cause, total);
-                out.emit(EventKind::Lost(Lost::new(cause, total - reported, None)));
+                if cause == LossCause::Suppressed {
+                    for events in out.take_suppressed() {
+                        out.emit(EventKind::Lost(Lost::suppressed(events)));
+                    }
+                } else {
+                    out.emit(EventKind::Lost(Lost::new(cause, total - reported, None)));
+                }
             }
         }
     }

@@ -1,10 +1,13 @@
 //! The public fields of a self-connection, and the one constructor that makes them. Every event about a
 //! self-connection has them, and so has a line of `scan --json`.
 
+use std::sync::Arc;
+
 use selfconn_ebpf::{Task, cause};
 use serde::Serialize;
 
 use crate::{
+    budget::Owner,
     detect::connection::{Connection, Source, comm},
     system::process::{Attribution, Holder},
 };
@@ -43,6 +46,8 @@ pub struct ConnectionFields {
     pub exe: Option<String>,
     /// Arguments of the process.
     pub cmdline: Option<Vec<String>>,
+    /// True if `cmdline` has only a part of the arguments, or none because events shall have none.
+    pub cmdline_truncated: bool,
     /// Real user id of the process.
     pub uid: Option<u32>,
     /// Path of the control group.
@@ -61,6 +66,9 @@ pub struct ConnectionFields {
     pub isn: Option<u32>,
     /// Initial sequence number of the peer. Equality with `isn` proves the self-connection.
     pub peer_isn: Option<u32>,
+    /// The control group that pays for the connection.
+    #[serde(skip)]
+    pub owner_cgroup: Option<Arc<str>>,
 }
 
 impl ConnectionFields {
@@ -99,6 +107,7 @@ impl ConnectionFields {
             thread_comm: task.map(|task| comm(&task.comm)),
             exe: process.exe.clone(),
             cmdline: process.cmdline.clone(),
+            cmdline_truncated: process.is_cmdline_cut,
             uid: opener.map(|opener| opener.uid).or(connection.uid),
             cgroup: process.cgroup.clone(),
             unit: process.unit.clone(),
@@ -108,7 +117,14 @@ impl ConnectionFields {
             holders: attribution.holders.clone(),
             isn: connection.isns.map(|(isn, _)| isn),
             peer_isn: connection.isns.map(|(_, peer_isn)| peer_isn),
+            owner_cgroup: process.owner_cgroup.clone(),
         }
+    }
+
+    /// Who pays for the connection.
+    #[must_use]
+    pub fn payer(&self) -> Owner {
+        Owner { uid: self.uid, cgroup: self.owner_cgroup.clone() }
     }
 
     /// The fields of a self-connection of `java[7]` in a container.
@@ -130,6 +146,7 @@ impl ConnectionFields {
             thread_comm: Some("pool-1".to_owned()),
             exe: Some("/usr/bin/java".to_owned()),
             cmdline: Some(vec!["java".to_owned(), "-jar".to_owned(), "a.jar".to_owned()]),
+            cmdline_truncated: false,
             uid: Some(1_000),
             cgroup: Some("/docker/4a".to_owned()),
             unit: None,
@@ -139,6 +156,7 @@ impl ConnectionFields {
             holders: None,
             isn: None,
             peer_isn: None,
+            owner_cgroup: None,
         }
     }
 }

@@ -23,6 +23,8 @@ pub enum LossCause {
     Hooks,
     /// The connect table was full, so a connection has no opener.
     OpenerTable,
+    /// An event was beyond the rate of its owner.
+    Suppressed,
 }
 
 /// What kind of thing was lost.
@@ -39,7 +41,7 @@ pub enum LossKind {
 
 impl LossCause {
     /// All causes, in the order of the enum.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Ring,
         Self::Missed,
         Self::Log,
@@ -48,6 +50,7 @@ impl LossCause {
         Self::RefusedTable,
         Self::Hooks,
         Self::OpenerTable,
+        Self::Suppressed,
     ];
 
     /// The name in `lost.where`, in `stopped.lost` and in the label `where` of the metrics.
@@ -62,6 +65,7 @@ impl LossCause {
             Self::RefusedTable => "refused_table",
             Self::Hooks => "hooks",
             Self::OpenerTable => "opener_table",
+            Self::Suppressed => "suppressed",
         }
     }
 
@@ -69,7 +73,7 @@ impl LossCause {
     pub const fn kind(self) -> LossKind {
         match self {
             Self::Ring | Self::Missed | Self::RefusedTable | Self::Hooks => LossKind::Record,
-            Self::Log | Self::Stdout | Self::Journal => LossKind::Event,
+            Self::Log | Self::Stdout | Self::Journal | Self::Suppressed => LossKind::Event,
             Self::OpenerTable => LossKind::Fact,
         }
     }
@@ -142,7 +146,7 @@ mod tests {
             .plus([(LossCause::Ring, 3), (LossCause::Log, 4)].into());
         assert_eq!(
             serde_json::to_string(&losses).unwrap(),
-            r#"{"ring":4,"missed":0,"log":4,"stdout":0,"journal":0,"refused_table":0,"hooks":0}"#
+            r#"{"ring":4,"missed":0,"log":4,"stdout":0,"journal":0,"refused_table":0,"hooks":0,"suppressed":0}"#
         );
         assert_eq!(losses.of_kinds(&[LossKind::Fact]).collect::<Vec<_>>(), [("opener_table", 2)]);
     }

@@ -10,6 +10,9 @@ mod tests;
 
 pub(super) use directories::components;
 
+/// Levels of a path without unit and container that only root makes.
+const OWNER_LEVELS: usize = 3;
+
 /// The hierarchy that has the names. On a host with both, container engines that write groups themselves write
 /// them to systemd's, and the process stays in its engine's unified group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +62,9 @@ pub(super) struct CgroupInfo {
     pub(super) unit: Option<String>,
     pub(super) container: Option<String>,
     pub(super) pod: Option<String>,
+    /// The group that pays for its processes: the container or the unit, else at most three levels. A group that
+    /// a user or a container made is part of it.
+    pub(super) owner: Option<String>,
 }
 
 impl CgroupInfo {
@@ -70,6 +76,8 @@ impl CgroupInfo {
         let unit_at = trusted.iter().position(|name| !name.ends_with(".slice"));
         let unit = unit_at.map(|at| trusted[at]).filter(|name| is_unit(name));
         let container = (0..trusted.len()).find_map(|at| Some((at, container(&trusted, at)?)));
+        let leaf = container.as_ref().map(|(at, _)| *at).or(unit_at);
+        let levels = leaf.map_or(OWNER_LEVELS, |at| at + 1).min(trusted.len());
         let is_engine = unit_at
             .zip(container.as_ref())
             .is_some_and(|(unit_at, (at, _))| unit_at < *at && !trusted[*at].starts_with("libpod-"));
@@ -77,6 +85,7 @@ impl CgroupInfo {
             unit: unit.filter(|_| !is_engine).map(|name| name.strip_prefix('_').unwrap_or(name).to_owned()),
             container: container.map(|(_, id)| id),
             pod: trusted.iter().find_map(|name| pod(name)),
+            owner: (levels > 0).then(|| format!("/{}", trusted[..levels].join("/"))),
         }
     }
 }

@@ -6,6 +6,7 @@ use std::{
     io::{self, Read as _},
     os::unix::ffi::OsStrExt as _,
     rc::Rc,
+    sync::Arc,
 };
 
 use selfconn_ebpf::{Opener, Task};
@@ -16,8 +17,8 @@ use super::cgroup::{self, CgroupInfo};
 /// Length of a clock tick in `/proc`: 1 / `USER_HZ`, a constant of the ABI on all of aya's architectures.
 const TICK_NS: u64 = 1_000_000_000 / 100;
 
-/// Maximum number of bytes of a command line in an event.
-const CMDLINE_LIMIT: u64 = 4_096;
+/// Maximum number of bytes of a command line that are read.
+const CMDLINE_LIMIT: usize = 4_096;
 
 /// How long information about a process is used without reading `/proc` again. A process that opens thousands
 /// of self-connections a second is read only a few times.
@@ -40,6 +41,10 @@ pub struct ProcessInfo {
     pub container: Option<String>,
     /// The uid of the Kubernetes pod in the path of the control group.
     pub pod: Option<String>,
+    /// The control group that pays for the process.
+    pub owner_cgroup: Option<Arc<str>>,
+    /// True if `cmdline` has only a part of the arguments.
+    pub is_cmdline_cut: bool,
 }
 
 /// The process behind a connection, in addition to what the kernel recorded about its opener.
@@ -207,8 +212,10 @@ fn read_if(pid: u32, start_matches: impl Fn(u64) -> bool) -> Option<ProcessInfo>
     let file = |name: &str| format!("/proc/{pid}/{name}");
     let exe = fs::read_link(file("exe")).ok().map(|path| lossy(path.as_os_str().as_bytes()));
     let mut cmdline = Vec::new();
-    let _ =
-        fs::File::open(file("cmdline")).and_then(|file| file.take(CMDLINE_LIMIT).read_to_end(&mut cmdline));
+    let _ = fs::File::open(file("cmdline"))
+        .and_then(|file| file.take(CMDLINE_LIMIT as u64 + 1).read_to_end(&mut cmdline));
+    let is_cmdline_cut = cmdline.len() > CMDLINE_LIMIT;
+    cmdline.truncate(CMDLINE_LIMIT);
     let cgroup_text = fs::read(file("cgroup")).map(|text| lossy(&text)).unwrap_or_default();
     let cgroup = cgroup::path(&cgroup_text);
     let cgroup_info = cgroup.map_or_else(CgroupInfo::default, |(hierarchy, path)| {
@@ -227,6 +234,8 @@ fn read_if(pid: u32, start_matches: impl Fn(u64) -> bool) -> Option<ProcessInfo>
         unit: cgroup_info.unit,
         container: cgroup_info.container,
         pod: cgroup_info.pod,
+        owner_cgroup: cgroup_info.owner.map(Arc::from),
+        is_cmdline_cut,
         cgroup: cgroup.map(|(_, path)| path.to_owned()),
     })
 }

@@ -162,6 +162,30 @@ fn out_of_view_a_name_is_used_down_to_the_first_one_that_is_not_a_slice() {
 }
 
 #[test]
+fn the_owner_is_the_group_that_only_root_makes() {
+    let docker = format!("docker-{ID}.scope");
+    for (path, delegated, owner) in [
+        ("/".to_owned(), None, None),
+        (
+            "/system.slice/nginx.service/worker".to_owned(),
+            None,
+            Some("/system.slice/nginx.service".to_owned()),
+        ),
+        (
+            "/user.slice/user-1.slice/user@1.service/a/b".to_owned(),
+            Some("user@1.service"),
+            Some("/user.slice/user-1.slice/user@1.service".to_owned()),
+        ),
+        (format!("/system.slice/{docker}/a/b"), None, Some(format!("/system.slice/{docker}"))),
+        (format!("/kubepods/pod{POD}/{ID}/a"), None, Some(format!("/kubepods/pod{POD}/{ID}"))),
+        ("/a.slice/b.slice/c.slice/d.slice".to_owned(), None, Some("/a.slice/b.slice/c.slice".to_owned())),
+        ("/home.slice/x/y".to_owned(), Some("home.slice"), Some("/home.slice".to_owned())),
+    ] {
+        assert_eq!(CgroupInfo::new(&with_owner(&path, delegated)).owner, owner, "{path}");
+    }
+}
+
+#[test]
 fn the_cgroup_is_systemds_or_the_unified_one() {
     use Hierarchy::{Systemd, Unified};
     for (text, expected) in [

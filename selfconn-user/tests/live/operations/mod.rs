@@ -8,6 +8,7 @@ pub(crate) mod cgroup;
 pub(crate) mod connect_table;
 pub(crate) mod faults;
 pub(crate) mod hostile;
+pub(crate) mod log_budget;
 pub(crate) mod port_risk;
 pub(crate) mod privileges;
 pub(crate) mod remedy;
