@@ -65,7 +65,7 @@ impl HelperProcess {
         cgroup_procs: Option<&std::fs::File>,
         arguments: &[&str],
     ) -> Self {
-        let procs = cgroup_procs.map(|file| file.as_raw_fd());
+        let procs = cgroup_procs.map(std::os::fd::AsRawFd::as_raw_fd);
         let mut command = command(task);
         command.args(arguments).current_dir("/");
         // SAFETY: write, setgroups, setgid and setuid are safe to call between fork and exec; the file
