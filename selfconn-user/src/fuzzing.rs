@@ -163,6 +163,9 @@ fn connection_fields(names: &[String]) -> ConnectionFields {
             cgroup: name(4),
             unit: name(5),
             container: name(6),
+            pod: name(8),
+            owner_cgroup: None,
+            is_cmdline_cut: false,
         }),
         holders: Some(vec![Holder { pid: 9, comm: name(7) }]),
     };

@@ -1,6 +1,7 @@
 //! The user space of selfconn: the daemon and the commands. ARCHITECTURE.md describes the modules.
 
 pub mod bpf;
+pub mod budget;
 pub mod cli;
 pub mod commands;
 pub mod daemon;

@@ -2,7 +2,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::{endpoint::Endpoint, task::Task};
+use super::{endpoint::Endpoint, owner::Owner, task::Task};
 
 /// Minimum interval between two records of the same process, address and port, in nanoseconds. Failures in
 /// between are counted, and the next record carries their number.
@@ -27,8 +27,10 @@ pub struct BindFailure {
     pub endpoint: Endpoint,
     /// The task that failed to bind.
     pub task: Task,
+    /// Who is charged for the record.
+    pub owner: Owner,
     /// Failures since the last record, this one included.
     pub failures: u64,
 }
 
-const _: () = assert!(size_of::<BindFailure>() == 112);
+const _: () = assert!(size_of::<BindFailure>() == 128);

@@ -13,10 +13,12 @@ pub mod counter {
     /// Refused connection attempts that did not fit into the table
     /// [`names::REFUSED_CONNECTS`](super::super::names::REFUSED_CONNECTS).
     pub const REFUSED_TABLE_FULL: u32 = 4;
+    /// Failed binds beyond the rate of their owner.
+    pub const BIND_FAILURES_OVER_RATE: u32 = 5;
     /// First of one slot per program: the transitions of self-connections that this program observed,
     /// reported or not. The slot of a program is this number plus its index in
     /// [`names::PROGRAMS`](super::super::names::PROGRAMS).
-    pub const SEEN_BY_PROBE: u32 = 5;
+    pub const SEEN_BY_PROBE: u32 = 6;
     /// Number of slots.
     pub const COUNT: u32 = SEEN_BY_PROBE + super::super::names::PROGRAMS.len() as u32;
 }

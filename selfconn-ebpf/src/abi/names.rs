@@ -51,6 +51,11 @@ pub const DESCRIPTORS: &str = "selfconn_descriptors";
 
 /// Ring buffer of [`crate::Record`]; owned by `ring_buffer.rs`.
 pub const RECORDS: &str = "RECORDS";
+/// Ring buffer of [`crate::BindFailure`](crate::bind_failure::BindFailure) records, apart from [`RECORDS`], so that
+/// failed binds delay no transition; owned by `bind_failure.rs`.
+pub const BIND_RECORDS: &str = "BIND_RECORDS";
+/// Array of `u64`, indexed by [`crate::held_port_slot`]; owned by `held_ports.rs`.
+pub const HELD_PORTS: &str = "HELD_PORTS";
 /// Per-CPU array of `u64`, indexed by [`crate::counter`]; owned by `counters.rs`.
 pub const COUNTERS: &str = "COUNTERS";
 /// Array of [`crate::ConnectSet`], indexed by [`crate::set_index`]; owned by `connect_table.rs`.
@@ -60,7 +65,7 @@ pub const CONNECT_TABLE: &str = "CONNECT_TABLE";
 /// truncates the name to 15 characters.
 pub const REFUSED_CONNECTS: &str = "REFUSED_CONNECTS";
 
-/// Hash from an [`Owner`](crate::Owner) to its [`OwnerLosses`](crate::owner::OwnerLosses); owned by `owners.rs`.
+/// LRU hash from an [`Owner`](crate::Owner) to its [`OwnerState`](crate::owner::OwnerState); owned by `owners.rs`.
 pub const OWNERS: &str = "OWNERS";
 
 /// Global `[u32; FIELDS]`: the offset of each [`crate::Field`].

@@ -35,22 +35,52 @@ impl Owner {
     }
 }
 
-/// What an owner lost because its share of a table was full: a value of [`crate::names::OWNERS`]. Two CPUs can
-/// count at the same time, because each count is incremented by one atomic instruction.
+/// What an owner has used and lost: a value of [`crate::names::OWNERS`]. Two CPUs can count losses at the same time,
+/// because each of these counts is incremented by one atomic instruction.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
-pub struct OwnerLosses {
+pub struct OwnerState {
     /// Openers that did not fit into the connect table, or were pushed out.
-    pub openers: u64,
-    /// Refused connects that did not fit into the refused-connect table, or were pushed out with their count.
-    pub refused_connects: u64,
+    pub lost_openers: u64,
     /// Failed binds beyond the owner's rate.
-    pub bind_failures: u64,
+    pub lost_bind_failures: u64,
+    /// When the current window of failed binds began: `CLOCK_BOOTTIME`, nanoseconds.
+    window_start_ns: u64,
+    /// Failed binds in the current window.
+    window_count: u64,
 }
 
-impl OwnerLosses {
-    /// Nothing is lost.
-    pub const ZERO: Self = Self { openers: 0, refused_connects: 0, bind_failures: 0 };
+impl OwnerState {
+    /// Nothing is used and lost.
+    pub const ZERO: Self =
+        Self { lost_openers: 0, lost_bind_failures: 0, window_start_ns: 0, window_count: 0 };
+
+    /// Counts a failed bind. False: it is beyond `limit` in a second. If two CPUs count at the same time, one more or
+    /// less may pass.
+    #[inline(always)]
+    pub fn admit_bind_failure(&mut self, now_ns: u64, limit: u64) -> bool {
+        const WINDOW_NS: u64 = 1_000_000_000;
+        if now_ns.wrapping_sub(self.window_start_ns) >= WINDOW_NS {
+            (self.window_start_ns, self.window_count) = (now_ns, 0);
+        }
+        self.window_count += 1;
+        self.window_count <= limit
+    }
+}
+
+/// Failed binds of an owner in a second that are reported. A server that retries fails a few times a second.
+pub const BIND_FAILURE_LIMIT: u64 = 50;
+
+/// The same for all users of a control group together: a container's root may be any user.
+pub const CGROUP_BIND_FAILURE_LIMIT: u64 = 8 * BIND_FAILURE_LIMIT;
+
+impl Owner {
+    /// All users of this owner's control group.
+    #[inline(always)]
+    #[must_use]
+    pub const fn everybody(&self) -> Self {
+        Self { uid: u32::MAX, ..*self }
+    }
 }
 
 /// How much an owner takes among `N` owners: the number of them with the same uid plus the number of them with the
@@ -203,6 +233,17 @@ mod tests {
         assert_eq!(fill(&[one; 20], &[one]), [(WAYS, 12)]);
         let inserted_ns = |slot| if slot == 5 { 1 << 20 } else { 1 << 30 };
         assert_eq!(evicted::<WAYS>(|_| one, inserted_ns, &one), Some(5));
+    }
+
+    #[test]
+    fn failed_binds_beyond_the_limit_of_a_second_are_refused() {
+        const SECOND_NS: u64 = 1_000_000_000;
+        let mut state = OwnerState::ZERO;
+        let mut admitted = |from_ns: u64| {
+            (0..1_000).filter(|count| state.admit_bind_failure(from_ns + count, BIND_FAILURE_LIMIT)).count()
+                as u64
+        };
+        assert_eq!([SECOND_NS, 2 * SECOND_NS - 2_000, 3 * SECOND_NS].map(&mut admitted), [50, 0, 50]);
     }
 
     #[test]

@@ -12,18 +12,22 @@ use aya_ebpf::{
         generated::{bpf_get_current_pid_tgid, bpf_get_current_uid_gid, bpf_ktime_get_boot_ns},
     },
     macros::map,
-    maps::LruHashMap,
+    maps::{LruHashMap, RingBuf},
     programs::TracePointContext,
 };
 use selfconn_ebpf::{
-    Endpoint, IPPROTO_TCP,
+    Endpoint, IPPROTO_TCP, Owner,
     bind_failure::{BindFailure, REPORT_INTERVAL_NS},
-    family, tag,
+    counter, family,
+    owner::{BIND_FAILURE_LIMIT, CGROUP_BIND_FAILURE_LIMIT},
+    tag,
 };
 
 use super::{
+    counters::count,
+    held_ports,
     kernel_read::KernelRead,
-    ring_buffer,
+    owners, ring_buffer,
     sock::{self, Sock, v4_mapped},
     task,
 };
@@ -50,6 +54,10 @@ struct LastReport {
 /// buffer. An LRU is safe here, because an evicted entry only causes one additional report.
 #[map]
 static LAST_REPORTS: LruHashMap<BindAttempt, LastReport> = LruHashMap::with_max_entries(1_024, 0);
+
+/// Failed binds have a ring buffer of their own, so that they delay no transition. It holds two thousand.
+#[map]
+static BIND_RECORDS: RingBuf = RingBuf::with_byte_size(1 << 18, 0);
 
 /// The requested address and port of each `bind()` in progress, by thread.
 #[map]
@@ -122,9 +130,13 @@ pub(crate) fn on_bind_exit(ctx: &TracePointContext) {
     let _ = REQUESTED_BINDS.remove(&thread);
 }
 
-/// Reports a failed bind, unless the same process was reported for the same address and port a moment ago.
+/// Reports a failed bind of a port that a self-connection may hold, unless the same process was reported for the same
+/// address and port a moment ago, or its owner fails more often than the rate allows.
 #[inline(always)]
 fn report_failure(endpoint: &Endpoint) {
+    if !held_ports::may_be_held(endpoint) {
+        return;
+    }
     // SAFETY: the helpers take no arguments.
     let (at_ns, uid) = unsafe { (bpf_ktime_get_boot_ns(), bpf_get_current_uid_gid() as u32) };
     let (task, start_ns) = task::current_task();
@@ -140,6 +152,13 @@ fn report_failure(endpoint: &Endpoint) {
             return;
         }
     }
+    let owner = task::current_owner();
+    if !is_within_rate(&owner, at_ns) {
+        count(counter::BIND_FAILURES_OVER_RATE);
+        // SAFETY: the pointer is to a value of the map.
+        owners::count_loss(&owner, |state| unsafe { &raw mut (*state).lost_bind_failures });
+        return;
+    }
     let failure = || BindFailure {
         tag: tag::BIND_FAILURE,
         padding: 0,
@@ -148,9 +167,22 @@ fn report_failure(endpoint: &Endpoint) {
         start_ns,
         endpoint: *endpoint,
         task,
+        owner,
         failures,
     };
-    if ring_buffer::submit(failure) {
+    if ring_buffer::submit_to(&BIND_RECORDS, failure) {
         let _ = LAST_REPORTS.insert(&key, &LastReport { at_ns, failures: 0 }, 0);
     }
+}
+
+/// Counts a failed bind for its owner and for all users of the owner's control group.
+#[inline(always)]
+fn is_within_rate(owner: &Owner, now_ns: u64) -> bool {
+    let is_admitted = |owner: &Owner, limit| {
+        owners::state(owner).is_none_or(|state| {
+            // SAFETY: the pointer is to a value of the map, whose memory belongs to the map if the entry is evicted.
+            unsafe { &mut *state }.admit_bind_failure(now_ns, limit)
+        })
+    };
+    is_admitted(owner, BIND_FAILURE_LIMIT) && is_admitted(&owner.everybody(), CGROUP_BIND_FAILURE_LIMIT)
 }

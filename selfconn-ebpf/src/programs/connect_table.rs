@@ -116,7 +116,7 @@ fn evict(set: &ConnectSet, pusher: &Owner) -> u64 {
     let way = evicted::<WAYS>(owner, inserted_ns, pusher);
     let loser = way.map_or(*pusher, |way| set.entries[way & (WAYS - 1)].opener.owner);
     // SAFETY: the pointer is to a value of the map.
-    owners::count_loss(&loser, |losses| unsafe { &raw mut (*losses).openers });
+    owners::count_loss(&loser, |losses| unsafe { &raw mut (*losses).lost_openers });
     way.map_or(WAYS, |way| way & (WAYS - 1)) as u64
 }
 

@@ -14,8 +14,14 @@ static RECORDS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
 /// padding, so every byte is written.
 #[inline(always)]
 pub(crate) fn submit<T: IntoBytes + 'static>(record: impl FnOnce() -> T) -> bool {
+    submit_to(&RECORDS, record)
+}
+
+/// As [`submit`], into this ring buffer. The counters are those of all ring buffers.
+#[inline(always)]
+pub(crate) fn submit_to<T: IntoBytes + 'static>(ring: &RingBuf, record: impl FnOnce() -> T) -> bool {
     count(counter::MATCHED);
-    let Some(mut entry) = RECORDS.reserve::<T>(0) else {
+    let Some(mut entry) = ring.reserve::<T>(0) else {
         count(counter::RING_FULL);
         return false;
     };

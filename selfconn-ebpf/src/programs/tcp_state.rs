@@ -12,6 +12,7 @@ use selfconn_ebpf::{Action, Field, IPPROTO_TCP, Transition, classify, counter, r
 use super::{
     connect_table,
     counters::count,
+    held_ports,
     kernel_read::KernelRead,
     refused_connects, ring_buffer,
     sock::{SelfAddr, Sock},
@@ -116,6 +117,11 @@ fn report<C: EbpfContext, M: KernelRead>(
     // User space uses these counters to check that each program observes transitions.
     count(counter::SEEN_BY_PROBE + u32::from(probe_id));
     let endpoint = self_addr.endpoint(sock, dport);
+    // SAFETY: the helper takes no arguments.
+    let at_ns = unsafe { bpf_ktime_get_boot_ns() };
+    if new == state::ESTABLISHED {
+        held_ports::set(&endpoint, at_ns);
+    }
     let (already_reported, opener) = connect_table::mark_reported(sock, &endpoint, new, removes);
     if already_reported {
         return;
@@ -132,8 +138,7 @@ fn report<C: EbpfContext, M: KernelRead>(
             has_counters,
             is_owned: u8::from(sock.is_owned()),
             padding: 0,
-            // SAFETY: the helper takes no arguments.
-            at_ns: unsafe { bpf_ktime_get_boot_ns() },
+            at_ns,
             sock: sock.key(),
             cookie: sock.cookie(),
             endpoint,

@@ -12,7 +12,9 @@ use aya::{
     maps::{MapData, PerCpuArray, RingBuf},
 };
 use aya_log::EbpfLogger;
-use selfconn_ebpf::{ConnectEntry, Record, counter, names};
+use selfconn_ebpf::{
+    ConnectEntry, Endpoint, Owner, Record, bind_failure::BindFailure, counter, names, owner::OwnerState,
+};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
@@ -22,7 +24,9 @@ use super::{
     connect_table::ConnectTable,
     descriptors::{self, DescriptorIter},
     features::KernelFeatures,
+    held_ports::HeldPorts,
     object::{self, ObjectOptions},
+    owners::Owners,
     programs::{KernelBtf, Link, attach},
     tracefs,
 };
@@ -53,6 +57,8 @@ pub struct Counters {
     pub refused_connects: u64,
     /// Refused connects that are not counted by destination because the refused-connect table was full.
     pub refused_table_full: u64,
+    /// Failed binds that are not reported because their owner had too many.
+    pub bind_failures_over_rate: u64,
     /// Transitions that each program processed, reported or not, in the order of [`Method::ALL`].
     pub seen: [u64; Method::ALL.len()],
 }
@@ -60,9 +66,13 @@ pub struct Counters {
 /// The attached programs and their maps. Dropping it detaches all programs.
 pub struct Tracer {
     ring: AsyncFd<RingBuf<MapData>>,
+    /// Failed binds only.
+    bind_ring: AsyncFd<RingBuf<MapData>>,
     counters: PerCpuArray<MapData, u64>,
     connect_table: ConnectTable,
     refused_counts: RefusedCounts,
+    held_ports: HeldPorts,
+    owners: Owners,
     log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
     delivered: u64,
     methods: Choice<()>,
@@ -105,6 +115,7 @@ impl Tracer {
         }
         choice.satisfies(options.hooks).map_err(|why| anyhow!(why))?;
         let ring = RingBuf::try_from(take_map(&mut ebpf, names::RECORDS)?)?;
+        let bind_ring = RingBuf::try_from(take_map(&mut ebpf, names::BIND_RECORDS)?)?;
         let counters = PerCpuArray::try_from(take_map(&mut ebpf, names::COUNTERS)?)?;
         let log = if options.object.log {
             let logger = EbpfLogger::init(&mut ebpf).context("the programs' log")?;
@@ -115,9 +126,12 @@ impl Tracer {
         let (live, links) = choice.live.into_iter().map(|(method, link)| ((method, ()), link)).unzip();
         Ok(Self {
             ring: async_fd(ring)?,
+            bind_ring: async_fd(bind_ring)?,
             counters,
             connect_table: ConnectTable::new(take_map(&mut ebpf, names::CONNECT_TABLE)?)?,
             refused_counts: RefusedCounts::new(take_map(&mut ebpf, names::REFUSED_CONNECTS)?)?,
+            held_ports: HeldPorts::new(take_map(&mut ebpf, names::HELD_PORTS)?)?,
+            owners: Owners::new(take_map(&mut ebpf, names::OWNERS)?)?,
             log,
             delivered: 0,
             methods: Choice { live, refused: choice.refused },
@@ -185,24 +199,56 @@ impl Tracer {
         &self.methods
     }
 
-    /// Waits until the ring buffer or the log of the eBPF programs has data. Writes out the log.
+    /// Waits until a ring buffer or the log of the eBPF programs has data. Writes out the log.
     ///
     /// # Errors
     /// If the runtime cannot wait on a map's descriptor.
     pub async fn readable(&mut self) -> io::Result<()> {
-        let Self { ring, log, .. } = self;
-        match log {
-            None => ring.readable_mut().await?.clear_ready(),
-            Some(log) => tokio::select! {
-                guard = ring.readable_mut() => guard?.clear_ready(),
-                guard = log.readable_mut() => {
-                    let mut guard = guard?;
-                    guard.get_inner_mut().flush();
-                    guard.clear_ready();
-                }
-            },
+        let Self { ring, bind_ring, log, .. } = self;
+        let log_readable = async {
+            match log {
+                Some(log) => log.readable_mut().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            guard = ring.readable_mut() => guard?.clear_ready(),
+            guard = bind_ring.readable_mut() => guard?.clear_ready(),
+            guard = log_readable => {
+                let mut guard = guard?;
+                guard.get_inner_mut().flush();
+                guard.clear_ready();
+            }
         }
         Ok(())
+    }
+
+    /// Reads at most `limit` failed binds from their ring buffer.
+    pub fn drain_bind_failures(&mut self, limit: usize) -> Vec<BindFailure> {
+        let ring = self.bind_ring.get_mut();
+        let mut failures = Vec::new();
+        while failures.len() < limit
+            && let Some(item) = ring.next()
+        {
+            self.delivered += 1;
+            match Record::from_bytes(&item) {
+                Some(Record::BindFailure(failure)) => failures.push(failure),
+                _ => log::error!("invalid record of {} bytes in the ring buffer of failed binds", item.len()),
+            }
+        }
+        failures
+    }
+
+    /// Tells the programs which ports self-connections hold. `before_ns`: slots that were set later stay set.
+    pub fn update_held_ports<'a>(&self, held: impl Iterator<Item = &'a Endpoint>, before_ns: u64) {
+        if let Err(error) = self.held_ports.update(held, before_ns) {
+            log::error!("the table of held ports can't be mapped: {error}");
+        }
+    }
+
+    /// The owners that have lost anything, by the programs' counts.
+    pub fn owners_with_losses(&self) -> impl Iterator<Item = (Owner, OwnerState)> {
+        self.owners.with_losses()
     }
 
     /// Reads at most `limit` records from the ring buffer. Returns how many were read.
@@ -247,6 +293,7 @@ impl Tracer {
             connect_table_full: sum(counter::CONNECT_TABLE_FULL)?,
             refused_connects: sum(counter::REFUSED)?,
             refused_table_full: sum(counter::REFUSED_TABLE_FULL)?,
+            bind_failures_over_rate: sum(counter::BIND_FAILURES_OVER_RATE)?,
         })
     }
 

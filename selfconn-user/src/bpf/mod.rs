@@ -4,7 +4,8 @@
 //! - `attach`, `bind_method`: the methods and hooks, why a method is refused, and which methods to choose;
 //! - `btf`, `tracefs`: layouts of the kernel's records; tracefs is mounted privately if it is not mounted;
 //! - `features`: probes this kernel and this process;
-//! - `object`: the embedded eBPF object; `connect_table`, `refused_connects`: two of its maps;
+//! - `object`: the embedded eBPF object; `connect_table`, `refused_connects`, `held_ports`, `owners`: its maps, by
+//!   mmap (`mapped`) or by `bpf()` (`plain`);
 //! - `programs`, `bind_programs`, `descriptors`: attach one method or the iterator, or say why not;
 //! - `loader`: everything together, for the daemon and the commands.
 //!
@@ -18,8 +19,12 @@ pub mod btf;
 pub mod connect_table;
 pub mod descriptors;
 pub mod features;
+mod held_ports;
 pub mod loader;
+mod mapped;
 pub mod object;
+mod owners;
+mod plain;
 pub mod programs;
 pub mod refused_connects;
 pub mod tracefs;

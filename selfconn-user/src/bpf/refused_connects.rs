@@ -1,27 +1,17 @@
 //! The refused-connect table of the programs: counts of refused connects by destination.
 
 use anyhow::Result;
-use aya::{
-    Pod,
-    maps::{HashMap, Map, MapData},
-};
+use aya::maps::{HashMap, Map, MapData};
 use selfconn_ebpf::{
     Endpoint,
     refused_connects::{RefusedCount, WINDOW_NS},
 };
-use zerocopy::{FromBytes, IntoBytes};
+
+use super::plain::Plain;
 
 /// The refused-connect table.
 #[derive(Debug)]
 pub struct RefusedCounts(HashMap<MapData, Plain<Endpoint>, Plain<RefusedCount>>);
-
-/// A key or a value of the map.
-#[repr(transparent)]
-#[derive(Clone, Copy, Debug)]
-struct Plain<T>(T);
-
-// SAFETY: `IntoBytes` says that the type has no padding, and `FromBytes` that every bit pattern is a valid value.
-unsafe impl<T: Copy + FromBytes + IntoBytes + 'static> Pod for Plain<T> {}
 
 impl RefusedCounts {
     pub(crate) fn new(map: Map) -> Result<Self> {

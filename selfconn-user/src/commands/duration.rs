@@ -10,13 +10,18 @@ pub(super) fn parse(text: &str) -> Option<Duration> {
     span.to_duration(SpanRelativeTo::days_are_24_hours()).ok()?.try_into().ok()
 }
 
+/// The longest time that an option takes. Far below what overflows in any sum of times.
+const MAX: Duration = Duration::from_secs(30 * 86_400);
+
 /// Parses a number of seconds, or a time span with units.
 pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
     let duration = match text.parse() {
         Ok(seconds) => Duration::try_from_secs_f64(seconds).ok(),
         Err(_) => parse(text),
     };
-    duration.ok_or_else(|| "not a time such as 0.5, 500ms, 30s, 5m or 1h".to_owned())
+    duration
+        .filter(|duration| *duration <= MAX)
+        .ok_or_else(|| "not a time such as 0.5, 500ms, 30s, 5m or 1h, of at most 30d".to_owned())
 }
 
 #[cfg(test)]
@@ -36,6 +41,13 @@ mod tests {
             ("5m", Some(300_000)),
             ("1h 30m", Some(5_400_000)),
             ("2d", Some(172_800_000)),
+            ("30d", Some(2_592_000_000)),
+            ("30d 1ns", None),
+            ("2592000.1", None),
+            ("18446744073709551615", None),
+            ("1e30", None),
+            ("1e30d", None),
+            ("1/2", None),
             ("", None),
             ("s", None),
             ("-1", None),
@@ -49,5 +61,6 @@ mod tests {
             assert_eq!(parse_seconds(text).ok().map(|time| time.as_millis()), ms, "{text}");
         }
         assert_eq!(parse("7"), None);
+        assert!(parse_seconds("31d").unwrap_err().contains("at most 30d"));
     }
 }

@@ -13,13 +13,14 @@ use crate::{
         loader::{Tracer, TracerOptions},
         object::ObjectOptions,
     },
+    budget::cmdline::CmdlineLimit,
     daemon::{
         Daemon, DaemonOptions,
         self_test::{SelfTest, socket::SelfTestSocket},
         supervision::Supervision,
     },
     metrics::server::MetricsListener,
-    output::{Outputs, StdoutFormat, journald, log_file::LogFile},
+    output::{OutputLimits, Outputs, StdoutFormat, journald, log_file::LogFile},
     system::{
         capabilities::{self, PrivilegePlan},
         logger, memory,
@@ -69,6 +70,12 @@ pub struct RunArgs {
     function_method: Option<Method>,
     #[command(flatten)]
     remedy: remedy::RemedyArgs,
+    /// Maximum number of events each second of one user in one container or unit; more are counted
+    #[arg(long, value_name = "NUMBER", default_value_t = 5_000, value_parser = clap::value_parser!(u32).range(1..))]
+    log_rate: u32,
+    /// How much of a command line events have: full, name (the first argument), off, or bytes as JSON
+    #[arg(long, value_name = "BYTES", default_value = "1024")]
+    cmdline: CmdlineLimit,
     /// How to observe that a server cannot bind a port
     #[arg(long, value_name = "METHOD", default_value = "auto", value_parser = bind_method())]
     bind_method: RequestedBindMethod,
@@ -85,10 +92,10 @@ pub struct RunArgs {
     #[arg(long, hide = true, default_value_t = 4_096, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     refused_table: u32,
     /// Interval of the comparison with the kernel's socket table
-    #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     reconcile: u64,
     /// Interval of the self-test of the hooks
-    #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     self_test: u64,
     /// Work as if the kernel had no BTF
     #[arg(long, hide = true)]
@@ -217,8 +224,12 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         let metrics_requests =
             listener.map(MetricsListener::serve).transpose().context("cannot serve metrics")?;
         let supervision = Supervision::new(manager, metrics_requests);
-        let outputs =
-            Outputs::new(args.stdout_format(), log).context("cannot start a thread that writes events")?;
+        let outputs = Outputs::new(
+            args.stdout_format(),
+            log,
+            OutputLimits { rate: args.log_rate, cmdline: args.cmdline },
+        )
+        .context("cannot start a thread that writes events")?;
         let live = tracer.methods().live.iter().map(|(method, ())| *method).collect();
         let options = DaemonOptions {
             states: args.states,

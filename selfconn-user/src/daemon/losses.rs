@@ -1,8 +1,9 @@
 //! Reports losses: emits `lost` for what was lost since the last report, by cause. The parts of the daemon,
 //! the outputs and the eBPF programs count; this file only compares with what is reported already.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
+use selfconn_ebpf::{Owner, owner::OwnerState};
 use tokio::time::Instant;
 
 use crate::{
@@ -20,7 +21,26 @@ const LOSS_REPORT_DELAY: Duration = Duration::from_secs(1);
 #[derive(Default)]
 pub(super) struct LossReporter {
     reported: Losses,
+    /// What is reported of each owner.
+    reported_by_owner: HashMap<(Owner, LossKey), u64>,
     report_at: Option<Instant>,
+}
+
+/// The causes that the programs count by owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum LossKey {
+    Openers,
+    BindFailures,
+}
+
+impl LossKey {
+    fn of(cause: LossCause) -> Option<Self> {
+        match cause {
+            LossCause::OpenerTable => Some(Self::Openers),
+            LossCause::Binds => Some(Self::BindFailures),
+            _ => None,
+        }
+    }
 }
 
 impl LossReporter {
@@ -40,15 +60,51 @@ impl LossReporter {
         self.report_at = out.has_pending().then(|| Instant::now() + LOSS_REPORT_DELAY);
     }
 
-    /// Emits `lost` for each cause with more losses than reported. `totals` are those of the run so far.
-    pub(super) fn report(&mut self, totals: &Losses, out: &mut Outputs) {
+    /// Emits `lost` for each cause with more losses than reported. `totals` are those of the run so far. `owners` are
+    /// asked for only if an owner has lost something.
+    pub(super) fn report<I: Iterator<Item = (Owner, OwnerState)>>(
+        &mut self,
+        totals: &Losses,
+        owners: impl Fn() -> I,
+        out: &mut Outputs,
+    ) {
         for cause in LossCause::ALL {
             let (total, reported) = (totals.get(cause), self.reported.get(cause));
             if total > reported && !out.is_pending(cause) {
                 self.reported.set(cause, total);
-                out.emit(EventKind::Lost(Lost::new(cause, total - reported, None)));
+                if cause == LossCause::Suppressed {
+                    for events in out.take_suppressed() {
+                        out.emit(EventKind::Lost(Lost::suppressed(events)));
+                    }
+                } else {
+                    let mut rest = total - reported;
+                    if let Some(key) = LossKey::of(cause) {
+                        for (owner, state) in owners() {
+                            let count = self.unreported(owner, key, &state).min(rest);
+                            rest -= count;
+                            if count > 0 {
+                                out.emit(EventKind::Lost(Lost::of_user(cause, count, owner.uid)));
+                            }
+                        }
+                    }
+                    // Of owners that the programs do not know any more.
+                    if rest > 0 {
+                        out.emit(EventKind::Lost(Lost::new(cause, rest, None)));
+                    }
+                }
             }
         }
+    }
+
+    /// What this owner has lost since the last call.
+    fn unreported(&mut self, owner: Owner, key: LossKey, state: &OwnerState) -> u64 {
+        let total = match key {
+            LossKey::Openers => state.lost_openers,
+            LossKey::BindFailures => state.lost_bind_failures,
+        };
+        let reported = self.reported_by_owner.insert((owner, key), total).unwrap_or(0);
+        // The programs may have dropped the owner meanwhile, and counted from zero again.
+        total.checked_sub(reported).unwrap_or(total)
     }
 
     /// Emits `lost` for each method that no longer observes connections. If all methods do and only the ring

@@ -4,7 +4,7 @@
 
 use std::{collections::HashSet, io, time::Duration};
 
-use selfconn_ebpf::{ABSENT, Endpoint, Field, Record};
+use selfconn_ebpf::{ABSENT, Endpoint, Field, Record, bind_failure::BindFailure};
 use tokio::time::{Instant, sleep};
 
 use crate::{
@@ -105,6 +105,8 @@ pub struct Daemon {
     catch_up: CatchUp<AfterRecords>,
     /// Records that were still in the ring buffer at the end of the run.
     unread: u64,
+    /// Failed binds that wait until every earlier transition is applied.
+    pending_bind_failures: Vec<BindFailure>,
     /// The probes' counters, as last read.
     counters: Counters,
 }
@@ -140,6 +142,7 @@ impl Daemon {
             next_snapshot_at: None,
             catch_up: CatchUp::default(),
             unread: 0,
+            pending_bind_failures: Vec::new(),
             counters: Counters::default(),
         })
     }
@@ -343,13 +346,25 @@ impl Daemon {
     /// Drains and handles at most [`MAX_BATCH`] records. Returns their number.
     fn drain_batch(&mut self) -> usize {
         let clock = Offset::now();
-        let Self { tracer, pipeline, port_risks, self_test, .. } = self;
-        tracer.drain(MAX_BATCH, |record| match record {
+        let Self { tracer, pipeline, port_risks, self_test, pending_bind_failures, loss_reporter, .. } = self;
+        let room = MAX_BATCH.saturating_sub(pending_bind_failures.len());
+        pending_bind_failures.extend(tracer.drain_bind_failures(room));
+        if !pending_bind_failures.is_empty() {
+            loss_reporter.on_records();
+        }
+        let drained = tracer.drain(MAX_BATCH, |record| match record {
             Record::Transition(transition) if self_test.consume(transition) => {}
             Record::Transition(transition) => pipeline.apply(transition, clock),
             Record::RefusedConnects(destination) => port_risks.on_threshold(*destination),
             Record::BindFailure(failure) => pipeline.on_bind_failure(failure, clock),
-        })
+        });
+        // Every transition from before these failed binds is applied now, if the ring buffer was emptied.
+        if drained < MAX_BATCH {
+            for failure in pending_bind_failures.drain(..) {
+                pipeline.on_bind_failure(&failure, clock);
+            }
+        }
+        drained
     }
 
     /// Checks the ports with many refused connects, if a check is due.
@@ -414,6 +429,10 @@ impl Daemon {
         }
         self.port_risks.remove_expired_counts(self.tracer.refused_counts());
         self.pipeline.bind_conflicts.remove_expired(snapshot.began_ns);
+        let connections = self.pipeline.connections.iter().map(|connection| &connection.endpoint);
+        let listed = snapshot.entries.iter().map(|entry| &entry.endpoint);
+        let time_waits = self.pipeline.bind_conflicts.time_wait_endpoints();
+        self.tracer.update_held_ports(connections.chain(listed).chain(time_waits), snapshot.began_ns);
         self.report_losses();
         // A burst since the last snapshot is usually over by now. Its memory is given back.
         memory::trim_heap();
@@ -427,7 +446,8 @@ impl Daemon {
     fn report_losses(&mut self) {
         self.update_counters();
         let totals = self.losses().plus(self.pipeline.out.lost());
-        self.loss_reporter.report(&totals, &mut self.pipeline.out);
+        let tracer = &self.tracer;
+        self.loss_reporter.report(&totals, || tracer.owners_with_losses(), &mut self.pipeline.out);
     }
 
     fn update_counters(&mut self) {
@@ -441,6 +461,7 @@ impl Daemon {
     fn losses(&self) -> Losses {
         Losses::from([
             (LossCause::Ring, self.counters.ring_full + self.unread),
+            (LossCause::Binds, self.counters.bind_failures_over_rate),
             (LossCause::Missed, self.pipeline.missed),
             (LossCause::RefusedTable, self.counters.refused_table_full),
             (LossCause::Hooks, self.loss_reporter.dead_hooks()),

@@ -21,7 +21,7 @@ use crate::{
         port_risk::PortRiskEvent,
     },
     event::{self, Closed, ConnectionFields, EventKind, StateChange},
-    lookup::{LookupOwner, LookupTarget, Lookups},
+    lookup::{LookupTarget, Lookups},
     metrics,
     output::Outputs,
     sockets::SocketSnapshot,
@@ -355,7 +355,7 @@ impl Pipeline {
             time: clock.wall(failure.at_ns),
         };
         let observed = ObservedTask { task: failure.task, start_ns: failure.start_ns, at_ns: failure.at_ns };
-        let target = LookupTarget::Observed(observed, LookupOwner(failure.uid));
+        let target = LookupTarget::Observed(observed, failure.owner);
         match self.lookups.known(&target, failure.at_ns) {
             Some(process) => self.on_binder_known(blocked, process),
             None => self.lookups.begin(target, Waiter::Blocked(Box::new(blocked))),
@@ -400,7 +400,7 @@ impl Pipeline {
         if newest.start_ns == 0 {
             return self.emit_port_risk(&event, now_ns, &ProcessInfo::default());
         }
-        let target = LookupTarget::Observed(ObservedTask::from_opener(&newest), LookupOwner(newest.uid));
+        let target = LookupTarget::Observed(ObservedTask::from_opener(&newest), newest.owner);
         match self.lookups.known(&target, now_ns) {
             Some(process) => self.emit_port_risk(&event, now_ns, &process),
             None => self.lookups.begin(target, Waiter::PortRisk(Box::new(event), now_ns)),
@@ -456,7 +456,7 @@ fn record_time_wait(
 /// The process that opened a connection. `None`: it is unknown.
 fn opener_target(connection: &Connection) -> Option<LookupTarget> {
     let opener = connection.opener?;
-    Some(LookupTarget::Observed(ObservedTask::from_opener(&opener), LookupOwner(opener.uid)))
+    Some(LookupTarget::Observed(ObservedTask::from_opener(&opener), opener.owner))
 }
 
 /// The event to emit for a connection event, if any.

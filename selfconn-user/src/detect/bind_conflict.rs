@@ -146,6 +146,11 @@ impl BindConflicts {
         self.time_waits.retain(|_, entry| !has_ended(entry));
     }
 
+    /// Where the connections in TIME_WAIT are.
+    pub fn time_wait_endpoints(&self) -> impl Iterator<Item = &Endpoint> {
+        self.time_waits.values().map(|entry| &entry.connection.endpoint)
+    }
+
     /// Number of binds that failed because of a self-connection.
     #[must_use]
     pub fn failures(&self) -> u64 {

@@ -28,6 +28,7 @@ enum FilterKey {
     Netns,
     Owner,
     Pid,
+    Pod,
     Port,
     Source,
     ThreadComm,
@@ -35,7 +36,7 @@ enum FilterKey {
     Unit,
 }
 
-const KEYS: [(&str, FilterKey); 17] = [
+const KEYS: [(&str, FilterKey); 18] = [
     ("addr", FilterKey::Addr),
     ("cause", FilterKey::Cause),
     ("cgroup", FilterKey::Cgroup),
@@ -48,6 +49,7 @@ const KEYS: [(&str, FilterKey); 17] = [
     ("netns", FilterKey::Netns),
     ("owner", FilterKey::Owner),
     ("pid", FilterKey::Pid),
+    ("pod", FilterKey::Pod),
     ("port", FilterKey::Port),
     ("source", FilterKey::Source),
     ("thread_comm", FilterKey::ThreadComm),
@@ -120,6 +122,7 @@ impl FilterKey {
             Self::Netns => number(fields.netns),
             Self::Owner => keyword(fields.owner),
             Self::Pid => number(fields.pid),
+            Self::Pod => in_cgroup(&fields.pod),
             Self::Port => number(Some(fields.port.into())),
             Self::Source => keyword(Some(fields.source)),
             Self::ThreadComm => text(&fields.thread_comm),

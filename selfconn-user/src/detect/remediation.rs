@@ -1,23 +1,25 @@
-//! The policy of `--remedy`: decides which self-connections to destroy, when, and at what rate, and keeps the
-//! connections that wait. Pure: no clock, no kernel. The owner executes the steps and reports their results
+//! The policy of `--remedy`: decides which self-connections to destroy, when, and at what rate. `queue` keeps those that
+//! wait. Pure: no clock, no kernel. The owner executes the steps and reports their results
 //! back.
 //!
 //! A self-connection is first looked up, and then destroyed by the cookie that the lookup returned. The
 //! cookie certainly belongs to that connection, because every transition until the lookup has been applied
 //! and the connection was still open.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use super::filter::Selection;
 use crate::{
+    budget::RateLimiter,
     event::{ConnectionFields, Remedied},
     sockets::{Cookie, TargetSocket},
 };
 
+mod queue;
 #[cfg(test)]
 mod tests;
 
-const SECOND_NS: u64 = 1_000_000_000;
+use queue::{RemedyQueue, WaitingConnection};
 
 /// What `--remedy` does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,21 +113,11 @@ pub struct RemedyRequest {
 #[derive(Debug)]
 pub struct Remedy {
     policy: RemedyPolicy,
-    /// By number. All have the same grace period, so they are due in the order of their numbers.
-    waiting: BTreeMap<u64, WaitingConnection>,
+    waiting: RemedyQueue,
     /// Connections that are being looked up or destroyed now.
     in_progress: HashMap<u64, ConnectionInProgress>,
     limiter: RateLimiter,
     counts: [u64; RemedyOutcome::ALL.len()],
-}
-
-#[derive(Debug)]
-struct WaitingConnection {
-    due_ns: u64,
-    /// True if `rate_limited` has been reported for it.
-    is_reported: bool,
-    fields: ConnectionFields,
-    request: RemedyRequest,
 }
 
 #[derive(Debug)]
@@ -140,10 +132,10 @@ impl Remedy {
     /// Starts with no connections.
     #[must_use]
     pub fn new(policy: RemedyPolicy) -> Self {
-        let limiter = RateLimiter::new(policy.rate);
+        let limiter = RateLimiter::new(policy.rate, 1);
         Self {
             policy,
-            waiting: BTreeMap::new(),
+            waiting: RemedyQueue::default(),
             in_progress: HashMap::new(),
             limiter,
             counts: Default::default(),
@@ -171,14 +163,15 @@ impl Remedy {
             return Some(self.finish(fields, RemedyOutcome::Failed, Some(why)));
         }
         let due_ns = at_ns.saturating_add(self.policy.grace_ns);
-        self.waiting
-            .insert(request.number, WaitingConnection { due_ns, is_reported: false, fields, request });
-        None
+        let owner = fields.payer();
+        let pushed_out = self.waiting.insert(owner, due_ns, WaitingConnection { fields, request })?;
+        let why = "too many connections of its owner or its control group wait already".to_owned();
+        Some(self.finish(pushed_out.fields, RemedyOutcome::Failed, Some(why)))
     }
 
     /// The connection is closed, by itself or by the remedy.
     pub fn on_closed(&mut self, number: u64) {
-        self.waiting.remove(&number);
+        self.waiting.remove(number);
         if let Some(in_progress) = self.in_progress.get_mut(&number) {
             in_progress.has_closed = true;
         }
@@ -187,8 +180,8 @@ impl Remedy {
     /// Time of the next step: `CLOCK_BOOTTIME`, nanoseconds.
     #[must_use]
     pub fn next_ns(&self) -> Option<u64> {
-        let (_, first) = self.waiting.first_key_value()?;
-        Some(if first.is_reported { first.due_ns.max(self.limiter.available_ns()) } else { first.due_ns })
+        let first_ns = self.waiting.first_due_ns()?.max(self.limiter.available_ns());
+        Some(self.waiting.first_unreported_ns().map_or(first_ns, |due_ns| due_ns.min(first_ns)))
     }
 
     /// True if a socket is being destroyed now.
@@ -200,28 +193,21 @@ impl Remedy {
     /// The steps that are due now.
     pub fn due(&mut self, now_ns: u64) -> Vec<RemedyStep> {
         let mut steps = Vec::new();
-        while let Some(first) = self.waiting.first_entry().filter(|first| first.get().due_ns <= now_ns) {
-            if !self.limiter.try_take(now_ns) {
-                break;
-            }
-            let (number, WaitingConnection { fields, request, .. }) = first.remove_entry();
+        while self.waiting.first_due_ns().is_some_and(|due_ns| due_ns <= now_ns)
+            && self.limiter.try_take(now_ns)
+        {
+            let Some(WaitingConnection { fields, request }) = self.waiting.take_due(now_ns) else { break };
             steps.push(RemedyStep::LookUp(request.clone()));
             self.in_progress.insert(
-                number,
+                request.number,
                 ConnectionInProgress { is_destroying: false, has_closed: false, fields, request },
             );
         }
         // The others that are due are over the rate limit. Each is reported once.
         let per_second = format!("{} a second", self.policy.rate);
-        let overdue = self.waiting.values_mut().rev().skip_while(|waiting| waiting.due_ns > now_ns);
-        let unreported: Vec<_> = overdue
-            .take_while(|waiting| !waiting.is_reported)
-            .map(|waiting| {
-                waiting.is_reported = true;
-                waiting.fields.clone()
-            })
-            .collect();
-        for fields in unreported.into_iter().rev() {
+        let overdue = self.waiting.report_overdue(now_ns);
+        let unreported: Vec<_> = overdue.into_iter().map(|waiting| waiting.fields.clone()).collect();
+        for fields in unreported {
             let remedied = self.finish(fields, RemedyOutcome::RateLimited, Some(per_second.clone()));
             steps.push(RemedyStep::Emit(Box::new(remedied)));
         }
@@ -295,33 +281,5 @@ fn frees_port(fields: &ConnectionFields) -> Option<bool> {
     match fields.cause {
         Some("ephemeral") => Some(true),
         _ => None,
-    }
-}
-
-/// Token bucket: `rate` tokens a second, with a capacity of one second. `full_ns` is the time at which the
-/// bucket is full again. Taking a token moves it one interval ahead, and it may be at most one second ahead
-/// of now.
-#[derive(Debug)]
-struct RateLimiter {
-    interval_ns: u64,
-    full_ns: u64,
-}
-
-impl RateLimiter {
-    fn new(rate: u32) -> Self {
-        Self { interval_ns: SECOND_NS / u64::from(rate.max(1)), full_ns: 0 }
-    }
-
-    /// Time from which a token is available.
-    fn available_ns(&self) -> u64 {
-        (self.full_ns + self.interval_ns).saturating_sub(SECOND_NS)
-    }
-
-    fn try_take(&mut self, now_ns: u64) -> bool {
-        let is_available = self.available_ns() <= now_ns;
-        if is_available {
-            self.full_ns = self.full_ns.max(now_ns) + self.interval_ns;
-        }
-        is_available
     }
 }

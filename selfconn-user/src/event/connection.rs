@@ -1,10 +1,13 @@
 //! The public fields of a self-connection, and the one constructor that makes them. Every event about a
 //! self-connection has them, and so has a line of `scan --json`.
 
+use std::sync::Arc;
+
 use selfconn_ebpf::{Task, cause};
 use serde::Serialize;
 
 use crate::{
+    budget::Payer,
     detect::connection::{Connection, Source, comm},
     system::process::{Attribution, Holder},
 };
@@ -43,6 +46,8 @@ pub struct ConnectionFields {
     pub exe: Option<String>,
     /// Arguments of the process.
     pub cmdline: Option<Vec<String>>,
+    /// True if `cmdline` has only a part of the arguments, or none because events shall have none.
+    pub cmdline_truncated: bool,
     /// Real user id of the process.
     pub uid: Option<u32>,
     /// Path of the control group.
@@ -51,6 +56,8 @@ pub struct ConnectionFields {
     pub unit: Option<String>,
     /// Id of the container.
     pub container: Option<String>,
+    /// Uid of the Kubernetes pod.
+    pub pod: Option<String>,
     /// How the process is known: `witnessed` at connect(), or `holder` because it has the socket open.
     pub owner: Option<&'static str>,
     /// The processes that have the socket open now. Null if they were not looked up.
@@ -59,6 +66,12 @@ pub struct ConnectionFields {
     pub isn: Option<u32>,
     /// Initial sequence number of the peer. Equality with `isn` proves the self-connection.
     pub peer_isn: Option<u32>,
+    /// The user that pays for the connection: of an opener in a user namespace, the user that made it.
+    #[serde(skip)]
+    pub owner_uid: Option<u32>,
+    /// The control group that pays for the connection.
+    #[serde(skip)]
+    pub owner_cgroup: Option<Arc<str>>,
 }
 
 impl ConnectionFields {
@@ -97,15 +110,25 @@ impl ConnectionFields {
             thread_comm: task.map(|task| comm(&task.comm)),
             exe: process.exe.clone(),
             cmdline: process.cmdline.clone(),
+            cmdline_truncated: process.is_cmdline_cut,
             uid: opener.map(|opener| opener.uid).or(connection.uid),
             cgroup: process.cgroup.clone(),
             unit: process.unit.clone(),
             container: process.container.clone(),
+            pod: process.pod.clone(),
             owner: opener.map(|_| "witnessed").or(holder.map(|_| "holder")),
             holders: attribution.holders.clone(),
             isn: connection.isns.map(|(isn, _)| isn),
             peer_isn: connection.isns.map(|(_, peer_isn)| peer_isn),
+            owner_uid: opener.map(|opener| opener.owner.uid).or(connection.uid),
+            owner_cgroup: process.owner_cgroup.clone(),
         }
+    }
+
+    /// Who pays for the connection.
+    #[must_use]
+    pub fn payer(&self) -> Payer {
+        Payer { uid: self.owner_uid, cgroup: self.owner_cgroup.clone() }
     }
 
     /// The fields of a self-connection of `java[7]` in a container.
@@ -127,14 +150,18 @@ impl ConnectionFields {
             thread_comm: Some("pool-1".to_owned()),
             exe: Some("/usr/bin/java".to_owned()),
             cmdline: Some(vec!["java".to_owned(), "-jar".to_owned(), "a.jar".to_owned()]),
+            cmdline_truncated: false,
             uid: Some(1_000),
             cgroup: Some("/docker/4a".to_owned()),
             unit: None,
             container: Some("4a".to_owned()),
+            pod: None,
             owner: Some("witnessed"),
             holders: None,
             isn: None,
             peer_isn: None,
+            owner_uid: Some(1_000),
+            owner_cgroup: None,
         }
     }
 }

@@ -25,6 +25,10 @@ pub enum LossCause {
     OpenerTable,
     /// A process could not be looked up in time, so an event has no arguments of it, or less.
     Lookups,
+    /// An event was beyond the rate of its owner.
+    Suppressed,
+    /// A failed bind was beyond the rate of its owner.
+    Binds,
 }
 
 /// What kind of thing was lost.
@@ -41,7 +45,7 @@ pub enum LossKind {
 
 impl LossCause {
     /// All causes, in the order of the enum.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Ring,
         Self::Missed,
         Self::Log,
@@ -51,6 +55,8 @@ impl LossCause {
         Self::Hooks,
         Self::OpenerTable,
         Self::Lookups,
+        Self::Suppressed,
+        Self::Binds,
     ];
 
     /// The name in `lost.where`, in `stopped.lost` and in the label `where` of the metrics.
@@ -66,14 +72,16 @@ impl LossCause {
             Self::Hooks => "hooks",
             Self::OpenerTable => "opener_table",
             Self::Lookups => "lookups",
+            Self::Suppressed => "suppressed",
+            Self::Binds => "binds",
         }
     }
 
     #[must_use]
     pub const fn kind(self) -> LossKind {
         match self {
-            Self::Ring | Self::Missed | Self::RefusedTable | Self::Hooks => LossKind::Record,
-            Self::Log | Self::Stdout | Self::Journal => LossKind::Event,
+            Self::Ring | Self::Missed | Self::RefusedTable | Self::Hooks | Self::Binds => LossKind::Record,
+            Self::Log | Self::Stdout | Self::Journal | Self::Suppressed => LossKind::Event,
             Self::OpenerTable | Self::Lookups => LossKind::Fact,
         }
     }
@@ -146,7 +154,7 @@ mod tests {
             .plus([(LossCause::Ring, 3), (LossCause::Log, 4)].into());
         assert_eq!(
             serde_json::to_string(&losses).unwrap(),
-            r#"{"ring":4,"missed":0,"log":4,"stdout":0,"journal":0,"refused_table":0,"hooks":0}"#
+            r#"{"ring":4,"missed":0,"log":4,"stdout":0,"journal":0,"refused_table":0,"hooks":0,"suppressed":0,"binds":0}"#
         );
         assert_eq!(
             losses.of_kinds(&[LossKind::Fact]).collect::<Vec<_>>(),

@@ -24,6 +24,11 @@ pub use state::StateChange;
 pub use stopped::{ProgramCounters, Stopped};
 use text::{EventFormat, JsonFields, LogRecord};
 
+use crate::budget::{
+    cmdline::CmdlineLimit,
+    log::{LogRequest, Phase},
+};
+
 mod at_risk;
 mod blocked;
 mod closed;
@@ -73,6 +78,47 @@ pub enum EventKind {
     Lost(Lost),
     /// The run ends.
     Stopped(Stopped),
+}
+
+impl EventKind {
+    /// The connection that the event is about, and what the event is to it. `None`: events whose number has
+    /// another bound.
+    #[must_use]
+    pub fn log_request(&self) -> Option<LogRequest<'_>> {
+        let (fields, phase) = match self {
+            Self::Established(fields) => (&**fields, Phase::Established),
+            Self::State(change) => {
+                let ends = change.to == selfconn_ebpf::state::name(selfconn_ebpf::state::CLOSE);
+                (&change.connection, Phase::State { ends })
+            }
+            Self::Closed(closed) => (&closed.connection, Phase::Closed),
+            Self::Remedied(remedied) => {
+                let is_final = !matches!(remedied.result, "excepted" | "rate_limited");
+                (&remedied.connection, Phase::Remedied { is_final })
+            }
+            _ => return None,
+        };
+        Some(LogRequest {
+            id: fields.id.as_deref()?,
+            owner: fields.payer(),
+            program: fields.exe.as_deref().or(fields.comm.as_deref()),
+            port: fields.port,
+            phase,
+        })
+    }
+
+    /// Cuts the command line that the event has.
+    pub fn limit_cmdline(&mut self, limit: CmdlineLimit) {
+        let fields = match self {
+            Self::Established(fields) => &mut **fields,
+            Self::State(change) => &mut change.connection,
+            Self::Closed(closed) => &mut closed.connection,
+            Self::Remedied(remedied) => &mut remedied.connection,
+            Self::Blocked(blocked) => &mut blocked.holder.connection,
+            _ => return,
+        };
+        fields.cmdline_truncated |= limit.apply(&mut fields.cmdline);
+    }
 }
 
 /// The formats of all events that this version knows.

@@ -8,8 +8,10 @@ use std::{
     time::Duration,
 };
 
-use super::{DEADLINE, LookupOwner, MAX_STUCK};
-use crate::system::process::{self, ProcessFacts, ProcessInfo, ProcessProof};
+use selfconn_ebpf::Owner;
+
+use super::{DEADLINE, MAX_STUCK};
+use crate::system::process::{self, CommandLine, ProcessFacts, ProcessInfo, ProcessProof};
 
 /// Reads processes, one at a time. A thread that hangs is left alone; the process ends by exit, which ends the
 /// thread as well.
@@ -17,7 +19,7 @@ use crate::system::process::{self, ProcessFacts, ProcessInfo, ProcessProof};
 pub struct BlockingLookups {
     reader: Option<CmdlineThread>,
     /// The owners of the processes that hung. Nothing of theirs is read again.
-    stuck: HashSet<LookupOwner>,
+    stuck: HashSet<Owner>,
     /// Number of processes whose arguments were not read because of that.
     given_up: usize,
 }
@@ -25,7 +27,7 @@ pub struct BlockingLookups {
 #[derive(Debug)]
 struct CmdlineThread {
     requests: Sender<(u32, u64)>,
-    responses: Receiver<Option<Vec<String>>>,
+    responses: Receiver<Option<CommandLine>>,
 }
 
 impl CmdlineThread {
@@ -48,7 +50,7 @@ impl CmdlineThread {
         pid: u32,
         start_ticks: u64,
         deadline: Duration,
-    ) -> Result<Option<Vec<String>>, RecvTimeoutError> {
+    ) -> Result<Option<CommandLine>, RecvTimeoutError> {
         let _ = self.requests.send((pid, start_ticks));
         self.responses.recv_timeout(deadline)
     }
@@ -58,10 +60,10 @@ impl BlockingLookups {
     /// Information about the process that has this pid now.
     pub fn read(&mut self, pid: u32) -> Option<ProcessInfo> {
         let ProcessFacts { info, start_ticks, uid } = process::read_facts(pid, &ProcessProof::None, true)?;
-        Some(ProcessInfo { cmdline: self.read_cmdline(pid, start_ticks, LookupOwner(uid)), ..info })
+        Some(info.with_cmdline(self.read_cmdline(pid, start_ticks, Owner::new(uid, 0))))
     }
 
-    fn read_cmdline(&mut self, pid: u32, start_ticks: u64, owner: LookupOwner) -> Option<Vec<String>> {
+    fn read_cmdline(&mut self, pid: u32, start_ticks: u64, owner: Owner) -> Option<CommandLine> {
         if self.stuck.contains(&owner) || self.stuck.len() >= MAX_STUCK {
             self.given_up += 1;
             return None;
@@ -109,11 +111,11 @@ mod tests {
     fn nothing_more_is_read_of_an_owner_whose_process_hung() {
         let mut lookups = BlockingLookups::default();
         let (pid, uid) = (std::process::id(), rustix::process::geteuid().as_raw());
-        lookups.stuck.insert(LookupOwner(uid));
+        lookups.stuck.insert(Owner::new(uid, 0));
         let info = lookups.read(pid).unwrap();
         assert!(info.exe.is_some() && info.cmdline.is_none(), "{info:?}");
         assert!(lookups.unseen().unwrap().contains("(1)"));
-        lookups.stuck = (1..=MAX_STUCK as u32).map(|other| LookupOwner(uid + other)).collect();
+        lookups.stuck = (1..=MAX_STUCK as u32).map(|other| Owner::new(uid + other, 0)).collect();
         assert_eq!(lookups.read(pid).unwrap().cmdline, None, "too many hang");
         lookups.stuck.clear();
         assert!(lookups.read(pid).unwrap().cmdline.is_some());

@@ -4,7 +4,7 @@
 use std::{collections::HashMap, rc::Rc};
 
 use super::ProcessKey;
-use crate::system::process::ProcessInfo;
+use crate::system::process::{CommandLine, ProcessInfo};
 
 /// How long information about a process is used without reading `/proc` again.
 const CACHE_TTL_NS: u64 = 100_000_000;
@@ -44,9 +44,9 @@ impl ProcessCache {
     }
 
     /// Adds arguments that were read after the deadline.
-    pub(super) fn add_cmdline(&mut self, key: ProcessKey, cmdline: Option<Vec<String>>) {
+    pub(super) fn add_cmdline(&mut self, key: ProcessKey, cmdline: Option<CommandLine>) {
         if let Some(cached) = self.0.get_mut(&key).filter(|cached| cached.process.cmdline.is_none()) {
-            cached.process = Rc::new(ProcessInfo { cmdline, ..(*cached.process).clone() });
+            cached.process = Rc::new((*cached.process).clone().with_cmdline(cmdline));
         }
     }
 }
@@ -69,8 +69,9 @@ mod tests {
         assert_eq!(cache.fresh(ProcessKey { pid: 1, start_ticks: 2 }, 5), None, "a reused pid");
         assert_eq!(cache.known(key(1), 5 + CACHE_TTL_NS), Some(named("a")));
         assert_eq!(cache.fresh(key(1), 5 + CACHE_TTL_NS), Some(named("a")));
-        cache.add_cmdline(key(1), Some(vec!["late".to_owned()]));
-        assert_eq!(cache.fresh(key(1), 5).unwrap().cmdline, Some(vec!["late".to_owned()]));
+        cache.add_cmdline(key(1), Some(CommandLine { arguments: vec!["late".to_owned()], is_cut: true }));
+        let late = cache.fresh(key(1), 5).unwrap();
+        assert_eq!((late.cmdline.clone(), late.is_cmdline_cut), (Some(vec!["late".to_owned()]), true));
         for pid in 2..=MAX_PROCESSES as u32 + 1 {
             cache.insert(key(pid), named("b"), u64::from(pid));
         }

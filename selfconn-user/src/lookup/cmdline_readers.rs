@@ -9,8 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{LookupOwner, ProcessKey};
-use crate::system::{capabilities, worker::Worker};
+use selfconn_ebpf::Owner;
+
+use super::ProcessKey;
+use crate::system::{capabilities, process::CommandLine, worker::Worker};
 
 /// Number of readers, which is the maximum number of reads that can be stuck at the same time. All are started
 /// with the daemon, because a thread that the loop starts later would have only the loop's capabilities.
@@ -30,7 +32,7 @@ pub(super) struct CmdlineRequest {
     /// Number of the look-up.
     pub(super) id: u64,
     pub(super) key: ProcessKey,
-    pub(super) owner: LookupOwner,
+    pub(super) owner: Owner,
 }
 
 /// Why a process's arguments are not read.
@@ -43,7 +45,7 @@ pub(super) enum Refusal {
 }
 
 struct Reader {
-    worker: Worker<ProcessKey, Option<Vec<String>>>,
+    worker: Worker<ProcessKey, Option<CommandLine>>,
     request: Option<CmdlineRequest>,
     began: Instant,
     is_stuck: bool,
@@ -57,7 +59,7 @@ pub(super) struct CmdlineReaders {
 }
 
 impl CmdlineReaders {
-    pub(super) fn start(read: fn(u32, u64) -> Option<Vec<String>>) -> io::Result<Self> {
+    pub(super) fn start(read: fn(u32, u64) -> Option<CommandLine>) -> io::Result<Self> {
         let reader = |name| -> io::Result<Reader> {
             let handle = move |ProcessKey { pid, start_ticks }| read(pid, start_ticks);
             let worker = Worker::start(name, capabilities::LOOKUP_WORKER, handle)?;
@@ -147,7 +149,7 @@ impl CmdlineReaders {
     }
 
     /// The next response that is there.
-    pub(super) fn next_response(&mut self) -> Option<(CmdlineRequest, Option<Vec<String>>)> {
+    pub(super) fn next_response(&mut self) -> Option<(CmdlineRequest, Option<CommandLine>)> {
         let take = |reader: &mut Reader| {
             let cmdline = reader.worker.try_response()?;
             reader.is_stuck = false;
@@ -163,7 +165,7 @@ impl CmdlineReaders {
 }
 
 impl Reader {
-    fn reads_for(&self, owner: LookupOwner) -> bool {
+    fn reads_for(&self, owner: Owner) -> bool {
         self.request.is_some_and(|request| request.owner == owner)
     }
 }

@@ -14,11 +14,12 @@ use std::{
     time::Duration,
 };
 
+use selfconn_ebpf::Owner;
 use tokio::time::Instant;
 
 use crate::system::{
     capabilities, clock,
-    process::{self, ObservedTask, ProcessFacts, ProcessInfo, ProcessProof},
+    process::{self, CommandLine, ObservedTask, ProcessFacts, ProcessInfo, ProcessProof},
     worker::Worker,
 };
 use cache::ProcessCache;
@@ -37,10 +38,6 @@ const DEADLINE: Duration = Duration::from_millis(100);
 /// Maximum number of look-ups in progress. Beyond it the oldest one ends as if its deadline had passed.
 const MAX_IN_PROGRESS: usize = 1_024;
 
-/// Who pays for a look-up that gets stuck: the real user id of the process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct LookupOwner(pub u32);
-
 /// The same process at any time: pid, and start time in clock ticks since boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct ProcessKey {
@@ -52,7 +49,7 @@ struct ProcessKey {
 #[derive(Clone, Copy, Debug)]
 pub enum LookupTarget {
     /// The process of a task that the kernel observed, if its pid still belongs to it.
-    Observed(ObservedTask, LookupOwner),
+    Observed(ObservedTask, Owner),
     /// The process that has this pid now.
     Pid(u32),
 }
@@ -114,7 +111,7 @@ struct InProgress<W> {
     target: LookupTarget,
     began_ns: u64,
     facts: Part<Option<ProcessFacts>>,
-    cmdline: Part<Option<Vec<String>>>,
+    cmdline: Part<Option<CommandLine>>,
     waiters: Vec<W>,
 }
 
@@ -153,7 +150,7 @@ impl<W> Lookups<W> {
 
     fn start_with(
         is_initial_pid_ns: bool,
-        read_cmdline: fn(u32, u64) -> Option<Vec<String>>,
+        read_cmdline: fn(u32, u64) -> Option<CommandLine>,
     ) -> io::Result<Self> {
         let is_initial_time_ns = process::is_in_initial_time_ns();
         let read_facts = move |FactsRequest { id, target }| {
@@ -317,7 +314,7 @@ impl<W> Lookups<W> {
             let key = ProcessKey { pid, start_ticks: facts.start_ticks };
             let owner = match lookup.target {
                 LookupTarget::Observed(_, owner) => owner,
-                LookupTarget::Pid(_) => LookupOwner(facts.uid),
+                LookupTarget::Pid(_) => Owner::new(facts.uid, 0),
             };
             lookup.facts = Part::Read(Some(facts.clone()));
             self.request_cmdline(CmdlineRequest { id, key, owner });
@@ -390,7 +387,7 @@ impl<W> Lookups<W> {
         };
         let process = match (facts, key) {
             (Part::Read(Some(facts)), key) => {
-                let process = Rc::new(ProcessInfo { cmdline, ..facts.info });
+                let process = Rc::new(facts.info.with_cmdline(cmdline));
                 if let Some(key) = key {
                     self.cache.insert(key, Rc::clone(&process), clock::boot_ns());
                 }

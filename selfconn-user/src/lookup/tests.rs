@@ -13,11 +13,15 @@ const HANGING: u32 = 1 << 30;
 
 static RELEASED: Mutex<bool> = Mutex::new(false);
 
-fn read_cmdline(pid: u32, _: u64) -> Option<Vec<String>> {
+fn arguments(pid: u32) -> CommandLine {
+    CommandLine { arguments: vec![pid.to_string()], is_cut: false }
+}
+
+fn read_cmdline(pid: u32, _: u64) -> Option<CommandLine> {
     while pid >= HANGING && !*RELEASED.lock().unwrap_or_else(PoisonError::into_inner) {
         thread::sleep(Duration::from_millis(1));
     }
-    Some(vec![pid.to_string()])
+    Some(arguments(pid))
 }
 
 fn set_released(is_released: bool) {
@@ -35,10 +39,10 @@ fn run(test: impl AsyncFnOnce()) {
 }
 
 fn request(id: u64, pid: u32, uid: u32) -> CmdlineRequest {
-    CmdlineRequest { id, key: ProcessKey { pid, start_ticks: 1 }, owner: LookupOwner(uid) }
+    CmdlineRequest { id, key: ProcessKey { pid, start_ticks: 1 }, owner: Owner::new(uid, 0) }
 }
 
-async fn response(readers: &mut CmdlineReaders) -> Option<(CmdlineRequest, Option<Vec<String>>)> {
+async fn response(readers: &mut CmdlineReaders) -> Option<(CmdlineRequest, Option<CommandLine>)> {
     let ready = poll_fn(|context| readers.poll_ready(context));
     timeout(Duration::from_secs(10), ready).await.ok()?;
     readers.next_response()
@@ -55,7 +59,7 @@ fn a_stuck_reader_takes_nothing_from_other_owners() {
         assert_eq!(readers.request(request(2, 7, 1_000)), Ok(()));
         assert_eq!(readers.request(request(3, 8, 2_000)), Ok(()));
         let (answered, cmdline) = response(&mut readers).await.unwrap();
-        assert_eq!((answered.id, cmdline), (3, Some(vec!["8".to_owned()])));
+        assert_eq!((answered.id, cmdline), (3, Some(arguments(8))));
         assert_eq!((readers.give_up(1), readers.abandoned()), (vec![2], 1));
         assert_eq!(readers.request(request(4, 9, 1_000)), Err(Refusal::Busy), "one stuck read an owner");
         assert_eq!(readers.request(request(5, HANGING, 3_000)), Err(Refusal::Hung), "it is not asked again");
@@ -80,7 +84,7 @@ fn this_process(uid: u32) -> LookupTarget {
     let pid = std::process::id();
     let start_ns = process::start_time_ns(pid).unwrap();
     let task = Task { pid, tid: pid, ..Task::UNKNOWN };
-    LookupTarget::Observed(ObservedTask { task, start_ns, at_ns: start_ns }, LookupOwner(uid))
+    LookupTarget::Observed(ObservedTask { task, start_ns, at_ns: start_ns }, Owner::new(uid, 0))
 }
 
 async fn completed(lookups: &mut Lookups<u32>) -> (u32, Rc<ProcessInfo>) {
@@ -135,7 +139,7 @@ fn what_is_known_of_a_process_outlives_it() {
         let start_ns = process::start_time_ns(pid).unwrap();
         let task = Task { pid, tid: pid, ..Task::UNKNOWN };
         let observed = ObservedTask { task, start_ns, at_ns: start_ns };
-        let target = LookupTarget::Observed(observed, LookupOwner(0));
+        let target = LookupTarget::Observed(observed, Owner::new(0, 0));
         lookups.begin(target, 1);
         // `spawn` returns after the execve().
         assert_eq!(completed(&mut lookups).await.1.comm.as_deref(), Some("sleep"));
@@ -146,14 +150,14 @@ fn what_is_known_of_a_process_outlives_it() {
             assert_eq!(completed(&mut lookups).await.1.comm.as_deref(), Some("sleep"));
         }
         let later = ObservedTask { start_ns: start_ns + 1_000_000_000, ..observed };
-        lookups.begin(LookupTarget::Observed(later, LookupOwner(0)), 4);
+        lookups.begin(LookupTarget::Observed(later, Owner::new(0, 0)), 4);
         assert_eq!(completed(&mut lookups).await, (4, Rc::default()), "another process with this pid");
     });
 }
 
 #[test]
 fn after_the_deadline_the_rest_is_unknown() {
-    fn hang(_: u32, _: u64) -> Option<Vec<String>> {
+    fn hang(_: u32, _: u64) -> Option<CommandLine> {
         while !*RELEASED.lock().unwrap_or_else(PoisonError::into_inner) {
             thread::sleep(Duration::from_millis(1));
         }

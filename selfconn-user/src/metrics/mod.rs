@@ -11,7 +11,7 @@ use selfconn_ebpf::cause;
 
 use crate::{
     detect::connection::Connection,
-    event::{LossKind, Losses},
+    event::{LossCause, LossKind, Losses},
 };
 
 mod process;
@@ -117,6 +117,11 @@ impl MetricsSnapshot {
                 "Records and events that were not observed or not written, by cause.",
             )
             .per_label("where", &lost.of_records_and_events().collect::<Vec<_>>()),
+            Family::counter(
+                "selfconn_events_suppressed_total",
+                "Events that were not written because they were beyond the rate of their owner.",
+            )
+            .value(Some(lost.get(LossCause::Suppressed))),
             Family::counter(
                 "selfconn_facts_lost_total",
                 "Fields of events that are unknown because something was full or took too long, by cause.",

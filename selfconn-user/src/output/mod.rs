@@ -1,11 +1,17 @@
 //! The outputs of events: the log file, and stdout or the journal in its place. A slow output does not stop
 //! the daemon: its events wait in a bounded queue, and events that do not fit are dropped and counted.
 
-use std::io;
+use std::{io, time::Instant};
 
 use jiff::Timestamp;
 
-use crate::event::{Event, EventKind, LossCause, Losses, ProgramCounters, Stopped};
+use crate::{
+    budget::{
+        cmdline::CmdlineLimit,
+        log::{LogBudget, SuppressedEvents},
+    },
+    event::{Event, EventKind, LossCause, Losses, ProgramCounters, Stopped},
+};
 use log_file::LogFile;
 use stdout::Stdout;
 
@@ -26,6 +32,17 @@ pub struct Outputs {
     made: u64,
     /// The JSON line of the current event.
     line: Vec<u8>,
+    budget: LogBudget,
+    cmdline: CmdlineLimit,
+    started: Instant,
+}
+
+/// Limits of the events, whatever the outputs are.
+#[derive(Clone, Copy, Debug)]
+pub struct OutputLimits {
+    /// Events of an owner in a second.
+    pub rate: u32,
+    pub cmdline: CmdlineLimit,
 }
 
 impl Outputs {
@@ -33,9 +50,17 @@ impl Outputs {
     ///
     /// # Errors
     /// If the writer of stdout cannot be started.
-    pub fn new(stdout: Option<StdoutFormat>, log: Option<LogFile>) -> io::Result<Self> {
+    pub fn new(stdout: Option<StdoutFormat>, log: Option<LogFile>, limits: OutputLimits) -> io::Result<Self> {
         let stdout = stdout.map(Stdout::start).transpose()?;
-        Ok(Self { log, stdout, made: 0, line: Vec::new() })
+        Ok(Self {
+            log,
+            stdout,
+            made: 0,
+            line: Vec::new(),
+            budget: LogBudget::new(limits.rate),
+            cmdline: limits.cmdline,
+            started: Instant::now(),
+        })
     }
 
     /// Emits an event with the current time.
@@ -43,10 +68,15 @@ impl Outputs {
         self.emit_at(Timestamp::now(), kind);
     }
 
-    /// Emits an event. It is written at the next flush.
-    pub fn emit_at(&mut self, time: Timestamp, kind: EventKind) {
-        let event = Event { time, kind };
+    /// Emits an event, unless it is beyond its owner's rate. It is written at the next flush.
+    pub fn emit_at(&mut self, time: Timestamp, mut kind: EventKind) {
         self.made += 1;
+        let now_ns = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        if kind.log_request().is_some_and(|request| !self.budget.admits(&request, now_ns)) {
+            return;
+        }
+        kind.limit_cmdline(self.cmdline);
+        let event = Event { time, kind };
         self.write_json(&event);
         if let Some(log) = &mut self.log {
             log.push(&self.line);
@@ -162,10 +192,17 @@ impl Outputs {
     /// Events that each output dropped: the part of [`Losses`] that the outputs count.
     #[must_use]
     pub fn lost(&self) -> Losses {
-        self.losses(
+        let mut losses = self.losses(
             self.log.as_ref().map_or(0, LogFile::lost),
             self.stdout.as_ref().map_or(0, |stdout| stdout.writer.lost()),
-        )
+        );
+        losses.set(LossCause::Suppressed, self.budget.suppressed());
+        losses
+    }
+
+    /// The suppressed events since the last call, by owner.
+    pub fn take_suppressed(&mut self) -> Vec<SuppressedEvents> {
+        self.budget.take_unreported()
     }
 
     /// The cause under which losses of stdout are counted: stdout or, if it is connected to the journal, the journal.

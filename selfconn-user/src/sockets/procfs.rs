@@ -83,7 +83,7 @@ pub(super) fn parse(line: &str, filter: impl Fn(&str, &str, &str) -> bool) -> Op
         inode,
         uid: (inode != 0).then_some(uid),
         time_wait_left: (timer == TIME_WAIT_TIMER)
-            .then(|| Duration::from_millis(ticks * (1_000 / TICKS_PER_SECOND))),
+            .then(|| Duration::from_millis(ticks.saturating_mul(1_000 / TICKS_PER_SECOND))),
         connect_entry: None,
     };
     Some(DumpedSocket {

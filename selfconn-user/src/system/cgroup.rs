@@ -1,18 +1,59 @@
-//! Control groups: the path of a process's group, and the systemd unit and the container that it names. Parsers of text;
-//! nothing here opens a file.
+//! Control groups: which one a process is in, and the systemd unit, the container and the pod that its path names.
+//!
+//! The owner of a directory makes directories of any name below it, and systemd gives the directory of every
+//! `Delegate=yes` unit to the unit's user. A name is therefore used only where every directory above it is
+//! root's. Pure; `directories` asks the file system who owns what.
 
-/// The control group in the text of `/proc/PID/cgroup`: that of the unified hierarchy, or that of systemd's
-/// own hierarchy if the process is in the root of the unified one.
-pub(super) fn path(text: &str) -> Option<String> {
-    let path_of = |hierarchy: &str| {
+mod directories;
+#[cfg(test)]
+mod tests;
+
+pub(super) use directories::components;
+
+/// Levels of a path without unit and container that only root makes.
+const OWNER_LEVELS: usize = 3;
+
+/// The hierarchy that has the names. On a host with both, container engines that write groups themselves write
+/// them to systemd's, and the process stays in its engine's unified group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hierarchy {
+    /// The unified hierarchy of cgroup v2.
+    Unified,
+    /// systemd's own hierarchy, `name=systemd`, of cgroup v1.
+    Systemd,
+}
+
+/// The control group in the text of `/proc/PID/cgroup`: that of systemd's own hierarchy unless it is the root
+/// of it, else the unified one.
+pub(super) fn path(text: &str) -> Option<(Hierarchy, &str)> {
+    let path_of = |name: &str| {
         text.lines().find_map(|line| {
             let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
-            (controllers == hierarchy).then_some(path)
+            (controllers == name).then_some(path)
         })
     };
-    let unified = path_of("");
-    let path = unified.filter(|path| *path != "/").or_else(|| path_of("name=systemd")).or(unified)?;
-    Some(path.to_owned())
+    let systemd = path_of("name=systemd").map(|path| (Hierarchy::Systemd, path));
+    let unified = path_of("").map(|path| (Hierarchy::Unified, path));
+    systemd.filter(|(_, path)| *path != "/").or(unified).or(systemd)
+}
+
+/// Who can have made a directory of a control group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Maker {
+    /// Only root: every directory above is root's.
+    Root,
+    /// A directory above it belongs to a user, or has gone.
+    Anyone,
+    /// The directories above cannot be seen: the path leads out of this process's control group namespace, or
+    /// the hierarchy is not mounted here.
+    OutOfView,
+}
+
+/// A component of the path of a control group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Component<'a> {
+    name: &'a str,
+    maker: Maker,
 }
 
 /// What the path of a control group says about its processes.
@@ -20,89 +61,127 @@ pub(super) fn path(text: &str) -> Option<String> {
 pub(super) struct CgroupInfo {
     pub(super) unit: Option<String>,
     pub(super) container: Option<String>,
+    pub(super) pod: Option<String>,
+    /// The group that pays for its processes: the container or the unit, else at most three levels. A group that
+    /// a user or a container made is part of it.
+    pub(super) owner: Option<String>,
 }
 
 impl CgroupInfo {
-    /// Finds the innermost unit (a service, or the scope of a session) and the innermost container. docker,
-    /// containerd, cri-o and podman name the group after the container's id of 64 hexadecimal digits, with or
-    /// without a prefix.
-    pub(super) fn parse(path: &str) -> Self {
-        let innermost = || path.rsplit('/');
-        let is_unit = |part: &&str| part.ends_with(".service") || part.ends_with(".scope");
+    /// The unit by systemd's rule (`cg_path_get_unit`, src/basic/cgroup-util.c at v257): the first component
+    /// that is not a slice. The container is the outermost one, because the names below are the container's.
+    /// A container engine that makes groups below its own unit starts containers that are not that unit.
+    pub(super) fn new(components: &[Component<'_>]) -> Self {
+        let trusted = trusted_names(components);
+        let unit_at = trusted.iter().position(|name| !name.ends_with(".slice"));
+        let unit = unit_at.map(|at| trusted[at]).filter(|name| is_unit(name));
+        let container = (0..trusted.len()).find_map(|at| Some((at, container(&trusted, at)?)));
+        let leaf = container.as_ref().map(|(at, _)| *at).or(unit_at);
+        let levels = leaf.map_or(OWNER_LEVELS, |at| at + 1).min(trusted.len());
+        let is_engine = unit_at
+            .zip(container.as_ref())
+            .is_some_and(|(unit_at, (at, _))| unit_at < *at && !trusted[*at].starts_with("libpod-"));
         Self {
-            unit: innermost().find(is_unit).map(str::to_owned),
-            container: innermost().find_map(container_id).map(str::to_owned),
+            unit: unit.filter(|_| !is_engine).map(|name| name.strip_prefix('_').unwrap_or(name).to_owned()),
+            container: container.map(|(_, id)| id),
+            pod: trusted.iter().find_map(|name| pod(name)),
+            owner: (levels > 0).then(|| format!("/{}", trusted[..levels].join("/"))),
         }
     }
 }
 
-fn container_id(part: &str) -> Option<&str> {
-    let part = part.strip_suffix(".scope").unwrap_or(part);
-    let (prefix, id) = part.rsplit_once('-').unwrap_or(("", part));
-    let is_id = id.len() == 64 && id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+/// The names that root chose. Out of view, those down to the first one that systemd or Kubernetes would not
+/// keep for itself.
+fn trusted_names<'a>(components: &[Component<'a>]) -> Vec<&'a str> {
+    let mut is_below_leaf = false;
+    let is_trusted = |component: &&Component<'_>| match component.maker {
+        Maker::Root => true,
+        Maker::Anyone => false,
+        Maker::OutOfView => !std::mem::replace(&mut is_below_leaf, !is_inner(component.name)),
+    };
+    let named = components.iter().filter(|component| component.name != "..");
+    named.take_while(is_trusted).map(|component| component.name).collect()
+}
+
+/// True for a group that has only groups of systemd or of Kubernetes directly below it.
+fn is_inner(name: &str) -> bool {
+    name.ends_with(".slice")
+        || matches!(name, "kubepods" | "burstable" | "besteffort")
+        || name.starts_with("pod") && pod(name).is_some()
+}
+
+fn is_unit(name: &str) -> bool {
+    name.ends_with(".service") || name.ends_with(".scope")
+}
+
+/// The container that the component at this index stands for.
+fn container(names: &[&str], at: usize) -> Option<String> {
+    let name = names[at];
+    if let Some(name) = name.strip_prefix("lxc.payload.") {
+        return Some(name.to_owned());
+    }
+    // systemd-nspawn runs the container in `payload`, below a scope or below its template's service.
+    if names.get(at + 1) == Some(&"payload") {
+        let machine = name.strip_prefix("machine-").and_then(|name| name.strip_suffix(".scope"));
+        let instance = name.strip_prefix("systemd-nspawn@").and_then(|name| name.strip_suffix(".service"));
+        return machine.or(instance).map(unescape);
+    }
+    // docker, containerd, cri-o and podman name the group after the container's id, with or without a prefix;
+    // containerd by cgroupfs writes `SLICE:PREFIX:ID`.
+    let name = name.strip_suffix(".scope").unwrap_or(name);
+    let (prefix, id) = name.rsplit_once(['-', ':']).unwrap_or(("", name));
     // conmon monitors a container and runs outside it.
-    (is_id && !prefix.ends_with("conmon")).then_some(id)
+    if is_lower_hex(id, 64) && !prefix.ends_with("conmon") {
+        return Some(id.to_owned());
+    }
+    // ECS: `/ecs/TASK/CONTAINER`.
+    let is_ecs = names.get(..at.checked_sub(1)?)?.last() == Some(&"ecs")
+        && is_lower_hex(prefix, 32)
+        && !id.is_empty()
+        && id.bytes().all(|byte| byte.is_ascii_digit());
+    is_ecs.then(|| name.to_owned())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// The uid in the name of a pod's group: `kubepods-burstable-podUID.slice`, where `_` stands for `-`, or
+/// `podUID`. A static pod has 32 hexadecimal digits.
+fn pod(name: &str) -> Option<String> {
+    let name = name.split_once(':').map_or(name, |(slice, _)| slice);
+    let slice = name.strip_suffix(".slice").filter(|slice| slice.starts_with("kubepods"));
+    let uid = match slice {
+        Some(slice) => slice.rsplit_once("-pod")?.1.replace('_', "-"),
+        None => name.strip_prefix("pod")?.to_owned(),
+    };
+    let mut parts = uid.split('-');
+    let is_uuid = [8, 4, 4, 4, 12]
+        .into_iter()
+        .all(|length| parts.next().is_some_and(|part| is_lower_hex(part, length)))
+        && parts.next().is_none();
+    (is_uuid || is_lower_hex(&uid, 32)).then_some(uid)
+}
 
-    #[test]
-    fn the_cgroup_path_names_unit_and_container() {
-        const ID: &str = "4a5b6c7d8e9f00112233445566778899aabbccddeeff00112233445566778899";
-        for (path, unit, container) in [
-            ("/system.slice/nginx.service".to_owned(), Some("nginx.service".to_owned()), None),
-            (
-                "/user.slice/user-1000.slice/user@1000.service/app.slice/web.service".to_owned(),
-                Some("web.service".to_owned()),
-                None,
-            ),
-            ("/user.slice/user-0.slice/session-3.scope".to_owned(), Some("session-3.scope".to_owned()), None),
-            ("/".to_owned(), None, None),
-            // docker, by cgroupfs and by systemd
-            (format!("/docker/{ID}"), None, Some(ID)),
-            (format!("/system.slice/docker-{ID}.scope"), Some(format!("docker-{ID}.scope")), Some(ID)),
-            // containerd and cri-o below Kubernetes
-            (
-                format!("/kubepods.slice/kubepods-pod1.slice/cri-containerd-{ID}.scope"),
-                Some(format!("cri-containerd-{ID}.scope")),
-                Some(ID),
-            ),
-            (format!("/kubepods/burstable/pod1/{ID}"), None, Some(ID)),
-            (format!("/kubepods.slice/crio-{ID}.scope"), Some(format!("crio-{ID}.scope")), Some(ID)),
-            // podman, and the container's own groups below
-            (
-                format!("/machine.slice/libpod-{ID}.scope/container"),
-                Some(format!("libpod-{ID}.scope")),
-                Some(ID),
-            ),
-            (format!("/machine.slice/libpod-{ID}.scope/init.scope"), Some("init.scope".to_owned()), Some(ID)),
-            (
-                format!("/machine.slice/libpod-conmon-{ID}.scope"),
-                Some(format!("libpod-conmon-{ID}.scope")),
-                None,
-            ),
-            (format!("/docker/{}", &ID[1..]), None, None),
-            (format!("/docker/{}", ID.to_uppercase()), None, None),
-        ] {
-            let expected = CgroupInfo { unit, container: container.map(str::to_owned) };
-            assert_eq!(CgroupInfo::parse(&path), expected, "{path}");
-        }
-    }
+fn is_lower_hex(text: &str, length: usize) -> bool {
+    text.len() == length && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
 
-    #[test]
-    fn the_cgroup_is_the_unified_one_or_systemds() {
-        for (text, path) in [
-            ("0::/system.slice/a.service\n", Some("/system.slice/a.service")),
-            ("12:pids:/x\n1:name=systemd:/system.slice/a.service\n0::/\n", Some("/system.slice/a.service")),
-            ("12:pids:/x\n1:name=systemd:/y\n", Some("/y")),
-            ("0::/\n", Some("/")),
-            ("0::/with:colon\n", Some("/with:colon")),
-            ("12:pids:/x\n", None),
-            ("", None),
-        ] {
-            assert_eq!(super::path(text).as_deref(), path, "{text:?}");
-        }
+/// Runs every parser of this module on arbitrary text.
+#[cfg(any(test, fuzzing))]
+pub(super) fn parse_anything(text: &str) {
+    let path = path(text).map_or(text, |(_, path)| path);
+    for maker in [Maker::Root, Maker::OutOfView] {
+        let components: Vec<_> = path.split('/').map(|name| Component { name, maker }).collect();
+        let _ = CgroupInfo::new(&components);
     }
+}
+
+/// The name that systemd escaped: `\x2d` stands for `-`. The result is the escaped name if it is not text.
+fn unescape(name: &str) -> String {
+    let mut bytes = Vec::with_capacity(name.len());
+    let mut rest = name.as_bytes();
+    while let Some((&first, after)) = rest.split_first() {
+        let code = after.strip_prefix(b"x").and_then(|code| code.get(..2)).filter(|_| first == b'\\');
+        let code = code.and_then(|code| u8::from_str_radix(std::str::from_utf8(code).ok()?, 16).ok());
+        bytes.push(code.unwrap_or(first));
+        rest = if code.is_some() { &after[3..] } else { after };
+    }
+    String::from_utf8(bytes).unwrap_or_else(|_| name.to_owned())
 }

@@ -6,6 +6,7 @@ use std::{
     io::{self, Read as _},
     os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
     rc::Rc,
+    sync::Arc,
 };
 
 use selfconn_ebpf::{Opener, Task};
@@ -16,8 +17,16 @@ use super::cgroup::{self, CgroupInfo};
 /// Length of a clock tick in `/proc`: 1 / `USER_HZ`, a constant of the ABI on all of aya's architectures.
 const TICK_NS: u64 = 1_000_000_000 / 100;
 
-/// Maximum number of bytes of a command line in an event.
-const CMDLINE_LIMIT: u64 = 4_096;
+/// Maximum number of bytes of a command line that are read.
+const CMDLINE_LIMIT: usize = 4_096;
+
+/// The arguments of a process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CommandLine {
+    pub arguments: Vec<String>,
+    /// True if there are more than were read.
+    pub is_cut: bool,
+}
 
 /// Information about a process from `/proc`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -34,6 +43,22 @@ pub struct ProcessInfo {
     pub unit: Option<String>,
     /// The container id in the path of the control group.
     pub container: Option<String>,
+    /// The uid of the Kubernetes pod in the path of the control group.
+    pub pod: Option<String>,
+    /// The control group that pays for the process.
+    pub owner_cgroup: Option<Arc<str>>,
+    /// True if `cmdline` has only a part of the arguments.
+    pub is_cmdline_cut: bool,
+}
+
+impl ProcessInfo {
+    /// The same with these arguments.
+    #[must_use]
+    pub fn with_cmdline(mut self, cmdline: Option<CommandLine>) -> Self {
+        self.is_cmdline_cut = cmdline.as_ref().is_some_and(|cmdline| cmdline.is_cut);
+        self.cmdline = cmdline.map(|cmdline| cmdline.arguments);
+        self
+    }
 }
 
 /// The process behind a connection, in addition to what the kernel recorded about its opener.
@@ -158,21 +183,27 @@ pub fn is_in_initial_pid_ns() -> bool {
 pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> Option<ProcessFacts> {
     let file = |name: &str| format!("/proc/{pid}/{name}");
     let exe = fs::read_link(file("exe")).ok().map(|path| lossy(path.as_os_str().as_bytes()));
-    let cgroup = fs::read(file("cgroup")).ok().and_then(|text| cgroup::path(&lossy(&text)));
+    let cgroup_text = fs::read(file("cgroup")).map(|text| lossy(&text)).unwrap_or_default();
+    let cgroup = cgroup::path(&cgroup_text);
+    let cgroup_info = cgroup.map_or_else(CgroupInfo::default, |(hierarchy, path)| {
+        CgroupInfo::new(&cgroup::components(hierarchy, path))
+    });
     let uid = fs::metadata(file("")).map_or(0, |folder| folder.uid());
     // The start time is read last, because it proves which process the other files belonged to.
     let (comm, start_ticks) = read_stat(pid)?;
     if !proof.accepts(start_ticks, is_initial_time_ns) {
         return None;
     }
-    let cgroup_info = cgroup.as_deref().map(CgroupInfo::parse).unwrap_or_default();
     let info = ProcessInfo {
         comm: Some(comm),
         exe,
         cmdline: None,
         unit: cgroup_info.unit,
         container: cgroup_info.container,
-        cgroup,
+        pod: cgroup_info.pod,
+        owner_cgroup: cgroup_info.owner.map(Arc::from),
+        is_cmdline_cut: false,
+        cgroup: cgroup.map(|(_, path)| path.to_owned()),
     };
     Some(ProcessFacts { info, start_ticks, uid })
 }
@@ -181,12 +212,15 @@ pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> O
 /// (`get_mm_cmdline`, fs/proc/base.c at v6.12), which the process can hold forever. Only SIGKILL ends the
 /// wait.
 #[must_use]
-pub fn read_cmdline(pid: u32, start_ticks: u64) -> Option<Vec<String>> {
+pub fn read_cmdline(pid: u32, start_ticks: u64) -> Option<CommandLine> {
     let mut cmdline = Vec::new();
     let file = fs::File::open(format!("/proc/{pid}/cmdline")).ok()?;
-    file.take(CMDLINE_LIMIT).read_to_end(&mut cmdline).ok()?;
+    file.take(CMDLINE_LIMIT as u64 + 1).read_to_end(&mut cmdline).ok()?;
+    let is_cut = cmdline.len() > CMDLINE_LIMIT;
+    cmdline.truncate(CMDLINE_LIMIT);
     let (_, start_ticks_now) = read_stat(pid)?;
-    (start_ticks_now == start_ticks).then(|| arguments(&cmdline)).flatten()
+    let arguments = (start_ticks_now == start_ticks).then(|| arguments(&cmdline)).flatten()?;
+    Some(CommandLine { arguments, is_cut })
 }
 
 /// Name, and start time in clock ticks since boot.
@@ -200,7 +234,7 @@ fn read_stat(pid: u32) -> Option<(String, u64)> {
 pub(crate) fn parse_anything(bytes: &[u8]) {
     let text = lossy(bytes);
     let _ = (parse_stat(&text), arguments(bytes));
-    let _ = (cgroup::path(&text), CgroupInfo::parse(&text));
+    cgroup::parse_anything(&text);
 }
 
 fn lossy(bytes: &[u8]) -> String {
@@ -211,7 +245,7 @@ fn lossy(bytes: &[u8]) -> String {
 /// tick.
 #[must_use]
 pub fn start_time_ns(pid: u32) -> Option<u64> {
-    read_stat(pid).map(|(_, start_ticks)| start_ticks * TICK_NS)
+    read_stat(pid).map(|(_, start_ticks)| start_ticks.saturating_mul(TICK_NS))
 }
 
 /// Name, and start time in clock ticks since boot, from the text of `/proc/PID/stat`. The name may contain
@@ -253,7 +287,7 @@ mod tests {
         assert_eq!(facts.info.comm.as_deref(), Some(comm));
         let exe = std::env::current_exe().ok().map(|path| path.to_string_lossy().into_owned());
         assert_eq!((facts.info.exe, facts.start_ticks), (exe, start));
-        assert_eq!(read_cmdline(pid, start).unwrap(), std::env::args().collect::<Vec<_>>());
+        assert_eq!(read_cmdline(pid, start).unwrap().arguments, std::env::args().collect::<Vec<_>>());
         assert_eq!(read_cmdline(pid, start + 1), None, "another process");
         assert_eq!(read_facts(u32::MAX, &ProcessProof::None, true), None);
 

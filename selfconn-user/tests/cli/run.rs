@@ -71,3 +71,27 @@ fn doctor_without_privileges_reports_not_fit_and_the_reason() {
         assert!(text.contains(expected), "{expected} is not in: {text}");
     }
 }
+
+#[test]
+fn a_time_has_an_upper_bound_and_the_error_names_it() {
+    let absurd =
+        ["18446744073709551615", "18446744073709551615s", "1e30", "1e30d", "99999999d", "-1s", "1/3", "nan"];
+    for (command, option, bound) in [
+        (&["run", "--remedy", "dry-run"][..], "--remedy-grace", "at most 30d"),
+        (&["repro"], "--hold", "at most 30d"),
+        (&["tail", "/dev/null"], "--since", "at most 36500d"),
+    ] {
+        for value in absurd {
+            let output = selfconn().args(command).arg(format!("{option}={value}")).output().unwrap();
+            assert_one_line_error(&output, &[option, value, bound]);
+        }
+    }
+    for option in ["--reconcile", "--self-test"] {
+        let output = selfconn().args(["run", option, "18446744073709551615"]).output().unwrap();
+        assert_one_line_error(&output, &[option, "1..=86400"]);
+        for value in ["1e30", "0.5", "-1", "0", "86401"] {
+            let output = selfconn().arg("run").arg(format!("{option}={value}")).output().unwrap();
+            assert_one_line_error(&output, &[option, value]);
+        }
+    }
+}

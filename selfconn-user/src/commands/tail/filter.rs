@@ -1,5 +1,7 @@
 //! The filter of `tail`: selects the events to show.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 
 use crate::{commands::duration, event::text::LogRecord};
@@ -53,14 +55,20 @@ fn in_event_or_nested(record: LogRecord<'_>, predicate: impl Fn(LogRecord<'_>) -
     predicate(record) || record.nested_objects().any(predicate)
 }
 
+/// The longest time span before now.
+const MAX_AGE: Duration = Duration::from_secs(36_500 * 86_400);
+
 /// Parses a time span before now, such as `90s`, `1h` or `2 days`, or a point in time.
 pub(super) fn since(text: &str, now: Timestamp) -> Result<Timestamp, String> {
     if let Ok(time) = text.parse() {
         return Ok(time);
     }
-    duration::parse(text)
-        .and_then(|ago| now.checked_sub(ago).ok())
-        .ok_or_else(|| "neither a time span such as 90s, 30m, 1h or 2d nor an RFC 3339 time".to_owned())
+    duration::parse(text).filter(|ago| *ago <= MAX_AGE).and_then(|ago| now.checked_sub(ago).ok()).ok_or_else(
+        || {
+            "neither a time span such as 90s, 30m, 1h or 2d, of at most 36500d, nor an RFC 3339 time"
+                .to_owned()
+        },
+    )
 }
 
 #[cfg(test)]

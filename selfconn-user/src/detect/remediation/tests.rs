@@ -3,6 +3,8 @@
 use super::*;
 use crate::detect::samples;
 
+const SECOND_NS: u64 = 1_000_000_000;
+
 fn remedy(mode: RemedyMode, grace_ns: u64, rate: u32) -> Remedy {
     Remedy::new(RemedyPolicy { mode, selection: Selection::default(), grace_ns, rate })
 }
@@ -11,7 +13,7 @@ fn cookie(number: u64) -> Cookie {
     Cookie::new(number).unwrap()
 }
 
-fn request(number: u64) -> RemedyRequest {
+pub(super) fn request(number: u64) -> RemedyRequest {
     let endpoint = samples::endpoint("127.0.0.1", 40_000);
     let target = TargetSocket { endpoint, cookie: None, inode: None, uid: None, netns_hints: vec![8, 7] };
     RemedyRequest { number, target }
@@ -133,6 +135,36 @@ fn a_connection_that_arrives_while_others_wait_is_reported_as_rate_limited_too()
 }
 
 #[test]
+fn the_connections_of_one_owner_do_not_delay_those_of_another() {
+    let of_uid = |uid| ConnectionFields { uid, ..ConnectionFields::sample() };
+    let mut remedy = remedy(RemedyMode::Destroy, 0, 10);
+    for number in 1..=150 {
+        remedy.on_established(of_uid(Some(65_534)), request(number), SECOND_NS);
+    }
+    remedy.on_established(of_uid(None), request(151), SECOND_NS);
+    remedy.on_established(of_uid(None), request(152), SECOND_NS);
+    let first = due(&mut remedy, SECOND_NS).0;
+    assert_eq!(first, [1, 151, 2, 152, 3, 4, 5, 6, 7, 8], "an unknown opener is an owner of its own");
+    remedy.on_established(of_uid(Some(0)), request(153), SECOND_NS + 1);
+    let tick_ns = SECOND_NS / 10;
+    let later: Vec<_> = (1..=3).flat_map(|tick| due(&mut remedy, SECOND_NS + tick * tick_ns).0).collect();
+    assert_eq!(later, [9, 153, 10]);
+}
+
+#[test]
+fn a_connection_for_which_the_queue_has_no_room_is_reported_as_failed() {
+    let mut remedy = remedy(RemedyMode::Destroy, u64::MAX, 10);
+    let limit = queue::OWNER_LIMIT as u64;
+    for number in 1..=limit {
+        assert!(remedy.on_established(ConnectionFields::sample(), request(number), SECOND_NS).is_none());
+    }
+    let remedied = remedy.on_established(ConnectionFields::sample(), request(limit + 1), SECOND_NS).unwrap();
+    assert_eq!(remedied.result, "failed");
+    assert!(remedied.why.unwrap().contains("too many connections of its owner"));
+    assert_eq!(remedy.next_ns(), Some(u64::MAX), "the due time saturates");
+}
+
+#[test]
 fn an_excluded_connection_is_reported_at_once_and_never_looked_up() {
     let selection = Selection { except: vec!["comm=java".parse().unwrap()], ..Selection::default() };
     let mut remedy = Remedy::new(RemedyPolicy { mode: RemedyMode::DryRun, selection, grace_ns: 7, rate: 1 });
@@ -149,20 +181,4 @@ fn without_its_network_namespace_a_connection_cannot_be_looked_up() {
         remedy(RemedyMode::Destroy, 0, 1).on_established(ConnectionFields::sample(), nowhere, 5).unwrap();
     assert_eq!(remedied.result, "failed");
     assert!(remedied.why.unwrap().contains("BTF"));
-}
-
-#[test]
-fn the_rate_limiter_allows_its_rate_per_second() {
-    for rate in [1, 3, 10, 1_000_000] {
-        let mut limiter = RateLimiter::new(rate);
-        let start = 77 * SECOND_NS;
-        let tokens = |limiter: &mut RateLimiter, at| (0..20).filter(|_| limiter.try_take(at)).count();
-        let burst = (rate as usize).min(20);
-        assert_eq!(tokens(&mut limiter, start), burst, "{rate}");
-        if rate < 20 {
-            assert_eq!(tokens(&mut limiter, start), 0);
-            assert!(!limiter.try_take(limiter.available_ns() - 1));
-            assert!(limiter.try_take(limiter.available_ns()));
-        }
-    }
 }

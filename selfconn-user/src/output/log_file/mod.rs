@@ -21,6 +21,9 @@ mod place;
 /// Maximum bytes that wait for a file that refuses writes; about 10,000 lines.
 const PENDING_LIMIT: usize = 8 << 20;
 
+/// Bytes in the queue from which it is written without waiting for the next flush.
+const FLUSH_THRESHOLD: usize = 1 << 20;
+
 #[derive(Debug)]
 pub struct LogFile {
     path: PathBuf,
@@ -54,10 +57,10 @@ impl LogFile {
         })
     }
 
-    /// Adds a line, which ends in a newline. It is written at the next flush, or at once if many lines wait:
-    /// a disk that takes writes loses nothing, however many events one turn of the loop has.
+    /// Adds a line, which ends in a newline. It is written at the next flush, or at once if the queue is long:
+    /// a snapshot with thousands of connections makes more lines than the queue holds.
     pub fn push(&mut self, line: &[u8]) {
-        if !self.is_failing && self.queue.len() + line.len() > PENDING_LIMIT / 2 {
+        if self.queue.len() + line.len() > FLUSH_THRESHOLD && !self.is_failing {
             self.flush();
         }
         self.queue.push(line);
@@ -227,5 +230,24 @@ fn write_once(log: &OpenLogFile, bytes: &[u8]) -> io::Result<usize> {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             outcome => return outcome,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_lines_than_the_queue_holds_are_written_before_they_are_lost() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let mut log = LogFile::open(&path).unwrap();
+        let line = [b"x".repeat(999), b"\n".to_vec()].concat();
+        for _ in 0..2 * PENDING_LIMIT / line.len() {
+            log.push(&line);
+        }
+        assert!(log.queue.len() <= FLUSH_THRESHOLD);
+        assert!(log.finish() && log.lost() == 0);
+        assert_eq!(std::fs::metadata(&path).unwrap().len() as usize, 2 * PENDING_LIMIT / 1_000 * 1_000);
     }
 }

@@ -4,10 +4,12 @@
 pub(crate) mod accounting;
 pub(crate) mod audit;
 pub(crate) mod blocked;
+pub(crate) mod cgroup;
 pub(crate) mod connect_table;
 pub(crate) mod delays;
 pub(crate) mod faults;
 pub(crate) mod hostile;
+pub(crate) mod log_budget;
 pub(crate) mod port_risk;
 pub(crate) mod privileges;
 pub(crate) mod remedy;

@@ -19,7 +19,7 @@ use crate::support::{
         own_comm, socket,
     },
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event},
-    helper_process::HelperProcess,
+    helper_process::{HelperProcess, UNPRIVILEGED},
     netns::TestNetns,
     retries::{Missed, PREEMPTED, for_each_variant_retrying},
 };
@@ -242,6 +242,36 @@ fn only_a_connection_that_outlives_the_grace_period_is_destroyed() {
     assert_eq!(remedied["id"], closed[1]["id"]);
     let lived = closed[1]["duration_ns"].as_u64().unwrap();
     assert!(lived >= 1_000_000_000, "it lived for the grace period: {lived}");
+}
+
+/// 150 connections of an unprivileged user stand before the one that keeps a server out.
+#[test]
+fn the_connections_of_one_user_do_not_delay_the_remedy_of_another() {
+    let net = TestNetns::enter_new();
+    let mut daemon = start(net, &HookVariant(vec![]), &["--remedy", "destroy", "--remedy-rate", "10"]);
+    let mut flooder = HelperProcess::start_unprivileged("connect times 150", None);
+    flooder.read_output();
+    daemon.expect(150, is_event("established", net.inode));
+    let (victim, port) = connect_to_self(LOCALHOST);
+    let began = Instant::now();
+    let is_destroyed =
+        |event: &Value| is_event("remedied", net.inode)(event) && event["result"] == "destroyed";
+    daemon.expect(1, |event| is_destroyed(event) && event["port"] == port);
+    let waited = began.elapsed();
+    println!("destroyed after {waited:?}");
+    assert!(waited < Duration::from_millis(1_500), "{waited:?}");
+    assert_aborted(&victim);
+    // The flooder's own connections are destroyed in the order in which they are due.
+    let ids = |daemon: &TestDaemon, matches: &dyn Fn(&Value) -> bool| -> Vec<Value> {
+        let is_flooders = |event: &&Value| matches(event) && event["uid"] == UNPRIVILEGED;
+        daemon.received().iter().filter(is_flooders).map(|event| event["id"].clone()).collect()
+    };
+    daemon.expect(20, is_destroyed);
+    let destroyed = ids(&daemon, &is_destroyed);
+    let established = ids(&daemon, &is_event("established", net.inode));
+    assert_eq!(destroyed[..], established[..destroyed.len()]);
+    flooder.finish();
+    daemon.stop();
 }
 
 #[test]

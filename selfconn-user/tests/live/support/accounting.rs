@@ -18,7 +18,11 @@ pub(crate) fn assert_sums_hold(stopped: &Value) {
     let field = |key| number(stopped, key);
     assert_eq!(field("/matched"), field("/delivered") + field("/lost/ring"), "{stopped}");
     if stopped["written"].is_u64() {
-        assert_eq!(field("/made"), field("/written") + field("/lost/log"), "{stopped}");
+        assert_eq!(
+            field("/made"),
+            field("/written") + field("/lost/log") + field("/lost/suppressed"),
+            "{stopped}"
+        );
     }
 }
 

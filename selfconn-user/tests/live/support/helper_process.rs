@@ -24,6 +24,9 @@ const TASK_ENV: &str = "SELFCONN_TEST_HELPER_TASK";
 /// process opens by itself, because dup2 onto the same number would leave close-on-exec set.
 const PASSED_FD: libc::c_int = 100;
 
+/// The user and group id of an unprivileged helper process: nobody's.
+pub(crate) const UNPRIVILEGED: u32 = 65_534;
+
 /// A process that runs a task. It prints a line when its task is done, and ends when its stdin is closed.
 pub(crate) struct HelperProcess {
     child: Child,
@@ -49,6 +52,34 @@ impl HelperProcess {
                 } else {
                     Err(std::io::Error::last_os_error())
                 }
+            });
+        }
+        Self::spawn(&mut command)
+    }
+
+    /// Starts this binary with a task as an unprivileged user, in the control group of this `cgroup.procs`.
+    pub(crate) fn start_unprivileged(task: &str, cgroup_procs: Option<&std::fs::File>) -> Self {
+        Self::start_unprivileged_with(task, cgroup_procs, &[])
+    }
+
+    /// As [`Self::start_unprivileged`]; the process has these arguments besides its own.
+    pub(crate) fn start_unprivileged_with(
+        task: &str,
+        cgroup_procs: Option<&std::fs::File>,
+        arguments: &[&str],
+    ) -> Self {
+        let procs = cgroup_procs.map(std::os::fd::AsRawFd::as_raw_fd);
+        let mut command = command(task);
+        command.args(arguments).current_dir("/");
+        // SAFETY: write, setgroups, setgid and setuid are safe to call between fork and exec; the file
+        // outlives the spawn.
+        unsafe {
+            command.pre_exec(move || {
+                let is_done = procs.is_none_or(|fd| libc::write(fd, c"0".as_ptr().cast(), 1) == 1)
+                    && libc::setgroups(0, std::ptr::null()) == 0
+                    && libc::setgid(UNPRIVILEGED) == 0
+                    && libc::setuid(UNPRIVILEGED) == 0;
+                if is_done { Ok(()) } else { Err(std::io::Error::last_os_error()) }
             });
         }
         Self::spawn(&mut command)
@@ -188,6 +219,31 @@ fn run_helper_process() {
             set_process_name("a-client");
             let (_socket, port) = connect();
             print_output(&port.to_string());
+            wait_for_stdin_eof();
+        }
+        connect if connect.starts_with("connect in cgroup ") => {
+            let directory = std::path::Path::new(&connect["connect in cgroup ".len()..]);
+            std::fs::create_dir_all(directory).unwrap();
+            std::fs::write(directory.join("cgroup.procs"), "0").unwrap();
+            let (_socket, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+            print_output(&port.to_string());
+            wait_for_stdin_eof();
+        }
+        storm if storm.starts_with("connect storm ") => {
+            for _ in 0..storm["connect storm ".len()..].parse().unwrap() {
+                let socket = connect_to_self(Ipv4Addr::LOCALHOST.into()).0;
+                socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
+            }
+            print_output("done");
+            wait_for_stdin_eof();
+        }
+        connect if connect.starts_with("connect times ") => {
+            let count: usize = connect["connect times ".len()..].parse().unwrap();
+            let sockets: Vec<_> = (0..count).map(|_| connect_to_self(Ipv4Addr::LOCALHOST.into()).0).collect();
+            for socket in &sockets {
+                socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
+            }
+            print_output("connected");
             wait_for_stdin_eof();
         }
         connect if connect.starts_with("connect refused ") => {

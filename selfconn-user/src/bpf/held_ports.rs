@@ -1,0 +1,41 @@
+//! The ports that self-connections hold, as the programs know them: they report a failed bind only of such a port.
+
+use std::{collections::HashSet, io, sync::atomic::Ordering::Relaxed};
+
+use anyhow::{Result, bail};
+use aya::maps::{Map, MapData};
+use selfconn_ebpf::{Endpoint, HELD_PORT_SLOTS, held_port_slot};
+
+use super::mapped::MappedWords;
+
+/// The map of the programs. They set a slot when a self-connection is established.
+pub(crate) struct HeldPorts(MapData);
+
+impl HeldPorts {
+    pub(crate) fn new(map: Map) -> Result<Self> {
+        match map {
+            Map::Array(map) => Ok(Self(map)),
+            _ => bail!("the table of held ports is not an array"),
+        }
+    }
+
+    /// Sets the slots of these endpoints, and clears all others that were set before `before_ns`. Sockets of the
+    /// endpoints exist, or are in TIME_WAIT.
+    pub(crate) fn update<'a>(
+        &self,
+        held: impl Iterator<Item = &'a Endpoint>,
+        before_ns: u64,
+    ) -> io::Result<()> {
+        let held: HashSet<u32> = held.map(held_port_slot).collect();
+        let mapped = MappedWords::of(&self.0, 0..HELD_PORT_SLOTS as usize)?;
+        for (slot, word) in (0..).zip(mapped.words()) {
+            let since_ns = word.load(Relaxed);
+            let value = if held.contains(&slot) { before_ns.max(1) } else { 0 };
+            // A slot that a program sets at the same time keeps its value.
+            if since_ns < before_ns && since_ns != value {
+                let _ = word.compare_exchange(since_ns, value, Relaxed, Relaxed);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,405 @@
+//! The log's shares: which connections an owner may have in the log. Pure: the caller has the clock.
+//!
+//! An owner has a rate, and its control group a larger one, so that a container's root who changes uids gains
+//! nothing. A connection is admitted or suppressed as a whole, at its first event. A reserve beside the rate is for
+//! the first connection of each program and port, and half of it for what the remedy did.
+
+use std::{
+    collections::{HashMap, HashSet},
+    hash::{BuildHasher as _, RandomState},
+    sync::Arc,
+};
+
+use super::{Payer, RateLimiter};
+
+const SECOND_NS: u64 = 1_000_000_000;
+
+/// A rate's burst. The 2,000 connections that are open at a start are one.
+const BURST_SECONDS: u32 = 10;
+
+/// A control group has the rate of so many owners.
+const CGROUP_FACTOR: u32 = 4;
+
+/// A reserve is this part of its rate.
+const RESERVE_DIVISOR: u32 = 10;
+
+/// Events that a connection certainly has: `established` and `closed`.
+const CONNECTION_EVENTS: u64 = 2;
+
+/// Maximum number of owners, and of control groups, that have a share of their own.
+const SHARES: usize = 1_024;
+
+/// Maximum number of programs and ports that are remembered of an owner.
+const PROGRAMS: usize = 64;
+
+/// Maximum number of owners in one report.
+const REPORTED_OWNERS: usize = 64;
+
+/// What an event is to its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    Established,
+    /// A change of state. `ends`: the socket is closed.
+    State {
+        ends: bool,
+    },
+    Closed,
+    /// What the remedy did. `is_final`: it will do nothing else.
+    Remedied {
+        is_final: bool,
+    },
+}
+
+/// An event of a connection.
+#[derive(Clone, Debug)]
+pub struct LogRequest<'a> {
+    pub id: &'a str,
+    pub owner: Payer,
+    pub program: Option<&'a str>,
+    pub port: u16,
+    pub phase: Phase,
+}
+
+/// The events of an owner that were suppressed since the last report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SuppressedEvents {
+    /// The default owner, without a user: several owners.
+    pub owner: Payer,
+    pub count: u64,
+    /// `None`: several programs, or an unknown one.
+    pub program: Option<String>,
+    pub first_port: u16,
+    pub last_port: u16,
+}
+
+#[derive(Clone, Debug)]
+struct Share {
+    events: RateLimiter,
+    reserve: RateLimiter,
+}
+
+#[derive(Debug)]
+struct OwnerShare {
+    share: Share,
+    /// Hashes of the programs and ports of its connections.
+    seen: HashSet<u64>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Decision {
+    is_admitted: bool,
+    is_established: bool,
+}
+
+#[derive(Debug)]
+pub struct LogBudget {
+    rate: u32,
+    owners: HashMap<Payer, OwnerShare>,
+    cgroups: HashMap<Arc<str>, Share>,
+    /// By the id of each open connection.
+    decisions: HashMap<Box<str>, Decision>,
+    suppressed: u64,
+    unreported: HashMap<Payer, SuppressedEvents>,
+    swept_ns: u64,
+    hasher: RandomState,
+}
+
+impl LogBudget {
+    /// `rate`: events of an owner in a second.
+    #[must_use]
+    pub fn new(rate: u32) -> Self {
+        Self {
+            rate,
+            owners: HashMap::new(),
+            cgroups: HashMap::new(),
+            decisions: HashMap::new(),
+            suppressed: 0,
+            unreported: HashMap::new(),
+            swept_ns: 0,
+            hasher: RandomState::new(),
+        }
+    }
+
+    /// Number of suppressed events.
+    #[must_use]
+    pub fn suppressed(&self) -> u64 {
+        self.suppressed
+    }
+
+    /// The suppressed events since the last call, by owner.
+    pub fn take_unreported(&mut self) -> Vec<SuppressedEvents> {
+        let mut events: Vec<_> = std::mem::take(&mut self.unreported).into_values().collect();
+        events.sort_by(|a, b| a.owner.cmp(&b.owner));
+        events
+    }
+
+    /// True if the event may be written. A suppressed one is counted.
+    pub fn admits(&mut self, request: &LogRequest<'_>, now_ns: u64) -> bool {
+        let decision = self.decisions.get(request.id).copied();
+        let is_admitted = match (request.phase, decision) {
+            (Phase::Established | Phase::State { .. }, None) => self.admits_connection(request, now_ns),
+            (Phase::Closed, Some(decision)) => decision.is_admitted,
+            (_, Some(Decision { is_admitted: true, .. })) => {
+                // Paid with the connection.
+                if request.phase != Phase::Established {
+                    self.shares(&request.owner, now_ns, |share| share.events.take(1, now_ns));
+                }
+                true
+            }
+            (Phase::Remedied { is_final: true }, _) | (Phase::Closed | Phase::Remedied { .. }, None) => {
+                self.take_reserve(&request.owner, 1, now_ns, |reserve| reserve.has(1, now_ns))
+            }
+            (_, Some(_)) => false,
+        };
+        self.track(request, decision, is_admitted);
+        if !is_admitted {
+            self.count(request);
+        }
+        is_admitted
+    }
+
+    /// Remembers the decision while the connection is open.
+    fn track(&mut self, request: &LogRequest<'_>, decision: Option<Decision>, is_admitted: bool) {
+        let is_established = decision.is_some_and(|decision| decision.is_established);
+        match request.phase {
+            Phase::Closed => _ = self.decisions.remove(request.id),
+            // `closed` follows only if `established` was emitted.
+            Phase::State { ends: true } if !is_established => _ = self.decisions.remove(request.id),
+            Phase::Established | Phase::State { .. } => {
+                let is_established = is_established || request.phase == Phase::Established;
+                let is_admitted = decision.map_or(is_admitted, |decision| decision.is_admitted);
+                self.decisions.insert(request.id.into(), Decision { is_admitted, is_established });
+            }
+            Phase::Remedied { .. } => {}
+        }
+    }
+
+    fn admits_connection(&mut self, request: &LogRequest<'_>, now_ns: u64) -> bool {
+        let mut is_within_rate = true;
+        self.shares(&request.owner, now_ns, |share| {
+            is_within_rate &= share.events.has(CONNECTION_EVENTS, now_ns);
+        });
+        let what = self.hasher.hash_one((request.program, request.port));
+        let seen = &mut self.owner_share(&request.owner, now_ns).seen;
+        if seen.len() == PROGRAMS {
+            seen.clear();
+        }
+        let is_first = seen.insert(what);
+        if is_within_rate {
+            self.shares(&request.owner, now_ns, |share| share.events.take(CONNECTION_EVENTS, now_ns));
+            return true;
+        }
+        is_first
+            && self.take_reserve(&request.owner, CONNECTION_EVENTS, now_ns, |reserve| {
+                reserve.is_half_full(now_ns)
+            })
+    }
+
+    /// Takes from the reserves of the owner and of its control group, if this holds for both.
+    fn take_reserve(
+        &mut self,
+        owner: &Payer,
+        count: u64,
+        now_ns: u64,
+        can_take: impl Fn(&RateLimiter) -> bool,
+    ) -> bool {
+        let mut is_available = true;
+        self.shares(owner, now_ns, |share| is_available &= can_take(&share.reserve));
+        if is_available {
+            self.shares(owner, now_ns, |share| share.reserve.take(count, now_ns));
+        }
+        is_available
+    }
+
+    /// Calls this for the owner's share and for that of its control group.
+    fn shares(&mut self, owner: &Payer, now_ns: u64, mut f: impl FnMut(&mut Share)) {
+        f(&mut self.owner_share(owner, now_ns).share);
+        let Some(cgroup) = &owner.cgroup else { return };
+        if !self.cgroups.contains_key(cgroup) && self.cgroups.len() >= SHARES {
+            self.sweep(now_ns);
+            // The owner's own share is still a bound.
+            if self.cgroups.len() >= SHARES {
+                return;
+            }
+        }
+        let rate = self.rate.saturating_mul(CGROUP_FACTOR);
+        f(self.cgroups.entry(Arc::clone(cgroup)).or_insert_with(|| Share::new(rate)));
+    }
+
+    /// The share of an owner. Beyond the number of shares, the users of a control group have one together.
+    fn owner_share(&mut self, owner: &Payer, now_ns: u64) -> &mut OwnerShare {
+        let mut key = owner.clone();
+        if !self.owners.contains_key(owner) && self.owners.len() >= SHARES {
+            self.sweep(now_ns);
+            if self.owners.len() >= SHARES {
+                key.uid = None;
+            }
+            if self.owners.len() >= 2 * SHARES {
+                key.cgroup = None;
+            }
+        }
+        let rate = self.rate;
+        self.owners.entry(key).or_insert_with(|| OwnerShare { share: Share::new(rate), seen: HashSet::new() })
+    }
+
+    /// Removes idle shares, at most once a second.
+    fn sweep(&mut self, now_ns: u64) {
+        if now_ns.saturating_sub(self.swept_ns) >= SECOND_NS {
+            self.swept_ns = now_ns;
+            self.owners.retain(|_, owner| !owner.share.is_idle(now_ns));
+            self.cgroups.retain(|_, share| !share.is_idle(now_ns));
+        }
+    }
+
+    fn count(&mut self, request: &LogRequest<'_>) {
+        self.suppressed += 1;
+        let is_known = self.unreported.contains_key(&request.owner);
+        let owner = if is_known || self.unreported.len() < REPORTED_OWNERS {
+            request.owner.clone()
+        } else {
+            Payer::default()
+        };
+        let program = request.program.map(str::to_owned);
+        let port = request.port;
+        self.unreported
+            .entry(owner.clone())
+            .and_modify(|events| {
+                events.count += 1;
+                events.program = events.program.take().filter(|known| request.program == Some(known));
+                events.first_port = events.first_port.min(port);
+                events.last_port = events.last_port.max(port);
+            })
+            .or_insert(SuppressedEvents { owner, count: 1, program, first_port: port, last_port: port });
+    }
+}
+
+impl Share {
+    fn new(rate: u32) -> Self {
+        Self {
+            events: RateLimiter::new(rate, BURST_SECONDS),
+            reserve: RateLimiter::new(rate / RESERVE_DIVISOR, BURST_SECONDS),
+        }
+    }
+
+    fn is_idle(&self, now_ns: u64) -> bool {
+        self.events.is_full(now_ns) && self.reserve.is_full(now_ns)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RATE: u32 = 20;
+    /// Connections of a burst.
+    const BURST: usize = (RATE * BURST_SECONDS) as usize / 2;
+
+    fn owner(uid: u32, cgroup: Option<&str>) -> Payer {
+        Payer { uid: Some(uid), cgroup: cgroup.map(Into::into) }
+    }
+
+    fn admits(
+        budget: &mut LogBudget,
+        id: usize,
+        owner: &Payer,
+        port: u16,
+        phase: Phase,
+        now_ns: u64,
+    ) -> bool {
+        let (id, owner) = (id.to_string(), owner.clone());
+        budget.admits(&LogRequest { id: &id, owner, program: Some("curl"), port, phase }, now_ns)
+    }
+
+    /// Numbers of the connections to port 80 that are admitted, of those with these ids.
+    fn open(budget: &mut LogBudget, owner: &Payer, ids: std::ops::Range<usize>, now_ns: u64) -> Vec<usize> {
+        ids.filter(|id| admits(budget, *id, owner, 80, Phase::Established, now_ns)).collect()
+    }
+
+    #[test]
+    fn a_storm_is_suppressed_as_whole_connections_and_counted_by_owner() {
+        let mut budget = LogBudget::new(RATE);
+        let flooder = owner(65_534, None);
+        let admitted = open(&mut budget, &flooder, 0..1_000, SECOND_NS);
+        assert_eq!(admitted, (0..BURST).collect::<Vec<_>>());
+        // Another owner loses nothing.
+        let victim = owner(0, None);
+        assert_eq!(open(&mut budget, &victim, 5_000..5_010, SECOND_NS).len(), 10);
+        for id in 0..1_000 {
+            for phase in [Phase::State { ends: false }, Phase::Closed] {
+                let is_admitted = admits(&mut budget, id, &flooder, 81, phase, SECOND_NS);
+                assert_eq!(is_admitted, id < BURST, "{phase:?} of {id}");
+            }
+        }
+        let suppressed = 3 * (1_000 - BURST as u64);
+        assert_eq!(budget.suppressed(), suppressed);
+        let report = SuppressedEvents {
+            owner: flooder.clone(),
+            count: suppressed,
+            program: Some("curl".to_owned()),
+            first_port: 80,
+            last_port: 81,
+        };
+        assert_eq!(budget.take_unreported(), [report]);
+        assert_eq!(budget.take_unreported(), []);
+        assert_eq!(budget.decisions.len(), 10, "only the victim's are open");
+        // The states were beyond the rate, and later connections pay for them.
+        assert!(open(&mut budget, &flooder, 2_000..2_001, SECOND_NS * 5).is_empty());
+        assert_eq!(open(&mut budget, &flooder, 3_000..3_001, SECOND_NS * 30).len(), 1);
+    }
+
+    #[test]
+    fn the_first_of_each_program_and_port_and_the_remedy_have_a_reserve() {
+        let mut budget = LogBudget::new(RATE);
+        let flooder = owner(1, None);
+        open(&mut budget, &flooder, 0..BURST + 1, 0);
+        assert!(admits(&mut budget, 700, &flooder, 443, Phase::Established, 0), "another port");
+        assert!(!admits(&mut budget, 701, &flooder, 443, Phase::Established, 0), "the same port");
+        // New ports take half of the reserve at most, so that the remedy has the other.
+        for port in 1_000..1_100 {
+            admits(&mut budget, 1_000 + usize::from(port), &flooder, port, Phase::Established, 0);
+        }
+        assert!(!admits(&mut budget, 800, &flooder, 444, Phase::Established, 0));
+        let remedied = |is_final| Phase::Remedied { is_final };
+        assert!(!admits(&mut budget, 701, &flooder, 443, remedied(false), 0));
+        assert!(admits(&mut budget, 701, &flooder, 443, remedied(true), 0));
+        assert!(!admits(&mut budget, 701, &flooder, 443, Phase::Closed, 0), "it stays suppressed");
+        assert!(admits(&mut budget, 701, &flooder, 443, remedied(true), 0), "also after its end");
+        let more = (0..100).filter(|_| admits(&mut budget, 800, &flooder, 444, remedied(true), 0)).count();
+        assert!(more < 20, "{more}: the reserve has an end");
+    }
+
+    #[test]
+    fn who_changes_uids_in_one_control_group_gains_nothing() {
+        let mut budget = LogBudget::new(RATE);
+        let mut admitted = 0;
+        for uid in 0..65_536 {
+            let id = uid as usize;
+            admitted += open(&mut budget, &owner(uid, Some("/docker/a")), 2 * id..2 * id + 2, 0).len();
+        }
+        let limit = BURST * CGROUP_FACTOR as usize;
+        assert!((limit..=limit + BURST).contains(&admitted), "{admitted}");
+        assert_eq!(open(&mut budget, &owner(0, Some("/docker/b")), 900_000..900_010, 0).len(), 10);
+        assert!(budget.owners.len() <= 2 * SHARES && budget.unreported.len() <= REPORTED_OWNERS + 1);
+        let reported: u64 = budget.take_unreported().iter().map(|events| events.count).sum();
+        assert_eq!(reported, budget.suppressed());
+        // What is idle makes room.
+        open(&mut budget, &owner(7, Some("/docker/c")), 910_000..910_001, 1_000 * SECOND_NS);
+        assert!(budget.owners.len() < SHARES);
+    }
+
+    #[test]
+    fn a_connection_that_was_never_established_is_forgotten_at_its_end() {
+        let mut budget = LogBudget::new(RATE);
+        let owner = owner(1, None);
+        let state = |ends| Phase::State { ends };
+        assert!(admits(&mut budget, 1, &owner, 80, state(false), 0));
+        assert!(admits(&mut budget, 1, &owner, 80, state(true), 0));
+        assert!(budget.decisions.is_empty());
+        for phase in [state(false), Phase::Established, state(true)] {
+            assert!(admits(&mut budget, 2, &owner, 80, phase, 0));
+        }
+        assert_eq!(budget.decisions.len(), 1, "its `closed` follows");
+        assert!(admits(&mut budget, 2, &owner, 80, Phase::Closed, 0));
+        assert!(budget.decisions.is_empty());
+    }
+}

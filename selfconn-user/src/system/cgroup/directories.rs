@@ -1,0 +1,124 @@
+//! Who owns the directories of a control group: `st_uid` where the hierarchy is mounted.
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    sync::LazyLock,
+};
+
+use super::{Component, Hierarchy, Maker};
+
+/// Where the hierarchies are mounted. They do not move while this process runs.
+static MOUNTS: LazyLock<Vec<CgroupMount>> = LazyLock::new(|| {
+    // A mount point may have bytes that are not UTF-8; that line does not matter.
+    fs::read("/proc/self/mountinfo").map_or_else(|_| vec![], |text| mounts(&String::from_utf8_lossy(&text)))
+});
+
+/// Group and others may write.
+const WRITABLE: u32 = 0o022;
+
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct CgroupMount {
+    hierarchy: Hierarchy,
+    /// The control group that the mount shows as its root, seen from this process's namespace.
+    root: String,
+    point: PathBuf,
+}
+
+/// The components of a path, each with who can have made it.
+pub(in super::super) fn components(hierarchy: Hierarchy, path: &str) -> Vec<Component<'_>> {
+    let names = path.split('/').filter(|name| !name.is_empty());
+    let Some(directory) = MOUNTS.iter().find_map(|mount| mount.directory(hierarchy, path)) else {
+        return names.map(|name| Component { name, maker: Maker::OutOfView }).collect();
+    };
+    // `directory` ends with the names of the path that the mount shows; those above its root are not seen.
+    let names: Vec<_> = names.collect();
+    let mut makers: Vec<_> = directory
+        .ancestors()
+        .skip(1)
+        .take(names.len())
+        .map(|parent| fs::metadata(parent).is_ok_and(|is| is.uid() == 0 && is.mode() & WRITABLE == 0))
+        .collect();
+    makers.reverse();
+    let mut is_roots = true;
+    names
+        .into_iter()
+        .zip(makers)
+        .map(|(name, is_parent_roots)| {
+            is_roots &= is_parent_roots;
+            Component { name, maker: if is_roots { Maker::Root } else { Maker::Anyone } }
+        })
+        .collect()
+}
+
+impl CgroupMount {
+    /// The directory of a control group. `None`: this mount does not show it.
+    fn directory(&self, hierarchy: Hierarchy, path: &str) -> Option<PathBuf> {
+        let below = Path::new(path).strip_prefix(&self.root).ok().filter(|_| hierarchy == self.hierarchy)?;
+        let is_outside = below.components().any(|name| name == std::path::Component::ParentDir);
+        (!is_outside).then(|| self.point.join(below))
+    }
+}
+
+/// The control group mounts in the text of `/proc/self/mountinfo`.
+fn mounts(text: &str) -> Vec<CgroupMount> {
+    text.lines()
+        .filter_map(|line| {
+            let (mount, filesystem) = line.split_once(" - ")?;
+            let mut fields = mount.split(' ').skip(3);
+            let (root, point) = (fields.next()?, fields.next()?);
+            let mut filesystem = filesystem.split(' ');
+            let hierarchy = match (filesystem.next()?, filesystem.nth(1)?) {
+                ("cgroup2", _) => Hierarchy::Unified,
+                ("cgroup", options) if options.split(',').any(|option| option == "name=systemd") => {
+                    Hierarchy::Systemd
+                }
+                _ => return None,
+            };
+            Some(CgroupMount { hierarchy, root: root.to_owned(), point: point.into() })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTINFO: &str = "\
+31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+34 31 0:31 / /sys/fs/cgroup/cpu rw,relatime shared:9 - cgroup cgroup rw,cpu
+40 31 0:37 / /sys/fs/cgroup/systemd rw,relatime shared:10 - cgroup cgroup rw,xattr,name=systemd
+41 31 0:38 /../.. /host/cgroup ro,relatime - cgroup2 cgroup2 rw,nsdelegate
+broken
+";
+
+    #[test]
+    fn a_directory_is_found_where_its_hierarchy_is_mounted() {
+        let mounts = mounts(MOUNTINFO);
+        assert_eq!(mounts.len(), 2);
+        let directory = |hierarchy, path| mounts.iter().find_map(|mount| mount.directory(hierarchy, path));
+        for (hierarchy, path, expected) in [
+            (Hierarchy::Systemd, "/a.slice/b.service", Some("/sys/fs/cgroup/systemd/a.slice/b.service")),
+            (Hierarchy::Systemd, "/../b.service", None),
+            (Hierarchy::Unified, "/../../a/b", Some("/host/cgroup/a/b")),
+            (Hierarchy::Unified, "/../../../a", None),
+            (Hierarchy::Unified, "/a", None),
+        ] {
+            assert_eq!(directory(hierarchy, path).as_deref(), expected.map(Path::new), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_name_below_a_directory_that_does_not_exist_may_be_anyones() {
+        let makers = |path| -> Vec<_> {
+            components(Hierarchy::Unified, path).into_iter().map(|component| component.maker).collect()
+        };
+        let gone = makers("/selfconn-test-none/a.service");
+        let is_mounted = MOUNTS.iter().any(|mount| mount.hierarchy == Hierarchy::Unified);
+        let expected = if is_mounted { Maker::Anyone } else { Maker::OutOfView };
+        assert_eq!(gone.last(), Some(&expected), "{gone:?}");
+        assert_eq!(makers("/../../a"), [Maker::OutOfView; 3]);
+        assert_eq!(makers("/"), []);
+    }
+}
