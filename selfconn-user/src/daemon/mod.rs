@@ -424,8 +424,8 @@ impl Daemon {
         }
         self.has_snapshot = true;
         self.pipeline.record_time_waits(&snapshot);
-        for sock in snapshot.stale_connects(&entries) {
-            self.tracer.remove_connect(sock);
+        for (sock, at_ns) in snapshot.stale_connects(&entries) {
+            self.tracer.remove_connect(sock, at_ns);
         }
         self.port_risks.remove_expired_counts(self.tracer.refused_counts());
         self.pipeline.bind_conflicts.remove_expired(snapshot.began_ns);
