@@ -19,7 +19,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::warn;
 use selfconn_ebpf::{
-    ConnectEntry, ConnectSet, Endpoint, Opener, Owner, WAYS, cause, counter, owner::evicted, set_index, state,
+    ConnectEntry, ConnectSet, Endpoint, Opener, WAYS, cause, counter, owner::evicted, set_index, state,
 };
 
 use super::{
@@ -27,7 +27,7 @@ use super::{
     kernel_read::KernelRead,
     owners,
     sock::{SelfAddr, Sock, can_read_port},
-    task::opener,
+    task::{current_owner, opener},
 };
 
 /// The connect table. The loader sets its size, and reads it through mmap(2).
@@ -51,18 +51,17 @@ const fn seen_by(probe_id: u8) -> u32 {
 
 /// Inserts the running task as the opener. It overwrites an entry of an earlier connection of the same
 /// socket, but keeps the entry that the other probe has just written for the same attempt. A source port of 0:
-/// the socket has none yet.
+/// the socket has none yet. False: the set of this socket is full.
 #[inline(always)]
-pub(crate) fn insert<C: EbpfContext, M: KernelRead>(
-    ctx: &C,
+pub(crate) fn insert<M: KernelRead>(
     sock: Sock<M>,
     probe_id: u8,
     self_addr: SelfAddr,
     source_port: u16,
     dport: u16,
-) {
+) -> bool {
     let key = sock.key();
-    let Some(set) = set_of(sock) else { return };
+    let Some(set) = set_of(sock) else { return true };
     // SAFETY: the helper takes no arguments.
     let now_ns = unsafe { bpf_ktime_get_boot_ns() };
     if let Some(way) = find(set, key) {
@@ -77,7 +76,7 @@ pub(crate) fn insert<C: EbpfContext, M: KernelRead>(
             && !entry.has_flag(seen_by(probe_id) | !(1 << state::SYN_SENT) & 0xffff);
         if is_same_attempt {
             entry.set_flags(seen_by(probe_id));
-            return;
+            return true;
         }
     }
     let cause = match source_port {
@@ -87,37 +86,38 @@ pub(crate) fn insert<C: EbpfContext, M: KernelRead>(
     };
     let (endpoint, opener) = (self_addr.endpoint(sock, dport), opener(now_ns, cause));
     let entry = ConnectEntry::new(sock.low_half(), endpoint, opener, seen_by(probe_id));
-    let way = match find(set, key).or_else(|| find(set, 0)).or_else(|| reported(set)) {
-        Some(way) => way,
-        None => {
-            count(counter::CONNECT_TABLE_FULL);
-            let way = evict(set, &entry.opener.owner);
-            if way >= WAYS as u64 {
-                warn!(ctx, "the connect table is full: an opener is not stored");
-                return;
-            }
-            way as usize
+    match find(set, key).or_else(|| find(set, 0)).or_else(|| reported(set)) {
+        Some(way) => {
+            set.socks[way] = key;
+            set.entries[way] = entry;
+            true
         }
-    };
-    set.socks[way] = key;
-    set.entries[way] = entry;
+        None => false,
+    }
 }
 
-/// Index of the entry of a full set that makes room for an entry of `pusher`, or [`WAYS`] if there is none. Counts
-/// the loss for its owner. A function of its own, because it needs much of the stack.
-#[inline(never)]
-fn evict(set: &ConnectSet, pusher: &Owner) -> u64 {
+/// Makes room for an entry of the running task in the full set of this socket, and counts the loss for its owner. False:
+/// there is no room.
+#[inline(always)]
+pub(crate) fn make_room<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>) -> bool {
+    let Some(set) = set_of(sock) else { return false };
+    count(counter::CONNECT_TABLE_FULL);
+    let pusher = current_owner();
     let opener = |way: usize| &raw const set.entries[way].opener;
     // The reads are volatile, because the compiler would keep all of them on the stack.
     // SAFETY: the pointers come from a live reference.
     let owner = |way| unsafe { (&raw const (*opener(way)).owner).read_volatile() };
     // SAFETY: as above.
     let inserted_ns = |way| unsafe { (&raw const (*opener(way)).at_ns).read_volatile() };
-    let way = evicted::<WAYS>(owner, inserted_ns, pusher);
-    let loser = way.map_or(*pusher, |way| set.entries[way & (WAYS - 1)].opener.owner);
+    let way = evicted::<WAYS>(owner, inserted_ns, &pusher);
+    let loser = way.map_or(pusher, |way| set.entries[way & (WAYS - 1)].opener.owner);
     // SAFETY: the pointer is to a value of the map.
     owners::count_loss(&loser, |losses| unsafe { &raw mut (*losses).lost_openers });
-    way.map_or(WAYS, |way| way & (WAYS - 1)) as u64
+    match way {
+        Some(way) => set.socks[way & (WAYS - 1)] = 0,
+        None => warn!(ctx, "the connect table is full: an opener is not stored"),
+    }
+    way.is_some()
 }
 
 /// Marks this state of the socket as reported. Returns whether the other probe has already reported it, and the

@@ -80,10 +80,13 @@ fn handle<C: EbpfContext, M: KernelRead>(
         // An attempt that has no source port yet ends as an ordinary connection if `connect()` can't choose the
         // destination port. Nearly every service of a host has such a port. So these attempts have no entry.
         Action::Insert | Action::Remove | Action::RemoveAndCount if !sock.can_choose(transition.dport) => {}
-        Action::Insert => insert(ctx, sock, transition),
-        Action::InsertAndReport => {
-            insert(ctx, sock, transition);
-            report(ctx, sock, transition, false);
+        Action::Insert | Action::InsertAndReport => {
+            if !insert(sock, transition) && make_room(ctx, sock) {
+                insert(sock, transition);
+            }
+            if matches!(action, Action::InsertAndReport) {
+                report(ctx, sock, transition, false);
+            }
         }
         Action::Report => report(ctx, sock, transition, false),
         Action::ReportAndRemove => report(ctx, sock, transition, true),
@@ -94,11 +97,18 @@ fn handle<C: EbpfContext, M: KernelRead>(
 
 // The following functions are not inlined, so that each has its own stack frame.
 
-/// Inserts the connecting task into the connect table.
+/// Inserts the connecting task into the connect table. False: there is no room.
 #[inline(never)]
-fn insert<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, transition: &SocketTransition) {
+fn insert<M: KernelRead>(sock: Sock<M>, transition: &SocketTransition) -> bool {
     let SocketTransition { probe_id, self_addr, source, dport, .. } = *transition;
-    connect_table::insert(ctx, sock, probe_id, self_addr, source, dport);
+    connect_table::insert(sock, probe_id, self_addr, source, dport)
+}
+
+/// Makes room in the connect table. Not called by [`insert`], because both need much of the stack, of which the programs
+/// of a chain of calls have 512 bytes together (`check_max_stack_depth`, kernel/bpf/verifier.c at v5.10).
+#[inline(never)]
+fn make_room<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>) -> bool {
+    connect_table::make_room(ctx, sock)
 }
 
 /// Reports the transition of a self-connection, unless the other probe has reported it. `removes`: also removes
