@@ -105,6 +105,13 @@ impl ConnectEntry {
         (self.flags ^ self.checksum) & UPPER_HALF == 0 && self.flags as u32 & bits != 0
     }
 
+    /// True if all of these flags are set. One comparison, because the verifier follows both sides of each branch.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has_flags(&self, bits: u32) -> bool {
+        (self.flags ^ self.checksum) & UPPER_HALF | (!self.flags & bits as u64) == 0
+    }
+
     /// Sets these flags, and clears the flags of a previous entry.
     #[inline(always)]
     pub const fn set_flags(&mut self, bits: u32) {
@@ -252,6 +259,7 @@ mod tests {
         one.set_flags(1 << 1);
         one.set_flags(1 << 4);
         assert!(one.has_flag(1 << 1) && one.has_flag(1 << 4) && !one.has_flag(1 << 7));
+        assert!(one.has_flags(1 << 1 | 1 << 4) && !one.has_flags(1 << 1 | 1 << 7));
         one.set_flags(1 << 7);
         one.clear_flags(1 << 7);
         assert!(one.has_flag(1 << 1) && one.has_flag(1 << 4) && !one.has_flag(1 << 7));
@@ -260,7 +268,7 @@ mod tests {
         let mut mixed = words(entry(128, 11, b'b'));
         mixed[WORDS - 1] = words(one)[WORDS - 1];
         let mut mixed = from_words(mixed);
-        assert!(mixed.is_valid_for(128) && !mixed.has_flag(u32::MAX));
+        assert!(mixed.is_valid_for(128) && !mixed.has_flag(u32::MAX) && !mixed.has_flags(1 << 1));
         mixed.set_flags(1 << 7);
         assert!(mixed.has_flag(1 << 7) && !mixed.has_flag(1 << 1));
     }

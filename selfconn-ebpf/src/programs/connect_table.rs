@@ -51,7 +51,7 @@ const fn seen_by(probe_id: u8) -> u32 {
 
 /// Inserts the running task as the opener. It overwrites an entry of an earlier connection of the same
 /// socket, but keeps the entry that the other probe has just written for the same attempt. A source port of 0:
-/// the socket has none yet. False: the set of this socket is full.
+/// the socket has none yet. The caller has [ensured room](ensure_room).
 #[inline(always)]
 pub(crate) fn insert<M: KernelRead>(
     sock: Sock<M>,
@@ -59,9 +59,9 @@ pub(crate) fn insert<M: KernelRead>(
     self_addr: SelfAddr,
     source_port: u16,
     dport: u16,
-) -> bool {
+) {
     let key = sock.key();
-    let Some(set) = set_of(sock) else { return true };
+    let Some(set) = set_of(sock) else { return };
     // SAFETY: the helper takes no arguments.
     let now_ns = unsafe { bpf_ktime_get_boot_ns() };
     if let Some(way) = find(set, key) {
@@ -76,7 +76,7 @@ pub(crate) fn insert<M: KernelRead>(
             && !entry.has_flag(seen_by(probe_id) | !(1 << state::SYN_SENT) & 0xffff);
         if is_same_attempt {
             entry.set_flags(seen_by(probe_id));
-            return true;
+            return;
         }
     }
     let cause = match source_port {
@@ -86,21 +86,26 @@ pub(crate) fn insert<M: KernelRead>(
     };
     let (endpoint, opener) = (self_addr.endpoint(sock, dport), opener(now_ns, cause));
     let entry = ConnectEntry::new(sock.low_half(), endpoint, opener, seen_by(probe_id));
-    match find(set, key).or_else(|| find(set, 0)).or_else(|| reported(set)) {
-        Some(way) => {
-            set.socks[way] = key;
-            set.entries[way] = entry;
-            true
-        }
-        None => false,
+    // Another CPU may have taken the room meanwhile.
+    if let Some(way) = find(set, key).or_else(|| find(set, 0)) {
+        set.socks[way] = key;
+        set.entries[way] = entry;
     }
 }
 
-/// Makes room for an entry of the running task in the full set of this socket, and counts the loss for its owner. False:
-/// there is no room.
+/// Makes room for an entry of the running task in the set of this socket, if the set is full, and counts the loss for its
+/// owner. False: there is no room.
 #[inline(always)]
-pub(crate) fn make_room<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>) -> bool {
+pub(crate) fn ensure_room<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>) -> bool {
     let Some(set) = set_of(sock) else { return false };
+    let key = sock.key();
+    if set.socks.iter().any(|known| *known == 0 || *known == key) {
+        return true;
+    }
+    if let Some(way) = reported(set) {
+        set.socks[way] = 0;
+        return true;
+    }
     count(counter::CONNECT_TABLE_FULL);
     let pusher = current_owner();
     let opener = |way: usize| &raw const set.entries[way].opener;
@@ -210,7 +215,7 @@ fn find(set: &ConnectSet, sock: u64) -> Option<usize> {
 /// already has the opener.
 #[inline(always)]
 fn reported(set: &ConnectSet) -> Option<usize> {
-    position(set, |way| set.entries[way].has_flag(1 << state::ESTABLISHED))
+    position(set, |way| set.entries[way].has_flags(1 << state::ESTABLISHED))
 }
 
 /// Index of the first entry that matches the predicate.

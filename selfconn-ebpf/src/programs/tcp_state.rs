@@ -81,10 +81,12 @@ fn handle<C: EbpfContext, M: KernelRead>(
         // destination port. Nearly every service of a host has such a port. So these attempts have no entry.
         Action::Insert | Action::Remove | Action::RemoveAndCount if !sock.can_choose(transition.dport) => {}
         Action::Insert | Action::InsertAndReport => {
-            if !insert(sock, transition) && make_room(ctx, sock) {
+            if ensure_room(ctx, sock) {
                 insert(sock, transition);
             }
-            if matches!(action, Action::InsertAndReport) {
+            // Not `action`: with it the verifier would follow the calls above once for each of the two.
+            // SAFETY: the pointer comes from a live reference.
+            if unsafe { (&raw const transition.source).read_volatile() } == transition.dport {
                 report(ctx, sock, transition, false);
             }
         }
@@ -97,18 +99,18 @@ fn handle<C: EbpfContext, M: KernelRead>(
 
 // The following functions are not inlined, so that each has its own stack frame.
 
-/// Inserts the connecting task into the connect table. False: there is no room.
+/// Inserts the connecting task into the connect table.
 #[inline(never)]
-fn insert<M: KernelRead>(sock: Sock<M>, transition: &SocketTransition) -> bool {
+fn insert<M: KernelRead>(sock: Sock<M>, transition: &SocketTransition) {
     let SocketTransition { probe_id, self_addr, source, dport, .. } = *transition;
-    connect_table::insert(sock, probe_id, self_addr, source, dport)
+    connect_table::insert(sock, probe_id, self_addr, source, dport);
 }
 
-/// Makes room in the connect table. Not called by [`insert`], because both need much of the stack, of which the programs
+/// Makes room in the connect table if it is full. Not called by [`insert`], because both need much of the stack, of which the programs
 /// of a chain of calls have 512 bytes together (`check_max_stack_depth`, kernel/bpf/verifier.c at v5.10).
 #[inline(never)]
-fn make_room<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>) -> bool {
-    connect_table::make_room(ctx, sock)
+fn ensure_room<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>) -> bool {
+    connect_table::ensure_room(ctx, sock)
 }
 
 /// Reports the transition of a self-connection, unless the other probe has reported it. `removes`: also removes
