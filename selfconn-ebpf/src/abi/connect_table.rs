@@ -116,6 +116,12 @@ impl ConnectEntry {
         self.flags = flags | bits as u64;
     }
 
+    /// Clears these flags.
+    #[inline(always)]
+    pub const fn clear_flags(&mut self, bits: u32) {
+        self.flags &= !(bits as u64);
+    }
+
     /// The sum of one product per word; a processor computes the products in parallel. Every factor is odd,
     /// so a change of a single word always changes the sum. If several words come from another entry, the sum
     /// stays the same only if their differences cancel out.
@@ -245,6 +251,9 @@ mod tests {
         assert!(!one.has_flag(u32::MAX));
         one.set_flags(1 << 1);
         one.set_flags(1 << 4);
+        assert!(one.has_flag(1 << 1) && one.has_flag(1 << 4) && !one.has_flag(1 << 7));
+        one.set_flags(1 << 7);
+        one.clear_flags(1 << 7);
         assert!(one.has_flag(1 << 1) && one.has_flag(1 << 4) && !one.has_flag(1 << 7));
         assert!(one.is_valid_for(64), "the checksum does not cover the flags");
         // Another CPU sets a flag of the entry that was there before.

@@ -65,6 +65,9 @@ pub const CONNECT_TABLE: &str = "CONNECT_TABLE";
 /// truncates the name to 15 characters.
 pub const REFUSED_CONNECTS: &str = "REFUSED_CONNECTS";
 
+/// LRU hash from an [`Owner`](crate::Owner) to the number of its entries in [`REFUSED_CONNECTS`], a `u64`. User space
+/// counts them anew when it removes entries; owned by `refused_connects.rs`.
+pub const REFUSED_SHARES: &str = "REFUSED_SHARES";
 /// LRU hash from an [`Owner`](crate::Owner) to its [`OwnerState`](crate::owner::OwnerState); owned by `owners.rs`.
 pub const OWNERS: &str = "OWNERS";
 
@@ -78,5 +81,7 @@ pub const CGROUP_ACCESS: &str = "CGROUP_ACCESS";
 pub const SOCKET_COOKIE: &str = "SOCKET_COOKIE";
 /// Global `u32`: number of values of [`CONNECT_TABLE`].
 pub const CONNECT_SETS: &str = "CONNECT_SETS";
+/// Global `u32`: maximum number of entries of [`REFUSED_CONNECTS`].
+pub const REFUSED_SIZE: &str = "REFUSED_SIZE";
 /// Global `u32`: one of [`crate::reported`].
 pub const REPORTED: &str = "REPORTED";

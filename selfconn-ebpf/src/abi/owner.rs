@@ -42,6 +42,9 @@ impl Owner {
 pub struct OwnerState {
     /// Openers that did not fit into the connect table, or were pushed out.
     pub lost_openers: u64,
+    /// Refused connects that are not counted by destination, because the owner's share of the refused-connect table was
+    /// full.
+    pub lost_refused_connects: u64,
     /// Failed binds beyond the owner's rate.
     pub lost_bind_failures: u64,
     /// When the current window of failed binds began: `CLOCK_BOOTTIME`, nanoseconds.
@@ -52,8 +55,13 @@ pub struct OwnerState {
 
 impl OwnerState {
     /// Nothing is used and lost.
-    pub const ZERO: Self =
-        Self { lost_openers: 0, lost_bind_failures: 0, window_start_ns: 0, window_count: 0 };
+    pub const ZERO: Self = Self {
+        lost_openers: 0,
+        lost_refused_connects: 0,
+        lost_bind_failures: 0,
+        window_start_ns: 0,
+        window_count: 0,
+    };
 
     /// Counts a failed bind. False: it is beyond `limit` in a second. If two CPUs count at the same time, one more or
     /// less may pass.

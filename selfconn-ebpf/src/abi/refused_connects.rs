@@ -9,11 +9,17 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::{endpoint::Endpoint, task::Opener};
+use super::{endpoint::Endpoint, owner::Owner, task::Opener};
 
 /// Number of refused attempts within [`WINDOW_NS`] that causes the first report. The next report comes at ten
 /// times as many, and so on.
 pub const REPORT_THRESHOLD: u64 = 20;
+
+/// One owner may have one entry in this many of the table.
+pub const OWNER_SHARE: u32 = 8;
+
+/// All users of a control group together may have one entry in this many: a container's root may be any user.
+pub const CGROUP_SHARE: u32 = 2;
 
 /// Length of the window for [`REPORT_THRESHOLD`], in nanoseconds. After the same time without an attempt, the
 /// attempts to a port count as finished.
@@ -68,6 +74,8 @@ pub struct RefusedCount {
     retry_after_ns: u64,
     /// The task that made the newest attempt.
     pub last_opener: Opener,
+    /// Who is charged for the entry: the owner of the first attempt.
+    pub owner: Owner,
     /// Times of the newest attempts; the slot is the number of the attempt modulo [`RECENT_SLOTS`].
     recent_ns: [u64; RECENT_SLOTS],
     /// Pids of the newest attempts, in the same slots.
@@ -79,7 +87,7 @@ pub struct RefusedCount {
 const _: () = {
     assert!(RECENT_SLOTS.is_power_of_two() && RECENT_SLOTS as u64 >= REPORT_THRESHOLD);
     assert!(size_of::<RefusedConnectsReport>() == 48);
-    assert!(size_of::<RefusedCount>() == 136 + 8 * RECENT_SLOTS + 4 * RECENT_SLOTS + 8 * PID_SET_WORDS);
+    assert!(size_of::<RefusedCount>() == 152 + 8 * RECENT_SLOTS + 4 * RECENT_SLOTS + 8 * PID_SET_WORDS);
 };
 
 impl RefusedCount {
@@ -92,6 +100,7 @@ impl RefusedCount {
         next_report: 0,
         retry_after_ns: 0,
         last_opener: Opener::UNKNOWN,
+        owner: Owner::UNKNOWN,
         recent_ns: [0; RECENT_SLOTS],
         recent_pids: [0; RECENT_SLOTS],
         pid_set: [0; PID_SET_WORDS],

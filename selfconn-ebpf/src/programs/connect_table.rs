@@ -147,6 +147,15 @@ pub(crate) fn mark_reported<M: KernelRead>(
     (already_reported, opener)
 }
 
+/// Marks this state of the socket as not reported, because the ring buffer did not take the record: the other probe may
+/// report it.
+#[inline(always)]
+pub(crate) fn mark_not_reported<M: KernelRead>(sock: Sock<M>, new: u8) {
+    if let Some((set, way)) = entry_of(sock) {
+        set.entries[way].clear_flags(1 << (new & 15));
+    }
+}
+
 /// Copies the opener. `None`: the entry belongs to another attempt, or another CPU is writing to it.
 #[inline(always)]
 fn read_opener<M: KernelRead>(entry: &ConnectEntry, sock: Sock<M>, endpoint: &Endpoint) -> Option<Opener> {

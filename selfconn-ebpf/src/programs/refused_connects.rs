@@ -1,23 +1,36 @@
 //! The table of refused connection attempts from an address to itself, counted by network namespace, address
 //! and port.
 
-use aya_ebpf::{EbpfContext, helpers::generated::bpf_ktime_get_boot_ns, macros::map, maps::HashMap};
+use aya_ebpf::{
+    EbpfContext, Global,
+    helpers::generated::bpf_ktime_get_boot_ns,
+    macros::map,
+    maps::{HashMap, LruHashMap},
+};
 use aya_log_ebpf::warn;
 use selfconn_ebpf::{
-    Endpoint, Opener, counter,
-    refused_connects::{RefusedConnectsReport, RefusedCount},
+    Endpoint, Opener, Owner, counter,
+    refused_connects::{CGROUP_SHARE, OWNER_SHARE, RefusedConnectsReport, RefusedCount},
     tag,
 };
 
 use super::{
     counters::{add_one, count},
-    ring_buffer,
+    owners, ring_buffer,
 };
 
 /// A plain hash, not an LRU: user space removes an entry after a minute without attempts, and attempts that
 /// do not fit are counted. The loader may set its size.
 #[map]
 static REFUSED_CONNECTS: HashMap<Endpoint, RefusedCount> = HashMap::with_max_entries(4_096, 0);
+
+/// Maximum number of entries of [`REFUSED_CONNECTS`]. The loader sets it together with the size of the map.
+#[unsafe(no_mangle)]
+static REFUSED_SIZE: Global<u32> = Global::new(4_096);
+
+/// The number of entries of each owner. An LRU: an owner that is evicted begins again at zero, until user space counts.
+#[map]
+static REFUSED_SHARES: LruHashMap<Owner, u64> = LruHashMap::with_max_entries(1_024, 0);
 
 /// The initial value of an entry. It is in `.rodata`, because it would not fit on the stack.
 static ZERO: RefusedCount = RefusedCount::ZERO;
@@ -30,11 +43,23 @@ pub(crate) fn count_refused<C: EbpfContext>(ctx: &C, endpoint: &Endpoint, opener
     let entry = REFUSED_CONNECTS.get_ptr_mut(&destination).or_else(|| {
         /// Do not overwrite an entry that another CPU has just inserted: `include/uapi/linux/bpf.h`.
         const BPF_NOEXIST: u64 = 1;
-        let _ = REFUSED_CONNECTS.insert(&destination, &ZERO, BPF_NOEXIST);
-        REFUSED_CONNECTS.get_ptr_mut(&destination)
+        if !take_share(&opener.owner) {
+            return None;
+        }
+        let is_new = REFUSED_CONNECTS.insert(&destination, &ZERO, BPF_NOEXIST).is_ok();
+        let entry = REFUSED_CONNECTS.get_ptr_mut(&destination);
+        if let Some(entry) = entry
+            && is_new
+        {
+            // SAFETY: the pointer is to a value of the map. No other CPU writes to this field.
+            unsafe { (*entry).owner = opener.owner };
+        }
+        entry
     });
     let Some(refused) = entry else {
         count(counter::REFUSED_TABLE_FULL);
+        // SAFETY: the pointer is to a value of the map.
+        owners::count_loss(&opener.owner, |state| unsafe { &raw mut (*state).lost_refused_connects });
         warn!(ctx, "the refused connect table is full: one to port {} is not counted", destination.port);
         return;
     };
@@ -57,4 +82,27 @@ pub(crate) fn count_refused<C: EbpfContext>(ctx: &C, endpoint: &Endpoint, opener
             refused.postpone_report(now_ns);
         }
     }
+}
+
+/// Takes an entry from the shares of the owner and of its control group. False: one of them is full.
+#[inline(always)]
+fn take_share(owner: &Owner) -> bool {
+    take_one(owner, OWNER_SHARE) && take_one(&owner.everybody(), CGROUP_SHARE)
+}
+
+#[inline(always)]
+fn take_one(owner: &Owner, share: u32) -> bool {
+    const BPF_NOEXIST: u64 = 1;
+    let used = REFUSED_SHARES.get_ptr_mut(owner).or_else(|| {
+        let _ = REFUSED_SHARES.insert(owner, &0, BPF_NOEXIST);
+        REFUSED_SHARES.get_ptr_mut(owner)
+    });
+    let Some(used) = used else { return true };
+    // SAFETY: the pointer is to a value of the map.
+    let is_full = unsafe { used.read_volatile() } >= u64::from((REFUSED_SIZE.load() / share).max(1));
+    if !is_full {
+        // SAFETY: as above; it is aligned.
+        unsafe { add_one(used) };
+    }
+    !is_full
 }

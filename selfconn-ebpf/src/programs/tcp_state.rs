@@ -155,6 +155,7 @@ fn report<C: EbpfContext, M: KernelRead>(
         }
     });
     if !is_submitted {
+        connect_table::mark_not_reported(sock, new);
         warn!(ctx, "ring buffer full: transition {} -> {} of port {} is lost", old, new, dport);
     }
 }

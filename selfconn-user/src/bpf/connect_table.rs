@@ -45,13 +45,19 @@ impl ConnectTable {
         Ok(valid)
     }
 
-    /// Removes the entry of a socket.
-    pub(crate) fn remove(&mut self, sock: u64) -> Result<()> {
+    /// Removes the entry of a socket whose connect was at this time. An entry of a later socket at the same kernel
+    /// address stays.
+    pub(crate) fn remove(&mut self, sock: u64, at_ns: u64) -> Result<()> {
         let index = set_index(sock as u32, self.sets);
         let view = self.map_sets(index..index + 1)?;
-        for slot in &view.words()[..WAYS] {
-            // If a program has reused the slot for another socket in the meantime, the slot does not change.
-            let _ = slot.compare_exchange(sock, 0, Relaxed, Relaxed);
+        let Some(set) = view.words().first_chunk::<{ ConnectSet::WORDS }>() else { return Ok(()) };
+        let ConnectSet { socks, entries } =
+            ConnectSet::from_words(set.each_ref().map(|word| word.load(Relaxed)));
+        for ((slot, known), entry) in set.iter().zip(socks).zip(entries) {
+            if known == sock && entry.opener.at_ns == at_ns {
+                // If a program has reused the slot for another socket in the meantime, the slot does not change.
+                let _ = slot.compare_exchange(sock, 0, Relaxed, Relaxed);
+            }
         }
         Ok(())
     }

@@ -20,10 +20,7 @@ use super::{
     btf::{Btf, BtfKind},
     tracefs::{self, Tracefs, format},
 };
-use crate::{
-    sockets,
-    system::{capabilities, process},
-};
+use crate::system::{capabilities, netns_cookie, process};
 
 const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
 
@@ -332,7 +329,7 @@ fn read_offsets(btf: &Btf<'_>) -> ([u32; FIELDS], Option<String>) {
     }
     let unused = if btf.is_array("net", PORT_RANGE) { Field::PortRangePacked } else { Field::PortRangePair };
     offsets[unused as usize] = ABSENT;
-    let unused = if sockets::has_cookies() { Field::NetnsHashMix } else { Field::NetnsCookie };
+    let unused = if netns_cookie::current().is_some() { Field::NetnsHashMix } else { Field::NetnsCookie };
     offsets[unused as usize] = ABSENT;
     (offsets, missing)
 }

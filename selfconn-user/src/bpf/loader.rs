@@ -129,7 +129,10 @@ impl Tracer {
             bind_ring: async_fd(bind_ring)?,
             counters,
             connect_table: ConnectTable::new(take_map(&mut ebpf, names::CONNECT_TABLE)?)?,
-            refused_counts: RefusedCounts::new(take_map(&mut ebpf, names::REFUSED_CONNECTS)?)?,
+            refused_counts: RefusedCounts::new(
+                take_map(&mut ebpf, names::REFUSED_CONNECTS)?,
+                take_map(&mut ebpf, names::REFUSED_SHARES)?,
+            )?,
             held_ports: HeldPorts::new(take_map(&mut ebpf, names::HELD_PORTS)?)?,
             owners: Owners::new(take_map(&mut ebpf, names::OWNERS)?)?,
             log,
@@ -307,8 +310,8 @@ impl Tracer {
     }
 
     /// Removes a stale entry from the connect table, because its socket is gone.
-    pub fn remove_connect(&mut self, sock: u64) {
-        if let Err(error) = self.connect_table.remove(sock) {
+    pub fn remove_connect(&mut self, sock: u64, at_ns: u64) {
+        if let Err(error) = self.connect_table.remove(sock, at_ns) {
             log::debug!("cannot remove a stale entry of the connect table: {error}");
         }
     }

@@ -57,6 +57,7 @@ pub(super) fn load(features: &KernelFeatures, options: ObjectOptions) -> Result<
         .map_max_entries(names::RECORDS, options.ring_bytes)
         .override_global(names::CONNECT_SETS, &sets, true)
         .map_max_entries(names::CONNECT_TABLE, sets)
+        .override_global(names::REFUSED_SIZE, &options.refused_table_size, true)
         .map_max_entries(names::REFUSED_CONNECTS, options.refused_table_size)
         .load(OBJECT)
         .map_err(|error| ring_memory_error(&error, options.ring_bytes).unwrap_or_else(|| error.into()))

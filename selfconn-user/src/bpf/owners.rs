@@ -18,7 +18,9 @@ impl Owners {
     /// The owners that have lost anything since the programs were loaded. The kernel may have dropped owners that were
     /// not counted for long.
     pub(crate) fn with_losses(&self) -> impl Iterator<Item = (Owner, OwnerState)> {
-        let has_losses = |state: &OwnerState| state.lost_openers > 0 || state.lost_bind_failures > 0;
+        let has_losses = |state: &OwnerState| {
+            state.lost_openers > 0 || state.lost_refused_connects > 0 || state.lost_bind_failures > 0
+        };
         let entries = self.0.iter().filter_map(Result::ok).map(|(owner, state)| (owner.0, state.0));
         entries.filter(move |(_, state)| has_losses(state))
     }

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use aya::maps::{HashMap, Map, MapData};
 use selfconn_ebpf::{
-    Endpoint,
+    Endpoint, Owner,
     refused_connects::{RefusedCount, WINDOW_NS},
 };
 
@@ -11,27 +11,31 @@ use super::plain::Plain;
 
 /// The refused-connect table.
 #[derive(Debug)]
-pub struct RefusedCounts(HashMap<MapData, Plain<Endpoint>, Plain<RefusedCount>>);
+pub struct RefusedCounts {
+    counts: HashMap<MapData, Plain<Endpoint>, Plain<RefusedCount>>,
+    /// Number of entries by owner.
+    shares: HashMap<MapData, Plain<Owner>, u64>,
+}
 
 impl RefusedCounts {
-    pub(crate) fn new(map: Map) -> Result<Self> {
-        Ok(Self(HashMap::try_from(map)?))
+    pub(crate) fn new(counts: Map, shares: Map) -> Result<Self> {
+        Ok(Self { counts: HashMap::try_from(counts)?, shares: HashMap::try_from(shares)? })
     }
 
     /// The refused connects to one destination. `None`: there is no entry.
     #[must_use]
     pub fn get(&self, destination: &Endpoint) -> Option<RefusedCount> {
-        self.0.get(&Plain(*destination), 0).ok().map(|value| value.0)
+        self.counts.get(&Plain(*destination), 0).ok().map(|value| value.0)
     }
 
     /// All counts with their destinations. Walks the whole table.
     pub fn entries(&self) -> impl Iterator<Item = (Endpoint, RefusedCount)> {
-        self.0.iter().filter_map(Result::ok).map(|(key, value)| (key.0, value.0))
+        self.counts.iter().filter_map(Result::ok).map(|(key, value)| (key.0, value.0))
     }
 
     /// Removes the count of a destination to which no further connects are attempted.
     pub fn remove(&mut self, destination: &Endpoint) {
-        if let Err(error) = self.0.remove(&Plain(*destination)) {
+        if let Err(error) = self.counts.remove(&Plain(*destination)) {
             log::debug!("cannot remove the count of a destination: {error}");
         }
     }
@@ -45,6 +49,28 @@ impl RefusedCounts {
         let expired: Vec<_> = self.entries().filter(is_expired).map(|(destination, _)| destination).collect();
         for destination in expired {
             self.remove(&destination);
+        }
+        self.count_shares();
+    }
+
+    /// Counts the entries of each owner, because entries were removed. An entry that a program inserts at the same time
+    /// may be missing until the next count.
+    fn count_shares(&mut self) {
+        let mut used: std::collections::HashMap<Owner, u64> =
+            self.shares.keys().filter_map(Result::ok).map(|owner| (owner.0, 0)).collect();
+        for (_, refused) in self.entries() {
+            for owner in [refused.owner, refused.owner.everybody()] {
+                *used.entry(owner).or_default() += 1;
+            }
+        }
+        for (owner, count) in used {
+            let outcome = match count {
+                0 => self.shares.remove(&Plain(owner)),
+                _ => self.shares.insert(Plain(owner), count, 0),
+            };
+            if let Err(error) = outcome {
+                log::debug!("cannot set the share of an owner: {error}");
+            }
         }
     }
 }

@@ -30,6 +30,7 @@ pub(super) struct LossReporter {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum LossKey {
     Openers,
+    RefusedConnects,
     BindFailures,
 }
 
@@ -37,6 +38,7 @@ impl LossKey {
     fn of(cause: LossCause) -> Option<Self> {
         match cause {
             LossCause::OpenerTable => Some(Self::Openers),
+            LossCause::RefusedTable => Some(Self::RefusedConnects),
             LossCause::Binds => Some(Self::BindFailures),
             _ => None,
         }
@@ -100,6 +102,7 @@ impl LossReporter {
     fn unreported(&mut self, owner: Owner, key: LossKey, state: &OwnerState) -> u64 {
         let total = match key {
             LossKey::Openers => state.lost_openers,
+            LossKey::RefusedConnects => state.lost_refused_connects,
             LossKey::BindFailures => state.lost_bind_failures,
         };
         let reported = self.reported_by_owner.insert((owner, key), total).unwrap_or(0);

@@ -417,7 +417,7 @@ impl Daemon {
             Vec::new()
         });
         snapshot.add_connect_entries(&entries, self.knows_netns);
-        let stale_connects: Vec<_> = snapshot.stale_connects(&entries).into_iter().collect();
+        let stale_connects = snapshot.stale_connects(&entries);
         // A self-test in progress is listed, too.
         let is_self_test = |entry: &SocketEntry| {
             entry.cookie.is_some_and(|cookie| self.self_test.is_self_test_socket(cookie))
@@ -430,8 +430,8 @@ impl Daemon {
         }
         self.has_snapshot = true;
         self.pipeline.record_time_waits(&snapshot);
-        for sock in stale_connects {
-            self.tracer.remove_connect(sock);
+        for (sock, at_ns) in stale_connects {
+            self.tracer.remove_connect(sock, at_ns);
         }
         self.port_risks.remove_expired_counts(self.tracer.refused_counts());
         self.pipeline.bind_conflicts.remove_expired(snapshot.began_ns);

@@ -38,7 +38,6 @@ pub use listeners::NamespaceSelection;
 pub use listeners::inspect;
 pub use netns::Namespace;
 pub use netns::NetnsId;
-pub use netns::has_cookies;
 pub use netns::run_in_namespace;
 pub use on_port::PortSocket;
 pub use on_port::on_port;

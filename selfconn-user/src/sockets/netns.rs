@@ -5,7 +5,7 @@ use std::{
     ffi::OsString,
     fs, io,
     os::{
-        fd::{AsFd as _, AsRawFd as _},
+        fd::AsFd as _,
         unix::{
             ffi::OsStringExt as _,
             fs::{MetadataExt as _, OpenOptionsExt as _},
@@ -21,7 +21,8 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 use selfconn_ebpf::Endpoint;
-use socket2::{Domain, Socket, Type};
+
+use crate::system::netns_cookie;
 
 const CURRENT_NETNS: &str = "/proc/thread-self/ns/net";
 
@@ -190,7 +191,10 @@ impl NamespaceVisit {
             self.add_refusal(why, which);
             return Ok(true);
         }
-        let id = NetnsId { inode: u32::try_from(inode).unwrap_or(0), cookie: current_cookie().unwrap_or(0) };
+        let id = NetnsId {
+            inode: u32::try_from(inode).unwrap_or(0),
+            cookie: netns_cookie::current().unwrap_or(0),
+        };
         match each(&Namespace { id, path: path.to_owned(), is_current }) {
             Ok(()) => {
                 self.namespaces.insert(id.inode, id.cookie);
@@ -226,29 +230,6 @@ impl NamespaceVisit {
     }
 }
 
-/// True if this kernel has cookies of network namespaces and tells them (`SO_NETNS_COOKIE`, v5.14).
-#[must_use]
-pub fn has_cookies() -> bool {
-    current_cookie().is_some()
-}
-
-/// The cookie of the network namespace that the calling thread is in. `None`: this kernel does not tell it.
-fn current_cookie() -> Option<u64> {
-    let socket = Socket::new(Domain::UNIX, Type::DGRAM, None).ok()?;
-    let (mut cookie, mut length) = (0_u64, size_of::<u64>() as libc::socklen_t);
-    // SAFETY: the option writes at most `length` bytes to the number, and a length to `length`.
-    let outcome = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut length,
-        )
-    };
-    (outcome == 0 && cookie != 0).then_some(cookie)
-}
-
 /// Calls `work` on a separate thread that is in this network namespace; the namespace of the caller does not
 /// change. The search for the namespace begins with the namespace of the caller, continues with those of the
 /// processes or threads in `netns_hints`, and then with all others as in [`visit`]. The inode 0 is the namespace of
@@ -265,7 +246,7 @@ pub fn run_in_namespace<T: Send>(
         let thread = thread::Builder::new().name("namespace".to_owned());
         let thread = thread.spawn_scoped(scope, || {
             enter(netns.inode, netns_hints)?;
-            match current_cookie() {
+            match netns_cookie::current() {
                 Some(cookie) if ![0, cookie].contains(&netns.cookie) => {
                     let why =
                         format!("network namespace {} has ended; its inode is that of another", netns.inode);

@@ -117,11 +117,11 @@ impl SocketSnapshot {
         self.holders.by_inode.get(&inode?).map(Vec::as_slice)
     }
 
-    /// Kernel addresses in the connect table whose sockets no longer exist: the entry is older than the
-    /// snapshot, its namespace was read, and the snapshot lists neither a self-connection nor a connection
+    /// Kernel addresses in the connect table whose sockets no longer exist, and the times of their connects: the entry
+    /// is older than the snapshot, its namespace was read, and the snapshot lists neither a self-connection nor a connection
     /// attempt for it.
     #[must_use]
-    pub fn stale_connects(&self, connects: &[(u64, ConnectEntry)]) -> Vec<u64> {
+    pub fn stale_connects(&self, connects: &[(u64, ConnectEntry)]) -> Vec<(u64, u64)> {
         let sockets = self.entries.iter().map(|entry| &entry.endpoint).chain(&self.attempts);
         let existing: HashSet<Endpoint> = sockets.map(Endpoint::table_key).collect();
         let is_stale = |connect: &ConnectEntry| {
@@ -129,7 +129,8 @@ impl SocketSnapshot {
                 && (self.proves_end_of_netns(&connect.endpoint)
                     || self.covers(&connect.endpoint) && !existing.contains(&connect.endpoint.table_key()))
         };
-        connects.iter().filter(|(_, connect)| is_stale(connect)).map(|(sock, _)| *sock).collect()
+        let stale = connects.iter().filter(|(_, connect)| is_stale(connect));
+        stale.map(|(sock, connect)| (*sock, connect.opener.at_ns)).collect()
     }
 }
 
@@ -228,9 +229,9 @@ mod tests {
         };
         snapshot.add_connect_entries(&connects, true);
         assert_eq!(snapshot.entries[0].connect_entry.map(|(sock, _)| sock), Some(7));
-        assert_eq!(snapshot.stale_connects(&connects), [8], "9 is in a namespace that was not read");
+        assert_eq!(snapshot.stale_connects(&connects), [(8, 5)], "9 is in a namespace that was not read");
         snapshot.attempts.push(other);
-        assert_eq!(snapshot.stale_connects(&connects), [0; 0], "8 is still connecting");
+        assert_eq!(snapshot.stale_connects(&connects), [], "8 is still connecting");
         // Without BTF.
         snapshot.add_connect_entries(&[connect(7, Endpoint { netns: 0, ..v4 }, 5)], false);
         let entry = &snapshot.entries[0];

@@ -6,6 +6,7 @@ mod cgroup;
 pub mod clock;
 pub mod logger;
 pub mod memory;
+pub mod netns_cookie;
 pub mod process;
 pub mod route;
 pub mod sd_notify;

@@ -136,7 +136,7 @@ fn a_connection_that_arrives_while_others_wait_is_reported_as_rate_limited_too()
 
 #[test]
 fn the_connections_of_one_owner_do_not_delay_those_of_another() {
-    let of_uid = |uid| ConnectionFields { uid, ..ConnectionFields::sample() };
+    let of_uid = |owner_uid| ConnectionFields { owner_uid, ..ConnectionFields::sample() };
     let mut remedy = remedy(RemedyMode::Destroy, 0, 10);
     for number in 1..=150 {
         remedy.on_established(of_uid(Some(65_534)), request(number), SECOND_NS);

@@ -7,11 +7,14 @@ use std::{
 };
 
 use aya::maps::{Array, Map, MapData};
-use rustix::{process::Signal, thread::set_thread_res_uid};
+use rustix::process::Signal;
 use selfconn_ebpf::{ConnectEntry, ConnectSet, Endpoint, WAYS, names, set_index};
 
 use crate::support::{
-    client::{assert_opened_by_this_thread, connect_to_self, connect_until_self, unanswered_connects},
+    client::{
+        NOBODY, assert_opened_by_this_thread, become_user, connect_to_self, connect_until_self,
+        unanswered_connects,
+    },
     daemon::{HookVariant, TestDaemon, is_event, scaled},
     direct_tracer::{entry_count, with_tracer},
     helper_process::HelperProcess,
@@ -48,15 +51,8 @@ fn a_self_connection_stays_in_the_connect_table_until_it_ends() {
     });
 }
 
-/// The calling thread becomes this user.
-fn become_user(uid: u32) {
-    let uid = rustix::fs::Uid::from_raw(uid);
-    set_thread_res_uid(uid, uid, uid).unwrap();
-}
-
 #[test]
 fn a_full_connect_table_costs_the_names_of_the_user_who_filled_it() {
-    const NOBODY: u32 = 65_534;
     let net = TestNetns::enter_new();
     let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--connect-table", "1", "-vv"]);
     // One set has several ways, and a backlog of zero accepts one or two connections.

@@ -9,6 +9,15 @@ use std::{
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 
+/// A user without privileges.
+pub(crate) const NOBODY: u32 = 65_534;
+
+/// The calling thread becomes this user; other threads of the process do not.
+pub(crate) fn become_user(uid: u32) {
+    let uid = rustix::fs::Uid::from_raw(uid);
+    rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
+}
+
 /// The data that a client sends to itself.
 pub(crate) const PAYLOAD: &[u8] = b"data sent to self";
 
