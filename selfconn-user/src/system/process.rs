@@ -250,9 +250,9 @@ fn is_hosts_file(pid: u32, path: &Path) -> bool {
                 return identity(file.as_fd(), Path::new(""), AtFlags::EMPTY_PATH) == Ok(executable);
             }
             Err(Errno::AGAIN) => {}
-            // Not followed, because this kernel has no such flag or a directory is closed to us: the path is right if
-            // the process has the host's mount namespace.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::ACCESS) => {
+            // Not followed, because this kernel or a filter of system calls does not know it, or because a directory is
+            // closed to us: the path is right if the process has the host's mount namespace.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::PERM | Errno::ACCESS) => {
                 let mounts = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
                 return mounts(&pid.to_string()).is_some_and(|theirs| mounts("1") == Some(theirs))
                     && !path.as_os_str().as_bytes().ends_with(b" (deleted)");
