@@ -159,6 +159,7 @@ fn connection_fields(names: &[String]) -> ConnectionFields {
         process: Rc::new(ProcessInfo {
             comm: name(2),
             exe: name(3),
+            is_exe_ours: true,
             cmdline: Some(names.to_vec()),
             cgroup: name(4),
             unit: name(5),

@@ -13,6 +13,8 @@ mod remap;
 mod run;
 mod strip;
 mod test;
+#[cfg(test)]
+mod threat_model;
 mod toolchain;
 #[cfg(test)]
 mod unsafe_code;

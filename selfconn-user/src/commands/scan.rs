@@ -41,8 +41,8 @@ Examples:
   selfconn scan                exit code 0: nothing found, 1: something, 2: error
   selfconn scan --json | jq -r 'select(.state == \"ESTABLISHED\") | .pid'
 
-  selfconn scan --only comm=java             list these
-  selfconn scan --only comm=java --destroy   destroy them; exit code 0: none is left
+  selfconn scan --only uid=1000             list these
+  selfconn scan --only uid=1000 --destroy   destroy them; exit code 0: none is left
 
 Root sees every network namespace. Another user sees only some; what is not seen is reported.";
 
@@ -57,7 +57,7 @@ pub struct ScanArgs {
     /// Destroy each listed self-connection; without this option they are only listed
     #[arg(long, conflicts_with = "procfs")]
     destroy: bool,
-    /// Only self-connections whose field matches, such as comm=java* or port=8080; may be repeated
+    /// Only self-connections whose field matches, such as unit=java* or port=8080; may be repeated
     #[arg(long, value_name = "KEY=GLOB")]
     only: Vec<Rule>,
     /// Exclude self-connections whose field matches or is unknown; may be repeated; overrides --only

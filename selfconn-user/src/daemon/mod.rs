@@ -18,7 +18,7 @@ use crate::{
     lookup::Lookups,
     metrics::MetricsSnapshot,
     output::Outputs,
-    sockets::{Cookie, SocketSnapshot},
+    sockets::{Cookie, SocketEntry, SocketSnapshot},
     system::{
         clock::{self, Offset, sleep_until_some},
         memory,
@@ -273,7 +273,7 @@ impl Daemon {
                 }
                 AfterRecords::LookedUp(number, cookie_result) => self.on_looked_up(number, cookie_result),
                 AfterRecords::EvaluateSelfTest => {
-                    if let Some(dead) = self.self_test.evaluate(&self.tracer) {
+                    if let Some(dead) = self.self_test.evaluate(self.tracer.counters()) {
                         self.loss_reporter.report_dead_hooks(&dead, &mut self.pipeline.out);
                         return Some(HooksDead(dead));
                     }
@@ -293,7 +293,7 @@ impl Daemon {
         let now = Instant::now();
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         self.check_port_risks();
-        self.self_test.begin_if_due(&self.tracer);
+        self.self_test.begin_if_due(|| self.tracer.counters());
         if self.self_test.can_evaluate()
             && !self.catch_up.has(|then| matches!(then, AfterRecords::EvaluateSelfTest))
         {
@@ -417,6 +417,12 @@ impl Daemon {
             Vec::new()
         });
         snapshot.add_connect_entries(&entries, self.knows_netns);
+        let stale_connects = snapshot.stale_connects(&entries);
+        // A self-test in progress is listed, too.
+        let is_self_test = |entry: &SocketEntry| {
+            entry.cookie.is_some_and(|cookie| self.self_test.is_self_test_socket(cookie))
+        };
+        snapshot.entries.retain(|entry| !is_self_test(entry));
         let missed = self.pipeline.reconcile(&snapshot, self.knows_netns);
         // Connections of the first snapshot existed before this run. They do not count as missed.
         if self.has_snapshot {
@@ -424,7 +430,7 @@ impl Daemon {
         }
         self.has_snapshot = true;
         self.pipeline.record_time_waits(&snapshot);
-        for (sock, at_ns) in snapshot.stale_connects(&entries) {
+        for (sock, at_ns) in stale_connects {
             self.tracer.remove_connect(sock, at_ns);
         }
         self.port_risks.remove_expired_counts(self.tracer.refused_counts());

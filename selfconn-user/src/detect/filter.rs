@@ -80,6 +80,8 @@ impl fmt::Display for Rule {
 /// The value of a field.
 enum FieldValue<'a> {
     Known(Cow<'a, str>),
+    /// The word of the process only: what it does not claim is not true, and what it claims is unknown.
+    Claimed(Cow<'a, str>),
     /// The connection is known to have no value for this field.
     Absent,
     Unknown,
@@ -113,7 +115,10 @@ impl FilterKey {
             Self::Cmdline => text(&fields.cmdline.as_ref().map(|arguments| arguments.join(" "))),
             Self::Comm => text(&fields.comm),
             Self::Container => in_cgroup(&fields.container),
-            Self::Exe => text(&fields.exe),
+            Self::Exe => match text(&fields.exe) {
+                FieldValue::Known(path) if !fields.is_exe_ours => FieldValue::Claimed(path),
+                value => value,
+            },
             Self::Family => keyword(Some(fields.family)),
             Self::Ifindex => match number(fields.ifindex) {
                 FieldValue::Unknown => FieldValue::Absent,
@@ -137,9 +142,16 @@ impl Rule {
     fn matches(&self, fields: &ConnectionFields) -> Option<bool> {
         match self.key.value(fields) {
             FieldValue::Known(text) => Some(self.glob.matches(&text)),
-            FieldValue::Absent => Some(false),
+            FieldValue::Claimed(text) if self.glob.matches(&text) => None,
+            FieldValue::Claimed(_) | FieldValue::Absent => Some(false),
             FieldValue::Unknown => None,
         }
+    }
+
+    /// True if every process chooses the value of this field itself.
+    #[must_use]
+    pub fn is_chosen_by_process(&self) -> bool {
+        matches!(self.key, FilterKey::Comm | FilterKey::ThreadComm | FilterKey::Cmdline)
     }
 }
 
@@ -248,6 +260,31 @@ mod tests {
                 "{only:?} {except:?}"
             );
         }
+    }
+
+    #[test]
+    fn an_exe_that_the_host_does_not_have_matches_no_rule_and_counts_as_unknown() {
+        let forged = ConnectionFields { is_exe_ours: false, ..ConnectionFields::sample() };
+        for (only, except, why) in [
+            (&["exe=/usr/bin/java"][..], &[][..], Some("only exe=/usr/bin/java: exe is unknown")),
+            (&["exe=/bin/*"], &[], Some("only exe=/bin/*")),
+            (&[], &["exe=*java"], Some("except exe=*java: exe is unknown")),
+            (&[], &["exe=/bin/sh"], None),
+        ] {
+            assert_eq!(
+                selection(only, except).exclusion_reason(&forged).as_deref(),
+                why,
+                "{only:?} {except:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn names_and_arguments_are_chosen_by_the_process() {
+        let chosen = KEYS
+            .iter()
+            .filter(|(name, _)| format!("{name}=*").parse::<Rule>().unwrap().is_chosen_by_process());
+        assert_eq!(chosen.map(|(name, _)| *name).collect::<Vec<_>>(), ["cmdline", "comm", "thread_comm"]);
     }
 
     #[test]

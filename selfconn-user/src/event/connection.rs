@@ -66,6 +66,9 @@ pub struct ConnectionFields {
     pub isn: Option<u32>,
     /// Initial sequence number of the peer. Equality with `isn` proves the self-connection.
     pub peer_isn: Option<u32>,
+    /// True if the host has the same file at the path `exe`.
+    #[serde(skip)]
+    pub is_exe_ours: bool,
     /// The user that pays for the connection: of an opener in a user namespace, the user that made it.
     #[serde(skip)]
     pub owner_uid: Option<u32>,
@@ -120,6 +123,7 @@ impl ConnectionFields {
             holders: attribution.holders.clone(),
             isn: connection.isns.map(|(isn, _)| isn),
             peer_isn: connection.isns.map(|(_, peer_isn)| peer_isn),
+            is_exe_ours: process.is_exe_ours,
             owner_uid: opener.map(|opener| opener.owner.uid).or(connection.uid),
             owner_cgroup: process.owner_cgroup.clone(),
         }
@@ -160,6 +164,7 @@ impl ConnectionFields {
             holders: None,
             isn: None,
             peer_isn: None,
+            is_exe_ours: true,
             owner_uid: Some(1_000),
             owner_cgroup: None,
         }

@@ -4,7 +4,11 @@
 use std::{
     fs,
     io::{self, Read as _},
-    os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
+    os::{
+        fd::{AsFd as _, BorrowedFd},
+        unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
+    },
+    path::Path,
     rc::Rc,
     sync::Arc,
 };
@@ -19,6 +23,9 @@ const TICK_NS: u64 = 1_000_000_000 / 100;
 
 /// Maximum number of bytes of a command line that are read.
 const CMDLINE_LIMIT: usize = 4_096;
+
+/// How often a path is looked up in the directory cache.
+const CACHED_ATTEMPTS: usize = 3;
 
 /// The arguments of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +42,9 @@ pub struct ProcessInfo {
     pub comm: Option<String>,
     /// Path of its executable.
     pub exe: Option<String>,
+    /// True if the host has the same file at this path. A process in a mount namespace of its own can run any file at
+    /// any path.
+    pub is_exe_ours: bool,
     /// Its arguments, at most 4,096 bytes in total.
     pub cmdline: Option<Vec<String>>,
     /// Path of its control group.
@@ -182,7 +192,9 @@ pub fn is_in_initial_pid_ns() -> bool {
 #[must_use]
 pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> Option<ProcessFacts> {
     let file = |name: &str| format!("/proc/{pid}/{name}");
-    let exe = fs::read_link(file("exe")).ok().map(|path| lossy(path.as_os_str().as_bytes()));
+    let exe_path = fs::read_link(file("exe")).ok();
+    let is_exe_ours = exe_path.as_deref().is_some_and(|path| is_hosts_file(pid, path));
+    let exe = exe_path.map(|path| lossy(path.as_os_str().as_bytes()));
     let cgroup_text = fs::read(file("cgroup")).map(|text| lossy(&text)).unwrap_or_default();
     let cgroup = cgroup::path(&cgroup_text);
     let cgroup_info = cgroup.map_or_else(CgroupInfo::default, |(hierarchy, path)| {
@@ -197,6 +209,7 @@ pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> O
     let info = ProcessInfo {
         comm: Some(comm),
         exe,
+        is_exe_ours,
         cmdline: None,
         unit: cgroup_info.unit,
         container: cgroup_info.container,
@@ -206,6 +219,48 @@ pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> O
         cgroup: cgroup.map(|(_, path)| path.to_owned()),
     };
     Some(ProcessFacts { info, start_ticks, uid })
+}
+
+/// True if the file at this path of the host is the executable of the process: same device and inode.
+///
+/// Nothing here waits for a filesystem, which may be served by the process's own user: attributes come from the inode
+/// (`AT_STATX_DONT_SYNC`; `fuse_update_get_attr`, fs/fuse/dir.c at v6.12), and the path is only followed through
+/// the directory cache (`RESOLVE_CACHED`, from v5.12 on), which has a file that is in use.
+fn is_hosts_file(pid: u32, path: &Path) -> bool {
+    use rustix::{
+        fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags, openat, openat2, statx},
+        io::Errno,
+    };
+    let identity = |directory: BorrowedFd<'_>, path: &Path, flags: AtFlags| {
+        let attributes = statx(directory, path, flags | AtFlags::STATX_DONT_SYNC, StatxFlags::INO)?;
+        Ok::<_, Errno>((attributes.stx_dev_major, attributes.stx_dev_minor, attributes.stx_ino))
+    };
+    let link = format!("/proc/{pid}/exe");
+    let Ok(executable) = identity(CWD, Path::new(&link), AtFlags::empty()) else { return false };
+    // The host is what the first process sees. A service manager may hide a part of it from this process.
+    let directory = OFlags::PATH | OFlags::CLOEXEC;
+    let root =
+        ["/proc/1/root", "/"].into_iter().find_map(|root| openat(CWD, root, directory, Mode::empty()).ok());
+    let Some(root) = root else { return false };
+    let resolve = ResolveFlags::CACHED | ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    // A rename elsewhere makes an attempt fail.
+    for _ in 0..CACHED_ATTEMPTS {
+        match openat2(&root, path, directory, Mode::empty(), resolve) {
+            Ok(file) => {
+                return identity(file.as_fd(), Path::new(""), AtFlags::EMPTY_PATH) == Ok(executable);
+            }
+            Err(Errno::AGAIN) => {}
+            // Not followed, because this kernel or a filter of system calls does not know it, or because a directory is
+            // closed to us: the path is right if the process has the host's mount namespace.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::PERM | Errno::ACCESS) => {
+                let mounts = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+                return mounts(&pid.to_string()).is_some_and(|theirs| mounts("1") == Some(theirs))
+                    && !path.as_os_str().as_bytes().ends_with(b" (deleted)");
+            }
+            Err(_) => return false,
+        }
+    }
+    false
 }
 
 /// Reads the arguments of the process that started at this time. This waits for the process's `mmap_lock`
@@ -286,6 +341,7 @@ mod tests {
         let facts = read_facts(pid, &ticks, true).unwrap();
         assert_eq!(facts.info.comm.as_deref(), Some(comm));
         let exe = std::env::current_exe().ok().map(|path| path.to_string_lossy().into_owned());
+        assert!(facts.info.is_exe_ours, "{facts:?}");
         assert_eq!((facts.info.exe, facts.start_ticks), (exe, start));
         assert_eq!(read_cmdline(pid, start).unwrap().arguments, std::env::args().collect::<Vec<_>>());
         assert_eq!(read_cmdline(pid, start + 1), None, "another process");

@@ -16,7 +16,7 @@ use crate::{
         loader::{Tracer, TracerOptions},
         object::ObjectOptions,
     },
-    daemon::self_test::socket::SelfTestSocket,
+    daemon::self_test::{recognition::Recognition, socket::SelfTestSocket},
     detect::probe_health::{DeadProbes, ProbeHealth, SelfTestOutcome},
 };
 
@@ -51,6 +51,7 @@ pub(super) fn test(features: &KernelFeatures) -> Result<LiveTest> {
         };
         let mut tracer = Tracer::start(features, options)?;
         let test = SelfTestSocket::prepare().map_err(|why| anyhow!(why))?;
+        let mut recognition = Recognition::new(Some(test.cookie()), rustix::process::getuid().as_raw());
         let live: Vec<Method> = tracer.methods().live.iter().map(|(method, ())| *method).collect();
         let mut probe_health = ProbeHealth::new(live.clone(), Duration::ZERO, Instant::now());
         let dead = loop {
@@ -60,7 +61,8 @@ pub(super) fn test(features: &KernelFeatures) -> Result<LiveTest> {
             let outcome = loop {
                 let mut handle_record = |record: &Record| {
                     if let Record::Transition(transition) = record {
-                        probe_health.on_record(test.owns(transition), transition.new == state::ESTABLISHED);
+                        let is_ours = recognition.is_ours(transition);
+                        probe_health.on_record(is_ours, transition.new == state::ESTABLISHED);
                     }
                 };
                 while tracer.drain(1_024, &mut handle_record) > 0 {}

@@ -21,7 +21,7 @@ pub(super) struct RemedyArgs {
     /// What to do about a self-connection
     #[arg(long, value_enum, value_name = "MODE", default_value_t = ModeArg::Off)]
     remedy: ModeArg,
-    /// Only self-connections whose field matches, such as comm=java* or port=8080; may be repeated
+    /// Only self-connections whose field matches, such as unit=java* or port=8080; may be repeated
     #[arg(long, value_name = "KEY=GLOB", requires = "remedy")]
     remedy_only: Vec<Rule>,
     /// Exclude self-connections whose field matches or is unknown; may be repeated; overrides --remedy-only
@@ -76,6 +76,12 @@ impl RemedyArgs {
         if let Err(why) = sockets::can_enter() {
             host.limitations
                 .push(format!("--remedy works only in the daemon's own network namespace: {why}"));
+        }
+        for rule in self.remedy_except.iter().filter(|rule| rule.is_chosen_by_process()) {
+            log::warn!(
+                "--remedy-except {rule}: every process chooses this itself, so any program can exempt itself; \
+                 uid, unit and port can't be forged"
+            );
         }
         let selection = Selection { only: self.remedy_only.clone(), except: self.remedy_except.clone() };
         let grace_ns = u64::try_from(self.remedy_grace.as_nanos()).unwrap_or(u64::MAX);

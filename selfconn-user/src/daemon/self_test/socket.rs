@@ -5,21 +5,16 @@
 //! socket needs privileges, once. Using it needs no privileges, no thread and no change of namespace.
 
 use std::{
-    fs,
     io::{self, Read as _},
     net::{Ipv4Addr, SocketAddrV4},
-    os::unix::fs::MetadataExt as _,
     panic, thread,
 };
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
-use selfconn_ebpf::Transition;
 use socket2::{Domain, Protocol, Socket, Type};
 
-/// Endpoint of the self-test. No other server uses it in any namespace. The self-tests of other daemons are
-/// recognized by this endpoint, and ignored like our own.
-const ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 83, 67, 84);
-const PORT: u16 = 50_883;
+/// Endpoint of the self-test. No other server uses it in any namespace.
+pub(super) const ENDPOINT: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(127, 83, 67, 84), 50_883);
 
 /// The message that brings `lo` up, `struct nlmsghdr` and `struct ifinfomsg`: RTM_NEWLINK with IFF_UP in
 /// flags and change mask (include/uapi/linux/rtnetlink.h at v5.10). `lo` has index 1 in every namespace.
@@ -37,8 +32,7 @@ const NETLINK_ROUTE: i32 = 0;
 #[derive(Debug)]
 pub struct SelfTestSocket {
     socket: Socket,
-    netns: u32,
-    uid: u32,
+    cookie: u64,
 }
 
 impl SelfTestSocket {
@@ -51,12 +45,7 @@ impl SelfTestSocket {
             // SAFETY: only FILES, which is not among the flags, can take descriptors away from other threads.
             unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
             bring_up_loopback()?;
-            let netns = fs::metadata("/proc/thread-self/ns/net")?.ino();
-            let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
-            // Bound to a port number, so that the port stays the same from one connect() to the next.
-            socket.bind(&SocketAddrV4::new(ADDRESS, PORT).into())?;
-            let uid = rustix::process::getuid().as_raw();
-            Ok(Self { socket, netns: u32::try_from(netns).unwrap_or(0), uid })
+            Self::bind(ENDPOINT)
         };
         let created = thread::scope(|scope| {
             let thread = thread::Builder::new().name("namespace".to_owned()).spawn_scoped(scope, create)?;
@@ -69,6 +58,16 @@ impl SelfTestSocket {
         })
     }
 
+    /// Creates the socket in the network namespace of the calling thread.
+    pub(super) fn bind(endpoint: SocketAddrV4) -> io::Result<Self> {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+        // Bound to a port number, so that the port stays the same from one connect() to the next.
+        socket.bind(&endpoint.into())?;
+        // The kernel assigns the cookie now, so every probe that knows the field reads it in every record.
+        let cookie = socket.cookie()?;
+        Ok(Self { socket, cookie })
+    }
+
     /// Connects the socket to itself. The connection is usually established when this returns, but on a busy
     /// host it may take longer.
     ///
@@ -76,7 +75,7 @@ impl SelfTestSocket {
     /// If the kernel refuses.
     pub fn connect(&self) -> io::Result<()> {
         const EINPROGRESS: i32 = 115;
-        match self.socket.connect(&SocketAddrV4::new(ADDRESS, PORT).into()) {
+        match self.socket.local_addr().and_then(|own| self.socket.connect(&own)) {
             Err(error) if error.raw_os_error() != Some(EINPROGRESS) => Err(error),
             _ => Ok(()),
         }
@@ -89,26 +88,16 @@ impl SelfTestSocket {
         }
     }
 
-    /// True if the transition belongs to this socket.
+    /// The socket cookie, which no other socket of this boot has.
     #[must_use]
-    pub fn owns(&self, t: &Transition) -> bool {
-        match t.endpoint.netns {
-            // Without BTF the probes do not know the namespace.
-            0 => is_self_test(t, self.uid),
-            netns => netns == self.netns,
-        }
+    pub fn cookie(&self) -> u64 {
+        self.cookie
     }
-}
 
-/// True if the transition belongs to the self-test of any daemon. Such transitions are not reported. A
-/// self-test is recognized by its endpoint and its user: root, or the user of this daemon. A socket of
-/// another user at the same endpoint is reported like any other.
-#[must_use]
-pub fn is_self_test(t: &Transition, own_uid: u32) -> bool {
-    t.endpoint.ip() == ADDRESS
-        && t.endpoint.port == PORT
-        // The second probe's last record may have no opener, because the entry is already removed.
-        && (t.opener.at_ns == 0 || [0, own_uid].contains(&t.opener.uid))
+    #[cfg(test)]
+    pub(super) fn is_connected(&self) -> bool {
+        self.socket.peer_addr().is_ok()
+    }
 }
 
 /// Brings `lo` up in the network namespace of the calling thread.
@@ -146,34 +135,7 @@ fn ack_errno(response: &[u8]) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
-    use selfconn_ebpf::{Endpoint, Opener, state};
-
     use super::*;
-    use crate::detect::samples;
-
-    fn transition(addr: Ipv4Addr, port: u16, uid: u32, opened_ns: u64, netns: u32) -> Transition {
-        Transition {
-            endpoint: Endpoint::new(netns, addr.into(), port, false),
-            opener: Opener { at_ns: opened_ns, uid, ..Opener::UNKNOWN },
-            ..samples::transition(1, 2, state::SYN_RECV, state::ESTABLISHED)
-        }
-    }
-
-    #[test]
-    fn only_sockets_of_root_and_the_same_user_at_the_self_test_endpoint_are_hidden() {
-        let elsewhere = Ipv4Addr::new(127, 0, 0, 1);
-        for (addr, port, uid, opened_ns, is_self_test_socket) in [
-            (ADDRESS, PORT, 0, 1, true),
-            (ADDRESS, PORT, 65_534, 1, true),
-            (ADDRESS, PORT, 1_000, 1, false),
-            (ADDRESS, PORT, 0, 0, true),
-            (ADDRESS, PORT + 1, 0, 1, false),
-            (elsewhere, PORT, 0, 1, false),
-        ] {
-            let t = transition(addr, port, uid, opened_ns, 7);
-            assert_eq!(is_self_test(&t, 65_534), is_self_test_socket, "{addr} {port} {uid} {opened_ns}");
-        }
-    }
 
     #[test]
     fn acknowledgements_and_refusals_are_distinguished() {

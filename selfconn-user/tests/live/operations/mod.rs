@@ -2,6 +2,7 @@
 //! on the oldest kernel of the matrix.
 
 pub(crate) mod accounting;
+pub(crate) mod attacks;
 pub(crate) mod audit;
 pub(crate) mod blocked;
 pub(crate) mod cgroup;

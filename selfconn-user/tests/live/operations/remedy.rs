@@ -25,6 +25,7 @@ use crate::support::{
 };
 
 mod capability;
+mod forged;
 mod race;
 
 const PORT_RANGE: &str = "40000 40199";

@@ -7,13 +7,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::thread::set_thread_res_uid;
+use selfconn_ebpf::WAYS;
 use serde_json::Value;
+use socket2::Socket;
 
 use crate::support::{
-    client::{connect_to_self, run_self_connection, socket},
+    client::{connect_to_self, run_self_connection, socket, unanswered_connects},
     daemon::{DEADLINE, HookVariant, TestDaemon, hook_variants, is_event, selfconn},
     fd_injection,
     netns::TestNetns,
+    nobody::NOBODY,
 };
 
 /// The address of self-test connections.
@@ -75,31 +79,94 @@ fn self_tests_pass_among_thousands_of_self_connections() {
     assert!(!events.iter().any(|event| event["event"] == "lost" && event["where"] == "hooks"));
 }
 
+fn self_test_endpoint() -> SocketAddr {
+    SocketAddr::new(SELF_TEST_ADDRESS.parse().unwrap(), 50_883)
+}
+
+/// A socket that is bound to the endpoint of self-tests.
+fn bound_socket() -> Socket {
+    let endpoint = self_test_endpoint();
+    let socket = socket(endpoint.ip());
+    socket.set_linger(Some(Duration::ZERO)).unwrap();
+    socket.bind(&endpoint.into()).unwrap();
+    socket
+}
+
+/// Calls `work` on a thread of this user. Network namespace and process stay the same.
+fn as_user<T: Send>(uid: u32, work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let work = || {
+            let uid = rustix::fs::Uid::from_raw(uid);
+            set_thread_res_uid(uid, uid, uid).unwrap();
+            work()
+        };
+        scope.spawn(work).join().unwrap()
+    })
+}
+
+fn count(events: &[Value], kind: &'static str, net: TestNetns) -> usize {
+    events.iter().filter(|event| is_event(kind, net.inode)(event)).count()
+}
+
 #[test]
 fn a_connection_of_another_user_at_the_self_test_address_is_reported() {
     let net = TestNetns::enter_new();
     let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
-    let self_test_address = SocketAddr::new(SELF_TEST_ADDRESS.parse().unwrap(), 50_883);
-    let connect = || {
-        let socket = socket(self_test_address.ip());
-        socket.set_linger(Some(Duration::ZERO)).unwrap();
-        socket.bind(&self_test_address.into()).unwrap();
-        socket.connect(&self_test_address.into()).unwrap();
-    };
+    let connect = || bound_socket().connect(&self_test_endpoint().into()).unwrap();
     // A connection of root counts as the self-test of another daemon.
     connect();
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            // SAFETY: no memory is involved. The system call, unlike the function of glibc, applies to this
-            // thread only.
-            assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, 1_000, 1_000, 1_000) }, 0);
-            connect();
-        });
-    });
+    as_user(NOBODY, connect);
     let closed = daemon.expect(1, is_event("closed", net.inode)).remove(0);
-    assert_eq!((&closed["uid"], &closed["addr"]), (&1_000.into(), &SELF_TEST_ADDRESS.into()), "{closed}");
+    assert_eq!((&closed["uid"], &closed["addr"]), (&NOBODY.into(), &SELF_TEST_ADDRESS.into()), "{closed}");
     let (events, _) = daemon.stop();
-    assert_eq!(events.iter().filter(|event| is_event("closed", net.inode)(event)).count(), 1);
+    assert_eq!(count(&events, "closed", net), 1);
+}
+
+#[test]
+fn the_end_of_a_connection_at_the_self_test_address_is_reported_without_its_opener() {
+    let net = TestNetns::enter_new();
+    for variant in hook_variants() {
+        let mut options = variant.clone();
+        options.0.extend(["--connect-table", "1"]);
+        let mut daemon = TestDaemon::start(&options, &[]);
+        let (hidden, flood) = as_user(NOBODY, || {
+            let hidden = bound_socket();
+            hidden.connect(&self_test_endpoint().into()).unwrap();
+            // The user's own flood takes the place of the opener.
+            (hidden, unanswered_connects(3 * WAYS))
+        });
+        daemon.expect(1, is_event("established", net.inode));
+        drop(hidden);
+        let closed = daemon.expect(1, is_event("closed", net.inode)).remove(0);
+        assert_eq!(closed["addr"], SELF_TEST_ADDRESS, "{variant:?}: {closed}");
+        drop(flood);
+        daemon.stop();
+    }
+}
+
+#[test]
+fn a_connection_at_the_self_test_address_is_reported_if_its_opener_was_pushed_out_before() {
+    let net = TestNetns::enter_new();
+    for variant in hook_variants() {
+        let mut options = variant.clone();
+        options.0.extend(["--connect-table", "1"]);
+        let mut daemon = TestDaemon::start(&options, &[]);
+        let hidden = bound_socket();
+        // The socket's own filter drops its SYN. The kernel sends it again a second later.
+        hidden.attach_filter(&[socket2::SockFilter::new(0x06, 0, 0, 0)]).unwrap();
+        hidden.set_nonblocking(true).unwrap();
+        let flood = as_user(NOBODY, || {
+            assert!(hidden.connect(&self_test_endpoint().into()).is_err());
+            unanswered_connects(3 * WAYS)
+        });
+        hidden.detach_filter().unwrap();
+        let established = daemon.expect(1, is_event("established", net.inode)).remove(0);
+        assert_eq!(established["addr"], SELF_TEST_ADDRESS, "{variant:?}: {established}");
+        assert_ne!(established["owner"], "witnessed", "the opener is unknown: {variant:?}: {established}");
+        drop((hidden, flood));
+        daemon.expect(1, is_event("closed", net.inode));
+        daemon.stop();
+    }
 }
 
 #[test]

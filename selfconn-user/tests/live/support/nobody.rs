@@ -2,7 +2,7 @@
 //! namespace.
 
 use std::{
-    ffi::CStr,
+    ffi::{CStr, OsStr},
     fs::{self, Permissions},
     io::{self, BufRead as _, BufReader, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpListener},
@@ -57,11 +57,35 @@ impl Nobody {
         Self::start("fail binds", folder(), false)
     }
 
+    /// A process that holds a self-connection. In its mount namespace, but nowhere else, the file at this path is the
+    /// test binary, and that is what it runs.
+    pub(crate) fn at_path(path: &Path) -> Self {
+        use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
+        let own = std::env::current_exe().unwrap();
+        let mounted = path.to_owned();
+        let mut command = command_of(path.as_os_str(), "connect");
+        // SAFETY: the closure makes system calls only; the paths are short enough to need no allocation.
+        unsafe {
+            command.pre_exec(move || {
+                check(libc::unshare(libc::CLONE_NEWNS))?;
+                mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+                mount_bind(&own, &mounted)?;
+                become_nobody(false)
+            });
+        }
+        Self::spawn(command, folder())
+    }
+
     fn start(task: &str, folder: tempfile::TempDir, has_user_namespace: bool) -> Self {
         let mut command = command(task);
-        command.env(FOLDER_ENV, folder.path()).stdin(Stdio::null()).stdout(Stdio::piped());
+        command.env(FOLDER_ENV, folder.path());
         // SAFETY: the closure only makes system calls.
         unsafe { command.pre_exec(move || become_nobody(has_user_namespace)) };
+        Self::spawn(command, folder)
+    }
+
+    fn spawn(mut command: Command, folder: tempfile::TempDir) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         Self { child, stdout, _folder: folder }
@@ -96,8 +120,13 @@ fn folder() -> tempfile::TempDir {
 }
 
 fn command(task: &str) -> Command {
+    command_of("/proc/self/exe".as_ref(), task)
+}
+
+/// The test binary, under this path.
+fn command_of(path: &OsStr, task: &str) -> Command {
     let (_, module) = module_path!().split_once("::").unwrap();
-    let mut command = Command::new("/proc/self/exe");
+    let mut command = Command::new(path);
     command
         .args(["--exact", &format!("{module}::run_nobody"), "--ignored", "--nocapture"])
         .env(TASK_ENV, task);
@@ -147,6 +176,12 @@ fn run_nobody() {
         "hang" => hang(&folder),
         "serve" => serve(),
         "fail binds" => fail_binds(),
+        "connect" => {
+            let _held = connect_to_self(Ipv4Addr::LOCALHOST.into());
+            print_output("connected");
+            // SAFETY: no arguments.
+            unsafe { libc::pause() };
+        }
         other => panic!("unknown task {other}"),
     }
 }

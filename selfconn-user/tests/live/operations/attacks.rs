@@ -1,0 +1,185 @@
+//! Nobody's share is everybody's: what one owner fills takes nothing from others. Each attack is made by uid 65534, by
+//! 65,536 uids of a user namespace in hundreds of network namespaces, and by the root of a container that changes
+//! its uid at will. Each has a twin of the same kind within its share, which loses nothing.
+
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    time::{Duration, Instant},
+};
+
+use selfconn_ebpf::WAYS;
+use serde_json::Value;
+
+use crate::support::{
+    attacker::{Attacker, AttackerKind},
+    client::{assert_opened_by_this_thread, connect_to_self},
+    daemon::{HookVariant, TestDaemon, is_event, scaled},
+    helper_process::HelperProcess,
+    netns::TestNetns,
+    refused_connects::{at, connect_refused, enter_wide_range_netns, is_at_risk},
+};
+
+const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// Calls `attack` for each kind of attacker that this host can have.
+fn for_each_attacker(task: &str, mut attack: impl FnMut(AttackerKind, Attacker)) {
+    for kind in AttackerKind::ALL {
+        if let Some(attacker) = Attacker::start(kind, task) {
+            attack(kind, attacker);
+        }
+    }
+}
+
+fn start(options: &[&str]) -> TestDaemon {
+    TestDaemon::start(&HookVariant(vec![]), options)
+}
+
+/// What the run counts as lost in the end.
+fn lost(events: &[Value], cause: &str) -> u64 {
+    let stopped = events.last().unwrap();
+    let count = if cause == "opener_table" { &stopped["not_remembered"] } else { &stopped["lost"][cause] };
+    count.as_u64().unwrap_or_else(|| panic!("{cause}: {stopped}"))
+}
+
+#[test]
+fn connects_that_never_end_take_no_names_from_others() {
+    let net = TestNetns::enter_new();
+    for_each_attacker(&format!("unanswered {}", scaled(2_000).max(3 * WAYS)), |kind, mut attacker| {
+        let mut daemon = start(&["--connect-table", "1"]);
+        let began = Instant::now();
+        let before = connect_to_self(LOCALHOST);
+        attacker.go_on();
+        // During the attack.
+        let mut during = vec![before];
+        for _ in 0..20 {
+            let (socket, _) = connect_to_self(LOCALHOST);
+            socket.set_linger(Some(Duration::ZERO)).unwrap();
+        }
+        attacker.wait();
+        attacker.wait();
+        println!("FACT {kind:?} attacked for {:?}", began.elapsed());
+        during.push(connect_to_self(LOCALHOST));
+        attacker.go_on();
+        attacker.wait();
+        drop(during);
+        for kind_of_event in ["established", "closed"] {
+            for event in &daemon.expect(22, is_event(kind_of_event, net.inode)) {
+                assert_opened_by_this_thread(event);
+            }
+        }
+        let (events, _) = daemon.stop();
+        assert!(lost(&events, "opener_table") > 0, "{kind:?}: the attack's own loss is counted");
+    });
+}
+
+#[test]
+fn connects_that_never_end_within_a_share_lose_nothing() {
+    let net = TestNetns::enter_new();
+    for_each_attacker("unanswered 4", |kind, mut attacker| {
+        attacker.wait();
+        let mut daemon = start(&["--connect-table", "8"]);
+        attacker.go_on();
+        attacker.wait();
+        drop(connect_to_self(LOCALHOST));
+        assert_opened_by_this_thread(&daemon.expect(1, is_event("closed", net.inode))[0]);
+        let (events, _) = daemon.stop();
+        assert_eq!(lost(&events, "opener_table"), 0, "{kind:?}");
+    });
+}
+
+#[test]
+fn refused_connects_to_many_ports_take_no_warning_from_others() {
+    let net = enter_wide_range_netns();
+    for_each_attacker("refused 200", |kind, mut attacker| {
+        let mut daemon = start(&["--refused-table", "64"]);
+        attacker.wait();
+        attacker.go_on();
+        attacker.wait();
+        connect_refused(at(40_000), 400);
+        let warned = daemon.expect(1, is_at_risk(40_000, net)).remove(0);
+        assert_eq!(warned["pid"], std::process::id(), "{warned}");
+        let (events, _) = daemon.stop();
+        assert!(lost(&events, "refused_table") > 0, "{kind:?}: the attack's own loss is counted");
+    });
+}
+
+#[test]
+fn refused_connects_within_a_share_lose_nothing() {
+    let net = enter_wide_range_netns();
+    for_each_attacker("refused 6", |kind, mut attacker| {
+        let mut daemon = start(&["--refused-table", "64"]);
+        attacker.wait();
+        attacker.go_on();
+        attacker.wait();
+        connect_refused(at(40_000), 40);
+        daemon.expect(1, is_at_risk(40_000, net));
+        let (events, _) = daemon.stop();
+        assert_eq!(lost(&events, "refused_table"), 0, "{kind:?}");
+    });
+}
+
+/// A server that fails to bind the port of a self-connection of this process. Returns the event, and how long it took.
+fn fail_to_bind(daemon: &mut TestDaemon, net: TestNetns) -> (Value, Duration) {
+    let (_connection, port) = connect_to_self(LOCALHOST);
+    let mut server = HelperProcess::start(&format!("bind 127.0.0.1:{port}"));
+    assert_eq!(server.read_output(), "in use");
+    let began = Instant::now();
+    let is_this = |event: &Value| is_event("blocked", net.inode)(event) && event["pid"] == server.pid();
+    let blocked = daemon.expect(1, is_this).remove(0);
+    assert_eq!((&blocked["port"], &blocked["holder"]["pid"]), (&port.into(), &std::process::id().into()));
+    server.finish();
+    (blocked, began.elapsed())
+}
+
+#[test]
+fn failed_binds_of_one_owner_hide_no_failed_bind_of_another() {
+    let net = TestNetns::enter_new();
+    for_each_attacker(&format!("binds {}", scaled(30_000)), |kind, mut attacker| {
+        let mut daemon = start(&[]);
+        if daemon.expect(1, |event| event["event"] == "started")[0]["binds"]["method"].is_null() {
+            return;
+        }
+        attacker.wait();
+        attacker.go_on();
+        let (_, took) = fail_to_bind(&mut daemon, net);
+        println!("FACT {kind:?} blocked after {took:?}");
+        attacker.wait();
+        fail_to_bind(&mut daemon, net);
+        let (events, _) = daemon.stop();
+        assert!(lost(&events, "binds") > 0, "{kind:?}: the attack's own loss is counted");
+    });
+}
+
+#[test]
+fn connections_of_one_owner_do_not_delay_the_remedy_of_another() {
+    for_each_attacker_in_new_namespace("connections 150", |kind, net, mut attacker| {
+        let only = format!("netns={}", net.inode);
+        let options = ["--remedy", "destroy", "--remedy-rate", "10", "--remedy-only", &only];
+        attacker.wait();
+        let mut daemon = start(&options);
+        // Those from before the start are found in the socket table.
+        attacker.go_on();
+        attacker.wait();
+        daemon.expect(150, is_event("established", net.inode));
+        let (_victim, port) = connect_to_self(LOCALHOST);
+        let began = Instant::now();
+        let is_victim = |event: &Value| {
+            is_event("remedied", net.inode)(event) && event["port"] == port && event["uid"] == 0
+        };
+        daemon.expect(1, |event| is_victim(event) && event["result"] == "destroyed");
+        println!("FACT {kind:?} destroyed after {:?}", began.elapsed());
+        // In the order of the connections it would be 15 seconds.
+        assert!(began.elapsed() < Duration::from_secs(5), "{kind:?}: {:?}", began.elapsed());
+        daemon.stop();
+    });
+}
+
+/// As [`for_each_attacker`], each in a network namespace of its own.
+fn for_each_attacker_in_new_namespace(task: &str, mut attack: impl FnMut(AttackerKind, TestNetns, Attacker)) {
+    for kind in AttackerKind::ALL {
+        let net = TestNetns::enter_new();
+        if let Some(attacker) = Attacker::start(kind, task) {
+            attack(kind, net, attacker);
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! What a process says about itself, and rules of the remedy that ask for it.
+
+use std::{
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt as _,
+};
+
+use super::{LOCALHOST, start};
+use crate::support::{
+    client::connect_to_self,
+    daemon::{HookVariant, TestDaemon, is_event},
+    netns::TestNetns,
+    nobody::Nobody,
+};
+
+#[test]
+fn a_forged_exe_matches_no_rule() {
+    let net = TestNetns::enter_new();
+    let folder = tempfile::tempdir().unwrap();
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    let trusted = folder.path().join("trusted");
+    fs::write(&trusted, "another file").unwrap();
+    let trusted = trusted.to_str().unwrap();
+    let own = std::env::current_exe().unwrap();
+    let own = own.to_str().unwrap();
+    let rule = |path: &str| format!("exe={path}");
+    for (option, path, result) in [
+        ("--remedy-only", trusted, "excepted"),
+        ("--remedy-except", trusted, "excepted"),
+        ("--remedy-except", "/no/such/program", "would_destroy"),
+    ] {
+        let mut daemon = start(net, &HookVariant(vec![]), &["--remedy", "dry-run", option, &rule(path)]);
+        let mut forger = Nobody::at_path(trusted.as_ref());
+        forger.wait();
+        let is_forgers = |event: &serde_json::Value| {
+            is_event("remedied", net.inode)(event) && event["pid"] == forger.pid()
+        };
+        let remedied = daemon.expect(1, is_forgers).remove(0);
+        assert_eq!((&remedied["exe"], &remedied["result"]), (&trusted.into(), &result.into()), "{remedied}");
+        if result == "excepted" {
+            assert!(remedied["why"].as_str().unwrap().ends_with("exe is unknown"), "{remedied}");
+        }
+        daemon.stop();
+    }
+    // The negative twin: the file that the host has at this path.
+    for (option, result) in [("--remedy-only", "would_destroy"), ("--remedy-except", "excepted")] {
+        let mut daemon = start(net, &HookVariant(vec![]), &["--remedy", "dry-run", option, &rule(own)]);
+        let _held = connect_to_self(LOCALHOST);
+        let remedied = daemon.expect(1, is_event("remedied", net.inode)).remove(0);
+        assert_eq!((&remedied["exe"], &remedied["result"]), (&own.into(), &result.into()), "{remedied}");
+        if result == "excepted" {
+            assert_eq!(remedied["why"], format!("except exe={own}"), "{remedied}");
+        }
+        daemon.stop();
+    }
+}
+
+#[test]
+fn an_exception_that_every_process_can_claim_is_warned_about_at_start() {
+    let net = TestNetns::enter_new();
+    let netns = format!("netns={}", net.inode);
+    for (rule, is_warned) in [
+        ("comm=java", true),
+        ("thread_comm=a", true),
+        ("cmdline=java*", true),
+        ("uid=0", false),
+        ("exe=/a", false),
+    ] {
+        let options = ["--remedy", "dry-run", "--remedy-only", &netns, "--remedy-except", rule];
+        let (_, stderr) = TestDaemon::start(&HookVariant(vec![]), &options).stop();
+        let warning = format!("--remedy-except {rule}: every process chooses this itself");
+        assert_eq!(stderr.contains(&warning), is_warned, "{rule}: {stderr}");
+        let options = ["--remedy", "dry-run", "--remedy-only", &netns, "--remedy-only", rule];
+        let (_, stderr) = TestDaemon::start(&HookVariant(vec![]), &options).stop();
+        assert!(!stderr.contains("every process chooses"), "{rule}: {stderr}");
+    }
+}

@@ -1,0 +1,315 @@
+//! Attackers: processes that fill what all users of the host share. Each is the test binary, started again as a user
+//! without privileges, in a user namespace with many uids, or as root of a container.
+
+use std::{
+    fs::{self, File},
+    io::{self, BufRead as _, BufReader, PipeReader, PipeWriter, Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    os::{
+        fd::{AsRawFd as _, RawFd},
+        unix::process::CommandExt as _,
+    },
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    thread,
+};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use socket2::Socket;
+
+use super::{
+    cgroup::TestCgroup,
+    client::{connect_to_self, socket, unanswered_connects},
+    netns::TestNetns,
+    nobody::NOBODY,
+};
+
+const TASK_ENV: &str = "SELFCONN_TEST_ATTACKER_TASK";
+const KIND_ENV: &str = "SELFCONN_TEST_ATTACKER_KIND";
+
+/// The first uid of the host that the user namespace maps. Uid 0 inside is this one.
+const FIRST_MAPPED_UID: u32 = 100_000;
+const MAPPED_UIDS: u32 = 65_536;
+
+/// The first of the ports that an attacker connects to. It is in the port range of the tests.
+const FIRST_REFUSED_PORT: u16 = 44_000;
+
+/// Who attacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AttackerKind {
+    /// Uid 65534 of the host.
+    Nobody,
+    /// 65,536 uids of a user namespace that uid 65534 made, as a subordinate range gives them.
+    MappedUids,
+    /// Root in a control group, a network, a mount and a pid namespace of its own, without a user namespace.
+    ContainerRoot,
+}
+
+impl AttackerKind {
+    pub(crate) const ALL: [Self; 3] = [Self::Nobody, Self::MappedUids, Self::ContainerRoot];
+
+    fn name(self) -> String {
+        format!("{self:?}")
+    }
+
+    /// The calling thread gets another real uid, if this attacker has more than one.
+    fn become_user(self, number: u32) {
+        let uid = match self {
+            Self::Nobody => return,
+            Self::MappedUids => 1 + number % (MAPPED_UIDS - 1),
+            Self::ContainerRoot => 1_000 + number % 10_000,
+        };
+        // The effective uid stays 0, and so the thread keeps its capabilities.
+        // SAFETY: no memory is involved. The system call, unlike the function of glibc, is for this thread only.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, uid, -1, -1) }, 0, "{uid}");
+    }
+
+    fn become_next(self, uids: &mut impl Iterator<Item = u32>) {
+        self.become_user(uids.next().unwrap());
+    }
+}
+
+/// Such a process, after its attack. It ends when this value is dropped.
+pub(crate) struct Attacker {
+    child: Child,
+    stdin: ChildStdin,
+    stdout: BufReader<ChildStdout>,
+    /// Dropped after the process.
+    _cgroup: Option<TestCgroup>,
+}
+
+impl Attacker {
+    /// Starts an attacker in the network namespace of the calling thread. `None`: this host has no control group of
+    /// version 2 for a container.
+    pub(crate) fn start(kind: AttackerKind, task: &str) -> Option<Self> {
+        let cgroup = match kind {
+            AttackerKind::ContainerRoot => match TestCgroup::create("docker/4a5b") {
+                Ok(cgroup) => Some(cgroup),
+                Err(why) => {
+                    println!("FACT no_container={why}");
+                    return None;
+                }
+            },
+            _ => None,
+        };
+        let procs: Option<File> = cgroup.as_ref().map(TestCgroup::procs);
+        let procs_fd = procs.as_ref().map(std::os::fd::AsRawFd::as_raw_fd);
+        let (_, module) = module_path!().split_once("::").unwrap();
+        let mut command = Command::new("/proc/self/exe");
+        command
+            .args(["--exact", &format!("{module}::run_attacker"), "--ignored", "--nocapture"])
+            .env(TASK_ENV, task)
+            .env(KIND_ENV, kind.name())
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        let map = IdMap::new();
+        let (map_request, map_done) = (map.request.1.as_raw_fd(), map.done.0.as_raw_fd());
+        // SAFETY: the closure only makes system calls; the files outlive the spawn.
+        unsafe { command.pre_exec(move || confine(kind, procs_fd, map_request, map_done)) };
+        // The process waits for its map before spawn() returns.
+        let mut child = thread::scope(|scope| {
+            if kind == AttackerKind::MappedUids {
+                scope.spawn(|| map.write());
+            }
+            command.spawn().unwrap()
+        });
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        let stdin = child.stdin.take().unwrap();
+        Some(Self { child, stdin, stdout, _cgroup: cgroup })
+    }
+
+    /// Waits until the process has done the next part of its task.
+    pub(crate) fn wait(&mut self) {
+        let mut line = String::new();
+        while !line.contains("attacker: ") {
+            line.clear();
+            assert_ne!(self.stdout.read_line(&mut line).unwrap(), 0, "the attacker has ended");
+        }
+    }
+
+    /// Lets it begin the next part.
+    pub(crate) fn go_on(&mut self) {
+        self.stdin.write_all(b"\n").unwrap();
+    }
+}
+
+impl Drop for Attacker {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn check(outcome: libc::c_int) -> io::Result<()> {
+    if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The pipes by which a process asks for the map of its user namespace, and waits for it.
+struct IdMap {
+    request: (PipeReader, PipeWriter),
+    done: (PipeReader, PipeWriter),
+}
+
+impl IdMap {
+    fn new() -> Self {
+        Self { request: io::pipe().unwrap(), done: io::pipe().unwrap() }
+    }
+
+    /// Waits for the process, and writes its map, as newuidmap(1) does for a user with subordinate uids.
+    fn write(&self) {
+        let mut pid = [0; 4];
+        (&self.request.0).read_exact(&mut pid).unwrap();
+        let map = format!("0 {FIRST_MAPPED_UID} {MAPPED_UIDS}");
+        for file in ["uid_map", "gid_map"] {
+            fs::write(format!("/proc/{}/{file}", u32::from_ne_bytes(pid)), &map).unwrap();
+        }
+        (&self.done.1).write_all(b"m").unwrap();
+    }
+}
+
+/// Makes the calling process one of this kind, between fork and exec.
+fn confine(
+    kind: AttackerKind,
+    cgroup_procs: Option<RawFd>,
+    map_request: RawFd,
+    map_done: RawFd,
+) -> io::Result<()> {
+    let is_one = |count: isize| if count == 1 { Ok(()) } else { Err(io::Error::last_os_error()) };
+    // SAFETY: all arguments are valid.
+    unsafe {
+        if let Some(procs) = cgroup_procs {
+            is_one(libc::write(procs, c"0".as_ptr().cast(), 1))?;
+            check(libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID))?;
+            // The first child is in the pid namespace. This process stays behind, so that its parent can end both.
+            let child = libc::fork();
+            check(child)?;
+            if child != 0 {
+                libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0);
+                libc::waitpid(child, std::ptr::null_mut(), 0);
+                libc::_exit(0);
+            }
+            return check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL));
+        }
+        check(libc::setgroups(0, std::ptr::null()))?;
+        check(libc::setgid(NOBODY))?;
+        check(libc::setuid(NOBODY))?;
+        // A change of the user hides /proc/self from it.
+        check(libc::prctl(libc::PR_SET_DUMPABLE, 1))?;
+        if kind == AttackerKind::MappedUids {
+            check(libc::unshare(libc::CLONE_NEWUSER))?;
+            let pid = libc::getpid();
+            if libc::write(map_request, (&raw const pid).cast(), 4) != 4 {
+                return Err(io::Error::last_os_error());
+            }
+            is_one(libc::read(map_done, (&raw mut *[0_u8; 1].as_mut_ptr()).cast(), 1))?;
+            check(libc::setresgid(0, 0, 0))?;
+            check(libc::setresuid(0, 0, 0))?;
+            // The change of the ids has ended it.
+            check(libc::prctl(libc::PR_SET_DUMPABLE, 1))?;
+        }
+    }
+    Ok(())
+}
+
+/// Not a test: what these processes do.
+#[test]
+#[ignore = "runs in processes that other tests start"]
+fn run_attacker() {
+    let Ok(task) = std::env::var(TASK_ENV) else { return };
+    let kind = std::env::var(KIND_ENV).unwrap();
+    let kind = AttackerKind::ALL.into_iter().find(|known| known.name() == kind).unwrap();
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+    let (what, count) = task.split_once(' ').unwrap();
+    let count: usize = count.parse().unwrap();
+    let mut stdin = io::stdin().lines();
+    let mut held: Vec<(Vec<TcpListener>, Vec<Socket>)> = Vec::new();
+    let mut uids = 0..;
+    loop {
+        match what {
+            // The connects of the last time end when the new ones are there.
+            "unanswered" => held = vec![unanswered(kind, count, &mut uids)],
+            "refused" => refused_ports(kind, count, &mut uids),
+            "binds" => fail_binds(kind, count, &mut uids),
+            "connections" => {
+                let connect = |_| {
+                    kind.become_next(&mut uids);
+                    connect_to_self(Ipv4Addr::LOCALHOST.into()).0
+                };
+                held.push((Vec::new(), (0..count).map(connect).collect()));
+            }
+            other => panic!("unknown task {other}"),
+        }
+        let mut stdout = io::stdout();
+        writeln!(stdout, "attacker: {what}").unwrap();
+        stdout.flush().unwrap();
+        // Killed while it waits, or told to attack again.
+        if stdin.next().is_none() {
+            return;
+        }
+    }
+}
+
+/// Connects that never end. Those with many uids are also in many network namespaces.
+fn unanswered(
+    kind: AttackerKind,
+    count: usize,
+    uids: &mut impl Iterator<Item = u32>,
+) -> (Vec<TcpListener>, Vec<Socket>) {
+    const PER_NAMESPACE: usize = 2;
+    if kind == AttackerKind::Nobody {
+        let (listener, clients) = unanswered_connects(count);
+        return (vec![listener], clients);
+    }
+    let (mut listeners, mut all) = (Vec::new(), Vec::new());
+    while all.len() < count {
+        let numbers: Vec<u32> = uids.by_ref().take(PER_NAMESPACE).collect();
+        // Its sockets keep the namespace.
+        let (listener, clients) = TestNetns::with_new_in_helper(|_| {
+            // A listener with a full queue answers no more; the first two connects fill it.
+            let (listener, mut clients) = unanswered_connects(2);
+            let server = listener.local_addr().unwrap();
+            for number in numbers {
+                kind.become_user(number);
+                let client = socket(Ipv4Addr::LOCALHOST.into());
+                client.set_nonblocking(true).unwrap();
+                let _ = client.connect(&server.into());
+                clients.push(client);
+            }
+            (listener, clients)
+        });
+        listeners.push(listener);
+        all.extend(clients);
+    }
+    (listeners, all)
+}
+
+/// Connects to many closed ports, once to each.
+fn refused_ports(kind: AttackerKind, count: usize, uids: &mut impl Iterator<Item = u32>) {
+    for port in (FIRST_REFUSED_PORT..).step_by(2).take(count) {
+        kind.become_next(uids);
+        // A hit is as good as a refusal, and as rare as one in 14,000.
+        let _ = TcpStream::connect((Ipv4Addr::LOCALHOST, port));
+    }
+}
+
+/// Fails to bind a port that a self-connection holds, at one address of 127.0.0.0/8 after another.
+fn fail_binds(kind: AttackerKind, count: usize, uids: &mut impl Iterator<Item = u32>) {
+    let sharing = |address: SocketAddr| {
+        let socket = socket(address.ip());
+        socket.set_reuse_address(true).unwrap();
+        socket.bind(&address.into()).unwrap();
+        socket
+    };
+    // It stands in the way at every address.
+    let everywhere = sharing((Ipv4Addr::UNSPECIFIED, 0).into());
+    let port = everywhere.local_addr().unwrap().as_socket().unwrap().port();
+    let connection = sharing((Ipv4Addr::LOCALHOST, port).into());
+    connection.connect(&connection.local_addr().unwrap()).unwrap();
+    let server = socket(Ipv4Addr::LOCALHOST.into());
+    for number in (0_u32..).take(count) {
+        kind.become_next(uids);
+        let [_, b, c, d] = number.to_be_bytes();
+        assert!(server.bind(&SocketAddr::from(([127, b, c, d], port)).into()).is_err());
+    }
+}
