@@ -84,17 +84,16 @@ pub(super) fn leader<M: KernelRead>(task: *const u8, is_leader: bool) -> (Name, 
 #[inline(always)]
 pub(crate) fn opener(at_ns: u64, cause: u32) -> Opener {
     let (task, start_ns) = current_task();
-    let uid = bpf_get_current_uid_gid() as u32;
-    let (arg_start, owner) = with_current(uid, image_and_owner::<DirectLoad>, image_and_owner::<ProbeRead>);
-    Opener { at_ns, start_ns, task, arg_start, owner: Owner::new(owner, owner_cgroup()), uid, cause }
+    let (arg_start, owner) = current_image_and_owner();
+    Opener { at_ns, start_ns, task, arg_start, owner, uid: bpf_get_current_uid_gid() as u32, cause }
 }
 
-/// The owner of the running task.
+/// Where the arguments of the running process are (see [`Opener::arg_start`]), and its owner.
 #[inline(always)]
-pub(crate) fn current_owner() -> Owner {
+pub(crate) fn current_image_and_owner() -> (u64, Owner) {
     let uid = bpf_get_current_uid_gid() as u32;
-    let owner_uid = with_current(uid, owner_uid::<DirectLoad>, owner_uid::<ProbeRead>);
-    Owner::new(owner_uid, owner_cgroup())
+    let (arg_start, uid) = with_current(uid, image_and_owner::<DirectLoad>, image_and_owner::<ProbeRead>);
+    (arg_start, Owner::new(uid, owner_cgroup()))
 }
 
 /// Where the arguments of the process are, and the uid of its owner.
