@@ -168,7 +168,7 @@ fn connection_fields(names: &[String]) -> ConnectionFields {
             owner_cgroup: None,
             is_cmdline_cut: false,
         }),
-        holders: Some(vec![Holder { pid: 9, comm: name(7) }]),
+        holders: Some(vec![Holder { pid: 9, comm: name(7), start_ticks: None }]),
     };
     let mut fields = None;
     Connections::new(1).apply(&transition, |event| {

@@ -22,6 +22,8 @@ pub struct BindFailure {
     pub at_ns: u64,
     /// Start time of the process (`start_boottime` of its leader), nanoseconds. 0: unknown.
     pub start_ns: u64,
+    /// Where the process has its arguments: see [`super::task::Opener::arg_start`].
+    pub arg_start: u64,
     /// The requested address and port. An address that is all zero, or v4-mapped all zero, stands for any
     /// address.
     pub endpoint: Endpoint,
@@ -33,4 +35,4 @@ pub struct BindFailure {
     pub failures: u64,
 }
 
-const _: () = assert!(size_of::<BindFailure>() == 128);
+const _: () = assert!(size_of::<BindFailure>() == 136);

@@ -152,7 +152,7 @@ fn report_failure(endpoint: &Endpoint) {
             return;
         }
     }
-    let owner = task::current_owner();
+    let (arg_start, owner) = task::current_image_and_owner();
     if !is_within_rate(&owner, at_ns) {
         count(counter::BIND_FAILURES_OVER_RATE);
         // SAFETY: the pointer is to a value of the map.
@@ -165,6 +165,7 @@ fn report_failure(endpoint: &Endpoint) {
         uid,
         at_ns,
         start_ns,
+        arg_start,
         endpoint: *endpoint,
         task,
         owner,

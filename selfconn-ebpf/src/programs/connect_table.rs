@@ -27,7 +27,7 @@ use super::{
     kernel_read::KernelRead,
     owners,
     sock::{SelfAddr, Sock, can_read_port},
-    task::{current_owner, opener},
+    task::{current_image_and_owner, opener},
 };
 
 /// The connect table. The loader sets its size, and reads it through mmap(2).
@@ -107,7 +107,7 @@ pub(crate) fn ensure_room<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>)
         return true;
     }
     count(counter::CONNECT_TABLE_FULL);
-    let pusher = current_owner();
+    let (_, pusher) = current_image_and_owner();
     let opener = |way: usize| &raw const set.entries[way].opener;
     // The reads are volatile, because the compiler would keep all of them on the stack.
     // SAFETY: the pointers come from a live reference.

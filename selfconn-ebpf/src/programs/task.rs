@@ -40,15 +40,16 @@ pub(crate) fn current_task() -> (Task, u64) {
         name.assume_init()
     };
     let is_leader = pid == tid;
-    let (leader, start_ns) = with_current(is_leader, leader::<DirectLoad>, leader::<ProbeRead>);
+    let (leader, start_ns) = with_current(is_leader, ([0; 2], 0), leader::<DirectLoad>, leader::<ProbeRead>);
     let leader = if is_leader { name } else { leader };
     (Task { pid, tid, comm: transmute!(name), leader: transmute!(leader) }, start_ns)
 }
 
-/// Calls one of two functions with the running task, as far as the programs can read it.
+/// Calls one of two functions with the running task, or returns `unknown` if the programs can't read it.
 #[inline(always)]
-fn with_current<A, T: Default>(
+fn with_current<A, T>(
     argument: A,
+    unknown: T,
     direct: impl FnOnce(*const u8, A) -> T,
     probe: impl FnOnce(*const u8, A) -> T,
 ) -> T {
@@ -57,7 +58,7 @@ fn with_current<A, T: Default>(
         task_access::BTF => direct(unsafe { helpers::bpf_get_current_task_btf() }.cast(), argument),
         // SAFETY: the helper takes no arguments, and its result is only passed to bpf_probe_read_kernel.
         task_access::PROBE => probe(unsafe { helpers::bpf_get_current_task() } as *const u8, argument),
-        _ => T::default(),
+        _ => unknown,
     }
 }
 
@@ -84,17 +85,17 @@ pub(super) fn leader<M: KernelRead>(task: *const u8, is_leader: bool) -> (Name, 
 #[inline(always)]
 pub(crate) fn opener(at_ns: u64, cause: u32) -> Opener {
     let (task, start_ns) = current_task();
-    let uid = bpf_get_current_uid_gid() as u32;
-    let (arg_start, owner) = with_current(uid, image_and_owner::<DirectLoad>, image_and_owner::<ProbeRead>);
-    Opener { at_ns, start_ns, task, arg_start, owner: Owner::new(owner, owner_cgroup()), uid, cause }
+    let (arg_start, owner) = current_image_and_owner();
+    Opener { at_ns, start_ns, task, arg_start, owner, uid: bpf_get_current_uid_gid() as u32, cause }
 }
 
-/// The owner of the running task.
+/// Where the arguments of the running process are (see [`Opener::arg_start`]), and its owner.
 #[inline(always)]
-pub(crate) fn current_owner() -> Owner {
+pub(crate) fn current_image_and_owner() -> (u64, Owner) {
     let uid = bpf_get_current_uid_gid() as u32;
-    let owner_uid = with_current(uid, owner_uid::<DirectLoad>, owner_uid::<ProbeRead>);
-    Owner::new(owner_uid, owner_cgroup())
+    let (arg_start, uid) =
+        with_current(uid, (0, uid), image_and_owner::<DirectLoad>, image_and_owner::<ProbeRead>);
+    (arg_start, Owner::new(uid, owner_cgroup()))
 }
 
 /// Where the arguments of the process are, and the uid of its owner.

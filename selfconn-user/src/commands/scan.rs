@@ -230,7 +230,7 @@ fn endpoint(entry: &SocketEntry) -> String {
 }
 
 fn write_holders(holders: &[Holder], out: &mut String) {
-    for (n, Holder { pid, comm }) in holders.iter().take(MAX_NAMED_HOLDERS).enumerate() {
+    for (n, Holder { pid, comm, .. }) in holders.iter().take(MAX_NAMED_HOLDERS).enumerate() {
         let comma = if n == 0 { "" } else { ", " };
         let _ = write!(out, "{comma}{}[{pid}]", escape(comm.as_deref().unwrap_or("")));
     }
@@ -273,7 +273,7 @@ mod tests {
             entry("127.0.0.2", state::CLOSING, 0),
             SocketEntry { cookie: None, ..entry("127.0.0.3", state::ESTABLISHED, 3) },
         ];
-        let holder = |pid| Holder { pid, comm: Some("a\nb".to_owned()) };
+        let holder = |pid| Holder { pid, comm: Some("a\nb".to_owned()), start_ticks: Some(0) };
         let by_inode = HashMap::from([(1, vec![holder(u32::MAX)]), (2, (1..=6).map(holder).collect())]);
         let found = Holders { by_inode, complete: true, unseen: None };
         let snapshot = SocketSnapshot {

@@ -310,7 +310,7 @@ impl Pipeline {
                 if target.is_none() && can_look_up {
                     attribution.holders = holders_of(connection);
                     let first = attribution.holders.iter().flatten().next();
-                    target = first.map(|holder| LookupTarget::Pid(holder.pid));
+                    target = first.and_then(holder_target);
                 }
                 attribution
             });
@@ -354,8 +354,7 @@ impl Pipeline {
             process: None,
             time: clock.wall(failure.at_ns),
         };
-        let observed = ObservedTask { task: failure.task, start_ns: failure.start_ns, at_ns: failure.at_ns };
-        let target = LookupTarget::Observed(observed, failure.owner);
+        let target = LookupTarget::Observed(ObservedTask::from_bind_failure(failure), failure.owner);
         match self.lookups.known(&target, failure.at_ns) {
             Some(process) => self.on_binder_known(blocked, process),
             None => self.lookups.begin(target, Waiter::Blocked(Box::new(blocked))),
@@ -457,6 +456,11 @@ fn record_time_wait(
 fn opener_target(connection: &Connection) -> Option<LookupTarget> {
     let opener = connection.opener?;
     Some(LookupTarget::Observed(ObservedTask::from_opener(&opener), opener.owner))
+}
+
+/// `None`: the holder has exited.
+fn holder_target(holder: &Holder) -> Option<LookupTarget> {
+    holder.start_ticks.map(|start_ticks| LookupTarget::Holder { pid: holder.pid, start_ticks })
 }
 
 /// The event to emit for a connection event, if any.

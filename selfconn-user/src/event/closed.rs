@@ -52,7 +52,7 @@ impl Closed {
                 CloseReason::Rst => "rst",
                 CloseReason::Destroyed => "destroyed",
             }),
-            closer: closer.map(|task| Holder { pid: task.pid, comm: process_name(task) }),
+            closer: closer.map(|task| Holder { pid: task.pid, comm: process_name(task), start_ticks: None }),
             port_blocked_until: end.port_blocked_until_ns.map(|at_ns| clock.wall(at_ns)),
         }
     }

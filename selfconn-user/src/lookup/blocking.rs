@@ -11,7 +11,7 @@ use std::{
 use selfconn_ebpf::Owner;
 
 use super::{DEADLINE, MAX_STUCK};
-use crate::system::process::{self, CommandLine, ProcessFacts, ProcessInfo, ProcessProof};
+use crate::system::process::{self, CommandLine, ProcessFacts, ProcessInfo, ProcessKey, ProcessProof};
 
 /// Reads processes, one at a time. A thread that hangs is left alone; the process ends by exit, which ends the
 /// thread as well.
@@ -26,7 +26,7 @@ pub struct BlockingLookups {
 
 #[derive(Debug)]
 struct CmdlineThread {
-    requests: Sender<(u32, u64)>,
+    requests: Sender<ProcessKey>,
     responses: Receiver<Option<CommandLine>>,
 }
 
@@ -35,8 +35,8 @@ impl CmdlineThread {
         let (requests, receiver) = mpsc::channel();
         let (sender, responses) = mpsc::channel();
         thread::Builder::new().name("cmdline".to_owned()).spawn(move || {
-            for (pid, start_ticks) in receiver {
-                if sender.send(process::read_cmdline(pid, start_ticks)).is_err() {
+            for key in receiver {
+                if sender.send(process::read_cmdline(key)).is_err() {
                     break;
                 }
             }
@@ -45,25 +45,22 @@ impl CmdlineThread {
     }
 
     /// `Err`: the thread hangs.
-    fn read(
-        &self,
-        pid: u32,
-        start_ticks: u64,
-        deadline: Duration,
-    ) -> Result<Option<CommandLine>, RecvTimeoutError> {
-        let _ = self.requests.send((pid, start_ticks));
+    fn read(&self, key: ProcessKey, deadline: Duration) -> Result<Option<CommandLine>, RecvTimeoutError> {
+        let _ = self.requests.send(key);
         self.responses.recv_timeout(deadline)
     }
 }
 
 impl BlockingLookups {
-    /// Information about the process that has this pid now.
-    pub fn read(&mut self, pid: u32) -> Option<ProcessInfo> {
-        let ProcessFacts { info, start_ticks, uid } = process::read_facts(pid, &ProcessProof::None, true)?;
-        Some(info.with_cmdline(self.read_cmdline(pid, start_ticks, Owner::new(uid, 0))))
+    /// Information about the process with this pid that started at this time, in clock ticks since boot.
+    pub fn read(&mut self, pid: u32, start_ticks: u64) -> Option<ProcessInfo> {
+        let proof = ProcessProof::Started(start_ticks);
+        let ProcessFacts { info, arg_start, uid, .. } = process::read_facts(pid, &proof, true)?;
+        let key = ProcessKey { pid, start_ticks, arg_start };
+        Some(info.with_cmdline(self.read_cmdline(key, Owner::new(uid, 0))))
     }
 
-    fn read_cmdline(&mut self, pid: u32, start_ticks: u64, owner: Owner) -> Option<CommandLine> {
+    fn read_cmdline(&mut self, key: ProcessKey, owner: Owner) -> Option<CommandLine> {
         if self.stuck.contains(&owner) || self.stuck.len() >= MAX_STUCK {
             self.given_up += 1;
             return None;
@@ -71,7 +68,7 @@ impl BlockingLookups {
         if self.reader.is_none() {
             self.reader = CmdlineThread::start().ok();
         }
-        match self.reader.as_ref()?.read(pid, start_ticks, DEADLINE) {
+        match self.reader.as_ref()?.read(key, DEADLINE) {
             Ok(cmdline) => cmdline,
             Err(_) => {
                 self.reader = None;
@@ -98,26 +95,33 @@ impl BlockingLookups {
 mod tests {
     use super::*;
 
+    fn this_process() -> (u32, u64) {
+        let pid = std::process::id();
+        (pid, process::start_ticks_of(process::start_time_ns(pid).unwrap()))
+    }
+
     #[test]
     fn a_process_is_read_with_its_arguments() {
         let mut lookups = BlockingLookups::default();
-        let info = lookups.read(std::process::id()).unwrap();
+        let (pid, start_ticks) = this_process();
+        let info = lookups.read(pid, start_ticks).unwrap();
         assert_eq!(info.cmdline.unwrap(), std::env::args().collect::<Vec<_>>());
         assert!(info.exe.is_some());
-        assert_eq!((lookups.read(u32::MAX), lookups.unseen()), (None, None));
+        assert_eq!(lookups.read(pid, start_ticks + 1), None, "the pid was another process's");
+        assert_eq!((lookups.read(u32::MAX, start_ticks), lookups.unseen()), (None, None));
     }
 
     #[test]
     fn nothing_more_is_read_of_an_owner_whose_process_hung() {
         let mut lookups = BlockingLookups::default();
-        let (pid, uid) = (std::process::id(), rustix::process::geteuid().as_raw());
+        let ((pid, start_ticks), uid) = (this_process(), rustix::process::geteuid().as_raw());
         lookups.stuck.insert(Owner::new(uid, 0));
-        let info = lookups.read(pid).unwrap();
+        let info = lookups.read(pid, start_ticks).unwrap();
         assert!(info.exe.is_some() && info.cmdline.is_none(), "{info:?}");
         assert!(lookups.unseen().unwrap().contains("(1)"));
         lookups.stuck = (1..=MAX_STUCK as u32).map(|other| Owner::new(uid + other, 0)).collect();
-        assert_eq!(lookups.read(pid).unwrap().cmdline, None, "too many hang");
+        assert_eq!(lookups.read(pid, start_ticks).unwrap().cmdline, None, "too many hang");
         lookups.stuck.clear();
-        assert!(lookups.read(pid).unwrap().cmdline.is_some());
+        assert!(lookups.read(pid, start_ticks).unwrap().cmdline.is_some());
     }
 }

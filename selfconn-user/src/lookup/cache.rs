@@ -1,10 +1,9 @@
-//! The processes that were looked up a moment ago. A process that opens thousands of self-connections a second
+//! The programs that were looked up a moment ago. A process that opens thousands of self-connections a second
 //! is read only a few times.
 
 use std::{collections::HashMap, rc::Rc};
 
-use super::ProcessKey;
-use crate::system::process::{CommandLine, ProcessInfo};
+use crate::system::process::{CommandLine, ProcessInfo, ProcessKey};
 
 /// How long information about a process is used without reading `/proc` again.
 const CACHE_TTL_NS: u64 = 100_000_000;
@@ -61,12 +60,13 @@ mod tests {
 
     #[test]
     fn a_process_is_fresh_for_a_while_and_the_oldest_one_makes_room() {
-        let key = |pid| ProcessKey { pid, start_ticks: 1 };
+        let key = |pid| ProcessKey { pid, start_ticks: 1, arg_start: 3 };
         let mut cache = ProcessCache::default();
         cache.insert(key(1), named("a"), 5);
         assert_eq!(cache.fresh(key(1), 4 + CACHE_TTL_NS), Some(named("a")));
         assert_eq!(cache.fresh(key(1), 5 + CACHE_TTL_NS), None);
-        assert_eq!(cache.fresh(ProcessKey { pid: 1, start_ticks: 2 }, 5), None, "a reused pid");
+        assert_eq!(cache.fresh(ProcessKey { start_ticks: 2, ..key(1) }, 5), None, "a reused pid");
+        assert_eq!(cache.fresh(ProcessKey { arg_start: 4, ..key(1) }, 5), None, "another program");
         assert_eq!(cache.known(key(1), 5 + CACHE_TTL_NS), Some(named("a")));
         assert_eq!(cache.fresh(key(1), 5 + CACHE_TTL_NS), Some(named("a")));
         cache.add_cmdline(key(1), Some(CommandLine { arguments: vec!["late".to_owned()], is_cut: true }));

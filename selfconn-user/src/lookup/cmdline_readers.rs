@@ -11,8 +11,11 @@ use std::{
 
 use selfconn_ebpf::Owner;
 
-use super::ProcessKey;
-use crate::system::{capabilities, process::CommandLine, worker::Worker};
+use crate::system::{
+    capabilities,
+    process::{CommandLine, ProcessKey},
+    worker::Worker,
+};
 
 /// Number of readers, which is the maximum number of reads that can be stuck at the same time. All are started
 /// with the daemon, because a thread that the loop starts later would have only the loop's capabilities.
@@ -59,10 +62,9 @@ pub(super) struct CmdlineReaders {
 }
 
 impl CmdlineReaders {
-    pub(super) fn start(read: fn(u32, u64) -> Option<CommandLine>) -> io::Result<Self> {
+    pub(super) fn start(read: fn(ProcessKey) -> Option<CommandLine>) -> io::Result<Self> {
         let reader = |name| -> io::Result<Reader> {
-            let handle = move |ProcessKey { pid, start_ticks }| read(pid, start_ticks);
-            let worker = Worker::start(name, capabilities::LOOKUP_WORKER, handle)?;
+            let worker = Worker::start(name, capabilities::LOOKUP_WORKER, read)?;
             Ok(Reader { worker, request: None, began: Instant::now(), is_stuck: false })
         };
         let readers = NAMES.into_iter().map(reader).collect::<io::Result<_>>()?;

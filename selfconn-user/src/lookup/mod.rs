@@ -19,7 +19,7 @@ use tokio::time::Instant;
 
 use crate::system::{
     capabilities, clock,
-    process::{self, CommandLine, ObservedTask, ProcessFacts, ProcessInfo, ProcessProof},
+    process::{self, CommandLine, ObservedTask, ProcessFacts, ProcessInfo, ProcessKey, ProcessProof},
     worker::Worker,
 };
 use cache::ProcessCache;
@@ -38,35 +38,28 @@ const DEADLINE: Duration = Duration::from_millis(100);
 /// Maximum number of look-ups in progress. Beyond it the oldest one ends as if its deadline had passed.
 const MAX_IN_PROGRESS: usize = 1_024;
 
-/// The same process at any time: pid, and start time in clock ticks since boot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct ProcessKey {
-    pid: u32,
-    start_ticks: u64,
-}
-
 /// The process to look up.
 #[derive(Clone, Copy, Debug)]
 pub enum LookupTarget {
     /// The process of a task that the kernel observed, if its pid still belongs to it.
     Observed(ObservedTask, Owner),
-    /// The process that has this pid now.
-    Pid(u32),
+    /// The process with this pid that started at this time, in clock ticks since boot.
+    Holder { pid: u32, start_ticks: u64 },
 }
 
 impl LookupTarget {
     fn pid(&self) -> u32 {
         match self {
             Self::Observed(observed, _) => observed.task.pid,
-            Self::Pid(pid) => *pid,
+            Self::Holder { pid, .. } => *pid,
         }
     }
 
     /// `None`: the proof is about this observation only.
     fn joint(&self) -> Option<Joint> {
         match self {
-            Self::Observed(..) => self.key().map(Joint::Process),
-            Self::Pid(pid) => Some(Joint::Pid(*pid)),
+            Self::Observed(..) => self.key().map(Joint::Program),
+            Self::Holder { pid, start_ticks } => Some(Joint::Holder { pid: *pid, start_ticks: *start_ticks }),
         }
     }
 
@@ -76,17 +69,18 @@ impl LookupTarget {
             Self::Observed(observed, _) if observed.start_ns != 0 => Some(ProcessKey {
                 pid: observed.task.pid,
                 start_ticks: process::start_ticks_of(observed.start_ns),
+                arg_start: observed.arg_start,
             }),
             _ => None,
         }
     }
 }
 
-/// Two look-ups at the same time with the same one are of the same process.
+/// Two look-ups at the same time with the same one have the same result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Joint {
-    Process(ProcessKey),
-    Pid(u32),
+    Program(ProcessKey),
+    Holder { pid: u32, start_ticks: u64 },
 }
 
 /// Why a look-up ends before everything is read.
@@ -150,13 +144,13 @@ impl<W> Lookups<W> {
 
     fn start_with(
         is_initial_pid_ns: bool,
-        read_cmdline: fn(u32, u64) -> Option<CommandLine>,
+        read_cmdline: fn(ProcessKey) -> Option<CommandLine>,
     ) -> io::Result<Self> {
         let is_initial_time_ns = process::is_in_initial_time_ns();
         let read_facts = move |FactsRequest { id, target }| {
             let proof = match target {
                 LookupTarget::Observed(observed, _) => ProcessProof::Observed(observed),
-                LookupTarget::Pid(_) => ProcessProof::None,
+                LookupTarget::Holder { start_ticks, .. } => ProcessProof::Started(start_ticks),
             };
             (id, process::read_facts(target.pid(), &proof, is_initial_time_ns))
         };
@@ -311,13 +305,19 @@ impl<W> Lookups<W> {
         let Some(lookup) = self.in_progress.get_mut(&id) else { return };
         if let (Some(facts), Part::NotRequested) = (&facts, &lookup.cmdline) {
             let pid = lookup.target.pid();
-            let key = ProcessKey { pid, start_ticks: facts.start_ticks };
+            // The same program as that of `exe`.
+            let &ProcessFacts { start_ticks, arg_start, is_same_program, .. } = facts;
+            let key = ProcessKey { pid, start_ticks, arg_start };
             let owner = match lookup.target {
                 LookupTarget::Observed(_, owner) => owner,
-                LookupTarget::Pid(_) => Owner::new(facts.uid, 0),
+                LookupTarget::Holder { .. } => Owner::new(facts.uid, 0),
             };
             lookup.facts = Part::Read(Some(facts.clone()));
-            self.request_cmdline(CmdlineRequest { id, key, owner });
+            if is_same_program {
+                self.request_cmdline(CmdlineRequest { id, key, owner });
+            } else {
+                lookup.cmdline = Part::Read(None);
+            }
         } else {
             lookup.facts = Part::Read(facts);
         }
@@ -386,6 +386,13 @@ impl<W> Lookups<W> {
             _ => None,
         };
         let process = match (facts, key) {
+            // The process runs another program now, and what is known of the one before is still true.
+            (Part::Read(Some(facts)), Some(key))
+                if !facts.is_same_program
+                    && let Some(known) = self.cache.known(key, began_ns) =>
+            {
+                known
+            }
             (Part::Read(Some(facts)), key) => {
                 let process = Rc::new(facts.info.with_cmdline(cmdline));
                 if let Some(key) = key {

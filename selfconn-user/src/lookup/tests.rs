@@ -17,7 +17,7 @@ fn arguments(pid: u32) -> CommandLine {
     CommandLine { arguments: vec![pid.to_string()], is_cut: false }
 }
 
-fn read_cmdline(pid: u32, _: u64) -> Option<CommandLine> {
+fn read_cmdline(ProcessKey { pid, .. }: ProcessKey) -> Option<CommandLine> {
     while pid >= HANGING && !*RELEASED.lock().unwrap_or_else(PoisonError::into_inner) {
         thread::sleep(Duration::from_millis(1));
     }
@@ -39,7 +39,7 @@ fn run(test: impl AsyncFnOnce()) {
 }
 
 fn request(id: u64, pid: u32, uid: u32) -> CmdlineRequest {
-    CmdlineRequest { id, key: ProcessKey { pid, start_ticks: 1 }, owner: Owner::new(uid, 0) }
+    CmdlineRequest { id, key: ProcessKey { pid, start_ticks: 1, arg_start: 0 }, owner: Owner::new(uid, 0) }
 }
 
 async fn response(readers: &mut CmdlineReaders) -> Option<(CmdlineRequest, Option<CommandLine>)> {
@@ -84,7 +84,13 @@ fn this_process(uid: u32) -> LookupTarget {
     let pid = std::process::id();
     let start_ns = process::start_time_ns(pid).unwrap();
     let task = Task { pid, tid: pid, ..Task::UNKNOWN };
-    LookupTarget::Observed(ObservedTask { task, start_ns, at_ns: start_ns }, Owner::new(uid, 0))
+    let observed = ObservedTask { task, start_ns, arg_start: 0, at_ns: start_ns };
+    LookupTarget::Observed(observed, Owner::new(uid, 0))
+}
+
+fn holder(pid: u32) -> LookupTarget {
+    let start_ns = process::start_time_ns(std::process::id()).unwrap();
+    LookupTarget::Holder { pid, start_ticks: process::start_ticks_of(start_ns) }
 }
 
 async fn completed(lookups: &mut Lookups<u32>) -> (u32, Rc<ProcessInfo>) {
@@ -111,15 +117,22 @@ fn a_look_up_is_shared_and_its_result_is_fresh_for_a_while() {
         assert_eq!(process.cmdline.as_deref().unwrap(), std::env::args().collect::<Vec<_>>());
         assert!(process.exe.is_some() && process.comm.is_some(), "{process:?}");
         assert_eq!(lookups.known(&target, clock::boot_ns()), Some(Rc::clone(&process)));
-        // The holder of a socket has no start time yet.
-        lookups.begin(LookupTarget::Pid(std::process::id()), 3);
-        lookups.begin(LookupTarget::Pid(std::process::id()), 3);
+        // It is not known which program the holder of a socket runs.
+        lookups.begin(holder(std::process::id()), 3);
+        lookups.begin(holder(std::process::id()), 3);
         assert_eq!(lookups.in_progress.len(), 1, "the same holder is looked up once");
         for _ in 0..2 {
             assert_eq!(completed(&mut lookups).await, (3, Rc::clone(&process)));
         }
-        lookups.begin(LookupTarget::Pid(u32::MAX), 4);
+        lookups.begin(holder(u32::MAX), 4);
         assert_eq!(completed(&mut lookups).await, (4, Rc::default()), "no such process");
+        let LookupTarget::Holder { pid, start_ticks } = holder(std::process::id()) else { unreachable!() };
+        lookups.begin(LookupTarget::Holder { pid, start_ticks: start_ticks + 1 }, 5);
+        assert_eq!(
+            completed(&mut lookups).await,
+            (5, Rc::default()),
+            "the holder has exited, its pid is reused"
+        );
         assert_eq!((lookups.given_up(), lookups.abandoned()), (0, 0));
     });
 }
@@ -138,7 +151,7 @@ fn what_is_known_of_a_process_outlives_it() {
         let pid = child.id();
         let start_ns = process::start_time_ns(pid).unwrap();
         let task = Task { pid, tid: pid, ..Task::UNKNOWN };
-        let observed = ObservedTask { task, start_ns, at_ns: start_ns };
+        let observed = ObservedTask { task, start_ns, arg_start: 0, at_ns: start_ns };
         let target = LookupTarget::Observed(observed, Owner::new(0, 0));
         lookups.begin(target, 1);
         // `spawn` returns after the execve().
@@ -156,8 +169,40 @@ fn what_is_known_of_a_process_outlives_it() {
 }
 
 #[test]
+fn what_is_known_of_a_program_outlives_an_execve_and_the_next_program_is_another_one() {
+    run(async || {
+        let mut lookups = Lookups::start(true).unwrap();
+        let pid = std::process::id();
+        let facts = process::read_facts(pid, &ProcessProof::None, true).unwrap();
+        let of_program = |arg_start| match this_process(0) {
+            LookupTarget::Observed(observed, owner) => {
+                LookupTarget::Observed(ObservedTask { arg_start, ..observed }, owner)
+            }
+            LookupTarget::Holder { .. } => unreachable!(),
+        };
+        let (now, before) = (of_program(facts.arg_start), of_program(facts.arg_start + 1));
+        lookups.begin(now, 1);
+        lookups.begin(before, 2);
+        assert_eq!(lookups.in_progress.len(), 2, "two programs of one process");
+        let mut completed = [completed(&mut lookups).await, completed(&mut lookups).await];
+        completed.sort_by_key(|(waiter, _)| *waiter);
+        let [(_, running), (_, replaced)] = completed;
+        assert!(running.exe.is_some() && running.cmdline.is_some(), "{running:?}");
+        let unknown = ProcessInfo { exe: None, cmdline: None, ..(*running).clone() };
+        assert_eq!(*replaced, unknown, "control group, unit and container are the process's");
+        assert_eq!(lookups.known(&before, clock::boot_ns()), Some(replaced));
+        // The program before was looked up when it ran.
+        let key = before.key().unwrap();
+        lookups.cache.insert(key, Rc::clone(&running), 0);
+        lookups.begin(before, 3);
+        assert_eq!(self::completed(&mut lookups).await, (3, running));
+        assert_eq!((lookups.given_up(), lookups.abandoned()), (0, 0));
+    });
+}
+
+#[test]
 fn after_the_deadline_the_rest_is_unknown() {
-    fn hang(_: u32, _: u64) -> Option<CommandLine> {
+    fn hang(_: ProcessKey) -> Option<CommandLine> {
         while !*RELEASED.lock().unwrap_or_else(PoisonError::into_inner) {
             thread::sleep(Duration::from_millis(1));
         }
@@ -178,7 +223,7 @@ fn after_the_deadline_the_rest_is_unknown() {
         let (_, again) = completed(&mut lookups).await;
         assert_eq!((again, lookups.given_up(), lookups.abandoned()), (process, 1, 1));
         // At the end of a run nobody waits.
-        lookups.begin(LookupTarget::Pid(std::process::id()), 3);
+        lookups.begin(holder(std::process::id()), 3);
         lookups.give_up_all();
         assert_eq!(lookups.next_completed().unwrap().0, 3);
         assert_eq!(lookups.abandoned(), 1, "giving up is not the process's fault");

@@ -11,7 +11,10 @@ use std::{
 use selfconn_ebpf::{COMM_LEN, Endpoint, SocketDescriptor, state};
 
 use super::{entry::SocketEntry, holders::Holders};
-use crate::{bpf::descriptors::DescriptorIter, system::process::Holder};
+use crate::{
+    bpf::descriptors::DescriptorIter,
+    system::process::{self, Holder},
+};
 
 /// The result of a pass.
 #[derive(Debug, Default)]
@@ -79,8 +82,10 @@ impl Collector {
                 held.entries.push(entry(&record));
                 // The process that started first is probably the one that the others have it from.
                 holders.sort_unstable_by_key(|holder| (holder.start_ns, holder.pid));
-                let holder =
-                    |holder: HolderRecord| Holder { pid: holder.pid, comm: Some(text(&holder.comm)) };
+                let holder = |HolderRecord { start_ns, pid, comm }| {
+                    let start_ticks = Some(process::start_ticks_of(start_ns));
+                    Holder { pid, comm: Some(text(&comm)), start_ticks }
+                };
                 held.holders.by_inode.insert(record.inode, holders.into_iter().map(holder).collect());
             }
         }
@@ -119,7 +124,7 @@ mod tests {
             tid: pid,
             fd,
             uid: 1_000,
-            start_ns: u64::from(1_000 - pid),
+            start_ns: u64::from(1_000 - pid) * 1_000_000_000,
             sock,
             cookie: sock + 1,
             inode: sock + 2,
@@ -152,6 +157,8 @@ mod tests {
         };
         assert_eq!(holders(5), [(8, "idle"), (7, "idle")], "8 started first");
         assert_eq!(holders(32), [(8, "idle")]);
+        let ticks = process::start_ticks_of(record(3, 8, 9).start_ns);
+        assert_eq!(held.holders.by_inode[&32][0].start_ticks, Some(ticks));
         assert!(held.holders.complete && held.attempts.is_empty());
         assert_eq!(held.tasks, [7, 8, 71].into());
     }

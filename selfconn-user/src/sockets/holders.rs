@@ -4,17 +4,18 @@ use std::{
     collections::{HashMap, HashSet},
     ffi::{CStr, OsString},
     fs,
+    io::Read as _,
     mem::MaybeUninit,
     os::fd::OwnedFd,
 };
 
 use rustix::{
-    fs::{Mode, OFlags, RawDir, open, readlinkat_raw},
+    fs::{Mode, OFlags, RawDir, open, openat, readlinkat_raw},
     io::Errno,
 };
 
 use super::netns::NEEDS_PTRACE;
-use crate::system::process::Holder;
+use crate::system::process::{self, Holder};
 
 /// The size of the buffer for a link target. It is large enough for `socket:[18446744073709551615]`; a longer
 /// target is not a socket.
@@ -82,9 +83,11 @@ fn search_processes(inodes: &HashSet<u64>, min_checked: u64) -> Holders {
         denied += usize::from(matches!(outcome, Err(Errno::ACCESS | Errno::PERM)));
         held.sort_unstable();
         held.dedup();
-        let comm = if held.is_empty() { None } else { read_comm(pid) };
+        let (Ok(folder), false) = (outcome, held.is_empty()) else { continue };
+        let (comm, start_ticks) = (read_comm(&folder), read_start_ticks(&folder));
         for inode in &held {
-            holders.by_inode.entry(*inode).or_default().push(Holder { pid, comm: comm.clone() });
+            let holder = Holder { pid, comm: comm.clone(), start_ticks };
+            holders.by_inode.entry(*inode).or_default().push(holder);
         }
     }
     holders.unseen = (denied != 0).then(|| format!("open files of processes ({denied}): {NEEDS_PTRACE}"));
@@ -103,8 +106,9 @@ fn list_processes() -> Vec<(u64, u32)> {
     processes
 }
 
-/// Calls `each` for each descriptor of a process; the argument is the inode if the descriptor is a socket.
-fn for_each_descriptor(pid: u32, mut each: impl FnMut(Option<u64>)) -> Result<(), Errno> {
+/// Calls `each` for each descriptor of a process; the argument is the inode if the descriptor is a socket. Returns
+/// the folder of the descriptors.
+fn for_each_descriptor(pid: u32, mut each: impl FnMut(Option<u64>)) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let folder: OwnedFd = open(format!("/proc/{pid}/fd"), flags, Mode::empty())?;
     let mut names = [MaybeUninit::uninit(); 8_192];
@@ -112,7 +116,7 @@ fn for_each_descriptor(pid: u32, mut each: impl FnMut(Option<u64>)) -> Result<()
     while let Some(entry) = entries.next() {
         each(socket_inode(&folder, entry?.file_name()));
     }
-    Ok(())
+    Ok(folder)
 }
 
 fn socket_inode(folder: &OwnedFd, name: &CStr) -> Option<u64> {
@@ -127,9 +131,23 @@ fn parse_socket_link(target: &[u8]) -> Option<u64> {
     str::from_utf8(digits).ok()?.parse().ok()
 }
 
-fn read_comm(pid: u32) -> Option<String> {
-    let name = fs::read(format!("/proc/{pid}/comm")).ok()?;
+/// Reads a file beside `/proc/PID/fd`. An open folder belongs to its process: after the end of the process it leads
+/// nowhere, also if another process has the pid (`proc_pident_lookup`, fs/proc/base.c at v5.10).
+fn read_beside(folder: &OwnedFd, path: &str) -> Option<Vec<u8>> {
+    let file = openat(folder, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    let mut bytes = Vec::new();
+    fs::File::from(file).read_to_end(&mut bytes).ok()?;
+    Some(bytes)
+}
+
+fn read_comm(folder: &OwnedFd) -> Option<String> {
+    let name = read_beside(folder, "../comm")?;
     Some(String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(&name)).into_owned())
+}
+
+/// When the process started, in clock ticks since boot.
+fn read_start_ticks(folder: &OwnedFd) -> Option<u64> {
+    process::start_ticks_in_stat(&read_beside(folder, "../stat")?)
 }
 
 #[cfg(test)]
@@ -167,10 +185,25 @@ mod tests {
             let holders = search_processes(&HashSet::from([inode, u64::MAX]), min_checked);
             let pids: Vec<_> = holders.by_inode[&inode].iter().map(|holder| holder.pid).collect();
             assert_eq!(pids, [std::process::id()]);
-            assert!(holders.by_inode[&inode][0].comm.is_some());
+            let holder = &holders.by_inode[&inode][0];
+            let start_ns = process::start_time_ns(holder.pid).unwrap();
+            assert_eq!(holder.start_ticks, Some(process::start_ticks_of(start_ns)));
+            let comm = fs::read_to_string("/proc/self/comm").unwrap();
+            assert_eq!(holder.comm.as_deref(), comm.strip_suffix('\n'));
             assert_eq!(holders.by_inode.len(), 1);
             assert!(holders.complete, "no process holds the other socket, so all processes were checked");
         }
+    }
+
+    #[test]
+    fn the_folder_of_a_process_that_has_ended_leads_to_no_other_process() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let folder = for_each_descriptor(child.id(), |_| ()).unwrap();
+        assert_eq!(read_comm(&folder).as_deref(), Some("sleep"));
+        assert!(read_start_ticks(&folder).is_some());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!((read_comm(&folder), read_start_ticks(&folder)), (None, None));
     }
 
     #[test]

@@ -13,10 +13,15 @@ use std::{
     sync::Arc,
 };
 
-use selfconn_ebpf::{Opener, Task};
+use selfconn_ebpf::{Opener, Task, bind_failure::BindFailure};
 use serde::Serialize;
 
 use super::cgroup::{self, CgroupInfo};
+use stat::{Stat, read_stat};
+
+mod stat;
+
+pub use stat::start_ticks_in_stat;
 
 /// Length of a clock tick in `/proc`: 1 / `USER_HZ`, a constant of the ABI on all of aya's architectures.
 const TICK_NS: u64 = 1_000_000_000 / 100;
@@ -87,6 +92,20 @@ pub struct Holder {
     pub pid: u32,
     /// Name of the process.
     pub comm: Option<String>,
+    /// When it started, in clock ticks since boot. `None`: unknown, so nothing about it can be looked up.
+    #[serde(skip)]
+    pub start_ticks: Option<u64>,
+}
+
+/// A program that a process runs: it is another one after an execve().
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ProcessKey {
+    pub pid: u32,
+    /// When the process started, in clock ticks since boot.
+    pub start_ticks: u64,
+    /// Where the process has its arguments: [`Opener::arg_start`]. 0: unknown, so it may be any program of the
+    /// process.
+    pub arg_start: u64,
 }
 
 /// A task that the kernel observed in an action, such as connect(). Times are of `CLOCK_BOOTTIME`.
@@ -95,6 +114,8 @@ pub struct ObservedTask {
     pub task: Task,
     /// When its process started, in nanoseconds. 0: the kernel does not provide it.
     pub start_ns: u64,
+    /// Where its process had its arguments: [`Opener::arg_start`]. 0: the kernel does not provide it.
+    pub arg_start: u64,
     /// When it was observed, in nanoseconds.
     pub at_ns: u64,
 }
@@ -103,7 +124,15 @@ impl ObservedTask {
     /// The task that opened a connection.
     #[must_use]
     pub const fn from_opener(opener: &Opener) -> Self {
-        Self { task: opener.task, start_ns: opener.start_ns, at_ns: opener.at_ns }
+        let &Opener { task, start_ns, arg_start, at_ns, .. } = opener;
+        Self { task, start_ns, arg_start, at_ns }
+    }
+
+    /// The task that failed to bind.
+    #[must_use]
+    pub const fn from_bind_failure(failure: &BindFailure) -> Self {
+        let &BindFailure { task, start_ns, arg_start, at_ns, .. } = failure;
+        Self { task, start_ns, arg_start, at_ns }
     }
 
     /// True if the process with this pid started before the observation, so the pid cannot have been reused
@@ -141,6 +170,10 @@ pub struct ProcessFacts {
     pub info: ProcessInfo,
     /// Start time in clock ticks since boot.
     pub start_ticks: u64,
+    /// Where the process has its arguments: [`Opener::arg_start`]. 0: not permitted, or it has no memory.
+    pub arg_start: u64,
+    /// False if the process was observed with another program, or this is not certain. `exe` is unknown then.
+    pub is_same_program: bool,
     /// Effective user id, or 0 if the process does not show its memory.
     pub uid: u32,
 }
@@ -159,6 +192,20 @@ impl ProcessProof {
             Self::Observed(observed) => start_ticks == start_ticks_of(observed.start_ns),
         }
     }
+
+    /// True if a process with its arguments at this address still runs the program of the observation.
+    fn is_same_program(&self, arg_start: u64) -> bool {
+        match self {
+            Self::Observed(observed) => runs(arg_start, observed.arg_start),
+            Self::Started(_) | Self::None => true,
+        }
+    }
+}
+
+/// True if a process with its arguments at this address runs the expected program: each execve() makes a new
+/// stack at a random address. 0 as the expected address: it is unknown.
+const fn runs(arg_start: u64, expected: u64) -> bool {
+    expected == 0 || arg_start == expected
 }
 
 /// A start time of the kernel in clock ticks, as `/proc` has it.
@@ -201,15 +248,17 @@ pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> O
         CgroupInfo::new(&cgroup::components(hierarchy, path))
     });
     let uid = fs::metadata(file("")).map_or(0, |folder| folder.uid());
-    // The start time is read last, because it proves which process the other files belonged to.
-    let (comm, start_ticks) = read_stat(pid)?;
+    // `stat` is read last, because it proves which process and program the other files belonged to: an execve()
+    // replaces `exe` and `arg_start` together, with the memory of the process (`exec_mmap`, fs/exec.c at v5.10).
+    let Stat { comm, start_ticks, arg_start } = read_stat(pid)?;
     if !proof.accepts(start_ticks, is_initial_time_ns) {
         return None;
     }
+    let is_same_program = proof.is_same_program(arg_start);
     let info = ProcessInfo {
         comm: Some(comm),
-        exe,
-        is_exe_ours,
+        is_exe_ours: is_exe_ours && is_same_program,
+        exe: exe.filter(|_| is_same_program),
         cmdline: None,
         unit: cgroup_info.unit,
         container: cgroup_info.container,
@@ -218,7 +267,7 @@ pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> O
         is_cmdline_cut: false,
         cgroup: cgroup.map(|(_, path)| path.to_owned()),
     };
-    Some(ProcessFacts { info, start_ticks, uid })
+    Some(ProcessFacts { info, start_ticks, arg_start, is_same_program, uid })
 }
 
 /// True if the file at this path of the host is the executable of the process: same device and inode.
@@ -263,32 +312,28 @@ fn is_hosts_file(pid: u32, path: &Path) -> bool {
     false
 }
 
-/// Reads the arguments of the process that started at this time. This waits for the process's `mmap_lock`
+/// Reads the arguments of this program of a process. This waits for the process's `mmap_lock`
 /// (`get_mm_cmdline`, fs/proc/base.c at v6.12), which the process can hold forever. Only SIGKILL ends the
 /// wait.
 #[must_use]
-pub fn read_cmdline(pid: u32, start_ticks: u64) -> Option<CommandLine> {
+pub fn read_cmdline(key: ProcessKey) -> Option<CommandLine> {
+    let ProcessKey { pid, start_ticks, arg_start } = key;
     let mut cmdline = Vec::new();
     let file = fs::File::open(format!("/proc/{pid}/cmdline")).ok()?;
     file.take(CMDLINE_LIMIT as u64 + 1).read_to_end(&mut cmdline).ok()?;
     let is_cut = cmdline.len() > CMDLINE_LIMIT;
     cmdline.truncate(CMDLINE_LIMIT);
-    let (_, start_ticks_now) = read_stat(pid)?;
-    let arguments = (start_ticks_now == start_ticks).then(|| arguments(&cmdline)).flatten()?;
+    let now = read_stat(pid)?;
+    let is_same = now.start_ticks == start_ticks && runs(now.arg_start, arg_start);
+    let arguments = is_same.then(|| arguments(&cmdline)).flatten()?;
     Some(CommandLine { arguments, is_cut })
-}
-
-/// Name, and start time in clock ticks since boot.
-fn read_stat(pid: u32) -> Option<(String, u64)> {
-    let stat = lossy(&fs::read(format!("/proc/{pid}/stat")).ok()?);
-    parse_stat(&stat).map(|(comm, start_ticks)| (comm.to_owned(), start_ticks))
 }
 
 /// Runs every parser of this module on arbitrary bytes.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn parse_anything(bytes: &[u8]) {
     let text = lossy(bytes);
-    let _ = (parse_stat(&text), arguments(bytes));
+    let _ = (start_ticks_in_stat(bytes), arguments(bytes));
     cgroup::parse_anything(&text);
 }
 
@@ -300,15 +345,7 @@ fn lossy(bytes: &[u8]) -> String {
 /// tick.
 #[must_use]
 pub fn start_time_ns(pid: u32) -> Option<u64> {
-    read_stat(pid).map(|(_, start_ticks)| start_ticks.saturating_mul(TICK_NS))
-}
-
-/// Name, and start time in clock ticks since boot, from the text of `/proc/PID/stat`. The name may contain
-/// any character, including blanks and parentheses. It therefore ends at the last closing parenthesis.
-fn parse_stat(stat: &str) -> Option<(&str, u64)> {
-    let name = stat.get(stat.find('(')? + 1..stat.rfind(')')?)?;
-    let start = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace().nth(19)?;
-    Some((name, start.parse().ok()?))
+    read_stat(pid).map(|stat| stat.start_ticks.saturating_mul(TICK_NS))
 }
 
 /// The arguments in `/proc/PID/cmdline`. `None`: a kernel thread, or an exiting process.
@@ -322,29 +359,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_name_may_contain_any_character() {
-        let rest = "S 1 2 2 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4711 0 0";
-        for name in ["sh", "a b", "(sd-pam)", ") 1 2 (", "", "a) S 1", "\n{\"event\":\"fake\"}"] {
-            assert_eq!(parse_stat(&format!("42 ({name}) {rest}")), Some((name, 4711)), "{name:?}");
-        }
-        for broken in ["", "42", "42 (", "42 )(", "42 (sh) S 1"] {
-            assert_eq!(parse_stat(broken), None, "{broken:?}");
-        }
-    }
-
-    #[test]
     fn a_reused_pid_yields_no_process_info() {
         let pid = std::process::id();
-        let stat = fs::read_to_string("/proc/self/stat").unwrap();
-        let (comm, start) = parse_stat(&stat).unwrap();
+        let Stat { comm, start_ticks: start, arg_start } = read_stat(pid).unwrap();
         let ticks = ProcessProof::Started(start);
         let facts = read_facts(pid, &ticks, true).unwrap();
-        assert_eq!(facts.info.comm.as_deref(), Some(comm));
+        assert_eq!(facts.info.comm, Some(comm));
         let exe = std::env::current_exe().ok().map(|path| path.to_string_lossy().into_owned());
         assert!(facts.info.is_exe_ours, "{facts:?}");
         assert_eq!((facts.info.exe, facts.start_ticks), (exe, start));
-        assert_eq!(read_cmdline(pid, start).unwrap().arguments, std::env::args().collect::<Vec<_>>());
-        assert_eq!(read_cmdline(pid, start + 1), None, "another process");
+        for (start_ticks, arg_start, is_same) in [
+            (start, arg_start, true),
+            (start, 0, true),
+            (start + 1, arg_start, false),
+            (start, arg_start + 1, false),
+        ] {
+            let cmdline = read_cmdline(ProcessKey { pid, start_ticks, arg_start });
+            let expected = is_same.then(|| std::env::args().collect::<Vec<_>>());
+            assert_eq!(cmdline.map(|cmdline| cmdline.arguments), expected);
+        }
         assert_eq!(read_facts(u32::MAX, &ProcessProof::None, true), None);
 
         let start_ns = start * TICK_NS;
@@ -361,7 +394,7 @@ mod tests {
             ("the thread has exited", elsewhere, 0, start_ns + TICK_NS, false),
             ("neither time is known", task, 0, 0, false),
         ] {
-            let proof = ProcessProof::Observed(ObservedTask { task, start_ns, at_ns });
+            let proof = ProcessProof::Observed(ObservedTask { task, start_ns, arg_start: 0, at_ns });
             assert_eq!(read_facts(pid, &proof, true).is_some(), is_same_process, "{what}");
             let is_shifted = start_ns == 0;
             let expected = is_same_process && !is_shifted;
@@ -371,6 +404,24 @@ mod tests {
                 "{what}, in another time namespace"
             );
         }
+    }
+
+    #[test]
+    fn another_program_of_the_process_has_no_exe_and_the_rest_is_the_process_s() {
+        let pid = std::process::id();
+        let Stat { start_ticks, arg_start, .. } = read_stat(pid).unwrap();
+        assert_ne!(arg_start, 0, "a process may read its own");
+        let observed = |arg_start| {
+            let (task, start_ns) = (this_task(), start_ticks * TICK_NS);
+            let proof = ProcessProof::Observed(ObservedTask { task, start_ns, arg_start, at_ns: start_ns });
+            read_facts(pid, &proof, true).unwrap()
+        };
+        let same = observed(arg_start);
+        assert!(same.is_same_program && same.info.exe.is_some(), "{same:?}");
+        assert_eq!(observed(0), same, "the kernel does not provide it");
+        let other = observed(arg_start + 1);
+        assert!(!other.is_same_program, "{other:?}");
+        assert_eq!(other.info, ProcessInfo { exe: None, ..same.info });
     }
 
     /// This thread as the kernel records it.

@@ -14,7 +14,7 @@ use crate::{
 #[derive(Debug, Default)]
 pub(super) struct SocketHolders {
     pub(super) found: Holders,
-    pub(super) processes: HashMap<u32, Rc<ProcessInfo>>,
+    pub(super) processes: HashMap<(u32, Option<u64>), Rc<ProcessInfo>>,
     pub(super) lookups: BlockingLookups,
 }
 
@@ -28,8 +28,12 @@ impl SocketHolders {
     pub(super) fn connection_fields(&mut self, entry: &SocketEntry) -> ConnectionFields {
         let holders = self.holders(entry).map(<[_]>::to_vec);
         let process = holders.as_ref().and_then(|holders| holders.first()).map(|first| {
-            let read = || Rc::new(self.lookups.read(first.pid).unwrap_or_default());
-            self.processes.entry(first.pid).or_insert_with(read).clone()
+            let read = || {
+                let started = first.start_ticks;
+                let process = started.and_then(|start_ticks| self.lookups.read(first.pid, start_ticks));
+                Rc::new(process.unwrap_or_default())
+            };
+            self.processes.entry((first.pid, first.start_ticks)).or_insert_with(read).clone()
         });
         let attribution = Attribution { process: process.unwrap_or_default(), holders };
         let mut fields = ConnectionFields::new(&Connection::from_entry(0, entry), 0, &attribution);

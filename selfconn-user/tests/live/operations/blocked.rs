@@ -8,11 +8,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::support::{
     client::{connect_to_self, own_comm, run_self_connection},
-    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, selfconn},
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, is_name_or_unknown, selfconn},
     helper_process::HelperProcess,
     netns::TestNetns,
 };
@@ -61,6 +62,33 @@ fn fail_to_bind(address: IpAddr, port: u16) -> u32 {
 fn assert_in_use(address: IpAddr, port: u16) {
     let error = TcpListener::bind(SocketAddr::new(address, port)).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
+}
+
+#[test]
+fn a_server_that_runs_another_program_after_its_failed_bind_has_no_executable() {
+    let net = TestNetns::enter_new();
+    for method in bind_methods() {
+        let mut daemon = start(method, &[]);
+        let (_connection, port) = connect_to_self(LOCALHOST);
+        daemon.expect(1, is_event("established", net.inode));
+        // The server is looked up after its execve().
+        daemon.signal(Signal::STOP);
+        let mut server =
+            HelperProcess::start(&format!("fail to bind and exec {}", SocketAddr::new(LOCALHOST, port)));
+        assert_eq!(server.read_output(), "waiting");
+        daemon.signal(Signal::CONT);
+        let blocked = daemon.expect(1, is_event("blocked", net.inode)).remove(0);
+        assert_eq!(blocked["pid"], server.pid(), "{blocked}");
+        assert!(is_name_or_unknown(&blocked["comm"], "a-server"), "{blocked}");
+        assert_eq!(blocked["exe"], Value::Null, "{method}: {blocked}");
+        server.finish();
+        // A server that still runs the same program has it.
+        assert_in_use(LOCALHOST, port);
+        let blocked = daemon.expect(2, is_event("blocked", net.inode)).remove(1);
+        let this = std::fs::read_link("/proc/self/exe").unwrap();
+        assert_eq!(blocked["exe"].as_str(), this.to_str(), "{method}: {blocked}");
+        daemon.stop();
+    }
 }
 
 #[test]

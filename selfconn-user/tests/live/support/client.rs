@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV6, TcpListener},
+    os::fd::AsRawFd as _,
 };
 
 use serde_json::Value;
@@ -35,6 +36,41 @@ pub(crate) fn connect_to_self(address: IpAddr) -> (Socket, u16) {
     socket.connect(&own).unwrap();
     assert_eq!(socket.peer_addr().unwrap(), own);
     (socket, own.as_socket().unwrap().port())
+}
+
+/// A socket whose `connect()` to itself has returned, and whose SYN the first send will send. The namespace must
+/// allow TCP Fast Open without a cookie.
+pub(crate) fn deferred_connect_to_self(address: IpAddr) -> Socket {
+    let socket = socket(address);
+    enable_fastopen_connect(&socket);
+    socket.bind(&SocketAddr::new(address, 0).into()).unwrap();
+    let own = socket.local_addr().unwrap();
+    socket.connect(&own).unwrap();
+    let (mut info, mut length) = ([0_u8; 8], 8);
+    // SAFETY: the option writes at most `length` bytes, and the first one is the state.
+    let outcome = unsafe {
+        let info = info.as_mut_ptr().cast();
+        libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, info, &raw mut length)
+    };
+    assert_eq!(outcome, 0);
+    assert_eq!(info[0], selfconn_ebpf::state::SYN_SENT, "the SYN is not deferred");
+    socket
+}
+
+/// `connect()` returns at once if it may, and the first send sends the SYN with data.
+pub(crate) fn enable_fastopen_connect(socket: &Socket) {
+    let on: libc::c_int = 1;
+    // SAFETY: this option takes a pointer to an int and its size.
+    let outcome = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_FASTOPEN_CONNECT,
+            (&raw const on).cast(),
+            size_of_val(&on) as libc::socklen_t,
+        )
+    };
+    assert_eq!(outcome, 0);
 }
 
 /// Makes a self-connection, sends data through it and closes it in order. Returns the port.

@@ -5,7 +5,7 @@ use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
     net::Ipv4Addr,
     os::{
-        fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, FromRawFd as _, IntoRawFd as _, OwnedFd},
         unix::process::CommandExt as _,
     },
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
@@ -14,7 +14,8 @@ use std::{
 use socket2::Socket;
 
 use super::{
-    client::{connect_to_self, socket},
+    another_program::AnotherProgram,
+    client::{self, connect_to_self, socket},
     netns::TestNetns,
 };
 
@@ -128,7 +129,11 @@ fn test_path(function: &str) -> String {
 }
 
 fn command(task: &str) -> Command {
-    let mut command = Command::new("/proc/self/exe");
+    with_task(Command::new("/proc/self/exe"), task)
+}
+
+/// The command of a program that is this binary.
+fn with_task(mut command: Command, task: &str) -> Command {
     command
         .args(["--exact", &test_path("run_helper_process"), "--ignored", "--nocapture"])
         .env(TASK_ENV, task);
@@ -204,6 +209,21 @@ fn ordinary_connection() -> [Socket; 3] {
     [listener, client, server]
 }
 
+/// Runs another program in this process.
+fn execute(another: &AnotherProgram, task: &str) {
+    let error = with_task(another.command(), task).exec();
+    panic!("{error}");
+}
+
+/// Sends a byte through a socket that this process has from itself or from an earlier program.
+fn send_through(fd: i32) {
+    // SAFETY: the descriptor is open, and nothing else in this process uses it.
+    let socket = unsafe { Socket::from_raw_fd(fd) };
+    socket.send(b"s").unwrap();
+    print_output("sent");
+    wait_for_stdin_eof();
+}
+
 fn set_process_name(name: &str) {
     std::fs::write("/proc/self/comm", name).unwrap();
 }
@@ -267,12 +287,37 @@ fn run_helper_process() {
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
         }
         "connect and exec" => {
+            let another = AnotherProgram::new();
             set_process_name("before-exec");
+            become_nobody();
             let (socket, port) = connect();
             socket.set_cloexec(false).unwrap();
             print_output(&port.to_string());
-            let error = command("wait").exec();
-            panic!("{error}");
+            execute(&another, "wait");
+        }
+        "defer the SYN and send" | "defer the SYN and exec" => {
+            let another = task.ends_with("exec").then(AnotherProgram::new);
+            set_process_name("before-send");
+            become_nobody();
+            let socket = client::deferred_connect_to_self(Ipv4Addr::LOCALHOST.into());
+            socket.set_cloexec(false).unwrap();
+            print_output("deferred");
+            let fd = socket.into_raw_fd();
+            match another {
+                Some(another) => execute(&another, &format!("send through {fd}")),
+                None => send_through(fd),
+            }
+        }
+        send if send.starts_with("send through ") => {
+            send_through(send["send through ".len()..].parse().unwrap());
+        }
+        bind if bind.starts_with("fail to bind and exec ") => {
+            let another = AnotherProgram::new();
+            set_process_name("a-server");
+            become_nobody();
+            let address: std::net::SocketAddr = bind["fail to bind and exec ".len()..].parse().unwrap();
+            std::net::TcpListener::bind(address).unwrap_err();
+            execute(&another, "wait");
         }
         "connect and pass to child" => {
             set_process_name("a-parent");

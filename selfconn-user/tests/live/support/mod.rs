@@ -1,6 +1,7 @@
 //! What the live tests share: namespaces, clients, daemons under test, helper processes. No tests.
 
 pub(crate) mod accounting;
+pub(crate) mod another_program;
 pub(crate) mod attacker;
 pub(crate) mod cgroup;
 pub(crate) mod client;

@@ -101,23 +101,6 @@ fn a_sigkilled_process_is_reported_as_closer_with_fin() {
 }
 
 #[test]
-fn exec_after_connect_keeps_the_openers_name() {
-    let net = TestNetns::enter_new();
-    let mut daemon = TestDaemon::shared(&HookVariant(vec![]), &[]);
-    let mut client = HelperProcess::start("connect and exec");
-    let pid = client.pid();
-    client.read_output();
-    assert_eq!(client.read_output(), "waiting", "the same process runs something else");
-    client.finish();
-    let closed = expect_closed(&mut daemon, net);
-    assert_eq!(closed["pid"], pid);
-    assert!(is_name_or_unknown(&closed["comm"], "before-exec"), "{closed}");
-    assert_eq!(closed["closer"]["pid"], pid, "{closed}");
-    assert_ne!(closed["closer"]["comm"], "before-exec", "it had another name by then: {closed}");
-    daemon.stop();
-}
-
-#[test]
 fn an_inherited_socket_is_opened_by_the_parent_and_closed_by_the_child() {
     let net = TestNetns::enter_new();
     for_each_variant_retrying(PREEMPTED, |variant| {

@@ -10,7 +10,7 @@ use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::support::{
-    client::{PAYLOAD, assert_opened_by_this_thread, connect_to_self, socket},
+    client::{PAYLOAD, assert_opened_by_this_thread, connect_to_self, enable_fastopen_connect, socket},
     daemon::TestDaemon,
     netns::TestNetns,
     retries::{PREEMPTED, for_each_variant_retrying},
@@ -83,18 +83,7 @@ fn an_mptcp_socket_is_reported_once_by_its_subflow() {
 fn a_fast_open_connection_is_reported() {
     let client = || {
         let mut socket = socket(Ipv4Addr::LOCALHOST.into());
-        let on: libc::c_int = 1;
-        // SAFETY: this option takes a pointer to an int and its size.
-        let outcome = unsafe {
-            libc::setsockopt(
-                std::os::fd::AsRawFd::as_raw_fd(&socket),
-                libc::IPPROTO_TCP,
-                libc::TCP_FASTOPEN_CONNECT,
-                (&raw const on).cast(),
-                size_of_val(&on) as libc::socklen_t,
-            )
-        };
-        assert_eq!(outcome, 0);
+        enable_fastopen_connect(&socket);
         socket.bind(&SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0).into()).unwrap();
         let own = socket.local_addr().unwrap();
         socket.connect(&own).unwrap();

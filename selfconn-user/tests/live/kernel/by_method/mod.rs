@@ -8,3 +8,4 @@ pub(crate) mod early_warning;
 pub(crate) mod kinds;
 pub(crate) mod methods;
 pub(crate) mod port_range;
+pub(crate) mod programs;

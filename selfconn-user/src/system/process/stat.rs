@@ -1,0 +1,58 @@
+//! `/proc/PID/stat`: name and start time of a process, and the program that it runs.
+
+use std::fs;
+
+use super::lossy;
+
+/// What is used of `/proc/PID/stat`.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Stat {
+    pub(super) comm: String,
+    /// Start time in clock ticks since boot.
+    pub(super) start_ticks: u64,
+    /// Where the process has its arguments. 0 without the right to trace the process (`do_task_stat`,
+    /// fs/proc/array.c at v5.10).
+    pub(super) arg_start: u64,
+}
+
+pub(super) fn read_stat(pid: u32) -> Option<Stat> {
+    parse_stat(&lossy(&fs::read(format!("/proc/{pid}/stat")).ok()?))
+}
+
+/// The start time in the text of a `/proc/PID/stat`, in clock ticks since boot.
+#[must_use]
+pub fn start_ticks_in_stat(stat: &[u8]) -> Option<u64> {
+    parse_stat(&lossy(stat)).map(|stat| stat.start_ticks)
+}
+
+/// Parses the text of `/proc/PID/stat`. The name may contain any character, including blanks and parentheses. It
+/// therefore ends at the last closing parenthesis.
+fn parse_stat(stat: &str) -> Option<Stat> {
+    let name = stat.get(stat.find('(')? + 1..stat.rfind(')')?)?;
+    // The first field after the name is number 3 in proc(5), and these are 22 and 48.
+    let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
+    let start_ticks = fields.nth(22 - 3)?.parse().ok()?;
+    let arg_start = fields.nth(48 - 22 - 1).and_then(|field| field.parse().ok()).unwrap_or(0);
+    Some(Stat { comm: name.to_owned(), start_ticks, arg_start })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_name_may_contain_any_character() {
+        let rest = "S 1 2 2 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4711 0 0";
+        for name in ["sh", "a b", "(sd-pam)", ") 1 2 (", "", "a) S 1", "\n{\"event\":\"fake\"}"] {
+            let stat = Stat { comm: name.to_owned(), start_ticks: 4_711, arg_start: 0 };
+            assert_eq!(parse_stat(&format!("42 ({name}) {rest}")).as_ref(), Some(&stat), "{name:?}");
+            // Up to field 47, then arg_start, arg_end, env_start, env_end and exit_code.
+            let rest = format!("{rest}{} 140721 5 6 7 0\n", " 9".repeat(47 - 24));
+            let stat = Stat { arg_start: 140_721, ..stat };
+            assert_eq!(parse_stat(&format!("42 ({name}) {rest}")), Some(stat), "{name:?}");
+        }
+        for broken in ["", "42", "42 (", "42 )(", "42 (sh) S 1"] {
+            assert_eq!(parse_stat(broken), None, "{broken:?}");
+        }
+    }
+}
