@@ -13,6 +13,7 @@ use crate::{
         features::KernelFeatures,
         loader::{Counters, Tracer},
     },
+    budget::cmdline::CmdlineLimit,
     detect::remediation::Remedy,
     event::{EventKind, LossCause, Losses, ProgramCounters},
     lookup::Lookups,
@@ -81,6 +82,8 @@ pub struct DaemonOptions {
     pub states: bool,
     /// Time between two snapshots of the socket table.
     pub snapshot_interval: Duration,
+    /// What is kept of a command line: as much as events and rules need.
+    pub kept_cmdline: CmdlineLimit,
     pub remedy: Option<Remedy>,
     pub self_test: SelfTest,
 }
@@ -125,7 +128,7 @@ impl Daemon {
     ) -> io::Result<Self> {
         out.emit(EventKind::Started(started::started(host, &tracer)));
         let probe_count = u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX);
-        let lookups = Lookups::start(host.is_initial_pid_ns)?;
+        let lookups = Lookups::start(host.is_initial_pid_ns, options.kept_cmdline)?;
         let remediation = Remediation::start(options.remedy)?;
         let snapshot_worker = snapshot_worker::start(tracer.take_descriptor_iter())?;
         Ok(Self {

@@ -11,7 +11,10 @@ use std::{
 use selfconn_ebpf::Owner;
 
 use super::{DEADLINE, MAX_STUCK};
-use crate::system::process::{self, CommandLine, ProcessFacts, ProcessInfo, ProcessProof};
+use crate::system::{
+    command_line::CommandLine,
+    process::{self, ProcessFacts, ProcessInfo, ProcessProof},
+};
 
 /// Reads processes, one at a time. A thread that hangs is left alone; the process ends by exit, which ends the
 /// thread as well.
@@ -102,7 +105,7 @@ mod tests {
     fn a_process_is_read_with_its_arguments() {
         let mut lookups = BlockingLookups::default();
         let info = lookups.read(std::process::id()).unwrap();
-        assert_eq!(info.cmdline.unwrap(), std::env::args().collect::<Vec<_>>());
+        assert!(info.cmdline.unwrap().arguments().eq(std::env::args()));
         assert!(info.exe.is_some());
         assert_eq!((lookups.read(u32::MAX), lookups.unseen()), (None, None));
     }

@@ -12,7 +12,10 @@ use std::{
 use selfconn_ebpf::Owner;
 
 use super::ProcessKey;
-use crate::system::{capabilities, process::CommandLine, worker::Worker};
+use crate::{
+    budget::cmdline::CmdlineLimit,
+    system::{capabilities, command_line::CommandLine, worker::Worker},
+};
 
 /// Number of readers, which is the maximum number of reads that can be stuck at the same time. All are started
 /// with the daemon, because a thread that the loop starts later would have only the loop's capabilities.
@@ -59,9 +62,11 @@ pub(super) struct CmdlineReaders {
 }
 
 impl CmdlineReaders {
-    pub(super) fn start(read: fn(u32, u64) -> Option<CommandLine>) -> io::Result<Self> {
+    /// `limit`: what is kept of a command line.
+    pub(super) fn start(limit: CmdlineLimit, read: fn(u32, u64) -> Option<CommandLine>) -> io::Result<Self> {
         let reader = |name| -> io::Result<Reader> {
-            let handle = move |ProcessKey { pid, start_ticks }| read(pid, start_ticks);
+            let handle =
+                move |ProcessKey { pid, start_ticks }| read(pid, start_ticks).map(|read| limit.keep(read));
             let worker = Worker::start(name, capabilities::LOOKUP_WORKER, handle)?;
             Ok(Reader { worker, request: None, began: Instant::now(), is_stuck: false })
         };

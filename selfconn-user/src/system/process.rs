@@ -12,7 +12,10 @@ use std::{
 use selfconn_ebpf::{Opener, Task};
 use serde::Serialize;
 
-use super::cgroup::{self, CgroupInfo};
+use super::{
+    cgroup::{self, CgroupInfo},
+    command_line::CommandLine,
+};
 
 /// Length of a clock tick in `/proc`: 1 / `USER_HZ`, a constant of the ABI on all of aya's architectures.
 const TICK_NS: u64 = 1_000_000_000 / 100;
@@ -20,43 +23,44 @@ const TICK_NS: u64 = 1_000_000_000 / 100;
 /// Maximum number of bytes of a command line that are read.
 const CMDLINE_LIMIT: usize = 4_096;
 
-/// The arguments of a process.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CommandLine {
-    pub arguments: Vec<String>,
-    /// True if there are more than were read.
-    pub is_cut: bool,
-}
-
 /// Information about a process from `/proc`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProcessInfo {
     /// Name of the process.
     pub comm: Option<String>,
     /// Path of its executable.
-    pub exe: Option<String>,
-    /// Its arguments, at most 4,096 bytes in total.
-    pub cmdline: Option<Vec<String>>,
+    pub exe: Option<Arc<str>>,
+    /// Its arguments, read from at most 4,096 bytes.
+    pub cmdline: Option<Arc<CommandLine>>,
     /// Path of its control group.
-    pub cgroup: Option<String>,
+    pub cgroup: Option<Arc<str>>,
     /// The systemd unit in the path of the control group.
-    pub unit: Option<String>,
+    pub unit: Option<Arc<str>>,
     /// The container id in the path of the control group.
-    pub container: Option<String>,
+    pub container: Option<Arc<str>>,
     /// The uid of the Kubernetes pod in the path of the control group.
-    pub pod: Option<String>,
+    pub pod: Option<Arc<str>>,
     /// The control group that pays for the process.
     pub owner_cgroup: Option<Arc<str>>,
-    /// True if `cmdline` has only a part of the arguments.
-    pub is_cmdline_cut: bool,
 }
 
 impl ProcessInfo {
+    /// Bytes of memory, all texts included.
+    #[must_use]
+    pub fn kept_bytes(&self) -> usize {
+        // Of a text: the reference counts, and what the allocator adds.
+        let text = |text: &Option<Arc<str>>| text.as_ref().map_or(0, |text| text.len() + 32);
+        let Self { comm, exe, cmdline, cgroup, unit, container, pod, owner_cgroup } = self;
+        size_of::<Self>()
+            + comm.as_ref().map_or(0, |comm| comm.capacity() + 16)
+            + cmdline.as_ref().map_or(0, |cmdline| cmdline.kept_bytes() + 64)
+            + [exe, cgroup, unit, container, pod, owner_cgroup].into_iter().map(text).sum::<usize>()
+    }
+
     /// The same with these arguments.
     #[must_use]
     pub fn with_cmdline(mut self, cmdline: Option<CommandLine>) -> Self {
-        self.is_cmdline_cut = cmdline.as_ref().is_some_and(|cmdline| cmdline.is_cut);
-        self.cmdline = cmdline.map(|cmdline| cmdline.arguments);
+        self.cmdline = cmdline.map(Arc::new);
         self
     }
 }
@@ -182,7 +186,7 @@ pub fn is_in_initial_pid_ns() -> bool {
 #[must_use]
 pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> Option<ProcessFacts> {
     let file = |name: &str| format!("/proc/{pid}/{name}");
-    let exe = fs::read_link(file("exe")).ok().map(|path| lossy(path.as_os_str().as_bytes()));
+    let exe = fs::read_link(file("exe")).ok().map(|path| lossy(path.as_os_str().as_bytes()).into());
     let cgroup_text = fs::read(file("cgroup")).map(|text| lossy(&text)).unwrap_or_default();
     let cgroup = cgroup::path(&cgroup_text);
     let cgroup_info = cgroup.map_or_else(CgroupInfo::default, |(hierarchy, path)| {
@@ -198,12 +202,11 @@ pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> O
         comm: Some(comm),
         exe,
         cmdline: None,
-        unit: cgroup_info.unit,
-        container: cgroup_info.container,
-        pod: cgroup_info.pod,
+        unit: cgroup_info.unit.map(Arc::from),
+        container: cgroup_info.container.map(Arc::from),
+        pod: cgroup_info.pod.map(Arc::from),
         owner_cgroup: cgroup_info.owner.map(Arc::from),
-        is_cmdline_cut: false,
-        cgroup: cgroup.map(|(_, path)| path.to_owned()),
+        cgroup: cgroup.map(|(_, path)| path.into()),
     };
     Some(ProcessFacts { info, start_ticks, uid })
 }
@@ -219,8 +222,7 @@ pub fn read_cmdline(pid: u32, start_ticks: u64) -> Option<CommandLine> {
     let is_cut = cmdline.len() > CMDLINE_LIMIT;
     cmdline.truncate(CMDLINE_LIMIT);
     let (_, start_ticks_now) = read_stat(pid)?;
-    let arguments = (start_ticks_now == start_ticks).then(|| arguments(&cmdline)).flatten()?;
-    Some(CommandLine { arguments, is_cut })
+    (start_ticks_now == start_ticks).then(|| CommandLine::parse(&cmdline, is_cut)).flatten()
 }
 
 /// Name, and start time in clock ticks since boot.
@@ -233,7 +235,7 @@ fn read_stat(pid: u32) -> Option<(String, u64)> {
 #[cfg(any(test, fuzzing))]
 pub(crate) fn parse_anything(bytes: &[u8]) {
     let text = lossy(bytes);
-    let _ = (parse_stat(&text), arguments(bytes));
+    let _ = (parse_stat(&text), CommandLine::parse(bytes, false));
     cgroup::parse_anything(&text);
 }
 
@@ -254,12 +256,6 @@ fn parse_stat(stat: &str) -> Option<(&str, u64)> {
     let name = stat.get(stat.find('(')? + 1..stat.rfind(')')?)?;
     let start = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace().nth(19)?;
     Some((name, start.parse().ok()?))
-}
-
-/// The arguments in `/proc/PID/cmdline`. `None`: a kernel thread, or an exiting process.
-fn arguments(cmdline: &[u8]) -> Option<Vec<String>> {
-    let cmdline = cmdline.strip_suffix(b"\0").unwrap_or(cmdline);
-    (!cmdline.is_empty()).then(|| cmdline.split(|byte| *byte == 0).map(lossy).collect())
 }
 
 #[cfg(test)]
@@ -285,9 +281,12 @@ mod tests {
         let ticks = ProcessProof::Started(start);
         let facts = read_facts(pid, &ticks, true).unwrap();
         assert_eq!(facts.info.comm.as_deref(), Some(comm));
-        let exe = std::env::current_exe().ok().map(|path| path.to_string_lossy().into_owned());
+        let exe = std::env::current_exe().ok().map(|path| path.to_string_lossy().into());
         assert_eq!((facts.info.exe, facts.start_ticks), (exe, start));
-        assert_eq!(read_cmdline(pid, start).unwrap().arguments, std::env::args().collect::<Vec<_>>());
+        assert_eq!(
+            read_cmdline(pid, start).unwrap().arguments().collect::<Vec<_>>(),
+            std::env::args().collect::<Vec<_>>()
+        );
         assert_eq!(read_cmdline(pid, start + 1), None, "another process");
         assert_eq!(read_facts(u32::MAX, &ProcessProof::None, true), None);
 
@@ -324,21 +323,5 @@ mod tests {
         comm[..name.len() - 1].copy_from_slice(&name[..name.len() - 1]);
         let tid = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
         Task { pid: std::process::id(), tid, comm, leader: [0; 16] }
-    }
-
-    #[test]
-    fn arguments_are_separated_by_nuls() {
-        for (bytes, expected) in [
-            (&b""[..], None),
-            (b"\0", None),
-            (b"sh\0-c\0a b\0", Some(vec!["sh", "-c", "a b"])),
-            (b"sh\0\0x\0", Some(vec!["sh", "", "x"])),
-            (b"renamed by itself", Some(vec!["renamed by itself"])),
-            (b"\xff\n\0", Some(vec!["\u{fffd}\n"])),
-        ] {
-            let expected: Option<Vec<String>> =
-                expected.map(|args| args.into_iter().map(str::to_owned).collect());
-            assert_eq!(arguments(bytes), expected);
-        }
     }
 }

@@ -136,7 +136,7 @@ fn a_connection_that_arrives_while_others_wait_is_reported_as_rate_limited_too()
 
 #[test]
 fn the_connections_of_one_owner_do_not_delay_those_of_another() {
-    let of_uid = |uid| ConnectionFields { uid, ..ConnectionFields::sample() };
+    let of_uid = |owner_uid| ConnectionFields { owner_uid, ..ConnectionFields::sample() };
     let mut remedy = remedy(RemedyMode::Destroy, 0, 10);
     for number in 1..=150 {
         remedy.on_established(of_uid(Some(65_534)), request(number), SECOND_NS);
@@ -154,7 +154,7 @@ fn the_connections_of_one_owner_do_not_delay_those_of_another() {
 #[test]
 fn a_connection_for_which_the_queue_has_no_room_is_reported_as_failed() {
     let mut remedy = remedy(RemedyMode::Destroy, u64::MAX, 10);
-    let limit = queue::OWNER_LIMIT as u64;
+    let limit = crate::budget::memory::MAX_OWNER_REMEDIES as u64;
     for number in 1..=limit {
         assert!(remedy.on_established(ConnectionFields::sample(), request(number), SECOND_NS).is_none());
     }
