@@ -9,6 +9,9 @@ pub const BUDGET_BYTES: usize = 64 << 20;
 /// Maximum number of tracked self-connections. A hash table with 16,384 slots has room for as many.
 pub const MAX_CONNECTIONS: usize = 14_336;
 
+/// Maximum number of connections whose close is remembered while a snapshot of the socket table is read.
+pub const MAX_CLOSED_DURING_SNAPSHOT: usize = 28_672;
+
 /// Maximum number of connections in TIME_WAIT that are kept to explain failed binds.
 pub const MAX_TIME_WAITS: usize = 7_168;
 
@@ -36,7 +39,8 @@ pub const QUEUE_REST_BYTES: usize = 1 << 20;
 
 /// Bytes of an entry, with its share of the tables that lead to it.
 pub const CONNECTION_BYTES: usize = 1_024;
-pub const TIME_WAIT_BYTES: usize = 640;
+pub const CLOSED_DURING_SNAPSHOT_BYTES: usize = 128;
+pub const TIME_WAIT_BYTES: usize = 512;
 pub const BIND_FAILURE_BYTES: usize = 256;
 pub const PENDING_EVENT_BYTES: usize = 640;
 pub const REMEDY_BYTES: usize = 1_536;
@@ -50,8 +54,12 @@ pub struct MemoryPart {
 }
 
 /// All parts.
-pub const PARTS: [MemoryPart; 9] = [
+pub const PARTS: [MemoryPart; 10] = [
     MemoryPart { name: "connections", bytes: MAX_CONNECTIONS * CONNECTION_BYTES },
+    MemoryPart {
+        name: "closed during a snapshot",
+        bytes: MAX_CLOSED_DURING_SNAPSHOT * CLOSED_DURING_SNAPSHOT_BYTES,
+    },
     MemoryPart { name: "process facts", bytes: PROCESS_FACTS_BYTES },
     MemoryPart { name: "pending events", bytes: MAX_PENDING_EVENTS * PENDING_EVENT_BYTES },
     MemoryPart { name: "TIME_WAIT", bytes: MAX_TIME_WAITS * TIME_WAIT_BYTES },
@@ -75,3 +83,40 @@ pub const fn sum() -> usize {
 }
 
 const _: () = assert!(sum() <= BUDGET_BYTES);
+
+#[cfg(test)]
+mod tests {
+    use selfconn_ebpf::{ConnectEntry, refused_connects::RefusedCount};
+
+    use super::*;
+
+    /// What the eBPF programs have with the default options: the ring buffers, two large tables, and all others.
+    const PROGRAMS_BYTES: usize =
+        (8 << 20) + 16_384 * size_of::<ConnectEntry>() + 4_096 * size_of::<RefusedCount>() + (8 << 20);
+
+    fn bytes(text: &str) -> usize {
+        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let shift = match &text[digits.len()..] {
+            "M" | "Mi" => 20,
+            "G" | "Gi" => 30,
+            unit => panic!("{text}: {unit:?}"),
+        };
+        digits.parse::<usize>().unwrap() << shift
+    }
+
+    #[test]
+    fn the_limits_of_the_packages_are_above_the_budget() {
+        let unit = include_str!("../../../packaging/systemd/selfconn.service");
+        let unit_limits = unit
+            .lines()
+            .filter_map(|line| line.strip_prefix("MemoryMax=").or_else(|| line.strip_prefix("MemoryHigh=")));
+        let pod = include_str!("../../../packaging/kubernetes/daemonset.yaml");
+        let (_, pod_limits) = pod.split_once("limits:").unwrap();
+        let pod_limits = pod_limits.lines().filter_map(|line| line.trim().strip_prefix("memory: ")).take(1);
+        let limits: Vec<_> = unit_limits.chain(pod_limits).map(bytes).collect();
+        assert!(limits.len() >= 2, "the unit and the DaemonSet have a limit: {limits:?}");
+        for limit in limits {
+            assert!(BUDGET_BYTES + PROGRAMS_BYTES <= limit, "{BUDGET_BYTES} + {PROGRAMS_BYTES} > {limit}");
+        }
+    }
+}

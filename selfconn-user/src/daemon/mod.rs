@@ -450,7 +450,9 @@ impl Daemon {
         self.update_counters();
         let totals = self.losses().plus(self.pipeline.out.lost());
         let tracer = &self.tracer;
-        self.loss_reporter.report(&totals, || tracer.owners_with_losses(), &mut self.pipeline.out);
+        let Pipeline { connections, out, .. } = &mut self.pipeline;
+        let owners = || tracer.owners_with_losses();
+        self.loss_reporter.report(&totals, owners, || connections.take_untracked(), out);
     }
 
     fn update_counters(&mut self) {
@@ -470,6 +472,7 @@ impl Daemon {
             (LossCause::Hooks, self.loss_reporter.dead_hooks()),
             (LossCause::OpenerTable, self.counters.connect_table_full),
             (LossCause::Lookups, self.pipeline.lookups.given_up()),
+            (LossCause::Untracked, self.pipeline.connections.untracked()),
         ])
     }
 
