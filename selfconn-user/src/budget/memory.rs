@@ -57,7 +57,7 @@ pub struct MemoryPart {
 pub const PARTS: [MemoryPart; 10] = [
     MemoryPart { name: "connections", bytes: MAX_CONNECTIONS * CONNECTION_BYTES },
     MemoryPart {
-        name: "closed during a snapshot",
+        name: "closed in a snapshot",
         bytes: MAX_CLOSED_DURING_SNAPSHOT * CLOSED_DURING_SNAPSHOT_BYTES,
     },
     MemoryPart { name: "process facts", bytes: PROCESS_FACTS_BYTES },
