@@ -20,6 +20,9 @@ use crate::support::{
 /// The daemon follows 14,336 self-connections, at most three quarters of them of one owner.
 const SHARE: usize = 14_336 * 3 / 4;
 
+/// What an owner has less because others have connections, too: some three for each of theirs.
+const TOLERANCE: usize = 32;
+
 /// What the storm has: some hundred more, of processes with 2,000 arguments each.
 const PROCESSES: usize = 12;
 const CONNECTIONS: usize = 12 * 950;
@@ -44,7 +47,7 @@ fn assert_counted(events: &[Value], netns: u64) {
     let stopped = events.last().unwrap();
     let untracked = number(&stopped["lost"]["untracked"]);
     assert_eq!(established(events, netns, UNPRIVILEGED) + untracked, CONNECTIONS, "{stopped}");
-    assert_eq!(established(events, netns, UNPRIVILEGED), SHARE, "{stopped}");
+    assert!((SHARE - TOLERANCE..=SHARE).contains(&established(events, netns, UNPRIVILEGED)), "{stopped}");
     let is_untracked = |event: &&Value| event["event"] == "lost" && event["where"] == "untracked";
     let lost: Vec<_> = events.iter().filter(is_untracked).collect();
     assert_eq!(lost.iter().map(|event| number(&event["count"])).sum::<usize>(), untracked);
@@ -78,7 +81,7 @@ fn run_daemon(net: &TestNetns, start_storm: impl FnOnce()) {
     loop {
         let events = events();
         if let Some(victim) = events.iter().find(|event| is_victim(event))
-            && established(&events, net.inode, UNPRIVILEGED) >= SHARE
+            && established(&events, net.inode, UNPRIVILEGED) >= SHARE - TOLERANCE
         {
             assert!(victim["uid"] == 0 && victim["exe"].is_string(), "{victim}");
             break;
