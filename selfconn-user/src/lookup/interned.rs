@@ -79,9 +79,9 @@ impl InternedFacts {
         let bytes = facts.kept_bytes() + ENTRY_BYTES;
         self.since_sweep += 1;
         // A sweep visits all entries, so it follows as many new ones.
-        if !self.bytes.try_take(owner, bytes)
-            && !(self.sweep_if_worthwhile() && self.bytes.try_take(owner, bytes))
-        {
+        let has_room = self.bytes.try_take(owner, bytes)
+            || self.sweep_if_worthwhile() && self.bytes.try_take(owner, bytes);
+        if !has_room {
             self.refused += 1;
             return self.without_room(owner, facts);
         }
