@@ -1,7 +1,7 @@
 //! Checks that parsers and outputs must pass for any input. The fuzz targets in `fuzz/` and the property
 //! tests in this file call them. No released build contains this module.
 
-use std::rc::Rc;
+use std::{rc::Rc, sync::Arc};
 
 use jiff::Timestamp;
 use selfconn_ebpf::{COMM_LEN, Endpoint, Opener, Task, Transition, state};
@@ -158,15 +158,14 @@ fn connection_fields(names: &[String]) -> ConnectionFields {
     let attribution = Attribution {
         process: Rc::new(ProcessInfo {
             comm: name(2),
-            exe: name(3),
+            exe: name(3).map(Arc::from),
             is_exe_ours: true,
-            cmdline: Some(names.to_vec()),
-            cgroup: name(4),
-            unit: name(5),
-            container: name(6),
-            pod: name(8),
+            cmdline: Some(Arc::new(names.iter().map(String::as_str).collect())),
+            cgroup: name(4).map(Arc::from),
+            unit: name(5).map(Arc::from),
+            container: name(6).map(Arc::from),
+            pod: name(8).map(Arc::from),
             owner_cgroup: None,
-            is_cmdline_cut: false,
         }),
         holders: Some(vec![Holder { pid: 9, comm: name(7), start_ticks: None }]),
     };

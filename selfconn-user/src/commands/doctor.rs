@@ -25,8 +25,10 @@ use crate::{
 
 use live::LiveMethod;
 use live::LiveTest;
+use memory::MemoryReport;
 
 mod live;
+mod memory;
 
 /// Shown below the options.
 pub const EXAMPLE: &str = "\
@@ -59,6 +61,8 @@ struct DoctorReport {
     /// How the descriptors of all processes would be read. If not `ok`, holders are looked up in `/proc`.
     descriptors: Vec<MethodReport>,
     limits: Vec<String>,
+    /// What the daemon keeps at most.
+    memory: MemoryReport,
     /// Result of `--live`. Null without that option.
     live: Option<LiveTest>,
     fit: bool,
@@ -150,6 +154,7 @@ fn collect(features: &KernelFeatures) -> DoctorReport {
         binds: bind_reports(bind_programs::probe_methods(features)),
         descriptors: vec![descriptor_report(descriptors::probe(features))],
         limits: features.limits(),
+        memory: MemoryReport::new(),
         live: None,
         fit: !choice.live.is_empty(),
     }
@@ -281,6 +286,7 @@ fn text(report: &DoctorReport) -> String {
             }
         }
     }
+    out.push_str(&report.memory.text());
     for limit in &report.limits {
         let _ = writeln!(out, "\n  limit: {limit}");
     }

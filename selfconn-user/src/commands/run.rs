@@ -234,6 +234,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         let options = DaemonOptions {
             states: args.states,
             snapshot_interval: Duration::from_secs(args.reconcile),
+            kept_cmdline: if args.remedy.needs_cmdline() { CmdlineLimit::Full } else { args.cmdline },
             remedy,
             self_test: SelfTest::new(self_test_socket, Duration::from_secs(args.self_test), live),
         };

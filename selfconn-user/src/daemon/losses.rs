@@ -1,7 +1,10 @@
 //! Reports losses: emits `lost` for what was lost since the last report, by cause. The parts of the daemon,
 //! the outputs and the eBPF programs count; this file only compares with what is reported already.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use selfconn_ebpf::{Owner, owner::OwnerState};
 use tokio::time::Instant;
@@ -16,6 +19,9 @@ use crate::{
 /// Delay from the first record until the probes' counters are read and losses are reported. While an output
 /// is not writable, losses are checked again after the same delay.
 const LOSS_REPORT_DELAY: Duration = Duration::from_secs(1);
+
+/// Number of owners and causes beyond which those that the programs do not know any more are forgotten.
+const MAX_REPORTED_OWNERS: usize = 4_096;
 
 /// The losses that are reported, and when to look for others.
 #[derive(Default)]
@@ -68,8 +74,10 @@ impl LossReporter {
         &mut self,
         totals: &Losses,
         owners: impl Fn() -> I,
+        mut untracked: impl FnMut() -> Vec<(Owner, u64)>,
         out: &mut Outputs,
     ) {
+        self.prune(&owners);
         for cause in LossCause::ALL {
             let (total, reported) = (totals.get(cause), self.reported.get(cause));
             if total > reported && !out.is_pending(cause) {
@@ -80,6 +88,15 @@ impl LossReporter {
                     }
                 } else {
                     let mut rest = total - reported;
+                    if cause == LossCause::Untracked {
+                        for (owner, count) in untracked() {
+                            if owner != Owner::UNKNOWN {
+                                let count = count.min(rest);
+                                rest -= count;
+                                out.emit(EventKind::Lost(Lost::of_user(cause, count, owner.uid)));
+                            }
+                        }
+                    }
                     if let Some(key) = LossKey::of(cause) {
                         for (owner, state) in owners() {
                             let count = self.unreported(owner, key, &state).min(rest);
@@ -95,6 +112,14 @@ impl LossReporter {
                     }
                 }
             }
+        }
+    }
+
+    /// Forgets the owners that the programs do not know any more.
+    fn prune<I: Iterator<Item = (Owner, OwnerState)>>(&mut self, owners: impl Fn() -> I) {
+        if self.reported_by_owner.len() > MAX_REPORTED_OWNERS {
+            let known: HashSet<Owner> = owners().map(|(owner, _)| owner).collect();
+            self.reported_by_owner.retain(|(owner, _), _| known.contains(owner));
         }
     }
 

@@ -13,6 +13,7 @@ use crate::{
         features::KernelFeatures,
         loader::{Counters, Tracer},
     },
+    budget::cmdline::CmdlineLimit,
     detect::remediation::Remedy,
     event::{EventKind, LossCause, Losses, ProgramCounters},
     lookup::Lookups,
@@ -81,6 +82,8 @@ pub struct DaemonOptions {
     pub states: bool,
     /// Time between two snapshots of the socket table.
     pub snapshot_interval: Duration,
+    /// What is kept of a command line: as much as events and rules need.
+    pub kept_cmdline: CmdlineLimit,
     pub remedy: Option<Remedy>,
     pub self_test: SelfTest,
 }
@@ -125,7 +128,7 @@ impl Daemon {
     ) -> io::Result<Self> {
         out.emit(EventKind::Started(started::started(host, &tracer)));
         let probe_count = u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX);
-        let lookups = Lookups::start(host.is_initial_pid_ns)?;
+        let lookups = Lookups::start(host.is_initial_pid_ns, options.kept_cmdline)?;
         let remediation = Remediation::start(options.remedy)?;
         let snapshot_worker = snapshot_worker::start(tracer.take_descriptor_iter())?;
         Ok(Self {
@@ -453,7 +456,9 @@ impl Daemon {
         self.update_counters();
         let totals = self.losses().plus(self.pipeline.out.lost());
         let tracer = &self.tracer;
-        self.loss_reporter.report(&totals, || tracer.owners_with_losses(), &mut self.pipeline.out);
+        let Pipeline { connections, out, .. } = &mut self.pipeline;
+        let owners = || tracer.owners_with_losses();
+        self.loss_reporter.report(&totals, owners, || connections.take_untracked(), out);
     }
 
     fn update_counters(&mut self) {
@@ -473,6 +478,7 @@ impl Daemon {
             (LossCause::Hooks, self.loss_reporter.dead_hooks()),
             (LossCause::OpenerTable, self.counters.connect_table_full),
             (LossCause::Lookups, self.pipeline.lookups.given_up()),
+            (LossCause::Untracked, self.pipeline.connections.untracked()),
         ])
     }
 

@@ -6,11 +6,10 @@ use std::collections::{HashMap, VecDeque};
 use jiff::Timestamp;
 use selfconn_ebpf::state;
 
-use crate::detect::connection::{Connection, ConnectionEnd, ConnectionEvent};
-
-/// Maximum number of events that wait, of some 400 bytes each. Beyond it they are emitted without what is not
-/// looked up yet.
-pub(super) const MAX_PENDING_EVENTS: usize = 8_192;
+use crate::{
+    budget::memory,
+    detect::connection::{Connection, ConnectionEnd, ConnectionEvent},
+};
 
 /// A connection event that can be kept: with the connection as it was then.
 #[derive(Debug)]
@@ -21,6 +20,8 @@ pub(super) struct QueuedEvent {
     pub(super) at_ns: u64,
     pub(super) time: Timestamp,
 }
+
+const _: () = assert!(size_of::<QueuedEvent>() + 128 <= memory::PENDING_EVENT_BYTES);
 
 #[derive(Clone, Copy, Debug)]
 enum Change {
@@ -69,7 +70,11 @@ impl PendingEvents {
     }
 
     pub(super) fn push(&mut self, event: QueuedEvent) {
-        self.by_connection.entry(event.connection.number).or_default().push(event);
+        // Most connections have one event here.
+        let events =
+            self.by_connection.entry(event.connection.number).or_insert_with(|| Vec::with_capacity(1));
+        events.reserve_exact(1);
+        events.push(event);
         self.len += 1;
     }
 

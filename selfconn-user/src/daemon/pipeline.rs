@@ -10,11 +10,12 @@ use jiff::Timestamp;
 use selfconn_ebpf::{Task, Transition, bind_failure::BindFailure, state};
 
 use super::{
-    pending::{MAX_PENDING_EVENTS, PendingEvents, QueuedEvent},
+    pending::{PendingEvents, QueuedEvent},
     port_risk,
     remediation::Remediation,
 };
 use crate::{
+    budget::memory::MAX_PENDING_EVENTS,
     detect::{
         bind_conflict::{BindConflicts, PortHolder, TimeWaitEntry},
         connection::{Connection, ConnectionEvent, Connections, TIME_WAIT_NS},

@@ -7,7 +7,13 @@ use std::{collections::HashMap, net::IpAddr};
 use selfconn_ebpf::{COMM_LEN, Endpoint, bind_failure::BindFailure};
 
 use super::connection::{Connection, SocketId};
-use crate::system::process::Attribution;
+use crate::{
+    budget::{
+        SharedLimit,
+        memory::{self, MAX_BIND_FAILURES, MAX_TIME_WAITS},
+    },
+    system::process::Attribution,
+};
 
 const SECOND_NS: u64 = 1_000_000_000;
 
@@ -17,9 +23,10 @@ const FIRST_REPORT_INTERVAL_NS: u64 = 10 * SECOND_NS;
 /// Maximum time between two reports of a server that keeps retrying.
 const MAX_REPORT_INTERVAL_NS: u64 = 3_600 * SECOND_NS;
 
-/// Maximum number of TIME_WAIT entries, and of servers whose binds failed. The kernel bounds its TIME_WAIT
-/// sockets, too.
-const MAX_ENTRIES: usize = 4_096;
+// Beside an entry: the table that leads to it, with its key.
+const _: () = assert!(size_of::<TimeWaitEntry>() + 128 <= memory::TIME_WAIT_BYTES);
+const _: () =
+    assert!(2 * (size_of::<BindFailureKey>() + size_of::<BindFailureState>()) <= memory::BIND_FAILURE_BYTES);
 
 /// A self-connection in TIME_WAIT.
 #[derive(Clone, Debug)]
@@ -42,11 +49,13 @@ pub enum PortHolder<'a> {
 }
 
 /// Failed binds, and the TIME_WAIT entries that can cause them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct BindConflicts {
     /// By socket: a TIME_WAIT has the cookie of its socket (`inet_twsk_alloc`, net/ipv4/inet_timewait_sock.c at
     /// v5.10). Boxed, so that empty slots of the table take little memory.
     time_waits: HashMap<SocketId, Box<TimeWaitEntry>>,
+    /// How many an owner has of them.
+    shares: SharedLimit,
     /// When expired entries were last removed.
     last_sweep_ns: u64,
     bind_failures: HashMap<BindFailureKey, BindFailureState>,
@@ -106,6 +115,18 @@ fn is_conflicting(held: &Endpoint, requested: &Endpoint) -> bool {
     held.is_in_netns_of(requested) && held.port == requested.port && is_same_device && is_requested
 }
 
+impl Default for BindConflicts {
+    fn default() -> Self {
+        Self {
+            time_waits: HashMap::new(),
+            shares: SharedLimit::new(MAX_TIME_WAITS),
+            last_sweep_ns: 0,
+            bind_failures: HashMap::new(),
+            failures: 0,
+        }
+    }
+}
+
 impl BindConflicts {
     /// Adds a self-connection that was closed and is in TIME_WAIT now.
     pub fn insert_time_wait(&mut self, entry: TimeWaitEntry, now_ns: u64) {
@@ -113,8 +134,11 @@ impl BindConflicts {
         if now_ns.saturating_sub(self.last_sweep_ns) >= SECOND_NS {
             self.remove_expired(now_ns);
         }
-        if self.time_waits.len() < MAX_ENTRIES {
-            self.time_waits.insert(entry.id(), Box::new(entry));
+        let owner = entry.connection.payer();
+        if self.shares.try_take(owner, 1)
+            && let Some(replaced) = self.time_waits.insert(entry.id(), Box::new(entry))
+        {
+            self.shares.give_back(replaced.connection.payer(), 1);
         }
     }
 
@@ -128,7 +152,7 @@ impl BindConflicts {
 
     /// Removes the connections that are not in TIME_WAIT any more.
     pub fn remove_expired(&mut self, now_ns: u64) {
-        self.time_waits.retain(|_, entry| entry.until_ns > now_ns);
+        self.remove_ended(|entry| entry.until_ns <= now_ns);
         self.last_sweep_ns = now_ns;
     }
 
@@ -143,7 +167,14 @@ impl BindConflicts {
     /// Removes the TIME_WAIT entries that have ended early. `has_ended` returns true if the kernel does not have this
     /// one any more.
     pub fn remove_ended(&mut self, has_ended: impl Fn(&TimeWaitEntry) -> bool) {
-        self.time_waits.retain(|_, entry| !has_ended(entry));
+        let Self { time_waits, shares, .. } = self;
+        time_waits.retain(|_, entry| {
+            let has_ended = has_ended(entry);
+            if has_ended {
+                shares.give_back(entry.connection.payer(), 1);
+            }
+            !has_ended
+        });
     }
 
     /// Where the connections in TIME_WAIT are.
@@ -180,11 +211,11 @@ impl BindConflicts {
     pub fn record_failure(&mut self, failure: &BindFailure, holder: u64) -> Option<u64> {
         let (now_ns, failures) = (failure.at_ns, failure.failures);
         self.failures += failures;
-        if self.bind_failures.len() >= MAX_ENTRIES {
+        if self.bind_failures.len() >= MAX_BIND_FAILURES {
             self.bind_failures
                 .retain(|_, state| now_ns.saturating_sub(state.last_ns) < state.report_interval_ns);
         }
-        if self.bind_failures.len() >= MAX_ENTRIES {
+        if self.bind_failures.len() >= MAX_BIND_FAILURES {
             self.bind_failures.clear();
         }
         let name = if failure.task.leader[0] == 0 { failure.task.comm } else { failure.task.leader };
@@ -314,11 +345,12 @@ mod tests {
     #[test]
     fn the_number_of_entries_is_bounded() {
         let mut conflicts = BindConflicts::default();
-        for port in 1..=u16::try_from(MAX_ENTRIES).unwrap() + 9 {
+        for port in 1..=u16::try_from(MAX_TIME_WAITS).unwrap() + 9 {
             conflicts.insert_time_wait(entry(1, "127.0.0.1", port, 60), 0);
             conflicts.record_failure(&failure("127.0.0.1", port, 0), 1);
         }
-        assert!(conflicts.time_waits.len() <= MAX_ENTRIES && conflicts.bind_failures.len() <= MAX_ENTRIES);
+        assert_eq!(conflicts.time_waits.len(), MAX_TIME_WAITS * 3 / 4, "the share of one owner");
+        assert!(conflicts.bind_failures.len() <= MAX_BIND_FAILURES);
         conflicts.insert_time_wait(entry(2, "127.0.0.1", 9_999, 120), 61 * SECOND_NS);
         assert_eq!(conflicts.time_waits.len(), 1, "expired entries are removed first");
     }

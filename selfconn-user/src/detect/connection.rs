@@ -11,15 +11,17 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
-use selfconn_ebpf::{COMM_LEN, Endpoint, Opener, Task, Transition, state};
+use selfconn_ebpf::{COMM_LEN, Endpoint, Opener, Owner, Task, Transition, state};
 
 use crate::sockets::SocketEntry;
 use identity::ClosedSockets;
+use table::TrackedTable;
 
 pub use identity::SocketId;
 
 mod identity;
 mod reconcile;
+mod table;
 #[cfg(test)]
 mod tests;
 
@@ -119,7 +121,7 @@ impl<'a> ConnectionEvent<'a> {
 /// All tracked sockets, by their kernel address.
 #[derive(Debug, Default)]
 pub struct Connections {
-    tracked: HashMap<u64, Tracked>,
+    tracked: TrackedTable,
     /// Keys of connections that the socket table listed and whose kernel address is not known yet.
     provisional_keys: HashMap<SocketId, u64>,
     /// The connections closed since the current snapshot of the socket table began. `None`: no snapshot is in
@@ -138,6 +140,8 @@ pub struct Connections {
 #[derive(Debug)]
 struct Tracked {
     connection: Connection,
+    /// Who pays for it in the table.
+    payer: Owner,
     /// The last transition, and one bit for each probe that reported it.
     last: (u8, u8),
     reported_by: u8,
@@ -161,21 +165,21 @@ impl Connections {
     pub fn apply(&mut self, t: &Transition, mut each: impl FnMut(ConnectionEvent<'_>)) {
         self.expire_duplicates(t.at_ns);
         self.assign_socket(t);
-        if let Some(tracked) = self.tracked.get_mut(&t.sock) {
+        if let Some(tracked) = self.tracked.get_mut(t.sock) {
             if tracked.is_duplicate(t) {
                 tracked.reported_by |= 1 << t.probe_id;
                 tracked.update(t);
                 if tracked.closed_ns.is_some()
                     && tracked.reported_by.count_ones() >= u32::from(self.probe_count)
                 {
-                    self.tracked.remove(&t.sock);
+                    self.tracked.remove(t.sock);
                 }
                 return;
             }
             if !tracked.can_follow(t) {
                 let missed = self
                     .tracked
-                    .remove(&t.sock)
+                    .remove(t.sock)
                     .filter(|tracked| tracked.established_emitted && tracked.closed_ns.is_none());
                 if let Some(tracked) = missed {
                     close(
@@ -187,11 +191,16 @@ impl Connections {
                 }
             }
         }
-        let last_number = &mut self.last_number;
-        let tracked = self.tracked.entry(t.sock).or_insert_with(|| {
-            *last_number += 1;
-            Tracked::new(*last_number, t)
-        });
+        if self.tracked.get(t.sock).is_none() {
+            let payer = table::payer_of_transition(t);
+            if !self.tracked.take_room(payer) {
+                self.tracked.on_untracked(payer, t);
+                return;
+            }
+            self.last_number += 1;
+            self.tracked.insert(t.sock, Tracked::new(self.last_number, payer, t));
+        }
+        let Some(tracked) = self.tracked.get_mut(t.sock) else { return };
         tracked.last = (t.old, t.new);
         tracked.reported_by = 1 << t.probe_id;
         tracked.last_seen_ns = t.at_ns;
@@ -216,7 +225,7 @@ impl Connections {
                     self.duplicate_queue.push_back((t.at_ns, t.sock));
                 }
             } else {
-                self.tracked.remove(&t.sock);
+                self.tracked.remove(t.sock);
             }
         }
     }
@@ -224,13 +233,25 @@ impl Connections {
     /// All open self-connections.
     pub fn iter(&self) -> impl Iterator<Item = &Connection> {
         let is_open = |tracked: &&Tracked| tracked.established_emitted && tracked.closed_ns.is_none();
-        self.tracked.values().filter(is_open).map(|tracked| &tracked.connection)
+        self.tracked.iter().map(|(_, tracked)| tracked).filter(is_open).map(|tracked| &tracked.connection)
+    }
+
+    /// Number of self-connections for which there was no room. They have no event, unless there is room when they are
+    /// closed or listed.
+    #[must_use]
+    pub fn untracked(&self) -> u64 {
+        self.tracked.untracked()
+    }
+
+    /// Those since the last call, by owner.
+    pub fn take_untracked(&mut self) -> Vec<(Owner, u64)> {
+        self.tracked.take_unreported()
     }
 
     fn expire_duplicates(&mut self, now_ns: u64) {
         while let Some((closed_ns, sock)) = self.duplicate_queue.front().copied() {
             // The close of the socket that is at this address now. That socket may still be open.
-            let current_closed_ns = self.tracked.get(&sock).and_then(|tracked| tracked.closed_ns);
+            let current_closed_ns = self.tracked.get(sock).and_then(|tracked| tracked.closed_ns);
             let is_awaited = current_closed_ns
                 .is_some_and(|closed_ns| now_ns.saturating_sub(closed_ns) < DUPLICATE_WINDOW_NS);
             if is_awaited && current_closed_ns == Some(closed_ns) {
@@ -242,7 +263,7 @@ impl Connections {
                 continue;
             }
             if current_closed_ns.is_some() {
-                self.tracked.remove(&sock);
+                self.tracked.remove(sock);
             }
             self.awaiting_duplicates.remove(&sock);
         }
@@ -280,6 +301,12 @@ impl Connection {
         }
     }
 
+    /// Who pays for it: the opener or, if the opener is unknown, the user that owns the socket.
+    #[must_use]
+    pub fn payer(&self) -> Owner {
+        table::payer(self.opener.as_ref(), self.uid.unwrap_or(0))
+    }
+
     /// A connection with all that the socket table says.
     #[must_use]
     pub fn from_entry(number: u64, entry: &SocketEntry) -> Self {
@@ -294,8 +321,9 @@ impl Connection {
 }
 
 impl Tracked {
-    fn new(number: u64, t: &Transition) -> Self {
+    fn new(number: u64, payer: Owner, t: &Transition) -> Self {
         Self {
+            payer,
             connection: Connection::new(number, Source::Live, t.endpoint),
             last: (t.old, t.new),
             reported_by: 0,

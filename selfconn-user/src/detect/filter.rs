@@ -1,6 +1,6 @@
 //! Selects self-connections by rules `KEY=GLOB` over the fields of a connection. Pure.
 
-use std::{borrow::Cow, fmt, str::FromStr};
+use std::{borrow::Cow, fmt, str::FromStr, sync::Arc};
 
 use glob::Pattern;
 
@@ -93,9 +93,9 @@ impl FilterKey {
     }
 
     fn value(self, fields: &ConnectionFields) -> FieldValue<'_> {
-        let text = |text: &Option<String>| {
-            text.clone().map_or(FieldValue::Unknown, |text| FieldValue::Known(text.into()))
-        };
+        fn text(text: Option<&str>) -> FieldValue<'_> {
+            text.map_or(FieldValue::Unknown, |text| FieldValue::Known(text.into()))
+        }
         let keyword = |keyword: Option<&'static str>| {
             keyword.map_or(FieldValue::Unknown, |keyword| FieldValue::Known(keyword.into()))
         };
@@ -104,18 +104,23 @@ impl FilterKey {
         };
         // These are parsed from the control group's path: if the path is known, a missing value is known to
         // be missing.
-        let in_cgroup = |part: &Option<String>| match text(part) {
-            FieldValue::Unknown if fields.cgroup.is_some() => FieldValue::Absent,
-            value => value,
-        };
+        fn in_cgroup<'a>(fields: &'a ConnectionFields, part: &'a Option<Arc<str>>) -> FieldValue<'a> {
+            match text(part.as_deref()) {
+                FieldValue::Unknown if fields.cgroup.is_some() => FieldValue::Absent,
+                value => value,
+            }
+        }
         match self {
             Self::Addr => FieldValue::Known(fields.addr.as_str().into()),
             Self::Cause => keyword(fields.cause),
-            Self::Cgroup => text(&fields.cgroup),
-            Self::Cmdline => text(&fields.cmdline.as_ref().map(|arguments| arguments.join(" "))),
-            Self::Comm => text(&fields.comm),
-            Self::Container => in_cgroup(&fields.container),
-            Self::Exe => match text(&fields.exe) {
+            Self::Cgroup => text(fields.cgroup.as_deref()),
+            Self::Cmdline => match &fields.cmdline {
+                Some(cmdline) => FieldValue::Known(cmdline.arguments().collect::<Vec<_>>().join(" ").into()),
+                None => FieldValue::Unknown,
+            },
+            Self::Comm => text(fields.comm.as_deref()),
+            Self::Container => in_cgroup(fields, &fields.container),
+            Self::Exe => match text(fields.exe.as_deref()) {
                 FieldValue::Known(path) if !fields.is_exe_ours => FieldValue::Claimed(path),
                 value => value,
             },
@@ -127,17 +132,23 @@ impl FilterKey {
             Self::Netns => number(fields.netns),
             Self::Owner => keyword(fields.owner),
             Self::Pid => number(fields.pid),
-            Self::Pod => in_cgroup(&fields.pod),
+            Self::Pod => in_cgroup(fields, &fields.pod),
             Self::Port => number(Some(fields.port.into())),
             Self::Source => keyword(Some(fields.source)),
-            Self::ThreadComm => text(&fields.thread_comm),
+            Self::ThreadComm => text(fields.thread_comm.as_deref()),
             Self::Uid => number(fields.uid),
-            Self::Unit => in_cgroup(&fields.unit),
+            Self::Unit => in_cgroup(fields, &fields.unit),
         }
     }
 }
 
 impl Rule {
+    /// True if the rule is about the arguments of a process.
+    #[must_use]
+    pub fn is_about_cmdline(&self) -> bool {
+        self.key == FilterKey::Cmdline
+    }
+
     /// True if the rule matches. `None`: the field is unknown.
     fn matches(&self, fields: &ConnectionFields) -> Option<bool> {
         match self.key.value(fields) {
@@ -235,7 +246,7 @@ mod tests {
     #[test]
     fn unknown_fields_exclude_and_fields_known_to_be_empty_do_not() {
         let host =
-            ConnectionFields { container: None, cgroup: Some("/".to_owned()), ..ConnectionFields::sample() };
+            ConnectionFields { container: None, cgroup: Some("/".into()), ..ConnectionFields::sample() };
         let gone = ConnectionFields {
             container: None,
             cgroup: None,

@@ -1,7 +1,7 @@
 //! The events `at_risk` and `at_risk_over`: connects to a closed local port that can become a
 //! self-connection.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, sync::Arc};
 
 use serde::Serialize;
 
@@ -27,11 +27,11 @@ pub struct RefusedConnectFields {
     /// Name of the process.
     pub comm: Option<String>,
     /// Path of the executable.
-    pub exe: Option<String>,
+    pub exe: Option<Arc<str>>,
     /// systemd unit of the process.
-    pub unit: Option<String>,
+    pub unit: Option<Arc<str>>,
     /// Id of the container.
-    pub container: Option<String>,
+    pub container: Option<Arc<str>>,
     /// Number of distinct pids that connected; a lower bound.
     pub dialers: u32,
     /// Refused connects in `window_ns`.

@@ -1,6 +1,6 @@
 //! The event `blocked`: a server could not bind a port because a self-connection holds it.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, sync::Arc};
 
 use jiff::Timestamp;
 use selfconn_ebpf::{bind_failure::BindFailure, state};
@@ -10,7 +10,7 @@ use super::connection::{ConnectionFields, process_name};
 use super::text::{self, EventFormat, LogRecord, Severity, duration, subject, utc_time};
 use crate::{
     detect::bind_conflict::{self, PortHolder},
-    system::{clock::Offset, process::ProcessInfo},
+    system::{clock::Offset, command_line::CommandLine, process::ProcessInfo},
 };
 
 /// `blocked`.
@@ -29,11 +29,11 @@ pub struct Blocked {
     /// Real user id of the process.
     pub uid: u32,
     /// Path of the executable.
-    pub exe: Option<String>,
+    pub exe: Option<Arc<str>>,
     /// systemd unit of the process.
-    pub unit: Option<String>,
+    pub unit: Option<Arc<str>>,
     /// Id of the container.
-    pub container: Option<String>,
+    pub container: Option<Arc<str>>,
     /// Number of times this bind has failed because of this self-connection.
     pub failures: u64,
     /// The self-connection that holds the port.
@@ -66,10 +66,10 @@ struct HolderFields {
     cause: Option<&'static str>,
     pid: Option<u32>,
     comm: Option<String>,
-    exe: Option<String>,
-    cmdline: Option<Vec<String>>,
-    unit: Option<String>,
-    container: Option<String>,
+    exe: Option<Arc<str>>,
+    cmdline: Option<Arc<CommandLine>>,
+    unit: Option<Arc<str>>,
+    container: Option<Arc<str>>,
     owner: Option<&'static str>,
 }
 

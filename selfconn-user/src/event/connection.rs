@@ -9,7 +9,10 @@ use serde::Serialize;
 use crate::{
     budget::Payer,
     detect::connection::{Connection, Source, comm},
-    system::process::{Attribution, Holder},
+    system::{
+        command_line::CommandLine,
+        process::{Attribution, Holder},
+    },
 };
 
 /// The fields of the self-connection that an event is about.
@@ -43,21 +46,21 @@ pub struct ConnectionFields {
     /// Name of the thread.
     pub thread_comm: Option<String>,
     /// Path of the executable.
-    pub exe: Option<String>,
+    pub exe: Option<Arc<str>>,
     /// Arguments of the process.
-    pub cmdline: Option<Vec<String>>,
+    pub cmdline: Option<Arc<CommandLine>>,
     /// True if `cmdline` has only a part of the arguments, or none because events shall have none.
     pub cmdline_truncated: bool,
     /// Real user id of the process.
     pub uid: Option<u32>,
     /// Path of the control group.
-    pub cgroup: Option<String>,
+    pub cgroup: Option<Arc<str>>,
     /// systemd unit of the process.
-    pub unit: Option<String>,
+    pub unit: Option<Arc<str>>,
     /// Id of the container.
-    pub container: Option<String>,
+    pub container: Option<Arc<str>>,
     /// Uid of the Kubernetes pod.
-    pub pod: Option<String>,
+    pub pod: Option<Arc<str>>,
     /// How the process is known: `witnessed` at connect(), or `holder` because it has the socket open.
     pub owner: Option<&'static str>,
     /// The processes that have the socket open now. Null if they were not looked up.
@@ -113,7 +116,7 @@ impl ConnectionFields {
             thread_comm: task.map(|task| comm(&task.comm)),
             exe: process.exe.clone(),
             cmdline: process.cmdline.clone(),
-            cmdline_truncated: process.is_cmdline_cut,
+            cmdline_truncated: process.cmdline.as_ref().is_some_and(|cmdline| cmdline.is_cut),
             uid: opener.map(|opener| opener.uid).or(connection.uid),
             cgroup: process.cgroup.clone(),
             unit: process.unit.clone(),
@@ -152,13 +155,13 @@ impl ConnectionFields {
             tid: Some(8),
             comm: Some("java".to_owned()),
             thread_comm: Some("pool-1".to_owned()),
-            exe: Some("/usr/bin/java".to_owned()),
-            cmdline: Some(vec!["java".to_owned(), "-jar".to_owned(), "a.jar".to_owned()]),
+            exe: Some("/usr/bin/java".into()),
+            cmdline: Some(Arc::new(["java", "-jar", "a.jar"].into_iter().collect())),
             cmdline_truncated: false,
             uid: Some(1_000),
-            cgroup: Some("/docker/4a".to_owned()),
+            cgroup: Some("/docker/4a".into()),
             unit: None,
-            container: Some("4a".to_owned()),
+            container: Some("4a".into()),
             pod: None,
             owner: Some("witnessed"),
             holders: None,

@@ -29,6 +29,8 @@ pub enum LossCause {
     Suppressed,
     /// A failed bind was beyond the rate of its owner.
     Binds,
+    /// The share of a self-connection's owner in the tracked connections was full.
+    Untracked,
 }
 
 /// What kind of thing was lost.
@@ -45,7 +47,7 @@ pub enum LossKind {
 
 impl LossCause {
     /// All causes, in the order of the enum.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Ring,
         Self::Missed,
         Self::Log,
@@ -57,6 +59,7 @@ impl LossCause {
         Self::Lookups,
         Self::Suppressed,
         Self::Binds,
+        Self::Untracked,
     ];
 
     /// The name in `lost.where`, in `stopped.lost` and in the label `where` of the metrics.
@@ -74,13 +77,16 @@ impl LossCause {
             Self::Lookups => "lookups",
             Self::Suppressed => "suppressed",
             Self::Binds => "binds",
+            Self::Untracked => "untracked",
         }
     }
 
     #[must_use]
     pub const fn kind(self) -> LossKind {
         match self {
-            Self::Ring | Self::Missed | Self::RefusedTable | Self::Hooks | Self::Binds => LossKind::Record,
+            Self::Ring | Self::Missed | Self::RefusedTable | Self::Hooks | Self::Binds | Self::Untracked => {
+                LossKind::Record
+            }
             Self::Log | Self::Stdout | Self::Journal | Self::Suppressed => LossKind::Event,
             Self::OpenerTable | Self::Lookups => LossKind::Fact,
         }
@@ -154,7 +160,7 @@ mod tests {
             .plus([(LossCause::Ring, 3), (LossCause::Log, 4)].into());
         assert_eq!(
             serde_json::to_string(&losses).unwrap(),
-            r#"{"ring":4,"missed":0,"log":4,"stdout":0,"journal":0,"refused_table":0,"hooks":0,"suppressed":0,"binds":0}"#
+            r#"{"ring":4,"missed":0,"log":4,"stdout":0,"journal":0,"refused_table":0,"hooks":0,"suppressed":0,"binds":0,"untracked":0}"#
         );
         assert_eq!(
             losses.of_kinds(&[LossKind::Fact]).collect::<Vec<_>>(),

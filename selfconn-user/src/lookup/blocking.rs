@@ -11,7 +11,10 @@ use std::{
 use selfconn_ebpf::Owner;
 
 use super::{DEADLINE, MAX_STUCK};
-use crate::system::process::{self, CommandLine, ProcessFacts, ProcessInfo, ProcessKey, ProcessProof};
+use crate::system::{
+    command_line::CommandLine,
+    process::{self, ProcessFacts, ProcessInfo, ProcessKey, ProcessProof},
+};
 
 /// Reads processes, one at a time. A thread that hangs is left alone; the process ends by exit, which ends the
 /// thread as well.
@@ -105,7 +108,7 @@ mod tests {
         let mut lookups = BlockingLookups::default();
         let (pid, start_ticks) = this_process();
         let info = lookups.read(pid, start_ticks).unwrap();
-        assert_eq!(info.cmdline.unwrap(), std::env::args().collect::<Vec<_>>());
+        assert!(info.cmdline.unwrap().arguments().eq(std::env::args()));
         assert!(info.exe.is_some());
         assert_eq!(lookups.read(pid, start_ticks + 1), None, "the pid was another process's");
         assert_eq!((lookups.read(u32::MAX, start_ticks), lookups.unseen()), (None, None));

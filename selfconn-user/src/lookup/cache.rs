@@ -3,12 +3,12 @@
 
 use std::{collections::HashMap, rc::Rc};
 
-use crate::system::process::{CommandLine, ProcessInfo, ProcessKey};
+use crate::system::process::{ProcessInfo, ProcessKey};
 
 /// How long information about a process is used without reading `/proc` again.
 const CACHE_TTL_NS: u64 = 100_000_000;
 
-/// Maximum number of processes. The arguments of one take up to some 100 KB.
+/// Maximum number of processes.
 const MAX_PROCESSES: usize = 64;
 
 #[derive(Debug)]
@@ -42,11 +42,10 @@ impl ProcessCache {
         self.0.insert(key, CachedProcess { at_ns, process });
     }
 
-    /// Adds arguments that were read after the deadline.
-    pub(super) fn add_cmdline(&mut self, key: ProcessKey, cmdline: Option<CommandLine>) {
-        if let Some(cached) = self.0.get_mut(&key).filter(|cached| cached.process.cmdline.is_none()) {
-            cached.process = Rc::new((*cached.process).clone().with_cmdline(cmdline));
-        }
+    /// The process if its arguments are unknown, and when it was looked up.
+    pub(super) fn without_cmdline(&self, key: ProcessKey) -> Option<(u64, Rc<ProcessInfo>)> {
+        let cached = self.0.get(&key).filter(|cached| cached.process.cmdline.is_none())?;
+        Some((cached.at_ns, Rc::clone(&cached.process)))
     }
 }
 
@@ -69,9 +68,11 @@ mod tests {
         assert_eq!(cache.fresh(ProcessKey { arg_start: 4, ..key(1) }, 5), None, "another program");
         assert_eq!(cache.known(key(1), 5 + CACHE_TTL_NS), Some(named("a")));
         assert_eq!(cache.fresh(key(1), 5 + CACHE_TTL_NS), Some(named("a")));
-        cache.add_cmdline(key(1), Some(CommandLine { arguments: vec!["late".to_owned()], is_cut: true }));
-        let late = cache.fresh(key(1), 5).unwrap();
-        assert_eq!((late.cmdline.clone(), late.is_cmdline_cut), (Some(vec!["late".to_owned()]), true));
+        let (at_ns, process) = cache.without_cmdline(key(1)).unwrap();
+        let late = Some(["late"].into_iter().collect());
+        cache.insert(key(1), Rc::new((*process).clone().with_cmdline(late)), at_ns);
+        assert!(cache.fresh(key(1), 5 + CACHE_TTL_NS).is_some_and(|late| late.cmdline.is_some()));
+        assert_eq!(cache.without_cmdline(key(1)), None);
         for pid in 2..=MAX_PROCESSES as u32 + 1 {
             cache.insert(key(pid), named("b"), u64::from(pid));
         }

@@ -11,10 +11,9 @@ use std::{
 
 use selfconn_ebpf::Owner;
 
-use crate::system::{
-    capabilities,
-    process::{CommandLine, ProcessKey},
-    worker::Worker,
+use crate::{
+    budget::cmdline::CmdlineLimit,
+    system::{capabilities, command_line::CommandLine, process::ProcessKey, worker::Worker},
 };
 
 /// Number of readers, which is the maximum number of reads that can be stuck at the same time. All are started
@@ -62,9 +61,14 @@ pub(super) struct CmdlineReaders {
 }
 
 impl CmdlineReaders {
-    pub(super) fn start(read: fn(ProcessKey) -> Option<CommandLine>) -> io::Result<Self> {
+    /// `limit`: what is kept of a command line.
+    pub(super) fn start(
+        limit: CmdlineLimit,
+        read: fn(ProcessKey) -> Option<CommandLine>,
+    ) -> io::Result<Self> {
         let reader = |name| -> io::Result<Reader> {
-            let worker = Worker::start(name, capabilities::LOOKUP_WORKER, read)?;
+            let handle = move |key| read(key).map(|read| limit.keep(read));
+            let worker = Worker::start(name, capabilities::LOOKUP_WORKER, handle)?;
             Ok(Reader { worker, request: None, began: Instant::now(), is_stuck: false })
         };
         let readers = NAMES.into_iter().map(reader).collect::<io::Result<_>>()?;

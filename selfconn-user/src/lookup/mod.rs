@@ -17,17 +17,23 @@ use std::{
 use selfconn_ebpf::Owner;
 use tokio::time::Instant;
 
-use crate::system::{
-    capabilities, clock,
-    process::{self, CommandLine, ObservedTask, ProcessFacts, ProcessInfo, ProcessKey, ProcessProof},
-    worker::Worker,
+use crate::{
+    budget::cmdline::CmdlineLimit,
+    system::{
+        capabilities, clock,
+        command_line::CommandLine,
+        process::{self, ObservedTask, ProcessFacts, ProcessInfo, ProcessKey, ProcessProof},
+        worker::Worker,
+    },
 };
 use cache::ProcessCache;
 use cmdline_readers::{CmdlineReaders, CmdlineRequest, Refusal};
+use interned::InternedFacts;
 
 pub mod blocking;
 mod cache;
 mod cmdline_readers;
+mod interned;
 
 pub use cmdline_readers::MAX_STUCK;
 
@@ -52,6 +58,14 @@ impl LookupTarget {
         match self {
             Self::Observed(observed, _) => observed.task.pid,
             Self::Holder { pid, .. } => *pid,
+        }
+    }
+
+    /// Who pays for the look-up. `uid`: the user of the process, in case nothing else is known.
+    fn owner(&self, uid: u32) -> Owner {
+        match self {
+            Self::Observed(_, owner) => *owner,
+            Self::Holder { .. } => Owner::new(uid, 0),
         }
     }
 
@@ -122,6 +136,7 @@ pub struct Lookups<W> {
     facts: Worker<FactsRequest, (u64, Option<ProcessFacts>)>,
     cmdlines: CmdlineReaders,
     cache: ProcessCache,
+    interned: InternedFacts,
     in_progress: HashMap<u64, InProgress<W>>,
     /// The look-ups in progress that others can join.
     joinable: HashMap<Joint, u64>,
@@ -134,16 +149,17 @@ pub struct Lookups<W> {
 
 impl<W> Lookups<W> {
     /// Starts the workers. Outside the initial pid namespace nothing is looked up, because the same pid is
-    /// another process there.
+    /// another process there. `cmdline_limit` is what is kept of a command line.
     ///
     /// # Errors
     /// If a worker cannot be started.
-    pub fn start(is_initial_pid_ns: bool) -> io::Result<Self> {
-        Self::start_with(is_initial_pid_ns, process::read_cmdline)
+    pub fn start(is_initial_pid_ns: bool, cmdline_limit: CmdlineLimit) -> io::Result<Self> {
+        Self::start_with(is_initial_pid_ns, cmdline_limit, process::read_cmdline)
     }
 
     fn start_with(
         is_initial_pid_ns: bool,
+        cmdline_limit: CmdlineLimit,
         read_cmdline: fn(ProcessKey) -> Option<CommandLine>,
     ) -> io::Result<Self> {
         let is_initial_time_ns = process::is_in_initial_time_ns();
@@ -157,8 +173,9 @@ impl<W> Lookups<W> {
         Ok(Self {
             is_initial_pid_ns,
             facts: Worker::start("facts", capabilities::LOOKUP_WORKER, read_facts)?,
-            cmdlines: CmdlineReaders::start(read_cmdline)?,
+            cmdlines: CmdlineReaders::start(cmdline_limit, read_cmdline)?,
             cache: ProcessCache::default(),
+            interned: InternedFacts::default(),
             in_progress: HashMap::new(),
             joinable: HashMap::new(),
             deadlines: VecDeque::new(),
@@ -174,10 +191,10 @@ impl<W> Lookups<W> {
         self.is_initial_pid_ns
     }
 
-    /// Number of look-ups whose `cmdline`, or more, was given up.
+    /// Number of look-ups whose `cmdline`, or more, was given up, or whose result found no room.
     #[must_use]
     pub fn given_up(&self) -> u64 {
-        self.given_up
+        self.given_up + self.interned.refused()
     }
 
     /// Number of times that a reader of `cmdline` was abandoned because its process did not let it finish.
@@ -292,12 +309,21 @@ impl<W> Lookups<W> {
                     self.finish_if_read(request.id);
                 }
                 // Its deadline has passed. Later events have it.
-                None => self.cache.add_cmdline(request.key, cmdline),
+                None => self.add_cmdline(request, cmdline),
             }
         }
         let now = Instant::now();
         while self.next_deadline().is_some_and(|deadline| deadline <= now) {
             self.give_up_oldest(Why::Overdue);
+        }
+    }
+
+    /// Adds arguments that were read after the deadline.
+    fn add_cmdline(&mut self, request: CmdlineRequest, cmdline: Option<CommandLine>) {
+        let CmdlineRequest { key, owner, .. } = request;
+        if let Some((at_ns, process)) = self.cache.without_cmdline(key) {
+            let process = self.interned.intern(key, owner, (*process).clone().with_cmdline(cmdline));
+            self.cache.insert(key, process, at_ns);
         }
     }
 
@@ -308,10 +334,7 @@ impl<W> Lookups<W> {
             // The same program as that of `exe`.
             let &ProcessFacts { start_ticks, arg_start, is_same_program, .. } = facts;
             let key = ProcessKey { pid, start_ticks, arg_start };
-            let owner = match lookup.target {
-                LookupTarget::Observed(_, owner) => owner,
-                LookupTarget::Holder { .. } => Owner::new(facts.uid, 0),
-            };
+            let owner = lookup.target.owner(facts.uid);
             lookup.facts = Part::Read(Some(facts.clone()));
             if is_same_program {
                 self.request_cmdline(CmdlineRequest { id, key, owner });
@@ -394,7 +417,10 @@ impl<W> Lookups<W> {
                 known
             }
             (Part::Read(Some(facts)), key) => {
-                let process = Rc::new(facts.info.with_cmdline(cmdline));
+                let ProcessFacts { start_ticks, arg_start, .. } = facts;
+                let known_key = ProcessKey { pid: target.pid(), start_ticks, arg_start };
+                let owner = target.owner(facts.uid);
+                let process = self.interned.intern(known_key, owner, facts.info.with_cmdline(cmdline));
                 if let Some(key) = key {
                     self.cache.insert(key, Rc::clone(&process), clock::boot_ns());
                 }

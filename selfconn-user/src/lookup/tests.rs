@@ -14,7 +14,7 @@ const HANGING: u32 = 1 << 30;
 static RELEASED: Mutex<bool> = Mutex::new(false);
 
 fn arguments(pid: u32) -> CommandLine {
-    CommandLine { arguments: vec![pid.to_string()], is_cut: false }
+    [&*pid.to_string()].into_iter().collect()
 }
 
 fn read_cmdline(ProcessKey { pid, .. }: ProcessKey) -> Option<CommandLine> {
@@ -53,7 +53,7 @@ fn a_stuck_reader_takes_nothing_from_other_owners() {
     let _turn = take_turn();
     set_released(false);
     run(async || {
-        let mut readers = CmdlineReaders::start(read_cmdline).unwrap();
+        let mut readers = CmdlineReaders::start(CmdlineLimit::Full, read_cmdline).unwrap();
         assert_eq!(readers.request(request(1, HANGING, 1_000)), Ok(()));
         // Another process of the same owner waits for its turn, which does not come.
         assert_eq!(readers.request(request(2, 7, 1_000)), Ok(()));
@@ -106,7 +106,7 @@ async fn completed(lookups: &mut Lookups<u32>) -> (u32, Rc<ProcessInfo>) {
 #[test]
 fn a_look_up_is_shared_and_its_result_is_fresh_for_a_while() {
     run(async || {
-        let mut lookups = Lookups::start(true).unwrap();
+        let mut lookups = Lookups::start(true, CmdlineLimit::Full).unwrap();
         let target = this_process(0);
         assert_eq!(lookups.known(&target, clock::boot_ns()), None);
         lookups.begin(target, 1);
@@ -114,7 +114,7 @@ fn a_look_up_is_shared_and_its_result_is_fresh_for_a_while() {
         assert_eq!(lookups.in_progress.len(), 1, "the same process is looked up once");
         let (first, process) = completed(&mut lookups).await;
         assert_eq!((first, completed(&mut lookups).await.0), (1, 2));
-        assert_eq!(process.cmdline.as_deref().unwrap(), std::env::args().collect::<Vec<_>>());
+        assert!(process.cmdline.as_ref().unwrap().arguments().eq(std::env::args()));
         assert!(process.exe.is_some() && process.comm.is_some(), "{process:?}");
         assert_eq!(lookups.known(&target, clock::boot_ns()), Some(Rc::clone(&process)));
         // It is not known which program the holder of a socket runs.
@@ -139,14 +139,14 @@ fn a_look_up_is_shared_and_its_result_is_fresh_for_a_while() {
 
 #[test]
 fn in_another_pid_namespace_nothing_is_looked_up() {
-    let lookups = Lookups::<()>::start(false).unwrap();
+    let lookups = Lookups::<()>::start(false, CmdlineLimit::Full).unwrap();
     assert_eq!(lookups.known(&this_process(0), clock::boot_ns()), Some(Rc::default()));
 }
 
 #[test]
 fn what_is_known_of_a_process_outlives_it() {
     run(async || {
-        let mut lookups = Lookups::start(true).unwrap();
+        let mut lookups = Lookups::start(true, CmdlineLimit::Full).unwrap();
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let pid = child.id();
         let start_ns = process::start_time_ns(pid).unwrap();
@@ -171,7 +171,7 @@ fn what_is_known_of_a_process_outlives_it() {
 #[test]
 fn what_is_known_of_a_program_outlives_an_execve_and_the_next_program_is_another_one() {
     run(async || {
-        let mut lookups = Lookups::start(true).unwrap();
+        let mut lookups = Lookups::start(true, CmdlineLimit::Full).unwrap();
         let pid = std::process::id();
         let facts = process::read_facts(pid, &ProcessProof::None, true).unwrap();
         let of_program = |arg_start| match this_process(0) {
@@ -211,7 +211,7 @@ fn after_the_deadline_the_rest_is_unknown() {
     let _turn = take_turn();
     set_released(false);
     run(async || {
-        let mut lookups = Lookups::start_with(true, hang).unwrap();
+        let mut lookups = Lookups::start_with(true, CmdlineLimit::Full, hang).unwrap();
         let (target, began) = (this_process(0), Instant::now());
         lookups.begin(target, 1);
         let (_, process) = completed(&mut lookups).await;

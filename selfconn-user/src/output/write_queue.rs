@@ -3,12 +3,16 @@
 
 use std::collections::VecDeque;
 
+use crate::budget::memory;
+
 /// Memory that an empty queue keeps allocated.
 const RETAINED_CAPACITY: usize = 256 << 10;
 
 /// Maximum bytes of written items that are kept before the remaining items are moved to the front. A queue
 /// may use this much memory in addition to its limit.
 const COMPACTION_THRESHOLD: usize = 512 << 10;
+
+const _: () = assert!(RETAINED_CAPACITY + COMPACTION_THRESHOLD <= memory::QUEUE_REST_BYTES);
 
 /// Items in order, up to a limit of bytes. An item that does not fit is lost as a whole and counted.
 #[derive(Debug)]

@@ -8,10 +8,7 @@ use rustix::thread::CapabilitySet;
 use tokio::sync::mpsc as async_mpsc;
 
 use super::write_queue::WriteQueue;
-use crate::system::capabilities;
-
-/// Maximum bytes that wait for a slow reader.
-const PENDING_LIMIT: usize = 4 << 20;
+use crate::{budget::memory, system::capabilities};
 
 /// Maximum bytes that are handed to the thread at once.
 const CHUNK_BYTES: usize = 256 << 10;
@@ -88,7 +85,7 @@ impl Writer {
         })?;
         Ok(Self {
             name,
-            queue: WriteQueue::new(PENDING_LIMIT),
+            queue: WriteQueue::new(memory::STDOUT_QUEUE_BYTES),
             chunks,
             progress,
             is_busy: false,
@@ -163,7 +160,7 @@ impl Writer {
             && !self.is_stalled
             && !self.is_failing
             && self.last_progress.elapsed() < STALLED_READER_TIMEOUT;
-        self.queue.len() > PENDING_LIMIT / 4 && is_taking
+        self.queue.len() > memory::STDOUT_QUEUE_BYTES / 4 && is_taking
     }
 
     /// Waits for a slow reader until there is room for the events of a batch, at most
@@ -171,7 +168,7 @@ impl Writer {
     pub(super) async fn make_room(&mut self) {
         let until = tokio::time::Instant::now() + STALLED_READER_TIMEOUT;
         let mut has_progress = false;
-        while self.queue.len() > PENDING_LIMIT / 4 {
+        while self.queue.len() > memory::STDOUT_QUEUE_BYTES / 4 {
             self.flush();
             if !self.is_busy || self.is_failing || self.is_stalled {
                 break;

@@ -16,7 +16,10 @@ use std::{
 use selfconn_ebpf::{Opener, Task, bind_failure::BindFailure};
 use serde::Serialize;
 
-use super::cgroup::{self, CgroupInfo};
+use super::{
+    cgroup::{self, CgroupInfo},
+    command_line::CommandLine,
+};
 use stat::{Stat, read_stat};
 
 mod stat;
@@ -32,46 +35,47 @@ const CMDLINE_LIMIT: usize = 4_096;
 /// How often a path is looked up in the directory cache.
 const CACHED_ATTEMPTS: usize = 3;
 
-/// The arguments of a process.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CommandLine {
-    pub arguments: Vec<String>,
-    /// True if there are more than were read.
-    pub is_cut: bool,
-}
-
 /// Information about a process from `/proc`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProcessInfo {
     /// Name of the process.
     pub comm: Option<String>,
     /// Path of its executable.
-    pub exe: Option<String>,
+    pub exe: Option<Arc<str>>,
     /// True if the host has the same file at this path. A process in a mount namespace of its own can run any file at
     /// any path.
     pub is_exe_ours: bool,
-    /// Its arguments, at most 4,096 bytes in total.
-    pub cmdline: Option<Vec<String>>,
+    /// Its arguments, read from at most 4,096 bytes.
+    pub cmdline: Option<Arc<CommandLine>>,
     /// Path of its control group.
-    pub cgroup: Option<String>,
+    pub cgroup: Option<Arc<str>>,
     /// The systemd unit in the path of the control group.
-    pub unit: Option<String>,
+    pub unit: Option<Arc<str>>,
     /// The container id in the path of the control group.
-    pub container: Option<String>,
+    pub container: Option<Arc<str>>,
     /// The uid of the Kubernetes pod in the path of the control group.
-    pub pod: Option<String>,
+    pub pod: Option<Arc<str>>,
     /// The control group that pays for the process.
     pub owner_cgroup: Option<Arc<str>>,
-    /// True if `cmdline` has only a part of the arguments.
-    pub is_cmdline_cut: bool,
 }
 
 impl ProcessInfo {
+    /// Bytes of memory, all texts included.
+    #[must_use]
+    pub fn kept_bytes(&self) -> usize {
+        // Of a text: the reference counts, and what the allocator adds.
+        let text = |text: &Option<Arc<str>>| text.as_ref().map_or(0, |text| text.len() + 32);
+        let Self { comm, exe, is_exe_ours: _, cmdline, cgroup, unit, container, pod, owner_cgroup } = self;
+        size_of::<Self>()
+            + comm.as_ref().map_or(0, |comm| comm.capacity() + 16)
+            + cmdline.as_ref().map_or(0, |cmdline| cmdline.kept_bytes() + 64)
+            + [exe, cgroup, unit, container, pod, owner_cgroup].into_iter().map(text).sum::<usize>()
+    }
+
     /// The same with these arguments.
     #[must_use]
     pub fn with_cmdline(mut self, cmdline: Option<CommandLine>) -> Self {
-        self.is_cmdline_cut = cmdline.as_ref().is_some_and(|cmdline| cmdline.is_cut);
-        self.cmdline = cmdline.map(|cmdline| cmdline.arguments);
+        self.cmdline = cmdline.map(Arc::new);
         self
     }
 }
@@ -241,7 +245,7 @@ pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> O
     let file = |name: &str| format!("/proc/{pid}/{name}");
     let exe_path = fs::read_link(file("exe")).ok();
     let is_exe_ours = exe_path.as_deref().is_some_and(|path| is_hosts_file(pid, path));
-    let exe = exe_path.map(|path| lossy(path.as_os_str().as_bytes()));
+    let exe = exe_path.map(|path| lossy(path.as_os_str().as_bytes()).into());
     let cgroup_text = fs::read(file("cgroup")).map(|text| lossy(&text)).unwrap_or_default();
     let cgroup = cgroup::path(&cgroup_text);
     let cgroup_info = cgroup.map_or_else(CgroupInfo::default, |(hierarchy, path)| {
@@ -260,12 +264,11 @@ pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> O
         is_exe_ours: is_exe_ours && is_same_program,
         exe: exe.filter(|_| is_same_program),
         cmdline: None,
-        unit: cgroup_info.unit,
-        container: cgroup_info.container,
-        pod: cgroup_info.pod,
+        unit: cgroup_info.unit.map(Arc::from),
+        container: cgroup_info.container.map(Arc::from),
+        pod: cgroup_info.pod.map(Arc::from),
         owner_cgroup: cgroup_info.owner.map(Arc::from),
-        is_cmdline_cut: false,
-        cgroup: cgroup.map(|(_, path)| path.to_owned()),
+        cgroup: cgroup.map(|(_, path)| path.into()),
     };
     Some(ProcessFacts { info, start_ticks, arg_start, is_same_program, uid })
 }
@@ -325,15 +328,14 @@ pub fn read_cmdline(key: ProcessKey) -> Option<CommandLine> {
     cmdline.truncate(CMDLINE_LIMIT);
     let now = read_stat(pid)?;
     let is_same = now.start_ticks == start_ticks && runs(now.arg_start, arg_start);
-    let arguments = is_same.then(|| arguments(&cmdline)).flatten()?;
-    Some(CommandLine { arguments, is_cut })
+    is_same.then(|| CommandLine::parse(&cmdline, is_cut)).flatten()
 }
 
 /// Runs every parser of this module on arbitrary bytes.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn parse_anything(bytes: &[u8]) {
     let text = lossy(bytes);
-    let _ = (start_ticks_in_stat(bytes), arguments(bytes));
+    let _ = (start_ticks_in_stat(bytes), CommandLine::parse(bytes, false));
     cgroup::parse_anything(&text);
 }
 
@@ -348,12 +350,6 @@ pub fn start_time_ns(pid: u32) -> Option<u64> {
     read_stat(pid).map(|stat| stat.start_ticks.saturating_mul(TICK_NS))
 }
 
-/// The arguments in `/proc/PID/cmdline`. `None`: a kernel thread, or an exiting process.
-fn arguments(cmdline: &[u8]) -> Option<Vec<String>> {
-    let cmdline = cmdline.strip_suffix(b"\0").unwrap_or(cmdline);
-    (!cmdline.is_empty()).then(|| cmdline.split(|byte| *byte == 0).map(lossy).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -365,7 +361,7 @@ mod tests {
         let ticks = ProcessProof::Started(start);
         let facts = read_facts(pid, &ticks, true).unwrap();
         assert_eq!(facts.info.comm, Some(comm));
-        let exe = std::env::current_exe().ok().map(|path| path.to_string_lossy().into_owned());
+        let exe = std::env::current_exe().ok().map(|path| path.to_string_lossy().into());
         assert!(facts.info.is_exe_ours, "{facts:?}");
         assert_eq!((facts.info.exe, facts.start_ticks), (exe, start));
         for (start_ticks, arg_start, is_same) in [
@@ -376,7 +372,8 @@ mod tests {
         ] {
             let cmdline = read_cmdline(ProcessKey { pid, start_ticks, arg_start });
             let expected = is_same.then(|| std::env::args().collect::<Vec<_>>());
-            assert_eq!(cmdline.map(|cmdline| cmdline.arguments), expected);
+            let arguments = cmdline.map(|cmdline| cmdline.arguments().map(str::to_owned).collect::<Vec<_>>());
+            assert_eq!(arguments, expected);
         }
         assert_eq!(read_facts(u32::MAX, &ProcessProof::None, true), None);
 
@@ -431,21 +428,5 @@ mod tests {
         comm[..name.len() - 1].copy_from_slice(&name[..name.len() - 1]);
         let tid = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
         Task { pid: std::process::id(), tid, comm, leader: [0; 16] }
-    }
-
-    #[test]
-    fn arguments_are_separated_by_nuls() {
-        for (bytes, expected) in [
-            (&b""[..], None),
-            (b"\0", None),
-            (b"sh\0-c\0a b\0", Some(vec!["sh", "-c", "a b"])),
-            (b"sh\0\0x\0", Some(vec!["sh", "", "x"])),
-            (b"renamed by itself", Some(vec!["renamed by itself"])),
-            (b"\xff\n\0", Some(vec!["\u{fffd}\n"])),
-        ] {
-            let expected: Option<Vec<String>> =
-                expected.map(|args| args.into_iter().map(str::to_owned).collect());
-            assert_eq!(arguments(bytes), expected);
-        }
     }
 }

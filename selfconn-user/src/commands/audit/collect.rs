@@ -8,6 +8,7 @@ use std::{
     fs, io,
     net::{IpAddr, SocketAddr, SocketAddrV6},
     os::unix::fs::MetadataExt as _,
+    sync::Arc,
 };
 
 use anyhow::{Context as _, Result};
@@ -75,8 +76,8 @@ pub(super) enum Persistence {
 pub(super) struct ListenerProcess {
     pub(super) pid: Option<u32>,
     pub(super) comm: Option<String>,
-    pub(super) unit: Option<String>,
-    pub(super) container: Option<String>,
+    pub(super) unit: Option<Arc<str>>,
+    pub(super) container: Option<Arc<str>>,
     pub(super) is_in_pod: bool,
 }
 

@@ -244,7 +244,7 @@ mod tests {
         let nginx = ListenerProcess {
             pid: Some(812),
             comm: Some("a\nb".to_owned()),
-            unit: Some("x.service".to_owned()),
+            unit: Some("x.service".into()),
             ..ListenerProcess::default()
         };
         let with_risk = NamespaceInfo {

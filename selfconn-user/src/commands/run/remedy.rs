@@ -50,6 +50,11 @@ impl RemedyArgs {
         self.remedy == ModeArg::Destroy
     }
 
+    /// True if a rule is about the command line.
+    pub(super) fn needs_cmdline(&self) -> bool {
+        self.remedy_only.iter().chain(&self.remedy_except).any(Rule::is_about_cmdline)
+    }
+
     /// Creates the remedy, if one is requested. Limitations of the remedy are added to those of the host.
     ///
     /// # Errors

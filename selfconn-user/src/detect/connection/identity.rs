@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 use selfconn_ebpf::Endpoint;
 
 use super::Connection;
-use crate::sockets::SocketEntry;
+use crate::{budget::memory::MAX_CLOSED_DURING_SNAPSHOT, sockets::SocketEntry};
 
 /// What a socket is found by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -46,10 +46,16 @@ pub(super) struct ClosedSockets {
     without_cookie: HashSet<Endpoint>,
     /// Keys of all connections, without device.
     endpoints: HashSet<Endpoint>,
+    /// True if there were more than are kept. Any listed connection may be closed then.
+    has_more: bool,
 }
 
 impl ClosedSockets {
     pub(super) fn insert(&mut self, connection: &Connection) {
+        if self.cookies.len() + self.without_cookie.len() >= MAX_CLOSED_DURING_SNAPSHOT {
+            self.has_more = true;
+            return;
+        }
         match connection.cookie {
             Some(cookie) => self.cookies.insert(cookie),
             None => self.without_cookie.insert(connection.endpoint.table_key()),
@@ -58,6 +64,9 @@ impl ClosedSockets {
     }
 
     pub(super) fn contains(&self, entry: &SocketEntry) -> bool {
+        if self.has_more {
+            return true;
+        }
         match entry.cookie {
             Some(cookie) => {
                 self.cookies.contains(&cookie) || self.without_cookie.contains(&entry.endpoint.table_key())

@@ -10,12 +10,13 @@
 
 use std::collections::HashSet;
 
-use selfconn_ebpf::{Transition, state};
+use selfconn_ebpf::{Owner, Transition, state};
 
 use super::{
     Connection, ConnectionEnd, ConnectionEvent, Connections, Tracked, close,
     identity::{Agreement, ClosedSockets, SocketId, TrackedKeys, agreement},
     rank,
+    table::payer_of_entry,
 };
 use crate::sockets::SocketEntry;
 
@@ -47,12 +48,13 @@ impl Connections {
         let closed_during_snapshot = self.closed_during_snapshot.take().unwrap_or_default();
         let mut known = TrackedKeys::default();
         for (key, tracked) in self.tracked.iter().filter(|(_, tracked)| tracked.closed_ns.is_none()) {
-            known.insert(&tracked.connection, *key);
+            known.insert(&tracked.connection, key);
         }
         let mut seen = HashSet::new();
         let mut missed = 0;
+        let mut untracked = Vec::new();
         for entry in entries.iter().filter(|entry| is_open(entry)) {
-            let tracked = known.find(entry).and_then(|key| Some((key, self.tracked.get_mut(&key)?)));
+            let tracked = known.find(entry).and_then(|key| Some((key, self.tracked.get_mut(key)?)));
             let found = tracked.map(|(key, tracked)| (key, agreement(&tracked.connection, entry), tracked));
             if let Some((key, agreement @ (Agreement::Proven | Agreement::Possible), tracked)) = found {
                 seen.insert(key);
@@ -68,9 +70,14 @@ impl Connections {
                     each(ConnectionEvent::Established(&tracked.connection));
                 }
             } else if !closed_during_snapshot.contains(entry) {
+                let payer = payer_of_entry(entry);
+                if !self.tracked.take_room(payer) {
+                    untracked.push(payer);
+                    continue;
+                }
                 missed += 1;
                 self.last_number += 1;
-                let tracked = Tracked::from_entry(self.last_number, entry, began_ns);
+                let tracked = Tracked::from_entry(self.last_number, payer, entry, began_ns);
                 each(ConnectionEvent::Established(&tracked.connection));
                 // The numbers of connections are no kernel addresses.
                 let key = entry.connect_entry.map_or(self.last_number, |(sock, _)| sock);
@@ -83,16 +90,17 @@ impl Connections {
                 seen.insert(key);
             }
         }
+        self.tracked.on_listed_untracked(&untracked);
         let mut vanished = Vec::new();
         for (key, tracked) in self.tracked.iter_mut().filter(|(_, tracked)| tracked.closed_ns.is_none()) {
             let is_absent =
-                tracked.last_seen_ns < began_ns && !seen.contains(key) && is_covered(&tracked.connection);
+                tracked.last_seen_ns < began_ns && !seen.contains(&key) && is_covered(&tracked.connection);
             if is_absent && tracked.was_absent {
-                vanished.push(*key);
+                vanished.push(key);
             }
             tracked.was_absent = is_absent;
         }
-        for tracked in vanished.into_iter().filter_map(|key| self.tracked.remove(&key)) {
+        for tracked in vanished.into_iter().filter_map(|key| self.tracked.remove(key)) {
             let connection = &tracked.connection;
             for id in SocketId::all_of(connection.cookie, &connection.endpoint) {
                 self.provisional_keys.remove(&id);
@@ -112,25 +120,26 @@ impl Connections {
         let cookie = (t.cookie != 0).then_some(t.cookie);
         let found = SocketId::all_of(cookie, &t.endpoint).find_map(|id| {
             let key = *self.provisional_keys.get(&id)?;
-            let listed_cookie = self.tracked.get(&key)?.connection.cookie;
+            let listed_cookie = self.tracked.get(key)?.connection.cookie;
             (cookie.is_none() || listed_cookie.is_none() || cookie == listed_cookie).then_some(key)
         });
         if let Some(key) = found
-            && let Some(tracked) = self.tracked.remove(&key)
+            && let Some(tracked) = self.tracked.get(key)
         {
             let connection = &tracked.connection;
             for id in SocketId::all_of(connection.cookie, &connection.endpoint) {
                 self.provisional_keys.remove(&id);
             }
-            self.tracked.insert(t.sock, tracked);
+            self.tracked.change_key(key, t.sock);
         }
     }
 }
 
 impl Tracked {
     /// A connection that a snapshot of the socket table, begun at `at_ns`, lists.
-    fn from_entry(number: u64, entry: &SocketEntry, at_ns: u64) -> Self {
+    fn from_entry(number: u64, payer: Owner, entry: &SocketEntry, at_ns: u64) -> Self {
         Self {
+            payer,
             connection: Connection::from_entry(number, entry),
             last: (entry.state, entry.state),
             reported_by: u8::MAX,

@@ -6,7 +6,10 @@ use proptest::prelude::*;
 use selfconn_ebpf::state::*;
 
 use super::*;
-use crate::detect::samples::{self, transition};
+use crate::{
+    budget::memory::{MAX_CLOSED_DURING_SNAPSHOT, MAX_CONNECTIONS},
+    detect::samples::{self, transition},
+};
 
 const TWO_PROBES: u8 = 2;
 
@@ -312,4 +315,97 @@ proptest! {
         }
         prop_assert_eq!(connections.iter().count(), open.len());
     }
+}
+
+/// A transition of a socket whose opener has this owner.
+fn of_owner(owner: Owner, sock: u64, old: u8, new: u8) -> Transition {
+    let mut t = transition(sock, sock * 10_000, old, new);
+    t.opener.owner = owner;
+    t.endpoint.port = u16::try_from(1 + sock % 65_000).unwrap();
+    t.cookie = sock;
+    t
+}
+
+#[test]
+fn connections_beyond_an_owners_share_are_counted_once_and_another_owner_finds_room() {
+    let (storm, victim) = (Owner::new(1_000, 7), Owner::new(0, 8));
+    let share = MAX_CONNECTIONS as u64 * 3 / 4;
+    let mut connections = Connections::new(TWO_PROBES);
+    let mut established = 0;
+    for sock in 1..=share + 100 {
+        for probe_id in [0, 1] {
+            let t = Transition { probe_id, ..of_owner(storm, sock, SYN_RECV, ESTABLISHED) };
+            connections.apply(&t, |event| {
+                established += u64::from(matches!(event, ConnectionEvent::Established(_)));
+            });
+        }
+    }
+    assert_eq!((established, connections.untracked()), (share, 100));
+    assert_eq!(connections.take_untracked(), [(storm, 100)]);
+    assert!(connections.take_untracked().is_empty());
+    // What is not followed has no later events, as long as there is no room.
+    let close = |sock| of_owner(storm, sock, ESTABLISHED, FIN_WAIT1);
+    connections.apply(&close(share + 1), |event| panic!("{event:?}"));
+    assert_eq!(connections.untracked(), 100);
+
+    let mut events = Vec::new();
+    for (old, new) in [(SYN_RECV, ESTABLISHED), (ESTABLISHED, FIN_WAIT1)] {
+        connections
+            .apply(&of_owner(victim, 1 << 32, old, new), |event| events.push(event.connection().number));
+    }
+    assert_eq!(events, [share + 1; 3], "established, and two changes of state");
+
+    // One that ends makes room for one.
+    for sock in 1..=2 {
+        let t = of_owner(storm, sock, ESTABLISHED, CLOSE);
+        connections.apply(&t, |_| {});
+        connections.apply(&Transition { probe_id: 1, ..t }, |_| {});
+    }
+    let mut numbers = Vec::new();
+    connections.apply(&close(share + 1), |event| numbers.push(event.connection().number));
+    assert_eq!(numbers, [share + 2; 2], "reported late");
+}
+
+#[test]
+fn listed_connections_without_room_are_counted_once_in_all_snapshots() {
+    let entries: Vec<_> = (1..=MAX_CONNECTIONS as u64)
+        .map(|cookie| {
+            let port = u16::try_from(cookie).unwrap();
+            let entry = samples::entry(samples::endpoint("127.0.0.1", port), ESTABLISHED);
+            SocketEntry { cookie: Some(cookie), inode: cookie, uid: Some(1_000), ..entry }
+        })
+        .collect();
+    let share = MAX_CONNECTIONS as u64 * 3 / 4;
+    let mut connections = Connections::new(TWO_PROBES);
+    for (round, expected) in [(0, share), (1, 0), (2, 0)] {
+        connections.begin_snapshot();
+        let missed = connections.reconcile(&entries, round * 60_000, |_| true, |_| {});
+        assert_eq!(missed, expected, "round {round}");
+        assert_eq!(connections.untracked(), MAX_CONNECTIONS as u64 - share);
+    }
+    // All end. The next ones find room.
+    for round in 3..=4 {
+        connections.begin_snapshot();
+        connections.reconcile(&[], round * 60_000, |_| true, |_| {});
+    }
+    assert_eq!(connections.tracked.len(), 0);
+    connections.begin_snapshot();
+    assert_eq!(connections.reconcile(&entries[..5_000], 300_000, |_| true, |_| {}), 5_000);
+    assert_eq!(connections.untracked(), MAX_CONNECTIONS as u64 - share);
+}
+
+#[test]
+fn a_snapshot_during_which_too_many_were_closed_opens_none() {
+    let mut connections = Connections::new(1);
+    let entry = samples::entry(samples::endpoint("127.0.0.1", 40_000), ESTABLISHED);
+    connections.begin_snapshot();
+    for sock in 1..=MAX_CLOSED_DURING_SNAPSHOT as u64 + 1 {
+        for (old, new) in [(SYN_RECV, ESTABLISHED), (ESTABLISHED, CLOSE)] {
+            connections.apply(&of_owner(Owner::new(1, 1), sock, old, new), |_| {});
+        }
+    }
+    let entries = [SocketEntry { cookie: Some(u64::MAX), ..entry }];
+    assert_eq!(connections.reconcile(&entries, 5, |_| true, |event| panic!("{event:?}")), 0);
+    connections.begin_snapshot();
+    assert_eq!(connections.reconcile(&entries, 6, |_| true, |_| {}), 1, "the next one finds it");
 }

@@ -8,17 +8,22 @@ use std::{
 };
 
 use super::RemedyRequest;
-use crate::{budget::Payer, event::ConnectionFields};
-
-/// Maximum number of waiting connections of an owner, and of all owners.
-pub(super) const OWNER_LIMIT: usize = 1_024;
-const LIMIT: usize = 4 * OWNER_LIMIT;
+use crate::{
+    budget::{
+        Payer,
+        memory::{self, MAX_OWNER_REMEDIES, MAX_REMEDIES},
+    },
+    event::ConnectionFields,
+};
 
 #[derive(Debug)]
 pub(super) struct WaitingConnection {
     pub(super) fields: ConnectionFields,
     pub(super) request: RemedyRequest,
 }
+
+// Beside the entry: its texts, the keys of five tables, and half of a `BTreeMap` node that is not full.
+const _: () = assert!(size_of::<WaitingConnection>() + 512 <= memory::REMEDY_BYTES);
 
 /// When a connection is due, and its number: the order within an owner.
 type DueKey = (u64, u64);
@@ -59,7 +64,7 @@ impl RemedyQueue {
         let of_owner = self.by_owner.entry(owner.clone()).or_default();
         let is_new = of_owner.is_empty();
         of_owner.insert(key, waiting);
-        let is_share_full = of_owner.len() > OWNER_LIMIT;
+        let is_share_full = of_owner.len() > MAX_OWNER_REMEDIES;
         let group_at = self.turns.iter().position(|group| group.cgroup == owner.cgroup);
         let group_at = group_at.unwrap_or_else(|| {
             let cgroup = owner.cgroup.clone();
@@ -74,7 +79,7 @@ impl RemedyQueue {
         self.keys.insert(key.1, (owner.clone(), due_ns));
         self.by_due.insert(key);
         self.unreported.insert(key);
-        let payer = match (is_share_full, self.keys.len() > LIMIT) {
+        let payer = match (is_share_full, self.keys.len() > MAX_REMEDIES) {
             (true, _) => owner,
             (false, true) => {
                 let largest = self.turns.iter().max_by_key(|group| group.waiting)?;
@@ -190,7 +195,7 @@ mod tests {
     #[test]
     fn an_owner_whose_share_is_full_loses_its_own_last_one() {
         let mut queue = RemedyQueue::default();
-        let limit = OWNER_LIMIT as u64;
+        let limit = MAX_OWNER_REMEDIES as u64;
         for number in 1..=limit {
             assert_eq!(insert(&mut queue, 0, number, number), None);
         }
@@ -207,10 +212,10 @@ mod tests {
             let waiting = WaitingConnection { fields: ConnectionFields::sample(), request: request(number) };
             queue.insert(owner, 1, waiting).map(|pushed_out| pushed_out.request.number)
         };
-        for number in 1..=LIMIT as u64 {
+        for number in 1..=MAX_REMEDIES as u64 {
             assert_eq!(insert_of(number as u32, "/docker/a", number), None);
         }
-        let victims = [LIMIT as u64 + 1, LIMIT as u64 + 2];
+        let victims = [MAX_REMEDIES as u64 + 1, MAX_REMEDIES as u64 + 2];
         for number in victims {
             assert!(insert_of(0, "/system.slice/b.service", number).is_some_and(|out| out < victims[0]));
         }

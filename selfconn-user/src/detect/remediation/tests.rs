@@ -154,7 +154,7 @@ fn the_connections_of_one_owner_do_not_delay_those_of_another() {
 #[test]
 fn a_connection_for_which_the_queue_has_no_room_is_reported_as_failed() {
     let mut remedy = remedy(RemedyMode::Destroy, u64::MAX, 10);
-    let limit = queue::OWNER_LIMIT as u64;
+    let limit = crate::budget::memory::MAX_OWNER_REMEDIES as u64;
     for number in 1..=limit {
         assert!(remedy.on_established(ConnectionFields::sample(), request(number), SECOND_NS).is_none());
     }

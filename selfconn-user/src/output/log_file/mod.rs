@@ -14,12 +14,10 @@ use std::{
 use anyhow::{Error, Result, anyhow};
 
 use super::write_queue::WriteQueue;
+use crate::budget::memory;
 use place::OpenLogFile;
 
 mod place;
-
-/// Maximum bytes that wait for a file that refuses writes; about 10,000 lines.
-const PENDING_LIMIT: usize = 8 << 20;
 
 /// Bytes in the queue from which it is written without waiting for the next flush.
 const FLUSH_THRESHOLD: usize = 1 << 20;
@@ -49,7 +47,7 @@ impl LogFile {
         Ok(Self {
             path: path.to_owned(),
             current,
-            queue: WriteQueue::new(PENDING_LIMIT),
+            queue: WriteQueue::new(memory::LOG_QUEUE_BYTES),
             len_after_partial: 0,
             errors: 0,
             is_failing: false,
@@ -243,11 +241,14 @@ mod tests {
         let path = folder.path().join("log");
         let mut log = LogFile::open(&path).unwrap();
         let line = [b"x".repeat(999), b"\n".to_vec()].concat();
-        for _ in 0..2 * PENDING_LIMIT / line.len() {
+        for _ in 0..2 * memory::LOG_QUEUE_BYTES / line.len() {
             log.push(&line);
         }
         assert!(log.queue.len() <= FLUSH_THRESHOLD);
         assert!(log.finish() && log.lost() == 0);
-        assert_eq!(std::fs::metadata(&path).unwrap().len() as usize, 2 * PENDING_LIMIT / 1_000 * 1_000);
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().len() as usize,
+            2 * memory::LOG_QUEUE_BYTES / 1_000 * 1_000
+        );
     }
 }

@@ -11,6 +11,7 @@ pub(crate) mod delays;
 pub(crate) mod faults;
 pub(crate) mod hostile;
 pub(crate) mod log_budget;
+pub(crate) mod memory;
 pub(crate) mod port_risk;
 pub(crate) mod privileges;
 pub(crate) mod remedy;

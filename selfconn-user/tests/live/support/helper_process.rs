@@ -266,6 +266,18 @@ fn run_helper_process() {
             print_output("connected");
             wait_for_stdin_eof();
         }
+        connect if connect.starts_with("connect and hold ") => {
+            use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+            let maximum = getrlimit(Resource::Nofile).maximum;
+            setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+            let count: usize = connect["connect and hold ".len()..].parse().unwrap();
+            let sockets: Vec<_> = (0..count).map(|_| connect_to_self(Ipv4Addr::LOCALHOST.into()).0).collect();
+            for socket in &sockets {
+                socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
+            }
+            print_output("connected");
+            wait_for_stdin_eof();
+        }
         connect if connect.starts_with("connect refused ") => {
             set_process_name("a-connector");
             let target: std::net::SocketAddr = connect["connect refused ".len()..].parse().unwrap();

@@ -1,0 +1,134 @@
+//! A limit that owners share. Pure.
+//!
+//! A user may take at most [`USER_FACTOR`] times as much as is free, and all users of a control group that only root
+//! makes at most [`CGROUP_FACTOR`] times. So one user alone takes at most three quarters, a container's root who changes
+//! uids at most seven eighths, and the next owner finds room. Nothing that an owner has is ever taken from him.
+
+use std::collections::HashMap;
+
+use selfconn_ebpf::Owner;
+
+const USER_FACTOR: usize = 3;
+const CGROUP_FACTOR: usize = 7;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Party {
+    /// A user in a control group.
+    Owner(Owner),
+    /// A user in any control group: he may have several sessions.
+    Uid(u32),
+    Cgroup(u64),
+}
+
+impl Party {
+    /// Whose shares an owner takes from. Root has no share in all control groups together, because it runs most services
+    /// of a host. An unknown control group, as without cgroup v2, has none.
+    fn of(owner: Owner) -> impl Iterator<Item = Self> {
+        let uid = (owner.uid != 0).then_some(Self::Uid(owner.uid));
+        let cgroup = (owner.cgroup != 0).then_some(Self::Cgroup(owner.cgroup));
+        [Self::Owner(owner)].into_iter().chain(uid).chain(cgroup)
+    }
+
+    /// How much it may take, as a multiple of what is free.
+    const fn factor(self) -> usize {
+        match self {
+            Self::Owner(_) | Self::Uid(_) => USER_FACTOR,
+            Self::Cgroup(_) => CGROUP_FACTOR,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub struct SharedLimit {
+    limit: usize,
+    used: usize,
+    by_party: HashMap<Party, usize>,
+}
+
+impl SharedLimit {
+    #[must_use]
+    pub fn new(limit: usize) -> Self {
+        Self { limit, used: 0, by_party: HashMap::new() }
+    }
+
+    #[must_use]
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// False: there is no room, or none for this owner.
+    #[must_use]
+    pub fn try_take(&mut self, owner: Owner, amount: usize) -> bool {
+        let Some(free) = self.limit.checked_sub(self.used + amount) else { return false };
+        let has_room =
+            |party: Party| self.by_party.get(&party).unwrap_or(&0) + amount <= party.factor() * free;
+        if !Party::of(owner).all(has_room) {
+            return false;
+        }
+        self.used += amount;
+        for party in Party::of(owner) {
+            *self.by_party.entry(party).or_default() += amount;
+        }
+        true
+    }
+
+    /// Gives back what was taken.
+    pub fn give_back(&mut self, owner: Owner, amount: usize) {
+        debug_assert!(amount <= self.used);
+        self.used = self.used.saturating_sub(amount);
+        for party in Party::of(owner) {
+            if let Some(used) = self.by_party.get_mut(&party) {
+                *used = used.saturating_sub(amount);
+                if *used == 0 {
+                    self.by_party.remove(&party);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fill(shares: &mut SharedLimit, owner: Owner) -> usize {
+        (0..).take_while(|_| shares.try_take(owner, 1)).count()
+    }
+
+    #[test]
+    fn one_owner_has_at_most_three_quarters_and_the_next_ones_find_room() {
+        let mut shares = SharedLimit::new(1_000);
+        let taken: Vec<_> =
+            (1..=6).map(|number| fill(&mut shares, Owner::new(number, number.into()))).collect();
+        assert_eq!(taken, [750, 187, 47, 12, 3, 0]);
+        shares.give_back(Owner::new(1, 1), 750);
+        assert!(fill(&mut shares, Owner::new(6, 6)) > 500, "what is given back is free");
+    }
+
+    #[test]
+    fn who_changes_his_user_or_his_session_gains_nothing() {
+        let mut shares = SharedLimit::new(1_000);
+        assert_eq!(fill(&mut shares, Owner::new(0, 7)), 750);
+        let others: usize = (1..100).map(|uid| fill(&mut shares, Owner::new(uid, 7))).sum();
+        assert_eq!(others, 125, "all other users of the same container");
+        assert!(fill(&mut shares, Owner::new(0, 8)) > 0, "another service of root");
+        let mut shares = SharedLimit::new(1_000);
+        assert_eq!(fill(&mut shares, Owner::new(5, 7)), 750);
+        assert_eq!(fill(&mut shares, Owner::new(5, 8)), 0, "another session of the same user");
+    }
+
+    #[test]
+    fn everything_can_be_given_back() {
+        let mut shares = SharedLimit::new(100);
+        let owners = [Owner::new(1, 1), Owner::new(0, 1), Owner::new(1, 2)];
+        for owner in owners {
+            assert!(shares.try_take(owner, 10));
+        }
+        assert!(!shares.try_take(owners[1], 100));
+        assert_eq!(shares.used(), 30);
+        for owner in owners {
+            shares.give_back(owner, 10);
+        }
+        assert!(shares.used == 0 && shares.by_party.is_empty());
+    }
+}

@@ -1,0 +1,163 @@
+//! The tracked sockets, by their kernel address. Their number is bounded, and owners share it: a connection beyond it
+//! is counted, not kept.
+
+use std::collections::{HashMap, VecDeque};
+
+use selfconn_ebpf::{Opener, Owner, Transition, state};
+
+use super::Tracked;
+use crate::{
+    budget::{
+        SharedLimit,
+        memory::{self, MAX_CONNECTIONS},
+    },
+    sockets::SocketEntry,
+};
+
+/// Maximum number of owners whose untracked connections are counted apart.
+const MAX_OWNERS: usize = 64;
+
+/// Number of untracked transitions that are remembered, because a second probe may report them a moment later.
+const MAX_RECENT: usize = 64;
+
+// Beside it: the attribution with its holders, the decision of the log, the id in both, and half of the tables again
+// while they grow.
+const _: () = assert!(size_of::<Tracked>() * 3 / 2 + 400 <= memory::CONNECTION_BYTES);
+
+#[derive(Debug)]
+pub(super) struct TrackedTable {
+    by_sock: HashMap<u64, Tracked>,
+    shares: SharedLimit,
+    untracked: u64,
+    unreported: HashMap<Owner, u64>,
+    /// Kernel address, states and probe of the last untracked transitions.
+    recent: VecDeque<(u64, (u8, u8), u8)>,
+    /// Untracked connections that may still be open.
+    maybe_open: u64,
+}
+
+impl Default for TrackedTable {
+    fn default() -> Self {
+        Self {
+            by_sock: HashMap::new(),
+            shares: SharedLimit::new(MAX_CONNECTIONS),
+            untracked: 0,
+            unreported: HashMap::new(),
+            recent: VecDeque::new(),
+            maybe_open: 0,
+        }
+    }
+}
+
+impl TrackedTable {
+    pub(super) fn get(&self, sock: u64) -> Option<&Tracked> {
+        self.by_sock.get(&sock)
+    }
+
+    pub(super) fn get_mut(&mut self, sock: u64) -> Option<&mut Tracked> {
+        self.by_sock.get_mut(&sock)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &Tracked)> {
+        self.by_sock.iter().map(|(sock, tracked)| (*sock, tracked))
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = (u64, &mut Tracked)> {
+        self.by_sock.iter_mut().map(|(sock, tracked)| (*sock, tracked))
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.by_sock.len()
+    }
+
+    /// True if there is room for one more of this owner.
+    pub(super) fn take_room(&mut self, owner: Owner) -> bool {
+        self.shares.try_take(owner, 1)
+    }
+
+    /// Adds a socket for which [`Self::take_room`] took room, in place of the one that had this address.
+    pub(super) fn insert(&mut self, sock: u64, tracked: Tracked) {
+        if let Some(replaced) = self.by_sock.insert(sock, tracked) {
+            self.shares.give_back(replaced.payer, 1);
+        }
+    }
+
+    pub(super) fn remove(&mut self, sock: u64) -> Option<Tracked> {
+        let tracked = self.by_sock.remove(&sock)?;
+        self.shares.give_back(tracked.payer, 1);
+        Some(tracked)
+    }
+
+    /// A socket has another key from now on.
+    pub(super) fn change_key(&mut self, from: u64, to: u64) {
+        if let Some(tracked) = self.by_sock.remove(&from) {
+            self.insert(to, tracked);
+        }
+    }
+
+    /// A transition of a socket that is not tracked, because its owner has no room. It is counted once for each
+    /// connection: when it is ESTABLISHED.
+    pub(super) fn on_untracked(&mut self, owner: Owner, t: &Transition) {
+        if t.new != state::ESTABLISHED {
+            return;
+        }
+        let is_duplicate = |(sock, states, probe_id): &(u64, (u8, u8), u8)| {
+            *sock == t.sock && *states == (t.old, t.new) && *probe_id != t.probe_id
+        };
+        if let Some(at) = self.recent.iter().position(is_duplicate) {
+            self.recent.remove(at);
+            return;
+        }
+        if self.recent.len() >= MAX_RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back((t.sock, (t.old, t.new), t.probe_id));
+        self.maybe_open += 1;
+        self.count(owner, 1);
+    }
+
+    /// The owners of the connections that a snapshot lists and that are not tracked. Those that may have been counted
+    /// before are not counted again.
+    pub(super) fn on_listed_untracked(&mut self, owners: &[Owner]) {
+        let known = usize::try_from(self.maybe_open).unwrap_or(usize::MAX);
+        for owner in owners.iter().skip(known) {
+            self.count(*owner, 1);
+        }
+        self.maybe_open = owners.len() as u64;
+    }
+
+    fn count(&mut self, owner: Owner, count: u64) {
+        self.untracked += count;
+        let is_counted_apart = self.unreported.contains_key(&owner) || self.unreported.len() < MAX_OWNERS;
+        let owner = if is_counted_apart { owner } else { Owner::UNKNOWN };
+        *self.unreported.entry(owner).or_default() += count;
+    }
+
+    /// Number of connections that were not tracked.
+    pub(super) fn untracked(&self) -> u64 {
+        self.untracked
+    }
+
+    /// The connections since the last call that were not tracked, by owner.
+    pub(super) fn take_unreported(&mut self) -> Vec<(Owner, u64)> {
+        let mut unreported: Vec<_> = std::mem::take(&mut self.unreported).into_iter().collect();
+        unreported.sort_unstable();
+        unreported
+    }
+}
+
+/// Who pays for a socket.
+pub(super) fn payer_of_transition(t: &Transition) -> Owner {
+    payer((t.opener.at_ns != 0).then_some(&t.opener), t.uid)
+}
+
+/// Who pays for a socket that the socket table lists.
+pub(super) fn payer_of_entry(entry: &SocketEntry) -> Owner {
+    payer(entry.connect_entry.as_ref().map(|(_, opener)| opener), entry.uid.unwrap_or(0))
+}
+
+/// The owner of the opener or, if the opener is unknown, of the socket.
+pub(super) fn payer(opener: Option<&Opener>, uid: u32) -> Owner {
+    opener.map_or(Owner::new(uid, 0), |opener| opener.owner)
+}

@@ -1,0 +1,129 @@
+//! The budget of the daemon's memory: a storm of connections that never close is followed up to its owner's share, and
+//! counted beyond; the memory stays below the budget, and another owner is reported as ever.
+
+use std::{
+    fs,
+    net::Ipv4Addr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use crate::support::{
+    client::connect_to_self,
+    daemon::{DEADLINE, HookVariant, TestDaemon, doctor, is_event},
+    helper_process::{HelperProcess, UNPRIVILEGED},
+    netns::TestNetns,
+};
+
+/// The daemon follows 14,336 self-connections, at most three quarters of them of one owner.
+const SHARE: usize = 14_336 * 3 / 4;
+
+/// What an owner has less because others have connections, too: some three for each of theirs.
+const TOLERANCE: usize = 32;
+
+/// What the storm has: some hundred more, of processes with 2,000 arguments each.
+const PROCESSES: usize = 12;
+const CONNECTIONS: usize = 12 * 950;
+
+/// The memory of a process that no file is behind.
+fn own_memory_bytes(pid: u32) -> usize {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    line.trim().strip_suffix(" kB").unwrap().parse::<usize>().unwrap() << 10
+}
+
+fn number(value: &Value) -> usize {
+    usize::try_from(value.as_u64().unwrap_or_else(|| panic!("{value} is not a number"))).unwrap()
+}
+
+fn established(events: &[Value], netns: u64, uid: u32) -> usize {
+    events.iter().filter(|event| is_event("established", netns)(event) && event["uid"] == uid).count()
+}
+
+/// Asserts that what the storm has beyond its share is counted, and that the sums match.
+fn assert_counted(events: &[Value], netns: u64) {
+    let stopped = events.last().unwrap();
+    let untracked = number(&stopped["lost"]["untracked"]);
+    assert_eq!(established(events, netns, UNPRIVILEGED) + untracked, CONNECTIONS, "{stopped}");
+    assert!((SHARE - TOLERANCE..=SHARE).contains(&established(events, netns, UNPRIVILEGED)), "{stopped}");
+    let is_untracked = |event: &&Value| event["event"] == "lost" && event["where"] == "untracked";
+    let lost: Vec<_> = events.iter().filter(is_untracked).collect();
+    assert_eq!(lost.iter().map(|event| number(&event["count"])).sum::<usize>(), untracked);
+    for event in lost {
+        assert_eq!((&event["kind"], &event["uid"]), (&"record".into(), &UNPRIVILEGED.into()), "{event}");
+    }
+    let closed = events.iter().filter(|event| event["event"] == "closed").count();
+    let all = events.iter().filter(|event| event["event"] == "established").count();
+    assert_eq!(all, closed + number(&stopped["open"]), "{stopped}");
+    assert_eq!(number(&stopped["matched"]), number(&stopped["delivered"]), "{stopped}");
+}
+
+/// Runs a daemon beside the storm. `start_storm` is called when it observes.
+fn run_daemon(net: &TestNetns, start_storm: impl FnOnce()) {
+    let budget = number(&doctor()["memory"]["budget_bytes"]);
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("events.jsonl");
+    let options = ["--log", log.to_str().unwrap(), "--states", "--remedy", "dry-run", "--remedy-grace", "1h"];
+    // The storm is counted exactly only if no record is lost.
+    let options = [&options[..], &["--log-rate", "1000000", "--ring-size", "64M"]].concat();
+    let daemon = TestDaemon::start(&HookVariant(vec![]), &options);
+    start_storm();
+    let (_victim, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    let is_victim = |event: &Value| is_event("established", net.inode)(event) && event["port"] == port;
+    // The events that the snapshot finds come in portions.
+    let until = Instant::now() + DEADLINE;
+    let events = || -> Vec<Value> {
+        let lines = fs::read_to_string(&log).unwrap();
+        lines.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    };
+    loop {
+        let events = events();
+        if let Some(victim) = events.iter().find(|event| is_victim(event))
+            && established(&events, net.inode, UNPRIVILEGED) >= SHARE - TOLERANCE
+        {
+            assert!(victim["uid"] == 0 && victim["exe"].is_string(), "{victim}");
+            break;
+        }
+        assert!(Instant::now() < until, "{} events", events.len());
+        thread::sleep(Duration::from_millis(200));
+    }
+    let used = own_memory_bytes(daemon.pid());
+    println!("RssAnon beside {CONNECTIONS} open connections: {} KiB", used >> 10);
+    assert!(used < budget, "{used} of {budget}");
+    daemon.stop();
+    assert_counted(&events(), net.inode);
+}
+
+#[test]
+fn a_storm_that_never_closes_stays_within_the_budget_and_is_counted_and_another_owner_is_named() {
+    let net = TestNetns::enter_new();
+    let arguments = vec!["a"; 2_000];
+    let task = format!("connect and hold {}", CONNECTIONS / PROCESSES);
+    let mut storm = Vec::new();
+    run_daemon(&net, || {
+        for _ in 0..PROCESSES {
+            let mut process = HelperProcess::start_unprivileged_with(&task, None, &arguments);
+            process.read_output();
+            storm.push(process);
+        }
+    });
+    // The next daemon finds them.
+    run_daemon(&net, || {});
+    storm.into_iter().for_each(HelperProcess::finish);
+}
+
+#[test]
+fn a_few_connections_lose_nothing() {
+    let net = TestNetns::enter_new();
+    let daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
+    let mut client = HelperProcess::start_unprivileged("connect and hold 50", None);
+    client.read_output();
+    client.finish();
+    let (events, _) = daemon.stop();
+    assert_eq!(established(&events, net.inode, UNPRIVILEGED), 50);
+    let losses = events.last().unwrap()["lost"].as_object().unwrap();
+    assert!(losses.values().all(|count| *count == 0), "{losses:?}");
+    assert!(!events.iter().any(|event| event["event"] == "lost"), "{events:?}");
+}
