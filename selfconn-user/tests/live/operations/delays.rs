@@ -208,7 +208,7 @@ fn two_thousand_connections_found_at_the_start_lose_no_event() {
     let address = Ipv4Addr::LOCALHOST.into();
     let crowd = SocketCrowd::start_with_arguments(CrowdSockets::SelfConnections(2_000, address), 2_000);
     let mut daemon =
-        TestDaemon::start(&HookVariant(vec![]), &["--cmdline", "full", "--log", log.to_str().unwrap()]);
+        TestDaemon::start(&HookVariant(vec![]), &["--log", log.to_str().unwrap(), "--cmdline", "full"]);
     expect_event_in_time(&mut daemon, net.inode);
     let found = daemon.expect(2_000, |event| event["source"] == "scan" && event["pid"] == crowd.pid());
     assert!(found[0]["cmdline"].as_array().unwrap().len() > 1_000, "{}", found[0]);

@@ -29,6 +29,9 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 /// Self-connections to an address with this prefix are the markers of the test harness.
 const MARKER_PREFIX: &str = "127.254.";
 
+/// A little more than the daemon waits for what it reads of a process.
+const LOOKUP_DEADLINE: Duration = Duration::from_millis(130);
+
 /// A marker is reported within milliseconds, unless its record is lost. With a single method that can happen.
 const MARKER_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -282,8 +285,9 @@ impl TestDaemon {
         Ok(self.events.iter().filter(|event| matches(event)).cloned().collect())
     }
 
-    /// Waits until everything that has happened so far is reported. The ring buffer is ordered, so the end of
-    /// a self-connection made now is reported after everything before it.
+    /// Waits until everything that has happened so far is reported. The ring buffer is ordered, so the record of
+    /// the end of a self-connection made now comes after everything before it. An event may then still wait for the
+    /// look-up of its process, which has a deadline.
     pub(crate) fn wait_for_pending_events(&mut self) {
         // Each marker has an address of its own, because a daemon also sees the markers of other tests.
         static MARKER_COUNT: AtomicU16 = AtomicU16::new(0);
@@ -300,6 +304,7 @@ impl TestDaemon {
             }
             assert!(Instant::now() < until, "markers are not reported: {}", self.stderr_text.lock().unwrap());
         }
+        let _ = self.wait_until(Instant::now() + LOOKUP_DEADLINE, usize::MAX, |_| true);
         self.events
             .retain(|event| !event["addr"].as_str().is_some_and(|addr| addr.starts_with(MARKER_PREFIX)));
     }
