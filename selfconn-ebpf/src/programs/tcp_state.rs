@@ -84,9 +84,7 @@ fn handle<C: EbpfContext, M: KernelRead>(
             if ensure_room(ctx, sock) {
                 insert(sock, transition);
             }
-            // Not `action`: with it the verifier would follow the calls above once for each of the two.
-            // SAFETY: the pointer comes from a live reference.
-            if unsafe { (&raw const transition.source).read_volatile() } == transition.dport {
+            if matches!(action, Action::InsertAndReport) {
                 report(ctx, sock, transition, false);
             }
         }

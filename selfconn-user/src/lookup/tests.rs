@@ -188,7 +188,7 @@ fn what_is_known_of_a_program_outlives_an_execve_and_the_next_program_is_another
         completed.sort_by_key(|(waiter, _)| *waiter);
         let [(_, running), (_, replaced)] = completed;
         assert!(running.exe.is_some() && running.cmdline.is_some(), "{running:?}");
-        let unknown = ProcessInfo { exe: None, cmdline: None, ..(*running).clone() };
+        let unknown = ProcessInfo { exe: None, is_exe_ours: false, cmdline: None, ..(*running).clone() };
         assert_eq!(*replaced, unknown, "control group, unit and container are the process's");
         assert_eq!(lookups.known(&before, clock::boot_ns()), Some(replaced));
         // The program before was looked up when it ran.

@@ -418,7 +418,7 @@ mod tests {
         assert_eq!(observed(0), same, "the kernel does not provide it");
         let other = observed(arg_start + 1);
         assert!(!other.is_same_program, "{other:?}");
-        assert_eq!(other.info, ProcessInfo { exe: None, ..same.info });
+        assert_eq!(other.info, ProcessInfo { exe: None, is_exe_ours: false, ..same.info });
     }
 
     /// This thread as the kernel records it.
