@@ -170,7 +170,9 @@ fn a_procfs_with_hidepid_hides_process_details() {
         let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
         let established = daemon.expect(1, is_event("established", net.inode)).pop().unwrap();
         assert_opened_by_this_thread(&established);
-        assert_eq!(established["cmdline"].is_null(), is_hidden, "{established}");
+        assert_eq!(established["cgroup"].is_null(), is_hidden, "{established}");
+        // Without CAP_SYS_PTRACE nothing proves that the process still runs the program that connected.
+        assert!(established["cmdline"].is_null(), "{established}");
         drop(socket);
         daemon.expect(1, is_event("closed", net.inode));
         daemon.stop();
