@@ -114,7 +114,7 @@ fn events_are_journal_entries_with_fields_and_stdout_is_empty() {
     assert_eq!(entry["MESSAGE_ID"], message_id("closed"));
     assert_eq!(entry["_TRANSPORT"], "journal");
     assert!(entry["MESSAGE"].as_str().unwrap().contains(&format!("127.0.0.1:{port} ")), "{entry}");
-    assert!(entry.get("SELFCONN_COOKIE").is_none(), "null fields are omitted");
+    assert!(entry.get("SELFCONN_IFINDEX").is_none(), "null fields are omitted");
     let event: Value = serde_json::from_str(entry["SELFCONN_JSON"].as_str().unwrap()).unwrap();
     assert_eq!(event["thread_comm"], "a\nPRIORITY=0", "{event}");
     // journalctl prints a value with a line break as a list of bytes.
