@@ -78,7 +78,7 @@ fn a_forced_method_is_the_only_live_method() {
 /// Maximum number of instructions that the verifier may process per program, which takes milliseconds. A few
 /// hundred thousand took the verifier of 5.10 minutes, because it compares the saved states of each path with
 /// all others.
-const MAX_VERIFIED_INSNS: u64 = 45_000;
+const MAX_VERIFIED_INSNS: u64 = 80_000;
 
 #[test]
 fn the_verifier_processes_few_instructions() {
