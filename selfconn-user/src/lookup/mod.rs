@@ -39,7 +39,7 @@ pub use cmdline_readers::MAX_STUCK;
 
 /// Time after which an event is emitted without what could not be read. Together with the time that a record
 /// waits in the ring buffer it stays below a quarter of a second.
-const DEADLINE: Duration = Duration::from_millis(100);
+const DEADLINE: Duration = Duration::from_millis(200);
 
 /// Maximum number of look-ups in progress. Beyond it the oldest one ends as if its deadline had passed.
 const MAX_IN_PROGRESS: usize = 1_024;

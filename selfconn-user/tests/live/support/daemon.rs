@@ -30,7 +30,7 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 const MARKER_PREFIX: &str = "127.254.";
 
 /// A little more than the daemon waits for what it reads of a process.
-const LOOKUP_DEADLINE: Duration = Duration::from_millis(130);
+const LOOKUP_DEADLINE: Duration = Duration::from_millis(230);
 
 /// A marker is reported within milliseconds, unless its record is lost. With a single method that can happen.
 const MARKER_TIMEOUT: Duration = Duration::from_secs(5);
