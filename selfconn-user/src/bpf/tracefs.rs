@@ -1,7 +1,7 @@
 //! Finds tracefs. If it is not mounted, mounts it in a mount namespace of one thread only, so that the mounts
 //! of the host do not change.
 
-use std::{fs, path::Path, thread};
+use std::{fs, io, path::Path, thread};
 
 use rustix::{
     mount::{MountFlags, MountPropagationFlags, mount, mount_change},
@@ -19,6 +19,8 @@ const MOUNT_POINTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/traci
 pub enum Tracefs {
     /// tracefs is mounted on this directory.
     At(&'static str),
+    /// This process may not look into it: only root may, and who has CAP_DAC_READ_SEARCH.
+    Denied,
     /// The kernel has tracefs, but it is not mounted.
     NotMounted,
     /// The kernel was built without tracefs.
@@ -28,8 +30,13 @@ pub enum Tracefs {
 #[must_use]
 pub fn find() -> Tracefs {
     let is_mounted = |at: &&&str| Path::new(at).join("events").is_dir();
+    let is_denied = || {
+        let events = fs::metadata(Path::new(MOUNT_POINTS[0]).join("events"));
+        events.is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+    };
     match MOUNT_POINTS.iter().find(is_mounted) {
         Some(at) => Tracefs::At(at),
+        None if is_denied() => Tracefs::Denied,
         None if Path::new(MOUNT_POINTS[0]).is_dir() => Tracefs::NotMounted,
         None => Tracefs::Absent,
     }
@@ -46,6 +53,10 @@ pub fn read_format(event: &str) -> Result<String, String> {
             let path = Path::new(at).join("events").join(event).join("format");
             fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))
         }
+        Tracefs::Denied => Err(format!(
+            "{}: only root may read it: grant CAP_DAC_READ_SEARCH (the drop-in older-kernel.conf has it)",
+            MOUNT_POINTS[0]
+        )),
         Tracefs::NotMounted => {
             let at = MOUNT_POINTS[0];
             Err(format!(

@@ -211,6 +211,7 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
     };
     let tracefs = match features.tracefs {
         Tracefs::At(at) => Ok(format!("mounted on {at}")),
+        Tracefs::Denied => Err("only root may read it, and CAP_DAC_READ_SEARCH".to_owned()),
         Tracefs::NotMounted if features.capabilities.contains(CapabilitySet::SYS_ADMIN) => {
             Ok("not mounted; selfconn mounts it privately while it attaches".to_owned())
         }
