@@ -17,7 +17,7 @@ const SECOND_NS: u64 = 1_000_000_000;
 /// A rate's burst. The 2,000 connections that are open at a start are one.
 const BURST_SECONDS: u32 = 10;
 
-/// A control group has the rate of so many owners.
+/// The rate of a control group, as a multiple of an owner's rate.
 const CGROUP_FACTOR: u32 = 4;
 
 /// A reserve is this part of its rate.
