@@ -97,6 +97,12 @@ impl Endpoint {
         Self { netns_cookie, ..self.any_family() }
     }
 
+    /// As [`Self::table_key`], in a table that has no devices, such as that of procfs.
+    #[must_use]
+    pub const fn deviceless_key(&self) -> Self {
+        Self { ifindex: 0, ..self.table_key() }
+    }
+
     /// The same address, port and namespace for sockets of either family.
     #[inline(always)]
     #[must_use]

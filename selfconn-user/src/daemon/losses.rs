@@ -20,7 +20,7 @@ use crate::{
 /// is not writable, losses are checked again after the same delay.
 const LOSS_REPORT_DELAY: Duration = Duration::from_secs(1);
 
-/// Number of owners and causes beyond which those that the programs do not know any more are forgotten.
+/// Maximum number of owners and causes. Beyond it, the owners are dropped that the programs do not count any more.
 const MAX_REPORTED_OWNERS: usize = 4_096;
 
 /// The losses that are reported, and when to look for others.

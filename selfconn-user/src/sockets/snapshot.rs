@@ -81,7 +81,7 @@ impl SocketSnapshot {
     /// Adds what the iterator over descriptors has found. It knows more of a held socket than the socket table,
     /// which procfs may have read.
     fn add_held(&mut self, held: HeldSockets, attempts: bool) {
-        let key = |entry: &SocketEntry| (without_device(&entry.endpoint), entry.inode);
+        let key = |entry: &SocketEntry| (entry.endpoint.deviceless_key(), entry.inode);
         let listed: HashSet<_> = held.entries.iter().map(key).collect();
         self.entries.retain(|entry| !listed.contains(&key(entry)));
         self.entries.extend(held.entries);
@@ -132,11 +132,6 @@ impl SocketSnapshot {
         let stale = connects.iter().filter(|(_, connect)| is_stale(connect));
         stale.map(|(sock, connect)| (*sock, connect.opener.at_ns)).collect()
     }
-}
-
-/// The key of an endpoint in a table that may have no devices, because procfs has none.
-fn without_device(endpoint: &Endpoint) -> Endpoint {
-    Endpoint { ifindex: 0, ..endpoint.table_key() }
 }
 
 /// True if the namespace with this cookie is that of an endpoint with the same inode.

@@ -33,11 +33,6 @@ impl SocketId {
     }
 }
 
-/// The key of an endpoint whose device is unknown.
-fn without_device(endpoint: &Endpoint) -> Endpoint {
-    Endpoint { ifindex: 0, ..endpoint.table_key() }
-}
-
 /// Closed connections, to recognize them in a snapshot that still lists them.
 #[derive(Debug, Default)]
 pub(super) struct ClosedSockets {
@@ -60,7 +55,7 @@ impl ClosedSockets {
             Some(cookie) => self.cookies.insert(cookie),
             None => self.without_cookie.insert(connection.endpoint.table_key()),
         };
-        self.endpoints.insert(without_device(&connection.endpoint));
+        self.endpoints.insert(connection.endpoint.deviceless_key());
     }
 
     pub(super) fn contains(&self, entry: &SocketEntry) -> bool {
@@ -71,7 +66,7 @@ impl ClosedSockets {
             Some(cookie) => {
                 self.cookies.contains(&cookie) || self.without_cookie.contains(&entry.endpoint.table_key())
             }
-            None => self.endpoints.contains(&without_device(&entry.endpoint)),
+            None => self.endpoints.contains(&entry.endpoint.deviceless_key()),
         }
     }
 }
@@ -91,7 +86,7 @@ impl TrackedKeys {
             Some(cookie) => self.by_cookie.insert(cookie, key),
             None => self.without_cookie.insert(connection.endpoint.table_key(), key),
         };
-        self.by_endpoint.insert(without_device(&connection.endpoint), key);
+        self.by_endpoint.insert(connection.endpoint.deviceless_key(), key);
     }
 
     /// The key of the connection that can be this entry. If the connection has no cookie, the caller must check that
@@ -103,7 +98,7 @@ impl TrackedKeys {
                 .get(&cookie)
                 .or_else(|| self.without_cookie.get(&entry.endpoint.table_key()))
                 .copied(),
-            None => self.by_endpoint.get(&without_device(&entry.endpoint)).copied(),
+            None => self.by_endpoint.get(&entry.endpoint.deviceless_key()).copied(),
         }
     }
 }
