@@ -37,7 +37,8 @@ impl Endpoint {
     pub const UNKNOWN: Self =
         Self { addr: [0; 4], netns_cookie: 0, netns: 0, ifindex: 0, port: 0, family: 0, padding: 0 };
 
-    /// An endpoint without a device, in the namespace with this inode. `ip` of a v4-mapped address and of the same IPv4 address are equal; `is_ipv6` tells them apart.
+    /// An endpoint without a device, in the namespace with this inode. A v4-mapped address and the same IPv4
+    /// address differ only in `is_ipv6`.
     #[must_use]
     pub fn new(netns: u32, ip: IpAddr, port: u16, is_ipv6: bool) -> Self {
         let octets = match ip {

@@ -93,8 +93,8 @@ pub(crate) fn insert<M: KernelRead>(
     }
 }
 
-/// Makes room for an entry of the running task in the set of this socket, if the set is full, and counts the loss for its
-/// owner. False: there is no room.
+/// Makes room for an entry of the running task in the set of this socket, if the set is full, and counts the
+/// loss for its owner. False: there is no room.
 #[inline(always)]
 pub(crate) fn ensure_room<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>) -> bool {
     let Some(set) = set_of(sock) else { return false };

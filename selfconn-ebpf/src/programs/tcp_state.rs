@@ -104,8 +104,9 @@ fn insert<M: KernelRead>(sock: Sock<M>, transition: &SocketTransition) {
     connect_table::insert(sock, probe_id, self_addr, source, dport);
 }
 
-/// Makes room in the connect table if it is full. Not called by [`insert`], because both need much of the stack, of which the programs
-/// of a chain of calls have 512 bytes together (`check_max_stack_depth`, kernel/bpf/verifier.c at v5.10).
+/// Makes room in the connect table if it is full. Not called by [`insert`], because both need much of the
+/// stack, of which the programs of a chain of calls have 512 bytes together (`check_max_stack_depth`,
+/// kernel/bpf/verifier.c at v5.10).
 #[inline(never)]
 fn ensure_room<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>) -> bool {
     connect_table::ensure_room(ctx, sock)

@@ -1,8 +1,9 @@
 //! A limit that owners share. Pure.
 //!
-//! A user may take at most [`USER_FACTOR`] times as much as is free, and all users of a control group that only root
-//! makes at most [`CGROUP_FACTOR`] times. So one user alone takes at most three quarters, a container's root who changes
-//! uids at most seven eighths, and the next owner finds room. Nothing that an owner has is ever taken from him.
+//! A user may take at most [`USER_FACTOR`] times as much as is free, and all users of a control group that
+//! only root makes at most [`CGROUP_FACTOR`] times. So one user alone takes at most three quarters, a
+//! container's root who changes uids at most seven eighths, and the next owner finds room. Nothing that an
+//! owner has is ever taken from him.
 
 use std::collections::HashMap;
 
@@ -21,8 +22,8 @@ enum Party {
 }
 
 impl Party {
-    /// Whose shares an owner takes from. Root has no share in all control groups together, because it runs most services
-    /// of a host. An unknown control group, as without cgroup v2, has none.
+    /// Whose shares an owner takes from. Root has no share in all control groups together, because it runs
+    /// most services of a host. An unknown control group, as without cgroup v2, has none.
     fn of(owner: Owner) -> impl Iterator<Item = Self> {
         let uid = (owner.uid != 0).then_some(Self::Uid(owner.uid));
         let cgroup = (owner.cgroup != 0).then_some(Self::Cgroup(owner.cgroup));

@@ -1,6 +1,6 @@
 //! Early warning of self-connections: a probe reports a port with many refused connects, the worker reads the
-//! port range of its namespace, and `crate::detect::port_risk` decides which event to emit. No timer runs while there is
-//! no such port.
+//! port range of its namespace, and `crate::detect::port_risk` decides which event to emit. No timer runs
+//! while there is no such port.
 
 use std::{collections::HashMap, io, time::Duration};
 

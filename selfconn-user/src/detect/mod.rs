@@ -1,5 +1,5 @@
-//! What the transitions and the socket table mean. Everything here is pure: input in, decision out. No clock, no kernel,
-//! no I/O, so each decision has a test without a kernel.
+//! What the transitions and the socket table mean. Everything here is pure: input in, decision out. No clock,
+//! no kernel, no I/O, so each decision has a test without a kernel.
 
 pub mod bind_conflict;
 pub mod connection;

@@ -1,6 +1,5 @@
-//! The policy of `--remedy`: decides which self-connections to destroy, when, and at what rate. `queue` keeps those that
-//! wait. Pure: no clock, no kernel. The owner executes the steps and reports their results
-//! back.
+//! The policy of `--remedy`: decides which self-connections to destroy, when, and at what rate. `queue` keeps
+//! those that wait. Pure: no clock, no kernel. The owner executes the steps and reports their results back.
 //!
 //! A self-connection is first looked up, and then destroyed by the cookie that the lookup returned. The
 //! cookie certainly belongs to that connection, because every transition until the lookup has been applied

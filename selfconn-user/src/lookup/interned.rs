@@ -1,5 +1,6 @@
-//! The facts of processes that something uses: a connection, a TIME_WAIT, the cache. Each process has them once, and all
-//! of them have no more bytes than the memory budget says. What finds no room is unknown, and counted.
+//! The facts of processes that something uses: a connection, a TIME_WAIT, the cache. Each process has them
+//! once, and all of them have no more bytes than the memory budget says. What finds no room is unknown, and
+//! counted.
 
 use std::{
     collections::HashMap,

@@ -5,11 +5,11 @@
 //! atomically: a socket that is hashed or unhashed while its bucket is read may be missing, so one absence
 //! proves nothing.
 //!
-//! Where the iterator over descriptors is attached, one pass of it lists what processes hold in every namespace,
-//! and who holds it. Without it, some namespaces are not found: a namespace that only non-main threads are in, unless the caller passes one
-//! of these threads as a hint (reading `/proc/PID/task/*/ns/net` for every thread of the host is too
-//! expensive), a namespace that is kept alive only by an open descriptor, and a namespace that is mounted
-//! only in another mount namespace.
+//! Where the iterator over descriptors is attached, one pass of it lists what processes hold in every
+//! namespace, and who holds it. Without it, some namespaces are not found: a namespace that only non-main
+//! threads are in, unless the caller passes one of these threads as a hint (reading `/proc/PID/task/*/ns/net`
+//! for every thread of the host is too expensive), a namespace that is kept alive only by an open descriptor,
+//! and a namespace that is mounted only in another mount namespace.
 
 mod destroy;
 mod entry;

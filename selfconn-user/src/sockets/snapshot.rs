@@ -117,9 +117,9 @@ impl SocketSnapshot {
         self.holders.by_inode.get(&inode?).map(Vec::as_slice)
     }
 
-    /// Kernel addresses in the connect table whose sockets no longer exist, and the times of their connects: the entry
-    /// is older than the snapshot, its namespace was read, and the snapshot lists neither a self-connection nor a connection
-    /// attempt for it.
+    /// Kernel addresses in the connect table whose sockets no longer exist, and the times of their connects:
+    /// the entry is older than the snapshot, its namespace was read, and the snapshot lists neither a
+    /// self-connection nor a connection attempt for it.
     #[must_use]
     pub fn stale_connects(&self, connects: &[(u64, ConnectEntry)]) -> Vec<(u64, u64)> {
         let sockets = self.entries.iter().map(|entry| &entry.endpoint).chain(&self.attempts);

@@ -1,5 +1,5 @@
-//! What an operator does with the daemon and what happens to it: audit, remedy, faults, privileges. Runs on the host and
-//! on the oldest kernel of the matrix.
+//! What an operator does with the daemon and what happens to it: audit, remedy, faults, privileges. Runs on
+//! the host and on the oldest kernel of the matrix.
 
 pub(crate) mod accounting;
 pub(crate) mod attacks;
