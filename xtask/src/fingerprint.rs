@@ -37,7 +37,8 @@ pub(crate) fn of_bytes(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-fn collect(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
+/// Adds the files below a path, all relative to the root.
+pub(crate) fn collect(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     let path = root.join(below);
     if !path.is_dir() {
         files.push(below.to_owned());

@@ -2,27 +2,19 @@
 
 use std::{collections::BTreeSet, fs, path::Path};
 
-use crate::workspace::Workspace;
+use crate::{fingerprint, workspace::Workspace};
 
 /// The last column of these tables.
 const COLUMN: &str = "shown by";
 
 /// The name of every test of the workspace.
 fn test_names(root: &Path) -> BTreeSet<String> {
-    let mut names = BTreeSet::new();
-    let mut directories: Vec<_> =
-        ["selfconn-ebpf", "selfconn-user", "xtask/src"].map(|part| root.join(part)).into();
-    while let Some(directory) = directories.pop() {
-        for entry in fs::read_dir(directory).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                directories.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                names.extend(tests_in(&fs::read_to_string(&path).unwrap()));
-            }
-        }
+    let mut files = Vec::new();
+    for part in ["selfconn-ebpf", "selfconn-user", "xtask/src"] {
+        fingerprint::collect(root, Path::new(part), &mut files).unwrap();
     }
-    names
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "rs"));
+    files.iter().flat_map(|file| tests_in(&fs::read_to_string(root.join(file)).unwrap())).collect()
 }
 
 /// The names of the functions with `#[test]` that are not ignored.

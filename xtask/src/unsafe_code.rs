@@ -2,29 +2,22 @@
 
 use std::{collections::BTreeMap, fs, path::Path};
 
-use crate::workspace::Workspace;
+use crate::{fingerprint, workspace::Workspace};
 
 /// The number of unsafe blocks, functions, implementations and attributes of each file, without tests and
 /// benchmarks.
 fn count_by_file(root: &Path) -> BTreeMap<String, usize> {
-    let mut counts = BTreeMap::new();
-    let mut directories: Vec<_> =
-        ["selfconn-ebpf/src", "selfconn-user/src", "xtask/src"].map(|part| root.join(part)).into();
-    while let Some(directory) = directories.pop() {
-        for entry in fs::read_dir(directory).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                directories.push(path);
-            } else if path.file_name().is_none_or(|name| name != "unsafe_code.rs") {
-                let text = fs::read_to_string(&path).unwrap();
-                let code = text.lines().map(|line| line.split("//").next().unwrap_or_default());
-                let count = code.map(in_line).sum();
-                let name = path.strip_prefix(root).unwrap().display().to_string();
-                counts.extend((count > 0).then_some((name, count)));
-            }
-        }
+    let mut files = Vec::new();
+    for part in ["selfconn-ebpf/src", "selfconn-user/src", "xtask/src"] {
+        fingerprint::collect(root, Path::new(part), &mut files).unwrap();
     }
-    counts
+    files.retain(|file| !file.ends_with("unsafe_code.rs"));
+    let count = |file: &Path| {
+        let text = fs::read_to_string(root.join(file)).unwrap();
+        text.lines().map(|line| in_line(line.split("//").next().unwrap_or_default())).sum()
+    };
+    let counts = files.iter().map(|file| (file.display().to_string(), count(file)));
+    counts.filter(|&(_, count)| count > 0).collect()
 }
 
 fn in_line(line: &str) -> usize {
