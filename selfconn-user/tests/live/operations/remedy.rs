@@ -250,7 +250,7 @@ fn only_a_connection_that_outlives_the_grace_period_is_destroyed() {
 fn the_connections_of_one_user_do_not_delay_the_remedy_of_another() {
     let net = TestNetns::enter_new();
     let mut daemon = start(net, &HookVariant(vec![]), &["--remedy", "destroy", "--remedy-rate", "10"]);
-    let mut flooder = HelperProcess::start_unprivileged("connect times 150", None);
+    let mut flooder = HelperProcess::start_unprivileged("connect and hold 150", None);
     flooder.read_output();
     daemon.expect(150, is_event("established", net.inode));
     let (victim, port) = connect_to_self(LOCALHOST);

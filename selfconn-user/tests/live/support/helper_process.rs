@@ -257,15 +257,6 @@ fn run_helper_process() {
             print_output("done");
             wait_for_stdin_eof();
         }
-        connect if connect.starts_with("connect times ") => {
-            let count: usize = connect["connect times ".len()..].parse().unwrap();
-            let sockets: Vec<_> = (0..count).map(|_| connect_to_self(Ipv4Addr::LOCALHOST.into()).0).collect();
-            for socket in &sockets {
-                socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
-            }
-            print_output("connected");
-            wait_for_stdin_eof();
-        }
         connect if connect.starts_with("connect and hold ") => {
             use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
             let maximum = getrlimit(Resource::Nofile).maximum;
