@@ -186,7 +186,8 @@ impl ResourceUsage {
 
 fn start(log: &Path, metrics: SocketAddr) -> Child {
     let mut command = Command::new(selfconn());
-    command.args(["run", "--json", "--reconcile", "5", "--metrics", &metrics.to_string(), "--log"]).arg(log);
+    command.args(["run", "--json", "--reconcile", "5", "--log-rate", "4294967295"]);
+    command.args(["--metrics", &metrics.to_string(), "--log"]).arg(log);
     let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
     let until = Instant::now() + DEADLINE;
     while !fs::read_to_string(log).is_ok_and(|text| text.contains("\"started\"")) {
