@@ -242,7 +242,7 @@ impl Tracer {
         failures
     }
 
-    /// Updates the programs' table of held ports. `before_ns`: slots that were set later stay set.
+    /// Updates the programs' table of held ports. Slots that a program has set since `before_ns` are kept.
     pub fn update_held_ports<'a>(&self, held: impl Iterator<Item = &'a Endpoint>, before_ns: u64) {
         if let Err(error) = self.held_ports.update(held, before_ns) {
             log::error!("the table of held ports can't be mapped: {error}");

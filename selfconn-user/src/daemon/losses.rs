@@ -106,7 +106,7 @@ impl LossReporter {
                             }
                         }
                     }
-                    // Of owners that the programs do not know any more.
+                    // Losses of owners whose entries the programs have evicted.
                     if rest > 0 {
                         out.emit(EventKind::Lost(Lost::new(cause, rest, None)));
                     }
@@ -115,7 +115,7 @@ impl LossReporter {
         }
     }
 
-    /// Forgets the owners that the programs do not know any more.
+    /// Forgets the owners whose entries the programs have evicted.
     fn prune<I: Iterator<Item = (Owner, OwnerState)>>(&mut self, owners: impl Fn() -> I) {
         if self.reported_by_owner.len() > MAX_REPORTED_OWNERS {
             let known: HashSet<Owner> = owners().map(|(owner, _)| owner).collect();

@@ -332,7 +332,7 @@ impl Daemon {
             }
             self.report_losses();
             let Counters { matched, ring_full, connect_table_full, .. } = self.counters;
-            let delivered = self.tracer.delivered();
+            let delivered = self.tracer.delivered() - self.pending_bind_failures.len() as u64;
             if matched == delivered + ring_full || Instant::now() > until {
                 self.unread = matched.saturating_sub(delivered + ring_full);
                 return ProgramCounters {
@@ -346,12 +346,15 @@ impl Daemon {
         }
     }
 
-    /// Drains and handles at most [`MAX_BATCH`] records. Returns their number.
+    /// Drains and handles at most [`MAX_BATCH`] records of each ring buffer. Returns their number, or
+    /// [`MAX_BATCH`] if there may be more.
     fn drain_batch(&mut self) -> usize {
         let clock = Offset::now();
         let Self { tracer, pipeline, port_risks, self_test, pending_bind_failures, loss_reporter, .. } = self;
         let room = MAX_BATCH.saturating_sub(pending_bind_failures.len());
-        pending_bind_failures.extend(tracer.drain_bind_failures(room));
+        let bind_failures = tracer.drain_bind_failures(room);
+        let bind_failure_count = bind_failures.len();
+        pending_bind_failures.extend(bind_failures);
         if !pending_bind_failures.is_empty() {
             loss_reporter.on_records();
         }
@@ -367,7 +370,7 @@ impl Daemon {
                 pipeline.on_bind_failure(&failure, clock);
             }
         }
-        drained
+        if bind_failure_count == room { MAX_BATCH } else { MAX_BATCH.min(drained + bind_failure_count) }
     }
 
     /// Checks the ports with many refused connects, if a check is due.
