@@ -24,6 +24,7 @@ mod entry_points {
         bind_failure,
         descriptors::{self, DescriptorContext},
         kernel_read::{BtfOffsets, DirectLoad, Layout, ProbeRead, StaticOffsets},
+        namespaces::{self, TaskContext},
         sock::{SelfAddr, Sock},
         tcp_state,
         tracepoint_record::TracepointRecord,
@@ -139,6 +140,14 @@ mod entry_points {
     extern "C" fn selfconn_descriptors(context: &DescriptorContext) -> i32 {
         // 0: go on, whatever became of this descriptor.
         descriptors::visit(context);
+        0
+    }
+
+    /// Each task, while user space reads the iterator. The tasks only give the walk its turns.
+    #[unsafe(link_section = "iter/task")]
+    #[unsafe(no_mangle)]
+    extern "C" fn selfconn_namespaces(context: &TaskContext) -> i32 {
+        namespaces::visit(context);
         0
     }
 

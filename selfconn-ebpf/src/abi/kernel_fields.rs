@@ -104,10 +104,18 @@ pub enum Field {
     TaskTgid,
     /// `pid_t`: the id of the thread.
     TaskPid,
+    /// `struct nsproxy *`.
+    TaskNsproxy,
+    /// `struct net *`.
+    NsproxyNet,
+    /// `struct list_head`, in `struct net`: the list of all network namespaces.
+    NetList,
+    /// `const struct proc_ns_operations *`, in `struct net`: the same for every network namespace.
+    NetOps,
 }
 
 /// Number of fields.
-pub const FIELDS: usize = Field::TaskPid as usize + 1;
+pub const FIELDS: usize = Field::NetOps as usize + 1;
 
 /// The member of `struct net` that is [`Field::PortRangePair`] if it is an array, else
 /// [`Field::PortRangePacked`] (`struct local_ports`, include/net/netns/ipv4.h at v6.7 and v6.8).
@@ -184,6 +192,10 @@ impl Field {
         (Self::SocketSk, "socket", "sk", false),
         (Self::TaskTgid, "task_struct", "tgid", false),
         (Self::TaskPid, "task_struct", "pid", false),
+        (Self::TaskNsproxy, "task_struct", "nsproxy", false),
+        (Self::NsproxyNet, "nsproxy", "net_ns", false),
+        (Self::NetList, "net", "list", false),
+        (Self::NetOps, "net", "ns.ops", false),
     ];
 }
 

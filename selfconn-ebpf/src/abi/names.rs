@@ -48,6 +48,8 @@ pub const BIND_EXIT: &str = "selfconn_bind_exit";
 
 /// Iterator over the descriptors of all tasks.
 pub const DESCRIPTORS: &str = "selfconn_descriptors";
+/// Iterator over all tasks; it lists the network namespaces.
+pub const NAMESPACES: &str = "selfconn_namespaces";
 
 /// Ring buffer of [`crate::Record`]; owned by `ring_buffer.rs`.
 pub const RECORDS: &str = "RECORDS";

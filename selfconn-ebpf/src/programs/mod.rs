@@ -6,6 +6,7 @@ mod counters;
 pub(crate) mod descriptors;
 pub(crate) mod held_ports;
 pub(crate) mod kernel_read;
+pub(crate) mod namespaces;
 pub(crate) mod owners;
 mod refused_connects;
 mod ring_buffer;

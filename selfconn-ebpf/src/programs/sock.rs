@@ -179,11 +179,7 @@ impl<M: KernelRead> Sock<M> {
         let (mut netns, mut netns_cookie) = (0, 0);
         if let Some(net) = offset(Field::Net) {
             let net: Pointer = M::read(self.sk.wrapping_add(net));
-            netns = Self::at(net.0, Field::NetnsInum);
-            netns_cookie = match offset(Field::NetnsHashMix) {
-                Some(hash_mix) => hashed_netns(M::read(net.0.wrapping_add(hash_mix))),
-                None => Self::at(net.0, Field::NetnsCookie),
-            };
+            (netns, netns_cookie) = netns_id::<M>(net.0);
         }
         let ifindex = self.get(Field::BoundDevIf);
         Endpoint { addr, netns_cookie, netns, ifindex, port, family: family.into(), padding: 0 }
@@ -247,6 +243,16 @@ impl<M: KernelRead> Sock<M> {
             rcv_nxt: Self::at(full, Field::RcvNxt),
         })
     }
+}
+
+/// The inode and the cookie of a network namespace, as in an [`Endpoint`].
+#[inline(always)]
+pub(crate) fn netns_id<M: KernelRead>(net: *const u8) -> (u32, u64) {
+    let cookie = match offset(Field::NetnsHashMix) {
+        Some(hash_mix) => hashed_netns(M::read(net.wrapping_add(hash_mix))),
+        None => Sock::<M>::at(net, Field::NetnsCookie),
+    };
+    (Sock::<M>::at(net, Field::NetnsInum), cookie)
 }
 
 /// Fields of `struct tcp_sock`: see [`selfconn_ebpf::Transition`].

@@ -49,6 +49,13 @@ const DESCRIPTOR_FIELDS: [Field; 7] = [
     Field::InodeNumber,
 ];
 
+/// The attach target of the iterator over network namespaces.
+const NAMESPACE_TARGET: &str = "bpf_iter_task";
+
+/// The fields that the iterator over network namespaces cannot do without.
+const NAMESPACE_FIELDS: [Field; 5] =
+    [Field::TaskNsproxy, Field::NsproxyNet, Field::NetList, Field::NetOps, Field::NetnsInum];
+
 /// The result of all probes.
 #[derive(Debug)]
 pub struct KernelFeatures {
@@ -69,6 +76,8 @@ pub struct KernelFeatures {
     btf_targets: Vec<Method>,
     /// The functions of [`DESCRIPTOR_TARGETS`] that the BTF lacks.
     descriptor_targets_missing: Vec<&'static str>,
+    /// True if the BTF has [`NAMESPACE_TARGET`].
+    has_namespace_target: bool,
     /// How the programs access the current task: one of [`task_access`].
     pub task_access: u32,
     /// How the programs find the control group of the current task: one of [`cgroup_access`].
@@ -109,7 +118,7 @@ impl KernelFeatures {
                 _ => format!("{BTF_PATH}: {error}"),
             })
         };
-        let (mut targets, mut socket_cookie) = (Vec::new(), false);
+        let (mut targets, mut socket_cookie, mut has_namespace_target) = (Vec::new(), false, false);
         let mut descriptor_targets_missing = DESCRIPTOR_TARGETS.to_vec();
         let (offsets, offsets_missing) = match btf.as_deref().map(Btf::parse) {
             Ok(Ok(btf)) => {
@@ -120,6 +129,7 @@ impl KernelFeatures {
                         .map(|target| target.0),
                 );
                 descriptor_targets_missing.retain(|name| !btf.has(BtfKind::Function, name));
+                has_namespace_target = btf.has(BtfKind::Function, NAMESPACE_TARGET);
                 socket_cookie = btf.has(BtfKind::Function, SOCKET_COOKIE_HELPER);
                 read_offsets(&btf)
             }
@@ -156,6 +166,7 @@ impl KernelFeatures {
             offsets_missing,
             btf_targets: targets,
             descriptor_targets_missing,
+            has_namespace_target,
             task_access,
             cgroup_access,
             socket_cookie,
@@ -255,10 +266,28 @@ impl KernelFeatures {
         if let Some(name) = self.descriptor_targets_missing.first() {
             return unsupported(format!("the kernel's BTF has no {name}"));
         }
-        match DESCRIPTOR_FIELDS.into_iter().find(|field| self.offsets[*field as usize] == ABSENT) {
+        self.check_fields(&DESCRIPTOR_FIELDS)
+    }
+
+    /// Checks the same for the iterator over network namespaces.
+    ///
+    /// # Errors
+    /// See [`Self::check_method`].
+    pub fn check_namespaces(&self) -> Result<(), Refusal> {
+        self.check_capabilities()?;
+        self.check_offsets()?;
+        self.check_probe_read()?;
+        if !self.has_namespace_target {
+            return Err(Refusal::Unsupported(format!("the kernel's BTF has no {NAMESPACE_TARGET}")));
+        }
+        self.check_fields(&NAMESPACE_FIELDS)
+    }
+
+    fn check_fields(&self, fields: &[Field]) -> Result<(), Refusal> {
+        match fields.iter().find(|field| self.offsets[**field as usize] == ABSENT) {
             Some(field) => {
-                let (_, of, member, _) = Field::ALL[field as usize];
-                unsupported(format!("the kernel's BTF has no {of}.{member}"))
+                let (_, of, member, _) = Field::ALL[*field as usize];
+                Err(Refusal::Unsupported(format!("the kernel's BTF has no {of}.{member}")))
             }
             None => Ok(()),
         }

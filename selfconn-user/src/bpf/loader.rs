@@ -25,6 +25,7 @@ use super::{
     descriptors::{self, DescriptorIter},
     features::KernelFeatures,
     held_ports::HeldPorts,
+    namespaces::{self, NamespaceIter},
     object::{self, ObjectOptions},
     owners::Owners,
     programs::{KernelBtf, Link, attach},
@@ -78,11 +79,34 @@ pub struct Tracer {
     methods: Choice<()>,
     binds: BindChoice,
     bind_links: Option<BindLinks>,
-    descriptors: Result<(), Refusal>,
-    descriptor_iter: Option<DescriptorIter>,
+    iterators: Option<Iterators>,
+    descriptors_refusal: Option<Refusal>,
+    namespaces_refusal: Option<Refusal>,
     links: Vec<Link>,
     programs: Ebpf,
     uses_static_offsets: bool,
+}
+
+/// The iterators that are attached.
+#[derive(Debug, Default)]
+pub struct Iterators {
+    /// Over the descriptors of all processes.
+    pub descriptors: Option<DescriptorIter>,
+    /// Over the network namespaces.
+    pub namespaces: Option<NamespaceIter>,
+}
+
+/// The iterator, or the reason why it is not attached.
+fn split<T>(over: &str, outcome: Result<T, Refusal>) -> (Option<T>, Option<Refusal>) {
+    if let Err(Refusal::Broken(why)) = &outcome {
+        log::warn!(
+            "the iterator over {over} should work on this kernel but does not; please report it: {why}"
+        );
+    }
+    match outcome {
+        Ok(iter) => (Some(iter), None),
+        Err(why) => (None, Some(why)),
+    }
 }
 
 impl Tracer {
@@ -93,21 +117,15 @@ impl Tracer {
     pub fn start(features: &KernelFeatures, options: TracerOptions) -> Result<Self> {
         features.check_capabilities().map_err(|why| anyhow!("{why}"))?;
         let mut ebpf = object::load(features, options.object)?;
-        let (choice, (binds, bind_links), descriptors) = tracefs::with(|| {
+        let (choice, (binds, bind_links), descriptors, namespaces) = tracefs::with(|| {
             let kernel_btf = KernelBtf::new(features);
             let choice = choose(options.hooks, |method| attach(&mut ebpf, method, features, &kernel_btf));
             let binds = bind_programs::choose(&mut ebpf, options.bind_method, features, &kernel_btf);
-            (choice, binds, descriptors::attach(&mut ebpf, features, &kernel_btf))
+            let descriptors = descriptors::attach(&mut ebpf, features, &kernel_btf);
+            (choice, binds, descriptors, namespaces::attach(&mut ebpf, features, &kernel_btf))
         });
-        if let Err(Refusal::Broken(why)) = &descriptors {
-            log::warn!(
-                "the iterator over descriptors should work on this kernel but does not; please report it: {why}"
-            );
-        }
-        let (descriptor_iter, descriptors) = match descriptors {
-            Ok(iter) => (Some(iter), Ok(())),
-            Err(why) => (None, Err(why)),
-        };
+        let (descriptors, descriptors_refusal) = split("descriptors", descriptors);
+        let (namespaces, namespaces_refusal) = split("network namespaces", namespaces);
         for (method, why) in &choice.refused {
             if let Refusal::Broken(why) = why {
                 log::warn!("{method} should work on this kernel but does not; please report it: {why}");
@@ -140,8 +158,9 @@ impl Tracer {
             methods: Choice { live, refused: choice.refused },
             binds,
             bind_links,
-            descriptors,
-            descriptor_iter,
+            iterators: Some(Iterators { descriptors, namespaces }),
+            descriptors_refusal,
+            namespaces_refusal,
             links,
             programs: ebpf,
             uses_static_offsets: features.uses_static_offsets,
@@ -160,15 +179,19 @@ impl Tracer {
         &self.binds
     }
 
-    /// Whether the iterator over descriptors is attached, or the reason why not.
-    pub fn descriptors(&self) -> &Result<(), Refusal> {
-        &self.descriptors
+    /// The reason why the iterator over descriptors is not attached. `None`: it is.
+    pub fn descriptors_refusal(&self) -> Option<&Refusal> {
+        self.descriptors_refusal.as_ref()
     }
 
-    /// Takes the iterator over descriptors out. It is independent of the rest. `None`: it is not attached, or
-    /// was taken before.
-    pub fn take_descriptor_iter(&mut self) -> Option<DescriptorIter> {
-        self.descriptor_iter.take()
+    /// The same for the iterator over network namespaces.
+    pub fn namespaces_refusal(&self) -> Option<&Refusal> {
+        self.namespaces_refusal.as_ref()
+    }
+
+    /// Takes the iterators out. They are independent of the rest. There is none if they were taken before.
+    pub fn take_iterators(&mut self) -> Iterators {
+        self.iterators.take().unwrap_or_default()
     }
 
     /// True if any program is attached to its hook.

@@ -6,7 +6,8 @@
 //! - `features`: probes this kernel and this process;
 //! - `object`: the embedded eBPF object; `connect_table`, `refused_connects`, `held_ports`, `owners`: its maps, by
 //!   mmap (`mapped`) or by `bpf()` (`plain`);
-//! - `programs`, `bind_programs`, `descriptors`: attach one method or the iterator, or say why not;
+//! - `programs`, `bind_programs`: attach one method, or say why not; `iterator` with `descriptors` and `namespaces`:
+//!   the same for the iterators;
 //! - `loader`: everything together, for the daemon and the commands.
 //!
 //! Architecture invariant: only `object` and the modules after it use aya's programs and maps, and only
@@ -20,8 +21,10 @@ pub mod connect_table;
 pub mod descriptors;
 pub mod features;
 mod held_ports;
+mod iterator;
 pub mod loader;
 mod mapped;
+pub mod namespaces;
 pub mod object;
 mod owners;
 mod plain;

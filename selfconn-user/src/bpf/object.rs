@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, anyhow};
 use aya::{Ebpf, EbpfError, EbpfLoader, maps::MapError};
 use selfconn_ebpf::{WAYS, names, reported};
 
-use super::features::KernelFeatures;
+use super::{attach::Refusal, features::KernelFeatures};
 
 /// The eBPF object that `cargo xtask build-ebpf` builds.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-hooks"));
@@ -62,6 +62,11 @@ pub(super) fn load(features: &KernelFeatures, options: ObjectOptions) -> Result<
         .load(OBJECT)
         .map_err(|error| ring_memory_error(&error, options.ring_bytes).unwrap_or_else(|| error.into()))
         .context("cannot load the maps")
+}
+
+/// Loads the object for a moment only.
+pub(super) fn load_minimal(features: &KernelFeatures) -> Result<Ebpf, Refusal> {
+    load(features, ObjectOptions::MINIMAL).map_err(|error| Refusal::Refused(format!("{error:#}")))
 }
 
 /// A message with a hint, if the kernel had no memory for the ring buffer.

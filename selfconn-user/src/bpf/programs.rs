@@ -29,11 +29,12 @@ pub(crate) enum Link {
 }
 
 /// The BTF types that BTF-based programs attach to.
-const BTF_TARGETS: [(btf::BtfKind, &str); 4] = [
+const BTF_TARGETS: [(btf::BtfKind, &str); 5] = [
     (btf::BtfKind::Typedef, "btf_trace_inet_sock_set_state"),
     (btf::BtfKind::Function, "tcp_set_state"),
     (btf::BtfKind::Function, "inet_csk_get_port"),
     (btf::BtfKind::Function, "bpf_iter_task_file"),
+    (btf::BtfKind::Function, "bpf_iter_task"),
 ];
 
 /// The kernel's BTF as aya needs it. It is parsed when the first method needs it.

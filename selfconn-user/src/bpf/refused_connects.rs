@@ -43,14 +43,22 @@ impl RefusedCounts {
     /// Removes the counts of all destinations without a refused connect within the window, except those for
     /// which `is_watched` is true. Walks the whole table.
     pub fn remove_expired(&mut self, now_ns: u64, is_watched: impl Fn(&Endpoint) -> bool) {
-        let is_expired = |(destination, refused): &(Endpoint, RefusedCount)| {
+        self.remove_where(|destination, refused| {
             now_ns.saturating_sub(refused.last_ns) > WINDOW_NS && !is_watched(destination)
-        };
-        let expired: Vec<_> = self.entries().filter(is_expired).map(|(destination, _)| destination).collect();
-        for destination in expired {
-            self.remove(&destination);
-        }
+        });
         self.count_shares();
+    }
+
+    /// Removes the counts for which `matches` is true, and returns them. Walks the whole table.
+    pub fn remove_where(
+        &mut self,
+        matches: impl Fn(&Endpoint, &RefusedCount) -> bool,
+    ) -> Vec<(Endpoint, RefusedCount)> {
+        let removed: Vec<_> = self.entries().filter(|(at, refused)| matches(at, refused)).collect();
+        for (destination, _) in &removed {
+            self.remove(destination);
+        }
+        removed
     }
 
     /// Counts the entries of each owner, because entries were removed. An entry that a program inserts at the same time

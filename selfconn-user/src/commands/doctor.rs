@@ -15,7 +15,7 @@ use crate::{
         bind_method::BindMethod,
         bind_programs, descriptors,
         features::KernelFeatures,
-        programs,
+        namespaces, programs,
         tracefs::Tracefs,
     },
     event::text::escape,
@@ -60,6 +60,8 @@ struct DoctorReport {
     binds: Vec<MethodReport>,
     /// How the descriptors of all processes would be read. If not `ok`, holders are looked up in `/proc`.
     descriptors: Vec<MethodReport>,
+    /// How the network namespaces would be listed.
+    namespaces: Vec<MethodReport>,
     limits: Vec<String>,
     /// What the daemon keeps at most.
     memory: MemoryReport,
@@ -152,7 +154,8 @@ fn collect(features: &KernelFeatures) -> DoctorReport {
         hooks,
         would_attach: choice.live.iter().map(|(method, ())| method.name()).collect(),
         binds: bind_reports(bind_programs::probe_methods(features)),
-        descriptors: vec![descriptor_report(descriptors::probe(features))],
+        descriptors: vec![iterator_report(descriptors::NAME, descriptors::probe(features))],
+        namespaces: vec![iterator_report(namespaces::NAME, namespaces::probe(features))],
         limits: features.limits(),
         memory: MemoryReport::new(),
         live: None,
@@ -167,9 +170,9 @@ fn bind_reports(outcomes: Vec<(BindMethod, Result<(), Refusal>)>) -> Vec<MethodR
     outcomes.into_iter().map(report).collect()
 }
 
-fn descriptor_report(outcome: Result<(), Refusal>) -> MethodReport {
+fn iterator_report(name: &'static str, outcome: Result<(), Refusal>) -> MethodReport {
     let is_ok = outcome.is_ok();
-    method_report(descriptors::NAME, outcome, is_ok)
+    method_report(name, outcome, is_ok)
 }
 
 fn method_report(method: &'static str, outcome: Result<(), Refusal>, would_attach: bool) -> MethodReport {
@@ -274,9 +277,12 @@ fn text(report: &DoctorReport) -> String {
         row(if check.ok { "ok" } else { "--" }, check.name, &check.finding, check.hint.as_deref());
     }
     let hooks = report.hooks.iter().map(|hook| (hook.hook, &hook.methods));
-    for (name, methods) in
-        hooks.chain([("failed binds", &report.binds), ("descriptors", &report.descriptors)])
-    {
+    let others = [
+        ("failed binds", &report.binds),
+        ("descriptors", &report.descriptors),
+        ("network namespaces", &report.namespaces),
+    ];
+    for (name, methods) in hooks.chain(others) {
         let _ = writeln!(out, "\n  {name}");
         for method in methods {
             let mark = if method.would_attach { "*" } else { " " };

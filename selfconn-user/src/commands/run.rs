@@ -218,7 +218,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         let plan = PrivilegePlan {
             log: args.log.as_deref(),
             destroys: args.remedy.destroys(),
-            has_iterator: tracer.descriptors().is_ok(),
+            has_iterator: tracer.descriptors_refusal().is_none(),
         };
         let kept = capabilities::drop_after_attach(plan, || tracer.counters().is_ok())?;
         let metrics_requests =

@@ -130,7 +130,7 @@ impl Daemon {
         let probe_count = u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX);
         let lookups = Lookups::start(host.is_initial_pid_ns, options.kept_cmdline)?;
         let remediation = Remediation::start(options.remedy)?;
-        let snapshot_worker = snapshot_worker::start(tracer.take_descriptor_iter())?;
+        let snapshot_worker = snapshot_worker::start(tracer.take_iterators())?;
         Ok(Self {
             tracer,
             snapshot_worker,
@@ -399,6 +399,18 @@ impl Daemon {
         }
     }
 
+    /// Ends the ports at risk, and removes the counts, of the namespaces that have ended.
+    fn end_port_risks(&mut self, snapshot: &SocketSnapshot) {
+        let has_ended = |destination: &Endpoint, last_ns| {
+            last_ns < snapshot.began_ns && snapshot.proves_end_of_netns(destination)
+        };
+        let mut events = Vec::new();
+        self.port_risks.remove_ended(self.tracer.refused_counts(), has_ended, |event| events.push(event));
+        for event in events {
+            self.pipeline.on_port_risk(event, clock::boot_ns());
+        }
+    }
+
     /// Requests a snapshot of the socket table from the worker.
     fn request_snapshot(&mut self) {
         self.pipeline.connections.begin_snapshot();
@@ -440,6 +452,7 @@ impl Daemon {
             self.tracer.remove_connect(sock, at_ns);
         }
         self.port_risks.remove_expired_counts(self.tracer.refused_counts());
+        self.end_port_risks(&snapshot);
         self.pipeline.bind_conflicts.remove_expired(snapshot.began_ns);
         let connections = self.pipeline.connections.iter().map(|connection| &connection.endpoint);
         let listed = snapshot.entries.iter().map(|entry| &entry.endpoint);

@@ -25,7 +25,7 @@ use crate::{
     lookup::{LookupTarget, Lookups},
     metrics,
     output::Outputs,
-    sockets::SocketSnapshot,
+    sockets::{Coverage, SocketSnapshot},
     system::{
         clock::{self, Offset},
         process::{Attribution, Holder, ObservedTask, ProcessInfo},
@@ -282,10 +282,8 @@ impl Pipeline {
     /// Reconciles the connections with a snapshot of the socket table. Returns the number of missed
     /// self-connections. The events are emitted later, in portions.
     pub(super) fn reconcile(&mut self, snapshot: &SocketSnapshot, knows_netns: bool) -> u64 {
-        let is_covered = |connection: &Connection| {
-            !knows_netns
-                || snapshot.covers(&connection.endpoint)
-                || snapshot.proves_end_of_netns(&connection.endpoint)
+        let coverage = |connection: &Connection| {
+            if knows_netns { snapshot.coverage(&connection.endpoint) } else { Coverage::Read }
         };
         // Outside the initial pid namespace the holders' pids in /proc differ from the pids in events.
         let can_look_up = self.lookups.can_look_up();
@@ -293,7 +291,7 @@ impl Pipeline {
             |connection: &Connection| snapshot.holders_of(connection.inode).map(<[Holder]>::to_vec);
         let (began_ns, time) = (snapshot.began_ns, Timestamp::now());
         let mut events = Vec::new();
-        let missed = self.connections.reconcile(&snapshot.entries, began_ns, is_covered, |event| {
+        let missed = self.connections.reconcile(&snapshot.entries, began_ns, coverage, |event| {
             events.push(QueuedEvent::new(event, began_ns, time));
         });
         for event in events {
@@ -418,11 +416,12 @@ impl Pipeline {
         self.bind_conflicts.remove_ended(|TimeWaitEntry { connection, until_ns, .. }| {
             let began_ns = until_ns.saturating_sub(TIME_WAIT_NS);
             let is_missing = connection.cookie.is_some_and(|cookie| !listed.contains(&cookie));
-            snapshot.proves_end_of_netns(&connection.endpoint)
-                || is_missing
-                    && began_ns < snapshot.began_ns
-                    && snapshot.without_sock_diag.is_none()
-                    && snapshot.covers(&connection.endpoint)
+            began_ns < snapshot.began_ns
+                && match snapshot.coverage(&connection.endpoint) {
+                    Coverage::NetnsEnded => true,
+                    Coverage::Read => is_missing && snapshot.without_sock_diag.is_none(),
+                    Coverage::Unknown => false,
+                }
         });
         for entry in &snapshot.entries {
             let Some(time_left) = entry.time_wait_left else { continue };

@@ -131,6 +131,20 @@ impl PortRiskMonitor {
     pub(super) fn remove_expired_counts(&self, refused_counts: &mut RefusedCounts) {
         refused_counts.remove_expired(clock::boot_ns(), |destination| self.risks.is_tracked(destination));
     }
+
+    /// Removes the counts for which `has_ended` is true of the destination and the time of the newest attempt, because
+    /// their network namespace has ended. Walks the whole table.
+    pub(super) fn remove_ended(
+        &mut self,
+        refused_counts: &mut RefusedCounts,
+        has_ended: impl Fn(&Endpoint, u64) -> bool,
+        mut report: impl FnMut(PortRiskEvent),
+    ) {
+        let ended = refused_counts.remove_where(|destination, count| has_ended(destination, count.last_ns));
+        for (destination, count) in ended {
+            self.risks.end(&destination, &count).into_iter().for_each(&mut report);
+        }
+    }
 }
 
 /// The event to emit. `process` is the newest connecting one.

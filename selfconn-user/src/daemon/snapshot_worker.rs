@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::{
-    bpf::descriptors::DescriptorIter,
+    bpf::loader::Iterators,
     sockets::{self, HolderSearch, SnapshotOptions, SocketSnapshot},
     system::{capabilities, worker::Worker},
 };
@@ -11,20 +11,20 @@ use crate::{
 /// A request has the threads whose namespaces are to be read as well. At most one may be in progress.
 pub(super) type SnapshotWorker = Worker<Vec<u32>, SocketSnapshot>;
 
-/// `descriptors`: the iterator over descriptors, if it is attached.
-pub(super) fn start(descriptors: Option<DescriptorIter>) -> io::Result<SnapshotWorker> {
-    let capability_set = capabilities::snapshot_worker(descriptors.is_some());
+pub(super) fn start(iterators: Iterators) -> io::Result<SnapshotWorker> {
+    let capability_set = capabilities::snapshot_worker(iterators.descriptors.is_some());
     Worker::start("reader", capability_set, move |netns_hints: Vec<u32>| {
-        take_snapshot(&netns_hints, descriptors.as_ref())
+        take_snapshot(&netns_hints, &iterators)
     })
 }
 
 /// Lists the self-connections and their holders: in one pass over descriptors, or else by a search, which may
 /// take long. Reads the socket tables, too.
 /// `netns_hints` are threads that may be the only ones in their namespace.
-fn take_snapshot(netns_hints: &[u32], descriptors: Option<&DescriptorIter>) -> SocketSnapshot {
+fn take_snapshot(netns_hints: &[u32], iterators: &Iterators) -> SocketSnapshot {
     let holders = Some(HolderSearch::Complete);
-    let options = SnapshotOptions { attempts: true, holders, descriptors, ..SnapshotOptions::default() };
+    let (descriptors, namespaces) = (iterators.descriptors.as_ref(), iterators.namespaces.as_ref());
+    let options = SnapshotOptions { attempts: true, holders, descriptors, namespaces, procfs_only: false };
     let snapshot = sockets::snapshot(options, netns_hints).unwrap_or_else(|error| {
         // An empty snapshot covers no namespace, so no connection is considered closed.
         log::error!("the socket table can't be read: {error}");

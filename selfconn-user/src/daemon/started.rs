@@ -2,18 +2,18 @@
 
 use crate::{
     bpf::{
-        attach::{Hook, Method},
+        attach::{Hook, Method, Refusal},
         bind_method::BindMethod,
         descriptors,
         features::KernelFeatures,
         loader::Tracer,
+        namespaces,
     },
     event::{HookStatus, MethodStatus, RefusedMethod, Started},
 };
 
 pub(super) fn started(host: &KernelFeatures, tracer: &Tracer) -> Started {
     let (methods, binds) = (tracer.methods(), tracer.bind_choice());
-    let descriptors = tracer.descriptors().as_ref().err();
     let refused = |hook| {
         let refused_method =
             |(method, why): &(Method, _)| RefusedMethod { method: method.name(), why: format!("{why}") };
@@ -43,13 +43,18 @@ pub(super) fn started(host: &KernelFeatures, tracer: &Tracer) -> Started {
                 .map(|(method, why)| RefusedMethod { method: method.name(), why: why.to_string() })
                 .collect(),
         },
-        descriptors: MethodStatus {
-            method: descriptors.is_none().then_some(descriptors::NAME),
-            refused: descriptors
-                .map(|why| RefusedMethod { method: descriptors::NAME, why: why.to_string() })
-                .into_iter()
-                .collect(),
-        },
+        descriptors: iterator_status(descriptors::NAME, tracer.descriptors_refusal()),
+        namespaces: iterator_status(namespaces::NAME, tracer.namespaces_refusal()),
         limits: host.limits(),
+    }
+}
+
+fn iterator_status(name: &'static str, refusal: Option<&Refusal>) -> MethodStatus {
+    MethodStatus {
+        method: refusal.is_none().then_some(name),
+        refused: refusal
+            .map(|why| RefusedMethod { method: name, why: why.to_string() })
+            .into_iter()
+            .collect(),
     }
 }

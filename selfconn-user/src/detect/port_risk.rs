@@ -65,6 +65,8 @@ pub enum RiskEndReason {
     Silence,
     /// `connect()` can't choose the port any more.
     Unreachable,
+    /// Its network namespace has ended.
+    NetnsEnded,
 }
 
 /// The ports with many refused connection attempts.
@@ -141,6 +143,12 @@ impl PortRisks {
                 .filter(|_| port.is_reported)
                 .map(|connects| PortRiskEvent::Over(connects, RiskEndReason::Silence)),
         )
+    }
+
+    /// Stops tracking a port whose network namespace has ended. The result is the event to emit.
+    pub fn end(&mut self, destination: &Endpoint, count: &RefusedCount) -> Option<PortRiskEvent> {
+        let port = self.0.remove(destination).filter(|port| port.is_reported);
+        port.map(|_| PortRiskEvent::Over(RefusedConnects::new(destination, count), RiskEndReason::NetnsEnded))
     }
 
     /// Checks a tracked port. `ports` is the local port range of its namespace, or the reason why the range

@@ -60,7 +60,8 @@ pub struct AtRiskOver {
     /// The refused connects.
     #[serde(flatten)]
     pub connects: RefusedConnectFields,
-    /// `silence` if the connects stopped, or `unreachable` if `connect()` can no longer choose the port.
+    /// `silence` if the connects stopped, `unreachable` if `connect()` can no longer choose the port, or
+    /// `netns_ended` if its network namespace has ended.
     pub why: &'static str,
 }
 
@@ -108,6 +109,7 @@ impl AtRiskOver {
         let why = match why {
             RiskEndReason::Silence => "silence",
             RiskEndReason::Unreachable => "unreachable",
+            RiskEndReason::NetnsEnded => "netns_ended",
         };
         Self { connects: RefusedConnectFields::new(connects, process), why }
     }
@@ -146,6 +148,7 @@ fn over_message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     match record.text("why") {
         Some("silence") => write!(out, ": connects have stopped")?,
         Some("unreachable") => write!(out, ": connect() can no longer choose this port")?,
+        Some("netns_ended") => write!(out, ": its network namespace has ended")?,
         _ => write!(out, ": no longer at risk")?,
     }
     write!(out, "; ")?;

@@ -21,6 +21,8 @@ pub struct Started {
     pub binds: MethodStatus,
     /// How the descriptors of all processes are read. Without a method, holders are looked up in `/proc`.
     pub descriptors: MethodStatus,
+    /// How it is known which network namespaces exist.
+    pub namespaces: MethodStatus,
     /// What the daemon cannot observe on this host.
     pub limits: Vec<String>,
 }
@@ -97,6 +99,13 @@ fn details(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
         }
         refused_methods(descriptors, out)?;
     }
+    if let Some(namespaces) = record.object("namespaces") {
+        match namespaces.text("method") {
+            Some(method) => write!(out, "\n    namespaces: listed by {}", escape(method))?,
+            None => write!(out, "\n    namespaces: not listed")?,
+        }
+        refused_methods(namespaces, out)?;
+    }
     for limit in record.texts("limits") {
         write!(out, "\n    limit: {}", escape(limit))?;
     }
@@ -124,11 +133,12 @@ mod tests {
                     "tp_btf","refused":[]},{"hook":"h","method":"perf","refused":[]},{"hook":"g","method":null,
                     "refused":[{"method":"fentry","why":"refused"}]}],"binds":{"method":null,"refused":[{"method":
                     "perf","why":"no"}]},"descriptors":{"method":null,"refused":[{"method":"task_file","why":"old"}]},
+                    "namespaces":{"method":null,"refused":[{"method":"task","why":"policy"}]},
                     "limits":["one"]}"#
             ),
             "started      selfconn 0.1.0 [7] on kernel 6.1\\u{1b}\n    h: attached by tp_btf and perf\n    g: not \
                  attached\n        fentry refused\n    failed binds: not observed\n        perf no\n    descriptors: read from /proc\n        \
-                 task_file old\n    limit: one"
+                 task_file old\n    namespaces: not listed\n        task policy\n    limit: one"
         );
     }
 }

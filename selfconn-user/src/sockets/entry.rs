@@ -26,6 +26,17 @@ pub struct SocketEntry {
     pub connect_entry: Option<(u64, Opener)>,
 }
 
+/// What it means that a snapshot does not list a connection that was open before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Coverage {
+    /// Nothing: its namespace was not read.
+    Unknown,
+    /// Its namespace was read, so it is probably gone.
+    Read,
+    /// Its namespace has ended, so it is gone.
+    NetnsEnded,
+}
+
 /// The listed states as a mask: all states in which a socket is connected or connecting. Because LISTEN is
 /// not included, the kernel does not walk the table of listeners.
 pub(super) const STATES: u32 = {

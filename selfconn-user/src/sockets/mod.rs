@@ -13,6 +13,7 @@
 
 mod destroy;
 mod entry;
+mod existing;
 mod held;
 mod holders;
 mod listeners;
@@ -29,7 +30,9 @@ pub use destroy::can_enter;
 pub use destroy::destroy;
 pub use destroy::destroy_all;
 pub use destroy::look_up;
+pub use entry::Coverage;
 pub use entry::SocketEntry;
+pub use existing::ExistingNamespaces;
 pub use holders::HolderSearch;
 pub use holders::Holders;
 pub use holders::find_holders;

@@ -14,14 +14,15 @@ use std::{
 use selfconn_ebpf::{ConnectEntry, Endpoint, Opener};
 
 use super::{
-    entry::{SocketEntry, in_netns},
+    entry::{Coverage, SocketEntry, in_netns},
+    existing::{self, ExistingNamespaces},
     held::{self, HeldSockets},
     holders::{HolderSearch, Holders, find_holders},
     netns::{self, Namespace},
     table::Tables,
 };
 use crate::{
-    bpf::descriptors::DescriptorIter,
+    bpf::{descriptors::DescriptorIter, namespaces::NamespaceIter},
     system::{clock, process::Holder},
 };
 
@@ -37,6 +38,8 @@ pub struct SnapshotOptions<'a> {
     pub holders: Option<HolderSearch>,
     /// The iterator over descriptors. With it, the holders are always known and cost no search.
     pub descriptors: Option<&'a DescriptorIter>,
+    /// The iterator over network namespaces. With it, it is known which have ended.
+    pub namespaces: Option<&'a NamespaceIter>,
 }
 
 /// The self-connections found in the socket tables.
@@ -52,6 +55,8 @@ pub struct SocketSnapshot {
     /// The network namespaces whose tables were read: inodes and cookies. A cookie of 0 is unknown. A self-connection
     /// that a process holds may be listed in another one, but only here a missing one has ended.
     pub namespaces: HashMap<u32, u64>,
+    /// The network namespaces that exist. `None`: they could not be listed.
+    pub existing: Option<ExistingNamespaces>,
     /// What could not be read, and the reason: one line of text for people each.
     pub unseen: Vec<String>,
     /// The reason why `/proc/net/tcp` was read instead of sock_diag; cookies and interfaces are unknown in
@@ -71,11 +76,25 @@ impl SocketSnapshot {
         self.namespaces.get(&endpoint.netns).is_some_and(|cookie| is_same(*cookie, endpoint))
     }
 
-    /// True if the network namespace of this endpoint has ended, because its inode is that of another namespace. A
-    /// namespace that was only not found may still exist.
+    /// True if the network namespace of this endpoint has ended, because it is not in the kernel's list, or because
+    /// its inode is that of another namespace. Without the list, a namespace that was only not found may still exist.
+    /// The endpoint must be from before the snapshot.
     #[must_use]
     pub fn proves_end_of_netns(&self, endpoint: &Endpoint) -> bool {
-        self.namespaces.get(&endpoint.netns).is_some_and(|cookie| !is_same(*cookie, endpoint))
+        self.existing.as_ref().is_some_and(|existing| existing.prove_end_of_netns(endpoint))
+            || self.namespaces.get(&endpoint.netns).is_some_and(|cookie| !is_same(*cookie, endpoint))
+    }
+
+    /// What the snapshot says about a connection at this endpoint that it does not list.
+    #[must_use]
+    pub fn coverage(&self, endpoint: &Endpoint) -> Coverage {
+        if self.proves_end_of_netns(endpoint) {
+            Coverage::NetnsEnded
+        } else if self.covers(endpoint) {
+            Coverage::Read
+        } else {
+            Coverage::Unknown
+        }
     }
 
     /// Adds what the iterator over descriptors has found. It knows more of a held socket than the socket table,
@@ -154,6 +173,11 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
         Some(Err(error)) => (None, Some(format!("the iterator over descriptors: {error}"))),
         None => (None, None),
     };
+    let (existing, existing_refusal) = match options.namespaces.map(existing::list) {
+        Some(Ok(existing)) => (Some(existing), None),
+        Some(Err(error)) => (None, Some(format!("the list of network namespaces: {error}"))),
+        None => (None, None),
+    };
     let holders = held.iter().flat_map(|held| held.tasks.iter());
     let netns_hints: &[u32] = &netns_hints.iter().chain(holders).copied().collect::<Vec<_>>();
     let mut snapshot = thread::scope(|scope| -> io::Result<SocketSnapshot> {
@@ -162,7 +186,8 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
         Ok(thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause)))
     })?;
     snapshot.began_ns = began_ns;
-    snapshot.unseen.extend(refusal);
+    snapshot.existing = existing;
+    snapshot.unseen.extend(refusal.into_iter().chain(existing_refusal));
     if let Some(held) = held {
         snapshot.add_held(held, options.attempts);
     } else if let Some(search) = options.holders {

@@ -4,7 +4,8 @@
 //!
 //! A dump of the table is not atomic: the kernel sends it in pieces, and it can skip a socket when other
 //! sockets of the same hash bucket are removed between two pieces. One dump that lists a socket proves that
-//! the socket exists. Only two dumps in a row without the socket prove that it is gone.
+//! the socket exists. Only two dumps in a row without the socket prove that it is gone, or one that shows that its
+//! network namespace has ended.
 //!
 //! When a socket of the table and a tracked connection are the same is decided in `identity.rs`.
 
@@ -18,7 +19,7 @@ use super::{
     rank,
     table::payer_of_entry,
 };
-use crate::sockets::SocketEntry;
+use crate::sockets::{Coverage, SocketEntry};
 
 /// ESTABLISHED or later. A socket that is still connecting is not a self-connection yet. One in TIME_WAIT is
 /// not a self-connection any more.
@@ -35,14 +36,14 @@ impl Connections {
 
     /// Compares the tracked connections with a snapshot of the socket table. Every transition until the
     /// snapshot must have been applied before. `began_ns` is when the snapshot began (`CLOCK_BOOTTIME`).
-    /// `is_covered` returns true if the snapshot would list this connection if it still existed.
+    /// `coverage` says what it means that the snapshot does not list a connection.
     ///
     /// Returns the number of self-connections that the hooks missed, which are those established here.
     pub fn reconcile(
         &mut self,
         entries: &[SocketEntry],
         began_ns: u64,
-        is_covered: impl Fn(&Connection) -> bool,
+        coverage: impl Fn(&Connection) -> Coverage,
         mut each: impl FnMut(ConnectionEvent<'_>),
     ) -> u64 {
         let closed_during_snapshot = self.closed_during_snapshot.take().unwrap_or_default();
@@ -93,12 +94,15 @@ impl Connections {
         self.tracked.on_listed_untracked(&untracked);
         let mut vanished = Vec::new();
         for (key, tracked) in self.tracked.iter_mut().filter(|(_, tracked)| tracked.closed_ns.is_none()) {
-            let is_absent =
-                tracked.last_seen_ns < began_ns && !seen.contains(&key) && is_covered(&tracked.connection);
-            if is_absent && tracked.was_absent {
+            if tracked.last_seen_ns >= began_ns || seen.contains(&key) {
+                tracked.was_absent = false;
+                continue;
+            }
+            let coverage = coverage(&tracked.connection);
+            if coverage == Coverage::NetnsEnded || coverage == Coverage::Read && tracked.was_absent {
                 vanished.push(key);
             }
-            tracked.was_absent = is_absent;
+            tracked.was_absent = coverage == Coverage::Read;
         }
         for tracked in vanished.into_iter().filter_map(|key| self.tracked.remove(key)) {
             let connection = &tracked.connection;

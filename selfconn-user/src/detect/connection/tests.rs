@@ -9,6 +9,7 @@ use super::*;
 use crate::{
     budget::memory::{MAX_CLOSED_DURING_SNAPSHOT, MAX_CONNECTIONS},
     detect::samples::{self, transition},
+    sockets::Coverage,
 };
 
 const TWO_PROBES: u8 = 2;
@@ -137,7 +138,7 @@ fn events_with_snapshots(
     during: &[Transition],
     table: &[SocketEntry],
     after: &[Transition],
-    was_read: bool,
+    coverage: Coverage,
 ) -> (Vec<String>, u64) {
     let mut connections = Connections::new(1);
     let events = std::cell::RefCell::new(Vec::new());
@@ -152,9 +153,9 @@ fn events_with_snapshots(
     before.iter().for_each(|t| connections.apply(t, record));
     connections.begin_snapshot();
     during.iter().for_each(|t| connections.apply(t, record));
-    let missed = connections.reconcile(table, 100, |_| was_read, record);
+    let missed = connections.reconcile(table, 100, |_| coverage, record);
     connections.begin_snapshot();
-    let missed = missed + connections.reconcile(table, 200, |_| was_read, record);
+    let missed = missed + connections.reconcile(table, 200, |_| coverage, record);
     after.iter().for_each(|t| connections.apply(t, record));
     (events.into_inner(), missed)
 }
@@ -169,33 +170,45 @@ fn the_socket_table_establishes_missed_connections_and_closes_vanished_ones() {
     let same = |t: &Transition| Transition { opener: open.opener, ..*t };
     let table = [listed(40_000, ESTABLISHED)];
     let with_entry = [SocketEntry { connect_entry: Some((1, open.opener)), ..listed(40_000, ESTABLISHED) }];
-    // (before, during, table, after, whether its namespace was read, events, missed)
-    type ReconcileCase<'a> =
-        (&'a [Transition], &'a [Transition], &'a [SocketEntry], &'a [Transition], bool, &'a [&'a str], u64);
-    let rows: [ReconcileCase<'_>; 10] = [
+    use Coverage::{NetnsEnded, Read, Unknown};
+    // (before, during, table, after, what an absence means, events, missed)
+    type ReconcileCase<'a> = (
+        &'a [Transition],
+        &'a [Transition],
+        &'a [SocketEntry],
+        &'a [Transition],
+        Coverage,
+        &'a [&'a str],
+        u64,
+    );
+    let rows: [ReconcileCase<'_>; 13] = [
         // the hooks and the table agree: both have it, neither has it
-        (&[open], &[], &table, &[], true, &["+1"], 0),
-        (&[], &[], &[], &[], true, &[], 0),
+        (&[open], &[], &table, &[], Read, &["+1"], 0),
+        (&[], &[], &[], &[], Read, &[], 0),
         // missed; then its close is reported, or the next connection at the same endpoint
-        (&[], &[], &table, &[], true, &["+1scan"], 1),
-        (&[], &[], &table, &[closed_after], true, &["+1scan", "-1"], 1),
-        (&[], &[], &with_entry, &[same(&closed_after)], true, &["+1scan", "-1"], 1),
-        (&[], &[], &table, &[again], true, &["+1scan", "-1", "+2"], 1),
+        (&[], &[], &table, &[], Read, &["+1scan"], 1),
+        (&[], &[], &table, &[closed_after], Read, &["+1scan", "-1"], 1),
+        (&[], &[], &with_entry, &[same(&closed_after)], Read, &["+1scan", "-1"], 1),
+        (&[], &[], &table, &[again], Read, &["+1scan", "-1", "+2"], 1),
         // connect() was reported, and the rest was missed
-        (&[connecting], &[], &table, &[], true, &["+1"], 1),
+        (&[connecting], &[], &table, &[], Read, &["+1"], 1),
         // its close was missed; but nothing follows if the table was not read
-        (&[open], &[], &[], &[], true, &["+1", "-1"], 0),
-        (&[open], &[], &[], &[], false, &["+1"], 0),
+        (&[open], &[], &[], &[], Read, &["+1", "-1"], 0),
+        (&[open], &[], &[], &[], Unknown, &["+1"], 0),
+        // its namespace has ended; but it was established, or listed, after the snapshot began
+        (&[open], &[], &[], &[], NetnsEnded, &["+1", "-1"], 0),
+        (&[], &[opened_during], &[], &[], NetnsEnded, &["+1", "-1"], 0),
+        (&[open], &[], &table, &[], NetnsEnded, &["+1"], 0),
         // it was established while the table was read
-        (&[], &[opened_during], &table, &[], true, &["+1"], 0),
+        (&[], &[opened_during], &table, &[], Read, &["+1"], 0),
     ];
-    for (row, (before, during, table, after, was_read, events, missed)) in rows.into_iter().enumerate() {
-        let got = events_with_snapshots(before, during, table, after, was_read);
+    for (row, (before, during, table, after, coverage, events, missed)) in rows.into_iter().enumerate() {
+        let got = events_with_snapshots(before, during, table, after, coverage);
         assert_eq!(got, (events.iter().map(ToString::to_string).collect(), missed), "row {row}");
     }
     // A socket in TIME_WAIT is not a self-connection any more, and a connecting socket is none yet.
     let not_self_connections = [listed(40_000, TIME_WAIT), listed(40_001, SYN_SENT)];
-    assert_eq!(events_with_snapshots(&[], &[], &not_self_connections, &[], true), (vec![], 0));
+    assert_eq!(events_with_snapshots(&[], &[], &not_self_connections, &[], Read), (vec![], 0));
 }
 
 #[test]
@@ -216,12 +229,12 @@ fn one_snapshot_without_it_closes_nothing_and_an_outdated_one_establishes_nothin
     // Skipped, listed, skipped: never skipped twice in a row.
     for (began_ns, table) in [(100, &[][..]), (120, &listing), (140, &[])] {
         connections.begin_snapshot();
-        connections.reconcile(table, began_ns, |_| true, record);
+        connections.reconcile(table, began_ns, |_| Coverage::Read, record);
     }
     // It is closed while the table is read, and the table still lists it.
     connections.begin_snapshot();
     connections.apply(&closed, record);
-    assert_eq!(connections.reconcile(&listing, 240, |_| true, record), 0);
+    assert_eq!(connections.reconcile(&listing, 240, |_| Coverage::Read, record), 0);
     assert_eq!(events.into_inner(), ["+1", "-1"]);
 }
 
@@ -379,18 +392,18 @@ fn listed_connections_without_room_are_counted_once_in_all_snapshots() {
     let mut connections = Connections::new(TWO_PROBES);
     for (round, expected) in [(0, share), (1, 0), (2, 0)] {
         connections.begin_snapshot();
-        let missed = connections.reconcile(&entries, round * 60_000, |_| true, |_| {});
+        let missed = connections.reconcile(&entries, round * 60_000, |_| Coverage::Read, |_| {});
         assert_eq!(missed, expected, "round {round}");
         assert_eq!(connections.untracked(), MAX_CONNECTIONS as u64 - share);
     }
     // All end. The next ones find room.
     for round in 3..=4 {
         connections.begin_snapshot();
-        connections.reconcile(&[], round * 60_000, |_| true, |_| {});
+        connections.reconcile(&[], round * 60_000, |_| Coverage::Read, |_| {});
     }
     assert_eq!(connections.tracked.len(), 0);
     connections.begin_snapshot();
-    assert_eq!(connections.reconcile(&entries[..5_000], 300_000, |_| true, |_| {}), 5_000);
+    assert_eq!(connections.reconcile(&entries[..5_000], 300_000, |_| Coverage::Read, |_| {}), 5_000);
     assert_eq!(connections.untracked(), MAX_CONNECTIONS as u64 - share);
 }
 
@@ -405,7 +418,7 @@ fn a_snapshot_during_which_too_many_were_closed_opens_none() {
         }
     }
     let entries = [SocketEntry { cookie: Some(u64::MAX), ..entry }];
-    assert_eq!(connections.reconcile(&entries, 5, |_| true, |event| panic!("{event:?}")), 0);
+    assert_eq!(connections.reconcile(&entries, 5, |_| Coverage::Read, |event| panic!("{event:?}")), 0);
     connections.begin_snapshot();
-    assert_eq!(connections.reconcile(&entries, 6, |_| true, |_| {}), 1, "the next one finds it");
+    assert_eq!(connections.reconcile(&entries, 6, |_| Coverage::Read, |_| {}), 1, "the next one finds it");
 }

@@ -15,7 +15,7 @@ use socket2::{Domain, Socket, Type};
 
 use crate::support::{
     client::{connect_to_self, connect_until_self, socket},
-    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, scaled, selfconn},
+    daemon::{DEADLINE, HookVariant, TestDaemon, doctor, is_event, scaled, selfconn},
     helper_process::HelperProcess,
     netns::TestNetns,
     refused_connects::{WIDE_PORT_RANGE, at, connect_refused, enter_wide_range_netns, is_at_risk},
@@ -254,5 +254,32 @@ fn a_namespace_that_cannot_be_entered_leaves_the_odds_unknown() {
     assert_eq!(event["expected_dials"], Value::Null, "{event}");
     assert_eq!(event["eta_seconds"], Value::Null, "{event}");
     assert!(event["range_unknown"].is_string(), "{event}");
+    daemon.stop();
+}
+
+#[test]
+fn a_risk_is_over_when_its_namespace_has_ended() {
+    let _net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--reconcile", "1", "-vv"]);
+    let at_risk = || {
+        TestNetns::with_new_in_helper(|net| {
+            net.set_sysctl("ip_local_port_range", WIDE_PORT_RANGE);
+            connect_refused(at(40_040), 30);
+            (net, std::fs::File::open("/proc/thread-self/ns/net").unwrap())
+        })
+    };
+    let (kept, _keeper) = at_risk();
+    let (ended, keeper) = at_risk();
+    for net in [kept, ended] {
+        daemon.expect(1, is_at_risk(40_040, net));
+    }
+    drop(keeper);
+    if doctor()["namespaces"][0]["verdict"] == "ok" {
+        let over = daemon.expect(1, is_event("at_risk_over", ended.inode)).remove(0);
+        assert_eq!((&over["why"], &over["refused"]), (&"netns_ended".into(), &30.into()), "{over}");
+    }
+    daemon.run_until_snapshots(2, || thread::sleep(Duration::from_millis(20)));
+    let is_over = |event: &&Value| is_event("at_risk_over", kept.inode)(event);
+    assert_eq!(daemon.received().iter().filter(is_over).count(), 0, "its namespace exists");
     daemon.stop();
 }

@@ -1,0 +1,180 @@
+//! An attached BPF iterator: a program that the kernel runs for each element of a kind while user space reads a
+//! file. It is attached once and read as often as asked. Attaching needs the capabilities to load programs; a pass
+//! needs none.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    marker::PhantomData,
+    ops::ControlFlow,
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+};
+
+use aya::{
+    Ebpf,
+    programs::{Program, ProgramError},
+};
+use zerocopy::{FromBytes, Immutable};
+
+use super::{
+    attach::Refusal,
+    programs::{KernelBtf, refusal, refusal_by_errno},
+};
+
+/// The size of a read(2) at most. The kernel's own buffer for a pass has 32 KiB.
+const READ_BYTES: usize = 1 << 14;
+
+/// An attached iterator whose program writes records of this type. Dropping it detaches the program.
+#[derive(Debug)]
+pub(super) struct BpfIter<R> {
+    link: OwnedFd,
+    records: PhantomData<R>,
+}
+
+impl<R: FromBytes + Immutable> BpfIter<R> {
+    /// Loads the program `name`, and attaches it to the iterator over `target`.
+    pub(super) fn attach(
+        ebpf: &mut Ebpf,
+        name: &str,
+        target: &str,
+        kernel_btf: &KernelBtf<'_>,
+    ) -> Result<Self, Refusal> {
+        let Some(Program::Iter(program)) = ebpf.program_mut(name) else {
+            let why = format!("the eBPF object has no program {name} of that type");
+            return Err(Refusal::Broken(why));
+        };
+        let error = |error: ProgramError| refusal(&error);
+        program.load(target, kernel_btf.get()?).map_err(error)?;
+        let link = create_link(program.fd().map_err(error)?.as_fd());
+        let link = link.map_err(|error| refusal_by_errno("BPF_LINK_CREATE", &error))?;
+        Ok(Self { link, records: PhantomData })
+    }
+
+    /// Begins a pass, and calls `each` for every record until it breaks. Memory does not depend on the number of
+    /// records.
+    ///
+    /// # Errors
+    /// If the kernel refuses to start the pass or to go on.
+    pub(super) fn pass(&self, each: impl FnMut(&R) -> ControlFlow<()>) -> io::Result<()> {
+        read_records(File::from(create_iter(self.link.as_fd())?), each)
+    }
+}
+
+fn read_records<R: FromBytes + Immutable>(
+    mut from: impl Read,
+    mut each: impl FnMut(&R) -> ControlFlow<()>,
+) -> io::Result<()> {
+    let mut buffer = [0; READ_BYTES];
+    let mut filled = 0;
+    loop {
+        match from.read(&mut buffer[filled..]) {
+            Ok(0) if filled == 0 => return Ok(()),
+            Ok(0) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "half a record")),
+            Ok(read) => filled += read,
+            // After a million elements without a record the kernel returns EAGAIN, so that the reader can be
+            // interrupted. The next read goes on (`bpf_seq_read`, kernel/bpf/bpf_iter.c at v5.11).
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                continue;
+            }
+            Err(error) => return Err(error),
+        }
+        let records = buffer[..filled].chunks_exact(size_of::<R>());
+        let rest = filled - records.remainder().len()..filled;
+        for record in records {
+            // Every sequence of this many bytes is a record of integers.
+            if let Ok(record) = R::read_from_bytes(record)
+                && each(&record).is_break()
+            {
+                return Ok(());
+            }
+        }
+        filled = rest.len();
+        buffer.copy_within(rest, 0);
+    }
+}
+
+/// BPF_LINK_CREATE: attaches an iterator program. aya creates links of iterators too, but a link of aya can be
+/// opened only once.
+fn create_link(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const BPF_LINK_CREATE: libc::c_int = 28;
+    const BPF_TRACE_ITER: u32 = 28;
+    bpf(BPF_LINK_CREATE, program, BPF_TRACE_ITER)
+}
+
+/// BPF_ITER_CREATE: begins a pass.
+fn create_iter(link: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const BPF_ITER_CREATE: libc::c_int = 33;
+    bpf(BPF_ITER_CREATE, link, 0)
+}
+
+/// bpf(2) for a command whose attributes begin with a descriptor, and which returns one: `union bpf_attr`,
+/// include/uapi/linux/bpf.h at v5.11.
+fn bpf(command: libc::c_int, fd: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
+    let mut attributes = [0_u32; 8];
+    attributes[0] = fd.as_raw_fd().cast_unsigned();
+    attributes[2] = attach_type;
+    // SAFETY: the kernel reads this many bytes of `attributes`, which hold no address, and writes none of them
+    // for these commands.
+    let created =
+        unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_mut_ptr(), size_of_val(&attributes)) };
+    match libc::c_int::try_from(created) {
+        // SAFETY: the kernel has just returned this descriptor, so nothing else owns it.
+        Ok(created) if created >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(created) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use selfconn_ebpf::SocketDescriptor;
+    use zerocopy::{FromZeros as _, IntoBytes as _};
+
+    use super::*;
+
+    /// Returns its bytes in portions, and first as many errors of each kind that the kernel may return.
+    struct Portions(Vec<u8>, usize, u32);
+
+    impl Read for Portions {
+        fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+            self.2 += 1;
+            match self.2 % 3 {
+                0 => return Err(io::ErrorKind::WouldBlock.into()),
+                1 => return Err(io::ErrorKind::Interrupted.into()),
+                _ => {}
+            }
+            let len = self.1.min(to.len()).min(self.0.len());
+            to[..len].copy_from_slice(&self.0[..len]);
+            self.0.drain(..len);
+            Ok(len)
+        }
+    }
+
+    #[test]
+    fn records_are_whole_in_whatever_portions_they_arrive() {
+        let record = |fd| SocketDescriptor { fd, ..SocketDescriptor::new_zeroed() };
+        let bytes: Vec<u8> = (0..300).flat_map(|fd| record(fd).as_bytes().to_vec()).collect();
+        for portion in [1, 7, 104, 105, 4_096, usize::MAX] {
+            let mut seen = Vec::new();
+            let all = Portions(bytes.clone(), portion, 0);
+            read_records(all, |record: &SocketDescriptor| {
+                seen.push(record.fd);
+                ControlFlow::Continue(())
+            })
+            .unwrap();
+            assert_eq!(seen, (0..300).collect::<Vec<_>>(), "{portion}");
+            let cut = Portions(bytes[..bytes.len() - 1].to_vec(), portion, 0);
+            let go_on = |_: &SocketDescriptor| ControlFlow::Continue(());
+            assert!(read_records(cut, go_on).is_err(), "{portion}");
+            let mut count = 0;
+            let cut = Portions(bytes[..bytes.len() - 1].to_vec(), portion, 0);
+            let stop_at_two = |_: &SocketDescriptor| {
+                count += 1;
+                if count == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            };
+            assert!(
+                read_records(cut, stop_at_two).is_ok() && count == 2,
+                "the end is not looked at: {portion}"
+            );
+        }
+    }
+}

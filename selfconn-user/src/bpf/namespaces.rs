@@ -1,0 +1,139 @@
+//! The iterator that lists the network namespaces that exist, from the kernel's own list: also one that no process,
+//! no descriptor and no mount leads to. A namespace that is not in the list has ended.
+
+use std::{io, ops::ControlFlow};
+
+use aya::Ebpf;
+use selfconn_ebpf::{NamespaceRecord, names, namespace::element};
+
+use super::{
+    attach::Refusal,
+    features::KernelFeatures,
+    iterator::BpfIter,
+    object,
+    programs::{KernelBtf, refusal_by_errno},
+};
+
+/// The name of the iterator, as events and `doctor` show it.
+pub const NAME: &str = "task";
+
+/// A walk is lost if a namespace ends while the walk stands there, between two calls of the program.
+const MAX_WALKS: usize = 5;
+
+/// The attached iterator. Dropping it detaches the program.
+#[derive(Debug)]
+pub struct NamespaceIter(BpfIter<NamespaceRecord>);
+
+impl NamespaceIter {
+    /// Lists all network namespaces that existed when it was called and still exist. One that ends or begins
+    /// meanwhile may be missing or listed. One with no reference left is listed until the kernel has cleaned it up.
+    ///
+    /// # Errors
+    /// If the kernel refuses to start a pass or to go on, or if no walk was complete.
+    pub fn list(&self) -> io::Result<Vec<NamespaceRecord>> {
+        for _ in 0..MAX_WALKS {
+            let mut walk = Walk::default();
+            self.0.pass(|record| walk.add(record))?;
+            if let Some(namespaces) = walk.finish()? {
+                return Ok(namespaces);
+            }
+        }
+        Err(io::Error::other("the walk over the namespaces was interrupted too often"))
+    }
+}
+
+/// What a pass has written so far.
+#[derive(Default)]
+struct Walk {
+    namespaces: Vec<NamespaceRecord>,
+    heads: usize,
+    /// One of [`element`].
+    last: u32,
+}
+
+impl Walk {
+    fn add(&mut self, record: &NamespaceRecord) -> ControlFlow<()> {
+        self.last = record.element;
+        match record.element {
+            element::NAMESPACE => self.namespaces.push(*record),
+            element::HEAD => self.heads += 1,
+            element::LAST => {
+                self.namespaces.push(*record);
+                return ControlFlow::Break(());
+            }
+            _ => return ControlFlow::Break(()),
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// `None`: the walk was lost.
+    fn finish(self) -> io::Result<Option<Vec<NamespaceRecord>>> {
+        match (self.last, self.heads) {
+            // Anything else than one head is no list of namespaces.
+            (element::LAST, 1) => Ok(Some(self.namespaces)),
+            (element::LOST, _) => Ok(None),
+            (element::LAST, heads) => {
+                Err(io::Error::other(format!("the list of namespaces has {heads} heads")))
+            }
+            _ => {
+                let count = self.namespaces.len();
+                Err(io::Error::other(format!("there are more than {count} namespaces")))
+            }
+        }
+    }
+}
+
+/// Loads and attaches the iterator.
+pub(crate) fn attach(
+    ebpf: &mut Ebpf,
+    features: &KernelFeatures,
+    kernel_btf: &KernelBtf<'_>,
+) -> Result<NamespaceIter, Refusal> {
+    features.check_namespaces()?;
+    BpfIter::attach(ebpf, names::NAMESPACES, NAME, kernel_btf).map(NamespaceIter)
+}
+
+/// Attaches the iterator, and nothing else.
+///
+/// # Errors
+/// The reason why this kernel does not have it.
+pub fn open(features: &KernelFeatures) -> Result<NamespaceIter, Refusal> {
+    features.check_namespaces()?;
+    attach(&mut object::load_minimal(features)?, features, &KernelBtf::new(features))
+}
+
+/// Attaches the iterator for a moment, and makes a pass, to find out whether this kernel supports it.
+///
+/// # Errors
+/// As [`open`].
+pub fn probe(features: &KernelFeatures) -> Result<(), Refusal> {
+    open(features)?.list().map(drop).map_err(|error| refusal_by_errno("the walk", &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn finish(elements: &[u32]) -> Result<Option<usize>, String> {
+        let mut walk = Walk::default();
+        for element in elements {
+            let record = NamespaceRecord { cookie: 0, inode: 0, element: *element };
+            if walk.add(&record).is_break() {
+                break;
+            }
+        }
+        let finished = walk.finish().map_err(|error| error.to_string())?;
+        Ok(finished.map(|namespaces| namespaces.len()))
+    }
+
+    #[test]
+    fn a_walk_is_a_list_only_if_it_came_back_to_its_beginning_past_one_head() {
+        use element::{HEAD, LAST, LOST, NAMESPACE};
+        assert_eq!(finish(&[NAMESPACE, HEAD, NAMESPACE, LAST, NAMESPACE]), Ok(Some(3)));
+        assert_eq!(finish(&[HEAD, LAST]), Ok(Some(1)));
+        assert_eq!(finish(&[NAMESPACE, HEAD, LOST]), Ok(None), "it is walked again");
+        for broken in [&[][..], &[NAMESPACE, HEAD], &[NAMESPACE, LAST], &[HEAD, NAMESPACE, HEAD, LAST]] {
+            assert!(finish(broken).is_err(), "{broken:?}");
+        }
+    }
+}
