@@ -156,6 +156,7 @@ fn connection_fields(names: &[String]) -> ConnectionFields {
         ..Transition::new_zeroed()
     };
     let attribution = Attribution {
+        device: None,
         process: Rc::new(ProcessInfo {
             comm: name(2),
             exe: name(3).map(Arc::from),

@@ -62,6 +62,8 @@ pub enum Field {
     SndUna,
     /// `u32`.
     RcvNxt,
+    /// `bool`, in `tcp_sock`; absent without `CONFIG_MPTCP`.
+    IsMptcp,
     /// `struct task_struct *`.
     GroupLeader,
     /// `char[16]`.
@@ -171,6 +173,7 @@ impl Field {
         (Self::BytesReceived, "tcp_sock", "bytes_received", false),
         (Self::SndUna, "tcp_sock", "snd_una", false),
         (Self::RcvNxt, "tcp_sock", "rcv_nxt", false),
+        (Self::IsMptcp, "tcp_sock", "is_mptcp", false),
         (Self::GroupLeader, "task_struct", "group_leader", false),
         (Self::TaskComm, "task_struct", "comm", false),
         (Self::StartBoottime, "task_struct", "start_boottime", false),

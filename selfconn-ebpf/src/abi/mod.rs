@@ -26,6 +26,6 @@ pub use held_ports::{HELD_PORT_SLOTS, held_port_slot};
 pub use kernel_fields::{ABSENT, FIELDS, Field, PORT_RANGE, STATIC_OFFSETS, uses_static_offsets};
 pub use namespace::{NamespaceCursor, NamespaceRecord};
 pub use owner::Owner;
-pub use record::{Record, Transition, reported, tag};
+pub use record::{Record, Transition, reported, socket_file, tag};
 pub use task::{COMM_LEN, Opener, Task, cause, cgroup_access, task_access};
 pub use tcp::{IPPROTO_TCP, family, state};

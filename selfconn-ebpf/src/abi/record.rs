@@ -20,6 +20,16 @@ pub mod tag {
     pub const BIND_FAILURE: u16 = 3;
 }
 
+/// Whether a program can have the socket open: the values of [`Transition::socket_file`].
+pub mod socket_file {
+    /// Not known: the kernel has no BTF, or the socket is closed already (`sk->sk_socket` is NULL).
+    pub const UNKNOWN: u8 = 0;
+    /// The socket has a file, or it is a subflow of an MPTCP socket, which has one.
+    pub const PRESENT: u8 = 1;
+    /// The socket has no file: the kernel itself made and uses it (`sock_create_kern`), as NFS and SMB do.
+    pub const ABSENT: u8 = 2;
+}
+
 /// A self-connection changed its state. In the host's byte order.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
@@ -37,8 +47,8 @@ pub struct Transition {
     /// 1 if a process holds the socket lock (`sk_lock.owned`), else 0. If it is held, [`Self::current`] made
     /// a system call on this socket; otherwise an arriving packet may have interrupted an unrelated task.
     pub is_owned: u8,
-    /// Always zero.
-    pub padding: u8,
+    /// One of [`socket_file`].
+    pub socket_file: u8,
     /// `CLOCK_BOOTTIME`, nanoseconds.
     pub at_ns: u64,
     /// Kernel address of the socket. Another socket can have it when this one is gone. Never shown to users.

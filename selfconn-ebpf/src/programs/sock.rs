@@ -3,7 +3,7 @@
 use core::marker::PhantomData;
 
 use aya_ebpf::{Global, helpers::generated as helpers};
-use selfconn_ebpf::{Endpoint, Field, family, hashed_netns, state};
+use selfconn_ebpf::{Endpoint, Field, family, hashed_netns, socket_file, state};
 use zerocopy::transmute;
 
 use super::kernel_read::{KernelRead, Layout, Pointer, ProbeRead, offset, static_offset};
@@ -201,6 +201,28 @@ impl<M: KernelRead> Sock<M> {
         let file: Pointer = Self::at(socket.0, Field::SocketFile);
         let inode: Pointer = Self::at(file.0, Field::FileInode);
         Self::at(inode.0, Field::InodeNumber)
+    }
+
+    /// Whether the socket has a file: one of [`socket_file`]. A subflow of an MPTCP socket has none of its own
+    /// (`mptcp_subflow_create_socket`, net/mptcp/subflow.c at v5.10).
+    #[inline(always)]
+    pub(crate) fn file(self) -> u8 {
+        if offset(Field::SockSocket).is_none() || offset(Field::SocketFile).is_none() {
+            return socket_file::UNKNOWN;
+        }
+        let socket: Pointer = self.get(Field::SockSocket);
+        if socket.0.is_null() {
+            return socket_file::UNKNOWN;
+        }
+        let file: Pointer = Self::at(socket.0, Field::SocketFile);
+        if !file.0.is_null() || self.is_mptcp() { socket_file::PRESENT } else { socket_file::ABSENT }
+    }
+
+    /// True if this is a subflow of an MPTCP socket.
+    #[inline(always)]
+    fn is_mptcp(self) -> bool {
+        offset(Field::IsMptcp).is_some()
+            && M::full_sock(self.sk).is_some_and(|full| Self::at::<u8>(full, Field::IsMptcp) != 0)
     }
 
     /// True if `connect()` can choose this port as the source port: it is in the port range of the socket's

@@ -148,7 +148,7 @@ fn report<C: EbpfContext, M: KernelRead>(
             probe_id,
             has_counters,
             is_owned: u8::from(sock.is_owned()),
-            padding: 0,
+            socket_file: sock.file(),
             at_ns,
             sock: sock.key(),
             cookie: sock.cookie(),

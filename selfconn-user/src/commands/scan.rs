@@ -110,7 +110,9 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     }
     // Outside the initial pid namespace the holders' pids in /proc are not those that the output needs.
     let search = if args.holders { HolderSearch::Complete } else { HolderSearch::Quick };
-    let holders = process::is_in_initial_pid_ns().then_some(search);
+    let knows_pids = process::is_in_initial_pid_ns();
+    // What is destroyed must be known to be held.
+    let holders = (knows_pids || args.destroy).then_some(search);
     let options = SnapshotOptions { procfs_only: args.procfs, holders, ..SnapshotOptions::default() };
     let mut snapshot = sockets::snapshot(options, &[]).context("cannot start a thread")?;
     if snapshot.namespaces.is_empty() {
@@ -119,15 +121,17 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     snapshot.entries.sort_by_key(|SocketEntry { endpoint, cookie, .. }| {
         (endpoint.netns, endpoint.ip(), endpoint.port, endpoint.is_ipv6(), *cookie)
     });
-    let mut holders = SocketHolders { found: mem::take(&mut snapshot.holders), ..SocketHolders::default() };
-    if options.holders.is_none() && snapshot.entries.iter().any(|entry| entry.inode != 0) {
+    let mut holders = SocketHolders::default();
+    if knows_pids {
+        holders.found = mem::take(&mut snapshot.holders);
+    } else if snapshot.entries.iter().any(|entry| entry.inode != 0) {
         let why = "holders: their pids are unknown outside the initial pid namespace";
         holders.found.unseen = Some(why.to_owned());
     }
     let selection = Selection { only: args.only.clone(), except: args.except.clone() };
     snapshot.entries.retain(|entry| selection.exclusion_reason(&holders.connection_fields(entry)).is_none());
     let outcomes = if args.destroy {
-        sockets::destroy_all(&snapshot.entries).context("cannot start a thread")?
+        destroy(&snapshot.entries, &selection, &mut holders).context("cannot start a thread")?
     } else {
         DestroyOutcomes::new()
     };
@@ -146,6 +150,28 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     super::print(&out)?;
     let gone = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
     Ok(if snapshot.entries.len() == gone { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// Destroys the sockets, but for those that the kernel itself uses, or may use. A socket without an inode is one that
+/// its program has closed.
+fn destroy(
+    entries: &[SocketEntry],
+    selection: &Selection,
+    holders: &mut SocketHolders,
+) -> io::Result<DestroyOutcomes> {
+    let spared = |entry: &SocketEntry| {
+        let fields = (entry.inode != 0).then(|| holders.connection_fields(entry))?;
+        selection.kernel_socket_reason(&fields)
+    };
+    let spared: Vec<_> = entries.iter().map(spared).collect();
+    let targets =
+        entries.iter().zip(&spared).filter(|(_, why)| why.is_none()).map(|(entry, _)| entry.clone());
+    let mut outcomes = sockets::destroy_all(&targets.collect::<Vec<_>>())?.into_iter();
+    let outcome = |why: Option<&str>| match why {
+        Some(why) => Some(Err(why.to_owned())),
+        None => outcomes.next(),
+    };
+    Ok(spared.into_iter().filter_map(outcome).collect())
 }
 
 fn warn(message: &str) {
@@ -196,6 +222,9 @@ fn table(snapshot: &SocketSnapshot, holders: &SocketHolders, outcomes: &DestroyO
             }
             (None, Some([])) => out.push_str("no process; the kernel is closing it"),
             (None, Some(holders)) => write_holders(holders, &mut out),
+            (None, None) if holders.found.complete => {
+                out.push_str("no process has it open; the kernel may use it itself");
+            }
             (None, None) => out.push_str("an unknown process"),
         }
         match outcomes.get(number) {
@@ -225,7 +254,11 @@ fn table(snapshot: &SocketSnapshot, holders: &SocketHolders, outcomes: &DestroyO
 
 fn endpoint(entry: &SocketEntry) -> String {
     let (addr, port) = (entry.endpoint.ip(), entry.endpoint.port);
-    let device = entry.endpoint.device().map_or_else(String::new, |ifindex| format!("%{ifindex}"));
+    let device = match (&entry.device, entry.endpoint.device()) {
+        (Some(name), _) => format!("%{}", escape(name)),
+        (None, Some(ifindex)) => format!("%{ifindex}"),
+        (None, None) => String::new(),
+    };
     if addr.is_ipv6() { format!("[{addr}{device}]:{port}") } else { format!("{addr}{device}:{port}") }
 }
 
@@ -295,7 +328,7 @@ ESTABLISHED  127.0.0.1:40000    netns 4026531840  a\\nb[4294967295]
 ESTABLISHED  [fe80::1%2]:40000  netns 4026531840  a\\nb[1], a\\nb[2], a\\nb[3], a\\nb[4] and 2 more
 TIME_WAIT    [::1]:40000        netns 4026531840  no process; holds the port for 59.9 s more
 CLOSING      127.0.0.2:40000    netns 4026531840  no process; the kernel is closing it
-ESTABLISHED  127.0.0.3:40000    netns 4026531840  an unknown process
+ESTABLISHED  127.0.0.3:40000    netns 4026531840  no process has it open; the kernel may use it itself
 5 self-connections in 3 network namespaces
 "
         );

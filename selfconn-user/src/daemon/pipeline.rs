@@ -25,7 +25,7 @@ use crate::{
     lookup::{LookupTarget, Lookups},
     metrics,
     output::Outputs,
-    sockets::{Coverage, SocketSnapshot},
+    sockets::{Coverage, NetDevices, SocketSnapshot},
     system::{
         clock::{self, Offset},
         process::{Attribution, Holder, ObservedTask, ProcessInfo},
@@ -47,6 +47,8 @@ pub(super) struct Pipeline {
     /// The process behind each open connection, by the connection's number.
     attributions: HashMap<u64, Attribution>,
     pending: PendingEvents,
+    /// The devices of the daemon's network namespace. `None`: they can't be asked for.
+    devices: Option<NetDevices>,
     /// The events of the current transition. Kept, so that its memory is reused.
     events: Vec<QueuedEvent>,
     report_states: bool,
@@ -96,6 +98,7 @@ impl Pipeline {
             lookups,
             attributions: HashMap::new(),
             pending: PendingEvents::default(),
+            devices: NetDevices::of_current_netns().ok(),
             events: Vec::new(),
             report_states,
             remediation,
@@ -148,8 +151,9 @@ impl Pipeline {
                 None => Some(Rc::default()),
             };
             let is_known = known.is_some();
+            let device = self.devices.as_ref().and_then(|devices| devices.name(&event.connection.endpoint));
             self.attributions
-                .insert(number, Attribution { process: known.unwrap_or_default(), holders: None });
+                .insert(number, Attribution { process: known.unwrap_or_default(), holders: None, device });
             if let Some(target) = target.filter(|_| !is_known) {
                 self.lookups.begin(target, Waiter::Connection(number));
                 self.push_pending(event);

@@ -9,9 +9,12 @@
 //! records of one socket are therefore in order in the ring buffer. Each record is there once or twice, or
 //! not at all if it was lost.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::Arc,
+};
 
-use selfconn_ebpf::{COMM_LEN, Endpoint, Opener, Owner, Task, Transition, state};
+use selfconn_ebpf::{COMM_LEN, Endpoint, Opener, Owner, Task, Transition, socket_file, state};
 
 use crate::sockets::SocketEntry;
 use identity::ClosedSockets;
@@ -55,12 +58,16 @@ pub struct Connection {
     pub cookie: Option<u64>,
     /// Source and destination.
     pub endpoint: Endpoint,
+    /// The name of the device that the socket is bound to, as a snapshot found it.
+    pub device: Option<Arc<str>>,
     /// The inode of the socket's file. `None`: unknown, or the socket has none.
     pub inode: Option<u64>,
     /// The user that owns the socket.
     pub uid: Option<u32>,
     /// The task that called connect().
     pub opener: Option<Opener>,
+    /// True if the kernel itself made and uses the socket: it has no file, so no process can have it open.
+    pub is_kernel_socket: Option<bool>,
     /// The socket's initial sequence number and its peer's. They are equal, because the socket is its own
     /// peer.
     pub isns: Option<(u32, u32)>,
@@ -292,9 +299,11 @@ impl Connection {
             source,
             cookie: None,
             endpoint,
+            device: None,
             inode: None,
             uid: None,
             opener: None,
+            is_kernel_socket: None,
             isns: None,
             closer: None,
             established_ns: None,
@@ -312,9 +321,11 @@ impl Connection {
     pub fn from_entry(number: u64, entry: &SocketEntry) -> Self {
         Self {
             cookie: entry.cookie,
+            device: entry.device.clone(),
             inode: (entry.inode != 0).then_some(entry.inode),
             uid: entry.uid,
             opener: entry.connect_entry.map(|(_, opener)| opener),
+            is_kernel_socket: entry.is_held.then_some(false),
             ..Self::new(number, Source::Scan, entry.endpoint)
         }
     }
@@ -377,6 +388,11 @@ impl Tracked {
         }
         if t.opener.at_ns != 0 {
             connection.opener = Some(t.opener);
+        }
+        match t.socket_file {
+            socket_file::PRESENT => connection.is_kernel_socket = Some(false),
+            socket_file::ABSENT => connection.is_kernel_socket = Some(true),
+            _ => {}
         }
         if (t.old, t.new) == (state::SYN_RECV, state::ESTABLISHED) && t.has_counters != 0 {
             connection.isns = Some((t.snd_una.wrapping_sub(1), t.rcv_nxt.wrapping_sub(1)));

@@ -25,6 +25,7 @@ enum FilterKey {
     Exe,
     Family,
     Ifindex,
+    KernelSocket,
     Netns,
     Owner,
     Pid,
@@ -36,7 +37,7 @@ enum FilterKey {
     Unit,
 }
 
-const KEYS: [(&str, FilterKey); 18] = [
+const KEYS: [(&str, FilterKey); 19] = [
     ("addr", FilterKey::Addr),
     ("cause", FilterKey::Cause),
     ("cgroup", FilterKey::Cgroup),
@@ -46,6 +47,7 @@ const KEYS: [(&str, FilterKey); 18] = [
     ("exe", FilterKey::Exe),
     ("family", FilterKey::Family),
     ("ifindex", FilterKey::Ifindex),
+    ("kernel_socket", FilterKey::KernelSocket),
     ("netns", FilterKey::Netns),
     ("owner", FilterKey::Owner),
     ("pid", FilterKey::Pid),
@@ -129,6 +131,9 @@ impl FilterKey {
                 FieldValue::Unknown => FieldValue::Absent,
                 value => value,
             },
+            Self::KernelSocket => {
+                keyword(fields.kernel_socket.map(|is_kernel| if is_kernel { "true" } else { "false" }))
+            }
             Self::Netns => number(fields.netns),
             Self::Owner => keyword(fields.owner),
             Self::Pid => number(fields.pid),
@@ -176,6 +181,26 @@ pub struct Selection {
 }
 
 impl Selection {
+    /// True if a rule asks for the sockets that the kernel itself uses.
+    #[must_use]
+    pub fn asks_for_kernel_sockets(&self) -> bool {
+        self.only.iter().any(|rule| rule.key == FilterKey::KernelSocket && rule.glob.matches("true"))
+    }
+
+    /// Why the connection may not be destroyed, though the rules select it. A socket of the kernel is destroyed only
+    /// if a rule asks for it: mounts hang on it. A socket that is not known to have a file may be one of them.
+    #[must_use]
+    pub fn kernel_socket_reason(&self, fields: &ConnectionFields) -> Option<&'static str> {
+        match fields.kernel_socket {
+            Some(false) => None,
+            Some(true) if self.asks_for_kernel_sockets() => None,
+            Some(true) => {
+                Some("the kernel itself uses the socket, and no rule only kernel_socket=true asks for it")
+            }
+            None => Some("no process is known to have the socket open: the kernel itself may use it"),
+        }
+    }
+
     /// Why the connection is not selected. `None`: it is selected. An unknown field counts against selection
     /// in both lists: it does not satisfy `only`, and it counts as a match of `except`.
     #[must_use]
@@ -287,6 +312,23 @@ mod tests {
                 why,
                 "{only:?} {except:?}"
             );
+        }
+    }
+
+    #[test]
+    fn a_socket_of_the_kernel_is_destroyed_only_if_a_rule_asks_for_it_and_an_unknown_one_never() {
+        for (kernel_socket, only, is_spared) in [
+            (Some(false), &[][..], false),
+            (Some(true), &[], true),
+            (Some(true), &["port=40000", "comm=*"], true),
+            (Some(true), &["kernel_socket=false"], true),
+            (Some(true), &["kernel_socket=true"], false),
+            (None, &[], true),
+            (None, &["kernel_socket=*"], true),
+        ] {
+            let fields = ConnectionFields { kernel_socket, ..ConnectionFields::sample() };
+            let why = selection(only, &[]).kernel_socket_reason(&fields);
+            assert_eq!(why.is_some(), is_spared, "{kernel_socket:?} {only:?}: {why:?}");
         }
     }
 

@@ -161,6 +161,11 @@ impl Remedy {
             let why = "its network namespace is unknown: the kernel has no usable BTF".to_owned();
             return Some(self.finish(fields, RemedyOutcome::Failed, Some(why)));
         }
+        if let Some(why) = self.policy.selection.kernel_socket_reason(&fields) {
+            let is_certain = fields.kernel_socket.is_some();
+            let outcome = if is_certain { RemedyOutcome::Excepted } else { RemedyOutcome::Failed };
+            return Some(self.finish(fields, outcome, Some(why.to_owned())));
+        }
         let due_ns = at_ns.saturating_add(self.policy.grace_ns);
         let owner = fields.payer();
         let pushed_out = self.waiting.insert(owner, due_ns, WaitingConnection { fields, request })?;

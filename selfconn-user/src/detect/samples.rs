@@ -29,6 +29,8 @@ pub(crate) fn entry(endpoint: Endpoint, state: u8) -> SocketEntry {
         uid: None,
         time_wait_left: None,
         connect_entry: None,
+        is_held: false,
+        device: None,
     }
 }
 

@@ -29,8 +29,10 @@ pub struct ConnectionFields {
     pub family: &'static str,
     /// Source and destination address.
     pub addr: String,
-    /// Interface index of a link-local address.
+    /// Number of the device that the socket is bound to.
     pub ifindex: Option<u32>,
+    /// Name of that device.
+    pub device: Option<Arc<str>>,
     /// Source and destination port.
     pub port: u16,
     /// Inode of the network namespace.
@@ -63,6 +65,8 @@ pub struct ConnectionFields {
     pub pod: Option<Arc<str>>,
     /// How the process is known: `witnessed` at connect(), or `holder` because it has the socket open.
     pub owner: Option<&'static str>,
+    /// True if the kernel itself uses the socket (NFS, SMB): it has no file, so no process can have it open.
+    pub kernel_socket: Option<bool>,
     /// The processes that have the socket open now. Null if they were not looked up.
     pub holders: Option<Vec<Holder>>,
     /// Initial sequence number.
@@ -100,6 +104,7 @@ impl ConnectionFields {
             family: if connection.endpoint.is_ipv6() { "ipv6" } else { "ipv4" },
             addr: connection.endpoint.ip().to_string(),
             ifindex: connection.endpoint.device(),
+            device: attribution.device.clone().or_else(|| connection.device.clone()),
             port: connection.endpoint.port,
             netns: connection.endpoint.known_netns(),
             cause: opener.and_then(|opener| match opener.cause {
@@ -123,6 +128,7 @@ impl ConnectionFields {
             container: process.container.clone(),
             pod: process.pod.clone(),
             owner: opener.map(|_| "witnessed").or(holder.map(|_| "holder")),
+            kernel_socket: connection.is_kernel_socket,
             holders: attribution.holders.clone(),
             isn: connection.isns.map(|(isn, _)| isn),
             peer_isn: connection.isns.map(|(_, peer_isn)| peer_isn),
@@ -148,6 +154,7 @@ impl ConnectionFields {
             family: "ipv4",
             addr: "127.0.0.1".to_owned(),
             ifindex: None,
+            device: None,
             port: 40_000,
             netns: Some(4_026_531_833),
             cause: Some("ephemeral"),
@@ -164,6 +171,7 @@ impl ConnectionFields {
             container: Some("4a".into()),
             pod: None,
             owner: Some("witnessed"),
+            kernel_socket: Some(false),
             holders: None,
             isn: None,
             peer_isn: None,

@@ -48,6 +48,11 @@ mod tests {
                 r#"{"event":"established","addr":"127.0.0.1","port":80,"pid":7,"cause":"bound","isn":1,"peer_isn":2}"#,
                 "ESTABLISHED  127.0.0.1:80          [7] is connected to itself; its port was bound before connect(); ISNs 1 and 2",
             ),
+            (
+                r#"{"event":"established","addr":"fe80::1","device":"br\n0","port":2049,"pid":7,"comm":"kworker/1:1",
+                    "kernel_socket":true}"#,
+                "ESTABLISHED  [fe80::1%br\\n0]:2049  the kernel, by kworker/1:1[7] is connected to itself",
+            ),
         ] {
             assert_eq!(rendered(json), line);
         }

@@ -1,6 +1,6 @@
 //! An entry of the kernel's socket table, from the dump to the event.
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use selfconn_ebpf::{Endpoint, Opener, state};
 
@@ -24,6 +24,10 @@ pub struct SocketEntry {
     /// The socket's kernel address and its opener, if the probes' connect table has an entry for it. Only
     /// [`super::SocketSnapshot::add_connect_entries`] sets it.
     pub connect_entry: Option<(u64, Opener)>,
+    /// True if a process is known to have the socket open. The tables don't say so.
+    pub is_held: bool,
+    /// The name of the device that the socket is bound to. Only [`super::snapshot()`] sets it.
+    pub device: Option<Arc<str>>,
 }
 
 /// What it means that a snapshot does not list a connection that was open before it.

@@ -103,6 +103,8 @@ fn entry(record: &SocketDescriptor) -> SocketEntry {
         uid: Some(record.uid),
         time_wait_left: None,
         connect_entry: None,
+        is_held: true,
+        device: None,
     }
 }
 

@@ -12,6 +12,7 @@
 //! and a namespace that is mounted only in another mount namespace.
 
 mod destroy;
+mod devices;
 mod entry;
 mod existing;
 mod held;
@@ -30,6 +31,7 @@ pub use destroy::can_enter;
 pub use destroy::destroy;
 pub use destroy::destroy_all;
 pub use destroy::look_up;
+pub use devices::NetDevices;
 pub use entry::Coverage;
 pub use entry::SocketEntry;
 pub use existing::ExistingNamespaces;

@@ -14,6 +14,7 @@ use std::{
 use selfconn_ebpf::{ConnectEntry, Endpoint, Opener};
 
 use super::{
+    devices::DeviceNames,
     entry::{Coverage, SocketEntry, in_netns},
     existing::{self, ExistingNamespaces},
     held::{self, HeldSockets},
@@ -180,7 +181,7 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
     };
     let holders = held.iter().flat_map(|held| held.tasks.iter());
     let netns_hints: &[u32] = &netns_hints.iter().chain(holders).copied().collect::<Vec<_>>();
-    let mut snapshot = thread::scope(|scope| -> io::Result<SocketSnapshot> {
+    let (mut snapshot, devices) = thread::scope(|scope| -> io::Result<_> {
         let thread = thread::Builder::new().name("namespaces".to_owned());
         let thread = thread.spawn_scoped(scope, move || snapshot_all(options, netns_hints))?;
         Ok(thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause)))
@@ -193,13 +194,19 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
     } else if let Some(search) = options.holders {
         let inodes = snapshot.entries.iter().map(|entry| entry.inode).filter(|inode| *inode != 0).collect();
         snapshot.holders = find_holders(&inodes, search);
+        for entry in &mut snapshot.entries {
+            entry.is_held = snapshot.holders.by_inode.contains_key(&entry.inode);
+        }
+    }
+    for entry in &mut snapshot.entries {
+        entry.device = devices.get(&entry.endpoint);
     }
     Ok(snapshot)
 }
 
 /// Must be called on a thread that ends afterwards, because the thread stays in the last namespace.
-fn snapshot_all(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> SocketSnapshot {
-    let mut snapshot = SocketSnapshot::default();
+fn snapshot_all(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> (SocketSnapshot, DeviceNames) {
+    let (mut snapshot, mut devices) = (SocketSnapshot::default(), DeviceNames::default());
     let mut tables = Tables::new(options.procfs_only);
     let visited = netns::visit(netns_hints, |&Namespace { id, .. }| {
         tables.read(options.attempts)?;
@@ -213,6 +220,8 @@ fn snapshot_all(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> SocketSnap
                 snapshot.entries.push(row.into_entry(id));
             }
         }
+        let here = snapshot.entries.iter().map(|entry| &entry.endpoint);
+        devices.look_up(here.filter(|endpoint| endpoint.netns == id.inode));
         Ok(())
     });
     snapshot.namespaces = visited.namespaces;
@@ -221,7 +230,7 @@ fn snapshot_all(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> SocketSnap
     snapshot.attempts.sort_unstable();
     snapshot.attempts.dedup();
     snapshot.ended_ns = clock::boot_ns();
-    snapshot
+    (snapshot, devices)
 }
 
 #[cfg(test)]

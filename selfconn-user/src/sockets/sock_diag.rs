@@ -234,6 +234,8 @@ pub(super) fn parse(response: &[u8]) -> Result<DumpedSocket, netlink_packet_core
         uid: (header.inode != 0).then_some(header.uid),
         time_wait_left: left,
         connect_entry: None,
+        is_held: false,
+        device: None,
     };
     let destination = dumped_endpoint(id.destination_address, id.destination_port, id.interface_id);
     Ok(DumpedSocket { entry, destination })

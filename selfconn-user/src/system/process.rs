@@ -87,6 +87,8 @@ pub struct Attribution {
     pub process: Rc<ProcessInfo>,
     /// The processes that have the socket open. `None`: not looked up.
     pub holders: Option<Vec<Holder>>,
+    /// The name of the device that the socket is bound to, if it is in the daemon's own network namespace.
+    pub device: Option<Arc<str>>,
 }
 
 /// A process that has a socket open, or that closed it.

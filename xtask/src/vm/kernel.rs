@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 use super::apt::numbers;
 use crate::{environment::plain, packages::debs_in, run};
 
-/// Modules of Debian's cloud kernels that tests need: the socket table, and disturbances of the network. Some
-/// kernels have them built in, or don't have them.
-const MODULES: [&str; 5] = ["tcp_diag", "sch_netem", "sch_tbf", "veth", "dummy"];
+/// Modules of Debian's cloud kernels that tests need: the socket table, disturbances of the network, and a user of
+/// sockets in the kernel. Some kernels have them built in, or don't have them.
+const MODULES: [&str; 6] = ["tcp_diag", "sch_netem", "sch_tbf", "veth", "dummy", "nfsv3"];
 
 /// The note in a kernel's directory. It is written last: without it the directory is not complete.
 const NOTE: &str = "kernel.json";
@@ -30,13 +30,18 @@ pub(super) struct Kernel {
     /// True for Debian's kernels: the tests know which features they must have.
     #[serde(skip)]
     pub(super) is_known: bool,
+    /// The names that the modules were taken by. A kernel that was kept with other ones is taken out again.
+    #[serde(default)]
+    pub(super) module_names: Vec<String>,
 }
 
 impl Kernel {
     /// The kernel in this directory, if it is complete.
     pub(super) fn kept(directory: &Path) -> Option<Self> {
         let kernel: Self = serde_json::from_slice(&fs::read(directory.join(NOTE)).ok()?).ok()?;
-        (kernel.image.exists() && kernel.modules.iter().all(|module| module.exists())).then_some(kernel)
+        let is_same = kernel.module_names == MODULES;
+        (is_same && kernel.image.exists() && kernel.modules.iter().all(|module| module.exists()))
+            .then_some(kernel)
     }
 
     /// Takes a kernel out of its packages, and keeps it in this directory.
@@ -63,7 +68,13 @@ impl Kernel {
         run::output(plain("/sbin/depmod").arg("-b").arg(&tree).arg(release))?;
         let modules = take_modules(&tree, release, directory)?;
         fs::remove_dir_all(&tree).with_context(|| format!("remove {}", tree.display()))?;
-        let kernel = Self { version, image: kept, modules, is_known: false };
+        let kernel = Self {
+            version,
+            image: kept,
+            modules,
+            is_known: false,
+            module_names: MODULES.map(str::to_owned).into(),
+        };
         fs::write(directory.join(NOTE), serde_json::to_vec_pretty(&kernel)?).context("write the note")?;
         Ok(kernel)
     }
@@ -82,7 +93,13 @@ impl Kernel {
         let release = release_in(&bytes);
         let release = release.with_context(|| format!("{}: no kernel image for x86", file.display()))?;
         let modules = take_modules(Path::new("/"), &release, directory)?;
-        Ok(Self { version: release, image: file.to_owned(), modules, is_known: false })
+        Ok(Self {
+            version: release,
+            image: file.to_owned(),
+            modules,
+            is_known: false,
+            module_names: Vec::new(),
+        })
     }
 
     /// A kernel from the packages in a directory.
@@ -186,7 +203,13 @@ mod tests {
             ("7.3.4+deb13-cloud-amd64", "qemu64", 1),
         ] {
             let (image, modules) = (PathBuf::new(), Vec::new());
-            let kernel = Kernel { version: version.into(), image, modules, is_known: false };
+            let kernel = Kernel {
+                version: version.into(),
+                image,
+                modules,
+                is_known: false,
+                module_names: MODULES.map(str::to_owned).into(),
+            };
             assert_eq!(kernel.emulation(), Emulation { cpu, max_cpus }, "{version}");
         }
     }

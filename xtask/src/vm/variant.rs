@@ -135,6 +135,7 @@ mod tests {
                 image: PathBuf::new(),
                 modules: Vec::new(),
                 is_known: false,
+                module_names: Vec::new(),
             };
             let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
             let variants = named(&names);

@@ -64,6 +64,12 @@ impl Connections {
                     connection.cookie = connection.cookie.or(entry.cookie);
                 }
                 connection.inode = connection.inode.or((entry.inode != 0).then_some(entry.inode));
+                if entry.device.is_some() {
+                    connection.device.clone_from(&entry.device);
+                }
+                if entry.is_held {
+                    connection.is_kernel_socket = Some(false);
+                }
                 // Its connect() was reported, but the hooks missed that it was established.
                 if !tracked.established_emitted && tracked.last_seen_ns < began_ns {
                     tracked.established_emitted = true;

@@ -52,6 +52,17 @@ fn a_connection_is_destroyed_by_the_cookie_of_its_lookup() {
 }
 
 #[test]
+fn a_socket_of_the_kernel_is_left_alone() {
+    for (kernel_socket, result) in [(Some(true), "excepted"), (None, "failed")] {
+        let mut remedy = remedy(RemedyMode::Destroy, 0, 10);
+        let fields = ConnectionFields { kernel_socket, ..ConnectionFields::sample() };
+        let remedied = remedy.on_established(fields, request(1), 5).unwrap();
+        assert_eq!(remedied.result, result);
+        assert_eq!(due(&mut remedy, u64::MAX), (vec![], vec![]));
+    }
+}
+
+#[test]
 fn a_dry_run_looks_up_and_destroys_nothing() {
     let mut remedy = remedy(RemedyMode::DryRun, 0, 10);
     remedy.on_established(ConnectionFields::sample(), request(1), 5);

@@ -82,11 +82,11 @@ fn sockets_on_two_devices_are_two_connections_with_their_own_ends() {
             let mut daemon = TestDaemon::start(variant, &[]);
             let [first, second] = [0, 1].map(|at| connect_on(Some(DEVICES[at]), on_device[at]));
             let established = daemon.try_expect(2, is_event("established", net.inode))?;
-            for (event, (socket, index)) in
-                established.iter().zip([(&first, indices[0]), (&second, indices[1])])
-            {
+            let sockets = [(&first, indices[0], DEVICES[0]), (&second, indices[1], DEVICES[1])];
+            for (event, (socket, index, device)) in established.iter().zip(sockets) {
                 assert_eq!(event["addr"], address.to_string(), "{event}");
-                assert_eq!(event["ifindex"], index, "{event}");
+                // The daemon is in this namespace.
+                assert_eq!((&event["ifindex"], &event["device"]), (&index.into(), &device.into()), "{event}");
                 assert_eq!(event["source"], "live", "{event}");
                 // A program that can't make the cookie says nothing instead of something else.
                 let cookie = event["cookie"].as_u64();
@@ -125,8 +125,8 @@ fn sockets_on_two_devices_from_before_the_daemon_have_their_own_processes() {
             let event = established.iter().find(|event| event["cookie"] == *cookie).expect("its own event");
             assert_eq!((&event["source"], &event["owner"]), (&"scan".into(), &"holder".into()), "{event}");
             assert_eq!(
-                (&event["pid"], &event["ifindex"]),
-                (&holder.pid().into(), &indices[at].into()),
+                (&event["pid"], &event["ifindex"], &event["device"]),
+                (&holder.pid().into(), &indices[at].into(), &DEVICES[at].into()),
                 "{event}"
             );
         }

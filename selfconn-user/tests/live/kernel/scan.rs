@@ -52,7 +52,9 @@ fn assert_found(address: &str, shown: &str, family: &str) {
         ] {
             assert_eq!(row[field], expected, "{field} in {row}");
         }
-        for unknown in ["cause", "isn", "peer_isn", "tid", "thread_comm", "port_blocked_until", "ifindex"] {
+        for unknown in
+            ["cause", "isn", "peer_isn", "tid", "thread_comm", "port_blocked_until", "ifindex", "device"]
+        {
             assert_eq!(row[unknown], Value::Null, "{unknown} in {row}");
         }
         assert!(row["id"].as_str().unwrap().starts_with("scan-"), "{row}");
@@ -88,7 +90,8 @@ fn a_link_local_connection_is_found_with_its_interface() {
     socket.connect(&own).unwrap();
     let scan = ScanOutput::run(&[]);
     let row = scan.only_row_in(net);
-    assert_eq!((&row["addr"], &row["ifindex"]), (&json!("fe80::9"), &json!(1)), "{row}");
+    let expected = (&json!("fe80::9"), &json!(1), &json!("lo"));
+    assert_eq!((&row["addr"], &row["ifindex"], &row["device"]), expected, "{row}");
 }
 
 #[test]

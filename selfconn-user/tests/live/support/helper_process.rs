@@ -5,7 +5,7 @@ use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
     net::Ipv4Addr,
     os::{
-        fd::{AsFd as _, AsRawFd as _, FromRawFd as _, IntoRawFd as _, OwnedFd},
+        fd::{AsFd, AsRawFd as _, FromRawFd as _, IntoRawFd as _, OwnedFd},
         unix::process::CommandExt as _,
     },
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
@@ -161,7 +161,7 @@ pub(crate) fn send_fd(socket: &Socket, through: &Socket) {
     sendmsg(through, &[std::io::IoSlice::new(b"s")], &mut rights, SendFlags::empty()).unwrap();
 }
 
-fn receive_fd(from: &OwnedFd) -> OwnedFd {
+pub(crate) fn receive_fd(from: impl AsFd) -> OwnedFd {
     use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut rights = RecvAncillaryBuffer::new(&mut space);
@@ -283,6 +283,19 @@ fn run_helper_process() {
                 Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => "in use",
                 Err(error) => panic!("{error}"),
             });
+        }
+        // Does not return before the kernel gives up, or somebody kills this process.
+        "mount NFS" => {
+            use rustix::mount::{MountFlags, mount};
+            let options =
+                c"vers=3,proto=tcp,mountproto=tcp,nolock,noresvport,addr=127.0.0.1,mountaddr=127.0.0.1,\
+                            port=40000,mountport=40000";
+            let directory = std::env::temp_dir().join(format!("selfconn-nfs-{}", std::process::id()));
+            std::fs::create_dir(&directory).unwrap();
+            print_output("mounting");
+            let outcome = mount("127.0.0.1:/x", &directory, "nfs", MountFlags::empty(), Some(options));
+            std::fs::remove_dir(&directory).unwrap();
+            panic!("{outcome:?}");
         }
         "connect and kill itself" => {
             set_process_name("short-lived");

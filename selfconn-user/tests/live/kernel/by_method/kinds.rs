@@ -24,6 +24,7 @@ fn for_each_method(net: TestNetns, client: impl Fn() -> u16, check: impl Fn(&Val
         let (established, closed) = daemon.only_pair(net.inode)?;
         assert_opened_by_this_thread(&established);
         assert_eq!(established["port"], port, "{variant:?}");
+        assert_eq!(established["kernel_socket"], false, "a program made it: {variant:?}");
         check(&established, &closed);
         Ok(())
     });
