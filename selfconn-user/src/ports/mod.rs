@@ -155,6 +155,11 @@ impl ReservedPorts {
         Self::merged(self.0.iter().copied().chain(ports).collect())
     }
 
+    /// The ports in ascending order.
+    pub fn ports(&self) -> impl Iterator<Item = u16> + '_ {
+        self.0.iter().flat_map(|&(first, last)| first..=last)
+    }
+
     /// True if no port is reserved.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

@@ -143,10 +143,12 @@ fn container(names: &[&str], at: usize) -> Option<String> {
 }
 
 /// The uid in the name of a pod's group: `kubepods-burstable-podUID.slice`, where `_` stands for `-`, or
-/// `podUID`. A static pod has 32 hexadecimal digits.
+/// `podUID`. A static pod has 32 hexadecimal digits. With `--cgroup-root`, names of slices begin with that root.
 fn pod(name: &str) -> Option<String> {
     let name = name.split_once(':').map_or(name, |(slice, _)| slice);
-    let slice = name.strip_suffix(".slice").filter(|slice| slice.starts_with("kubepods"));
+    let slice = name
+        .strip_suffix(".slice")
+        .filter(|slice| slice.starts_with("kubepods") || slice.contains("-kubepods-"));
     let uid = match slice {
         Some(slice) => slice.rsplit_once("-pod")?.1.replace('_', "-"),
         None => name.strip_prefix("pod")?.to_owned(),

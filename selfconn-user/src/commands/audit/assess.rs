@@ -1,7 +1,10 @@
 //! Assesses the risk of each port, and gives the reason. Pure functions on the state that `collect` read: no
 //! I/O here.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    collections::{HashMap, HashSet},
+    net::{IpAddr, SocketAddr},
+};
 
 use super::collect::{AuditedPort, ListenerProcess, NamespaceInfo, RouteSource};
 use crate::{
@@ -13,7 +16,7 @@ use crate::{
 ///
 /// A source port is chosen by `connect()`, by `bind()` to port 0, or by the client itself. The last case is
 /// not an accident, and no setting prevents it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Risk {
     /// `connect()` can choose the port.
     High,
@@ -97,23 +100,23 @@ pub(super) fn assess(info: &NamespaceInfo) -> Vec<PortAssessment> {
         .collect();
     // The user named a port without an address, and the port has a listener of at least the same risk: show
     // only the row of the listener.
-    let covers =
-        |row: &PortAssessment, port, risk| row.listener.is_some() && row.port == port && row.risk <= risk;
-    let is_covered: Vec<_> = rows
-        .iter()
-        .map(|row| row.addr.is_none() && rows.iter().any(|other| covers(other, row.port, row.risk)))
-        .collect();
-    let covered_ports: Vec<_> = rows
-        .iter()
-        .zip(&is_covered)
-        .filter(|(_, is_covered)| **is_covered)
-        .map(|(row, _)| row.port)
-        .collect();
+    let mut risk_of_listeners: HashMap<u16, Risk> = HashMap::new();
+    for row in rows.iter().filter(|row| row.listener.is_some()) {
+        let risk = risk_of_listeners.entry(row.port).or_insert(row.risk);
+        *risk = row.risk.min(*risk);
+    }
+    let mut covered_ports = HashSet::new();
+    rows.retain(|row| {
+        let is_covered =
+            row.addr.is_none() && risk_of_listeners.get(&row.port).is_some_and(|risk| *risk <= row.risk);
+        if is_covered {
+            covered_ports.insert(row.port);
+        }
+        !is_covered
+    });
     for row in &mut rows {
         row.is_requested |= covered_ports.contains(&row.port);
     }
-    let mut is_covered = is_covered.into_iter();
-    rows.retain(|_| !is_covered.next().unwrap_or(false));
     rows.sort_by(|one, other| {
         let key = |row: &PortAssessment| (row.risk, row.port, row.addr, row.ifindex);
         key(one).cmp(&key(other))

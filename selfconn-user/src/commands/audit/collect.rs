@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::services::RequestedService;
+use super::services::RequestedServices;
 use crate::{
     ports::{LocalPorts, sysctl},
     sockets::{self, HolderSearch, Namespace, NamespaceSelection, SocketEntry},
@@ -78,7 +78,7 @@ pub(super) struct ListenerProcess {
     pub(super) comm: Option<String>,
     pub(super) unit: Option<Arc<str>>,
     pub(super) container: Option<Arc<str>>,
-    pub(super) is_in_pod: bool,
+    pub(super) pod: Option<Arc<str>>,
 }
 
 impl ListenerProcess {
@@ -110,7 +110,7 @@ pub(super) struct AuditInput {
 pub(super) fn collect(
     selection: &NamespaceSelection,
     procfs_only: bool,
-    services: &[RequestedService],
+    services: &[RequestedServices],
 ) -> Result<AuditInput> {
     let inspected = sockets::inspect(selection, procfs_only, |namespace, listeners| {
         let local_ports = sysctl::local_ports().map_err(|error| io::Error::other(format!("{error:#}")))?;
@@ -132,21 +132,19 @@ pub(super) fn collect(
             None
         }
     };
+    let processes = processes_by_netns();
     for (index, info) in namespaces.iter_mut().enumerate() {
-        let is_in_pod =
-            |audited: &AuditedPort| audited.listener.as_ref().is_some_and(|process| process.is_in_pod);
-        info.persistence = if init_namespace == Some(index) {
+        info.persistence = match init_namespace {
             // Also if a pod listens here: a pod in the host's network cannot set sysctls of the host.
-            Some(Persistence::SysctlD)
-        } else {
-            info.audited_ports.iter().any(is_in_pod).then_some(Persistence::Pod)
+            Some(init) if init == index => Some(Persistence::SysctlD),
+            _ => is_namespace_of_one_pod(info, &processes).then_some(Persistence::Pod),
         };
     }
     Ok(AuditInput { namespaces, init_namespace, unseen })
 }
 
 /// The ports to audit in the network namespace of the calling thread.
-fn audited_ports(listeners: &[SocketEntry], services: &[RequestedService]) -> Vec<AuditedPort> {
+fn audited_ports(listeners: &[SocketEntry], services: &[RequestedServices]) -> Vec<AuditedPort> {
     let mut cache: HashMap<(IpAddr, Option<u32>), RouteSource> = HashMap::new();
     let mut cached_source =
         |addr: Option<IpAddr>, ifindex, port| match addr.filter(|addr| !addr.is_unspecified()) {
@@ -170,11 +168,15 @@ fn audited_ports(listeners: &[SocketEntry], services: &[RequestedService]) -> Ve
                 route_source: cached_source(Some(addr), ifindex, port),
                 inode,
                 listener: Some(ListenerProcess::default()),
-                is_requested: services.contains(&RequestedService { addr: Some(addr), port }),
+                is_requested: services
+                    .iter()
+                    .any(|service| service.addr == Some(addr) && service.ports.contains(&port)),
             });
         }
     }
-    for &RequestedService { addr, port } in services {
+    let requested =
+        services.iter().flat_map(|service| service.ports.clone().map(|port| (service.addr, port)));
+    for (addr, port) in requested {
         if seen.insert((addr, None, port)) {
             let route_source = cached_source(addr, None, port);
             audited_ports.push(AuditedPort {
@@ -253,9 +255,9 @@ fn identify_listeners(namespaces: &mut [NamespaceInfo]) -> Vec<String> {
             ListenerProcess {
                 pid: Some(first.pid),
                 comm: first.comm.clone(),
-                is_in_pod: info.cgroup.is_some_and(|path| is_in_pod_cgroup(&path)),
                 unit: info.unit,
                 container: info.container,
+                pod: info.pod,
             }
         });
         audited.listener = Some(process.clone());
@@ -268,12 +270,35 @@ fn facts_of(pid: u32) -> Option<ProcessInfo> {
     process::read_facts(pid, &ProcessProof::None, true).map(|facts| facts.info)
 }
 
-/// True if the kubelet made this control group. The kubelet puts pods below `kubepods` (cgroupfs driver) or
-/// `kubepods.slice` (systemd driver), which can be nested below another slice.
-fn is_in_pod_cgroup(cgroup: &str) -> bool {
-    let is_root =
-        |part: &str| part == "kubepods" || part == "kubepods.slice" || part.ends_with("-kubepods.slice");
-    cgroup.split('/').any(is_root)
+/// True if every process that is seen to be in this namespace is in one and the same pod. In the network of a
+/// node, which a pod can share but not set, there are also other processes.
+fn is_namespace_of_one_pod(info: &NamespaceInfo, processes: &HashMap<u64, Vec<u32>>) -> bool {
+    let of_listeners = info.audited_ports.iter().filter_map(|audited| audited.listener.as_ref());
+    let of_listeners =
+        of_listeners.filter(|process| process.pid.is_some()).map(|process| process.pod.clone());
+    let processes = processes.get(&info.namespace.id.inode.into()).into_iter().flatten();
+    // A process that has ended meanwhile says nothing.
+    let of_processes = processes.filter_map(|pid| facts_of(*pid)).map(|facts| facts.pod);
+    is_one_pod(of_listeners.chain(of_processes))
+}
+
+fn is_one_pod(mut pods: impl Iterator<Item = Option<Arc<str>>>) -> bool {
+    let Some(Some(first)) = pods.next() else { return false };
+    pods.all(|pod| pod.is_some_and(|pod| pod == first))
+}
+
+/// The processes in each network namespace, by its inode, without this process. Those that this process may not
+/// inspect are left out.
+fn processes_by_netns() -> HashMap<u64, Vec<u32>> {
+    let mut processes: HashMap<u64, Vec<u32>> = HashMap::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        let Some(pid) = pid.filter(|pid| *pid != std::process::id()) else { continue };
+        if let Ok(netns) = fs::metadata(entry.path().join("ns/net")) {
+            processes.entry(netns.ino()).or_default().push(pid);
+        }
+    }
+    processes
 }
 
 #[cfg(test)]
@@ -281,16 +306,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pod_is_recognised_by_its_control_group() {
-        for (path, is_pod) in [
-            ("/kubepods/burstable/pod1/4a5b", true),
-            ("/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice/cri-4a5b.scope", true),
-            ("/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod1.slice/cri-4a5b.scope", true),
-            ("/system.slice/kubelet.service", false),
-            ("/system.slice/kubepods-cleaner.service", false),
-            ("/", false),
-        ] {
-            assert_eq!(is_in_pod_cgroup(path), is_pod, "{path}");
+    fn a_namespace_is_a_pods_if_all_its_processes_are_in_that_pod() {
+        let pods = |pods: &[Option<&str>]| is_one_pod(pods.iter().map(|pod| pod.map(Arc::from)));
+        assert!(pods(&[Some("a")]) && pods(&[Some("a"), Some("a")]));
+        for others in [&[][..], &[None], &[Some("a"), None], &[None, Some("a")], &[Some("a"), Some("b")]] {
+            assert!(!pods(others), "{others:?}");
         }
     }
 

@@ -5,11 +5,19 @@ use std::{borrow::Cow, fmt::Write as _};
 use super::{
     assess::{PortAssessment, Risk},
     collect::{NamespaceInfo, Persistence},
+    groups::group,
+    reservation::{self, Reservation},
 };
-use crate::{event::text::escape, ports::sysctl::RESERVED_KEY};
+use crate::{
+    event::text::{escape, group_thousands},
+    ports::{ReservedPorts, sysctl::RESERVED_KEY},
+    sockets::Namespace,
+};
 
 /// The file name sorts behind the files of a distribution, because the last file that sets a value wins.
 const SYSCTL_D_FILE: &str = "/etc/sysctl.d/90-selfconn.conf";
+/// The file of [`RESERVED_KEY`].
+const RESERVED_FILE: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
 
 /// How to remove all risks of one namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,34 +26,74 @@ pub(super) struct Fix {
     pub(super) immediate: String,
     /// A permanent setting. `None`: unknown, because the program that creates this namespace must set it.
     pub(super) persistent: Option<String>,
+    /// What `persistent` leaves out, and what to do about it.
+    pub(super) note: Option<String>,
 }
 
 /// The fix for all ports at risk together. A write replaces the whole list of reserved ports, so separate
-/// fixes for each port would undo each other. `None`: no port is at risk.
-pub(super) fn fix(info: &NamespaceInfo, rows: &[PortAssessment]) -> Option<Fix> {
-    let at_risk: Vec<_> = rows.iter().filter(|row| row.risk != Risk::None).map(|row| row.port).collect();
-    if at_risk.is_empty() {
+/// fixes for each port would undo each other. `options` are those that name ports, for a command that runs
+/// `audit` again. `None`: no port is at risk.
+pub(super) fn fix(info: &NamespaceInfo, rows: &[PortAssessment], options: &str) -> Option<Fix> {
+    if rows.iter().all(|row| row.risk == Risk::None) {
         return None;
     }
-    let value = info.local_ports.reserved.with(at_risk);
-    let command = format!("sysctl -w {RESERVED_KEY}={value}");
-    let namespace = &info.namespace;
-    let path = shell_quoted(&namespace.path.display().to_string()).into_owned();
-    let immediate = if namespace.is_current { command } else { format!("nsenter --net={path} {command}") };
+    let reservation = Reservation::new(&info.local_ports.reserved, rows);
+    let netns = netns_path(info);
     let persistent = match info.persistence {
         Some(Persistence::SysctlD) => {
-            let netns = if namespace.is_current { "self" } else { &path };
-            Some(format!("selfconn audit --netns {netns} --sysctl > {SYSCTL_D_FILE}"))
+            let netns = netns.as_deref().unwrap_or("self");
+            Some(format!("selfconn audit --netns {netns}{options} --sysctl > {SYSCTL_D_FILE}"))
         }
-        Some(Persistence::Pod) => {
-            Some(format!("securityContext: {{sysctls: [{{name: {RESERVED_KEY}, value: \"{value}\"}}]}}"))
-        }
+        Some(Persistence::Pod) => Some(format!(
+            "securityContext: {{sysctls: [{{name: {RESERVED_KEY}, value: \"{}\"}}]}}",
+            reservation.fitting
+        )),
         None => None,
     };
-    Some(Fix { immediate, persistent })
+    let setting = match info.persistence {
+        Some(Persistence::Pod) => "a pod's specification",
+        _ => "a file of sysctl.d",
+    };
+    let note = (!reservation.fits_one_write()).then(|| {
+        format!("{}, so {setting} leaves them out: run the command again {}", left_out(&reservation), {
+            match info.persistence {
+                Some(Persistence::SysctlD) => "after each boot",
+                _ => "in each new namespace",
+            }
+        })
+    });
+    Some(Fix { immediate: command(&reservation.all, netns.as_deref()), persistent, note })
 }
 
-/// A sysctl.d file that reserves the ports already reserved and the ports at risk.
+/// The path of a namespace as a word of the shell. `None`: the namespace that audit runs in.
+fn netns_path(info: &NamespaceInfo) -> Option<String> {
+    let Namespace { path, is_current, .. } = &info.namespace;
+    (!is_current).then(|| shell_quoted(&path.display().to_string()).into_owned())
+}
+
+/// The command that reserves exactly these ports. What one write does not take, dd writes next, on the same
+/// descriptor, and the kernel adds it. sysctl(8) writes once.
+fn command(ports: &ReservedPorts, netns: Option<&str>) -> String {
+    let list = ports.to_string();
+    let enter = netns.map_or_else(String::new, |path| format!("nsenter --net={path} "));
+    match list.len() <= reservation::WRITE_BYTES {
+        true => format!("{enter}sysctl -w {RESERVED_KEY}={list}"),
+        false => format!("echo {list} | {enter}dd of={RESERVED_FILE} bs=1M iflag=fullblock status=none"),
+    }
+}
+
+/// How many ports one write leaves out.
+pub(super) fn left_out(reservation: &Reservation) -> String {
+    let count = |ports: &ReservedPorts| group_thousands(ports.ports().count() as u64);
+    let (left_out, all) = (count(&reservation.left_out), count(&reservation.all));
+    format!(
+        "{left_out} of {all} ports do not fit in one write of {} bytes",
+        group_thousands(reservation::WRITE_BYTES as u64)
+    )
+}
+
+/// A sysctl.d file that reserves the ports already reserved and the ports at risk, as far as one write takes
+/// them, and says how to set the others.
 pub(super) fn sysctl_d(info: &NamespaceInfo, rows: &[PortAssessment]) -> String {
     let mut out = String::from(
         "# Made by `selfconn audit --sysctl`: ports that the kernel must not choose as source ports,\n",
@@ -56,24 +104,29 @@ pub(super) fn sysctl_d(info: &NamespaceInfo, rows: &[PortAssessment]) -> String 
     if !info.local_ports.reserved.is_empty() {
         let _ = writeln!(out, "# Reserved before: {}", info.local_ports.reserved);
     }
-    let at_risk = || rows.iter().filter(|row| row.risk != Risk::None);
-    for row in at_risk() {
-        let (endpoint, listener) = (row.endpoint_text(), row.listener_text());
+    let reservation = Reservation::new(&info.local_ports.reserved, rows);
+    for group in group(rows).iter().filter(|group| group.first.risk != Risk::None) {
+        let listener = group.first.listener_text();
         let listener = if listener.is_empty() { String::new() } else { format!(", {listener}") };
-        let _ =
-            writeln!(out, "# Added, {} risk: {}", row.risk.name(), escape(&format!("{endpoint}{listener}")));
+        let text = escape(&format!("{}{listener}", group.endpoint_text()));
+        let _ = writeln!(out, "# Added, {} risk: {text}", group.first.risk.name());
     }
-    let value = info.local_ports.reserved.with(at_risk().map(|row| row.port));
+    if !reservation.fits_one_write() {
+        let _ = writeln!(out, "# Not set below, because {}:", left_out(&reservation));
+        let _ = writeln!(out, "# {}", reservation.left_out);
+        let _ = writeln!(out, "# This sets all ports. Run it as root after each boot:");
+        let _ = writeln!(out, "# {}", command(&reservation.all, netns_path(info).as_deref()));
+    }
     // Without a setting, because some sysctl programs reject an empty value.
-    let _ = match value.is_empty() {
+    let _ = match reservation.fitting.is_empty() {
         true => writeln!(out, "# No port is at risk, and no port is reserved."),
-        false => writeln!(out, "{RESERVED_KEY} = {value}"),
+        false => writeln!(out, "{RESERVED_KEY} = {}", reservation.fitting),
     };
     out
 }
 
 /// Quotes a word for the shell where needed.
-fn shell_quoted(word: &str) -> Cow<'_, str> {
+pub(super) fn shell_quoted(word: &str) -> Cow<'_, str> {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-@:+,%".contains(c);
     match word.chars().all(is_plain) {
         true => word.into(),
@@ -122,12 +175,12 @@ mod tests {
         );
         let set = "sysctl -w net.ipv4.ip_local_reserved_ports=8080,40102-40104";
         let rows = assess(&info);
-        let made = |info: &NamespaceInfo| fix(info, &rows).unwrap();
+        let made = |info: &NamespaceInfo| fix(info, &rows, "").unwrap();
         assert_eq!(made(&info).immediate, format!("nsenter --net=/run/netns/blue {set}"));
         assert_eq!(made(&info).persistent, None);
         let safe =
             namespace("40000 40199", "", vec![audited(Some("127.0.0.1"), 22, RouteSource::Same, java())]);
-        assert_eq!(fix(&safe, &assess(&safe)), None);
+        assert_eq!(fix(&safe, &assess(&safe), ""), None);
         info.persistence = Some(Persistence::Pod);
         assert_eq!(
             made(&info).persistent.unwrap(),
@@ -142,6 +195,38 @@ mod tests {
                 .unwrap()
                 .starts_with("selfconn audit --netns self --sysctl > /etc/sysctl.d/")
         );
+        let persistent = fix(&info, &rows, " --port 40102").unwrap().persistent.unwrap();
+        assert!(
+            persistent.starts_with("selfconn audit --netns self --port 40102 --sysctl >"),
+            "{persistent}"
+        );
+    }
+
+    #[test]
+    fn a_list_that_one_write_does_not_take_is_written_by_dd_and_the_rest_is_named() {
+        let ports = (30_000..).step_by(4).take(1_000);
+        let mut info = namespace(
+            "30000 60999",
+            "",
+            ports.map(|port| audited(None, port, RouteSource::Same, None)).collect(),
+        );
+        let rows = assess(&info);
+        let long = |info: &NamespaceInfo| fix(info, &rows, "").unwrap();
+        let Fix { immediate, persistent, note } = long(&info);
+        assert!(immediate.starts_with("echo 30000,30004,"), "{immediate}");
+        let end = ",33996 | nsenter --net=/run/netns/blue dd of=/proc/sys/net/ipv4/ip_local_reserved_ports \
+                   bs=1M iflag=fullblock status=none";
+        assert!(immediate.ends_with(end), "{immediate}");
+        assert_eq!(persistent, None);
+        let not_fitting = "318 of 1,000 ports do not fit in one write of 4,092 bytes";
+        assert!(note.as_ref().unwrap().starts_with(not_fitting), "{note:?}");
+        info.persistence = Some(Persistence::Pod);
+        assert!(long(&info).persistent.unwrap().ends_with("32724\"}]}"), "{:?}", long(&info));
+        let file = sysctl_d(&info, &rows);
+        let setting = file.lines().last().unwrap();
+        assert!(setting.ends_with(",32724"), "{setting}");
+        assert!(file.contains(&format!("# Not set below, because {not_fitting}:\n# 32728,32732,")), "{file}");
+        assert!(file.contains(&format!("\n# {immediate}\n")), "{file}");
     }
 
     #[test]

@@ -19,13 +19,15 @@ use anyhow::{Result, bail};
 use crate::{event::text::escape, sockets::NamespaceSelection, system::logger};
 use print::NamespaceReport;
 use print::RiskCounts;
-use services::RequestedService;
+use services::RequestedServices;
 
 mod assess;
 mod boot;
 mod collect;
 mod fix;
+mod groups;
 mod print;
+mod reservation;
 mod services;
 
 /// Shown below the options.
@@ -33,7 +35,8 @@ pub const EXAMPLE: &str = "\
 Examples:
   selfconn audit                     exit code 0: nothing at risk, 1: something, 2: error
   selfconn audit --port 44446        a service that may be down now, when it matters most
-  selfconn audit --sysctl > /etc/sysctl.d/90-selfconn.conf
+  selfconn audit --port 30000-32767  the node ports of Kubernetes, which have no listener
+  selfconn audit --sysctl > /etc/sysctl.d/90-selfconn.conf   1 if one write cannot set all
   selfconn audit --json | jq -r 'select(.risk == \"high\") | \"\\(.netns) \\(.port)\"'
 
 high: connect() itself can choose the port. low: only a client that binds port 0 before
@@ -48,10 +51,11 @@ pub struct AuditArgs {
     /// /proc/PID/ns/net, or all [default: all; with --sysctl self]
     #[arg(long, value_name = "self|PATH|all")]
     netns: Option<PathBuf>,
-    /// Also audit this port, with or without a listener; can be repeated
-    #[arg(long = "port", value_name = "N")]
+    /// Also audit this port, or these (30000-32767), with or without a listener; can be repeated
+    #[arg(long = "port", value_name = "N[-N]")]
     ports: Vec<String>,
-    /// Also audit the services in this file: one `port [addr]` per line, # starts a comment
+    /// Also audit the services in this file: a line is `port [addr]` or `first-last [addr]`, and # starts
+    /// a comment
     #[arg(long, value_name = "FILE")]
     services: Option<PathBuf>,
     /// Print only a sysctl.d file that removes the risks of one namespace
@@ -82,23 +86,50 @@ pub fn run(args: &AuditArgs) -> Result<ExitCode> {
         let settings = boot_settings.as_ref().filter(|_| input.init_namespace == Some(index));
         let ports = &namespace_info.local_ports;
         let disagreements = settings.map(|settings| settings.disagreements(ports.range, &ports.reserved));
-        NamespaceReport { assessments, disagreements: disagreements.unwrap_or_default(), namespace_info }
+        let fix = fix::fix(&namespace_info, &assessments, &port_options(args));
+        NamespaceReport { assessments, fix, disagreements: disagreements.unwrap_or_default(), namespace_info }
     };
     let reports: Vec<_> = input.namespaces.into_iter().enumerate().map(report).collect();
     for item in &input.unseen {
         let _ = writeln!(io::stderr(), "selfconn: not seen: {}", escape(item));
     }
-    let out = match (args.sysctl, args.json) {
-        (true, _) => {
-            let text = |report: &NamespaceReport| fix::sysctl_d(&report.namespace_info, &report.assessments);
-            reports.iter().map(text).collect::<String>().into_bytes()
+    let (out, is_safe) = match (args.sysctl, args.json) {
+        (true, _) => sysctl_file(&reports),
+        (false, is_json) => {
+            let RiskCounts { high, low, .. } = RiskCounts::of(&reports);
+            let out = match is_json {
+                true => print::json(&reports, &input.unseen)?,
+                false => print::text(&reports).into_bytes(),
+            };
+            (out, high + low == 0)
         }
-        (false, true) => print::json(&reports, &input.unseen)?,
-        (false, false) => print::text(&reports).into_bytes(),
     };
     super::print(&out)?;
-    let RiskCounts { high, low, .. } = RiskCounts::of(&reports);
-    Ok(if args.sysctl || high + low == 0 { ExitCode::SUCCESS } else { ExitCode::from(1) })
+    Ok(if is_safe { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// The sysctl.d file, and true if it removes all risks. What it leaves out is also said on stderr, because
+/// stdout is usually redirected.
+fn sysctl_file(reports: &[NamespaceReport]) -> (Vec<u8>, bool) {
+    let text = |report: &NamespaceReport| fix::sysctl_d(&report.namespace_info, &report.assessments);
+    let notes = reports.iter().filter_map(|report| report.fix.as_ref()?.note.as_ref());
+    let mut is_complete = true;
+    for note in notes {
+        is_complete = false;
+        let _ = writeln!(io::stderr(), "selfconn: {note}; the file has the command");
+    }
+    (reports.iter().map(text).collect::<String>().into_bytes(), is_complete)
+}
+
+/// The options that name ports, for a command that runs `audit` again.
+fn port_options(args: &AuditArgs) -> String {
+    let ports = args.ports.iter().map(|ports| format!(" --port {}", fix::shell_quoted(ports)));
+    let services = args.services.iter().map(|path| {
+        // The command may run in another directory.
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        format!(" --services {}", fix::shell_quoted(&path.display().to_string()))
+    });
+    ports.chain(services).collect()
 }
 
 fn namespace_selection(args: &AuditArgs) -> Result<NamespaceSelection> {
@@ -114,13 +145,13 @@ fn namespace_selection(args: &AuditArgs) -> Result<NamespaceSelection> {
     }
 }
 
-fn requested_services(args: &AuditArgs) -> Result<Vec<RequestedService>> {
+fn requested_services(args: &AuditArgs) -> Result<Vec<RequestedServices>> {
     let mut services = match &args.services {
         Some(path) => services::read(path)?,
         None => vec![],
     };
-    for port in &args.ports {
-        services.push(RequestedService { addr: None, port: services::parse_port(port)? });
+    for ports in &args.ports {
+        services.push(RequestedServices { addr: None, ports: services::parse_ports(ports)? });
     }
     Ok(services)
 }

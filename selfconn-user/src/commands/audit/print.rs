@@ -9,15 +9,18 @@ use super::{
     assess::{PortAssessment, Risk},
     boot::Disagreement,
     collect::NamespaceInfo,
-    fix::{self, Fix},
+    fix::Fix,
+    groups::{PortGroup, group},
 };
-use crate::event::text::escape;
+use crate::event::text::{escape, group_thousands};
 
 /// A network namespace and its assessment.
 #[derive(Debug)]
 pub(super) struct NamespaceReport {
     pub(super) namespace_info: NamespaceInfo,
     pub(super) assessments: Vec<PortAssessment>,
+    /// `None`: nothing is at risk.
+    pub(super) fix: Option<Fix>,
     /// Settings that the next boot changes. Empty for a namespace to which sysctl.d does not apply.
     pub(super) disagreements: Vec<Disagreement>,
 }
@@ -49,8 +52,6 @@ struct JsonPort<'a> {
     why: &'a str,
     listener: Option<JsonListener<'a>>,
     expected_dials: Option<u32>,
-    fix: Option<&'a str>,
-    fix_lasting: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -77,16 +78,17 @@ struct JsonNamespace<'a> {
     path: Option<String>,
     range: String,
     reserved: String,
+    fix: Option<&'a str>,
+    fix_lasting: Option<&'a str>,
+    fix_note: Option<&'a str>,
     disagreements: &'a [Disagreement],
 }
 
 /// One JSON object for each port, and the summary.
 pub(super) fn json(reports: &[NamespaceReport], unseen: &[String]) -> Result<Vec<u8>> {
     let mut out = Vec::new();
-    for NamespaceReport { namespace_info, assessments, .. } in reports {
-        let fix = fix::fix(namespace_info, assessments);
+    for NamespaceReport { assessments, .. } in reports {
         for row in assessments {
-            let fix = fix.as_ref().filter(|_| row.risk != Risk::None);
             let row = JsonPort {
                 netns: row.netns,
                 addr: row.addr.map(|addr| addr.to_string()),
@@ -101,8 +103,6 @@ pub(super) fn json(reports: &[NamespaceReport], unseen: &[String]) -> Result<Vec
                     container: process.container.as_deref(),
                 }),
                 expected_dials: row.expected_dials,
-                fix: fix.map(|fix| fix.immediate.as_str()),
-                fix_lasting: fix.and_then(|fix| fix.persistent.as_deref()),
             };
             write_line(&row, &mut out)?;
         }
@@ -131,6 +131,9 @@ impl<'a> JsonNamespace<'a> {
             path: (!namespace.is_current).then(|| namespace.path.display().to_string()),
             range: local_ports.range.to_string(),
             reserved: local_ports.reserved.to_string(),
+            fix: report.fix.as_ref().map(|fix| fix.immediate.as_str()),
+            fix_lasting: report.fix.as_ref().and_then(|fix| fix.persistent.as_deref()),
+            fix_note: report.fix.as_ref().and_then(|fix| fix.note.as_deref()),
             disagreements: &report.disagreements,
         }
     }
@@ -139,32 +142,39 @@ impl<'a> JsonNamespace<'a> {
 /// A line for each namespace. Below it the ports at risk, the requested ports, and the fixes.
 pub(super) fn text(reports: &[NamespaceReport]) -> String {
     let mut out = String::new();
-    for NamespaceReport { namespace_info, assessments, disagreements } in reports {
+    for NamespaceReport { namespace_info, assessments, fix, disagreements } in reports {
         write_heading(namespace_info, assessments, &mut out);
         let listener = |row: &PortAssessment| match row.listener {
             Some(_) => escape(&row.listener_text()),
             None => "nobody listens".to_owned(),
         };
-        let shown: Vec<_> = assessments
-            .iter()
-            .filter(|row| row.risk != Risk::None || row.is_requested)
-            .map(|row| (row.endpoint_text(), listener(row), row))
+        let shown: Vec<_> = group(assessments)
+            .into_iter()
+            .filter(|group| group.first.risk != Risk::None || group.first.is_requested)
+            .map(|group| (group.endpoint_text(), listener(group.first), group))
             .collect();
         let width =
-            |len: fn(&(String, String, &PortAssessment)) -> usize| shown.iter().map(len).max().unwrap_or(0);
+            |len: fn(&(String, String, PortGroup<'_>)) -> usize| shown.iter().map(len).max().unwrap_or(0);
         let endpoint_width = width(|(endpoint, ..)| endpoint.len());
         let listener_width = width(|(_, listener, _)| listener.len());
-        for (endpoint, listener, row) in &shown {
-            let (risk, brief) = (row.risk.name(), escape(&row.brief));
+        for (endpoint, listener, PortGroup { first, count, .. }) in &shown {
+            let (risk, brief) = (first.risk.name(), escape(&first.brief));
+            let ports = match count {
+                1 => String::new(),
+                count => format!("{} ports, ", group_thousands(*count as u64)),
+            };
             let _ = writeln!(
                 out,
-                "  {risk:<4}  {endpoint:<endpoint_width$}  {listener:<listener_width$}  {brief}"
+                "  {risk:<4}  {endpoint:<endpoint_width$}  {listener:<listener_width$}  {ports}{brief}"
             );
         }
-        if let Some(Fix { immediate, persistent }) = fix::fix(namespace_info, assessments) {
-            let _ = writeln!(out, "  now    {}", escape(&immediate));
+        if let Some(Fix { immediate, persistent, note }) = fix {
+            let _ = writeln!(out, "  now    {}", escape(immediate));
             if let Some(persistent) = persistent {
-                let _ = writeln!(out, "  keep   {}", escape(&persistent));
+                let _ = writeln!(out, "  keep   {}", escape(persistent));
+            }
+            if let Some(note) = note {
+                let _ = writeln!(out, "  note   {note}");
             }
         }
         for Disagreement { key, file, at_boot, running } in disagreements {
@@ -226,6 +236,7 @@ mod tests {
         commands::audit::{
             assess::assess,
             collect::{AuditedPort, ListenerProcess, Persistence, RouteSource},
+            fix::fix,
         },
         ports::{LocalPorts, sysctl::RESERVED_KEY},
         sockets::{Namespace, NetnsId},
@@ -280,7 +291,8 @@ mod tests {
         };
         let report = |namespace_info: NamespaceInfo, disagreements| {
             let assessments = assess(&namespace_info);
-            NamespaceReport { namespace_info, assessments, disagreements }
+            let fix = fix(&namespace_info, &assessments, "");
+            NamespaceReport { namespace_info, assessments, fix, disagreements }
         };
         vec![report(with_risk, vec![disagreement]), report(without_risk, vec![])]
     }
@@ -314,12 +326,17 @@ at risk in 2 network namespaces: 1 high, 1 low; 3 ports not at risk
         assert_eq!(rows[0]["listener"]["unit"], "x.service");
         assert_eq!(rows[0]["expected_dials"], 14_116);
         assert!(rows[1]["listener"]["pid"].is_null() && rows[1]["listener"].is_object(), "{}", rows[1]);
-        for field in ["fix", "fix_lasting", "expected_dials", "listener", "addr", "ifindex"] {
+        for field in ["expected_dials", "listener", "addr", "ifindex"] {
             assert_eq!(rows[3].get(field), Some(&serde_json::Value::Null), "{field}: {}", rows[3]);
         }
         let summary = &rows[5];
         assert_eq!((&summary["high"], &summary["low"], &summary["none"]), (&1.into(), &1.into(), &3.into()));
         assert_eq!(summary["namespaces"][0]["path"], serde_json::Value::Null);
+        let fix = "sysctl -w net.ipv4.ip_local_reserved_ports=8080,44446,50051";
+        assert_eq!(summary["namespaces"][0]["fix"], fix);
+        for field in ["fix", "fix_lasting", "fix_note"] {
+            assert_eq!(summary["namespaces"][1].get(field), Some(&serde_json::Value::Null), "{summary}");
+        }
         assert_eq!(summary["namespaces"][1]["path"], "/run/netns/blue");
         assert_eq!(summary["namespaces"][0]["disagreements"][0]["file"], serde_json::Value::Null);
         assert_eq!(summary["unseen"][0], "something");

@@ -60,6 +60,13 @@ fn the_forms_of_engines_name_unit_container_and_pod() {
             Some(ID),
             Some(POD),
         ),
+        // A node that is a container itself: `--cgroup-root`.
+        (
+            format!("0::/kubelet.slice/kubelet-kubepods.slice/kubelet-{slice}/{scope}"),
+            Some(scope.as_str()),
+            Some(ID),
+            Some(POD),
+        ),
         // Seen from a private control group namespace.
         (format!("0::/../../{slice}/{scope}"), Some(scope.as_str()), Some(ID), Some(POD)),
         (format!("0::/ecs/0123456789abcdef0123456789abcdef/{ecs}"), None, Some(ecs), None),

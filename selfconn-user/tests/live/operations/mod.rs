@@ -4,6 +4,7 @@
 pub(crate) mod accounting;
 pub(crate) mod attacks;
 pub(crate) mod audit;
+mod audit_fix;
 pub(crate) mod blocked;
 pub(crate) mod cgroup;
 pub(crate) mod connect_table;
