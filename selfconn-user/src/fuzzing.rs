@@ -10,11 +10,14 @@ use zerocopy::FromZeros as _;
 
 use crate::{
     detect::connection::{ConnectionEvent, Connections, comm},
-    event::{ConnectionFields, Event, EventKind, render, text},
+    event::{ConnectionFields, Envelope, Event, EventKind, render, text},
     output::journald,
     ports::{LocalPorts, PortRange, ReservedPorts},
     sockets,
-    system::process::{self, Attribution, Holder, ProcessInfo},
+    system::{
+        identity::Identity,
+        process::{self, Attribution, Holder, ProcessInfo},
+    },
 };
 
 /// Runs every parser of text from `/proc`. No input may make it panic.
@@ -101,14 +104,19 @@ fn journal_entry(record: text::LogRecord<'_>, json: &[u8]) {
 /// If one of the two is not the case.
 pub fn hostile_names(names: &[String]) {
     let fields = connection_fields(names);
-    let event = Event { time: Timestamp::UNIX_EPOCH, kind: EventKind::Established(Box::new(fields.clone())) };
+    let event =
+        Event { time: Timestamp::UNIX_EPOCH, seq: 1, kind: EventKind::Established(Box::new(fields.clone())) };
 
+    let host = names.first().cloned().unwrap_or_default();
+    let identity = Identity { host, machine_id: None, boot_id: None, run: 1 };
+    let envelope = Envelope::new(&identity);
     let mut line = Vec::new();
-    event.write_json_line(&mut line);
+    event.write_json_line(&envelope, &mut line);
     assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
     assert_eq!(line.last(), Some(&b'\n'));
     let read_back: Value = serde_json::from_slice(&line).expect("a line is JSON");
     assert_eq!(read_back["event"], "established");
+    assert_eq!(read_back["host"], identity.host);
     assert_eq!(read_back["comm"], serde_json::json!(fields.comm));
     assert_eq!(read_back["thread_comm"], serde_json::json!(fields.thread_comm));
     assert_eq!(read_back["cmdline"], serde_json::json!(fields.cmdline));
@@ -116,7 +124,7 @@ pub fn hostile_names(names: &[String]) {
 
     log_line(&line);
 
-    assert_harmless(&render(text::LogRecord::new(&event.to_json_fields())));
+    assert_harmless(&render(text::LogRecord::new(&event.to_json_fields(&envelope))));
 }
 
 /// Asserts that a text starts no new line, moves no cursor, sets no colour, and changes no text direction.

@@ -13,16 +13,18 @@ use crate::{
         loader::{Tracer, TracerOptions},
         object::ObjectOptions,
     },
-    budget::cmdline::CmdlineLimit,
+    budget::{cmdline::CmdlineLimit, memory::LOG_QUEUE_BYTES},
     daemon::{
         Daemon, DaemonOptions,
         self_test::{SelfTest, socket::SelfTestSocket},
         supervision::Supervision,
     },
+    event::Envelope,
     metrics::server::MetricsListener,
     output::{OutputLimits, Outputs, StdoutFormat, journald, log_file::LogFile},
     system::{
         capabilities::{self, PrivilegePlan},
+        identity::Identity,
         logger, memory,
         sd_notify::ServiceManager,
     },
@@ -44,6 +46,9 @@ pub struct RunArgs {
     /// Append events as JSON lines to FILE
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
+    /// Write no more than this into FILE until it is rotated; further events wait, and then are lost
+    #[arg(long, value_name = "BYTES", default_value = "1G", value_parser = log_limit)]
+    log_limit: LogLimit,
     /// Also report every state change of a self-connection
     #[arg(long)]
     states: bool,
@@ -76,6 +81,9 @@ pub struct RunArgs {
     /// How much of a command line events have: full, name (the first argument), off, or bytes as JSON
     #[arg(long, value_name = "BYTES", default_value = "1024")]
     cmdline: CmdlineLimit,
+    /// Name of this host in events, instead of $NODE_NAME and the name that the kernel has
+    #[arg(long, value_name = "NAME", value_parser = host_name)]
+    host_name: Option<String>,
     /// How to observe that a server cannot bind a port
     #[arg(long, value_name = "METHOD", default_value = "auto", value_parser = bind_method())]
     bind_method: RequestedBindMethod,
@@ -158,18 +166,48 @@ fn bind_method() -> impl TypedValueParser<Value = RequestedBindMethod> {
     one_of(values)
 }
 
-/// Parses a size such as `4M`: a power of two that the kernel accepts for a ring buffer.
-fn ring_bytes(text: &str) -> Result<u32, String> {
+/// Maximum length of the event log. `None`: no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct LogLimit(Option<u64>);
+
+/// The shortest limit of a log: after a rotation the new file has room for all lines that wait.
+const MIN_LOG_LIMIT: u64 = 2 * LOG_QUEUE_BYTES as u64;
+
+/// Parses `none`, or a size such as `1G`.
+fn log_limit(text: &str) -> Result<LogLimit, String> {
+    match (text, bytes(text)) {
+        ("none", _) => Ok(LogLimit(None)),
+        (_, Some(limit @ MIN_LOG_LIMIT..)) => Ok(LogLimit(Some(limit))),
+        _ => Err("not a size of at least 16M, or none".to_owned()),
+    }
+}
+
+/// Parses a number of bytes such as `4M`.
+fn bytes(text: &str) -> Option<u64> {
     let (digits, shift) = match text.as_bytes().last() {
         Some(b'k' | b'K') => (&text[..text.len() - 1], 10),
         Some(b'm' | b'M') => (&text[..text.len() - 1], 20),
         Some(b'g' | b'G') => (&text[..text.len() - 1], 30),
         _ => (text, 0),
     };
-    let bytes = digits.parse::<u32>().ok().and_then(|number| number.checked_mul(1 << shift));
-    match bytes {
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// Parses a size such as `4M`: a power of two that the kernel accepts for a ring buffer.
+fn ring_bytes(text: &str) -> Result<u32, String> {
+    match bytes(text).and_then(|bytes| u32::try_from(bytes).ok()) {
         Some(bytes) if bytes.is_power_of_two() && (1 << 12..=1 << 30).contains(&bytes) => Ok(bytes),
         _ => Err("not a power of two from 4K to 1G".to_owned()),
+    }
+}
+
+/// Parses the name of a host: what a name in the DNS may have, and no more than that.
+fn host_name(text: &str) -> Result<String, String> {
+    let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+    if (1..=253).contains(&text.len()) && text.bytes().all(is_allowed) {
+        Ok(text.to_owned())
+    } else {
+        Err("not 1 to 253 letters, digits, dots, dashes and underscores".to_owned())
     }
 }
 
@@ -186,6 +224,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     logger::init(args.verbose, args.quiet);
     // Open the log first: without it, nothing is attached.
     let log = args.log.as_deref().map(LogFile::open).transpose()?;
+    let log = log.map(|log| log.with_limit(args.log_limit.0));
     let listener = args.metrics.map(MetricsListener::bind).transpose()?;
     let manager = ServiceManager::from_env().context("cannot reach the service manager at NOTIFY_SOCKET")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -227,6 +266,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         let outputs = Outputs::new(
             args.stdout_format(),
             log,
+            Envelope::new(&Identity::read(args.host_name.as_deref())),
             OutputLimits { rate: args.log_rate, cmdline: args.cmdline },
         )
         .context("cannot start a thread that writes events")?;
@@ -252,6 +292,23 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_log_limit_holds_more_than_a_line() {
+        for (text, limit) in [
+            ("none", Some(None)),
+            ("16M", Some(Some(16 << 20))),
+            ("16777216", Some(Some(16 << 20))),
+            ("3g", Some(Some(3 << 30))),
+            ("16383K", None),
+            ("0", None),
+            ("99999999999G", None),
+            ("-1G", None),
+            ("", None),
+        ] {
+            assert_eq!(log_limit(text).ok(), limit.map(LogLimit), "{text}");
+        }
+    }
 
     #[test]
     fn a_ring_size_is_a_power_of_two_that_the_kernel_accepts() {

@@ -27,7 +27,7 @@ use crate::{
     output::Outputs,
     sockets::{Coverage, NetDevices, SocketSnapshot},
     system::{
-        clock::{self, Offset},
+        clock::Offset,
         process::{Attribution, Holder, ObservedTask, ProcessInfo},
     },
 };
@@ -40,7 +40,7 @@ const FLUSH_INTERVAL: usize = 16;
 
 /// The tracked connections, everything that is known about them, and the outputs.
 pub(super) struct Pipeline {
-    /// Identifies this run in every `id`: the time of its start.
+    /// Identifies this run in every `id`.
     pub(super) run_id: u64,
     pub(super) connections: Connections,
     pub(super) lookups: Lookups<Waiter>,
@@ -71,6 +71,7 @@ pub(super) enum Waiter {
 
 /// A `blocked` event whose process is being looked up.
 pub(super) struct PendingBlocked {
+    conflict: u64,
     failure: BindFailure,
     holder: KnownHolder,
     /// The process that called bind(), if it is looked up.
@@ -93,7 +94,7 @@ impl Pipeline {
         out: Outputs,
     ) -> Self {
         Self {
-            run_id: clock::boot_ns(),
+            run_id: out.run(),
             connections: Connections::new(probe_count),
             lookups,
             attributions: HashMap::new(),
@@ -350,9 +351,10 @@ impl Pipeline {
             }
             PortHolder::TimeWait(entry) => KnownHolder::TimeWait(Box::new(entry.clone())),
         };
-        let Some(failures) = self.bind_conflicts.record_failure(failure, number) else { return };
+        let Some(conflict) = self.bind_conflicts.record_failure(failure, number) else { return };
         let blocked = PendingBlocked {
-            failure: BindFailure { failures, ..*failure },
+            conflict: conflict.number,
+            failure: BindFailure { failures: conflict.failures, ..*failure },
             holder,
             process: None,
             time: clock.wall(failure.at_ns),
@@ -379,7 +381,7 @@ impl Pipeline {
         } else if let KnownHolder::Open(_, attribution) = &mut blocked.holder {
             attribution.process = process;
         }
-        let PendingBlocked { failure, holder, process, time } = blocked;
+        let PendingBlocked { conflict, failure, holder, process, time } = blocked;
         let (holder, attribution) = match &holder {
             KnownHolder::Open(connection, at_failure) => {
                 let now = self.attributions.get(&connection.number).unwrap_or(at_failure);
@@ -389,7 +391,14 @@ impl Pipeline {
         };
         let fields = ConnectionFields::new(holder.connection(), self.run_id, attribution);
         let process = process.unwrap_or_default();
-        let report = event::Blocked::new(&failure, &process, &holder, fields, Offset::now());
+        let report = event::Blocked::new(
+            event::blocked_id(self.run_id, conflict),
+            &failure,
+            &process,
+            &holder,
+            fields,
+            Offset::now(),
+        );
         self.out.emit_at(time, EventKind::Blocked(Box::new(report)));
     }
 
@@ -410,7 +419,7 @@ impl Pipeline {
     }
 
     fn emit_port_risk(&mut self, event: &PortRiskEvent, now_ns: u64, process: &ProcessInfo) {
-        self.out.emit_at(Offset::now().wall(now_ns), port_risk::event_kind(event, process));
+        self.out.emit_at(Offset::now().wall(now_ns), port_risk::event_kind(event, self.run_id, process));
     }
 
     /// Records the TIME_WAIT sockets of self-connections whose close this run did not observe, and removes those

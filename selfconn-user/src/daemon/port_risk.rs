@@ -148,13 +148,13 @@ impl PortRiskMonitor {
 }
 
 /// The event to emit. `process` is the newest connecting one.
-pub(super) fn event_kind(event: &PortRiskEvent, process: &ProcessInfo) -> EventKind {
+pub(super) fn event_kind(event: &PortRiskEvent, run: u64, process: &ProcessInfo) -> EventKind {
     match event {
         PortRiskEvent::AtRisk(connects, chance) => {
-            EventKind::AtRisk(Box::new(AtRisk::new(connects, chance, process)))
+            EventKind::AtRisk(Box::new(AtRisk::new(connects, chance, run, process)))
         }
         PortRiskEvent::Over(connects, why) => {
-            EventKind::AtRiskOver(Box::new(AtRiskOver::new(connects, *why, process)))
+            EventKind::AtRiskOver(Box::new(AtRiskOver::new(connects, *why, run, process)))
         }
     }
 }

@@ -59,6 +59,8 @@ pub struct BindConflicts {
     /// When expired entries were last removed.
     last_sweep_ns: u64,
     bind_failures: HashMap<BindFailureKey, BindFailureState>,
+    /// Number of conflicts so far.
+    conflicts: u64,
     failures: u64,
 }
 
@@ -74,11 +76,22 @@ struct BindFailureKey {
 
 #[derive(Debug)]
 struct BindFailureState {
+    /// The number of the conflict.
+    conflict: u64,
     failures: u64,
     last_ns: u64,
     /// Time of the next report, and the interval to the one after that.
     next_report_ns: u64,
     report_interval_ns: u64,
+}
+
+/// A server that can't bind its port because of a self-connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BindConflict {
+    /// Its number in this run: the same in each report of the same server and self-connection.
+    pub number: u64,
+    /// How often the server has failed because of the self-connection.
+    pub failures: u64,
 }
 
 impl TimeWaitEntry {
@@ -122,6 +135,7 @@ impl Default for BindConflicts {
             shares: SharedLimit::new(MAX_TIME_WAITS),
             last_sweep_ns: 0,
             bind_failures: HashMap::new(),
+            conflicts: 0,
             failures: 0,
         }
     }
@@ -207,8 +221,8 @@ impl BindConflicts {
     }
 
     /// Counts a bind that failed because of the self-connection with number `holder`. `Some`: a report is
-    /// due, with this number of failures of the same server because of the same self-connection.
-    pub fn record_failure(&mut self, failure: &BindFailure, holder: u64) -> Option<u64> {
+    /// due.
+    pub fn record_failure(&mut self, failure: &BindFailure, holder: u64) -> Option<BindConflict> {
         let (now_ns, failures) = (failure.at_ns, failure.failures);
         self.failures += failures;
         if self.bind_failures.len() >= MAX_BIND_FAILURES {
@@ -220,11 +234,15 @@ impl BindConflicts {
         }
         let name = if failure.task.leader[0] == 0 { failure.task.comm } else { failure.task.leader };
         let key = BindFailureKey { requested: failure.endpoint.any_family(), name, holder };
-        let state = self.bind_failures.entry(key).or_insert(BindFailureState {
-            failures: 0,
-            last_ns: 0,
-            next_report_ns: 0,
-            report_interval_ns: FIRST_REPORT_INTERVAL_NS,
+        let state = self.bind_failures.entry(key).or_insert_with(|| {
+            self.conflicts += 1;
+            BindFailureState {
+                conflict: self.conflicts,
+                failures: 0,
+                last_ns: 0,
+                next_report_ns: 0,
+                report_interval_ns: FIRST_REPORT_INTERVAL_NS,
+            }
         });
         state.failures += failures;
         state.last_ns = now_ns;
@@ -233,7 +251,7 @@ impl BindConflicts {
         }
         state.next_report_ns = now_ns.saturating_add(state.report_interval_ns);
         state.report_interval_ns = (state.report_interval_ns * 2).min(MAX_REPORT_INTERVAL_NS);
-        Some(state.failures)
+        Some(BindConflict { number: state.conflict, failures: state.failures })
     }
 }
 
@@ -316,17 +334,19 @@ mod tests {
         let reports: Vec<_> = (0..200)
             .filter_map(|at_s| Some((at_s, conflicts.record_failure(&failure("127.0.0.1", 80, at_s), 1)?)))
             .collect();
-        assert_eq!(reports, [(0, 1), (10, 11), (30, 31), (70, 71), (150, 151)]);
+        let report = |number, failures| Some(BindConflict { number, failures });
+        let expected = [(0, 1), (10, 11), (30, 31), (70, 71), (150, 151)];
+        assert_eq!(reports, expected.map(|(at_s, failures)| (at_s, BindConflict { number: 1, failures })));
         // Another port, another self-connection, another name.
         let again = failure("127.0.0.1", 80, 200);
-        assert_eq!(conflicts.record_failure(&failure("127.0.0.1", 81, 200), 1), Some(1));
-        assert_eq!(conflicts.record_failure(&again, 2), Some(1));
+        assert_eq!(conflicts.record_failure(&failure("127.0.0.1", 81, 200), 1), report(2, 1));
+        assert_eq!(conflicts.record_failure(&again, 2), report(3, 1));
         let mut other = again;
         other.task.leader[0] = b'N';
-        assert_eq!(conflicts.record_failure(&other, 1), Some(1));
+        assert_eq!(conflicts.record_failure(&other, 1), report(4, 1));
         // Failures that the probe aggregated are counted, too.
         let burst = BindFailure { failures: 40, ..failure("127.0.0.1", 82, 200) };
-        assert_eq!(conflicts.record_failure(&burst, 1), Some(40));
+        assert_eq!(conflicts.record_failure(&burst, 1), report(5, 40));
         assert_eq!(conflicts.failures(), 243);
     }
 

@@ -32,6 +32,8 @@ pub struct RefusedConnects {
     pub newest: Opener,
     /// Time of the newest attempt: `CLOCK_BOOTTIME`, nanoseconds.
     pub last_ns: u64,
+    /// The number of the risk in this run, from the first report until the risk is over. 0: not reported.
+    pub risk: u64,
     /// Number of distinct pids that made the attempts (a lower bound).
     pub dialers: u32,
     /// Number of attempts.
@@ -71,7 +73,11 @@ pub enum RiskEndReason {
 
 /// The ports with many refused connection attempts.
 #[derive(Debug, Default)]
-pub struct PortRisks(HashMap<Endpoint, PortState>);
+pub struct PortRisks {
+    ports: HashMap<Endpoint, PortState>,
+    /// Number of risks that were reported so far.
+    risks: u64,
+}
 
 #[derive(Debug)]
 struct PortState {
@@ -79,7 +85,8 @@ struct PortState {
     next_check_ns: u64,
     /// Number of attempts at which the port is reported next.
     next_report_count: u64,
-    is_reported: bool,
+    /// The number of the risk that is reported and not over.
+    risk: Option<u64>,
     /// The attempts at the last check.
     last_connects: Option<RefusedConnects>,
 }
@@ -91,22 +98,22 @@ impl PortRisks {
         let new = PortState {
             next_check_ns: 0,
             next_report_count: REPORT_THRESHOLD,
-            is_reported: false,
+            risk: None,
             last_connects: None,
         };
-        self.0.entry(destination).or_insert(new).next_check_ns = 0;
+        self.ports.entry(destination).or_insert(new).next_check_ns = 0;
     }
 
     /// Time of the next check of any port: `CLOCK_BOOTTIME`, nanoseconds. `None`: no port is tracked.
     #[must_use]
     pub fn next_check_ns(&self) -> Option<u64> {
-        self.0.values().map(|port| port.next_check_ns).min()
+        self.ports.values().map(|port| port.next_check_ns).min()
     }
 
     /// The ports that are due for a check now.
     #[must_use]
     pub fn due(&self, now_ns: u64) -> Vec<Endpoint> {
-        self.0
+        self.ports
             .iter()
             .filter(|(_, port)| port.next_check_ns <= now_ns)
             .map(|(destination, _)| *destination)
@@ -116,13 +123,13 @@ impl PortRisks {
     /// True if the count of this port has crossed a threshold and has not expired.
     #[must_use]
     pub fn is_tracked(&self, destination: &Endpoint) -> bool {
-        self.0.contains_key(destination)
+        self.ports.contains_key(destination)
     }
 
     /// Number of ports at risk now.
     #[must_use]
     pub fn at_risk(&self) -> usize {
-        self.0.values().filter(|port| port.is_reported).count()
+        self.ports.values().filter(|port| port.risk.is_some()).count()
     }
 
     /// Stops tracking a port after a minute without attempts. `None`: attempts go on. `Some`: tracking has
@@ -136,13 +143,10 @@ impl PortRisks {
         if count.is_some_and(|count| now_ns.saturating_sub(count.last_ns) <= WINDOW_NS) {
             return None;
         }
-        let port = self.0.remove(destination)?;
+        let port = self.ports.remove(destination)?;
         let connects = count.map(|count| RefusedConnects::new(destination, count)).or(port.last_connects);
-        Some(
-            connects
-                .filter(|_| port.is_reported)
-                .map(|connects| PortRiskEvent::Over(connects, RiskEndReason::Silence)),
-        )
+        let reported = port.risk.zip(connects).map(|(risk, connects)| RefusedConnects { risk, ..connects });
+        Some(reported.map(|connects| PortRiskEvent::Over(connects, RiskEndReason::Silence)))
     }
 
     /// Stops tracking a port whose network namespace has ended. The result is the event to emit.
@@ -161,8 +165,9 @@ impl PortRisks {
         is_taken: bool,
         now_ns: u64,
     ) -> Option<PortRiskEvent> {
-        let port = self.0.get_mut(destination)?;
-        let connects = RefusedConnects::new(destination, count);
+        let port = self.ports.get_mut(destination)?;
+        let connects =
+            RefusedConnects { risk: port.risk.unwrap_or(0), ..RefusedConnects::new(destination, count) };
         let before = port.last_connects.replace(connects);
         let expiry_ns = connects.last_ns.saturating_add(WINDOW_NS + 1);
         port.next_check_ns = expiry_ns;
@@ -175,17 +180,19 @@ impl PortRisks {
             let interval_ns =
                 connects.gap_ns(before.as_ref()).saturating_mul(expected) / CHECKS_PER_EXPECTED_HIT;
             port.next_check_ns = expiry_ns.min(now_ns.saturating_add(interval_ns.max(MIN_CHECK_INTERVAL_NS)));
-            let was_reported = std::mem::take(&mut port.is_reported);
-            return was_reported.then_some(PortRiskEvent::Over(connects, RiskEndReason::Unreachable));
+            return port.risk.take().map(|_| PortRiskEvent::Over(connects, RiskEndReason::Unreachable));
         };
-        if is_taken || (port.is_reported && connects.refused < port.next_report_count) {
+        if is_taken || (port.risk.is_some() && connects.refused < port.next_report_count) {
             return None;
         }
-        port.is_reported = true;
+        let risk = *port.risk.get_or_insert_with(|| {
+            self.risks += 1;
+            self.risks
+        });
         while port.next_report_count <= connects.refused {
             port.next_report_count = port.next_report_count.saturating_mul(10);
         }
-        Some(PortRiskEvent::AtRisk(connects, chance))
+        Some(PortRiskEvent::AtRisk(RefusedConnects { risk, ..connects }, chance))
     }
 }
 
@@ -209,6 +216,7 @@ impl RefusedConnects {
             endpoint: *destination,
             newest: count.last_opener,
             last_ns: count.last_ns,
+            risk: 0,
             dialers: count.pid_count(),
             refused: count.refused(),
             window_ns: count.last_ns.saturating_sub(count.window_start_ns),
@@ -292,7 +300,10 @@ mod tests {
                         connects.endpoint,
                         Endpoint::new(7, [127, 0, 0, 1].into(), 40_000, false).any_family()
                     );
-                    assert_eq!((connects.refused, connects.window_ns), (20, 19 * SECOND_NS));
+                    assert_eq!(
+                        (connects.risk, connects.refused, connects.window_ns),
+                        (1, 20, 19 * SECOND_NS)
+                    );
                     assert_eq!(connects.eta_seconds(chance), Some(one_in.into()), "{what}");
                 }
                 (Some(PortRiskEvent::AtRisk(_, Chance::OneIn(fewer))), None) if what.contains("fewer") => {
@@ -308,9 +319,12 @@ mod tests {
         let (mut risks, ports) = (PortRisks::default(), ports("40000 40199", ""));
         let reported: Vec<_> = [20, 21, 199, 200, 1_999, 2_001, 3_000, 20_000]
             .into_iter()
-            .filter(|refused| check_now(&mut risks, *refused, &ports).is_some())
+            .filter_map(|refused| match check_now(&mut risks, refused, &ports) {
+                Some(PortRiskEvent::AtRisk(connects, _)) => Some((connects.risk, connects.refused)),
+                _ => None,
+            })
             .collect();
-        assert_eq!(reported, [20, 200, 2_001, 20_000]);
+        assert_eq!(reported, [(1, 20), (1, 200), (1, 2_001), (1, 20_000)]);
         assert_eq!(risks.at_risk(), 1);
     }
 
@@ -324,9 +338,13 @@ mod tests {
         assert!(matches!(check_now(&mut risks, 230, &free), Some(PortRiskEvent::AtRisk(..))));
         assert_eq!(check_now(&mut risks, 231, &free), None);
         let over = check_now(&mut risks, 240, &reserved);
-        assert!(matches!(over, Some(PortRiskEvent::Over(_, RiskEndReason::Unreachable))), "{over:?}");
+        let Some(PortRiskEvent::Over(connects, RiskEndReason::Unreachable)) = over else {
+            panic!("{over:?}")
+        };
+        assert_eq!(connects.risk, 1);
         assert_eq!((risks.at_risk(), check_now(&mut risks, 241, &reserved)), (0, None));
-        assert!(matches!(check_now(&mut risks, 250, &free), Some(PortRiskEvent::AtRisk(..))));
+        let next = check_now(&mut risks, 250, &free);
+        assert!(matches!(next, Some(PortRiskEvent::AtRisk(connects, _)) if connects.risk == 2), "{next:?}");
     }
 
     #[test]
@@ -356,7 +374,10 @@ mod tests {
         assert_eq!(next_check_ns, NOW_NS + WINDOW_NS + 1, "no check before it can expire");
         assert_eq!((risks.due(next_check_ns - 1), risks.due(next_check_ns)), (vec![], vec![DESTINATION]));
         let over = risks.expire(&DESTINATION, Some(&count), next_check_ns);
-        assert!(matches!(over, Some(Some(PortRiskEvent::Over(_, RiskEndReason::Silence)))), "{over:?}");
+        let Some(Some(PortRiskEvent::Over(connects, RiskEndReason::Silence))) = over else {
+            panic!("{over:?}")
+        };
+        assert_eq!(connects.risk, 1);
         assert_eq!(
             (risks.at_risk(), risks.next_check_ns(), risks.is_tracked(&DESTINATION)),
             (0, None, false)

@@ -6,6 +6,7 @@ use std::{fmt::Write as _, sync::Arc};
 use serde::Serialize;
 
 use super::connection::process_name;
+use super::envelope;
 use super::text::{EventFormat, LogRecord, Severity, duration, escape, subject};
 use crate::{
     detect::port_risk::{Chance, RefusedConnects, RiskEndReason},
@@ -16,6 +17,8 @@ use crate::{
 /// counts.
 #[derive(Clone, Debug, Serialize)]
 pub struct RefusedConnectFields {
+    /// Identifier of the risk: the same until it is over, unique on this boot.
+    pub id: String,
     /// Source and destination address.
     pub addr: String,
     /// Destination port.
@@ -67,11 +70,12 @@ pub struct AtRiskOver {
 
 impl RefusedConnectFields {
     /// Combines the counts of the eBPF programs with the information that `/proc` has about the newest
-    /// process.
+    /// process. `run` identifies this run.
     #[must_use]
-    pub fn new(connects: &RefusedConnects, process: &ProcessInfo) -> Self {
+    pub fn new(connects: &RefusedConnects, run: u64, process: &ProcessInfo) -> Self {
         let is_seen = connects.newest.at_ns != 0;
         Self {
+            id: envelope::id(run, "r", connects.risk),
             addr: connects.endpoint.ip().to_string(),
             port: connects.endpoint.port,
             netns: connects.endpoint.known_netns(),
@@ -89,13 +93,13 @@ impl RefusedConnectFields {
 
 impl AtRisk {
     #[must_use]
-    pub fn new(connects: &RefusedConnects, chance: &Chance, process: &ProcessInfo) -> Self {
+    pub fn new(connects: &RefusedConnects, chance: &Chance, run: u64, process: &ProcessInfo) -> Self {
         let (expected_dials, range_unknown) = match chance {
             Chance::OneIn(expected) => (Some(*expected), None),
             Chance::Unknown(why) => (None, Some(why.clone())),
         };
         Self {
-            connects: RefusedConnectFields::new(connects, process),
+            connects: RefusedConnectFields::new(connects, run, process),
             expected_dials,
             eta_seconds: connects.eta_seconds(chance),
             range_unknown,
@@ -105,13 +109,13 @@ impl AtRisk {
 
 impl AtRiskOver {
     #[must_use]
-    pub fn new(connects: &RefusedConnects, why: RiskEndReason, process: &ProcessInfo) -> Self {
+    pub fn new(connects: &RefusedConnects, why: RiskEndReason, run: u64, process: &ProcessInfo) -> Self {
         let why = match why {
             RiskEndReason::Silence => "silence",
             RiskEndReason::Unreachable => "unreachable",
             RiskEndReason::NetnsEnded => "netns_ended",
         };
-        Self { connects: RefusedConnectFields::new(connects, process), why }
+        Self { connects: RefusedConnectFields::new(connects, run, process), why }
     }
 }
 

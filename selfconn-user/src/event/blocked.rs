@@ -7,6 +7,7 @@ use selfconn_ebpf::{bind_failure::BindFailure, state};
 use serde::Serialize;
 
 use super::connection::{ConnectionFields, process_name};
+use super::envelope;
 use super::text::{self, EventFormat, LogRecord, Severity, duration, subject, utc_time};
 use crate::{
     detect::bind_conflict::{self, PortHolder},
@@ -16,6 +17,9 @@ use crate::{
 /// `blocked`.
 #[derive(Debug, Serialize)]
 pub struct Blocked {
+    /// Identifier of the conflict: the same each time this server fails because of this self-connection, unique on
+    /// this boot.
+    pub id: String,
     /// Requested address. 0.0.0.0 or :: means any address.
     pub addr: String,
     /// Requested port.
@@ -73,10 +77,17 @@ struct HolderFields {
     owner: Option<&'static str>,
 }
 
+/// The id of a conflict with this number.
+#[must_use]
+pub fn blocked_id(run: u64, conflict: u64) -> String {
+    envelope::id(run, "b", conflict)
+}
+
 impl Blocked {
     /// `connection` describes the self-connection that holds the port.
     #[must_use]
     pub fn new(
+        id: String,
         failed: &BindFailure,
         process: &ProcessInfo,
         holder: &PortHolder<'_>,
@@ -92,6 +103,7 @@ impl Blocked {
             }
         };
         Self {
+            id,
             addr: requested.ip().to_string(),
             port: requested.port,
             netns: requested.known_netns(),

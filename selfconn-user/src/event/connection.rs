@@ -6,6 +6,7 @@ use std::sync::Arc;
 use selfconn_ebpf::{Task, cause};
 use serde::Serialize;
 
+use super::envelope;
 use crate::{
     budget::Payer,
     detect::connection::{Connection, Source, comm},
@@ -95,7 +96,7 @@ impl ConnectionFields {
             attribution.holders.as_ref().and_then(|holders| holders.first()).filter(|_| opener.is_none());
         let task = opener.map(|opener| opener.task);
         Self {
-            id: (connection.number != 0).then(|| format!("{run:x}-{:x}", connection.number)),
+            id: (connection.number != 0).then(|| envelope::id(run, "", connection.number)),
             cookie: connection.cookie,
             source: match connection.source {
                 Source::Live => "live",

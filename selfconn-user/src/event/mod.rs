@@ -13,9 +13,10 @@ use serde::Serialize;
 use serde_json::Value;
 
 pub use at_risk::{AtRisk, AtRiskOver};
-pub use blocked::Blocked;
+pub use blocked::{Blocked, blocked_id};
 pub use closed::Closed;
 pub use connection::ConnectionFields;
+pub use envelope::{Envelope, EventNumber};
 pub use loss::{LossCause, LossKind, Losses};
 pub use lost::Lost;
 pub use remedied::Remedied;
@@ -33,6 +34,7 @@ mod at_risk;
 mod blocked;
 mod closed;
 mod connection;
+pub mod envelope;
 mod established;
 pub mod loss;
 mod lost;
@@ -49,6 +51,9 @@ pub struct Event {
     /// Time of the event, UTC.
     #[serde(serialize_with = "text::rfc3339")]
     pub time: Timestamp,
+    /// Its number in the run, from 1.
+    #[serde(skip)]
+    pub seq: u64,
     /// The event's name and its other fields.
     #[serde(flatten)]
     pub kind: EventKind,
@@ -107,6 +112,21 @@ impl EventKind {
         })
     }
 
+    fn format(&self) -> &'static EventFormat {
+        match self {
+            Self::Started(_) => &started::FORMAT,
+            Self::Established(_) => &established::FORMAT,
+            Self::State(_) => &state::FORMAT,
+            Self::Closed(_) => &closed::FORMAT,
+            Self::Remedied(_) => &remedied::FORMAT,
+            Self::AtRisk(_) => &at_risk::FORMAT,
+            Self::AtRiskOver(_) => &at_risk::OVER_FORMAT,
+            Self::Blocked(_) => &blocked::FORMAT,
+            Self::Lost(_) => &lost::FORMAT,
+            Self::Stopped(_) => &stopped::FORMAT,
+        }
+    }
+
     /// Cuts the command line that the event has.
     pub fn limit_cmdline(&mut self, limit: CmdlineLimit) {
         let fields = match self {
@@ -143,26 +163,37 @@ pub fn format_of(record: LogRecord<'_>) -> &'static EventFormat {
 
 impl Event {
     /// Appends the event as one JSON line.
-    pub fn write_json_line(&self, out: &mut Vec<u8>) {
+    pub fn write_json_line(&self, envelope: &Envelope, out: &mut Vec<u8>) {
         let start = out.len();
-        match serde_json::to_writer(&mut *out, self) {
-            Ok(()) => out.push(b'\n'),
+        let written = serde_json::to_writer(&mut *out, self);
+        match (written, out.pop()) {
+            (Ok(()), Some(b'}')) => envelope.end_line(self.number(), out),
             // Impossible with a schema of strings and numbers. A partial line must never remain in the output.
-            Err(error) => {
+            (outcome, _) => {
                 out.truncate(start);
-                log::error!("cannot serialize an event as JSON: {error}");
+                log::error!("cannot serialize an event as a JSON object: {outcome:?}");
             }
         }
     }
 
     /// The JSON object that a reader of the log gets.
     #[must_use]
-    pub fn to_json_fields(&self) -> JsonFields {
-        match serde_json::to_value(self) {
-            Ok(Value::Object(fields)) => fields,
-            // Impossible with a schema of strings and numbers.
-            _ => JsonFields::new(),
-        }
+    pub fn to_json_fields(&self, envelope: &Envelope) -> JsonFields {
+        let mut fields = json_fields(self);
+        envelope.extend(self.number(), &mut fields);
+        fields
+    }
+
+    fn number(&self) -> EventNumber {
+        EventNumber { seq: self.seq, severity: self.kind.format().severity }
+    }
+}
+
+fn json_fields(object: &impl Serialize) -> JsonFields {
+    match serde_json::to_value(object) {
+        Ok(Value::Object(fields)) => fields,
+        // Impossible with a schema of strings and numbers.
+        _ => JsonFields::new(),
     }
 }
 
@@ -186,10 +217,41 @@ pub fn render(record: LogRecord<'_>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::system::identity::Identity;
 
     /// The rendered line of a JSON event.
     pub(super) fn rendered(json: &str) -> String {
         render(LogRecord::new(&text::parse(json.as_bytes()).unwrap()))
+    }
+
+    #[test]
+    fn every_output_has_the_same_envelope_and_it_ends_the_line() {
+        let identity = Identity {
+            host: "a\"b\u{7f}\n".to_owned(),
+            machine_id: Some("0f".to_owned()),
+            boot_id: None,
+            run: 0x1a,
+        };
+        let envelope = Envelope::new(&identity);
+        for (kind, severity) in [
+            (EventKind::Established(Box::new(ConnectionFields::sample())), "warning"),
+            (EventKind::Lost(Lost::new(LossCause::Ring, 1, None)), "critical"),
+        ] {
+            let event = Event { time: Timestamp::UNIX_EPOCH, seq: 7, kind };
+            let mut line = b"before\n".to_vec();
+            event.write_json_line(&envelope, &mut line);
+            let line = String::from_utf8(line).unwrap();
+            let end = format!(
+                r#","severity":"{severity}","seq":7,"schema":"selfconn/1","host":"a\"b{}\n","machine_id":"0f","boot_id":null,"run":"1a"}}"#,
+                '\u{7f}'
+            );
+            assert!(line.starts_with("before\n{\"time\":") && line.ends_with(&(end + "\n")), "{line}");
+            let read_back = text::parse(line.lines().nth(1).unwrap().as_bytes()).unwrap();
+            assert_eq!(read_back, event.to_json_fields(&envelope));
+            assert!(envelope::KEYS.iter().all(|key| read_back.contains_key(*key)));
+            let names = line.matches("\":").count();
+            assert_eq!(names, read_back.len(), "no field twice, and no object inside: {line}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
+use super::envelope;
 use super::text::{EventFormat, LogRecord, Severity, escape, subject};
 
 pub(super) const FORMAT: EventFormat =
@@ -22,7 +23,8 @@ fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
         subject::process(record, out)?;
     }
     for (key, value) in record.fields() {
-        if matches!(key, "time" | "event" | "addr" | "port" | "pid" | "comm") {
+        if matches!(key, "time" | "event" | "addr" | "port" | "pid" | "comm") || envelope::KEYS.contains(&key)
+        {
             continue;
         }
         let value = match value {
@@ -52,7 +54,7 @@ mod tests {
         assert_eq!(
             rendered(
                 r#"{"event":"moved\u001b","addr":"127.0.0.1","port":80,"comm":"x\n","pid":7,"by":2,"to":{"a":"\u202e"},
-                    "on":["b",true],"off":null}"#
+                    "on":["b",true],"off":null,"seq":7,"host":"web-1"}"#
             ),
             "?            moved\\u{1b} 127.0.0.1:80 x\\n[7] by=2 on=[\"b\",true] to={\"a\":\"\\u{202e}\"}"
         );

@@ -10,7 +10,7 @@ use crate::{
         cmdline::CmdlineLimit,
         log::{LogBudget, SuppressedEvents},
     },
-    event::{Event, EventKind, LossCause, Losses, ProgramCounters, Stopped},
+    event::{Envelope, Event, EventKind, LossCause, Losses, ProgramCounters, Stopped},
 };
 use log_file::LogFile;
 use stdout::Stdout;
@@ -28,7 +28,8 @@ pub use stdout::StdoutFormat;
 pub struct Outputs {
     log: Option<LogFile>,
     stdout: Option<Stdout>,
-    /// Number of events emitted so far.
+    envelope: Envelope,
+    /// Number of events emitted so far: the `seq` of the newest one.
     made: u64,
     /// The JSON line of the current event.
     line: Vec<u8>,
@@ -50,17 +51,29 @@ impl Outputs {
     ///
     /// # Errors
     /// If the writer of stdout cannot be started.
-    pub fn new(stdout: Option<StdoutFormat>, log: Option<LogFile>, limits: OutputLimits) -> io::Result<Self> {
+    pub fn new(
+        stdout: Option<StdoutFormat>,
+        log: Option<LogFile>,
+        envelope: Envelope,
+        limits: OutputLimits,
+    ) -> io::Result<Self> {
         let stdout = stdout.map(Stdout::start).transpose()?;
         Ok(Self {
             log,
             stdout,
+            envelope,
             made: 0,
             line: Vec::new(),
             budget: LogBudget::new(limits.rate),
             cmdline: limits.cmdline,
             started: Instant::now(),
         })
+    }
+
+    /// Identifies this run in the events.
+    #[must_use]
+    pub fn run(&self) -> u64 {
+        self.envelope.run()
     }
 
     /// Emits an event with the current time.
@@ -76,19 +89,19 @@ impl Outputs {
             return;
         }
         kind.limit_cmdline(self.cmdline);
-        let event = Event { time, kind };
+        let event = Event { time, seq: self.made, kind };
         self.write_json(&event);
         if let Some(log) = &mut self.log {
             log.push(&self.line);
         }
         if let Some(stdout) = &mut self.stdout {
-            stdout.push(&event, &self.line);
+            stdout.push(&event, &self.envelope, &self.line);
         }
     }
 
     fn write_json(&mut self, event: &Event) {
         self.line.clear();
-        event.write_json_line(&mut self.line);
+        event.write_json_line(&self.envelope, &mut self.line);
     }
 
     /// Writes the emitted events as far as the outputs accept them.
@@ -254,7 +267,7 @@ impl Outputs {
         }
         self.write_json(&event);
         if let Some(stdout) = &mut self.stdout {
-            stdout.push(&event, &self.line);
+            stdout.push(&event, &self.envelope, &self.line);
         }
         self.drain().await;
     }
@@ -268,7 +281,7 @@ impl Outputs {
             open,
             programs,
         };
-        Event { time: Timestamp::now(), kind: EventKind::Stopped(stopped) }
+        Event { time: Timestamp::now(), seq: self.made, kind: EventKind::Stopped(stopped) }
     }
 
     async fn drain(&mut self) {

@@ -13,7 +13,7 @@ use super::{
     journald,
     writer::{PIPE_CAPACITY, Writer},
 };
-use crate::event::{Event, render, text::LogRecord};
+use crate::event::{Envelope, Event, render, text::LogRecord};
 
 /// Format of the events on stdout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,16 +55,16 @@ impl Stdout {
     }
 
     /// Adds an event. `json` is its JSON line.
-    pub(super) fn push(&mut self, event: &Event, json: &[u8]) {
+    pub(super) fn push(&mut self, event: &Event, envelope: &Envelope, json: &[u8]) {
         match self.format {
             StdoutFormat::Json => self.writer.push(json),
             StdoutFormat::Text => {
-                let mut line = render(LogRecord::new(&event.to_json_fields()));
+                let mut line = render(LogRecord::new(&event.to_json_fields(envelope)));
                 line.push('\n');
                 self.writer.push(line.as_bytes());
             }
             StdoutFormat::Journal => {
-                let fields = event.to_json_fields();
+                let fields = event.to_json_fields(envelope);
                 self.writer.push(&journald::frame(LogRecord::new(&fields), json.trim_ascii_end()));
             }
         }

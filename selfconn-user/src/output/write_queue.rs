@@ -61,11 +61,6 @@ impl WriteQueue {
         self.bytes.len() - self.start
     }
 
-    /// All bytes that are not yet written.
-    pub(super) fn remaining(&self) -> &[u8] {
-        &self.bytes[self.start + self.partial..]
-    }
-
     /// As many whole items as fit into `limit` bytes, but at least one; without the written part of the first
     /// item.
     pub(super) fn chunk(&self, limit: usize) -> &[u8] {
@@ -149,7 +144,7 @@ mod tests {
         for _ in 0..5 {
             queue.push(b"12345\n");
         }
-        assert_eq!((queue.remaining(), queue.lost()), (&b"12345\n12345\n"[..], 3));
+        assert_eq!((queue.chunk(usize::MAX), queue.lost()), (&b"12345\n12345\n"[..], 3));
         queue.advance(4);
         queue.push(b"12345\n");
         assert_eq!(
@@ -159,7 +154,7 @@ mod tests {
         );
         queue.advance(2);
         queue.push(b"12345\n");
-        assert_eq!((queue.completed(), queue.lost(), queue.remaining().len()), (1, 4, 12));
+        assert_eq!((queue.completed(), queue.lost(), queue.chunk(usize::MAX).len()), (1, 4, 12));
         queue.drop_all();
         assert_eq!((queue.completed(), queue.lost(), queue.is_empty()), (1, 6, true));
     }
@@ -171,9 +166,9 @@ mod tests {
         queue.push(b"second\n");
         assert_eq!(queue.partial_rest(), b"");
         queue.advance(4);
-        assert_eq!((queue.partial_rest(), queue.remaining()), (&b"t\n"[..], &b"t\nsecond\n"[..]));
+        assert_eq!((queue.partial_rest(), queue.chunk(usize::MAX)), (&b"t\n"[..], &b"t\nsecond\n"[..]));
         queue.rewind();
-        assert_eq!((queue.partial_rest(), queue.remaining()), (&b""[..], &b"first\nsecond\n"[..]));
+        assert_eq!((queue.partial_rest(), queue.chunk(usize::MAX)), (&b""[..], &b"first\nsecond\n"[..]));
         queue.advance(8);
         assert_eq!((queue.partial_rest(), queue.completed()), (&b"cond\n"[..], 1));
         queue.advance(5);
@@ -207,12 +202,12 @@ mod tests {
                 let item = format!("{number}:{}\n", "x".repeat(length));
                 queue.push(item.as_bytes());
                 made += 1;
-                let count = count.min(queue.remaining().len());
-                written.extend_from_slice(&queue.remaining()[..count]);
+                let count = count.min(queue.chunk(usize::MAX).len());
+                written.extend_from_slice(&queue.chunk(usize::MAX)[..count]);
                 queue.advance(count);
             }
-            written.extend_from_slice(queue.remaining());
-            queue.advance(queue.remaining().len());
+            written.extend_from_slice(queue.chunk(usize::MAX));
+            queue.advance(queue.chunk(usize::MAX).len());
             prop_assert!(queue.is_empty());
             prop_assert_eq!(queue.completed() + queue.lost(), made);
             let text = String::from_utf8(written).unwrap();

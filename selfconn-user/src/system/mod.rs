@@ -5,6 +5,7 @@ pub mod capabilities;
 mod cgroup;
 pub mod clock;
 pub mod command_line;
+pub mod identity;
 pub mod logger;
 pub mod memory;
 pub mod netns_cookie;

@@ -17,6 +17,14 @@ fn a_log_that_cannot_be_written_is_an_error_before_anything_is_attached() {
 }
 
 #[test]
+fn a_host_name_that_no_host_has_is_an_error() {
+    for name in ["", "a b", "a\"b", &"x".repeat(254)] {
+        let output = selfconn().args(["run", "--host-name", name]).output().unwrap();
+        assert_one_line_error(&output, &["--host-name"]);
+    }
+}
+
+#[test]
 fn the_error_without_privileges_names_the_missing_capability() {
     let (_directory, mut command) = unprivileged_selfconn();
     let output = command.arg("run").output().unwrap();

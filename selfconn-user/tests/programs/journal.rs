@@ -116,6 +116,12 @@ fn events_are_journal_entries_with_fields_and_stdout_is_empty() {
     assert!(entry["MESSAGE"].as_str().unwrap().contains(&format!("127.0.0.1:{port} ")), "{entry}");
     assert!(entry.get("SELFCONN_IFINDEX").is_none(), "null fields are omitted");
     let event: Value = serde_json::from_str(entry["SELFCONN_JSON"].as_str().unwrap()).unwrap();
+    for key in ["severity", "seq", "schema", "host", "machine_id", "boot_id", "run"] {
+        let text = event[key].as_str().map_or_else(|| event[key].to_string(), str::to_owned);
+        assert_eq!(entry[&format!("SELFCONN_{}", key.to_uppercase())], text, "{event}");
+    }
+    assert_eq!(event["severity"], "info", "of priority 5");
+    assert_eq!(entry["_BOOT_ID"], event["boot_id"], "as the journal writes it");
     assert_eq!(event["thread_comm"], "a\nPRIORITY=0", "{event}");
     // journalctl prints a value with a line break as a list of bytes.
     let bytes = |value: &Value| match value {

@@ -42,6 +42,18 @@ pub enum Severity {
     Info = 6,
 }
 
+impl Severity {
+    /// The name in the field `severity`, which has three levels, as alerts have.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Error => "critical",
+            Self::Warning => "warning",
+            Self::Notice | Self::Info => "info",
+        }
+    }
+}
+
 impl EventFormat {
     /// The message, with a tab after its first column if it has columns.
     #[must_use]

@@ -5,6 +5,8 @@
 //! The file may be moved or removed at any time, for example by logrotate. The next line then goes to a new
 //! file at the same path. A partial line is completed in the file that has its beginning. If that file was
 //! removed or truncated, the whole line is written to the new file.
+//!
+//! A file that has reached its limit is like a full disk: lines wait until the file is rotated.
 
 use std::{
     io::{self, Write as _},
@@ -27,6 +29,10 @@ pub struct LogFile {
     path: PathBuf,
     current: OpenLogFile,
     queue: WriteQueue,
+    /// Maximum length of the file. `None`: no limit.
+    limit: Option<u64>,
+    /// Length of the file, as far as it was last looked at and written since.
+    len: u64,
     /// Length of the file after a partial line was written.
     len_after_partial: u64,
     errors: u64,
@@ -48,11 +54,19 @@ impl LogFile {
             path: path.to_owned(),
             current,
             queue: WriteQueue::new(memory::LOG_QUEUE_BYTES),
+            limit: None,
+            len: 0,
             len_after_partial: 0,
             errors: 0,
             is_failing: false,
             is_on_moved_file: false,
         })
+    }
+
+    /// The same, but the file never grows beyond `limit` bytes. `None`: no limit.
+    #[must_use]
+    pub fn with_limit(self, limit: Option<u64>) -> Self {
+        Self { limit, ..self }
     }
 
     /// Adds a line, which ends in a newline. It is written at the next flush, or at once if the queue is long:
@@ -95,7 +109,8 @@ impl LogFile {
 
     /// Switches to the file that is now at the path. Creates it if it does not exist.
     fn follow_path(&mut self) -> io::Result<()> {
-        if self.current.is_at(&self.path) {
+        if let Some(len) = self.current.len_at(&self.path) {
+            self.len = len;
             self.is_on_moved_file = false;
             return Ok(());
         }
@@ -103,6 +118,7 @@ impl LogFile {
             Ok(next) => {
                 self.complete_partial_line(&next)?;
                 log::info!("the event log {} was moved or removed: reopened", self.path.display());
+                self.len = next.len().unwrap_or(0);
                 self.current = next;
                 self.is_on_moved_file = false;
                 Ok(())
@@ -145,15 +161,30 @@ impl LogFile {
 
     fn write(&mut self) -> io::Result<()> {
         self.check_truncation();
-        if self.current.has_partial_last_line {
-            write_once(&self.current, b"\n")?;
-            self.current.has_partial_last_line = false;
-        }
         while !self.queue.is_empty() {
-            let count = write_once(&self.current, self.queue.remaining())?;
+            if self.current.has_partial_last_line {
+                self.room_for(1)?;
+                write_once(&self.current, b"\n")?;
+                self.len += 1;
+                self.current.has_partial_last_line = false;
+            }
+            let room = self.room_for(self.queue.chunk(0).len())?;
+            let count = write_once(&self.current, self.queue.chunk(room))?;
+            self.len += count as u64;
             self.advance(count);
         }
         Ok(())
+    }
+
+    /// The number of bytes that may be written. It is an error if they are less than this.
+    fn room_for(&self, bytes: usize) -> io::Result<usize> {
+        let room = self.limit.map_or(u64::MAX, |limit| limit.saturating_sub(self.len));
+        let room = usize::try_from(room).unwrap_or(usize::MAX);
+        if bytes <= room {
+            Ok(room)
+        } else {
+            Err(io::Error::new(io::ErrorKind::QuotaExceeded, "it has reached --log-limit; rotate it"))
+        }
     }
 
     fn advance(&mut self, count: usize) {

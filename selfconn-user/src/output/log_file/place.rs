@@ -59,9 +59,10 @@ impl OpenLogFile {
         Ok(Self { file, dev: metadata.dev(), ino: metadata.ino(), has_partial_last_line: last != [b'\n'] })
     }
 
-    /// True if this file is still at the path. Costs one system call.
-    pub(super) fn is_at(&self, path: &Path) -> bool {
-        path.symlink_metadata().is_ok_and(|found| (found.dev(), found.ino()) == (self.dev, self.ino))
+    /// The length of this file if it is still at the path. Costs one system call.
+    pub(super) fn len_at(&self, path: &Path) -> Option<u64> {
+        let found = path.symlink_metadata().ok()?;
+        ((found.dev(), found.ino()) == (self.dev, self.ino)).then_some(found.len())
     }
 
     /// True if the file has no path any more, so that its content is lost when it is closed.

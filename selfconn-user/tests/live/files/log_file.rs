@@ -192,3 +192,46 @@ fn a_partial_line_of_an_earlier_run_gets_its_newline_first() {
     assert_eq!(fs::read(&path).unwrap(), b"whole\nkilled in the mid\nnext\n");
     assert_eq!(log.written(), 1);
 }
+
+#[test]
+fn a_file_never_grows_beyond_its_limit_and_lines_wait_for_the_rotation() {
+    let disk = Disk::mount_private(1_024);
+    let (path, moved) = (disk.join("log"), disk.join("log.1"));
+    // A limit of five lines and a half, and a file of two from an earlier run.
+    fs::write(&path, [line(0), line(1)].concat()).unwrap();
+    let mut log = LogFile::open(&path).unwrap().with_limit(Some(5 * 600 + 300));
+    for number in 2..10 {
+        log.push(&line(number));
+        log.flush();
+    }
+    assert_eq!(numbers(&path), (0..5).collect::<Vec<_>>(), "whole lines only");
+    assert!(log.has_pending() && log.is_failing());
+    assert_eq!((log.written(), log.lost()), (3, 0));
+    fs::rename(&path, &moved).unwrap();
+    log.reopen();
+    assert_eq!((numbers(&moved), numbers(&path)), ((0..5).collect(), (5..10).collect()));
+    assert!(!log.has_pending() && !log.is_failing());
+    // Someone else truncates it, as copytruncate does.
+    log.push(&line(10));
+    log.flush();
+    assert!(log.has_pending());
+    fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(0).unwrap();
+    log.flush();
+    assert_eq!(numbers(&path), [10]);
+    assert_eq!((log.written(), log.lost()), (9, 0));
+}
+
+#[test]
+fn a_line_that_fills_the_limit_exactly_is_written() {
+    let disk = Disk::mount_private(64);
+    let path = disk.join("log");
+    let mut log = LogFile::open(&path).unwrap().with_limit(Some(2 * 600));
+    log.push(&line(0));
+    log.push(&line(1));
+    log.flush();
+    assert!(!log.has_pending());
+    log.push(&line(2));
+    log.flush();
+    assert!(log.has_pending());
+    assert_eq!(numbers(&path), [0, 1]);
+}

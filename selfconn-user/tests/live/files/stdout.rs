@@ -13,6 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::support::{
+    accounting::{missing_events, parse_log},
     client::run_self_connection,
     daemon::{DEADLINE, selfconn},
     netns::TestNetns,
@@ -28,12 +29,6 @@ fn start(log: &Path, stdout: impl Into<Stdio>) -> Child {
         std::thread::sleep(Duration::from_millis(5));
     }
     child
-}
-
-fn parse(text: &str) -> Vec<Value> {
-    text.lines()
-        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
-        .collect()
 }
 
 /// Waits until the log has this many closed self-connections of this namespace. Returns the length of the
@@ -97,7 +92,7 @@ fn a_stopped_reader_blocks_nothing_and_gets_a_lost_event_when_it_reads_again() {
     assert!(reported > 0);
     terminate(&mut child);
     events.extend(received.iter());
-    let in_log = parse(&fs::read_to_string(&log).unwrap());
+    let in_log = parse_log(&fs::read_to_string(&log).unwrap());
     let stopped = events.last().unwrap();
     assert_eq!(in_log.last(), Some(stopped), "both end with `stopped`");
     assert_eq!(stopped["lost"]["log"], 0);
@@ -108,6 +103,7 @@ fn a_stopped_reader_blocks_nothing_and_gets_a_lost_event_when_it_reads_again() {
         events.len() as u64 + reported,
         "received plus reported as lost is everything"
     );
+    assert_eq!((missing_events(&in_log), missing_events(&events)), (0, reported), "each lost event is a gap");
 }
 
 #[test]
@@ -142,7 +138,7 @@ fn a_slow_reader_without_a_log_loses_nothing() {
     terminate(&mut child);
     let text = reader.join().unwrap();
     assert!(text.len() > 10 << 20, "{} bytes fit into the queues", text.len());
-    let events = parse(&text);
+    let events = parse_log(&text);
     let stopped = events.last().unwrap();
     assert_eq!((&stopped["lost"]["stdout"], &stopped["lost"]["ring"]), (&0.into(), &0.into()), "{stopped}");
     assert_eq!(stopped["made"], events.len());
@@ -159,7 +155,7 @@ fn a_reader_that_stays_stopped_does_not_prevent_the_run_from_ending() {
     // More than the pipe holds.
     fill_log_to(&log, net, 200 << 10);
     terminate(&mut child);
-    let in_log = parse(&fs::read_to_string(&log).unwrap());
+    let in_log = parse_log(&fs::read_to_string(&log).unwrap());
     let stopped = in_log.last().unwrap();
     assert_eq!(stopped["event"], "stopped");
     assert_eq!((&stopped["lost"]["log"], &stopped["made"]), (&0.into(), &in_log.len().into()));
@@ -178,7 +174,7 @@ fn a_closed_stdout_ends_the_run_in_order() {
     assert!(line.contains("started"), "{line}");
     run_self_connection(Ipv4Addr::LOCALHOST.into());
     assert_eq!(child.wait().unwrap().code(), Some(0), "a broken pipe is not an error");
-    let in_log = parse(&fs::read_to_string(&log).unwrap());
+    let in_log = parse_log(&fs::read_to_string(&log).unwrap());
     let stopped = in_log.last().unwrap();
     assert_eq!(stopped["event"], "stopped");
     assert_eq!(stopped["made"], in_log.len());

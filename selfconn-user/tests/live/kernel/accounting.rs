@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::support::{
-    accounting::{assert_sums_hold, make_self_connections, number},
+    accounting::{assert_sums_hold, make_self_connections, missing_events, number},
     daemon::{TestDaemon, is_event, lossless_variants, scaled},
     netns::TestNetns,
 };
@@ -23,6 +23,7 @@ fn with_room_for_all_events_nothing_is_lost_and_the_sums_hold() {
         assert_sums_hold(stopped);
         assert!(number(stopped, "/matched") >= 2 * scaled(500) as u64, "{variant:?}: {stopped}");
         assert_eq!((number(stopped, "/lost/ring"), number(stopped, "/lost/log")), (0, 0), "{stopped}");
+        assert_eq!((missing_events(&events), number(stopped, "/seq")), (0, number(stopped, "/made")));
         let lines = fs::read_to_string(&log).unwrap().lines().count() as u64;
         assert_eq!((lines, events.len() as u64), (number(stopped, "/written"), number(stopped, "/made")));
     }

@@ -209,6 +209,8 @@ fn repeated_bind_failures_are_reported_at_once_and_then_with_a_count() {
         let failures =
             [&blocked[0]["failures"], &blocked[1]["failures"]].map(|count| count.as_u64().unwrap());
         assert_eq!(failures[0], 1, "the first failure is reported at once: {}", blocked[0]);
+        assert_eq!(blocked[0]["id"], blocked[1]["id"], "the same conflict");
+        assert_ne!(blocked[0]["id"], blocked[0]["holder"]["id"]);
         assert!(failures[1] > tries / 2 && failures[1] <= tries, "{failures:?} of {tries}");
         drop(connection);
         let (events, _) = daemon.stop();

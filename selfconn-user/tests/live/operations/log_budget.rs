@@ -6,6 +6,7 @@ use std::{collections::HashSet, fs, net::Ipv4Addr};
 use serde_json::Value;
 
 use crate::support::{
+    accounting::{missing_events, parse_log},
     client::connect_to_self,
     daemon::{HookVariant, TestDaemon, is_event, scaled},
     helper_process::{HelperProcess, UNPRIVILEGED},
@@ -34,8 +35,13 @@ fn run_storm(options: &[&str]) -> (usize, Vec<Value>, Vec<Value>, Value) {
     storm.finish();
     let (events, _) = daemon.stop();
     let lines = fs::read_to_string(log).unwrap();
-    let logged: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let logged = parse_log(&lines);
     let stopped = events.last().unwrap().clone();
+    assert_eq!(
+        missing_events(&logged),
+        number(&stopped["lost"]["suppressed"]),
+        "each suppressed event is a gap"
+    );
     let lost = logged.iter().filter(|event| event["event"] == "lost" && event["where"] == "suppressed");
     let lost = lost.cloned().collect();
     let here = logged.into_iter().filter(|event| event["netns"] == net.inode).collect();

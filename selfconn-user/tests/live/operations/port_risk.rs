@@ -134,7 +134,8 @@ fn a_risk_is_over_after_a_minute_of_silence_or_when_the_port_is_reserved() {
     let (silent, reserved) = (at(40_050), at(40_052));
     connect_refused(silent, 20);
     connect_refused(reserved, 20);
-    daemon.expect(2, is_event("at_risk", net.inode));
+    let at_risk = daemon.expect(2, is_event("at_risk", net.inode));
+    assert_ne!(at_risk[0]["id"], at_risk[1]["id"]);
     net.set_sysctl("ip_local_reserved_ports", "40052");
     // This takes longer than the deadline of `expect`.
     let until = Instant::now() + Duration::from_secs(62);
@@ -146,11 +147,14 @@ fn a_risk_is_over_after_a_minute_of_silence_or_when_the_port_is_reserved() {
     for event in over {
         let why = if event["port"] == 40_050 { "silence" } else { "unreachable" };
         assert_eq!(event["why"], why, "{event}");
+        let begin = at_risk.iter().find(|begin| begin["port"] == event["port"]).unwrap();
+        assert_eq!(event["id"], begin["id"], "the same risk");
     }
     // A new risk begins after the old one is over.
     connect_refused(silent, 20);
     let events = daemon.expect(2, is_at_risk(40_050, net));
     assert_eq!(events[1]["refused"], 20, "{}", events[1]);
+    assert_ne!(events[0]["id"], events[1]["id"], "another risk");
     daemon.stop();
 }
 

@@ -1,7 +1,8 @@
 //! The two sums that show that no loss is silent. Records: matched by the programs = delivered to the daemon
-//! + lost by the ring buffer. Events: made = written + lost.
+//! + lost by the ring buffer. Events: made = written + lost. A reader of the events sees the same: each lost one is a gap
+//! in their numbers.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{collections::HashSet, net::Ipv4Addr, time::Duration};
 
 use serde_json::Value;
 
@@ -24,6 +25,25 @@ pub(crate) fn assert_sums_hold(stopped: &Value) {
             "{stopped}"
         );
     }
+}
+
+/// Checks that an output has events of one run only, in order and none twice. Returns how many are missing, as a
+/// store would find out, which has nothing but the events.
+#[track_caller]
+pub(crate) fn missing_events(events: &[Value]) -> u64 {
+    let runs: HashSet<_> =
+        events.iter().map(|event| (event["boot_id"].to_string(), event["run"].to_string())).collect();
+    assert_eq!(runs.len(), 1, "{runs:?}");
+    let numbers: Vec<u64> = events.iter().map(|event| number(event, "/seq")).collect();
+    assert!(numbers.is_sorted_by(|one, next| one < next), "{numbers:?}");
+    numbers.last().unwrap() - numbers.len() as u64
+}
+
+/// The events in a log.
+pub(crate) fn parse_log(text: &str) -> Vec<Value> {
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect()
 }
 
 /// Makes self-connections that end at once.
