@@ -151,8 +151,9 @@ impl PortRisks {
 
     /// Stops tracking a port whose network namespace has ended. The result is the event to emit.
     pub fn end(&mut self, destination: &Endpoint, count: &RefusedCount) -> Option<PortRiskEvent> {
-        let port = self.0.remove(destination).filter(|port| port.is_reported);
-        port.map(|_| PortRiskEvent::Over(RefusedConnects::new(destination, count), RiskEndReason::NetnsEnded))
+        let risk = self.ports.remove(destination)?.risk?;
+        let connects = RefusedConnects { risk, ..RefusedConnects::new(destination, count) };
+        Some(PortRiskEvent::Over(connects, RiskEndReason::NetnsEnded))
     }
 
     /// Checks a tracked port. `ports` is the local port range of its namespace, or the reason why the range

@@ -1,6 +1,6 @@
-//! The two sums that show that no loss is silent. Records: matched by the programs = delivered to the daemon
-//! + lost by the ring buffer. Events: made = written + lost. A reader of the events sees the same: each lost one is a gap
-//! in their numbers.
+//! The two sums that show that no loss is silent. Records: those matched by the programs are those delivered to the
+//! daemon and those lost by the ring buffer. Events: those made are those written and those lost. A reader of the
+//! events sees the same: each lost one is a gap in their numbers.
 
 use std::{collections::HashSet, net::Ipv4Addr, time::Duration};
 
