@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::{
     machine,
-    support::{assert_one_line_error, binary, selfconn},
+    support::{assert_one_line_error, binary, selfconn, unprivileged_selfconn},
 };
 
 fn repro(args: &[&str]) -> Command {
@@ -375,4 +375,120 @@ fn the_error_for_a_loopback_that_is_down_has_a_hint() {
         let Some(output) = in_namespace(&script) else { return };
         assert_one_line_error(&output, &["ip link set lo up"]);
     }
+}
+
+/// The fields of a segment as a test compares them: kind, sequence and acknowledgement number, length.
+fn fields(segments: &Value) -> Vec<(String, u64, Option<u64>, u64)> {
+    let segments = segments.as_array().unwrap();
+    let first = segments[0]["seq"].as_u64().unwrap();
+    let relative = |number: u64| number.wrapping_sub(first) & u64::from(u32::MAX);
+    let kind = |segment: &Value| {
+        let flags = ["syn", "fin", "rst"].into_iter().filter(|flag| segment[*flag] == true);
+        flags.collect::<Vec<_>>().join("+")
+    };
+    segments
+        .iter()
+        .map(|segment| {
+            let ack = segment["ack"].as_u64().map(relative);
+            (kind(segment), relative(segment["seq"].as_u64().unwrap()), ack, segment["len"].as_u64().unwrap())
+        })
+        .collect()
+}
+
+/// True if this user may open a packet socket, as root may.
+fn may_capture() -> bool {
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root {
+        eprintln!("skipped: only root may capture");
+    }
+    is_root
+}
+
+#[test]
+fn the_segments_are_captured_with_their_numbers() {
+    if !may_capture() {
+        return;
+    }
+    for options in [&["127.0.0.1"][..], &["::1"], &["::ffff:127.0.0.1"], &["--mode", "retry"]] {
+        let steps = steps(&stdout(&run(&[options, &["--json"]].concat())));
+        let summary = step(&steps, "summary");
+        assert_eq!(summary["not_captured"], Value::Null, "{summary}");
+        let segments = fields(&summary["segments"]);
+        // A simultaneous open and a simultaneous close of one socket, with 24 bytes in between. The kernel can
+        // send an ACK more or less.
+        let is_ack = |segment: &&(String, u64, Option<u64>, u64)| !segment.0.is_empty() || segment.3 > 0;
+        let without_acks: Vec<_> = segments.iter().filter(is_ack).cloned().collect();
+        let row = |kind: &str, seq, ack, len| (kind.to_owned(), seq, ack, len);
+        let expected = [
+            row("syn", 0, None, 0),
+            row("syn", 0, Some(1), 0),
+            row("", 1, Some(1), 24),
+            row("fin", 25, Some(25), 0),
+        ];
+        assert_eq!(without_acks, expected, "{segments:?}");
+        assert_eq!(segments.last().unwrap(), &row("", 26, Some(26), 0), "{segments:?}");
+        let times: Vec<_> = summary["segments"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|is| is["time_ns"].as_u64().unwrap())
+            .collect();
+        assert!(times[0] == 0 && times.is_sorted() && times.last() > Some(&0), "{times:?}");
+    }
+    let text = stdout(&run(&[]));
+    assert!(text.contains("The segments, captured on lo.") && text.contains("seq 25 ack 25"), "{text}");
+}
+
+#[test]
+fn a_pcap_file_has_the_captured_segments_and_no_others() {
+    if !may_capture() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("self.pcap");
+    let path = path.to_str().unwrap();
+    let steps = steps(&stdout(&run(&["--mode", "retry", "--json", "--pcap", path])));
+    let summary = step(&steps, "summary");
+    let file = std::fs::read(path).unwrap();
+    let word = |at: usize| u32::from_be_bytes(file[at..at + 4].try_into().unwrap());
+    // Magic number, version, longest packet, link type: raw IP.
+    assert_eq!([word(0), word(4), word(16), word(20)], [0xa1b2_3c4d, 0x0002_0004, 262_144, 101]);
+    let port = summary["port"].as_u64().unwrap() as u16;
+    let (mut at, mut seqs) = (24, vec![]);
+    while at < file.len() {
+        let packet = &file[at + 16..at + 16 + word(at + 8) as usize];
+        assert_eq!(word(at + 8), word(at + 12), "no packet is cut");
+        assert_eq!((packet[0], packet[9], &packet[12..16]), (0x45, 6, &packet[16..20]));
+        let half = |at: usize| u16::from_be_bytes(packet[at..at + 2].try_into().unwrap());
+        assert_eq!([half(20), half(22)], [port, port]);
+        assert_eq!(usize::from(half(2)), packet.len());
+        seqs.push(u64::from(u32::from_be_bytes(packet[24..28].try_into().unwrap())));
+        at += 16 + packet.len();
+    }
+    let segments = summary["segments"].as_array().unwrap();
+    assert_eq!(seqs, segments.iter().map(|is| is["seq"].as_u64().unwrap()).collect::<Vec<_>>());
+    // What reads such files, where it is installed.
+    match Command::new("tcpdump").args(["-nn", "-r", path]).output() {
+        Ok(output) => {
+            let text = String::from_utf8(output.stdout).unwrap();
+            assert_eq!(text.lines().count(), segments.len(), "{text}");
+            let ends = format!("127.0.0.1.{port} > 127.0.0.1.{port}: Flags [S]");
+            assert!(text.lines().next().unwrap().contains(&ends), "{text}");
+        }
+        Err(error) => eprintln!("not read by tcpdump: {error}"),
+    }
+}
+
+#[test]
+fn without_the_permission_to_capture_the_drawing_says_so_and_a_file_is_an_error() {
+    let (directory, mut command) = unprivileged_selfconn();
+    let text = stdout(&command.arg("repro").output().unwrap());
+    let expected = "The segments, drawn from the rules of TCP. They were not captured:\n\
+                    a packet socket needs CAP_NET_RAW";
+    assert!(text.contains(expected) && text.contains("SYN_RECV "), "{text}");
+    let path = directory.path().join("self.pcap");
+    let (_directory, mut command) = unprivileged_selfconn();
+    let output = command.args(["repro", "--pcap"]).arg(&path).output().unwrap();
+    assert_one_line_error(&output, &["cannot capture the segments", "CAP_NET_RAW"]);
+    assert!(output.stdout.is_empty() && !path.exists(), "{output:?}");
 }

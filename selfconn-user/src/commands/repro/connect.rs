@@ -46,6 +46,7 @@ pub(super) struct OpenedConnection {
 pub(super) fn bind(
     address: SocketAddr,
     port: Option<u16>,
+    before_connect: impl FnOnce(u16),
     narrator: &mut Narrator,
 ) -> Result<OpenedConnection> {
     let socket = tcp_socket(address)?;
@@ -56,6 +57,7 @@ pub(super) fn bind(
     let local = socket.local_addr()?.as_socket().context("the kernel returned no local address")?;
     narrator.narrate(&ReproStep::Bound { local, chosen_by_kernel: port.is_none() })?;
 
+    before_connect(local.port());
     let begin = Instant::now();
     socket.connect(&local.into()).map_err(|error| connect_error(local, &error))?;
     let duration_ns = nanoseconds(begin.elapsed());
@@ -68,6 +70,7 @@ pub(super) fn retry(
     address: SocketAddr,
     port: Option<u16>,
     limit: Option<u64>,
+    before_connect: impl FnOnce(u16),
     narrator: &mut Narrator,
 ) -> Result<OpenedConnection> {
     let ports = sysctl::local_ports()?;
@@ -89,6 +92,7 @@ pub(super) fn retry(
     let range = (ports.range.low, ports.range.high);
     narrator.narrate(&ReproStep::Connecting { remote, range, expected_dials, limit })?;
 
+    before_connect(remote.port());
     let begin = Instant::now();
     let progress = |attempts: u64| Progress {
         attempts,

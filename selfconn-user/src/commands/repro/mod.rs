@@ -2,7 +2,8 @@
 //! commands can be tried on a real self-connection. It never sends to another host and needs no privilege.
 //!
 //! This module has the sequence of steps. `address` checks the address, `connect` has the two ways to open the
-//! connection, `step` has the steps as data, and `narrate` and `draw` print them.
+//! connection, `capture` and `segment` have its segments, `step` has the steps as data, and `narrate` and `draw`
+//! print them.
 
 use std::{
     fs,
@@ -10,6 +11,7 @@ use std::{
     net::{SocketAddr, TcpStream as StdStream},
     num::NonZeroU64,
     os::unix::fs::MetadataExt as _,
+    path::PathBuf,
     process::ExitCode,
     thread,
     time::{Duration, Instant},
@@ -25,14 +27,18 @@ use tokio::{
 };
 
 use crate::sockets::{self, PortSocket};
+use capture::Capture;
 use connect::OpenedConnection;
 use narrate::Narrator;
+use segment::Packet;
 use step::{BindResult, CloseKind, ReproStep, ReproSummary};
 
 mod address;
+mod capture;
 mod connect;
 mod draw;
 mod narrate;
+mod segment;
 mod step;
 
 /// Printed at the end of `--help`.
@@ -42,6 +48,7 @@ Examples:
   selfconn repro 127.0.0.1 55555        the same on this port
   selfconn repro ::1 --hold 60          IPv6, kept open for a minute: see `ss -tn`
   selfconn repro --mode retry           the accident: retry a closed port until it succeeds
+  selfconn repro --pcap self.pcap       keep its segments: see `tcpdump -r self.pcap`
 
 SIGINT and SIGTERM end --hold early; the remaining steps follow as usual. After the close
 the port stays in TIME_WAIT for 60 s, as after any self-connection.";
@@ -72,6 +79,10 @@ pub struct ReproArgs {
     /// Print one JSON object for each step, and a summary
     #[arg(long)]
     json: bool,
+
+    /// Keep the captured segments in this file, for Wireshark or tcpdump; needs CAP_NET_RAW
+    #[arg(long, value_name = "FILE", conflicts_with = "count")]
+    pcap: Option<PathBuf>,
 
     /// Make this many connections, one after the other
     #[arg(long, value_name = "N", hide = true, conflicts_with = "port", requires = "json")]
@@ -123,10 +134,28 @@ fn run_all(args: &ReproArgs) -> Result<()> {
 
 /// Makes one connection, closes it, and checks what remains of it.
 fn run_once(args: &ReproArgs, narrator: &mut Narrator) -> Result<HoldEnd> {
+    let capture = match args.count {
+        None => Some(Capture::open()),
+        Some(_) => None,
+    };
+    if let (Some(path), Some(Err(error))) = (&args.pcap, &capture) {
+        bail!("cannot capture the segments for {}: {}", path.display(), capture_hint(error));
+    }
+    let cannot_write = |path: &PathBuf| format!("cannot write {}", path.display());
+    let mut pcap = match &args.pcap {
+        Some(path) => Some((path, fs::File::create(path).with_context(|| cannot_write(path))?)),
+        None => None,
+    };
     let attempts = args.attempts.map(NonZeroU64::get);
+    let mut capture_outcome = Ok(());
+    let before_connect = |port| {
+        if let Some(Ok(capture)) = &capture {
+            capture_outcome = capture.begin(port);
+        }
+    };
     let OpenedConnection { socket, attempts, cause } = match args.mode {
-        ReproMode::Bind => connect::bind(args.address, args.port, narrator)?,
-        ReproMode::Retry => connect::retry(args.address, args.port, attempts, narrator)?,
+        ReproMode::Bind => connect::bind(args.address, args.port, before_connect, narrator)?,
+        ReproMode::Retry => connect::retry(args.address, args.port, attempts, before_connect, narrator)?,
     };
     let begin = Instant::now();
     // To read /proc/net/tcp the kernel walks all hash buckets, which takes longer than a connection. So a run
@@ -143,6 +172,18 @@ fn run_once(args: &ReproArgs, narrator: &mut Narrator) -> Result<HoldEnd> {
     let duration_ns = nanoseconds(begin.elapsed());
     narrator.narrate(&ReproStep::Closed { how })?;
     let port_blocked_ns = if reads_table { check_after_close(endpoint, how, narrator)? } else { None };
+    let (segments, not_captured) =
+        match capture.map(|capture| captured_packets(capture, capture_outcome, endpoint)) {
+            Some(Ok(packets)) => {
+                if let Some((path, file)) = &mut pcap {
+                    file.write_all(&segment::pcap(&packets)).with_context(|| cannot_write(path))?;
+                }
+                (Some(segment::segments(&packets)), None)
+            }
+            Some(Err(error)) if pcap.is_some() => bail!("cannot capture the segments: {error}"),
+            Some(Err(error)) => (None, Some(capture_hint(&error))),
+            None => (None, None),
+        };
     narrator.narrate(&ReproStep::Summary(ReproSummary {
         pid: std::process::id(),
         tid: rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned(),
@@ -164,8 +205,35 @@ fn run_once(args: &ReproArgs, narrator: &mut Narrator) -> Result<HoldEnd> {
         duration_ns,
         how,
         port_blocked_ns,
+        segments,
+        not_captured,
     }))?;
     Ok(hold_end)
+}
+
+/// What has been captured of a connection.
+fn captured_packets(
+    opened: io::Result<Capture>,
+    begun: io::Result<()>,
+    endpoint: SocketAddr,
+) -> io::Result<Vec<Packet>> {
+    let capture = opened?;
+    begun?;
+    // A packet has the address without its scope, and an IPv4-mapped one as IPv4.
+    let packets = capture.packets(SocketAddr::new(endpoint.ip().to_canonical(), endpoint.port()))?;
+    match packets.is_empty() {
+        true => Err(io::Error::other("no segment of it came by on lo")),
+        false => Ok(packets),
+    }
+}
+
+fn capture_hint(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            format!("a packet socket needs CAP_NET_RAW, which root has: {error}")
+        }
+        _ => error.to_string(),
+    }
 }
 
 /// Compares the two addresses of the socket, and looks up its row in `/proc/net/tcp`.

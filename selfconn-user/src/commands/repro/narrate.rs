@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use super::{
     ReproMode,
-    draw::chart,
+    draw::{chart, initial_seq},
     step::{BindResult, CloseKind, Progress, ReproStep, ReproSummary},
 };
 use crate::event::text::group_thousands;
@@ -142,7 +142,18 @@ fn table_row(endpoint: SocketAddr, row: &str) -> String {
 /// The text after the last step: the chart and the advice.
 fn closing_text(summary: &ReproSummary) -> String {
     let drawing = chart(summary);
-    let mut text = format!("\nThe segments (drawn from the rules of TCP, not captured):\n\n{drawing}\n");
+    let heading = match &summary.segments {
+        Some(segments) => format!(
+            "The segments, captured on lo. The numbers count from {}, and the time is\n\
+             since the segment before:",
+            initial_seq(segments)
+        ),
+        None => {
+            let why = summary.not_captured.as_deref().unwrap_or("many connections");
+            format!("The segments, drawn from the rules of TCP. They were not captured:\n{why}")
+        }
+    };
+    let mut text = format!("\n{heading}\n\n{drawing}\n");
     let port = summary.port;
     if summary.port_blocked_ns.is_some() {
         let _ = write!(
@@ -198,6 +209,8 @@ mod tests {
             duration_ns: 1,
             how,
             port_blocked_ns,
+            segments: None,
+            not_captured: Some("no permission".to_owned()),
         })
     }
 
@@ -232,7 +245,8 @@ mod tests {
   7. look     /proc/net/tcp   TIME_WAIT, for 60.0s more; no process holds it
               bind() again    EADDRINUSE, with SO_REUSEADDR as well
 
-The segments (drawn from the rules of TCP, not captured):
+The segments, drawn from the rules of TCP. They were not captured:
+no permission
 
     CLOSE        ┬                            one socket
     SYN_SENT     ├──── SYN ───────────────╮   connect(): out to its own port
@@ -289,7 +303,8 @@ Port 40029 stays taken until TIME_WAIT ends. No process holds it.
   5. look     /proc/net/tcp6  no entry left
               bind() again    works: the port is free
 
-The segments (drawn from the rules of TCP, not captured):
+The segments, drawn from the rules of TCP. They were not captured:
+no permission
 
     SYN_SENT     ├──── SYN ──────────────>╳   no listener: refused by RST,
     CLOSE        ┴                            6,900 sockets, each with

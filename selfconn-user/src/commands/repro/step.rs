@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
 
-use super::ReproMode;
+use super::{ReproMode, segment::CapturedSegment};
 
 #[derive(Debug, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -108,4 +108,8 @@ pub(super) struct ReproSummary {
     pub(super) how: CloseKind,
     /// Null also in a run of many connections, which does not check this.
     pub(super) port_blocked_ns: Option<u64>,
+    /// As captured on `lo`. Null also in a run of many connections, which does not capture.
+    pub(super) segments: Option<Vec<CapturedSegment>>,
+    /// Why `segments` is null.
+    pub(super) not_captured: Option<String>,
 }

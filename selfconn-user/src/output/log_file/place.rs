@@ -87,6 +87,13 @@ pub(super) fn hint(path: &Path, error: &io::Error) -> Option<String> {
         (rustix::io::Errno::NOENT, Some(parent)) if !parent.exists() => {
             Some(format!("create its directory: mkdir -p -m 750 {}", parent.display()))
         }
+        // /dev/stdout and its like lead to /proc/self/fd.
+        (rustix::io::Errno::LOOP, _) if path.read_link().is_ok_and(|target| target.starts_with("/proc")) => {
+            Some(
+                "events go to stdout without --log: give --json for JSON lines, as in the log file"
+                    .to_owned(),
+            )
+        }
         (rustix::io::Errno::LOOP, _) if path.is_symlink() => {
             Some("it is a symbolic link, which is not followed: name the file that it points to".to_owned())
         }

@@ -4,7 +4,7 @@
 pub(crate) mod accounting;
 pub(crate) mod attacks;
 pub(crate) mod audit;
-mod audit_fix;
+pub(crate) mod audit_fix;
 pub(crate) mod blocked;
 pub(crate) mod cgroup;
 pub(crate) mod connect_table;
@@ -16,6 +16,7 @@ pub(crate) mod memory;
 pub(crate) mod port_risk;
 pub(crate) mod privileges;
 pub(crate) mod remedy;
+pub(crate) mod runbook;
 pub(crate) mod scan_many;
 pub(crate) mod self_test;
 pub(crate) mod soak;
