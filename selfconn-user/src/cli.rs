@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, anyhow};
 use clap::{Parser, Subcommand};
 
-use crate::commands::{audit, doctor, repro, run, scan, tail};
+use crate::commands::{audit, doctor, repro, run, scan, schema, tail};
 
 /// The output of `--version`: version, commit, and checksum of the eBPF object.
 pub const VERSION: &str = concat!(
@@ -57,6 +57,9 @@ pub enum Command {
     /// Report what this kernel offers, what would be attached, and what is missing
     #[command(after_help = doctor::EXAMPLE)]
     Doctor(doctor::DoctorArgs),
+    /// Print the JSON Schema of events and of the other commands' JSON
+    #[command(after_help = schema::EXAMPLE)]
+    Schema(schema::SchemaArgs),
 }
 
 /// Handles a command line that clap did not accept as a command: prints the requested help or version.

@@ -8,7 +8,7 @@ use std::{
 use clap::Parser as _;
 use selfconn::{
     cli::{self, Cli, Command},
-    commands::{audit, doctor, repro, run, scan, tail},
+    commands::{audit, doctor, repro, run, scan, schema, tail},
     event::text::escape,
 };
 
@@ -22,6 +22,7 @@ fn main() -> ExitCode {
             Command::Tail(args) => tail::run(&args),
             Command::Repro(args) => repro::run(&args),
             Command::Doctor(args) => doctor::run(&args),
+            Command::Schema(args) => schema::run(&args),
         },
     };
     outcome.unwrap_or_else(|error| {

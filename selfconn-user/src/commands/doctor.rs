@@ -7,6 +7,7 @@ use std::{fmt::Write as _, process::ExitCode};
 
 use anyhow::{Context as _, Result};
 use rustix::thread::CapabilitySet;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::{
@@ -48,8 +49,8 @@ pub struct DoctorArgs {
 }
 
 /// The report, in the form of `--json`.
-#[derive(Debug, Serialize)]
-struct DoctorReport {
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct DoctorReport {
     version: &'static str,
     kernel: String,
     machine: String,
@@ -70,7 +71,7 @@ struct DoctorReport {
     fit: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct DoctorCheck {
     name: &'static str,
     ok: bool,
@@ -78,13 +79,13 @@ struct DoctorCheck {
     hint: Option<String>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct HookReport {
     hook: &'static str,
     methods: Vec<MethodReport>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct MethodReport {
     method: &'static str,
     /// `ok`, `unsupported`, `refused`, `denied` or `broken`.

@@ -10,6 +10,7 @@ mod duration;
 pub mod repro;
 pub mod run;
 pub mod scan;
+pub mod schema;
 pub mod tail;
 
 /// Writes the whole output of a command to stdout. A broken pipe is an error here, which `main` ignores.

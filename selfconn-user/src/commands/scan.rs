@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use selfconn_ebpf::state;
 use serde::Serialize;
 
@@ -72,14 +73,15 @@ pub struct ScanArgs {
 }
 
 /// The `--json` line of a self-connection.
-#[derive(Debug, Serialize)]
-struct ScanEntry {
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct ScanEntry {
     #[serde(flatten)]
     connection: ConnectionFields,
     /// Kernel name of the TCP state.
     state: &'static str,
     /// Time at which TIME_WAIT ends and a server can bind the port again.
     #[serde(serialize_with = "text::optional_rfc3339")]
+    #[schemars(with = "Option<String>")]
     port_blocked_until: Option<Timestamp>,
     /// Result of `--destroy`. Null without that option.
     result: Option<&'static str>,

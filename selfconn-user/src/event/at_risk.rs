@@ -3,6 +3,7 @@
 
 use std::{fmt::Write as _, sync::Arc};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::connection::process_name;
@@ -15,7 +16,7 @@ use crate::{
 
 /// Refused connects of one address to one of its own ports: the destination, the newest process, and the
 /// counts.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct RefusedConnectFields {
     /// Identifier of the risk: the same until it is over, unique on this boot.
     pub id: String,
@@ -44,7 +45,7 @@ pub struct RefusedConnectFields {
 }
 
 /// `at_risk`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct AtRisk {
     /// The refused connects.
     #[serde(flatten)]
@@ -58,7 +59,7 @@ pub struct AtRisk {
 }
 
 /// `at_risk_over`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct AtRiskOver {
     /// The refused connects.
     #[serde(flatten)]

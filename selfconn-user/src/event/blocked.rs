@@ -3,6 +3,7 @@
 use std::{fmt::Write as _, sync::Arc};
 
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use selfconn_ebpf::{bind_failure::BindFailure, state};
 use serde::Serialize;
 
@@ -15,7 +16,7 @@ use crate::{
 };
 
 /// `blocked`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct Blocked {
     /// Identifier of the conflict: the same each time this server fails because of this self-connection, unique on
     /// this boot.
@@ -45,10 +46,11 @@ pub struct Blocked {
 }
 
 /// The self-connection that holds the port.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct BlockingConnection {
     /// The self-connection. Only the fields in [`HolderFields`] are in the JSON.
     #[serde(flatten, serialize_with = "HolderFields::serialize")]
+    #[schemars(with = "HolderFields")]
     pub connection: ConnectionFields,
     /// `ESTABLISHED` if the connection is open, or `TIME_WAIT`.
     pub state: &'static str,
@@ -56,11 +58,12 @@ pub struct BlockingConnection {
     pub held_for_ns: Option<u64>,
     /// Time at which TIME_WAIT ends.
     #[serde(serialize_with = "text::optional_rfc3339")]
+    #[schemars(with = "Option<String>")]
     pub free_at: Option<Timestamp>,
 }
 
 /// The fields of a connection that `holder` has.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 #[serde(remote = "ConnectionFields")]
 struct HolderFields {
     id: Option<String>,
@@ -71,6 +74,7 @@ struct HolderFields {
     pid: Option<u32>,
     comm: Option<String>,
     exe: Option<Arc<str>>,
+    #[schemars(with = "Option<Vec<String>>")]
     cmdline: Option<Arc<CommandLine>>,
     unit: Option<Arc<str>>,
     container: Option<Arc<str>>,

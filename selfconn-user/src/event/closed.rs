@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use selfconn_ebpf::Task;
 use serde::Serialize;
 
@@ -14,7 +15,7 @@ use crate::{
 };
 
 /// `closed`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct Closed {
     /// The self-connection.
     #[serde(flatten)]
@@ -31,6 +32,7 @@ pub struct Closed {
     pub closer: Option<Holder>,
     /// Time at which TIME_WAIT ends and a server can bind the port again.
     #[serde(serialize_with = "text::optional_rfc3339")]
+    #[schemars(with = "Option<String>")]
     pub port_blocked_until: Option<Timestamp>,
 }
 

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use selfconn_ebpf::{Task, cause};
 use serde::Serialize;
 
@@ -17,10 +18,11 @@ use crate::{
 };
 
 /// The fields of the self-connection that an event is about.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct ConnectionFields {
     /// Identifier of the connection: the same in all its events, unique on this boot. Null if the connection
     /// ended before this run, which only `blocked` can be about.
+    #[schemars(with = "String")]
     pub id: Option<String>,
     /// Socket cookie, as `ss -e` shows it.
     pub cookie: Option<u64>,
@@ -51,6 +53,7 @@ pub struct ConnectionFields {
     /// Path of the executable.
     pub exe: Option<Arc<str>>,
     /// Arguments of the process.
+    #[schemars(with = "Option<Vec<String>>")]
     pub cmdline: Option<Arc<CommandLine>>,
     /// True if `cmdline` has only a part of the arguments, or none because events shall have none.
     pub cmdline_truncated: bool,

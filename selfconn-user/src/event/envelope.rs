@@ -3,6 +3,7 @@
 
 use std::io::Write as _;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -16,13 +17,41 @@ pub const SCHEMA: &str = "selfconn/1";
 pub const KEYS: [&str; 7] = ["severity", "seq", "schema", "host", "machine_id", "boot_id", "run"];
 
 /// The fields that all events of a run share.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct RunFields<'a> {
+    /// Name and version of the schema.
     schema: &'static str,
+    /// Name of the host.
     host: &'a str,
+    /// Id of the machine, for this application.
     machine_id: Option<&'a str>,
+    /// Id of the boot, as the journal writes it.
     boot_id: Option<&'a str>,
+    /// Identifies the run of the daemon on this boot.
     run: String,
+}
+
+/// A line as its readers see it. It is written in two parts, and this describes both.
+#[derive(JsonSchema)]
+#[expect(dead_code, reason = "only its schema is used")]
+pub struct EventLine<'a> {
+    #[schemars(flatten)]
+    event: super::Event,
+    /// `critical`: something was lost or is broken. `warning`: somebody should look at it.
+    severity: SeverityName,
+    /// Number of the event in its run, from 1. An event that is lost has a number, too.
+    seq: u64,
+    #[schemars(flatten)]
+    run: RunFields<'a>,
+}
+
+#[derive(JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[expect(dead_code, reason = "only its schema is used")]
+enum SeverityName {
+    Info,
+    Warning,
+    Critical,
 }
 
 /// The envelope of the events of a run.

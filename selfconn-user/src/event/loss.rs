@@ -1,6 +1,9 @@
 //! The causes of a loss: what was not observed, not kept or not written. The `lost` events, the totals of
 //! `stopped` and the metrics have a number for each [`LossCause`], and the documents have a row for each.
 
+use std::borrow::Cow;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Serialize, Serializer};
 
 /// Why something was lost. To add a cause, add a variant: the compiler and a test ask for the rest, and events
@@ -34,7 +37,7 @@ pub enum LossCause {
 }
 
 /// What kind of thing was lost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LossKind {
     /// A record of the eBPF programs: no event was made from it.
@@ -93,6 +96,16 @@ impl LossCause {
     }
 }
 
+impl JsonSchema for LossCause {
+    fn schema_name() -> Cow<'static, str> {
+        "LossCause".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string", "enum": Self::ALL.map(Self::name) })
+    }
+}
+
 impl Serialize for LossCause {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         to.serialize_str(self.name())
@@ -141,6 +154,20 @@ impl<const N: usize> From<[(LossCause, u64); N]> for Losses {
             losses.set(cause, count);
         }
         losses
+    }
+}
+
+impl JsonSchema for Losses {
+    fn schema_name() -> Cow<'static, str> {
+        "Losses".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let causes: Vec<_> = Self::default().of_records_and_events().map(|(cause, _)| cause).collect();
+        let count = generator.subschema_for::<u64>();
+        let properties: serde_json::Map<_, _> =
+            causes.iter().map(|cause| ((*cause).to_owned(), count.clone().to_value())).collect();
+        json_schema!({ "type": "object", "properties": properties, "required": causes })
     }
 }
 

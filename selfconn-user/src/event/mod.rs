@@ -9,6 +9,7 @@
 use std::fmt::Write as _;
 
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -46,10 +47,11 @@ pub mod text;
 mod unknown;
 
 /// One event, which is one line of the event log.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct Event {
     /// Time of the event, UTC.
     #[serde(serialize_with = "text::rfc3339")]
+    #[schemars(with = "String")]
     pub time: Timestamp,
     /// Its number in the run, from 1.
     #[serde(skip)]
@@ -60,7 +62,7 @@ pub struct Event {
 }
 
 /// The kinds of events. The variant's name in snake case is the JSON field `event`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum EventKind {
     /// The hooks are attached.

@@ -2,13 +2,14 @@
 
 use std::fmt::Write as _;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::connection::ConnectionFields;
 use super::text::{EventFormat, LogRecord, Severity, escape, subject};
 
 /// `remedied`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct Remedied {
     /// The self-connection.
     #[serde(flatten)]

@@ -2,12 +2,13 @@
 
 use std::fmt::Write as _;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::text::{EventFormat, LogRecord, Severity, escape};
 
 /// `started`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct Started {
     /// Version of selfconn.
     pub version: &'static str,
@@ -28,7 +29,7 @@ pub struct Started {
 }
 
 /// Outcome of attaching one hook.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct HookStatus {
     /// Kernel name of the hook.
     pub hook: &'static str,
@@ -39,7 +40,7 @@ pub struct HookStatus {
 }
 
 /// How something else is observed.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct MethodStatus {
     /// How the program is attached. Null if it is not.
     pub method: Option<&'static str>,
@@ -48,7 +49,7 @@ pub struct MethodStatus {
 }
 
 /// A method that was tried and is not attached.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct RefusedMethod {
     /// Name of the method.
     pub method: &'static str,

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use schemars::JsonSchema;
 use selfconn_ebpf::state;
 use serde::Serialize;
 
@@ -9,7 +10,7 @@ use super::connection::ConnectionFields;
 use super::text::{EventFormat, LogRecord, Severity, escape, subject};
 
 /// `state`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct StateChange {
     /// The self-connection.
     #[serde(flatten)]

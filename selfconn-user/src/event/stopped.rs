@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{
@@ -10,7 +11,7 @@ use super::{
 };
 
 /// `stopped`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct Stopped {
     /// Events emitted in this run, this one included.
     pub made: u64,
@@ -26,7 +27,7 @@ pub struct Stopped {
 }
 
 /// Counters of the eBPF programs over a run. `matched` = `delivered` + `lost.ring`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct ProgramCounters {
     /// Records that the programs wanted to send through the ring buffer.
     pub matched: u64,

@@ -13,6 +13,7 @@ use std::{
     sync::Arc,
 };
 
+use schemars::JsonSchema;
 use selfconn_ebpf::{Opener, Task, bind_failure::BindFailure};
 use serde::Serialize;
 
@@ -92,7 +93,7 @@ pub struct Attribution {
 }
 
 /// A process that has a socket open, or that closed it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Holder {
     /// Pid in the initial pid namespace.
     pub pid: u32,

@@ -13,6 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::ports::{
@@ -45,7 +46,7 @@ pub(super) struct BootSettings {
 }
 
 /// A running value that the next boot will change.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub(super) struct Disagreement {
     pub(super) key: &'static str,
     /// The file that sets the value at boot. Null: no file sets it, so the default of the kernel applies.

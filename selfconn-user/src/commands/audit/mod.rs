@@ -17,6 +17,7 @@ use std::{
 use anyhow::{Result, bail};
 
 use crate::{event::text::escape, sockets::NamespaceSelection, system::logger};
+pub(super) use print::AuditLine;
 use print::NamespaceReport;
 use print::RiskCounts;
 use services::RequestedServices;

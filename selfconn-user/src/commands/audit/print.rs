@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use anyhow::Result;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{
@@ -26,7 +27,7 @@ pub(super) struct NamespaceReport {
 }
 
 /// The number of ports of each risk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub(super) struct RiskCounts {
     pub(super) high: usize,
     pub(super) low: usize,
@@ -42,8 +43,17 @@ impl RiskCounts {
     }
 }
 
-#[derive(Serialize)]
-struct JsonPort<'a> {
+/// A line of `audit --json`.
+#[derive(Serialize, JsonSchema)]
+#[serde(untagged)]
+pub(in crate::commands) enum AuditLine<'a> {
+    Port(JsonPort<'a>),
+    /// The last line.
+    Summary(AuditSummary<'a>),
+}
+
+#[derive(Serialize, JsonSchema)]
+pub(in crate::commands) struct JsonPort<'a> {
     netns: u32,
     addr: Option<String>,
     ifindex: Option<u32>,
@@ -54,7 +64,7 @@ struct JsonPort<'a> {
     expected_dials: Option<u32>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct JsonListener<'a> {
     pid: Option<u32>,
     comm: Option<&'a str>,
@@ -62,8 +72,8 @@ struct JsonListener<'a> {
     container: Option<&'a str>,
 }
 
-#[derive(Serialize)]
-struct AuditSummary<'a> {
+#[derive(Serialize, JsonSchema)]
+pub(in crate::commands) struct AuditSummary<'a> {
     event: &'static str,
     #[serde(flatten)]
     counts: RiskCounts,
@@ -71,7 +81,7 @@ struct AuditSummary<'a> {
     unseen: &'a [String],
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct JsonNamespace<'a> {
     netns: u32,
     /// The file through which audit entered the namespace. Null: the namespace that audit runs in.
@@ -104,7 +114,7 @@ pub(super) fn json(reports: &[NamespaceReport], unseen: &[String]) -> Result<Vec
                 }),
                 expected_dials: row.expected_dials,
             };
-            write_line(&row, &mut out)?;
+            write_line(&AuditLine::Port(row), &mut out)?;
         }
     }
     let summary = AuditSummary {
@@ -113,11 +123,11 @@ pub(super) fn json(reports: &[NamespaceReport], unseen: &[String]) -> Result<Vec
         namespaces: reports.iter().map(JsonNamespace::of).collect(),
         unseen,
     };
-    write_line(&summary, &mut out)?;
+    write_line(&AuditLine::Summary(summary), &mut out)?;
     Ok(out)
 }
 
-fn write_line(object: &impl Serialize, out: &mut Vec<u8>) -> Result<()> {
+fn write_line(object: &AuditLine<'_>, out: &mut Vec<u8>) -> Result<()> {
     serde_json::to_writer(&mut *out, object)?;
     out.push(b'\n');
     Ok(())

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
+use schemars::JsonSchema;
 use selfconn_ebpf::{Record, state};
 use serde::Serialize;
 use tokio::time::{Instant, sleep_until};
@@ -24,7 +25,7 @@ use crate::{
 const DRAIN_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Result of the test.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(super) struct LiveTest {
     /// True if every method observed the connection and its record arrived through the ring buffer.
     pub(super) passed: bool,
@@ -34,7 +35,7 @@ pub(super) struct LiveTest {
     pub(super) record: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(super) struct LiveMethod {
     pub(super) method: &'static str,
     pub(super) sees: bool,

@@ -2,18 +2,19 @@
 
 use std::fmt::Write as _;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::budget::memory::{BUDGET_BYTES, PARTS};
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(super) struct MemoryReport {
     /// The limit above the ring buffers and the tables of the eBPF programs.
     budget_bytes: usize,
     parts: Vec<PartReport>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct PartReport {
     name: &'static str,
     bytes: usize,

@@ -22,6 +22,7 @@ use crate::support::{
     daemon::{scaled, selfconn},
     helper_process::HelperProcess,
     netns::TestNetns,
+    schema::parse_line,
 };
 
 const PORT_RANGE: &str = "40000 40199";
@@ -48,7 +49,7 @@ impl AuditOutput {
     pub(super) fn from_command(command: &mut Command) -> Self {
         let output = command.arg("--json").output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
-        let mut rows: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let mut rows: Vec<Value> = text.lines().map(|line| parse_line("audit", line)).collect();
         let summary = rows.pop().unwrap_or_else(|| panic!("{}", String::from_utf8_lossy(&output.stderr)));
         assert_eq!(summary["event"], "summary");
         let at_risk = rows.iter().filter(|row| row["risk"] != "none").count();

@@ -6,7 +6,7 @@ use std::{collections::HashSet, net::Ipv4Addr, time::Duration};
 
 use serde_json::Value;
 
-use super::client::connect_to_self;
+use super::{client::connect_to_self, schema::parse_line};
 
 /// A number in the `stopped` event.
 pub(crate) fn number(stopped: &Value, key: &str) -> u64 {
@@ -41,9 +41,7 @@ pub(crate) fn missing_events(events: &[Value]) -> u64 {
 
 /// The events in a log.
 pub(crate) fn parse_log(text: &str) -> Vec<Value> {
-    text.lines()
-        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
-        .collect()
+    text.lines().map(|line| parse_line("events", line)).collect()
 }
 
 /// Makes self-connections that end at once.

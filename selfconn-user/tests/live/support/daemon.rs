@@ -21,6 +21,7 @@ use super::{
     daemon_pool::{self, PoolKey},
     machine,
     retries::Missed,
+    schema::{assert_valid, parse_line},
 };
 
 /// Generous because emulated kernels are slow. A passing test never waits this long.
@@ -69,7 +70,9 @@ pub(crate) fn doctor() -> &'static Value {
     static REPORT: OnceLock<Value> = OnceLock::new();
     REPORT.get_or_init(|| {
         let doctor = Command::new(selfconn()).args(["doctor", "--json"]).output().unwrap();
-        serde_json::from_slice(&doctor.stdout).unwrap()
+        let report = serde_json::from_slice(&doctor.stdout).unwrap();
+        assert_valid("doctor", &report);
+        report
     })
 }
 
@@ -385,7 +388,7 @@ impl Drop for TestDaemon {
 }
 
 fn parse(line: &str) -> Value {
-    serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))
+    parse_line("events", line)
 }
 
 /// Matches events of one kind in one network namespace.

@@ -20,4 +20,5 @@ pub(crate) mod nobody;
 pub(crate) mod refused_connects;
 pub(crate) mod retries;
 pub(crate) mod scan_output;
+pub(crate) mod schema;
 pub(crate) mod socket_crowd;

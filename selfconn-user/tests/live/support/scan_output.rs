@@ -4,7 +4,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use super::{daemon::selfconn, netns::TestNetns};
+use super::{daemon::selfconn, netns::TestNetns, schema::parse_line};
 
 /// Both ways to read the socket table of the kernel.
 pub(crate) const METHODS: [&[&str]; 2] = [&[], &["--procfs"]];
@@ -24,10 +24,13 @@ impl ScanOutput {
 
     pub(crate) fn from_command(command: &mut Command) -> Self {
         let output = command.arg("--json").output().unwrap();
-        let row = |line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
         Self {
             code: output.status.code(),
-            rows: String::from_utf8(output.stdout).unwrap().lines().map(row).collect(),
+            rows: String::from_utf8(output.stdout)
+                .unwrap()
+                .lines()
+                .map(|line| parse_line("scan", line))
+                .collect(),
             stderr: String::from_utf8(output.stderr).unwrap(),
         }
     }
