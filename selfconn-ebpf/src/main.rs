@@ -25,8 +25,8 @@ mod entry_points {
         descriptors::{self, DescriptorContext},
         kernel_read::{BtfOffsets, DirectLoad, Layout, ProbeRead, StaticOffsets},
         namespaces::{self, TaskContext},
-        sock::{SelfAddr, Sock},
-        tcp_state,
+        sock::{Ports, SelfAddr, Sock},
+        tcp_state::{self, StateChange},
         tracepoint_record::TracepointRecord,
     };
 
@@ -47,7 +47,14 @@ mod entry_points {
         let sock = Sock::<DirectLoad>::new(ctx.arg(0));
         if let Some(self_addr) = sock.self_addr::<L>() {
             let (old, new): (i32, i32) = (ctx.arg(1), ctx.arg(2));
-            tcp_state::on_socket::<_, _, { probe_id(TP_BTF) }>(ctx, sock, self_addr, old as u8, new as u8);
+            let change = StateChange { old: old as u8, new: new as u8 };
+            tcp_state::on_socket::<_, _, L, { probe_id(TP_BTF) }>(
+                ctx,
+                sock,
+                self_addr,
+                sock.ports::<L>(),
+                change,
+            );
         }
         0
     }
@@ -55,7 +62,7 @@ mod entry_points {
     /// The same tracepoint through perf: the context is the tracepoint's record instead of its arguments.
     #[tracepoint(category = "sock", name = "inet_sock_set_state")]
     fn selfconn_perf(ctx: TracePointContext) -> u32 {
-        if TracepointRecord::is_self_addressed(&ctx) {
+        if TracepointRecord::is_self_addressed(&ctx) && !TracepointRecord::is_ordinary(&ctx) {
             tcp_state::on_tracepoint_record::<{ probe_id(PERF) }>(ctx);
         }
         0
@@ -77,8 +84,15 @@ mod entry_points {
     fn fentry<L: Layout>(ctx: FEntryContext) -> i32 {
         let sock = Sock::<DirectLoad>::new(ctx.arg(0));
         if let Some(self_addr) = sock.self_addr::<L>() {
-            let (old, new): (u8, i32) = (sock.state(), ctx.arg(1));
-            tcp_state::on_socket::<_, _, { probe_id(FENTRY) }>(ctx, sock, self_addr, old, new as u8);
+            let new: i32 = ctx.arg(1);
+            let change = StateChange { old: sock.state::<L>(), new: new as u8 };
+            tcp_state::on_socket::<_, _, L, { probe_id(FENTRY) }>(
+                ctx,
+                sock,
+                self_addr,
+                sock.ports::<L>(),
+                change,
+            );
         }
         0
     }
@@ -86,27 +100,28 @@ mod entry_points {
     /// The same function through a kprobe.
     #[kprobe(function = "tcp_set_state")]
     fn selfconn_kprobe(ctx: ProbeContext) -> u32 {
-        kprobe(ctx, Sock::self_addr_by_fewest_reads)
+        kprobe::<StaticOffsets>(ctx, Sock::head_by_fewest_reads)
     }
 
     /// The same program with address offsets from BTF.
     #[kprobe(function = "tcp_set_state")]
     fn selfconn_kprobe_btf_offsets(ctx: ProbeContext) -> u32 {
-        kprobe(ctx, Sock::self_addr::<BtfOffsets>)
+        kprobe::<BtfOffsets>(ctx, |sock| {
+            let self_addr = sock.self_addr::<BtfOffsets>()?;
+            Some((self_addr, sock.ports::<BtfOffsets>(), sock.state::<BtfOffsets>()))
+        })
     }
 
     #[inline(always)]
-    fn kprobe(ctx: ProbeContext, read_self_addr: impl Fn(Sock<ProbeRead>) -> Option<SelfAddr>) -> u32 {
+    fn kprobe<L: Layout>(
+        ctx: ProbeContext,
+        read_head: impl Fn(Sock<ProbeRead>) -> Option<(SelfAddr, Ports, u8)>,
+    ) -> u32 {
         if let (Some(sk), Some(new)) = (ctx.arg::<*const u8>(0), ctx.arg::<i32>(1)) {
             let sock = Sock::<ProbeRead>::new(sk);
-            if let Some(self_addr) = read_self_addr(sock) {
-                tcp_state::on_socket::<_, _, { probe_id(KPROBE) }>(
-                    ctx,
-                    sock,
-                    self_addr,
-                    sock.state(),
-                    new as u8,
-                );
+            if let Some((self_addr, ports, old)) = read_head(sock) {
+                let change = StateChange { old, new: new as u8 };
+                tcp_state::on_socket::<_, _, L, { probe_id(KPROBE) }>(ctx, sock, self_addr, ports, change);
             }
         }
         0

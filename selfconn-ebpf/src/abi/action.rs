@@ -52,9 +52,42 @@ pub const fn classify(old: u8, new: u8, source: u16, destination: u16) -> Action
     }
 }
 
+impl Action {
+    /// True if this is about an attempt that has no source port, or had none when it began. It ends as an ordinary
+    /// connection if `connect()` can't choose the destination port. Nearly every service of a host has such a port, so
+    /// these attempts have no entry.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_about_attempt(self) -> bool {
+        matches!(self, Self::Insert | Self::Remove | Self::RemoveAndCount)
+    }
+}
+
+/// True if [`classify`] ignores this transition because both ports are known, and differ. So few comparisons decide
+/// about all transitions of the server of an ordinary connection, and about most of its client's.
+#[inline(always)]
+#[must_use]
+pub const fn is_ordinary(old: u8, new: u8, source: u16, destination: u16) -> bool {
+    source != 0 && source != destination && old != state::SYN_SENT && new != state::SYN_SENT
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_ordinary_is_ignored() {
+        let mut ordinary = 0;
+        for (old, new) in (0..16_u8).flat_map(|old| (0..16_u8).map(move |new| (old, new))) {
+            for (source, destination) in [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1)] {
+                if is_ordinary(old, new, source, destination) {
+                    assert_eq!(classify(old, new, source, destination), Action::Ignore, "{old} -> {new}");
+                    ordinary += 1;
+                }
+            }
+        }
+        assert_eq!(ordinary, 15 * 15 * 3);
+    }
 
     #[test]
     fn an_attempt_is_tracked_until_its_port_is_known_and_reported_if_it_is_a_self_connection() {

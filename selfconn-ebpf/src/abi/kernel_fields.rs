@@ -1,7 +1,8 @@
 //! The fields of kernel structures that the programs read, and their names in BTF.
 
 /// The kernel fields that the programs read. The number of a field is the index of its offset in the global
-/// [`crate::names::OFFSETS`].
+/// [`crate::names::OFFSETS`]. Those that decide about most transitions come first, because their offsets are then in
+/// one cache line.
 ///
 /// rustc emits no CO-RE relocations, so user space reads the offsets from the running kernel's BTF and sets
 /// them before the load.
@@ -26,20 +27,24 @@ pub enum Field {
     V6Daddr,
     /// `int`.
     BoundDevIf,
-    /// `u64`.
-    Cookie,
     /// `struct net *`; absent without `CONFIG_NET_NS`.
     Net,
+    /// `int[2]`, in `struct net`: the first and the last port that the kernel chooses. Absent since v6.8.
+    PortRangePair,
+    /// `u32`, in `struct net`: the last port in the upper half, the first in the lower. Absent before v6.8.
+    PortRangePacked,
+    /// `u16`, network byte order.
+    Sport,
+    /// `u16` since v5.6.
+    Protocol,
+    /// `u64`.
+    Cookie,
     /// `u32`, in `struct net`.
     NetnsInum,
     /// `u64`, in `struct net`. Since v5.12; absent, too, if user space can't ask for it (before v5.14).
     NetnsCookie,
     /// `u32`, in `struct net`: random, and not zero. Absent if [`Self::NetnsCookie`] is present.
     NetnsHashMix,
-    /// `int[2]`, in `struct net`: the first and the last port that the kernel chooses. Absent since v6.8.
-    PortRangePair,
-    /// `u32`, in `struct net`: the last port in the upper half, the first in the lower. Absent before v6.8.
-    PortRangePacked,
     /// `struct inet_timewait_death_row *`, in `struct net`. Absent where the struct itself is there.
     DeathRow,
     /// `u32`: the number of TIME_WAIT entries, or one more. In the death row or, where that is a part of it, in
@@ -47,8 +52,6 @@ pub enum Field {
     TimeWaitCount,
     /// `int`, beside it: `net.ipv4.tcp_max_tw_buckets`.
     TimeWaitMax,
-    /// `u16` since v5.6.
-    Protocol,
     /// `int`.
     Error,
     /// `int`.
@@ -57,8 +60,6 @@ pub enum Field {
     SockUid,
     /// `struct socket *`.
     SockSocket,
-    /// `u16`, network byte order.
-    Sport,
     /// `u64`.
     BytesSent,
     /// `u64`.
@@ -133,17 +134,23 @@ pub const PORT_RANGE: &str = "ipv4.ip_local_ports.range";
 /// The struct that counts the TIME_WAIT entries of a network namespace (include/net/inet_timewait_sock.h at v6.12).
 pub const DEATH_ROW: &str = "inet_timewait_death_row";
 
-/// The offset of a field that the running kernel does not have.
-pub const ABSENT: u32 = u32::MAX;
+/// The offset of a field that the running kernel does not have. As a positive `i32` it is an immediate operand of a
+/// comparison; a larger number would be loaded first.
+pub const ABSENT: u32 = i32::MAX as u32;
 
-/// Offsets of the address fields of a socket in Linux 6.18: `struct sock_common`, include/net/sock.h, with
-/// CONFIG_IPV6 and CONFIG_NET_NS, on 64 bits. User space compares them with the BTF of the running kernel.
-pub const STATIC_OFFSETS: [(Field, u32); 5] = [
+/// Offsets of the addresses, the ports, the state and the namespace of a socket in Linux 6.18: `struct sock_common`,
+/// include/net/sock.h, with CONFIG_IPV6 and CONFIG_NET_NS, on 64 bits. User space compares them with the BTF of the
+/// running kernel.
+pub const STATIC_OFFSETS: [(Field, u32); 9] = [
     (Field::Family, 16),
     (Field::Daddr, 0),
     (Field::RcvSaddr, 4),
     (Field::V6Daddr, 56),
     (Field::V6RcvSaddr, 72),
+    (Field::Dport, 12),
+    (Field::Num, 14),
+    (Field::State, 18),
+    (Field::Net, 48),
 ];
 
 /// True if these offsets equal [`STATIC_OFFSETS`], so that the programs with offsets as constants can be
@@ -165,22 +172,22 @@ impl Field {
         (Self::V6RcvSaddr, "sock_common", "skc_v6_rcv_saddr", false),
         (Self::V6Daddr, "sock_common", "skc_v6_daddr", false),
         (Self::BoundDevIf, "sock_common", "skc_bound_dev_if", false),
-        (Self::Cookie, "sock_common", "skc_cookie", false),
         (Self::Net, "sock_common", "skc_net", false),
+        (Self::PortRangePair, "net", PORT_RANGE, false),
+        (Self::PortRangePacked, "net", PORT_RANGE, false),
+        (Self::Sport, "inet_sock", "inet_sport", true),
+        (Self::Protocol, "sock", "sk_protocol", true),
+        (Self::Cookie, "sock_common", "skc_cookie", false),
         (Self::NetnsInum, "net", "ns.inum", false),
         (Self::NetnsCookie, "net", "net_cookie", false),
         (Self::NetnsHashMix, "net", "hash_mix", false),
-        (Self::PortRangePair, "net", PORT_RANGE, false),
-        (Self::PortRangePacked, "net", PORT_RANGE, false),
         (Self::DeathRow, "net", "ipv4.tcp_death_row", false),
         (Self::TimeWaitCount, DEATH_ROW, "tw_refcount.refs.counter", false),
         (Self::TimeWaitMax, DEATH_ROW, "sysctl_max_tw_buckets", false),
-        (Self::Protocol, "sock", "sk_protocol", true),
         (Self::Error, "sock", "sk_err", false),
         (Self::LockOwned, "sock", "sk_lock.owned", false),
         (Self::SockUid, "sock", "sk_uid.val", false),
         (Self::SockSocket, "sock", "sk_socket", false),
-        (Self::Sport, "inet_sock", "inet_sport", true),
         (Self::BytesSent, "tcp_sock", "bytes_sent", false),
         (Self::BytesRetrans, "tcp_sock", "bytes_retrans", false),
         (Self::BytesReceived, "tcp_sock", "bytes_received", false),

@@ -17,7 +17,7 @@ pub mod refused_connects;
 mod task;
 mod tcp;
 
-pub use action::{Action, classify};
+pub use action::{Action, classify, is_ordinary};
 pub use connect_table::{ConnectEntry, ConnectSet, WAYS, set_index};
 pub use counters::counter;
 pub use descriptor::SocketDescriptor;

@@ -10,7 +10,7 @@ use zerocopy::transmute;
 
 use super::{
     kernel_read::{BtfOffsets, DirectLoad, KernelRead, Pointer, offset},
-    sock::Sock,
+    sock::{Ports, Sock},
     task::{Name, leader},
 };
 
@@ -41,7 +41,8 @@ pub(crate) fn visit(context: &DescriptorContext) -> Option<()> {
     }
     let sock = Sock::<DirectLoad>::new(sk);
     let self_addr = sock.self_addr::<BtfOffsets>()?;
-    let (state, port, destination_port) = (sock.state(), sock.num(), sock.dport());
+    let (state, Ports { held: port, destination: destination_port }) =
+        (sock.state::<BtfOffsets>(), sock.ports::<BtfOffsets>());
     if sock.protocol() != IPPROTO_TCP || !SocketDescriptor::is_listed(state, port, destination_port) {
         return None;
     }

@@ -19,8 +19,8 @@ pub(crate) fn offset(field: Field) -> Option<usize> {
     (offset != ABSENT).then_some(offset as usize)
 }
 
-/// Source of the offsets of a socket's address fields. The programs read only these fields at every
-/// transition.
+/// Source of the offsets of [`STATIC_OFFSETS`]. The programs read only these fields at every transition, and only
+/// these decide about an ordinary connection of an address to itself.
 pub(crate) trait Layout {
     fn offset(field: Field) -> Option<usize>;
 }

@@ -26,22 +26,21 @@ pub(crate) struct Sock<M> {
 }
 
 impl Sock<ProbeRead> {
-    /// Like [`Self::self_addr`] for [`StaticOffsets`], with the fewest helper calls: one for IPv4, two for
-    /// IPv6.
+    /// Like [`Self::self_addr`] for [`StaticOffsets`] with the ports and the state, with the fewest helper calls: one
+    /// for IPv4, two for IPv6.
     #[inline(always)]
-    pub(crate) fn self_addr_by_fewest_reads(self) -> Option<SelfAddr> {
-        /// Index of the word that contains the family.
-        const FAMILY_WORD: usize = static_offset(Field::Family) / 8;
-        const { assert!(static_offset(Field::Daddr) == 0 && static_offset(Field::RcvSaddr) == 4) };
+    pub(crate) fn head_by_fewest_reads(self) -> Option<(SelfAddr, Ports, u8)> {
         const {
-            assert!(
-                static_offset(Field::Family) % 8 == 0
-                    && static_offset(Field::V6RcvSaddr) == static_offset(Field::V6Daddr) + 16
-            )
+            assert!(static_offset(Field::Daddr) == 0 && static_offset(Field::RcvSaddr) == 4);
+            assert!(static_offset(Field::Dport) == 12 && static_offset(Field::Num) == 14);
+            assert!(static_offset(Field::Family) == 16 && static_offset(Field::State) == 18);
+            assert!(static_offset(Field::V6RcvSaddr) == static_offset(Field::V6Daddr) + 16);
         };
-        let head = ProbeRead::read::<[u64; FAMILY_WORD + 1]>(self.sk);
-        let [family, ..]: [u16; 4] = transmute!(head[FAMILY_WORD]);
-        match u8::try_from(family).ok()? {
+        let head = ProbeRead::read::<[u64; 3]>(self.sk);
+        let [_, _, dport, num]: [u16; 4] = transmute!(head[1]);
+        let [family, state, ..]: [u16; 4] = transmute!(head[2]);
+        let [state, _] = state.to_ne_bytes();
+        let self_addr = match u8::try_from(family).ok()? {
             family::INET => {
                 let [destination, source]: [u32; 2] = transmute!(head[0]);
                 (destination == source)
@@ -53,7 +52,8 @@ impl Sock<ProbeRead> {
                 is_self_addressed.then_some(SelfAddr { family: family::INET6, words: [both[2], both[3]] })
             }
             _ => None,
-        }
+        }?;
+        Some((self_addr, Ports { held: num, destination: u16::from_be(dport) }, state))
     }
 }
 
@@ -90,8 +90,14 @@ impl<M: KernelRead> Sock<M> {
     }
 
     #[inline(always)]
-    pub(crate) fn state(self) -> u8 {
-        self.get(Field::State)
+    pub(crate) fn state<L: Layout>(self) -> u8 {
+        L::offset(Field::State).map_or(0, |state| M::read(self.sk.wrapping_add(state)))
+    }
+
+    #[inline(always)]
+    pub(crate) fn ports<L: Layout>(self) -> Ports {
+        let at = |field| L::offset(field).map_or(0, |offset| M::read(self.sk.wrapping_add(offset)));
+        Ports { held: at(Field::Num), destination: u16::from_be(at(Field::Dport)) }
     }
 
     /// The source address of the socket, if it equals the destination address.
@@ -137,12 +143,6 @@ impl<M: KernelRead> Sock<M> {
         }
     }
 
-    /// Destination port, host byte order.
-    #[inline(always)]
-    pub(crate) fn dport(self) -> u16 {
-        u16::from_be(self.get(Field::Dport))
-    }
-
     /// The port that the socket holds, host byte order. 0: none.
     #[inline(always)]
     pub(crate) fn num(self) -> u16 {
@@ -156,10 +156,9 @@ impl<M: KernelRead> Sock<M> {
 
     /// The source port that [`selfconn_ebpf::classify`] expects, host byte order.
     #[inline(always)]
-    pub(crate) fn source_port(self, new: u8) -> u16 {
-        let num = self.num();
-        if num != 0 || new != state::CLOSE {
-            return num;
+    pub(crate) fn source_port(self, held: u16, new: u8) -> u16 {
+        if held != 0 || new != state::CLOSE {
+            return held;
         }
         M::full_sock(self.sk).map_or(0, |full| u16::from_be(Self::at(full, Field::Sport)))
     }
@@ -229,8 +228,8 @@ impl<M: KernelRead> Sock<M> {
     /// namespace. The socket's own range can only be a part of it (`inet_sk_get_local_port_range`,
     /// net/ipv4/inet_connection_sock.c at v6.12). True if the range can't be read.
     #[inline(always)]
-    pub(crate) fn can_choose(self, port: u16) -> bool {
-        let Some(net) = offset(Field::Net) else { return true };
+    pub(crate) fn can_choose<L: Layout>(self, port: u16) -> bool {
+        let Some(net) = L::offset(Field::Net) else { return true };
         let (low, high) = if let Some(range) = offset(Field::PortRangePacked) {
             let net: Pointer = M::read(self.sk.wrapping_add(net));
             let range: u32 = M::read(net.0.wrapping_add(range));
@@ -291,6 +290,14 @@ pub(crate) fn netns_id<M: KernelRead>(net: *const u8) -> (u32, u64) {
         None => Sock::<M>::at(net, Field::NetnsCookie),
     };
     (Sock::<M>::at(net, Field::NetnsInum), cookie)
+}
+
+/// The ports of a socket, host byte order.
+#[derive(Clone, Copy)]
+pub(crate) struct Ports {
+    /// The port that the socket holds: `skc_num`. 0: none.
+    pub(crate) held: u16,
+    pub(crate) destination: u16,
 }
 
 /// Fields of `struct tcp_sock`: see [`selfconn_ebpf::Transition`].

@@ -7,15 +7,17 @@
 
 use aya_ebpf::{EbpfContext, Global, helpers::generated::bpf_ktime_get_boot_ns, programs::TracePointContext};
 use aya_log_ebpf::warn;
-use selfconn_ebpf::{Action, Field, IPPROTO_TCP, Transition, classify, counter, reported, state, tag};
+use selfconn_ebpf::{
+    Action, Field, IPPROTO_TCP, Transition, classify, counter, is_ordinary, reported, state, tag,
+};
 
 use super::{
     connect_table,
     counters::count,
-    held_ports,
-    kernel_read::KernelRead,
+    handled, held_ports,
+    kernel_read::{BtfOffsets, KernelRead, Layout},
     refused_connects, ring_buffer,
-    sock::{SelfAddr, Sock},
+    sock::{Ports, SelfAddr, Sock},
     task::current_task,
     tracepoint_record::TracepointRecord,
 };
@@ -24,20 +26,49 @@ use super::{
 #[unsafe(no_mangle)]
 static REPORTED: Global<u32> = Global::new(reported::STATES);
 
-/// Handles a transition for a program whose context has the socket.
+/// The states of a transition.
+#[derive(Clone, Copy)]
+pub(crate) struct StateChange {
+    pub(crate) old: u8,
+    pub(crate) new: u8,
+}
+
+/// Handles a transition for a program whose context has the socket. Most transitions of ordinary connections end here,
+/// before anything is called or stored.
+#[inline(always)]
+pub(crate) fn on_socket<C: EbpfContext, M: KernelRead, L: Layout, const PROBE_ID: u8>(
+    ctx: C,
+    sock: Sock<M>,
+    self_addr: SelfAddr,
+    ports: Ports,
+    change: StateChange,
+) {
+    let StateChange { old, new } = change;
+    if !is_ordinary(old, new, ports.held, ports.destination) {
+        on_likely_socket::<C, M, L, PROBE_ID>(ctx, sock, self_addr, old, new);
+    }
+}
+
 #[inline(never)]
-pub(crate) fn on_socket<C: EbpfContext, M: KernelRead, const PROBE_ID: u8>(
+fn on_likely_socket<C: EbpfContext, M: KernelRead, L: Layout, const PROBE_ID: u8>(
     ctx: C,
     sock: Sock<M>,
     self_addr: SelfAddr,
     old: u8,
     new: u8,
 ) {
-    let (source, dport) = (sock.source_port(new), sock.dport());
+    let Ports { held, destination: dport } = sock.ports::<L>();
+    let source = sock.source_port(held, new);
     let action = classify(old, new, source, dport);
+    if matches!(action, Action::Ignore)
+        || action.is_about_attempt()
+            && !handled::is_to_do(sock, PROBE_ID, (old, new, dport), || sock.can_choose::<L>(dport))
+    {
+        return;
+    }
     // The protocol is checked last, because it is in another cache line and the ports already exclude most
     // sockets.
-    if matches!(action, Action::Ignore) || sock.protocol() != IPPROTO_TCP {
+    if sock.protocol() != IPPROTO_TCP {
         return;
     }
     let transition = SocketTransition { probe_id: PROBE_ID, self_addr, source, dport, old, new };
@@ -50,11 +81,19 @@ pub(crate) fn on_tracepoint_record<const PROBE_ID: u8>(ctx: TracePointContext) {
     let Some(record) = TracepointRecord::new(&ctx).filter(|record| record.protocol == IPPROTO_TCP) else {
         return;
     };
-    let TracepointRecord { sock, self_addr, old, new, dport, .. } = record;
-    // The record has inet_sport, which is the right port except at SYN_SENT: see `classify`.
-    let source = if new == state::SYN_SENT { sock.num() } else { record.sport };
+    let TracepointRecord { sock, self_addr, old, new, sport, dport, .. } = record;
+    // The record has inet_sport, which is the right port except at SYN_SENT: see `classify`. Zero is right there, too,
+    // because a socket that holds a port has it in inet_sport (`__inet_bind`, net/ipv4/af_inet.c at v5.10).
+    let source = if new == state::SYN_SENT && sport != 0 { sock.num() } else { sport };
+    let action = classify(old, new, source, dport);
+    if matches!(action, Action::Ignore)
+        || action.is_about_attempt()
+            && !handled::is_to_do(sock, PROBE_ID, (old, new, dport), || sock.can_choose::<BtfOffsets>(dport))
+    {
+        return;
+    }
     let transition = SocketTransition { probe_id: PROBE_ID, self_addr, source, dport, old, new };
-    handle(&ctx, sock, classify(old, new, source, dport), &transition);
+    handle(&ctx, sock, action, &transition);
 }
 
 /// A transition of a TCP socket whose source address equals its destination address. Ports are in host byte
@@ -77,9 +116,6 @@ fn handle<C: EbpfContext, M: KernelRead>(
 ) {
     match action {
         Action::Ignore => {}
-        // An attempt that has no source port yet ends as an ordinary connection if `connect()` can't choose the
-        // destination port. Nearly every service of a host has such a port. So these attempts have no entry.
-        Action::Insert | Action::Remove | Action::RemoveAndCount if !sock.can_choose(transition.dport) => {}
         Action::Insert | Action::InsertAndReport => {
             if ensure_room(ctx, sock) {
                 insert(sock, transition);

@@ -2,6 +2,8 @@
 
 use aya_ebpf::{EbpfContext, programs::TracePointContext};
 
+use selfconn_ebpf::is_ordinary;
+
 use super::{
     kernel_read::{Pointer, ProbeRead},
     sock::{SelfAddr, Sock},
@@ -29,6 +31,13 @@ impl TracepointRecord {
     pub(crate) fn is_self_addressed(ctx: &TracePointContext) -> bool {
         // The lower half is compared first, because two addresses usually differ there.
         field::<u64>(ctx, 48) == field::<u64>(ctx, 64) && field::<u64>(ctx, 40) == field::<u64>(ctx, 56)
+    }
+
+    /// See [`is_ordinary`].
+    #[inline(always)]
+    pub(crate) fn is_ordinary(ctx: &TracePointContext) -> bool {
+        let (old, new) = (field::<u32>(ctx, 16) as u8, field::<u32>(ctx, 20) as u8);
+        is_ordinary(old, new, field(ctx, 24), field(ctx, 26))
     }
 
     /// The record, if the source address equals the destination address.

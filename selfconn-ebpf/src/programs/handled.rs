@@ -1,0 +1,55 @@
+//! The last transition of a connection attempt that a probe has handled on this CPU. The two probes of a pair run one
+//! right after the other, so the second one finds here that it has nothing to do. If the first one missed the
+//! transition, or if something ran in between, the second one finds another transition and handles this one.
+
+use aya_ebpf::{helpers::bpf_get_current_pid_tgid, macros::map, maps::PerCpuArray};
+
+use super::{kernel_read::KernelRead, sock::Sock};
+
+/// A transition that was handled.
+#[repr(C)]
+struct HandledTransition {
+    /// Kernel address of the socket.
+    sock: u64,
+    /// The running task: its process, its thread. So what an earlier attempt has left here stands at most for the same
+    /// task, and no attempt gets the name of another. [`NO_ENTRY`]: there was nothing to do.
+    task: u64,
+    /// Lower half: states and destination port. Upper half: one more than the id of the probe.
+    states: u64,
+}
+
+/// The attempt has no entry in the connect table.
+const NO_ENTRY: u64 = u64::MAX;
+
+#[map]
+static HANDLED: PerCpuArray<HandledTransition> = PerCpuArray::with_max_entries(1, 0);
+
+/// True if the calling probe has to handle this transition of an attempt: the other probe has not just done so, and
+/// `can_choose` says that the attempt has an entry in the connect table.
+#[inline(always)]
+pub(crate) fn is_to_do<M: KernelRead>(
+    sock: Sock<M>,
+    probe_id: u8,
+    (old, new, dport): (u8, u8, u16),
+    can_choose: impl FnOnce() -> bool,
+) -> bool {
+    let Some(last) = HANDLED.get_ptr_mut(0) else { return can_choose() };
+    // SAFETY: a value of an array stays valid as long as the program is loaded. Only programs on this CPU use it.
+    let last = unsafe { &mut *last };
+    let states = u32::from(old) | u32::from(new) << 8 | u32::from(dport) << 16;
+    let own = u64::from(probe_id) + 1;
+    let is_handled = last.sock == sock.key()
+        && last.states as u32 == states
+        && last.states >> 32 != own
+        && (last.task == NO_ENTRY || last.task == bpf_get_current_pid_tgid());
+    if is_handled {
+        // So it can't stand for the next attempt.
+        last.sock = 0;
+        return false;
+    }
+    let is_to_do = can_choose();
+    last.sock = sock.key();
+    last.task = if is_to_do { bpf_get_current_pid_tgid() } else { NO_ENTRY };
+    last.states = own << 32 | u64::from(states);
+    is_to_do
+}
