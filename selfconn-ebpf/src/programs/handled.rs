@@ -4,7 +4,10 @@
 
 use aya_ebpf::{helpers::bpf_get_current_pid_tgid, macros::map, maps::PerCpuArray};
 
-use super::{kernel_read::KernelRead, sock::Sock};
+use super::{
+    kernel_read::{KernelRead, Layout},
+    sock::Sock,
+};
 
 /// A transition that was handled.
 #[repr(C)]
@@ -24,20 +27,35 @@ const NO_ENTRY: u64 = u64::MAX;
 #[map]
 static HANDLED: PerCpuArray<HandledTransition> = PerCpuArray::with_max_entries(1, 0);
 
+/// The states of a transition and the destination port, in a register.
+#[derive(Clone, Copy)]
+pub(crate) struct AttemptState(u32);
+
+impl AttemptState {
+    #[inline(always)]
+    pub(crate) fn new(old: u8, new: u8, dport: u16) -> Self {
+        Self(u32::from(old) | u32::from(new) << 8 | u32::from(dport) << 16)
+    }
+
+    #[inline(always)]
+    fn dport(self) -> u16 {
+        (self.0 >> 16) as u16
+    }
+}
+
 /// True if the calling probe has to handle this transition of an attempt: the other probe has not just done so, and
-/// `can_choose` says that the attempt has an entry in the connect table.
-#[inline(always)]
-pub(crate) fn is_to_do<M: KernelRead>(
+/// the kernel can choose the destination port, so that the attempt has an entry in the connect table. Not inlined, so
+/// that the stack that it needs is free again before a record is made.
+#[inline(never)]
+pub(crate) fn is_to_do<M: KernelRead, L: Layout, const PROBE_ID: u8>(
     sock: Sock<M>,
-    probe_id: u8,
-    (old, new, dport): (u8, u8, u16),
-    can_choose: impl FnOnce() -> bool,
+    AttemptState(states): AttemptState,
 ) -> bool {
+    let can_choose = || sock.can_choose::<L>(AttemptState(states).dport());
     let Some(last) = HANDLED.get_ptr_mut(0) else { return can_choose() };
     // SAFETY: a value of an array stays valid as long as the program is loaded. Only programs on this CPU use it.
     let last = unsafe { &mut *last };
-    let states = u32::from(old) | u32::from(new) << 8 | u32::from(dport) << 16;
-    let own = u64::from(probe_id) + 1;
+    let own = u64::from(PROBE_ID) + 1;
     let is_handled = last.sock == sock.key()
         && last.states as u32 == states
         && last.states >> 32 != own

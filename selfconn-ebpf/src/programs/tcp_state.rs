@@ -14,7 +14,8 @@ use selfconn_ebpf::{
 use super::{
     connect_table,
     counters::count,
-    handled, held_ports,
+    handled::{self, AttemptState},
+    held_ports,
     kernel_read::{BtfOffsets, KernelRead, Layout},
     refused_connects, ring_buffer,
     sock::{Ports, SelfAddr, Sock},
@@ -62,7 +63,7 @@ fn on_likely_socket<C: EbpfContext, M: KernelRead, L: Layout, const PROBE_ID: u8
     let action = classify(old, new, source, dport);
     if matches!(action, Action::Ignore)
         || action.is_about_attempt()
-            && !handled::is_to_do(sock, PROBE_ID, (old, new, dport), || sock.can_choose::<L>(dport))
+            && !handled::is_to_do::<M, L, PROBE_ID>(sock, AttemptState::new(old, new, dport))
     {
         return;
     }
@@ -88,7 +89,7 @@ pub(crate) fn on_tracepoint_record<const PROBE_ID: u8>(ctx: TracePointContext) {
     let action = classify(old, new, source, dport);
     if matches!(action, Action::Ignore)
         || action.is_about_attempt()
-            && !handled::is_to_do(sock, PROBE_ID, (old, new, dport), || sock.can_choose::<BtfOffsets>(dport))
+            && !handled::is_to_do::<_, BtfOffsets, PROBE_ID>(sock, AttemptState::new(old, new, dport))
     {
         return;
     }
