@@ -40,6 +40,13 @@ pub enum Field {
     PortRangePair,
     /// `u32`, in `struct net`: the last port in the upper half, the first in the lower. Absent before v6.8.
     PortRangePacked,
+    /// `struct inet_timewait_death_row *`, in `struct net`. Absent where the struct itself is there.
+    DeathRow,
+    /// `u32`: the number of TIME_WAIT entries, or one more. In the death row or, where that is a part of it, in
+    /// `struct net`.
+    TimeWaitCount,
+    /// `int`, beside it: `net.ipv4.tcp_max_tw_buckets`.
+    TimeWaitMax,
     /// `u16` since v5.6.
     Protocol,
     /// `int`.
@@ -123,6 +130,9 @@ pub const FIELDS: usize = Field::NetOps as usize + 1;
 /// [`Field::PortRangePacked`] (`struct local_ports`, include/net/netns/ipv4.h at v6.7 and v6.8).
 pub const PORT_RANGE: &str = "ipv4.ip_local_ports.range";
 
+/// The struct that counts the TIME_WAIT entries of a network namespace (include/net/inet_timewait_sock.h at v6.12).
+pub const DEATH_ROW: &str = "inet_timewait_death_row";
+
 /// The offset of a field that the running kernel does not have.
 pub const ABSENT: u32 = u32::MAX;
 
@@ -162,6 +172,9 @@ impl Field {
         (Self::NetnsHashMix, "net", "hash_mix", false),
         (Self::PortRangePair, "net", PORT_RANGE, false),
         (Self::PortRangePacked, "net", PORT_RANGE, false),
+        (Self::DeathRow, "net", "ipv4.tcp_death_row", false),
+        (Self::TimeWaitCount, DEATH_ROW, "tw_refcount.refs.counter", false),
+        (Self::TimeWaitMax, DEATH_ROW, "sysctl_max_tw_buckets", false),
         (Self::Protocol, "sock", "sk_protocol", true),
         (Self::Error, "sock", "sk_err", false),
         (Self::LockOwned, "sock", "sk_lock.owned", false),

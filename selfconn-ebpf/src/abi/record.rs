@@ -80,6 +80,11 @@ pub struct Transition {
     pub current: Task,
     /// The connecting task.
     pub opener: Opener,
+    /// At CLOSE: 1 if the network namespace has as many TIME_WAIT entries as it may have, or one less, so that this
+    /// socket may have got none; else 0.
+    pub is_time_wait_full: u8,
+    /// Always zero.
+    pub padding: [u8; 7],
 }
 
 // `IntoBytes` compiles only if a record has no implicit padding, so a size fixes every offset.
@@ -87,7 +92,7 @@ const _: () = {
     assert!(size_of::<Task>() == 40);
     assert!(size_of::<Opener>() == 88);
     assert!(size_of::<Endpoint>() == 40);
-    assert!(size_of::<Transition>() == 248);
+    assert!(size_of::<Transition>() == 256);
 };
 
 /// A record in the ring buffer.

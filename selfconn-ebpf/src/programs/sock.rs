@@ -246,6 +246,22 @@ impl<M: KernelRead> Sock<M> {
         high == 0 || (low <= port && port <= high)
     }
 
+    /// True if the namespace of the socket has as many TIME_WAIT entries as it may have, or one less. Then a closed
+    /// socket may have got none (`inet_twsk_alloc`, net/ipv4/inet_timewait_sock.c at v5.10).
+    #[inline(always)]
+    pub(crate) fn is_time_wait_full(self) -> bool {
+        let (Some(net), Some(count), Some(max)) =
+            (offset(Field::Net), offset(Field::TimeWaitCount), offset(Field::TimeWaitMax))
+        else {
+            return false;
+        };
+        let mut row: Pointer = M::read(self.sk.wrapping_add(net));
+        if let Some(death_row) = offset(Field::DeathRow) {
+            row = M::read(row.0.wrapping_add(death_row));
+        }
+        M::read::<u32>(row.0.wrapping_add(count)) >= M::read::<u32>(row.0.wrapping_add(max))
+    }
+
     /// True if a process holds the socket lock.
     #[inline(always)]
     pub(crate) fn is_owned(self) -> bool {

@@ -163,6 +163,8 @@ fn report<C: EbpfContext, M: KernelRead>(
             inode: sock.inode(),
             current: current_task().0,
             opener,
+            is_time_wait_full: u8::from(new == state::CLOSE && sock.is_time_wait_full()),
+            padding: [0; 7],
         }
     });
     if !is_submitted {

@@ -12,7 +12,9 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 use rustix::thread::CapabilitySet;
-use selfconn_ebpf::{ABSENT, FIELDS, Field, PORT_RANGE, cgroup_access, task_access, uses_static_offsets};
+use selfconn_ebpf::{
+    ABSENT, DEATH_ROW, FIELDS, Field, PORT_RANGE, cgroup_access, task_access, uses_static_offsets,
+};
 
 use super::{
     attach::{Method, Refusal},
@@ -360,6 +362,19 @@ fn read_offsets(btf: &Btf<'_>) -> ([u32; FIELDS], Option<String>) {
     offsets[unused as usize] = ABSENT;
     let unused = if netns_cookie::current().is_some() { Field::NetnsHashMix } else { Field::NetnsCookie };
     offsets[unused as usize] = ABSENT;
+    let offset = |of, member| btf.offset(of, member).ok().flatten();
+    // A plain count before v5.19.
+    if let Some(count) = offset(DEATH_ROW, "tw_count.counter") {
+        offsets[Field::TimeWaitCount as usize] = count;
+    }
+    // The struct is a part of `struct net`, but for v6.0 and v6.1, where a pointer to it is.
+    if let Some(max) = offset("net", "ipv4.tcp_death_row.sysctl_max_tw_buckets") {
+        let row = std::mem::replace(&mut offsets[Field::DeathRow as usize], ABSENT);
+        offsets[Field::TimeWaitMax as usize] = max;
+        if offsets[Field::TimeWaitCount as usize] != ABSENT {
+            offsets[Field::TimeWaitCount as usize] += row;
+        }
+    }
     (offsets, missing)
 }
 

@@ -349,6 +349,7 @@ impl Daemon {
     /// Drains and handles at most [`MAX_BATCH`] records of each ring buffer. Returns their number, or
     /// [`MAX_BATCH`] if there may be more.
     fn drain_batch(&mut self) -> usize {
+        self.pipeline.begin_batch();
         let clock = Offset::now();
         let Self { tracer, pipeline, port_risks, self_test, pending_bind_failures, loss_reporter, .. } = self;
         let room = MAX_BATCH.saturating_sub(pending_bind_failures.len());

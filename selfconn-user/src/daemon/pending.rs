@@ -48,6 +48,13 @@ impl QueuedEvent {
         }
     }
 
+    /// Whether and how long TIME_WAIT holds the port is not known any more.
+    pub(super) fn forget_time_wait(&mut self) {
+        if let Change::Closed(end) = &mut self.change {
+            end.port_blocked_until_ns = None;
+        }
+    }
+
     /// True if only events of the same transition may follow.
     pub(super) fn is_last(&self) -> bool {
         matches!(self.change, Change::Closed(_) | Change::State(_, state::CLOSE))

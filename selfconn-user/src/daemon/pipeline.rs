@@ -27,7 +27,7 @@ use crate::{
     output::Outputs,
     sockets::{Coverage, NetDevices, SocketSnapshot},
     system::{
-        clock::Offset,
+        clock::{Offset, SuspendWatch, Suspension},
         process::{Attribution, Holder, ObservedTask, ProcessInfo},
     },
 };
@@ -49,6 +49,9 @@ pub(super) struct Pipeline {
     pending: PendingEvents,
     /// The devices of the daemon's network namespace. `None`: they can't be asked for.
     devices: Option<NetDevices>,
+    suspend_watch: SuspendWatch,
+    /// The suspension just before the current batch of records.
+    suspension: Option<Suspension>,
     /// The events of the current transition. Kept, so that its memory is reused.
     events: Vec<QueuedEvent>,
     report_states: bool,
@@ -100,6 +103,8 @@ impl Pipeline {
             attributions: HashMap::new(),
             pending: PendingEvents::default(),
             devices: NetDevices::of_current_netns().ok(),
+            suspend_watch: SuspendWatch::start(),
+            suspension: None,
             events: Vec::new(),
             report_states,
             remediation,
@@ -107,6 +112,14 @@ impl Pipeline {
             out,
             established_counts: metrics::ConnectionCounts::default(),
             missed: 0,
+        }
+    }
+
+    /// Must be called before records are applied.
+    pub(super) fn begin_batch(&mut self) {
+        self.suspension = self.suspend_watch.check();
+        if let Some(Suspension { after_ns, duration_ns, .. }) = self.suspension {
+            self.bind_conflicts.on_suspension(after_ns, duration_ns);
         }
     }
 
@@ -121,6 +134,9 @@ impl Pipeline {
                 events.push(QueuedEvent::new(event, at_ns, time));
             }
         });
+        if self.suspension.is_some_and(|suspension| suspension.may_follow(at_ns)) {
+            events.iter_mut().for_each(QueuedEvent::forget_time_wait);
+        }
         // The last state change and the close are two events of one transition.
         let ended: Vec<u64> =
             events.iter().filter(|event| event.is_last()).map(|event| event.connection.number).collect();

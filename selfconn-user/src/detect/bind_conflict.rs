@@ -170,6 +170,14 @@ impl BindConflicts {
         self.last_sweep_ns = now_ns;
     }
 
+    /// The host was suspended for `duration_ns`, at some time after `after_ns`. TIME_WAIT did not go on meanwhile.
+    pub fn on_suspension(&mut self, after_ns: u64, duration_ns: u64) {
+        self.remove_expired(after_ns);
+        for entry in self.time_waits.values_mut() {
+            entry.until_ns = entry.until_ns.saturating_add(duration_ns);
+        }
+    }
+
     /// Adds a self-connection that the socket table lists in TIME_WAIT, unless it is known.
     pub fn insert_listed_time_wait(&mut self, entry: TimeWaitEntry, now_ns: u64) {
         let known = self.time_waits.get(&entry.id());
@@ -326,6 +334,21 @@ mod tests {
         assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 80, 59), std::iter::empty())), Some(1));
         conflicts.insert_listed_time_wait(entry(0, "127.0.0.1", 80, 90), 61 * SECOND_NS);
         assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 80, 62), std::iter::empty())), Some(0));
+    }
+
+    #[test]
+    fn a_time_wait_entry_lasts_longer_by_a_suspend_and_an_expired_one_does_not_come_back() {
+        let mut conflicts = BindConflicts::default();
+        conflicts.insert_time_wait(entry(1, "127.0.0.1", 80, 60), 0);
+        conflicts.insert_time_wait(entry(2, "127.0.0.1", 81, 70), 0);
+        // It has ended by the last check before the suspend.
+        conflicts.on_suspension(65 * SECOND_NS, 1_000 * SECOND_NS);
+        for (port, at_s, holder) in
+            [(80, 66, None), (81, 1_066, Some(2)), (81, 1_069, Some(2)), (81, 1_070, None)]
+        {
+            let got = number(conflicts.find_holder(&failure("127.0.0.1", port, at_s), std::iter::empty()));
+            assert_eq!(got, holder, "{port} at {at_s}");
+        }
     }
 
     #[test]

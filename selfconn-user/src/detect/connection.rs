@@ -100,7 +100,8 @@ pub struct ConnectionEnd {
     pub bytes_received: Option<u64>,
     /// `None`: the last transition and the socket's errno match none of the reasons.
     pub reason: Option<CloseReason>,
-    /// When TIME_WAIT ends: `CLOCK_BOOTTIME`, nanoseconds. `None`: the port is free.
+    /// When TIME_WAIT ends if the host is not suspended before: `CLOCK_BOOTTIME`, nanoseconds. `None`: the port is free,
+    /// or it is not known whether there is a TIME_WAIT, because the namespace may have no more of them.
     pub port_blocked_until_ns: Option<u64>,
 }
 
@@ -444,7 +445,7 @@ fn end(connection: &Connection, t: &Transition) -> ConnectionEnd {
         bytes_sent: has_counters.then(|| t.bytes_sent.saturating_sub(t.bytes_retrans)),
         bytes_received: has_counters.then(|| t.bytes_received.saturating_sub(u64::from(fin_received))),
         reason,
-        port_blocked_until_ns: (reason == Some(CloseReason::Fin))
+        port_blocked_until_ns: (reason == Some(CloseReason::Fin) && t.is_time_wait_full == 0)
             .then_some(t.at_ns.saturating_add(TIME_WAIT_NS)),
     }
 }

@@ -120,6 +120,42 @@ fn the_close_reason_follows_from_the_last_state_and_the_errno() {
 }
 
 #[test]
+fn it_is_not_known_how_long_the_port_is_held_if_there_may_be_no_room_for_a_time_wait() {
+    for is_time_wait_full in [0, 1] {
+        let mut connections = Connections::new(1);
+        connections.apply(&transition(1, 1_000, SYN_RECV, ESTABLISHED), |_| {});
+        let close = Transition { is_time_wait_full, ..transition(1, 1_500, CLOSING, CLOSE) };
+        let mut until_ns = None;
+        connections.apply(&close, |event| {
+            if let ConnectionEvent::Closed(_, end) = event {
+                assert_eq!(end.reason, Some(CloseReason::Fin));
+                until_ns = Some(end.port_blocked_until_ns);
+            }
+        });
+        assert_eq!(until_ns, Some((is_time_wait_full == 0).then_some(1_500 + TIME_WAIT_NS)));
+    }
+}
+
+#[test]
+fn a_socket_of_the_kernel_is_known_from_any_record_and_unknown_without_one() {
+    for (records, expected) in [
+        (&[socket_file::UNKNOWN, socket_file::UNKNOWN][..], None),
+        (&[socket_file::PRESENT, socket_file::UNKNOWN], Some(false)),
+        (&[socket_file::ABSENT, socket_file::UNKNOWN], Some(true)),
+        (&[socket_file::UNKNOWN, socket_file::ABSENT], Some(true)),
+    ] {
+        let mut connections = Connections::new(1);
+        for (at_ns, socket_file) in (1_000..).zip(records) {
+            let new = if at_ns == 1_000 { ESTABLISHED } else { FIN_WAIT1 };
+            let old = if at_ns == 1_000 { SYN_RECV } else { ESTABLISHED };
+            connections
+                .apply(&Transition { socket_file: *socket_file, ..transition(1, at_ns, old, new) }, |_| {});
+        }
+        assert_eq!(connections.iter().next().unwrap().is_kernel_socket, expected, "{records:?}");
+    }
+}
+
+#[test]
 fn a_missed_close_is_reported_when_the_kernel_address_is_reused() {
     let mut first: Vec<_> =
         (0..3).map(|n| transition(1, n, ORDERLY[n as usize].0, ORDERLY[n as usize].1)).collect();

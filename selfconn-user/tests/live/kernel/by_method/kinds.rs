@@ -3,14 +3,17 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, SocketAddrV6},
+    net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, SocketAddrV6, TcpListener},
 };
 
 use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::support::{
-    client::{PAYLOAD, assert_opened_by_this_thread, connect_to_self, enable_fastopen_connect, socket},
+    client::{
+        PAYLOAD, assert_opened_by_this_thread, connect_to_self, enable_fastopen_connect, run_self_connection,
+        socket,
+    },
     daemon::TestDaemon,
     netns::TestNetns,
     retries::{PREEMPTED, for_each_variant_retrying},
@@ -60,6 +63,29 @@ fn a_connection_closed_with_unread_data_ends_by_rst() {
         assert_eq!(closed["port_blocked_until"], Value::Null);
         assert_eq!(closed["bytes_sent"], PAYLOAD.len());
     });
+}
+
+#[test]
+fn a_close_without_room_for_a_time_wait_says_nothing_about_the_port() {
+    let net = TestNetns::enter_new();
+    for (max_entries, has_time_wait) in [("0", false), ("1000", true)] {
+        net.set_sysctl("tcp_max_tw_buckets", max_entries);
+        for_each_method(
+            net,
+            || run_self_connection(Ipv4Addr::LOCALHOST.into()),
+            |_, closed| {
+                assert_eq!(closed["how"], "fin", "{closed}");
+                assert_eq!(
+                    closed["port_blocked_until"].is_string(),
+                    has_time_wait,
+                    "{max_entries}: {closed}"
+                );
+                let port = u16::try_from(closed["port"].as_u64().unwrap()).unwrap();
+                let bound = TcpListener::bind((Ipv4Addr::LOCALHOST, port));
+                assert_eq!(bound.is_err(), has_time_wait, "{max_entries}: {bound:?}");
+            },
+        );
+    }
 }
 
 #[test]
