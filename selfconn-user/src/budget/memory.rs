@@ -10,7 +10,13 @@ pub const BUDGET_BYTES: usize = 64 << 20;
 pub const MAX_CONNECTIONS: usize = 14_336;
 
 /// Maximum number of connections whose close is remembered while a snapshot of the socket table is read.
-pub const MAX_CLOSED_DURING_SNAPSHOT: usize = 28_672;
+pub const MAX_CLOSED_DURING_SNAPSHOT: usize = 14_336;
+
+/// Maximum number of sockets in a snapshot of the socket table.
+pub const MAX_SNAPSHOT_SOCKETS: usize = 12_288;
+
+/// Maximum number of holders of a socket that are kept.
+pub const MAX_HOLDERS: usize = 8;
 
 /// Maximum number of connections in TIME_WAIT that are kept to explain failed binds.
 pub const MAX_TIME_WAITS: usize = 7_168;
@@ -26,7 +32,7 @@ pub const MAX_OWNER_REMEDIES: usize = 1_024;
 pub const MAX_REMEDIES: usize = 4 * MAX_OWNER_REMEDIES;
 
 /// Facts of processes: paths, names, arguments, control groups.
-pub const PROCESS_FACTS_BYTES: usize = 8 << 20;
+pub const PROCESS_FACTS_BYTES: usize = 7 << 20;
 
 /// Lines that wait for a file that refuses writes; about 10,000.
 pub const LOG_QUEUE_BYTES: usize = 8 << 20;
@@ -40,6 +46,7 @@ pub const QUEUE_REST_BYTES: usize = 1 << 20;
 /// Bytes of an entry, with its share of the tables that lead to it.
 pub const CONNECTION_BYTES: usize = 1_024;
 pub const CLOSED_DURING_SNAPSHOT_BYTES: usize = 128;
+pub const SNAPSHOT_SOCKET_BYTES: usize = 640;
 pub const TIME_WAIT_BYTES: usize = 512;
 pub const BIND_FAILURE_BYTES: usize = 256;
 pub const PENDING_EVENT_BYTES: usize = 640;
@@ -54,12 +61,13 @@ pub struct MemoryPart {
 }
 
 /// All parts.
-pub const PARTS: [MemoryPart; 10] = [
+pub const PARTS: [MemoryPart; 11] = [
     MemoryPart { name: "connections", bytes: MAX_CONNECTIONS * CONNECTION_BYTES },
     MemoryPart {
         name: "closed in a snapshot",
         bytes: MAX_CLOSED_DURING_SNAPSHOT * CLOSED_DURING_SNAPSHOT_BYTES,
     },
+    MemoryPart { name: "snapshot", bytes: MAX_SNAPSHOT_SOCKETS * SNAPSHOT_SOCKET_BYTES },
     MemoryPart { name: "process facts", bytes: PROCESS_FACTS_BYTES },
     MemoryPart { name: "pending events", bytes: MAX_PENDING_EVENTS * PENDING_EVENT_BYTES },
     MemoryPart { name: "TIME_WAIT", bytes: MAX_TIME_WAITS * TIME_WAIT_BYTES },
@@ -68,7 +76,7 @@ pub const PARTS: [MemoryPart; 10] = [
     MemoryPart { name: "log queue", bytes: LOG_QUEUE_BYTES + QUEUE_REST_BYTES },
     MemoryPart { name: "stdout queue", bytes: STDOUT_QUEUE_BYTES + QUEUE_REST_BYTES },
     // The code's own data, the stacks of the threads, shares of the log, copies of a table of the programs.
-    MemoryPart { name: "everything else", bytes: 9 << 20 },
+    MemoryPart { name: "everything else", bytes: 4 << 20 },
 ];
 
 /// What all parts keep at most.

@@ -303,8 +303,11 @@ impl Pipeline {
     /// Reconciles the connections with a snapshot of the socket table. Returns the number of missed
     /// self-connections. The events are emitted later, in portions.
     pub(super) fn reconcile(&mut self, snapshot: &SocketSnapshot, knows_netns: bool) -> u64 {
+        // A connection that the snapshot may have left out is not missing in it.
         let coverage = |connection: &Connection| {
-            if knows_netns { snapshot.coverage(&connection.endpoint) } else { Coverage::Read }
+            let coverage = if knows_netns { snapshot.coverage(&connection.endpoint) } else { Coverage::Read };
+            let is_missing = coverage != Coverage::Read || !snapshot.left_out.may_have(connection.uid);
+            if is_missing { coverage } else { Coverage::Unknown }
         };
         // Outside the initial pid namespace the holders' pids in /proc differ from the pids in events.
         let can_look_up = self.lookups.can_look_up();
@@ -312,6 +315,7 @@ impl Pipeline {
             |connection: &Connection| snapshot.holders_of(connection.inode).map(<[Holder]>::to_vec);
         let (began_ns, time) = (snapshot.began_ns, Timestamp::now());
         let mut events = Vec::new();
+        self.connections.set_left_out(snapshot.left_out.users());
         let missed = self.connections.reconcile(&snapshot.entries, began_ns, coverage, |event| {
             events.push(QueuedEvent::new(event, began_ns, time));
         });
@@ -442,13 +446,14 @@ impl Pipeline {
     /// that the kernel does not have any more: they ended early, or with their network namespace.
     pub(super) fn record_time_waits(&mut self, snapshot: &SocketSnapshot) {
         let listed: HashSet<u64> = snapshot.entries.iter().filter_map(|entry| entry.cookie).collect();
+        let is_complete = snapshot.without_sock_diag.is_none() && !snapshot.left_out.has_without_user();
         self.bind_conflicts.remove_ended(|TimeWaitEntry { connection, until_ns, .. }| {
             let began_ns = until_ns.saturating_sub(TIME_WAIT_NS);
             let is_missing = connection.cookie.is_some_and(|cookie| !listed.contains(&cookie));
             began_ns < snapshot.began_ns
                 && match snapshot.coverage(&connection.endpoint) {
                     Coverage::NetnsEnded => true,
-                    Coverage::Read => is_missing && snapshot.without_sock_diag.is_none(),
+                    Coverage::Read => is_missing && is_complete,
                     Coverage::Unknown => false,
                 }
         });

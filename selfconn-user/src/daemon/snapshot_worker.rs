@@ -4,6 +4,7 @@ use std::io;
 
 use crate::{
     bpf::loader::Iterators,
+    budget::memory::MAX_SNAPSHOT_SOCKETS,
     sockets::{self, HolderSearch, SnapshotOptions, SocketSnapshot},
     system::{capabilities, worker::Worker},
 };
@@ -23,8 +24,14 @@ pub(super) fn start(iterators: Iterators) -> io::Result<SnapshotWorker> {
 /// `netns_hints` are threads that may be the only ones in their namespace.
 fn take_snapshot(netns_hints: &[u32], iterators: &Iterators) -> SocketSnapshot {
     let holders = Some(HolderSearch::Complete);
-    let (descriptors, namespaces) = (iterators.descriptors.as_ref(), iterators.namespaces.as_ref());
-    let options = SnapshotOptions { attempts: true, holders, descriptors, namespaces, procfs_only: false };
+    let options = SnapshotOptions {
+        attempts: true,
+        holders,
+        max_sockets: Some(MAX_SNAPSHOT_SOCKETS),
+        descriptors: iterators.descriptors.as_ref(),
+        namespaces: iterators.namespaces.as_ref(),
+        ..SnapshotOptions::default()
+    };
     let snapshot = sockets::snapshot(options, netns_hints).unwrap_or_else(|error| {
         // An empty snapshot covers no namespace, so no connection is considered closed.
         log::error!("the socket table can't be read: {error}");

@@ -141,6 +141,8 @@ pub struct Connections {
     duplicate_queue: VecDeque<(u64, u64)>,
     /// The kernel addresses in `duplicate_queue`.
     awaiting_duplicates: HashSet<u64>,
+    /// See [`Self::set_left_out`].
+    left_out: Vec<(u32, u64)>,
     probe_count: u8,
     last_number: u64,
 }
@@ -325,7 +327,7 @@ impl Connection {
             device: entry.device.clone(),
             inode: (entry.inode != 0).then_some(entry.inode),
             uid: entry.uid,
-            opener: entry.connect_entry.map(|(_, opener)| opener),
+            opener: entry.connect_entry.as_ref().map(|entry| entry.1),
             is_kernel_socket: entry.is_held.then_some(false),
             ..Self::new(number, Source::Scan, entry.endpoint)
         }

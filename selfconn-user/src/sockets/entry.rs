@@ -23,7 +23,7 @@ pub struct SocketEntry {
     pub time_wait_left: Option<Duration>,
     /// The socket's kernel address and its opener, if the probes' connect table has an entry for it. Only
     /// [`super::SocketSnapshot::add_connect_entries`] sets it.
-    pub connect_entry: Option<(u64, Opener)>,
+    pub connect_entry: Option<Box<(u64, Opener)>>,
     /// True if a process is known to have the socket open. The tables don't say so.
     pub is_held: bool,
     /// The name of the device that the socket is bound to. Only [`super::snapshot()`] sets it.

@@ -10,11 +10,15 @@ use std::{
 
 use selfconn_ebpf::{COMM_LEN, Endpoint, SocketDescriptor, state};
 
-use super::{entry::SocketEntry, holders::Holders};
+use super::{entry::SocketEntry, holders::Holders, limit::SnapshotLimit};
 use crate::{
     bpf::descriptors::DescriptorIter,
+    budget::memory::MAX_HOLDERS,
     system::process::{self, Holder},
 };
+
+/// Maximum number of tasks that are kept as hints.
+const MAX_TASKS: usize = 4_096;
 
 /// The result of a pass.
 #[derive(Debug, Default)]
@@ -29,16 +33,16 @@ pub(super) struct HeldSockets {
 }
 
 /// Makes a pass.
-pub(super) fn read(iter: &DescriptorIter) -> io::Result<HeldSockets> {
-    let mut collector = Collector::default();
+pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Result<HeldSockets> {
+    let mut collector = Collector { limit, sockets: HashMap::new(), tasks: HashSet::new() };
     iter.pass(|record| collector.add(record))?;
     Ok(collector.finish())
 }
 
 /// The sockets so far, by kernel address and cookie: an address alone may belong to another socket when the
 /// walk comes to it again.
-#[derive(Default)]
-struct Collector {
+struct Collector<'a> {
+    limit: &'a mut SnapshotLimit,
     sockets: HashMap<(u64, u64), HeldSocket>,
     tasks: HashSet<u32>,
 }
@@ -56,17 +60,24 @@ struct HolderRecord {
     comm: [u8; COMM_LEN],
 }
 
-impl Collector {
+impl Collector<'_> {
     fn add(&mut self, record: &SocketDescriptor) {
-        self.tasks.insert(record.tid);
         let held = match self.sockets.entry((record.sock, record.cookie)) {
             hash_map::Entry::Occupied(held) => held.into_mut(),
             hash_map::Entry::Vacant(new) => {
+                // An attempt becomes an entry, too, if its ports are equal.
+                let is_attempt = record.endpoint.port != record.destination_port;
+                if !self.limit.take(Some(record.uid), is_attempt) {
+                    return;
+                }
                 new.insert(HeldSocket { record: *record, holders: Vec::with_capacity(1) })
             }
         };
         let &SocketDescriptor { start_ns, pid, comm, .. } = record;
-        if held.holders.iter().all(|known| known.pid != pid) {
+        if self.tasks.len() < MAX_TASKS {
+            self.tasks.insert(record.tid);
+        }
+        if held.holders.len() < MAX_HOLDERS && held.holders.iter().all(|known| known.pid != pid) {
             held.holders.push(HolderRecord { start_ns, pid, comm });
         }
     }
@@ -140,7 +151,8 @@ mod tests {
     }
 
     fn collect(records: &[SocketDescriptor]) -> HeldSockets {
-        let mut collector = Collector::default();
+        let limit = &mut SnapshotLimit::new(None);
+        let mut collector = Collector { limit, sockets: HashMap::new(), tasks: HashSet::new() };
         records.iter().for_each(|record| collector.add(record));
         collector.finish()
     }

@@ -52,16 +52,16 @@ pub struct Holders {
 /// of a thread with its own descriptor table, unless it is the main thread, and descriptors in flight through
 /// a unix socket.
 #[must_use]
-pub fn find_holders(inodes: &HashSet<u64>, search: HolderSearch) -> Holders {
+pub fn find_holders(inodes: &HashSet<u64>, search: HolderSearch, max_holders: usize) -> Holders {
     let min_checked = match search {
         HolderSearch::Complete => u64::MAX,
         HolderSearch::Quick => MIN_DESCRIPTORS_CHECKED,
     };
-    search_processes(inodes, min_checked)
+    search_processes(inodes, min_checked, max_holders)
 }
 
 /// After `min_checked` descriptors, the search continues only while a socket has no holder.
-fn search_processes(inodes: &HashSet<u64>, min_checked: u64) -> Holders {
+fn search_processes(inodes: &HashSet<u64>, min_checked: u64, max_holders: usize) -> Holders {
     let mut holders = Holders { complete: true, ..Holders::default() };
     // In the common case there is nothing to search for.
     if inodes.is_empty() {
@@ -87,7 +87,10 @@ fn search_processes(inodes: &HashSet<u64>, min_checked: u64) -> Holders {
         let (comm, start_ticks) = (read_comm(&folder), read_start_ticks(&folder));
         for inode in &held {
             let holder = Holder { pid, comm: comm.clone(), start_ticks };
-            holders.by_inode.entry(*inode).or_default().push(holder);
+            let of_socket = holders.by_inode.entry(*inode).or_default();
+            if of_socket.len() < max_holders {
+                of_socket.push(holder);
+            }
         }
     }
     holders.unseen = (denied != 0).then(|| format!("open files of processes ({denied}): {NEEDS_PTRACE}"));
@@ -182,7 +185,7 @@ mod tests {
         let _again = socket.try_clone().unwrap();
         let inode = inode(&socket);
         for min_checked in [0, MIN_DESCRIPTORS_CHECKED, u64::MAX] {
-            let holders = search_processes(&HashSet::from([inode, u64::MAX]), min_checked);
+            let holders = search_processes(&HashSet::from([inode, u64::MAX]), min_checked, usize::MAX);
             let pids: Vec<_> = holders.by_inode[&inode].iter().map(|holder| holder.pid).collect();
             assert_eq!(pids, [std::process::id()]);
             let holder = &holders.by_inode[&inode][0];
@@ -210,8 +213,8 @@ mod tests {
     fn a_quick_search_stops_at_a_holder_and_a_complete_search_checks_all_processes() {
         let socket = TcpListener::bind("127.0.0.1:0").unwrap();
         let inodes = HashSet::from([inode(&socket)]);
-        assert_eq!(search_processes(&inodes, 0).by_inode.len(), 1);
-        let complete = find_holders(&inodes, HolderSearch::Complete);
+        assert_eq!(search_processes(&inodes, 0, usize::MAX).by_inode.len(), 1);
+        let complete = find_holders(&inodes, HolderSearch::Complete, usize::MAX);
         assert_eq!((complete.by_inode.len(), complete.complete), (1, true));
     }
 }

@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use super::entry::{DumpedSocket, SocketEntry, dumped_endpoint};
+use super::{
+    entry::{DumpedSocket, SocketEntry, dumped_endpoint},
+    limit::RowSink,
+};
 
 /// The files show the network namespace of the calling thread.
 const IPV4: &str = "/proc/thread-self/net/tcp";
@@ -24,21 +27,21 @@ const TIME_WAIT_TIMER: &str = "03";
 const LISTEN: &str = "0A";
 
 /// Appends the sockets whose two addresses are equal.
-pub(super) fn read(rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
+pub(super) fn read(rows: &mut impl RowSink) -> io::Result<()> {
     read_files(rows, |line| parse(line, |source, destination, _| source == destination))
 }
 
 /// Appends the listeners.
-pub(super) fn read_listeners(rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
+pub(super) fn read_listeners(rows: &mut impl RowSink) -> io::Result<()> {
     read_files(rows, |line| parse(line, |_, _, state| state == LISTEN))
 }
 
 /// Appends the sockets with this local port, in any state.
-pub(super) fn read_port(port: u16, rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
+pub(super) fn read_port(port: u16, rows: &mut impl RowSink) -> io::Result<()> {
     read_files(rows, |line| parse(line, |_, _, _| true).filter(|row| row.entry.endpoint.port == port))
 }
 
-fn read_files(rows: &mut Vec<DumpedSocket>, parse: impl Fn(&str) -> Option<DumpedSocket>) -> io::Result<()> {
+fn read_files(rows: &mut impl RowSink, parse: impl Fn(&str) -> Option<DumpedSocket>) -> io::Result<()> {
     read_file(IPV4, rows, &parse)?;
     match read_file(IPV6, rows, &parse) {
         // The kernel has no IPv6.
@@ -49,13 +52,15 @@ fn read_files(rows: &mut Vec<DumpedSocket>, parse: impl Fn(&str) -> Option<Dumpe
 
 fn read_file(
     path: &str,
-    rows: &mut Vec<DumpedSocket>,
+    rows: &mut impl RowSink,
     parse: &impl Fn(&str) -> Option<DumpedSocket>,
 ) -> io::Result<()> {
     let mut file = BufReader::with_capacity(1 << 16, File::open(path)?);
     let mut line = String::new();
     while file.read_line(&mut line)? != 0 {
-        rows.extend(parse(&line));
+        if let Some(row) = parse(&line) {
+            rows.push(row);
+        }
         line.clear();
     }
     Ok(())

@@ -19,11 +19,13 @@ use super::{
     existing::{self, ExistingNamespaces},
     held::{self, HeldSockets},
     holders::{HolderSearch, Holders, find_holders},
+    limit::{LeftOut, SnapshotLimit},
     netns::{self, Namespace},
     table::Tables,
 };
 use crate::{
     bpf::{descriptors::DescriptorIter, namespaces::NamespaceIter},
+    budget::memory::MAX_HOLDERS,
     system::{clock, process::Holder},
 };
 
@@ -37,6 +39,8 @@ pub struct SnapshotOptions<'a> {
     /// Also search for the holders. The walk over the descriptors of all processes is expensive, so it is
     /// left out if there is no self-connection.
     pub holders: Option<HolderSearch>,
+    /// Maximum number of sockets that are kept, which users share. `None`: no limit.
+    pub max_sockets: Option<usize>,
     /// The iterator over descriptors. With it, the holders are always known and cost no search.
     pub descriptors: Option<&'a DescriptorIter>,
     /// The iterator over network namespaces. With it, it is known which have ended.
@@ -58,6 +62,8 @@ pub struct SocketSnapshot {
     pub namespaces: HashMap<u32, u64>,
     /// The network namespaces that exist. `None`: they could not be listed.
     pub existing: Option<ExistingNamespaces>,
+    /// The sockets beyond the limit.
+    pub left_out: LeftOut,
     /// What could not be read, and the reason: one line of text for people each.
     pub unseen: Vec<String>,
     /// The reason why `/proc/net/tcp` was read instead of sock_diag; cookies and interfaces are unknown in
@@ -127,7 +133,7 @@ impl SocketSnapshot {
             if !knows_netns {
                 (entry.endpoint.netns, entry.endpoint.netns_cookie) = (0, 0);
             }
-            entry.connect_entry = openers.get(&entry.endpoint.table_key()).copied().flatten();
+            entry.connect_entry = openers.get(&entry.endpoint.table_key()).copied().flatten().map(Box::new);
         }
     }
 
@@ -144,10 +150,13 @@ impl SocketSnapshot {
     pub fn stale_connects(&self, connects: &[(u64, ConnectEntry)]) -> Vec<(u64, u64)> {
         let sockets = self.entries.iter().map(|entry| &entry.endpoint).chain(&self.attempts);
         let existing: HashSet<Endpoint> = sockets.map(Endpoint::table_key).collect();
+        let is_complete = self.left_out == LeftOut::default();
         let is_stale = |connect: &ConnectEntry| {
             connect.opener.at_ns < self.began_ns
                 && (self.proves_end_of_netns(&connect.endpoint)
-                    || self.covers(&connect.endpoint) && !existing.contains(&connect.endpoint.table_key()))
+                    || is_complete
+                        && self.covers(&connect.endpoint)
+                        && !existing.contains(&connect.endpoint.table_key()))
         };
         let stale = connects.iter().filter(|(_, connect)| is_stale(connect));
         stale.map(|(sock, connect)| (*sock, connect.opener.at_ns)).collect()
@@ -169,11 +178,13 @@ fn is_same(cookie: u64, endpoint: &Endpoint) -> bool {
 /// If no thread can be started.
 pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result<SocketSnapshot> {
     let began_ns = clock::boot_ns();
-    let (held, refusal) = match options.descriptors.map(held::read) {
+    let mut limit = SnapshotLimit::new(options.max_sockets);
+    let (held, refusal) = match options.descriptors.map(|iter| held::read(iter, &mut limit)) {
         Some(Ok(held)) => (Some(held), None),
         Some(Err(error)) => (None, Some(format!("the iterator over descriptors: {error}"))),
         None => (None, None),
     };
+    limit.begin_next_pass();
     let (existing, existing_refusal) = match options.namespaces.map(existing::list) {
         Some(Ok(existing)) => (Some(existing), None),
         Some(Err(error)) => (None, Some(format!("the list of network namespaces: {error}"))),
@@ -183,17 +194,20 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
     let netns_hints: &[u32] = &netns_hints.iter().chain(holders).copied().collect::<Vec<_>>();
     let (mut snapshot, devices) = thread::scope(|scope| -> io::Result<_> {
         let thread = thread::Builder::new().name("namespaces".to_owned());
-        let thread = thread.spawn_scoped(scope, move || snapshot_all(options, netns_hints))?;
+        let thread =
+            thread.spawn_scoped(scope, || snapshot_all(options, netns_hints, held.as_ref(), &mut limit))?;
         Ok(thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause)))
     })?;
     snapshot.began_ns = began_ns;
     snapshot.existing = existing;
     snapshot.unseen.extend(refusal.into_iter().chain(existing_refusal));
+    snapshot.left_out = limit.left_out;
     if let Some(held) = held {
         snapshot.add_held(held, options.attempts);
     } else if let Some(search) = options.holders {
         let inodes = snapshot.entries.iter().map(|entry| entry.inode).filter(|inode| *inode != 0).collect();
-        snapshot.holders = find_holders(&inodes, search);
+        snapshot.holders =
+            find_holders(&inodes, search, options.max_sockets.map_or(usize::MAX, |_| MAX_HOLDERS));
         for entry in &mut snapshot.entries {
             entry.is_held = snapshot.holders.by_inode.contains_key(&entry.inode);
         }
@@ -205,11 +219,17 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
 }
 
 /// Must be called on a thread that ends afterwards, because the thread stays in the last namespace.
-fn snapshot_all(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> (SocketSnapshot, DeviceNames) {
+fn snapshot_all(
+    options: SnapshotOptions<'_>,
+    netns_hints: &[u32],
+    held: Option<&HeldSockets>,
+    limit: &mut SnapshotLimit,
+) -> (SocketSnapshot, DeviceNames) {
+    let is_held = |inode| held.is_some_and(|held| held.holders.by_inode.contains_key(&inode));
     let (mut snapshot, mut devices) = (SocketSnapshot::default(), DeviceNames::default());
     let mut tables = Tables::new(options.procfs_only);
     let visited = netns::visit(netns_hints, |&Namespace { id, .. }| {
-        tables.read(options.attempts)?;
+        tables.read(options.attempts, limit, &is_held)?;
         let mut cookies = HashSet::new();
         for row in tables.rows.drain(..) {
             if row.is_attempt() && options.attempts {
@@ -220,7 +240,8 @@ fn snapshot_all(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> (SocketSna
                 snapshot.entries.push(row.into_entry(id));
             }
         }
-        let here = snapshot.entries.iter().map(|entry| &entry.endpoint);
+        let held = held.iter().flat_map(|held| &held.entries);
+        let here = snapshot.entries.iter().chain(held).map(|entry| &entry.endpoint);
         devices.look_up(here.filter(|endpoint| endpoint.netns == id.inode));
         Ok(())
     });
@@ -257,14 +278,14 @@ mod tests {
             ..SocketSnapshot::default()
         };
         snapshot.add_connect_entries(&connects, true);
-        assert_eq!(snapshot.entries[0].connect_entry.map(|(sock, _)| sock), Some(7));
+        assert_eq!(snapshot.entries[0].connect_entry.as_ref().map(|entry| entry.0), Some(7));
         assert_eq!(snapshot.stale_connects(&connects), [(8, 5)], "9 is in a namespace that was not read");
         snapshot.attempts.push(other);
         assert_eq!(snapshot.stale_connects(&connects), [], "8 is still connecting");
         // Without BTF.
         snapshot.add_connect_entries(&[connect(7, Endpoint { netns: 0, ..v4 }, 5)], false);
         let entry = &snapshot.entries[0];
-        assert_eq!((entry.endpoint.netns, entry.connect_entry.map(|(sock, _)| sock)), (0, Some(7)));
+        assert_eq!((entry.endpoint.netns, entry.connect_entry.as_ref().map(|entry| entry.0)), (0, Some(7)));
     }
 
     #[test]

@@ -18,7 +18,10 @@ use netlink_packet_sock_diag::{
     inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags, Timer},
 };
 
-use super::entry::{DumpedSocket, STATES, SocketEntry, dumped_endpoint};
+use super::{
+    entry::{DumpedSocket, STATES, SocketEntry, dumped_endpoint},
+    limit::RowSink,
+};
 use message::DiagMessage;
 
 mod bytecode;
@@ -78,7 +81,7 @@ impl DiagReader {
     }
 
     /// Appends the self-connections and, if requested, the connection attempts in progress.
-    pub(super) fn read(&mut self, attempts: bool, rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
+    pub(super) fn read(&mut self, attempts: bool, rows: &mut impl RowSink) -> io::Result<()> {
         let syn_sent = StateFlags::SYN_SENT.bits();
         for family in [AF_INET, AF_INET6] {
             let mut dump =
@@ -96,7 +99,7 @@ impl DiagReader {
     }
 
     /// Appends the listeners. For this dump the kernel does not walk the table of connections.
-    pub(super) fn read_listeners(&mut self, rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
+    pub(super) fn read_listeners(&mut self, rows: &mut impl RowSink) -> io::Result<()> {
         let states = StateFlags::LISTEN.bits();
         for family in [AF_INET, AF_INET6] {
             self.dump_with_retry(DumpRequest { family, states, filter: DumpFilter::All }, rows)?;
@@ -104,10 +107,10 @@ impl DiagReader {
         Ok(())
     }
 
-    fn dump_with_retry(&mut self, request: DumpRequest, rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
-        let before = rows.len();
+    fn dump_with_retry(&mut self, request: DumpRequest, rows: &mut impl RowSink) -> io::Result<()> {
+        let mark = rows.mark();
         for _ in 0..MAX_DUMP_TRIES {
-            rows.truncate(before);
+            rows.restore(mark);
             match self.dump(request, rows) {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}
@@ -119,7 +122,7 @@ impl DiagReader {
     }
 
     /// Returns true if the dump is consistent.
-    fn dump(&mut self, request: DumpRequest, rows: &mut Vec<DumpedSocket>) -> io::Result<bool> {
+    fn dump(&mut self, request: DumpRequest, rows: &mut impl RowSink) -> io::Result<bool> {
         // Each dump uses a new netlink socket, so that messages left over from an aborted dump are never read
         // as part of the next one.
         let mut socket = message::open()?;
@@ -163,7 +166,7 @@ impl DumpRequest {
     }
 
     /// Appends the matching sockets of a batch of messages.
-    fn parse_batch(self, mut bytes: &[u8], rows: &mut Vec<DumpedSocket>) -> io::Result<BatchEnd> {
+    fn parse_batch(self, mut bytes: &[u8], rows: &mut impl RowSink) -> io::Result<BatchEnd> {
         let malformed =
             |_| io::Error::new(io::ErrorKind::InvalidData, "sock_diag returned a truncated message");
         let mut inconsistent = false;

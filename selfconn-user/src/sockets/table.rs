@@ -2,7 +2,11 @@
 
 use std::io;
 
-use super::{entry::DumpedSocket, procfs, sock_diag};
+use super::{
+    entry::DumpedSocket,
+    limit::{LeftOut, LimitedRows, RowSink, SnapshotLimit},
+    procfs, sock_diag,
+};
 
 /// Reads the socket tables of the network namespace that the calling thread is in.
 pub(super) struct Tables {
@@ -19,37 +23,50 @@ impl Tables {
         Self { diag, without_diag: None, rows: Vec::new() }
     }
 
-    /// Fills `rows` with the self-connections and, if requested, the connection attempts in progress.
-    pub(super) fn read(&mut self, attempts: bool) -> io::Result<()> {
-        self.fill(|diag, rows| diag.read(attempts, rows), procfs::read)
+    /// Fills `rows` with the self-connections and, if requested, the connection attempts in progress, within a limit. A
+    /// self-connection with a known inode is left out.
+    pub(super) fn read(
+        &mut self,
+        attempts: bool,
+        limit: &mut SnapshotLimit,
+        is_known: &dyn Fn(u64) -> bool,
+    ) -> io::Result<()> {
+        let Self { diag, without_diag, rows } = self;
+        rows.clear();
+        let mut rows = LimitedRows { rows, limit, is_known, marked: LeftOut::default() };
+        fill(diag, without_diag, &mut rows, |diag, rows| diag.read(attempts, rows), procfs::read)
     }
 
     /// Fills `rows` with the listeners.
     pub(super) fn read_listeners(&mut self) -> io::Result<()> {
-        self.fill(sock_diag::DiagReader::read_listeners, procfs::read_listeners)
+        let Self { diag, without_diag, rows } = self;
+        rows.clear();
+        fill(diag, without_diag, rows, sock_diag::DiagReader::read_listeners, procfs::read_listeners)
     }
+}
 
-    /// Fills `rows` through sock_diag. If that fails for any reason, through procfs.
-    fn fill(
-        &mut self,
-        by_diag: impl Fn(&mut sock_diag::DiagReader, &mut Vec<DumpedSocket>) -> io::Result<()>,
-        by_procfs: impl Fn(&mut Vec<DumpedSocket>) -> io::Result<()>,
-    ) -> io::Result<()> {
-        self.rows.clear();
-        if let Some(diag) = &mut self.diag {
-            match by_diag(diag, &mut self.rows) {
-                Ok(()) => return Ok(()),
-                Err(error) => {
-                    if is_unsupported(&error) {
-                        self.diag = None;
-                    }
-                    self.without_diag = Some(error.to_string());
+/// Fills `rows` through sock_diag. If that fails for any reason, through procfs.
+fn fill<R: RowSink>(
+    diag: &mut Option<sock_diag::DiagReader>,
+    without_diag: &mut Option<String>,
+    rows: &mut R,
+    by_diag: impl Fn(&mut sock_diag::DiagReader, &mut R) -> io::Result<()>,
+    by_procfs: impl Fn(&mut R) -> io::Result<()>,
+) -> io::Result<()> {
+    if let Some(reader) = diag {
+        let mark = rows.mark();
+        match by_diag(reader, rows) {
+            Ok(()) => return Ok(()),
+            Err(error) => {
+                if is_unsupported(&error) {
+                    *diag = None;
                 }
+                *without_diag = Some(error.to_string());
             }
-            self.rows.clear();
         }
-        by_procfs(&mut self.rows)
+        rows.restore(mark);
     }
+    by_procfs(rows)
 }
 
 /// True if this kernel has no sock_diag for TCP, in any namespace: no such netlink protocol (EPROTONOSUPPORT), or no
@@ -67,18 +84,18 @@ mod tests {
     /// Reads two namespaces, where sock_diag fails in the first one with this errno. Returns whether it is used in the
     /// second one.
     fn is_used_again(errno: i32) -> bool {
-        let mut tables = Tables::new(false);
+        let Tables { mut diag, mut without_diag, mut rows } = Tables::new(false);
         let fail = |_: &mut sock_diag::DiagReader, _: &mut Vec<DumpedSocket>| {
             Err(io::Error::from_raw_os_error(errno))
         };
-        tables.fill(fail, |_| Ok(())).unwrap();
+        fill(&mut diag, &mut without_diag, &mut rows, fail, |_| Ok(())).unwrap();
         let is_used = std::cell::Cell::new(false);
         let succeed = |_: &mut sock_diag::DiagReader, _: &mut Vec<DumpedSocket>| {
             is_used.set(true);
             Ok(())
         };
-        tables.fill(succeed, |_| Ok(())).unwrap();
-        assert!(tables.without_diag.is_some(), "it is said that a namespace was read without sock_diag");
+        fill(&mut diag, &mut without_diag, &mut rows, succeed, |_| Ok(())).unwrap();
+        assert!(without_diag.is_some(), "it is said that a namespace was read without sock_diag");
         is_used.get()
     }
 

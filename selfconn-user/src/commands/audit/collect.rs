@@ -239,7 +239,7 @@ fn identify_listeners(namespaces: &mut [NamespaceInfo]) -> Vec<String> {
             "processes of the listeners: their pids are unknown outside the initial pid namespace".to_owned(),
         ];
     }
-    let holders = sockets::find_holders(&inodes, HolderSearch::Quick);
+    let holders = sockets::find_holders(&inodes, HolderSearch::Quick, usize::MAX);
     let mut processes: HashMap<u32, ListenerProcess> = HashMap::new();
     for audited in namespaces.iter_mut().flat_map(|info| &mut info.audited_ports) {
         // The lowest pid: the main process of a server is usually older than its workers.

@@ -9,7 +9,7 @@
 //!
 //! When a socket of the table and a tracked connection are the same is decided in `identity.rs`.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use selfconn_ebpf::{Owner, Transition, state};
 
@@ -34,6 +34,12 @@ impl Connections {
         self.closed_during_snapshot = Some(ClosedSockets::default());
     }
 
+    /// The numbers of self-connections that the snapshot has left out, by user. Must be called before
+    /// [`Self::reconcile`], for which `is_covered` must be false where one may have been left out.
+    pub fn set_left_out(&mut self, left_out: impl Iterator<Item = (u32, u64)>) {
+        self.left_out = left_out.collect();
+    }
+
     /// Compares the tracked connections with a snapshot of the socket table. Every transition until the
     /// snapshot must have been applied before. `began_ns` is when the snapshot began (`CLOCK_BOOTTIME`).
     /// `coverage` says what it means that the snapshot does not list a connection.
@@ -47,6 +53,7 @@ impl Connections {
         mut each: impl FnMut(ConnectionEvent<'_>),
     ) -> u64 {
         let closed_during_snapshot = self.closed_during_snapshot.take().unwrap_or_default();
+        let left_out = std::mem::take(&mut self.left_out);
         let mut known = TrackedKeys::default();
         for (key, tracked) in self.tracked.iter().filter(|(_, tracked)| tracked.closed_ns.is_none()) {
             known.insert(&tracked.connection, key);
@@ -87,7 +94,7 @@ impl Connections {
                 let tracked = Tracked::from_entry(self.last_number, payer, entry, began_ns);
                 each(ConnectionEvent::Established(&tracked.connection));
                 // The numbers of connections are no kernel addresses.
-                let key = entry.connect_entry.map_or(self.last_number, |(sock, _)| sock);
+                let key = entry.connect_entry.as_ref().map_or(self.last_number, |entry| entry.0);
                 if entry.connect_entry.is_none() {
                     for id in SocketId::all_of(entry.cookie, &entry.endpoint) {
                         self.provisional_keys.insert(id, key);
@@ -97,7 +104,6 @@ impl Connections {
                 seen.insert(key);
             }
         }
-        self.tracked.on_listed_untracked(&untracked);
         let mut vanished = Vec::new();
         for (key, tracked) in self.tracked.iter_mut().filter(|(_, tracked)| tracked.closed_ns.is_none()) {
             if tracked.last_seen_ns >= began_ns || seen.contains(&key) {
@@ -110,6 +116,17 @@ impl Connections {
             }
             tracked.was_absent = coverage == Coverage::Read;
         }
+        // Some of those that the snapshot left out are tracked.
+        let is_unseen = |(key, tracked): &(u64, &Tracked)| tracked.closed_ns.is_none() && !seen.contains(key);
+        let mut unseen: HashMap<u32, u64> = HashMap::new();
+        for (_, tracked) in self.tracked.iter().filter(is_unseen).filter(|_| !left_out.is_empty()) {
+            *unseen.entry(tracked.connection.uid.unwrap_or_default()).or_default() += 1;
+        }
+        let left_out = left_out.into_iter().map(|(uid, count)| {
+            (Owner::new(uid, 0), count.saturating_sub(unseen.get(&uid).copied().unwrap_or_default()))
+        });
+        let found = untracked.into_iter().map(|owner| (owner, 1)).chain(left_out);
+        self.tracked.on_listed_untracked(found);
         for tracked in vanished.into_iter().filter_map(|key| self.tracked.remove(key)) {
             let connection = &tracked.connection;
             for id in SocketId::all_of(connection.cookie, &connection.endpoint) {

@@ -117,14 +117,19 @@ impl TrackedTable {
         self.count(owner, 1);
     }
 
-    /// The owners of the connections that a snapshot lists and that are not tracked. Those that may have been counted
+    /// How many connections of each owner a snapshot has found that are not tracked. Those that may have been counted
     /// before are not counted again.
-    pub(super) fn on_listed_untracked(&mut self, owners: &[Owner]) {
-        let known = usize::try_from(self.maybe_open).unwrap_or(usize::MAX);
-        for owner in owners.iter().skip(known) {
-            self.count(*owner, 1);
+    pub(super) fn on_listed_untracked(&mut self, found: impl Iterator<Item = (Owner, u64)>) {
+        let (mut known, mut total) = (self.maybe_open, 0);
+        for (owner, count) in found {
+            total += count;
+            let new = count.saturating_sub(known);
+            known = known.saturating_sub(count);
+            if new > 0 {
+                self.count(owner, new);
+            }
         }
-        self.maybe_open = owners.len() as u64;
+        self.maybe_open = total;
     }
 
     fn count(&mut self, owner: Owner, count: u64) {
@@ -154,7 +159,7 @@ pub(super) fn payer_of_transition(t: &Transition) -> Owner {
 
 /// Who pays for a socket that the socket table lists.
 pub(super) fn payer_of_entry(entry: &SocketEntry) -> Owner {
-    payer(entry.connect_entry.as_ref().map(|(_, opener)| opener), entry.uid.unwrap_or(0))
+    payer(entry.connect_entry.as_ref().map(|entry| &entry.1), entry.uid.unwrap_or(0))
 }
 
 /// The owner of the opener or, if the opener is unknown, of the socket.

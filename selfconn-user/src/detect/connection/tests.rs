@@ -205,7 +205,8 @@ fn the_socket_table_establishes_missed_connections_and_closes_vanished_ones() {
     let again = transition(2, 320, SYN_RECV, ESTABLISHED);
     let same = |t: &Transition| Transition { opener: open.opener, ..*t };
     let table = [listed(40_000, ESTABLISHED)];
-    let with_entry = [SocketEntry { connect_entry: Some((1, open.opener)), ..listed(40_000, ESTABLISHED) }];
+    let with_entry =
+        [SocketEntry { connect_entry: Some(Box::new((1, open.opener))), ..listed(40_000, ESTABLISHED) }];
     use Coverage::{NetnsEnded, Read, Unknown};
     // (before, during, table, after, what an absence means, events, missed)
     type ReconcileCase<'a> = (

@@ -1,0 +1,213 @@
+//! How many sockets of each owner a snapshot keeps, and of which owners it left some out. What is left out is counted,
+//! and proves nothing: it may exist.
+
+use std::collections::{HashMap, HashSet};
+
+use selfconn_ebpf::Owner;
+
+use super::entry::DumpedSocket;
+use crate::budget::SharedLimit;
+
+/// Maximum number of owners that are told apart.
+const MAX_OWNERS: usize = 1_024;
+
+/// Users in the same block of this many uids share a share, too: the range that a user namespace maps is as long, and
+/// root there may use all of it. The tables know no control group.
+const UIDS_OF_A_RANGE: u32 = 1 << 16;
+
+/// Who pays for the sockets of this user. TIME_WAIT and a socket whose process has closed it have no user.
+fn owner(uid: Option<u32>) -> Owner {
+    let uid = uid.unwrap_or(u32::MAX);
+    Owner::new(uid, u64::from(uid / UIDS_OF_A_RANGE))
+}
+
+/// The sockets that a snapshot left out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Self-connections by user. `None`: those without a user, and all beyond [`MAX_OWNERS`].
+    by_uid: HashMap<Option<u32>, u64>,
+    is_overfull: bool,
+    /// True if connection attempts were left out.
+    pub attempts: bool,
+}
+
+impl LeftOut {
+    fn count(&mut self, uid: Option<u32>) {
+        let is_counted_apart = self.by_uid.contains_key(&uid) || self.by_uid.len() < MAX_OWNERS;
+        self.is_overfull |= !is_counted_apart;
+        *self.by_uid.entry(uid.filter(|_| is_counted_apart)).or_default() += 1;
+    }
+
+    /// True if a self-connection of this user may have been left out. `None`: the user is unknown.
+    #[must_use]
+    pub fn may_have(&self, uid: Option<u32>) -> bool {
+        match uid {
+            Some(_) => self.is_overfull || self.by_uid.contains_key(&uid),
+            None => !self.by_uid.is_empty(),
+        }
+    }
+
+    /// True if sockets without a user were left out, such as TIME_WAIT.
+    #[must_use]
+    pub fn has_without_user(&self) -> bool {
+        self.by_uid.contains_key(&None)
+    }
+
+    /// Number of self-connections by user.
+    pub fn users(&self) -> impl Iterator<Item = (u32, u64)> {
+        self.by_uid.iter().filter_map(|(uid, count)| Some(((*uid)?, *count)))
+    }
+}
+
+/// The limit of one snapshot.
+#[derive(Debug)]
+pub(super) struct SnapshotLimit {
+    shares: SharedLimit,
+    pub(super) left_out: LeftOut,
+    /// Users whose sockets were counted in an earlier pass, which the next one finds again.
+    counted: HashSet<u32>,
+}
+
+impl SnapshotLimit {
+    /// `None`: no limit.
+    pub(super) fn new(max_sockets: Option<usize>) -> Self {
+        // A share is a multiple of what is free.
+        let max_sockets = max_sockets.unwrap_or(usize::MAX >> 4);
+        Self { shares: SharedLimit::new(max_sockets), left_out: LeftOut::default(), counted: HashSet::new() }
+    }
+
+    /// True if there is room for one more socket of this user.
+    pub(super) fn take(&mut self, uid: Option<u32>, is_attempt: bool) -> bool {
+        let has_room = self.shares.try_take(owner(uid), 1);
+        match (has_room, is_attempt) {
+            (true, _) => {}
+            (false, true) => self.left_out.attempts = true,
+            (false, false) if uid.is_some_and(|uid| self.counted.contains(&uid)) => {}
+            (false, false) => self.left_out.count(uid),
+        }
+        has_room
+    }
+
+    /// The next pass finds the sockets of this one again.
+    pub(super) fn begin_next_pass(&mut self) {
+        self.counted = self.left_out.users().map(|(uid, _)| uid).collect();
+    }
+}
+
+/// Where the readers of the socket tables put what they find.
+pub(super) trait RowSink {
+    fn push(&mut self, row: DumpedSocket);
+
+    /// What [`Self::restore`] goes back to.
+    fn mark(&mut self) -> usize;
+
+    /// Takes out what was added since `mark`, the last mark.
+    fn restore(&mut self, mark: usize);
+}
+
+impl RowSink for Vec<DumpedSocket> {
+    fn push(&mut self, row: DumpedSocket) {
+        self.push(row);
+    }
+
+    fn mark(&mut self) -> usize {
+        self.len()
+    }
+
+    fn restore(&mut self, mark: usize) {
+        self.truncate(mark);
+    }
+}
+
+/// Keeps self-connections and attempts within a limit.
+pub(super) struct LimitedRows<'a> {
+    pub(super) rows: &'a mut Vec<DumpedSocket>,
+    pub(super) limit: &'a mut SnapshotLimit,
+    /// True if the socket with this inode is known already.
+    pub(super) is_known: &'a dyn Fn(u64) -> bool,
+    pub(super) marked: LeftOut,
+}
+
+impl RowSink for LimitedRows<'_> {
+    fn push(&mut self, row: DumpedSocket) {
+        let is_attempt = row.is_attempt();
+        let is_wanted = is_attempt || row.is_self_connection() && !(self.is_known)(row.entry.inode);
+        if is_wanted && self.limit.take(row.entry.uid, is_attempt) {
+            self.rows.push(row);
+        }
+    }
+
+    fn mark(&mut self) -> usize {
+        self.marked = self.limit.left_out.clone();
+        self.rows.len()
+    }
+
+    fn restore(&mut self, mark: usize) {
+        for row in self.rows.drain(mark..) {
+            self.limit.shares.give_back(owner(row.entry.uid), 1);
+        }
+        self.limit.left_out = self.marked.clone();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use selfconn_ebpf::state;
+
+    use super::*;
+    use crate::sockets::entry::tests::row;
+
+    fn of_user(uid: Option<u32>, inode: u64) -> DumpedSocket {
+        let mut row = row("127.0.0.1:4", "127.0.0.1:4", state::ESTABLISHED);
+        (row.entry.uid, row.entry.inode) = (uid, inode);
+        row
+    }
+
+    #[test]
+    fn one_user_leaves_room_for_the_next_and_what_is_left_out_is_counted_by_user() {
+        let mut limit = SnapshotLimit::new(Some(1_000));
+        let mut take = |uid| (0..2_000).filter(|_| limit.take(uid, false)).count();
+        assert_eq!([take(Some(1)), take(Some(2)), take(None)], [750, 187, 47]);
+        assert!(take(Some(3)) > 0);
+        let LeftOut { by_uid, .. } = &limit.left_out;
+        assert_eq!((by_uid[&Some(1)], by_uid[&Some(2)], by_uid[&None]), (1_250, 1_813, 1_953));
+        assert!(limit.left_out.may_have(Some(1)) && limit.left_out.has_without_user());
+        assert!(!limit.left_out.may_have(Some(9)) && limit.left_out.may_have(None));
+        assert!(!LeftOut::default().may_have(None));
+        limit.begin_next_pass();
+        assert!(!limit.take(Some(1), false) && limit.left_out.by_uid[&Some(1)] == 1_250, "counted once");
+    }
+
+    #[test]
+    fn all_uids_that_a_user_namespace_maps_have_one_share_together() {
+        let mut limit = SnapshotLimit::new(Some(8_000));
+        for uid in (200_000..260_000).step_by(100) {
+            for _ in 0..100 {
+                let _ = limit.take(Some(uid), false);
+            }
+        }
+        let others = (0..1_000).filter(|_| limit.take(Some(1_000), false)).count();
+        assert!(others >= 400, "{others}");
+    }
+
+    #[test]
+    fn a_second_try_counts_nothing_twice_and_known_sockets_take_no_room() {
+        let (mut rows, mut limit) = (Vec::new(), SnapshotLimit::new(Some(4)));
+        let is_known = |inode| inode == 9;
+        let mut limited = LimitedRows {
+            rows: &mut rows,
+            limit: &mut limit,
+            is_known: &is_known,
+            marked: LeftOut::default(),
+        };
+        let mark = limited.mark();
+        for _ in 0..2 {
+            limited.restore(mark);
+            for _ in 0..5 {
+                limited.push(of_user(Some(1), 8));
+                limited.push(of_user(Some(1), 9));
+            }
+        }
+        assert_eq!((rows.len(), limit.left_out.by_uid[&Some(1)]), (3, 2));
+    }
+}
