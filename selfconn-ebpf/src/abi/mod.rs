@@ -3,6 +3,7 @@
 
 mod action;
 pub mod bind_failure;
+mod bind_options;
 mod connect_table;
 mod counters;
 mod descriptor;
@@ -18,6 +19,7 @@ mod task;
 mod tcp;
 
 pub use action::{Action, classify};
+pub use bind_options::BindOptions;
 pub use connect_table::{ConnectEntry, ConnectSet, WAYS, set_index};
 pub use counters::counter;
 pub use descriptor::SocketDescriptor;
@@ -28,4 +30,4 @@ pub use namespace::{NamespaceCursor, NamespaceRecord};
 pub use owner::Owner;
 pub use record::{Record, Transition, reported, socket_file, tag};
 pub use task::{COMM_LEN, Opener, Task, cause, cgroup_access, task_access};
-pub use tcp::{IPPROTO_TCP, family, state};
+pub use tcp::{IPPROTO_MPTCP, IPPROTO_TCP, family, state};

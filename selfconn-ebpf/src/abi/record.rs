@@ -4,6 +4,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{
     bind_failure::BindFailure,
+    bind_options::BindOptions,
     endpoint::Endpoint,
     refused_connects::RefusedConnectsReport,
     task::{Opener, Task},
@@ -72,7 +73,11 @@ pub struct Transition {
     pub uid: u32,
     /// `sk_err`, an errno. ECONNABORTED at CLOSE means that the socket was destroyed from outside
     /// (`SOCK_DESTROY`).
-    pub error: u32,
+    pub error: u16,
+    /// Of the socket, as they are at this transition.
+    pub options: BindOptions,
+    /// Always zero.
+    pub padding: u8,
     /// Inode of the socket's file. 0: unknown, or the socket has no file: the kernel itself uses it, or its program
     /// has closed it.
     pub inode: u64,

@@ -4,6 +4,7 @@
 use std::{
     fs, io,
     os::fd::{AsFd as _, AsRawFd},
+    sync::Arc,
 };
 
 use anyhow::{Context as _, Result, anyhow};
@@ -91,7 +92,7 @@ pub struct Tracer {
 #[derive(Debug, Default)]
 pub struct Iterators {
     /// Over the descriptors of all processes.
-    pub descriptors: Option<DescriptorIter>,
+    pub descriptors: Option<Arc<DescriptorIter>>,
     /// Over the network namespaces.
     pub namespaces: Option<NamespaceIter>,
 }
@@ -158,7 +159,7 @@ impl Tracer {
             methods: Choice { live, refused: choice.refused },
             binds,
             bind_links,
-            iterators: Some(Iterators { descriptors, namespaces }),
+            iterators: Some(Iterators { descriptors: descriptors.map(Arc::new), namespaces }),
             descriptors_refusal,
             namespaces_refusal,
             links,

@@ -2,7 +2,7 @@
 //! nothing is locked. Each part holds its state, and the loop calls it; no part knows the daemon. Work that
 //! blocks or changes the network namespace runs on worker threads, which own no state of the daemon.
 
-use std::{collections::HashSet, io, time::Duration};
+use std::{collections::HashSet, io, sync::Arc, time::Duration};
 
 use selfconn_ebpf::{ABSENT, Endpoint, Field, Record, bind_failure::BindFailure};
 use tokio::time::{Instant, sleep};
@@ -25,6 +25,7 @@ use crate::{
         memory,
     },
 };
+use blocked::BlockedReports;
 use catch_up::{AfterRecords, CatchUp};
 use losses::LossReporter;
 use pipeline::Pipeline;
@@ -37,6 +38,7 @@ use signals::{SignalAction, Signals};
 use snapshot_worker::SnapshotWorker;
 use supervision::Supervision;
 
+mod blocked;
 mod catch_up;
 mod losses;
 mod pending;
@@ -55,9 +57,9 @@ pub use self_test::HooksDead;
 
 /// The most threads that a daemon has at the same time. The unit's `TasksMax` must not be below it.
 ///
-/// The loop; `metrics`; the writer of stdout or the journal; `facts`; `reader`, `ranges` and `remedy`, each
+/// The loop; `metrics`; the writer of stdout or the journal; `facts`; `holders`; `reader`, `ranges` and `remedy`, each
 /// with a thread that enters a namespace; and the readers of command lines, all of which may be stuck.
-pub const MAX_THREADS: usize = 1 + 1 + 1 + 1 + 3 * 2 + crate::lookup::MAX_STUCK;
+pub const MAX_THREADS: usize = 1 + 1 + 1 + 1 + 1 + 3 * 2 + crate::lookup::MAX_STUCK;
 
 /// Maximum number of records drained per loop iteration, so that every other source gets its turn.
 const MAX_BATCH: usize = 1024;
@@ -130,13 +132,15 @@ impl Daemon {
         let probe_count = u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX);
         let lookups = Lookups::start(host.is_initial_pid_ns, options.kept_cmdline)?;
         let remediation = Remediation::start(options.remedy)?;
-        let snapshot_worker = snapshot_worker::start(tracer.take_iterators())?;
+        let iterators = tracer.take_iterators();
+        let blocked = BlockedReports::start(iterators.descriptors.clone())?;
+        let snapshot_worker = snapshot_worker::start(iterators)?;
         Ok(Self {
             tracer,
             snapshot_worker,
             port_risks: PortRiskMonitor::start()?,
             supervision,
-            pipeline: Pipeline::new(probe_count, lookups, options.states, remediation, out),
+            pipeline: Pipeline::new(probe_count, lookups, options.states, remediation, blocked, out),
             self_test: options.self_test,
             loss_reporter: LossReporter::default(),
             snapshot_interval: options.snapshot_interval,
@@ -187,6 +191,7 @@ impl Daemon {
                 () = self.port_risks.ready() => {}
                 () = self.pipeline.remediation.ready() => {}
                 () = self.pipeline.lookups.ready() => {}
+                () = self.pipeline.blocked.ready() => {}
                 readable = self.tracer.readable() => readable?,
                 // The pending events are written below.
                 () = self.pipeline.out.ready() => {}
@@ -229,6 +234,7 @@ impl Daemon {
     fn next_wake(&self) -> Option<Instant> {
         let times = [
             self.pipeline.remediation.next_at(),
+            self.pipeline.blocked.next_at(),
             self.port_risks.next_at(),
             self.self_test.next_at(),
             self.loss_reporter.next_at(),
@@ -241,6 +247,7 @@ impl Daemon {
 
     /// Takes the responses of the workers that are there.
     fn serve_workers(&mut self) {
+        self.pipeline.serve_blocked();
         if let Some(snapshot) = self.snapshot_worker.try_response() {
             self.wait_for_records(AfterRecords::Reconcile(Box::new(snapshot)));
         }
@@ -504,6 +511,7 @@ impl Daemon {
             self.snapshot_worker.ended(),
             self.port_risks.ended_worker(),
             self.pipeline.remediation.ended_worker(),
+            self.pipeline.blocked.ended_worker(),
         ];
         others.into_iter().flatten().chain(self.pipeline.lookups.ended_workers())
     }

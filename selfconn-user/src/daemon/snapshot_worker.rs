@@ -23,7 +23,7 @@ pub(super) fn start(iterators: Iterators) -> io::Result<SnapshotWorker> {
 /// `netns_hints` are threads that may be the only ones in their namespace.
 fn take_snapshot(netns_hints: &[u32], iterators: &Iterators) -> SocketSnapshot {
     let holders = Some(HolderSearch::Complete);
-    let (descriptors, namespaces) = (iterators.descriptors.as_ref(), iterators.namespaces.as_ref());
+    let (descriptors, namespaces) = (iterators.descriptors.as_deref(), iterators.namespaces.as_ref());
     let options = SnapshotOptions { attempts: true, holders, descriptors, namespaces, procfs_only: false };
     let snapshot = sockets::snapshot(options, netns_hints).unwrap_or_else(|error| {
         // An empty snapshot covers no namespace, so no connection is considered closed.

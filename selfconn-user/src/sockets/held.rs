@@ -10,7 +10,10 @@ use std::{
 
 use selfconn_ebpf::{COMM_LEN, Endpoint, SocketDescriptor, state};
 
-use super::{entry::SocketEntry, holders::Holders};
+use super::{
+    entry::SocketEntry,
+    holders::{HolderSearch, Holders, find_holders},
+};
 use crate::{
     bpf::descriptors::DescriptorIter,
     system::process::{self, Holder},
@@ -33,6 +36,28 @@ pub(super) fn read(iter: &DescriptorIter) -> io::Result<HeldSockets> {
     let mut collector = Collector::default();
     iter.pass(|record| collector.add(record))?;
     Ok(collector.finish())
+}
+
+/// What is known now of the sockets with these inodes.
+#[derive(Debug, Default)]
+pub struct CurrentHolders {
+    /// The processes that have each of them open. A socket without a holder has no entry.
+    pub by_inode: HashMap<u64, Vec<Holder>>,
+    /// The sockets as they are now; empty without the iterator.
+    pub entries: HashMap<u64, SocketEntry>,
+}
+
+/// Looks for the holders of these sockets: by a pass of the iterator, or else by a search in `/proc`.
+#[must_use]
+pub fn find_current_holders(inodes: &HashSet<u64>, iter: Option<&DescriptorIter>) -> CurrentHolders {
+    let Some(Ok(held)) = iter.map(read) else {
+        let by_inode = find_holders(inodes, HolderSearch::Complete).by_inode;
+        return CurrentHolders { by_inode, ..CurrentHolders::default() };
+    };
+    let mut by_inode = held.holders.by_inode;
+    by_inode.retain(|inode, _| inodes.contains(inode));
+    let entries = held.entries.into_iter().filter(|entry| inodes.contains(&entry.inode));
+    CurrentHolders { by_inode, entries: entries.map(|entry| (entry.inode, entry)).collect() }
 }
 
 /// The sockets so far, by kernel address and cookie: an address alone may belong to another socket when the
@@ -102,6 +127,7 @@ fn entry(record: &SocketDescriptor) -> SocketEntry {
         inode: record.inode,
         uid: Some(record.uid),
         time_wait_left: None,
+        options: record.options,
         connect_entry: None,
         is_held: true,
         device: None,

@@ -35,6 +35,8 @@ pub use devices::NetDevices;
 pub use entry::Coverage;
 pub use entry::SocketEntry;
 pub use existing::ExistingNamespaces;
+pub use held::CurrentHolders;
+pub use held::find_current_holders;
 pub use holders::HolderSearch;
 pub use holders::Holders;
 pub use holders::find_holders;

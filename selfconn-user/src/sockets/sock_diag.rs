@@ -17,6 +17,7 @@ use netlink_packet_sock_diag::{
     AF_INET, AF_INET6, IPPROTO_TCP, SOCK_DIAG_BY_FAMILY,
     inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags, Timer},
 };
+use selfconn_ebpf::BindOptions;
 
 use super::entry::{DumpedSocket, STATES, SocketEntry, dumped_endpoint};
 use message::DiagMessage;
@@ -233,6 +234,7 @@ pub(super) fn parse(response: &[u8]) -> Result<DumpedSocket, netlink_packet_core
         inode: header.inode.into(),
         uid: (header.inode != 0).then_some(header.uid),
         time_wait_left: left,
+        options: BindOptions::UNKNOWN,
         connect_entry: None,
         is_held: false,
         device: None,
