@@ -18,7 +18,10 @@ mod entry_points {
         programs::{BtfTracePointContext, FEntryContext, FExitContext, ProbeContext, TracePointContext},
     };
 
-    use selfconn_ebpf::names::{FENTRY, KPROBE, PERF, TP_BTF, probe_id};
+    use selfconn_ebpf::{
+        names::{FENTRY, KPROBE, PERF, TP_BTF, probe_id},
+        state,
+    };
 
     use crate::programs::{
         bind_failure,
@@ -48,6 +51,8 @@ mod entry_points {
         if let Some(self_addr) = sock.self_addr::<L>() {
             let (old, new): (i32, i32) = (ctx.arg(1), ctx.arg(2));
             tcp_state::on_socket::<_, _, { probe_id(TP_BTF) }>(ctx, sock, self_addr, old as u8, new as u8);
+        } else if ctx.arg::<i32>(1) == i32::from(state::LISTEN) {
+            tcp_state::on_listener_closed(sock);
         }
         0
     }
@@ -57,6 +62,8 @@ mod entry_points {
     fn selfconn_perf(ctx: TracePointContext) -> u32 {
         if TracepointRecord::is_self_addressed(&ctx) {
             tcp_state::on_tracepoint_record::<{ probe_id(PERF) }>(ctx);
+        } else if let Some(sock) = TracepointRecord::former_listener(&ctx) {
+            tcp_state::on_listener_closed(sock);
         }
         0
     }
@@ -79,6 +86,8 @@ mod entry_points {
         if let Some(self_addr) = sock.self_addr::<L>() {
             let (old, new): (u8, i32) = (sock.state(), ctx.arg(1));
             tcp_state::on_socket::<_, _, { probe_id(FENTRY) }>(ctx, sock, self_addr, old, new as u8);
+        } else if sock.state() == state::LISTEN {
+            tcp_state::on_listener_closed(sock);
         }
         0
     }
@@ -107,6 +116,9 @@ mod entry_points {
                     sock.state(),
                     new as u8,
                 );
+            } else if new as u8 == state::CLOSE && sock.state() == state::LISTEN {
+                // The state is read only where a socket ends, because each read is a call.
+                tcp_state::on_listener_closed(sock);
             }
         }
         0

@@ -19,6 +19,8 @@ pub mod tag {
     pub const REFUSED_CONNECTS: u16 = 2;
     /// [`BindFailure`](super::BindFailure).
     pub const BIND_FAILURE: u16 = 3;
+    /// [`ListenerClosed`](super::ListenerClosed).
+    pub const LISTENER_CLOSED: u16 = 4;
 }
 
 /// Whether a program can have the socket open: the values of [`Transition::socket_file`].
@@ -95,6 +97,21 @@ const _: () = {
     assert!(size_of::<Transition>() == 248);
 };
 
+/// A listener at a watched port is closed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+pub struct ListenerClosed {
+    /// [`tag::LISTENER_CLOSED`].
+    pub tag: u16,
+    /// Always zero.
+    pub padding: u16,
+    pub more_padding: u32,
+    /// The port and the network namespace. The address is not set.
+    pub endpoint: Endpoint,
+}
+
+const _: () = assert!(size_of::<ListenerClosed>() == 48);
+
 /// A record in the ring buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Record {
@@ -102,6 +119,8 @@ pub enum Record {
     Transition(Transition),
     /// The number of refused connection attempts to this destination crossed a threshold.
     RefusedConnects(Endpoint),
+    /// A listener at this port is closed.
+    ListenerClosed(Endpoint),
     /// A process could not bind a port.
     BindFailure(BindFailure),
 }
@@ -114,6 +133,9 @@ impl Record {
             tag::TRANSITION => Transition::read_from_bytes(bytes).map(Self::Transition).ok(),
             tag::REFUSED_CONNECTS => RefusedConnectsReport::read_from_bytes(bytes)
                 .map(|report| Self::RefusedConnects(report.destination))
+                .ok(),
+            tag::LISTENER_CLOSED => ListenerClosed::read_from_bytes(bytes)
+                .map(|closed| Self::ListenerClosed(closed.endpoint))
                 .ok(),
             tag::BIND_FAILURE => BindFailure::read_from_bytes(bytes).map(Self::BindFailure).ok(),
             _ => None,
@@ -145,12 +167,14 @@ mod tests {
             (tag::TRANSITION, size_of::<Transition>()),
             (tag::REFUSED_CONNECTS, size_of::<RefusedConnectsReport>()),
             (tag::BIND_FAILURE, size_of::<BindFailure>()),
+            (tag::LISTENER_CLOSED, size_of::<ListenerClosed>()),
         ] {
             bytes[..2].copy_from_slice(&tag.to_ne_bytes());
             let read_tag = match Record::from_bytes(&bytes[..len]) {
                 Some(Record::Transition(_)) => tag::TRANSITION,
                 Some(Record::RefusedConnects(_)) => tag::REFUSED_CONNECTS,
                 Some(Record::BindFailure(_)) => tag::BIND_FAILURE,
+                Some(Record::ListenerClosed(_)) => tag::LISTENER_CLOSED,
                 None => 0,
             };
             assert_eq!(read_tag, tag);

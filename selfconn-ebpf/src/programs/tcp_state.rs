@@ -7,7 +7,9 @@
 
 use aya_ebpf::{EbpfContext, Global, helpers::generated::bpf_ktime_get_boot_ns, programs::TracePointContext};
 use aya_log_ebpf::warn;
-use selfconn_ebpf::{Action, Field, IPPROTO_TCP, Transition, classify, counter, reported, state, tag};
+use selfconn_ebpf::{
+    Action, Field, IPPROTO_TCP, ListenerClosed, Transition, classify, counter, reported, state, tag,
+};
 
 use super::{
     connect_table,
@@ -18,6 +20,7 @@ use super::{
     sock::{SelfAddr, Sock},
     task::current_task,
     tracepoint_record::TracepointRecord,
+    watched_ports,
 };
 
 /// One of [`reported`].
@@ -33,6 +36,10 @@ pub(crate) fn on_socket<C: EbpfContext, M: KernelRead, const PROBE_ID: u8>(
     old: u8,
     new: u8,
 ) {
+    // A listener at any address.
+    if old == state::LISTEN {
+        return on_listener_closed(sock);
+    }
     let (source, dport) = (sock.source_port(new), sock.dport());
     let action = classify(old, new, source, dport);
     // The protocol is checked last, because it is in another cache line and the ports already exclude most
@@ -51,10 +58,30 @@ pub(crate) fn on_tracepoint_record<const PROBE_ID: u8>(ctx: TracePointContext) {
         return;
     };
     let TracepointRecord { sock, self_addr, old, new, dport, .. } = record;
+    if old == state::LISTEN {
+        return on_listener_closed(sock);
+    }
     // The record has inet_sport, which is the right port except at SYN_SENT: see `classify`.
     let source = if new == state::SYN_SENT { sock.num() } else { record.sport };
     let transition = SocketTransition { probe_id: PROBE_ID, self_addr, source, dport, old, new };
     handle(&ctx, sock, classify(old, new, source, dport), &transition);
+}
+
+/// Reports the end of a listener for which user space waits.
+#[inline(never)]
+pub(crate) fn on_listener_closed<M: KernelRead>(sock: Sock<M>) {
+    if sock.protocol() != IPPROTO_TCP {
+        return;
+    }
+    let endpoint = sock.endpoint(0, [0; 4], sock.source_port(state::CLOSE));
+    if watched_ports::is_watched(&endpoint) {
+        ring_buffer::submit(|| ListenerClosed {
+            tag: tag::LISTENER_CLOSED,
+            padding: 0,
+            more_padding: 0,
+            endpoint,
+        });
+    }
 }
 
 /// A transition of a TCP socket whose source address equals its destination address. Ports are in host byte

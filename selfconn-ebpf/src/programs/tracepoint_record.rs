@@ -2,6 +2,8 @@
 
 use aya_ebpf::{EbpfContext, programs::TracePointContext};
 
+use selfconn_ebpf::state;
+
 use super::{
     kernel_read::{Pointer, ProbeRead},
     sock::{SelfAddr, Sock},
@@ -29,6 +31,12 @@ impl TracepointRecord {
     pub(crate) fn is_self_addressed(ctx: &TracePointContext) -> bool {
         // The lower half is compared first, because two addresses usually differ there.
         field::<u64>(ctx, 48) == field::<u64>(ctx, 64) && field::<u64>(ctx, 40) == field::<u64>(ctx, 56)
+    }
+
+    /// The socket, if it was a listener.
+    #[inline(always)]
+    pub(crate) fn former_listener(ctx: &TracePointContext) -> Option<Sock<ProbeRead>> {
+        (field::<u32>(ctx, 16) == u32::from(state::LISTEN)).then(|| Sock::new(field::<Pointer>(ctx, 8).0))
     }
 
     /// The record, if the source address equals the destination address.

@@ -109,6 +109,17 @@ impl<'a> Btf<'a> {
         self.find(kind, name).is_some()
     }
 
+    /// True if an enum of the kernel has this enumerator.
+    #[must_use]
+    pub fn has_enumerator(&self, name: &str) -> bool {
+        self.starts.iter().any(|start| {
+            let Ok(ty) = self.type_at(*start as usize) else { return false };
+            let is_named =
+                |index| word(self.types, ty.rest + index * 8).is_ok_and(|of| self.is_named(of, name));
+            ty.kind() == kind::ENUM && (0..ty.members()).any(is_named)
+        })
+    }
+
     /// The offset in bytes of `member` in struct `name`. `a.b` names a member of a member struct. Members of
     /// unnamed structs and unions are found as in C. `None`: there is no such struct or member.
     ///

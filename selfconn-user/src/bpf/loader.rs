@@ -31,6 +31,7 @@ use super::{
     owners::Owners,
     programs::{KernelBtf, Link, attach},
     tracefs,
+    watched_ports::WatchedPorts,
 };
 
 pub use super::refused_connects::RefusedCounts;
@@ -74,6 +75,7 @@ pub struct Tracer {
     connect_table: ConnectTable,
     refused_counts: RefusedCounts,
     held_ports: HeldPorts,
+    watched_ports: WatchedPorts,
     owners: Owners,
     log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
     delivered: u64,
@@ -153,6 +155,7 @@ impl Tracer {
                 take_map(&mut ebpf, names::REFUSED_SHARES)?,
             )?,
             held_ports: HeldPorts::new(take_map(&mut ebpf, names::HELD_PORTS)?)?,
+            watched_ports: WatchedPorts::new(take_map(&mut ebpf, names::WATCHED_PORTS)?)?,
             owners: Owners::new(take_map(&mut ebpf, names::OWNERS)?)?,
             log,
             delivered: 0,
@@ -270,6 +273,13 @@ impl Tracer {
     pub fn update_held_ports<'a>(&self, held: impl Iterator<Item = &'a Endpoint>, before_ns: u64) {
         if let Err(error) = self.held_ports.update(held, before_ns) {
             log::error!("the table of held ports can't be mapped: {error}");
+        }
+    }
+
+    /// Sets the ports whose listeners the programs report when they are closed.
+    pub fn update_watched_ports<'a>(&self, watched: impl Iterator<Item = &'a Endpoint>) {
+        if let Err(error) = self.watched_ports.update(watched) {
+            log::error!("the table of watched ports can't be mapped: {error}");
         }
     }
 

@@ -138,7 +138,7 @@ impl Daemon {
         Ok(Self {
             tracer,
             snapshot_worker,
-            port_risks: PortRiskMonitor::start()?,
+            port_risks: PortRiskMonitor::start(host.shows_idle_sockets)?,
             supervision,
             pipeline: Pipeline::new(probe_count, lookups, options.states, remediation, blocked, out),
             self_test: options.self_test,
@@ -369,6 +369,7 @@ impl Daemon {
             Record::Transition(transition) if self_test.consume(transition) => {}
             Record::Transition(transition) => pipeline.apply(transition, clock),
             Record::RefusedConnects(destination) => port_risks.on_threshold(*destination),
+            Record::ListenerClosed(endpoint) => port_risks.on_listener_closed(endpoint),
             Record::BindFailure(failure) => pipeline.on_bind_failure(failure, clock),
         });
         // Every transition from before these failed binds is applied now, if the ring buffer was emptied.
@@ -384,7 +385,11 @@ impl Daemon {
     fn check_port_risks(&mut self) {
         let now_ns = clock::boot_ns();
         let mut events = Vec::new();
-        self.port_risks.check_due_ports(self.tracer.refused_counts(), now_ns, |event| events.push(event));
+        let counts = self.tracer.refused_counts();
+        if !self.port_risks.check_due_ports(counts, now_ns, |event| events.push(event)) {
+            return;
+        }
+        self.tracer.update_watched_ports(self.port_risks.tracked());
         for event in events {
             self.pipeline.on_port_risk(event, now_ns);
         }

@@ -426,7 +426,7 @@ impl Pipeline {
 
     /// Looks up the newest connecting process of a port at risk, and emits the event.
     pub(super) fn on_port_risk(&mut self, event: PortRiskEvent, now_ns: u64) {
-        let (PortRiskEvent::AtRisk(connects, _) | PortRiskEvent::Over(connects, _)) = &event;
+        let (PortRiskEvent::AtRisk(connects, ..) | PortRiskEvent::Over(connects, _)) = &event;
         let newest = connects.newest;
         // If two CPUs wrote to the count at the same time, the task may be mixed from two attempts. Only a
         // matching start time proves that it is not.

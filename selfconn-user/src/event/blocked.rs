@@ -254,7 +254,7 @@ mod tests {
                 r#"{"event":"blocked","addr":"::","port":80,"comm":"nginx","pid":812,"failures":1,"netns":7,"holder":
                     {"comm":"sleep","pid":9,"state":"ESTABLISHED","held_for_ns":5000000000,"free_at":null},"opener":
                     {"comm":"sh","pid":8}}"#,
-                "BLOCKED      nginx[812] cannot bind [::]:80 in netns 7: held by sleep[9], connected to itself for 5.00s, \
+                "BLOCKED      nginx[812] cannot bind [::]:80 in netns 7: held by sleep[9], connected to itself for 5.0s, \
                  opened by sh[8]",
             ),
             (

@@ -20,6 +20,7 @@ mod holders;
 mod listeners;
 mod netns;
 mod on_port;
+mod port_use;
 mod procfs;
 mod snapshot;
 mod sock_diag;
@@ -48,6 +49,8 @@ pub use netns::NetnsId;
 pub use netns::run_in_namespace;
 pub use on_port::PortSocket;
 pub use on_port::on_port;
+pub use port_use::PortUse;
+pub use port_use::port_uses;
 #[cfg(any(test, fuzzing))]
 pub(crate) use procfs::parse_anything;
 pub use snapshot::SnapshotOptions;

@@ -44,6 +44,10 @@ const BUFFER_LEN: usize = 1 << 16;
 
 const ENOBUFS: i32 = 105;
 
+/// Every state, with the bit that asks for sockets that are bound and idle (`TCP_BOUND_INACTIVE`,
+/// include/net/tcp_states.h at v6.8). Older kernels ignore that bit.
+const PORT_STATES: u32 = (1 << 14) - 2;
+
 /// The maximum number of attempts at a dump, if the kernel reports it as inconsistent or the receive buffer
 /// overflows.
 const MAX_DUMP_TRIES: u32 = 3;
@@ -69,6 +73,8 @@ enum DumpFilter {
     SelfConnections,
     /// Sockets whose two addresses are equal.
     EqualAddresses,
+    /// Sockets with this local port.
+    LocalPort(u16),
     /// All sockets.
     All,
 }
@@ -105,6 +111,24 @@ impl DiagReader {
         Ok(())
     }
 
+    /// Appends the sockets with this local port, in any state. Kernels from v6.8 on have those that are bound and idle
+    /// among them.
+    pub(super) fn read_port(&mut self, port: u16, rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
+        // Listeners first: for them the kernel does not walk the table of connections.
+        self.read_listeners(rows)?;
+        rows.retain(|row| row.entry.endpoint.port == port);
+        if rows.is_empty() {
+            let states = !StateFlags::LISTEN.bits() & PORT_STATES;
+            for family in [AF_INET, AF_INET6] {
+                self.dump_with_retry(
+                    DumpRequest { family, states, filter: DumpFilter::LocalPort(port) },
+                    rows,
+                )?;
+            }
+        }
+        Ok(())
+    }
+
     fn dump_with_retry(&mut self, request: DumpRequest, rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
         let before = rows.len();
         for _ in 0..MAX_DUMP_TRIES {
@@ -124,7 +148,16 @@ impl DiagReader {
         // Each dump uses a new netlink socket, so that messages left over from an aborted dump are never read
         // as part of the next one.
         let mut socket = message::open()?;
-        let message = request.encode((request.filter == DumpFilter::SelfConnections).then_some(&self.filter));
+        let local_port;
+        let filter = match request.filter {
+            DumpFilter::SelfConnections => Some(&self.filter),
+            DumpFilter::LocalPort(port) => {
+                local_port = bytecode::local_port(port);
+                Some(&local_port)
+            }
+            DumpFilter::EqualAddresses | DumpFilter::All => None,
+        };
+        let message = request.encode(filter);
         socket.send(&message)?;
         let mut is_consistent = true;
         loop {
@@ -209,6 +242,7 @@ impl DumpRequest {
                 fixed[SOURCE_PORT] == fixed[DESTINATION_PORT] && fixed[source] == fixed[destination]
             }
             DumpFilter::EqualAddresses => fixed[source] == fixed[destination],
+            DumpFilter::LocalPort(port) => fixed[SOURCE_PORT] == port.to_be_bytes(),
             DumpFilter::All => true,
         }
     }

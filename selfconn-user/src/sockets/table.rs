@@ -29,6 +29,11 @@ impl Tables {
         self.fill(sock_diag::DiagReader::read_listeners, procfs::read_listeners)
     }
 
+    /// Fills `rows` with the sockets that have this local port.
+    pub(super) fn read_port(&mut self, port: u16) -> io::Result<()> {
+        self.fill(|diag, rows| diag.read_port(port, rows), |rows| procfs::read_port(port, rows))
+    }
+
     /// Fills `rows` through sock_diag. If that fails for any reason, through procfs.
     fn fill(
         &mut self,
