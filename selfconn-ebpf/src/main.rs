@@ -18,7 +18,10 @@ mod entry_points {
         programs::{BtfTracePointContext, FEntryContext, FExitContext, ProbeContext, TracePointContext},
     };
 
-    use selfconn_ebpf::names::{FENTRY, KPROBE, PERF, TP_BTF, probe_id};
+    use selfconn_ebpf::{
+        names::{FENTRY, KPROBE, PERF, TP_BTF, probe_id},
+        state,
+    };
 
     use crate::programs::{
         bind_failure,
@@ -55,6 +58,8 @@ mod entry_points {
                 sock.ports::<L>(),
                 change,
             );
+        } else if ctx.arg::<i32>(1) == i32::from(state::LISTEN) {
+            tcp_state::on_listener_closed(sock);
         }
         0
     }
@@ -64,6 +69,8 @@ mod entry_points {
     fn selfconn_perf(ctx: TracePointContext) -> u32 {
         if TracepointRecord::is_self_addressed(&ctx) && !TracepointRecord::is_ordinary(&ctx) {
             tcp_state::on_tracepoint_record::<{ probe_id(PERF) }>(ctx);
+        } else if let Some(sock) = TracepointRecord::former_listener(&ctx) {
+            tcp_state::on_listener_closed(sock);
         }
         0
     }
@@ -93,6 +100,8 @@ mod entry_points {
                 sock.ports::<L>(),
                 change,
             );
+        } else if sock.state::<L>() == state::LISTEN {
+            tcp_state::on_listener_closed(sock);
         }
         0
     }
@@ -122,6 +131,9 @@ mod entry_points {
             if let Some((self_addr, ports, old)) = read_head(sock) {
                 let change = StateChange { old, new: new as u8 };
                 tcp_state::on_socket::<_, _, L, { probe_id(KPROBE) }>(ctx, sock, self_addr, ports, change);
+            } else if new as u8 == state::CLOSE && sock.state::<L>() == state::LISTEN {
+                // The state is read only where a socket ends, because each read is a call.
+                tcp_state::on_listener_closed(sock);
             }
         }
         0

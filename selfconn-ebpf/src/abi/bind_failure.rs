@@ -2,7 +2,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::{endpoint::Endpoint, owner::Owner, task::Task};
+use super::{bind_options::BindOptions, endpoint::Endpoint, owner::Owner, task::Task};
 
 /// Minimum interval between two records of the same process, address and port, in nanoseconds. Failures in
 /// between are counted, and the next record carries their number.
@@ -14,8 +14,10 @@ pub const REPORT_INTERVAL_NS: u64 = 100_000_000;
 pub struct BindFailure {
     /// [`crate::tag::BIND_FAILURE`].
     pub tag: u16,
+    /// Of the socket that was to be bound.
+    pub options: BindOptions,
     /// Always zero.
-    pub padding: u16,
+    pub padding: u8,
     /// Real user id, in the initial user namespace.
     pub uid: u32,
     /// `CLOCK_BOOTTIME`, nanoseconds.
@@ -33,6 +35,10 @@ pub struct BindFailure {
     pub owner: Owner,
     /// Failures since the last record, this one included.
     pub failures: u64,
+    /// The user that owns the socket (`sk_uid`), in the initial user namespace.
+    pub sock_uid: u32,
+    /// Always zero.
+    pub more_padding: u32,
 }
 
-const _: () = assert!(size_of::<BindFailure>() == 136);
+const _: () = assert!(size_of::<BindFailure>() == 144);

@@ -3,7 +3,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::{endpoint::Endpoint, state, task::COMM_LEN};
+use super::{bind_options::BindOptions, endpoint::Endpoint, state, task::COMM_LEN};
 
 /// A descriptor of a TCP socket whose source address is its destination address. In the host's byte order.
 #[repr(C)]
@@ -34,8 +34,8 @@ pub struct SocketDescriptor {
     pub destination_port: u16,
     /// One of [`state`].
     pub state: u8,
-    /// Always zero.
-    pub padding: u8,
+    /// Of the socket, as they are now.
+    pub options: BindOptions,
     /// Always zero.
     pub more_padding: u32,
 }

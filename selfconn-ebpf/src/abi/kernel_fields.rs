@@ -13,6 +13,8 @@ pub enum Field {
     Family,
     /// `u8`, volatile.
     State,
+    /// `u8`: see [`super::BindOptions`]. The member is the first bit field of that byte.
+    BindOptions,
     /// `u16`, host byte order.
     Num,
     /// `u16`, network byte order.
@@ -165,6 +167,7 @@ impl Field {
     pub const ALL: [(Self, &'static str, &'static str, bool); FIELDS] = [
         (Self::Family, "sock_common", "skc_family", true),
         (Self::State, "sock_common", "skc_state", true),
+        (Self::BindOptions, "sock_common", "skc_reuse", false),
         (Self::Num, "sock_common", "skc_num", true),
         (Self::Dport, "sock_common", "skc_dport", true),
         (Self::RcvSaddr, "sock_common", "skc_rcv_saddr", true),

@@ -3,6 +3,7 @@
 
 mod action;
 pub mod bind_failure;
+mod bind_options;
 mod connect_table;
 mod counters;
 mod descriptor;
@@ -16,8 +17,10 @@ mod record;
 pub mod refused_connects;
 mod task;
 mod tcp;
+mod watched_ports;
 
 pub use action::{Action, classify, is_ordinary};
+pub use bind_options::BindOptions;
 pub use connect_table::{ConnectEntry, ConnectSet, WAYS, set_index};
 pub use counters::counter;
 pub use descriptor::SocketDescriptor;
@@ -26,6 +29,7 @@ pub use held_ports::{HELD_PORT_SLOTS, held_port_slot};
 pub use kernel_fields::{ABSENT, DEATH_ROW, FIELDS, Field, PORT_RANGE, STATIC_OFFSETS, uses_static_offsets};
 pub use namespace::{NamespaceCursor, NamespaceRecord};
 pub use owner::Owner;
-pub use record::{Record, Transition, reported, socket_file, tag};
+pub use record::{ListenerClosed, Record, Transition, reported, socket_file, tag};
 pub use task::{COMM_LEN, Opener, Task, cause, cgroup_access, task_access};
-pub use tcp::{IPPROTO_TCP, family, state};
+pub use tcp::{IPPROTO_MPTCP, IPPROTO_TCP, family, state};
+pub use watched_ports::{WATCHED_PORT_SLOTS, watched_port_slot};

@@ -58,6 +58,8 @@ pub const RECORDS: &str = "RECORDS";
 pub const BIND_RECORDS: &str = "BIND_RECORDS";
 /// Array of `u64`, indexed by [`crate::held_port_slot`]; owned by `held_ports.rs`.
 pub const HELD_PORTS: &str = "HELD_PORTS";
+/// Array of `u64`, indexed by [`crate::watched_port_slot`]; owned by `watched_ports.rs`.
+pub const WATCHED_PORTS: &str = "WATCHED_PORTS";
 /// Per-CPU array of `u64`, indexed by [`crate::counter`]; owned by `counters.rs`.
 pub const COUNTERS: &str = "COUNTERS";
 /// Array of [`crate::ConnectSet`], indexed by [`crate::set_index`]; owned by `connect_table.rs`.

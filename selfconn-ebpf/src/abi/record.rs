@@ -4,6 +4,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{
     bind_failure::BindFailure,
+    bind_options::BindOptions,
     endpoint::Endpoint,
     refused_connects::RefusedConnectsReport,
     task::{Opener, Task},
@@ -18,6 +19,8 @@ pub mod tag {
     pub const REFUSED_CONNECTS: u16 = 2;
     /// [`BindFailure`](super::BindFailure).
     pub const BIND_FAILURE: u16 = 3;
+    /// [`ListenerClosed`](super::ListenerClosed).
+    pub const LISTENER_CLOSED: u16 = 4;
 }
 
 /// Whether a program can have the socket open: the values of [`Transition::socket_file`].
@@ -72,7 +75,12 @@ pub struct Transition {
     pub uid: u32,
     /// `sk_err`, an errno. ECONNABORTED at CLOSE means that the socket was destroyed from outside
     /// (`SOCK_DESTROY`).
-    pub error: u32,
+    pub error: u16,
+    /// Of the socket, as they are at this transition.
+    pub options: BindOptions,
+    /// At CLOSE: 1 if the network namespace has as many TIME_WAIT entries as it may have, or one less, so that this
+    /// socket may have got none; else 0.
+    pub is_time_wait_full: u8,
     /// Inode of the socket's file. 0: unknown, or the socket has no file: the kernel itself uses it, or its program
     /// has closed it.
     pub inode: u64,
@@ -80,11 +88,6 @@ pub struct Transition {
     pub current: Task,
     /// The connecting task.
     pub opener: Opener,
-    /// At CLOSE: 1 if the network namespace has as many TIME_WAIT entries as it may have, or one less, so that this
-    /// socket may have got none; else 0.
-    pub is_time_wait_full: u8,
-    /// Always zero.
-    pub padding: [u8; 7],
 }
 
 // `IntoBytes` compiles only if a record has no implicit padding, so a size fixes every offset.
@@ -92,8 +95,23 @@ const _: () = {
     assert!(size_of::<Task>() == 40);
     assert!(size_of::<Opener>() == 88);
     assert!(size_of::<Endpoint>() == 40);
-    assert!(size_of::<Transition>() == 256);
+    assert!(size_of::<Transition>() == 248);
 };
+
+/// A listener at a watched port is closed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+pub struct ListenerClosed {
+    /// [`tag::LISTENER_CLOSED`].
+    pub tag: u16,
+    /// Always zero.
+    pub padding: u16,
+    pub more_padding: u32,
+    /// The port and the network namespace. The address is not set.
+    pub endpoint: Endpoint,
+}
+
+const _: () = assert!(size_of::<ListenerClosed>() == 48);
 
 /// A record in the ring buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,6 +120,8 @@ pub enum Record {
     Transition(Transition),
     /// The number of refused connection attempts to this destination crossed a threshold.
     RefusedConnects(Endpoint),
+    /// A listener at this port is closed.
+    ListenerClosed(Endpoint),
     /// A process could not bind a port.
     BindFailure(BindFailure),
 }
@@ -114,6 +134,9 @@ impl Record {
             tag::TRANSITION => Transition::read_from_bytes(bytes).map(Self::Transition).ok(),
             tag::REFUSED_CONNECTS => RefusedConnectsReport::read_from_bytes(bytes)
                 .map(|report| Self::RefusedConnects(report.destination))
+                .ok(),
+            tag::LISTENER_CLOSED => ListenerClosed::read_from_bytes(bytes)
+                .map(|closed| Self::ListenerClosed(closed.endpoint))
                 .ok(),
             tag::BIND_FAILURE => BindFailure::read_from_bytes(bytes).map(Self::BindFailure).ok(),
             _ => None,
@@ -145,12 +168,14 @@ mod tests {
             (tag::TRANSITION, size_of::<Transition>()),
             (tag::REFUSED_CONNECTS, size_of::<RefusedConnectsReport>()),
             (tag::BIND_FAILURE, size_of::<BindFailure>()),
+            (tag::LISTENER_CLOSED, size_of::<ListenerClosed>()),
         ] {
             bytes[..2].copy_from_slice(&tag.to_ne_bytes());
             let read_tag = match Record::from_bytes(&bytes[..len]) {
                 Some(Record::Transition(_)) => tag::TRANSITION,
                 Some(Record::RefusedConnects(_)) => tag::REFUSED_CONNECTS,
                 Some(Record::BindFailure(_)) => tag::BIND_FAILURE,
+                Some(Record::ListenerClosed(_)) => tag::LISTENER_CLOSED,
                 None => 0,
             };
             assert_eq!(read_tag, tag);

@@ -60,3 +60,6 @@ pub mod family {
 /// `IPPROTO_TCP`. An MPTCP socket repeats the states of its TCP subflow under another protocol number, and is
 /// ignored.
 pub const IPPROTO_TCP: u16 = 6;
+
+/// `IPPROTO_MPTCP`. Its `bind()` binds the first TCP subflow (`mptcp_bind`, net/mptcp/protocol.c at v5.10).
+pub const IPPROTO_MPTCP: u16 = 262;

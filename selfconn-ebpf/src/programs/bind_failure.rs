@@ -16,7 +16,7 @@ use aya_ebpf::{
     programs::TracePointContext,
 };
 use selfconn_ebpf::{
-    Endpoint, IPPROTO_TCP, Owner,
+    BindOptions, Endpoint, Field, IPPROTO_MPTCP, IPPROTO_TCP, Owner,
     bind_failure::{BindFailure, REPORT_INTERVAL_NS},
     counter, family,
     owner::{BIND_FAILURE_LIMIT, CGROUP_BIND_FAILURE_LIMIT},
@@ -59,9 +59,32 @@ static LAST_REPORTS: LruHashMap<BindAttempt, LastReport> = LruHashMap::with_max_
 #[map]
 static BIND_RECORDS: RingBuf = RingBuf::with_byte_size(1 << 18, 0);
 
-/// The requested address and port of each `bind()` in progress, by thread.
+/// What a `bind()` requests, and of its socket what decides whether it may share the port.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RequestedBind {
+    endpoint: Endpoint,
+    sock_uid: u32,
+    options: BindOptions,
+    /// A value of a map must not have padding.
+    padding: [u8; 3],
+}
+
+impl RequestedBind {
+    #[inline(always)]
+    fn new<M: KernelRead>(sock: Sock<M>, family: u8, addr: [u32; 4], port: u16) -> Self {
+        Self {
+            endpoint: sock.endpoint(family, addr, port),
+            sock_uid: sock.get(Field::SockUid),
+            options: sock.bind_options(),
+            padding: [0; 3],
+        }
+    }
+}
+
+/// Each `bind()` in progress, by thread.
 #[map]
-static REQUESTED_BINDS: LruHashMap<u64, Endpoint> = LruHashMap::with_max_entries(1_024, 0);
+static REQUESTED_BINDS: LruHashMap<u64, RequestedBind> = LruHashMap::with_max_entries(1_024, 0);
 
 /// Handles the exit of `inet_csk_get_port(sk, port)`. The kernel calls it to reserve a port for a TCP socket,
 /// in `bind()` and again in `listen()`. It fails only because the port is in use. At its exit the address of
@@ -73,7 +96,7 @@ pub(crate) fn on_get_port_exit<M: KernelRead>(sock: Sock<M>, port: u16, result: 
         return;
     }
     let Some((family, addr)) = sock.source_address() else { return };
-    report_failure(&sock.endpoint(family, addr, port));
+    report_failure(&RequestedBind::new(sock, family, addr, port));
 }
 
 /// Handles the entry of `bind(fd, address, length)`. In the record, each argument has eight bytes, from
@@ -85,7 +108,9 @@ pub(crate) fn on_bind_enter(ctx: &TracePointContext) {
     let (fd, address) =
         unsafe { (record.add(16).cast::<u64>().read(), record.add(24).cast::<*const u8>().read()) };
     let Some(sock) = sock::by_descriptor(fd as u32) else { return };
-    if sock.protocol() != IPPROTO_TCP {
+    // The socket of MPTCP has the options of its first subflow, which is bound in its place
+    // (`mptcp_setsockopt`, net/mptcp/sockopt.c at v5.13).
+    if !matches!(sock.protocol(), IPPROTO_TCP | IPPROTO_MPTCP) {
         return;
     }
     // `struct sockaddr_in` and `struct sockaddr_in6` both begin with family and port.
@@ -110,7 +135,7 @@ pub(crate) fn on_bind_enter(ctx: &TracePointContext) {
     };
     // SAFETY: the helper takes no arguments.
     let thread = unsafe { bpf_get_current_pid_tgid() };
-    let _ = REQUESTED_BINDS.insert(&thread, &sock.endpoint(family, addr, port), 0);
+    let _ = REQUESTED_BINDS.insert(&thread, &RequestedBind::new(sock, family, addr, port), 0);
 }
 
 /// Handles the exit of `bind()`.
@@ -133,7 +158,8 @@ pub(crate) fn on_bind_exit(ctx: &TracePointContext) {
 /// Reports a failed bind of a port that a self-connection may hold, unless the same process was reported for the same
 /// address and port a moment ago, or its owner fails more often than the rate allows.
 #[inline(always)]
-fn report_failure(endpoint: &Endpoint) {
+fn report_failure(requested: &RequestedBind) {
+    let RequestedBind { endpoint, sock_uid, options, .. } = requested;
     if !held_ports::may_be_held(endpoint) {
         return;
     }
@@ -161,6 +187,7 @@ fn report_failure(endpoint: &Endpoint) {
     }
     let failure = || BindFailure {
         tag: tag::BIND_FAILURE,
+        options: *options,
         padding: 0,
         uid,
         at_ns,
@@ -170,6 +197,8 @@ fn report_failure(endpoint: &Endpoint) {
         task,
         owner,
         failures,
+        sock_uid: *sock_uid,
+        more_padding: 0,
     };
     if ring_buffer::submit_to(&BIND_RECORDS, failure) {
         let _ = LAST_REPORTS.insert(&key, &LastReport { at_ns, failures: 0 }, 0);

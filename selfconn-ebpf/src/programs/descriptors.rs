@@ -60,7 +60,7 @@ pub(crate) fn visit(context: &DescriptorContext) -> Option<()> {
         endpoint: self_addr.endpoint(sock, port),
         destination_port,
         state,
-        padding: 0,
+        options: sock.bind_options(),
         more_padding: 0,
     };
     // SAFETY: the kernel gives an iterator its `struct bpf_iter_meta`, whose first member is the seq_file. If

@@ -15,3 +15,4 @@ pub(crate) mod sock;
 mod task;
 pub(crate) mod tcp_state;
 pub(crate) mod tracepoint_record;
+mod watched_ports;

@@ -3,7 +3,7 @@
 use core::marker::PhantomData;
 
 use aya_ebpf::{Global, helpers::generated as helpers};
-use selfconn_ebpf::{Endpoint, Field, family, hashed_netns, socket_file, state};
+use selfconn_ebpf::{BindOptions, Endpoint, Field, family, hashed_netns, socket_file, state};
 use zerocopy::transmute;
 
 use super::kernel_read::{KernelRead, Layout, Pointer, ProbeRead, offset, static_offset};
@@ -152,6 +152,15 @@ impl<M: KernelRead> Sock<M> {
     #[inline(always)]
     pub(crate) fn protocol(self) -> u16 {
         self.get(Field::Protocol)
+    }
+
+    /// The options that decide whether the socket shares its port.
+    #[inline(always)]
+    pub(crate) fn bind_options(self) -> BindOptions {
+        match offset(Field::BindOptions) {
+            Some(offset) => BindOptions::from_kernel(M::read(self.sk.wrapping_add(offset))),
+            None => BindOptions::UNKNOWN,
+        }
     }
 
     /// The source port that [`selfconn_ebpf::classify`] expects, host byte order.

@@ -8,7 +8,8 @@
 use aya_ebpf::{EbpfContext, Global, helpers::generated::bpf_ktime_get_boot_ns, programs::TracePointContext};
 use aya_log_ebpf::warn;
 use selfconn_ebpf::{
-    Action, Field, IPPROTO_TCP, Transition, classify, counter, is_ordinary, reported, state, tag,
+    Action, Field, IPPROTO_TCP, ListenerClosed, Transition, classify, counter, is_ordinary, reported, state,
+    tag,
 };
 
 use super::{
@@ -21,6 +22,7 @@ use super::{
     sock::{Ports, SelfAddr, Sock},
     task::current_task,
     tracepoint_record::TracepointRecord,
+    watched_ports,
 };
 
 /// One of [`reported`].
@@ -58,6 +60,10 @@ fn on_likely_socket<C: EbpfContext, M: KernelRead, L: Layout, const PROBE_ID: u8
     old: u8,
     new: u8,
 ) {
+    // A listener at any address.
+    if old == state::LISTEN {
+        return on_listener_closed(sock);
+    }
     let Ports { held, destination: dport } = sock.ports::<L>();
     let source = sock.source_port(held, new);
     let action = classify(old, new, source, dport);
@@ -83,6 +89,9 @@ pub(crate) fn on_tracepoint_record<const PROBE_ID: u8>(ctx: TracePointContext) {
         return;
     };
     let TracepointRecord { sock, self_addr, old, new, sport, dport, .. } = record;
+    if old == state::LISTEN {
+        return on_listener_closed(sock);
+    }
     // The record has inet_sport, which is the right port except at SYN_SENT: see `classify`. Zero is right there, too,
     // because a socket that holds a port has it in inet_sport (`__inet_bind`, net/ipv4/af_inet.c at v5.10).
     let source = if new == state::SYN_SENT && sport != 0 { sock.num() } else { sport };
@@ -95,6 +104,23 @@ pub(crate) fn on_tracepoint_record<const PROBE_ID: u8>(ctx: TracePointContext) {
     }
     let transition = SocketTransition { probe_id: PROBE_ID, self_addr, source, dport, old, new };
     handle(&ctx, sock, action, &transition);
+}
+
+/// Reports the end of a listener for which user space waits.
+#[inline(never)]
+pub(crate) fn on_listener_closed<M: KernelRead>(sock: Sock<M>) {
+    if sock.protocol() != IPPROTO_TCP {
+        return;
+    }
+    let endpoint = sock.endpoint(0, [0; 4], sock.source_port(sock.num(), state::CLOSE));
+    if watched_ports::is_watched(&endpoint) {
+        ring_buffer::submit(|| ListenerClosed {
+            tag: tag::LISTENER_CLOSED,
+            padding: 0,
+            more_padding: 0,
+            endpoint,
+        });
+    }
 }
 
 /// A transition of a TCP socket whose source address equals its destination address. Ports are in host byte
@@ -196,12 +222,12 @@ fn report<C: EbpfContext, M: KernelRead>(
             snd_una: counters.snd_una,
             rcv_nxt: counters.rcv_nxt,
             uid: sock.get(Field::SockUid),
-            error: sock.get(Field::Error),
+            error: sock.get::<u32>(Field::Error) as u16,
+            options: sock.bind_options(),
+            is_time_wait_full: u8::from(new == state::CLOSE && sock.is_time_wait_full()),
             inode: sock.inode(),
             current: current_task().0,
             opener,
-            is_time_wait_full: u8::from(new == state::CLOSE && sock.is_time_wait_full()),
-            padding: [0; 7],
         }
     });
     if !is_submitted {

@@ -2,7 +2,7 @@
 
 use aya_ebpf::{EbpfContext, programs::TracePointContext};
 
-use selfconn_ebpf::is_ordinary;
+use selfconn_ebpf::{is_ordinary, state};
 
 use super::{
     kernel_read::{Pointer, ProbeRead},
@@ -38,6 +38,12 @@ impl TracepointRecord {
     pub(crate) fn is_ordinary(ctx: &TracePointContext) -> bool {
         let (old, new) = (field::<u32>(ctx, 16) as u8, field::<u32>(ctx, 20) as u8);
         is_ordinary(old, new, field(ctx, 24), field(ctx, 26))
+    }
+
+    /// The socket, if it was a listener.
+    #[inline(always)]
+    pub(crate) fn former_listener(ctx: &TracePointContext) -> Option<Sock<ProbeRead>> {
+        (field::<u32>(ctx, 16) == u32::from(state::LISTEN)).then(|| Sock::new(field::<Pointer>(ctx, 8).0))
     }
 
     /// The record, if the source address equals the destination address.

@@ -109,11 +109,22 @@ impl<'a> Btf<'a> {
         self.find(kind, name).is_some()
     }
 
+    /// True if an enum of the kernel has this enumerator.
+    #[must_use]
+    pub fn has_enumerator(&self, name: &str) -> bool {
+        self.starts.iter().any(|start| {
+            let Ok(ty) = self.type_at(*start as usize) else { return false };
+            let is_named =
+                |index| word(self.types, ty.rest + index * 8).is_ok_and(|of| self.is_named(of, name));
+            ty.kind() == kind::ENUM && (0..ty.members()).any(is_named)
+        })
+    }
+
     /// The offset in bytes of `member` in struct `name`. `a.b` names a member of a member struct. Members of
     /// unnamed structs and unions are found as in C. `None`: there is no such struct or member.
     ///
     /// # Errors
-    /// If the BTF is inconsistent, or if the member is a bit field.
+    /// If the BTF is inconsistent, or if the member is a bit field that does not begin a byte.
     pub fn offset(&self, name: &str, member: &str) -> Result<Option<u32>> {
         Ok(self.find_member(name, member)?.map(|(offset, _)| offset))
     }
@@ -133,7 +144,7 @@ impl<'a> Btf<'a> {
             bits = bits.checked_add(offset).context("BTF: an offset overflows")?;
             ty = self.resolve(of)?;
         }
-        ensure!(bits.is_multiple_of(8), "BTF: {name}.{member} is a bit field");
+        ensure!(bits.is_multiple_of(8), "BTF: {name}.{member} is a bit field within a byte");
         Ok(Some((bits / 8, ty)))
     }
 
@@ -186,9 +197,8 @@ impl<'a> Btf<'a> {
             let at = of.rest + index * 12;
             let (member_name, ty, offset) =
                 (word(self.types, at)?, word(self.types, at + 4)?, word(self.types, at + 8)?);
-            let (bits, width) = if has_widths { (offset & 0x00ff_ffff, offset >> 24) } else { (offset, 0) };
+            let bits = if has_widths { offset & 0x00ff_ffff } else { offset };
             if self.is_named(member_name, name) {
-                ensure!(width == 0, "BTF: {name} is a bit field");
                 return Ok(Some((bits, ty)));
             }
             if member_name == 0
@@ -379,8 +389,12 @@ mod tests {
     }
 
     #[test]
-    fn the_offset_of_a_bit_field_is_an_error() {
-        let bytes = sample();
+    fn a_bit_field_has_an_offset_if_it_begins_a_byte() {
+        let mut bytes = sample();
+        assert_eq!(Btf::parse(&bytes).unwrap().offset("outer", "flag").unwrap(), Some(12));
+        let word = (3_u32 << 24 | 96).to_ne_bytes();
+        let at = bytes.windows(4).position(|bytes| bytes == word).unwrap();
+        bytes[at..at + 4].copy_from_slice(&(3_u32 << 24 | 97).to_ne_bytes());
         let error = Btf::parse(&bytes).unwrap().offset("outer", "flag").unwrap_err();
         assert!(error.to_string().contains("bit field"), "{error}");
     }

@@ -36,6 +36,9 @@ const METHOD_TARGETS: [(Method, BtfKind, &str); 2] = [
 /// such a program may call it can't be probed without one.
 const SOCKET_COOKIE_HELPER: &str = "bpf_get_socket_ptr_cookie";
 
+/// The state by which sock_diag is asked for sockets that are bound and idle (include/net/tcp_states.h at v6.8).
+const IDLE_SOCKET_STATE: &str = "TCP_BOUND_INACTIVE";
+
 /// The attach target of the iterator over descriptors, and the helper that it calls, which is a function of the
 /// kernel. The helpers of tracing programs cannot be probed.
 const DESCRIPTOR_TARGETS: [&str; 2] = ["bpf_iter_task_file", "bpf_sock_from_file"];
@@ -86,6 +89,8 @@ pub struct KernelFeatures {
     pub cgroup_access: u32,
     /// True if programs with typed pointers may make the cookie of a socket.
     pub socket_cookie: bool,
+    /// True if sock_diag lists sockets that are bound and idle.
+    pub shows_idle_sockets: bool,
     /// True if programs may call `bpf_probe_read_kernel`.
     pub probe_read: bool,
     /// True if the kernel has kprobes for perf events.
@@ -121,6 +126,7 @@ impl KernelFeatures {
             })
         };
         let (mut targets, mut socket_cookie, mut has_namespace_target) = (Vec::new(), false, false);
+        let mut shows_idle_sockets = false;
         let mut descriptor_targets_missing = DESCRIPTOR_TARGETS.to_vec();
         let (offsets, offsets_missing) = match btf.as_deref().map(Btf::parse) {
             Ok(Ok(btf)) => {
@@ -133,6 +139,7 @@ impl KernelFeatures {
                 descriptor_targets_missing.retain(|name| !btf.has(BtfKind::Function, name));
                 has_namespace_target = btf.has(BtfKind::Function, NAMESPACE_TARGET);
                 socket_cookie = btf.has(BtfKind::Function, SOCKET_COOKIE_HELPER);
+                shows_idle_sockets = btf.has_enumerator(IDLE_SOCKET_STATE);
                 read_offsets(&btf)
             }
             Ok(Err(error)) => ([ABSENT; FIELDS], Some(error.to_string())),
@@ -172,6 +179,7 @@ impl KernelFeatures {
             task_access,
             cgroup_access,
             socket_cookie,
+            shows_idle_sockets,
             probe_read,
             kprobes: fs::exists("/sys/bus/event_source/devices/kprobe/type").unwrap_or(false),
             lockdown: fs::read_to_string("/sys/kernel/security/lockdown")

@@ -4,6 +4,7 @@
 use std::{
     fs, io,
     os::fd::{AsFd as _, AsRawFd},
+    sync::Arc,
 };
 
 use anyhow::{Context as _, Result, anyhow};
@@ -30,6 +31,7 @@ use super::{
     owners::Owners,
     programs::{KernelBtf, Link, attach},
     tracefs,
+    watched_ports::WatchedPorts,
 };
 
 pub use super::refused_connects::RefusedCounts;
@@ -73,6 +75,7 @@ pub struct Tracer {
     connect_table: ConnectTable,
     refused_counts: RefusedCounts,
     held_ports: HeldPorts,
+    watched_ports: WatchedPorts,
     owners: Owners,
     log: Option<AsyncFd<EbpfLogger<&'static dyn log::Log>>>,
     delivered: u64,
@@ -91,7 +94,7 @@ pub struct Tracer {
 #[derive(Debug, Default)]
 pub struct Iterators {
     /// Over the descriptors of all processes.
-    pub descriptors: Option<DescriptorIter>,
+    pub descriptors: Option<Arc<DescriptorIter>>,
     /// Over the network namespaces.
     pub namespaces: Option<NamespaceIter>,
 }
@@ -152,13 +155,14 @@ impl Tracer {
                 take_map(&mut ebpf, names::REFUSED_SHARES)?,
             )?,
             held_ports: HeldPorts::new(take_map(&mut ebpf, names::HELD_PORTS)?)?,
+            watched_ports: WatchedPorts::new(take_map(&mut ebpf, names::WATCHED_PORTS)?)?,
             owners: Owners::new(take_map(&mut ebpf, names::OWNERS)?)?,
             log,
             delivered: 0,
             methods: Choice { live, refused: choice.refused },
             binds,
             bind_links,
-            iterators: Some(Iterators { descriptors, namespaces }),
+            iterators: Some(Iterators { descriptors: descriptors.map(Arc::new), namespaces }),
             descriptors_refusal,
             namespaces_refusal,
             links,
@@ -269,6 +273,13 @@ impl Tracer {
     pub fn update_held_ports<'a>(&self, held: impl Iterator<Item = &'a Endpoint>, before_ns: u64) {
         if let Err(error) = self.held_ports.update(held, before_ns) {
             log::error!("the table of held ports can't be mapped: {error}");
+        }
+    }
+
+    /// Sets the ports whose listeners the programs report when they are closed.
+    pub fn update_watched_ports<'a>(&self, watched: impl Iterator<Item = &'a Endpoint>) {
+        if let Err(error) = self.watched_ports.update(watched) {
+            log::error!("the table of watched ports can't be mapped: {error}");
         }
     }
 

@@ -31,3 +31,4 @@ mod plain;
 pub mod programs;
 pub mod refused_connects;
 pub mod tracefs;
+mod watched_ports;

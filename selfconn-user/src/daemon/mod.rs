@@ -25,6 +25,7 @@ use crate::{
         memory,
     },
 };
+use blocked::BlockedReports;
 use catch_up::{AfterRecords, CatchUp};
 use losses::LossReporter;
 use pipeline::Pipeline;
@@ -37,6 +38,7 @@ use signals::{SignalAction, Signals};
 use snapshot_worker::SnapshotWorker;
 use supervision::Supervision;
 
+mod blocked;
 mod catch_up;
 mod losses;
 mod pending;
@@ -55,9 +57,9 @@ pub use self_test::HooksDead;
 
 /// The most threads that a daemon has at the same time. The unit's `TasksMax` must not be below it.
 ///
-/// The loop; `metrics`; the writer of stdout or the journal; `facts`; `reader`, `ranges` and `remedy`, each
+/// The loop; `metrics`; the writer of stdout or the journal; `facts`; `holders`; `reader`, `ranges` and `remedy`, each
 /// with a thread that enters a namespace; and the readers of command lines, all of which may be stuck.
-pub const MAX_THREADS: usize = 1 + 1 + 1 + 1 + 3 * 2 + crate::lookup::MAX_STUCK;
+pub const MAX_THREADS: usize = 1 + 1 + 1 + 1 + 1 + 3 * 2 + crate::lookup::MAX_STUCK;
 
 /// Maximum number of records drained per loop iteration, so that every other source gets its turn.
 const MAX_BATCH: usize = 1024;
@@ -130,13 +132,15 @@ impl Daemon {
         let probe_count = u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX);
         let lookups = Lookups::start(host.is_initial_pid_ns, options.kept_cmdline)?;
         let remediation = Remediation::start(options.remedy)?;
-        let snapshot_worker = snapshot_worker::start(tracer.take_iterators())?;
+        let iterators = tracer.take_iterators();
+        let blocked = BlockedReports::start(iterators.descriptors.clone())?;
+        let snapshot_worker = snapshot_worker::start(iterators)?;
         Ok(Self {
             tracer,
             snapshot_worker,
-            port_risks: PortRiskMonitor::start()?,
+            port_risks: PortRiskMonitor::start(host.shows_idle_sockets)?,
             supervision,
-            pipeline: Pipeline::new(probe_count, lookups, options.states, remediation, out),
+            pipeline: Pipeline::new(probe_count, lookups, options.states, remediation, blocked, out),
             self_test: options.self_test,
             loss_reporter: LossReporter::default(),
             snapshot_interval: options.snapshot_interval,
@@ -187,6 +191,7 @@ impl Daemon {
                 () = self.port_risks.ready() => {}
                 () = self.pipeline.remediation.ready() => {}
                 () = self.pipeline.lookups.ready() => {}
+                () = self.pipeline.blocked.ready() => {}
                 readable = self.tracer.readable() => readable?,
                 // The pending events are written below.
                 () = self.pipeline.out.ready() => {}
@@ -229,6 +234,7 @@ impl Daemon {
     fn next_wake(&self) -> Option<Instant> {
         let times = [
             self.pipeline.remediation.next_at(),
+            self.pipeline.blocked.next_at(),
             self.port_risks.next_at(),
             self.self_test.next_at(),
             self.loss_reporter.next_at(),
@@ -241,6 +247,7 @@ impl Daemon {
 
     /// Takes the responses of the workers that are there.
     fn serve_workers(&mut self) {
+        self.pipeline.serve_blocked();
         if let Some(snapshot) = self.snapshot_worker.try_response() {
             self.wait_for_records(AfterRecords::Reconcile(Box::new(snapshot)));
         }
@@ -363,6 +370,7 @@ impl Daemon {
             Record::Transition(transition) if self_test.consume(transition) => {}
             Record::Transition(transition) => pipeline.apply(transition, clock),
             Record::RefusedConnects(destination) => port_risks.on_threshold(*destination),
+            Record::ListenerClosed(endpoint) => port_risks.on_listener_closed(endpoint),
             Record::BindFailure(failure) => pipeline.on_bind_failure(failure, clock),
         });
         // Every transition from before these failed binds is applied now, if the ring buffer was emptied.
@@ -378,7 +386,11 @@ impl Daemon {
     fn check_port_risks(&mut self) {
         let now_ns = clock::boot_ns();
         let mut events = Vec::new();
-        self.port_risks.check_due_ports(self.tracer.refused_counts(), now_ns, |event| events.push(event));
+        let counts = self.tracer.refused_counts();
+        if !self.port_risks.check_due_ports(counts, now_ns, |event| events.push(event)) {
+            return;
+        }
+        self.tracer.update_watched_ports(self.port_risks.tracked());
         for event in events {
             self.pipeline.on_port_risk(event, now_ns);
         }
@@ -505,6 +517,7 @@ impl Daemon {
             self.snapshot_worker.ended(),
             self.port_risks.ended_worker(),
             self.pipeline.remediation.ended_worker(),
+            self.pipeline.blocked.ended_worker(),
         ];
         others.into_iter().flatten().chain(self.pipeline.lookups.ended_workers())
     }

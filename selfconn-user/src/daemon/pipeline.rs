@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use selfconn_ebpf::{Task, Transition, bind_failure::BindFailure, state};
 
 use super::{
+    blocked::{BlockedReports, KnownHolder, PendingBlocked, Step},
     pending::{PendingEvents, QueuedEvent},
     port_risk,
     remediation::Remediation,
@@ -57,6 +58,7 @@ pub(super) struct Pipeline {
     report_states: bool,
     pub(super) remediation: Remediation,
     pub(super) bind_conflicts: BindConflicts,
+    pub(super) blocked: BlockedReports,
     pub(super) out: Outputs,
     pub(super) established_counts: metrics::ConnectionCounts,
     pub(super) missed: u64,
@@ -72,28 +74,13 @@ pub(super) enum Waiter {
     PortRisk(Box<PortRiskEvent>, u64),
 }
 
-/// A `blocked` event whose process is being looked up.
-pub(super) struct PendingBlocked {
-    conflict: u64,
-    failure: BindFailure,
-    holder: KnownHolder,
-    /// The process that called bind(), if it is looked up.
-    process: Option<Rc<ProcessInfo>>,
-    time: Timestamp,
-}
-
-/// The self-connection that held the port when the bind failed.
-enum KnownHolder {
-    Open(Box<Connection>, Attribution),
-    TimeWait(Box<TimeWaitEntry>),
-}
-
 impl Pipeline {
     pub(super) fn new(
         probe_count: u8,
         lookups: Lookups<Waiter>,
         report_states: bool,
         remediation: Remediation,
+        blocked: BlockedReports,
         out: Outputs,
     ) -> Self {
         Self {
@@ -109,6 +96,7 @@ impl Pipeline {
             report_states,
             remediation,
             bind_conflicts: BindConflicts::default(),
+            blocked,
             out,
             established_counts: metrics::ConnectionCounts::default(),
             missed: 0,
@@ -268,7 +256,7 @@ impl Pipeline {
                     self.attribute(number, process);
                     self.pending.push_backlog(number);
                 }
-                Waiter::Blocked(blocked) => self.on_binder_known(*blocked, process),
+                Waiter::Blocked(blocked) => self.on_blocked_process(*blocked, process),
                 Waiter::PortRisk(event, now_ns) => self.emit_port_risk(&event, now_ns, &process),
             }
         }
@@ -289,9 +277,14 @@ impl Pipeline {
     pub(super) async fn emit_all_pending(&mut self) {
         self.lookups.give_up_all();
         self.emit_completed();
-        // A completed `blocked` may have begun the look-up of its holder.
-        self.lookups.give_up_all();
-        self.emit_completed();
+        for blocked in self.blocked.give_up_all() {
+            self.on_holders_known(blocked);
+        }
+        // A `blocked` may have two more processes to look up.
+        for _ in 0..2 {
+            self.lookups.give_up_all();
+            self.emit_completed();
+        }
         while let Some(number) = self.pending.pop_backlog() {
             self.emit_pending(number);
             if self.out.is_filling() {
@@ -364,45 +357,75 @@ impl Pipeline {
     pub(super) fn on_bind_failure(&mut self, failure: &BindFailure, clock: Offset) {
         let Some(holder) = self.bind_conflicts.find_holder(failure, self.connections.iter()) else { return };
         let number = holder.connection().number;
-        let holder = match holder {
-            PortHolder::Open(connection) => {
-                let attribution = self.attributions.get(&number).cloned().unwrap_or_default();
-                KnownHolder::Open(Box::new(connection.clone()), attribution)
-            }
-            PortHolder::TimeWait(entry) => KnownHolder::TimeWait(Box::new(entry.clone())),
-        };
+        let attribution = self.attributions.get(&number).cloned().unwrap_or_default();
+        let mut blocked = PendingBlocked::new(*failure, &holder, attribution, clock.wall(failure.at_ns));
         let Some(conflict) = self.bind_conflicts.record_failure(failure, number) else { return };
-        let blocked = PendingBlocked {
-            conflict: conflict.number,
-            failure: BindFailure { failures: conflict.failures, ..*failure },
-            holder,
-            process: None,
-            time: clock.wall(failure.at_ns),
-        };
+        (blocked.conflict, blocked.failure.failures) = (conflict.number, conflict.failures);
         let target = LookupTarget::Observed(ObservedTask::from_bind_failure(failure), failure.owner);
-        match self.lookups.known(&target, failure.at_ns) {
-            Some(process) => self.on_binder_known(blocked, process),
+        self.look_up_for_blocked(blocked, target);
+    }
+
+    fn look_up_for_blocked(&mut self, blocked: PendingBlocked, target: LookupTarget) {
+        match self.lookups.known(&target, blocked.failure.at_ns) {
+            Some(process) => self.on_blocked_process(blocked, process),
             None => self.lookups.begin(target, Waiter::Blocked(Box::new(blocked))),
         }
     }
 
-    /// Emits `blocked`, unless the holder's own look-up is in progress. `process` is that of the binder the
-    /// first time, and that of the holder the second time.
-    fn on_binder_known(&mut self, mut blocked: PendingBlocked, process: Rc<ProcessInfo>) {
-        if blocked.process.is_none() {
-            blocked.process = Some(process);
-            if let KnownHolder::Open(connection, _) = &blocked.holder
-                && self.pending.contains(connection.number)
-                && let Some(target) = opener_target(connection)
-            {
-                self.lookups.begin(target, Waiter::Blocked(Box::new(blocked)));
-                return;
+    /// A process of a `blocked` event is looked up.
+    fn on_blocked_process(&mut self, mut blocked: PendingBlocked, process: Rc<ProcessInfo>) {
+        match blocked.step {
+            Step::Binder => {
+                blocked.binder = Some(process);
+                if let Some(blocked) = self.blocked.request(blocked) {
+                    self.on_holders_known(blocked);
+                }
             }
-        } else if let KnownHolder::Open(_, attribution) = &mut blocked.holder {
-            attribution.process = process;
+            Step::Holder => {
+                blocked.holder_process = Some(process);
+                self.on_holder_process_known(blocked);
+            }
+            Step::Opener => {
+                if let KnownHolder::Open(_, attribution) = &mut blocked.holder {
+                    attribution.process = process;
+                }
+                self.emit_blocked(&blocked);
+            }
         }
-        let PendingBlocked { conflict, failure, holder, process, time } = blocked;
-        let (holder, attribution) = match &holder {
+    }
+
+    /// Goes on with the `blocked` events whose holders are known.
+    pub(super) fn serve_blocked(&mut self) {
+        for blocked in self.blocked.serve() {
+            self.on_holders_known(blocked);
+        }
+    }
+
+    fn on_holders_known(&mut self, mut blocked: PendingBlocked) {
+        match blocked.holders.iter().flatten().next().and_then(holder_target) {
+            Some(target) if self.lookups.can_look_up() => {
+                blocked.step = Step::Holder;
+                self.look_up_for_blocked(blocked, target);
+            }
+            _ => self.on_holder_process_known(blocked),
+        }
+    }
+
+    /// Emits the event, unless the look-up of the opener is in progress.
+    fn on_holder_process_known(&mut self, mut blocked: PendingBlocked) {
+        if let KnownHolder::Open(connection, _) = &blocked.holder
+            && self.pending.contains(connection.number)
+            && let Some(target) = opener_target(connection)
+        {
+            blocked.step = Step::Opener;
+            self.lookups.begin(target, Waiter::Blocked(Box::new(blocked)));
+            return;
+        }
+        self.emit_blocked(&blocked);
+    }
+
+    fn emit_blocked(&mut self, blocked: &PendingBlocked) {
+        let (holder, attribution) = match &blocked.holder {
             KnownHolder::Open(connection, at_failure) => {
                 let now = self.attributions.get(&connection.number).unwrap_or(at_failure);
                 (PortHolder::Open(connection), now)
@@ -410,21 +433,20 @@ impl Pipeline {
             KnownHolder::TimeWait(entry) => (PortHolder::TimeWait(entry), &entry.attribution),
         };
         let fields = ConnectionFields::new(holder.connection(), self.run_id, attribution);
-        let process = process.unwrap_or_default();
-        let report = event::Blocked::new(
-            event::blocked_id(self.run_id, conflict),
-            &failure,
-            &process,
-            &holder,
-            fields,
-            Offset::now(),
-        );
-        self.out.emit_at(time, EventKind::Blocked(Box::new(report)));
+        let current = event::CurrentHolder {
+            holders: blocked.holders.clone(),
+            process: blocked.holder_process.clone().unwrap_or_default(),
+        };
+        let binder = blocked.binder.clone().unwrap_or_default();
+        let id = event::blocked_id(self.run_id, blocked.conflict);
+        let report =
+            event::Blocked::new(id, &blocked.failure, &binder, &holder, fields, current, Offset::now());
+        self.out.emit_at(blocked.time, EventKind::Blocked(Box::new(report)));
     }
 
     /// Looks up the newest connecting process of a port at risk, and emits the event.
     pub(super) fn on_port_risk(&mut self, event: PortRiskEvent, now_ns: u64) {
-        let (PortRiskEvent::AtRisk(connects, _) | PortRiskEvent::Over(connects, _)) = &event;
+        let (PortRiskEvent::AtRisk(connects, ..) | PortRiskEvent::Over(connects, _)) = &event;
         let newest = connects.newest;
         // If two CPUs wrote to the count at the same time, the task may be mixed from two attempts. Only a
         // matching start time proves that it is not.

@@ -1,29 +1,50 @@
-//! The worker that reads the local port range of a network namespace. The worker that reads the socket table
-//! can be busy for longer than the report of a port at risk may take, so this is a separate thread.
+//! The worker that looks at ports in a network namespace: its local port range, and what has the ports. The worker
+//! that reads the socket table can be busy for longer than the report of a port at risk may take, so this is a
+//! separate thread.
 
 use std::{collections::HashMap, io};
 
+use selfconn_ebpf::Endpoint;
+
 use crate::{
-    ports::{LocalPorts, sysctl},
-    sockets::{self, NetnsId},
+    ports::{LocalPorts, Reach, sysctl},
+    sockets::{self, NetnsId, PortUse},
     system::{capabilities, worker::Worker},
 };
 
-/// The local ports of each namespace, or the reason why they are unknown.
-pub(super) type PortRangeResponse = HashMap<NetnsId, Result<LocalPorts, String>>;
+/// What was seen in a namespace.
+pub(super) struct NamespacePorts {
+    pub(super) ports: LocalPorts,
+    /// Of the requested ports that `connect()` can choose.
+    pub(super) uses: HashMap<Endpoint, PortUse>,
+}
 
-/// Network namespaces, each with a process that may be in it.
-type PortRangeRequest = HashMap<NetnsId, u32>;
+/// The local ports of each namespace, or the reason why they are unknown.
+pub(super) type PortRangeResponse = HashMap<NetnsId, Result<NamespacePorts, String>>;
+
+/// Network namespaces, each with a process that may be in it, and the ports in question.
+pub(super) type PortRangeRequest = HashMap<NetnsId, (u32, Vec<Endpoint>)>;
 
 pub(super) type PortRangeWorker = Worker<PortRangeRequest, PortRangeResponse>;
 
 pub(super) fn start() -> io::Result<PortRangeWorker> {
     Worker::start("ranges", capabilities::PORT_RANGE_WORKER, |request: PortRangeRequest| {
-        request.into_iter().map(read).collect()
+        let namespaces = request.into_iter();
+        namespaces.map(|(netns, (hint, destinations))| (netns, read(netns, hint, &destinations))).collect()
     })
 }
 
-fn read((netns, hint): (NetnsId, u32)) -> (NetnsId, Result<LocalPorts, String>) {
-    let ports = || sysctl::local_ports().map_err(|error| io::Error::other(format!("{error:#}")));
-    (netns, sockets::run_in_namespace(netns, &[hint], ports).map_err(|error| error.to_string()))
+fn read(netns: NetnsId, hint: u32, destinations: &[Endpoint]) -> Result<NamespacePorts, String> {
+    let look = || {
+        let ports = sysctl::local_ports().map_err(|error| io::Error::other(format!("{error:#}")))?;
+        let can_be_chosen =
+            |destination: &&Endpoint| matches!(ports.reach(destination.port), Reach::First | Reach::Last);
+        let destinations: Vec<Endpoint> = destinations.iter().filter(can_be_chosen).copied().collect();
+        let uses = sockets::port_uses(&destinations).unwrap_or_else(|error| {
+            log::info!("which sockets have the ports at risk is unknown: {error}");
+            Vec::new()
+        });
+        Ok(NamespacePorts { ports, uses: destinations.into_iter().zip(uses).collect() })
+    };
+    sockets::run_in_namespace(netns, &[hint], look).map_err(|error| error.to_string())
 }

@@ -2,15 +2,15 @@
 //! port range of its namespace, and `crate::detect::port_risk` decides which event to emit. No timer runs
 //! while there is no such port.
 
-use std::{collections::HashMap, io, time::Duration};
+use std::{io, time::Duration};
 
 use selfconn_ebpf::Endpoint;
 use tokio::time::Instant;
 
-use super::port_ranges::{self, PortRangeResponse, PortRangeWorker};
+use super::port_ranges::{self, PortRangeRequest, PortRangeResponse, PortRangeWorker};
 use crate::{
     bpf::loader::RefusedCounts,
-    detect::port_risk::{PortRiskEvent, PortRisks, RefusedConnects},
+    detect::port_risk::{PortLook, PortRiskEvent, PortRisks},
     event::{AtRisk, AtRiskOver, EventKind},
     sockets::NetnsId,
     system::{clock, process::ProcessInfo},
@@ -22,20 +22,33 @@ pub(super) struct PortRiskMonitor {
     port_range_worker: PortRangeWorker,
     /// The ports that wait for the worker's response.
     awaiting_ranges: Vec<Endpoint>,
+    /// True if the socket table shows sockets that are bound and idle.
+    shows_idle: bool,
 }
 
 impl PortRiskMonitor {
-    pub(super) fn start() -> io::Result<Self> {
+    pub(super) fn start(shows_idle: bool) -> io::Result<Self> {
         Ok(Self {
             risks: PortRisks::default(),
             port_range_worker: port_ranges::start()?,
             awaiting_ranges: Vec::new(),
+            shows_idle,
         })
     }
 
     /// A probe reported that the count of this port crossed a threshold.
     pub(super) fn on_threshold(&mut self, destination: Endpoint) {
         self.risks.on_threshold(destination);
+    }
+
+    /// A listener was closed at this port, at any address.
+    pub(super) fn on_listener_closed(&mut self, endpoint: &Endpoint) {
+        self.risks.on_listener_closed(endpoint);
+    }
+
+    /// The ports with many refused connects: the end of a listener there matters.
+    pub(super) fn tracked(&self) -> impl Iterator<Item = &Endpoint> {
+        self.risks.tracked()
     }
 
     /// Number of ports at risk now.
@@ -56,22 +69,24 @@ impl PortRiskMonitor {
     }
 
     /// If a check is due, stops tracking ports without recent attempts, and requests the port ranges for the
-    /// ports that are due. `report` gets the events.
+    /// ports that are due. `report` gets the events. False: nothing was due.
     pub(super) fn check_due_ports(
         &mut self,
         refused_counts: &mut RefusedCounts,
         now_ns: u64,
         mut report: impl FnMut(PortRiskEvent),
-    ) {
+    ) -> bool {
         if self.next_check_ns().is_none_or(|check_ns| check_ns > now_ns) {
-            return;
+            return false;
         }
-        let mut request = HashMap::new();
+        let mut request = PortRangeRequest::new();
         for destination in self.risks.due(now_ns) {
             let count = refused_counts.get(&destination);
             match (self.risks.expire(&destination, count.as_ref(), now_ns), count) {
                 (None, Some(count)) => {
-                    request.insert(NetnsId::from(&destination), count.last_opener.task.pid);
+                    let in_netns = request.entry(NetnsId::from(&destination)).or_default();
+                    in_netns.0 = count.last_opener.task.pid;
+                    in_netns.1.push(destination);
                     self.awaiting_ranges.push(destination);
                 }
                 (expired, _) => {
@@ -83,6 +98,7 @@ impl PortRiskMonitor {
         if !request.is_empty() {
             self.port_range_worker.send(request);
         }
+        true
     }
 
     /// Waits until the worker has a response. Cancel safe.
@@ -116,12 +132,18 @@ impl PortRiskMonitor {
             else {
                 continue;
             };
-            if let Err(why) = ports {
-                log::info!("whether connect() can choose port {} is unknown: {why}", destination.port);
-            }
-            let connects = RefusedConnects::new(&destination, &count);
-            let is_taken = is_taken(&connects.endpoint);
-            let event = self.risks.check(&destination, &count, ports, is_taken, now_ns);
+            let look = match ports {
+                Ok(seen) => PortLook {
+                    ports: Ok(&seen.ports),
+                    port_use: seen.uses.get(&destination).copied(),
+                    shows_idle: self.shows_idle,
+                },
+                Err(why) => {
+                    log::info!("whether connect() can choose port {} is unknown: {why}", destination.port);
+                    PortLook { ports: Err(why), port_use: None, shows_idle: false }
+                }
+            };
+            let event = self.risks.check(&destination, &count, &look, is_taken(&destination), now_ns);
             event.into_iter().for_each(&mut report);
         }
         log::debug!("ports at risk: {}", self.at_risk());
@@ -150,8 +172,8 @@ impl PortRiskMonitor {
 /// The event to emit. `process` is the newest connecting one.
 pub(super) fn event_kind(event: &PortRiskEvent, run: u64, process: &ProcessInfo) -> EventKind {
     match event {
-        PortRiskEvent::AtRisk(connects, chance) => {
-            EventKind::AtRisk(Box::new(AtRisk::new(connects, chance, run, process)))
+        PortRiskEvent::AtRisk(connects, chance, may_be_bound) => {
+            EventKind::AtRisk(Box::new(AtRisk::new(connects, chance, *may_be_bound, run, process)))
         }
         PortRiskEvent::Over(connects, why) => {
             EventKind::AtRiskOver(Box::new(AtRiskOver::new(connects, *why, run, process)))

@@ -28,7 +28,7 @@ fn take_snapshot(netns_hints: &[u32], iterators: &Iterators) -> SocketSnapshot {
         attempts: true,
         holders,
         max_sockets: Some(MAX_SNAPSHOT_SOCKETS),
-        descriptors: iterators.descriptors.as_ref(),
+        descriptors: iterators.descriptors.as_deref(),
         namespaces: iterators.namespaces.as_ref(),
         ..SnapshotOptions::default()
     };

@@ -2,7 +2,7 @@
 //! the input is failed binds, open connections and connections in TIME_WAIT; the output is the holder of the
 //! port and the number of failures to report.
 
-use std::{collections::HashMap, net::IpAddr};
+use std::collections::HashMap;
 
 use selfconn_ebpf::{COMM_LEN, Endpoint, bind_failure::BindFailure};
 
@@ -14,6 +14,9 @@ use crate::{
     },
     system::process::Attribution,
 };
+use rules::{BindParty, refuses};
+
+pub mod rules;
 
 const SECOND_NS: u64 = 1_000_000_000;
 
@@ -110,22 +113,16 @@ impl PortHolder<'_> {
     }
 }
 
-/// True if the socket at `held` keeps another socket from binding `requested`, of which an unspecified address
-/// stands for all addresses. Only the addresses decide, not the families of the two sockets.
-fn is_conflicting(held: &Endpoint, requested: &Endpoint) -> bool {
-    let is_requested = match requested.ip() {
-        // An IPv6 socket requests the IPv4 port, too, unless it has IPV6_V6ONLY set.
-        IpAddr::V6(any) if any.is_unspecified() => true,
-        IpAddr::V4(any) if any.is_unspecified() => held.ip().is_ipv4(),
-        one => one == held.ip(),
-    };
-    // Sockets that are bound to different devices don't compete (`inet_bind_conflict`,
-    // net/ipv4/inet_connection_sock.c at v6.12).
-    let is_same_device = match (held.device(), requested.device()) {
-        (Some(held), Some(requested)) => held == requested,
-        _ => true,
-    };
-    held.is_in_netns_of(requested) && held.port == requested.port && is_same_device && is_requested
+/// True if the kernel refuses this bind because of this self-connection.
+fn is_refused_by(failure: &BindFailure, connection: &Connection, uid: Option<u32>) -> bool {
+    let held = BindParty { endpoint: connection.endpoint, options: connection.options, uid };
+    refuses(&held, &requested_by(failure))
+}
+
+/// What the kernel compares of the socket that was to be bound.
+#[must_use]
+pub fn requested_by(failure: &BindFailure) -> BindParty {
+    BindParty { endpoint: failure.endpoint, options: failure.options, uid: Some(failure.sock_uid) }
 }
 
 impl Default for BindConflicts {
@@ -217,15 +214,15 @@ impl BindConflicts {
         failure: &BindFailure,
         mut open: impl Iterator<Item = &'a Connection>,
     ) -> Option<PortHolder<'a>> {
-        let conflicts_with = |held: &Endpoint| is_conflicting(held, &failure.endpoint);
-        if let Some(connection) = open.find(|connection| conflicts_with(&connection.endpoint)) {
+        if let Some(connection) = open.find(|connection| is_refused_by(failure, connection, connection.uid)) {
             return Some(PortHolder::Open(connection));
         }
-        let is_in_time_wait = |entry: &&TimeWaitEntry| entry.until_ns > failure.at_ns;
         // The entry that expires last.
         let time_waits = self.time_waits.values().map(|entry| &**entry);
-        let time_waits = time_waits.filter(|entry| conflicts_with(&entry.connection.endpoint));
-        time_waits.filter(is_in_time_wait).max_by_key(|entry| entry.until_ns).map(PortHolder::TimeWait)
+        let time_waits = time_waits.filter(|entry| {
+            entry.until_ns > failure.at_ns && is_refused_by(failure, &entry.connection, None)
+        });
+        time_waits.max_by_key(|entry| entry.until_ns).map(PortHolder::TimeWait)
     }
 
     /// Counts a bind that failed because of the self-connection with number `holder`. `Some`: a report is

@@ -14,7 +14,7 @@ use std::{
     sync::Arc,
 };
 
-use selfconn_ebpf::{COMM_LEN, Endpoint, Opener, Owner, Task, Transition, socket_file, state};
+use selfconn_ebpf::{BindOptions, COMM_LEN, Endpoint, Opener, Owner, Task, Transition, socket_file, state};
 
 use crate::sockets::SocketEntry;
 use identity::ClosedSockets;
@@ -36,8 +36,8 @@ pub const TIME_WAIT_NS: u64 = 60_000_000_000;
 const DUPLICATE_WINDOW_NS: u64 = 5_000_000_000;
 
 /// Kernel errnos that show how a socket was closed.
-const ECONNABORTED: u32 = 103;
-const ECONNRESET: u32 = 104;
+const ECONNABORTED: u16 = 103;
+const ECONNRESET: u16 = 104;
 
 /// How a self-connection was detected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +64,8 @@ pub struct Connection {
     pub inode: Option<u64>,
     /// The user that owns the socket.
     pub uid: Option<u32>,
+    /// The options of the socket, as they were when it was last seen.
+    pub options: BindOptions,
     /// The task that called connect().
     pub opener: Option<Opener>,
     /// True if the kernel itself made and uses the socket: it has no file, so no process can have it open.
@@ -305,6 +307,7 @@ impl Connection {
             device: None,
             inode: None,
             uid: None,
+            options: BindOptions::UNKNOWN,
             opener: None,
             is_kernel_socket: None,
             isns: None,
@@ -327,6 +330,7 @@ impl Connection {
             device: entry.device.clone(),
             inode: (entry.inode != 0).then_some(entry.inode),
             uid: entry.uid,
+            options: entry.options,
             opener: entry.connect_entry.as_ref().map(|entry| entry.1),
             is_kernel_socket: entry.is_held.then_some(false),
             ..Self::new(number, Source::Scan, entry.endpoint)
@@ -388,6 +392,9 @@ impl Tracked {
         }
         if t.inode != 0 {
             (connection.inode, connection.uid) = (Some(t.inode), Some(t.uid));
+        }
+        if t.options.is_known() {
+            connection.options = t.options;
         }
         if t.opener.at_ns != 0 {
             connection.opener = Some(t.opener);

@@ -13,12 +13,23 @@ use selfconn_ebpf::{
     refused_connects::{REPORT_THRESHOLD, RefusedCount, WINDOW_NS},
 };
 
-use crate::ports::{LocalPorts, Odds, Reach};
+use crate::{
+    ports::{LocalPorts, Odds, Reach},
+    sockets::PortUse,
+};
 
 const SECOND_NS: u64 = 1_000_000_000;
 
 /// Minimum interval between two checks of a port, at any rate of attempts.
 const MIN_CHECK_INTERVAL_NS: u64 = SECOND_NS / 10;
+
+/// Minimum interval between two checks of a port that is not at risk because somebody has bound it.
+const MIN_BOUND_CHECK_INTERVAL_NS: u64 = SECOND_NS;
+
+/// Interval between the checks after the end of a listener, and their number. The kernel closes the connections that
+/// nobody has accepted before it gives the port back.
+const RELEASE_CHECK_INTERVAL_NS: u64 = SECOND_NS / 50;
+const RELEASE_CHECKS: u8 = 4;
 
 /// Mean number of checks during the number of attempts that a self-connection takes on average.
 const CHECKS_PER_EXPECTED_HIT: u64 = 50;
@@ -45,10 +56,21 @@ pub struct RefusedConnects {
 /// An event about a port at risk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PortRiskEvent {
-    /// The next attempt can connect to itself.
-    AtRisk(RefusedConnects, Chance),
+    /// The next attempt can connect to itself. True: unless a socket that can't be seen is bound to the port.
+    AtRisk(RefusedConnects, Chance, bool),
     /// The port is not at risk any more.
     Over(RefusedConnects, RiskEndReason),
+}
+
+/// What is known of a port now.
+#[derive(Clone, Copy, Debug)]
+pub struct PortLook<'a> {
+    /// The local port range of its namespace, or the reason why that is unknown.
+    pub ports: Result<&'a LocalPorts, &'a str>,
+    /// What has the port. `None`: unknown.
+    pub port_use: Option<PortUse>,
+    /// True if the kernel shows sockets that are bound and idle.
+    pub shows_idle: bool,
 }
 
 /// Probability that one attempt connects to itself.
@@ -87,6 +109,10 @@ struct PortState {
     next_report_count: u64,
     /// The number of the risk that is reported and not over.
     risk: Option<u64>,
+    /// True if somebody has bound the port, so that `connect()` does not choose it.
+    is_bound: bool,
+    /// Number of checks that follow each other because a listener has ended.
+    release_checks: u8,
     /// The attempts at the last check.
     last_connects: Option<RefusedConnects>,
 }
@@ -99,9 +125,25 @@ impl PortRisks {
             next_check_ns: 0,
             next_report_count: REPORT_THRESHOLD,
             risk: None,
+            is_bound: false,
+            release_checks: 0,
             last_connects: None,
         };
         self.ports.entry(destination).or_insert(new).next_check_ns = 0;
+    }
+
+    /// A listener at this port, at any address, is closed: if somebody has bound the port, that may be over.
+    pub fn on_listener_closed(&mut self, closed: &Endpoint) {
+        for (destination, port) in &mut self.ports {
+            if destination.port == closed.port && destination.is_in_netns_of(closed) {
+                (port.next_check_ns, port.release_checks) = (0, RELEASE_CHECKS);
+            }
+        }
+    }
+
+    /// The ports that are tracked.
+    pub fn tracked(&self) -> impl Iterator<Item = &Endpoint> {
+        self.ports.keys()
     }
 
     /// Time of the next check of any port: `CLOCK_BOOTTIME`, nanoseconds. `None`: no port is tracked.
@@ -156,13 +198,16 @@ impl PortRisks {
         Some(PortRiskEvent::Over(connects, RiskEndReason::NetnsEnded))
     }
 
-    /// Checks a tracked port. `ports` is the local port range of its namespace, or the reason why the range
-    /// is unknown. `is_taken` is true if a self-connection already holds the port.
+    /// Checks a tracked port. `is_taken` is true if a self-connection already holds the port.
+    ///
+    /// `connect()` never chooses a port that a socket was bound to while any socket of that time has it
+    /// (`tb->fastreuse >= 0` in `__inet_hash_connect`, net/ipv4/inet_hashtables.c at v6.12). So connections keep a
+    /// port out of reach after the end of their listener. Connections whose port `connect()` chose don't.
     pub fn check(
         &mut self,
         destination: &Endpoint,
         count: &RefusedCount,
-        ports: &Result<LocalPorts, String>,
+        look: &PortLook<'_>,
         is_taken: bool,
         now_ns: u64,
     ) -> Option<PortRiskEvent> {
@@ -172,18 +217,35 @@ impl PortRisks {
         let before = port.last_connects.replace(connects);
         let expiry_ns = connects.last_ns.saturating_add(WINDOW_NS + 1);
         port.next_check_ns = expiry_ns;
-        let chance = match ports {
-            Err(why) => Some(Chance::Unknown(why.clone())),
+        let chance = match look.ports {
+            Err(why) => Some(Chance::Unknown(why.to_owned())),
             Ok(ports) => chance(ports, connects.endpoint.port),
         };
-        let Some(chance) = chance else {
-            let expected = ports.as_ref().map_or(1, |ports| u64::from(ports.expected_connects()).max(1));
+        let port_use = look.port_use.unwrap_or_default();
+        port.is_bound = port_use.is_bound || port.is_bound && port_use.is_connected;
+        let min_interval_ns = if !port.is_bound || chance.is_none() {
+            MIN_CHECK_INTERVAL_NS
+        } else if port.release_checks > 0 {
+            port.release_checks -= 1;
+            RELEASE_CHECK_INTERVAL_NS
+        } else {
+            MIN_BOUND_CHECK_INTERVAL_NS
+        };
+        let Some(chance) = chance.filter(|_| !port.is_bound) else {
+            let expected = look.ports.as_ref().map_or(1, |ports| u64::from(ports.expected_connects()).max(1));
             let interval_ns =
                 connects.gap_ns(before.as_ref()).saturating_mul(expected) / CHECKS_PER_EXPECTED_HIT;
-            port.next_check_ns = expiry_ns.min(now_ns.saturating_add(interval_ns.max(MIN_CHECK_INTERVAL_NS)));
+            let interval_ns = match min_interval_ns {
+                RELEASE_CHECK_INTERVAL_NS => RELEASE_CHECK_INTERVAL_NS,
+                min => interval_ns.max(min),
+            };
+            port.next_check_ns = expiry_ns.min(now_ns.saturating_add(interval_ns));
             return port.risk.take().map(|_| PortRiskEvent::Over(connects, RiskEndReason::Unreachable));
         };
-        if is_taken || (port.risk.is_some() && connects.refused < port.next_report_count) {
+        if is_taken
+            || port_use.is_self_connected
+            || (port.risk.is_some() && connects.refused < port.next_report_count)
+        {
             return None;
         }
         let risk = *port.risk.get_or_insert_with(|| {
@@ -193,7 +255,8 @@ impl PortRisks {
         while port.next_report_count <= connects.refused {
             port.next_report_count = port.next_report_count.saturating_mul(10);
         }
-        Some(PortRiskEvent::AtRisk(RefusedConnects { risk, ..connects }, chance))
+        let may_be_bound = port_use.is_connected || look.port_use.is_none() || !look.shows_idle;
+        Some(PortRiskEvent::AtRisk(RefusedConnects { risk, ..connects }, chance, may_be_bound))
     }
 }
 
@@ -274,13 +337,18 @@ mod tests {
         LocalPorts::parse(range, reserved).map_err(|error| error.to_string())
     }
 
+    fn look(ports: &Result<LocalPorts, String>) -> PortLook<'_> {
+        let ports = ports.as_ref().map_err(String::as_str);
+        PortLook { ports, port_use: Some(PortUse::default()), shows_idle: true }
+    }
+
     fn check_now(
         risks: &mut PortRisks,
         refused: u64,
         ports: &Result<LocalPorts, String>,
     ) -> Option<PortRiskEvent> {
         risks.on_threshold(DESTINATION);
-        risks.check(&DESTINATION, &count(refused, SECOND_NS, NOW_NS), ports, false, NOW_NS)
+        risks.check(&DESTINATION, &count(refused, SECOND_NS, NOW_NS), &look(ports), false, NOW_NS)
     }
 
     #[test]
@@ -295,8 +363,8 @@ mod tests {
         ] {
             let event = check_now(&mut PortRisks::default(), 20, &ports(range, reserved));
             match (&event, one_in) {
-                (Some(PortRiskEvent::AtRisk(connects, chance)), Some(one_in)) => {
-                    assert_eq!(*chance, Chance::OneIn(one_in), "{what}");
+                (Some(PortRiskEvent::AtRisk(connects, chance, may_be_bound)), Some(one_in)) => {
+                    assert_eq!((chance, may_be_bound), (&Chance::OneIn(one_in), &false), "{what}");
                     assert_eq!(
                         connects.endpoint,
                         Endpoint::new(7, [127, 0, 0, 1].into(), 40_000, false).any_family()
@@ -307,7 +375,7 @@ mod tests {
                     );
                     assert_eq!(connects.eta_seconds(chance), Some(one_in.into()), "{what}");
                 }
-                (Some(PortRiskEvent::AtRisk(_, Chance::OneIn(fewer))), None) if what.contains("fewer") => {
+                (Some(PortRiskEvent::AtRisk(_, Chance::OneIn(fewer), _)), None) if what.contains("fewer") => {
                     assert!(*fewer < 100, "{what}: {fewer}");
                 }
                 (event, one_in) => assert!(event.is_none() && one_in.is_none(), "{what}: {event:?}"),
@@ -321,7 +389,7 @@ mod tests {
         let reported: Vec<_> = [20, 21, 199, 200, 1_999, 2_001, 3_000, 20_000]
             .into_iter()
             .filter_map(|refused| match check_now(&mut risks, refused, &ports) {
-                Some(PortRiskEvent::AtRisk(connects, _)) => Some((connects.risk, connects.refused)),
+                Some(PortRiskEvent::AtRisk(connects, ..)) => Some((connects.risk, connects.refused)),
                 _ => None,
             })
             .collect();
@@ -345,13 +413,18 @@ mod tests {
         assert_eq!(connects.risk, 1);
         assert_eq!((risks.at_risk(), check_now(&mut risks, 241, &reserved)), (0, None));
         let next = check_now(&mut risks, 250, &free);
-        assert!(matches!(next, Some(PortRiskEvent::AtRisk(connects, _)) if connects.risk == 2), "{next:?}");
+        assert!(matches!(next, Some(PortRiskEvent::AtRisk(connects, ..)) if connects.risk == 2), "{next:?}");
     }
 
     #[test]
     fn an_unknown_port_range_is_reported_with_its_reason() {
-        let event = check_now(&mut PortRisks::default(), 20, &Err("no way in".to_owned()));
-        let Some(PortRiskEvent::AtRisk(connects, chance)) = event else { panic!("{event:?}") };
+        let event = {
+            let (mut risks, why) = (PortRisks::default(), "no way in");
+            risks.on_threshold(DESTINATION);
+            let look = PortLook { ports: Err(why), port_use: None, shows_idle: false };
+            risks.check(&DESTINATION, &count(20, SECOND_NS, NOW_NS), &look, false, NOW_NS)
+        };
+        let Some(PortRiskEvent::AtRisk(connects, chance, true)) = event else { panic!("{event:?}") };
         assert_eq!(chance, Chance::Unknown("no way in".to_owned()));
         assert_eq!(connects.eta_seconds(&chance), None);
     }
@@ -361,8 +434,61 @@ mod tests {
         let (mut risks, ports) = (PortRisks::default(), ports("40000 40199", ""));
         risks.on_threshold(DESTINATION);
         let count = count(20, SECOND_NS, NOW_NS);
-        assert_eq!(risks.check(&DESTINATION, &count, &ports, true, NOW_NS), None);
-        assert!(risks.check(&DESTINATION, &count, &ports, false, NOW_NS).is_some());
+        assert_eq!(risks.check(&DESTINATION, &count, &look(&ports), true, NOW_NS), None);
+        assert!(risks.check(&DESTINATION, &count, &look(&ports), false, NOW_NS).is_some());
+    }
+
+    #[test]
+    fn a_port_that_somebody_has_bound_is_at_risk_when_the_last_socket_of_that_time_is_gone() {
+        const BOUND: PortUse = PortUse { is_bound: true, is_connected: false, is_self_connected: false };
+        const CONNECTED: PortUse = PortUse { is_bound: false, is_connected: true, ..BOUND };
+        const UNUSED: PortUse = PortUse { is_connected: false, ..CONNECTED };
+        const SELF: PortUse = PortUse { is_self_connected: true, ..UNUSED };
+        let ports = ports("40000 40199", "");
+        // Each look: what has the port, and whether it is at risk then, and whether it may be bound nevertheless.
+        for (what, shows_idle, looks) in [
+            ("a listener elsewhere", true, vec![(BOUND, None), (BOUND, None), (UNUSED, Some(false))]),
+            ("with connections", true, vec![(BOUND, None), (CONNECTED, None), (UNUSED, Some(false))]),
+            ("connections of clients", true, vec![(CONNECTED, Some(true))]),
+            ("idle sockets are not shown", false, vec![(BOUND, None), (UNUSED, Some(true))]),
+            ("a self-connection", true, vec![(SELF, None), (UNUSED, Some(false))]),
+        ] {
+            let mut risks = PortRisks::default();
+            risks.on_threshold(DESTINATION);
+            let count = count(2_000, 1_000, NOW_NS);
+            for (port_use, expected) in looks {
+                let look = PortLook { port_use: Some(port_use), shows_idle, ..look(&ports) };
+                let event = risks.check(&DESTINATION, &count, &look, false, NOW_NS);
+                let may_be_bound = event.map(|event| match event {
+                    PortRiskEvent::AtRisk(.., may_be_bound) => may_be_bound,
+                    over @ PortRiskEvent::Over(..) => panic!("{what}: {over:?}"),
+                });
+                assert_eq!(may_be_bound, expected, "{what}: {port_use:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_bound_port_is_checked_once_a_second_and_at_once_after_the_end_of_a_listener() {
+        let ports = ports("40000 40199", "");
+        let bound = PortUse { is_bound: true, ..PortUse::default() };
+        let mut risks = PortRisks::default();
+        risks.on_threshold(DESTINATION);
+        let count = count(2_000, 1_000, NOW_NS);
+        let next_check_ns = |risks: &mut PortRisks| {
+            let look = PortLook { port_use: Some(bound), ..look(&ports) };
+            assert_eq!(risks.check(&DESTINATION, &count, &look, false, NOW_NS), None);
+            risks.next_check_ns().unwrap() - NOW_NS
+        };
+        assert_eq!(next_check_ns(&mut risks), SECOND_NS);
+        let elsewhere = Endpoint { port: DESTINATION.port + 2, ..DESTINATION };
+        risks.on_listener_closed(&elsewhere);
+        assert_ne!(risks.next_check_ns(), Some(0));
+        risks.on_listener_closed(&Endpoint { addr: [0; 4], ..DESTINATION });
+        assert_eq!(risks.next_check_ns(), Some(0));
+        let intervals: Vec<u64> = (0..5).map(|_| next_check_ns(&mut risks)).collect();
+        assert_eq!(intervals[..4], [RELEASE_CHECK_INTERVAL_NS; 4]);
+        assert_eq!(intervals[4], SECOND_NS);
     }
 
     #[test]
@@ -405,7 +531,8 @@ mod tests {
             let mut risks = PortRisks::default();
             risks.on_threshold(DESTINATION);
             let count = count(20, gap_ns, NOW_NS);
-            assert_eq!(risks.check(&DESTINATION, &count, &ports(range, ""), false, NOW_NS), None, "{what}");
+            let ports = ports(range, "");
+            assert_eq!(risks.check(&DESTINATION, &count, &look(&ports), false, NOW_NS), None, "{what}");
             assert_eq!(risks.next_check_ns(), Some(NOW_NS + interval_ns), "{what}");
         }
         // A slow rate for a long time, and now a storm.
@@ -413,11 +540,11 @@ mod tests {
         let unreachable = ports("32769 60999", "");
         risks.on_threshold(DESTINATION);
         let slow = count(10_000, SECOND_NS, NOW_NS);
-        assert_eq!(risks.check(&DESTINATION, &slow, &unreachable, false, NOW_NS), None);
+        assert_eq!(risks.check(&DESTINATION, &slow, &look(&unreachable), false, NOW_NS), None);
         let later_ns = NOW_NS + SECOND_NS;
         let mut fast = slow;
         (fast.total, fast.last_ns) = (slow.total + 10_000, later_ns);
-        assert_eq!(risks.check(&DESTINATION, &fast, &unreachable, false, later_ns), None);
+        assert_eq!(risks.check(&DESTINATION, &fast, &look(&unreachable), false, later_ns), None);
         assert_eq!(risks.next_check_ns(), Some(later_ns + MIN_CHECK_INTERVAL_NS));
     }
 }

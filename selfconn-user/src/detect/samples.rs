@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use selfconn_ebpf::{Endpoint, Opener, Task, Transition, bind_failure::BindFailure};
+use selfconn_ebpf::{BindOptions, Endpoint, Opener, Task, Transition, bind_failure::BindFailure};
 use zerocopy::FromZeros as _;
 
 use super::connection::{Connection, Source};
@@ -28,6 +28,7 @@ pub(crate) fn entry(endpoint: Endpoint, state: u8) -> SocketEntry {
         inode: 0,
         uid: None,
         time_wait_left: None,
+        options: BindOptions::UNKNOWN,
         connect_entry: None,
         is_held: false,
         device: None,
@@ -57,5 +58,6 @@ pub(crate) fn transition(sock: u64, at_ns: u64, old: u8, new: u8) -> Transition 
 pub(crate) fn bind_failure(requested: Endpoint, at_ns: u64) -> BindFailure {
     let mut task = Task::UNKNOWN;
     task.leader[..5].copy_from_slice(b"nginx");
-    BindFailure { at_ns, endpoint: requested, task, failures: 1, ..BindFailure::new_zeroed() }
+    let options = BindOptions::new(false, false, false);
+    BindFailure { at_ns, endpoint: requested, options, task, failures: 1, ..BindFailure::new_zeroed() }
 }

@@ -54,6 +54,8 @@ pub struct AtRisk {
     pub expected_dials: Option<u32>,
     /// Expected time until a self-connection at this rate of connects.
     pub eta_seconds: Option<u64>,
+    /// True if a socket that can't be seen may be bound to the port, so that no connect becomes a self-connection.
+    pub may_be_bound: bool,
     /// Why `expected_dials` and `eta_seconds` are unknown.
     pub range_unknown: Option<String>,
 }
@@ -94,7 +96,13 @@ impl RefusedConnectFields {
 
 impl AtRisk {
     #[must_use]
-    pub fn new(connects: &RefusedConnects, chance: &Chance, run: u64, process: &ProcessInfo) -> Self {
+    pub fn new(
+        connects: &RefusedConnects,
+        chance: &Chance,
+        may_be_bound: bool,
+        run: u64,
+        process: &ProcessInfo,
+    ) -> Self {
         let (expected_dials, range_unknown) = match chance {
             Chance::OneIn(expected) => (Some(*expected), None),
             Chance::Unknown(why) => (None, Some(why.clone())),
@@ -103,6 +111,7 @@ impl AtRisk {
             connects: RefusedConnectFields::new(connects, run, process),
             expected_dials,
             eta_seconds: connects.eta_seconds(chance),
+            may_be_bound,
             range_unknown,
         }
     }
@@ -142,9 +151,12 @@ fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     if let Some(seconds) = record.number("eta_seconds") {
         write!(out, ", at this rate within about {}", duration(seconds.saturating_mul(1_000_000_000)))?;
     }
-    match record.text("range_unknown") {
-        Some(why) => write!(out, ": {}", escape(why)),
-        None => Ok(()),
+    if let Some(why) = record.text("range_unknown") {
+        write!(out, ": {}", escape(why))?;
+    }
+    match record.flag("may_be_bound") {
+        Some(true) => write!(out, ", if nobody has bound it"),
+        _ => Ok(()),
     }
 }
 
@@ -195,6 +207,12 @@ mod tests {
                     "window_ns":19000000000,"expected_dials":null,"eta_seconds":null,"range_unknown":"no way"}"#,
                 "AT RISK      [::1]:80              curl[7] connects to a port without a listener: 20 refused in 19.0s; the \
                  chance of a self-connection is unknown: no way",
+            ),
+            (
+                r#"{"event":"at_risk","addr":"::1","port":40000,"comm":"curl","pid":7,"dialers":1,"refused":20,
+                    "window_ns":19000000000,"expected_dials":9,"eta_seconds":9,"may_be_bound":true}"#,
+                "AT RISK      [::1]:40000           curl[7] connects to a port without a listener: 20 refused in 19.0s; \
+                 one connect in 9 becomes a self-connection, at this rate within about 9.0s, if nobody has bound it",
             ),
             (
                 r#"{"event":"at_risk_over","addr":"::1","port":80,"comm":"curl","pid":7,"dialers":1,"refused":240,

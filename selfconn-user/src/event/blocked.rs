@@ -1,6 +1,6 @@
 //! The event `blocked`: a server could not bind a port because a self-connection holds it.
 
-use std::{fmt::Write as _, sync::Arc};
+use std::{fmt::Write as _, rc::Rc, sync::Arc};
 
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -12,7 +12,11 @@ use super::envelope;
 use super::text::{self, EventFormat, LogRecord, Severity, duration, subject, utc_time};
 use crate::{
     detect::bind_conflict::{self, PortHolder},
-    system::{clock::Offset, command_line::CommandLine, process::ProcessInfo},
+    system::{
+        clock::Offset,
+        command_line::CommandLine,
+        process::{Holder, ProcessInfo},
+    },
 };
 
 /// `blocked`.
@@ -41,8 +45,10 @@ pub struct Blocked {
     pub container: Option<Arc<str>>,
     /// Number of times this bind has failed because of this self-connection.
     pub failures: u64,
-    /// The self-connection that holds the port.
+    /// The self-connection that holds the port, and the process that has it open now.
     pub holder: BlockingConnection,
+    /// The process that connected. Null if its connect() was not observed.
+    pub opener: Option<BlockingProcess>,
 }
 
 /// The self-connection that holds the port.
@@ -52,6 +58,11 @@ pub struct BlockingConnection {
     #[serde(flatten, serialize_with = "HolderFields::serialize")]
     #[schemars(with = "HolderFields")]
     pub connection: ConnectionFields,
+    /// The process that has the socket open now.
+    #[serde(flatten)]
+    pub process: BlockingProcess,
+    /// The processes that have the socket open now. Null if that is unknown.
+    pub holders: Option<Vec<Holder>>,
     /// `ESTABLISHED` if the connection is open, or `TIME_WAIT`.
     pub state: &'static str,
     /// Time since the connection became ESTABLISHED.
@@ -71,14 +82,51 @@ struct HolderFields {
     family: &'static str,
     addr: String,
     cause: Option<&'static str>,
-    pid: Option<u32>,
-    comm: Option<String>,
-    exe: Option<Arc<str>>,
+}
+
+/// A process that has to do with the self-connection.
+#[derive(Debug, Default, JsonSchema, Serialize)]
+pub struct BlockingProcess {
+    /// In the initial pid namespace.
+    pub pid: Option<u32>,
+    /// Name of the process.
+    pub comm: Option<String>,
+    /// Path of the executable.
+    pub exe: Option<Arc<str>>,
+    /// Arguments of the process.
     #[schemars(with = "Option<Vec<String>>")]
-    cmdline: Option<Arc<CommandLine>>,
-    unit: Option<Arc<str>>,
-    container: Option<Arc<str>>,
-    owner: Option<&'static str>,
+    pub cmdline: Option<Arc<CommandLine>>,
+    /// True if `cmdline` has only a part of the arguments, or none because events shall have none.
+    pub cmdline_truncated: bool,
+    /// systemd unit of the process.
+    pub unit: Option<Arc<str>>,
+    /// Id of the container.
+    pub container: Option<Arc<str>>,
+}
+
+/// Who holds the socket when the event is made.
+#[derive(Debug)]
+pub struct CurrentHolder {
+    /// `None`: unknown.
+    pub holders: Option<Vec<Holder>>,
+    /// The first of them.
+    pub process: Rc<ProcessInfo>,
+}
+
+impl CurrentHolder {
+    fn process(&self) -> BlockingProcess {
+        let Some(first) = self.holders.iter().flatten().next() else { return BlockingProcess::default() };
+        let ProcessInfo { comm, exe, cmdline, unit, container, .. } = &*self.process;
+        BlockingProcess {
+            pid: Some(first.pid),
+            comm: first.comm.clone().or_else(|| comm.clone()),
+            exe: exe.clone(),
+            cmdline: cmdline.clone(),
+            cmdline_truncated: cmdline.as_ref().is_some_and(|cmdline| cmdline.is_cut),
+            unit: unit.clone(),
+            container: container.clone(),
+        }
+    }
 }
 
 /// The id of a conflict with this number.
@@ -88,7 +136,7 @@ pub fn blocked_id(run: u64, conflict: u64) -> String {
 }
 
 impl Blocked {
-    /// `connection` describes the self-connection that holds the port.
+    /// `connection` describes the self-connection that holds the port, and its opener.
     #[must_use]
     pub fn new(
         id: String,
@@ -96,6 +144,7 @@ impl Blocked {
         process: &ProcessInfo,
         holder: &PortHolder<'_>,
         connection: ConnectionFields,
+        current: CurrentHolder,
         clock: Offset,
     ) -> Self {
         let tracked = holder.connection();
@@ -118,13 +167,31 @@ impl Blocked {
             unit: process.unit.clone(),
             container: process.container.clone(),
             failures: failed.failures,
+            opener: tracked.opener.map(|_| BlockingProcess {
+                pid: connection.pid,
+                comm: connection.comm.clone(),
+                exe: connection.exe.clone(),
+                cmdline: connection.cmdline.clone(),
+                cmdline_truncated: connection.cmdline_truncated,
+                unit: connection.unit.clone(),
+                container: connection.container.clone(),
+            }),
             holder: BlockingConnection {
                 connection,
+                process: current.process(),
+                holders: current.holders,
                 state: state::name(state),
                 held_for_ns: tracked.established_ns.map(|since_ns| failed.at_ns.saturating_sub(since_ns)),
                 free_at,
             },
         }
+    }
+}
+
+impl Blocked {
+    /// Those whose command lines the event has.
+    pub fn processes_mut(&mut self) -> impl Iterator<Item = &mut BlockingProcess> {
+        std::iter::once(&mut self.holder.process).chain(&mut self.opener)
     }
 }
 
@@ -134,16 +201,13 @@ pub(super) const FORMAT: EventFormat =
 fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     subject::process(record, out)?;
     write!(out, " cannot bind ")?;
-    match record.text("addr") {
-        // Bound to any address: only the port matters.
-        Some("0.0.0.0" | "::") if record.number("port").is_some() => {
-            write!(out, "{}", record.number("port").unwrap_or(0))?;
-        }
-        _ => subject::endpoint(record, out)?,
+    subject::endpoint(record, out)?;
+    if let Some(netns) = record.number("netns") {
+        write!(out, " in netns {netns}")?;
     }
     write!(out, ": held by ")?;
     match record.object("holder") {
-        Some(holder) => held_by(holder, out)?,
+        Some(holder) => held_by(holder, record.object("opener"), out)?,
         None => write!(out, "a self-connection")?,
     }
     match record.number("failures") {
@@ -152,10 +216,10 @@ fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     }
 }
 
-fn held_by(holder: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
+fn held_by(holder: LogRecord<'_>, opener: Option<LogRecord<'_>>, out: &mut String) -> std::fmt::Result {
     if holder.text("state") == Some("TIME_WAIT") {
         write!(out, "the TIME_WAIT of ")?;
-        subject::process(holder, out)?;
+        subject::process(opener.unwrap_or(holder), out)?;
         write!(out, ", which was connected to itself")?;
         return match holder.timestamp("free_at") {
             Some(until) => write!(out, "; free at {}", utc_time(until)),
@@ -164,9 +228,15 @@ fn held_by(holder: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     }
     subject::process(holder, out)?;
     write!(out, ", connected to itself")?;
-    match holder.number("held_for_ns") {
-        Some(ns) => write!(out, " for {}", duration(ns)),
-        None => Ok(()),
+    if let Some(ns) = holder.number("held_for_ns") {
+        write!(out, " for {}", duration(ns))?;
+    }
+    match opener {
+        Some(opener) if opener.number("pid") != holder.number("pid") => {
+            write!(out, ", opened by ")?;
+            subject::process(opener, out)
+        }
+        _ => Ok(()),
     }
 }
 
@@ -178,9 +248,24 @@ mod tests {
     fn a_line_mentions_only_known_fields() {
         for (json, line) in [
             (
-                r#"{"event":"blocked","addr":"0.0.0.0","port":44446,"comm":"nginx","pid":812,"failures":1,"holder":
-                    {"comm":"java","pid":13154,"state":"ESTABLISHED","held_for_ns":11520000000000,"free_at":null}}"#,
-                "BLOCKED      nginx[812] cannot bind 44446: held by java[13154], connected to itself for 3h12m",
+                r#"{"event":"blocked","addr":"0.0.0.0","port":44446,"comm":"nginx","pid":812,"failures":1,"netns":7,
+                    "holder":{"comm":"java","pid":13154,"state":"ESTABLISHED","held_for_ns":11520000000000,
+                    "free_at":null},"opener":{"comm":"java","pid":13154}}"#,
+                "BLOCKED      nginx[812] cannot bind 0.0.0.0:44446 in netns 7: held by java[13154], connected to itself \
+                 for 3h12m",
+            ),
+            (
+                r#"{"event":"blocked","addr":"::","port":80,"comm":"nginx","pid":812,"failures":1,"netns":7,"holder":
+                    {"comm":"sleep","pid":9,"state":"ESTABLISHED","held_for_ns":5000000000,"free_at":null},"opener":
+                    {"comm":"sh","pid":8}}"#,
+                "BLOCKED      nginx[812] cannot bind [::]:80 in netns 7: held by sleep[9], connected to itself for 5.0s, \
+                 opened by sh[8]",
+            ),
+            (
+                r#"{"event":"blocked","addr":"::1","port":80,"comm":"a","pid":7,"failures":1,"netns":7,"holder":{"comm":
+                    null,"pid":null,"state":"TIME_WAIT","held_for_ns":5,"free_at":null},"opener":{"comm":"sh","pid":8}}"#,
+                "BLOCKED      a[7] cannot bind [::1]:80 in netns 7: held by the TIME_WAIT of sh[8], which was connected to \
+                 itself",
             ),
             (
                 r#"{"event":"blocked","addr":"::1","port":80,"comm":"a\u001b","pid":7,"failures":9,"holder":{"comm":

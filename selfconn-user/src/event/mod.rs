@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 pub use at_risk::{AtRisk, AtRiskOver};
-pub use blocked::{Blocked, blocked_id};
+pub use blocked::{Blocked, CurrentHolder, blocked_id};
 pub use closed::Closed;
 pub use connection::ConnectionFields;
 pub use envelope::{Envelope, EventNumber};
@@ -136,7 +136,12 @@ impl EventKind {
             Self::State(change) => &mut change.connection,
             Self::Closed(closed) => &mut closed.connection,
             Self::Remedied(remedied) => &mut remedied.connection,
-            Self::Blocked(blocked) => &mut blocked.holder.connection,
+            Self::Blocked(blocked) => {
+                for process in blocked.processes_mut() {
+                    process.cmdline_truncated |= limit.apply(&mut process.cmdline);
+                }
+                return;
+            }
             _ => return,
         };
         fields.cmdline_truncated |= limit.apply(&mut fields.cmdline);

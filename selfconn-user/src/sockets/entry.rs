@@ -2,7 +2,7 @@
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
-use selfconn_ebpf::{Endpoint, Opener, state};
+use selfconn_ebpf::{BindOptions, Endpoint, Opener, state};
 
 use super::netns::NetnsId;
 
@@ -21,6 +21,8 @@ pub struct SocketEntry {
     pub uid: Option<u32>,
     /// The time for which TIME_WAIT still holds the port. `None`: the socket is not in TIME_WAIT.
     pub time_wait_left: Option<Duration>,
+    /// Only the iterator over descriptors knows them.
+    pub options: BindOptions,
     /// The socket's kernel address and its opener, if the probes' connect table has an entry for it. Only
     /// [`super::SocketSnapshot::add_connect_entries`] sets it.
     pub connect_entry: Option<Box<(u64, Opener)>>,

@@ -10,7 +10,11 @@ use std::{
 
 use selfconn_ebpf::{COMM_LEN, Endpoint, SocketDescriptor, state};
 
-use super::{entry::SocketEntry, holders::Holders, limit::SnapshotLimit};
+use super::{
+    entry::SocketEntry,
+    holders::{HolderSearch, Holders, find_holders},
+    limit::SnapshotLimit,
+};
 use crate::{
     bpf::descriptors::DescriptorIter,
     budget::memory::MAX_HOLDERS,
@@ -34,9 +38,43 @@ pub(super) struct HeldSockets {
 
 /// Makes a pass.
 pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Result<HeldSockets> {
+    read_if(iter, limit, |_| true)
+}
+
+/// Makes a pass and keeps the sockets whose inodes `is_wanted` accepts.
+fn read_if(
+    iter: &DescriptorIter,
+    limit: &mut SnapshotLimit,
+    is_wanted: impl Fn(u64) -> bool,
+) -> io::Result<HeldSockets> {
     let mut collector = Collector { limit, sockets: HashMap::new(), tasks: HashSet::new() };
-    iter.pass(|record| collector.add(record))?;
+    iter.pass(|record| {
+        if is_wanted(record.inode) {
+            collector.add(record);
+        }
+    })?;
     Ok(collector.finish())
+}
+
+/// What is known now of the sockets with these inodes.
+#[derive(Debug, Default)]
+pub struct CurrentHolders {
+    /// The processes that have each of them open. A socket without a holder has no entry.
+    pub by_inode: HashMap<u64, Vec<Holder>>,
+    /// The sockets as they are now; empty without the iterator.
+    pub entries: HashMap<u64, SocketEntry>,
+}
+
+/// Looks for the holders of these sockets: by a pass of the iterator, or else by a search in `/proc`.
+#[must_use]
+pub fn find_current_holders(inodes: &HashSet<u64>, iter: Option<&DescriptorIter>) -> CurrentHolders {
+    let read = |iter| read_if(iter, &mut SnapshotLimit::new(None), |inode| inodes.contains(&inode));
+    let Some(Ok(held)) = iter.map(read) else {
+        let by_inode = find_holders(inodes, HolderSearch::Complete, MAX_HOLDERS).by_inode;
+        return CurrentHolders { by_inode, ..CurrentHolders::default() };
+    };
+    let entries = held.entries.into_iter().map(|entry| (entry.inode, entry));
+    CurrentHolders { by_inode: held.holders.by_inode, entries: entries.collect() }
 }
 
 /// The sockets so far, by kernel address and cookie: an address alone may belong to another socket when the
@@ -113,6 +151,7 @@ fn entry(record: &SocketDescriptor) -> SocketEntry {
         inode: record.inode,
         uid: Some(record.uid),
         time_wait_left: None,
+        options: record.options,
         connect_entry: None,
         is_held: true,
         device: None,

@@ -8,6 +8,8 @@ use std::{
     time::Duration,
 };
 
+use selfconn_ebpf::BindOptions;
+
 use super::{
     entry::{DumpedSocket, SocketEntry, dumped_endpoint},
     limit::RowSink,
@@ -89,6 +91,7 @@ pub(super) fn parse(line: &str, filter: impl Fn(&str, &str, &str) -> bool) -> Op
         uid: (inode != 0).then_some(uid),
         time_wait_left: (timer == TIME_WAIT_TIMER)
             .then(|| Duration::from_millis(ticks.saturating_mul(1_000 / TICKS_PER_SECOND))),
+        options: BindOptions::UNKNOWN,
         connect_entry: None,
         is_held: false,
         device: None,

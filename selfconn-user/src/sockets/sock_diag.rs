@@ -17,6 +17,7 @@ use netlink_packet_sock_diag::{
     AF_INET, AF_INET6, IPPROTO_TCP, SOCK_DIAG_BY_FAMILY,
     inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags, Timer},
 };
+use selfconn_ebpf::BindOptions;
 
 use super::{
     entry::{DumpedSocket, STATES, SocketEntry, dumped_endpoint},
@@ -46,6 +47,10 @@ const BUFFER_LEN: usize = 1 << 16;
 
 const ENOBUFS: i32 = 105;
 
+/// Every state, with the bit that asks for sockets that are bound and idle (`TCP_BOUND_INACTIVE`,
+/// include/net/tcp_states.h at v6.8). Older kernels ignore that bit.
+const PORT_STATES: u32 = (1 << 14) - 2;
+
 /// The maximum number of attempts at a dump, if the kernel reports it as inconsistent or the receive buffer
 /// overflows.
 const MAX_DUMP_TRIES: u32 = 3;
@@ -71,6 +76,8 @@ enum DumpFilter {
     SelfConnections,
     /// Sockets whose two addresses are equal.
     EqualAddresses,
+    /// Sockets with this local port.
+    LocalPort(u16),
     /// All sockets.
     All,
 }
@@ -107,6 +114,24 @@ impl DiagReader {
         Ok(())
     }
 
+    /// Appends the sockets with this local port, in any state. Kernels from v6.8 on have those that are bound and idle
+    /// among them.
+    pub(super) fn read_port(&mut self, port: u16, rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
+        // Listeners first: for them the kernel does not walk the table of connections.
+        self.read_listeners(rows)?;
+        rows.retain(|row| row.entry.endpoint.port == port);
+        if rows.is_empty() {
+            let states = !StateFlags::LISTEN.bits() & PORT_STATES;
+            for family in [AF_INET, AF_INET6] {
+                self.dump_with_retry(
+                    DumpRequest { family, states, filter: DumpFilter::LocalPort(port) },
+                    rows,
+                )?;
+            }
+        }
+        Ok(())
+    }
+
     fn dump_with_retry(&mut self, request: DumpRequest, rows: &mut impl RowSink) -> io::Result<()> {
         let mark = rows.mark();
         for _ in 0..MAX_DUMP_TRIES {
@@ -126,7 +151,16 @@ impl DiagReader {
         // Each dump uses a new netlink socket, so that messages left over from an aborted dump are never read
         // as part of the next one.
         let mut socket = message::open()?;
-        let message = request.encode((request.filter == DumpFilter::SelfConnections).then_some(&self.filter));
+        let local_port;
+        let filter = match request.filter {
+            DumpFilter::SelfConnections => Some(&self.filter),
+            DumpFilter::LocalPort(port) => {
+                local_port = bytecode::local_port(port);
+                Some(&local_port)
+            }
+            DumpFilter::EqualAddresses | DumpFilter::All => None,
+        };
+        let message = request.encode(filter);
         socket.send(&message)?;
         let mut is_consistent = true;
         loop {
@@ -211,6 +245,7 @@ impl DumpRequest {
                 fixed[SOURCE_PORT] == fixed[DESTINATION_PORT] && fixed[source] == fixed[destination]
             }
             DumpFilter::EqualAddresses => fixed[source] == fixed[destination],
+            DumpFilter::LocalPort(port) => fixed[SOURCE_PORT] == port.to_be_bytes(),
             DumpFilter::All => true,
         }
     }
@@ -236,6 +271,7 @@ pub(super) fn parse(response: &[u8]) -> Result<DumpedSocket, netlink_packet_core
         inode: header.inode.into(),
         uid: (header.inode != 0).then_some(header.uid),
         time_wait_left: left,
+        options: BindOptions::UNKNOWN,
         connect_entry: None,
         is_held: false,
         device: None,

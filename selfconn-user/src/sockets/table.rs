@@ -43,6 +43,14 @@ impl Tables {
         rows.clear();
         fill(diag, without_diag, rows, sock_diag::DiagReader::read_listeners, procfs::read_listeners)
     }
+
+    /// Fills `rows` with the sockets that have this local port.
+    pub(super) fn read_port(&mut self, port: u16) -> io::Result<()> {
+        let Self { diag, without_diag, rows } = self;
+        rows.clear();
+        let by_procfs = |rows: &mut Vec<DumpedSocket>| procfs::read_port(port, rows);
+        fill(diag, without_diag, rows, |diag, rows| diag.read_port(port, rows), by_procfs)
+    }
 }
 
 /// Fills `rows` through sock_diag. If that fails for any reason, through procfs.

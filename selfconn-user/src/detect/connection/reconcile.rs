@@ -69,6 +69,9 @@ impl Connections {
                 let connection = &mut tracked.connection;
                 if agreement == Agreement::Proven {
                     connection.cookie = connection.cookie.or(entry.cookie);
+                    if entry.options.is_known() {
+                        connection.options = entry.options;
+                    }
                 }
                 connection.inode = connection.inode.or((entry.inode != 0).then_some(entry.inode));
                 if entry.device.is_some() {

@@ -15,6 +15,7 @@ const RANGES: u32 = 64;
 mod op {
     pub(crate) const JMP: u8 = 1;
     pub(crate) const S_GE: u8 = 2;
+    pub(crate) const S_LE: u8 = 3;
     pub(crate) const D_GE: u8 = 4;
     pub(crate) const D_LE: u8 = 5;
 }
@@ -33,6 +34,14 @@ pub(crate) fn same_range() -> Vec<u8> {
     let leaves = RANGES as usize;
     let mut code = Vec::with_capacity(leaves * LEAF + (leaves - 1) * COMPARISON);
     emit(&mut code, 0, 1 << 16, RANGES, leaves * LEAF + (leaves - 1) * COMPARISON);
+    code
+}
+
+/// The bytecode that accepts a socket with this local port.
+pub(crate) fn local_port(port: u16) -> Vec<u8> {
+    let (mut code, end) = (Vec::with_capacity(2 * COMPARISON), 2 * COMPARISON);
+    compare(&mut code, op::S_GE, port.into(), |at| end + OP - at);
+    compare(&mut code, op::S_LE, port.into(), |at| end + OP - at);
     code
 }
 

@@ -2,6 +2,7 @@
 //! kernel of the matrix.
 
 pub(crate) mod accounting;
+pub(crate) mod bound_ports;
 pub(crate) mod by_method;
 pub(crate) mod connect_table;
 pub(crate) mod descriptors;

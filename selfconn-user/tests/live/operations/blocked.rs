@@ -3,7 +3,6 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
-    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -12,43 +11,14 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::support::{
+    bind_methods::{bind_methods, start},
     client::{connect_to_self, own_comm, run_self_connection},
-    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, is_name_or_unknown, selfconn},
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, is_name_or_unknown},
     helper_process::HelperProcess,
     netns::TestNetns,
 };
 
 const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-
-/// The bind methods that `doctor` says can be attached here. If there is none, `started` must say why.
-fn bind_methods() -> Vec<&'static str> {
-    let doctor = Command::new(selfconn()).args(["doctor", "--json"]).output().unwrap();
-    let report: Value = serde_json::from_slice(&doctor.stdout).unwrap();
-    let is_ok = |name: &&str| {
-        let mut entries = report["binds"].as_array().unwrap().iter();
-        entries.any(|entry| entry["method"] == *name && entry["verdict"] == "ok")
-    };
-    let methods: Vec<_> = ["fexit", "perf"].into_iter().filter(is_ok).collect();
-    println!("FACT binds methods={methods:?}");
-    if methods.is_empty() {
-        let (events, _) = TestDaemon::start(&HookVariant(vec![]), &[]).stop();
-        assert_eq!(events[0]["binds"]["method"], Value::Null);
-        let refused = events[0]["binds"]["refused"].as_array().unwrap();
-        assert!(
-            refused.len() == 2 && refused.iter().all(|refused| refused["why"].is_string()),
-            "{refused:?}"
-        );
-    }
-    methods
-}
-
-fn start(method: &str, options: &[&str]) -> TestDaemon {
-    let options: Vec<_> = ["--bind-method", method].into_iter().chain(options.iter().copied()).collect();
-    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &options);
-    let started = daemon.expect(1, |event| event["event"] == "started").remove(0);
-    assert_eq!(started["binds"]["method"], method, "{started}");
-    daemon
-}
 
 /// Starts a server that fails to bind. Returns its pid.
 fn fail_to_bind(address: IpAddr, port: u16) -> u32 {
@@ -120,6 +90,9 @@ fn a_failed_bind_is_reported_with_the_self_connection_that_holds_the_port() {
             assert_eq!(holder["state"], "ESTABLISHED", "{blocked}");
             assert_eq!(holder["pid"], std::process::id(), "{blocked}");
             assert_eq!(holder["comm"], own_comm(), "{blocked}");
+            assert_eq!(holder["holders"][0]["pid"], std::process::id(), "{blocked}");
+            assert_eq!(holder["holders"].as_array().map(Vec::len), Some(1), "{blocked}");
+            assert_eq!(blocked["opener"]["pid"], std::process::id(), "{blocked}");
             assert!(holder["held_for_ns"].as_u64().unwrap() > 0, "{blocked}");
             assert_eq!(holder["free_at"], Value::Null, "{blocked}");
 
@@ -139,9 +112,38 @@ fn a_failed_bind_is_reported_with_the_self_connection_that_holds_the_port() {
                 holder["free_at"].as_str().unwrap()[..23],
                 closed["port_blocked_until"].as_str().unwrap()[..23]
             );
-            assert_eq!(holder["comm"], own_comm(), "{blocked}");
+            // Nobody holds it any more.
+            assert_eq!(
+                (&holder["pid"], &holder["holders"]),
+                (&Value::Null, &serde_json::json!([])),
+                "{blocked}"
+            );
+            assert_eq!(blocked["opener"]["comm"], own_comm(), "{blocked}");
             daemon.stop();
         }
+    }
+}
+
+#[test]
+fn the_holder_is_who_has_the_socket_now_and_the_opener_who_connected() {
+    let net = TestNetns::enter_new();
+    for method in bind_methods().into_iter().take(1) {
+        let mut daemon = start(method, &[]);
+        let mut opener = HelperProcess::start("connect and pass to child");
+        let child: u32 = opener.read_output().parse().unwrap();
+        let established = daemon.expect(1, is_event("established", net.inode)).remove(0);
+        let port = u16::try_from(established["port"].as_u64().unwrap()).unwrap();
+        assert_in_use(established["addr"].as_str().unwrap().parse().unwrap(), port);
+        let blocked = daemon.expect(1, is_event("blocked", net.inode)).remove(0);
+        let (holder, opened_by) = (&blocked["holder"], &blocked["opener"]);
+        assert_eq!((&holder["pid"], &holder["comm"]), (&child.into(), &"a-child".into()), "{blocked}");
+        assert_eq!(holder["holders"], serde_json::json!([{ "pid": child, "comm": "a-child" }]), "{blocked}");
+        assert_eq!(opened_by["pid"], opener.pid(), "{blocked}");
+        assert!(is_name_or_unknown(&opened_by["comm"], "a-parent"), "{blocked}");
+        let this = std::fs::read_link("/proc/self/exe").unwrap();
+        assert_eq!(holder["exe"].as_str(), this.to_str(), "{blocked}");
+        opener.finish();
+        daemon.stop();
     }
 }
 
@@ -238,6 +240,7 @@ fn a_time_wait_entry_from_before_the_daemon_is_reported_as_holder() {
         let holder = &blocked["holder"];
         assert_eq!((&holder["state"], &holder["id"]), (&"TIME_WAIT".into(), &Value::Null), "{blocked}");
         assert_eq!((&holder["pid"], &holder["held_for_ns"]), (&Value::Null, &Value::Null), "{blocked}");
+        assert_eq!(blocked["opener"], Value::Null, "{blocked}");
         assert!(holder["free_at"].is_string(), "{blocked}");
         daemon.stop();
     }

@@ -3,6 +3,7 @@
 pub(crate) mod accounting;
 pub(crate) mod another_program;
 pub(crate) mod attacker;
+pub(crate) mod bind_methods;
 pub(crate) mod cgroup;
 pub(crate) mod client;
 pub(crate) mod daemon;

@@ -1,0 +1,193 @@
+//! The failed binds whose event is being prepared: who holds the port is looked up at that moment, because a
+//! descriptor can be inherited, passed and closed. One pass answers for all that wait, and the worker rests four
+//! times as long as a pass takes, so that failed binds cannot keep it busy.
+
+use std::{collections::HashSet, io, rc::Rc, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use selfconn_ebpf::bind_failure::BindFailure;
+use tokio::time::Instant;
+
+use crate::{
+    bpf::descriptors::DescriptorIter,
+    detect::{
+        bind_conflict::{self, PortHolder, TimeWaitEntry, rules},
+        connection::Connection,
+    },
+    sockets::{self, CurrentHolders, SocketEntry},
+    system::{
+        capabilities,
+        process::{Attribution, Holder, ProcessInfo},
+        worker::Worker,
+    },
+};
+
+/// Maximum time that an event waits for the holders. Then it is emitted without them.
+const DEADLINE: Duration = Duration::from_secs(1);
+
+/// Maximum number of events that wait for the holders.
+const MAX_WAITING: usize = 256;
+
+/// A request has the inodes of sockets.
+type HolderWorker = Worker<HashSet<u64>, CurrentHolders>;
+
+/// The self-connection that held the port when the bind failed.
+pub(super) enum KnownHolder {
+    Open(Box<Connection>, Attribution),
+    TimeWait(Box<TimeWaitEntry>),
+}
+
+/// What is looked up next.
+pub(super) enum Step {
+    /// The process that called bind().
+    Binder,
+    /// The process that holds the socket now.
+    Holder,
+    /// The process that connected.
+    Opener,
+}
+
+/// A `blocked` event in preparation.
+pub(super) struct PendingBlocked {
+    /// The number of the conflict.
+    pub(super) conflict: u64,
+    pub(super) failure: BindFailure,
+    pub(super) holder: KnownHolder,
+    pub(super) step: Step,
+    pub(super) binder: Option<Rc<ProcessInfo>>,
+    /// The processes that have the socket open now. `None`: unknown.
+    pub(super) holders: Option<Vec<Holder>>,
+    /// The first of them.
+    pub(super) holder_process: Option<Rc<ProcessInfo>>,
+    pub(super) time: Timestamp,
+}
+
+impl PendingBlocked {
+    pub(super) fn new(
+        failure: BindFailure,
+        holder: &PortHolder<'_>,
+        attribution: Attribution,
+        time: Timestamp,
+    ) -> Self {
+        let holder = match *holder {
+            PortHolder::Open(connection) => KnownHolder::Open(Box::new(connection.clone()), attribution),
+            PortHolder::TimeWait(entry) => KnownHolder::TimeWait(Box::new(entry.clone())),
+        };
+        // Nobody holds what is in TIME_WAIT.
+        let holders = matches!(holder, KnownHolder::TimeWait(_)).then(Vec::new);
+        Self {
+            conflict: 0,
+            failure,
+            holder,
+            step: Step::Binder,
+            binder: None,
+            holders,
+            holder_process: None,
+            time,
+        }
+    }
+
+    /// The inode of the socket whose holders have to be looked up.
+    fn inode(&self) -> Option<u64> {
+        match &self.holder {
+            KnownHolder::Open(connection, _) => connection.inode,
+            KnownHolder::TimeWait(_) => None,
+        }
+    }
+
+    /// Adds what is known of the socket now. False: it does not refuse the bind. Its options were changed since
+    /// its last transition.
+    fn update(&mut self, now: &CurrentHolders) -> bool {
+        let Some(inode) = self.inode() else { return true };
+        self.holders = Some(now.by_inode.get(&inode).cloned().unwrap_or_default());
+        let refuses = |SocketEntry { endpoint, options, uid, .. }: &SocketEntry| {
+            let held = rules::BindParty { endpoint: *endpoint, options: *options, uid: *uid };
+            rules::refuses(&held, &bind_conflict::requested_by(&self.failure))
+        };
+        now.entries.get(&inode).filter(|entry| entry.options.is_known()).is_none_or(refuses)
+    }
+}
+
+/// The events that wait for the holders, and the worker that looks for them.
+pub(super) struct BlockedReports {
+    worker: HolderWorker,
+    /// They will be in the next request.
+    waiting: Vec<PendingBlocked>,
+    /// They are in the request in progress.
+    requested: Vec<PendingBlocked>,
+    /// When the request in progress was sent. `None`: there is none.
+    requested_at: Option<Instant>,
+    next_request_at: Instant,
+}
+
+impl BlockedReports {
+    pub(super) fn start(descriptors: Option<Arc<DescriptorIter>>) -> io::Result<Self> {
+        let capability_set = capabilities::snapshot_worker(descriptors.is_some());
+        let find = move |inodes| sockets::find_current_holders(&inodes, descriptors.as_deref());
+        Ok(Self {
+            worker: Worker::start("holders", capability_set, find)?,
+            waiting: Vec::new(),
+            requested: Vec::new(),
+            requested_at: None,
+            next_request_at: Instant::now(),
+        })
+    }
+
+    /// Waits until the worker has a response. Cancel safe.
+    pub(super) async fn ready(&mut self) {
+        self.worker.ready().await;
+    }
+
+    /// The name of the worker if a panic has ended it.
+    pub(super) fn ended_worker(&self) -> Option<&'static str> {
+        self.worker.ended()
+    }
+
+    /// Looks for the holders of this socket. `Some`: there is nothing to look for, or too much waits.
+    pub(super) fn request(&mut self, blocked: PendingBlocked) -> Option<PendingBlocked> {
+        if blocked.inode().is_none() || self.waiting.len() + self.requested.len() >= MAX_WAITING {
+            return Some(blocked);
+        }
+        self.waiting.push(blocked);
+        None
+    }
+
+    /// When [`Self::serve`] has something to do.
+    pub(super) fn next_at(&self) -> Option<Instant> {
+        match self.requested_at {
+            Some(requested_at) if !self.requested.is_empty() => Some(requested_at + DEADLINE),
+            // A request that is overdue.
+            Some(_) => None,
+            None => (!self.waiting.is_empty()).then_some(self.next_request_at),
+        }
+    }
+
+    /// Sends a request if one is due, and returns the events whose holders are known, or were looked for too long.
+    pub(super) fn serve(&mut self) -> Vec<PendingBlocked> {
+        let now = Instant::now();
+        let mut known = Vec::new();
+        if let Some(current) = self.worker.try_response() {
+            let took = self.requested_at.take().map_or(Duration::ZERO, |requested_at| now - requested_at);
+            self.next_request_at = now + 4 * took;
+            known = std::mem::take(&mut self.requested);
+            known.retain_mut(|blocked| blocked.update(&current));
+        }
+        match self.requested_at {
+            Some(requested_at) if now - requested_at >= DEADLINE => known.append(&mut self.requested),
+            None if self.next_request_at <= now && !self.waiting.is_empty() => {
+                self.requested = std::mem::take(&mut self.waiting);
+                self.worker.send(self.requested.iter().filter_map(PendingBlocked::inode).collect());
+                self.requested_at = Some(now);
+            }
+            _ => {}
+        }
+        known
+    }
+
+    /// All that wait: the run ends.
+    pub(super) fn give_up_all(&mut self) -> Vec<PendingBlocked> {
+        let mut all = std::mem::take(&mut self.requested);
+        all.append(&mut self.waiting);
+        all
+    }
+}
