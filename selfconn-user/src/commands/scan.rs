@@ -15,6 +15,7 @@ use selfconn_ebpf::state;
 use serde::Serialize;
 
 use crate::{
+    bpf::loader::Iterators,
     detect::{
         filter::{Rule, Selection},
         remediation::RemedyOutcome,
@@ -23,7 +24,7 @@ use crate::{
         ConnectionFields,
         text::{self, escape},
     },
-    sockets::{self, HolderSearch, SnapshotOptions, SocketEntry, SocketSnapshot},
+    sockets::{self, HolderSearch, NamespaceSelection, SnapshotOptions, SocketEntry, SocketSnapshot},
     system::{
         clock::{self, Offset},
         logger,
@@ -44,7 +45,9 @@ Examples:
   selfconn scan --only uid=1000             list these
   selfconn scan --only uid=1000 --destroy   destroy them; exit code 0: none is left
 
-Root sees every network namespace. Another user sees only some; what is not seen is reported.";
+Root sees the sockets that processes hold in every network namespace, and TIME_WAIT in every one that can be
+entered. Another user sees only some. What could not be looked at is listed as not seen, and in the last line of
+--json, as unseen; the exit code is about the rest.";
 
 /// Maximum number of holders named in a text line.
 const MAX_NAMED_HOLDERS: usize = 4;
@@ -63,6 +66,10 @@ pub struct ScanArgs {
     /// Exclude self-connections whose field matches or is unknown; may be repeated; overrides --only
     #[arg(long, value_name = "KEY=GLOB")]
     except: Vec<Rule>,
+    /// Network namespace to look at: the current one, a file such as /run/netns/NAME or /proc/PID/ns/net, the
+    /// one with this inode, or all
+    #[arg(long, value_name = "self|PATH|INODE|all", default_value = "all")]
+    netns: String,
     /// Find every holder of a socket, even if many files are open on this host
     #[arg(long)]
     holders: bool,
@@ -85,6 +92,16 @@ struct ScanEntry {
     result: Option<&'static str>,
     /// Why it could not be destroyed.
     why: Option<String>,
+}
+
+/// The last `--json` line.
+#[derive(Debug, Serialize)]
+struct ScanSummary<'a> {
+    event: &'static str,
+    /// Number of self-connections, one a line before this.
+    connections: usize,
+    /// What could not be looked at, as text.
+    unseen: &'a [String],
 }
 
 /// Results of `--destroy`, one for each listed socket. Empty without that option. `Ok(false)`: the socket was
@@ -111,10 +128,24 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     // Outside the initial pid namespace the holders' pids in /proc are not those that the output needs.
     let search = if args.holders { HolderSearch::Complete } else { HolderSearch::Quick };
     let holders = process::is_in_initial_pid_ns().then_some(search);
-    let options = SnapshotOptions { procfs_only: args.procfs, holders, ..SnapshotOptions::default() };
-    let mut snapshot = sockets::snapshot(options, &[]).context("cannot start a thread")?;
-    if snapshot.namespaces.is_empty() {
+    let selection = NamespaceSelection::parse(&args.netns);
+    // They would hide what procfs shows.
+    let (iterators, no_list) = if args.procfs { <_>::default() } else { Iterators::open() };
+    let options = SnapshotOptions {
+        procfs_only: args.procfs,
+        holders,
+        descriptors: iterators.descriptors.as_ref(),
+        namespaces: iterators.namespaces.as_ref(),
+        selection: Some(&selection),
+        ..SnapshotOptions::default()
+    };
+    let mut snapshot = sockets::snapshot(options, &[])
+        .with_context(|| format!("cannot read the socket tables (--netns {})", escape(&args.netns)))?;
+    if snapshot.namespaces.is_empty() && snapshot.entries.is_empty() {
         bail!("no socket table can be read: {}", snapshot.unseen.join("; "));
+    }
+    if selection == NamespaceSelection::All {
+        snapshot.unseen.extend(no_list.map(|why| sockets::no_list(&why)));
     }
     snapshot.entries.sort_by_key(|SocketEntry { endpoint, cookie, .. }| {
         (endpoint.netns, endpoint.ip(), endpoint.port, endpoint.is_ipv6(), *cookie)
@@ -124,8 +155,8 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
         let why = "holders: their pids are unknown outside the initial pid namespace";
         holders.found.unseen = Some(why.to_owned());
     }
-    let selection = Selection { only: args.only.clone(), except: args.except.clone() };
-    snapshot.entries.retain(|entry| selection.exclusion_reason(&holders.connection_fields(entry)).is_none());
+    let rules = Selection { only: args.only.clone(), except: args.except.clone() };
+    snapshot.entries.retain(|entry| rules.exclusion_reason(&holders.connection_fields(entry)).is_none());
     let outcomes = if args.destroy {
         sockets::destroy_all(&snapshot.entries).context("cannot start a thread")?
     } else {
@@ -135,11 +166,17 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
         warn(&format!("sock_diag: {why}: cookies and interfaces are unknown: /proc/net/tcp has none"));
     }
     let command_lines = holders.lookups.unseen();
-    for item in snapshot.unseen.iter().chain(&holders.found.unseen).chain(&command_lines) {
+    let mut unseen = mem::take(&mut snapshot.unseen);
+    unseen.extend(holders.found.unseen.clone().into_iter().chain(command_lines));
+    for item in &unseen {
         warn(&format!("not seen: {item}"));
     }
     let out = if args.json {
-        json(&snapshot, &mut holders, &outcomes)?
+        let mut out = json(&snapshot, &mut holders, &outcomes)?;
+        let connections = snapshot.entries.len();
+        serde_json::to_writer(&mut out, &ScanSummary { event: "summary", connections, unseen: &unseen })?;
+        out.push(b'\n');
+        out
     } else {
         table(&snapshot, &holders, &outcomes).into_bytes()
     };

@@ -331,7 +331,7 @@ fn connects_in_flight_are_listed_when_requested() {
         [(false, None), (true, None), (false, iter.as_ref()), (true, iter.as_ref())]
     {
         let options =
-            SnapshotOptions { attempts: true, procfs_only, holders: None, descriptors, namespaces: None };
+            SnapshotOptions { attempts: true, procfs_only, descriptors, ..SnapshotOptions::default() };
         let snapshot = sockets::snapshot(options, &[]).unwrap();
         let netns = u32::try_from(net.inode).unwrap();
         let found: Vec<_> = snapshot.entries.iter().filter(|found| found.endpoint.netns == netns).collect();
