@@ -150,7 +150,7 @@ mod entry_points {
     /// Entry of the system call `bind()`, through perf.
     #[tracepoint(category = "syscalls", name = "sys_enter_bind")]
     fn selfconn_bind_enter(ctx: TracePointContext) -> u32 {
-        bind_failure::on_bind_enter(&ctx);
+        bind_failure::on_bind_enter(ctx);
         0
     }
 

@@ -7,8 +7,8 @@
 mod programs {
     use aya_ebpf::{
         helpers::generated::bpf_ktime_get_ns,
-        macros::{btf_tracepoint, fentry, kprobe, tracepoint},
-        programs::{BtfTracePointContext, FEntryContext, ProbeContext, TracePointContext},
+        macros::{btf_tracepoint, fentry, fexit, kprobe, tracepoint},
+        programs::{BtfTracePointContext, FEntryContext, FExitContext, ProbeContext, TracePointContext},
     };
 
     /// Some microseconds of work on every system call, like the program of an expensive monitoring agent.
@@ -39,6 +39,21 @@ mod programs {
 
     #[kprobe(function = "tcp_set_state")]
     fn empty_kprobe(_ctx: ProbeContext) -> u32 {
+        0
+    }
+
+    #[tracepoint(category = "syscalls", name = "sys_enter_bind")]
+    fn empty_bind_enter(_ctx: TracePointContext) -> u32 {
+        0
+    }
+
+    #[tracepoint(category = "syscalls", name = "sys_exit_bind")]
+    fn empty_bind_exit(_ctx: TracePointContext) -> u32 {
+        0
+    }
+
+    #[fexit(function = "inet_csk_get_port")]
+    fn empty_bind_fexit(_ctx: FExitContext) -> i32 {
         0
     }
 

@@ -10,6 +10,10 @@ use super::endpoint::Endpoint;
 /// self-connection last took a port of this slot. 0: none holds one.
 pub const HELD_PORT_SLOTS: u32 = 1 << 16;
 
+/// The slot after those of the ports: when a self-connection last took any port. 0: no port is held. A program looks at
+/// it where it does not know the port yet.
+pub const ANY_HELD_PORT_SLOT: u32 = HELD_PORT_SLOTS;
+
 /// The slot of a port. The namespace is known by its inode here, because user space can't ask for the cookie on every
 /// kernel.
 #[inline(always)]

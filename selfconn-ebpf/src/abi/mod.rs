@@ -25,7 +25,7 @@ pub use connect_table::{ConnectEntry, ConnectSet, WAYS, set_index};
 pub use counters::counter;
 pub use descriptor::SocketDescriptor;
 pub use endpoint::{Endpoint, hashed_netns};
-pub use held_ports::{HELD_PORT_SLOTS, held_port_slot};
+pub use held_ports::{ANY_HELD_PORT_SLOT, HELD_PORT_SLOTS, held_port_slot};
 pub use kernel_fields::{
     ABSENT, DEATH_ROW, FIELDS, Field, OTHER_NET_REFS, PORT_RANGE, STATIC_OFFSETS, uses_static_offsets,
 };

@@ -63,6 +63,8 @@ static BIND_RECORDS: RingBuf = RingBuf::with_byte_size(1 << 18, 0);
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct RequestedBind {
+    /// When the call began.
+    at_ns: u64,
     endpoint: Endpoint,
     sock_uid: u32,
     options: BindOptions,
@@ -74,6 +76,8 @@ impl RequestedBind {
     #[inline(always)]
     fn new<M: KernelRead>(sock: Sock<M>, family: u8, addr: [u32; 4], port: u16) -> Self {
         Self {
+            // SAFETY: the helper takes no arguments.
+            at_ns: unsafe { bpf_ktime_get_boot_ns() },
             endpoint: sock.endpoint(family, addr, port),
             sock_uid: sock.get(Field::SockUid),
             options: sock.bind_options(),
@@ -82,9 +86,13 @@ impl RequestedBind {
     }
 }
 
-/// Each `bind()` in progress, by thread.
+/// The last `bind()` of each thread that began while a port was held. It is not removed when the call returns, because
+/// nearly every call succeeds, and then its end should cost nothing.
 #[map]
 static REQUESTED_BINDS: LruHashMap<u64, RequestedBind> = LruHashMap::with_max_entries(1_024, 0);
+
+/// The longest time between the entry and the exit of a failed `bind()`. What is older is of an earlier call.
+const LONGEST_BIND_NS: u64 = 1_000_000_000;
 
 /// Handles the exit of `inet_csk_get_port(sk, port)`. The kernel calls it to reserve a port for a TCP socket,
 /// in `bind()` and again in `listen()`. It fails only because the port is in use. At its exit the address of
@@ -99,10 +107,19 @@ pub(crate) fn on_get_port_exit<M: KernelRead>(sock: Sock<M>, port: u16, result: 
     report_failure(&RequestedBind::new(sock, family, addr, port));
 }
 
-/// Handles the entry of `bind(fd, address, length)`. In the record, each argument has eight bytes, from
-/// offset 16 on. User space has compared this layout with the kernel's `format` file.
+/// Handles the entry of `bind(fd, address, length)`. Nothing is read while no port is held, which is the rule. In the
+/// record, each argument has eight bytes, from offset 16 on. User space has compared this layout with the kernel's
+/// `format` file.
 #[inline(always)]
-pub(crate) fn on_bind_enter(ctx: &TracePointContext) {
+pub(crate) fn on_bind_enter(ctx: TracePointContext) {
+    if held_ports::is_any_held() {
+        store_requested_bind(ctx);
+    }
+}
+
+/// Not inlined, because otherwise every entry would first save registers and set up the stack for it.
+#[inline(never)]
+fn store_requested_bind(ctx: TracePointContext) {
     let record = ctx.as_ptr().cast_const().cast::<u8>();
     // SAFETY: the record has 40 bytes, each field in it is aligned, and the verifier checks every load.
     let (fd, address) =
@@ -144,15 +161,23 @@ pub(crate) fn on_bind_exit(ctx: &TracePointContext) {
     const EADDRINUSE: i64 = 98;
     // SAFETY: as in `on_bind_enter`; this record has 24 bytes.
     let result = unsafe { ctx.as_ptr().cast_const().cast::<u8>().add(16).cast::<i64>().read() };
-    // SAFETY: the helper takes no arguments.
-    let thread = unsafe { bpf_get_current_pid_tgid() };
-    if result == -EADDRINUSE
-        && let Some(requested) = REQUESTED_BINDS.get_ptr(&thread)
-    {
-        // SAFETY: no other thread uses this entry. If it is evicted, its memory still belongs to the map.
-        report_failure(&unsafe { *requested });
+    if result == -EADDRINUSE {
+        report_requested_bind();
     }
+}
+
+/// Reports the `bind()` of the running thread. Not inlined, for the reason of [`store_requested_bind`].
+#[inline(never)]
+fn report_requested_bind() {
+    // SAFETY: the helpers take no arguments.
+    let (thread, now_ns) = unsafe { (bpf_get_current_pid_tgid(), bpf_ktime_get_boot_ns()) };
+    let Some(requested) = REQUESTED_BINDS.get_ptr(&thread) else { return };
+    // SAFETY: no other thread uses this entry. If it is evicted, its memory still belongs to the map.
+    let requested = unsafe { *requested };
     let _ = REQUESTED_BINDS.remove(&thread);
+    if now_ns.wrapping_sub(requested.at_ns) < LONGEST_BIND_NS {
+        report_failure(&requested);
+    }
 }
 
 /// Reports a failed bind of a port that a self-connection may hold, unless the same process was reported for the same

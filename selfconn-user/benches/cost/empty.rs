@@ -5,16 +5,16 @@ use std::io::Read as _;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{Btf, Ebpf, programs::Program};
-use selfconn::bpf::{attach::Method, tracefs};
+use selfconn::bpf::{attach::Method, bind_method::BindMethod, tracefs};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-test-programs"));
 
 /// Attaches an empty program by each method, prints a line, and waits.
-pub(crate) fn run(methods: &[Method]) -> Result<()> {
+pub(crate) fn run(methods: &[Method], binds: Option<BindMethod>) -> Result<()> {
     let mut ebpf = Ebpf::load(OBJECT)?;
     tracefs::with(|| {
-        let mut attached = methods.iter().map(|method| attach(&mut ebpf, *method));
-        attached.try_for_each(|attached| attached)
+        methods.iter().try_for_each(|method| attach(&mut ebpf, *method))?;
+        binds.map_or(Ok(()), |method| attach_to_bind(&mut ebpf, method))
     })?;
     println!("live");
     std::io::stdin().read_to_end(&mut Vec::new())?;
@@ -40,4 +40,25 @@ fn attach(ebpf: &mut Ebpf, method: Method) -> Result<()> {
         _ => bail!("{name} is of another type"),
     };
     attached.with_context(|| format!("attach {name}"))
+}
+
+fn attach_to_bind(ebpf: &mut Ebpf, method: BindMethod) -> Result<()> {
+    let programs: &[_] = match method {
+        BindMethod::Fexit => &[("empty_bind_fexit", "inet_csk_get_port")],
+        BindMethod::Perf => &[("empty_bind_exit", "sys_exit_bind"), ("empty_bind_enter", "sys_enter_bind")],
+    };
+    for (name, target) in programs {
+        match ebpf.program_mut(name).with_context(|| format!("no program {name}"))? {
+            Program::TracePoint(program) => {
+                program.load()?;
+                program.attach("syscalls", target)?;
+            }
+            Program::FExit(program) => {
+                program.load(target, &Btf::from_sys_fs()?)?;
+                program.attach()?;
+            }
+            _ => bail!("{name} is of another type"),
+        }
+    }
+    Ok(())
 }

@@ -23,6 +23,8 @@ pub(crate) enum TrafficKind {
     Selves,
     /// Connects that are refused.
     Refused,
+    /// Binds that succeed.
+    Bind,
 }
 
 /// Options of a generator.
@@ -32,6 +34,9 @@ pub(crate) struct GenerateArgs {
     /// The destination address
     #[arg(long, default_value = "127.0.0.1")]
     to: Ipv4Addr,
+    /// A server at a port that connect() can't choose, as nearly every service has
+    #[arg(long)]
+    outside: bool,
     /// At most this number
     #[arg(long)]
     count: u64,
@@ -71,6 +76,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
         TrafficKind::Churn => churn(args)?,
         TrafficKind::Selves => selves(args)?,
         TrafficKind::Refused => refused(args)?,
+        TrafficKind::Bind => bind(args)?,
     };
     println!("{}", serde_json::to_string(&made)?);
     Ok(())
@@ -116,7 +122,9 @@ fn paced(args: &GenerateArgs, mut make: impl FnMut() -> Result<bool>) -> Result<
 /// Connections to a server in this process. They are reset, because TIME_WAIT entries would use up the ports.
 fn churn(args: &GenerateArgs) -> Result<TrafficMade> {
     let server = socket()?;
-    server.bind(&SocketAddr::from((args.to, 0)).into())?;
+    let port = if args.outside { first_ephemeral_port()? - 1 } else { 0 };
+    server.set_reuse_address(true)?;
+    server.bind(&SocketAddr::from((args.to, port)).into())?;
     server.listen(128)?;
     let address = server.local_addr()?;
     paced(args, || {
@@ -148,13 +156,20 @@ pub(crate) fn self_connection(address: Ipv4Addr) -> Result<(Socket, u16)> {
 /// Connects to a port without a listener. `connect()` chooses source ports of the other parity, so it never
 /// hits itself.
 fn refused(args: &GenerateArgs) -> Result<TrafficMade> {
-    let low: u16 = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?
-        .split_ascii_whitespace()
-        .next()
-        .context("no port range")?
-        .parse()?;
-    let target = SocketAddr::V4(SocketAddrV4::new(args.to, low + 1)).into();
+    let target = SocketAddr::V4(SocketAddrV4::new(args.to, first_ephemeral_port()? + 1)).into();
     let made = paced(args, || Ok(socket()?.connect(&target).is_err()))?;
     ensure!(made.others == 0, "a connect to a closed port succeeded");
     Ok(made)
+}
+
+/// Sockets that are bound and closed.
+fn bind(args: &GenerateArgs) -> Result<TrafficMade> {
+    let address = SocketAddr::from((args.to, first_ephemeral_port()? - 1)).into();
+    paced(args, || Ok(socket()?.bind(&address).is_ok()))
+}
+
+/// The first port of the range from which `connect()` chooses.
+fn first_ephemeral_port() -> Result<u16> {
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
+    Ok(range.split_ascii_whitespace().next().context("no port range")?.parse()?)
 }

@@ -25,7 +25,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand};
-use selfconn::bpf::attach::Method;
+use selfconn::bpf::{attach::Method, bind_method::BindMethod};
 
 use measure::{GROUPS, Measurement};
 use report::{Samples, TargetOutcome};
@@ -73,7 +73,7 @@ enum CostHelper {
     Generate(generate::GenerateArgs),
     /// Hold this number of sockets
     Hold { count: usize },
-    /// Attach empty programs by these methods
+    /// Attach empty programs by these methods; bind-METHOD is one of bind()
     Empty { methods: Vec<String> },
 }
 
@@ -84,7 +84,12 @@ fn main() -> ExitCode {
         Some(CostHelper::Hold { count }) => socket_crowd::hold(*count),
         Some(CostHelper::Empty { methods }) => {
             let is_named = |method: &Method| methods.iter().any(|name| name == method.name());
-            empty::run(&Method::ALL.into_iter().filter(is_named).collect::<Vec<_>>())
+            let is_bind_named =
+                |method: &BindMethod| methods.iter().any(|name| *name == measure::bind_method(method.name()));
+            empty::run(
+                &Method::ALL.into_iter().filter(is_named).collect::<Vec<_>>(),
+                BindMethod::ALL.into_iter().find(is_bind_named),
+            )
         }
         None => measure_and_report(&cli),
     };

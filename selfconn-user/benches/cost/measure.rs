@@ -25,7 +25,7 @@ use crate::{
     net::{NetNamespace, finish, output},
     proc,
     programs::{self, ProgramStats},
-    report::Samples,
+    report::{INSIDE, OUTSIDE, Samples},
     socket_crowd::SocketHelpers,
     tracer::{Peer, TracerProcess},
 };
@@ -33,9 +33,10 @@ use crate::{
 type Group = fn(&mut Measurement) -> Result<()>;
 
 /// The groups of rows, in the order in which they are measured.
-pub(crate) const GROUPS: [(&str, Group); 6] = [
+pub(crate) const GROUPS: [(&str, Group); 7] = [
     ("idle", Measurement::idle),
     ("transition", Measurement::transition),
+    ("bind", Measurement::bind),
     ("churn", Measurement::churn),
     ("latency", Measurement::latency),
     ("scan", Measurement::scan),
@@ -82,11 +83,17 @@ impl Measurement {
 
     /// The methods that the daemon chooses on this kernel.
     fn methods(&self) -> Result<Vec<String>> {
-        let tracer = self.start(&[])?;
-        let started: Value = serde_json::from_str(&tracer.first)?;
-        tracer.stop()?;
+        let started = self.started()?;
         let hooks = started["hooks"].as_array().context("no hooks in `started`")?;
         Ok(hooks.iter().filter_map(|hook| hook["method"].as_str()).map(str::to_owned).collect())
+    }
+
+    /// The first event of the daemon.
+    fn started(&self) -> Result<Value> {
+        let tracer = self.start(&[])?;
+        let started = serde_json::from_str(&tracer.first)?;
+        tracer.stop()?;
+        Ok(started)
     }
 
     /// Run time of the programs, measured by the kernel: compared with empty ones, and for self-addressed
@@ -146,9 +153,15 @@ impl Measurement {
             let made = make(net, arguments)?;
             Ok((made, programs::since(&before, programs::of_process(tracer.pid())?)))
         };
-        for (what, kind) in [("connect", "churn"), ("refused", "refused"), ("self", "selves")] {
+        let options = ["--to", "127.0.0.1", "--count", COUNT, "--cpu", "1"];
+        for (what, kind) in [
+            ("outside", &["churn", "--outside"][..]),
+            ("connect", &["churn"]),
+            ("refused", &["refused"]),
+            ("self", &["selves"]),
+        ] {
             let (_, plain) = cost(&PLAIN)?;
-            let (made, stats) = cost(&[kind, "--to", "127.0.0.1", "--count", COUNT, "--cpu", "1"])?;
+            let (made, stats) = cost(&[kind, &options].concat())?;
             let beyond = stats.iter().filter_map(|stats| {
                 method_of(&stats.name, methods)?;
                 let plain = plain.iter().find(|plain| plain.name == stats.name)?;
@@ -159,13 +172,50 @@ impl Measurement {
         tracer.stop()
     }
 
-    /// Connections a second, untraced and with each tool. The kernel does not measure programs meanwhile.
+    /// Run time of the programs of bind(), measured by the kernel, and of empty ones. Both run on the same binds, and
+    /// each is attached first in turns.
+    fn bind(&mut self) -> Result<()> {
+        let net = NetNamespace::new()?;
+        let started = self.started()?;
+        let Some(method) = started["binds"]["method"].as_str() else {
+            self.samples.skipped.insert("bind.bind()".to_owned(), "no method can be attached".to_owned());
+            return Ok(());
+        };
+        self.samples.facts.insert("bind.method".to_owned(), method.to_owned());
+        let empty = [bind_method(method)];
+        let _stats = enable_stats(Stats::RunTime).context("let the kernel measure BPF programs")?;
+        for round in 0..self.rounds(40) {
+            let ours_first = round % 2 == 0;
+            let start = |ours: bool| if ours { self.start(&[]) } else { TracerProcess::empty(&empty) };
+            let tracers = [(ours_first, start(ours_first)?), (!ours_first, start(!ours_first)?)];
+            let before = tracers.iter().map(|(_, tracer)| programs::of_process(tracer.pid()));
+            let before = before.collect::<Result<Vec<_>>>()?;
+            let made = make(&net, &["bind", "--count", COUNT, "--cpu", "1"])?;
+            for ((ours, tracer), before) in tracers.into_iter().zip(before) {
+                let stats = programs::since(&before, programs::of_process(tracer.pid())?);
+                // The kernel cuts the name after 15 bytes.
+                let ns = stats.iter().filter(|stats| stats.name.contains("_bind_")).map(|stats| stats.ns);
+                let name = if ours { "bind.ours" } else { "bind.empty" };
+                self.sample(name, ns.sum::<u64>() as f64 / made.count as f64);
+                tracer.stop()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Connections a second, untraced and with each tool, to each destination.
     fn churn(&mut self) -> Result<()> {
+        ChurnDestination::ALL.into_iter().try_for_each(|destination| self.churn_to(destination))
+    }
+
+    /// The kernel does not measure programs meanwhile.
+    fn churn_to(&mut self, destination: ChurnDestination) -> Result<()> {
         let net = NetNamespace::new()?;
         let methods = self.methods()?;
+        let name = |what: &str| format!("{}.{what}", destination.group());
         let churn = |count: u64| -> Result<f64> {
-            Ok(make(&net, &["churn", "--to", "127.0.0.2", "--count", &count.to_string(), "--cpu", "1"])?
-                .rate())
+            let options = ["--count", &count.to_string(), "--cpu", "1"];
+            Ok(make(&net, &[&["churn"], destination.options(), &options].concat())?.rate())
         };
         // Other work on the host can only make it slower, so the best of five is taken.
         let best =
@@ -177,8 +227,7 @@ impl Measurement {
             let order = if round % 2 == 0 { [true, false] } else { [false, true] };
             for ours in order {
                 let tracer = if ours { self.start(&[])? } else { TracerProcess::empty(&methods)? };
-                let name = if ours { "churn.close.ours" } else { "churn.close.empty" };
-                self.sample(name, best()?);
+                self.sample(&name(if ours { "close.ours" } else { "close.empty" }), best()?);
                 tracer.stop()?;
             }
         }
@@ -187,21 +236,21 @@ impl Measurement {
             match TracerProcess::peer(peer, probe).and_then(TracerProcess::stop) {
                 Ok(()) => peers.push(peer),
                 Err(why) => {
-                    self.samples.skipped.insert(format!("churn.{}", peer.name()), format!("{why:#}"));
+                    self.samples.skipped.insert(name(peer.name()), format!("{why:#}"));
                 }
             }
         }
         for _ in 0..self.rounds(10) {
-            self.sample("churn.none", churn(5_000)?);
+            self.sample(&name("none"), churn(5_000)?);
             let tracer = TracerProcess::empty(&methods)?;
-            self.sample("churn.empty", churn(5_000)?);
+            self.sample(&name("empty"), churn(5_000)?);
             tracer.stop()?;
             let tracer = self.start(&[])?;
-            self.sample("churn.ours", churn(5_000)?);
+            self.sample(&name("ours"), churn(5_000)?);
             tracer.stop()?;
             for peer in &peers {
                 let tracer = TracerProcess::peer(*peer, probe)?;
-                self.sample(&format!("churn.{}", peer.name()), churn(5_000)?);
+                self.sample(&name(peer.name()), churn(5_000)?);
                 tracer.stop()?;
             }
         }
@@ -385,6 +434,44 @@ impl Measurement {
         number("rss_growth", late.own as f64 / early.own as f64);
         Ok(())
     }
+}
+
+/// Where the connections of [`Measurement::churn`] lead.
+#[derive(Clone, Copy)]
+enum ChurnDestination {
+    /// From 127.0.0.1 to 127.0.0.2.
+    OtherAddress,
+    /// From 127.0.0.1 to itself, to a port that connect() can't choose: the commonest connection of a host.
+    OwnAddressOutside,
+    /// The same, to a port that connect() can choose.
+    OwnAddressInside,
+}
+
+impl ChurnDestination {
+    const ALL: [Self; 3] = [Self::OtherAddress, Self::OwnAddressOutside, Self::OwnAddressInside];
+
+    /// The group of its rows.
+    fn group(self) -> &'static str {
+        match self {
+            Self::OtherAddress => "churn",
+            Self::OwnAddressOutside => OUTSIDE,
+            Self::OwnAddressInside => INSIDE,
+        }
+    }
+
+    /// The options of the generator.
+    fn options(self) -> &'static [&'static str] {
+        match self {
+            Self::OtherAddress => &["--to", "127.0.0.2"],
+            Self::OwnAddressOutside => &["--to", "127.0.0.1", "--outside"],
+            Self::OwnAddressInside => &["--to", "127.0.0.1"],
+        }
+    }
+}
+
+/// The name of an empty program for this method of bind(): see [`TracerProcess::empty`].
+pub(crate) fn bind_method(name: &str) -> String {
+    format!("bind-{name}")
 }
 
 /// The number of connects for which the kernel measures the programs.

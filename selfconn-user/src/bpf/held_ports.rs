@@ -4,7 +4,7 @@ use std::{collections::HashSet, io, sync::atomic::Ordering::Relaxed};
 
 use anyhow::{Result, bail};
 use aya::maps::{Map, MapData};
-use selfconn_ebpf::{Endpoint, HELD_PORT_SLOTS, held_port_slot};
+use selfconn_ebpf::{ANY_HELD_PORT_SLOT, Endpoint, held_port_slot};
 
 use super::mapped::MappedWords;
 
@@ -26,8 +26,11 @@ impl HeldPorts {
         held: impl Iterator<Item = &'a Endpoint>,
         before_ns: u64,
     ) -> io::Result<()> {
-        let held: HashSet<u32> = held.map(held_port_slot).collect();
-        let mapped = MappedWords::of(&self.0, 0..HELD_PORT_SLOTS as usize)?;
+        let mut held: HashSet<u32> = held.map(held_port_slot).collect();
+        if !held.is_empty() {
+            held.insert(ANY_HELD_PORT_SLOT);
+        }
+        let mapped = MappedWords::of(&self.0, 0..ANY_HELD_PORT_SLOT as usize + 1)?;
         for (slot, word) in (0..).zip(mapped.words()) {
             let since_ns = word.load(Relaxed);
             let value = if held.contains(&slot) { before_ns.max(1) } else { 0 };

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use super::{CostRow, TargetOutcome};
+use super::{CostRow, INSIDE, OUTSIDE, TargetOutcome};
 
 const WIDTH: f64 = 640.0;
 const BAR: f64 = 24.0;
@@ -11,19 +11,52 @@ const GAP: f64 = 12.0;
 const LEFT: f64 = 150.0;
 const RIGHT: f64 = 70.0;
 const TOP: f64 = 48.0;
+const HEADING: f64 = 28.0;
+
+/// The groups that are shown, each below a heading.
+const SECTIONS: [(&str, &str); 3] = [
+    ("churn", "127.0.0.1 to 127.0.0.2"),
+    (OUTSIDE, "127.0.0.1 to itself, a port outside the port range: nearly every service"),
+    (INSIDE, "127.0.0.1 to itself, a port inside the port range"),
+];
+
+/// A line of the chart.
+enum Line<'a> {
+    Heading(&'a str),
+    Bar { name: &'a str, value: f64, low: f64, high: f64 },
+}
+
+impl Line<'_> {
+    fn height(&self) -> f64 {
+        match self {
+            Self::Heading(_) => HEADING,
+            Self::Bar { .. } => BAR + GAP,
+        }
+    }
+}
 
 /// The chart of the rows that compare with the untraced rate on this host.
-pub(crate) fn svg(rows: &[CostRow]) -> String {
-    let bars: Vec<(&str, f64, f64, f64)> = rows
-        .iter()
-        .filter(|row| row.group == "churn" && row.outcome != TargetOutcome::Skipped)
-        .filter_map(|row| {
+pub(crate) fn svg<'a>(rows: &'a [CostRow]) -> String {
+    let bars_of = |group: &str| -> Vec<Line<'a>> {
+        let shown = rows.iter().filter(|row| row.group == group && row.outcome != TargetOutcome::Skipped);
+        let bar = |row: &'a CostRow| -> Option<Line<'a>> {
             let estimate = row.estimate?;
-            Some((row.what.strip_suffix(", to untraced")?, estimate.value, estimate.low, estimate.high))
-        })
-        .collect();
-    let height = TOP + bars.len() as f64 * (BAR + GAP) + 16.0;
-    let full = bars.iter().map(|bar| bar.3).fold(1.0, f64::max);
+            let name = row.what.strip_suffix(", to untraced")?;
+            Some(Line::Bar { name, value: estimate.value, low: estimate.low, high: estimate.high })
+        };
+        shown.filter_map(bar).collect()
+    };
+    let section = |(group, heading)| {
+        let bars = bars_of(group);
+        let heading = (!bars.is_empty()).then_some(Line::Heading(heading));
+        heading.into_iter().chain(bars)
+    };
+    let lines: Vec<Line<'_>> = SECTIONS.into_iter().flat_map(section).collect();
+    let height = TOP + lines.iter().map(Line::height).sum::<f64>() + 16.0;
+    let full = lines.iter().fold(1.0, |full: f64, line| match line {
+        Line::Bar { high, .. } => full.max(*high),
+        Line::Heading(_) => full,
+    });
     let x = |share: f64| LEFT + share / full * (WIDTH - LEFT - RIGHT);
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" \
@@ -42,10 +75,20 @@ pub(crate) fn svg(rows: &[CostRow]) -> String {
             TOP - 10.0
         );
     }
-    for (at, (name, value, low, high)) in bars.iter().enumerate() {
-        let y = TOP + at as f64 * (BAR + GAP);
+    let mut y = TOP;
+    for line in &lines {
+        let top = y;
+        y += line.height();
+        let (name, value, low, high) = match line {
+            Line::Heading(text) => {
+                let _ = writeln!(out, "<text x=\"10\" y=\"{:.0}\">{text}</text>", top + HEADING - 8.0);
+                continue;
+            }
+            Line::Bar { name, value, low, high } => (*name, *value, *low, *high),
+        };
+        let y = top;
         let middle = y + BAR / 2.0;
-        let colour = if *name == "selfconn" { "#2f81f7" } else { "#9aa4af" };
+        let colour = if name == "selfconn" { "#2f81f7" } else { "#9aa4af" };
         let _ = writeln!(
             out,
             "<text x=\"{:.0}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>\
@@ -55,10 +98,10 @@ pub(crate) fn svg(rows: &[CostRow]) -> String {
             LEFT - 10.0,
             middle + 4.5,
             name.replace('_', " "),
-            x(*value) - LEFT,
-            x(*low),
-            x(*high),
-            x(*high) + 8.0,
+            x(value) - LEFT,
+            x(low),
+            x(high),
+            x(high) + 8.0,
             middle + 4.5,
         );
     }

@@ -14,6 +14,10 @@ use stats::Estimate;
 
 pub(crate) use self::{chart::svg, rows::rows_of, table::markdown};
 
+/// The groups of connections of an address to itself, to a port that connect() can't choose, and to one that it can.
+pub(crate) const OUTSIDE: &str = "churn outside";
+pub(crate) const INSIDE: &str = "churn inside";
+
 /// All measurements, by name.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Samples {

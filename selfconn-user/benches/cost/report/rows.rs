@@ -1,6 +1,6 @@
 //! The rows of the table: which samples are compared with which target.
 
-use super::{CostRow, CostUnit, Samples, TargetOutcome, Threshold, stats, stats::Estimate};
+use super::{CostRow, CostUnit, INSIDE, OUTSIDE, Samples, TargetOutcome, Threshold, stats, stats::Estimate};
 
 use CostUnit::{Bytes, Cores, Count, Microseconds, Milliseconds, Nanoseconds, Ratio};
 use Threshold::{AtLeast, AtMost, None as NoTarget};
@@ -44,7 +44,7 @@ pub(crate) fn rows_of(samples: &Samples, vm: Option<&Samples>) -> Vec<CostRow> {
         let comparable = |row: &CostRow| row.unit == Ratio && row.outcome != TargetOutcome::Skipped;
         rows.extend(rows_of_host(vm).into_iter().filter(comparable).map(|row| CostRow {
             group: "pair of hooks",
-            what: format!("on {kernel}, emulated: {}", row.what),
+            what: format!("on {kernel}, emulated: {}: {}", row.group, row.what),
             ..row
         }));
     }
@@ -55,7 +55,10 @@ fn rows_of_host(samples: &Samples) -> Vec<CostRow> {
     let mut builder = RowBuilder { samples, group: "", rows: Vec::new() };
     for (group, add) in [
         ("transition", transition as fn(&mut RowBuilder<'_>)),
+        ("bind", bind),
         ("churn", churn),
+        (OUTSIDE, churn),
+        (INSIDE, churn),
         ("flood", flood),
         ("latency", latency),
         ("idle", idle),
@@ -85,9 +88,14 @@ fn transition(builder: &mut RowBuilder<'_>) {
     }
     for (what, name, target) in [
         (
-            "a connection of an address to itself: recording the connect",
+            "a connection of an address to itself, port outside the range",
+            "self_addressed.outside",
+            AtMost(60.0),
+        ),
+        (
+            "a connection of an address to itself, port inside the range",
             "self_addressed.connect",
-            AtMost(150.0),
+            AtMost(250.0),
         ),
         ("a refused connect of an address to itself", "self_addressed.refused", NoTarget),
         ("a self-connection, reported", "self_addressed.self", NoTarget),
@@ -96,24 +104,33 @@ fn transition(builder: &mut RowBuilder<'_>) {
     }
 }
 
-fn churn(builder: &mut RowBuilder<'_>) {
+fn bind(builder: &mut RowBuilder<'_>) {
     let samples = builder.samples;
-    let close = samples.ratio("churn.close.ours", "churn.close.empty");
+    let is_skipped = samples.skipped.contains_key("bind.bind()");
+    let ratio = samples.ratio("bind.ours", "bind.empty");
+    if ratio.is_some() || is_skipped {
+        builder.row("bind(), to empty programs", Ratio, AtMost(1.10), ratio);
+    }
+    builder.measured("bind(): empty programs", Nanoseconds, NoTarget, samples.median("bind.empty"));
+}
+
+/// The rows of one destination: the name of the group is that of its samples.
+fn churn(builder: &mut RowBuilder<'_>) {
+    let (samples, group) = (builder.samples, builder.group);
+    let ratio =
+        |above: &str, below: &str| samples.ratio(&format!("{group}.{above}"), &format!("{group}.{below}"));
+    let close = ratio("close.ours", "close.empty");
     if close.is_none() {
         return;
     }
-    builder.row("selfconn, to empty programs", Ratio, AtLeast(0.98), close);
-    builder.row("selfconn, to untraced", Ratio, NoTarget, samples.ratio("churn.ours", "churn.none"));
-    builder.row("empty programs, to untraced", Ratio, NoTarget, samples.ratio("churn.empty", "churn.none"));
-    builder.row(
-        "selfconn, to tcpstates",
-        Ratio,
-        AtLeast(3.0),
-        samples.ratio("churn.ours", "churn.tcpstates"),
-    );
+    // Inside the range the cost has a target in nanoseconds.
+    let to_empty = if group == INSIDE { NoTarget } else { AtLeast(0.98) };
+    builder.row("selfconn, to empty programs", Ratio, to_empty, close);
+    builder.row("selfconn, to untraced", Ratio, NoTarget, ratio("ours", "none"));
+    builder.row("empty programs, to untraced", Ratio, NoTarget, ratio("empty", "none"));
+    builder.row("selfconn, to tcpstates", Ratio, AtLeast(3.0), ratio("ours", "tcpstates"));
     for peer in ["tcpstates", "tcplife", "bpftrace", "ss_polling"] {
-        let ratio = samples.ratio(&format!("churn.{peer}"), "churn.none");
-        builder.row(&format!("{peer}, to untraced"), Ratio, NoTarget, ratio);
+        builder.row(&format!("{peer}, to untraced"), Ratio, NoTarget, ratio(peer, "none"));
     }
 }
 
