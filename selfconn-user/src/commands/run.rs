@@ -211,9 +211,9 @@ fn host_name(text: &str) -> Result<String, String> {
     }
 }
 
-/// Parses an address and a port, such as `[::1]:9435`.
+/// Parses an address and a port, such as `[::1]:21435`.
 fn socket_address(text: &str) -> Result<SocketAddr, String> {
-    text.parse().map_err(|_| "not an address and a port, such as 127.0.0.1:9435".to_owned())
+    text.parse().map_err(|_| "not an address and a port, such as 127.0.0.1:21435".to_owned())
 }
 
 /// Runs the daemon until SIGINT or SIGTERM.

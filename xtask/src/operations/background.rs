@@ -32,6 +32,10 @@ impl BackgroundProcess {
         Ok(Self { child, output })
     }
 
+    pub(super) fn signal(&self, signal: Signal) -> Result<()> {
+        kill_process(Pid::from_child(&self.child), signal).context("send a signal")
+    }
+
     /// Waits until the condition holds. The error contains the process's output.
     pub(super) fn wait_until(&mut self, what: &str, holds: impl Fn() -> Result<bool>) -> Result<()> {
         let deadline = Instant::now() + DEADLINE;
