@@ -4,8 +4,11 @@
 use std::{
     fs::{self, File},
     net::Ipv4Addr,
-    os::unix::{fs::MetadataExt as _, net::UnixDatagram},
-    path::Path,
+    os::unix::{
+        fs::{MetadataExt as _, symlink},
+        net::UnixDatagram,
+    },
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -67,10 +70,56 @@ impl Journald {
     }
 }
 
+impl Journald {
+    /// The number of journal entries that match.
+    fn count(&self, matches: &str) -> usize {
+        let arguments = ["--directory", JOURNAL_DIR, "--output=cat", "--quiet", matches];
+        let output = Command::new("journalctl").args(arguments).output().unwrap();
+        output.stdout.iter().filter(|byte| **byte == b'\n').count()
+    }
+}
+
 impl Drop for Journald {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+/// A control group as systemd makes it for a service, in each hierarchy by which journald can know the unit of a client.
+struct ServiceGroup(Vec<PathBuf>);
+
+impl ServiceGroup {
+    fn create(unit: &str) -> Self {
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let is_systemds = |fields: &[&str]| fields[2] == "cgroup2" || fields[3].contains("name=systemd");
+        let points = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let groups: Vec<_> = points
+            .filter(|fields| is_systemds(fields))
+            .map(|fields| Path::new(fields[1]).join("system.slice").join(unit))
+            .filter(|group| fs::create_dir_all(group).is_ok())
+            .collect();
+        assert!(!groups.is_empty(), "no hierarchy of control groups can be written");
+        Self(groups)
+    }
+
+    fn add(&self, child: &Child) {
+        for group in &self.0 {
+            fs::write(group.join("cgroup.procs"), child.id().to_string()).unwrap();
+        }
+    }
+}
+
+impl Drop for ServiceGroup {
+    fn drop(&mut self) {
+        for group in &self.0 {
+            let until = Instant::now() + DEADLINE;
+            while fs::remove_dir(group).is_err() && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            // Only where nothing else is in it.
+            let _ = group.parent().map(fs::remove_dir);
+        }
     }
 }
 
@@ -169,6 +218,51 @@ fn a_stopped_journal_blocks_nothing_and_gets_every_entry_later() {
     let text = fs::read_to_string(&log).unwrap();
     let stopped: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
     assert_eq!((&stopped["lost"]["journal"], &stopped["lost"]["log"]), (&0.into(), &0.into()), "{stopped}");
+}
+
+/// Runs a daemon as the service `unit`, which makes two events for each of some connections. Returns how many of them
+/// the journal has. systemd tells journald the limits of a unit by these links (`unit_export_log_ratelimit_interval`,
+/// src/core/unit.c at v252).
+fn entries_of_a_burst(unit: &str, connections: usize, interval_us: &str, burst: &str) -> usize {
+    let net = TestNetns::enter_new();
+    let journald = Journald::start();
+    fs::create_dir_all("/run/systemd/units").unwrap();
+    for (limit, value) in [("interval", interval_us), ("burst", burst)] {
+        symlink(value, format!("/run/systemd/units/log-rate-limit-{limit}:{unit}")).unwrap();
+    }
+    let group = ServiceGroup::create(unit);
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = start(folder.path(), &["--log-rate", "1000000"]);
+    group.add(&child);
+    wait_until("started", || !journald.entries("SELFCONN_EVENT=started").is_empty());
+    let there = format!("SELFCONN_NETNS={}", net.inode);
+    for made in 1..=connections {
+        run_self_connection(Ipv4Addr::LOCALHOST.into());
+        // The daemon keeps 4 MiB for a journal that is slower than this loop. This test is not about that.
+        if made % 400 == 0 && interval_us == "0" {
+            wait_until("the journal keeps up", || journald.count(&there) == 2 * made);
+        }
+    }
+    terminate(&mut child);
+    let mut count = usize::MAX;
+    wait_until("the journal is quiet", || {
+        std::thread::sleep(Duration::from_millis(300));
+        let before = std::mem::replace(&mut count, journald.count(&there));
+        count == before
+    });
+    count
+}
+
+#[test]
+fn twenty_thousand_events_arrive_because_the_unit_takes_the_journals_limit_away() {
+    let unit = include_str!("../../../packaging/systemd/selfconn.service");
+    let interval = unit.lines().find_map(|line| line.strip_prefix("LogRateLimitIntervalSec="));
+    assert_eq!(interval, Some("0"), "no limit");
+    let name = format!("selfconn-test-{}.service", std::process::id());
+    assert_eq!(entries_of_a_burst(&name, 10_000, "0", "10000"), 20_000);
+    // With a limit the journal drops the rest, so the one above had an effect.
+    let limited = entries_of_a_burst(&name, 2_000, "30000000", "100");
+    assert!((1..2_000).contains(&limited), "{limited} of 4,000");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, TcpListener},
     sync::{Barrier, Mutex, mpsc::sync_channel},
     thread,
     time::Duration,
@@ -14,7 +14,7 @@ use serde_json::Value;
 use socket2::Socket;
 
 use crate::support::{
-    client::{connect_to_self, own_comm},
+    client::{connect_to_self, own_comm, run_self_connection},
     daemon::{HookVariant, TestDaemon, is_event, scaled},
     helper_process::HelperProcess,
     netns::TestNetns,
@@ -55,6 +55,46 @@ fn assert_pairs(events: &[Value], net: TestNetns, count: usize) -> Vec<&Value> {
     assert_eq!(opened, closed, "one `closed` for each `established`");
     assert!(opened.values().all(|times| *times == 1), "{opened:?}");
     events.iter().filter(|event| is_event("established", net.inode)(event)).collect()
+}
+
+/// An upgrade: what happens while no daemon runs. What is still there is found; what began and ended is not.
+#[test]
+fn what_begins_and_ends_between_two_daemons_has_no_event_but_its_time_wait_explains_a_failed_bind() {
+    let (net, netns_process) = netns_with_process();
+    let mut first = TestDaemon::start(&HookVariant(vec![]), &[]);
+    // Open across the restart, and closed in between.
+    let mut across = open_self_connections(2);
+    let established = first.expect(2, is_event("established", net.inode));
+    let (events, _) = first.stop();
+    assert_eq!(events.last().unwrap()["open"], 2, "{:?}", events.last());
+    drop(across.pop());
+    let reset_port = {
+        let (reset, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+        reset.set_linger(Some(Duration::ZERO)).unwrap();
+        port
+    };
+    let time_wait_port = run_self_connection(Ipv4Addr::LOCALHOST.into());
+
+    let mut second = TestDaemon::start(&HookVariant(vec![]), &[]);
+    let found = second.expect(1, is_event("established", net.inode)).remove(0);
+    assert_eq!((&found["source"], &found["port"]), (&"scan".into(), &established[0]["port"]), "{found}");
+    assert_ne!(found["id"], established[0]["id"], "a new run");
+    TcpListener::bind((Ipv4Addr::LOCALHOST, time_wait_port)).unwrap_err();
+    let blocked = second.expect(1, is_event("blocked", net.inode)).remove(0);
+    assert_eq!(
+        (&blocked["port"], &blocked["holder"]["state"]),
+        (&time_wait_port.into(), &"TIME_WAIT".into())
+    );
+    assert_eq!(blocked["holder"]["pid"], Value::Null, "whose it was is lost: {blocked}");
+    // The reset one left nothing. This connection shows that all events before it have arrived.
+    drop((TcpListener::bind((Ipv4Addr::LOCALHOST, reset_port)).unwrap(), across));
+    let last = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    second.expect(2, is_event("established", net.inode));
+    let (events, _) = second.stop();
+    let ports: Vec<_> = events.iter().filter(|event| is_event("established", net.inode)(event)).collect();
+    assert_eq!(ports.len(), 2, "{ports:#?}");
+    assert_eq!(ports[1]["port"], last.1);
+    drop(netns_process);
 }
 
 #[test]
