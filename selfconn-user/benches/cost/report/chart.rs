@@ -12,6 +12,8 @@ const LEFT: f64 = 150.0;
 const RIGHT: f64 = 70.0;
 const TOP: f64 = 48.0;
 const HEADING: f64 = 28.0;
+/// The labelled values of the axis.
+const TICKS: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
 
 /// The groups that are shown, each below a heading.
 const SECTIONS: [(&str, &str); 3] = [
@@ -64,14 +66,11 @@ pub(crate) fn svg<'a>(rows: &'a [CostRow]) -> String {
          <title>Connections a second while each tool traces, to untraced</title>\n\
          <text x=\"{LEFT}\" y=\"20\" font-weight=\"bold\">connections a second, to untraced</text>\n"
     );
-    for tick in [0.0, 0.25, 0.5, 0.75, 1.0] {
-        let at = x(tick);
+    for tick in TICKS {
         let _ = writeln!(
             out,
-            "<line x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{:.0}\" y2=\"{:.0}\" stroke=\"#808080\" \
-             stroke-opacity=\"0.4\"/><text x=\"{at:.1}\" y=\"{:.0}\" text-anchor=\"middle\" font-size=\"11\">{tick}</text>",
-            TOP - 6.0,
-            height - 12.0,
+            "<text x=\"{:.1}\" y=\"{:.0}\" text-anchor=\"middle\" font-size=\"11\">{tick}</text>",
+            x(tick),
             TOP - 10.0
         );
     }
@@ -87,6 +86,16 @@ pub(crate) fn svg<'a>(rows: &'a [CostRow]) -> String {
             Line::Bar { name, value, low, high } => (*name, *value, *low, *high),
         };
         let y = top;
+        // The grid is drawn for each bar, so that it does not cross the headings.
+        for at in TICKS.map(x) {
+            let _ = writeln!(
+                out,
+                "<line x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{:.0}\" y2=\"{:.0}\" stroke=\"#808080\" \
+                 stroke-opacity=\"0.4\"/>",
+                y - GAP / 2.0,
+                y + BAR + GAP / 2.0
+            );
+        }
         let middle = y + BAR / 2.0;
         let colour = if name == "selfconn" { "#2f81f7" } else { "#9aa4af" };
         let _ = writeln!(
