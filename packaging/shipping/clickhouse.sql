@@ -1,4 +1,4 @@
--- Events of many hosts in ClickHouse. Not run. An event that arrives twice is merged: read with FINAL.
+-- Events of many hosts in ClickHouse. An event that arrives twice is merged: read with FINAL.
 CREATE TABLE selfconn_events
 (
     body String,

@@ -57,7 +57,7 @@ pub enum Command {
     /// Report what this kernel offers, what would be attached, and what is missing
     #[command(after_help = doctor::EXAMPLE)]
     Doctor(doctor::DoctorArgs),
-    /// Print the JSON Schema of events and of the other commands' JSON
+    /// Print the JSON Schema of events, or of the lines of scan, audit or doctor
     #[command(after_help = schema::EXAMPLE)]
     Schema(schema::SchemaArgs),
 }

@@ -45,9 +45,9 @@ fn a_log_at_its_limit_counts_each_lost_event_and_says_so_after_the_rotation() {
     let (log, moved) = (folder.path().join("events.jsonl"), folder.path().join("events.jsonl.1"));
     let options = ["--log", log.to_str().unwrap(), "--log-limit", "16M", "--states", "--cmdline", "off"];
     let mut daemon = TestDaemon::start(&HookVariant(vec![]), &options);
-    // More than the file and the queue hold.
+    // More than the file and the queue hold: a batch is 0.8 MB.
     let (mut batch, mut batches_at_limit) = (0, 0);
-    while batches_at_limit < 8 {
+    while batches_at_limit < 16 {
         batch += 1;
         make_self_connections(200);
         daemon.expect(batch * 200, is_event("closed", net.inode));
