@@ -14,8 +14,10 @@ mod programs;
 #[cfg(target_arch = "bpf")]
 mod entry_points {
     use aya_ebpf::{
-        macros::{btf_tracepoint, fentry, fexit, kprobe, tracepoint},
-        programs::{BtfTracePointContext, FEntryContext, FExitContext, ProbeContext, TracePointContext},
+        macros::{btf_tracepoint, classifier, fentry, fexit, kprobe, tracepoint},
+        programs::{
+            BtfTracePointContext, FEntryContext, FExitContext, ProbeContext, TcContext, TracePointContext,
+        },
     };
 
     use selfconn_ebpf::{
@@ -26,6 +28,7 @@ mod entry_points {
     use crate::programs::{
         bind_failure,
         descriptors::{self, DescriptorContext},
+        guard,
         kernel_read::{BtfOffsets, DirectLoad, Layout, ProbeRead, StaticOffsets},
         namespaces::{self, TaskContext},
         sock::{Ports, SelfAddr, Sock},
@@ -159,6 +162,12 @@ mod entry_points {
     fn selfconn_bind_exit(ctx: TracePointContext) -> u32 {
         bind_failure::on_bind_exit(&ctx);
         0
+    }
+
+    /// Each packet that leaves through a loopback device.
+    #[classifier]
+    fn selfconn_guard(ctx: TcContext) -> i32 {
+        guard::on_egress(&ctx)
     }
 
     /// Each descriptor of each task, while user space reads the iterator. aya has no macro for this section.

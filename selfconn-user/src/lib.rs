@@ -9,6 +9,7 @@ pub mod detect;
 pub mod event;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+pub mod guard;
 pub mod lookup;
 pub mod metrics;
 pub mod output;

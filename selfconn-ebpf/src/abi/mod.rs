@@ -8,6 +8,7 @@ mod connect_table;
 mod counters;
 mod descriptor;
 mod endpoint;
+pub mod guard;
 mod held_ports;
 mod kernel_fields;
 pub mod names;

@@ -51,6 +51,9 @@ pub const DESCRIPTORS: &str = "selfconn_descriptors";
 /// Iterator over all tasks; it lists the network namespaces.
 pub const NAMESPACES: &str = "selfconn_namespaces";
 
+/// Egress of a loopback device: the guard.
+pub const GUARD: &str = "selfconn_guard";
+
 /// Ring buffer of [`crate::Record`]; owned by `ring_buffer.rs`.
 pub const RECORDS: &str = "RECORDS";
 /// Ring buffer of [`crate::BindFailure`](crate::bind_failure::BindFailure) records, apart from [`RECORDS`], so that
@@ -74,6 +77,24 @@ pub const REFUSED_CONNECTS: &str = "REFUSED_CONNECTS";
 pub const REFUSED_SHARES: &str = "REFUSED_SHARES";
 /// LRU hash from an [`Owner`](crate::Owner) to its [`OwnerState`](crate::owner::OwnerState); owned by `owners.rs`.
 pub const OWNERS: &str = "OWNERS";
+
+/// Ring buffer of [`crate::guard::GuardRecord`]; this and the maps and globals of the guard below are owned by
+/// `guard.rs`.
+pub const GUARD_RECORDS: &str = "GUARD_RECORDS";
+/// Array of [`crate::guard::PortRules`], indexed by port.
+pub const GUARD_PORTS: &str = "GUARD_PORTS";
+/// Hash from a uid to bits of [`crate::guard::rule`].
+pub const GUARD_UIDS: &str = "GUARD_UIDS";
+/// Hash from the id of a control group to bits of [`crate::guard::rule`].
+pub const GUARD_CGROUPS: &str = "GUARD_CGROUPS";
+/// Global `u32`: one of [`crate::guard::mode`].
+pub const GUARD_MODE: &str = "GUARD_MODE";
+/// Global `u32`: bits of [`crate::guard::rule`].
+pub const GUARD_ONLY: &str = "GUARD_ONLY";
+/// Global `u32`: 1 if there are rules about control groups.
+pub const GUARD_BY_CGROUP: &str = "GUARD_BY_CGROUP";
+/// Global `u64`: cookie of the socket of the self-test.
+pub const GUARD_SELF_TEST: &str = "GUARD_SELF_TEST";
 
 /// Global `[u32; FIELDS]`: the offset of each [`crate::Field`].
 pub const OFFSETS: &str = "OFFSETS";

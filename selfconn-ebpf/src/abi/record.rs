@@ -21,6 +21,10 @@ pub mod tag {
     pub const BIND_FAILURE: u16 = 3;
     /// [`ListenerClosed`](super::ListenerClosed).
     pub const LISTENER_CLOSED: u16 = 4;
+    /// [`Prevention`](crate::guard::Prevention), in the guard's ring buffer.
+    pub const PREVENTION: u16 = 5;
+    /// [`FirstConnect`](crate::guard::FirstConnect), in the guard's ring buffer.
+    pub const FIRST_CONNECT: u16 = 6;
 }
 
 /// Whether a program can have the socket open: the values of [`Transition::socket_file`].

@@ -152,6 +152,14 @@ pub(crate) fn mark_reported<M: KernelRead>(
     (already_reported, opener)
 }
 
+/// The connecting task of a socket, or [`Opener::UNKNOWN`].
+#[inline(always)]
+pub(crate) fn opener_of<M: KernelRead>(sock: Sock<M>, endpoint: &Endpoint) -> Opener {
+    entry_of(sock)
+        .and_then(|(set, way)| read_opener(&set.entries[way], sock, endpoint))
+        .unwrap_or(Opener::UNKNOWN)
+}
+
 /// Marks this state of the socket as not reported, because the ring buffer did not take the record: the other probe may
 /// report it.
 #[inline(always)]

@@ -4,6 +4,7 @@ pub(crate) mod bind_failure;
 mod connect_table;
 mod counters;
 pub(crate) mod descriptors;
+pub(crate) mod guard;
 pub(crate) mod handled;
 mod held_ports;
 pub(crate) mod kernel_read;

@@ -21,10 +21,17 @@ pub(crate) fn submit<T: IntoBytes + 'static>(record: impl FnOnce() -> T) -> bool
 #[inline(always)]
 pub(crate) fn submit_to<T: IntoBytes + 'static>(ring: &RingBuf, record: impl FnOnce() -> T) -> bool {
     count(counter::MATCHED);
-    let Some(mut entry) = ring.reserve::<T>(0) else {
+    let is_submitted = try_submit_to(ring, record);
+    if !is_submitted {
         count(counter::RING_FULL);
-        return false;
-    };
+    }
+    is_submitted
+}
+
+/// As [`submit_to`], without the counters.
+#[inline(always)]
+pub(crate) fn try_submit_to<T: IntoBytes + 'static>(ring: &RingBuf, record: impl FnOnce() -> T) -> bool {
+    let Some(mut entry) = ring.reserve::<T>(0) else { return false };
     entry.write(record());
     entry.submit(0);
     true

@@ -15,6 +15,7 @@ use selfconn_ebpf::{
 use super::{
     connect_table,
     counters::count,
+    guard,
     handled::{self, AttemptState},
     held_ports,
     kernel_read::{BtfOffsets, KernelRead, Layout},
@@ -147,6 +148,7 @@ fn handle<C: EbpfContext, M: KernelRead>(
             if ensure_room(ctx, sock) {
                 insert(sock, transition);
             }
+            guard::on_connect(sock);
             if matches!(action, Action::InsertAndReport) {
                 report(ctx, sock, transition, false);
             }

@@ -304,6 +304,21 @@ impl KernelFeatures {
         }
     }
 
+    /// Checks the same for the guard.
+    ///
+    /// # Errors
+    /// See [`Self::check_method`].
+    pub fn check_guard(&self) -> Result<(), Refusal> {
+        self.check_capabilities()?;
+        self.check_offsets()?;
+        // Packet programs take it (`bpf_prog_load_check_attach`, kernel/bpf/syscall.c at v5.10), and CAP_SYS_ADMIN
+        // includes it there.
+        if self.capabilities.intersects(CapabilitySet::NET_ADMIN) {
+            return Ok(());
+        }
+        Err(Refusal::Denied("needs CAP_NET_ADMIN: run as root, or grant it".to_owned()))
+    }
+
     /// What this process cannot observe or find out, as text for people.
     #[must_use]
     pub fn limits(&self) -> Vec<String> {

@@ -7,7 +7,7 @@ use std::{
     io::{self, Read},
     marker::PhantomData,
     ops::ControlFlow,
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, OwnedFd},
 };
 
 use aya::{
@@ -18,6 +18,7 @@ use zerocopy::{FromBytes, Immutable};
 
 use super::{
     attach::Refusal,
+    link,
     programs::{KernelBtf, refusal, refusal_by_errno},
 };
 
@@ -45,7 +46,7 @@ impl<R: FromBytes + Immutable> BpfIter<R> {
         };
         let error = |error: ProgramError| refusal(&error);
         program.load(target, kernel_btf.get()?).map_err(error)?;
-        let link = create_link(program.fd().map_err(error)?.as_fd());
+        let link = link::create_iter_link(program.fd().map_err(error)?.as_fd());
         let link = link.map_err(|error| refusal_by_errno("BPF_LINK_CREATE", &error))?;
         Ok(Self { link, records: PhantomData })
     }
@@ -56,7 +57,7 @@ impl<R: FromBytes + Immutable> BpfIter<R> {
     /// # Errors
     /// If the kernel refuses to start the pass or to go on.
     pub(super) fn pass(&self, each: impl FnMut(&R) -> ControlFlow<()>) -> io::Result<()> {
-        read_records(File::from(create_iter(self.link.as_fd())?), each)
+        read_records(File::from(link::create_iter(self.link.as_fd())?), each)
     }
 }
 
@@ -90,37 +91,6 @@ fn read_records<R: FromBytes + Immutable>(
         }
         filled = rest.len();
         buffer.copy_within(rest, 0);
-    }
-}
-
-/// BPF_LINK_CREATE: attaches an iterator program. aya creates links of iterators too, but a link of aya can be
-/// opened only once.
-fn create_link(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    const BPF_LINK_CREATE: libc::c_int = 28;
-    const BPF_TRACE_ITER: u32 = 28;
-    bpf(BPF_LINK_CREATE, program, BPF_TRACE_ITER)
-}
-
-/// BPF_ITER_CREATE: begins a pass.
-fn create_iter(link: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    const BPF_ITER_CREATE: libc::c_int = 33;
-    bpf(BPF_ITER_CREATE, link, 0)
-}
-
-/// bpf(2) for a command whose attributes begin with a descriptor, and which returns one: `union bpf_attr`,
-/// include/uapi/linux/bpf.h at v5.11.
-fn bpf(command: libc::c_int, fd: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
-    let mut attributes = [0_u32; 8];
-    attributes[0] = fd.as_raw_fd().cast_unsigned();
-    attributes[2] = attach_type;
-    // SAFETY: the kernel reads this many bytes of `attributes`, which hold no address, and writes none of them
-    // for these commands.
-    let created =
-        unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_mut_ptr(), size_of_val(&attributes)) };
-    match libc::c_int::try_from(created) {
-        // SAFETY: the kernel has just returned this descriptor, so nothing else owns it.
-        Ok(created) if created >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(created) }),
-        _ => Err(io::Error::last_os_error()),
     }
 }
 

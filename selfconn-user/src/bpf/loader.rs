@@ -14,7 +14,12 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use selfconn_ebpf::{
-    ConnectEntry, Endpoint, Owner, Record, bind_failure::BindFailure, counter, names, owner::OwnerState,
+    ConnectEntry, Endpoint, Owner, Record,
+    bind_failure::BindFailure,
+    counter,
+    guard::{GuardRecord, mode},
+    names,
+    owner::OwnerState,
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -25,6 +30,7 @@ use super::{
     connect_table::ConnectTable,
     descriptors::{self, DescriptorIter},
     features::KernelFeatures,
+    guard::GuardProgram,
     held_ports::HeldPorts,
     namespaces::{self, NamespaceIter},
     object::{self, ObjectOptions},
@@ -62,6 +68,14 @@ pub struct Counters {
     pub refused_table_full: u64,
     /// Failed binds that are not reported because their owner had too many.
     pub bind_failures_over_rate: u64,
+    /// Connects to itself that the guard refused, or would have.
+    pub prevented: u64,
+    /// Those of `prevented` whose record is lost because the guard's ring buffer was full.
+    pub guard_ring_full: u64,
+    /// Connects to itself that the guard let pass because of a rule or a signature.
+    pub guard_passed: u64,
+    /// Packets that the guard could not read or rewrite.
+    pub guard_failed: u64,
     /// Transitions that each program processed, reported or not, in the order of [`Method::ALL`].
     pub seen: [u64; Method::ALL.len()],
 }
@@ -71,6 +85,9 @@ pub struct Tracer {
     ring: AsyncFd<RingBuf<MapData>>,
     /// Failed binds only.
     bind_ring: AsyncFd<RingBuf<MapData>>,
+    /// Records of the guard only.
+    guard_ring: AsyncFd<RingBuf<MapData>>,
+    guard: Option<GuardProgram>,
     counters: PerCpuArray<MapData, u64>,
     connect_table: ConnectTable,
     refused_counts: RefusedCounts,
@@ -162,6 +179,11 @@ impl Tracer {
         choice.satisfies(options.hooks).map_err(|why| anyhow!(why))?;
         let ring = RingBuf::try_from(take_map(&mut ebpf, names::RECORDS)?)?;
         let bind_ring = RingBuf::try_from(take_map(&mut ebpf, names::BIND_RECORDS)?)?;
+        let guard_ring = RingBuf::try_from(take_map(&mut ebpf, names::GUARD_RECORDS)?)?;
+        let guard = match options.object.guard.mode {
+            mode::OFF => None,
+            _ => Some(GuardProgram::load(&mut ebpf, features).map_err(|why| anyhow!("--guard: {why}"))?),
+        };
         let counters = PerCpuArray::try_from(take_map(&mut ebpf, names::COUNTERS)?)?;
         let log = if options.object.log {
             let logger = EbpfLogger::init(&mut ebpf).context("the programs' log")?;
@@ -173,6 +195,8 @@ impl Tracer {
         Ok(Self {
             ring: async_fd(ring)?,
             bind_ring: async_fd(bind_ring)?,
+            guard_ring: async_fd(guard_ring)?,
+            guard,
             counters,
             connect_table: ConnectTable::new(take_map(&mut ebpf, names::CONNECT_TABLE)?)?,
             refused_counts: RefusedCounts::new(
@@ -259,7 +283,7 @@ impl Tracer {
     /// # Errors
     /// If the runtime cannot wait on a map's descriptor.
     pub async fn readable(&mut self) -> io::Result<()> {
-        let Self { ring, bind_ring, log, .. } = self;
+        let Self { ring, bind_ring, guard_ring, log, .. } = self;
         let log_readable = async {
             match log {
                 Some(log) => log.readable_mut().await,
@@ -269,6 +293,7 @@ impl Tracer {
         tokio::select! {
             guard = ring.readable_mut() => guard?.clear_ready(),
             guard = bind_ring.readable_mut() => guard?.clear_ready(),
+            guard = guard_ring.readable_mut() => guard?.clear_ready(),
             guard = log_readable => {
                 let mut guard = guard?;
                 guard.get_inner_mut().flush();
@@ -292,6 +317,26 @@ impl Tracer {
             }
         }
         failures
+    }
+
+    /// Takes the guard's program out. `None`: there is no guard, or it was taken before.
+    pub fn take_guard(&mut self) -> Option<GuardProgram> {
+        self.guard.take()
+    }
+
+    /// Reads at most `limit` records of the guard.
+    pub fn drain_guard(&mut self, limit: usize) -> Vec<GuardRecord> {
+        let ring = self.guard_ring.get_mut();
+        let mut records = Vec::new();
+        while records.len() < limit
+            && let Some(item) = ring.next()
+        {
+            match GuardRecord::from_bytes(&item) {
+                Some(record) => records.push(record),
+                None => log::error!("invalid record of {} bytes in the guard's ring buffer", item.len()),
+            }
+        }
+        records
     }
 
     /// Updates the programs' table of held ports. Slots that a program has set since `before_ns` are kept.
@@ -356,6 +401,10 @@ impl Tracer {
             refused_connects: sum(counter::REFUSED)?,
             refused_table_full: sum(counter::REFUSED_TABLE_FULL)?,
             bind_failures_over_rate: sum(counter::BIND_FAILURES_OVER_RATE)?,
+            prevented: sum(counter::GUARD_PREVENTED)?,
+            guard_ring_full: sum(counter::GUARD_RING_FULL)?,
+            guard_passed: sum(counter::GUARD_EXEMPT)? + sum(counter::GUARD_SIGNED)?,
+            guard_failed: sum(counter::GUARD_UNREADABLE)? + sum(counter::GUARD_FAILED)?,
         })
     }
 

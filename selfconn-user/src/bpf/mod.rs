@@ -8,6 +8,7 @@
 //!   mmap (`mapped`) or by `bpf()` (`plain`);
 //! - `programs`, `bind_programs`: attach one method, or say why not; `iterator` with `descriptors` and `namespaces`:
 //!   the same for the iterators;
+//! - `guard`: the same for the guard; `link`: links that aya does not make;
 //! - `loader`: everything together, for the daemon and the commands.
 //!
 //! Architecture invariant: only `object` and the modules after it use aya's programs and maps, and only
@@ -20,8 +21,10 @@ pub mod btf;
 pub mod connect_table;
 pub mod descriptors;
 pub mod features;
+pub mod guard;
 mod held_ports;
 mod iterator;
+mod link;
 pub mod loader;
 mod mapped;
 pub mod namespaces;

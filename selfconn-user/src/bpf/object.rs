@@ -4,12 +4,16 @@ use std::io;
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::{Ebpf, EbpfError, EbpfLoader, maps::MapError};
-use selfconn_ebpf::{WAYS, names, reported};
+use rustix::param::page_size;
+use selfconn_ebpf::{WAYS, guard::mode, names, reported};
 
-use super::{attach::Refusal, features::KernelFeatures};
+use super::{attach::Refusal, features::KernelFeatures, guard::GuardOptions};
 
 /// The eBPF object that `cargo xtask build-ebpf` builds.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-hooks"));
+
+/// Size of the guard's ring buffer: about 3,000 records.
+const GUARD_RING_BYTES: u32 = 1 << 19;
 
 /// The sizes of the maps, and what the programs report.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +29,7 @@ pub struct ObjectOptions {
     pub states: bool,
     /// True to read the log of the eBPF programs.
     pub log: bool,
+    pub guard: GuardOptions,
 }
 
 impl ObjectOptions {
@@ -35,6 +40,7 @@ impl ObjectOptions {
         refused_table_size: 64,
         states: false,
         log: false,
+        guard: GuardOptions::OFF,
     };
 }
 
@@ -46,8 +52,17 @@ pub(super) fn load(features: &KernelFeatures, options: ObjectOptions) -> Result<
     let sets = options.connect_table_size.div_ceil(WAYS as u32).max(1);
     let reported = if options.states { reported::STATES } else { reported::LIFETIMES };
     let socket_cookie = u32::from(features.socket_cookie);
+    let guard = options.guard;
+    let by_cgroup = u32::from(guard.by_cgroup);
+    // A guard that is off has the smallest ring buffer.
+    let guard_bytes = if guard.mode == mode::OFF { page_size() as u32 } else { GUARD_RING_BYTES };
     EbpfLoader::new()
         .btf(None)
+        .override_global(names::GUARD_MODE, &guard.mode, true)
+        .override_global(names::GUARD_ONLY, &guard.only, true)
+        .override_global(names::GUARD_BY_CGROUP, &by_cgroup, true)
+        .override_global(names::GUARD_SELF_TEST, &guard.self_test, true)
+        .map_max_entries(names::GUARD_RECORDS, guard_bytes)
         .override_global(names::OFFSETS, &features.offsets[..], true)
         .override_global(names::TASK_ACCESS, &features.task_access, true)
         .override_global(names::CGROUP_ACCESS, &features.cgroup_access, true)

@@ -125,7 +125,13 @@ pub(crate) fn refusal(error: &ProgramError) -> Refusal {
     match error {
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();
-            match log.lines().rfind(|line| !line.trim().is_empty()) {
+            log::debug!("the verifier's log: {log}");
+            // The last lines have the verifier's counts.
+            const COUNTS: [&str; 3] = ["processed ", "stack depth ", "verification time "];
+            let is_message = |line: &&str| {
+                !line.trim().is_empty() && !COUNTS.iter().any(|counts| line.starts_with(counts))
+            };
+            match log.lines().rfind(is_message) {
                 Some(last) => Refusal::Broken(format!("{io_error}; the verifier reported: {last}")),
                 None => refusal_by_errno("BPF_PROG_LOAD", io_error),
             }

@@ -30,6 +30,7 @@ use crate::{
     },
 };
 
+mod guard;
 mod remedy;
 
 /// Shown below the options.
@@ -75,6 +76,8 @@ pub struct RunArgs {
     function_method: Option<Method>,
     #[command(flatten)]
     remedy: remedy::RemedyArgs,
+    #[command(flatten)]
+    guard: guard::GuardArgs,
     /// Maximum number of events each second of one user in one container or unit; more are counted
     #[arg(long, value_name = "NUMBER", default_value_t = 5_000, value_parser = clap::value_parser!(u32).range(1..))]
     log_rate: u32,
@@ -241,6 +244,8 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
                 None
             }
         };
+        let guard_rules = args.guard.rules()?;
+        let self_test_cookie = self_test_socket.as_ref().map(SelfTestSocket::cookie);
         let options = TracerOptions {
             hooks: args.requested_hooks(),
             bind_method: args.bind_method,
@@ -250,14 +255,17 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
                 refused_table_size: args.refused_table,
                 states: args.states,
                 log: args.verbose > 1,
+                guard: args.guard.options(&guard_rules, self_test_cookie),
             },
         };
-        let tracer = Tracer::start(&host, options)?;
+        let mut tracer = Tracer::start(&host, options)?;
+        let guard = args.guard.start(tracer.take_guard(), guard_rules)?;
         // Precondition: the hooks are attached, and no other thread is started yet.
         let plan = PrivilegePlan {
             log: args.log.as_deref(),
             destroys: args.remedy.destroys(),
             has_iterator: tracer.descriptors_refusal().is_none(),
+            guards: args.guard.is_on(),
         };
         let kept = capabilities::drop_after_attach(plan, || tracer.counters().is_ok())?;
         let metrics_requests =
@@ -276,6 +284,8 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
             snapshot_interval: Duration::from_secs(args.reconcile),
             kept_cmdline: if args.remedy.needs_cmdline() { CmdlineLimit::Full } else { args.cmdline },
             remedy,
+            guard_mode: args.guard.mode(),
+            guard,
             self_test: SelfTest::new(self_test_socket, Duration::from_secs(args.self_test), live),
         };
         let daemon = Daemon::new(&host, tracer, supervision, outputs, options)?;

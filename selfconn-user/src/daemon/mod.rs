@@ -4,7 +4,7 @@
 
 use std::{collections::HashSet, io, time::Duration};
 
-use selfconn_ebpf::{ABSENT, Endpoint, Field, Record, bind_failure::BindFailure};
+use selfconn_ebpf::{ABSENT, Endpoint, Field, Record, bind_failure::BindFailure, guard::GuardRecord};
 use tokio::time::{Instant, sleep};
 
 use crate::{
@@ -15,7 +15,11 @@ use crate::{
     },
     budget::cmdline::CmdlineLimit,
     detect::remediation::Remedy,
-    event::{EventKind, LossCause, Losses, ProgramCounters},
+    event::{EventKind, GuardStatus, LossCause, Losses, ProgramCounters, Unguarded},
+    guard::{
+        GuardMode,
+        thread::{Guard, GuardThread},
+    },
     lookup::Lookups,
     metrics::MetricsSnapshot,
     output::Outputs,
@@ -27,6 +31,7 @@ use crate::{
 };
 use blocked::BlockedReports;
 use catch_up::{AfterRecords, CatchUp};
+use guarding::GuardMonitor;
 use losses::LossReporter;
 use pipeline::Pipeline;
 use port_ranges::PortRangeResponse;
@@ -40,6 +45,7 @@ use supervision::Supervision;
 
 mod blocked;
 mod catch_up;
+mod guarding;
 mod losses;
 mod pending;
 mod pipeline;
@@ -57,9 +63,9 @@ pub use self_test::HooksDead;
 
 /// The most threads that a daemon has at the same time. The unit's `TasksMax` must not be below it.
 ///
-/// The loop; `metrics`; the writer of stdout or the journal; `facts`; `holders`; `reader`, `ranges` and `remedy`, each
-/// with a thread that enters a namespace; and the readers of command lines, all of which may be stuck.
-pub const MAX_THREADS: usize = 1 + 1 + 1 + 1 + 1 + 3 * 2 + crate::lookup::MAX_STUCK;
+/// The loop; `metrics`; the writer of stdout or the journal; `facts`; `holders`; `reader`, `ranges`, `remedy` and
+/// `guard`, each with a thread that enters a namespace; and the readers of command lines, all of which may be stuck.
+pub const MAX_THREADS: usize = 1 + 1 + 1 + 1 + 1 + 4 * 2 + crate::lookup::MAX_STUCK;
 
 /// Maximum number of records drained per loop iteration, so that every other source gets its turn.
 const MAX_BATCH: usize = 1024;
@@ -87,6 +93,9 @@ pub struct DaemonOptions {
     /// What is kept of a command line: as much as events and rules need.
     pub kept_cmdline: CmdlineLimit,
     pub remedy: Option<Remedy>,
+    pub guard_mode: GuardMode,
+    /// The guard, attached in this process's network namespace.
+    pub guard: Option<Guard>,
     pub self_test: SelfTest,
 }
 
@@ -98,6 +107,7 @@ pub struct Daemon {
     supervision: Supervision,
     pipeline: Pipeline,
     self_test: SelfTest,
+    guard: GuardMonitor,
     loss_reporter: LossReporter,
     snapshot_interval: Duration,
     /// True if the probes can read a socket's network namespace.
@@ -128,7 +138,13 @@ impl Daemon {
         mut out: Outputs,
         options: DaemonOptions,
     ) -> io::Result<Self> {
-        out.emit(EventKind::Started(started::started(host, &tracer)));
+        let guard = GuardStatus {
+            mode: options.guard_mode.name(),
+            method: options.guard.as_ref().map(|guard| guard.method().name()),
+            is_second: options.guard.as_ref().is_some_and(Guard::is_second),
+        };
+        out.emit(EventKind::Started(started::started(host, &tracer, guard)));
+        let guard_thread = options.guard.map(GuardThread::start).transpose()?;
         let probe_count = u8::try_from(tracer.methods().live.len()).unwrap_or(u8::MAX);
         let lookups = Lookups::start(host.is_initial_pid_ns, options.kept_cmdline)?;
         let remediation = Remediation::start(options.remedy)?;
@@ -140,8 +156,17 @@ impl Daemon {
             snapshot_worker,
             port_risks: PortRiskMonitor::start(host.shows_idle_sockets)?,
             supervision,
-            pipeline: Pipeline::new(probe_count, lookups, options.states, remediation, blocked, out),
+            pipeline: Pipeline::new(
+                probe_count,
+                lookups,
+                options.states,
+                options.guard_mode,
+                remediation,
+                blocked,
+                out,
+            ),
             self_test: options.self_test,
+            guard: GuardMonitor::new(options.guard_mode, guard_thread),
             loss_reporter: LossReporter::default(),
             snapshot_interval: options.snapshot_interval,
             knows_netns: host.offsets[Field::NetnsInum as usize] != ABSENT,
@@ -189,6 +214,7 @@ impl Daemon {
                 }
                 () = self.snapshot_worker.ready() => {}
                 () = self.port_risks.ready() => {}
+                () = self.guard.ready() => {}
                 () = self.pipeline.remediation.ready() => {}
                 () = self.pipeline.lookups.ready() => {}
                 () = self.pipeline.blocked.ready() => {}
@@ -201,6 +227,7 @@ impl Daemon {
             }
             let is_held_back = self.pipeline.out.holds_back_records();
             let drained = if is_held_back { 0 } else { self.drain_batch() };
+            let has_more_guarded = !is_held_back && self.drain_guard() == MAX_BATCH;
             if self.pipeline.serve_lookups() || drained > 0 {
                 self.loss_reporter.on_records();
             }
@@ -216,14 +243,16 @@ impl Daemon {
             is_stdout_open = self.pipeline.out.make_room().await.is_ok();
             // A filling stdout wakes the loop.
             let can_emit = self.pipeline.has_backlog() && !self.pipeline.out.is_filling();
-            has_more = drained == MAX_BATCH || is_held_back || can_emit;
+            has_more = drained == MAX_BATCH || has_more_guarded || is_held_back || can_emit;
         }
         self.supervision.stopping();
         let Pipeline { remediation, out, .. } = &mut self.pipeline;
         remediation.finish(out).await;
+        self.guard.stop().await;
         // Events from before the signal are still reported. From here on nothing is observed.
         self.tracer.detach();
         let program_counters = self.drain_remaining().await;
+        self.emit_due_preventions(true);
         self.pipeline.emit_all_pending().await;
         let (losses, open) = (self.losses(), self.pipeline.connections.iter().count());
         self.pipeline.out.stop(losses, open as u64, program_counters).await;
@@ -236,6 +265,7 @@ impl Daemon {
             self.pipeline.remediation.next_at(),
             self.pipeline.blocked.next_at(),
             self.port_risks.next_at(),
+            self.guard.next_at(),
             self.self_test.next_at(),
             self.loss_reporter.next_at(),
             self.next_snapshot_at,
@@ -260,6 +290,12 @@ impl Daemon {
                 remediation.on_destroyed(number, began_ns, outcome, out);
             }
             None => {}
+        }
+        while let Some(report) = self.guard.try_report() {
+            for unguarded in report.unguarded {
+                let event = Unguarded { netns: unguarded.id.inode, why: unguarded.why };
+                self.pipeline.out.emit(EventKind::Unguarded(event));
+            }
         }
         if let Some(response) = self.port_risks.try_response() {
             self.evaluate_port_risks(&response);
@@ -308,6 +344,9 @@ impl Daemon {
             && !self.catch_up.has(|then| matches!(then, AfterRecords::EvaluateSelfTest))
         {
             self.wait_for_records(AfterRecords::EvaluateSelfTest);
+        }
+        if is_due(self.guard.next_at()) {
+            self.emit_due_preventions(false);
         }
         if is_due(self.next_snapshot_at) {
             self.next_snapshot_at = None;
@@ -380,6 +419,36 @@ impl Daemon {
             }
         }
         if bind_failure_count == room { MAX_BATCH } else { MAX_BATCH.min(drained + bind_failure_count) }
+    }
+
+    /// Emits `prevented` where it is due. `all`: also what is pending, because the run ends.
+    fn emit_due_preventions(&mut self, all: bool) {
+        self.update_counters();
+        let lost = self.counters.guard_ring_full;
+        while all && self.drain_guard() == MAX_BATCH {}
+        for due in self.guard.take_due(Instant::now(), lost, all) {
+            self.pipeline.on_prevented(&due);
+        }
+    }
+
+    /// Drains at most [`MAX_BATCH`] records of the guard. Returns their number.
+    fn drain_guard(&mut self) -> usize {
+        let records = self.tracer.drain_guard(MAX_BATCH);
+        for record in &records {
+            match record {
+                GuardRecord::Prevention(prevention) => {
+                    if let Some(due) = self.guard.on_prevention(prevention, Instant::now()) {
+                        self.pipeline.on_prevented(&due);
+                    }
+                }
+                GuardRecord::FirstConnect(first) => {
+                    if let Some(thread) = self.guard.thread() {
+                        thread.on_first_connect(*first);
+                    }
+                }
+            }
+        }
+        records.len()
     }
 
     /// Checks the ports with many refused connects, if a check is due.
@@ -518,6 +587,7 @@ impl Daemon {
             self.port_risks.ended_worker(),
             self.pipeline.remediation.ended_worker(),
             self.pipeline.blocked.ended_worker(),
+            self.guard.ended_thread(),
         ];
         others.into_iter().flatten().chain(self.pipeline.lookups.ended_workers())
     }
@@ -548,6 +618,13 @@ impl Daemon {
                 .counts()
                 .map_or_else(Vec::new, |counts| vec![("passed", counts.passed), ("failed", counts.failed)]),
             blocked_binds: Some(self.pipeline.bind_conflicts.failures()),
+            prevented: self
+                .guard
+                .counts()
+                .map_or_else(Vec::new, |_| vec![(self.guard.mode().name(), self.counters.prevented)]),
+            guarded_namespaces: self.guard.counts().map(|counts| counts.guarded as u64),
+            unguarded_namespaces: self.guard.counts().map(|counts| counts.unguarded as u64),
+            guard_failures: self.guard.counts().map(|counts| counts.failures + self.counters.guard_failed),
             remedies: remedy_counts.map(|(outcome, count)| (outcome.name(), count)).collect(),
             lost: self.losses().plus(self.pipeline.out.lost()),
             transitions_not_examined: self.tracer.not_examined(),

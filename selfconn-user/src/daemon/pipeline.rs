@@ -7,10 +7,11 @@ use std::{
 };
 
 use jiff::Timestamp;
-use selfconn_ebpf::{Task, Transition, bind_failure::BindFailure, state};
+use selfconn_ebpf::{Task, Transition, bind_failure::BindFailure, guard::Prevention, state};
 
 use super::{
     blocked::{BlockedReports, KnownHolder, PendingBlocked, Step},
+    guarding::{self, DuePrevention},
     pending::{PendingEvents, QueuedEvent},
     port_risk,
     remediation::Remediation,
@@ -22,7 +23,8 @@ use crate::{
         connection::{Connection, ConnectionEvent, Connections, TIME_WAIT_NS},
         port_risk::PortRiskEvent,
     },
-    event::{self, Closed, ConnectionFields, EventKind, StateChange},
+    event::{self, Closed, ConnectionFields, EventKind, Prevented, StateChange},
+    guard::GuardMode,
     lookup::{LookupTarget, Lookups},
     metrics,
     output::Outputs,
@@ -56,6 +58,8 @@ pub(super) struct Pipeline {
     /// The events of the current transition. Kept, so that its memory is reused.
     events: Vec<QueuedEvent>,
     report_states: bool,
+    guard_mode: GuardMode,
+    prevented_events: u64,
     pub(super) remediation: Remediation,
     pub(super) bind_conflicts: BindConflicts,
     pub(super) blocked: BlockedReports,
@@ -72,6 +76,8 @@ pub(super) enum Waiter {
     Listed(u64),
     Blocked(Box<PendingBlocked>),
     PortRisk(Box<PortRiskEvent>, u64),
+    /// A connect to itself that the guard refused, and how many there were.
+    Prevented(Box<Prevention>, u64),
 }
 
 impl Pipeline {
@@ -79,6 +85,7 @@ impl Pipeline {
         probe_count: u8,
         lookups: Lookups<Waiter>,
         report_states: bool,
+        guard_mode: GuardMode,
         remediation: Remediation,
         blocked: BlockedReports,
         out: Outputs,
@@ -94,6 +101,8 @@ impl Pipeline {
             suspension: None,
             events: Vec::new(),
             report_states,
+            guard_mode,
+            prevented_events: 0,
             remediation,
             bind_conflicts: BindConflicts::default(),
             blocked,
@@ -258,6 +267,7 @@ impl Pipeline {
                 }
                 Waiter::Blocked(blocked) => self.on_blocked_process(*blocked, process),
                 Waiter::PortRisk(event, now_ns) => self.emit_port_risk(&event, now_ns, &process),
+                Waiter::Prevented(prevention, count) => self.emit_prevented(&prevention, count, process),
             }
         }
     }
@@ -442,6 +452,36 @@ impl Pipeline {
         let report =
             event::Blocked::new(id, &blocked.failure, &binder, &holder, fields, current, Offset::now());
         self.out.emit_at(blocked.time, EventKind::Blocked(Box::new(report)));
+    }
+
+    /// Looks up the process whose connects to itself the guard refused, and emits `prevented`.
+    pub(super) fn on_prevented(&mut self, due: &DuePrevention) {
+        let DuePrevention { newest, count } = *due;
+        let Some(prevention) = newest else {
+            let prevented = self.prevented(None, count);
+            return self.out.emit(EventKind::Prevented(Box::new(prevented)));
+        };
+        let Some(target) = opener_target(&guarding::connection_of(&prevention)) else {
+            return self.emit_prevented(&prevention, count, Rc::default());
+        };
+        match self.lookups.known(&target, prevention.at_ns) {
+            Some(process) => self.emit_prevented(&prevention, count, process),
+            None => self.lookups.begin(target, Waiter::Prevented(Box::new(prevention), count)),
+        }
+    }
+
+    fn emit_prevented(&mut self, prevention: &Prevention, count: u64, process: Rc<ProcessInfo>) {
+        let attribution = Attribution { process, ..Attribution::default() };
+        let connection = guarding::connection_of(prevention);
+        let fields = ConnectionFields::new(&connection, self.run_id, &attribution);
+        let prevented = self.prevented(Some(fields), count);
+        let time = Offset::now().wall(prevention.at_ns);
+        self.out.emit_at(time, EventKind::Prevented(Box::new(prevented)));
+    }
+
+    fn prevented(&mut self, fields: Option<ConnectionFields>, count: u64) -> Prevented {
+        self.prevented_events += 1;
+        Prevented::new(self.run_id, self.prevented_events, fields, self.guard_mode.name(), count)
     }
 
     /// Looks up the newest connecting process of a port at risk, and emits the event.

@@ -9,10 +9,10 @@ use crate::{
         loader::Tracer,
         namespaces,
     },
-    event::{HookStatus, MethodStatus, RefusedMethod, Started},
+    event::{GuardStatus, HookStatus, MethodStatus, RefusedMethod, Started},
 };
 
-pub(super) fn started(host: &KernelFeatures, tracer: &Tracer) -> Started {
+pub(super) fn started(host: &KernelFeatures, tracer: &Tracer, guard: GuardStatus) -> Started {
     let (methods, binds) = (tracer.methods(), tracer.bind_choice());
     let refused = |hook| {
         let refused_method =
@@ -45,6 +45,7 @@ pub(super) fn started(host: &KernelFeatures, tracer: &Tracer) -> Started {
         },
         descriptors: iterator_status(descriptors::NAME, tracer.descriptors_refusal()),
         namespaces: iterator_status(namespaces::NAME, tracer.namespaces_refusal()),
+        guard,
         limits: host.limits(),
     }
 }

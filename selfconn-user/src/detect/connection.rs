@@ -298,7 +298,7 @@ fn close(
 
 impl Connection {
     /// A connection of which only this is known.
-    pub(super) fn new(number: u64, source: Source, endpoint: Endpoint) -> Self {
+    pub(crate) fn new(number: u64, source: Source, endpoint: Endpoint) -> Self {
         Self {
             number,
             source,

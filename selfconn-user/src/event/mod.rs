@@ -20,11 +20,13 @@ pub use connection::ConnectionFields;
 pub use envelope::{Envelope, EventNumber};
 pub use loss::{LossCause, LossKind, Losses};
 pub use lost::Lost;
+pub use prevented::{Prevented, PreventedFields};
 pub use remedied::Remedied;
-pub use started::{HookStatus, MethodStatus, RefusedMethod, Started};
+pub use started::{GuardStatus, HookStatus, MethodStatus, RefusedMethod, Started};
 pub use state::StateChange;
 pub use stopped::{ProgramCounters, Stopped};
 use text::{EventFormat, JsonFields, LogRecord};
+pub use unguarded::Unguarded;
 
 use crate::budget::{
     cmdline::CmdlineLimit,
@@ -39,11 +41,13 @@ pub mod envelope;
 mod established;
 pub mod loss;
 mod lost;
+mod prevented;
 mod remedied;
 mod started;
 mod state;
 mod stopped;
 pub mod text;
+mod unguarded;
 mod unknown;
 
 /// One event, which is one line of the event log.
@@ -81,6 +85,10 @@ pub enum EventKind {
     AtRiskOver(Box<AtRiskOver>),
     /// A server could not bind a port because a self-connection holds it.
     Blocked(Box<Blocked>),
+    /// The guard refused connects of a process to itself, or would have.
+    Prevented(Box<Prevented>),
+    /// In a network namespace the guard refuses nothing, or not for certain.
+    Unguarded(Unguarded),
     /// Something was not observed or not written.
     Lost(Lost),
     /// The run ends.
@@ -124,6 +132,8 @@ impl EventKind {
             Self::AtRisk(_) => &at_risk::FORMAT,
             Self::AtRiskOver(_) => &at_risk::OVER_FORMAT,
             Self::Blocked(_) => &blocked::FORMAT,
+            Self::Prevented(_) => &prevented::FORMAT,
+            Self::Unguarded(_) => &unguarded::FORMAT,
             Self::Lost(_) => &lost::FORMAT,
             Self::Stopped(_) => &stopped::FORMAT,
         }
@@ -142,6 +152,10 @@ impl EventKind {
                 }
                 return;
             }
+            Self::Prevented(prevented) => match &mut prevented.connection {
+                PreventedFields::Known(fields) => fields,
+                PreventedFields::Unknown(_) => return,
+            },
             _ => return,
         };
         fields.cmdline_truncated |= limit.apply(&mut fields.cmdline);
@@ -149,7 +163,7 @@ impl EventKind {
 }
 
 /// The formats of all events that this version knows.
-pub const FORMATS: [&EventFormat; 10] = [
+pub const FORMATS: [&EventFormat; 12] = [
     &started::FORMAT,
     &established::FORMAT,
     &state::FORMAT,
@@ -158,6 +172,8 @@ pub const FORMATS: [&EventFormat; 10] = [
     &at_risk::FORMAT,
     &at_risk::OVER_FORMAT,
     &blocked::FORMAT,
+    &prevented::FORMAT,
+    &unguarded::FORMAT,
     &lost::FORMAT,
     &stopped::FORMAT,
 ];

@@ -24,8 +24,21 @@ pub struct Started {
     pub descriptors: MethodStatus,
     /// How it is known which network namespaces exist.
     pub namespaces: MethodStatus,
+    /// The guard of this host.
+    pub guard: GuardStatus,
     /// What the daemon cannot observe on this host.
     pub limits: Vec<String>,
+}
+
+/// How connects to itself are refused.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct GuardStatus {
+    /// `off`, `dry-run` or `refuse`.
+    pub mode: &'static str,
+    /// How the program is attached: `tcx` or `clsact`. Null if it is not.
+    pub method: Option<&'static str>,
+    /// True if another guard was there first. It refuses, and this one goes on when that one ends.
+    pub is_second: bool,
 }
 
 /// Outcome of attaching one hook.
@@ -107,6 +120,14 @@ fn details(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
         }
         refused_methods(namespaces, out)?;
     }
+    if let Some(guard) = record.object("guard")
+        && let Some(method) = guard.text("method")
+    {
+        write!(out, "\n    guard: {} by {}", escape(guard.text("mode").unwrap_or("?")), escape(method))?;
+        if guard.flag("is_second") == Some(true) {
+            write!(out, "; another guard refuses first, and this one goes on when that one ends")?;
+        }
+    }
     for limit in record.texts("limits") {
         write!(out, "\n    limit: {}", escape(limit))?;
     }
@@ -135,11 +156,12 @@ mod tests {
                     "refused":[{"method":"fentry","why":"refused"}]}],"binds":{"method":null,"refused":[{"method":
                     "perf","why":"no"}]},"descriptors":{"method":null,"refused":[{"method":"task_file","why":"old"}]},
                     "namespaces":{"method":null,"refused":[{"method":"task","why":"policy"}]},
-                    "limits":["one"]}"#
+                    "guard":{"mode":"refuse","method":"tcx","is_second":true},"limits":["one"]}"#
             ),
             "started      selfconn 0.1.0 [7] on kernel 6.1\\u{1b}\n    h: attached by tp_btf and perf\n    g: not \
                  attached\n        fentry refused\n    failed binds: not observed\n        perf no\n    descriptors: read from /proc\n        \
-                 task_file old\n    namespaces: not listed\n        task policy\n    limit: one"
+                 task_file old\n    namespaces: not listed\n        task policy\n    guard: refuse by tcx; another guard refuses \
+                 first, and this one goes on when that one ends\n    limit: one"
         );
     }
 }

@@ -35,6 +35,14 @@ pub struct MetricsSnapshot {
     pub blocked_binds: Option<u64>,
     /// Actions of `--remedy`, by result.
     pub remedies: Vec<(&'static str, u64)>,
+    /// Connects to itself that the guard refused or would have, by mode. Empty without a guard.
+    pub prevented: Vec<(&'static str, u64)>,
+    /// Network namespaces with the guard.
+    pub guarded_namespaces: Option<u64>,
+    /// Network namespaces without it.
+    pub unguarded_namespaces: Option<u64>,
+    /// Attempts to attach the guard that failed, and packets that it could not read or rewrite.
+    pub guard_failures: Option<u64>,
     /// Self-tests of the hooks, by result. Empty if there are none.
     pub self_tests: Vec<(&'static str, u64)>,
     /// Losses by cause.
@@ -112,6 +120,23 @@ impl MetricsSnapshot {
             .value(self.blocked_binds),
             Family::counter("selfconn_remedies_total", "Actions of --remedy, by result.")
                 .per_label("result", &self.remedies),
+            Family::counter(
+                "selfconn_prevented_total",
+                "Connects to itself that the guard refused, or would have with mode dry-run.",
+            )
+            .per_label("mode", &self.prevented),
+            Family::gauge("selfconn_guarded_namespaces", "Network namespaces in which the guard refuses.")
+                .value(self.guarded_namespaces),
+            Family::gauge(
+                "selfconn_unguarded_namespaces",
+                "Network namespaces in which the guard refuses nothing, or not for certain.",
+            )
+            .value(self.unguarded_namespaces),
+            Family::counter(
+                "selfconn_guard_failures_total",
+                "Attempts to attach the guard that failed, and packets that it could not read or rewrite.",
+            )
+            .value(self.guard_failures),
             Family::counter(
                 "selfconn_events_lost_total",
                 "Records and events that were not observed or not written, by cause.",

@@ -32,13 +32,13 @@ const NSFS_MAGIC: FsWord = 0x6e73_6673;
 
 /// The result of a visit.
 #[derive(Debug, Default)]
-pub(super) struct VisitResult {
+pub struct VisitResult {
     /// The inodes of namespaces that exist, and that nothing leads to.
-    pub(super) unfound: BTreeSet<u32>,
+    pub unfound: BTreeSet<u32>,
     /// The namespaces in which `each` succeeded: inodes and cookies.
-    pub(super) namespaces: HashMap<u32, u64>,
+    pub namespaces: HashMap<u32, u64>,
     /// What could not be visited, and the reason: one line of text for people each.
-    pub(super) unseen: Vec<String>,
+    pub unseen: Vec<String>,
 }
 
 /// The identity of a network namespace.
@@ -98,6 +98,9 @@ pub(super) fn visit_current(mut each: impl FnMut(&Namespace) -> io::Result<()>) 
 }
 
 /// Calls `each` in the network namespace that this file refers to. The thread stays in it.
+///
+/// # Errors
+/// If the file can't be opened or entered, or is no network namespace, and the errors of `each`.
 pub(super) fn visit_at(
     path: &Path,
     mut each: impl FnMut(&Namespace) -> io::Result<()>,

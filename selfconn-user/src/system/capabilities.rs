@@ -37,6 +37,10 @@ pub const fn snapshot_worker(has_iterator: bool) -> CapabilitySet {
 pub const REMEDY_WORKER: CapabilitySet =
     CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE).union(CapabilitySet::NET_ADMIN);
 
+/// The capabilities of the guard's thread: it enters other network namespaces, which it finds through processes, and asks
+/// what is attached there. Attaching by a link needs none of its own; attaching a filter needs CAP_NET_ADMIN.
+pub const GUARD_THREAD: CapabilitySet = REMEDY_WORKER;
+
 /// The capabilities of the port range worker: it enters other network namespaces, which it finds through
 /// processes.
 pub const PORT_RANGE_WORKER: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE);
@@ -75,6 +79,8 @@ pub struct PrivilegePlan<'a> {
     pub destroys: bool,
     /// True if the iterator over descriptors is attached.
     pub has_iterator: bool,
+    /// True if there is a guard, which has a thread that attaches it in other network namespaces.
+    pub guards: bool,
 }
 
 /// The capabilities that are left for the main loop.
@@ -122,6 +128,9 @@ pub fn drop_after_attach(
     needed_by_workers.remove(CapabilitySet::BPF);
     if plan.destroys {
         needed_by_workers |= REMEDY_WORKER;
+    }
+    if plan.guards {
+        needed_by_workers |= GUARD_THREAD;
     }
     let kept = had & (needed_by_loop | needed_by_workers);
     set_thread_capabilities(kept, kept).context(context)?;

@@ -9,9 +9,21 @@ mod directories;
 mod tests;
 
 pub(super) use directories::components;
+pub use directories::visit_named;
 
 /// Levels of a path without unit and container that only root makes.
 const OWNER_LEVELS: usize = 3;
+
+/// A control group whose name only root can have given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedGroup {
+    /// Its path in the unified hierarchy.
+    pub path: String,
+    /// The systemd unit in that path.
+    pub unit: Option<String>,
+    /// The kernel's id of the group: the inode of its directory.
+    pub id: u64,
+}
 
 /// The hierarchy that has the names. On a host with both, container engines that write groups themselves write
 /// them to systemd's, and the process stays in its engine's unified group.

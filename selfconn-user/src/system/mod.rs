@@ -2,7 +2,7 @@
 //! heap, the service manager's socket, diagnostics on stderr.
 
 pub mod capabilities;
-mod cgroup;
+pub mod cgroup;
 pub mod clock;
 pub mod command_line;
 pub mod identity;
@@ -11,5 +11,6 @@ pub mod memory;
 pub mod netns_cookie;
 pub mod process;
 pub mod route;
+pub mod rtnetlink;
 pub mod sd_notify;
 pub mod worker;

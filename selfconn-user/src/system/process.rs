@@ -349,6 +349,18 @@ fn lossy(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// Start time of the process that has this pid now, in clock ticks since boot.
+#[must_use]
+pub fn start_ticks(pid: u32) -> Option<u64> {
+    start_ticks_in_stat(&fs::read(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// The inode of this process's pid namespace.
+#[must_use]
+pub fn pid_ns_inode() -> Option<u64> {
+    fs::metadata("/proc/self/ns/pid").ok().map(|namespace| namespace.ino())
+}
+
 /// Start time of the process that has this pid now: nanoseconds of `CLOCK_BOOTTIME`, rounded to the clock
 /// tick.
 #[must_use]

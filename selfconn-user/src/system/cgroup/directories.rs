@@ -1,13 +1,15 @@
 //! Who owns the directories of a control group: `st_uid` where the hierarchy is mounted.
 
 use std::{
-    fs,
+    fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::LazyLock,
 };
 
-use super::{Component, Hierarchy, Maker};
+use selfconn_ebpf::guard::CGROUP_LEVELS;
+
+use super::{CgroupInfo, Component, Hierarchy, Maker, NamedGroup};
 
 /// Where the hierarchies are mounted. They do not move while this process runs.
 static MOUNTS: LazyLock<Vec<CgroupMount>> = LazyLock::new(|| {
@@ -50,6 +52,39 @@ pub(in super::super) fn components(hierarchy: Hierarchy, path: &str) -> Vec<Comp
             Component { name, maker: if is_roots { Maker::Root } else { Maker::Anyone } }
         })
         .collect()
+}
+
+/// Calls `each` for every control group of the unified hierarchy whose directory only root can have made, down to the
+/// level that rules of the guard can match.
+///
+/// # Errors
+/// If the hierarchy is not mounted here.
+pub fn visit_named(mut each: impl FnMut(NamedGroup)) -> io::Result<()> {
+    let root = MOUNTS.iter().find_map(|mount| mount.directory(Hierarchy::Unified, "/")).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::NotFound, "the unified hierarchy of control groups is not mounted")
+    })?;
+    visit_below(&root, &mut Vec::new(), &mut each);
+    Ok(())
+}
+
+fn visit_below(directory: &Path, names: &mut Vec<String>, each: &mut impl FnMut(NamedGroup)) {
+    let is_roots = |is: fs::Metadata| is.uid() == 0 && is.mode() & WRITABLE == 0;
+    if names.len() >= CGROUP_LEVELS as usize || !fs::metadata(directory).is_ok_and(is_roots) {
+        return;
+    }
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        names.push(entry.file_name().to_string_lossy().into_owned());
+        let components: Vec<_> = names.iter().map(|name| Component { name, maker: Maker::Root }).collect();
+        let unit = CgroupInfo::new(&components).unit;
+        if let Ok(is) = entry.metadata() {
+            each(NamedGroup { path: format!("/{}", names.join("/")), unit, id: is.ino() });
+        }
+        visit_below(&entry.path(), names, each);
+        names.pop();
+    }
 }
 
 impl CgroupMount {

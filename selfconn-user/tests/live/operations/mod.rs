@@ -10,6 +10,7 @@ pub(crate) mod cgroup;
 pub(crate) mod connect_table;
 pub(crate) mod delays;
 pub(crate) mod faults;
+pub(crate) mod guard;
 pub(crate) mod hostile;
 pub(crate) mod log_budget;
 pub(crate) mod memory;

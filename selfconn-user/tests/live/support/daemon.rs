@@ -111,7 +111,7 @@ pub(crate) fn options_forcing(method: &str) -> Vec<&'static str> {
 }
 
 /// True if the kernel has this version or a later one.
-fn is_kernel_at_least(version: (u32, u32)) -> bool {
+pub(crate) fn is_kernel_at_least(version: (u32, u32)) -> bool {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
     (numbers.next(), numbers.next()) >= (Some(version.0), Some(version.1))

@@ -12,6 +12,7 @@ pub(crate) mod devices;
 pub(crate) mod direct_tracer;
 pub(crate) mod disk;
 pub(crate) mod fd_injection;
+pub(crate) mod guard;
 pub(crate) mod helper_process;
 pub(crate) mod kernel_gaps;
 #[expect(dead_code, reason = "only the tests of the command line share the machine")]

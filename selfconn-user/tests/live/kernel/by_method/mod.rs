@@ -6,6 +6,7 @@ pub(crate) mod attribution;
 pub(crate) mod bind_matrix;
 pub(crate) mod detection;
 pub(crate) mod early_warning;
+pub(crate) mod guard;
 pub(crate) mod kinds;
 pub(crate) mod methods;
 pub(crate) mod port_range;

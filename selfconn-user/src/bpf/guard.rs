@@ -1,0 +1,351 @@
+//! The guard's program: loads it, attaches it to the devices of a network namespace, and says whether it still is.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+};
+
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, MapData},
+    programs::{ProgramError, SchedClassifier, TcAttachType},
+};
+use selfconn_ebpf::{guard::mode, names};
+
+use super::{
+    attach::Refusal,
+    features::KernelFeatures,
+    link,
+    programs::{refusal, refusal_by_errno},
+};
+use crate::system::{
+    process,
+    rtnetlink::{self, LoopDevice},
+};
+
+/// How the program is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum GuardMethod {
+    /// A link, which is gone with its last descriptor (v6.6).
+    Tcx,
+    /// A filter of the queueing discipline clsact, which stays until somebody removes it.
+    Clsact,
+}
+
+impl GuardMethod {
+    /// In the order of preference.
+    pub const ALL: [Self; 2] = [Self::Tcx, Self::Clsact];
+
+    /// The name in events and options.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        }
+    }
+}
+
+/// What the object is told about the guard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuardOptions {
+    /// One of [`mode`].
+    pub mode: u32,
+    /// Bits of [`selfconn_ebpf::guard::rule`].
+    pub only: u32,
+    /// True if there are rules about control groups.
+    pub by_cgroup: bool,
+    /// Cookie of the socket of the self-test. 0: there is none.
+    pub self_test: u64,
+}
+
+impl GuardOptions {
+    pub const OFF: Self = Self { mode: mode::OFF, only: 0, by_cgroup: false, self_test: 0 };
+}
+
+/// The loaded program.
+pub struct GuardProgram {
+    fd: OwnedFd,
+    /// The kernel's number of the program.
+    id: u32,
+    /// The name of its filters.
+    owner: FilterOwner,
+    ports: Array<MapData, u32>,
+    uids: HashMap<MapData, u32, u32>,
+    cgroups: HashMap<MapData, u64, u32>,
+}
+
+/// The program on a device. Dropping it detaches a link, and leaves a filter.
+#[derive(Debug)]
+pub struct Attachment {
+    device: LoopDevice,
+    kind: AttachmentKind,
+}
+
+#[derive(Debug)]
+enum AttachmentKind {
+    Link(OwnedFd),
+    /// `makes_clsact`: the queueing discipline was made for it.
+    Filter {
+        makes_clsact: bool,
+    },
+}
+
+/// Why the program does not refuse anything on a device, although it was attached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Disarmed {
+    TakenOff,
+    /// Another program is in front of it: its name. If it ends the chain, the guard does not run.
+    Behind(String),
+}
+
+/// The name of a filter: whose it is. The start time distinguishes processes that have the same pid, and a pid means
+/// something only in its pid namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FilterOwner {
+    pid: u32,
+    start_ticks: u64,
+    pid_ns: u64,
+}
+
+const FILTER_PREFIX: &str = "selfconn_guard:";
+
+/// Priority of the filter. The lowest number runs first.
+const FILTER_PRIORITY: u16 = 1;
+
+impl FilterOwner {
+    fn current() -> Self {
+        let pid = std::process::id();
+        let start_ticks = process::start_ticks(pid).unwrap_or(0);
+        Self { pid, start_ticks, pid_ns: process::pid_ns_inode().unwrap_or(0) }
+    }
+
+    fn name(self) -> String {
+        let Self { pid, start_ticks, pid_ns } = self;
+        format!("{FILTER_PREFIX}{pid}:{start_ticks}:{pid_ns}")
+    }
+
+    /// `None`: it is not a filter of a guard.
+    fn parse(name: &str) -> Option<Self> {
+        let mut numbers = name.strip_prefix(FILTER_PREFIX)?.split(':').map(str::parse::<u64>);
+        let mut next = || numbers.next()?.ok();
+        let owner = Self { pid: u32::try_from(next()?).ok()?, start_ticks: next()?, pid_ns: next()? };
+        Some(owner)
+    }
+
+    /// True if the process is known to have ended.
+    fn is_gone(self) -> bool {
+        process::pid_ns_inode() == Some(self.pid_ns)
+            && process::start_ticks(self.pid) != Some(self.start_ticks)
+    }
+}
+
+impl GuardProgram {
+    /// Loads the program. Its maps are those of `ebpf`.
+    pub(super) fn load(ebpf: &mut Ebpf, features: &KernelFeatures) -> Result<Self, Refusal> {
+        features.check_guard()?;
+        let error = |error: ProgramError| refusal(&error);
+        let program: &mut SchedClassifier = ebpf
+            .program_mut(names::GUARD)
+            .and_then(|program| program.try_into().ok())
+            .ok_or_else(|| Refusal::Broken(format!("the eBPF object has no program {}", names::GUARD)))?;
+        program.load().map_err(error)?;
+        let id = program.info().map_err(error)?.id();
+        let fd = program.fd().map_err(error)?.as_fd().try_clone_to_owned();
+        let fd = fd.map_err(|error| refusal_by_errno("dup", &error))?;
+        let map = |ebpf: &mut Ebpf, name| {
+            ebpf.take_map(name).ok_or_else(|| Refusal::Broken(format!("the eBPF object has no map {name}")))
+        };
+        let broken = |error: aya::maps::MapError| Refusal::Broken(error.to_string());
+        Ok(Self {
+            fd,
+            id,
+            owner: FilterOwner::current(),
+            ports: Array::try_from(map(ebpf, names::GUARD_PORTS)?).map_err(broken)?,
+            uids: HashMap::try_from(map(ebpf, names::GUARD_UIDS)?).map_err(broken)?,
+            cgroups: HashMap::try_from(map(ebpf, names::GUARD_CGROUPS)?).map_err(broken)?,
+        })
+    }
+
+    /// Sets the rules for a port.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_port(&mut self, port: u16, rules: u32) -> anyhow::Result<()> {
+        Ok(self.ports.set(port.into(), rules, 0)?)
+    }
+
+    /// Sets the rules for a user.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_uid(&mut self, uid: u32, rules: u32) -> anyhow::Result<()> {
+        Ok(self.uids.insert(uid, rules, 0)?)
+    }
+
+    /// Replaces the rules for control groups.
+    ///
+    /// # Errors
+    /// If the kernel refuses, such as when there are too many.
+    pub fn set_cgroups(&mut self, rules: &std::collections::HashMap<u64, u32>) -> anyhow::Result<()> {
+        let known: Vec<u64> = self.cgroups.keys().filter_map(Result::ok).collect();
+        for id in known.iter().filter(|id| !rules.contains_key(id)) {
+            self.cgroups.remove(id)?;
+        }
+        for (id, rules) in rules {
+            self.cgroups.insert(id, rules, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Attaches the program to a device of the calling thread's network namespace, in front of all others except another
+    /// guard.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn attach(&self, method: GuardMethod, device: &LoopDevice) -> io::Result<Attachment> {
+        let kind = match method {
+            GuardMethod::Tcx => {
+                let other = self.other_link(&device.name).unwrap_or_default();
+                let link = link::create_tcx_egress(self.fd.as_fd(), device.index, other);
+                AttachmentKind::Link(link?)
+            }
+            GuardMethod::Clsact => {
+                let makes_clsact = rtnetlink::add_clsact(device.index)?;
+                self.remove_left_over(device)?;
+                let has_other = rtnetlink::filters(device.index)?
+                    .iter()
+                    .any(|filter| FilterOwner::parse(&filter.name).is_some());
+                let priority = FILTER_PRIORITY + u16::from(has_other);
+                rtnetlink::add_filter(device.index, self.fd.as_fd(), &self.owner.name(), priority)?;
+                AttachmentKind::Filter { makes_clsact }
+            }
+        };
+        Ok(Attachment { device: device.clone(), kind })
+    }
+
+    /// Removes the filters of guards whose process has ended.
+    fn remove_left_over(&self, device: &LoopDevice) -> io::Result<()> {
+        for filter in rtnetlink::filters(device.index)? {
+            if FilterOwner::parse(&filter.name).is_some_and(FilterOwner::is_gone) {
+                log::info!("removing the filter {} of {}: its daemon has ended", filter.name, device.name);
+                rtnetlink::remove_filter(device.index, &filter)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// True if another guard is on this device of the calling thread's network namespace.
+    #[must_use]
+    pub fn is_second(&self, attachment: &Attachment) -> bool {
+        let device = &attachment.device;
+        match attachment.kind {
+            AttachmentKind::Link(_) => self.other_link(&device.name).is_some(),
+            AttachmentKind::Filter { .. } => rtnetlink::filters(device.index).is_ok_and(|filters| {
+                let owners = filters.iter().filter_map(|filter| FilterOwner::parse(&filter.name));
+                owners.into_iter().any(|owner| owner != self.owner)
+            }),
+        }
+    }
+
+    /// The program of another guard that is linked to this device.
+    fn other_link(&self, device: &str) -> Option<u32> {
+        let (_, programs) = SchedClassifier::query_tcx(device, TcAttachType::Egress).ok()?;
+        let is_other = |info: &&aya::programs::ProgramInfo| info.id() != self.id && is_guard(info);
+        programs.iter().filter(is_other).map(aya::programs::ProgramInfo::id).next_back()
+    }
+
+    /// Why the program does not run on this device of the calling thread's network namespace. `None`: it does.
+    ///
+    /// # Errors
+    /// If the kernel refuses to say what is attached.
+    pub fn disarmed(&self, attachment: &Attachment) -> io::Result<Option<Disarmed>> {
+        let device = &attachment.device;
+        match &attachment.kind {
+            AttachmentKind::Link(_) => {
+                let (_, programs) = SchedClassifier::query_tcx(&device.name, TcAttachType::Egress)
+                    .map_err(io::Error::other)?;
+                for info in &programs {
+                    if info.id() == self.id {
+                        return Ok(None);
+                    }
+                    if !is_guard(info) {
+                        return Ok(Some(Disarmed::Behind(info.name_as_str().unwrap_or("?").to_owned())));
+                    }
+                }
+            }
+            AttachmentKind::Filter { .. } => {
+                for filter in rtnetlink::filters(device.index)? {
+                    match FilterOwner::parse(&filter.name) {
+                        Some(owner) if owner == self.owner => return Ok(None),
+                        Some(_) => {}
+                        None => return Ok(Some(Disarmed::Behind(filter.name))),
+                    }
+                }
+            }
+        }
+        Ok(Some(Disarmed::TakenOff))
+    }
+
+    /// Detaches the program from a device of the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn detach(&self, attachment: &Attachment) -> io::Result<()> {
+        let AttachmentKind::Filter { makes_clsact } = attachment.kind else { return Ok(()) };
+        let device = attachment.device.index;
+        for filter in rtnetlink::filters(device)? {
+            if FilterOwner::parse(&filter.name) == Some(self.owner) {
+                rtnetlink::remove_filter(device, &filter)?;
+            }
+        }
+        if makes_clsact { rtnetlink::remove_unused_clsact(device) } else { Ok(()) }
+    }
+}
+
+impl Attachment {
+    #[must_use]
+    pub fn device(&self) -> &LoopDevice {
+        &self.device
+    }
+
+    /// True if somebody has detached the link, or its network namespace has ended. Needs no privilege and enters
+    /// nothing. Always false for a filter.
+    #[must_use]
+    pub fn is_link_detached(&self) -> bool {
+        let AttachmentKind::Link(link) = &self.kind else { return false };
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", link.as_raw_fd())).unwrap_or_default();
+        // `tcx_link_fdinfo`, kernel/bpf/tcx.c at v6.6.
+        info.lines().any(|line| line.strip_prefix("ifindex:").is_some_and(|index| index.trim() == "0"))
+    }
+}
+
+fn is_guard(info: &aya::programs::ProgramInfo) -> bool {
+    info.name_as_str() == Some(names::GUARD)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filter_names_its_process_and_other_names_are_not_a_guards() {
+        let owner = FilterOwner { pid: 7, start_ticks: 8, pid_ns: 9 };
+        assert_eq!(owner.name(), "selfconn_guard:7:8:9");
+        assert_eq!(FilterOwner::parse(&owner.name()), Some(owner));
+        for name in [
+            "",
+            "selfconn_guard",
+            "selfconn_guard:",
+            "selfconn_guard:7:8",
+            "cilium:7:8:9",
+            "selfconn_guard:-7:8:9",
+        ] {
+            assert_eq!(FilterOwner::parse(name), None, "{name}");
+        }
+        assert!(!FilterOwner::current().is_gone());
+        let earlier = FilterOwner { start_ticks: 1, ..FilterOwner::current() };
+        assert!(earlier.is_gone(), "another process with this pid");
+        assert!(!FilterOwner { pid_ns: 1, ..earlier }.is_gone(), "a pid of another namespace");
+    }
+}

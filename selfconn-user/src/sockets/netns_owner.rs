@@ -1,0 +1,79 @@
+//! The user that owns a network namespace, and visits for the guard.
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
+    path::Path,
+};
+
+use super::{
+    netns::{Namespace, VisitOptions, VisitResult, open, visit, visit_at},
+    netns_selection::CURRENT_NETNS,
+};
+
+/// Calls `each` in every network namespace that mounts or processes lead to. The thread stays in the last one.
+pub fn visit_namespaces(each: impl FnMut(&Namespace) -> io::Result<()>) -> VisitResult {
+    visit(VisitOptions::default(), each)
+}
+
+/// Calls `each` in the network namespace that this file refers to. The thread stays in it.
+///
+/// # Errors
+/// If the file can't be opened or entered, or is no network namespace, and the errors of `each`.
+pub fn visit_namespace(
+    path: &Path,
+    each: impl FnMut(&Namespace) -> io::Result<()>,
+) -> io::Result<VisitResult> {
+    visit_at(path, each)
+}
+
+/// The user that owns the network namespace of the calling thread: see [`owner_at`].
+///
+/// # Errors
+/// As [`owner_at`].
+pub fn owner() -> io::Result<u32> {
+    owner_at(Path::new(CURRENT_NETNS)).map(|(_, owner)| owner)
+}
+
+/// The inode of a network namespace, and the user that owns it: the one that owns the outermost user namespace below the
+/// initial one that it belongs to, or root.
+///
+/// # Errors
+/// If the file can't be opened or is no network namespace.
+pub fn owner_at(path: &Path) -> io::Result<(u64, u32)> {
+    /// The kernel's inode number of the initial user namespace: include/linux/proc_ns.h at v5.10.
+    const INITIAL: u64 = 0xefff_fffd;
+    /// include/uapi/linux/nsfs.h at v5.10.
+    const NS_GET_USERNS: libc::Ioctl = 0xb701;
+    const NS_GET_PARENT: libc::Ioctl = 0xb702;
+    const NS_GET_OWNER_UID: libc::Ioctl = 0xb704;
+    let related = |of: &fs::File, request| {
+        // SAFETY: these requests take no argument, and return a descriptor that nothing else owns.
+        match unsafe { libc::ioctl(of.as_raw_fd(), request) } {
+            -1 => Err(io::Error::last_os_error()),
+            // SAFETY: as above.
+            fd => Ok(fs::File::from(unsafe { OwnedFd::from_raw_fd(fd) })),
+        }
+    };
+    let (file, opened) = open(path)?.ok_or(io::ErrorKind::NotFound)?;
+    let mut outermost = related(&file, NS_GET_USERNS)?;
+    if outermost.metadata()?.ino() == INITIAL {
+        return Ok((opened.ino(), 0));
+    }
+    loop {
+        let parent = related(&outermost, NS_GET_PARENT)?;
+        if parent.metadata()?.ino() == INITIAL {
+            break;
+        }
+        outermost = parent;
+    }
+    let mut uid: libc::uid_t = 0;
+    // SAFETY: the request writes a user id to this address.
+    match unsafe { libc::ioctl(outermost.as_raw_fd(), NS_GET_OWNER_UID, &raw mut uid) } {
+        0 => Ok((opened.ino(), uid)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -1,0 +1,354 @@
+//! The guard, by each method that attaches it here: what a program sees of a refused connect, and what passes.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream},
+    os::fd::AsRawFd as _,
+    time::{Duration, Instant},
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::support::{
+    client::{
+        assert_opened_by_this_thread, connect_to_self, connect_until_self, enable_fastopen_connect,
+        run_self_connection, socket,
+    },
+    daemon::{HookVariant, TestDaemon, is_event, scaled},
+    guard::{
+        DialOutcome, closed_port, count_of, dial, dial_itself, guard_methods, outcome_of, refusing,
+        tcp_counter, wait_until,
+    },
+    netns::TestNetns,
+};
+
+const ECONNREFUSED: i32 = 111;
+const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// A kind of client: makes a socket, and connects it.
+struct Client {
+    name: &'static str,
+    socket: fn(IpAddr) -> Socket,
+    dial: fn(&Socket, SocketAddr) -> DialOutcome,
+}
+
+fn blocking(address: IpAddr) -> Socket {
+    socket(address)
+}
+
+fn non_blocking(address: IpAddr) -> Socket {
+    let socket = socket(address);
+    socket.set_nonblocking(true).unwrap();
+    socket
+}
+
+fn fastopen(address: IpAddr) -> Socket {
+    let socket = socket(address);
+    enable_fastopen_connect(&socket);
+    socket
+}
+
+/// The SYN has the data.
+fn dial_by_send(mut socket: &Socket, target: SocketAddr) -> DialOutcome {
+    let connected = socket.connect(&target.into());
+    let sent = connected.and_then(|()| socket.write(b"data").map(|_| ()));
+    outcome_of(socket, sent.err().map_or(0, |error| error.raw_os_error().unwrap()))
+}
+
+fn mptcp(address: IpAddr) -> Socket {
+    let domain = Domain::for_address(SocketAddr::new(address, 0));
+    Socket::new(domain, Type::STREAM, Some(Protocol::MPTCP)).unwrap()
+}
+
+fn clients() -> Vec<Client> {
+    let mut clients = vec![
+        Client { name: "blocking", socket: blocking, dial },
+        Client { name: "non-blocking", socket: non_blocking, dial },
+        Client { name: "fast open", socket: fastopen, dial: dial_by_send },
+    ];
+    if Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP)).is_ok() {
+        clients.push(Client { name: "MPTCP", socket: mptcp, dial });
+    }
+    clients
+}
+
+#[test]
+fn a_refused_connect_to_itself_looks_like_a_closed_port() {
+    let net = TestNetns::enter_new();
+    net.set_sysctl("tcp_fastopen", "5");
+    net.add_address(Ipv4Addr::new(192, 0, 2, 1));
+    let link_local: Ipv6Addr = "fe80::1".parse().unwrap();
+    net.add_address_v6(link_local);
+    let mapped: Ipv6Addr = "::ffff:127.0.0.1".parse().unwrap();
+    let addresses = [
+        SocketAddr::new(LOCALHOST, 0),
+        SocketAddr::new(Ipv6Addr::LOCALHOST.into(), 0),
+        SocketAddr::new(mapped.into(), 0),
+        SocketAddr::new(Ipv4Addr::new(192, 0, 2, 1).into(), 0),
+        SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0),
+        SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 0),
+        SocketAddrV6::new(link_local, 0, 0, 1).into(),
+    ];
+    for method in guard_methods() {
+        let mut daemon = refusing(method, &[]);
+        let mut refused = 0;
+        for address in addresses {
+            for Client { name, socket, dial } in clients() {
+                let to_itself = socket(address.ip());
+                to_itself.bind(&address.into()).unwrap();
+                let mut own = to_itself.local_addr().unwrap().as_socket().unwrap();
+                own.set_ip(address.ip());
+                let (began, outcome) = (Instant::now(), dial(&to_itself, own));
+                let took = began.elapsed();
+                refused += 1;
+                let closed = socket(address.ip());
+                closed.bind(&address.into()).unwrap();
+                let expected = dial(&closed, closed_port(address));
+                assert_eq!(
+                    outcome, expected,
+                    "{method}, {name} to {address}: left refused, right closed port"
+                );
+                assert_eq!(if outcome.errno == 115 { outcome.error } else { outcome.errno }, ECONNREFUSED);
+                assert!(took < Duration::from_secs(1), "{method}, {name} to {address}: {took:?}");
+            }
+        }
+        // The port is free at once.
+        let listener = TcpListener::bind((LOCALHOST, 0)).unwrap();
+        drop(listener);
+        daemon.expect(refused, is_event("prevented", net.inode));
+        let (events, _) = daemon.stop();
+        assert_eq!(count_of(&events), refused as u64);
+        assert!(!events.iter().any(is_event("established", net.inode)), "{method}");
+        for event in events.iter().filter(|event| is_event("prevented", net.inode)(event)) {
+            assert_opened_by_this_thread(event);
+            assert_eq!((&event["mode"], &event["cause"]), (&"refuse".into(), &"bound".into()));
+            assert!(event["cookie"].is_u64(), "{event}");
+        }
+        assert_eq!(tcp_counter("InCsumErrors").unwrap(), 0, "{method}");
+        // The unguarded twin.
+        assert!(addresses[..4].iter().all(|address| dial_itself(address.ip()).is_connected), "{method}");
+    }
+}
+
+#[test]
+fn a_dry_run_reports_what_would_be_refused_and_refuses_nothing() {
+    let net = TestNetns::enter_new();
+    for method in guard_methods() {
+        let options = ["--guard", "dry-run", "--guard-own-netns", "--guard-method", method];
+        let mut daemon = TestDaemon::start(&HookVariant(vec![]), &options);
+        let port = run_self_connection(LOCALHOST);
+        let prevented = daemon.expect(1, is_event("prevented", net.inode)).remove(0);
+        assert_eq!(
+            (&prevented["mode"], &prevented["port"]),
+            (&"dry-run".into(), &port.into()),
+            "{prevented}"
+        );
+        assert_opened_by_this_thread(&prevented);
+        daemon.expect(1, is_event("established", net.inode));
+        daemon.stop();
+    }
+}
+
+#[test]
+fn without_the_guard_nothing_is_refused_and_nothing_reported() {
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
+    assert!(dial_itself(LOCALHOST).is_connected);
+    daemon.expect(1, is_event("established", net.inode));
+    let (events, _) = daemon.stop();
+    assert_eq!(count_of(&events), 0);
+    assert_eq!(events[0]["guard"]["mode"], "off");
+}
+
+#[test]
+fn a_connect_that_takes_over_a_time_wait_is_refused_at_once() {
+    let net = TestNetns::enter_new();
+    for method in guard_methods() {
+        let target = closed_port(SocketAddr::new(LOCALHOST, 0));
+        let port = target.port();
+        net.set_sysctl("ip_local_port_range", &format!("{port} {port}"));
+        // Closed in order, so the port is in TIME_WAIT. A connect takes it over from a second later on.
+        drop(connect_until_self(target, 10).unwrap());
+        let daemon = refusing(method, &[]);
+        std::thread::sleep(Duration::from_millis(1_200));
+        let (mut took, mut outcome) = (Duration::ZERO, None);
+        wait_until(Duration::from_secs(20), "the TIME_WAIT is never taken over", || {
+            const EADDRNOTAVAIL: i32 = 99;
+            let began = Instant::now();
+            let dialled = dial(&socket(LOCALHOST), (LOCALHOST, port).into());
+            (took, outcome) = (began.elapsed(), Some(dialled));
+            dialled.errno != EADDRNOTAVAIL
+        });
+        assert_eq!(outcome.unwrap().errno, ECONNREFUSED, "{method}: {outcome:?}");
+        let limit = Duration::from_millis(if scaled(100) == 100 { 50 } else { 900 });
+        assert!(took < limit, "{method}: {took:?}");
+        let (events, _) = daemon.stop();
+        assert_eq!(count_of(&events), 1, "{method}");
+        net.set_sysctl("ip_local_port_range", "32768 60999");
+    }
+}
+
+#[test]
+fn a_client_that_retries_never_takes_the_port_and_finds_the_server_when_it_is_back() {
+    let net = TestNetns::enter_new();
+    net.set_sysctl("ip_local_port_range", "40000 40199");
+    for method in guard_methods() {
+        let daemon = refusing(method, &[]);
+        let target = SocketAddr::new(LOCALHOST, 40_100);
+        for _ in 0..scaled(200_000 / guard_methods().len()) {
+            let outcome = TcpStream::connect(target);
+            assert_eq!(outcome.unwrap_err().raw_os_error(), Some(ECONNREFUSED), "{method}");
+        }
+        let server = TcpListener::bind(target).unwrap();
+        let client = TcpStream::connect(target).unwrap();
+        let (accepted, from) = server.accept().unwrap();
+        assert_eq!((accepted.local_addr().unwrap(), from), (target, client.local_addr().unwrap()));
+        drop((client, accepted, server));
+        let (events, _) = daemon.stop();
+        assert!(!events.iter().any(is_event("established", net.inode)), "{method}");
+        // Each 200th connect or so has the port.
+        let expected = scaled(200_000 / guard_methods().len()) as u64 / 200;
+        let prevented = count_of(&events);
+        assert!(expected < 20 || (expected / 4..expected * 4).contains(&prevented), "{method}: {prevented}");
+        assert_eq!(tcp_counter("InCsumErrors").unwrap(), 0, "{method}");
+    }
+}
+
+#[test]
+fn the_counts_of_the_events_are_the_clients_own() {
+    let net = TestNetns::enter_new();
+    let count = scaled(10_000);
+    for method in guard_methods() {
+        let daemon = refusing(method, &[]);
+        // The daemon reads nothing meanwhile, so the ring buffer is full.
+        daemon.signal(rustix::process::Signal::STOP);
+        for _ in 0..count {
+            assert!(!dial_itself(LOCALHOST).is_connected);
+        }
+        daemon.signal(rustix::process::Signal::CONT);
+        std::thread::sleep(Duration::from_millis(1_500));
+        let (events, _) = daemon.stop();
+        assert_eq!(count_of(&events), count as u64, "{method}");
+        let unknown = |event: &&serde_json::Value| event["event"] == "prevented" && event["pid"].is_null();
+        let lost: u64 = events.iter().filter(unknown).map(|event| event["count"].as_u64().unwrap()).sum();
+        assert!(count < 10_000 || lost > 0, "the ring buffer was not full");
+        for event in events.iter().filter(|event| is_event("prevented", net.inode)(event)) {
+            assert_opened_by_this_thread(event);
+        }
+    }
+}
+
+#[test]
+fn names_are_right_if_packets_wait_in_a_queue_and_on_another_cpu() {
+    let net = TestNetns::enter_new();
+    if let Err(error) = net.add_netem_delay() {
+        return println!("FACT no_netem={error}");
+    }
+    net.enable_rps();
+    for method in guard_methods() {
+        let mut daemon = refusing(method, &[]);
+        for _ in 0..scaled(50) {
+            assert!(!dial_itself(LOCALHOST).is_connected);
+        }
+        daemon.expect(scaled(50), is_event("prevented", net.inode));
+        let (events, _) = daemon.stop();
+        for event in events.iter().filter(|event| is_event("prevented", net.inode)(event)) {
+            assert_opened_by_this_thread(event);
+        }
+    }
+}
+
+/// Signs the segments to and from this address, by TCP-MD5. False: the kernel has no TCP-MD5.
+fn sign(socket: &Socket, peer: Ipv4Addr) -> bool {
+    const TCP_MD5SIG: libc::c_int = 14;
+    /// `struct tcp_md5sig`, include/uapi/linux/tcp.h at v5.10.
+    #[repr(C)]
+    struct Md5 {
+        family: u16,
+        port: u16,
+        addr: [u8; 4],
+        rest: [u8; 120],
+        flags: u8,
+        prefix_len: u8,
+        key_len: u16,
+        ifindex: i32,
+        key: [u8; 80],
+    }
+    let signature = Md5 {
+        family: libc::AF_INET as u16,
+        port: 0,
+        addr: peer.octets(),
+        rest: [0; 120],
+        flags: 0,
+        prefix_len: 0,
+        key_len: 3,
+        ifindex: 0,
+        key: std::array::from_fn(|at| b"key".get(at).copied().unwrap_or(0)),
+    };
+    // SAFETY: the option takes a pointer to a struct tcp_md5sig and its size.
+    let outcome = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            TCP_MD5SIG,
+            (&raw const signature).cast(),
+            size_of::<Md5>() as libc::socklen_t,
+        )
+    };
+    outcome == 0
+}
+
+#[test]
+fn a_signed_connect_passes_because_a_rewritten_one_would_fail_its_signature() {
+    TestNetns::enter_new();
+    let dial_signed = || {
+        let socket = socket(LOCALHOST);
+        socket.bind(&SocketAddr::new(LOCALHOST, 0).into()).unwrap();
+        if !sign(&socket, Ipv4Addr::LOCALHOST) {
+            return None;
+        }
+        let own = socket.local_addr().unwrap().as_socket().unwrap();
+        Some(dial(&socket, own))
+    };
+    for method in guard_methods() {
+        let daemon = refusing(method, &[]);
+        match dial_signed() {
+            None => println!("FACT no_md5={}", std::io::Error::last_os_error()),
+            Some(outcome) => assert!(outcome.is_connected, "{method}: {outcome:?}"),
+        }
+        // The unsigned neighbour.
+        assert!(!dial_itself(LOCALHOST).is_connected);
+        let (events, _) = daemon.stop();
+        assert_eq!(count_of(&events), 1);
+    }
+}
+
+#[test]
+fn an_ordinary_connection_passes_the_guard_unchanged() {
+    let net = TestNetns::enter_new();
+    for method in guard_methods() {
+        let daemon = refusing(method, &[]);
+        for address in [LOCALHOST, Ipv6Addr::LOCALHOST.into()] {
+            let server = TcpListener::bind((address, 0)).unwrap();
+            let mut client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
+            let (mut accepted, _) = server.accept().unwrap();
+            let data = vec![7; 1 << 20];
+            let sender = std::thread::spawn(move || {
+                client.write_all(&data).unwrap();
+                client
+            });
+            let mut received = Vec::new();
+            let mut chunk = vec![0; 1 << 16];
+            while received.len() < 1 << 20 {
+                let read = accepted.read(&mut chunk).unwrap();
+                received.extend_from_slice(&chunk[..read]);
+            }
+            drop(sender.join().unwrap());
+            assert!(received.iter().all(|byte| *byte == 7));
+        }
+        // A self-connection that was there before keeps working; see `operations/guard.rs`.
+        let (events, _) = daemon.stop();
+        assert!(!events.iter().any(is_event("prevented", net.inode)), "{method}");
+    }
+    assert!(connect_to_self(LOCALHOST).0.peer_addr().is_ok());
+}

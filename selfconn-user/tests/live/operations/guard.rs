@@ -1,0 +1,232 @@
+//! The guard in operation: exemptions, its life and its end, other network namespaces, a second daemon.
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr},
+    process::Command,
+    sync::mpsc::channel,
+    thread,
+    time::Duration,
+};
+
+use selfconn::system::rtnetlink;
+use serde_json::Value;
+
+use crate::support::{
+    cgroup::TestCgroup,
+    client::{NOBODY, become_user, connect_to_self, socket},
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, selfconn},
+    guard::{count_of, dial, dial_itself, guard_methods, refusing, wait_until},
+    helper_process::HelperProcess,
+    netns::TestNetns,
+};
+
+const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+const LOOPBACK: u32 = 1;
+
+fn is_refused() -> bool {
+    !dial_itself(LOCALHOST).is_connected
+}
+
+/// Binds this port, and connects to it.
+fn is_refused_at(port: u16) -> bool {
+    let socket = socket(LOCALHOST);
+    socket.set_reuse_address(true).unwrap();
+    socket.bind(&std::net::SocketAddr::new(LOCALHOST, port).into()).unwrap();
+    socket.set_linger(Some(Duration::ZERO)).unwrap();
+    !dial(&socket, (LOCALHOST, port).into()).is_connected
+}
+
+#[test]
+fn exempt_ports_and_users_connect_to_themselves_and_their_neighbours_do_not() {
+    TestNetns::enter_new();
+    for method in guard_methods() {
+        let daemon = refusing(method, &["--guard-except", "port=41000-41002", "--guard-except", "uid=65534"]);
+        for (port, expected) in [(40_999, true), (41_000, false), (41_002, false), (41_003, true)] {
+            assert_eq!(is_refused_at(port), expected, "{method}: port {port}");
+        }
+        let as_user = |uid| {
+            thread::spawn(move || {
+                become_user(uid);
+                is_refused()
+            })
+            .join()
+            .unwrap()
+        };
+        assert!(!as_user(NOBODY) && as_user(NOBODY - 1), "{method}");
+        let (events, _) = daemon.stop();
+        assert_eq!(count_of(&events), 3, "{method}");
+        let daemon = refusing(method, &["--guard-only", "port=41000", "--guard-only", "uid=0"]);
+        assert!(is_refused_at(41_000) && !is_refused_at(41_001), "{method}");
+        daemon.stop();
+    }
+}
+
+#[test]
+fn a_unit_is_exempt_when_it_appears_and_only_if_root_gave_it_its_name() {
+    TestNetns::enter_new();
+    let dial_in = |group: &TestCgroup, below: &str| {
+        let directory = group.path().join(below);
+        fs::create_dir_all(&directory).unwrap();
+        let mut client = HelperProcess::start(&format!("dial itself in cgroup {}", directory.display()));
+        let outcome = client.read_output();
+        client.finish();
+        outcome
+    };
+    let daemon = refusing(guard_methods()[0], &["--guard-except", "unit=exempt-*.service"]);
+    // The unit is not there at the start of the daemon. Its group is new after each restart.
+    for restart in 0..2 {
+        let group = match TestCgroup::create("exempt-1.service") {
+            Ok(group) => group,
+            Err(why) => return println!("skipped: {why}"),
+        };
+        wait_until(Duration::from_secs(10), "the unit is never exempt", || {
+            dial_in(&group, "") == "connected"
+        });
+        assert_eq!(dial_in(&group, "below"), "connected", "a group of the unit, {restart}");
+    }
+    let neighbour = TestCgroup::create("neighbour.service").unwrap();
+    assert_eq!(dial_in(&neighbour, ""), "refused");
+    let delegated = TestCgroup::create("user@65534.service").unwrap();
+    delegated.delegate();
+    fs::create_dir_all(delegated.path().join("exempt-2.service")).unwrap();
+    thread::sleep(Duration::from_millis(2_500));
+    assert_eq!(dial_in(&delegated, "exempt-2.service"), "refused", "a name that a user gave");
+    daemon.stop();
+}
+
+#[test]
+fn a_killed_daemon_leaves_no_guard_or_one_that_the_next_start_removes() {
+    TestNetns::enter_new();
+    for method in guard_methods() {
+        let daemon = refusing(method, &[]);
+        assert!(is_refused());
+        daemon.signal(rustix::process::Signal::KILL);
+        drop(daemon);
+        if *method == "tcx" {
+            wait_until(Duration::from_secs(5), "the link outlives its daemon", || !is_refused());
+            continue;
+        }
+        // A filter stays, and names its daemon.
+        assert!(is_refused());
+        let left = rtnetlink::filters(LOOPBACK).unwrap();
+        assert_eq!(left.len(), 1, "{left:?}");
+        let daemon = refusing(method, &[]);
+        let now = rtnetlink::filters(LOOPBACK).unwrap();
+        assert_eq!(now.len(), 1, "{now:?}");
+        assert_ne!(now[0].name, left[0].name, "the left-over filter is removed");
+        assert!(is_refused());
+        daemon.stop();
+        assert!(rtnetlink::filters(LOOPBACK).unwrap().is_empty() && !is_refused());
+    }
+}
+
+#[test]
+fn nothing_of_the_guard_is_left_on_lo_after_its_end() {
+    TestNetns::enter_new();
+    for method in guard_methods() {
+        let daemon = refusing(method, &[]);
+        assert!(is_refused());
+        daemon.stop();
+        wait_until(Duration::from_secs(5), "it still refuses", || !is_refused());
+        assert!(rtnetlink::add_clsact(LOOPBACK).unwrap(), "{method}: clsact was left");
+        rtnetlink::remove_unused_clsact(LOOPBACK).unwrap();
+    }
+}
+
+#[test]
+fn a_second_daemon_says_that_the_first_one_guards_and_goes_on_when_that_one_ends() {
+    let net = TestNetns::enter_new();
+    for method in guard_methods() {
+        let first = refusing(method, &[]);
+        let second = refusing(method, &[]);
+        let is_second = |events: &[Value]| events[0]["guard"]["is_second"].clone();
+        assert_eq!(is_second(first.received()), false, "{method}");
+        assert_eq!(is_second(second.received()), true, "{method}");
+        assert!(is_refused());
+        first.signal(rustix::process::Signal::TERM);
+        let (code, events, _) = first.wait_for_exit();
+        assert_eq!((code, count_of(&events)), (Some(0), 1), "{method}");
+        wait_until(Duration::from_secs(1), "nobody refuses", is_refused);
+        let (events, _) = second.stop();
+        let prevented: Vec<_> =
+            events.iter().filter(|event| is_event("prevented", net.inode)(event)).collect();
+        assert_eq!(count_of(prevented), 1, "{method}: the one after the end of the first");
+    }
+}
+
+#[test]
+fn a_namespace_made_while_the_daemon_runs_is_guarded_at_its_first_connect_and_nothing_keeps_it() {
+    let net = TestNetns::enter_new();
+    // Only a user that nobody else has, because the daemon guards every namespace of the host.
+    const USER: u32 = 31_999;
+    for method in guard_methods() {
+        let options = ["--guard", "refuse", "--guard-method", method, "--guard-only", "uid=31999"];
+        let daemon = TestDaemon::start(&HookVariant(vec![]), &options);
+        let (report, reports) = channel();
+        let (finish, finished) = channel::<()>();
+        let inside = thread::spawn(move || {
+            let inner = TestNetns::enter_new_in_helper();
+            let file = fs::File::open("/proc/thread-self/ns/net").unwrap();
+            become_user(USER);
+            // The first one is how the daemon learns of the namespace.
+            drop(connect_to_self(LOCALHOST));
+            wait_until(Duration::from_secs(1), "the namespace is never guarded", is_refused);
+            report.send((inner.inode, file)).unwrap();
+            finished.recv().unwrap();
+        });
+        let (inner, file) = reports.recv_timeout(DEADLINE).unwrap();
+        assert_ne!(inner, net.inode);
+        use std::os::fd::AsRawFd as _;
+        let name = format!("peer-{method}");
+        match net.add_device_with_peer_in(&name, file.as_raw_fd()) {
+            Ok(()) => {
+                drop(file);
+                assert!(net.has_device(&name));
+                finish.send(()).unwrap();
+                inside.join().unwrap();
+                // With the namespace its device ends, and with that the peer here.
+                wait_until(Duration::from_secs(5), "the namespace lives on", || !net.has_device(&name));
+            }
+            Err(error) => {
+                println!("FACT no_veth={error}");
+                finish.send(()).unwrap();
+                inside.join().unwrap();
+            }
+        }
+        let (events, _) = daemon.stop();
+        assert!(events.iter().any(is_event("prevented", inner)), "{method}");
+    }
+}
+
+#[test]
+fn a_guard_that_is_taken_off_is_reported() {
+    let net = TestNetns::enter_new();
+    // A link can't be taken off from outside without its number; a filter can.
+    let mut daemon = refusing("clsact", &[]);
+    for filter in rtnetlink::filters(LOOPBACK).unwrap() {
+        rtnetlink::remove_filter(LOOPBACK, &filter).unwrap();
+    }
+    assert!(!is_refused());
+    let unguarded = daemon.expect(1, is_event("unguarded", net.inode)).remove(0);
+    assert_eq!(unguarded["why"], "the program was taken off");
+    daemon.stop();
+}
+
+#[test]
+fn rules_that_cannot_be_are_errors_at_the_start() {
+    for (rule, expected) in [
+        ("comm=java", "unknown key comm"),
+        ("port=65536", "port 65536 is not a number from 1 to 65535"),
+        ("port=0", "port 0 is not"),
+        ("uid=root", "uid root is not"),
+    ] {
+        let output = Command::new(selfconn())
+            .args(["run", "--guard", "refuse", "--guard-except", rule])
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{rule}: {stderr}");
+        assert!(stderr.contains(expected), "{rule}: {stderr}");
+    }
+}

@@ -1,0 +1,111 @@
+//! The guard under test: its methods on this kernel, and connects to itself with everything that a program sees of them.
+
+use std::{
+    fmt, io,
+    net::{IpAddr, SocketAddr},
+    os::fd::AsFd as _,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    net::sockopt::socket_error,
+};
+use serde_json::Value;
+use socket2::Socket;
+
+use super::{
+    client::socket,
+    daemon::{HookVariant, TestDaemon, is_kernel_at_least},
+};
+
+/// The methods by which the guard can be attached here.
+pub(crate) fn guard_methods() -> &'static [&'static str] {
+    if is_kernel_at_least((6, 6)) { &["tcx", "clsact"] } else { &["clsact"] }
+}
+
+/// A daemon that refuses connects to itself in the network namespace of the calling thread, and in no other, where
+/// something else may need its own.
+pub(crate) fn refusing(method: &str, options: &[&str]) -> TestDaemon {
+    let all = [&["--guard", "refuse", "--guard-own-netns", "--guard-method", method][..], options].concat();
+    TestDaemon::start(&HookVariant(vec![]), &all)
+}
+
+/// What a program sees of a connect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DialOutcome {
+    /// The errno of connect(2). 0: none.
+    pub(crate) errno: i32,
+    /// The events of poll(2), at once for a blocking socket, and once there are any for another.
+    pub(crate) poll: PollFlags,
+    /// `SO_ERROR`, read after that.
+    pub(crate) error: i32,
+    pub(crate) is_connected: bool,
+}
+
+impl fmt::Display for DialOutcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.is_connected { "connected" } else { "refused" })
+    }
+}
+
+/// Connects, and asks everything that a program can ask then.
+pub(crate) fn dial(socket: &Socket, target: SocketAddr) -> DialOutcome {
+    let errno = match socket.connect(&target.into()) {
+        Ok(()) => 0,
+        Err(error) => error.raw_os_error().unwrap(),
+    };
+    outcome_of(socket, errno)
+}
+
+pub(crate) fn outcome_of(socket: &Socket, errno: i32) -> DialOutcome {
+    const EINPROGRESS: i32 = 115;
+    let mut polled = [PollFd::new(socket, PollFlags::IN | PollFlags::OUT)];
+    let timeout = if errno == EINPROGRESS { Duration::from_secs(10) } else { Duration::ZERO };
+    poll(&mut polled, Some(&timeout.try_into().unwrap())).unwrap();
+    let poll = polled[0].revents();
+    let error = socket_error(socket.as_fd()).unwrap().err().map_or(0, |error| error.raw_os_error());
+    DialOutcome { errno, poll, error, is_connected: socket.peer_addr().is_ok() }
+}
+
+/// Binds a port that the kernel chooses, and connects to it.
+pub(crate) fn dial_itself(address: IpAddr) -> DialOutcome {
+    let socket = socket(address);
+    socket.bind(&SocketAddr::new(address, 0).into()).unwrap();
+    let own = socket.local_addr().unwrap().as_socket().unwrap();
+    dial(&socket, own)
+}
+
+/// A port that nobody listens on.
+pub(crate) fn closed_port(address: SocketAddr) -> SocketAddr {
+    let other = socket(address.ip());
+    other.bind(&address.into()).unwrap();
+    let mut closed = address;
+    closed.set_port(other.local_addr().unwrap().as_socket().unwrap().port());
+    closed
+}
+
+/// The sum of the counts of these events.
+pub(crate) fn count_of<'a>(events: impl IntoIterator<Item = &'a Value>) -> u64 {
+    let prevented = events.into_iter().filter(|event| event["event"] == "prevented");
+    prevented.map(|event| event["count"].as_u64().unwrap()).sum()
+}
+
+/// Repeats `attempt` until it succeeds.
+#[track_caller]
+pub(crate) fn wait_until(deadline: Duration, what: &str, mut attempt: impl FnMut() -> bool) {
+    let until = Instant::now() + deadline;
+    while !attempt() {
+        assert!(Instant::now() < until, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A counter of the kernel's TCP in the network namespace of the calling thread, such as `InCsumErrors`.
+pub(crate) fn tcp_counter(name: &str) -> io::Result<u64> {
+    let text = std::fs::read_to_string("/proc/thread-self/net/snmp")?;
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+    let at = names.split(' ').position(|known| known == name).unwrap();
+    Ok(values.split(' ').nth(at).unwrap().parse().unwrap())
+}
