@@ -122,10 +122,16 @@ pub enum Field {
     NetList,
     /// `const struct proc_ns_operations *`, in `struct net`: the same for every network namespace.
     NetOps,
+    /// `refcount_t`, in `struct net`. 0: the namespace has ended, and waits to be cleaned up. Its name is another one
+    /// before v5.11 and since v6.18.
+    NetRefs,
 }
 
+/// The members of `struct net` that are [`Field::NetRefs`], too: of v6.18 and of v5.10.
+pub const OTHER_NET_REFS: [&str; 2] = ["ns.__ns_ref", "count"];
+
 /// Number of fields.
-pub const FIELDS: usize = Field::NetOps as usize + 1;
+pub const FIELDS: usize = Field::NetRefs as usize + 1;
 
 /// The member of `struct net` that is [`Field::PortRangePair`] if it is an array, else
 /// [`Field::PortRangePacked`] (`struct local_ports`, include/net/netns/ipv4.h at v6.7 and v6.8).
@@ -219,6 +225,7 @@ impl Field {
         (Self::NsproxyNet, "nsproxy", "net_ns", false),
         (Self::NetList, "net", "list", false),
         (Self::NetOps, "net", "ns.ops", false),
+        (Self::NetRefs, "net", "ns.count", false),
     ];
 }
 

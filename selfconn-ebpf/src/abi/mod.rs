@@ -23,7 +23,9 @@ pub use counters::counter;
 pub use descriptor::SocketDescriptor;
 pub use endpoint::{Endpoint, hashed_netns};
 pub use held_ports::{HELD_PORT_SLOTS, held_port_slot};
-pub use kernel_fields::{ABSENT, DEATH_ROW, FIELDS, Field, PORT_RANGE, STATIC_OFFSETS, uses_static_offsets};
+pub use kernel_fields::{
+    ABSENT, DEATH_ROW, FIELDS, Field, OTHER_NET_REFS, PORT_RANGE, STATIC_OFFSETS, uses_static_offsets,
+};
 pub use namespace::{NamespaceCursor, NamespaceRecord};
 pub use owner::Owner;
 pub use record::{Record, Transition, reported, socket_file, tag};

@@ -71,7 +71,9 @@ pub(crate) fn visit(context: &TaskContext) -> Option<()> {
         let net = at.wrapping_sub(list);
         let (inode, cookie) = netns_id::<ProbeRead>(net);
         // What lies around the head in place of a namespace is not the address of `netns_operations`.
-        let kind = if read::<u64>(net, ops) == own_ops { element::NAMESPACE } else { element::HEAD };
+        let has_ended = offset(Field::NetRefs).is_some_and(|refs| read::<u32>(net, refs) == 0);
+        let kind = if has_ended { element::ENDED } else { element::NAMESPACE };
+        let kind = if read::<u64>(net, ops) == own_ops { kind } else { element::HEAD };
         let element = if at == first { element::LAST } else { kind };
         // If there is no room, the kernel calls the program again for this task, and the part is walked again.
         write(seq, &NamespaceRecord { cookie, inode, element })?;

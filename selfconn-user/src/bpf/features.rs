@@ -13,7 +13,8 @@ use aya::{
 };
 use rustix::thread::CapabilitySet;
 use selfconn_ebpf::{
-    ABSENT, DEATH_ROW, FIELDS, Field, PORT_RANGE, cgroup_access, task_access, uses_static_offsets,
+    ABSENT, DEATH_ROW, FIELDS, Field, OTHER_NET_REFS, PORT_RANGE, cgroup_access, task_access,
+    uses_static_offsets,
 };
 
 use super::{
@@ -356,6 +357,14 @@ fn read_offsets(btf: &Btf<'_>) -> ([u32; FIELDS], Option<String>) {
             Ok(None) => {}
             Err(error) if is_needed => missing = Some(error.to_string()),
             Err(_) => {}
+        }
+    }
+    let refs = &mut offsets[Field::NetRefs as usize];
+    for other in OTHER_NET_REFS {
+        if *refs == ABSENT
+            && let Ok(Some(offset)) = btf.offset("net", other)
+        {
+            *refs = offset;
         }
     }
     let unused = if btf.is_array("net", PORT_RANGE) { Field::PortRangePacked } else { Field::PortRangePair };

@@ -26,7 +26,7 @@ pub struct NamespaceIter(BpfIter<NamespaceRecord>);
 
 impl NamespaceIter {
     /// Lists all network namespaces that existed when it was called and still exist. One that ends or begins
-    /// meanwhile may be missing or listed. One with no reference left is listed until the kernel has cleaned it up.
+    /// meanwhile may be missing or listed. One that waits to be cleaned up has ended.
     ///
     /// # Errors
     /// If the kernel refuses to start a pass or to go on, or if no walk was complete.
@@ -56,6 +56,7 @@ impl Walk {
         self.last = record.element;
         match record.element {
             element::NAMESPACE => self.namespaces.push(*record),
+            element::ENDED => {}
             element::HEAD => self.heads += 1,
             element::LAST => {
                 self.namespaces.push(*record);
@@ -128,8 +129,8 @@ mod tests {
 
     #[test]
     fn a_walk_is_a_list_only_if_it_came_back_to_its_beginning_past_one_head() {
-        use element::{HEAD, LAST, LOST, NAMESPACE};
-        assert_eq!(finish(&[NAMESPACE, HEAD, NAMESPACE, LAST, NAMESPACE]), Ok(Some(3)));
+        use element::{ENDED, HEAD, LAST, LOST, NAMESPACE};
+        assert_eq!(finish(&[NAMESPACE, HEAD, ENDED, NAMESPACE, LAST, NAMESPACE]), Ok(Some(3)));
         assert_eq!(finish(&[HEAD, LAST]), Ok(Some(1)));
         assert_eq!(finish(&[NAMESPACE, HEAD, LOST]), Ok(None), "it is walked again");
         for broken in [&[][..], &[NAMESPACE, HEAD], &[NAMESPACE, LAST], &[HEAD, NAMESPACE, HEAD, LAST]] {

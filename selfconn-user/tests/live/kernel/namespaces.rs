@@ -25,7 +25,7 @@ use crate::support::{
 };
 
 /// True if this kernel's namespaces can be listed: not under lockdown=confidentiality.
-fn lists_namespaces() -> bool {
+pub(crate) fn lists_namespaces() -> bool {
     doctor()["namespaces"][0]["verdict"] == "ok"
 }
 
@@ -47,7 +47,7 @@ fn list(iter: &NamespaceIter) -> HashMap<u64, u64> {
 /// What keeps a namespace.
 #[derive(Debug)]
 #[expect(dead_code, reason = "it is only held")]
-enum Keeper {
+pub(crate) enum Keeper {
     Socket(Socket),
     Descriptor(File),
     /// A socket that is on its way through a unix socket: no process has it.
@@ -55,7 +55,7 @@ enum Keeper {
 }
 
 /// Namespaces with a self-connection each that no thread is in, with what keeps them.
-fn kept_namespaces() -> Vec<(u64, Keeper)> {
+pub(crate) fn kept_namespaces() -> Vec<(u64, Keeper)> {
     let connect = || connect_to_self(Ipv4Addr::LOCALHOST.into()).0;
     let by_socket = TestNetns::with_new_in_helper(|net| (net.inode, Keeper::Socket(connect())));
     let by_descriptor = TestNetns::with_new_in_helper(|net| {
