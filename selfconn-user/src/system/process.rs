@@ -21,7 +21,7 @@ use super::{
     cgroup::{self, CgroupInfo},
     command_line::CommandLine,
 };
-use stat::{Stat, read_stat};
+use stat::{Stat, memory_folder, read_stat};
 
 mod stat;
 
@@ -246,8 +246,9 @@ pub fn is_in_initial_pid_ns() -> bool {
 #[must_use]
 pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> Option<ProcessFacts> {
     let file = |name: &str| format!("/proc/{pid}/{name}");
-    let exe_path = fs::read_link(file("exe")).ok();
-    let is_exe_ours = exe_path.as_deref().is_some_and(|path| is_hosts_file(pid, path));
+    let folder = memory_folder(pid);
+    let exe_path = fs::read_link(format!("{folder}/exe")).ok();
+    let is_exe_ours = exe_path.as_deref().is_some_and(|path| is_hosts_file(&folder, path));
     let exe = exe_path.map(|path| lossy(path.as_os_str().as_bytes()).into());
     let cgroup_text = fs::read(file("cgroup")).map(|text| lossy(&text)).unwrap_or_default();
     let cgroup = cgroup::path(&cgroup_text);
@@ -257,7 +258,7 @@ pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> O
     let uid = fs::metadata(file("")).map_or(0, |folder| folder.uid());
     // `stat` is read last, because it proves which process and program the other files belonged to: an execve()
     // replaces `exe` and `arg_start` together, with the memory of the process (`exec_mmap`, fs/exec.c at v5.10).
-    let Stat { comm, start_ticks, arg_start } = read_stat(pid)?;
+    let Stat { comm, start_ticks, arg_start } = read_stat(pid, &folder)?;
     if !proof.accepts(start_ticks, is_initial_time_ns) {
         return None;
     }
@@ -281,7 +282,8 @@ pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> O
 /// Nothing here waits for a filesystem, which may be served by the process's own user: attributes come from the inode
 /// (`AT_STATX_DONT_SYNC`; `fuse_update_get_attr`, fs/fuse/dir.c at v6.12), and the path is only followed through
 /// the directory cache (`RESOLVE_CACHED`, from v5.12 on), which has a file that is in use.
-fn is_hosts_file(pid: u32, path: &Path) -> bool {
+/// `folder` is [`memory_folder`] of the process.
+fn is_hosts_file(folder: &str, path: &Path) -> bool {
     use rustix::{
         fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags, openat, openat2, statx},
         io::Errno,
@@ -290,7 +292,7 @@ fn is_hosts_file(pid: u32, path: &Path) -> bool {
         let attributes = statx(directory, path, flags | AtFlags::STATX_DONT_SYNC, StatxFlags::INO)?;
         Ok::<_, Errno>((attributes.stx_dev_major, attributes.stx_dev_minor, attributes.stx_ino))
     };
-    let link = format!("/proc/{pid}/exe");
+    let link = format!("{folder}/exe");
     let Ok(executable) = identity(CWD, Path::new(&link), AtFlags::empty()) else { return false };
     // The host is what the first process sees. A service manager may hide a part of it from this process.
     let directory = OFlags::PATH | OFlags::CLOEXEC;
@@ -308,8 +310,8 @@ fn is_hosts_file(pid: u32, path: &Path) -> bool {
             // Not followed, because this kernel or a filter of system calls does not know it, or because a directory is
             // closed to us: the path is right if the process has the host's mount namespace.
             Err(Errno::INVAL | Errno::NOSYS | Errno::PERM | Errno::ACCESS) => {
-                let mounts = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-                return mounts(&pid.to_string()).is_some_and(|theirs| mounts("1") == Some(theirs))
+                let mounts = |folder: &str| fs::read_link(format!("{folder}/ns/mnt")).ok();
+                return mounts(folder).is_some_and(|theirs| mounts("/proc/1") == Some(theirs))
                     && !path.as_os_str().as_bytes().ends_with(b" (deleted)");
             }
             Err(_) => return false,
@@ -325,11 +327,12 @@ fn is_hosts_file(pid: u32, path: &Path) -> bool {
 pub fn read_cmdline(key: ProcessKey) -> Option<CommandLine> {
     let ProcessKey { pid, start_ticks, arg_start } = key;
     let mut cmdline = Vec::new();
-    let file = fs::File::open(format!("/proc/{pid}/cmdline")).ok()?;
+    let folder = memory_folder(pid);
+    let file = fs::File::open(format!("{folder}/cmdline")).ok()?;
     file.take(CMDLINE_LIMIT as u64 + 1).read_to_end(&mut cmdline).ok()?;
     let is_cut = cmdline.len() > CMDLINE_LIMIT;
     cmdline.truncate(CMDLINE_LIMIT);
-    let now = read_stat(pid)?;
+    let now = read_stat(pid, &folder)?;
     let is_same = now.start_ticks == start_ticks && runs(now.arg_start, arg_start);
     is_same.then(|| CommandLine::parse(&cmdline, is_cut)).flatten()
 }
@@ -350,7 +353,7 @@ fn lossy(bytes: &[u8]) -> String {
 /// tick.
 #[must_use]
 pub fn start_time_ns(pid: u32) -> Option<u64> {
-    read_stat(pid).map(|stat| stat.start_ticks.saturating_mul(TICK_NS))
+    read_stat(pid, &format!("/proc/{pid}")).map(|stat| stat.start_ticks.saturating_mul(TICK_NS))
 }
 
 #[cfg(test)]
@@ -360,7 +363,7 @@ mod tests {
     #[test]
     fn a_reused_pid_yields_no_process_info() {
         let pid = std::process::id();
-        let Stat { comm, start_ticks: start, arg_start } = read_stat(pid).unwrap();
+        let Stat { comm, start_ticks: start, arg_start } = read_stat(pid, &memory_folder(pid)).unwrap();
         let ticks = ProcessProof::Started(start);
         let facts = read_facts(pid, &ticks, true).unwrap();
         assert_eq!(facts.info.comm, Some(comm));
@@ -409,7 +412,7 @@ mod tests {
     #[test]
     fn another_program_of_the_process_has_no_exe_and_the_rest_is_the_process_s() {
         let pid = std::process::id();
-        let Stat { start_ticks, arg_start, .. } = read_stat(pid).unwrap();
+        let Stat { start_ticks, arg_start, .. } = read_stat(pid, &memory_folder(pid)).unwrap();
         assert_ne!(arg_start, 0, "a process may read its own");
         let observed = |arg_start| {
             let (task, start_ns) = (this_task(), start_ticks * TICK_NS);

@@ -1,6 +1,6 @@
 //! `/proc/PID/stat`: name and start time of a process, and the program that it runs.
 
-use std::fs;
+use std::{fs, io};
 
 use super::lossy;
 
@@ -15,9 +15,37 @@ pub(super) struct Stat {
     pub(super) arg_start: u64,
 }
 
-pub(super) fn read_stat(pid: u32) -> Option<Stat> {
-    parse_stat(&lossy(&fs::read(format!("/proc/{pid}/stat")).ok()?))
+/// `folder` is [`memory_folder`] of the process: the first thread of a process has no arguments once it has ended.
+pub(super) fn read_stat(pid: u32, folder: &str) -> Option<Stat> {
+    let first = parse_stat(&lossy(&fs::read(format!("/proc/{pid}/stat")).ok()?))?;
+    if first.arg_start != 0 {
+        return Some(first);
+    }
+    let of_thread = fs::read(format!("{folder}/stat")).ok().and_then(|text| parse_stat(&lossy(&text)));
+    Some(Stat { arg_start: of_thread.map_or(0, |stat| stat.arg_start), ..first })
 }
+
+/// The folder of a thread that has the memory of the process. That is the first thread, whose folder is that of the
+/// process, or another one if the first thread has ended.
+pub(super) fn memory_folder(pid: u32) -> String {
+    let process = format!("/proc/{pid}");
+    // A process whose first thread has ended has no `exe` here (`proc_exe_link`, fs/proc/base.c at v6.12).
+    if fs::read_link(format!("{process}/exe")).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+        && let Ok(threads) = fs::read_dir(format!("{process}/task"))
+    {
+        let threads = threads.flatten().filter_map(|thread| thread.file_name().into_string().ok());
+        let folders = threads.map(|thread| format!("{process}/task/{thread}"));
+        if let Some(folder) =
+            folders.take(MAX_THREADS_TRIED).find(|folder| fs::read_link(format!("{folder}/exe")).is_ok())
+        {
+            return folder;
+        }
+    }
+    process
+}
+
+/// Only threads that have just ended have no memory, besides the first one and those of the kernel.
+const MAX_THREADS_TRIED: usize = 8;
 
 /// The start time in the text of a `/proc/PID/stat`, in clock ticks since boot.
 #[must_use]
