@@ -16,6 +16,7 @@ use selfconn_ebpf::state;
 use serde::Serialize;
 
 use crate::{
+    bpf::loader::Iterators,
     detect::{
         filter::{Rule, Selection},
         remediation::RemedyOutcome,
@@ -24,7 +25,7 @@ use crate::{
         ConnectionFields,
         text::{self, escape},
     },
-    sockets::{self, HolderSearch, SnapshotOptions, SocketEntry, SocketSnapshot},
+    sockets::{self, HolderSearch, NamespaceSelection, SnapshotOptions, SocketEntry, SocketSnapshot},
     system::{
         clock::{self, Offset},
         logger,
@@ -45,7 +46,9 @@ Examples:
   selfconn scan --only uid=1000             list these
   selfconn scan --only uid=1000 --destroy   destroy them; exit code 0: none is left
 
-Root sees every network namespace. Another user sees only some; what is not seen is reported.";
+Root sees the sockets that processes hold in every network namespace, and TIME_WAIT in every one that can be
+entered. Another user sees only some. What could not be looked at is listed as not seen, and in the last line of
+--json, as unseen; the exit code is about the rest.";
 
 /// Maximum number of holders named in a text line.
 const MAX_NAMED_HOLDERS: usize = 4;
@@ -64,6 +67,10 @@ pub struct ScanArgs {
     /// Exclude self-connections whose field matches or is unknown; may be repeated; overrides --only
     #[arg(long, value_name = "KEY=GLOB")]
     except: Vec<Rule>,
+    /// Network namespace to look at: the current one, a file such as /run/netns/NAME or /proc/PID/ns/net, the
+    /// one with this inode, or all
+    #[arg(long, value_name = "self|PATH|INODE|all", default_value = "all")]
+    netns: String,
     /// Find every holder of a socket, even if many files are open on this host
     #[arg(long)]
     holders: bool,
@@ -87,6 +94,25 @@ pub(super) struct ScanEntry {
     result: Option<&'static str>,
     /// Why it could not be destroyed.
     why: Option<String>,
+}
+
+/// A line of `scan --json`.
+#[derive(Serialize, JsonSchema)]
+#[serde(untagged)]
+pub(super) enum ScanLine<'a> {
+    Connection(Box<ScanEntry>),
+    /// The last line.
+    Summary(ScanSummary<'a>),
+}
+
+/// The last `--json` line.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct ScanSummary<'a> {
+    event: &'static str,
+    /// Number of self-connections, one a line before this.
+    connections: usize,
+    /// What could not be looked at, as text.
+    unseen: &'a [String],
 }
 
 /// Results of `--destroy`, one for each listed socket. Empty without that option. `Ok(false)`: the socket was
@@ -115,10 +141,24 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     let knows_pids = process::is_in_initial_pid_ns();
     // What is destroyed must be known to be held.
     let holders = (knows_pids || args.destroy).then_some(search);
-    let options = SnapshotOptions { procfs_only: args.procfs, holders, ..SnapshotOptions::default() };
-    let mut snapshot = sockets::snapshot(options, &[]).context("cannot start a thread")?;
-    if snapshot.namespaces.is_empty() {
+    let netns = NamespaceSelection::parse(&args.netns);
+    // They would hide what procfs shows.
+    let (iterators, no_list) = if args.procfs { <_>::default() } else { Iterators::open() };
+    let options = SnapshotOptions {
+        procfs_only: args.procfs,
+        holders,
+        descriptors: iterators.descriptors.as_ref(),
+        namespaces: iterators.namespaces.as_ref(),
+        selection: Some(&netns),
+        ..SnapshotOptions::default()
+    };
+    let mut snapshot = sockets::snapshot(options, &[])
+        .with_context(|| format!("cannot read the socket tables (--netns {})", escape(&args.netns)))?;
+    if snapshot.namespaces.is_empty() && snapshot.entries.is_empty() {
         bail!("no socket table can be read: {}", snapshot.unseen.join("; "));
+    }
+    if netns == NamespaceSelection::All {
+        snapshot.unseen.extend(no_list.map(|why| sockets::no_list(&why)));
     }
     snapshot.entries.sort_by_key(|SocketEntry { endpoint, cookie, .. }| {
         (endpoint.netns, endpoint.ip(), endpoint.port, endpoint.is_ipv6(), *cookie)
@@ -141,11 +181,19 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
         warn(&format!("sock_diag: {why}: cookies and interfaces are unknown: /proc/net/tcp has none"));
     }
     let command_lines = holders.lookups.unseen();
-    for item in snapshot.unseen.iter().chain(&holders.found.unseen).chain(&command_lines) {
+    let mut unseen = mem::take(&mut snapshot.unseen);
+    unseen.extend(holders.found.unseen.clone().into_iter().chain(command_lines));
+    for item in &unseen {
         warn(&format!("not seen: {item}"));
     }
     let out = if args.json {
-        json(&snapshot, &mut holders, &outcomes)?
+        let mut out = json(&snapshot, &mut holders, &outcomes)?;
+        let connections = snapshot.entries.len();
+        write_line(
+            &ScanLine::Summary(ScanSummary { event: "summary", connections, unseen: &unseen }),
+            &mut out,
+        )?;
+        out
     } else {
         table(&snapshot, &holders, &outcomes).into_bytes()
     };
@@ -205,10 +253,15 @@ fn json(
             result: outcome.map(|outcome| result(outcome).name()),
             why: outcome.and_then(|outcome| outcome.as_ref().err()).cloned(),
         };
-        serde_json::to_writer(&mut out, &row)?;
-        out.push(b'\n');
+        write_line(&ScanLine::Connection(Box::new(row)), &mut out)?;
     }
     Ok(out)
+}
+
+fn write_line(line: &ScanLine<'_>, out: &mut Vec<u8>) -> Result<()> {
+    serde_json::to_writer(&mut *out, line)?;
+    out.push(b'\n');
+    Ok(())
 }
 
 fn table(snapshot: &SocketSnapshot, holders: &SocketHolders, outcomes: &DestroyOutcomes) -> String {

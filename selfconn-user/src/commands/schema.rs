@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use schemars::{JsonSchema, Schema, generate::SchemaSettings};
 
-use super::{audit::AuditLine, doctor::DoctorReport, scan::ScanEntry};
+use super::{audit::AuditLine, doctor::DoctorReport, scan::ScanLine};
 use crate::event::envelope::EventLine;
 
 /// Shown below the options.
@@ -51,7 +51,7 @@ pub fn run(args: &SchemaArgs) -> Result<ExitCode> {
 fn schema(of: Described) -> Schema {
     match of {
         Described::Events => of_type::<EventLine<'_>>("An event of selfconn run"),
-        Described::Scan => of_type::<ScanEntry>("A line of selfconn scan --json"),
+        Described::Scan => of_type::<ScanLine<'_>>("A line of selfconn scan --json"),
         Described::Audit => of_type::<AuditLine<'_>>("A line of selfconn audit --json"),
         Described::Doctor => of_type::<DoctorReport>("The object of selfconn doctor --json"),
     }

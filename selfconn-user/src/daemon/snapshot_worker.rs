@@ -1,6 +1,6 @@
 //! The worker that takes snapshots of the socket table.
 
-use std::io;
+use std::{cell::RefCell, collections::HashSet, io};
 
 use crate::{
     bpf::loader::Iterators,
@@ -14,15 +14,19 @@ pub(super) type SnapshotWorker = Worker<Vec<u32>, SocketSnapshot>;
 
 pub(super) fn start(iterators: Iterators) -> io::Result<SnapshotWorker> {
     let capability_set = capabilities::snapshot_worker(iterators.descriptors.is_some());
+    let unfound = RefCell::new(HashSet::new());
     Worker::start("reader", capability_set, move |netns_hints: Vec<u32>| {
-        take_snapshot(&netns_hints, &iterators)
+        let snapshot = take_snapshot(&netns_hints, &iterators, &unfound.borrow());
+        unfound.borrow_mut().clone_from(&snapshot.unfound);
+        snapshot
     })
 }
 
 /// Lists the self-connections and their holders: in one pass over descriptors, or else by a search, which may
 /// take long. Reads the socket tables, too.
-/// `netns_hints` are threads that may be the only ones in their namespace.
-fn take_snapshot(netns_hints: &[u32], iterators: &Iterators) -> SocketSnapshot {
+/// `netns_hints` are threads that may be the only ones in their namespace; `unfound` are the inodes of namespaces that
+/// the last snapshot found no way to.
+fn take_snapshot(netns_hints: &[u32], iterators: &Iterators, unfound: &HashSet<u32>) -> SocketSnapshot {
     let holders = Some(HolderSearch::Complete);
     let options = SnapshotOptions {
         attempts: true,
@@ -30,6 +34,7 @@ fn take_snapshot(netns_hints: &[u32], iterators: &Iterators) -> SocketSnapshot {
         max_sockets: Some(MAX_SNAPSHOT_SOCKETS),
         descriptors: iterators.descriptors.as_ref(),
         namespaces: iterators.namespaces.as_ref(),
+        unfound: Some(unfound),
         ..SnapshotOptions::default()
     };
     let snapshot = sockets::snapshot(options, netns_hints).unwrap_or_else(|error| {

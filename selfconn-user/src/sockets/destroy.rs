@@ -5,13 +5,18 @@
 //! device. That the kernel does not find a socket proves nothing, because another one with the same addresses can
 //! hide it: a second look goes through the whole table.
 
-use std::{collections::HashMap, io, panic, thread};
+use std::{
+    collections::{BTreeSet, HashMap},
+    io, panic, thread,
+};
 
 use selfconn_ebpf::{Endpoint, state};
 
 use super::{
     entry::{DumpedSocket, SocketEntry},
-    netns::{self, Namespace, NetnsId},
+    netns::{self, Namespace, NetnsId, VisitOptions},
+    netns_enter,
+    netns_search::SearchLimits,
     sock_diag::{
         DiagReader,
         exact::{self, Cookie},
@@ -74,7 +79,7 @@ fn run_in_namespace<T: Send>(
     target: &TargetSocket,
     work: impl FnOnce() -> io::Result<T> + Send,
 ) -> Result<T, String> {
-    netns::run_in_namespace(NetnsId::from(&target.endpoint), &target.netns_hints, work)
+    netns_enter::run_in_namespace(NetnsId::from(&target.endpoint), &target.netns_hints, work)
         .map_err(|error| explain_error(&error))
 }
 
@@ -89,19 +94,23 @@ pub fn destroy_all(entries: &[SocketEntry]) -> io::Result<Vec<Result<bool, Strin
         by_netns.entry(NetnsId::from(&entry.endpoint)).or_default().push(index);
     }
     let mut outcomes = vec![Err("its network namespace was not found again".to_owned()); entries.len()];
+    let wanted: BTreeSet<u32> = by_netns.keys().map(|netns| netns.inode).collect();
     let visit = || {
-        netns::visit(&[], |&Namespace { id, .. }| {
-            for index in by_netns.remove(&id).unwrap_or_default() {
-                let &SocketEntry { endpoint, state, cookie, .. } = &entries[index];
-                outcomes[index] = match cookie.and_then(Cookie::new) {
-                    Some(cookie) => {
-                        destroy_here(&endpoint, cookie, true).map_err(|error| explain_error_in(&error, state))
-                    }
-                    None => Err("its cookie is unknown: only sock_diag reports it".to_owned()),
-                };
-            }
-            Ok(())
-        })
+        let search = Some(SearchLimits::COMMAND);
+        netns::visit(
+            VisitOptions { existing: Some(&wanted), search, ..VisitOptions::default() },
+            |&Namespace { id, .. }| {
+                for index in by_netns.remove(&id).unwrap_or_default() {
+                    let &SocketEntry { endpoint, state, cookie, .. } = &entries[index];
+                    outcomes[index] = match cookie.and_then(Cookie::new) {
+                        Some(cookie) => destroy_here(&endpoint, cookie, true)
+                            .map_err(|error| explain_error_in(&error, state)),
+                        None => Err("its cookie is unknown: only sock_diag reports it".to_owned()),
+                    };
+                }
+                Ok(())
+            },
+        )
     };
     thread::scope(|scope| -> io::Result<()> {
         let thread = thread::Builder::new().name("namespaces".to_owned()).spawn_scoped(scope, visit)?;
@@ -132,7 +141,7 @@ pub fn can_destroy() -> Result<(), String> {
 pub fn can_enter() -> Result<(), String> {
     // This runs on its own thread to be safe, although the thread enters the namespace that it is already in.
     let entered = thread::scope(|scope| {
-        let thread = thread::Builder::new().spawn_scoped(scope, netns::may_enter)?;
+        let thread = thread::Builder::new().spawn_scoped(scope, netns_enter::may_enter)?;
         thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause))
     });
     entered.map_err(|error| format!("entering another network namespace: {error}: it needs CAP_SYS_ADMIN"))

@@ -22,6 +22,17 @@ pub(super) fn list(iter: &NamespaceIter) -> io::Result<ExistingNamespaces> {
     Ok(ExistingNamespaces::new(&iter.list()?))
 }
 
+/// What to say if they could not be listed: one line of text for people.
+pub(super) fn refusal(error: &io::Error) -> String {
+    format!("the list of network namespaces: {error}")
+}
+
+/// What to say if there is no list: one line of text for people.
+#[must_use]
+pub fn no_list(why: &str) -> String {
+    format!("network namespaces that no process, descriptor or mount leads to: {why}")
+}
+
 impl ExistingNamespaces {
     fn new(records: &[NamespaceRecord]) -> Self {
         let has_cookies = records.iter().all(|record| record.cookie != 0);
@@ -45,8 +56,9 @@ impl ExistingNamespaces {
     }
 
     /// The inodes, in order.
-    pub fn inodes(&self) -> impl Iterator<Item = u32> {
-        self.inodes.iter().copied()
+    #[must_use]
+    pub fn inodes(&self) -> &BTreeSet<u32> {
+        &self.inodes
     }
 }
 

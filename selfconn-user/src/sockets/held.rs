@@ -32,6 +32,14 @@ pub(super) struct HeldSockets {
     pub(super) tasks: HashSet<u32>,
 }
 
+impl HeldSockets {
+    /// Removes what is at an endpoint for which `is_selected` is false.
+    pub(super) fn select(&mut self, is_selected: impl Fn(&Endpoint) -> bool) {
+        self.entries.retain(|entry| is_selected(&entry.endpoint));
+        self.attempts.retain(is_selected);
+    }
+}
+
 /// Makes a pass.
 pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Result<HeldSockets> {
     let mut collector = Collector { limit, sockets: HashMap::new(), tasks: HashSet::new() };

@@ -1,24 +1,27 @@
 //! Lists the listeners of the requested network namespaces. In each namespace the caller can read further
 //! data while the thread is in it.
 
-use std::{io, panic, path::PathBuf, thread};
+use std::{io, panic, thread};
 
 use super::{
     entry::SocketEntry,
-    netns::{self, Namespace},
+    existing::{self, ExistingNamespaces},
+    netns::{self, Namespace, VisitOptions},
+    netns_search::SearchLimits,
+    netns_selection::NamespaceSelection,
     table::Tables,
 };
+use crate::bpf::namespaces::NamespaceIter;
 
-/// The network namespaces to inspect.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum NamespaceSelection {
-    /// The network namespace of the calling thread.
-    Current,
-    /// The network namespace that this file refers to.
-    At(PathBuf),
-    /// All network namespaces that can be found and entered.
-    #[default]
-    All,
+/// What [`inspect`] is to do.
+#[derive(Clone, Copy, Debug)]
+pub struct InspectOptions<'a> {
+    /// The namespaces to inspect.
+    pub selection: &'a NamespaceSelection,
+    /// Read `/proc/net/tcp` even if sock_diag is available.
+    pub procfs_only: bool,
+    /// The iterator over network namespaces. With it, it is known which exist.
+    pub namespaces: Option<&'a NamespaceIter>,
 }
 
 /// The result of [`inspect`].
@@ -38,24 +41,22 @@ pub struct ListenerInspection<T> {
 /// # Errors
 /// If no thread can be started, or if the only requested namespace cannot be entered or read.
 pub fn inspect<T: Send>(
-    selection: &NamespaceSelection,
-    procfs_only: bool,
+    options: InspectOptions<'_>,
     each: impl FnMut(&Namespace, Vec<SocketEntry>) -> io::Result<T> + Send,
 ) -> io::Result<ListenerInspection<T>> {
     thread::scope(|scope| {
         let thread = thread::Builder::new().name("namespaces".to_owned());
-        let thread = thread.spawn_scoped(scope, move || visit(selection, procfs_only, each))?;
+        let thread = thread.spawn_scoped(scope, move || visit(options, each))?;
         thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause))
     })
 }
 
 /// Must be called on a thread that ends afterwards, because the thread stays in the last namespace.
 fn visit<T>(
-    selection: &NamespaceSelection,
-    procfs_only: bool,
+    options: InspectOptions<'_>,
     mut each: impl FnMut(&Namespace, Vec<SocketEntry>) -> io::Result<T>,
 ) -> io::Result<ListenerInspection<T>> {
-    let mut tables = Tables::new(procfs_only);
+    let mut tables = Tables::new(options.procfs_only);
     let mut found = Vec::new();
     let inspect_one = |namespace: &Namespace| {
         tables.read_listeners()?;
@@ -63,11 +64,13 @@ fn visit<T>(
         found.push(each(namespace, listeners.collect())?);
         Ok(())
     };
-    let visited = match selection {
-        NamespaceSelection::Current => netns::visit_current(inspect_one),
-        NamespaceSelection::At(path) => netns::visit_at(path, inspect_one)?,
-        NamespaceSelection::All => netns::visit(&[], inspect_one),
-    };
+    let existing = options.namespaces.map(existing::list);
+    let refusal = existing.as_ref().and_then(|existing| existing.as_ref().err()).map(existing::refusal);
+    let existing =
+        existing.as_ref().and_then(|existing| existing.as_ref().ok()).map(ExistingNamespaces::inodes);
+    let visit = VisitOptions { existing, search: Some(SearchLimits::COMMAND), ..VisitOptions::default() };
+    let mut visited = netns::visit_selected(Some(options.selection), visit, inspect_one)?;
+    visited.unseen.extend(refusal);
     if found.is_empty() {
         return Err(io::Error::other(visited.unseen.join("; ")));
     }
@@ -97,9 +100,9 @@ mod tests {
             .map(|l| l.local_addr().unwrap())
             .collect();
         for procfs_only in [false, true] {
-            let inspected = inspect(&NamespaceSelection::Current, procfs_only, |namespace, listeners| {
-                Ok((namespace.clone(), listeners))
-            });
+            let selection = &NamespaceSelection::Current;
+            let options = InspectOptions { selection, procfs_only, namespaces: None };
+            let inspected = inspect(options, |namespace, listeners| Ok((namespace.clone(), listeners)));
             let inspected = inspected.unwrap();
             assert_eq!(inspected.found.len(), 1);
             let (namespace, listeners) = &inspected.found[0];
@@ -118,8 +121,10 @@ mod tests {
 
     #[test]
     fn a_file_that_is_not_a_network_namespace_is_an_error() {
-        let at =
-            |path: &str| inspect(&NamespaceSelection::At(Path::new(path).to_owned()), false, |_, _| Ok(()));
+        let at = |path: &str| {
+            let selection = &NamespaceSelection::At(Path::new(path).to_owned());
+            inspect(InspectOptions { selection, procfs_only: false, namespaces: None }, |_, _| Ok(()))
+        };
         for (path, why) in [
             ("/proc/no/such", "No such file"),
             ("/proc/self/stat", "not a network namespace"),

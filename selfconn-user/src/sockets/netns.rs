@@ -1,19 +1,13 @@
 //! Finds the network namespaces of this host and enters each one once with the calling thread.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
-    ffi::OsString,
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fs, io,
     os::{
         fd::AsFd as _,
-        unix::{
-            ffi::OsStringExt as _,
-            fs::{MetadataExt as _, OpenOptionsExt as _},
-        },
+        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     },
-    panic,
     path::{Path, PathBuf},
-    thread,
 };
 
 use rustix::{
@@ -22,14 +16,16 @@ use rustix::{
 };
 use selfconn_ebpf::Endpoint;
 
+use super::{
+    netns_search::{Lead, SearchLimits, mount_points, search},
+    netns_selection::{CURRENT_NETNS, NamespaceSelection},
+};
 use crate::system::netns_cookie;
-
-const CURRENT_NETNS: &str = "/proc/thread-self/ns/net";
 
 /// The hint for processes that this process may not inspect.
 pub(super) const NEEDS_PTRACE: &str = "looking into them needs CAP_SYS_PTRACE, which root has";
 
-const NEEDS_ADMIN: &str = ": entering it needs CAP_SYS_ADMIN, which root has";
+pub(super) const NEEDS_ADMIN: &str = ": entering it needs CAP_SYS_ADMIN, which root has";
 
 /// The magic number of nsfs, the file system of namespace files: include/uapi/linux/magic.h at v5.10.
 const NSFS_MAGIC: FsWord = 0x6e73_6673;
@@ -37,6 +33,8 @@ const NSFS_MAGIC: FsWord = 0x6e73_6673;
 /// The result of a visit.
 #[derive(Debug, Default)]
 pub(super) struct VisitResult {
+    /// The inodes of namespaces that exist, and that nothing leads to.
+    pub(super) unfound: BTreeSet<u32>,
     /// The namespaces in which `each` succeeded: inodes and cookies.
     pub(super) namespaces: HashMap<u32, u64>,
     /// What could not be visited, and the reason: one line of text for people each.
@@ -68,6 +66,30 @@ pub struct Namespace {
     pub is_current: bool,
 }
 
+/// Calls `each` in the selected namespaces. The thread stays in the last one.
+///
+/// # Errors
+/// If the only requested namespace does not exist, or cannot be entered or read.
+pub(super) fn visit_selected(
+    selection: Option<&NamespaceSelection>,
+    options: VisitOptions<'_>,
+    each: impl FnMut(&Namespace) -> io::Result<()>,
+) -> io::Result<VisitResult> {
+    match selection {
+        Some(NamespaceSelection::Current) => Ok(visit_current(each)),
+        Some(NamespaceSelection::At(path)) => visit_at(path, each),
+        Some(NamespaceSelection::Inode(inode)) => {
+            let visited = visit(VisitOptions { only: Some(*inode), ..options }, each);
+            if visited.namespaces.is_empty() && visited.unseen.is_empty() {
+                let why = format!("no network namespace with the inode {inode} was found");
+                return Err(io::Error::new(io::ErrorKind::NotFound, why));
+            }
+            Ok(visited)
+        }
+        Some(NamespaceSelection::All) | None => Ok(visit(options, each)),
+    }
+}
+
 /// Calls `each` in the network namespace of the calling thread, which needs no privilege.
 pub(super) fn visit_current(mut each: impl FnMut(&Namespace) -> io::Result<()>) -> VisitResult {
     let mut visit = NamespaceVisit::default();
@@ -81,18 +103,37 @@ pub(super) fn visit_at(
     mut each: impl FnMut(&Namespace) -> io::Result<()>,
 ) -> io::Result<VisitResult> {
     let mut visit = NamespaceVisit::default();
-    match visit.try_visit_path(path, NamespaceSource::Requested, &mut each)? {
+    match visit.try_visit(path, path, NamespaceSource::Requested, &mut each)? {
         true => Ok(visit.finish()),
         false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a network namespace")),
     }
 }
 
+/// Which namespaces [`visit`] visits, and how far it searches for them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct VisitOptions<'a> {
+    /// Threads that may be the only ones in their namespace.
+    pub(super) netns_hints: &'a [u32],
+    /// Visit only the namespace with this inode.
+    pub(super) only: Option<u32>,
+    /// The inodes of the namespaces that exist, or of those that are needed. The search ends when all are visited; without, it finds what it can.
+    pub(super) existing: Option<&'a BTreeSet<u32>>,
+    /// The inodes for which an earlier search was in vain.
+    pub(super) unfound: Option<&'a HashSet<u32>>,
+    /// `None`: no search beyond mounts and the leaders of processes.
+    pub(super) search: Option<SearchLimits>,
+}
+
 /// Calls `each` in every network namespace: first in the namespace of the calling thread, which needs no
 /// privilege, then in the mounted namespaces (`/run/netns` and others), then in the namespaces of all
-/// processes and of the threads in `netns_hints`. The thread stays in the last one. A namespace that
-/// disappears meanwhile is not an error.
-pub(super) fn visit(netns_hints: &[u32], mut each: impl FnMut(&Namespace) -> io::Result<()>) -> VisitResult {
-    let mut visit = NamespaceVisit::default();
+/// processes and of the threads in `netns_hints`, then in those that a search finds. The thread stays in
+/// the last one. A namespace that disappears meanwhile is not an error.
+pub(super) fn visit(
+    options: VisitOptions<'_>,
+    mut each: impl FnMut(&Namespace) -> io::Result<()>,
+) -> VisitResult {
+    let netns_hints = options.netns_hints;
+    let mut visit = NamespaceVisit { only: options.only, ..NamespaceVisit::default() };
     visit.visit_path(Path::new(CURRENT_NETNS), NamespaceSource::Current, &mut each);
     for path in mount_points(&fs::read("/proc/self/mountinfo").unwrap_or_default()) {
         visit.visit_path(&path, NamespaceSource::Mount, &mut each);
@@ -115,6 +156,7 @@ pub(super) fn visit(netns_hints: &[u32], mut each: impl FnMut(&Namespace) -> io:
             &mut each,
         );
     }
+    visit.search(options, &mut each);
     visit.finish()
 }
 
@@ -125,12 +167,20 @@ enum NamespaceSource {
     Process,
     /// The user named the file.
     Requested,
+    /// A search found it.
+    Search,
 }
 
 #[derive(Default)]
 struct NamespaceVisit {
     /// Device and inode of the namespaces that were visited or permanently refused.
     known: HashSet<(u64, u64)>,
+    /// Visit only the namespace with this inode.
+    only: Option<u32>,
+    /// The inodes of namespaces that exist, and that nothing leads to.
+    unfound: BTreeSet<u32>,
+    /// True if the limits of the search ended it.
+    is_incomplete: bool,
     namespaces: HashMap<u32, u64>,
     /// The number of processes whose namespace this process is not permitted to identify.
     denied_processes: usize,
@@ -145,7 +195,7 @@ impl NamespaceVisit {
         source: NamespaceSource,
         each: &mut impl FnMut(&Namespace) -> io::Result<()>,
     ) {
-        match self.try_visit_path(path, source, each) {
+        match self.try_visit(path, path, source, each) {
             Ok(_) => {}
             Err(error) if is_gone(&error) => {}
             Err(error)
@@ -159,15 +209,56 @@ impl NamespaceVisit {
         }
     }
 
+    /// Searches for the namespaces that are not visited yet, and notes those that it did not find.
+    fn search(&mut self, options: VisitOptions<'_>, each: &mut impl FnMut(&Namespace) -> io::Result<()>) {
+        let visited: HashSet<u64> = self.known.iter().map(|(_, inode)| *inode).collect();
+        let is_selected = |inode: u32| options.only.is_none_or(|only| only == inode);
+        let mut missing: Option<BTreeSet<u32>> = options.existing.map(|existing| {
+            let all = existing.iter().copied().filter(|inode| is_selected(*inode));
+            all.filter(|inode| !visited.contains(&u64::from(*inode))).collect()
+        });
+        let to_find: Option<HashSet<u64>> = missing.as_ref().map(|missing| {
+            let is_new = |inode: &&u32| !options.unfound.is_some_and(|unfound| unfound.contains(*inode));
+            missing.iter().filter(is_new).map(|inode| u64::from(*inode)).collect()
+        });
+        let is_done = to_find.as_ref().is_some_and(HashSet::is_empty)
+            || options.only.is_some_and(|only| visited.contains(&u64::from(only)));
+        if let Some(limits) = options.search
+            && !is_done
+        {
+            let is_wanted = |inode: u64| match &to_find {
+                Some(to_find) => to_find.contains(&inode),
+                None => options.only.map_or(!visited.contains(&inode), |only| u64::from(only) == inode),
+            };
+            let is_complete = search(limits, is_wanted, |Lead { path, shown }| {
+                // A namespace that has ended, or that may not be entered, is noted or needs no note.
+                if let Err(error) = self.try_visit(path, shown, NamespaceSource::Search, each)
+                    && !is_gone(&error)
+                {
+                    self.add_refusal(error.to_string(), Some(shown.display().to_string()));
+                }
+                let is_visited = |inode: &u64| self.known.iter().any(|(_, known)| known == inode);
+                to_find.as_ref().is_some_and(|to_find| to_find.iter().all(is_visited))
+            });
+            self.is_incomplete = !is_complete;
+        }
+        if let Some(missing) = &mut missing {
+            missing.retain(|inode| !self.known.iter().any(|(_, known)| *known == u64::from(*inode)));
+            self.unfound = std::mem::take(missing);
+        }
+    }
+
     /// Returns false if the file is not a network namespace.
-    fn try_visit_path(
+    fn try_visit(
         &mut self,
         path: &Path,
+        shown: &Path,
         source: NamespaceSource,
         each: &mut impl FnMut(&Namespace) -> io::Result<()>,
     ) -> io::Result<bool> {
         let named = fs::metadata(path)?;
-        if self.known.contains(&(named.dev(), named.ino())) {
+        let is_other = self.only.is_some_and(|only| u64::from(only) != named.ino());
+        if is_other || self.known.contains(&(named.dev(), named.ino())) {
             return Ok(true);
         }
         let Some((file, opened)) = open(path)? else { return Ok(false) };
@@ -179,7 +270,7 @@ impl NamespaceVisit {
                 .is_ok_and(|current| (current.dev(), current.ino()) == (opened.dev(), opened.ino()));
         let inode = opened.ino();
         let describe = |error: io::Error, hint| {
-            (error.to_string() + hint, Some(format!("{inode} ({})", path.display())))
+            (error.to_string() + hint, Some(format!("{inode} ({})", shown.display())))
         };
         if !is_current
             && let Err(error) = move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
@@ -195,7 +286,7 @@ impl NamespaceVisit {
             inode: u32::try_from(inode).unwrap_or(0),
             cookie: netns_cookie::current().unwrap_or(0),
         };
-        match each(&Namespace { id, path: path.to_owned(), is_current }) {
+        match each(&Namespace { id, path: shown.to_owned(), is_current }) {
             Ok(()) => {
                 self.namespaces.insert(id.inode, id.cookie);
             }
@@ -226,75 +317,36 @@ impl NamespaceVisit {
             0 => {}
             count => unseen.push(format!("network namespaces of processes ({count}): {NEEDS_PTRACE}")),
         }
-        VisitResult { namespaces: self.namespaces, unseen }
-    }
-}
-
-/// Calls `work` on a separate thread that is in this network namespace; the namespace of the caller does not
-/// change. The search for the namespace begins with the namespace of the caller, continues with those of the
-/// processes or threads in `netns_hints`, and then with all others as in [`visit`]. The inode 0 is the namespace of
-/// the caller, because a kernel without namespaces reports no inode.
-///
-/// # Errors
-/// If the namespace cannot be found or entered, or has ended, and the errors of `work`.
-pub fn run_in_namespace<T: Send>(
-    netns: NetnsId,
-    netns_hints: &[u32],
-    work: impl FnOnce() -> io::Result<T> + Send,
-) -> io::Result<T> {
-    thread::scope(|scope| {
-        let thread = thread::Builder::new().name("namespace".to_owned());
-        let thread = thread.spawn_scoped(scope, || {
-            enter(netns.inode, netns_hints)?;
-            match netns_cookie::current() {
-                Some(cookie) if ![0, cookie].contains(&netns.cookie) => {
-                    let why =
-                        format!("network namespace {} has ended; its inode is that of another", netns.inode);
-                    Err(io::Error::new(io::ErrorKind::NotFound, why))
-                }
-                _ => work(),
-            }
-        })?;
-        thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause))
-    })
-}
-
-/// Checks that the calling thread may enter namespaces: it enters the namespace that it is already in.
-pub(super) fn may_enter() -> io::Result<()> {
-    let (file, _) = open(Path::new(CURRENT_NETNS))?.ok_or(io::ErrorKind::NotFound)?;
-    Ok(move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?)
-}
-
-fn enter(netns: u32, netns_hints: &[u32]) -> io::Result<()> {
-    let leads_there = |path: &Path| fs::metadata(path).is_ok_and(|named| named.ino() == u64::from(netns));
-    // If the thread is already in the namespace, it needs no privilege.
-    if netns == 0 || leads_there(Path::new(CURRENT_NETNS)) {
-        return Ok(());
-    }
-    let of_process = |pid: &u32| PathBuf::from(format!("/proc/{pid}/ns/net"));
-    let hinted = netns_hints.iter().map(of_process);
-    let mounts = std::iter::once_with(|| mount_points(&fs::read("/proc/self/mountinfo").unwrap_or_default()));
-    let processes = std::iter::once_with(|| fs::read_dir("/proc").into_iter().flatten().flatten());
-    let all =
-        hinted.chain(mounts.flatten()).chain(processes.flatten().map(|entry| entry.path().join("ns/net")));
-    for path in all.filter(|path| leads_there(path)) {
-        if let Some((file, opened)) = open(&path)?
-            && opened.ino() == u64::from(netns)
-        {
-            let entered = move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network));
-            return entered.map_err(|error| {
-                let error = io::Error::from(error);
-                io::Error::new(error.kind(), format!("network namespace {netns}: {error}{NEEDS_ADMIN}"))
-            });
+        if !self.unfound.is_empty() {
+            unseen.push(unfound_text(&self.unfound, self.is_incomplete));
+        } else if self.is_incomplete {
+            unseen.push(
+                "network namespaces that only an open descriptor leads to: there are too many descriptors"
+                    .into(),
+            );
         }
+        VisitResult { namespaces: self.namespaces, unseen, unfound: self.unfound }
     }
-    let why = format!("no process and no mount leads to network namespace {netns}");
-    Err(io::Error::new(io::ErrorKind::NotFound, why))
+}
+
+/// One line of text about namespaces that exist, and that nothing leads to.
+fn unfound_text(inodes: &BTreeSet<u32>, is_incomplete: bool) -> String {
+    const MAX_NAMED: usize = 8;
+    let named: Vec<_> = inodes.iter().take(MAX_NAMED).map(ToString::to_string).collect();
+    let more = match inodes.len() - named.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let why = match is_incomplete {
+        true => "there are too many descriptors to look for a way to",
+        false => "no process, descriptor or mount leads to",
+    };
+    format!("network namespaces ({}): {why} {}{more}", inodes.len(), named.join(", "))
 }
 
 /// Opens a network namespace. `None`: the file is not a namespace, because the process or the mount has
 /// changed.
-fn open(path: &Path) -> io::Result<Option<(fs::File, fs::Metadata)>> {
+pub(super) fn open(path: &Path) -> io::Result<Option<(fs::File, fs::Metadata)>> {
     let file = fs::OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
     if fstatfs(&file)?.f_type != NSFS_MAGIC {
         return Ok(None);
@@ -308,57 +360,22 @@ fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(ESRCH)
 }
 
-/// Parses the mount points of network namespaces from the text of `/proc/self/mountinfo`.
-pub(super) fn mount_points(mountinfo: &[u8]) -> Vec<PathBuf> {
-    let mount_point = |line: &[u8]| {
-        // The fields are: id, parent, device, root within the file system, mount point.
-        let mut fields = line.split(|byte| *byte == b' ').skip(3);
-        let (root, at) = (fields.next()?, fields.next()?);
-        root.starts_with(b"net:[").then(|| PathBuf::from(OsString::from_vec(unescape(at))))
-    };
-    mountinfo.split(|byte| *byte == b'\n').filter_map(mount_point).collect()
-}
-
-/// Decodes a path of `mountinfo`, in which the kernel writes spaces, newlines and backslashes as three octal
-/// digits.
-fn unescape(path: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(path.len());
-    let mut rest = path;
-    while let [first, tail @ ..] = rest {
-        let octal = tail.first_chunk::<3>().filter(|_| *first == b'\\');
-        let byte = octal.and_then(|digits| u8::from_str_radix(str::from_utf8(digits).ok()?, 8).ok());
-        out.push(byte.unwrap_or(*first));
-        rest = if byte.is_some() { &tail[3..] } else { tail };
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn mounted_namespaces_are_found_at_any_mount_point() {
-        let mountinfo = b"24 1 0:21 / /proc rw,nosuid - proc proc rw\n\
-            31 25 0:4 net:[4026532281] /run/netns/blue rw shared:12 - nsfs nsfs rw\n\
-            32 25 0:4 net:[4026532282] /run/docker/netns/a\\040b\\134c rw - nsfs nsfs rw\n\
-            33 25 0:4 mnt:[4026532283] /run/ns/mnt rw - nsfs nsfs rw\n\
-            34 25 0:22 /net:[1] /odd rw - tmpfs tmpfs rw\n\
-            \n\
-            broken";
+    fn namespaces_that_nothing_leads_to_are_named_as_far_as_there_is_room() {
+        let inodes = |count| (1..=count).collect::<BTreeSet<u32>>();
         assert_eq!(
-            mount_points(mountinfo),
-            [Path::new("/run/netns/blue"), Path::new("/run/docker/netns/a b\\c")]
+            unfound_text(&inodes(2), false),
+            "network namespaces (2): no process, descriptor or mount leads to 1, 2"
         );
-    }
-
-    #[test]
-    fn escapes_are_decoded_once() {
-        for (raw, path) in
-            [("/a\\040b", "/a b"), ("/a\\134040", "/a\\040"), ("/a\\9", "/a\\9"), ("/a\\", "/a\\"), ("", "")]
-        {
-            assert_eq!(unescape(raw.as_bytes()), path.as_bytes(), "{raw}");
-        }
+        let many = unfound_text(&inodes(12), true);
+        assert!(
+            many.contains("(12)") && many.ends_with(" 8 and 4 more") && many.contains("too many"),
+            "{many}"
+        );
     }
 
     #[test]
@@ -368,7 +385,7 @@ mod tests {
         visit.add_refusal("no".to_owned(), Some("1 (/a)".to_owned()));
         visit.add_refusal("no".to_owned(), Some("2 (/b)".to_owned()));
         visit.add_refusal("never".to_owned(), Some("3 (/c)".to_owned()));
-        let VisitResult { namespaces, unseen } = visit.finish();
+        let VisitResult { namespaces, unseen, .. } = visit.finish();
         assert_eq!(namespaces, HashMap::from([(1, 5)]));
         assert_eq!(
             unseen[..2],

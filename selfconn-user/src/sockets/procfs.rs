@@ -116,7 +116,7 @@ fn address(text: &str) -> Option<IpAddr> {
 /// Runs every parser of text in this folder on arbitrary bytes.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn parse_anything(bytes: &[u8]) {
-    let _ = super::netns::mount_points(bytes);
+    let _ = super::netns_search::mount_points(bytes);
     let _ = std::str::from_utf8(bytes).map(|line| parse(line, |_, _, _| true));
 }
 

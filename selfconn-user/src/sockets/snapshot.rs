@@ -7,7 +7,7 @@
 //! an IPv4 socket and an IPv6 socket with a v4-mapped address cannot have the same endpoint at the same time.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     io, panic, thread,
 };
 
@@ -20,7 +20,9 @@ use super::{
     held::{self, HeldSockets},
     holders::{HolderSearch, Holders, find_holders},
     limit::{LeftOut, SnapshotLimit},
-    netns::{self, Namespace},
+    netns::{self, Namespace, VisitOptions},
+    netns_search::SearchLimits,
+    netns_selection::NamespaceSelection,
     table::Tables,
 };
 use crate::{
@@ -43,8 +45,12 @@ pub struct SnapshotOptions<'a> {
     pub max_sockets: Option<usize>,
     /// The iterator over descriptors. With it, the holders are always known and cost no search.
     pub descriptors: Option<&'a DescriptorIter>,
-    /// The iterator over network namespaces. With it, it is known which have ended.
+    /// The iterator over network namespaces. With it, it is known which exist.
     pub namespaces: Option<&'a NamespaceIter>,
+    /// The namespaces to read.
+    pub selection: Option<&'a NamespaceSelection>,
+    /// The inodes for which an earlier search was in vain. `None`: this is a command, whose search goes further.
+    pub unfound: Option<&'a HashSet<u32>>,
 }
 
 /// The self-connections found in the socket tables.
@@ -64,6 +70,8 @@ pub struct SocketSnapshot {
     pub existing: Option<ExistingNamespaces>,
     /// The sockets beyond the limit.
     pub left_out: LeftOut,
+    /// The inodes of the namespaces that exist, and that nothing leads to.
+    pub unfound: HashSet<u32>,
     /// What could not be read, and the reason: one line of text for people each.
     pub unseen: Vec<String>,
     /// The reason why `/proc/net/tcp` was read instead of sock_diag; cookies and interfaces are unknown in
@@ -90,6 +98,16 @@ impl SocketSnapshot {
     pub fn proves_end_of_netns(&self, endpoint: &Endpoint) -> bool {
         self.existing.as_ref().is_some_and(|existing| existing.prove_end_of_netns(endpoint))
             || self.namespaces.get(&endpoint.netns).is_some_and(|cookie| !is_same(*cookie, endpoint))
+    }
+
+    /// True if this endpoint is in a namespace that was asked for.
+    fn selects(&self, selection: Option<&NamespaceSelection>, endpoint: &Endpoint) -> bool {
+        match selection {
+            None | Some(NamespaceSelection::All) => true,
+            Some(NamespaceSelection::Inode(inode)) => endpoint.netns == *inode,
+            // Only that one was visited.
+            Some(NamespaceSelection::Current | NamespaceSelection::At(_)) => self.covers(endpoint),
+        }
     }
 
     /// What the snapshot says about a connection at this endpoint that it does not list.
@@ -175,11 +193,11 @@ fn is_same(cookie: u64, endpoint: &Endpoint) -> bool {
 /// threads are in.
 ///
 /// # Errors
-/// If no thread can be started.
+/// If no thread can be started, or if the only requested namespace cannot be read.
 pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result<SocketSnapshot> {
     let began_ns = clock::boot_ns();
     let mut limit = SnapshotLimit::new(options.max_sockets);
-    let (held, refusal) = match options.descriptors.map(|iter| held::read(iter, &mut limit)) {
+    let (mut held, refusal) = match options.descriptors.map(|iter| held::read(iter, &mut limit)) {
         Some(Ok(held)) => (Some(held), None),
         Some(Err(error)) => (None, Some(format!("the iterator over descriptors: {error}"))),
         None => (None, None),
@@ -187,17 +205,21 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
     limit.begin_next_pass();
     let (existing, existing_refusal) = match options.namespaces.map(existing::list) {
         Some(Ok(existing)) => (Some(existing), None),
-        Some(Err(error)) => (None, Some(format!("the list of network namespaces: {error}"))),
+        Some(Err(error)) => (None, Some(existing::refusal(&error))),
         None => (None, None),
     };
     let holders = held.iter().flat_map(|held| held.tasks.iter());
     let netns_hints: &[u32] = &netns_hints.iter().chain(holders).copied().collect::<Vec<_>>();
+    let existing_inodes = existing.as_ref().map(ExistingNamespaces::inodes);
     let (mut snapshot, devices) = thread::scope(|scope| -> io::Result<_> {
         let thread = thread::Builder::new().name("namespaces".to_owned());
-        let thread =
-            thread.spawn_scoped(scope, || snapshot_all(options, netns_hints, held.as_ref(), &mut limit))?;
-        Ok(thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause)))
+        let visit = || snapshot_all(options, existing_inodes, netns_hints, held.as_ref(), &mut limit);
+        let thread = thread.spawn_scoped(scope, visit)?;
+        thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause))
     })?;
+    if let Some(held) = &mut held {
+        held.select(|endpoint| snapshot.selects(options.selection, endpoint));
+    }
     snapshot.began_ns = began_ns;
     snapshot.existing = existing;
     snapshot.unseen.extend(refusal.into_iter().chain(existing_refusal));
@@ -221,14 +243,19 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
 /// Must be called on a thread that ends afterwards, because the thread stays in the last namespace.
 fn snapshot_all(
     options: SnapshotOptions<'_>,
+    existing: Option<&BTreeSet<u32>>,
     netns_hints: &[u32],
     held: Option<&HeldSockets>,
     limit: &mut SnapshotLimit,
-) -> (SocketSnapshot, DeviceNames) {
+) -> io::Result<(SocketSnapshot, DeviceNames)> {
     let is_held = |inode| held.is_some_and(|held| held.holders.by_inode.contains_key(&inode));
     let (mut snapshot, mut devices) = (SocketSnapshot::default(), DeviceNames::default());
     let mut tables = Tables::new(options.procfs_only);
-    let visited = netns::visit(netns_hints, |&Namespace { id, .. }| {
+    let search = if options.unfound.is_some() { SearchLimits::DAEMON } else { SearchLimits::COMMAND };
+    // Without the list the daemon does not know for what to search.
+    let search = (options.unfound.is_none() || existing.is_some()).then_some(search);
+    let visit = VisitOptions { netns_hints, only: None, existing, unfound: options.unfound, search };
+    let visited = netns::visit_selected(options.selection, visit, |&Namespace { id, .. }| {
         tables.read(options.attempts, limit, &is_held)?;
         let mut cookies = HashSet::new();
         for row in tables.rows.drain(..) {
@@ -244,14 +271,15 @@ fn snapshot_all(
         let here = snapshot.entries.iter().chain(held).map(|entry| &entry.endpoint);
         devices.look_up(here.filter(|endpoint| endpoint.netns == id.inode));
         Ok(())
-    });
+    })?;
     snapshot.namespaces = visited.namespaces;
+    snapshot.unfound = visited.unfound.into_iter().collect();
     snapshot.unseen = visited.unseen;
     snapshot.without_sock_diag = tables.without_diag;
     snapshot.attempts.sort_unstable();
     snapshot.attempts.dedup();
     snapshot.ended_ns = clock::boot_ns();
-    (snapshot, devices)
+    Ok((snapshot, devices))
 }
 
 #[cfg(test)]

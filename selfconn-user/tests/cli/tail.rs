@@ -90,6 +90,46 @@ fn words(lines: &[String]) -> Vec<(&str, &str)> {
 }
 
 #[test]
+fn a_unit_a_container_and_a_namespace_select_events() {
+    let of = |port: u16, fields: &str| {
+        format!(
+            "{{\"time\":\"2026-11-24T03:00:00.000000000Z\",\"event\":\"blocked\",\"addr\":\"127.0.0.1\",\"port\":{port},\
+             {fields}}}\n"
+        )
+    };
+    let own = fs::metadata("/proc/self/ns/net").map(|own| std::os::unix::fs::MetadataExt::ino(&own)).unwrap();
+    let log = Log::of(
+        [
+            of(1, "\"netns\":7,\"unit\":\"web.service\",\"container\":\"0123456789abcdef\""),
+            of(2, &format!("\"netns\":{own},\"unit\":null,\"container\":null")),
+        ]
+        .concat(),
+    );
+    let ports = |options: &[&str]| {
+        let output = tail().args(["--json", "-n", "all"]).args(options).arg(&log.path).output().unwrap();
+        let lines = stdout_lines(&output);
+        lines.iter().map(|line| if line.contains("\"port\":1,") { 1 } else { 2 }).collect::<Vec<_>>()
+    };
+    for (options, expected) in [
+        (&["--unit", "web.service"][..], &[1][..]),
+        (&["--unit", "web"], &[]),
+        (&["--container", "0123456789ab"], &[1]),
+        (&["--container", "123456789ab"], &[]),
+        (&["--netns", "7"], &[1]),
+        (&["--netns", "self"], &[2]),
+        (&["--netns", "/proc/self/ns/net"], &[2]),
+        (&["--netns", "7", "--netns", "self"], &[1, 2]),
+        (&["--netns", "all"], &[1, 2]),
+        (&["--netns", "7", "--unit", "other.service"], &[]),
+    ] {
+        assert_eq!(ports(options), expected, "{options:?}");
+    }
+    let absent = tail().args(["--netns", "/run/no/such"]).arg(&log.path).output().unwrap();
+    assert_eq!(absent.status.code(), Some(2), "{absent:?}");
+    assert!(String::from_utf8_lossy(&absent.stderr).contains("--netns /run/no/such"), "{absent:?}");
+}
+
+#[test]
 fn a_connection_is_one_line_and_open_connections_come_last() {
     let lines = Log::of(example_log()).shows(&[]);
     assert_eq!(

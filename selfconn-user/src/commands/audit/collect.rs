@@ -15,8 +15,9 @@ use anyhow::{Context as _, Result};
 
 use super::services::RequestedServices;
 use crate::{
+    bpf::loader::Iterators,
     ports::{LocalPorts, sysctl},
-    sockets::{self, HolderSearch, Namespace, NamespaceSelection, SocketEntry},
+    sockets::{self, HolderSearch, InspectOptions, Namespace, NamespaceSelection, SocketEntry},
     system::{
         process::{self, ProcessInfo, ProcessProof},
         route,
@@ -112,16 +113,22 @@ pub(super) fn collect(
     procfs_only: bool,
     services: &[RequestedServices],
 ) -> Result<AuditInput> {
-    let inspected = sockets::inspect(selection, procfs_only, |namespace, listeners| {
+    let (iterators, no_list) = Iterators::open();
+    let options = InspectOptions { selection, procfs_only, namespaces: iterators.namespaces.as_ref() };
+    let inspected = sockets::inspect(options, |namespace, listeners| {
         let local_ports = sysctl::local_ports().map_err(|error| io::Error::other(format!("{error:#}")))?;
         let audited_ports = audited_ports(&listeners, services);
         Ok(NamespaceInfo { namespace: namespace.clone(), local_ports, persistence: None, audited_ports })
     });
     let inspected = inspected.with_context(|| match selection {
         NamespaceSelection::At(path) => format!("cannot inspect the network namespace {}", path.display()),
+        NamespaceSelection::Inode(inode) => format!("cannot inspect the network namespace {inode}"),
         _ => "cannot inspect any network namespace".to_owned(),
     })?;
     let (mut namespaces, mut unseen) = (inspected.found, inspected.unseen);
+    if *selection == NamespaceSelection::All {
+        unseen.extend(no_list.map(|why| sockets::no_list(&why)));
+    }
     drop_ports_of_other_namespaces(&mut namespaces);
     unseen.extend(identify_listeners(&mut namespaces));
     let init_namespace = match fs::metadata("/proc/1/ns/net") {

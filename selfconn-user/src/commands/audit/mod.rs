@@ -43,15 +43,16 @@ Examples:
 high: connect() itself can choose the port. low: only a client that binds port 0 before
 connect() or uses IP_LOCAL_PORT_RANGE gets the port, or any client when all better ports are
 taken. none: only a client that names the port gets it. Fixes and reasons: docs/remedies.md.
-Root sees every network namespace. Other users see their own; audit lists what it could not see.";
+Root sees every network namespace that a process, a descriptor or a mount leads to. Other users see their own.
+What could not be looked at is listed as not seen, and as unseen in the summary; the exit code is about the rest.";
 
 /// Options of `audit`.
 #[derive(Debug, clap::Args)]
 pub struct AuditArgs {
     /// Network namespace to audit: the current one, a file such as /run/netns/NAME or
-    /// /proc/PID/ns/net, or all [default: all; with --sysctl self]
-    #[arg(long, value_name = "self|PATH|all")]
-    netns: Option<PathBuf>,
+    /// /proc/PID/ns/net, the one with this inode, or all [default: all; with --sysctl self]
+    #[arg(long, value_name = "self|PATH|INODE|all")]
+    netns: Option<String>,
     /// Also audit this port, or these (30000-32767), with or without a listener; can be repeated
     #[arg(long = "port", value_name = "N[-N]")]
     ports: Vec<String>,
@@ -134,15 +135,13 @@ fn port_options(args: &AuditArgs) -> String {
 }
 
 fn namespace_selection(args: &AuditArgs) -> Result<NamespaceSelection> {
-    match args.netns.as_deref() {
+    match args.netns.as_deref().map(NamespaceSelection::parse) {
         None if args.sysctl => Ok(NamespaceSelection::Current),
         None => Ok(NamespaceSelection::All),
-        Some(name) if name == Path::new("self") => Ok(NamespaceSelection::Current),
-        Some(name) if name == Path::new("all") && args.sysctl => {
+        Some(NamespaceSelection::All) if args.sysctl => {
             bail!("--sysctl needs one network namespace: use --netns self or --netns /run/netns/NAME")
         }
-        Some(name) if name == Path::new("all") => Ok(NamespaceSelection::All),
-        Some(path) => Ok(NamespaceSelection::At(path.to_owned())),
+        Some(selection) => Ok(selection),
     }
 }
 

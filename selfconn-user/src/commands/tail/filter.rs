@@ -14,6 +14,10 @@ pub(super) struct Filter {
     pub(super) pids: Vec<u32>,
     pub(super) comms: Vec<String>,
     pub(super) events: Vec<String>,
+    pub(super) units: Vec<String>,
+    pub(super) containers: Vec<String>,
+    /// Inodes.
+    pub(super) namespaces: Vec<u64>,
 }
 
 impl Filter {
@@ -24,6 +28,15 @@ impl Filter {
         (if self.events.is_empty() { record.event() != "state" } else { self.events.iter().any(is_named) })
             && self.since.is_none_or(|since| record.time().is_none_or(|time| time >= since))
             && matches_any(&self.ports, |port| record.number("port") == Some(u64::from(*port)))
+            && matches_any(&self.namespaces, |netns| record.number("netns") == Some(*netns))
+            && matches_any(&self.units, |unit| {
+                in_event_or_nested(record, |part| part.text("unit") == Some(unit))
+            })
+            && matches_any(&self.containers, |container| {
+                in_event_or_nested(record, |part| {
+                    part.text("container").is_some_and(|id| id.starts_with(container))
+                })
+            })
             && matches_any(&self.pids, |pid| {
                 in_event_or_nested(record, |part| part.number("pid") == Some(u64::from(*pid)))
             })
@@ -104,6 +117,32 @@ mod tests {
             let comms: Vec<String> = comms.into_iter().map(ToOwned::to_owned).collect();
             let filter = Filter { ports, pids, comms, ..none.clone() };
             assert_eq!(is_shown(CLOSED, &filter), is_expected, "{filter:?}");
+        }
+    }
+
+    #[test]
+    fn a_unit_a_container_and_a_namespace_select() {
+        let line = br#"{"event":"blocked","netns":5,"unit":"web.service","container":"0123456789abcdef",
+            "holder":{"unit":"db.service"}}"#;
+        let filter = |unit: &str, container: &str, namespaces: &[u64]| Filter {
+            units: [unit].iter().filter(|unit| !unit.is_empty()).map(ToString::to_string).collect(),
+            containers: [container].iter().filter(|id| !id.is_empty()).map(ToString::to_string).collect(),
+            namespaces: namespaces.to_vec(),
+            ..Filter::default()
+        };
+        for (unit, container, namespaces, is_expected) in [
+            ("web.service", "", &[][..], true),
+            ("db.service", "", &[], true),
+            ("web", "", &[], false),
+            ("", "0123456789ab", &[], true),
+            ("", "123456789ab", &[], false),
+            ("", "", &[4, 5], true),
+            ("", "", &[4], false),
+            ("web.service", "0123456789ab", &[4], false),
+        ] {
+            let filter = filter(unit, container, namespaces);
+            assert_eq!(is_shown(line, &filter), is_expected, "{filter:?}");
+            assert!(!is_shown(br#"{"event":"stopped"}"#, &filter));
         }
     }
 

@@ -12,7 +12,10 @@ use std::{
 use anyhow::{Context as _, Error, Result, anyhow};
 use jiff::Timestamp;
 
-use crate::event::text::{LogRecord, Style, parse};
+use crate::{
+    event::text::{LogRecord, Style, parse},
+    sockets::NamespaceSelection,
+};
 use filter::Filter;
 use journal::JournalReader;
 use lines::LineSplitter;
@@ -70,6 +73,16 @@ pub struct TailArgs {
     /// Only events that name a process or thread of this name
     #[arg(long, value_name = "NAME")]
     comm: Vec<String>,
+    /// Only events that name this systemd unit
+    #[arg(long, value_name = "NAME")]
+    unit: Vec<String>,
+    /// Only events that name the container whose id begins so
+    #[arg(long, value_name = "ID")]
+    container: Vec<String>,
+    /// Only events of this network namespace: the current one, that of a file such as /run/netns/NAME or
+    /// /proc/PID/ns/net, or the one with this inode; all are shown without it
+    #[arg(long, value_name = "self|PATH|INODE|all")]
+    netns: Vec<String>,
     /// Only events of this kind; `state` is shown only with this option
     #[arg(long, value_name = "EVENT")]
     event: Vec<String>,
@@ -96,6 +109,9 @@ pub fn run(args: &TailArgs) -> Result<ExitCode> {
         pids: args.pid.clone(),
         comms: args.comm.clone(),
         events: args.event.clone(),
+        units: args.unit.clone(),
+        containers: args.container.clone(),
+        namespaces: namespaces(&args.netns)?,
     };
     let count = args.lines.unwrap_or(if args.since.is_some() { usize::MAX } else { DEFAULT_LINES });
     let mut output = TailOutput::new(filter, args.json);
@@ -110,6 +126,18 @@ pub fn run(args: &TailArgs) -> Result<ExitCode> {
     }
     output.report_skipped_lines();
     Ok(ExitCode::SUCCESS)
+}
+
+/// The inodes of these namespaces. Empty: all.
+fn namespaces(arguments: &[String]) -> Result<Vec<u64>> {
+    let mut inodes = Vec::new();
+    for argument in arguments {
+        match NamespaceSelection::parse(argument).inode().with_context(|| format!("--netns {argument}"))? {
+            Some(inode) => inodes.push(inode),
+            None => return Ok(Vec::new()),
+        }
+    }
+    Ok(inodes)
 }
 
 fn journal(args: &TailArgs, output: &mut TailOutput) -> Result<()> {

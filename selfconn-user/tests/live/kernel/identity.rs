@@ -183,7 +183,8 @@ fn a_socket_that_another_one_hides_is_reported_as_failed_and_nothing_is_destroye
         let options = ["scan", "--json", "--destroy", "--only", &only, "--only", rule];
         let output = Command::new(selfconn()).args(options).output().unwrap();
         let rows = String::from_utf8(output.stdout).unwrap();
-        let rows: Vec<Value> = rows.lines().map(|row| serde_json::from_str(row).unwrap()).collect();
+        let mut rows: Vec<Value> = rows.lines().map(|row| serde_json::from_str(row).unwrap()).collect();
+        assert_eq!(rows.pop().unwrap()["event"], "summary");
         (output.status.code(), rows)
     };
     let of = |rows: &[Value], socket: &Socket| {

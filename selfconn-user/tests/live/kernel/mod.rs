@@ -13,3 +13,4 @@ pub(crate) mod reconcile;
 pub(crate) mod rps;
 pub(crate) mod scan;
 pub(crate) mod scan_destroy;
+pub(crate) mod unseen;

@@ -22,7 +22,9 @@ fn scan(net: TestNetns, options: &[&str]) -> (Option<i32>, Vec<Value>) {
     let output =
         Command::new(selfconn()).args(["scan", "--json", "--only", &only]).args(options).output().unwrap();
     let rows = String::from_utf8(output.stdout).unwrap();
-    (output.status.code(), rows.lines().map(|row| serde_json::from_str(row).unwrap()).collect())
+    let mut rows: Vec<Value> = rows.lines().map(|row| serde_json::from_str(row).unwrap()).collect();
+    assert_eq!(rows.pop().unwrap()["event"], "summary");
+    (output.status.code(), rows)
 }
 
 #[test]

@@ -173,6 +173,20 @@ pub(crate) fn receive_fd(from: impl AsFd) -> OwnedFd {
     received.next().expect("the message has a descriptor")
 }
 
+/// Gives the calling thread a mount namespace, in which a file is this network namespace.
+fn mount_in_own_mount_namespace(namespace: &std::fs::File) {
+    use rustix::{
+        mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change},
+        thread::{UnshareFlags, unshare_unsafe},
+    };
+    // SAFETY: only the flag FILES could take descriptors away from other threads, and it is not set.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+    mount("none", "/tmp", "tmpfs", MountFlags::empty(), None).unwrap();
+    std::fs::write("/tmp/namespace", "").unwrap();
+    mount_bind(format!("/proc/thread-self/fd/{}", namespace.as_raw_fd()), "/tmp/namespace").unwrap();
+}
+
 /// Gives up root, on every thread of this process.
 fn become_nobody() {
     const NOBODY: libc::uid_t = 65_534;
@@ -389,6 +403,19 @@ fn run_helper_process() {
                 print_output(&net.inode.to_string());
                 wait_for_stdin_eof();
             });
+        }
+        "keep a namespace by a mount in a mount namespace" => {
+            let namespace = TestNetns::with_new_in_helper(|_| {
+                drop(connect());
+                std::fs::File::open("/proc/thread-self/ns/net").unwrap()
+            });
+            mount_in_own_mount_namespace(&namespace);
+            let inode = std::os::unix::fs::MetadataExt::ino(&namespace.metadata().unwrap());
+            drop(namespace);
+            print_output(&inode.to_string());
+            // From here on the first thread of this process is in that mount namespace, too.
+            let error = command("wait").exec();
+            panic!("{error}");
         }
         "hold without a first thread" => {
             set_process_name("no-leader");

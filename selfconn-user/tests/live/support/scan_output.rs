@@ -13,7 +13,10 @@ pub(crate) const METHODS: [&[&str]; 2] = [&[], &["--procfs"]];
 #[derive(Debug)]
 pub(crate) struct ScanOutput {
     pub(crate) code: Option<i32>,
+    /// Without the last line.
     pub(crate) rows: Vec<Value>,
+    /// `unseen` of the last line.
+    pub(crate) unseen: Vec<String>,
     pub(crate) stderr: String,
 }
 
@@ -24,15 +27,15 @@ impl ScanOutput {
 
     pub(crate) fn from_command(command: &mut Command) -> Self {
         let output = command.arg("--json").output().unwrap();
-        Self {
-            code: output.status.code(),
-            rows: String::from_utf8(output.stdout)
-                .unwrap()
-                .lines()
-                .map(|line| parse_line("scan", line))
-                .collect(),
-            stderr: String::from_utf8(output.stderr).unwrap(),
-        }
+        let mut rows: Vec<Value> =
+            String::from_utf8(output.stdout).unwrap().lines().map(|line| parse_line("scan", line)).collect();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        let summary = rows.pop().unwrap_or_else(|| panic!("{:?}: {stderr}", output.status));
+        assert_eq!(summary["event"], "summary", "{summary}");
+        assert_eq!(summary["connections"], rows.len(), "{summary}");
+        let text = |item: &Value| item.as_str().unwrap().to_owned();
+        let unseen = summary["unseen"].as_array().unwrap().iter().map(text).collect();
+        Self { code: output.status.code(), rows, unseen, stderr }
     }
 
     /// The rows of one namespace. Other tests run at the same time.
@@ -41,9 +44,10 @@ impl ScanOutput {
     }
 
     /// The lines of stderr, except those about processes that even root may not inspect without
-    /// CAP_SYS_PTRACE.
+    /// CAP_SYS_PTRACE, and about namespaces that nothing leads to, which other programs may have.
     pub(crate) fn unexpected_stderr(&self) -> Vec<&str> {
-        self.stderr.lines().filter(|line| !line.contains("CAP_SYS_PTRACE")).collect()
+        let is_expected = |line: &str| line.contains("CAP_SYS_PTRACE") || line.contains("or mount leads to");
+        self.stderr.lines().filter(|line| !is_expected(line)).collect()
     }
 
     #[track_caller]

@@ -1,0 +1,194 @@
+//! Ways to network namespaces that no process leader and no mount of ours leads to: through other threads, through open
+//! descriptors, and through mounts in other mount namespaces. Only paths are found here; `netns.rs` enters them.
+//!
+//! No look at another process's file may wait for that process: a descriptor that changes meanwhile may be one of a
+//! FUSE file. So it is opened as a path only, and what it is is read from its name, which the kernel makes.
+
+use std::{
+    collections::HashSet,
+    ffi::OsString,
+    fs,
+    os::{
+        fd::AsRawFd as _,
+        unix::{ffi::OsStringExt as _, fs::MetadataExt as _},
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{Mode, OFlags, open};
+
+/// How far a search goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SearchLimits {
+    /// The maximum number of descriptors that are looked at. A look takes about 3 µs.
+    pub(super) descriptors: usize,
+    /// True if the mounts of other mount namespaces are looked at, too: their paths lead through directories that may
+    /// be anybody's file system.
+    pub(super) mounts: bool,
+}
+
+impl SearchLimits {
+    /// For a command, which may take a few seconds where it must.
+    pub(super) const COMMAND: Self = Self { descriptors: 1_000_000, mounts: true };
+    /// For the daemon, which searches again only for a namespace that is new.
+    pub(super) const DAEMON: Self = Self { descriptors: 100_000, mounts: false };
+}
+
+/// A file that is a network namespace.
+pub(super) struct Lead {
+    /// The path by which it is opened: it can't be another file than it was.
+    pub(super) path: PathBuf,
+    /// The path to show.
+    pub(super) shown: PathBuf,
+}
+
+/// Calls `each` for the leads to namespaces whose inode is wanted, until it returns true, or until there are no more.
+/// Returns false if the limits ended it.
+pub(super) fn search(
+    limits: SearchLimits,
+    is_wanted: impl Fn(u64) -> bool,
+    mut each: impl FnMut(&Lead) -> bool,
+) -> bool {
+    let processes: Vec<PathBuf> = numbered(Path::new("/proc")).collect();
+    for process in &processes {
+        for thread in numbered(&process.join("task")) {
+            let path = thread.join("ns/net");
+            let is_other = thread.file_name() != process.file_name();
+            if is_other
+                && fs::metadata(&path).is_ok_and(|namespace| is_wanted(namespace.ino()))
+                && each(&Lead { shown: path.clone(), path })
+            {
+                return true;
+            }
+        }
+    }
+    let mut left = limits.descriptors;
+    for process in &processes {
+        let mut descriptors: Box<dyn Iterator<Item = PathBuf>> = Box::new(numbered(&process.join("fd")));
+        // The first thread has ended, or has no descriptor. The others may have.
+        let mut first = descriptors.next();
+        if first.is_none() {
+            let tables = numbered(&process.join("task")).take(2).collect::<Vec<_>>();
+            descriptors = Box::new(tables.into_iter().flat_map(|thread| numbered(&thread.join("fd"))));
+            first = descriptors.next();
+        }
+        for descriptor in first.into_iter().chain(descriptors) {
+            if left == 0 {
+                return false;
+            }
+            left -= 1;
+            let inode = fs::read_link(&descriptor).ok().and_then(|target| namespace_inode(&target));
+            if !inode.is_some_and(&is_wanted) {
+                continue;
+            }
+            let Ok(file) = open(&descriptor, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) else { continue };
+            let path = PathBuf::from(format!("/proc/thread-self/fd/{}", file.as_raw_fd()));
+            let is_same = fs::read_link(&path).ok().and_then(|target| namespace_inode(&target)) == inode;
+            if is_same && each(&Lead { path, shown: descriptor }) {
+                return true;
+            }
+        }
+    }
+    if limits.mounts {
+        let mut known = HashSet::new();
+        known.extend(fs::metadata("/proc/self/ns/mnt").map(|own| own.ino()));
+        let own_users = fs::metadata("/proc/self/ns/user").map(|users| users.ino()).ok();
+        for process in &processes {
+            // In a mount namespace of another user namespace, its user may mount what answers no request.
+            let users = fs::metadata(process.join("ns/user")).map(|users| users.ino()).ok();
+            let is_new = fs::metadata(process.join("ns/mnt")).is_ok_and(|mounts| known.insert(mounts.ino()));
+            if !is_new || users != own_users {
+                continue;
+            }
+            for mount in mount_points(&fs::read(process.join("mountinfo")).unwrap_or_default()) {
+                let path = process.join("root").join(mount.strip_prefix("/").unwrap_or(&mount));
+                if fs::metadata(&path).is_ok_and(|namespace| is_wanted(namespace.ino()))
+                    && each(&Lead { shown: path.clone(), path })
+                {
+                    return true;
+                }
+            }
+        }
+    }
+    true
+}
+
+/// The entries of a directory whose names are numbers.
+fn numbered(directory: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit))
+        .map(|entry| entry.path())
+}
+
+/// The inode in `net:[4026531833]`.
+fn namespace_inode(target: &Path) -> Option<u64> {
+    target.to_str()?.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok()
+}
+
+/// Parses the mount points of network namespaces from the text of `/proc/self/mountinfo`.
+pub(super) fn mount_points(mountinfo: &[u8]) -> Vec<PathBuf> {
+    let mount_point = |line: &[u8]| {
+        // The fields are: id, parent, device, root within the file system, mount point.
+        let mut fields = line.split(|byte| *byte == b' ').skip(3);
+        let (root, at) = (fields.next()?, fields.next()?);
+        root.starts_with(b"net:[").then(|| PathBuf::from(OsString::from_vec(unescape(at))))
+    };
+    mountinfo.split(|byte| *byte == b'\n').filter_map(mount_point).collect()
+}
+
+/// Decodes a path of `mountinfo`, in which the kernel writes spaces, newlines and backslashes as three octal
+/// digits.
+fn unescape(path: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(path.len());
+    let mut rest = path;
+    while let [first, tail @ ..] = rest {
+        let octal = tail.first_chunk::<3>().filter(|_| *first == b'\\');
+        let byte = octal.and_then(|digits| u8::from_str_radix(str::from_utf8(digits).ok()?, 8).ok());
+        out.push(byte.unwrap_or(*first));
+        rest = if byte.is_some() { &tail[3..] } else { tail };
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_namespace_is_known_by_the_name_that_the_kernel_gives_it() {
+        for (target, inode) in [
+            ("net:[4026531833]", Some(4_026_531_833)),
+            ("mnt:[4026531833]", None),
+            ("/net:[1]", None),
+            ("net:[1] (deleted)", None),
+            ("socket:[1]", None),
+        ] {
+            assert_eq!(namespace_inode(Path::new(target)), inode, "{target}");
+        }
+    }
+
+    #[test]
+    fn mounted_namespaces_are_found_at_any_mount_point() {
+        let mountinfo = b"24 1 0:21 / /proc rw,nosuid - proc proc rw\n\
+            31 25 0:4 net:[4026532281] /run/netns/blue rw shared:12 - nsfs nsfs rw\n\
+            32 25 0:4 net:[4026532282] /run/docker/netns/a\\040b\\134c rw - nsfs nsfs rw\n\
+            33 25 0:4 mnt:[4026532283] /run/ns/mnt rw - nsfs nsfs rw\n\
+            34 25 0:22 /net:[1] /odd rw - tmpfs tmpfs rw\n\
+            \n\
+            broken";
+        assert_eq!(
+            mount_points(mountinfo),
+            [Path::new("/run/netns/blue"), Path::new("/run/docker/netns/a b\\c")]
+        );
+    }
+
+    #[test]
+    fn escapes_are_decoded_once() {
+        for (raw, path) in
+            [("/a\\040b", "/a b"), ("/a\\134040", "/a\\040"), ("/a\\9", "/a\\9"), ("/a\\", "/a\\"), ("", "")]
+        {
+            assert_eq!(unescape(raw.as_bytes()), path.as_bytes(), "{raw}");
+        }
+    }
+}
