@@ -64,7 +64,7 @@ pub(crate) fn outcome_of(socket: &Socket, errno: i32) -> DialOutcome {
     let timeout = if errno == EINPROGRESS { Duration::from_secs(10) } else { Duration::ZERO };
     poll(&mut polled, Some(&timeout.try_into().unwrap())).unwrap();
     let poll = polled[0].revents();
-    let error = socket_error(socket.as_fd()).unwrap().err().map_or(0, |error| error.raw_os_error());
+    let error = socket_error(socket.as_fd()).unwrap().err().map_or(0, rustix::io::Errno::raw_os_error);
     DialOutcome { errno, poll, error, is_connected: socket.peer_addr().is_ok() }
 }
 
