@@ -31,6 +31,7 @@ mod entry_points {
         guard,
         kernel_read::{BtfOffsets, DirectLoad, Layout, ProbeRead, StaticOffsets},
         namespaces::{self, TaskContext},
+        registers::{self, Arm64, Registers, X86_64},
         sock::{Ports, SelfAddr, Sock},
         tcp_state::{self, StateChange},
         tracepoint_record::TracepointRecord,
@@ -109,35 +110,49 @@ mod entry_points {
         0
     }
 
-    /// The same function through a kprobe.
+    /// The same function through a kprobe, on x86-64.
     #[kprobe(function = "tcp_set_state")]
     fn selfconn_kprobe(ctx: ProbeContext) -> u32 {
-        kprobe::<StaticOffsets>(ctx, Sock::head_by_fewest_reads)
+        kprobe::<StaticOffsets, X86_64>(ctx, Sock::head_by_fewest_reads)
     }
 
     /// The same program with address offsets from BTF.
     #[kprobe(function = "tcp_set_state")]
     fn selfconn_kprobe_btf_offsets(ctx: ProbeContext) -> u32 {
-        kprobe::<BtfOffsets>(ctx, |sock| {
-            let self_addr = sock.self_addr::<BtfOffsets>()?;
-            Some((self_addr, sock.ports::<BtfOffsets>(), sock.state::<BtfOffsets>()))
-        })
+        kprobe::<BtfOffsets, X86_64>(ctx, head_by_btf_offsets)
+    }
+
+    /// The same function through a kprobe, on arm64.
+    #[kprobe(function = "tcp_set_state")]
+    fn selfconn_kprobe_arm64(ctx: ProbeContext) -> u32 {
+        kprobe::<StaticOffsets, Arm64>(ctx, Sock::head_by_fewest_reads)
+    }
+
+    /// The same program with address offsets from BTF.
+    #[kprobe(function = "tcp_set_state")]
+    fn selfconn_kprobe_arm64_btf_offsets(ctx: ProbeContext) -> u32 {
+        kprobe::<BtfOffsets, Arm64>(ctx, head_by_btf_offsets)
     }
 
     #[inline(always)]
-    fn kprobe<L: Layout>(
+    fn head_by_btf_offsets(sock: Sock<ProbeRead>) -> Option<(SelfAddr, Ports, u8)> {
+        let self_addr = sock.self_addr::<BtfOffsets>()?;
+        Some((self_addr, sock.ports::<BtfOffsets>(), sock.state::<BtfOffsets>()))
+    }
+
+    #[inline(always)]
+    fn kprobe<L: Layout, R: Registers>(
         ctx: ProbeContext,
         read_head: impl Fn(Sock<ProbeRead>) -> Option<(SelfAddr, Ports, u8)>,
     ) -> u32 {
-        if let (Some(sk), Some(new)) = (ctx.arg::<*const u8>(0), ctx.arg::<i32>(1)) {
-            let sock = Sock::<ProbeRead>::new(sk);
-            if let Some((self_addr, ports, old)) = read_head(sock) {
-                let change = StateChange { old, new: new as u8 };
-                tcp_state::on_socket::<_, _, L, { probe_id(KPROBE) }>(ctx, sock, self_addr, ports, change);
-            } else if new as u8 == state::CLOSE && sock.state::<L>() == state::LISTEN {
-                // The state is read only where a socket ends, because each read is a call.
-                tcp_state::on_listener_closed(sock);
-            }
+        let (sk, new) = registers::arguments::<R>(&ctx);
+        let sock = Sock::<ProbeRead>::new(sk as *const u8);
+        if let Some((self_addr, ports, old)) = read_head(sock) {
+            let change = StateChange { old, new: new as u8 };
+            tcp_state::on_socket::<_, _, L, { probe_id(KPROBE) }>(ctx, sock, self_addr, ports, change);
+        } else if new as u8 == state::CLOSE && sock.state::<L>() == state::LISTEN {
+            // The state is read only where a socket ends, because each read is a call.
+            tcp_state::on_listener_closed(sock);
         }
         0
     }

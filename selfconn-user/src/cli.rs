@@ -8,14 +8,14 @@ use clap::{Parser, Subcommand};
 
 use crate::commands::{audit, doctor, repro, run, scan, schema, tail};
 
-/// The output of `--version`: version, commit, and checksum of the eBPF object.
+/// The output of `--version`: version, commit, and checksum and architectures of the eBPF object.
 pub const VERSION: &str = concat!(
     env!("CARGO_PKG_VERSION"),
     " (commit ",
     env!("SELFCONN_COMMIT"),
     ", eBPF object ",
     env!("SELFCONN_OBJECT"),
-    ")"
+    " for x86_64 and aarch64)"
 );
 
 const AFTER_HELP: &str = "\

@@ -1,7 +1,7 @@
 //! `cargo xtask build-ebpf`: compiles and links the eBPF programs, and puts them without DWARF into `bpf/` of
 //! the target directory, with the fingerprint of their sources.
 
-use std::{env, fs, time::Instant};
+use std::{fs, time::Instant};
 
 use anyhow::{Context as _, Result};
 
@@ -61,10 +61,56 @@ fn rustflags(workspace: &Workspace, rust: &Rust, linker: &Linker) -> Result<Vec<
     let mut flags = vec![
         format!("-Clinker={}", utf8(&linker.path)?),
         "-Clink-arg=--btf".to_owned(),
-        // For aya-ebpf: the architecture whose registers a kprobe reads.
-        format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH),
+        // aya-ebpf asks for an architecture, for the registers that a kprobe reads. The programs read registers
+        // themselves, for each architecture, so the object is the same wherever it is built.
+        "--cfg=bpf_target_arch=\"x86_64\"".to_owned(),
     ];
     // BTF contains the paths of source files.
     flags.extend(remap::flags(&workspace.root, &rust.sysroot)?);
     Ok(flags)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use object::{Object as _, ObjectSection as _, ObjectSymbol as _, read::elf::ElfFile64};
+
+    use super::*;
+
+    /// The offsets of the first two loads of a program through its context, which is in the first register when
+    /// it begins.
+    fn first_loads(object: &ElfFile64<'_>, program: &str) -> BTreeSet<i16> {
+        const CLASS_LDX: u8 = 1;
+        const DOUBLE_WORD: u8 = 0x79;
+        let symbol = object.symbols().find(|symbol| symbol.name() == Ok(program)).expect(program);
+        let section = object.section_by_index(symbol.section_index().expect("a section")).expect("a section");
+        let code = section.data().expect("its code");
+        let begin = symbol.address() as usize;
+        let instructions = code[begin..begin + symbol.size() as usize].chunks_exact(8);
+        let loads = instructions.filter(|instruction| instruction[0] & 7 == CLASS_LDX).take(2);
+        loads
+            .map(|load| {
+                assert_eq!(load[0], DOUBLE_WORD, "{program}: {load:?}");
+                i16::from_le_bytes([load[2], load[3]])
+            })
+            .collect()
+    }
+
+    /// With an object in which a program reads the registers of another architecture, a kprobe loads and sees
+    /// nothing.
+    #[test]
+    fn the_object_reads_the_registers_of_each_architecture() {
+        let workspace = Workspace::find().expect("the workspace");
+        let bytes = fs::read(workspace.object(OBJECTS[0])).expect("the object: run cargo xtask build-ebpf");
+        let object: ElfFile64<'_> = ElfFile64::parse(&*bytes).expect("the object");
+        for (program, registers) in [
+            ("selfconn_kprobe", [112, 104]),
+            ("selfconn_kprobe_btf_offsets", [112, 104]),
+            ("selfconn_kprobe_arm64", [0, 8]),
+            ("selfconn_kprobe_arm64_btf_offsets", [0, 8]),
+        ] {
+            assert_eq!(first_loads(&object, program), registers.into(), "{program}");
+        }
+    }
 }

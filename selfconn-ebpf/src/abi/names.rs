@@ -28,8 +28,10 @@ pub const TP_BTF: &str = "selfconn_tp_btf";
 pub const PERF: &str = "selfconn_perf";
 /// `tcp_set_state`, fentry.
 pub const FENTRY: &str = "selfconn_fentry";
-/// `tcp_set_state`, kprobe.
+/// `tcp_set_state`, kprobe, on x86-64.
 pub const KPROBE: &str = "selfconn_kprobe";
+/// `tcp_set_state`, kprobe, on arm64.
+pub const KPROBE_ARM64: &str = "selfconn_kprobe_arm64";
 
 /// [`TP_BTF`] for kernels whose address offsets differ from [`crate::STATIC_OFFSETS`]: it reads them from
 /// [`OFFSETS`].
@@ -38,6 +40,28 @@ pub const TP_BTF_OFFSETS: &str = "selfconn_tp_btf_offsets";
 pub const FENTRY_BTF_OFFSETS: &str = "selfconn_fentry_btf_offsets";
 /// [`KPROBE`] for the same kernels.
 pub const KPROBE_BTF_OFFSETS: &str = "selfconn_kprobe_btf_offsets";
+/// [`KPROBE_ARM64`] for the same kernels.
+pub const KPROBE_ARM64_BTF_OFFSETS: &str = "selfconn_kprobe_arm64_btf_offsets";
+
+/// The programs that depend on the architecture: where a kprobe finds the arguments of a function. The object has
+/// them for each of these, so one object is right on all. The architecture as Rust names it; the program with
+/// static offsets, and the one with offsets from BTF.
+pub const KPROBES: [(&str, &str, &str); 2] =
+    [("x86_64", KPROBE, KPROBE_BTF_OFFSETS), ("aarch64", KPROBE_ARM64, KPROBE_ARM64_BTF_OFFSETS)];
+
+/// The kprobe program of an architecture. `None`: the object has none for it.
+#[must_use]
+pub const fn kprobe(arch: &str, uses_static_offsets: bool) -> Option<&'static str> {
+    let mut at = 0;
+    while at < KPROBES.len() {
+        let (known, with_static, with_btf) = KPROBES[at];
+        if is_equal(known.as_bytes(), arch.as_bytes()) {
+            return Some(if uses_static_offsets { with_static } else { with_btf });
+        }
+        at += 1;
+    }
+    None
+}
 
 /// `inet_csk_get_port`, fexit.
 pub const BIND_FEXIT: &str = "selfconn_bind_fexit";

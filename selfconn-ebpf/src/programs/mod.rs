@@ -11,6 +11,7 @@ pub(crate) mod kernel_read;
 pub(crate) mod namespaces;
 pub(crate) mod owners;
 mod refused_connects;
+pub(crate) mod registers;
 mod ring_buffer;
 pub(crate) mod sock;
 mod task;

@@ -2,7 +2,7 @@
 //! preference, and the reasons why a method can be unavailable. Everything here is pure: the caller passes in
 //! a function that attaches a method, so every decision is tested without a kernel.
 
-use std::fmt;
+use std::{env::consts::ARCH, fmt};
 
 use selfconn_ebpf::names;
 
@@ -75,7 +75,8 @@ impl Method {
         }
     }
 
-    /// The name of the program that implements this method, with static offsets or with offsets from BTF.
+    /// The name of the program that implements this method on this architecture, with static offsets or with
+    /// offsets from BTF.
     #[must_use]
     pub const fn program(self, uses_static_offsets: bool) -> &'static str {
         match self {
@@ -84,8 +85,11 @@ impl Method {
             Self::Perf => names::PERF,
             Self::Fentry if uses_static_offsets => names::FENTRY,
             Self::Fentry => names::FENTRY_BTF_OFFSETS,
-            Self::Kprobe if uses_static_offsets => names::KPROBE,
-            Self::Kprobe => names::KPROBE_BTF_OFFSETS,
+            Self::Kprobe => match names::kprobe(ARCH, uses_static_offsets) {
+                Some(name) => name,
+                // `KernelFeatures::check_method` refuses the method.
+                None => "",
+            },
         }
     }
 

@@ -55,3 +55,45 @@ pub struct BindChoice {
     /// The methods that were tried and are not attached, with the reasons.
     pub refused: Vec<(BindMethod, Refusal)>,
 }
+
+impl BindChoice {
+    /// Checks that the user's request is met; the error says why not.
+    ///
+    /// # Errors
+    /// If the requested method is not attached.
+    pub fn satisfies(&self, requested: RequestedBindMethod) -> Result<(), String> {
+        match requested {
+            RequestedBindMethod::Only(method) if self.live != Some(method) => {
+                let reason = self.refused.iter().find(|(refused, _)| *refused == method);
+                let reason = reason.map_or("it was not tried".to_owned(), |(_, why)| why.to_string());
+                Err(format!("failed binds cannot be observed by {} ({reason})", method.name()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_method_that_was_named_must_be_attached() {
+        let refused = || vec![(BindMethod::Fexit, Refusal::Unsupported("too old".to_owned()))];
+        let by_perf = BindChoice { live: Some(BindMethod::Perf), refused: refused() };
+        let by_none = BindChoice { live: None, refused: refused() };
+        for (choice, requested, error) in [
+            (&by_perf, RequestedBindMethod::Auto, None),
+            (&by_perf, RequestedBindMethod::Only(BindMethod::Perf), None),
+            (&by_none, RequestedBindMethod::Auto, None),
+            (&by_none, RequestedBindMethod::Off, None),
+            (
+                &by_none,
+                RequestedBindMethod::Only(BindMethod::Fexit),
+                Some("failed binds cannot be observed by fexit (unsupported: too old)"),
+            ),
+        ] {
+            assert_eq!(choice.satisfies(requested).err().as_deref(), error, "{choice:?} {requested:?}");
+        }
+    }
+}

@@ -4,7 +4,7 @@
 //! Features are probed and never derived from version numbers, because distributions backport features and
 //! policies can forbid a feature that a version has.
 
-use std::{fs, io};
+use std::{env::consts::ARCH, fs, io};
 
 use anyhow::Context as _;
 use aya::{
@@ -13,7 +13,7 @@ use aya::{
 };
 use rustix::thread::CapabilitySet;
 use selfconn_ebpf::{
-    ABSENT, DEATH_ROW, FIELDS, Field, OTHER_NET_REFS, PORT_RANGE, cgroup_access, task_access,
+    ABSENT, DEATH_ROW, FIELDS, Field, OTHER_NET_REFS, PORT_RANGE, cgroup_access, names, task_access,
     uses_static_offsets,
 };
 
@@ -228,6 +228,9 @@ impl KernelFeatures {
                 self.check_probe_read()?;
                 let text = tracefs::read_format("sock/inet_sock_set_state").map_err(Refusal::Unsupported)?;
                 format::check(&text, format::SET_STATE).map_err(Refusal::Unsupported)
+            }
+            Method::Kprobe if names::kprobe(ARCH, true).is_none() => {
+                Err(Refusal::Unsupported(format!("the eBPF object has no kprobe program for {ARCH}")))
             }
             Method::Kprobe if !self.kprobes => unsupported("the kernel was built without CONFIG_KPROBES"),
             Method::Kprobe => {

@@ -177,6 +177,7 @@ impl Tracer {
             }
         }
         choice.satisfies(options.hooks).map_err(|why| anyhow!(why))?;
+        binds.satisfies(options.bind_method).map_err(|why| anyhow!(why))?;
         let ring = RingBuf::try_from(take_map(&mut ebpf, names::RECORDS)?)?;
         let bind_ring = RingBuf::try_from(take_map(&mut ebpf, names::BIND_RECORDS)?)?;
         let guard_ring = RingBuf::try_from(take_map(&mut ebpf, names::GUARD_RECORDS)?)?;

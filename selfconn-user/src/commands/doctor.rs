@@ -3,11 +3,12 @@
 //!
 //! Each method is attached for a moment, because only the kernel knows what it refuses.
 
-use std::{fmt::Write as _, process::ExitCode};
+use std::{env::consts::ARCH, fmt::Write as _, process::ExitCode};
 
 use anyhow::{Context as _, Result};
 use rustix::thread::CapabilitySet;
 use schemars::JsonSchema;
+use selfconn_ebpf::names;
 use serde::Serialize;
 
 use crate::{
@@ -225,7 +226,14 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
     let lockdown = features.lockdown.as_deref().unwrap_or("unknown (securityfs is not mounted)");
     let missing = capabilities::names(features.missing_capabilities()).join(", ");
     let remedy = sockets::can_destroy().and_then(|()| sockets::can_enter());
+    let architectures: Vec<_> = names::KPROBES.iter().map(|(arch, ..)| *arch).collect();
+    let object = format!("{}, kprobes for {}", env!("SELFCONN_OBJECT"), architectures.join(" and "));
+    let object = match names::kprobe(ARCH, true) {
+        Some(_) => Ok(object),
+        None => Err(format!("{object}, none for {ARCH}")),
+    };
     vec![
+        check("object", object, Some("the other methods work on every architecture")),
         check("btf", btf, Some("use a kernel with CONFIG_DEBUG_INFO_BTF=y; without BTF, only perf works")),
         check("tracefs", tracefs, Some("mount -t tracefs tracefs /sys/kernel/tracing")),
         check("lockdown", Ok(lockdown.to_owned()), None),

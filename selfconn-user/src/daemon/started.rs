@@ -33,6 +33,8 @@ pub(super) fn started(host: &KernelFeatures, tracer: &Tracer, guard: GuardStatus
     Started {
         version: env!("CARGO_PKG_VERSION"),
         kernel: host.release.clone(),
+        machine: host.machine.clone(),
+        object: env!("SELFCONN_OBJECT"),
         pid: std::process::id(),
         hooks,
         binds: MethodStatus {

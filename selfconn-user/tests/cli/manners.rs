@@ -85,7 +85,7 @@ fn version_names_the_commit_and_the_object() {
             text.trim_end().strip_prefix(version).unwrap().split_once(", eBPF object ").unwrap();
         let is_hash = |text: &str| text.len() == 12 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
         assert!(is_hash(commit) || commit == "unknown", "{text}");
-        assert!(object.strip_suffix(')').is_some_and(is_hash), "{text}");
+        assert!(object.strip_suffix(" for x86_64 and aarch64)").is_some_and(is_hash), "{text}");
     }
 }
 

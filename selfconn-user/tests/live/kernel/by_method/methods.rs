@@ -115,3 +115,40 @@ fn forcing_an_unavailable_method_is_an_error_with_the_reason() {
         assert!(output.stdout.is_empty(), "{method}: no output on stdout");
     }
 }
+
+#[test]
+fn a_bind_method_that_was_named_is_live_or_an_error_with_the_reason() {
+    let doctor = doctor();
+    let methods = doctor["binds"].as_array().unwrap();
+    assert_eq!(methods.len(), 2, "{doctor}");
+    for report in methods {
+        let method = report["method"].as_str().unwrap();
+        if report["verdict"] == "ok" {
+            let (events, _) = TestDaemon::start(&HookVariant(vec![]), &["--bind-method", method]).stop();
+            assert_eq!(events[0]["binds"]["method"], method, "{}", events[0]);
+            continue;
+        }
+        let output =
+            Command::new(selfconn()).args(["run", "--json", "--bind-method", method]).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{method}: {stderr}");
+        for part in [method, report["verdict"].as_str().unwrap(), report["why"].as_str().unwrap()] {
+            assert!(stderr.contains(part), "{part:?} in {stderr}");
+        }
+        assert!(output.stdout.is_empty(), "{method}: no output on stdout");
+    }
+}
+
+#[test]
+fn the_object_and_its_architecture_are_shown() {
+    let (events, _) = TestDaemon::start(&HookVariant(vec![]), &[]).stop();
+    let version = Command::new(selfconn()).arg("--version").output().unwrap();
+    let version = String::from_utf8(version.stdout).unwrap();
+    let object = events[0]["object"].as_str().unwrap();
+    assert!(version.contains(&format!("eBPF object {object} for x86_64 and aarch64)")), "{version}");
+    assert_eq!(events[0]["machine"], doctor()["machine"]);
+    assert!(["x86_64", "aarch64"].contains(&events[0]["machine"].as_str().unwrap()), "{}", events[0]);
+    let check = doctor()["checks"].as_array().unwrap()[0].clone();
+    assert_eq!((&check["name"], &check["ok"]), (&"object".into(), &true.into()), "{check}");
+    assert!(check["finding"].as_str().unwrap().starts_with(object), "{check}");
+}
