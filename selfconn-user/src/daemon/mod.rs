@@ -645,7 +645,7 @@ mod tests {
         let unit = include_str!("../../../packaging/systemd/selfconn.service");
         let limits: Vec<usize> =
             unit.lines().filter_map(|line| line.strip_prefix("TasksMax=")?.parse().ok()).collect();
-        assert_eq!(limits, [32]);
+        assert_eq!(limits, [40]);
         assert!(limits[0] >= 2 * MAX_THREADS, "{MAX_THREADS} threads, and those of a daemon that still ends");
         assert!(unit.contains(&format!("at most {MAX_THREADS} threads")), "the comment in the unit");
     }

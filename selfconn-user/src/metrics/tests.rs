@@ -128,6 +128,8 @@ fn rules_and_dashboard_name_only_what_is_exported() {
     }
     assert!(expressions.len() > 16, "{expressions:?}");
     let rules = read_repository_file("packaging/prometheus/selfconn.rules.yml");
+    // A folded expression is as one line.
+    let rules = rules.replace("expr: >-\n", "expr: ").replace("\n          or ", " or ");
     let rules = rules.lines().filter_map(|line| line.trim().strip_prefix("expr: ")).map(str::to_owned);
     let before = expressions.len();
     expressions.extend(rules);
