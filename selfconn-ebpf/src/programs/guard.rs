@@ -372,6 +372,6 @@ fn report_namespace<M: KernelRead>(sock: Sock<M>) {
     let record =
         || FirstConnect { tag: tag::FIRST_CONNECT, padding: 0, tid, netns_cookie, netns, padding_end: 0 };
     if ring_buffer::try_submit_to(&GUARD_RECORDS, record) {
-        let _ = GUARD_NAMESPACES.insert(&netns_cookie, &1, 0);
+        let _ = GUARD_NAMESPACES.insert(&netns_cookie, &netns_cookie, 0);
     }
 }

@@ -32,6 +32,10 @@ static REFUSED_SIZE: Global<u32> = Global::new(4_096);
 #[map]
 static REFUSED_SHARES: LruHashMap<Owner, u64> = LruHashMap::with_max_entries(1_024, 0);
 
+/// The initial value of a share. A static has an address of its own; a reference to a constant may be merged with a
+/// global of the same value, and then the loader sets both.
+static NO_ENTRIES: u64 = 0;
+
 /// The initial value of an entry. It is in `.rodata`, because it would not fit on the stack.
 static ZERO: RefusedCount = RefusedCount::ZERO;
 
@@ -94,7 +98,7 @@ fn take_share(owner: &Owner) -> bool {
 fn take_one(owner: &Owner, share: u32) -> bool {
     const BPF_NOEXIST: u64 = 1;
     let used = REFUSED_SHARES.get_ptr_mut(owner).or_else(|| {
-        let _ = REFUSED_SHARES.insert(owner, &0, BPF_NOEXIST);
+        let _ = REFUSED_SHARES.insert(owner, &NO_ENTRIES, BPF_NOEXIST);
         REFUSED_SHARES.get_ptr_mut(owner)
     });
     let Some(used) = used else { return true };

@@ -307,7 +307,8 @@ fn another_namespace_is_audited_and_its_fix_works_from_outside() {
     let caller_netns = TestNetns::enter_new();
     let (to_main, from_thread) = channel();
     let (to_thread, from_main) = channel::<()>();
-    thread::scope(|scope| {
+    // A panic drops the channels, so that the thread ends.
+    thread::scope(move |scope| {
         scope.spawn(move || {
             let net = TestNetns::enter_new();
             net.set_sysctl("ip_local_port_range", PORT_RANGE);
