@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use selfconn_ebpf::{COMM_LEN, Endpoint, bind_failure::BindFailure};
 
-use super::connection::{Connection, SocketId};
+use super::connection::{Connection, SocketId, TIME_WAIT_NS};
 use crate::{
     budget::{
         SharedLimit,
@@ -220,7 +220,10 @@ impl BindConflicts {
         // The entry that expires last.
         let time_waits = self.time_waits.values().map(|entry| &**entry);
         let time_waits = time_waits.filter(|entry| {
-            entry.until_ns > failure.at_ns && is_refused_by(failure, &entry.connection, None)
+            // A failure that is handled after the close may be of before it, when the socket had its owner.
+            let was_open = failure.at_ns < entry.until_ns.saturating_sub(TIME_WAIT_NS);
+            let uid = entry.connection.uid.filter(|_| was_open);
+            entry.until_ns > failure.at_ns && is_refused_by(failure, &entry.connection, uid)
         });
         time_waits.max_by_key(|entry| entry.until_ns).map(PortHolder::TimeWait)
     }
@@ -262,6 +265,8 @@ impl BindConflicts {
 
 #[cfg(test)]
 mod tests {
+    use selfconn_ebpf::BindOptions;
+
     use super::*;
     use crate::detect::samples;
 
@@ -331,6 +336,21 @@ mod tests {
         assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 80, 59), std::iter::empty())), Some(1));
         conflicts.insert_listed_time_wait(entry(0, "127.0.0.1", 80, 90), 61 * SECOND_NS);
         assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 80, 62), std::iter::empty())), Some(0));
+    }
+
+    #[test]
+    fn a_failure_from_before_the_close_is_judged_by_the_owner_of_the_socket() {
+        let shared = BindOptions::new(false, true, false);
+        let mut held = entry(1, "127.0.0.1", 80, 100);
+        (held.connection.options, held.connection.uid) = (shared, Some(1_000));
+        let mut conflicts = BindConflicts::default();
+        conflicts.insert_time_wait(held, 0);
+        // It was closed at 40 s. Users do not share a port; nobody owns what is in TIME_WAIT.
+        for (at_s, uid, holder) in [(39, 0, Some(1)), (39, 1_000, None), (40, 0, None)] {
+            let mut failure = failure("127.0.0.1", 80, at_s);
+            (failure.options, failure.sock_uid) = (shared, uid);
+            assert_eq!(number(conflicts.find_holder(&failure, std::iter::empty())), holder, "{at_s} {uid}");
+        }
     }
 
     #[test]

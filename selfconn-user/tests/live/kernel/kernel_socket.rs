@@ -1,20 +1,18 @@
 //! Sockets that no program has open: the kernel's own (an NFS mount connects to the port that it tries to reach), and
 //! one whose only descriptor is on its way through a Unix socket. Neither is destroyed unless somebody asks for it.
 
-use std::{
-    net::{IpAddr, Ipv4Addr},
-    process::Command,
-};
+use std::net::{IpAddr, Ipv4Addr};
 
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 
 use crate::support::{
     client::{connect_to_self, is_connected},
-    daemon::{HookVariant, TestDaemon, is_event, selfconn},
+    daemon::{HookVariant, TestDaemon, is_event},
     helper_process::{self, HelperProcess},
     netns::TestNetns,
     retries::{PREEMPTED, for_each_variant_retrying},
+    scan_output::ScanOutput,
 };
 
 const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -78,12 +76,9 @@ fn a_socket_that_no_process_is_known_to_have_open_is_not_destroyed() {
     let (held, held_port) = connect_to_self(LOCALHOST);
     let only = format!("netns={}", net.inode);
 
-    let output = Command::new(selfconn())
-        .args(["scan", "--json", "--destroy", "--only", &only, "--only", &format!("port={port}")])
-        .output()
-        .unwrap();
-    let row: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((output.status.code(), &row["result"]), (Some(1), &"failed".into()), "{row}");
+    let scan = ScanOutput::run(&["--destroy", "--only", &only, "--only", &format!("port={port}")]);
+    let row = scan.only_row_in(net);
+    assert_eq!((scan.code, &row["result"]), (Some(1), &"failed".into()), "{row}");
     assert!(row["why"].as_str().unwrap().contains("the kernel itself may use it"), "{row}");
     assert!(row["kernel_socket"].is_null(), "{row}");
 

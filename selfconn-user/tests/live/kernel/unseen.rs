@@ -1,14 +1,18 @@
 //! Namespaces that no process leader and no mount of ours leads to: `scan` and `audit` look into them, or list them as
 //! unseen.
 
-use std::{net::Ipv4Addr, net::TcpListener, process::Command};
+use std::{
+    net::{Ipv4Addr, TcpListener},
+    process::Command,
+    time::Instant,
+};
 
 use serde_json::Value;
 
 use super::namespaces::{kept_namespaces, lists_namespaces};
 use crate::support::{
     client::connect_to_self,
-    daemon::{reads_descriptors, selfconn},
+    daemon::{DEADLINE, reads_descriptors, selfconn},
     helper_process::HelperProcess,
     netns::TestNetns,
     scan_output::ScanOutput,
@@ -30,9 +34,19 @@ fn naming<'a>(lines: impl IntoIterator<Item = &'a String>, netns: u64) -> Vec<&'
     lines.into_iter().filter(is_named).collect()
 }
 
+/// Waits until so few namespaces are unseen that each is named: the kernel takes its time to end those of an earlier
+/// test.
+fn wait_until_each_is_named() {
+    let until = Instant::now() + DEADLINE;
+    while ScanOutput::run(&[]).unseen.iter().any(|line| line.ends_with(" more")) {
+        assert!(Instant::now() < until, "too many namespaces are unseen");
+    }
+}
+
 #[test]
 fn scan_looks_into_a_namespace_whatever_keeps_it_or_lists_it_as_unseen() {
     let _net = TestNetns::enter_new();
+    wait_until_each_is_named();
     let helpers = KEPT.map(|(task, can_be_entered)| {
         let mut helper = HelperProcess::start(task);
         let netns: u64 = helper.read_output().parse().unwrap();
@@ -63,6 +77,7 @@ fn scan_looks_into_a_namespace_whatever_keeps_it_or_lists_it_as_unseen() {
 fn what_nothing_leads_to_is_unseen_until_it_ends() {
     let net = TestNetns::enter_new();
     let (_held, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    wait_until_each_is_named();
     let kept = kept_namespaces();
     // On its way through a unix socket.
     let in_flight = kept[2].0;
@@ -78,9 +93,9 @@ fn what_nothing_leads_to_is_unseen_until_it_ends() {
         assert_eq!((only.rows.len(), naming(&only.unseen, in_flight).len()), (1, 0), "{only:#?}");
     }
     drop(kept);
-    let until = std::time::Instant::now() + crate::support::daemon::DEADLINE;
+    let until = Instant::now() + DEADLINE;
     while !naming(&ScanOutput::run(&[]).unseen, in_flight).is_empty() {
-        assert!(std::time::Instant::now() < until, "{in_flight} stays");
+        assert!(Instant::now() < until, "{in_flight} stays");
     }
     let absent = Command::new(selfconn()).args(["scan", "--netns", "7"]).output().unwrap();
     assert_eq!(absent.status.code(), Some(2), "{absent:?}");
@@ -95,6 +110,7 @@ fn gettid() -> u32 {
 #[test]
 fn audit_looks_into_a_namespace_that_a_descriptor_or_a_thread_keeps_and_lists_others_as_unseen() {
     let _net = TestNetns::enter_new();
+    wait_until_each_is_named();
     let (descriptor, _keeper) = TestNetns::with_new_in_helper(|net| {
         (net.inode, std::fs::File::open("/proc/thread-self/ns/net").unwrap())
     });
