@@ -155,6 +155,10 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     let mut snapshot = sockets::snapshot(options, &[])
         .with_context(|| format!("cannot read the socket tables (--netns {})", escape(&args.netns)))?;
     if snapshot.namespaces.is_empty() && snapshot.entries.is_empty() {
+        if let NamespaceSelection::Inode(inode) = selection {
+            let unseen = snapshot.unseen.iter().map(|item| format!("; not seen: {item}"));
+            bail!("no network namespace with the inode {inode} was found{}", unseen.collect::<String>());
+        }
         bail!("no socket table can be read: {}", snapshot.unseen.join("; "));
     }
     if selection == NamespaceSelection::All {

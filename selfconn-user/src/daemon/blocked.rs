@@ -122,7 +122,7 @@ pub(super) struct BlockedReports {
 
 impl BlockedReports {
     pub(super) fn start(descriptors: Option<Arc<DescriptorIter>>) -> io::Result<Self> {
-        let capability_set = capabilities::snapshot_worker(descriptors.is_some());
+        let capability_set = capabilities::holder_worker(descriptors.is_some());
         let find = move |inodes| sockets::find_current_holders(&inodes, descriptors.as_deref());
         Ok(Self {
             worker: Worker::start("holders", capability_set, find)?,

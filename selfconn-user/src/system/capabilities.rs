@@ -32,6 +32,17 @@ pub const fn snapshot_worker(has_iterator: bool) -> CapabilitySet {
     always.union(if has_iterator { CapabilitySet::BPF } else { CapabilitySet::DAC_READ_SEARCH })
 }
 
+/// The capabilities of the worker that looks for the holders of one socket: as [`snapshot_worker`], but it enters no
+/// namespace.
+#[must_use]
+pub const fn holder_worker(has_iterator: bool) -> CapabilitySet {
+    if has_iterator {
+        CapabilitySet::BPF
+    } else {
+        CapabilitySet::SYS_PTRACE.union(CapabilitySet::DAC_READ_SEARCH)
+    }
+}
+
 /// The capabilities of the remedy worker: it enters other network namespaces, which it finds through processes, and
 /// destroys sockets.
 pub const REMEDY_WORKER: CapabilitySet =

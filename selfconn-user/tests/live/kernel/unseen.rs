@@ -100,7 +100,7 @@ fn what_nothing_leads_to_is_unseen_until_it_ends() {
     let absent = Command::new(selfconn()).args(["scan", "--netns", "7"]).output().unwrap();
     assert_eq!(absent.status.code(), Some(2), "{absent:?}");
     let stderr = String::from_utf8(absent.stderr).unwrap();
-    assert!(stderr.contains("no network namespace with the inode 7"), "{stderr}");
+    assert!(stderr.contains("no network namespace with the inode 7 was found"), "{stderr}");
 }
 
 fn gettid() -> u32 {

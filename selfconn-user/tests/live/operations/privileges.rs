@@ -84,6 +84,7 @@ fn expected_capabilities(name: &str) -> CapabilitySet {
         // It lists the open files of other users' processes only if the kernel has no iterator for that.
         "reader" if reads_descriptors() => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE,
         "reader" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE | CapabilitySet::DAC_READ_SEARCH,
+        "holders" if !reads_descriptors() => CapabilitySet::SYS_PTRACE | CapabilitySet::DAC_READ_SEARCH,
         // These threads only write data that they are given.
         "stdout" | "metrics" => CapabilitySet::empty(),
         "ranges" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE,
@@ -101,7 +102,7 @@ fn no_thread_keeps_the_capabilities_for_attaching() {
     for variant in hook_variants() {
         let mut daemon = TestDaemon::start(&variant, &["-v", "--metrics", "127.0.0.1:0"]);
         let threads = wait_for_dropped_capabilities(daemon.pid());
-        for name in ["reader", "ranges", "facts", "cmdline-1", "stdout", "metrics"] {
+        for name in ["reader", "holders", "ranges", "facts", "cmdline-1", "stdout", "metrics"] {
             assert!(threads.iter().any(|thread| thread.name == name), "{name}: {threads:?}");
         }
         // Without these capabilities the daemon still reports self-connections and their processes.
@@ -115,7 +116,8 @@ fn no_thread_keeps_the_capabilities_for_attaching() {
         println!("FACT keeps_cap_bpf={keeps_bpf}");
         for thread in threads {
             let mut keeps = expected_capabilities(&thread.name) & had;
-            if keeps_bpf && (thread.name == "selfconn" || thread.name == "reader" && reads_descriptors()) {
+            let makes_passes = ["reader", "holders"].contains(&thread.name.as_str()) && reads_descriptors();
+            if keeps_bpf && (thread.name == "selfconn" || makes_passes) {
                 keeps |= CapabilitySet::BPF;
             }
             assert_eq!(thread.permitted, keeps, "{variant:?}: {thread:?}");
