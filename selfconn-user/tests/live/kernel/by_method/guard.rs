@@ -180,7 +180,9 @@ fn a_connect_that_takes_over_a_time_wait_is_refused_at_once() {
             dialled.errno != EADDRNOTAVAIL
         });
         assert_eq!(outcome.unwrap().errno, ECONNREFUSED, "{method}: {outcome:?}");
-        let limit = Duration::from_millis(if scaled(100) == 100 { 50 } else { 900 });
+        // An answer that the socket drops is followed by retransmissions for two minutes. An emulated processor that
+        // others use, too, stands still for a second now and then.
+        let limit = Duration::from_millis(if scaled(100) == 100 { 50 } else { 5_000 });
         assert!(took < limit, "{method}: {took:?}");
         let (events, _) = daemon.stop();
         assert_eq!(count_of(&events), 1, "{method}");
