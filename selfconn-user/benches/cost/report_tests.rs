@@ -172,7 +172,9 @@ mod rows {
         let whats: Vec<_> = rows.iter().map(|row| row.what.as_str()).collect();
         assert_eq!(
             whats,
-            ["on 6.12.1, emulated: perf: a transition between two addresses, to an empty program"]
+            [
+                "on 6.12.1, emulated: transition: perf: a transition between two addresses, to an empty program"
+            ]
         );
     }
 }
