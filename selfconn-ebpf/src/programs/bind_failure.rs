@@ -120,6 +120,10 @@ pub(crate) fn on_bind_enter(ctx: TracePointContext) {
 /// Not inlined, because otherwise every entry would first save registers and set up the stack for it.
 #[inline(never)]
 fn store_requested_bind(ctx: TracePointContext) {
+    // SAFETY: the helper takes no arguments.
+    let thread = unsafe { bpf_get_current_pid_tgid() };
+    // If this call is not stored, its failure must not be taken for one of the call before.
+    let _ = REQUESTED_BINDS.remove(&thread);
     let record = ctx.as_ptr().cast_const().cast::<u8>();
     // SAFETY: the record has 40 bytes, each field in it is aligned, and the verifier checks every load.
     let (fd, address) =
@@ -150,8 +154,6 @@ fn store_requested_bind(ctx: TracePointContext) {
     } else {
         return;
     };
-    // SAFETY: the helper takes no arguments.
-    let thread = unsafe { bpf_get_current_pid_tgid() };
     let _ = REQUESTED_BINDS.insert(&thread, &RequestedBind::new(sock, family, addr, port), 0);
 }
 

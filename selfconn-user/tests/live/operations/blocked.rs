@@ -9,6 +9,7 @@ use std::{
 
 use rustix::process::Signal;
 use serde_json::Value;
+use socket2::{Domain, Socket, Type};
 
 use crate::support::{
     bind_methods::{bind_methods, start},
@@ -159,8 +160,14 @@ fn a_failed_bind_without_a_self_connection_is_not_reported() {
         assert_in_use(LOCALHOST, server.local_addr().unwrap().port());
         // UDP ports are independent of TCP ports with the same number.
         let datagrams = UdpSocket::bind(SocketAddr::new(LOCALHOST, port)).unwrap();
+        // Nor is a failure the one of the same thread's call before, which asked for the held port and failed for
+        // another reason: its socket is bound already.
+        let bound = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        bound.bind(&SocketAddr::new(LOCALHOST, 0).into()).unwrap();
+        let invalid = bound.bind(&SocketAddr::new(LOCALHOST, port).into()).unwrap_err();
+        assert_eq!(invalid.kind(), std::io::ErrorKind::InvalidInput);
         UdpSocket::bind(SocketAddr::new(LOCALHOST, port)).unwrap_err();
-        drop(datagrams);
+        drop((bound, datagrams));
         // Another address, and the same address in another namespace.
         let other = IpAddr::from([127, 0, 0, 2]);
         let elsewhere = TcpListener::bind(SocketAddr::new(other, port)).unwrap();
