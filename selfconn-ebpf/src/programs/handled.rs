@@ -53,21 +53,33 @@ pub(crate) fn is_to_do<M: KernelRead, L: Layout, const PROBE_ID: u8>(
 ) -> bool {
     let can_choose = || sock.can_choose::<L>(AttemptState(states).dport());
     let Some(last) = HANDLED.get_ptr_mut(0) else { return can_choose() };
-    // SAFETY: a value of an array stays valid as long as the program is loaded. Only programs on this CPU use it.
-    let last = unsafe { &mut *last };
     let own = u64::from(PROBE_ID) + 1;
-    let is_handled = last.sock == sock.key()
-        && last.states as u32 == states
-        && last.states >> 32 != own
-        && (last.task == NO_ENTRY || last.task == bpf_get_current_pid_tgid());
+    // Another program can run on this CPU between any two of these accesses, and write a transition of its own. The
+    // address of the socket is written last and cleared first, so that what such a program leaves is whole or nothing.
+    // SAFETY: a value of an array stays valid as long as the program is loaded, and its fields are aligned.
+    let (last_sock, last_task, last_states) = unsafe {
+        (
+            (&raw const (*last).sock).read_volatile(),
+            (&raw const (*last).task).read_volatile(),
+            (&raw const (*last).states).read_volatile(),
+        )
+    };
+    let is_handled = last_sock == sock.key()
+        && last_states as u32 == states
+        && last_states >> 32 != own
+        && (last_task == NO_ENTRY || last_task == bpf_get_current_pid_tgid());
+    // SAFETY: as above. After this it can't stand for the next attempt.
+    unsafe { (&raw mut (*last).sock).write_volatile(0) };
     if is_handled {
-        // So it can't stand for the next attempt.
-        last.sock = 0;
         return false;
     }
     let is_to_do = can_choose();
-    last.sock = sock.key();
-    last.task = if is_to_do { bpf_get_current_pid_tgid() } else { NO_ENTRY };
-    last.states = own << 32 | u64::from(states);
+    let task = if is_to_do { bpf_get_current_pid_tgid() } else { NO_ENTRY };
+    // SAFETY: as above.
+    unsafe {
+        (&raw mut (*last).task).write_volatile(task);
+        (&raw mut (*last).states).write_volatile(own << 32 | u64::from(states));
+        (&raw mut (*last).sock).write_volatile(sock.key());
+    }
     is_to_do
 }
