@@ -360,10 +360,11 @@ fn run_helper_process() {
             let (socket, _) = connect();
             let mut child = HelperProcess::start_with_fd("hold", &socket);
             drop(socket);
+            // It has its name and the socket.
+            child.read_output();
             print_output(&child.pid().to_string());
             // The child keeps running. Its stdin is a pipe from this process, so it ends when this process
             // does.
-            child.read_output();
             wait_for_stdin_eof();
             child.finish();
         }
