@@ -55,6 +55,15 @@ pub fn open(features: &KernelFeatures) -> Result<DescriptorIter, Refusal> {
     attach(&mut object::load_minimal(features)?, features, &KernelBtf::new(features))
 }
 
+/// Attaches the iterator for a command.
+///
+/// # Errors
+/// As [`open`], as text for people.
+pub fn open_for_command() -> Result<DescriptorIter, String> {
+    let features = KernelFeatures::probe(false).map_err(|error| format!("{error:#}"))?;
+    open(&features).map_err(|refusal| refusal.to_string())
+}
+
 /// Attaches the iterator for a moment, and makes a pass, to find out whether this kernel supports it.
 ///
 /// # Errors

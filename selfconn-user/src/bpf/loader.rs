@@ -116,31 +116,6 @@ pub struct Iterators {
     pub namespaces: Option<NamespaceIter>,
 }
 
-impl Iterators {
-    /// Attaches what this kernel has and this process may, and nothing else. The result has the reason why there is no
-    /// list of network namespaces, too.
-    #[must_use]
-    pub fn open() -> (Self, Option<String>) {
-        let opened =
-            KernelFeatures::probe(false).map_err(|error| format!("{error:#}")).and_then(|features| {
-                features
-                    .check_namespaces()
-                    .or_else(|_| features.check_descriptors())
-                    .map_err(|why| why.to_string())?;
-                let mut ebpf =
-                    object::load(&features, ObjectOptions::MINIMAL).map_err(|error| format!("{error:#}"))?;
-                let kernel_btf = KernelBtf::new(&features);
-                let descriptors = descriptors::attach(&mut ebpf, &features, &kernel_btf).ok().map(Arc::new);
-                Ok((descriptors, namespaces::attach(&mut ebpf, &features, &kernel_btf)))
-            });
-        match opened {
-            Ok((descriptors, Ok(namespaces))) => (Self { descriptors, namespaces: Some(namespaces) }, None),
-            Ok((descriptors, Err(why))) => (Self { descriptors, namespaces: None }, Some(why.to_string())),
-            Err(why) => (Self::default(), Some(why)),
-        }
-    }
-}
-
 /// The iterator, or the reason why it is not attached.
 fn split<T>(over: &str, outcome: Result<T, Refusal>) -> (Option<T>, Option<Refusal>) {
     if let Err(Refusal::Broken(why)) = &outcome {

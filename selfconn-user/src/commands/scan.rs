@@ -16,7 +16,7 @@ use selfconn_ebpf::state;
 use serde::Serialize;
 
 use crate::{
-    bpf::loader::Iterators,
+    bpf::{descriptors, namespaces},
     detect::{
         filter::{Rule, Selection},
         remediation::RemedyOutcome,
@@ -142,17 +142,7 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     // What is destroyed must be known to be held.
     let holders = (knows_pids || args.destroy).then_some(search);
     let selection = NamespaceSelection::parse(&args.netns);
-    // They would hide what procfs shows.
-    let (iterators, no_list) = if args.procfs { <_>::default() } else { Iterators::open() };
-    let options = SnapshotOptions {
-        procfs_only: args.procfs,
-        holders,
-        descriptors: iterators.descriptors.as_deref(),
-        namespaces: iterators.namespaces.as_ref(),
-        selection: Some(&selection),
-        ..SnapshotOptions::default()
-    };
-    let mut snapshot = sockets::snapshot(options, &[])
+    let mut snapshot = snapshot(args, &selection, holders)
         .with_context(|| format!("cannot read the socket tables (--netns {})", escape(&args.netns)))?;
     if snapshot.namespaces.is_empty() && snapshot.entries.is_empty() {
         if let NamespaceSelection::Inode(inode) = selection {
@@ -160,9 +150,6 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
             bail!("no network namespace with the inode {inode} was found{}", unseen.collect::<String>());
         }
         bail!("no socket table can be read: {}", snapshot.unseen.join("; "));
-    }
-    if selection == NamespaceSelection::All {
-        snapshot.unseen.extend(no_list.map(|why| sockets::no_list(&why)));
     }
     snapshot.entries.sort_by_key(|SocketEntry { endpoint, cookie, .. }| {
         (endpoint.netns, endpoint.ip(), endpoint.port, endpoint.is_ipv6(), *cookie)
@@ -203,6 +190,42 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     super::print(&out)?;
     let gone = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
     Ok(if snapshot.entries.len() == gone { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// Reads the socket tables. The iterator over descriptors is used only if each holder must be known, or if a namespace
+/// may exist that nothing else leads to, because loading it takes as long as reading the tables of most hosts.
+fn snapshot(
+    args: &ScanArgs,
+    selection: &NamespaceSelection,
+    holders: Option<HolderSearch>,
+) -> io::Result<SocketSnapshot> {
+    let options = SnapshotOptions {
+        procfs_only: args.procfs,
+        holders,
+        selection: Some(selection),
+        ..SnapshotOptions::default()
+    };
+    let is_one = matches!(selection, NamespaceSelection::Current | NamespaceSelection::At(_));
+    // The iterators would hide what procfs shows.
+    if args.procfs || is_one && !args.destroy && !args.holders {
+        return sockets::snapshot(options, &[]);
+    }
+    let list = namespaces::open_for_command();
+    let options = SnapshotOptions { namespaces: list.as_ref().ok(), ..options };
+    let is_all = *selection == NamespaceSelection::All;
+    let is_quick = is_all && !args.destroy && !args.holders;
+    let first = is_quick.then(|| sockets::snapshot(options, &[])).transpose()?;
+    let mut snapshot = match (first, &list) {
+        (Some(snapshot), Ok(_)) if snapshot.unfound.is_empty() => snapshot,
+        _ => {
+            let descriptors = descriptors::open_for_command().ok();
+            sockets::snapshot(SnapshotOptions { descriptors: descriptors.as_ref(), ..options }, &[])?
+        }
+    };
+    if is_all {
+        snapshot.unseen.extend(list.err().map(|why| sockets::no_list(&why)));
+    }
+    Ok(snapshot)
 }
 
 /// Destroys the sockets, but for those that the kernel itself uses, or may use. A socket without an inode is one that

@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result};
 
 use super::services::RequestedServices;
 use crate::{
-    bpf::loader::Iterators,
+    bpf,
     ports::{LocalPorts, sysctl},
     sockets::{self, HolderSearch, InspectOptions, Namespace, NamespaceSelection, SocketEntry},
     system::{
@@ -113,8 +113,8 @@ pub(super) fn collect(
     procfs_only: bool,
     services: &[RequestedServices],
 ) -> Result<AuditInput> {
-    let (iterators, no_list) = Iterators::open();
-    let options = InspectOptions { selection, procfs_only, namespaces: iterators.namespaces.as_ref() };
+    let list = bpf::namespaces::open_for_command();
+    let options = InspectOptions { selection, procfs_only, namespaces: list.as_ref().ok() };
     let inspected = sockets::inspect(options, |namespace, listeners| {
         let local_ports = sysctl::local_ports().map_err(|error| io::Error::other(format!("{error:#}")))?;
         let audited_ports = audited_ports(&listeners, services);
@@ -127,7 +127,7 @@ pub(super) fn collect(
     })?;
     let (mut namespaces, mut unseen) = (inspected.found, inspected.unseen);
     if *selection == NamespaceSelection::All {
-        unseen.extend(no_list.map(|why| sockets::no_list(&why)));
+        unseen.extend(list.err().map(|why| sockets::no_list(&why)));
     }
     drop_ports_of_other_namespaces(&mut namespaces);
     unseen.extend(identify_listeners(&mut namespaces));
