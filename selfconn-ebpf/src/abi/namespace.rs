@@ -35,11 +35,11 @@ pub mod element {
 /// has room for the records of several calls.
 pub const ELEMENTS_PER_CALL: u32 = 64;
 
-/// Where a walk stopped. The first call of a pass writes it anew.
+/// Where a walk stopped. It goes on there, also in the next pass.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct NamespaceCursor {
-    /// The address of the last visited element. 0: the walk is over.
+    /// The address of the last visited element. 0: the walk is over, and the next pass begins another.
     pub at: u64,
     /// The cookie of that element, by which it is known again.
     pub cookie: u64,

@@ -5,7 +5,8 @@
 //! The list is read under RCU: `list_del_rcu` leaves the way onward, and `cleanup_net` waits for readers before it
 //! frees (the same file). The program runs in an RCU section (`bpf_iter_run_prog`, kernel/bpf/bpf_iter.c at v5.10).
 //! Each call walks a part, because the verifier wants a bound. The tasks over which the kernel iterates only give
-//! the walk its turns. New namespaces are appended at the end, so a walk never sees less than existed when it began.
+//! the walk its turns; where they are too few, the next pass goes on. New namespaces are appended at the end, so a
+//! walk never sees less than existed when it began.
 
 use core::ptr;
 
@@ -57,10 +58,11 @@ pub(crate) fn visit(context: &TaskContext) -> Option<()> {
         // SAFETY: as above.
         unsafe { ptr::write_volatile(cursor, stored) };
     };
-    if seq_num == 0 {
+    if at.is_null() {
+        if seq_num > 0 {
+            return None;
+        }
         at = first;
-    } else if at.is_null() {
-        return None;
     } else if !is_linked(at) || netns_id::<ProbeRead>(at.wrapping_sub(list)).1 != cookie {
         write(seq, &NamespaceRecord { cookie: 0, inode: 0, element: element::LOST })?;
         store(ptr::null(), 0);

@@ -1,7 +1,11 @@
 //! The iterator that lists the network namespaces that exist, from the kernel's own list: also one that no process,
 //! no descriptor and no mount leads to. A namespace that is not in the list has ended.
 
-use std::{io, ops::ControlFlow};
+use std::{
+    io,
+    ops::ControlFlow,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use aya::Ebpf;
 use selfconn_ebpf::{NamespaceRecord, names, namespace::element};
@@ -20,9 +24,16 @@ pub const NAME: &str = "task";
 /// A walk is lost if a namespace ends while the walk stands there, between two calls of the program.
 const MAX_WALKS: usize = 5;
 
+/// A pass visits at most 64 namespaces for each task of the pid namespace. A walk goes on in the next one.
+const MAX_PASSES: usize = 1_024;
+
 /// The attached iterator. Dropping it detaches the program.
 #[derive(Debug)]
-pub struct NamespaceIter(BpfIter<NamespaceRecord>);
+pub struct NamespaceIter {
+    iter: BpfIter<NamespaceRecord>,
+    /// False if a walk was given up, so that the next pass goes on with it.
+    is_at_beginning: AtomicBool,
+}
 
 impl NamespaceIter {
     /// Lists all network namespaces that existed when it was called and still exist. One that ends or begins
@@ -31,15 +42,41 @@ impl NamespaceIter {
     /// # Errors
     /// If the kernel refuses to start a pass or to go on, or if no walk was complete.
     pub fn list(&self) -> io::Result<Vec<NamespaceRecord>> {
+        if !self.is_at_beginning.load(Ordering::Relaxed) {
+            self.walk()?;
+        }
         for _ in 0..MAX_WALKS {
-            let mut walk = Walk::default();
-            self.0.pass(|record| walk.add(record))?;
-            if let Some(namespaces) = walk.finish()? {
+            if let Some(namespaces) = self.walk()?.finish()? {
                 return Ok(namespaces);
             }
         }
         Err(io::Error::other("the walk over the namespaces was interrupted too often"))
     }
+
+    /// Makes passes until a walk is over.
+    fn walk(&self) -> io::Result<Walk> {
+        self.is_at_beginning.store(false, Ordering::Relaxed);
+        let walk = walk(|each| self.iter.pass(each))?;
+        self.is_at_beginning.store(true, Ordering::Relaxed);
+        Ok(walk)
+    }
+}
+
+fn walk(
+    mut pass: impl FnMut(&mut dyn FnMut(&NamespaceRecord) -> ControlFlow<()>) -> io::Result<()>,
+) -> io::Result<Walk> {
+    let mut walk = Walk::default();
+    for _ in 0..MAX_PASSES {
+        let before = walk.elements;
+        pass(&mut |record| walk.add(record))?;
+        if walk.is_over() {
+            return Ok(walk);
+        }
+        if walk.elements == before {
+            return Err(io::Error::other("the walk over the namespaces does not go on"));
+        }
+    }
+    Err(io::Error::other(format!("there are more than {} namespaces", walk.namespaces.len())))
 }
 
 /// What a pass has written so far.
@@ -47,6 +84,7 @@ impl NamespaceIter {
 struct Walk {
     namespaces: Vec<NamespaceRecord>,
     heads: usize,
+    elements: usize,
     /// One of [`element`].
     last: u32,
 }
@@ -54,6 +92,7 @@ struct Walk {
 impl Walk {
     fn add(&mut self, record: &NamespaceRecord) -> ControlFlow<()> {
         self.last = record.element;
+        self.elements += 1;
         match record.element {
             element::NAMESPACE => self.namespaces.push(*record),
             element::ENDED => {}
@@ -67,19 +106,17 @@ impl Walk {
         ControlFlow::Continue(())
     }
 
+    fn is_over(&self) -> bool {
+        matches!(self.last, element::LAST | element::LOST)
+    }
+
     /// `None`: the walk was lost.
     fn finish(self) -> io::Result<Option<Vec<NamespaceRecord>>> {
         match (self.last, self.heads) {
-            // Anything else than one head is no list of namespaces.
-            (element::LAST, 1) => Ok(Some(self.namespaces)),
             (element::LOST, _) => Ok(None),
-            (element::LAST, heads) => {
-                Err(io::Error::other(format!("the list of namespaces has {heads} heads")))
-            }
-            _ => {
-                let count = self.namespaces.len();
-                Err(io::Error::other(format!("there are more than {count} namespaces")))
-            }
+            // Anything else than one head is no list of namespaces.
+            (_, 1) => Ok(Some(self.namespaces)),
+            (_, heads) => Err(io::Error::other(format!("the list of namespaces has {heads} heads"))),
         }
     }
 }
@@ -91,7 +128,8 @@ pub(crate) fn attach(
     kernel_btf: &KernelBtf<'_>,
 ) -> Result<NamespaceIter, Refusal> {
     features.check_namespaces()?;
-    BpfIter::attach(ebpf, names::NAMESPACES, NAME, kernel_btf).map(NamespaceIter)
+    let iter = BpfIter::attach(ebpf, names::NAMESPACES, NAME, kernel_btf)?;
+    Ok(NamespaceIter { iter, is_at_beginning: AtomicBool::new(true) })
 }
 
 /// Attaches the iterator, and nothing else.
@@ -124,26 +162,33 @@ pub fn probe(features: &KernelFeatures) -> Result<(), Refusal> {
 mod tests {
     use super::*;
 
-    fn finish(elements: &[u32]) -> Result<Option<usize>, String> {
-        let mut walk = Walk::default();
-        for element in elements {
-            let record = NamespaceRecord { cookie: 0, inode: 0, element: *element };
-            if walk.add(&record).is_break() {
-                break;
+    /// Makes a walk of which each pass writes `in_pass` elements.
+    fn finish_in_passes(elements: &[u32], in_pass: usize) -> Result<Option<usize>, String> {
+        let mut passes = elements.chunks(in_pass);
+        let pass = |each: &mut dyn FnMut(&NamespaceRecord) -> ControlFlow<()>| {
+            for element in passes.next().into_iter().flatten() {
+                let record = NamespaceRecord { cookie: 0, inode: 0, element: *element };
+                if each(&record).is_break() {
+                    break;
+                }
             }
-        }
-        let finished = walk.finish().map_err(|error| error.to_string())?;
+            Ok(())
+        };
+        let finished = walk(pass).and_then(Walk::finish).map_err(|error| error.to_string())?;
         Ok(finished.map(|namespaces| namespaces.len()))
     }
 
     #[test]
     fn a_walk_is_a_list_only_if_it_came_back_to_its_beginning_past_one_head() {
         use element::{ENDED, HEAD, LAST, LOST, NAMESPACE};
-        assert_eq!(finish(&[NAMESPACE, HEAD, ENDED, NAMESPACE, LAST, NAMESPACE]), Ok(Some(3)));
-        assert_eq!(finish(&[HEAD, LAST]), Ok(Some(1)));
-        assert_eq!(finish(&[NAMESPACE, HEAD, LOST]), Ok(None), "it is walked again");
-        for broken in [&[][..], &[NAMESPACE, HEAD], &[NAMESPACE, LAST], &[HEAD, NAMESPACE, HEAD, LAST]] {
-            assert!(finish(broken).is_err(), "{broken:?}");
+        for in_pass in 1..4 {
+            let finish = |elements: &[u32]| finish_in_passes(elements, in_pass);
+            assert_eq!(finish(&[NAMESPACE, HEAD, ENDED, NAMESPACE, LAST, NAMESPACE]), Ok(Some(3)));
+            assert_eq!(finish(&[HEAD, LAST]), Ok(Some(1)));
+            assert_eq!(finish(&[NAMESPACE, HEAD, LOST]), Ok(None), "it is walked again");
+            for broken in [&[][..], &[NAMESPACE, HEAD], &[NAMESPACE, LAST], &[HEAD, NAMESPACE, HEAD, LAST]] {
+                assert!(finish(broken).is_err(), "{broken:?}");
+            }
         }
     }
 }

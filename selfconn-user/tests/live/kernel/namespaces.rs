@@ -5,6 +5,7 @@ use std::{
     collections::HashMap,
     fs::File,
     net::Ipv4Addr,
+    process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -19,9 +20,10 @@ use socket2::Socket;
 
 use crate::support::{
     client::connect_to_self,
-    daemon::{DEADLINE, HookVariant, TestDaemon, doctor, is_event, scaled},
+    daemon::{DEADLINE, HookVariant, TestDaemon, doctor, is_event, scaled, selfconn},
     helper_process::send_fd,
     netns::TestNetns,
+    pid_namespace::spawn_in_new_pid_namespace,
 };
 
 /// True if this kernel's namespaces can be listed: not under lockdown=confidentiality.
@@ -126,6 +128,23 @@ fn thousands_of_namespaces_are_listed_while_others_begin_and_end() {
     churn.join().unwrap();
     times.sort_unstable();
     println!("FACT namespaces={count} walks={walks} walk={:?}", times[times.len() / 2]);
+    drop(held);
+}
+
+/// A pass visits 64 namespaces for each task that its reader can see.
+#[test]
+fn more_namespaces_than_a_pass_can_visit_are_listed() {
+    let _net = TestNetns::enter_new();
+    let held: Vec<_> = (0..200)
+        .map(|_| TestNetns::with_new_in_helper(|_| File::open("/proc/thread-self/ns/net").unwrap()))
+        .collect();
+    let mut scan = Command::new(selfconn());
+    let scan = spawn_in_new_pid_namespace(scan.args(["scan", "--json"]).stdout(Stdio::piped()));
+    let stdout = String::from_utf8(scan.wait_with_output().unwrap().stdout).unwrap();
+    let summary: Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
+    let unseen = summary["unseen"].to_string();
+    // What precedes the reason for which there is no list.
+    assert_eq!(!unseen.contains("descriptor or mount leads to: "), lists_namespaces(), "{summary}");
     drop(held);
 }
 

@@ -19,6 +19,7 @@ pub(crate) mod kernel_gaps;
 pub(crate) mod machine;
 pub(crate) mod netns;
 pub(crate) mod nobody;
+pub(crate) mod pid_namespace;
 pub(crate) mod refused_connects;
 pub(crate) mod retries;
 pub(crate) mod scan_output;

@@ -3,7 +3,7 @@
 use std::{
     net::{Ipv4Addr, SocketAddr},
     os::fd::AsRawFd as _,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
 };
 
 use serde_json::Value;
@@ -14,6 +14,7 @@ use crate::support::{
     daemon::{HookVariant, TestDaemon, comm_by_thread, is_event, is_name_or_unknown},
     helper_process::{self, HelperProcess},
     netns::TestNetns,
+    pid_namespace::spawn_in_new_pid_namespace,
     retries::{Missed, PREEMPTED, for_each_variant_retrying},
 };
 
@@ -146,17 +147,6 @@ fn a_socket_passed_to_another_process_has_the_right_opener_holder_and_closer() {
     assert_eq!(closed["closer"], serde_json::json!({ "pid": pid, "comm": comm }), "{closed}");
     daemon.stop();
     netns_process.finish();
-}
-
-/// Starts a process as the first of a new pid namespace.
-fn spawn_in_new_pid_namespace(command: &mut Command) -> Child {
-    // A thread that has unshared its pid namespace cannot start threads any more.
-    let spawn = || {
-        // SAFETY: it closes no descriptor.
-        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWPID) }.unwrap();
-        command.spawn().unwrap()
-    };
-    std::thread::scope(|scope| scope.spawn(spawn).join().unwrap())
 }
 
 fn names_the_pid_namespace_limit(limits: &Value) -> bool {
