@@ -14,8 +14,8 @@ use netlink_packet_core::{
     NLMSG_OVERRUN, NetlinkBuffer, Parseable as _,
 };
 use netlink_packet_sock_diag::{
-    AF_INET, AF_INET6, IPPROTO_TCP, SOCK_DIAG_BY_FAMILY,
-    inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags, Timer},
+    AF_INET6,
+    inet::{InetResponseHeader, StateFlags, Timer},
 };
 use selfconn_ebpf::BindOptions;
 
@@ -23,7 +23,7 @@ use super::{
     entry::{DumpedSocket, STATES, SocketEntry, dumped_endpoint},
     limit::RowSink,
 };
-use message::DiagMessage;
+use message::{AllFamiliesRequest, DiagMessage, TCPDIAG_GETSOCK};
 
 mod bytecode;
 pub(super) mod exact;
@@ -64,7 +64,6 @@ pub(super) struct DiagReader {
 /// The parameters of a dump.
 #[derive(Clone, Copy)]
 struct DumpRequest {
-    family: u8,
     states: u32,
     filter: DumpFilter,
 }
@@ -90,28 +89,19 @@ impl DiagReader {
     /// Appends the self-connections and, if requested, the connection attempts in progress.
     pub(super) fn read(&mut self, attempts: bool, rows: &mut impl RowSink) -> io::Result<()> {
         let syn_sent = StateFlags::SYN_SENT.bits();
-        for family in [AF_INET, AF_INET6] {
-            let mut dump =
-                |states, filter| self.dump_with_retry(DumpRequest { family, states, filter }, rows);
-            if attempts {
-                // SYN_SENT comes first, so that an attempt that becomes a connection in the meantime is still
-                // found.
-                dump(syn_sent, DumpFilter::EqualAddresses)?;
-                dump(STATES & !syn_sent, DumpFilter::SelfConnections)?;
-            } else {
-                dump(STATES, DumpFilter::SelfConnections)?;
-            }
+        let mut dump = |states, filter| self.dump_with_retry(DumpRequest { states, filter }, rows);
+        if !attempts {
+            return dump(STATES, DumpFilter::SelfConnections);
         }
-        Ok(())
+        // SYN_SENT comes first, so that an attempt that becomes a connection in the meantime is still found.
+        dump(syn_sent, DumpFilter::EqualAddresses)?;
+        dump(STATES & !syn_sent, DumpFilter::SelfConnections)
     }
 
     /// Appends the listeners. For this dump the kernel does not walk the table of connections.
     pub(super) fn read_listeners(&mut self, rows: &mut impl RowSink) -> io::Result<()> {
         let states = StateFlags::LISTEN.bits();
-        for family in [AF_INET, AF_INET6] {
-            self.dump_with_retry(DumpRequest { family, states, filter: DumpFilter::All }, rows)?;
-        }
-        Ok(())
+        self.dump_with_retry(DumpRequest { states, filter: DumpFilter::All }, rows)
     }
 
     /// Appends the sockets with this local port, in any state. Kernels from v6.8 on have those that are bound and idle
@@ -122,12 +112,7 @@ impl DiagReader {
         rows.retain(|row| row.entry.endpoint.port == port);
         if rows.is_empty() {
             let states = !StateFlags::LISTEN.bits() & PORT_STATES;
-            for family in [AF_INET, AF_INET6] {
-                self.dump_with_retry(
-                    DumpRequest { family, states, filter: DumpFilter::LocalPort(port) },
-                    rows,
-                )?;
-            }
+            self.dump_with_retry(DumpRequest { states, filter: DumpFilter::LocalPort(port) }, rows)?;
         }
         Ok(())
     }
@@ -186,17 +171,10 @@ enum BatchEnd {
 
 impl DumpRequest {
     fn encode(self, filter: Option<&Vec<u8>>) -> Vec<u8> {
-        let any_socket = if self.family == AF_INET6 { SocketId::new_v6() } else { SocketId::new_v4() };
-        let request = InetRequest {
-            family: self.family,
-            protocol: IPPROTO_TCP,
-            extensions: ExtensionFlags::empty(),
-            states: StateFlags::from_bits_retain(self.states),
-            socket_id: any_socket,
-        };
+        let request = AllFamiliesRequest { states: self.states };
         let filter = filter.map(|code| DefaultNla::new(BYTECODE, code.clone()));
         let flags = NLM_F_REQUEST | NLM_F_DUMP;
-        DiagMessage { kind: SOCK_DIAG_BY_FAMILY, flags, request, filter }.encode()
+        DiagMessage { kind: TCPDIAG_GETSOCK, flags, request, filter }.encode()
     }
 
     /// Appends the matching sockets of a batch of messages.
@@ -209,7 +187,7 @@ impl DumpRequest {
             inconsistent |= message.flags() & NLM_F_DUMP_INTR != 0;
             let payload = message.payload();
             match message.message_type() {
-                SOCK_DIAG_BY_FAMILY if self.matches(payload) => {
+                TCPDIAG_GETSOCK if self.matches(payload) => {
                     rows.push(parse(payload).map_err(malformed)?);
                 }
                 // The kernel reports an error during the dump in the final message.
@@ -284,13 +262,13 @@ pub(super) fn parse(response: &[u8]) -> Result<DumpedSocket, netlink_packet_core
 mod tests {
     use std::net::IpAddr;
 
+    use netlink_packet_sock_diag::AF_INET;
     use selfconn_ebpf::state;
 
     use super::*;
     use crate::detect::samples;
 
-    const SELF_CONNECTIONS: DumpRequest =
-        DumpRequest { family: AF_INET, states: STATES, filter: DumpFilter::SelfConnections };
+    const SELF_CONNECTIONS: DumpRequest = DumpRequest { states: STATES, filter: DumpFilter::SelfConnections };
     const ATTEMPTS: DumpRequest = DumpRequest { filter: DumpFilter::EqualAddresses, ..SELF_CONNECTIONS };
     const ALL: DumpRequest = DumpRequest { filter: DumpFilter::All, ..SELF_CONNECTIONS };
 
@@ -344,7 +322,7 @@ mod tests {
             (("::ffff:127.0.0.1", 40_000), ("::ffff:127.0.0.2", 40_000), false, false),
             (("2001:db8::1", 40_000), ("2001:db8::2", 40_000), false, false),
         ] {
-            let bytes = message(SOCK_DIAG_BY_FAMILY, 2, &response(source, destination, state::ESTABLISHED));
+            let bytes = message(TCPDIAG_GETSOCK, 2, &response(source, destination, state::ESTABLISHED));
             for (request, expected) in
                 [(SELF_CONNECTIONS, is_self_connection), (ATTEMPTS, is_attempt), (ALL, true)]
             {
@@ -398,12 +376,9 @@ mod tests {
 
     #[test]
     fn a_batch_reports_the_end_or_the_error_of_the_dump() {
-        let socket = message(SOCK_DIAG_BY_FAMILY, 2, &response(("::1", 4), ("::1", 4), state::ESTABLISHED));
-        let inconsistent = message(
-            SOCK_DIAG_BY_FAMILY,
-            2 | NLM_F_DUMP_INTR,
-            &response(("::1", 4), ("::1", 4), state::CLOSING),
-        );
+        let socket = message(TCPDIAG_GETSOCK, 2, &response(("::1", 4), ("::1", 4), state::ESTABLISHED));
+        let inconsistent =
+            message(TCPDIAG_GETSOCK, 2 | NLM_F_DUMP_INTR, &response(("::1", 4), ("::1", 4), state::CLOSING));
         let done = message(NLMSG_DONE, 2, &0_i32.to_ne_bytes());
         let failed = message(NLMSG_DONE, 2, &(-2_i32).to_ne_bytes());
         let mut refused = (-1_i32).to_ne_bytes().to_vec();
@@ -431,14 +406,14 @@ mod tests {
     #[test]
     fn a_request_is_encoded_as_the_kernel_expects() {
         let bytes = SELF_CONNECTIONS.encode(Some(&vec![1, 4, 4, 0]));
-        assert_eq!(bytes.len(), 16 + 56 + 4 + 4);
-        assert_eq!(bytes[..4], 80_u32.to_ne_bytes());
-        assert_eq!(bytes[4..6], SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+        assert_eq!(bytes.len(), 16 + 60 + 4 + 4);
+        assert_eq!(bytes[..4], 84_u32.to_ne_bytes());
+        assert_eq!(bytes[4..6], TCPDIAG_GETSOCK.to_ne_bytes());
         assert_eq!(bytes[6..8], 0x301_u16.to_ne_bytes());
-        assert_eq!(bytes[16..20], [AF_INET, IPPROTO_TCP, 0, 0]);
-        assert_eq!(bytes[20..24], STATES.to_ne_bytes());
-        assert_eq!(bytes[24..72], [0; 48]);
-        assert_eq!(bytes[76..], [1, 4, 4, 0]);
-        assert_eq!(ATTEMPTS.encode(None).len(), 16 + 56);
+        assert_eq!(bytes[16..68], [0; 52]);
+        assert_eq!(bytes[68..72], STATES.to_ne_bytes());
+        assert_eq!(bytes[72..76], [0; 4]);
+        assert_eq!(bytes[80..], [1, 4, 4, 0]);
+        assert_eq!(ATTEMPTS.encode(None).len(), 16 + 60);
     }
 }

@@ -3,7 +3,6 @@
 use std::io;
 
 use netlink_packet_core::{DefaultNla, Emitable, NetlinkMessage, NetlinkPayload, NetlinkSerializable};
-use netlink_packet_sock_diag::inet::InetRequest;
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// `AF_NETLINK` and `NETLINK_SOCK_DIAG`, include/linux/socket.h and include/uapi/linux/netlink.h at v5.10.
@@ -15,15 +14,39 @@ pub(super) fn open() -> io::Result<Socket> {
     Socket::new(Domain::from(AF_NETLINK), Type::RAW, Some(Protocol::from(NETLINK_SOCK_DIAG)))
 }
 
+/// `TCPDIAG_GETSOCK`, include/uapi/linux/inet_diag.h at v5.10.
+pub(super) const TCPDIAG_GETSOCK: u16 = 18;
+
+/// The length of `struct inet_diag_req`, include/uapi/linux/inet_diag.h at v5.10, and where its states are.
+const ALL_FAMILIES_LEN: usize = 60;
+const STATES_AT: usize = 52;
+
+/// The older request for a dump of TCP sockets. It has no family: the kernel lists the sockets of both families in one
+/// walk over its table (`inet_diag_dump_compat`, net/ipv4/inet_diag.c at v5.10), which is what a dump costs.
+pub(super) struct AllFamiliesRequest {
+    pub(super) states: u32,
+}
+
+impl Emitable for AllFamiliesRequest {
+    fn buffer_len(&self) -> usize {
+        ALL_FAMILIES_LEN
+    }
+
+    fn emit(&self, buffer: &mut [u8]) {
+        buffer.fill(0);
+        buffer[STATES_AT..STATES_AT + 4].copy_from_slice(&self.states.to_ne_bytes());
+    }
+}
+
 /// The request, and the bytecode filter of a dump.
-pub(super) struct DiagMessage {
+pub(super) struct DiagMessage<R> {
     pub(super) kind: u16,
     pub(super) flags: u16,
-    pub(super) request: InetRequest,
+    pub(super) request: R,
     pub(super) filter: Option<DefaultNla>,
 }
 
-impl DiagMessage {
+impl<R: Emitable> DiagMessage<R> {
     pub(super) fn encode(self) -> Vec<u8> {
         let flags = self.flags;
         let mut message = NetlinkMessage::new(Default::default(), NetlinkPayload::InnerMessage(self));
@@ -35,7 +58,7 @@ impl DiagMessage {
     }
 }
 
-impl NetlinkSerializable for DiagMessage {
+impl<R: Emitable> NetlinkSerializable for DiagMessage<R> {
     fn message_type(&self) -> u16 {
         self.kind
     }
