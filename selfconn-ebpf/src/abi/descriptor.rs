@@ -1,11 +1,23 @@
-//! What the iterator over descriptors writes: one record for each descriptor of a self-connection, and of a
-//! connection attempt from an address to itself.
+//! What the iterator over descriptors writes: one record for each descriptor of a self-connection, of a connection
+//! attempt from an address to itself, and of a namespace.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{bind_options::BindOptions, endpoint::Endpoint, state, task::COMM_LEN};
 
-/// A descriptor of a TCP socket whose source address is its destination address. In the host's byte order.
+/// The values of [`SocketDescriptor::kind`].
+pub mod descriptor_kind {
+    /// The file is a TCP socket whose source address is its destination address.
+    pub const SOCKET: u32 = 0;
+    /// The inode is one of those that the kernel gives to namespaces. Only the ids, the descriptor and the inode are
+    /// set. A file of another file system may have such an inode, too.
+    pub const NAMESPACE: u32 = 1;
+}
+
+/// The first inode of a namespace; the last one is `u32::MAX` (`PROC_DYNAMIC_FIRST`, fs/proc/generic.c at v5.10).
+pub const FIRST_NAMESPACE_INODE: u64 = 0xf000_0000;
+
+/// A descriptor of a socket, or of a namespace. In the host's byte order.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 pub struct SocketDescriptor {
@@ -26,7 +38,7 @@ pub struct SocketDescriptor {
     pub sock: u64,
     /// The socket cookie. 0: the kernel has not assigned one yet, and the program may not ask for one.
     pub cookie: u64,
-    /// The inode of the socket.
+    /// The inode of the file.
     pub inode: u64,
     /// The source. The destination has the same address.
     pub endpoint: Endpoint,
@@ -36,8 +48,8 @@ pub struct SocketDescriptor {
     pub state: u8,
     /// Of the socket, as they are now.
     pub options: BindOptions,
-    /// Always zero.
-    pub more_padding: u32,
+    /// One of [`descriptor_kind`].
+    pub kind: u32,
 }
 
 const _: () = assert!(size_of::<SocketDescriptor>() == 112);

@@ -1,12 +1,14 @@
 //! The iterator over the descriptors of all tasks: writes a record for each one that is a self-connection or
-//! an attempt to become one. The kernel runs it while user space reads the iterator's file, for each
+//! an attempt to become one, and for each namespace. The kernel runs it while user space reads the iterator's file, for each
 //! descriptor of each task; threads that share the table of their leader are skipped
 //! (`task_seq_get_next`, kernel/bpf/task_iter.c at v5.11). It takes no reference that outlives a call, so it
 //! delays no close, and it enters no namespace.
 
+use core::ptr;
+
 use aya_ebpf::{cty::c_void, helpers::generated as helpers};
-use selfconn_ebpf::{Field, IPPROTO_TCP, SocketDescriptor};
-use zerocopy::transmute;
+use selfconn_ebpf::{FIRST_NAMESPACE_INODE, Field, IPPROTO_TCP, SocketDescriptor, descriptor_kind};
+use zerocopy::{FromZeros as _, transmute};
 
 use super::{
     kernel_read::{BtfOffsets, DirectLoad, KernelRead, Pointer, offset},
@@ -33,7 +35,7 @@ pub(crate) fn visit(context: &DescriptorContext) -> Option<()> {
     // SAFETY: the kernel holds a reference to this file while the program runs.
     let socket = unsafe { helpers::bpf_sock_from_file(file.cast()) } as *const u8;
     if socket.is_null() {
-        return None;
+        return visit_namespace(context);
     }
     let sk = at::<Pointer>(socket, Field::SocketSk)?.0;
     if sk.is_null() {
@@ -56,24 +58,53 @@ pub(crate) fn visit(context: &DescriptorContext) -> Option<()> {
         comm: transmute!(comm),
         sock: sock.key(),
         cookie: sock.cookie(),
-        inode: at(at::<Pointer>(file.cast_const().cast(), Field::FileInode)?.0, Field::InodeNumber)?,
+        inode: inode(file)?,
         endpoint: self_addr.endpoint(sock, port),
         destination_port,
         state,
         options: sock.bind_options(),
-        more_padding: 0,
+        kind: descriptor_kind::SOCKET,
     };
+    write(context, &record);
+    Some(())
+}
+
+/// Writes a record if the file may be a namespace.
+#[inline(always)]
+fn visit_namespace(context: &DescriptorContext) -> Option<()> {
+    let inode = inode(context.file)?;
+    if !(FIRST_NAMESPACE_INODE..=u32::MAX.into()).contains(&inode) {
+        return None;
+    }
+    let record = SocketDescriptor {
+        pid: at(context.task, Field::TaskTgid)?,
+        tid: at(context.task, Field::TaskPid)?,
+        fd: context.fd as u32,
+        inode,
+        kind: descriptor_kind::NAMESPACE,
+        ..SocketDescriptor::new_zeroed()
+    };
+    write(context, &record);
+    Some(())
+}
+
+#[inline(always)]
+fn inode(file: *mut c_void) -> Option<u64> {
+    at(at::<Pointer>(file.cast_const().cast(), Field::FileInode)?.0, Field::InodeNumber)
+}
+
+#[inline(always)]
+fn write(context: &DescriptorContext, record: &SocketDescriptor) {
     // SAFETY: the kernel gives an iterator its `struct bpf_iter_meta`, whose first member is the seq_file. If
     // the record does not fit, the kernel calls the program again for this descriptor with an empty buffer
     // (`bpf_seq_read`, kernel/bpf/bpf_iter.c at v5.11).
     unsafe {
         helpers::bpf_seq_write(
             (*context.meta).cast(),
-            (&raw const record).cast(),
+            ptr::from_ref(record).cast(),
             size_of::<SocketDescriptor>() as u32,
         );
     }
-    Some(())
 }
 
 #[inline(always)]

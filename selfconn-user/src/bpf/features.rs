@@ -4,7 +4,7 @@
 //! Features are probed and never derived from version numbers, because distributions backport features and
 //! policies can forbid a feature that a version has.
 
-use std::{env::consts::ARCH, fs, io};
+use std::{env::consts::ARCH, fs, io, sync::OnceLock};
 
 use anyhow::Context as _;
 use aya::{
@@ -109,6 +109,16 @@ pub struct KernelFeatures {
 }
 
 impl KernelFeatures {
+    /// Probes the kernel and this process once for each command.
+    ///
+    /// # Errors
+    /// As [`Self::probe`], as text for people.
+    pub(super) fn for_command() -> Result<&'static Self, String> {
+        static FEATURES: OnceLock<Result<KernelFeatures, String>> = OnceLock::new();
+        let features = FEATURES.get_or_init(|| Self::probe(false).map_err(|error| format!("{error:#}")));
+        features.as_ref().map_err(Clone::clone)
+    }
+
     /// Probes the kernel and this process. With `without_btf` it behaves as if the kernel had no BTF, for
     /// tests.
     ///

@@ -146,8 +146,7 @@ pub fn open(features: &KernelFeatures) -> Result<NamespaceIter, Refusal> {
 /// # Errors
 /// As [`open`], as text for people.
 pub fn open_for_command() -> Result<NamespaceIter, String> {
-    let features = KernelFeatures::probe(false).map_err(|error| format!("{error:#}"))?;
-    open(&features).map_err(|refusal| refusal.to_string())
+    open(KernelFeatures::for_command()?).map_err(|refusal| refusal.to_string())
 }
 
 /// Attaches the iterator for a moment, and makes a pass, to find out whether this kernel supports it.

@@ -193,7 +193,7 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
 }
 
 /// Reads the socket tables. The iterator over descriptors is used only if each holder must be known, or if a namespace
-/// may exist that nothing else leads to, because loading it takes as long as reading the tables of most hosts.
+/// may exist that nothing else leads to.
 fn snapshot(
     args: &ScanArgs,
     selection: &NamespaceSelection,
@@ -213,15 +213,11 @@ fn snapshot(
     let list = namespaces::open_for_command();
     let options = SnapshotOptions { namespaces: list.as_ref().ok(), ..options };
     let is_all = *selection == NamespaceSelection::All;
-    let is_quick = is_all && !args.destroy && !args.holders;
-    let first = is_quick.then(|| sockets::snapshot(options, &[])).transpose()?;
-    let mut snapshot = match (first, &list) {
-        (Some(snapshot), Ok(_)) if snapshot.unfound.is_empty() => snapshot,
-        _ => {
-            let descriptors = descriptors::open_for_command().ok();
-            sockets::snapshot(SnapshotOptions { descriptors: descriptors.as_ref(), ..options }, &[])?
-        }
-    };
+    let is_quick = is_all && !args.destroy && !args.holders && list.is_ok();
+    let descriptors = if is_quick { None } else { descriptors::open_for_command().ok() };
+    let open_descriptors = is_quick.then_some(descriptors::open_for_command as fn() -> _);
+    let options = SnapshotOptions { descriptors: descriptors.as_ref(), open_descriptors, ..options };
+    let mut snapshot = sockets::snapshot(options, &[])?;
     if is_all {
         snapshot.unseen.extend(list.err().map(|why| sockets::no_list(&why)));
     }

@@ -8,12 +8,13 @@ use std::{
     io,
 };
 
-use selfconn_ebpf::{COMM_LEN, Endpoint, SocketDescriptor, state};
+use selfconn_ebpf::{COMM_LEN, Endpoint, SocketDescriptor, descriptor_kind, state};
 
 use super::{
     entry::SocketEntry,
     holders::{HolderSearch, Holders, find_holders},
     limit::SnapshotLimit,
+    netns_search::NamespaceDescriptors,
 };
 use crate::{
     bpf::descriptors::DescriptorIter,
@@ -23,6 +24,9 @@ use crate::{
 
 /// Maximum number of tasks that are kept as hints.
 const MAX_TASKS: usize = 4_096;
+
+/// Maximum number of namespaces of which a descriptor is kept.
+const MAX_NAMESPACES: usize = 16_384;
 
 /// The result of a pass.
 #[derive(Debug, Default)]
@@ -34,6 +38,9 @@ pub(super) struct HeldSockets {
     pub(super) holders: Holders,
     /// The tasks that hold any of them. One of them may be in the namespace of its socket.
     pub(super) tasks: HashSet<u32>,
+    /// A descriptor of each namespace that has one. `None`: there are too many, or their threads have other ids in
+    /// our `/proc`.
+    pub(super) namespaces: Option<NamespaceDescriptors>,
 }
 
 impl HeldSockets {
@@ -46,7 +53,9 @@ impl HeldSockets {
 
 /// Makes a pass.
 pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Result<HeldSockets> {
-    read_if(iter, limit, |_| true)
+    let mut held = read_if(iter, limit, |_| true)?;
+    held.namespaces = held.namespaces.filter(|_| process::is_in_initial_pid_ns());
+    Ok(held)
 }
 
 /// Makes a pass and keeps the sockets whose inodes `is_wanted` accepts.
@@ -55,11 +64,11 @@ fn read_if(
     limit: &mut SnapshotLimit,
     is_wanted: impl Fn(u64) -> bool,
 ) -> io::Result<HeldSockets> {
-    let mut collector = Collector { limit, sockets: HashMap::new(), tasks: HashSet::new() };
-    iter.pass(|record| {
-        if is_wanted(record.inode) {
-            collector.add(record);
-        }
+    let mut collector = Collector::new(limit);
+    iter.pass(|record| match record.kind {
+        descriptor_kind::NAMESPACE => collector.add_namespace(record),
+        _ if is_wanted(record.inode) => collector.add(record),
+        _ => {}
     })?;
     Ok(collector.finish())
 }
@@ -91,6 +100,7 @@ struct Collector<'a> {
     limit: &'a mut SnapshotLimit,
     sockets: HashMap<(u64, u64), HeldSocket>,
     tasks: HashSet<u32>,
+    namespaces: Option<NamespaceDescriptors>,
 }
 
 struct HeldSocket {
@@ -106,7 +116,22 @@ struct HolderRecord {
     comm: [u8; COMM_LEN],
 }
 
-impl Collector<'_> {
+impl<'a> Collector<'a> {
+    fn new(limit: &'a mut SnapshotLimit) -> Self {
+        let namespaces = Some(NamespaceDescriptors::new());
+        Self { limit, sockets: HashMap::new(), tasks: HashSet::new(), namespaces }
+    }
+
+    fn add_namespace(&mut self, record: &SocketDescriptor) {
+        let (Some(namespaces), Ok(inode)) = (&mut self.namespaces, u32::try_from(record.inode)) else {
+            return;
+        };
+        namespaces.entry(inode).or_insert((record.tid, record.fd));
+        if namespaces.len() > MAX_NAMESPACES {
+            self.namespaces = None;
+        }
+    }
+
     fn add(&mut self, record: &SocketDescriptor) {
         let held = match self.sockets.entry((record.sock, record.cookie)) {
             hash_map::Entry::Occupied(held) => held.into_mut(),
@@ -129,7 +154,8 @@ impl Collector<'_> {
     }
 
     fn finish(self) -> HeldSockets {
-        let mut held = HeldSockets { tasks: self.tasks, ..HeldSockets::default() };
+        let mut held =
+            HeldSockets { tasks: self.tasks, namespaces: self.namespaces, ..HeldSockets::default() };
         held.holders.complete = true;
         for HeldSocket { record, mut holders } in self.sockets.into_values() {
             if record.state == state::SYN_SENT {
@@ -199,7 +225,7 @@ mod tests {
 
     fn collect(records: &[SocketDescriptor]) -> HeldSockets {
         let limit = &mut SnapshotLimit::new(None);
-        let mut collector = Collector { limit, sockets: HashMap::new(), tasks: HashSet::new() };
+        let mut collector = Collector::new(limit);
         records.iter().for_each(|record| collector.add(record));
         collector.finish()
     }
@@ -222,6 +248,26 @@ mod tests {
         assert_eq!(held.holders.by_inode[&32][0].start_ticks, Some(ticks));
         assert!(held.holders.complete && held.attempts.is_empty());
         assert_eq!(held.tasks, [7, 8, 71].into());
+    }
+
+    #[test]
+    fn one_descriptor_of_a_namespace_is_kept_unless_there_are_too_many() {
+        let namespace = |inode, fd| SocketDescriptor {
+            inode,
+            kind: descriptor_kind::NAMESPACE,
+            ..SocketDescriptor { fd, ..record(0, 7, 9) }
+        };
+        let limit = &mut SnapshotLimit::new(None);
+        let mut collector = Collector::new(limit);
+        for (inode, fd) in [(0xf000_0001, 3), (0xf000_0001, 4), (0xffff_ffff, 5)] {
+            collector.add_namespace(&namespace(inode, fd));
+        }
+        let known = [(0xf000_0001, (7, 3)), (0xffff_ffff, (7, 5))].into();
+        assert_eq!(collector.namespaces, Some(known));
+        for inode in 0..=MAX_NAMESPACES as u64 {
+            collector.add_namespace(&namespace(0xf000_0000 + inode, 6));
+        }
+        assert_eq!(collector.finish().namespaces, None);
     }
 
     #[test]

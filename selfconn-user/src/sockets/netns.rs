@@ -17,7 +17,7 @@ use rustix::{
 use selfconn_ebpf::Endpoint;
 
 use super::{
-    netns_search::{Lead, SearchLimits, mount_points, search},
+    netns_search::{Lead, NamespaceDescriptors, SearchLimits, mount_points, search},
     netns_selection::{CURRENT_NETNS, NamespaceSelection},
 };
 use crate::system::netns_cookie;
@@ -113,18 +113,21 @@ pub(super) fn visit_at(
 }
 
 /// Which namespaces [`visit`] visits, and how far it searches for them.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct VisitOptions<'a> {
     /// Threads that may be the only ones in their namespace.
     pub(super) netns_hints: &'a [u32],
     /// Visit only the namespace with this inode.
     pub(super) only: Option<u32>,
-    /// The inodes of the namespaces that exist, or of those that are needed. The search ends when all are visited; without, it finds what it can.
+    /// The inodes of the namespaces that exist, or of those that are needed. The search ends when all are visited;
+    /// without, it finds what it can.
     pub(super) existing: Option<&'a BTreeSet<u32>>,
     /// The inodes for which an earlier search was in vain.
     pub(super) unfound: Option<&'a HashSet<u32>>,
     /// `None`: no search beyond mounts and the leaders of processes.
     pub(super) search: Option<SearchLimits>,
+    /// Lists the descriptors that are namespaces. Called if there is anything to search for.
+    pub(super) descriptors: Option<&'a dyn Fn() -> Option<NamespaceDescriptors>>,
 }
 
 /// Calls `each` in every network namespace: first in the namespace of the calling thread, which needs no
@@ -233,7 +236,8 @@ impl NamespaceVisit {
                 Some(to_find) => to_find.contains(&inode),
                 None => options.only.map_or(!visited.contains(&inode), |only| u64::from(only) == inode),
             };
-            let is_complete = search(limits, is_wanted, |Lead { path, shown }| {
+            let descriptors = options.descriptors.and_then(|list| list());
+            let is_complete = search(limits, descriptors.as_ref(), is_wanted, |Lead { path, shown }| {
                 // A namespace that has ended, or that may not be entered, is noted or needs no note.
                 if let Err(error) = self.try_visit(path, shown, NamespaceSource::Search, each)
                     && !is_gone(&error)

@@ -77,7 +77,7 @@ fn enter(netns: u32, netns_hints: &[u32]) -> io::Result<()> {
     }
     let is_wanted = |inode: u64| inode == u64::from(netns);
     let mut outcome = None;
-    search(SearchLimits::DAEMON, is_wanted, |Lead { path, .. }| {
+    search(SearchLimits::DAEMON, None, is_wanted, |Lead { path, .. }| {
         let Ok(Some((file, opened))) = open(path) else { return false };
         if !is_wanted(opened.ino()) {
             return false;

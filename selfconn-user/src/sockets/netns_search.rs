@@ -5,7 +5,7 @@
 //! FUSE file. So it is opened as a path only, and what it is is read from its name, which the kernel makes.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     ffi::OsString,
     fs,
     os::{
@@ -34,6 +34,9 @@ impl SearchLimits {
     pub(super) const DAEMON: Self = Self { descriptors: 100_000, mounts: false };
 }
 
+/// By inode: the thread and the number of a descriptor that is a namespace of this inode.
+pub(super) type NamespaceDescriptors = HashMap<u32, (u32, u32)>;
+
 /// A file that is a network namespace.
 pub(super) struct Lead {
     /// The path by which it is opened: it can't be another file than it was.
@@ -43,9 +46,10 @@ pub(super) struct Lead {
 }
 
 /// Calls `each` for the leads to namespaces whose inode is wanted, until it returns true, or until there are no more.
-/// Returns false if the limits ended it.
+/// If `known` has the descriptors of the host, no other is looked at. Returns false if the limits ended it.
 pub(super) fn search(
     limits: SearchLimits,
+    known: Option<&NamespaceDescriptors>,
     is_wanted: impl Fn(u64) -> bool,
     mut each: impl FnMut(&Lead) -> bool,
 ) -> bool {
@@ -62,31 +66,18 @@ pub(super) fn search(
             }
         }
     }
-    let mut left = limits.descriptors;
-    for process in &processes {
-        let mut descriptors: Box<dyn Iterator<Item = PathBuf>> = Box::new(numbered(&process.join("fd")));
-        // The first thread has ended, or has no descriptor. The others may have.
-        let mut first = descriptors.next();
-        if first.is_none() {
-            let tables = numbered(&process.join("task")).take(2).collect::<Vec<_>>();
-            descriptors = Box::new(tables.into_iter().flat_map(|thread| numbered(&thread.join("fd"))));
-            first = descriptors.next();
-        }
-        for descriptor in first.into_iter().chain(descriptors) {
-            if left == 0 {
-                return false;
-            }
-            left -= 1;
-            let inode = fs::read_link(&descriptor).ok().and_then(|target| namespace_inode(&target));
-            if !inode.is_some_and(&is_wanted) {
-                continue;
-            }
-            let Ok(file) = open(&descriptor, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) else { continue };
-            let path = PathBuf::from(format!("/proc/thread-self/fd/{}", file.as_raw_fd()));
-            let is_same = fs::read_link(&path).ok().and_then(|target| namespace_inode(&target)) == inode;
-            if is_same && each(&Lead { path, shown: descriptor }) {
+    if let Some(known) = known {
+        for (inode, (thread, descriptor)) in known {
+            let path = PathBuf::from(format!("/proc/{thread}/fd/{descriptor}"));
+            if is_wanted(u64::from(*inode)) && follow(path, &is_wanted, &mut each) {
                 return true;
             }
+        }
+    } else {
+        match search_descriptors(&processes, limits.descriptors, &is_wanted, &mut each) {
+            None => return false,
+            Some(true) => return true,
+            Some(false) => {}
         }
     }
     if limits.mounts {
@@ -111,6 +102,49 @@ pub(super) fn search(
         }
     }
     true
+}
+
+/// Looks at the descriptors of these processes. Returns true if `each` did, and `None` if there are more than `max`.
+fn search_descriptors(
+    processes: &[PathBuf],
+    max: usize,
+    is_wanted: &impl Fn(u64) -> bool,
+    each: &mut impl FnMut(&Lead) -> bool,
+) -> Option<bool> {
+    let mut left = max;
+    for process in processes {
+        let mut descriptors: Box<dyn Iterator<Item = PathBuf>> = Box::new(numbered(&process.join("fd")));
+        // The first thread has ended, or has no descriptor. The others may have.
+        let mut first = descriptors.next();
+        if first.is_none() {
+            let tables = numbered(&process.join("task")).take(2).collect::<Vec<_>>();
+            descriptors = Box::new(tables.into_iter().flat_map(|thread| numbered(&thread.join("fd"))));
+            first = descriptors.next();
+        }
+        for descriptor in first.into_iter().chain(descriptors) {
+            left = left.checked_sub(1)?;
+            if follow(descriptor, is_wanted, each) {
+                return Some(true);
+            }
+        }
+    }
+    Some(false)
+}
+
+/// Calls `each` if this descriptor is a namespace whose inode is wanted.
+fn follow(
+    descriptor: PathBuf,
+    is_wanted: &impl Fn(u64) -> bool,
+    each: &mut impl FnMut(&Lead) -> bool,
+) -> bool {
+    let inode = fs::read_link(&descriptor).ok().and_then(|target| namespace_inode(&target));
+    if !inode.is_some_and(is_wanted) {
+        return false;
+    }
+    let Ok(file) = open(&descriptor, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) else { return false };
+    let path = PathBuf::from(format!("/proc/thread-self/fd/{}", file.as_raw_fd()));
+    let is_same = fs::read_link(&path).ok().and_then(|target| namespace_inode(&target)) == inode;
+    is_same && each(&Lead { path, shown: descriptor })
 }
 
 /// The entries of a directory whose names are numbers.

@@ -7,6 +7,7 @@
 //! an IPv4 socket and an IPv6 socket with a v4-mapped address cannot have the same endpoint at the same time.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeSet, HashMap, HashSet},
     io, panic, thread,
 };
@@ -45,6 +46,9 @@ pub struct SnapshotOptions<'a> {
     pub max_sockets: Option<usize>,
     /// The iterator over descriptors. With it, the holders are always known and cost no search.
     pub descriptors: Option<&'a DescriptorIter>,
+    /// Opens that iterator, if there is none and a namespace exists to which nothing else leads: for a command, because
+    /// to load it takes as long as to read the tables of most hosts.
+    pub open_descriptors: Option<fn() -> Result<DescriptorIter, String>>,
     /// The iterator over network namespaces. With it, it is known which exist.
     pub namespaces: Option<&'a NamespaceIter>,
     /// The namespaces to read.
@@ -197,7 +201,7 @@ fn is_same(cookie: u64, endpoint: &Endpoint) -> bool {
 pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result<SocketSnapshot> {
     let began_ns = clock::boot_ns();
     let mut limit = SnapshotLimit::new(options.max_sockets);
-    let (mut held, refusal) = match options.descriptors.map(|iter| held::read(iter, &mut limit)) {
+    let (held, refusal) = match options.descriptors.map(|iter| held::read(iter, &mut limit)) {
         Some(Ok(held)) => (Some(held), None),
         Some(Err(error)) => (None, Some(format!("the iterator over descriptors: {error}"))),
         None => (None, None),
@@ -211,21 +215,20 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
     let holders = held.iter().flat_map(|held| held.tasks.iter());
     let netns_hints: &[u32] = &netns_hints.iter().chain(holders).copied().collect::<Vec<_>>();
     let existing_namespaces = existing.as_ref().map(ExistingNamespaces::inodes);
-    let (mut snapshot, devices) = thread::scope(|scope| -> io::Result<_> {
+    let (mut snapshot, devices, held) = thread::scope(|scope| -> io::Result<_> {
         let thread = thread::Builder::new().name("namespaces".to_owned());
-        let thread = thread.spawn_scoped(scope, || {
-            snapshot_all(options, existing_namespaces, netns_hints, held.as_ref(), &mut limit)
+        let limit = &mut limit;
+        let thread = thread.spawn_scoped(scope, move || {
+            snapshot_all(options, existing_namespaces, netns_hints, held, limit)
         })?;
         thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause))
     })?;
-    if let Some(held) = &mut held {
-        held.select(|endpoint| snapshot.selects(options.selection, endpoint));
-    }
     snapshot.began_ns = began_ns;
     snapshot.existing = existing;
     snapshot.unseen.extend(refusal.into_iter().chain(existing_refusal));
     snapshot.left_out = limit.left_out;
-    if let Some(held) = held {
+    if let Some(mut held) = held {
+        held.select(|endpoint| snapshot.selects(options.selection, endpoint));
         snapshot.add_held(held, options.attempts);
     } else if let Some(search) = options.holders {
         let inodes = snapshot.entries.iter().map(|entry| entry.inode).filter(|inode| *inode != 0).collect();
@@ -246,16 +249,33 @@ fn snapshot_all(
     options: SnapshotOptions<'_>,
     existing: Option<&BTreeSet<u32>>,
     netns_hints: &[u32],
-    held: Option<&HeldSockets>,
+    held: Option<HeldSockets>,
     limit: &mut SnapshotLimit,
-) -> io::Result<(SocketSnapshot, DeviceNames)> {
-    let is_held = |inode| held.is_some_and(|held| held.holders.by_inode.contains_key(&inode));
+) -> io::Result<(SocketSnapshot, DeviceNames, Option<HeldSockets>)> {
+    let held = RefCell::new(held);
+    let is_held =
+        |inode| held.borrow().as_ref().is_some_and(|held| held.holders.by_inode.contains_key(&inode));
+    let descriptors = || {
+        let is_read = held.borrow().is_some();
+        if let (false, Some(open)) = (is_read, options.open_descriptors) {
+            let read = |iter| held::read(&iter, &mut SnapshotLimit::new(None)).ok();
+            *held.borrow_mut() = open().ok().and_then(read);
+        }
+        held.borrow().as_ref().and_then(|held| held.namespaces.clone())
+    };
     let (mut snapshot, mut devices) = (SocketSnapshot::default(), DeviceNames::default());
     let mut tables = Tables::new(options.procfs_only);
     let search = if options.unfound.is_some() { SearchLimits::DAEMON } else { SearchLimits::COMMAND };
     // Without the list the daemon does not know for what to search.
     let search = (options.unfound.is_none() || existing.is_some()).then_some(search);
-    let visit = VisitOptions { netns_hints, only: None, existing, unfound: options.unfound, search };
+    let visit = VisitOptions {
+        netns_hints,
+        only: None,
+        existing,
+        unfound: options.unfound,
+        search,
+        descriptors: Some(&descriptors),
+    };
     let visited = netns::visit_selected(options.selection, visit, |&Namespace { id, .. }| {
         tables.read(options.attempts, limit, &is_held)?;
         let mut cookies = HashSet::new();
@@ -268,6 +288,7 @@ fn snapshot_all(
                 snapshot.entries.push(row.into_entry(id));
             }
         }
+        let held = held.borrow();
         let held = held.iter().flat_map(|held| &held.entries);
         let here = snapshot.entries.iter().chain(held).map(|entry| &entry.endpoint);
         devices.look_up(here.filter(|endpoint| endpoint.netns == id.inode));
@@ -280,7 +301,7 @@ fn snapshot_all(
     snapshot.attempts.sort_unstable();
     snapshot.attempts.dedup();
     snapshot.ended_ns = clock::boot_ns();
-    Ok((snapshot, devices))
+    Ok((snapshot, devices, held.into_inner()))
 }
 
 #[cfg(test)]

@@ -2,9 +2,11 @@
 //! namespace, without processes and without a route to it, that is connected to itself again and again.
 //!
 //! A socket stays in the namespace in which it was created, and keeps that namespace alive. Creating the
-//! socket needs privileges, once. Using it needs no privileges, no thread and no change of namespace.
+//! socket needs privileges, once. Using it needs no privileges, no thread and no change of namespace. A descriptor of
+//! the namespace stays open beside it, so that `scan` and `lsns` can find where it is.
 
 use std::{
+    fs::File,
     io::{self, Read as _},
     net::{Ipv4Addr, SocketAddrV4},
     panic, thread,
@@ -32,6 +34,8 @@ const NETLINK_ROUTE: i32 = 0;
 #[derive(Debug)]
 pub struct SelfTestSocket {
     socket: Socket,
+    #[expect(dead_code, reason = "open for others to see")]
+    netns: File,
     cookie: u64,
 }
 
@@ -65,7 +69,7 @@ impl SelfTestSocket {
         socket.bind(&endpoint.into())?;
         // The kernel assigns the cookie now, so every probe that knows the field reads it in every record.
         let cookie = socket.cookie()?;
-        Ok(Self { socket, cookie })
+        Ok(Self { socket, netns: File::open("/proc/thread-self/ns/net")?, cookie })
     }
 
     /// Connects the socket to itself. The connection is usually established when this returns, but on a busy

@@ -148,6 +148,17 @@ fn more_namespaces_than_a_pass_can_visit_are_listed() {
     drop(held);
 }
 
+/// A daemon has a namespace for its self-test, which no process is in.
+#[test]
+fn beside_a_daemon_every_namespace_is_seen() {
+    let _net = TestNetns::enter_new();
+    let _daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
+    let scan = Command::new(selfconn()).args(["scan", "--json"]).output().unwrap();
+    let stdout = String::from_utf8(scan.stdout).unwrap();
+    let summary: Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
+    assert!(!summary["unseen"].to_string().contains("descriptor or mount leads to 4"), "{summary}");
+}
+
 /// Stops the daemon, fills its ring buffer, calls `end`, and lets it go on. No record of `end` arrives.
 fn without_records(daemon: &TestDaemon, end: impl FnOnce()) {
     daemon.signal(Signal::STOP);
