@@ -25,8 +25,9 @@ create view selfconn as select
     body
 from selfconn_events;
 
--- Of each run: the events that are there, those that are missing, and those that its host counted as lost. A run
--- is complete if `missing` is what the host has lost itself (the log's and the suppressed ones).
+-- Of each run: the events that are stored, the missing ones before the last of these, and the ones that its host
+-- counted as lost (the log's and the suppressed ones). What is missing at the end of a run can't be counted: a run with
+-- `has_ended` has its end, and the one with `is_newest`, the host's latest, may still go on.
 create view selfconn_runs as select
     host, boot_id, run,
     min(time) as first, max(time) as last,
@@ -36,5 +37,6 @@ create view selfconn_runs as select
         filter (where event = 'stopped'),
         sum((body->>'count')::bigint) filter (where event = 'lost' and body->>'where' in ('log', 'suppressed')),
         0) as lost_on_host,
-    bool_or(event = 'stopped') as has_ended
+    bool_or(event = 'stopped') as has_ended,
+    min(time) = max(min(time)) over (partition by host) as is_newest
 from selfconn group by host, boot_id, run;

@@ -1,6 +1,6 @@
 //! `cargo xtask test`: everything that must pass. Each check prints its own output, and a failure does not
-//! stop the others. The last lines are the result of all checks in libtest's form, and the names of those that
-//! failed.
+//! stop the others. The last lines are the result of all checks in libtest's form, and the names of the failed
+//! ones.
 
 use std::{
     cell::Cell,

@@ -24,7 +24,7 @@ use crate::{
     output::{OutputLimits, Outputs, StdoutFormat, journald, log_file::LogFile},
     system::{
         capabilities::{self, PrivilegePlan},
-        identity::Identity,
+        identity::{HostName, Identity},
         logger, memory,
         sd_notify::ServiceManager,
     },
@@ -85,8 +85,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "BYTES", default_value = "1024")]
     cmdline: CmdlineLimit,
     /// Name of this host in events, instead of $NODE_NAME and the name that the kernel has
-    #[arg(long, value_name = "NAME", value_parser = host_name)]
-    host_name: Option<String>,
+    #[arg(long, value_name = "NAME")]
+    host_name: Option<HostName>,
     /// How to observe that a server cannot bind a port
     #[arg(long, value_name = "METHOD", default_value = "auto", value_parser = bind_method())]
     bind_method: RequestedBindMethod,
@@ -204,16 +204,6 @@ fn ring_bytes(text: &str) -> Result<u32, String> {
     }
 }
 
-/// Parses the name of a host: what a name in the DNS may have, and no more than that.
-fn host_name(text: &str) -> Result<String, String> {
-    let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
-    if (1..=253).contains(&text.len()) && text.bytes().all(is_allowed) {
-        Ok(text.to_owned())
-    } else {
-        Err("not 1 to 253 letters, digits, dots, dashes and underscores".to_owned())
-    }
-}
-
 /// Parses an address and a port, such as `[::1]:21435`.
 fn socket_address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "not an address and a port, such as 127.0.0.1:21435".to_owned())
@@ -222,9 +212,10 @@ fn socket_address(text: &str) -> Result<SocketAddr, String> {
 /// Runs the daemon until SIGINT or SIGTERM.
 ///
 /// # Errors
-/// If the log cannot be opened or the hooks cannot be attached.
+/// If the run cannot be numbered, the log cannot be opened or the hooks cannot be attached.
 pub fn run(args: &RunArgs) -> Result<ExitCode> {
     logger::init(args.verbose, args.quiet);
+    let identity = Identity::read(args.host_name.as_ref()).context("cannot number this run: getrandom")?;
     // Open the log first: without it, nothing is attached.
     let log = args.log.as_deref().map(LogFile::open).transpose()?;
     let log = log.map(|log| log.with_limit(args.log_limit.0));
@@ -274,7 +265,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         let outputs = Outputs::new(
             args.stdout_format(),
             log,
-            Envelope::new(&Identity::read(args.host_name.as_deref())),
+            Envelope::new(&identity),
             OutputLimits { rate: args.log_rate, cmdline: args.cmdline },
         )
         .context("cannot start a thread that writes events")?;

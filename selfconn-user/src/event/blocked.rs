@@ -242,11 +242,75 @@ fn held_by(holder: LogRecord<'_>, opener: Option<LogRecord<'_>>, out: &mut Strin
 
 #[cfg(test)]
 mod tests {
-    use crate::event::tests::rendered;
+    use super::*;
+    use crate::{
+        budget::memory::MAX_HOLDERS,
+        event::{Envelope, Event, EventKind, tests::assert_rendered},
+        system::{identity::Identity, process::CMDLINE_LIMIT},
+    };
+
+    /// Text of the process's choice. A control character has one byte there, and six in JSON.
+    fn chosen(bytes: usize) -> String {
+        "\u{1}".repeat(bytes)
+    }
+
+    #[test]
+    fn the_longest_line_of_all_is_within_the_limits_of_the_shipped_agents() {
+        // NAME_MAX, a path of PATH_MAX with its NUL, and TASK_COMM_LEN with its NUL: include/uapi/linux/limits.h and
+        // include/linux/sched.h at v6.12.
+        let (file_name, path, comm) = (chosen(255), chosen(4_095), chosen(15));
+        let pid = 1 << 22;
+        let process = || BlockingProcess {
+            pid: Some(pid),
+            comm: Some(comm.clone()),
+            exe: Some(path.as_str().into()),
+            cmdline: CommandLine::parse(chosen(CMDLINE_LIMIT).as_bytes(), true).map(Arc::new),
+            cmdline_truncated: true,
+            unit: Some(file_name.as_str().into()),
+            container: Some("f".repeat(64).into()),
+        };
+        let blocked = Blocked {
+            id: blocked_id(u64::MAX, u64::MAX),
+            addr: "f".repeat(39),
+            port: u16::MAX,
+            netns: Some(u32::MAX),
+            pid,
+            comm: Some(comm.clone()),
+            uid: u32::MAX,
+            exe: Some(path.as_str().into()),
+            unit: Some(file_name.as_str().into()),
+            container: Some("f".repeat(64).into()),
+            failures: u64::MAX,
+            holder: BlockingConnection {
+                connection: ConnectionFields {
+                    id: Some(blocked_id(u64::MAX, u64::MAX)),
+                    cookie: Some(u64::MAX),
+                    addr: "f".repeat(39),
+                    ..ConnectionFields::sample()
+                },
+                process: process(),
+                holders: Some(vec![Holder { pid, comm: Some(comm.clone()), start_ticks: None }; MAX_HOLDERS]),
+                state: state::name(state::ESTABLISHED),
+                held_for_ns: Some(u64::MAX),
+                free_at: Some(Timestamp::MAX),
+            },
+            opener: Some(process()),
+        };
+        let id = || Some("f".repeat(32));
+        let identity = Identity { host: "x".repeat(253), machine_id: id(), boot_id: id(), run: u64::MAX };
+        let event =
+            Event { time: Timestamp::MAX, seq: u64::MAX, kind: EventKind::Blocked(Box::new(blocked)) };
+        let mut line = Vec::new();
+        event.write_json_line(&Envelope::new(&identity), &mut line);
+        let limit = 128 << 10;
+        assert!((limit - (8 << 10)..=limit).contains(&line.len()), "{} bytes", line.len());
+        let rsyslog = include_str!("../../../packaging/shipping/rsyslog-postgresql.conf");
+        assert!(rsyslog.contains("maxMessageSize=\"128k\""), "rsyslog takes the line");
+    }
 
     #[test]
     fn a_line_mentions_only_known_fields() {
-        for (json, line) in [
+        assert_rendered(&[
             (
                 r#"{"event":"blocked","addr":"0.0.0.0","port":44446,"comm":"nginx","pid":812,"failures":1,"netns":7,
                     "holder":{"comm":"java","pid":13154,"state":"ESTABLISHED","held_for_ns":11520000000000,
@@ -273,8 +337,6 @@ mod tests {
                 "BLOCKED      a\\u{1b}[7] cannot bind [::1]:80: held by the TIME_WAIT of b\\n[8], which was connected \
                  to itself; free at 23:10:58.584252Z; 9 failures",
             ),
-        ] {
-            assert_eq!(rendered(json), line);
-        }
+        ]);
     }
 }

@@ -242,9 +242,11 @@ mod tests {
     use super::*;
     use crate::system::identity::Identity;
 
-    /// The rendered line of a JSON event.
-    pub(super) fn rendered(json: &str) -> String {
-        render(LogRecord::new(&text::parse(json.as_bytes()).unwrap()))
+    /// Compares JSON events with their rendered lines.
+    pub(super) fn assert_rendered(lines: &[(&str, &str)]) {
+        for (json, line) in lines {
+            assert_eq!(render(LogRecord::new(&text::parse(json.as_bytes()).unwrap())), *line);
+        }
     }
 
     #[test]
@@ -288,9 +290,9 @@ mod tests {
 
     #[test]
     fn a_field_of_an_unexpected_type_is_unknown() {
-        assert_eq!(
-            rendered(r#"{"time":7,"event":"lost","where":["ring"],"count":"many"}"#),
-            "LOST         an unknown number (unknown place)"
-        );
+        assert_rendered(&[(
+            r#"{"time":7,"event":"lost","where":["ring"],"count":"many"}"#,
+            "LOST         an unknown number (unknown place)",
+        )]);
     }
 }

@@ -40,15 +40,13 @@ fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
 
 #[cfg(test)]
 mod tests {
-    use crate::event::tests::rendered;
+    use crate::event::tests::assert_rendered;
 
     #[test]
     fn a_line_mentions_only_known_fields() {
-        assert_eq!(
-            rendered(
-                r#"{"event":"state","addr":"127.0.0.1","port":80,"pid":7,"from":"SYN_SENT","to":"SYN_RECV"}"#
-            ),
-            "state        127.0.0.1:80          [7] SYN_SENT -> SYN_RECV"
-        );
+        assert_rendered(&[(
+            r#"{"event":"state","addr":"127.0.0.1","port":80,"pid":7,"from":"SYN_SENT","to":"SYN_RECV"}"#,
+            "state        127.0.0.1:80          [7] SYN_SENT -> SYN_RECV",
+        )]);
     }
 }

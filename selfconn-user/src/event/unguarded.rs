@@ -37,18 +37,16 @@ fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
 
 #[cfg(test)]
 mod tests {
-    use crate::event::tests::rendered;
+    use crate::event::tests::assert_rendered;
 
     #[test]
     fn a_line_mentions_only_known_fields() {
-        for (json, line) in [
+        assert_rendered(&[
             (
                 r#"{"event":"unguarded","netns":4026532281,"why":"the program a\u001b runs first"}"#,
                 "UNGUARDED    network namespace 4026532281: the program a\\u{1b} runs first",
             ),
             (r#"{"event":"unguarded"}"#, "UNGUARDED    a network namespace"),
-        ] {
-            assert_eq!(rendered(json), line);
-        }
+        ]);
     }
 }

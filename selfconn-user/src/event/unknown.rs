@@ -47,17 +47,17 @@ fn escape_char(c: char) -> String {
 
 #[cfg(test)]
 mod tests {
-    use crate::event::tests::rendered;
+    use crate::event::tests::assert_rendered;
 
     #[test]
     fn an_event_of_a_newer_version_is_shown_by_its_fields() {
-        assert_eq!(
-            rendered(
+        assert_rendered(&[
+            (
                 r#"{"event":"moved\u001b","addr":"127.0.0.1","port":80,"comm":"x\n","pid":7,"by":2,"to":{"a":"\u202e"},
-                    "on":["b",true],"off":null,"seq":7,"host":"web-1"}"#
+                    "on":["b",true],"off":null,"seq":7,"host":"web-1"}"#,
+                "?            moved\\u{1b} 127.0.0.1:80 x\\n[7] by=2 on=[\"b\",true] to={\"a\":\"\\u{202e}\"}",
             ),
-            "?            moved\\u{1b} 127.0.0.1:80 x\\n[7] by=2 on=[\"b\",true] to={\"a\":\"\\u{202e}\"}"
-        );
-        assert_eq!(rendered(r#"{"some":"object"}"#), "?            some=object");
+            (r#"{"some":"object"}"#, "?            some=object"),
+        ]);
     }
 }

@@ -31,7 +31,7 @@ pub struct Outputs {
     envelope: Envelope,
     /// Number of events emitted so far: the `seq` of the newest one.
     made: u64,
-    /// The JSON line of the current event.
+    /// The JSON line of the current event. Empty if no output has it.
     line: Vec<u8>,
     budget: LogBudget,
     cmdline: CmdlineLimit,
@@ -99,9 +99,12 @@ impl Outputs {
         }
     }
 
+    /// Makes the JSON line of an event, if an output has it.
     fn write_json(&mut self, event: &Event) {
         self.line.clear();
-        event.write_json_line(&self.envelope, &mut self.line);
+        if self.log.is_some() || self.stdout.as_ref().is_some_and(Stdout::has_json) {
+            event.write_json_line(&self.envelope, &mut self.line);
+        }
     }
 
     /// Writes the emitted events as far as the outputs accept them.
@@ -287,6 +290,30 @@ impl Outputs {
     async fn drain(&mut self) {
         if let Some(stdout) = &mut self.stdout {
             stdout.writer.drain().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{event::Lost, system::identity::Identity};
+
+    #[test]
+    fn the_json_line_is_made_only_for_an_output_that_has_it() {
+        let folder = tempfile::tempdir().unwrap();
+        for (stdout, has_log, has_line) in [
+            (None, false, false),
+            (Some(StdoutFormat::Text), false, false),
+            (Some(StdoutFormat::Text), true, true),
+            (Some(StdoutFormat::Json), false, true),
+        ] {
+            let log = has_log.then(|| LogFile::open(&folder.path().join("events.jsonl")).unwrap());
+            let envelope = Envelope::new(&Identity::read(None).unwrap());
+            let limits = OutputLimits { rate: 1, cmdline: CmdlineLimit::Off };
+            let mut outputs = Outputs::new(stdout, log, envelope, limits).unwrap();
+            outputs.emit(EventKind::Lost(Lost::new(LossCause::Ring, 1, None)));
+            assert_eq!(!outputs.line.is_empty(), has_line, "{stdout:?}, log: {has_log}");
         }
     }
 }

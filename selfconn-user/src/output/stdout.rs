@@ -54,7 +54,7 @@ impl Stdout {
         Ok(Self { format, writer, is_terminal })
     }
 
-    /// Adds an event. `json` is its JSON line.
+    /// Adds an event. `json` is its JSON line, if this output has it.
     pub(super) fn push(&mut self, event: &Event, envelope: &Envelope, json: &[u8]) {
         match self.format {
             StdoutFormat::Json => self.writer.push(json),
@@ -68,6 +68,11 @@ impl Stdout {
                 self.writer.push(&journald::frame(LogRecord::new(&fields), json.trim_ascii_end()));
             }
         }
+    }
+
+    /// True if the JSON line of an event is a part of what is written.
+    pub(super) fn has_json(&self) -> bool {
+        self.format != StdoutFormat::Text
     }
 
     /// True if events go to the journal.

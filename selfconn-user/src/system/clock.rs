@@ -70,7 +70,7 @@ pub struct Suspension {
     pub duration_ns: u64,
 }
 
-/// Shorter ones are not told apart from the time between two reads of clocks; they are added up.
+/// A shorter suspension cannot be distinguished from the time between two reads of clocks. They are added up.
 const MIN_SUSPENSION_NS: u64 = 100_000_000;
 
 impl SuspendWatch {

@@ -1,6 +1,6 @@
 //! Where events are from: the host, its boot, and this run. All of it is read once, when the daemon starts.
 
-use std::{env, fs};
+use std::{env, ffi::OsStr, fs, io, str::FromStr};
 
 use rustix::{
     rand::{GetRandomFlags, getrandom},
@@ -13,6 +13,23 @@ const NODE_NAME: &str = "NODE_NAME";
 
 /// The application of the application-specific machine id. It never changes, because stores join by the result.
 const APPLICATION_ID: u128 = 0x5f1a_0c3f_b8f2_4a0c_9d3b_e2c0_7b7f_64a1;
+
+/// A name that somebody gives to the host: what a name in the DNS may have, and no more than that.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostName(String);
+
+impl FromStr for HostName {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+        if (1..=253).contains(&text.len()) && text.bytes().all(is_allowed) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err("not 1 to 253 letters, digits, dots, dashes and underscores")
+        }
+    }
+}
 
 /// The host, its boot, and the run of the daemon. `None`: unknown.
 #[derive(Clone, Debug)]
@@ -27,27 +44,39 @@ pub struct Identity {
 
 impl Identity {
     /// `host` replaces the name that the host has itself.
-    #[must_use]
-    pub fn read(host: Option<&str>) -> Self {
-        let node = env::var(NODE_NAME).ok().filter(|name| !name.is_empty());
+    ///
+    /// # Errors
+    /// If the kernel gives no random number. Without one, a run would have the number of another run.
+    pub fn read(host: Option<&HostName>) -> io::Result<Self> {
+        let node = || node_name(&env::var_os(NODE_NAME)?);
         let hostname = || uname().nodename().to_string_lossy().into_owned();
         let id = |path| parse_id(&fs::read_to_string(path).ok()?);
-        Self {
-            host: host.map(str::to_owned).or(node).unwrap_or_else(hostname),
+        Ok(Self {
+            host: host.cloned().or_else(node).map_or_else(hostname, |name| name.0),
             machine_id: id("/etc/machine-id").map(|machine| text(app_specific(machine, APPLICATION_ID))),
             boot_id: id("/proc/sys/kernel/random/boot_id").map(text),
-            run: random(),
-        }
+            run: run_number(|bytes| getrandom(bytes, GetRandomFlags::empty()))?,
+        })
     }
 }
 
+/// The name of the node in the environment. An empty one is as good as none.
+fn node_name(value: &OsStr) -> Option<HostName> {
+    let name = value.to_str().ok_or("not UTF-8").and_then(HostName::from_str);
+    if let (Err(why), false) = (&name, value.is_empty()) {
+        log::warn!("{NODE_NAME} is ignored: {why}");
+    }
+    name.ok()
+}
+
 /// A random number. It is not zero.
-fn random() -> u64 {
+fn run_number(fill: impl FnOnce(&mut [u8]) -> rustix::io::Result<usize>) -> io::Result<u64> {
     let mut bytes = [0; size_of::<u64>()];
-    // A read of so few bytes is never short, and only a signal handler could interrupt it.
-    let filled = getrandom(&mut bytes, GetRandomFlags::empty());
-    debug_assert_eq!(filled, Ok(bytes.len()));
-    u64::from_ne_bytes(bytes).max(1)
+    // A read of so few bytes is not short: getrandom(2).
+    match fill(&mut bytes)? {
+        filled if filled == bytes.len() => Ok(u64::from_ne_bytes(bytes).max(1)),
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
 }
 
 /// Parses 32 hexadecimal digits, with or without the dashes of a UUID. `/etc/machine-id` has another word before
@@ -87,6 +116,10 @@ fn hmac_sha256(key: &[u8; 16], message: &[u8]) -> [u8; 32] {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStrExt as _;
+
+    use rustix::io::Errno;
+
     use super::*;
 
     #[test]
@@ -108,11 +141,34 @@ mod tests {
     }
 
     #[test]
+    fn without_a_random_number_there_is_no_run() {
+        assert_eq!(
+            run_number(|_| Err(Errno::NOSYS)).unwrap_err().raw_os_error(),
+            Some(Errno::NOSYS.raw_os_error())
+        );
+        assert!(run_number(|bytes| Ok(bytes.len() - 1)).is_err());
+        assert_eq!(run_number(|bytes| Ok(bytes.len())).unwrap(), 1, "zero is no run");
+    }
+
+    #[test]
+    fn a_node_name_is_a_host_name_or_ignored() {
+        for name in ["node-7", "a.example", &"x".repeat(253)] {
+            assert_eq!(node_name(name.as_ref()), Some(HostName(name.to_owned())));
+        }
+        for name in ["", "a b", "a\"b", "a\n", "\u{1b}", &"x".repeat(254)] {
+            assert_eq!(node_name(name.as_ref()), None, "{name:?}");
+        }
+        assert_eq!(node_name(OsStr::from_bytes(b"a\xff")), None);
+    }
+
+    #[test]
     fn the_name_of_the_command_line_wins_and_each_start_is_another_run() {
-        let (named, other) = (Identity::read(Some("web-1")), Identity::read(Some("web-1")));
+        let read =
+            |name: Option<&str>| Identity::read(name.map(|name| name.parse().unwrap()).as_ref()).unwrap();
+        let (named, other) = (read(Some("web-1")), read(Some("web-1")));
         assert_eq!((&*named.host, named.machine_id == other.machine_id), ("web-1", true));
         assert_eq!(named.boot_id, other.boot_id);
         assert_ne!(named.run, other.run);
-        assert!(!Identity::read(None).host.is_empty());
+        assert!(!read(None).host.is_empty());
     }
 }

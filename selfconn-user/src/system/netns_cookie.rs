@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd as _;
 use socket2::{Domain, Socket, Type};
 
 /// The cookie of the network namespace that the calling thread is in (`SO_NETNS_COOKIE`, v5.14). `None`: this kernel
-/// does not tell it.
+/// does not have the option.
 #[must_use]
 pub fn current() -> Option<u64> {
     let socket = Socket::new(Domain::UNIX, Type::DGRAM, None).ok()?;

@@ -31,7 +31,7 @@ pub use stat::start_ticks_in_stat;
 const TICK_NS: u64 = 1_000_000_000 / 100;
 
 /// Maximum number of bytes of a command line that are read.
-const CMDLINE_LIMIT: usize = 4_096;
+pub(crate) const CMDLINE_LIMIT: usize = 4_096;
 
 /// How often a path is looked up in the directory cache.
 const CACHED_ATTEMPTS: usize = 3;

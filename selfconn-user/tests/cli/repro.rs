@@ -492,3 +492,35 @@ fn without_the_permission_to_capture_the_drawing_says_so_and_a_file_is_an_error(
     assert_one_line_error(&output, &["cannot capture the segments", "CAP_NET_RAW"]);
     assert!(output.stdout.is_empty() && !path.exists(), "{output:?}");
 }
+
+#[test]
+fn an_attempt_that_fails_leaves_an_older_capture_and_makes_no_empty_one() {
+    machine::occupy();
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(path("older"), "a capture").unwrap();
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    for name in ["older", "new"] {
+        assert_one_line_error(&run(&["127.0.0.1", &port, "--pcap", &path(name)]), &[]);
+    }
+    assert_eq!(std::fs::read_to_string(path("older")).unwrap(), "a capture");
+    assert!(!std::fs::exists(path("new")).unwrap());
+    if may_capture() {
+        for bad in [&*path("no/such/file"), directory.path().to_str().unwrap()] {
+            let output = run(&["--pcap", bad]);
+            assert_one_line_error(&output, &["cannot write", bad]);
+            assert!(output.stdout.is_empty(), "nothing has happened: {output:?}");
+        }
+        // A longer file is replaced, not overwritten in part.
+        std::fs::write(path("older"), [0; 100_000]).unwrap();
+        for name in ["older", "new"] {
+            assert!(run(&["--pcap", &path(name)]).status.success());
+            let file = std::fs::read(path(name)).unwrap();
+            assert!(
+                file.starts_with(&[0xa1, 0xb2, 0x3c, 0x4d]) && (100..5_000).contains(&file.len()),
+                "{name}"
+            );
+        }
+    }
+}

@@ -25,6 +25,20 @@ fn a_host_name_that_no_host_has_is_an_error() {
 }
 
 #[test]
+fn a_node_name_that_no_host_has_is_ignored_with_a_warning() {
+    for (name, is_ignored) in [("a b", true), ("node-7", false), ("", false)] {
+        let output =
+            selfconn().args(["run", "--log", "/proc/no/such/file"]).env("NODE_NAME", name).output().unwrap();
+        let messages = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(
+            messages.contains("NODE_NAME is ignored: not 1 to 253"),
+            is_ignored,
+            "{name:?}: {messages}"
+        );
+    }
+}
+
+#[test]
 fn the_error_without_privileges_names_the_missing_capability() {
     let (_directory, mut command) = unprivileged_selfconn();
     let output = command.arg("run").output().unwrap();

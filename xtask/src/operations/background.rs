@@ -16,6 +16,9 @@ use rustix::process::{Pid, Signal, kill_process};
 /// Much longer than the few seconds that it takes.
 const DEADLINE: Duration = Duration::from_secs(60);
 
+/// How long a process may take to end. It is killed after that.
+const END_DEADLINE: Duration = Duration::from_secs(20);
+
 /// A process that is ended when this is dropped.
 pub(super) struct BackgroundProcess {
     child: Child,
@@ -52,13 +55,30 @@ impl BackgroundProcess {
         }
         Ok(())
     }
+
+    /// Asks the process to end, and waits for that.
+    pub(super) fn end(&mut self) {
+        let deadline = Instant::now() + END_DEADLINE;
+        let mut is_asked = false;
+        // The child has not been waited for while this is `None`, so the pid is still its own.
+        while let Ok(None) = self.child.try_wait() {
+            if !is_asked {
+                is_asked = true;
+                // A stopped process handles a signal only after it continues.
+                let _ = self.signal(Signal::TERM).and_then(|()| self.signal(Signal::CONT));
+            } else if Instant::now() > deadline {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+            } else {
+                thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
 }
 
 impl Drop for BackgroundProcess {
     fn drop(&mut self) {
-        // The child was not waited for, so the pid is still its own. It may have ended.
-        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
-        let _ = self.child.wait();
+        self.end();
     }
 }
 
@@ -77,4 +97,21 @@ pub(super) fn http_get(address: SocketAddr, path: &str) -> Result<(String, Strin
     let (head, body) = response.split_once("\r\n\r\n").context("the response is not HTTP")?;
     let status = head.split_ascii_whitespace().nth(1).unwrap_or_default();
     Ok((status.to_owned(), body.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stopped_process_is_ended_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = Command::new("sleep");
+        command.arg("1000");
+        let process = BackgroundProcess::start(command, "sleep", dir.path()).unwrap();
+        process.signal(Signal::STOP).unwrap();
+        let begin = Instant::now();
+        drop(process);
+        assert!(begin.elapsed() < END_DEADLINE, "SIGTERM ends it");
+    }
 }

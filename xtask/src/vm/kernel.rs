@@ -26,7 +26,7 @@ pub(super) struct Kernel {
     /// Its version, as people write it.
     pub(super) version: String,
     pub(super) image: PathBuf,
-    /// Uncompressed module files, each after those that it depends on.
+    /// Uncompressed module files, each after its dependencies.
     pub(super) modules: Vec<PathBuf>,
     /// True for Debian's kernels: the tests know which features they must have.
     #[serde(skip)]

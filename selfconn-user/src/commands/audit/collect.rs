@@ -8,6 +8,7 @@ use std::{
     fs, io,
     net::{IpAddr, SocketAddr, SocketAddrV6},
     os::unix::fs::MetadataExt as _,
+    path::Path,
     sync::Arc,
 };
 
@@ -139,14 +140,21 @@ pub(super) fn collect(
             None
         }
     };
-    let processes = processes_by_netns();
+    let processes = NetnsProcesses::read(Path::new("/proc"));
+    let mut are_pods_unknown = false;
     for (index, info) in namespaces.iter_mut().enumerate() {
         info.persistence = match init_namespace {
             // Also if a pod listens here: a pod in the host's network cannot set sysctls of the host.
             Some(init) if init == index => Some(Persistence::SysctlD),
-            _ => is_namespace_of_one_pod(info, &processes).then_some(Persistence::Pod),
+            _ if !is_namespace_of_one_pod(info, &processes) => None,
+            _ if processes.unseen.is_some() => {
+                are_pods_unknown = true;
+                None
+            }
+            _ => Some(Persistence::Pod),
         };
     }
+    unseen.extend(processes.unseen.filter(|_| are_pods_unknown));
     Ok(AuditInput { namespaces, init_namespace, unseen })
 }
 
@@ -279,11 +287,11 @@ fn facts_of(pid: u32) -> Option<ProcessInfo> {
 
 /// True if every process that is seen to be in this namespace is in one and the same pod. In the network of a
 /// node, which a pod can share but not set, there are also other processes.
-fn is_namespace_of_one_pod(info: &NamespaceInfo, processes: &HashMap<u64, Vec<u32>>) -> bool {
+fn is_namespace_of_one_pod(info: &NamespaceInfo, processes: &NetnsProcesses) -> bool {
     let of_listeners = info.audited_ports.iter().filter_map(|audited| audited.listener.as_ref());
     let of_listeners =
         of_listeners.filter(|process| process.pid.is_some()).map(|process| process.pod.clone());
-    let processes = processes.get(&info.namespace.id.inode.into()).into_iter().flatten();
+    let processes = processes.by_inode.get(&info.namespace.id.inode.into()).into_iter().flatten();
     // A process that has ended meanwhile says nothing.
     let of_processes = processes.filter_map(|pid| facts_of(*pid)).map(|facts| facts.pod);
     is_one_pod(of_listeners.chain(of_processes))
@@ -294,18 +302,49 @@ fn is_one_pod(mut pods: impl Iterator<Item = Option<Arc<str>>>) -> bool {
     pods.all(|pod| pod.is_some_and(|pod| pod == first))
 }
 
-/// The processes in each network namespace, by its inode, without this process. Those that this process may not
-/// inspect are left out.
-fn processes_by_netns() -> HashMap<u64, Vec<u32>> {
-    let mut processes: HashMap<u64, Vec<u32>> = HashMap::new();
-    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
-        let Some(pid) = pid.filter(|pid| *pid != std::process::id()) else { continue };
-        if let Ok(netns) = fs::metadata(entry.path().join("ns/net")) {
-            processes.entry(netns.ino()).or_default().push(pid);
+/// The processes in each network namespace, without this process.
+#[derive(Debug, Default)]
+struct NetnsProcesses {
+    by_inode: HashMap<u64, Vec<u32>>,
+    /// Why there may be others: then no namespace is known to be of one pod.
+    unseen: Option<String>,
+}
+
+impl NetnsProcesses {
+    fn read(proc: &Path) -> Self {
+        let mut processes = Self::default();
+        let (mut denied, mut list_error) = (0, None);
+        let entries = fs::read_dir(proc).map_err(|error| list_error = Some(error)).into_iter().flatten();
+        for entry in entries {
+            let entry = match entry {
+                Ok(entry) => entry,
+                Err(error) => {
+                    list_error = Some(error);
+                    continue;
+                }
+            };
+            let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            let Some(pid) = pid.filter(|pid| *pid != std::process::id()) else { continue };
+            match fs::metadata(entry.path().join("ns/net")) {
+                Ok(netns) => processes.by_inode.entry(netns.ino()).or_default().push(pid),
+                Err(error) if has_ended(&error) => {}
+                Err(_) => denied += 1,
+            }
         }
+        let why = match (list_error, denied) {
+            (Some(error), _) => Some(format!("{}: {error}", proc.display())),
+            (None, 0) => (!process::is_in_initial_pid_ns())
+                .then(|| "processes are hidden outside the initial pid namespace".to_owned()),
+            (None, denied) => Some(format!("number of processes that may not be inspected: {denied}")),
+        };
+        processes.unseen = why.map(|why| format!("whether a network namespace is of one pod: {why}"));
+        processes
     }
-    processes
+}
+
+/// True if a file of a process is gone because the process has ended.
+fn has_ended(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 #[cfg(test)]
@@ -319,6 +358,23 @@ mod tests {
         for others in [&[][..], &[None], &[Some("a"), None], &[None, Some("a")], &[Some("a"), Some("b")]] {
             assert!(!pods(others), "{others:?}");
         }
+    }
+
+    #[test]
+    fn processes_that_cannot_be_inspected_are_said() {
+        let unseen = |proc: &Path| NetnsProcesses::read(proc).unseen;
+        let proc = tempfile::tempdir().unwrap();
+        let none = unseen(proc.path());
+        assert!(none.is_none() || !process::is_in_initial_pid_ns(), "{none:?}");
+        // A process that has ended.
+        fs::create_dir(proc.path().join("7")).unwrap();
+        assert_eq!(unseen(proc.path()), none);
+        fs::create_dir(proc.path().join("8")).unwrap();
+        fs::write(proc.path().join("8/ns"), "cannot be followed").unwrap();
+        let why = unseen(proc.path()).unwrap();
+        assert!(why.ends_with(": number of processes that may not be inspected: 1"), "{why}");
+        let why = unseen(&proc.path().join("no")).unwrap();
+        assert!(why.contains("No such file"), "{why}");
     }
 
     #[test]

@@ -31,8 +31,8 @@ pub(super) struct Fix {
 }
 
 /// The fix for all ports at risk together. A write replaces the whole list of reserved ports, so separate
-/// fixes for each port would undo each other. `options` are those that name ports, for a command that runs
-/// `audit` again. `None`: no port is at risk.
+/// fixes for each port would undo each other. `options` name the ports in a command that runs `audit`
+/// again. `None`: no port is at risk.
 pub(super) fn fix(info: &NamespaceInfo, rows: &[PortAssessment], options: &str) -> Option<Fix> {
     if rows.iter().all(|row| row.risk == Risk::None) {
         return None;

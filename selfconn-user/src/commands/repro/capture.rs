@@ -6,15 +6,16 @@
 //! does, this keeps the second one: then the segment has reached the socket.
 
 use std::{
-    io::{self, Read as _},
-    net::SocketAddr,
+    io::{self, Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr},
     os::fd::AsRawFd as _,
-    time::Duration,
+    thread,
+    time::{Duration, Instant, SystemTime},
 };
 
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockFilter, Socket, Type};
 
-use super::segment::{CapturedSegment, Packet};
+use super::segment::{CapturedSegment, Packet, has_end};
 
 /// The index of `lo` in every network namespace: `LOOPBACK_IFINDEX`, include/net/flow.h at v6.12.
 const LO_IFINDEX: libc::c_int = 1;
@@ -22,6 +23,10 @@ const LO_IFINDEX: libc::c_int = 1;
 const SNAP_LENGTH: usize = 0x1_0000 + 64;
 /// `SIOCGSTAMPNS`: when the last received packet came. include/uapi/asm-generic/sockios.h at v6.12.
 const SIOCGSTAMPNS: libc::Ioctl = 0x8907;
+/// How long the kernel may take until it stamps packets.
+const STAMPS_DEADLINE: Duration = Duration::from_secs(2);
+/// How long the last segments may take after `close()`: another CPU may still have them.
+const END_DEADLINE: Duration = Duration::from_millis(500);
 
 /// A packet socket. It receives from [`Self::begin`] on.
 pub(super) struct Capture(Socket);
@@ -40,19 +45,28 @@ impl Capture {
     pub(super) fn begin(&self, port: u16) -> io::Result<()> {
         self.0.attach_filter(&filter(port))?;
         self.0.bind(&lo_address())?;
-        // The first request makes the kernel stamp packets from now on. It fails, because none has come yet.
-        let _ = stamp(&self.0);
-        Ok(())
+        request_stamps(&self.0);
+        wait_for_stamps()
     }
 
-    /// The packets of this self-connection that have arrived until now.
+    /// The packets of this self-connection, which is closed.
+    ///
+    /// # Errors
+    /// Also if the kernel had no room for some of them.
     pub(super) fn packets(&self, endpoint: SocketAddr) -> io::Result<Vec<Packet>> {
         let mut packets = Vec::new();
         let mut buffer = vec![0; SNAP_LENGTH];
+        let deadline = Instant::now() + END_DEADLINE;
         loop {
             let length = match (&self.0).read(&mut buffer) {
                 Ok(length) => length,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(packets),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if has_end(&packets) || Instant::now() > deadline {
+                        break;
+                    }
+                    thread::sleep(Duration::from_millis(5));
+                    continue;
+                }
                 Err(error) => return Err(error),
             };
             let time = stamp(&self.0)?;
@@ -61,7 +75,59 @@ impl Capture {
                 packets.push(Packet { segment, bytes: bytes.to_owned() });
             }
         }
+        match dropped(&self.0)? {
+            0 => Ok(packets),
+            count => Err(io::Error::other(format!("the kernel had no room for {count} of its segments"))),
+        }
     }
+}
+
+/// Number of packets that passed the filter and found the receive buffer full: `tpacket_rcv` and `packet_rcv`,
+/// net/packet/af_packet.c at v6.12.
+fn dropped(socket: &Socket) -> io::Result<u32> {
+    let mut statistics = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
+    let mut length = size_of_val(&statistics) as libc::socklen_t;
+    // SAFETY: this option writes at most `length` bytes of a struct tpacket_stats, which lives on.
+    let outcome = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_STATISTICS,
+            (&raw mut statistics).cast(),
+            &raw mut length,
+        )
+    };
+    match outcome {
+        0 => Ok(statistics.tp_drops),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Makes the kernel stamp packets. The request fails, because no packet has come yet.
+fn request_stamps(socket: &Socket) {
+    let _ = stamp(socket);
+}
+
+/// Waits until the kernel stamps packets: a worker switches that on after the first request (`net_enable_timestamp`,
+/// net/core/dev.c at v6.12). The stamp of an earlier packet is the time of its reading (`sock_gettstamp`,
+/// net/core/sock.c).
+fn wait_for_stamps() -> io::Result<()> {
+    let socket = Socket::new(Domain::IPV4, Type::DGRAM.cloexec(), None)?;
+    socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())?;
+    socket.connect(&socket.local_addr()?)?;
+    socket.set_read_timeout(Some(STAMPS_DEADLINE))?;
+    request_stamps(&socket);
+    let deadline = Instant::now() + STAMPS_DEADLINE;
+    while Instant::now() < deadline {
+        (&socket).write_all(&[0])?;
+        thread::sleep(Duration::from_millis(1));
+        let before_reading = SystemTime::UNIX_EPOCH.elapsed().map_err(io::Error::other)?;
+        (&socket).read_exact(&mut [0])?;
+        if stamp(&socket)? < before_reading {
+            return Ok(());
+        }
+    }
+    Err(io::Error::other("the kernel does not stamp packets"))
 }
 
 /// When the last received packet came, since 1970.
@@ -152,4 +218,24 @@ fn filter(port: u16) -> Vec<SockFilter> {
         SockFilter::new(code, 0, skip, value)
     };
     rows.into_iter().enumerate().map(row).chain([SockFilter::new(RETURN, 0, 0, 0)]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+
+    use super::*;
+
+    #[test]
+    fn packets_without_room_are_counted() {
+        let Ok(Capture(socket)) = Capture::open() else { return eprintln!("skipped: only root may capture") };
+        socket.set_recv_buffer_size(1).unwrap();
+        assert_eq!(dropped(&socket).unwrap(), 0);
+        socket.bind(&lo_address()).unwrap();
+        let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        for _ in 0..100 {
+            sender.send_to(&[0; 1_000], sender.local_addr().unwrap()).unwrap();
+        }
+        assert!(dropped(&socket).unwrap() > 0);
+    }
 }

@@ -11,13 +11,14 @@ use std::{
     net::{SocketAddr, TcpStream as StdStream},
     num::NonZeroU64,
     os::unix::fs::MetadataExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, bail};
+use rustix::fs::Access;
 use selfconn_ebpf::state;
 use serde::Serialize;
 use socket2::Socket;
@@ -141,11 +142,7 @@ fn run_once(args: &ReproArgs, narrator: &mut Narrator) -> Result<HoldEnd> {
     if let (Some(path), Some(Err(error))) = (&args.pcap, &capture) {
         bail!("cannot capture the segments for {}: {}", path.display(), capture_hint(error));
     }
-    let cannot_write = |path: &PathBuf| format!("cannot write {}", path.display());
-    let mut pcap = match &args.pcap {
-        Some(path) => Some((path, fs::File::create(path).with_context(|| cannot_write(path))?)),
-        None => None,
-    };
+    let pcap = args.pcap.as_deref().map(PcapFile::prepare).transpose()?;
     let attempts = args.attempts.map(NonZeroU64::get);
     let mut capture_outcome = Ok(());
     let before_connect = |port| {
@@ -175,8 +172,8 @@ fn run_once(args: &ReproArgs, narrator: &mut Narrator) -> Result<HoldEnd> {
     let (segments, not_captured) =
         match capture.map(|capture| captured_packets(capture, capture_outcome, endpoint)) {
             Some(Ok(packets)) => {
-                if let Some((path, file)) = &mut pcap {
-                    file.write_all(&segment::pcap(&packets)).with_context(|| cannot_write(path))?;
+                if let Some(pcap) = pcap {
+                    pcap.write(&segment::pcap(&packets))?;
                 }
                 (Some(segment::segments(&packets)), None)
             }
@@ -209,6 +206,52 @@ fn run_once(args: &ReproArgs, narrator: &mut Narrator) -> Result<HoldEnd> {
         not_captured,
     }))?;
     Ok(hold_end)
+}
+
+/// A file for the segments. It is made, or an older one is replaced, only when there are segments.
+struct PcapFile<'a> {
+    path: &'a Path,
+    /// `None`: it does not exist yet.
+    existing: Option<fs::File>,
+}
+
+impl<'a> PcapFile<'a> {
+    /// Checks that the file can be written, before anything happens.
+    fn prepare(path: &'a Path) -> Result<Self> {
+        let opened = match fs::OpenOptions::new().write(true).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+                let access = Access::WRITE_OK | Access::EXEC_OK;
+                rustix::fs::access(folder.unwrap_or(Path::new(".")), access)
+                    .map(|()| None)
+                    .map_err(Into::into)
+            }
+            opened => opened.map(Some),
+        };
+        Ok(Self { path, existing: opened.with_context(|| cannot_write(path))? })
+    }
+
+    fn write(self, content: &[u8]) -> Result<()> {
+        let Self { path, existing } = self;
+        let write = || {
+            let mut file = match existing {
+                Some(file) => {
+                    // A pipe has no length.
+                    if file.metadata()?.is_file() {
+                        file.set_len(0)?;
+                    }
+                    file
+                }
+                None => fs::File::create(path)?,
+            };
+            file.write_all(content)
+        };
+        write().with_context(|| cannot_write(path))
+    }
+}
+
+fn cannot_write(path: &Path) -> String {
+    format!("cannot write {}", path.display())
 }
 
 /// What has been captured of a connection.

@@ -94,6 +94,16 @@ impl CapturedSegment {
     }
 }
 
+/// True if nothing more comes: a FIN and its acknowledgement are there, or a RST.
+pub(super) fn has_end(packets: &[Packet]) -> bool {
+    let segments = || packets.iter().map(|packet| &packet.segment);
+    let is_acknowledged = |fin: &CapturedSegment| {
+        let end = fin.seq.wrapping_add(fin.len as u32).wrapping_add(1);
+        segments().any(|segment| segment.ack == Some(end))
+    };
+    segments().any(|segment| segment.rst || (segment.fin && is_acknowledged(segment)))
+}
+
 /// The segments with their time since the first one.
 pub(super) fn segments(packets: &[Packet]) -> Vec<CapturedSegment> {
     let first = packets.first().map_or(Duration::ZERO, |packet| packet.segment.time);
@@ -203,6 +213,27 @@ pub(super) mod tests {
         let mut fragment = packet(false, 0x10, b"x");
         fragment[6] = 0x20;
         assert_eq!(parse(&fragment), None);
+    }
+
+    #[test]
+    fn a_fin_and_its_acknowledgement_are_the_end_or_a_rst() {
+        let packet = |(flags, seq, ack)| {
+            let segment = CapturedSegment { seq, ack: Some(ack), ..segment(flags, 0) };
+            Packet { segment, bytes: vec![] }
+        };
+        for (segments, is_end) in [
+            (&[][..], false),
+            (&[(0x10, 25, 26)], false),
+            (&[(0x11, 25, 25)], false),
+            (&[(0x11, 25, 25), (0x10, 25, 25)], false),
+            (&[(0x11, 25, 25), (0x10, 26, 26)], true),
+            (&[(0x10, 26, 26), (0x11, 25, 25)], true),
+            (&[(0x11, u32::MAX, u32::MAX), (0x10, 0, 0)], true),
+            (&[(0x14, 25, 25)], true),
+        ] {
+            let packets: Vec<_> = segments.iter().copied().map(packet).collect();
+            assert_eq!(has_end(&packets), is_end, "{segments:?}");
+        }
     }
 
     #[test]

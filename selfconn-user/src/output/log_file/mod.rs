@@ -204,7 +204,7 @@ impl LogFile {
         }
     }
 
-    /// Writes all lines at the end of the run and drops those that cannot be written. Returns true if all
+    /// Writes all lines at the end of the run and drops the lines that cannot be written. Returns true if all
     /// were written.
     pub fn finish(&mut self) -> bool {
         self.flush();

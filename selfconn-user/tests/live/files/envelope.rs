@@ -74,6 +74,7 @@ fn the_node_of_a_pod_is_the_host_and_the_option_wins() {
     let nodename = rustix::system::uname().nodename().to_string_lossy().into_owned();
     assert_eq!(host(None, &[]), nodename);
     assert_eq!(host(Some(""), &[]), nodename);
+    assert_eq!(host(Some("no host\u{1b}"), &[]), nodename);
     assert_eq!(host(Some("node-7"), &[]), "node-7");
     assert_eq!(host(Some("node-7"), &["--host-name", "web-1.example"]), "web-1.example");
 }

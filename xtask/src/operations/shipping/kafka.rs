@@ -8,16 +8,15 @@ use rustix::process::Signal;
 use super::{
     super::background::BackgroundProcess,
     Shipping,
-    log_source::{LogSource, number_of},
+    log_source::{HOST, LogSource, number_of, whole_lines},
 };
-use crate::workspace::Workspace;
+use crate::{run, workspace::Workspace};
 
 /// What kcat has consumed: the number of each event, in order.
 fn consumed(output: &Path) -> Result<Vec<u64>> {
-    // Messages of the mock broker are in between, and a line may still be incomplete.
+    // Messages of the mock broker are in between.
     let text = fs::read_to_string(output).context("read what kcat has consumed")?;
-    let whole = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
-    whole.lines().filter(|line| line.starts_with("{\"time\"")).map(number_of).collect()
+    whole_lines(&text).filter(|line| line.starts_with("{\"time\"")).map(number_of).collect()
 }
 
 pub(super) fn ships(packages: &Shipping, workspace: &Workspace) -> Result<String> {
@@ -48,8 +47,11 @@ pub(super) fn ships(packages: &Shipping, workspace: &Workspace) -> Result<String
     thread::sleep(Duration::from_secs(3));
     broker.signal(Signal::CONT)?;
     source.load(10)?;
-    // Idle, so that nothing is in the memory of the producer, which a crash would take away.
-    thread::sleep(Duration::from_secs(3));
+    // Then nothing is in the memory of the producer, which a crash would take away.
+    broker.wait_until("all events so far are consumed", || {
+        let written = source.written()?.numbers;
+        Ok(written.is_subset(&consumed(&output)?.into_iter().collect()))
+    })?;
     let rsyslog = rsyslog.restart_after_kill(|| source.load(10))?;
     source.load(10)?;
     let written = source.finish()?;
@@ -60,6 +62,11 @@ pub(super) fn ships(packages: &Shipping, workspace: &Workspace) -> Result<String
     let distinct: BTreeSet<u64> = numbers.iter().copied().collect();
     let missing: Vec<_> = written.numbers.difference(&distinct).collect();
     ensure!(missing.is_empty(), "missing: {missing:?}");
+    let mut keys = packages.program("usr/bin/kcat");
+    keys.args(["-C", "-q", "-e", "-b", &address, "-t", "selfconn", "-o", "beginning", "-f", "%k\n"]);
+    let keys = run::output(&mut keys)?;
+    let keys: BTreeSet<_> = keys.lines().collect();
+    ensure!(keys == [HOST].into(), "the keys of the messages: {keys:?}");
     Ok(format!(
         "made {}, consumed {}, twice {}, missing 0, from a mock broker",
         written.numbers.len(),

@@ -22,10 +22,11 @@ pub(super) struct LogSource {
     daemon: BackgroundProcess,
 }
 
-/// The `seq` of each event in the log's files, and the length of the longest line.
+/// The `seq` of each event in the log's files, the length of the longest line, and whether `stopped` is there.
 pub(super) struct Written {
     pub(super) numbers: BTreeSet<u64>,
     pub(super) longest: usize,
+    has_ended: bool,
 }
 
 impl LogSource {
@@ -68,26 +69,34 @@ impl LogSource {
         Ok(())
     }
 
-    /// Ends the run. Returns what is in the files of the log: everything that the daemon has made.
-    pub(super) fn finish(self) -> Result<Written> {
-        drop(self.daemon);
-        let mut written = Written { numbers: BTreeSet::new(), longest: 0 };
+    /// Ends the run. Returns everything that the daemon has made.
+    pub(super) fn finish(mut self) -> Result<Written> {
+        self.daemon.end();
+        let written = self.written()?;
+        ensure!(written.has_ended, "the run has not ended in order");
+        Ok(written)
+    }
+
+    /// What is in the files of the log.
+    pub(super) fn written(&self) -> Result<Written> {
+        let mut written = Written { numbers: BTreeSet::new(), longest: 0, has_ended: false };
         let rotated = (1..=self.rotations).map(|number| self.log.with_extension(format!("jsonl.{number}")));
-        let mut made = 0;
         for path in rotated.chain([self.log.clone()]) {
-            for line in fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?.lines()
-            {
+            let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+            for line in whole_lines(&text) {
                 let number = number_of(line)?;
                 ensure!(written.numbers.insert(number), "seq {number} is twice in the log");
                 written.longest = written.longest.max(line.len());
-                if line.contains("\"event\":\"stopped\"") {
-                    made = number;
-                }
+                written.has_ended |= line.contains("\"event\":\"stopped\"");
             }
         }
-        ensure!(made > 0, "the run has not ended in order");
         Ok(written)
     }
+}
+
+/// The lines of a file that grows: the last one may still be incomplete.
+pub(super) fn whole_lines(text: &str) -> impl Iterator<Item = &str> {
+    text[..text.rfind('\n').map_or(0, |end| end + 1)].lines()
 }
 
 /// The number in an event's line. A name that a process chose can't look like it, because it would be escaped.
