@@ -290,18 +290,25 @@ fn is_signed(skb: *mut __sk_buff, syn: &Syn) -> bool {
     false
 }
 
-/// Rewrites the SYN into the reset that a closed port would send.
+/// Rewrites the SYN into the reset that a closed port would send. If that fails, the SYN is as it was: everything that
+/// can fail comes before the first write.
 #[inline(always)]
 fn refuse(skb: *mut __sk_buff, syn: &Syn) -> Result<(), Unreadable> {
+    const OPTIONS: u32 = 4 * TCP_WORDS as u32;
+    let has_options = syn.len() > OPTIONS;
+    let first_option = if has_options { load::<1>(skb, syn.at + OPTIONS)? } else { [0] };
+    let end = syn.at + if has_options { OPTIONS + 4 } else { OPTIONS };
+    // After it these bytes are in the linear part, and nobody else's (`bpf_try_make_writable`, net/core/filter.c at
+    // v5.10), so the writes find nothing to allocate.
+    // SAFETY: the context is valid, and the helper checks the length.
+    if unsafe { helpers::bpf_skb_pull_data(skb, end) } != 0 {
+        return Err(Unreadable);
+    }
     let [_, from @ .., _] = syn.words;
     rewrite(skb, syn.at, 4, from, syn.reset())?;
-    if syn.len() > 4 * TCP_WORDS as u32 {
-        // No options. If the SYN takes over a TIME_WAIT, it has an old timestamp, and a reset with it would be dropped
-        // (PAWS, `tcp_validate_incoming`, net/ipv4/tcp_input.c at v6.12). Zero is "end of options".
-        let at = 4 * TCP_WORDS as u32;
-        rewrite(skb, syn.at, at, load::<1>(skb, syn.at + at)?, [0])?;
-    }
-    Ok(())
+    // No options. If the SYN takes over a TIME_WAIT, it echoes an old timestamp, and a reset with it would be dropped
+    // (PAWSActiveRejected, `tcp_rcv_synsent_state_process`, net/ipv4/tcp_input.c at v6.12). Zero is "end of options".
+    if has_options { rewrite(skb, syn.at, OPTIONS, first_option, [0]) } else { Ok(()) }
 }
 
 /// Replaces words of the TCP header at `tcp`, and corrects the checksum.
