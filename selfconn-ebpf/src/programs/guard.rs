@@ -25,7 +25,7 @@ use super::{
     counters::count,
     kernel_read::{BtfOffsets, DirectLoad, KernelRead},
     ring_buffer,
-    sock::Sock,
+    sock::{SelfAddr, Sock},
 };
 
 /// One of [`mode`].
@@ -104,18 +104,16 @@ fn on_syn_sent(skb: *mut __sk_buff, sk: *mut bpf_sock) {
     if port != u16::from_be(sock.get(Field::Dport)) || sock.protocol() != IPPROTO_TCP {
         return;
     }
-    if on_self_addressed_socket(skb, sock, port).is_err() {
+    if on_equal_ports(skb, sock, port).is_err() {
         count(counter::GUARD_UNREADABLE);
     }
 }
 
-/// Handles a packet of a socket that connects to itself. The port is in host byte order.
+/// Handles a packet of a socket with equal ports. The port is in host byte order.
 #[inline(always)]
-fn on_self_addressed_socket(
-    skb: *mut __sk_buff,
-    sock: Sock<DirectLoad>,
-    port: u16,
-) -> Result<(), Unreadable> {
+fn on_equal_ports(skb: *mut __sk_buff, sock: Sock<DirectLoad>, port: u16) -> Result<(), Unreadable> {
+    // The packet's addresses say nothing of the socket's: an output rule may have translated the destination.
+    let Some(self_addr) = sock.self_addr::<BtfOffsets>() else { return Ok(()) };
     let at = tcp_header(skb)?;
     if at == 0 {
         return Ok(());
@@ -132,7 +130,7 @@ fn on_self_addressed_socket(
         count(counter::GUARD_FAILED);
     } else {
         count(counter::GUARD_PREVENTED);
-        report(skb, sock);
+        report(skb, sock, &self_addr);
     }
     Ok(())
 }
@@ -338,9 +336,7 @@ fn rewrite<const N: usize>(
 
 /// Reports a connect to itself that is refused, or would be.
 #[inline(never)]
-fn report(skb: *mut __sk_buff, sock: Sock<DirectLoad>) {
-    // The addresses are equal: the packet has them.
-    let Some(self_addr) = sock.self_addr::<BtfOffsets>() else { return };
+fn report(skb: *mut __sk_buff, sock: Sock<DirectLoad>, self_addr: &SelfAddr) {
     let endpoint = self_addr.endpoint(sock, sock.num());
     let Some(mut entry) = GUARD_RECORDS.reserve::<Prevention>(0) else {
         return count(counter::GUARD_RING_FULL);
