@@ -16,7 +16,7 @@ use aya_ebpf::{
 };
 use selfconn_ebpf::{
     Endpoint, Field, IPPROTO_TCP, counter,
-    guard::{CGROUP_LEVELS, FirstConnect, PortRules, Prevention, is_guarded, mode},
+    guard::{CGROUP_LEVELS, FirstConnect, MAX_CGROUPS, PortRules, Prevention, is_guarded, mode},
     state, tag,
 };
 
@@ -58,7 +58,7 @@ static GUARD_UIDS: HashMap<u32, u32> = HashMap::with_max_entries(1_024, 0);
 
 /// The rules that match a control group, by its id.
 #[map]
-static GUARD_CGROUPS: HashMap<u64, u32> = HashMap::with_max_entries(4_096, 0);
+static GUARD_CGROUPS: HashMap<u64, u32> = HashMap::with_max_entries(MAX_CGROUPS as u32, 0);
 
 /// The namespaces whose first connect is reported, by cookie. An LRU, because a second report of one does no harm.
 #[map]

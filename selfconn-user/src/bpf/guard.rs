@@ -10,7 +10,10 @@ use aya::{
     maps::{Array, HashMap, MapData},
     programs::{ProgramError, SchedClassifier, TcAttachType},
 };
-use selfconn_ebpf::{guard::mode, names};
+use selfconn_ebpf::{
+    guard::{MAX_CGROUPS, mode},
+    names,
+};
 
 use super::{
     attach::Refusal,
@@ -188,7 +191,12 @@ impl GuardProgram {
     /// # Errors
     /// If the kernel refuses, such as when there are too many.
     pub fn set_cgroups(&mut self, rules: &std::collections::HashMap<u64, u32>) -> anyhow::Result<()> {
-        let known: Vec<u64> = self.cgroups.keys().filter_map(Result::ok).collect();
+        anyhow::ensure!(
+            rules.len() <= MAX_CGROUPS,
+            "{} control groups match, of which {MAX_CGROUPS} find room; the rules are as they were",
+            rules.len()
+        );
+        let known = self.cgroups.keys().collect::<Result<Vec<u64>, _>>()?;
         for id in known.iter().filter(|id| !rules.contains_key(id)) {
             self.cgroups.remove(id)?;
         }
