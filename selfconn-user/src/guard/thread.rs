@@ -21,7 +21,7 @@ use super::{
     rules::GuardRules,
 };
 use crate::{
-    bpf::guard::{Attachment, Disarmed, GuardMethod, GuardProgram},
+    bpf::guard::{Attachment, Disarmed, GuardMethod, GuardProgram, NewAttachments},
     sockets::{
         Namespace, NetnsId, VisitResult, netns_owner, netns_owner_at, visit_namespace, visit_namespaces,
     },
@@ -46,7 +46,7 @@ pub struct Guard {
     method: GuardMethod,
     rules: GuardRules,
     /// The program on the devices of this process's network namespace.
-    own: Vec<Attachment>,
+    own: NewAttachments,
     /// True if another guard is there.
     is_second: bool,
     /// True to guard no other network namespace.
@@ -112,9 +112,7 @@ impl Guard {
         let devices = rtnetlink::loop_devices()?;
         let mut refused = Vec::new();
         for candidate in GuardMethod::ALL.into_iter().filter(|one| method.is_none_or(|only| only == *one)) {
-            let attached: io::Result<Vec<_>> =
-                devices.iter().map(|device| program.attach(candidate, device)).collect();
-            match attached {
+            match program.attach_all(candidate, &devices) {
                 Ok(own) => {
                     let is_second = own.iter().any(|attachment| program.is_second(attachment));
                     return Ok(Self { program, method: candidate, rules, own, is_second, is_own_only });
@@ -265,7 +263,7 @@ impl GuardWork {
         if let Some(id) = id {
             work.queue.push(Waiting { id, owner: 0, path: PathBuf::new() }, false);
             work.queue.pop();
-            work.guarded.insert(id, GuardedNetns { owner: 0, attachments: own, is_disarmed: false });
+            work.guarded.insert(id, GuardedNetns { owner: 0, attachments: own.keep(), is_disarmed: false });
         }
         work
     }
@@ -300,9 +298,8 @@ impl GuardWork {
             }
             match requests.recv_timeout(wake_at.saturating_duration_since(Instant::now())) {
                 Ok(Request::FirstConnect(first)) => self.on_first_connect(&first),
-                Ok(Request::Stop) => return self.detach_all(),
+                Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return self.detach_all(),
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }
@@ -345,12 +342,11 @@ impl GuardWork {
                 if namespace.id != id {
                     return Err(io::ErrorKind::NotFound.into());
                 }
-                for device in rtnetlink::loop_devices()? {
-                    let began = Instant::now();
-                    let attached = program.attach(method, &device);
-                    took += began.elapsed();
-                    attachments.push(attached?);
-                }
+                let devices = rtnetlink::loop_devices()?;
+                let began = Instant::now();
+                let attached = program.attach_all(method, &devices);
+                took = began.elapsed();
+                attachments = attached?.keep();
                 Ok(())
             });
             visited.map(|_| attachments)
