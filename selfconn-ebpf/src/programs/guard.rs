@@ -15,7 +15,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use selfconn_ebpf::{
-    Endpoint, Field, IPPROTO_TCP, counter,
+    Endpoint, Field, IPPROTO_TCP, Owner, counter,
     guard::{CGROUP_LEVELS, FirstConnect, MAX_CGROUPS, PortRules, Prevention, is_guarded, mode},
     state, tag,
 };
@@ -24,7 +24,7 @@ use super::{
     connect_table,
     counters::count,
     kernel_read::{BtfOffsets, DirectLoad, KernelRead},
-    ring_buffer,
+    owners, ring_buffer,
     sock::{SelfAddr, Sock},
 };
 
@@ -60,7 +60,8 @@ static GUARD_UIDS: HashMap<u32, u32> = HashMap::with_max_entries(1_024, 0);
 #[map]
 static GUARD_CGROUPS: HashMap<u64, u32> = HashMap::with_max_entries(MAX_CGROUPS as u32, 0);
 
-/// The namespaces whose first connect is reported, by cookie. An LRU, because a second report of one does no harm.
+/// The namespaces whose first connect is reported, by cookie. An LRU, because a second report of one does no harm: a user
+/// with more namespaces than this has others' reported again, each for one record of 24 bytes.
 #[map]
 static GUARD_NAMESPACES: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4_096, 0);
 
@@ -338,6 +339,10 @@ fn rewrite<const N: usize>(
 #[inline(never)]
 fn report(skb: *mut __sk_buff, sock: Sock<DirectLoad>, self_addr: &SelfAddr) {
     let endpoint = self_addr.endpoint(sock, sock.num());
+    let opener = connect_table::opener_of(sock, &endpoint);
+    if !has_room(&opener.owner) {
+        return count(counter::GUARD_RING_FULL);
+    }
     let Some(mut entry) = GUARD_RECORDS.reserve::<Prevention>(0) else {
         return count(counter::GUARD_RING_FULL);
     };
@@ -350,9 +355,22 @@ fn report(skb: *mut __sk_buff, sock: Sock<DirectLoad>, self_addr: &SelfAddr) {
         // SAFETY: the context is valid.
         cookie: unsafe { helpers::bpf_get_socket_cookie(skb.cast()) },
         endpoint,
-        opener: connect_table::opener_of(sock, &endpoint),
+        opener,
     });
     entry.submit(0);
+}
+
+/// True if the ring buffer takes a record of this owner. The first half is for everybody; who has more than his rate finds
+/// no room in the second one, so that a flood does not take the names of others' attempts.
+#[inline(always)]
+fn has_room(owner: &Owner) -> bool {
+    // `BPF_RB_AVAIL_DATA` and `BPF_RB_RING_SIZE`, include/uapi/linux/bpf.h at v5.10.
+    if GUARD_RECORDS.query(0) < GUARD_RECORDS.query(1) / 2 {
+        return true;
+    }
+    // SAFETY: the helper takes no arguments.
+    let now_ns = unsafe { helpers::bpf_ktime_get_boot_ns() };
+    owners::admits(owner, |state, users| state.admit_prevention(now_ns, users))
 }
 
 /// A task connects a socket to its own address. If it is the first one in its network namespace, user space learns of the

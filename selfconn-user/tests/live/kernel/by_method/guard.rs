@@ -11,8 +11,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::support::{
     client::{
-        assert_opened_by_this_thread, connect_to_self, connect_until_self, enable_fastopen_connect,
-        run_self_connection, socket,
+        NOBODY, assert_opened_by_this_thread, become_user, connect_to_self, connect_until_self,
+        enable_fastopen_connect, run_self_connection, socket,
     },
     daemon::{HookVariant, TestDaemon, is_event, scaled},
     guard::{
@@ -239,6 +239,31 @@ fn the_counts_of_the_events_are_the_clients_own() {
         for event in events.iter().filter(|event| is_event("prevented", net.inode)(event)) {
             assert_opened_by_this_thread(event);
         }
+    }
+}
+
+#[test]
+fn a_flood_of_refused_connects_takes_no_name_of_another_user() {
+    let net = TestNetns::enter_new();
+    for method in guard_methods() {
+        let mut daemon = refusing(method, &[]);
+        // The daemon reads nothing meanwhile. Without shares the flood fills the ring buffer, and all events of a second.
+        daemon.signal(rustix::process::Signal::STOP);
+        for _ in 0..5_000 {
+            assert!(!dial_itself(LOCALHOST).is_connected);
+        }
+        let other = std::thread::spawn(|| {
+            become_user(NOBODY);
+            assert!(!dial_itself(LOCALHOST).is_connected);
+        });
+        other.join().unwrap();
+        daemon.signal(rustix::process::Signal::CONT);
+        let is_others = |event: &serde_json::Value| {
+            is_event("prevented", net.inode)(event) && event["uid"] == NOBODY && event["pid"].is_u64()
+        };
+        daemon.expect(1, is_others);
+        let (events, _) = daemon.stop();
+        assert_eq!(count_of(&events), 5_001, "{method}");
     }
 }
 
