@@ -8,7 +8,7 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     path::{Path, PathBuf},
-    sync::mpsc::{self, Receiver, RecvTimeoutError},
+    sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender},
     thread,
     time::{Duration, Instant},
 };
@@ -36,6 +36,12 @@ const WALK_INTERVAL: Duration = Duration::from_secs(20);
 
 /// Time between two looks at the control groups, if there are rules about them.
 const CGROUP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Maximum number of first connects that wait for the thread.
+const MAX_FIRST_CONNECTS: usize = 1_024;
+
+/// How long the end of the daemon waits for the end of the thread.
+const DETACH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The rest after an attachment, as a multiple of the time that it took.
 const REST_FACTOR: u32 = 19;
@@ -77,18 +83,16 @@ pub struct GuardCounts {
     pub failures: u64,
 }
 
-enum Request {
-    FirstConnect(FirstConnect),
-    Stop,
-}
-
 /// The daemon's end.
 #[derive(Debug)]
 pub struct GuardThread {
-    requests: mpsc::Sender<Request>,
+    /// `None`: the thread is to detach the program and to end.
+    first_connects: Option<SyncSender<FirstConnect>>,
     reports: UnboundedReceiver<GuardReport>,
     next: Option<GuardReport>,
     has_ended: bool,
+    /// Disconnected once the thread has ended.
+    end: Receiver<()>,
 }
 
 impl Guard {
@@ -169,18 +173,20 @@ impl GuardThread {
     /// # Errors
     /// If it can't be started.
     pub fn start(guard: Guard) -> io::Result<Self> {
-        let (requests, request_receiver) = mpsc::channel();
+        let (first_connects, receiver) = mpsc::sync_channel(MAX_FIRST_CONNECTS);
         let (report_sender, reports) = unbounded_channel();
+        let (ended, end) = mpsc::channel();
         capabilities::spawn_restricted("guard", capabilities::GUARD_THREAD, move || {
-            GuardWork::new(guard, report_sender).run(&request_receiver);
+            let _ended: mpsc::Sender<()> = ended;
+            GuardWork::new(guard, report_sender).run(&receiver);
         })?;
-        Ok(Self { requests, reports, next: None, has_ended: false })
+        Ok(Self { first_connects: Some(first_connects), reports, next: None, has_ended: false, end })
     }
 
     /// A namespace has its first connect to its own address.
     pub fn on_first_connect(&self, first: FirstConnect) {
-        // Fails only if the thread has ended, which `ready` notices.
-        let _ = self.requests.send(Request::FirstConnect(first));
+        // Fails if the thread has ended, which `ready` notices, or if too many wait, of which the walk finds the namespaces.
+        let _ = self.first_connects.as_ref().map(|requests| requests.try_send(first));
     }
 
     /// Waits until a report is there, for ever once the thread has ended. Cancel safe.
@@ -205,10 +211,19 @@ impl GuardThread {
 
     /// Detaches the program everywhere. Returns when that is done.
     pub async fn stop(&mut self) {
-        if self.requests.send(Request::Stop).is_ok() {
-            while self.reports.recv().await.is_some() {}
-        }
+        drop(self.first_connects.take());
+        while self.reports.recv().await.is_some() {}
         self.has_ended = true;
+    }
+}
+
+impl Drop for GuardThread {
+    /// Waits until the program is detached, also if the daemon ends by an error.
+    fn drop(&mut self) {
+        drop(self.first_connects.take());
+        if self.end.recv_timeout(DETACH_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
+            log::warn!("the guard could not be detached in time");
+        }
     }
 }
 
@@ -252,23 +267,30 @@ impl GuardWork {
             reported: GuardCounts::default(),
             rests_until: Instant::now(),
         };
-        let id = in_thread(|| {
-            let mut id = None;
-            let _ = visit_namespace(Path::new(OWN_NETNS), |namespace| {
+        let mut id = None;
+        let visited = in_thread(|| {
+            visit_namespace(Path::new(OWN_NETNS), |namespace| {
                 id = Some(namespace.id);
                 Ok(())
-            });
-            id
+            })
         });
-        if let Some(id) = id {
-            work.queue.push(Waiting { id, owner: 0, path: PathBuf::new() }, false);
-            work.queue.pop();
-            work.guarded.insert(id, GuardedNetns { owner: 0, attachments: own.keep(), is_disarmed: false });
+        match (id, visited.flatten()) {
+            (Some(id), Ok(_)) => {
+                work.queue.push(Waiting { id, owner: 0, path: PathBuf::new() }, false);
+                work.queue.pop();
+                work.guarded
+                    .insert(id, GuardedNetns { owner: 0, attachments: own.keep(), is_disarmed: false });
+            }
+            // `own` detaches the program; the walk attaches it again.
+            (_, visited) => {
+                let error = visited.err().map(|error| error.to_string()).unwrap_or_default();
+                log::warn!("the guard can't enter the daemon's network namespace: {error}");
+            }
         }
         work
     }
 
-    fn run(mut self, requests: &Receiver<Request>) {
+    fn run(mut self, first_connects: &Receiver<FirstConnect>) {
         let (mut walk_at, mut cgroups_at) = (Instant::now(), Instant::now() + CGROUP_INTERVAL);
         loop {
             if walk_at <= Instant::now() {
@@ -296,9 +318,9 @@ impl GuardWork {
             if !self.queue.is_empty() {
                 wake_at = wake_at.min(self.rests_until);
             }
-            match requests.recv_timeout(wake_at.saturating_duration_since(Instant::now())) {
-                Ok(Request::FirstConnect(first)) => self.on_first_connect(&first),
-                Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return self.detach_all(),
+            match first_connects.recv_timeout(wake_at.saturating_duration_since(Instant::now())) {
+                Ok(first) => self.on_first_connect(&first),
+                Err(RecvTimeoutError::Disconnected) => return self.detach_all(),
                 Err(RecvTimeoutError::Timeout) => {}
             }
         }
@@ -350,7 +372,8 @@ impl GuardWork {
                 Ok(())
             });
             visited.map(|_| attachments)
-        });
+        })
+        .flatten();
         self.rests_until = Instant::now() + took * REST_FACTOR;
         match outcome {
             Ok(attachments) => {
@@ -393,6 +416,12 @@ impl GuardWork {
                 Ok(())
             })
         });
+        let visit = match visit {
+            Ok(visit) => visit,
+            Err(error) => {
+                return log::warn!("the guard can't look for network namespaces: no thread: {error}");
+            }
+        };
         for why in &visit.unseen {
             log::info!("a network namespace can't be guarded: {why}");
         }
@@ -464,16 +493,26 @@ impl GuardWork {
             return;
         }
         let (guarded, program, is_own_only) = (&mut self.guarded, &self.program, self.is_own_only);
-        in_thread(|| {
+        let visit = in_thread(|| {
             visit_all(is_own_only, |namespace| {
-                for attachment in
-                    guarded.remove(&namespace.id).into_iter().flat_map(|known| known.attachments)
-                {
-                    program.detach(&attachment)?;
+                let known = guarded.remove(&namespace.id);
+                for attachment in known.into_iter().flat_map(|known| known.attachments) {
+                    if let Err(error) = program.detach(&attachment) {
+                        let (device, inode) = (&attachment.device().name, namespace.id.inode);
+                        log::warn!("the guard is left on {device} of network namespace {inode}: {error}");
+                    }
                 }
                 Ok(())
             })
         });
+        match visit {
+            Ok(visit) => {
+                for why in &visit.unseen {
+                    log::warn!("the guard may be left in a network namespace: {why}");
+                }
+            }
+            Err(error) => log::warn!("the guard can't be detached: no thread: {error}"),
+        }
         for id in self.guarded.keys() {
             log::warn!("network namespace {} was not found any more; its filter may be left", id.inode);
         }
@@ -521,15 +560,24 @@ fn attach_to_new_devices(
 /// Calls `each` in every network namespace, or only in that of the calling thread.
 fn visit_all(is_own_only: bool, each: impl FnMut(&Namespace) -> io::Result<()>) -> VisitResult {
     if is_own_only {
-        visit_namespace(Path::new(OWN_NETNS), each).unwrap_or_default()
+        visit_namespace(Path::new(OWN_NETNS), each).unwrap_or_else(|error| VisitResult {
+            unseen: vec![format!("that of the daemon: {error}")],
+            ..VisitResult::default()
+        })
     } else {
         visit_namespaces(each)
     }
 }
 
 /// Calls `work` on a thread that ends with it, and with it its stay in a network namespace.
-fn in_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    thread::scope(|scope| scope.spawn(work).join().unwrap_or_else(|cause| std::panic::resume_unwind(cause)))
+///
+/// # Errors
+/// If the thread can't be started.
+fn in_thread<T: Send>(work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    thread::scope(|scope| {
+        let started = thread::Builder::new().name("guard-netns".to_owned()).spawn_scoped(scope, work)?;
+        Ok(started.join().unwrap_or_else(|cause| std::panic::resume_unwind(cause)))
+    })
 }
 
 fn is_gone(error: &io::Error) -> bool {
