@@ -5,7 +5,7 @@
 //! namespace is entered by a thread of its own that ends with the visit, and a link does not keep a namespace alive.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     io,
     path::{Path, PathBuf},
     sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender},
@@ -14,11 +14,12 @@ use std::{
 };
 
 use selfconn_ebpf::{Endpoint, guard::FirstConnect};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc as mpsc_async;
 
 use super::{
-    queue::{MAX_NAMESPACES, NamespaceQueue, Waiting},
+    queue::{NamespaceQueue, Waiting},
     rules::GuardRules,
+    unguarded::{UnguardedNamespaces, UnguardedNetns, UnguardedReason},
 };
 use crate::{
     bpf::guard::{Attachment, Disarmed, GuardMethod, GuardProgram, NewAttachments},
@@ -40,6 +41,9 @@ const CGROUP_INTERVAL: Duration = Duration::from_secs(1);
 /// Maximum number of first connects that wait for the thread.
 const MAX_FIRST_CONNECTS: usize = 1_024;
 
+/// Maximum number of reports that wait for the daemon.
+const MAX_REPORTS: usize = 64;
+
 /// How long the end of the daemon waits for the end of the thread.
 const DETACH_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -59,17 +63,10 @@ pub struct Guard {
     is_own_only: bool,
 }
 
-/// What a network namespace is without the guard.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UnguardedNetns {
-    pub id: NetnsId,
-    pub why: String,
-}
-
 /// What has changed.
 #[derive(Debug, Default)]
 pub struct GuardReport {
-    /// Network namespaces that are not guarded, each reported once for each reason.
+    /// Network namespaces that are not guarded.
     pub unguarded: Vec<UnguardedNetns>,
     pub counts: GuardCounts,
 }
@@ -88,7 +85,7 @@ pub struct GuardCounts {
 pub struct GuardThread {
     /// `None`: the thread is to detach the program and to end.
     first_connects: Option<SyncSender<FirstConnect>>,
-    reports: UnboundedReceiver<GuardReport>,
+    reports: mpsc_async::Receiver<GuardReport>,
     next: Option<GuardReport>,
     has_ended: bool,
     /// Disconnected once the thread has ended.
@@ -174,7 +171,7 @@ impl GuardThread {
     /// If it can't be started.
     pub fn start(guard: Guard) -> io::Result<Self> {
         let (first_connects, receiver) = mpsc::sync_channel(MAX_FIRST_CONNECTS);
-        let (report_sender, reports) = unbounded_channel();
+        let (report_sender, reports) = mpsc_async::channel(MAX_REPORTS);
         let (ended, end) = mpsc::channel();
         capabilities::spawn_restricted("guard", capabilities::GUARD_THREAD, move || {
             let _ended: mpsc::Sender<()> = ended;
@@ -231,7 +228,6 @@ impl Drop for GuardThread {
 struct GuardedNetns {
     owner: u32,
     attachments: Vec<Attachment>,
-    is_disarmed: bool,
 }
 
 /// The state of the thread.
@@ -241,18 +237,19 @@ struct GuardWork {
     rules: GuardRules,
     guarded: HashMap<NetnsId, GuardedNetns>,
     queue: NamespaceQueue<PathBuf>,
-    /// Namespaces that are not guarded, with the reason that was reported.
-    unguarded: HashMap<NetnsId, String>,
+    unguarded: UnguardedNamespaces,
+    /// Namespaces that the last walk found and that are neither guarded nor in `unguarded`, which has no room for them.
+    beyond: usize,
     failures: u64,
     is_own_only: bool,
-    reports: UnboundedSender<GuardReport>,
+    reports: mpsc_async::Sender<GuardReport>,
     reported: GuardCounts,
     /// Until then nothing is attached.
     rests_until: Instant,
 }
 
 impl GuardWork {
-    fn new(guard: Guard, reports: UnboundedSender<GuardReport>) -> Self {
+    fn new(guard: Guard, reports: mpsc_async::Sender<GuardReport>) -> Self {
         let Guard { program, method, rules, own, is_second: _, is_own_only } = guard;
         let mut work = Self {
             program,
@@ -260,7 +257,8 @@ impl GuardWork {
             rules,
             guarded: HashMap::new(),
             queue: NamespaceQueue::default(),
-            unguarded: HashMap::new(),
+            unguarded: UnguardedNamespaces::default(),
+            beyond: 0,
             failures: 0,
             is_own_only,
             reports,
@@ -278,8 +276,7 @@ impl GuardWork {
             (Some(id), Ok(_)) => {
                 work.queue.push(Waiting { id, owner: 0, path: PathBuf::new() }, false);
                 work.queue.pop();
-                work.guarded
-                    .insert(id, GuardedNetns { owner: 0, attachments: own.keep(), is_disarmed: false });
+                work.guarded.insert(id, GuardedNetns { owner: 0, attachments: own.keep() });
             }
             // `own` detaches the program; the walk attaches it again.
             (_, visited) => {
@@ -310,7 +307,7 @@ impl GuardWork {
             {
                 self.guard(next);
             }
-            self.report_counts();
+            self.report();
             let mut wake_at = walk_at;
             if self.rules.by_cgroup() {
                 wake_at = wake_at.min(cgroups_at);
@@ -336,20 +333,13 @@ impl GuardWork {
         let path = PathBuf::from(format!("/proc/{tid}/ns/net"));
         match netns_owner_at(&path) {
             Ok((inode, owner)) if inode == u64::from(netns) => {
-                self.enqueue(Waiting { id, owner, path }, true);
+                let waiting = Waiting { id, owner, path };
+                if !self.queue.push(waiting, true) {
+                    self.unguarded.insert(id, owner, UnguardedReason::NoRoom);
+                }
             }
             // The thread has ended, or is in another namespace by now. The next walk may find this one.
             _ => {}
-        }
-    }
-
-    fn enqueue(&mut self, waiting: Waiting<PathBuf>, connects: bool) {
-        let id = waiting.id;
-        if !self.queue.push(waiting, connects) {
-            self.on_unguarded(
-                id,
-                format!("its owner has too many network namespaces; {MAX_NAMESPACES} can be guarded in all"),
-            );
         }
     }
 
@@ -368,7 +358,8 @@ impl GuardWork {
                 let began = Instant::now();
                 let attached = program.attach_all(method, &devices);
                 took = began.elapsed();
-                attachments = attached?.keep();
+                // No error of these is one of a namespace that has ended: the thread is in it.
+                attachments = attached.map_err(io::Error::other)?.keep();
                 Ok(())
             });
             visited.map(|_| attachments)
@@ -377,15 +368,15 @@ impl GuardWork {
         self.rests_until = Instant::now() + took * REST_FACTOR;
         match outcome {
             Ok(attachments) => {
-                self.unguarded.remove(&id);
-                self.guarded.insert(id, GuardedNetns { owner, attachments, is_disarmed: false });
+                self.unguarded.remove(id);
+                self.guarded.insert(id, GuardedNetns { owner, attachments });
             }
             // It has ended, or its process has. The next walk finds it again if it still exists.
             Err(error) if is_gone(&error) => self.queue.release(owner),
             Err(error) => {
                 self.queue.release(owner);
                 self.failures += 1;
-                self.on_unguarded(id, format!("the program can't be attached: {error}"));
+                self.unguarded.insert(id, owner, UnguardedReason::NotAttached(error.to_string()));
             }
         }
     }
@@ -393,98 +384,110 @@ impl GuardWork {
     /// Enters every namespace: looks whether the program is still attached and first in the ones that are guarded, and
     /// enqueues the others.
     fn walk(&mut self) {
-        let (mut visited, mut new) = (HashSet::new(), Vec::new());
-        let mut changes = Vec::new();
+        let (mut new, mut looked) = (Vec::new(), Vec::new());
         let (guarded, program, method) = (&mut self.guarded, &self.program, self.method);
         let (rests_until, is_own_only) = (&mut self.rests_until, self.is_own_only);
         let visit = in_thread(|| {
             visit_all(is_own_only, |namespace: &Namespace| {
-                visited.insert(namespace.id);
                 match guarded.get_mut(&namespace.id) {
                     Some(known) => {
-                        let why = look(program, known)?;
-                        // Without cookies this may be another namespace that has the same inode.
-                        if namespace.id.cookie == 0 && why == Some(Disarmed::TakenOff) {
-                            new.push((namespace.clone(), known.owner));
-                        } else {
-                            attach_to_new_devices(program, method, known, rests_until)?;
-                            changes.push((namespace.id, why));
+                        let seen = look(program, known).and_then(|why| {
+                            // Without cookies this may be another namespace that has the same inode.
+                            let is_other = namespace.id.cookie == 0 && why == Some(Disarmed::TakenOff);
+                            if !is_other {
+                                attach_to_new_devices(program, method, known, rests_until)?;
+                            }
+                            Ok((why, is_other))
+                        });
+                        match seen {
+                            Ok((_, true)) => new.push((namespace.clone(), Ok(known.owner))),
+                            Ok((why, false)) => {
+                                looked.push((namespace.id, known.owner, why.map(UnguardedReason::Disarmed)));
+                            }
+                            Err(error) => {
+                                let why = UnguardedReason::Unknown(error.to_string());
+                                looked.push((namespace.id, known.owner, Some(why)));
+                            }
                         }
                     }
-                    None => new.push((namespace.clone(), netns_owner()?)),
+                    None => new.push((namespace.clone(), netns_owner())),
                 }
                 Ok(())
             })
-        });
+        })
+        .flatten();
         let visit = match visit {
             Ok(visit) => visit,
             Err(error) => {
-                return log::warn!("the guard can't look for network namespaces: no thread: {error}");
+                return log::warn!("the guard can't look for network namespaces: {error}");
             }
         };
-        for why in &visit.unseen {
-            log::info!("a network namespace can't be guarded: {why}");
-        }
-        for (id, why) in changes {
-            self.on_looked(id, why);
-        }
-        for (namespace, owner) in new {
-            if let Some(old) = self.guarded.remove(&namespace.id) {
-                self.queue.release(old.owner);
-            }
-            if !self.queue.contains(namespace.id) {
-                self.enqueue(Waiting { id: namespace.id, owner, path: namespace.path }, false);
-            }
-        }
         // A namespace that was not found has ended if its links are detached. A filter ends with it.
+        let is_found = |id: NetnsId| {
+            visit.namespaces.get(&id.inode) == Some(&id.cookie) || visit.unentered.contains_key(&id.inode)
+        };
         let (queue, method) = (&mut self.queue, self.method);
         self.guarded.retain(|id, known| {
             let is_detached = known.attachments.iter().all(Attachment::is_link_detached);
-            let has_ended = !visited.contains(id) && (is_detached || method == GuardMethod::Clsact);
+            let has_ended = !is_found(*id) && (is_detached || method == GuardMethod::Clsact);
             if has_ended {
                 queue.release(known.owner);
             }
             !has_ended
         });
-        self.unguarded.retain(|id, _| visited.contains(id));
-    }
-
-    fn on_looked(&mut self, id: NetnsId, why: Option<Disarmed>) {
-        let Some(known) = self.guarded.get_mut(&id) else { return };
-        known.is_disarmed = why.is_some();
-        match why {
-            None => {
-                self.unguarded.remove(&id);
-            }
-            Some(Disarmed::TakenOff) => self.on_unguarded(id, "the program was taken off".to_owned()),
-            Some(Disarmed::Behind(other)) => {
-                self.on_unguarded(id, format!("the program {other} runs first, and may end the chain"));
+        self.unguarded.retain(is_found);
+        self.beyond = 0;
+        for (id, owner, why) in looked {
+            match why {
+                Some(why) => self.on_unguarded(id, owner, why),
+                None => self.unguarded.remove(id),
             }
         }
-    }
-
-    fn on_unguarded(&mut self, id: NetnsId, why: String) {
-        if self.unguarded.get(&id) != Some(&why) {
-            self.unguarded.insert(id, why.clone());
-            self.report(vec![UnguardedNetns { id, why }]);
+        for (inode, error) in visit.unentered {
+            let known = self.guarded.iter().find(|(id, _)| id.inode == inode);
+            let (id, owner) =
+                known.map_or((NetnsId { inode, cookie: 0 }, 0), |(id, known)| (*id, known.owner));
+            self.on_unguarded(id, owner, UnguardedReason::NotEntered(error));
+        }
+        for (namespace, owner) in new {
+            if let Some(old) = self.guarded.remove(&namespace.id) {
+                self.queue.release(old.owner);
+            }
+            match owner {
+                Ok(owner) => {
+                    let waiting = Waiting { id: namespace.id, owner, path: namespace.path };
+                    if !self.queue.push(waiting, false) {
+                        self.on_unguarded(namespace.id, owner, UnguardedReason::NoRoom);
+                    }
+                }
+                Err(error) => {
+                    self.on_unguarded(namespace.id, 0, UnguardedReason::Unknown(error.to_string()));
+                }
+            }
         }
     }
 
-    fn report_counts(&mut self) {
-        if self.counts() != self.reported {
-            self.report(Vec::new());
-        }
+    /// The walk has found a namespace that is not guarded.
+    fn on_unguarded(&mut self, id: NetnsId, owner: u32, why: UnguardedReason) {
+        self.beyond += usize::from(!self.unguarded.insert(id, owner, why));
     }
 
-    fn report(&mut self, unguarded: Vec<UnguardedNetns>) {
-        self.reported = self.counts();
-        // Fails only if the daemon ends.
-        let _ = self.reports.send(GuardReport { unguarded, counts: self.reported });
+    /// Reports what has changed. If the daemon has not taken the reports before, it is reported later.
+    fn report(&mut self) {
+        let Ok(permit) = self.reports.try_reserve() else { return };
+        let (unguarded, counts) = (self.unguarded.take_due(Instant::now()), self.counts());
+        if !unguarded.is_empty() || counts != self.reported {
+            permit.send(GuardReport { unguarded, counts });
+            self.reported = counts;
+        }
     }
 
     fn counts(&self) -> GuardCounts {
-        let guarded = self.guarded.values().filter(|known| !known.is_disarmed).count();
-        GuardCounts { guarded, unguarded: self.unguarded.len() + self.queue.len(), failures: self.failures }
+        // A namespace may be unguarded and attached to, or wait for another attempt.
+        let guarded = self.guarded.keys().filter(|id| !self.unguarded.contains(**id)).count();
+        let waiting = self.queue.ids().filter(|id| !self.unguarded.contains(*id)).count();
+        let unguarded = self.unguarded.count() + waiting + self.beyond;
+        GuardCounts { guarded, unguarded, failures: self.failures }
     }
 
     /// Removes what would stay when this process ends: filters. Links end with their descriptors.
@@ -504,14 +507,15 @@ impl GuardWork {
                 }
                 Ok(())
             })
-        });
+        })
+        .flatten();
         match visit {
             Ok(visit) => {
                 for why in &visit.unseen {
                     log::warn!("the guard may be left in a network namespace: {why}");
                 }
             }
-            Err(error) => log::warn!("the guard can't be detached: no thread: {error}"),
+            Err(error) => log::warn!("the guard can't be detached: {error}"),
         }
         for id in self.guarded.keys() {
             log::warn!("network namespace {} was not found any more; its filter may be left", id.inode);
@@ -558,15 +562,8 @@ fn attach_to_new_devices(
 }
 
 /// Calls `each` in every network namespace, or only in that of the calling thread.
-fn visit_all(is_own_only: bool, each: impl FnMut(&Namespace) -> io::Result<()>) -> VisitResult {
-    if is_own_only {
-        visit_namespace(Path::new(OWN_NETNS), each).unwrap_or_else(|error| VisitResult {
-            unseen: vec![format!("that of the daemon: {error}")],
-            ..VisitResult::default()
-        })
-    } else {
-        visit_namespaces(each)
-    }
+fn visit_all(is_own_only: bool, each: impl FnMut(&Namespace) -> io::Result<()>) -> io::Result<VisitResult> {
+    if is_own_only { visit_namespace(Path::new(OWN_NETNS), each) } else { Ok(visit_namespaces(each)) }
 }
 
 /// Calls `work` on a thread that ends with it, and with it its stay in a network namespace.
