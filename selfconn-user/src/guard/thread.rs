@@ -18,7 +18,7 @@ use tokio::sync::mpsc as mpsc_async;
 
 use super::{
     queue::{NamespaceQueue, Waiting},
-    rules::GuardRules,
+    rules::{GroupRules, GuardRules},
     unguarded::{UnguardedNamespaces, UnguardedNetns, UnguardedReason},
 };
 use crate::{
@@ -154,14 +154,9 @@ fn set_cgroups(program: &mut GuardProgram, rules: &GuardRules) -> anyhow::Result
     if !rules.by_cgroup() {
         return Ok(());
     }
-    let mut groups = HashMap::new();
-    cgroup::visit_named(|group| {
-        let bits = rules.of_group(&group);
-        if bits != 0 {
-            groups.insert(group.id, bits);
-        }
-    })?;
-    program.set_cgroups(&groups)
+    let mut groups = GroupRules::default();
+    cgroup::visit_named(|group| groups.add(&group, rules.of_group(&group)))?;
+    program.set_cgroups(&groups.by_id)
 }
 
 impl GuardThread {
@@ -289,17 +284,21 @@ impl GuardWork {
 
     fn run(mut self, first_connects: &Receiver<FirstConnect>) {
         let (mut walk_at, mut cgroups_at) = (Instant::now(), Instant::now() + CGROUP_INTERVAL);
+        let mut cgroup_error = None;
         loop {
             if walk_at <= Instant::now() {
                 self.walk();
                 walk_at = Instant::now() + WALK_INTERVAL;
             }
             if self.rules.by_cgroup() && cgroups_at <= Instant::now() {
-                if let Err(error) = set_cgroups(&mut self.program, &self.rules) {
-                    log::warn!(
-                        "the control groups of --guard-except and --guard-only can't be set: {error:#}"
-                    );
+                let error =
+                    set_cgroups(&mut self.program, &self.rules).err().map(|error| format!("{error:#}"));
+                if let Some(error) = &error
+                    && Some(error) != cgroup_error.as_ref()
+                {
+                    log::warn!("the control groups of --guard-except and --guard-only can't be set: {error}");
                 }
+                cgroup_error = error;
                 cgroups_at = Instant::now() + CGROUP_INTERVAL;
             }
             if self.rests_until <= Instant::now()
