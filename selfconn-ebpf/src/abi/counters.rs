@@ -17,7 +17,7 @@ pub mod counter {
     pub const BIND_FAILURES_OVER_RATE: u32 = 5;
     /// Connects to itself that the guard has refused, or would have.
     pub const GUARD_PREVENTED: u32 = 6;
-    /// Those of [`GUARD_PREVENTED`] for which the guard's ring buffer had no room.
+    /// Those of [`GUARD_PREVENTED`] for which the guard's ring buffer had no room, or none for this owner.
     pub const GUARD_RING_FULL: u32 = 7;
     /// Connects to itself that a rule of the guard lets pass, or the self-test.
     pub const GUARD_EXEMPT: u32 = 8;

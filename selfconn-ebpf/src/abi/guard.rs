@@ -42,6 +42,9 @@ pub const fn is_guarded(matched: u32, only: u32) -> bool {
 /// The levels of a control group's path that rules can match.
 pub const CGROUP_LEVELS: u32 = 8;
 
+/// Maximum number of control groups that have a rule.
+pub const MAX_CGROUPS: usize = 4_096;
+
 /// The value of a port in the map of ports, which has one for each of the 65,536.
 pub type PortRules = u32;
 

@@ -111,6 +111,8 @@ pub const GUARD_PORTS: &str = "GUARD_PORTS";
 pub const GUARD_UIDS: &str = "GUARD_UIDS";
 /// Hash from the id of a control group to bits of [`crate::guard::rule`].
 pub const GUARD_CGROUPS: &str = "GUARD_CGROUPS";
+/// Map: the network namespaces whose first connect is reported.
+pub const GUARD_NAMESPACES: &str = "GUARD_NAMESPACES";
 /// Global `u32`: one of [`crate::guard::mode`].
 pub const GUARD_MODE: &str = "GUARD_MODE";
 /// Global `u32`: bits of [`crate::guard::rule`].

@@ -47,10 +47,32 @@ pub struct OwnerState {
     pub lost_refused_connects: u64,
     /// Failed binds beyond the owner's rate.
     pub lost_bind_failures: u64,
-    /// When the current window of failed binds began: `CLOCK_BOOTTIME`, nanoseconds.
-    window_start_ns: u64,
-    /// Failed binds in the current window.
-    window_count: u64,
+    bind_failures: Window,
+    preventions: Window,
+}
+
+/// What an owner did in the current second.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+struct Window {
+    /// When it began: `CLOCK_BOOTTIME`, nanoseconds.
+    start_ns: u64,
+    count: u64,
+}
+
+impl Window {
+    const ZERO: Self = Self { start_ns: 0, count: 0 };
+
+    /// Counts one. False: it is beyond `limit` in a second. If two CPUs count at the same time, one more or less may pass.
+    #[inline(always)]
+    fn admit(&mut self, now_ns: u64, limit: u64) -> bool {
+        const WINDOW_NS: u64 = 1_000_000_000;
+        if now_ns.wrapping_sub(self.start_ns) >= WINDOW_NS {
+            (self.start_ns, self.count) = (now_ns, 0);
+        }
+        self.count += 1;
+        self.count <= limit
+    }
 }
 
 impl OwnerState {
@@ -59,28 +81,31 @@ impl OwnerState {
         lost_openers: 0,
         lost_refused_connects: 0,
         lost_bind_failures: 0,
-        window_start_ns: 0,
-        window_count: 0,
+        bind_failures: Window::ZERO,
+        preventions: Window::ZERO,
     };
 
-    /// Counts a failed bind. False: it is beyond `limit` in a second. If two CPUs count at the same time, one more or
-    /// less may pass.
+    /// Counts a failed bind. False: it is beyond the rate. `users`: how many users' rates it may have.
     #[inline(always)]
-    pub fn admit_bind_failure(&mut self, now_ns: u64, limit: u64) -> bool {
-        const WINDOW_NS: u64 = 1_000_000_000;
-        if now_ns.wrapping_sub(self.window_start_ns) >= WINDOW_NS {
-            (self.window_start_ns, self.window_count) = (now_ns, 0);
-        }
-        self.window_count += 1;
-        self.window_count <= limit
+    pub fn admit_bind_failure(&mut self, now_ns: u64, users: u64) -> bool {
+        self.bind_failures.admit(now_ns, users * BIND_FAILURE_LIMIT)
+    }
+
+    /// Counts a refused connect to itself that is reported while the guard's ring buffer is half full.
+    #[inline(always)]
+    pub fn admit_prevention(&mut self, now_ns: u64, users: u64) -> bool {
+        self.preventions.admit(now_ns, users * PREVENTION_LIMIT)
     }
 }
 
 /// Failed binds of an owner in a second that are reported. A server that retries fails a few times a second.
 pub const BIND_FAILURE_LIMIT: u64 = 50;
 
-/// The same for all users of a control group together: a container's root may be any user.
-pub const CGROUP_BIND_FAILURE_LIMIT: u64 = 8 * BIND_FAILURE_LIMIT;
+/// Refused connects to itself of an owner in a second that are reported while the guard's ring buffer is half full.
+pub const PREVENTION_LIMIT: u64 = 50;
+
+/// The rate of all users of a control group together, as a multiple of one user's: a container's root may be any user.
+pub const CGROUP_RATE_FACTOR: u64 = 8;
 
 impl Owner {
     /// All users of this owner's control group.
@@ -248,8 +273,7 @@ mod tests {
         const SECOND_NS: u64 = 1_000_000_000;
         let mut state = OwnerState::ZERO;
         let mut admitted = |from_ns: u64| {
-            (0..1_000).filter(|count| state.admit_bind_failure(from_ns + count, BIND_FAILURE_LIMIT)).count()
-                as u64
+            (0..1_000).filter(|count| state.admit_bind_failure(from_ns + count, 1)).count() as u64
         };
         assert_eq!([SECOND_NS, 2 * SECOND_NS - 2_000, 3 * SECOND_NS].map(&mut admitted), [50, 0, 50]);
     }

@@ -16,11 +16,9 @@ use aya_ebpf::{
     programs::TracePointContext,
 };
 use selfconn_ebpf::{
-    BindOptions, Endpoint, Field, IPPROTO_MPTCP, IPPROTO_TCP, Owner,
+    BindOptions, Endpoint, Field, IPPROTO_MPTCP, IPPROTO_TCP,
     bind_failure::{BindFailure, REPORT_INTERVAL_NS},
-    counter, family,
-    owner::{BIND_FAILURE_LIMIT, CGROUP_BIND_FAILURE_LIMIT},
-    tag,
+    counter, family, tag,
 };
 
 use super::{
@@ -206,7 +204,7 @@ fn report_failure(requested: &RequestedBind) {
         }
     }
     let (arg_start, owner) = task::current_image_and_owner();
-    if !is_within_rate(&owner, at_ns) {
+    if !owners::admits(&owner, |state, users| state.admit_bind_failure(at_ns, users)) {
         count(counter::BIND_FAILURES_OVER_RATE);
         // SAFETY: the pointer is to a value of the map.
         owners::count_loss(&owner, |state| unsafe { &raw mut (*state).lost_bind_failures });
@@ -230,16 +228,4 @@ fn report_failure(requested: &RequestedBind) {
     if ring_buffer::submit_to(&BIND_RECORDS, failure) {
         let _ = LAST_REPORTS.insert(&key, &LastReport { at_ns, failures: 0 }, 0);
     }
-}
-
-/// Counts a failed bind for its owner and for all users of the owner's control group.
-#[inline(always)]
-fn is_within_rate(owner: &Owner, now_ns: u64) -> bool {
-    let is_admitted = |owner: &Owner, limit| {
-        owners::state(owner).is_none_or(|state| {
-            // SAFETY: the pointer is to a value of the map, whose memory belongs to the map if the entry is evicted.
-            unsafe { &mut *state }.admit_bind_failure(now_ns, limit)
-        })
-    };
-    is_admitted(owner, BIND_FAILURE_LIMIT) && is_admitted(&owner.everybody(), CGROUP_BIND_FAILURE_LIMIT)
 }

@@ -15,8 +15,8 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use selfconn_ebpf::{
-    Endpoint, Field, IPPROTO_TCP, counter,
-    guard::{CGROUP_LEVELS, FirstConnect, PortRules, Prevention, is_guarded, mode},
+    Endpoint, Field, IPPROTO_TCP, Owner, counter,
+    guard::{CGROUP_LEVELS, FirstConnect, MAX_CGROUPS, PortRules, Prevention, is_guarded, mode},
     state, tag,
 };
 
@@ -24,8 +24,8 @@ use super::{
     connect_table,
     counters::count,
     kernel_read::{BtfOffsets, DirectLoad, KernelRead},
-    ring_buffer,
-    sock::Sock,
+    owners, ring_buffer,
+    sock::{SelfAddr, Sock},
 };
 
 /// One of [`mode`].
@@ -58,9 +58,10 @@ static GUARD_UIDS: HashMap<u32, u32> = HashMap::with_max_entries(1_024, 0);
 
 /// The rules that match a control group, by its id.
 #[map]
-static GUARD_CGROUPS: HashMap<u64, u32> = HashMap::with_max_entries(4_096, 0);
+static GUARD_CGROUPS: HashMap<u64, u32> = HashMap::with_max_entries(MAX_CGROUPS as u32, 0);
 
-/// The namespaces whose first connect is reported, by cookie. An LRU, because a second report of one does no harm.
+/// The namespaces whose first connect is reported, by cookie. An LRU, because a second report of one does no harm: a user
+/// with more namespaces than this has others' reported again, each for one record of 24 bytes.
 #[map]
 static GUARD_NAMESPACES: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4_096, 0);
 
@@ -104,18 +105,16 @@ fn on_syn_sent(skb: *mut __sk_buff, sk: *mut bpf_sock) {
     if port != u16::from_be(sock.get(Field::Dport)) || sock.protocol() != IPPROTO_TCP {
         return;
     }
-    if on_self_addressed_socket(skb, sock, port).is_err() {
+    if on_equal_ports(skb, sock, port).is_err() {
         count(counter::GUARD_UNREADABLE);
     }
 }
 
-/// Handles a packet of a socket that connects to itself. The port is in host byte order.
+/// Handles a packet of a socket with equal ports. The port is in host byte order.
 #[inline(always)]
-fn on_self_addressed_socket(
-    skb: *mut __sk_buff,
-    sock: Sock<DirectLoad>,
-    port: u16,
-) -> Result<(), Unreadable> {
+fn on_equal_ports(skb: *mut __sk_buff, sock: Sock<DirectLoad>, port: u16) -> Result<(), Unreadable> {
+    // The packet's addresses say nothing of the socket's: an output rule may have translated the destination.
+    let Some(self_addr) = sock.self_addr::<BtfOffsets>() else { return Ok(()) };
     let at = tcp_header(skb)?;
     if at == 0 {
         return Ok(());
@@ -132,7 +131,7 @@ fn on_self_addressed_socket(
         count(counter::GUARD_FAILED);
     } else {
         count(counter::GUARD_PREVENTED);
-        report(skb, sock);
+        report(skb, sock, &self_addr);
     }
     Ok(())
 }
@@ -290,18 +289,25 @@ fn is_signed(skb: *mut __sk_buff, syn: &Syn) -> bool {
     false
 }
 
-/// Rewrites the SYN into the reset that a closed port would send.
+/// Rewrites the SYN into the reset that a closed port would send. If that fails, the SYN is as it was: everything that
+/// can fail comes before the first write.
 #[inline(always)]
 fn refuse(skb: *mut __sk_buff, syn: &Syn) -> Result<(), Unreadable> {
+    const OPTIONS: u32 = 4 * TCP_WORDS as u32;
+    let has_options = syn.len() > OPTIONS;
+    let first_option = if has_options { load::<1>(skb, syn.at + OPTIONS)? } else { [0] };
+    let end = syn.at + if has_options { OPTIONS + 4 } else { OPTIONS };
+    // After it these bytes are in the linear part, and nobody else's (`bpf_try_make_writable`, net/core/filter.c at
+    // v5.10), so the writes find nothing to allocate.
+    // SAFETY: the context is valid, and the helper checks the length.
+    if unsafe { helpers::bpf_skb_pull_data(skb, end) } != 0 {
+        return Err(Unreadable);
+    }
     let [_, from @ .., _] = syn.words;
     rewrite(skb, syn.at, 4, from, syn.reset())?;
-    if syn.len() > 4 * TCP_WORDS as u32 {
-        // No options. If the SYN takes over a TIME_WAIT, it has an old timestamp, and a reset with it would be dropped
-        // (PAWS, `tcp_validate_incoming`, net/ipv4/tcp_input.c at v6.12). Zero is "end of options".
-        let at = 4 * TCP_WORDS as u32;
-        rewrite(skb, syn.at, at, load::<1>(skb, syn.at + at)?, [0])?;
-    }
-    Ok(())
+    // No options. If the SYN takes over a TIME_WAIT, it echoes an old timestamp, and a reset with it would be dropped
+    // (PAWSActiveRejected, `tcp_rcv_synsent_state_process`, net/ipv4/tcp_input.c at v6.12). Zero is "end of options".
+    if has_options { rewrite(skb, syn.at, OPTIONS, first_option, [0]) } else { Ok(()) }
 }
 
 /// Replaces words of the TCP header at `tcp`, and corrects the checksum.
@@ -331,10 +337,12 @@ fn rewrite<const N: usize>(
 
 /// Reports a connect to itself that is refused, or would be.
 #[inline(never)]
-fn report(skb: *mut __sk_buff, sock: Sock<DirectLoad>) {
-    // The addresses are equal: the packet has them.
-    let Some(self_addr) = sock.self_addr::<BtfOffsets>() else { return };
+fn report(skb: *mut __sk_buff, sock: Sock<DirectLoad>, self_addr: &SelfAddr) {
     let endpoint = self_addr.endpoint(sock, sock.num());
+    let opener = connect_table::opener_of(sock, &endpoint);
+    if !has_room(&opener.owner) {
+        return count(counter::GUARD_RING_FULL);
+    }
     let Some(mut entry) = GUARD_RECORDS.reserve::<Prevention>(0) else {
         return count(counter::GUARD_RING_FULL);
     };
@@ -347,9 +355,22 @@ fn report(skb: *mut __sk_buff, sock: Sock<DirectLoad>) {
         // SAFETY: the context is valid.
         cookie: unsafe { helpers::bpf_get_socket_cookie(skb.cast()) },
         endpoint,
-        opener: connect_table::opener_of(sock, &endpoint),
+        opener,
     });
     entry.submit(0);
+}
+
+/// True if the ring buffer takes a record of this owner. The first half is for everybody; who has more than his rate finds
+/// no room in the second one, so that a flood does not take the names of others' attempts.
+#[inline(always)]
+fn has_room(owner: &Owner) -> bool {
+    // `BPF_RB_AVAIL_DATA` and `BPF_RB_RING_SIZE`, include/uapi/linux/bpf.h at v5.10.
+    if GUARD_RECORDS.query(0) < GUARD_RECORDS.query(1) / 2 {
+        return true;
+    }
+    // SAFETY: the helper takes no arguments.
+    let now_ns = unsafe { helpers::bpf_ktime_get_boot_ns() };
+    owners::admits(owner, |state, users| state.admit_prevention(now_ns, users))
 }
 
 /// A task connects a socket to its own address. If it is the first one in its network namespace, user space learns of the

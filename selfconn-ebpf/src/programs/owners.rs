@@ -1,7 +1,10 @@
 //! What each owner has used and lost.
 
 use aya_ebpf::{macros::map, maps::LruHashMap};
-use selfconn_ebpf::{Owner, owner::OwnerState};
+use selfconn_ebpf::{
+    Owner,
+    owner::{CGROUP_RATE_FACTOR, OwnerState},
+};
 
 use super::counters::add_one;
 
@@ -30,4 +33,15 @@ pub(crate) fn count_loss(owner: &Owner, select: impl Fn(*mut OwnerState) -> *mut
         // SAFETY: the memory belongs to the map, also if the entry is evicted at the same time.
         unsafe { add_one(select(state)) };
     }
+}
+
+/// True if `admit` takes one more of this owner, and of all users of the owner's control group, which have the rate of
+/// [`CGROUP_RATE_FACTOR`] users.
+#[inline(always)]
+pub(crate) fn admits(owner: &Owner, admit: impl Fn(&mut OwnerState, u64) -> bool) -> bool {
+    let is_admitted = |owner: &Owner, users| {
+        // SAFETY: the pointer is to a value of the map, whose memory belongs to the map if the entry is evicted.
+        state(owner).is_none_or(|state| admit(unsafe { &mut *state }, users))
+    };
+    is_admitted(owner, 1) && is_admitted(&owner.everybody(), CGROUP_RATE_FACTOR)
 }

@@ -324,6 +324,8 @@ impl KernelFeatures {
     pub fn check_guard(&self) -> Result<(), Refusal> {
         self.check_capabilities()?;
         self.check_offsets()?;
+        // Without it each socket would be root's for the rules about users.
+        self.check_fields(&[Field::SockUid])?;
         // Packet programs take it (`bpf_prog_load_check_attach`, kernel/bpf/syscall.c at v5.10), and CAP_SYS_ADMIN
         // includes it there.
         if self.capabilities.intersects(CapabilitySet::NET_ADMIN) {

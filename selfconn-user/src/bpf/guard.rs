@@ -10,7 +10,10 @@ use aya::{
     maps::{Array, HashMap, MapData},
     programs::{ProgramError, SchedClassifier, TcAttachType},
 };
-use selfconn_ebpf::{guard::mode, names};
+use selfconn_ebpf::{
+    guard::{MAX_CGROUPS, mode},
+    names,
+};
 
 use super::{
     attach::Refusal,
@@ -82,6 +85,14 @@ pub struct Attachment {
     kind: AttachmentKind,
 }
 
+/// The program on the devices of a network namespace. Dropping it detaches the program from all of them, in the network
+/// namespace of the calling thread.
+#[derive(Debug)]
+pub struct NewAttachments {
+    owner: FilterOwner,
+    attachments: Vec<Attachment>,
+}
+
 #[derive(Debug)]
 enum AttachmentKind {
     Link(OwnedFd),
@@ -138,6 +149,18 @@ impl FilterOwner {
         process::pid_ns_inode() == Some(self.pid_ns)
             && process::start_ticks(self.pid) != Some(self.start_ticks)
     }
+
+    /// Removes the filter with this name, and the queueing discipline if it was made for it.
+    fn detach(self, attachment: &Attachment) -> io::Result<()> {
+        let AttachmentKind::Filter { makes_clsact } = attachment.kind else { return Ok(()) };
+        let device = attachment.device.index;
+        for filter in rtnetlink::filters(device)? {
+            if Self::parse(&filter.name) == Some(self) {
+                rtnetlink::remove_filter(device, &filter)?;
+            }
+        }
+        if makes_clsact { rtnetlink::remove_unused_clsact(device) } else { Ok(()) }
+    }
 }
 
 impl GuardProgram {
@@ -188,7 +211,12 @@ impl GuardProgram {
     /// # Errors
     /// If the kernel refuses, such as when there are too many.
     pub fn set_cgroups(&mut self, rules: &std::collections::HashMap<u64, u32>) -> anyhow::Result<()> {
-        let known: Vec<u64> = self.cgroups.keys().filter_map(Result::ok).collect();
+        anyhow::ensure!(
+            rules.len() <= MAX_CGROUPS,
+            "{} control groups match, of which {MAX_CGROUPS} find room; the rules are as they were",
+            rules.len()
+        );
+        let known = self.cgroups.keys().collect::<Result<Vec<u64>, _>>()?;
         for id in known.iter().filter(|id| !rules.contains_key(id)) {
             self.cgroups.remove(id)?;
         }
@@ -196,6 +224,18 @@ impl GuardProgram {
             self.cgroups.insert(id, rules, 0)?;
         }
         Ok(())
+    }
+
+    /// Attaches the program to all these devices of the calling thread's network namespace, or to none.
+    ///
+    /// # Errors
+    /// If the kernel refuses one of them.
+    pub fn attach_all(&self, method: GuardMethod, devices: &[LoopDevice]) -> io::Result<NewAttachments> {
+        let mut new = NewAttachments { owner: self.owner, attachments: Vec::new() };
+        for device in devices {
+            new.attachments.push(self.attach(method, device)?);
+        }
+        Ok(new)
     }
 
     /// Attaches the program to a device of the calling thread's network namespace, in front of all others except another
@@ -212,16 +252,24 @@ impl GuardProgram {
             }
             GuardMethod::Clsact => {
                 let makes_clsact = rtnetlink::add_clsact(device.index)?;
-                self.remove_left_over(device)?;
-                let has_other = rtnetlink::filters(device.index)?
-                    .iter()
-                    .any(|filter| FilterOwner::parse(&filter.name).is_some());
-                let priority = FILTER_PRIORITY + u16::from(has_other);
-                rtnetlink::add_filter(device.index, self.fd.as_fd(), &self.owner.name(), priority)?;
+                if let Err(error) = self.add_filter(device) {
+                    if makes_clsact && let Err(left) = rtnetlink::remove_unused_clsact(device.index) {
+                        log::warn!("clsact is left on {}: {left}", device.name);
+                    }
+                    return Err(error);
+                }
                 AttachmentKind::Filter { makes_clsact }
             }
         };
         Ok(Attachment { device: device.clone(), kind })
+    }
+
+    fn add_filter(&self, device: &LoopDevice) -> io::Result<()> {
+        self.remove_left_over(device)?;
+        let filters = rtnetlink::filters(device.index)?;
+        let has_other = filters.iter().any(|filter| FilterOwner::parse(&filter.name).is_some());
+        let priority = FILTER_PRIORITY + u16::from(has_other);
+        rtnetlink::add_filter(device.index, self.fd.as_fd(), &self.owner.name(), priority)
     }
 
     /// Removes the filters of guards whose process has ended.
@@ -292,14 +340,29 @@ impl GuardProgram {
     /// # Errors
     /// If the kernel refuses.
     pub fn detach(&self, attachment: &Attachment) -> io::Result<()> {
-        let AttachmentKind::Filter { makes_clsact } = attachment.kind else { return Ok(()) };
-        let device = attachment.device.index;
-        for filter in rtnetlink::filters(device)? {
-            if FilterOwner::parse(&filter.name) == Some(self.owner) {
-                rtnetlink::remove_filter(device, &filter)?;
+        self.owner.detach(attachment)
+    }
+}
+
+impl Drop for NewAttachments {
+    fn drop(&mut self) {
+        for attachment in &self.attachments {
+            if let Err(error) = self.owner.detach(attachment) {
+                log::warn!("the guard is left on {}: {error}", attachment.device.name);
             }
         }
-        if makes_clsact { rtnetlink::remove_unused_clsact(device) } else { Ok(()) }
+    }
+}
+
+impl NewAttachments {
+    /// Leaves the program attached.
+    #[must_use]
+    pub fn keep(mut self) -> Vec<Attachment> {
+        std::mem::take(&mut self.attachments)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Attachment> {
+        self.attachments.iter()
     }
 }
 

@@ -54,9 +54,15 @@ pub(super) fn load(features: &KernelFeatures, options: ObjectOptions) -> Result<
     let socket_cookie = u32::from(features.socket_cookie);
     let guard = options.guard;
     let by_cgroup = u32::from(guard.by_cgroup);
-    // A guard that is off has the smallest ring buffer.
+    // A guard that is off has the smallest ring buffer and maps.
     let guard_bytes = if guard.mode == mode::OFF { page_size() as u32 } else { GUARD_RING_BYTES };
-    EbpfLoader::new()
+    let mut loader = EbpfLoader::new();
+    if guard.mode == mode::OFF {
+        for map in [names::GUARD_PORTS, names::GUARD_UIDS, names::GUARD_CGROUPS, names::GUARD_NAMESPACES] {
+            loader.map_max_entries(map, 1);
+        }
+    }
+    loader
         .btf(None)
         .override_global(names::GUARD_MODE, &guard.mode, true)
         .override_global(names::GUARD_ONLY, &guard.only, true)

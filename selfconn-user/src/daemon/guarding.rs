@@ -1,12 +1,16 @@
 //! The guard's reports: counts refused connects by process and port, and says when an event is due. The program counts
 //! every one of them, so that the events have as many in all, also if a record is lost.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    time::Duration,
+};
 
-use selfconn_ebpf::{Opener, guard::Prevention};
+use selfconn_ebpf::{Opener, Owner, guard::Prevention};
 use tokio::time::Instant;
 
 use crate::{
+    budget::SharedLimit,
     detect::connection::{Connection, Source},
     guard::{
         GuardMode,
@@ -20,11 +24,12 @@ const EVENT_INTERVAL: Duration = Duration::from_millis(100);
 /// After this time without an attempt, a process and port are forgotten.
 const IDLE: Duration = Duration::from_secs(1);
 
-/// Maximum number of processes and ports that are counted apart. The attempts of others are counted together.
+/// Maximum number of processes and ports that are counted apart, which owners share. The attempts of others are counted
+/// together.
 const MAX_COUNTED: usize = 1_024;
 
-/// Maximum number of events in a second. The attempts beyond it are counted together.
-const MAX_EVENTS: u32 = 100;
+/// Maximum number of events in a second, which owners share. The attempts beyond it wait for the next second.
+const MAX_EVENTS: usize = 100;
 
 /// Time between two looks at what is counted together.
 const REST_INTERVAL: Duration = Duration::from_secs(1);
@@ -40,10 +45,48 @@ pub(super) struct DuePrevention {
 /// The attempts of a process at a port.
 #[derive(Debug)]
 struct Counted {
+    owner: Owner,
     newest: Prevention,
     /// Attempts since the last event.
     pending: u64,
-    emitted_at: Instant,
+    /// When an event of the pending attempts is due.
+    due_at: Instant,
+    /// When it is forgotten, if nothing is pending.
+    idle_at: Instant,
+}
+
+impl Counted {
+    /// When something is to be done about it.
+    fn next_at(&self) -> Instant {
+        if self.pending > 0 { self.due_at } else { self.idle_at }
+    }
+
+    /// The event of what is pending, and of the attempts until the next one.
+    fn take(&mut self, now: Instant) -> DuePrevention {
+        (self.due_at, self.idle_at) = (now + EVENT_INTERVAL, now + IDLE);
+        DuePrevention { newest: Some(self.newest), count: std::mem::take(&mut self.pending) }
+    }
+}
+
+/// The events of the current second.
+struct EventRate {
+    taken: SharedLimit,
+    ends_at: Option<Instant>,
+}
+
+impl EventRate {
+    /// # Errors
+    /// When the owner may have the next one.
+    fn try_take(&mut self, owner: Owner, now: Instant) -> Result<(), Instant> {
+        let ends_at = match self.ends_at {
+            Some(ends_at) if now < ends_at => ends_at,
+            _ => {
+                self.taken = SharedLimit::new(MAX_EVENTS);
+                *self.ends_at.insert(now + Duration::from_secs(1))
+            }
+        };
+        if self.taken.try_take(owner, 1) { Ok(()) } else { Err(ends_at) }
+    }
 }
 
 /// The thread of the guard, and what it has refused.
@@ -52,9 +95,9 @@ pub(super) struct GuardMonitor {
     thread: Option<GuardThread>,
     counts: GuardCounts,
     by_process: HashMap<(u32, u64, u16), Counted>,
-    /// Events in the current second.
-    events: u32,
-    second_began: Option<Instant>,
+    /// The entries of `by_process`, by owner.
+    shares: SharedLimit,
+    events: EventRate,
     /// Attempts that are not counted by process and port.
     uncounted: u64,
     /// Attempts of which no record was counted by process and port, and that events have.
@@ -70,8 +113,8 @@ impl GuardMonitor {
             thread,
             counts: GuardCounts::default(),
             by_process: HashMap::new(),
-            events: 0,
-            second_began: None,
+            shares: SharedLimit::new(MAX_COUNTED),
+            events: EventRate { taken: SharedLimit::new(MAX_EVENTS), ends_at: None },
             uncounted: 0,
             rest: 0,
             rest_at: None,
@@ -121,55 +164,59 @@ impl GuardMonitor {
     /// A connect to itself was refused. `Some`: an event is due.
     pub(super) fn on_prevention(&mut self, prevention: &Prevention, now: Instant) -> Option<DuePrevention> {
         self.rest_at.get_or_insert(now + REST_INTERVAL);
-        let Opener { task, start_ns, at_ns, .. } = prevention.opener;
-        let process = if at_ns == 0 { (0, 0) } else { (task.pid, start_ns) };
-        let key = (process.0, process.1, prevention.endpoint.port);
-        let is_known = self.by_process.contains_key(&key);
-        if !is_known && (self.by_process.len() >= MAX_COUNTED || !self.may_emit(now)) {
-            self.uncounted += 1;
-            return None;
+        let Opener { task, start_ns, at_ns, owner, .. } = prevention.opener;
+        let (pid, start_ns, owner) =
+            if at_ns == 0 { (0, 0, Owner::new(prevention.uid, 0)) } else { (task.pid, start_ns, owner) };
+        match self.by_process.entry((pid, start_ns, prevention.endpoint.port)) {
+            Entry::Occupied(mut known) => {
+                let counted = known.get_mut();
+                counted.newest = *prevention;
+                counted.pending += 1;
+                None
+            }
+            Entry::Vacant(new) if self.shares.try_take(owner, 1) => {
+                let counted = Counted { owner, newest: *prevention, pending: 1, due_at: now, idle_at: now };
+                let counted = new.insert(counted);
+                match self.events.try_take(owner, now) {
+                    Ok(()) => Some(counted.take(now)),
+                    Err(next_at) => {
+                        counted.due_at = next_at;
+                        None
+                    }
+                }
+            }
+            Entry::Vacant(_) => {
+                self.uncounted += 1;
+                None
+            }
         }
-        if !is_known {
-            let counted = Counted { newest: *prevention, pending: 0, emitted_at: now };
-            self.by_process.insert(key, counted);
-            return Some(DuePrevention { newest: Some(*prevention), count: 1 });
-        }
-        if let Some(counted) = self.by_process.get_mut(&key) {
-            counted.newest = *prevention;
-            counted.pending += 1;
-        }
-        None
-    }
-
-    /// True if there may be one more event in this second.
-    fn may_emit(&mut self, now: Instant) -> bool {
-        if self.second_began.is_none_or(|began| now.duration_since(began) >= Duration::from_secs(1)) {
-            (self.second_began, self.events) = (Some(now), 0);
-        }
-        self.events += 1;
-        self.events <= MAX_EVENTS
     }
 
     /// When an event is due, or something is to be forgotten.
     pub(super) fn next_at(&self) -> Option<Instant> {
-        let due =
-            |counted: &Counted| counted.emitted_at + if counted.pending > 0 { EVENT_INTERVAL } else { IDLE };
-        self.by_process.values().map(due).chain(self.rest_at).min()
+        self.by_process.values().map(Counted::next_at).chain(self.rest_at).min()
     }
 
     /// The events that are due. `lost`: records that the program could not write so far. `all`: also what is pending,
     /// because the run ends.
     pub(super) fn take_due(&mut self, now: Instant, lost: u64, all: bool) -> Vec<DuePrevention> {
         let mut due = Vec::new();
+        let (events, shares) = (&mut self.events, &mut self.shares);
         self.by_process.retain(|_, counted| {
-            let since = now.duration_since(counted.emitted_at);
-            if counted.pending > 0 && (all || since >= EVENT_INTERVAL) {
-                let count = std::mem::take(&mut counted.pending);
-                counted.emitted_at = now;
-                due.push(DuePrevention { newest: Some(counted.newest), count });
-                return true;
+            if counted.pending == 0 {
+                let is_kept = now < counted.idle_at;
+                if !is_kept {
+                    shares.give_back(counted.owner, 1);
+                }
+                return is_kept;
             }
-            since < IDLE || counted.pending > 0
+            if all || counted.due_at <= now {
+                match events.try_take(counted.owner, now) {
+                    Err(next_at) if !all => counted.due_at = next_at,
+                    _ => due.push(counted.take(now)),
+                }
+            }
+            true
         });
         if all || self.rest_at.is_some_and(|at| at <= now) {
             let rest = lost + self.uncounted;
@@ -237,18 +284,48 @@ mod tests {
     }
 
     #[test]
-    fn processes_and_ports_are_counted_apart_up_to_a_number() {
+    fn processes_and_ports_are_counted_apart_and_owners_share_what_there_is() {
         let mut monitor = GuardMonitor::new(GuardMode::Refuse, None);
         let now = Instant::now();
         for (pid, port) in [(7, 80), (7, 81), (8, 80)] {
             assert_eq!(monitor.on_prevention(&prevention(pid, port), now).map(|due| due.count), Some(1));
         }
         let flood = (100..5_100).filter_map(|pid| monitor.on_prevention(&prevention(pid, 80), now)).count();
-        assert_eq!(flood, MAX_EVENTS as usize - 3);
+        assert_eq!(flood, MAX_EVENTS * 3 / 4 - 3);
+        assert_eq!(monitor.by_process.len(), MAX_COUNTED * 3 / 4);
+        let mut other = prevention(9, 80);
+        other.opener.owner = Owner::new(1_000, 7);
+        assert!(monitor.on_prevention(&other, now).is_some(), "another owner has room, and an event");
         let mut rest = 0;
         for seconds in 2..5 {
-            rest += total(&monitor.take_due(now + Duration::from_secs(seconds), 0, false));
+            let due = monitor.take_due(now + Duration::from_secs(seconds), 0, false);
+            assert!(due.len() <= MAX_EVENTS, "{}", due.len());
+            rest += total(&due);
         }
+        rest += total(&monitor.take_due(now + Duration::from_secs(5), 0, true));
         assert_eq!(rest, 5_000 - flood as u64);
+        assert!(monitor.take_due(now + Duration::from_secs(7), 0, false).is_empty());
+        assert_eq!((monitor.by_process.len(), monitor.shares.used()), (0, 0), "everything is given back");
+    }
+
+    #[test]
+    fn a_second_has_so_many_events_also_if_all_processes_go_on() {
+        let mut monitor = GuardMonitor::new(GuardMode::Refuse, None);
+        let (began, mut events, mut counted) = (Instant::now(), 0, 0);
+        for round in 0..40 {
+            let now = began + Duration::from_millis(50) * round;
+            for pid in 1..=500 {
+                let due = monitor.on_prevention(&prevention(pid, 80), now);
+                events += due.iter().count();
+                counted += due.map_or(0, |due| due.count);
+            }
+            let due = monitor.take_due(now, 0, false);
+            events += due.len();
+            counted += total(&due);
+            assert!(monitor.next_at().is_some_and(|at| at > now), "the loop would not sleep");
+        }
+        assert!((100..=2 * MAX_EVENTS).contains(&events), "{events}");
+        counted += total(&monitor.take_due(began + Duration::from_secs(2), 0, true));
+        assert_eq!(counted, 40 * 500);
     }
 }

@@ -1,10 +1,11 @@
-//! The guard in user space: which connects it refuses (`rules`), which network namespace it takes next (`queue`), and the
-//! thread that attaches the program (`thread`). The program is in `bpf/guard.rs`; its reports are handled by
-//! `daemon/guarding.rs`.
+//! The guard in user space: which connects it refuses (`rules`), which network namespace it takes next (`queue`), which
+//! ones it does not guard (`unguarded`), and the thread that attaches the program (`thread`). The program is in
+//! `bpf/guard.rs`; its reports are handled by `daemon/guarding.rs`.
 
 pub mod queue;
 pub mod rules;
 pub mod thread;
+pub mod unguarded;
 
 /// What the guard does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

@@ -109,19 +109,14 @@ impl<P> NamespaceQueue<P> {
         self.shares.give_back(Owner::new(owner, 0), 1);
     }
 
-    #[must_use]
-    pub fn contains(&self, id: NetnsId) -> bool {
-        self.waiting.contains(&id)
+    /// The namespaces that wait.
+    pub fn ids(&self) -> impl Iterator<Item = NetnsId> {
+        self.waiting.iter().copied()
     }
 
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.waiting.is_empty()
-    }
-
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.waiting.len()
     }
 }
 
@@ -148,7 +143,7 @@ mod tests {
         // It waits already.
         assert!(queue.push(waiting(4, 1_000), true));
         assert!(queue.push(waiting(4, 1_000), false));
-        assert_eq!(queue.len(), 7);
+        assert_eq!(queue.ids().count(), 7);
         assert_eq!(drain(&mut queue), [4, 11, 10, 1, 2, 3, 5]);
         assert!(queue.is_empty() && queue.pop().is_none());
     }

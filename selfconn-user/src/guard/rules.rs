@@ -148,6 +148,27 @@ impl GuardRules {
     }
 }
 
+/// The rules of the control groups that need an entry in the program's map: the program asks for each group above the
+/// socket's, too, so a group whose rules match one above it needs none.
+#[derive(Debug, Default)]
+pub struct GroupRules {
+    pub by_id: HashMap<u64, u32>,
+    /// The paths of these groups.
+    by_path: HashMap<String, u32>,
+}
+
+impl GroupRules {
+    /// Adds a group. Those above it must be added before it.
+    pub fn add(&mut self, group: &NamedGroup, bits: u32) {
+        let above = group.path.match_indices('/').map(|(end, _)| &group.path[..end]);
+        let inherited = above.filter_map(|path| self.by_path.get(path)).fold(0, |all, bits| all | bits);
+        if bits & !inherited != 0 {
+            self.by_id.insert(group.id, bits);
+            self.by_path.insert(group.path.clone(), bits);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -208,5 +229,22 @@ mod tests {
         ] {
             assert_eq!(rules.of_group(&group(path, unit)), bits, "{path}");
         }
+    }
+
+    #[test]
+    fn a_group_needs_an_entry_only_for_what_those_above_it_do_not_have() {
+        let mut groups = GroupRules::default();
+        let (unit, except) = (rule::ONLY_UNIT, rule::EXCEPT);
+        for (id, path, bits) in [
+            (1, "/a.slice", 0),
+            (2, "/a.slice/java.service", unit),
+            (3, "/a.slice/java.service/worker", unit),
+            (4, "/a.slice/java.service/worker/exempt", unit | except),
+            (5, "/a.slice/java.service/worker/exempt/below", unit | except),
+            (6, "/a.slice/java.service-2", unit),
+        ] {
+            groups.add(&NamedGroup { path: path.to_owned(), unit: None, id }, bits);
+        }
+        assert_eq!(groups.by_id, [(2, unit), (4, unit | except), (6, unit)].into());
     }
 }

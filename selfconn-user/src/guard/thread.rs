@@ -5,23 +5,24 @@
 //! namespace is entered by a thread of its own that ends with the visit, and a link does not keep a namespace alive.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     io,
     path::{Path, PathBuf},
-    sync::mpsc::{self, Receiver, RecvTimeoutError},
+    sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender},
     thread,
     time::{Duration, Instant},
 };
 
 use selfconn_ebpf::{Endpoint, guard::FirstConnect};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc as mpsc_async;
 
 use super::{
-    queue::{MAX_NAMESPACES, NamespaceQueue, Waiting},
-    rules::GuardRules,
+    queue::{NamespaceQueue, Waiting},
+    rules::{GroupRules, GuardRules},
+    unguarded::{UnguardedNamespaces, UnguardedNetns, UnguardedReason},
 };
 use crate::{
-    bpf::guard::{Attachment, Disarmed, GuardMethod, GuardProgram},
+    bpf::guard::{Attachment, Disarmed, GuardMethod, GuardProgram, NewAttachments},
     sockets::{
         Namespace, NetnsId, VisitResult, netns_owner, netns_owner_at, visit_namespace, visit_namespaces,
     },
@@ -37,6 +38,15 @@ const WALK_INTERVAL: Duration = Duration::from_secs(20);
 /// Time between two looks at the control groups, if there are rules about them.
 const CGROUP_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Maximum number of first connects that wait for the thread.
+const MAX_FIRST_CONNECTS: usize = 1_024;
+
+/// Maximum number of reports that wait for the daemon.
+const MAX_REPORTS: usize = 64;
+
+/// How long the end of the daemon waits for the end of the thread.
+const DETACH_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// The rest after an attachment, as a multiple of the time that it took.
 const REST_FACTOR: u32 = 19;
 
@@ -46,24 +56,17 @@ pub struct Guard {
     method: GuardMethod,
     rules: GuardRules,
     /// The program on the devices of this process's network namespace.
-    own: Vec<Attachment>,
+    own: NewAttachments,
     /// True if another guard is there.
     is_second: bool,
     /// True to guard no other network namespace.
     is_own_only: bool,
 }
 
-/// What a network namespace is without the guard.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UnguardedNetns {
-    pub id: NetnsId,
-    pub why: String,
-}
-
 /// What has changed.
 #[derive(Debug, Default)]
 pub struct GuardReport {
-    /// Network namespaces that are not guarded, each reported once for each reason.
+    /// Network namespaces that are not guarded.
     pub unguarded: Vec<UnguardedNetns>,
     pub counts: GuardCounts,
 }
@@ -77,18 +80,16 @@ pub struct GuardCounts {
     pub failures: u64,
 }
 
-enum Request {
-    FirstConnect(FirstConnect),
-    Stop,
-}
-
 /// The daemon's end.
 #[derive(Debug)]
 pub struct GuardThread {
-    requests: mpsc::Sender<Request>,
-    reports: UnboundedReceiver<GuardReport>,
+    /// `None`: the thread is to detach the program and to end.
+    first_connects: Option<SyncSender<FirstConnect>>,
+    reports: mpsc_async::Receiver<GuardReport>,
     next: Option<GuardReport>,
     has_ended: bool,
+    /// Disconnected once the thread has ended.
+    end: Receiver<()>,
 }
 
 impl Guard {
@@ -112,9 +113,7 @@ impl Guard {
         let devices = rtnetlink::loop_devices()?;
         let mut refused = Vec::new();
         for candidate in GuardMethod::ALL.into_iter().filter(|one| method.is_none_or(|only| only == *one)) {
-            let attached: io::Result<Vec<_>> =
-                devices.iter().map(|device| program.attach(candidate, device)).collect();
-            match attached {
+            match program.attach_all(candidate, &devices) {
                 Ok(own) => {
                     let is_second = own.iter().any(|attachment| program.is_second(attachment));
                     return Ok(Self { program, method: candidate, rules, own, is_second, is_own_only });
@@ -155,14 +154,9 @@ fn set_cgroups(program: &mut GuardProgram, rules: &GuardRules) -> anyhow::Result
     if !rules.by_cgroup() {
         return Ok(());
     }
-    let mut groups = HashMap::new();
-    cgroup::visit_named(|group| {
-        let bits = rules.of_group(&group);
-        if bits != 0 {
-            groups.insert(group.id, bits);
-        }
-    })?;
-    program.set_cgroups(&groups)
+    let mut groups = GroupRules::default();
+    cgroup::visit_named(|group| groups.add(&group, rules.of_group(&group)))?;
+    program.set_cgroups(&groups.by_id)
 }
 
 impl GuardThread {
@@ -171,18 +165,20 @@ impl GuardThread {
     /// # Errors
     /// If it can't be started.
     pub fn start(guard: Guard) -> io::Result<Self> {
-        let (requests, request_receiver) = mpsc::channel();
-        let (report_sender, reports) = unbounded_channel();
+        let (first_connects, receiver) = mpsc::sync_channel(MAX_FIRST_CONNECTS);
+        let (report_sender, reports) = mpsc_async::channel(MAX_REPORTS);
+        let (ended, end) = mpsc::channel();
         capabilities::spawn_restricted("guard", capabilities::GUARD_THREAD, move || {
-            GuardWork::new(guard, report_sender).run(&request_receiver);
+            let _ended: mpsc::Sender<()> = ended;
+            GuardWork::new(guard, report_sender).run(&receiver);
         })?;
-        Ok(Self { requests, reports, next: None, has_ended: false })
+        Ok(Self { first_connects: Some(first_connects), reports, next: None, has_ended: false, end })
     }
 
     /// A namespace has its first connect to its own address.
     pub fn on_first_connect(&self, first: FirstConnect) {
-        // Fails only if the thread has ended, which `ready` notices.
-        let _ = self.requests.send(Request::FirstConnect(first));
+        // Fails if the thread has ended, which `ready` notices, or if too many wait, of which the walk finds the namespaces.
+        let _ = self.first_connects.as_ref().map(|requests| requests.try_send(first));
     }
 
     /// Waits until a report is there, for ever once the thread has ended. Cancel safe.
@@ -207,10 +203,19 @@ impl GuardThread {
 
     /// Detaches the program everywhere. Returns when that is done.
     pub async fn stop(&mut self) {
-        if self.requests.send(Request::Stop).is_ok() {
-            while self.reports.recv().await.is_some() {}
-        }
+        drop(self.first_connects.take());
+        while self.reports.recv().await.is_some() {}
         self.has_ended = true;
+    }
+}
+
+impl Drop for GuardThread {
+    /// Waits until the program is detached, also if the daemon ends by an error.
+    fn drop(&mut self) {
+        drop(self.first_connects.take());
+        if self.end.recv_timeout(DETACH_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
+            log::warn!("the guard could not be detached in time");
+        }
     }
 }
 
@@ -218,7 +223,6 @@ impl GuardThread {
 struct GuardedNetns {
     owner: u32,
     attachments: Vec<Attachment>,
-    is_disarmed: bool,
 }
 
 /// The state of the thread.
@@ -228,18 +232,19 @@ struct GuardWork {
     rules: GuardRules,
     guarded: HashMap<NetnsId, GuardedNetns>,
     queue: NamespaceQueue<PathBuf>,
-    /// Namespaces that are not guarded, with the reason that was reported.
-    unguarded: HashMap<NetnsId, String>,
+    unguarded: UnguardedNamespaces,
+    /// Namespaces that the last walk found and that are neither guarded nor in `unguarded`, which has no room for them.
+    beyond: usize,
     failures: u64,
     is_own_only: bool,
-    reports: UnboundedSender<GuardReport>,
+    reports: mpsc_async::Sender<GuardReport>,
     reported: GuardCounts,
     /// Until then nothing is attached.
     rests_until: Instant,
 }
 
 impl GuardWork {
-    fn new(guard: Guard, reports: UnboundedSender<GuardReport>) -> Self {
+    fn new(guard: Guard, reports: mpsc_async::Sender<GuardReport>) -> Self {
         let Guard { program, method, rules, own, is_second: _, is_own_only } = guard;
         let mut work = Self {
             program,
@@ -247,42 +252,53 @@ impl GuardWork {
             rules,
             guarded: HashMap::new(),
             queue: NamespaceQueue::default(),
-            unguarded: HashMap::new(),
+            unguarded: UnguardedNamespaces::default(),
+            beyond: 0,
             failures: 0,
             is_own_only,
             reports,
             reported: GuardCounts::default(),
             rests_until: Instant::now(),
         };
-        let id = in_thread(|| {
-            let mut id = None;
-            let _ = visit_namespace(Path::new(OWN_NETNS), |namespace| {
+        let mut id = None;
+        let visited = in_thread(|| {
+            visit_namespace(Path::new(OWN_NETNS), |namespace| {
                 id = Some(namespace.id);
                 Ok(())
-            });
-            id
+            })
         });
-        if let Some(id) = id {
-            work.queue.push(Waiting { id, owner: 0, path: PathBuf::new() }, false);
-            work.queue.pop();
-            work.guarded.insert(id, GuardedNetns { owner: 0, attachments: own, is_disarmed: false });
+        match (id, visited.flatten()) {
+            (Some(id), Ok(_)) => {
+                work.queue.push(Waiting { id, owner: 0, path: PathBuf::new() }, false);
+                work.queue.pop();
+                work.guarded.insert(id, GuardedNetns { owner: 0, attachments: own.keep() });
+            }
+            // `own` detaches the program; the walk attaches it again.
+            (_, visited) => {
+                let error = visited.err().map(|error| error.to_string()).unwrap_or_default();
+                log::warn!("the guard can't enter the daemon's network namespace: {error}");
+            }
         }
         work
     }
 
-    fn run(mut self, requests: &Receiver<Request>) {
+    fn run(mut self, first_connects: &Receiver<FirstConnect>) {
         let (mut walk_at, mut cgroups_at) = (Instant::now(), Instant::now() + CGROUP_INTERVAL);
+        let mut cgroup_error = None;
         loop {
             if walk_at <= Instant::now() {
                 self.walk();
                 walk_at = Instant::now() + WALK_INTERVAL;
             }
             if self.rules.by_cgroup() && cgroups_at <= Instant::now() {
-                if let Err(error) = set_cgroups(&mut self.program, &self.rules) {
-                    log::warn!(
-                        "the control groups of --guard-except and --guard-only can't be set: {error:#}"
-                    );
+                let error =
+                    set_cgroups(&mut self.program, &self.rules).err().map(|error| format!("{error:#}"));
+                if let Some(error) = &error
+                    && Some(error) != cgroup_error.as_ref()
+                {
+                    log::warn!("the control groups of --guard-except and --guard-only can't be set: {error}");
                 }
+                cgroup_error = error;
                 cgroups_at = Instant::now() + CGROUP_INTERVAL;
             }
             if self.rests_until <= Instant::now()
@@ -290,7 +306,7 @@ impl GuardWork {
             {
                 self.guard(next);
             }
-            self.report_counts();
+            self.report();
             let mut wake_at = walk_at;
             if self.rules.by_cgroup() {
                 wake_at = wake_at.min(cgroups_at);
@@ -298,11 +314,10 @@ impl GuardWork {
             if !self.queue.is_empty() {
                 wake_at = wake_at.min(self.rests_until);
             }
-            match requests.recv_timeout(wake_at.saturating_duration_since(Instant::now())) {
-                Ok(Request::FirstConnect(first)) => self.on_first_connect(&first),
-                Ok(Request::Stop) => return self.detach_all(),
+            match first_connects.recv_timeout(wake_at.saturating_duration_since(Instant::now())) {
+                Ok(first) => self.on_first_connect(&first),
+                Err(RecvTimeoutError::Disconnected) => return self.detach_all(),
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }
@@ -317,20 +332,13 @@ impl GuardWork {
         let path = PathBuf::from(format!("/proc/{tid}/ns/net"));
         match netns_owner_at(&path) {
             Ok((inode, owner)) if inode == u64::from(netns) => {
-                self.enqueue(Waiting { id, owner, path }, true);
+                let waiting = Waiting { id, owner, path };
+                if !self.queue.push(waiting, true) {
+                    self.unguarded.insert(id, owner, UnguardedReason::NoRoom);
+                }
             }
             // The thread has ended, or is in another namespace by now. The next walk may find this one.
             _ => {}
-        }
-    }
-
-    fn enqueue(&mut self, waiting: Waiting<PathBuf>, connects: bool) {
-        let id = waiting.id;
-        if !self.queue.push(waiting, connects) {
-            self.on_unguarded(
-                id,
-                format!("its owner has too many network namespaces; {MAX_NAMESPACES} can be guarded in all"),
-            );
         }
     }
 
@@ -345,28 +353,29 @@ impl GuardWork {
                 if namespace.id != id {
                     return Err(io::ErrorKind::NotFound.into());
                 }
-                for device in rtnetlink::loop_devices()? {
-                    let began = Instant::now();
-                    let attached = program.attach(method, &device);
-                    took += began.elapsed();
-                    attachments.push(attached?);
-                }
+                let devices = rtnetlink::loop_devices()?;
+                let began = Instant::now();
+                let attached = program.attach_all(method, &devices);
+                took = began.elapsed();
+                // No error of these is one of a namespace that has ended: the thread is in it.
+                attachments = attached.map_err(io::Error::other)?.keep();
                 Ok(())
             });
             visited.map(|_| attachments)
-        });
+        })
+        .flatten();
         self.rests_until = Instant::now() + took * REST_FACTOR;
         match outcome {
             Ok(attachments) => {
-                self.unguarded.remove(&id);
-                self.guarded.insert(id, GuardedNetns { owner, attachments, is_disarmed: false });
+                self.unguarded.remove(id);
+                self.guarded.insert(id, GuardedNetns { owner, attachments });
             }
             // It has ended, or its process has. The next walk finds it again if it still exists.
             Err(error) if is_gone(&error) => self.queue.release(owner),
             Err(error) => {
                 self.queue.release(owner);
                 self.failures += 1;
-                self.on_unguarded(id, format!("the program can't be attached: {error}"));
+                self.unguarded.insert(id, owner, UnguardedReason::NotAttached(error.to_string()));
             }
         }
     }
@@ -374,92 +383,110 @@ impl GuardWork {
     /// Enters every namespace: looks whether the program is still attached and first in the ones that are guarded, and
     /// enqueues the others.
     fn walk(&mut self) {
-        let (mut visited, mut new) = (HashSet::new(), Vec::new());
-        let mut changes = Vec::new();
+        let (mut new, mut looked) = (Vec::new(), Vec::new());
         let (guarded, program, method) = (&mut self.guarded, &self.program, self.method);
         let (rests_until, is_own_only) = (&mut self.rests_until, self.is_own_only);
         let visit = in_thread(|| {
             visit_all(is_own_only, |namespace: &Namespace| {
-                visited.insert(namespace.id);
                 match guarded.get_mut(&namespace.id) {
                     Some(known) => {
-                        let why = look(program, known)?;
-                        // Without cookies this may be another namespace that has the same inode.
-                        if namespace.id.cookie == 0 && why == Some(Disarmed::TakenOff) {
-                            new.push((namespace.clone(), known.owner));
-                        } else {
-                            attach_to_new_devices(program, method, known, rests_until)?;
-                            changes.push((namespace.id, why));
+                        let seen = look(program, known).and_then(|why| {
+                            // Without cookies this may be another namespace that has the same inode.
+                            let is_other = namespace.id.cookie == 0 && why == Some(Disarmed::TakenOff);
+                            if !is_other {
+                                attach_to_new_devices(program, method, known, rests_until)?;
+                            }
+                            Ok((why, is_other))
+                        });
+                        match seen {
+                            Ok((_, true)) => new.push((namespace.clone(), Ok(known.owner))),
+                            Ok((why, false)) => {
+                                looked.push((namespace.id, known.owner, why.map(UnguardedReason::Disarmed)));
+                            }
+                            Err(error) => {
+                                let why = UnguardedReason::Unknown(error.to_string());
+                                looked.push((namespace.id, known.owner, Some(why)));
+                            }
                         }
                     }
-                    None => new.push((namespace.clone(), netns_owner()?)),
+                    None => new.push((namespace.clone(), netns_owner())),
                 }
                 Ok(())
             })
-        });
-        for why in &visit.unseen {
-            log::info!("a network namespace can't be guarded: {why}");
-        }
-        for (id, why) in changes {
-            self.on_looked(id, why);
-        }
-        for (namespace, owner) in new {
-            if let Some(old) = self.guarded.remove(&namespace.id) {
-                self.queue.release(old.owner);
+        })
+        .flatten();
+        let visit = match visit {
+            Ok(visit) => visit,
+            Err(error) => {
+                return log::warn!("the guard can't look for network namespaces: {error}");
             }
-            if !self.queue.contains(namespace.id) {
-                self.enqueue(Waiting { id: namespace.id, owner, path: namespace.path }, false);
-            }
-        }
+        };
         // A namespace that was not found has ended if its links are detached. A filter ends with it.
+        let is_found = |id: NetnsId| {
+            visit.namespaces.get(&id.inode) == Some(&id.cookie) || visit.unentered.contains_key(&id.inode)
+        };
         let (queue, method) = (&mut self.queue, self.method);
         self.guarded.retain(|id, known| {
             let is_detached = known.attachments.iter().all(Attachment::is_link_detached);
-            let has_ended = !visited.contains(id) && (is_detached || method == GuardMethod::Clsact);
+            let has_ended = !is_found(*id) && (is_detached || method == GuardMethod::Clsact);
             if has_ended {
                 queue.release(known.owner);
             }
             !has_ended
         });
-        self.unguarded.retain(|id, _| visited.contains(id));
-    }
-
-    fn on_looked(&mut self, id: NetnsId, why: Option<Disarmed>) {
-        let Some(known) = self.guarded.get_mut(&id) else { return };
-        known.is_disarmed = why.is_some();
-        match why {
-            None => {
-                self.unguarded.remove(&id);
-            }
-            Some(Disarmed::TakenOff) => self.on_unguarded(id, "the program was taken off".to_owned()),
-            Some(Disarmed::Behind(other)) => {
-                self.on_unguarded(id, format!("the program {other} runs first, and may end the chain"));
+        self.unguarded.retain(is_found);
+        self.beyond = 0;
+        for (id, owner, why) in looked {
+            match why {
+                Some(why) => self.on_unguarded(id, owner, why),
+                None => self.unguarded.remove(id),
             }
         }
-    }
-
-    fn on_unguarded(&mut self, id: NetnsId, why: String) {
-        if self.unguarded.get(&id) != Some(&why) {
-            self.unguarded.insert(id, why.clone());
-            self.report(vec![UnguardedNetns { id, why }]);
+        for (inode, error) in visit.unentered {
+            let known = self.guarded.iter().find(|(id, _)| id.inode == inode);
+            let (id, owner) =
+                known.map_or((NetnsId { inode, cookie: 0 }, 0), |(id, known)| (*id, known.owner));
+            self.on_unguarded(id, owner, UnguardedReason::NotEntered(error));
+        }
+        for (namespace, owner) in new {
+            if let Some(old) = self.guarded.remove(&namespace.id) {
+                self.queue.release(old.owner);
+            }
+            match owner {
+                Ok(owner) => {
+                    let waiting = Waiting { id: namespace.id, owner, path: namespace.path };
+                    if !self.queue.push(waiting, false) {
+                        self.on_unguarded(namespace.id, owner, UnguardedReason::NoRoom);
+                    }
+                }
+                Err(error) => {
+                    self.on_unguarded(namespace.id, 0, UnguardedReason::Unknown(error.to_string()));
+                }
+            }
         }
     }
 
-    fn report_counts(&mut self) {
-        if self.counts() != self.reported {
-            self.report(Vec::new());
-        }
+    /// The walk has found a namespace that is not guarded.
+    fn on_unguarded(&mut self, id: NetnsId, owner: u32, why: UnguardedReason) {
+        self.beyond += usize::from(!self.unguarded.insert(id, owner, why));
     }
 
-    fn report(&mut self, unguarded: Vec<UnguardedNetns>) {
-        self.reported = self.counts();
-        // Fails only if the daemon ends.
-        let _ = self.reports.send(GuardReport { unguarded, counts: self.reported });
+    /// Reports what has changed. If the daemon has not taken the reports before, it is reported later.
+    fn report(&mut self) {
+        let Ok(permit) = self.reports.try_reserve() else { return };
+        let (unguarded, counts) = (self.unguarded.take_due(Instant::now()), self.counts());
+        if !unguarded.is_empty() || counts != self.reported {
+            permit.send(GuardReport { unguarded, counts });
+            self.reported = counts;
+        }
     }
 
     fn counts(&self) -> GuardCounts {
-        let guarded = self.guarded.values().filter(|known| !known.is_disarmed).count();
-        GuardCounts { guarded, unguarded: self.unguarded.len() + self.queue.len(), failures: self.failures }
+        // A namespace may be unguarded and attached to, or wait for another attempt.
+        let guarded = self.guarded.keys().filter(|id| !self.unguarded.contains(**id)).count();
+        let waiting = self.queue.ids().filter(|id| !self.unguarded.contains(*id)).count();
+        let unguarded = self.unguarded.count() + waiting + self.beyond;
+        GuardCounts { guarded, unguarded, failures: self.failures }
     }
 
     /// Removes what would stay when this process ends: filters. Links end with their descriptors.
@@ -468,16 +495,27 @@ impl GuardWork {
             return;
         }
         let (guarded, program, is_own_only) = (&mut self.guarded, &self.program, self.is_own_only);
-        in_thread(|| {
+        let visit = in_thread(|| {
             visit_all(is_own_only, |namespace| {
-                for attachment in
-                    guarded.remove(&namespace.id).into_iter().flat_map(|known| known.attachments)
-                {
-                    program.detach(&attachment)?;
+                let known = guarded.remove(&namespace.id);
+                for attachment in known.into_iter().flat_map(|known| known.attachments) {
+                    if let Err(error) = program.detach(&attachment) {
+                        let (device, inode) = (&attachment.device().name, namespace.id.inode);
+                        log::warn!("the guard is left on {device} of network namespace {inode}: {error}");
+                    }
                 }
                 Ok(())
             })
-        });
+        })
+        .flatten();
+        match visit {
+            Ok(visit) => {
+                for why in &visit.unseen {
+                    log::warn!("the guard may be left in a network namespace: {why}");
+                }
+            }
+            Err(error) => log::warn!("the guard can't be detached: {error}"),
+        }
         for id in self.guarded.keys() {
             log::warn!("network namespace {} was not found any more; its filter may be left", id.inode);
         }
@@ -523,17 +561,19 @@ fn attach_to_new_devices(
 }
 
 /// Calls `each` in every network namespace, or only in that of the calling thread.
-fn visit_all(is_own_only: bool, each: impl FnMut(&Namespace) -> io::Result<()>) -> VisitResult {
-    if is_own_only {
-        visit_namespace(Path::new(OWN_NETNS), each).unwrap_or_default()
-    } else {
-        visit_namespaces(each)
-    }
+fn visit_all(is_own_only: bool, each: impl FnMut(&Namespace) -> io::Result<()>) -> io::Result<VisitResult> {
+    if is_own_only { visit_namespace(Path::new(OWN_NETNS), each) } else { Ok(visit_namespaces(each)) }
 }
 
 /// Calls `work` on a thread that ends with it, and with it its stay in a network namespace.
-fn in_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    thread::scope(|scope| scope.spawn(work).join().unwrap_or_else(|cause| std::panic::resume_unwind(cause)))
+///
+/// # Errors
+/// If the thread can't be started.
+fn in_thread<T: Send>(work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    thread::scope(|scope| {
+        let started = thread::Builder::new().name("guard-netns".to_owned()).spawn_scoped(scope, work)?;
+        Ok(started.join().unwrap_or_else(|cause| std::panic::resume_unwind(cause)))
+    })
 }
 
 fn is_gone(error: &io::Error) -> bool {

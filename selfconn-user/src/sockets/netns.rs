@@ -37,6 +37,8 @@ pub struct VisitResult {
     pub unfound: BTreeSet<u32>,
     /// The namespaces in which `each` succeeded: inodes and cookies.
     pub namespaces: HashMap<u32, u64>,
+    /// The inodes of namespaces that could not be entered, and the reason.
+    pub unentered: BTreeMap<u32, String>,
     /// What could not be visited, and the reason: one line of text for people each.
     pub unseen: Vec<String>,
 }
@@ -188,6 +190,8 @@ struct NamespaceVisit {
     /// True if the limits of the search ended it.
     is_incomplete: bool,
     namespaces: HashMap<u32, u64>,
+    /// The inodes of namespaces that could not be entered, and the reason.
+    unentered: BTreeMap<u32, String>,
     /// The number of processes whose namespace this process is not permitted to identify.
     denied_processes: usize,
     /// By reason: the number of refusals, and the name of the first refused namespace.
@@ -268,7 +272,12 @@ impl NamespaceVisit {
         if is_other || self.known.contains(&(named.dev(), named.ino())) {
             return Ok(true);
         }
-        let Some((file, opened)) = open(path)? else { return Ok(false) };
+        let opened = open(path).inspect_err(|error| {
+            if !is_gone(error) {
+                self.unentered.insert(u32::try_from(named.ino()).unwrap_or(0), error.to_string());
+            }
+        })?;
+        let Some((file, opened)) = opened else { return Ok(false) };
         if !self.known.insert((opened.dev(), opened.ino())) {
             return Ok(true);
         }
@@ -286,6 +295,7 @@ impl NamespaceVisit {
             if source == NamespaceSource::Requested {
                 return Err(io::Error::other(why));
             }
+            self.unentered.insert(u32::try_from(inode).unwrap_or(0), why.clone());
             self.add_refusal(why, which);
             return Ok(true);
         }
@@ -296,6 +306,7 @@ impl NamespaceVisit {
         match each(&Namespace { id, path: shown.to_owned(), is_current }) {
             Ok(()) => {
                 self.namespaces.insert(id.inode, id.cookie);
+                self.unentered.remove(&id.inode);
             }
             Err(error) if source == NamespaceSource::Requested => return Err(error),
             Err(error) => {
@@ -332,7 +343,7 @@ impl NamespaceVisit {
                     .into(),
             );
         }
-        VisitResult { namespaces: self.namespaces, unseen, unfound: self.unfound }
+        VisitResult { namespaces: self.namespaces, unentered: self.unentered, unseen, unfound: self.unfound }
     }
 }
 

@@ -58,32 +58,48 @@ pub(in super::super) fn components(hierarchy: Hierarchy, path: &str) -> Vec<Comp
 /// level that rules of the guard can match.
 ///
 /// # Errors
-/// If the hierarchy is not mounted here.
+/// If the hierarchy is not mounted here, or a directory can't be read. One that was removed meanwhile is no error.
 pub fn visit_named(mut each: impl FnMut(NamedGroup)) -> io::Result<()> {
     let root = MOUNTS.iter().find_map(|mount| mount.directory(Hierarchy::Unified, "/")).ok_or_else(|| {
         io::Error::new(io::ErrorKind::NotFound, "the unified hierarchy of control groups is not mounted")
     })?;
-    visit_below(&root, &mut Vec::new(), &mut each);
-    Ok(())
+    visit_below(&root, &mut Vec::new(), &mut each)
 }
 
-fn visit_below(directory: &Path, names: &mut Vec<String>, each: &mut impl FnMut(NamedGroup)) {
-    let is_roots = |is: fs::Metadata| is.uid() == 0 && is.mode() & WRITABLE == 0;
-    if names.len() >= CGROUP_LEVELS as usize || !fs::metadata(directory).is_ok_and(is_roots) {
-        return;
+fn visit_below(
+    directory: &Path,
+    names: &mut Vec<String>,
+    each: &mut impl FnMut(NamedGroup),
+) -> io::Result<()> {
+    let is_roots = |is: &fs::Metadata| is.uid() == 0 && is.mode() & WRITABLE == 0;
+    if names.len() >= CGROUP_LEVELS as usize
+        || !unless_removed(fs::metadata(directory))?.is_some_and(|is| is_roots(&is))
+    {
+        return Ok(());
     }
-    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            continue;
-        }
+    for entry in unless_removed(fs::read_dir(directory))?.into_iter().flatten() {
+        let Some(entry) = unless_removed(entry)? else { continue };
+        let Some(is) = unless_removed(entry.metadata())?.filter(fs::Metadata::is_dir) else { continue };
         names.push(entry.file_name().to_string_lossy().into_owned());
         let components: Vec<_> = names.iter().map(|name| Component { name, maker: Maker::Root }).collect();
         let unit = CgroupInfo::new(&components).unit;
-        if let Ok(is) = entry.metadata() {
-            each(NamedGroup { path: format!("/{}", names.join("/")), unit, id: is.ino() });
-        }
-        visit_below(&entry.path(), names, each);
+        each(NamedGroup { path: format!("/{}", names.join("/")), unit, id: is.ino() });
+        visit_below(&entry.path(), names, each)?;
         names.pop();
+    }
+    Ok(())
+}
+
+/// `None`: the directory was removed.
+fn unless_removed<T>(outcome: io::Result<T>) -> io::Result<Option<T>> {
+    /// What an open directory of a removed group may say (`kernfs_get_active`, fs/kernfs/dir.c at v5.10).
+    const ENODEV: i32 = 19;
+    match outcome {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(ENODEV) => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
     }
 }
 
