@@ -14,7 +14,8 @@ use crate::{
     detect::connection::{Connection, Source},
     guard::{
         GuardMode,
-        thread::{GuardCounts, GuardReport, GuardThread},
+        thread::GuardThread,
+        work::{GuardCounts, GuardReport},
     },
 };
 

@@ -16,10 +16,7 @@ use crate::{
     budget::cmdline::CmdlineLimit,
     detect::remediation::Remedy,
     event::{EventKind, GuardStatus, LossCause, Losses, ProgramCounters, Unguarded},
-    guard::{
-        GuardMode,
-        thread::{Guard, GuardThread},
-    },
+    guard::{GuardMode, start::Guard, thread::GuardThread},
     lookup::Lookups,
     metrics::MetricsSnapshot,
     output::Outputs,

@@ -1,11 +1,15 @@
-//! The guard in user space: which connects it refuses (`rules`), which network namespace it takes next (`queue`), which
-//! ones it does not guard (`unguarded`), and the thread that attaches the program (`thread`). The program is in
-//! `bpf/guard.rs`; its reports are handled by `daemon/guarding.rs`.
+//! The guard in user space: which connects it refuses (`rules`), its start (`start`), which network namespace it takes
+//! next (`queue`), which ones it does not guard (`unguarded`), what it does in one of them (`netns`), and the thread that
+//! does so (`work`) with the daemon's end of it (`thread`). The program is in `bpf/guard.rs`; its reports are handled by
+//! `daemon/guarding.rs`.
 
+mod netns;
 pub mod queue;
 pub mod rules;
+pub mod start;
 pub mod thread;
 pub mod unguarded;
+pub mod work;
 
 /// What the guard does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

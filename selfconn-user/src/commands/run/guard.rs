@@ -7,7 +7,7 @@ use crate::{
     guard::{
         GuardMode,
         rules::{GuardRule, GuardRules},
-        thread::Guard,
+        start::Guard,
     },
 };
 
