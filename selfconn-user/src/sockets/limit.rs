@@ -96,26 +96,30 @@ impl SnapshotLimit {
 
 /// Where the readers of the socket tables put what they find.
 pub(super) trait RowSink {
+    /// What [`Self::restore`] goes back to.
+    type Mark;
+
     fn push(&mut self, row: DumpedSocket);
 
-    /// What [`Self::restore`] goes back to.
-    fn mark(&mut self) -> usize;
+    fn mark(&self) -> Self::Mark;
 
-    /// Takes out what was added since `mark`, the last mark.
-    fn restore(&mut self, mark: usize);
+    /// Takes out what was added since `mark`.
+    fn restore(&mut self, mark: &Self::Mark);
 }
 
 impl RowSink for Vec<DumpedSocket> {
+    type Mark = usize;
+
     fn push(&mut self, row: DumpedSocket) {
         self.push(row);
     }
 
-    fn mark(&mut self) -> usize {
+    fn mark(&self) -> usize {
         self.len()
     }
 
-    fn restore(&mut self, mark: usize) {
-        self.truncate(mark);
+    fn restore(&mut self, mark: &usize) {
+        self.truncate(*mark);
     }
 }
 
@@ -125,10 +129,12 @@ pub(super) struct LimitedRows<'a> {
     pub(super) limit: &'a mut SnapshotLimit,
     /// True if the socket with this inode is known already.
     pub(super) is_known: &'a dyn Fn(u64) -> bool,
-    pub(super) marked: LeftOut,
 }
 
 impl RowSink for LimitedRows<'_> {
+    /// The number of rows, and what was left out.
+    type Mark = (usize, LeftOut);
+
     fn push(&mut self, row: DumpedSocket) {
         let is_attempt = row.is_attempt();
         let is_wanted = is_attempt || row.is_self_connection() && !(self.is_known)(row.entry.inode);
@@ -137,16 +143,15 @@ impl RowSink for LimitedRows<'_> {
         }
     }
 
-    fn mark(&mut self) -> usize {
-        self.marked = self.limit.left_out.clone();
-        self.rows.len()
+    fn mark(&self) -> Self::Mark {
+        (self.rows.len(), self.limit.left_out.clone())
     }
 
-    fn restore(&mut self, mark: usize) {
-        for row in self.rows.drain(mark..) {
+    fn restore(&mut self, (len, left_out): &Self::Mark) {
+        for row in self.rows.drain(len..) {
             self.limit.shares.give_back(owner(row.entry.uid), 1);
         }
-        self.limit.left_out = self.marked.clone();
+        self.limit.left_out.clone_from(left_out);
     }
 }
 
@@ -194,20 +199,23 @@ mod tests {
     fn a_second_try_counts_nothing_twice_and_known_sockets_take_no_room() {
         let (mut rows, mut limit) = (Vec::new(), SnapshotLimit::new(Some(4)));
         let is_known = |inode| inode == 9;
-        let mut limited = LimitedRows {
-            rows: &mut rows,
-            limit: &mut limit,
-            is_known: &is_known,
-            marked: LeftOut::default(),
-        };
-        let mark = limited.mark();
-        for _ in 0..2 {
-            limited.restore(mark);
+        let mut limited = LimitedRows { rows: &mut rows, limit: &mut limit, is_known: &is_known };
+        let push_ten = |limited: &mut LimitedRows<'_>| {
             for _ in 0..5 {
                 limited.push(of_user(Some(1), 8));
                 limited.push(of_user(Some(1), 9));
             }
+        };
+        // sock_diag fails in the second of its dumps, of which each is tried twice, and then procfs is read.
+        let all = limited.mark();
+        for _ in 0..2 {
+            let dump = limited.mark();
+            push_ten(&mut limited);
+            limited.restore(&dump);
+            push_ten(&mut limited);
         }
+        limited.restore(&all);
+        push_ten(&mut limited);
         assert_eq!((rows.len(), limit.left_out.by_uid[&Some(1)]), (3, 2));
     }
 }

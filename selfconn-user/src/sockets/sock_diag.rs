@@ -120,7 +120,7 @@ impl DiagReader {
     fn dump_with_retry(&mut self, request: DumpRequest, rows: &mut impl RowSink) -> io::Result<()> {
         let mark = rows.mark();
         for _ in 0..MAX_DUMP_TRIES {
-            rows.restore(mark);
+            rows.restore(&mark);
             match self.dump(request, rows) {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}
