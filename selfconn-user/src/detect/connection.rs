@@ -144,7 +144,7 @@ pub struct Connections {
     /// The kernel addresses in `duplicate_queue`.
     awaiting_duplicates: HashSet<u64>,
     /// See [`Self::set_left_out`].
-    left_out: Vec<(u32, u64)>,
+    left_out: HashMap<Option<u32>, u64>,
     probe_count: u8,
     last_number: u64,
 }

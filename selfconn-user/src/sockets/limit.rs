@@ -1,7 +1,7 @@
 //! How many sockets of each owner a snapshot keeps, and of which owners it left some out. What is left out is counted,
 //! and proves nothing: it may exist.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use selfconn_ebpf::Owner;
 
@@ -24,25 +24,29 @@ fn owner(uid: Option<u32>) -> Owner {
 /// The sockets that a snapshot left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LeftOut {
-    /// Self-connections by user. `None`: those without a user, and all beyond [`MAX_OWNERS`].
+    /// Self-connections by user. `None`: those without a user.
     by_uid: HashMap<Option<u32>, u64>,
-    is_overfull: bool,
+    /// Self-connections of the users beyond [`MAX_OWNERS`].
+    of_other_users: u64,
     /// True if connection attempts were left out.
     pub attempts: bool,
 }
 
 impl LeftOut {
     fn count(&mut self, uid: Option<u32>) {
-        let is_counted_apart = self.by_uid.contains_key(&uid) || self.by_uid.len() < MAX_OWNERS;
-        self.is_overfull |= !is_counted_apart;
-        *self.by_uid.entry(uid.filter(|_| is_counted_apart)).or_default() += 1;
+        let is_counted_apart =
+            uid.is_none() || self.by_uid.contains_key(&uid) || self.by_uid.len() < MAX_OWNERS;
+        match is_counted_apart {
+            true => *self.by_uid.entry(uid).or_default() += 1,
+            false => self.of_other_users += 1,
+        }
     }
 
     /// True if a self-connection of this user may have been left out. `None`: the user is unknown.
     #[must_use]
     pub fn may_have(&self, uid: Option<u32>) -> bool {
         match uid {
-            Some(_) => self.is_overfull || self.by_uid.contains_key(&uid),
+            Some(_) => self.of_other_users > 0 || self.by_uid.contains_key(&uid),
             None => !self.by_uid.is_empty(),
         }
     }
@@ -53,9 +57,11 @@ impl LeftOut {
         self.by_uid.contains_key(&None)
     }
 
-    /// Number of self-connections by user.
-    pub fn users(&self) -> impl Iterator<Item = (u32, u64)> {
-        self.by_uid.iter().filter_map(|(uid, count)| Some(((*uid)?, *count)))
+    /// Number of self-connections by user. `None`: all users beyond [`MAX_OWNERS`].
+    pub fn users(&self) -> impl Iterator<Item = (Option<u32>, u64)> {
+        let apart = self.by_uid.iter().filter(|(uid, _)| uid.is_some());
+        let others = (self.of_other_users > 0).then_some((None, self.of_other_users));
+        apart.map(|(uid, count)| (*uid, *count)).chain(others)
     }
 }
 
@@ -64,8 +70,8 @@ impl LeftOut {
 pub(super) struct SnapshotLimit {
     shares: SharedLimit,
     pub(super) left_out: LeftOut,
-    /// Users whose sockets were counted in an earlier pass, which the next one finds again.
-    counted: HashSet<u32>,
+    /// What an earlier pass left out, which the next one finds again.
+    counted: LeftOut,
 }
 
 impl SnapshotLimit {
@@ -73,7 +79,11 @@ impl SnapshotLimit {
     pub(super) fn new(max_sockets: Option<usize>) -> Self {
         // A share is a multiple of what is free.
         let max_sockets = max_sockets.unwrap_or(usize::MAX >> 4);
-        Self { shares: SharedLimit::new(max_sockets), left_out: LeftOut::default(), counted: HashSet::new() }
+        Self {
+            shares: SharedLimit::new(max_sockets),
+            left_out: LeftOut::default(),
+            counted: LeftOut::default(),
+        }
     }
 
     /// True if there is room for one more socket of this user.
@@ -82,7 +92,7 @@ impl SnapshotLimit {
         match (has_room, is_attempt) {
             (true, _) => {}
             (false, true) => self.left_out.attempts = true,
-            (false, false) if uid.is_some_and(|uid| self.counted.contains(&uid)) => {}
+            (false, false) if uid.is_some() && self.counted.may_have(uid) => {}
             (false, false) => self.left_out.count(uid),
         }
         has_room
@@ -90,7 +100,7 @@ impl SnapshotLimit {
 
     /// The next pass finds the sockets of this one again.
     pub(super) fn begin_next_pass(&mut self) {
-        self.counted = self.left_out.users().map(|(uid, _)| uid).collect();
+        self.counted = self.left_out.clone();
     }
 }
 
@@ -193,6 +203,20 @@ mod tests {
         }
         let others = (0..1_000).filter(|_| limit.take(Some(1_000), false)).count();
         assert!(others >= 400, "{others}");
+    }
+
+    #[test]
+    fn users_beyond_those_that_are_told_apart_are_counted_together() {
+        let mut limit = SnapshotLimit::new(Some(0));
+        let users = MAX_OWNERS as u32 + 7;
+        for uid in (0..users).map(Some).chain([None]) {
+            assert!(!limit.take(uid, false));
+        }
+        let counts: HashMap<_, _> = limit.left_out.users().collect();
+        assert_eq!((counts.len(), counts[&None]), (MAX_OWNERS + 1, 7));
+        assert_eq!(counts.values().sum::<u64>(), u64::from(users), "TIME_WAIT is no connection");
+        limit.begin_next_pass();
+        assert!(!limit.take(Some(users - 1), false) && limit.left_out.of_other_users == 7, "counted once");
     }
 
     #[test]
