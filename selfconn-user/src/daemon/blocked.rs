@@ -99,7 +99,7 @@ impl PendingBlocked {
     /// its last transition.
     fn update(&mut self, now: &CurrentHolders) -> bool {
         let Some(inode) = self.inode() else { return true };
-        self.holders = Some(now.by_inode.get(&inode).cloned().unwrap_or_default());
+        self.holders = now.of_socket(inode);
         let refuses = |SocketEntry { endpoint, options, uid, .. }: &SocketEntry| {
             let held = rules::BindParty { endpoint: *endpoint, options: *options, uid: *uid };
             rules::refuses(&held, &bind_conflict::requested_by(&self.failure))
