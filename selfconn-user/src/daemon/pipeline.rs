@@ -53,8 +53,6 @@ pub(super) struct Pipeline {
     /// The devices of the daemon's network namespace. `None`: they can't be asked for.
     devices: Option<NetDevices>,
     suspend_watch: SuspendWatch,
-    /// The suspension just before the current batch of records.
-    suspension: Option<Suspension>,
     /// The events of the current transition. Kept, so that its memory is reused.
     events: Vec<QueuedEvent>,
     report_states: bool,
@@ -98,7 +96,6 @@ impl Pipeline {
             pending: PendingEvents::default(),
             devices: NetDevices::of_current_netns().ok(),
             suspend_watch: SuspendWatch::start(),
-            suspension: None,
             events: Vec::new(),
             report_states,
             guard_mode,
@@ -114,8 +111,7 @@ impl Pipeline {
 
     /// Must be called before records are applied.
     pub(super) fn begin_batch(&mut self) {
-        self.suspension = self.suspend_watch.check();
-        if let Some(Suspension { after_ns, duration_ns, .. }) = self.suspension {
+        if let Some(Suspension { after_ns, duration_ns, .. }) = self.suspend_watch.check() {
             self.bind_conflicts.on_suspension(after_ns, duration_ns);
         }
     }
@@ -131,7 +127,7 @@ impl Pipeline {
                 events.push(QueuedEvent::new(event, at_ns, time));
             }
         });
-        if self.suspension.is_some_and(|suspension| suspension.may_follow(at_ns)) {
+        if self.suspend_watch.may_have_slept_since(at_ns) {
             events.iter_mut().for_each(QueuedEvent::forget_time_wait);
         }
         // The last state change and the close are two events of one transition.
