@@ -52,6 +52,13 @@ pub struct NetnsId {
     pub cookie: u64,
 }
 
+impl NetnsId {
+    /// False if it is certainly another namespace.
+    pub(super) fn may_be(self, other: Self) -> bool {
+        self.inode == other.inode && (self.cookie == other.cookie || self.cookie == 0 || other.cookie == 0)
+    }
+}
+
 impl From<&Endpoint> for NetnsId {
     fn from(endpoint: &Endpoint) -> Self {
         Self { inode: endpoint.netns, cookie: endpoint.table_key().netns_cookie }

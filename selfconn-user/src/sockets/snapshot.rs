@@ -21,7 +21,7 @@ use super::{
     held::{self, HeldSockets},
     holders::{HolderSearch, Holders, find_holders},
     limit::{LeftOut, SnapshotLimit},
-    netns::{self, Namespace, VisitOptions},
+    netns::{self, Namespace, NetnsId, VisitOptions},
     netns_search::SearchLimits,
     netns_selection::NamespaceSelection,
     table::Tables,
@@ -92,7 +92,13 @@ impl SocketSnapshot {
     /// True if the snapshot includes the network namespace of this endpoint.
     #[must_use]
     pub fn covers(&self, endpoint: &Endpoint) -> bool {
-        self.namespaces.get(&endpoint.netns).is_some_and(|cookie| is_same(*cookie, endpoint))
+        self.visited(endpoint).is_some_and(|id| id.may_be(NetnsId::from(endpoint)))
+    }
+
+    /// The namespace with the inode of this endpoint, if its table was read.
+    fn visited(&self, endpoint: &Endpoint) -> Option<NetnsId> {
+        let (&inode, &cookie) = self.namespaces.get_key_value(&endpoint.netns)?;
+        Some(NetnsId { inode, cookie })
     }
 
     /// True if the network namespace of this endpoint has ended, because it is not in the kernel's list, or because
@@ -101,7 +107,7 @@ impl SocketSnapshot {
     #[must_use]
     pub fn proves_end_of_netns(&self, endpoint: &Endpoint) -> bool {
         self.existing.as_ref().is_some_and(|existing| existing.prove_end_of_netns(endpoint))
-            || self.namespaces.get(&endpoint.netns).is_some_and(|cookie| !is_same(*cookie, endpoint))
+            || self.visited(endpoint).is_some_and(|id| !id.may_be(NetnsId::from(endpoint)))
     }
 
     /// True if this endpoint is in a namespace that was asked for.
@@ -183,12 +189,6 @@ impl SocketSnapshot {
         let stale = connects.iter().filter(|(_, connect)| is_stale(connect));
         stale.map(|(sock, connect)| (*sock, connect.opener.at_ns)).collect()
     }
-}
-
-/// True if the namespace with this cookie is that of an endpoint with the same inode.
-fn is_same(cookie: u64, endpoint: &Endpoint) -> bool {
-    let known = endpoint.table_key().netns_cookie;
-    cookie == 0 || known == 0 || cookie == known
 }
 
 /// Reads the socket tables of all network namespaces that can be found and entered. It runs on a separate
