@@ -244,6 +244,15 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
     Ok(snapshot)
 }
 
+/// The endpoints of these sockets, by the inode of their namespace.
+fn by_netns(entries: &[SocketEntry]) -> HashMap<u32, Vec<Endpoint>> {
+    let mut by_netns: HashMap<u32, Vec<Endpoint>> = HashMap::new();
+    for SocketEntry { endpoint, .. } in entries {
+        by_netns.entry(endpoint.netns).or_default().push(*endpoint);
+    }
+    by_netns
+}
+
 /// Must be called on a thread that ends afterwards, because the thread stays in the last namespace.
 fn snapshot_all(
     options: SnapshotOptions<'_>,
@@ -263,6 +272,7 @@ fn snapshot_all(
         }
         held.borrow().as_ref().and_then(|held| held.namespaces.clone())
     };
+    let mut held_by_netns: Option<HashMap<u32, Vec<Endpoint>>> = None;
     let (mut snapshot, mut devices) = (SocketSnapshot::default(), DeviceNames::default());
     let mut tables = Tables::new(options.procfs_only);
     let search = if options.unfound.is_some() { SearchLimits::DAEMON } else { SearchLimits::COMMAND };
@@ -279,6 +289,7 @@ fn snapshot_all(
     let visited = netns::visit_selected(options.selection, visit, |&Namespace { id, .. }| {
         tables.read(options.attempts, limit, &is_held)?;
         let mut cookies = HashSet::new();
+        let listed_before = snapshot.entries.len();
         for row in tables.rows.drain(..) {
             if row.is_attempt() && options.attempts {
                 snapshot.attempts.push(in_netns(row.destination, id));
@@ -288,10 +299,12 @@ fn snapshot_all(
                 snapshot.entries.push(row.into_entry(id));
             }
         }
+        let listed = snapshot.entries[listed_before..].iter().map(|entry| &entry.endpoint);
         let held = held.borrow();
-        let held = held.iter().flat_map(|held| &held.entries);
-        let here = snapshot.entries.iter().chain(held).map(|entry| &entry.endpoint);
-        devices.look_up(here.filter(|endpoint| endpoint.netns == id.inode));
+        let held_here = held
+            .as_ref()
+            .and_then(|held| held_by_netns.get_or_insert_with(|| by_netns(&held.entries)).remove(&id.inode));
+        devices.look_up(listed.chain(held_here.iter().flatten()));
         Ok(())
     })?;
     snapshot.namespaces = visited.namespaces;
