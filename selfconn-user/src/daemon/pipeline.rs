@@ -361,7 +361,9 @@ impl Pipeline {
     /// Handles a failed bind: if a self-connection holds the port and a report is due, looks up the process,
     /// and emits `blocked`.
     pub(super) fn on_bind_failure(&mut self, failure: &BindFailure, clock: Offset) {
-        let Some(holder) = self.bind_conflicts.find_holder(failure, self.connections.iter()) else { return };
+        let Some(holder) = self.bind_conflicts.find_holder(failure, self.connections.iter()) else {
+            return self.bind_conflicts.record_unexplained(failure);
+        };
         let number = holder.connection().number;
         let attribution = self.attributions.get(&number).cloned().unwrap_or_default();
         let mut blocked = PendingBlocked::new(*failure, &holder, attribution, clock.wall(failure.at_ns));

@@ -252,12 +252,12 @@ impl Connections {
     /// closed or listed.
     #[must_use]
     pub fn untracked(&self) -> u64 {
-        self.tracked.untracked()
+        self.tracked.untracked.total()
     }
 
     /// Those since the last call, by owner.
     pub fn take_untracked(&mut self) -> Vec<(Owner, u64)> {
-        self.tracked.take_unreported()
+        self.tracked.untracked.take_unreported()
     }
 
     fn expire_duplicates(&mut self, now_ns: u64) {
