@@ -252,19 +252,23 @@ impl Pipeline {
 
     fn emit_completed(&mut self) {
         while let Some((waiter, process)) = self.lookups.next_completed() {
-            match waiter {
-                Waiter::Connection(number) => {
-                    self.attribute(number, process);
-                    self.emit_pending(number);
-                }
-                Waiter::Listed(number) => {
-                    self.attribute(number, process);
-                    self.pending.push_backlog(number);
-                }
-                Waiter::Blocked(blocked) => self.on_blocked_process(*blocked, process),
-                Waiter::PortRisk(event, now_ns) => self.emit_port_risk(&event, now_ns, &process),
-                Waiter::Prevented(prevention, count) => self.emit_prevented(&prevention, count, process),
+            self.on_completed(waiter, process);
+        }
+    }
+
+    fn on_completed(&mut self, waiter: Waiter, process: Rc<ProcessInfo>) {
+        match waiter {
+            Waiter::Connection(number) => {
+                self.attribute(number, process);
+                self.emit_pending(number);
             }
+            Waiter::Listed(number) => {
+                self.attribute(number, process);
+                self.pending.push_backlog(number);
+            }
+            Waiter::Blocked(blocked) => self.on_blocked_process(*blocked, process),
+            Waiter::PortRisk(event, now_ns) => self.emit_port_risk(&event, now_ns, &process),
+            Waiter::Prevented(prevention, count) => self.emit_prevented(&prevention, count, process),
         }
     }
 
@@ -281,21 +285,33 @@ impl Pipeline {
 
     /// Emits everything that waits, with what is known: the run ends.
     pub(super) async fn emit_all_pending(&mut self) {
-        self.lookups.give_up_all();
-        self.emit_completed();
+        self.give_up_lookups().await;
         for blocked in self.blocked.give_up_all() {
             self.on_holders_known(blocked);
         }
         // A `blocked` may have two more processes to look up.
         for _ in 0..2 {
-            self.lookups.give_up_all();
-            self.emit_completed();
+            self.give_up_lookups().await;
         }
         while let Some(number) = self.pending.pop_backlog() {
             self.emit_pending(number);
-            if self.out.is_filling() {
-                let _ = self.out.make_room().await;
-            }
+            self.make_room().await;
+        }
+    }
+
+    async fn give_up_lookups(&mut self) {
+        self.lookups.give_up_all();
+        while let Some((waiter, process)) = self.lookups.next_completed() {
+            self.on_completed(waiter, process);
+            self.make_room().await;
+        }
+    }
+
+    /// If stdout is filling, waits for its reader.
+    async fn make_room(&mut self) {
+        if self.out.is_filling() {
+            // The run ends anyway if it is closed.
+            let _ = self.out.make_room().await;
         }
     }
 
