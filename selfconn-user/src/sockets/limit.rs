@@ -24,29 +24,34 @@ fn owner(uid: Option<u32>) -> Owner {
 /// The sockets that a snapshot left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LeftOut {
-    /// Self-connections by user. `None`: those without a user.
+    /// Self-connections by user; 0 if only attempts were left out. `None`: those without a user.
     by_uid: HashMap<Option<u32>, u64>,
-    /// Self-connections of the users beyond [`MAX_OWNERS`].
-    of_other_users: u64,
-    /// True if connection attempts were left out.
-    pub attempts: bool,
+    /// Self-connections of the users beyond [`MAX_OWNERS`]. `None`: there are no such users.
+    of_other_users: Option<u64>,
 }
 
 impl LeftOut {
-    fn count(&mut self, uid: Option<u32>) {
+    /// Counts a socket that is left out.
+    fn count(&mut self, uid: Option<u32>, is_attempt: bool) {
         let is_counted_apart =
             uid.is_none() || self.by_uid.contains_key(&uid) || self.by_uid.len() < MAX_OWNERS;
-        match is_counted_apart {
-            true => *self.by_uid.entry(uid).or_default() += 1,
-            false => self.of_other_users += 1,
-        }
+        let self_connections = match is_counted_apart {
+            true => self.by_uid.entry(uid).or_default(),
+            false => self.of_other_users.get_or_insert(0),
+        };
+        *self_connections += u64::from(!is_attempt);
     }
 
-    /// True if a self-connection of this user may have been left out. `None`: the user is unknown.
+    /// True if self-connections of this user were left out.
+    fn has_counted(&self, uid: u32) -> bool {
+        self.by_uid.get(&Some(uid)).copied().or(self.of_other_users).is_some_and(|count| count > 0)
+    }
+
+    /// True if a self-connection or an attempt of this user may have been left out. `None`: the user is unknown.
     #[must_use]
     pub fn may_have(&self, uid: Option<u32>) -> bool {
         match uid {
-            Some(_) => self.of_other_users > 0 || self.by_uid.contains_key(&uid),
+            Some(_) => self.of_other_users.is_some() || self.by_uid.contains_key(&uid),
             None => !self.by_uid.is_empty(),
         }
     }
@@ -60,7 +65,7 @@ impl LeftOut {
     /// Number of self-connections by user. `None`: all users beyond [`MAX_OWNERS`].
     pub fn users(&self) -> impl Iterator<Item = (Option<u32>, u64)> {
         let apart = self.by_uid.iter().filter(|(uid, _)| uid.is_some());
-        let others = (self.of_other_users > 0).then_some((None, self.of_other_users));
+        let others = self.of_other_users.map(|count| (None, count));
         apart.map(|(uid, count)| (*uid, *count)).chain(others)
     }
 }
@@ -89,11 +94,9 @@ impl SnapshotLimit {
     /// True if there is room for one more socket of this user.
     pub(super) fn take(&mut self, uid: Option<u32>, is_attempt: bool) -> bool {
         let has_room = self.shares.try_take(owner(uid), 1);
-        match (has_room, is_attempt) {
-            (true, _) => {}
-            (false, true) => self.left_out.attempts = true,
-            (false, false) if uid.is_some() && self.counted.may_have(uid) => {}
-            (false, false) => self.left_out.count(uid),
+        let is_counted = !is_attempt && uid.is_some_and(|uid| self.counted.has_counted(uid));
+        if !has_room && !is_counted {
+            self.left_out.count(uid, is_attempt);
         }
         has_room
     }
@@ -216,7 +219,21 @@ mod tests {
         assert_eq!((counts.len(), counts[&None]), (MAX_OWNERS + 1, 7));
         assert_eq!(counts.values().sum::<u64>(), u64::from(users), "TIME_WAIT is no connection");
         limit.begin_next_pass();
-        assert!(!limit.take(Some(users - 1), false) && limit.left_out.of_other_users == 7, "counted once");
+        assert!(
+            !limit.take(Some(users - 1), false) && limit.left_out.of_other_users == Some(7),
+            "counted once"
+        );
+    }
+
+    #[test]
+    fn attempts_that_are_left_out_concern_only_their_user() {
+        let mut limit = SnapshotLimit::new(Some(0));
+        assert!(!limit.take(Some(1), true));
+        let LeftOut { by_uid, .. } = &limit.left_out;
+        assert_eq!((by_uid[&Some(1)], by_uid.len()), (0, 1));
+        assert!(limit.left_out.may_have(Some(1)) && !limit.left_out.may_have(Some(2)));
+        limit.begin_next_pass();
+        assert!(!limit.take(Some(1), false) && limit.left_out.by_uid[&Some(1)] == 1);
     }
 
     #[test]

@@ -173,17 +173,16 @@ impl SocketSnapshot {
 
     /// Kernel addresses in the connect table whose sockets no longer exist, and the times of their connects:
     /// the entry is older than the snapshot, its namespace was read, and the snapshot lists neither a
-    /// self-connection nor a connection attempt for it.
+    /// self-connection nor a connection attempt for it, and left out nothing of the user.
     #[must_use]
     pub fn stale_connects(&self, connects: &[(u64, ConnectEntry)]) -> Vec<(u64, u64)> {
         let sockets = self.entries.iter().map(|entry| &entry.endpoint).chain(&self.attempts);
         let existing: HashSet<Endpoint> = sockets.map(Endpoint::table_key).collect();
-        let is_complete = self.left_out == LeftOut::default();
         let is_stale = |connect: &ConnectEntry| {
             connect.opener.at_ns < self.began_ns
                 && (self.proves_end_of_netns(&connect.endpoint)
-                    || is_complete
-                        && self.covers(&connect.endpoint)
+                    || self.covers(&connect.endpoint)
+                        && !self.left_out.may_have(Some(connect.opener.uid))
                         && !existing.contains(&connect.endpoint.table_key()))
         };
         let stale = connects.iter().filter(|(_, connect)| is_stale(connect));
@@ -343,6 +342,12 @@ mod tests {
         snapshot.add_connect_entries(&connects, true);
         assert_eq!(snapshot.entries[0].connect_entry.as_ref().map(|entry| entry.0), Some(7));
         assert_eq!(snapshot.stale_connects(&connects), [(8, 5)], "9 is in a namespace that was not read");
+        for (uid, stale) in [(Opener::UNKNOWN.uid, vec![]), (1_000, vec![(8, 5)])] {
+            let mut limit = SnapshotLimit::new(Some(0));
+            assert!(!limit.take(Some(uid), true));
+            snapshot.left_out = limit.left_out;
+            assert_eq!(snapshot.stale_connects(&connects), stale, "an attempt of {uid} was left out");
+        }
         snapshot.attempts.push(other);
         assert_eq!(snapshot.stale_connects(&connects), [], "8 is still connecting");
         // Without BTF.
