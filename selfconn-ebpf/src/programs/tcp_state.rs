@@ -114,14 +114,14 @@ pub(crate) fn on_listener_closed<M: KernelRead>(sock: Sock<M>) {
         return;
     }
     let endpoint = sock.endpoint(0, [0; 4], sock.source_port(sock.num(), state::CLOSE));
-    if watched_ports::is_watched(&endpoint) {
+    watched_ports::report_once(&endpoint, || {
         ring_buffer::submit(|| ListenerClosed {
             tag: tag::LISTENER_CLOSED,
             padding: 0,
             more_padding: 0,
             endpoint,
-        });
-    }
+        })
+    });
 }
 
 /// A transition of a TCP socket whose source address equals its destination address. Ports are in host byte

@@ -3,14 +3,24 @@
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, macros::map, maps::Array};
 use selfconn_ebpf::{Endpoint, WATCHED_PORT_SLOTS, watched_port_slot};
 
-/// User space writes it through mmap(2).
+/// User space sets a slot through mmap(2), at most every 20 ms. A report clears it, because anybody can open and close
+/// a listener in a loop.
 #[map]
 static WATCHED_PORTS: Array<u64> = Array::with_max_entries(WATCHED_PORT_SLOTS, BPF_F_MMAPABLE);
 
-/// True if user space may wait for the end of a listener at this port.
+/// Reports the end of a listener at this port if user space may wait for it. `report` returns false if the report is
+/// lost.
 #[inline(always)]
-pub(crate) fn is_watched(endpoint: &Endpoint) -> bool {
-    let slot = WATCHED_PORTS.get_ptr(watched_port_slot(endpoint));
-    // SAFETY: a slot of an array stays valid as long as the program is loaded. It is written whole.
-    slot.is_some_and(|slot| unsafe { slot.read_volatile() } != 0)
+pub(crate) fn report_once(endpoint: &Endpoint, report: impl FnOnce() -> bool) {
+    let Some(slot) = WATCHED_PORTS.get_ptr_mut(watched_port_slot(endpoint)) else { return };
+    // The slot is cleared first: user space may set it as soon as it has the report.
+    // SAFETY: a slot of an array stays valid as long as the program is loaded. It is read and written whole.
+    unsafe {
+        if slot.read_volatile() != 0 {
+            slot.write_volatile(0);
+            if !report() {
+                slot.write_volatile(1);
+            }
+        }
+    }
 }

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use crate::{
     bpf::descriptors::DescriptorIter,
+    budget::SharedLimit,
     detect::{
         bind_conflict::{self, PortHolder, TimeWaitEntry, rules},
         connection::Connection,
@@ -25,7 +26,7 @@ use crate::{
 /// Maximum time that an event waits for the holders. Then it is emitted without them.
 const DEADLINE: Duration = Duration::from_secs(1);
 
-/// Maximum number of events that wait for the holders.
+/// Maximum number of events that wait for the holders, which the owners of the processes that called bind() share.
 const MAX_WAITING: usize = 256;
 
 /// A request has the inodes of sockets.
@@ -60,6 +61,8 @@ pub(super) struct PendingBlocked {
     /// The first of them.
     pub(super) holder_process: Option<Rc<ProcessInfo>>,
     pub(super) time: Timestamp,
+    /// When it is emitted without the holders.
+    deadline: Instant,
 }
 
 impl PendingBlocked {
@@ -84,6 +87,7 @@ impl PendingBlocked {
             holders,
             holder_process: None,
             time,
+            deadline: Instant::now() + DEADLINE,
         }
     }
 
@@ -99,7 +103,7 @@ impl PendingBlocked {
     /// its last transition.
     fn update(&mut self, now: &CurrentHolders) -> bool {
         let Some(inode) = self.inode() else { return true };
-        self.holders = Some(now.by_inode.get(&inode).cloned().unwrap_or_default());
+        self.holders = now.of_socket(inode);
         let refuses = |SocketEntry { endpoint, options, uid, .. }: &SocketEntry| {
             let held = rules::BindParty { endpoint: *endpoint, options: *options, uid: *uid };
             rules::refuses(&held, &bind_conflict::requested_by(&self.failure))
@@ -115,6 +119,8 @@ pub(super) struct BlockedReports {
     waiting: Vec<PendingBlocked>,
     /// They are in the request in progress.
     requested: Vec<PendingBlocked>,
+    /// How many an owner has in both.
+    shares: SharedLimit,
     /// When the request in progress was sent. `None`: there is none.
     requested_at: Option<Instant>,
     next_request_at: Instant,
@@ -124,13 +130,18 @@ impl BlockedReports {
     pub(super) fn start(descriptors: Option<Arc<DescriptorIter>>) -> io::Result<Self> {
         let capability_set = capabilities::holder_worker(descriptors.is_some());
         let find = move |inodes| sockets::find_current_holders(&inodes, descriptors.as_deref());
-        Ok(Self {
-            worker: Worker::start("holders", capability_set, find)?,
+        Ok(Self::with(Worker::start("holders", capability_set, find)?))
+    }
+
+    fn with(worker: HolderWorker) -> Self {
+        Self {
+            worker,
             waiting: Vec::new(),
             requested: Vec::new(),
+            shares: SharedLimit::new(MAX_WAITING),
             requested_at: None,
             next_request_at: Instant::now(),
-        })
+        }
     }
 
     /// Waits until the worker has a response. Cancel safe.
@@ -144,22 +155,20 @@ impl BlockedReports {
     }
 
     /// Looks for the holders of this socket. `Some`: there is nothing to look for, or too much waits.
-    pub(super) fn request(&mut self, blocked: PendingBlocked) -> Option<PendingBlocked> {
-        if blocked.inode().is_none() || self.waiting.len() + self.requested.len() >= MAX_WAITING {
+    pub(super) fn request(&mut self, mut blocked: PendingBlocked) -> Option<PendingBlocked> {
+        if blocked.inode().is_none() || !self.shares.try_take(blocked.failure.owner, 1) {
             return Some(blocked);
         }
+        blocked.deadline = Instant::now() + DEADLINE;
         self.waiting.push(blocked);
         None
     }
 
     /// When [`Self::serve`] has something to do.
     pub(super) fn next_at(&self) -> Option<Instant> {
-        match self.requested_at {
-            Some(requested_at) if !self.requested.is_empty() => Some(requested_at + DEADLINE),
-            // A request that is overdue.
-            Some(_) => None,
-            None => (!self.waiting.is_empty()).then_some(self.next_request_at),
-        }
+        let deadlines = self.requested.iter().chain(&self.waiting).map(|blocked| blocked.deadline);
+        let can_request = self.requested_at.is_none() && !self.waiting.is_empty();
+        deadlines.chain(can_request.then_some(self.next_request_at)).min()
     }
 
     /// Sends a request if one is due, and returns the events whose holders are known, or were looked for too long.
@@ -169,25 +178,81 @@ impl BlockedReports {
         if let Some(current) = self.worker.try_response() {
             let took = self.requested_at.take().map_or(Duration::ZERO, |requested_at| now - requested_at);
             self.next_request_at = now + 4 * took;
-            known = std::mem::take(&mut self.requested);
+            known = self.take(|_, requested| std::mem::take(requested));
             known.retain_mut(|blocked| blocked.update(&current));
         }
-        match self.requested_at {
-            Some(requested_at) if now - requested_at >= DEADLINE => known.append(&mut self.requested),
-            None if self.next_request_at <= now && !self.waiting.is_empty() => {
-                self.requested = std::mem::take(&mut self.waiting);
-                self.worker.send(self.requested.iter().filter_map(PendingBlocked::inode).collect());
-                self.requested_at = Some(now);
-            }
-            _ => {}
+        let is_overdue = |blocked: &mut PendingBlocked| blocked.deadline <= now;
+        known.extend(self.take(|waiting, requested| {
+            requested.extract_if(.., is_overdue).chain(waiting.extract_if(.., is_overdue)).collect()
+        }));
+        if self.requested_at.is_none() && self.next_request_at <= now && !self.waiting.is_empty() {
+            self.requested = std::mem::take(&mut self.waiting);
+            self.worker.send(self.requested.iter().filter_map(PendingBlocked::inode).collect());
+            self.requested_at = Some(now);
         }
         known
     }
 
     /// All that wait: the run ends.
     pub(super) fn give_up_all(&mut self) -> Vec<PendingBlocked> {
-        let mut all = std::mem::take(&mut self.requested);
-        all.append(&mut self.waiting);
-        all
+        self.take(|waiting, requested| requested.drain(..).chain(waiting.drain(..)).collect())
+    }
+
+    /// Takes events out of the lists, and gives back the room that they had.
+    fn take(
+        &mut self,
+        of: impl FnOnce(&mut Vec<PendingBlocked>, &mut Vec<PendingBlocked>) -> Vec<PendingBlocked>,
+    ) -> Vec<PendingBlocked> {
+        let taken = of(&mut self.waiting, &mut self.requested);
+        for blocked in &taken {
+            self.shares.give_back(blocked.failure.owner, 1);
+        }
+        taken
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::detect::samples;
+
+    fn reports(find: impl Fn(HashSet<u64>) -> CurrentHolders + Send + 'static) -> BlockedReports {
+        BlockedReports::with(Worker::start("holders", capabilities::holder_worker(true), find).unwrap())
+    }
+
+    fn blocked(uid: u32) -> PendingBlocked {
+        let endpoint = samples::endpoint("127.0.0.1", 80);
+        let connection = Connection { inode: Some(7), ..samples::connection(1, endpoint) };
+        let owner = selfconn_ebpf::Owner::new(uid, 0);
+        let failure = BindFailure { owner, ..samples::bind_failure(endpoint, 0) };
+        let holder = PortHolder::Open(&connection);
+        PendingBlocked::new(failure, &holder, Attribution::default(), Timestamp::UNIX_EPOCH)
+    }
+
+    #[test]
+    fn each_event_has_its_own_deadline_also_while_another_request_is_in_progress() {
+        let mut reports = reports(|_| {
+            std::thread::sleep(4 * DEADLINE);
+            CurrentHolders::default()
+        });
+        for is_requested in [true, false] {
+            assert!(reports.request(blocked(1)).is_none());
+            assert_eq!(reports.serve().len(), 0);
+            assert_eq!(reports.requested.len() == 1 && reports.waiting.is_empty(), is_requested);
+        }
+        let (wake_at, began) = (reports.next_at().unwrap(), Instant::now());
+        assert!(wake_at <= began + DEADLINE, "{:?}", wake_at - began);
+        std::thread::sleep(DEADLINE);
+        let emitted = reports.serve();
+        assert_eq!((emitted.len(), reports.shares.used(), reports.next_at()), (2, 0, None));
+        assert!(emitted.iter().all(|blocked| blocked.holders.is_none()), "unknown");
+    }
+
+    #[test]
+    fn one_owner_leaves_room_for_the_events_of_the_next() {
+        let mut reports = reports(|_| CurrentHolders::default());
+        let mut waiting = |uid| (0..MAX_WAITING).filter(|_| reports.request(blocked(uid)).is_none()).count();
+        assert_eq!([waiting(1), waiting(2)], [MAX_WAITING * 3 / 4, MAX_WAITING * 3 / 16]);
+        assert_eq!((reports.give_up_all().len(), reports.shares.used()), (MAX_WAITING * 15 / 16, 0));
     }
 }

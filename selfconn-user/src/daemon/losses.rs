@@ -69,12 +69,13 @@ impl LossReporter {
     }
 
     /// Emits `lost` for each cause with more losses than reported. `totals` are those of the run so far. `owners` are
-    /// asked for only if an owner has lost something.
+    /// asked for only if an owner has lost something; `counted` gives what the daemon counted by owner since the last
+    /// call.
     pub(super) fn report<I: Iterator<Item = (Owner, OwnerState)>>(
         &mut self,
         totals: &Losses,
         owners: impl Fn() -> I,
-        mut untracked: impl FnMut() -> Vec<(Owner, u64)>,
+        mut counted: impl FnMut(LossCause) -> Vec<(Owner, u64)>,
         out: &mut Outputs,
     ) {
         self.prune(&owners);
@@ -88,13 +89,11 @@ impl LossReporter {
                     }
                 } else {
                     let mut rest = total - reported;
-                    if cause == LossCause::Untracked {
-                        for (owner, count) in untracked() {
-                            if owner != Owner::UNKNOWN {
-                                let count = count.min(rest);
-                                rest -= count;
-                                out.emit(EventKind::Lost(Lost::of_user(cause, count, owner.uid)));
-                            }
+                    for (owner, count) in counted(cause) {
+                        let count = count.min(rest);
+                        if owner != Owner::UNKNOWN && count > 0 {
+                            rest -= count;
+                            out.emit(EventKind::Lost(Lost::of_user(cause, count, owner.uid)));
                         }
                     }
                     if let Some(key) = LossKey::of(cause) {

@@ -551,9 +551,14 @@ impl Daemon {
         self.update_counters();
         let totals = self.losses().plus(self.pipeline.out.lost());
         let tracer = &self.tracer;
-        let Pipeline { connections, out, .. } = &mut self.pipeline;
+        let Pipeline { connections, bind_conflicts, out, .. } = &mut self.pipeline;
         let owners = || tracer.owners_with_losses();
-        self.loss_reporter.report(&totals, owners, || connections.take_untracked(), out);
+        let counted = |cause| match cause {
+            LossCause::Untracked => connections.take_untracked(),
+            LossCause::Binds => bind_conflicts.losses.take_unreported(),
+            _ => Vec::new(),
+        };
+        self.loss_reporter.report(&totals, owners, counted, out);
     }
 
     fn update_counters(&mut self) {
@@ -567,7 +572,10 @@ impl Daemon {
     fn losses(&self) -> Losses {
         Losses::from([
             (LossCause::Ring, self.counters.ring_full + self.unread),
-            (LossCause::Binds, self.counters.bind_failures_over_rate),
+            (
+                LossCause::Binds,
+                self.counters.bind_failures_over_rate + self.pipeline.bind_conflicts.losses.total(),
+            ),
             (LossCause::Missed, self.pipeline.missed),
             (LossCause::RefusedTable, self.counters.refused_table_full),
             (LossCause::Hooks, self.loss_reporter.dead_hooks()),

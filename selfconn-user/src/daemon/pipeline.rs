@@ -53,8 +53,6 @@ pub(super) struct Pipeline {
     /// The devices of the daemon's network namespace. `None`: they can't be asked for.
     devices: Option<NetDevices>,
     suspend_watch: SuspendWatch,
-    /// The suspension just before the current batch of records.
-    suspension: Option<Suspension>,
     /// The events of the current transition. Kept, so that its memory is reused.
     events: Vec<QueuedEvent>,
     report_states: bool,
@@ -98,7 +96,6 @@ impl Pipeline {
             pending: PendingEvents::default(),
             devices: NetDevices::of_current_netns().ok(),
             suspend_watch: SuspendWatch::start(),
-            suspension: None,
             events: Vec::new(),
             report_states,
             guard_mode,
@@ -114,8 +111,7 @@ impl Pipeline {
 
     /// Must be called before records are applied.
     pub(super) fn begin_batch(&mut self) {
-        self.suspension = self.suspend_watch.check();
-        if let Some(Suspension { after_ns, duration_ns, .. }) = self.suspension {
+        if let Some(Suspension { after_ns, duration_ns, .. }) = self.suspend_watch.check() {
             self.bind_conflicts.on_suspension(after_ns, duration_ns);
         }
     }
@@ -131,7 +127,7 @@ impl Pipeline {
                 events.push(QueuedEvent::new(event, at_ns, time));
             }
         });
-        if self.suspension.is_some_and(|suspension| suspension.may_follow(at_ns)) {
+        if self.suspend_watch.may_have_slept_since(at_ns) {
             events.iter_mut().for_each(QueuedEvent::forget_time_wait);
         }
         // The last state change and the close are two events of one transition.
@@ -256,19 +252,23 @@ impl Pipeline {
 
     fn emit_completed(&mut self) {
         while let Some((waiter, process)) = self.lookups.next_completed() {
-            match waiter {
-                Waiter::Connection(number) => {
-                    self.attribute(number, process);
-                    self.emit_pending(number);
-                }
-                Waiter::Listed(number) => {
-                    self.attribute(number, process);
-                    self.pending.push_backlog(number);
-                }
-                Waiter::Blocked(blocked) => self.on_blocked_process(*blocked, process),
-                Waiter::PortRisk(event, now_ns) => self.emit_port_risk(&event, now_ns, &process),
-                Waiter::Prevented(prevention, count) => self.emit_prevented(&prevention, count, process),
+            self.on_completed(waiter, process);
+        }
+    }
+
+    fn on_completed(&mut self, waiter: Waiter, process: Rc<ProcessInfo>) {
+        match waiter {
+            Waiter::Connection(number) => {
+                self.attribute(number, process);
+                self.emit_pending(number);
             }
+            Waiter::Listed(number) => {
+                self.attribute(number, process);
+                self.pending.push_backlog(number);
+            }
+            Waiter::Blocked(blocked) => self.on_blocked_process(*blocked, process),
+            Waiter::PortRisk(event, now_ns) => self.emit_port_risk(&event, now_ns, &process),
+            Waiter::Prevented(prevention, count) => self.emit_prevented(&prevention, count, process),
         }
     }
 
@@ -285,21 +285,33 @@ impl Pipeline {
 
     /// Emits everything that waits, with what is known: the run ends.
     pub(super) async fn emit_all_pending(&mut self) {
-        self.lookups.give_up_all();
-        self.emit_completed();
+        self.give_up_lookups().await;
         for blocked in self.blocked.give_up_all() {
             self.on_holders_known(blocked);
         }
         // A `blocked` may have two more processes to look up.
         for _ in 0..2 {
-            self.lookups.give_up_all();
-            self.emit_completed();
+            self.give_up_lookups().await;
         }
         while let Some(number) = self.pending.pop_backlog() {
             self.emit_pending(number);
-            if self.out.is_filling() {
-                let _ = self.out.make_room().await;
-            }
+            self.make_room().await;
+        }
+    }
+
+    async fn give_up_lookups(&mut self) {
+        self.lookups.give_up_all();
+        while let Some((waiter, process)) = self.lookups.next_completed() {
+            self.on_completed(waiter, process);
+            self.make_room().await;
+        }
+    }
+
+    /// If stdout is filling, waits for its reader.
+    async fn make_room(&mut self) {
+        if self.out.is_filling() {
+            // The run ends anyway if it is closed.
+            let _ = self.out.make_room().await;
         }
     }
 
@@ -365,7 +377,9 @@ impl Pipeline {
     /// Handles a failed bind: if a self-connection holds the port and a report is due, looks up the process,
     /// and emits `blocked`.
     pub(super) fn on_bind_failure(&mut self, failure: &BindFailure, clock: Offset) {
-        let Some(holder) = self.bind_conflicts.find_holder(failure, self.connections.iter()) else { return };
+        let Some(holder) = self.bind_conflicts.find_holder(failure, self.connections.iter()) else {
+            return self.bind_conflicts.record_unexplained(failure);
+        };
         let number = holder.connection().number;
         let attribution = self.attributions.get(&number).cloned().unwrap_or_default();
         let mut blocked = PendingBlocked::new(*failure, &holder, attribution, clock.wall(failure.at_ns));

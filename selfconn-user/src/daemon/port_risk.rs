@@ -80,7 +80,7 @@ impl PortRiskMonitor {
             return false;
         }
         let mut request = PortRangeRequest::new();
-        for destination in self.risks.due(now_ns) {
+        for destination in self.risks.begin_check(now_ns) {
             let count = refused_counts.get(&destination);
             match (self.risks.expire(&destination, count.as_ref(), now_ns), count) {
                 (None, Some(count)) => {

@@ -4,12 +4,12 @@
 
 use std::collections::HashMap;
 
-use selfconn_ebpf::{COMM_LEN, Endpoint, bind_failure::BindFailure};
+use selfconn_ebpf::{COMM_LEN, Endpoint, Owner, bind_failure::BindFailure};
 
 use super::connection::{Connection, SocketId, TIME_WAIT_NS};
 use crate::{
     budget::{
-        SharedLimit,
+        OwnerLosses, SharedLimit,
         memory::{self, MAX_BIND_FAILURES, MAX_TIME_WAITS},
     },
     system::process::Attribution,
@@ -58,10 +58,16 @@ pub struct BindConflicts {
     /// v5.10). Boxed, so that empty slots of the table take little memory.
     time_waits: HashMap<SocketId, Box<TimeWaitEntry>>,
     /// How many an owner has of them.
-    shares: SharedLimit,
+    time_wait_shares: SharedLimit,
+    /// When the last TIME_WAIT ends for which there was no room: `CLOCK_BOOTTIME`, nanoseconds.
+    unkept_until_ns: u64,
     /// When expired entries were last removed.
     last_sweep_ns: u64,
     bind_failures: HashMap<BindFailureKey, BindFailureState>,
+    /// How many an owner has of them: the owner whose bind failed first.
+    failure_shares: SharedLimit,
+    /// Failed binds that have no report, although a self-connection holds the port, or may hold it.
+    pub losses: OwnerLosses,
     /// Number of conflicts so far.
     conflicts: u64,
     failures: u64,
@@ -79,6 +85,7 @@ struct BindFailureKey {
 
 #[derive(Debug)]
 struct BindFailureState {
+    owner: Owner,
     /// The number of the conflict.
     conflict: u64,
     failures: u64,
@@ -129,9 +136,12 @@ impl Default for BindConflicts {
     fn default() -> Self {
         Self {
             time_waits: HashMap::new(),
-            shares: SharedLimit::new(MAX_TIME_WAITS),
+            time_wait_shares: SharedLimit::new(MAX_TIME_WAITS),
+            unkept_until_ns: 0,
             last_sweep_ns: 0,
             bind_failures: HashMap::new(),
+            failure_shares: SharedLimit::new(MAX_BIND_FAILURES),
+            losses: OwnerLosses::default(),
             conflicts: 0,
             failures: 0,
         }
@@ -145,12 +155,18 @@ impl BindConflicts {
         if now_ns.saturating_sub(self.last_sweep_ns) >= SECOND_NS {
             self.remove_expired(now_ns);
         }
-        let owner = entry.connection.payer();
-        if self.shares.try_take(owner, 1)
-            && let Some(replaced) = self.time_waits.insert(entry.id(), Box::new(entry))
-        {
-            self.shares.give_back(replaced.connection.payer(), 1);
+        let (id, owner) = (entry.id(), entry.connection.payer());
+        let replaced = self.time_waits.remove(&id).map(|replaced| replaced.connection.payer());
+        if replaced != Some(owner) {
+            if let Some(other) = replaced {
+                self.time_wait_shares.give_back(other, 1);
+            }
+            if !self.time_wait_shares.try_take(owner, 1) {
+                self.unkept_until_ns = self.unkept_until_ns.max(entry.until_ns);
+                return;
+            }
         }
+        self.time_waits.insert(id, Box::new(entry));
     }
 
     /// Sets the process behind a connection in TIME_WAIT, because its look-up has ended after the close.
@@ -170,6 +186,7 @@ impl BindConflicts {
     /// The host was suspended for `duration_ns`, at some time after `after_ns`. TIME_WAIT did not go on meanwhile.
     pub fn on_suspension(&mut self, after_ns: u64, duration_ns: u64) {
         self.remove_expired(after_ns);
+        self.unkept_until_ns = self.unkept_until_ns.saturating_add(duration_ns);
         for entry in self.time_waits.values_mut() {
             entry.until_ns = entry.until_ns.saturating_add(duration_ns);
         }
@@ -186,11 +203,11 @@ impl BindConflicts {
     /// Removes the TIME_WAIT entries that have ended early. `has_ended` returns true if the kernel does not have this
     /// one any more.
     pub fn remove_ended(&mut self, has_ended: impl Fn(&TimeWaitEntry) -> bool) {
-        let Self { time_waits, shares, .. } = self;
+        let Self { time_waits, time_wait_shares, .. } = self;
         time_waits.retain(|_, entry| {
             let has_ended = has_ended(entry);
             if has_ended {
-                shares.give_back(entry.connection.payer(), 1);
+                time_wait_shares.give_back(entry.connection.payer(), 1);
             }
             !has_ended
         });
@@ -228,23 +245,29 @@ impl BindConflicts {
         time_waits.max_by_key(|entry| entry.until_ns).map(PortHolder::TimeWait)
     }
 
+    /// A bind has failed, and [`Self::find_holder`] knows no holder. That proves nothing while there are TIME_WAITs for
+    /// which there was no room.
+    pub fn record_unexplained(&mut self, failure: &BindFailure) {
+        if failure.at_ns < self.unkept_until_ns {
+            self.losses.count(failure.owner, failure.failures);
+        }
+    }
+
     /// Counts a bind that failed because of the self-connection with number `holder`. `Some`: a report is
     /// due.
     pub fn record_failure(&mut self, failure: &BindFailure, holder: u64) -> Option<BindConflict> {
         let (now_ns, failures) = (failure.at_ns, failure.failures);
         self.failures += failures;
-        if self.bind_failures.len() >= MAX_BIND_FAILURES {
-            self.bind_failures
-                .retain(|_, state| now_ns.saturating_sub(state.last_ns) < state.report_interval_ns);
-        }
-        if self.bind_failures.len() >= MAX_BIND_FAILURES {
-            self.bind_failures.clear();
-        }
         let name = if failure.task.leader[0] == 0 { failure.task.comm } else { failure.task.leader };
         let key = BindFailureKey { requested: failure.endpoint.any_family(), name, holder };
+        if !self.bind_failures.contains_key(&key) && !self.take_failure_room(failure.owner, now_ns) {
+            self.losses.count(failure.owner, failures);
+            return None;
+        }
         let state = self.bind_failures.entry(key).or_insert_with(|| {
             self.conflicts += 1;
             BindFailureState {
+                owner: failure.owner,
                 conflict: self.conflicts,
                 failures: 0,
                 last_ns: 0,
@@ -260,6 +283,21 @@ impl BindConflicts {
         state.next_report_ns = now_ns.saturating_add(state.report_interval_ns);
         state.report_interval_ns = (state.report_interval_ns * 2).min(MAX_REPORT_INTERVAL_NS);
         Some(BindConflict { number: state.conflict, failures: state.failures })
+    }
+
+    /// False: there is no room for one more server of this owner. Servers that fail no more give theirs back.
+    fn take_failure_room(&mut self, owner: Owner, now_ns: u64) -> bool {
+        let Self { bind_failures, failure_shares, .. } = self;
+        failure_shares.try_take(owner, 1) || {
+            bind_failures.retain(|_, state| {
+                let is_failing = now_ns.saturating_sub(state.last_ns) < state.report_interval_ns;
+                if !is_failing {
+                    failure_shares.give_back(state.owner, 1);
+                }
+                is_failing
+            });
+            failure_shares.try_take(owner, 1)
+        }
     }
 }
 
@@ -410,8 +448,48 @@ mod tests {
             conflicts.record_failure(&failure("127.0.0.1", port, 0), 1);
         }
         assert_eq!(conflicts.time_waits.len(), MAX_TIME_WAITS * 3 / 4, "the share of one owner");
-        assert!(conflicts.bind_failures.len() <= MAX_BIND_FAILURES);
+        assert_eq!(conflicts.bind_failures.len(), MAX_BIND_FAILURES * 3 / 4);
         conflicts.insert_time_wait(entry(2, "127.0.0.1", 9_999, 120), 61 * SECOND_NS);
         assert_eq!(conflicts.time_waits.len(), 1, "expired entries are removed first");
+    }
+
+    #[test]
+    fn one_owner_neither_repeats_nor_ends_the_reports_of_another() {
+        let of = |uid, port, at_s| {
+            let owner = Owner::new(uid, uid.into());
+            BindFailure { owner, ..failure("127.0.0.1", port, at_s) }
+        };
+        let mut conflicts = BindConflicts::default();
+        assert!(conflicts.record_failure(&of(1, 9, 0), 1).is_some());
+        let ports = 10..10 + u16::try_from(MAX_BIND_FAILURES).unwrap();
+        let reports = ports.filter(|port| conflicts.record_failure(&of(2, *port, 1), 1).is_some()).count();
+        assert_eq!(reports, (MAX_BIND_FAILURES - 1) * 3 / 4);
+        let lost = (MAX_BIND_FAILURES - reports) as u64;
+        assert_eq!(conflicts.losses.take_unreported(), [(Owner::new(2, 2), lost)]);
+        assert_eq!(conflicts.record_failure(&of(1, 9, 2), 1), None, "it was reported a moment ago");
+        assert!(conflicts.record_failure(&of(3, 9_999, 2), 1).is_some());
+        // Servers that fail no more.
+        assert!(conflicts.record_failure(&of(2, 9_998, 60), 1).is_some());
+        assert_eq!((conflicts.bind_failures.len(), conflicts.failure_shares.used()), (1, 1));
+        assert_eq!(conflicts.losses.total(), lost);
+    }
+
+    #[test]
+    fn a_failed_bind_is_lost_if_a_time_wait_without_room_may_hold_the_port() {
+        let mut conflicts = BindConflicts::default();
+        let share = u16::try_from(MAX_TIME_WAITS * 3 / 4).unwrap();
+        for port in 1..=share {
+            conflicts.insert_time_wait(entry(port.into(), "127.0.0.1", port, 60), 0);
+        }
+        conflicts.record_unexplained(&failure("127.0.0.1", 9_999, 1));
+        // The same socket takes no more room.
+        conflicts.insert_time_wait(entry(1, "127.0.0.1", 1, 61), 0);
+        assert_eq!((conflicts.time_wait_shares.used(), conflicts.losses.total()), (share.into(), 0));
+        assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 1, 60), std::iter::empty())), Some(1));
+        conflicts.insert_time_wait(entry(9_999, "127.0.0.1", 9_999, 70), 0);
+        for at_s in [69, 70] {
+            conflicts.record_unexplained(&BindFailure { failures: 3, ..failure("127.0.0.1", 9_999, at_s) });
+        }
+        assert_eq!(conflicts.losses.total(), 3);
     }
 }

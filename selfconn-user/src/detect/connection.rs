@@ -144,7 +144,7 @@ pub struct Connections {
     /// The kernel addresses in `duplicate_queue`.
     awaiting_duplicates: HashSet<u64>,
     /// See [`Self::set_left_out`].
-    left_out: Vec<(u32, u64)>,
+    left_out: HashMap<Option<u32>, u64>,
     probe_count: u8,
     last_number: u64,
 }
@@ -252,12 +252,12 @@ impl Connections {
     /// closed or listed.
     #[must_use]
     pub fn untracked(&self) -> u64 {
-        self.tracked.untracked()
+        self.tracked.untracked.total()
     }
 
     /// Those since the last call, by owner.
     pub fn take_untracked(&mut self) -> Vec<(Owner, u64)> {
-        self.tracked.take_unreported()
+        self.tracked.untracked.take_unreported()
     }
 
     fn expire_duplicates(&mut self, now_ns: u64) {

@@ -27,7 +27,8 @@ const MIN_CHECK_INTERVAL_NS: u64 = SECOND_NS / 10;
 const MIN_BOUND_CHECK_INTERVAL_NS: u64 = SECOND_NS;
 
 /// Interval between the checks after the end of a listener, and their number. The kernel closes the connections that
-/// nobody has accepted before it gives the port back.
+/// nobody has accepted before it gives the port back. No two checks follow each other sooner, whatever the programs
+/// report: anybody can open and close a listener in a loop.
 const RELEASE_CHECK_INTERVAL_NS: u64 = SECOND_NS / 50;
 const RELEASE_CHECKS: u8 = 4;
 
@@ -99,6 +100,10 @@ pub struct PortRisks {
     ports: HashMap<Endpoint, PortState>,
     /// Number of risks that were reported so far.
     risks: u64,
+    /// Time of the last check of any port: `CLOCK_BOOTTIME`, nanoseconds.
+    last_check_ns: u64,
+    /// True if the programs do not wait for the ends of exactly the listeners at [`Self::tracked`].
+    is_watch_stale: bool,
 }
 
 #[derive(Debug)]
@@ -134,6 +139,8 @@ impl PortRisks {
 
     /// A listener at this port, at any address, is closed: if somebody has bound the port, that may be over.
     pub fn on_listener_closed(&mut self, closed: &Endpoint) {
+        // The report has ended the watch, maybe that of another port in the same slot.
+        self.is_watch_stale = true;
         for (destination, port) in &mut self.ports {
             if destination.port == closed.port && destination.is_in_netns_of(closed) {
                 (port.next_check_ns, port.release_checks) = (0, RELEASE_CHECKS);
@@ -146,15 +153,20 @@ impl PortRisks {
         self.ports.keys()
     }
 
-    /// Time of the next check of any port: `CLOCK_BOOTTIME`, nanoseconds. `None`: no port is tracked.
+    /// Time of the next check: `CLOCK_BOOTTIME`, nanoseconds. `None`: no port is tracked.
     #[must_use]
     pub fn next_check_ns(&self) -> Option<u64> {
-        self.ports.values().map(|port| port.next_check_ns).min()
+        let due_ns = match self.is_watch_stale {
+            true => Some(0),
+            false => self.ports.values().map(|port| port.next_check_ns).min(),
+        };
+        due_ns.map(|due_ns| due_ns.max(self.last_check_ns + RELEASE_CHECK_INTERVAL_NS))
     }
 
-    /// The ports that are due for a check now.
-    #[must_use]
-    pub fn due(&self, now_ns: u64) -> Vec<Endpoint> {
+    /// Begins a check. Returns the ports that are due; the caller must let the programs wait for the ends of the
+    /// listeners at [`Self::tracked`].
+    pub fn begin_check(&mut self, now_ns: u64) -> Vec<Endpoint> {
+        (self.last_check_ns, self.is_watch_stale) = (now_ns, false);
         self.ports
             .iter()
             .filter(|(_, port)| port.next_check_ns <= now_ns)
@@ -193,7 +205,9 @@ impl PortRisks {
 
     /// Stops tracking a port whose network namespace has ended. The result is the event to emit.
     pub fn end(&mut self, destination: &Endpoint, count: &RefusedCount) -> Option<PortRiskEvent> {
-        let risk = self.ports.remove(destination)?.risk?;
+        let port = self.ports.remove(destination)?;
+        self.is_watch_stale = true;
+        let risk = port.risk?;
         let connects = RefusedConnects { risk, ..RefusedConnects::new(destination, count) };
         Some(PortRiskEvent::Over(connects, RiskEndReason::NetnsEnded))
     }
@@ -483,12 +497,47 @@ mod tests {
         assert_eq!(next_check_ns(&mut risks), SECOND_NS);
         let elsewhere = Endpoint { port: DESTINATION.port + 2, ..DESTINATION };
         risks.on_listener_closed(&elsewhere);
-        assert_ne!(risks.next_check_ns(), Some(0));
+        assert_eq!(risks.begin_check(NOW_NS - RELEASE_CHECK_INTERVAL_NS), []);
         risks.on_listener_closed(&Endpoint { addr: [0; 4], ..DESTINATION });
-        assert_eq!(risks.next_check_ns(), Some(0));
+        assert_eq!(risks.next_check_ns(), Some(NOW_NS), "not sooner after the last check");
+        assert_eq!(risks.begin_check(NOW_NS), [DESTINATION]);
         let intervals: Vec<u64> = (0..5).map(|_| next_check_ns(&mut risks)).collect();
         assert_eq!(intervals[..4], [RELEASE_CHECK_INTERVAL_NS; 4]);
         assert_eq!(intervals[4], SECOND_NS);
+    }
+
+    #[test]
+    fn reports_of_the_programs_make_no_more_checks_than_one_each_twenty_milliseconds() {
+        let mut risks = PortRisks::default();
+        let mut checks = [0, 0];
+        let in_same_slot = Endpoint { port: DESTINATION.port + 2, ..DESTINATION };
+        for ms in 0..1_000 {
+            risks.on_threshold(DESTINATION);
+            risks.on_listener_closed(&DESTINATION);
+            risks.on_listener_closed(&in_same_slot);
+            let now_ns = NOW_NS + ms * SECOND_NS / 1_000;
+            if risks.next_check_ns().is_some_and(|check_ns| check_ns <= now_ns) {
+                checks[0] += 1;
+                checks[1] += risks.begin_check(now_ns).len();
+            }
+        }
+        assert_eq!(checks, [50, 50]);
+    }
+
+    #[test]
+    fn a_watch_that_another_port_has_ended_begins_again() {
+        let mut risks = PortRisks::default();
+        assert_eq!(check_now(&mut risks, 20, &ports("40000 40199", "")).map(|_| ()), Some(()));
+        assert_eq!(risks.begin_check(NOW_NS), []);
+        risks.on_listener_closed(&Endpoint { port: DESTINATION.port + 2, ..DESTINATION });
+        assert_eq!(risks.next_check_ns(), Some(NOW_NS + RELEASE_CHECK_INTERVAL_NS));
+        assert_eq!(risks.begin_check(NOW_NS + RELEASE_CHECK_INTERVAL_NS), [], "only the watch");
+        assert_eq!(risks.next_check_ns(), Some(NOW_NS + WINDOW_NS + 1));
+        // A port whose namespace has ended is not watched any more.
+        assert!(risks.end(&DESTINATION, &count(20, SECOND_NS, NOW_NS)).is_some());
+        assert!(risks.next_check_ns().is_some());
+        assert_eq!(risks.begin_check(NOW_NS + SECOND_NS), []);
+        assert_eq!((risks.tracked().count(), risks.next_check_ns()), (0, None));
     }
 
     #[test]
@@ -499,7 +548,8 @@ mod tests {
         assert_eq!(risks.expire(&DESTINATION, Some(&count), NOW_NS + WINDOW_NS), None);
         let next_check_ns = risks.next_check_ns().unwrap();
         assert_eq!(next_check_ns, NOW_NS + WINDOW_NS + 1, "no check before it can expire");
-        assert_eq!((risks.due(next_check_ns - 1), risks.due(next_check_ns)), (vec![], vec![DESTINATION]));
+        let due = [next_check_ns - 1, next_check_ns].map(|now_ns| risks.begin_check(now_ns));
+        assert_eq!(due, [vec![], vec![DESTINATION]]);
         let over = risks.expire(&DESTINATION, Some(&count), next_check_ns);
         let Some(Some(PortRiskEvent::Over(connects, RiskEndReason::Silence))) = over else {
             panic!("{over:?}")

@@ -30,7 +30,8 @@ pub enum LossCause {
     Lookups,
     /// An event was beyond the rate of its owner.
     Suppressed,
-    /// A failed bind was beyond the rate of its owner.
+    /// A failed bind was beyond the rate or the share of its owner, or its port may have been held by a TIME_WAIT for
+    /// which there was no room.
     Binds,
     /// The share of a self-connection's owner in the tracked connections was full.
     Untracked,

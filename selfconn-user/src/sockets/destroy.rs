@@ -89,19 +89,22 @@ fn run_in_namespace<T: Send>(
 /// # Errors
 /// If no thread can be started.
 pub fn destroy_all(entries: &[SocketEntry]) -> io::Result<Vec<Result<bool, String>>> {
-    let mut by_netns: HashMap<NetnsId, Vec<usize>> = HashMap::new();
+    let mut by_netns: HashMap<u32, Vec<usize>> = HashMap::new();
     for (index, entry) in entries.iter().enumerate() {
-        by_netns.entry(NetnsId::from(&entry.endpoint)).or_default().push(index);
+        by_netns.entry(entry.endpoint.netns).or_default().push(index);
     }
     let mut outcomes = vec![Err("its network namespace was not found again".to_owned()); entries.len()];
-    let wanted: BTreeSet<u32> = by_netns.keys().map(|netns| netns.inode).collect();
+    let wanted: BTreeSet<u32> = by_netns.keys().copied().collect();
     let visit = || {
         let search = Some(SearchLimits::COMMAND);
         netns::visit(
             VisitOptions { existing: Some(&wanted), search, ..VisitOptions::default() },
             |&Namespace { id, .. }| {
-                for index in by_netns.remove(&id).unwrap_or_default() {
+                for index in by_netns.remove(&id.inode).unwrap_or_default() {
                     let &SocketEntry { endpoint, state, cookie, .. } = &entries[index];
+                    if !id.may_be(NetnsId::from(&endpoint)) {
+                        continue;
+                    }
                     outcomes[index] = match cookie.and_then(Cookie::new) {
                         Some(cookie) => destroy_here(&endpoint, cookie, true)
                             .map_err(|error| explain_error_in(&error, state)),
@@ -224,9 +227,10 @@ fn explain_error_in(error: &io::Error, socket_state: u8) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::{fs, net::Ipv4Addr, os::unix::fs::MetadataExt as _};
 
     use super::*;
+    use crate::{detect::samples, system::netns_cookie};
 
     #[test]
     fn only_the_self_connection_at_the_endpoint_is_destroyed() {
@@ -251,6 +255,20 @@ mod tests {
             assert_eq!((is_at(&row, &v4), is_at(&row, &mapped)), (plain, v6), "{case}");
             assert!(!is_at(&row, &Endpoint { ifindex: 3, ..v4 }), "bound to a device: {case}");
         }
+    }
+
+    #[test]
+    fn a_namespace_is_found_again_also_if_the_cookie_is_unknown_on_one_side() {
+        let inode = fs::metadata("/proc/self/ns/net").unwrap().ino();
+        let in_netns = |netns_cookie| {
+            let at = Endpoint { netns: inode as u32, netns_cookie, ..samples::endpoint("127.0.0.1", 1) };
+            // No socket has this cookie.
+            SocketEntry { cookie: Some(u64::MAX - 1), ..samples::entry(at, state::ESTABLISHED) }
+        };
+        let is_known = netns_cookie::current().is_some();
+        let outcomes = destroy_all(&[0, u64::MAX >> 1].map(in_netns)).unwrap();
+        assert_eq!(outcomes[0], Ok(false), "the namespace was looked into");
+        assert_eq!(outcomes[1].is_err(), is_known, "{:?}", outcomes[1]);
     }
 
     #[test]

@@ -76,22 +76,42 @@ fn read_if(
 /// What is known now of the sockets with these inodes.
 #[derive(Debug, Default)]
 pub struct CurrentHolders {
-    /// The processes that have each of them open. A socket without a holder has no entry.
-    pub by_inode: HashMap<u64, Vec<Holder>>,
+    /// The processes that have each of them open.
+    holders: Holders,
     /// The sockets as they are now; empty without the iterator.
     pub entries: HashMap<u64, SocketEntry>,
 }
 
-/// Looks for the holders of these sockets: by a pass of the iterator, or else by a search in `/proc`.
+impl CurrentHolders {
+    /// The processes that have this socket open. `None`: unknown. None was found, and not every process could be
+    /// checked.
+    #[must_use]
+    pub fn of_socket(&self, inode: u64) -> Option<Vec<Holder>> {
+        let Holders { by_inode, complete, unseen } = &self.holders;
+        by_inode.get(&inode).cloned().or_else(|| (*complete && unseen.is_none()).then(Vec::new))
+    }
+}
+
+/// Looks for the holders of these sockets: by a pass of the iterator, or without one by a search in `/proc`. A thread
+/// that has the iterator has no capability for the search.
 #[must_use]
 pub fn find_current_holders(inodes: &HashSet<u64>, iter: Option<&DescriptorIter>) -> CurrentHolders {
     let read = |iter| read_if(iter, &mut SnapshotLimit::new(None), |inode| inodes.contains(&inode));
-    let Some(Ok(held)) = iter.map(read) else {
-        let by_inode = find_holders(inodes, HolderSearch::Complete, MAX_HOLDERS).by_inode;
-        return CurrentHolders { by_inode, ..CurrentHolders::default() };
+    let held = match iter.map(read) {
+        Some(Ok(held)) => held,
+        Some(Err(error)) => {
+            log::info!(
+                "who holds the port of a failed bind is unknown: the iterator over descriptors: {error}"
+            );
+            return CurrentHolders::default();
+        }
+        None => {
+            let holders = find_holders(inodes, HolderSearch::Complete, MAX_HOLDERS);
+            return CurrentHolders { holders, ..CurrentHolders::default() };
+        }
     };
     let entries = held.entries.into_iter().map(|entry| (entry.inode, entry));
-    CurrentHolders { by_inode: held.holders.by_inode, entries: entries.collect() }
+    CurrentHolders { holders: held.holders, entries: entries.collect() }
 }
 
 /// The sockets so far, by kernel address and cookie: an address alone may belong to another socket when the
@@ -268,6 +288,20 @@ mod tests {
             collector.add_namespace(&namespace(0xf000_0000 + inode, 6));
         }
         assert_eq!(collector.finish().namespaces, None);
+    }
+
+    #[test]
+    fn nobody_holds_a_socket_only_if_every_process_was_checked() {
+        assert_eq!(CurrentHolders::default().of_socket(5), None, "after an error");
+        let holder = Holder { pid: 7, comm: None, start_ticks: None };
+        for (complete, unseen, nobody) in
+            [(true, None, Some(vec![])), (true, Some("open files"), None), (false, None, None)]
+        {
+            let by_inode = [(5, vec![holder.clone()])].into();
+            let holders = Holders { by_inode, complete, unseen: unseen.map(str::to_owned) };
+            let now = CurrentHolders { holders, ..CurrentHolders::default() };
+            assert_eq!((now.of_socket(5), now.of_socket(6)), (Some(vec![holder.clone()]), nobody));
+        }
     }
 
     #[test]

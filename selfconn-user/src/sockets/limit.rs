@@ -1,7 +1,7 @@
 //! How many sockets of each owner a snapshot keeps, and of which owners it left some out. What is left out is counted,
 //! and proves nothing: it may exist.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use selfconn_ebpf::Owner;
 
@@ -24,25 +24,34 @@ fn owner(uid: Option<u32>) -> Owner {
 /// The sockets that a snapshot left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LeftOut {
-    /// Self-connections by user. `None`: those without a user, and all beyond [`MAX_OWNERS`].
+    /// Self-connections by user; 0 if only attempts were left out. `None`: those without a user.
     by_uid: HashMap<Option<u32>, u64>,
-    is_overfull: bool,
-    /// True if connection attempts were left out.
-    pub attempts: bool,
+    /// Self-connections of the users beyond [`MAX_OWNERS`]. `None`: there are no such users.
+    of_other_users: Option<u64>,
 }
 
 impl LeftOut {
-    fn count(&mut self, uid: Option<u32>) {
-        let is_counted_apart = self.by_uid.contains_key(&uid) || self.by_uid.len() < MAX_OWNERS;
-        self.is_overfull |= !is_counted_apart;
-        *self.by_uid.entry(uid.filter(|_| is_counted_apart)).or_default() += 1;
+    /// Counts a socket that is left out.
+    fn count(&mut self, uid: Option<u32>, is_attempt: bool) {
+        let is_counted_apart =
+            uid.is_none() || self.by_uid.contains_key(&uid) || self.by_uid.len() < MAX_OWNERS;
+        let self_connections = match is_counted_apart {
+            true => self.by_uid.entry(uid).or_default(),
+            false => self.of_other_users.get_or_insert(0),
+        };
+        *self_connections += u64::from(!is_attempt);
     }
 
-    /// True if a self-connection of this user may have been left out. `None`: the user is unknown.
+    /// True if self-connections of this user were left out.
+    fn has_counted(&self, uid: u32) -> bool {
+        self.by_uid.get(&Some(uid)).copied().or(self.of_other_users).is_some_and(|count| count > 0)
+    }
+
+    /// True if a self-connection or an attempt of this user may have been left out. `None`: the user is unknown.
     #[must_use]
     pub fn may_have(&self, uid: Option<u32>) -> bool {
         match uid {
-            Some(_) => self.is_overfull || self.by_uid.contains_key(&uid),
+            Some(_) => self.of_other_users.is_some() || self.by_uid.contains_key(&uid),
             None => !self.by_uid.is_empty(),
         }
     }
@@ -53,9 +62,11 @@ impl LeftOut {
         self.by_uid.contains_key(&None)
     }
 
-    /// Number of self-connections by user.
-    pub fn users(&self) -> impl Iterator<Item = (u32, u64)> {
-        self.by_uid.iter().filter_map(|(uid, count)| Some(((*uid)?, *count)))
+    /// Number of self-connections by user. `None`: all users beyond [`MAX_OWNERS`].
+    pub fn users(&self) -> impl Iterator<Item = (Option<u32>, u64)> {
+        let apart = self.by_uid.iter().filter(|(uid, _)| uid.is_some());
+        let others = self.of_other_users.map(|count| (None, count));
+        apart.map(|(uid, count)| (*uid, *count)).chain(others)
     }
 }
 
@@ -64,8 +75,8 @@ impl LeftOut {
 pub(super) struct SnapshotLimit {
     shares: SharedLimit,
     pub(super) left_out: LeftOut,
-    /// Users whose sockets were counted in an earlier pass, which the next one finds again.
-    counted: HashSet<u32>,
+    /// What an earlier pass left out, which the next one finds again.
+    counted: LeftOut,
 }
 
 impl SnapshotLimit {
@@ -73,49 +84,55 @@ impl SnapshotLimit {
     pub(super) fn new(max_sockets: Option<usize>) -> Self {
         // A share is a multiple of what is free.
         let max_sockets = max_sockets.unwrap_or(usize::MAX >> 4);
-        Self { shares: SharedLimit::new(max_sockets), left_out: LeftOut::default(), counted: HashSet::new() }
+        Self {
+            shares: SharedLimit::new(max_sockets),
+            left_out: LeftOut::default(),
+            counted: LeftOut::default(),
+        }
     }
 
     /// True if there is room for one more socket of this user.
     pub(super) fn take(&mut self, uid: Option<u32>, is_attempt: bool) -> bool {
         let has_room = self.shares.try_take(owner(uid), 1);
-        match (has_room, is_attempt) {
-            (true, _) => {}
-            (false, true) => self.left_out.attempts = true,
-            (false, false) if uid.is_some_and(|uid| self.counted.contains(&uid)) => {}
-            (false, false) => self.left_out.count(uid),
+        let is_counted = !is_attempt && uid.is_some_and(|uid| self.counted.has_counted(uid));
+        if !has_room && !is_counted {
+            self.left_out.count(uid, is_attempt);
         }
         has_room
     }
 
     /// The next pass finds the sockets of this one again.
     pub(super) fn begin_next_pass(&mut self) {
-        self.counted = self.left_out.users().map(|(uid, _)| uid).collect();
+        self.counted = self.left_out.clone();
     }
 }
 
 /// Where the readers of the socket tables put what they find.
 pub(super) trait RowSink {
+    /// What [`Self::restore`] goes back to.
+    type Mark;
+
     fn push(&mut self, row: DumpedSocket);
 
-    /// What [`Self::restore`] goes back to.
-    fn mark(&mut self) -> usize;
+    fn mark(&self) -> Self::Mark;
 
-    /// Takes out what was added since `mark`, the last mark.
-    fn restore(&mut self, mark: usize);
+    /// Takes out what was added since `mark`.
+    fn restore(&mut self, mark: &Self::Mark);
 }
 
 impl RowSink for Vec<DumpedSocket> {
+    type Mark = usize;
+
     fn push(&mut self, row: DumpedSocket) {
         self.push(row);
     }
 
-    fn mark(&mut self) -> usize {
+    fn mark(&self) -> usize {
         self.len()
     }
 
-    fn restore(&mut self, mark: usize) {
-        self.truncate(mark);
+    fn restore(&mut self, mark: &usize) {
+        self.truncate(*mark);
     }
 }
 
@@ -125,10 +142,12 @@ pub(super) struct LimitedRows<'a> {
     pub(super) limit: &'a mut SnapshotLimit,
     /// True if the socket with this inode is known already.
     pub(super) is_known: &'a dyn Fn(u64) -> bool,
-    pub(super) marked: LeftOut,
 }
 
 impl RowSink for LimitedRows<'_> {
+    /// The number of rows, and what was left out.
+    type Mark = (usize, LeftOut);
+
     fn push(&mut self, row: DumpedSocket) {
         let is_attempt = row.is_attempt();
         let is_wanted = is_attempt || row.is_self_connection() && !(self.is_known)(row.entry.inode);
@@ -137,16 +156,15 @@ impl RowSink for LimitedRows<'_> {
         }
     }
 
-    fn mark(&mut self) -> usize {
-        self.marked = self.limit.left_out.clone();
-        self.rows.len()
+    fn mark(&self) -> Self::Mark {
+        (self.rows.len(), self.limit.left_out.clone())
     }
 
-    fn restore(&mut self, mark: usize) {
-        for row in self.rows.drain(mark..) {
+    fn restore(&mut self, (len, left_out): &Self::Mark) {
+        for row in self.rows.drain(len..) {
             self.limit.shares.give_back(owner(row.entry.uid), 1);
         }
-        self.limit.left_out = self.marked.clone();
+        self.limit.left_out.clone_from(left_out);
     }
 }
 
@@ -191,23 +209,54 @@ mod tests {
     }
 
     #[test]
+    fn users_beyond_those_that_are_told_apart_are_counted_together() {
+        let mut limit = SnapshotLimit::new(Some(0));
+        let users = MAX_OWNERS as u32 + 7;
+        for uid in (0..users).map(Some).chain([None]) {
+            assert!(!limit.take(uid, false));
+        }
+        let counts: HashMap<_, _> = limit.left_out.users().collect();
+        assert_eq!((counts.len(), counts[&None]), (MAX_OWNERS + 1, 7));
+        assert_eq!(counts.values().sum::<u64>(), u64::from(users), "TIME_WAIT is no connection");
+        limit.begin_next_pass();
+        assert!(
+            !limit.take(Some(users - 1), false) && limit.left_out.of_other_users == Some(7),
+            "counted once"
+        );
+    }
+
+    #[test]
+    fn attempts_that_are_left_out_concern_only_their_user() {
+        let mut limit = SnapshotLimit::new(Some(0));
+        assert!(!limit.take(Some(1), true));
+        let LeftOut { by_uid, .. } = &limit.left_out;
+        assert_eq!((by_uid[&Some(1)], by_uid.len()), (0, 1));
+        assert!(limit.left_out.may_have(Some(1)) && !limit.left_out.may_have(Some(2)));
+        limit.begin_next_pass();
+        assert!(!limit.take(Some(1), false) && limit.left_out.by_uid[&Some(1)] == 1);
+    }
+
+    #[test]
     fn a_second_try_counts_nothing_twice_and_known_sockets_take_no_room() {
         let (mut rows, mut limit) = (Vec::new(), SnapshotLimit::new(Some(4)));
         let is_known = |inode| inode == 9;
-        let mut limited = LimitedRows {
-            rows: &mut rows,
-            limit: &mut limit,
-            is_known: &is_known,
-            marked: LeftOut::default(),
-        };
-        let mark = limited.mark();
-        for _ in 0..2 {
-            limited.restore(mark);
+        let mut limited = LimitedRows { rows: &mut rows, limit: &mut limit, is_known: &is_known };
+        let push_ten = |limited: &mut LimitedRows<'_>| {
             for _ in 0..5 {
                 limited.push(of_user(Some(1), 8));
                 limited.push(of_user(Some(1), 9));
             }
+        };
+        // sock_diag fails in the second of its dumps, of which each is tried twice, and then procfs is read.
+        let all = limited.mark();
+        for _ in 0..2 {
+            let dump = limited.mark();
+            push_ten(&mut limited);
+            limited.restore(&dump);
+            push_ten(&mut limited);
         }
+        limited.restore(&all);
+        push_ten(&mut limited);
         assert_eq!((rows.len(), limit.left_out.by_uid[&Some(1)]), (3, 2));
     }
 }

@@ -1,6 +1,7 @@
 //! Finds the network namespaces of this host and enters each one once with the calling thread.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fs, io,
     os::{
@@ -50,6 +51,13 @@ pub struct NetnsId {
     pub inode: u32,
     /// Unique until the next boot. 0: unknown.
     pub cookie: u64,
+}
+
+impl NetnsId {
+    /// False if it is certainly another namespace.
+    pub(super) fn may_be(self, other: Self) -> bool {
+        self.inode == other.inode && (self.cookie == other.cookie || self.cookie == 0 || other.cookie == 0)
+    }
 }
 
 impl From<&Endpoint> for NetnsId {
@@ -181,8 +189,8 @@ enum NamespaceSource {
 
 #[derive(Default)]
 struct NamespaceVisit {
-    /// Device and inode of the namespaces that were visited or permanently refused.
-    known: HashSet<(u64, u64)>,
+    /// The namespaces that were visited or permanently refused: device by inode. All are on one device, nsfs.
+    known: HashMap<u64, u64>,
     /// Visit only the namespace with this inode.
     only: Option<u32>,
     /// The inodes of namespaces that exist, and that nothing leads to.
@@ -221,42 +229,45 @@ impl NamespaceVisit {
 
     /// Searches for the namespaces that are not visited yet, and notes those that it did not find.
     fn search(&mut self, options: VisitOptions<'_>, each: &mut impl FnMut(&Namespace) -> io::Result<()>) {
-        let visited: HashSet<u64> = self.known.iter().map(|(_, inode)| *inode).collect();
-        let is_selected = |inode: u32| options.only.is_none_or(|only| only == inode);
-        let mut missing: Option<BTreeSet<u32>> = options.existing.map(|existing| {
-            let all = existing.iter().copied().filter(|inode| is_selected(*inode));
-            all.filter(|inode| !visited.contains(&u64::from(*inode))).collect()
-        });
-        let to_find: Option<HashSet<u64>> = missing.as_ref().map(|missing| {
-            let is_new = |inode: &&u32| !options.unfound.is_some_and(|unfound| unfound.contains(*inode));
-            missing.iter().filter(is_new).map(|inode| u64::from(*inode)).collect()
-        });
-        let is_done = to_find.as_ref().is_some_and(HashSet::is_empty)
-            || options.only.is_some_and(|only| visited.contains(&u64::from(only)));
+        let visited: HashSet<u64> = self.known.keys().copied().collect();
+        let is_selected = |inode: &u32| options.only.is_none_or(|only| only == *inode);
+        let is_missing = |inode: &u32| is_selected(inode) && !visited.contains(&u64::from(*inode));
+        let missing: Option<BTreeSet<u32>> =
+            options.existing.map(|existing| existing.iter().copied().filter(is_missing).collect());
+        let is_new = |inode: &u32| !options.unfound.is_some_and(|unfound| unfound.contains(inode));
+        let to_find: Option<HashSet<u64>> = match &missing {
+            Some(missing) => Some(missing.iter().copied().filter(is_new).map(u64::from).collect()),
+            None => options.only.map(|only| [only].into_iter().filter(is_missing).map(u64::from).collect()),
+        };
         if let Some(limits) = options.search
-            && !is_done
+            && to_find.as_ref().is_none_or(|to_find| !to_find.is_empty())
         {
-            let is_wanted = |inode: u64| match &to_find {
+            // Anybody can have many descriptors of many namespaces, so each of them costs one look into a set.
+            let to_find = RefCell::new(to_find);
+            let is_wanted = |inode: u64| match &*to_find.borrow() {
                 Some(to_find) => to_find.contains(&inode),
-                None => options.only.map_or(!visited.contains(&inode), |only| u64::from(only) == inode),
+                None => !visited.contains(&inode),
             };
             let descriptors = options.descriptors.and_then(|list| list());
-            let is_complete = search(limits, descriptors.as_ref(), is_wanted, |Lead { path, shown }| {
-                // A namespace that has ended, or that may not be entered, is noted or needs no note.
-                if let Err(error) = self.try_visit(path, shown, NamespaceSource::Search, each)
-                    && !is_gone(&error)
-                {
-                    self.add_refusal(error.to_string(), Some(shown.display().to_string()));
-                }
-                let is_visited = |inode: &u64| self.known.iter().any(|(_, known)| known == inode);
-                to_find.as_ref().is_some_and(|to_find| to_find.iter().all(is_visited))
-            });
+            let is_complete =
+                search(limits, descriptors.as_ref(), is_wanted, |Lead { inode, path, shown }| {
+                    // A namespace that has ended, or that may not be entered, is noted or needs no note.
+                    if let Err(error) = self.try_visit(path, shown, NamespaceSource::Search, each)
+                        && !is_gone(&error)
+                    {
+                        self.add_refusal(error.to_string(), Some(shown.display().to_string()));
+                    }
+                    let mut to_find = to_find.borrow_mut();
+                    let Some(to_find) = &mut *to_find else { return false };
+                    if self.known.contains_key(inode) {
+                        to_find.remove(inode);
+                    }
+                    to_find.is_empty()
+                });
             self.is_incomplete = !is_complete;
         }
-        if let Some(missing) = &mut missing {
-            missing.retain(|inode| !self.known.iter().any(|(_, known)| *known == u64::from(*inode)));
-            self.unfound = std::mem::take(missing);
-        }
+        let is_unknown = |inode: &u32| !self.known.contains_key(&u64::from(*inode));
+        self.unfound = missing.unwrap_or_default().into_iter().filter(is_unknown).collect();
     }
 
     /// Returns false if the file is not a network namespace.
@@ -269,7 +280,7 @@ impl NamespaceVisit {
     ) -> io::Result<bool> {
         let named = fs::metadata(path)?;
         let is_other = self.only.is_some_and(|only| u64::from(only) != named.ino());
-        if is_other || self.known.contains(&(named.dev(), named.ino())) {
+        if is_other || self.known.get(&named.ino()) == Some(&named.dev()) {
             return Ok(true);
         }
         let opened = open(path).inspect_err(|error| {
@@ -278,7 +289,7 @@ impl NamespaceVisit {
             }
         })?;
         let Some((file, opened)) = opened else { return Ok(false) };
-        if !self.known.insert((opened.dev(), opened.ino())) {
+        if self.known.insert(opened.ino(), opened.dev()).is_some() {
             return Ok(true);
         }
         let is_current = source == NamespaceSource::Current

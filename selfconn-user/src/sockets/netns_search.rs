@@ -39,6 +39,8 @@ pub(super) type NamespaceDescriptors = HashMap<u32, (u32, u32)>;
 
 /// A file that is a network namespace.
 pub(super) struct Lead {
+    /// The inode of the namespace.
+    pub(super) inode: u64,
     /// The path by which it is opened: it can't be another file than it was.
     pub(super) path: PathBuf,
     /// The path to show.
@@ -53,14 +55,18 @@ pub(super) fn search(
     is_wanted: impl Fn(u64) -> bool,
     mut each: impl FnMut(&Lead) -> bool,
 ) -> bool {
+    let wanted_at = |path: &Path| {
+        let inode = fs::metadata(path).ok().map(|namespace| namespace.ino());
+        inode.filter(|inode| is_wanted(*inode))
+    };
     let processes: Vec<PathBuf> = numbered(Path::new("/proc")).collect();
     for process in &processes {
         for thread in numbered(&process.join("task")) {
             let path = thread.join("ns/net");
             let is_other = thread.file_name() != process.file_name();
             if is_other
-                && fs::metadata(&path).is_ok_and(|namespace| is_wanted(namespace.ino()))
-                && each(&Lead { shown: path.clone(), path })
+                && let Some(inode) = wanted_at(&path)
+                && each(&Lead { inode, shown: path.clone(), path })
             {
                 return true;
             }
@@ -93,8 +99,8 @@ pub(super) fn search(
             }
             for mount in mount_points(&fs::read(process.join("mountinfo")).unwrap_or_default()) {
                 let path = process.join("root").join(mount.strip_prefix("/").unwrap_or(&mount));
-                if fs::metadata(&path).is_ok_and(|namespace| is_wanted(namespace.ino()))
-                    && each(&Lead { shown: path.clone(), path })
+                if let Some(inode) = wanted_at(&path)
+                    && each(&Lead { inode, shown: path.clone(), path })
                 {
                     return true;
                 }
@@ -137,14 +143,11 @@ fn follow(
     is_wanted: &impl Fn(u64) -> bool,
     each: &mut impl FnMut(&Lead) -> bool,
 ) -> bool {
-    let inode = fs::read_link(&descriptor).ok().and_then(|target| namespace_inode(&target));
-    if !inode.is_some_and(is_wanted) {
-        return false;
-    }
+    let inode_of = |link: &Path| fs::read_link(link).ok().and_then(|target| namespace_inode(&target));
+    let Some(inode) = inode_of(&descriptor).filter(|inode| is_wanted(*inode)) else { return false };
     let Ok(file) = open(&descriptor, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) else { return false };
     let path = PathBuf::from(format!("/proc/thread-self/fd/{}", file.as_raw_fd()));
-    let is_same = fs::read_link(&path).ok().and_then(|target| namespace_inode(&target)) == inode;
-    is_same && each(&Lead { path, shown: descriptor })
+    inode_of(&path) == Some(inode) && each(&Lead { inode, path, shown: descriptor })
 }
 
 /// The entries of a directory whose names are numbers.

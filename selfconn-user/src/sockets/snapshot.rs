@@ -21,7 +21,7 @@ use super::{
     held::{self, HeldSockets},
     holders::{HolderSearch, Holders, find_holders},
     limit::{LeftOut, SnapshotLimit},
-    netns::{self, Namespace, VisitOptions},
+    netns::{self, Namespace, NetnsId, VisitOptions},
     netns_search::SearchLimits,
     netns_selection::NamespaceSelection,
     table::Tables,
@@ -92,7 +92,13 @@ impl SocketSnapshot {
     /// True if the snapshot includes the network namespace of this endpoint.
     #[must_use]
     pub fn covers(&self, endpoint: &Endpoint) -> bool {
-        self.namespaces.get(&endpoint.netns).is_some_and(|cookie| is_same(*cookie, endpoint))
+        self.visited(endpoint).is_some_and(|id| id.may_be(NetnsId::from(endpoint)))
+    }
+
+    /// The namespace with the inode of this endpoint, if its table was read.
+    fn visited(&self, endpoint: &Endpoint) -> Option<NetnsId> {
+        let (&inode, &cookie) = self.namespaces.get_key_value(&endpoint.netns)?;
+        Some(NetnsId { inode, cookie })
     }
 
     /// True if the network namespace of this endpoint has ended, because it is not in the kernel's list, or because
@@ -101,7 +107,7 @@ impl SocketSnapshot {
     #[must_use]
     pub fn proves_end_of_netns(&self, endpoint: &Endpoint) -> bool {
         self.existing.as_ref().is_some_and(|existing| existing.prove_end_of_netns(endpoint))
-            || self.namespaces.get(&endpoint.netns).is_some_and(|cookie| !is_same(*cookie, endpoint))
+            || self.visited(endpoint).is_some_and(|id| !id.may_be(NetnsId::from(endpoint)))
     }
 
     /// True if this endpoint is in a namespace that was asked for.
@@ -167,28 +173,21 @@ impl SocketSnapshot {
 
     /// Kernel addresses in the connect table whose sockets no longer exist, and the times of their connects:
     /// the entry is older than the snapshot, its namespace was read, and the snapshot lists neither a
-    /// self-connection nor a connection attempt for it.
+    /// self-connection nor a connection attempt for it, and left out nothing of the user.
     #[must_use]
     pub fn stale_connects(&self, connects: &[(u64, ConnectEntry)]) -> Vec<(u64, u64)> {
         let sockets = self.entries.iter().map(|entry| &entry.endpoint).chain(&self.attempts);
         let existing: HashSet<Endpoint> = sockets.map(Endpoint::table_key).collect();
-        let is_complete = self.left_out == LeftOut::default();
         let is_stale = |connect: &ConnectEntry| {
             connect.opener.at_ns < self.began_ns
                 && (self.proves_end_of_netns(&connect.endpoint)
-                    || is_complete
-                        && self.covers(&connect.endpoint)
+                    || self.covers(&connect.endpoint)
+                        && !self.left_out.may_have(Some(connect.opener.uid))
                         && !existing.contains(&connect.endpoint.table_key()))
         };
         let stale = connects.iter().filter(|(_, connect)| is_stale(connect));
         stale.map(|(sock, connect)| (*sock, connect.opener.at_ns)).collect()
     }
-}
-
-/// True if the namespace with this cookie is that of an endpoint with the same inode.
-fn is_same(cookie: u64, endpoint: &Endpoint) -> bool {
-    let known = endpoint.table_key().netns_cookie;
-    cookie == 0 || known == 0 || cookie == known
 }
 
 /// Reads the socket tables of all network namespaces that can be found and entered. It runs on a separate
@@ -244,6 +243,15 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
     Ok(snapshot)
 }
 
+/// The endpoints of these sockets, by the inode of their namespace.
+fn by_netns(entries: &[SocketEntry]) -> HashMap<u32, Vec<Endpoint>> {
+    let mut by_netns: HashMap<u32, Vec<Endpoint>> = HashMap::new();
+    for SocketEntry { endpoint, .. } in entries {
+        by_netns.entry(endpoint.netns).or_default().push(*endpoint);
+    }
+    by_netns
+}
+
 /// Must be called on a thread that ends afterwards, because the thread stays in the last namespace.
 fn snapshot_all(
     options: SnapshotOptions<'_>,
@@ -263,6 +271,7 @@ fn snapshot_all(
         }
         held.borrow().as_ref().and_then(|held| held.namespaces.clone())
     };
+    let mut held_by_netns: Option<HashMap<u32, Vec<Endpoint>>> = None;
     let (mut snapshot, mut devices) = (SocketSnapshot::default(), DeviceNames::default());
     let mut tables = Tables::new(options.procfs_only);
     let search = if options.unfound.is_some() { SearchLimits::DAEMON } else { SearchLimits::COMMAND };
@@ -279,6 +288,7 @@ fn snapshot_all(
     let visited = netns::visit_selected(options.selection, visit, |&Namespace { id, .. }| {
         tables.read(options.attempts, limit, &is_held)?;
         let mut cookies = HashSet::new();
+        let listed_before = snapshot.entries.len();
         for row in tables.rows.drain(..) {
             if row.is_attempt() && options.attempts {
                 snapshot.attempts.push(in_netns(row.destination, id));
@@ -288,10 +298,12 @@ fn snapshot_all(
                 snapshot.entries.push(row.into_entry(id));
             }
         }
+        let listed = snapshot.entries[listed_before..].iter().map(|entry| &entry.endpoint);
         let held = held.borrow();
-        let held = held.iter().flat_map(|held| &held.entries);
-        let here = snapshot.entries.iter().chain(held).map(|entry| &entry.endpoint);
-        devices.look_up(here.filter(|endpoint| endpoint.netns == id.inode));
+        let held_here = held
+            .as_ref()
+            .and_then(|held| held_by_netns.get_or_insert_with(|| by_netns(&held.entries)).remove(&id.inode));
+        devices.look_up(listed.chain(held_here.iter().flatten()));
         Ok(())
     })?;
     snapshot.namespaces = visited.namespaces;
@@ -330,6 +342,12 @@ mod tests {
         snapshot.add_connect_entries(&connects, true);
         assert_eq!(snapshot.entries[0].connect_entry.as_ref().map(|entry| entry.0), Some(7));
         assert_eq!(snapshot.stale_connects(&connects), [(8, 5)], "9 is in a namespace that was not read");
+        for (uid, stale) in [(Opener::UNKNOWN.uid, vec![]), (1_000, vec![(8, 5)])] {
+            let mut limit = SnapshotLimit::new(Some(0));
+            assert!(!limit.take(Some(uid), true));
+            snapshot.left_out = limit.left_out;
+            assert_eq!(snapshot.stale_connects(&connects), stale, "an attempt of {uid} was left out");
+        }
         snapshot.attempts.push(other);
         assert_eq!(snapshot.stale_connects(&connects), [], "8 is still connecting");
         // Without BTF.

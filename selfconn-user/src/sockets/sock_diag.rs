@@ -108,11 +108,12 @@ impl DiagReader {
     /// among them.
     pub(super) fn read_port(&mut self, port: u16, rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
         // Listeners first: for them the kernel does not walk the table of connections.
-        self.read_listeners(rows)?;
-        rows.retain(|row| row.entry.endpoint.port == port);
-        if rows.is_empty() {
-            let states = !StateFlags::LISTEN.bits() & PORT_STATES;
+        let listening = StateFlags::LISTEN.bits();
+        for states in [listening, PORT_STATES & !listening] {
             self.dump_with_retry(DumpRequest { states, filter: DumpFilter::LocalPort(port) }, rows)?;
+            if !rows.is_empty() {
+                break;
+            }
         }
         Ok(())
     }
@@ -120,7 +121,7 @@ impl DiagReader {
     fn dump_with_retry(&mut self, request: DumpRequest, rows: &mut impl RowSink) -> io::Result<()> {
         let mark = rows.mark();
         for _ in 0..MAX_DUMP_TRIES {
-            rows.restore(mark);
+            rows.restore(&mark);
             match self.dump(request, rows) {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}

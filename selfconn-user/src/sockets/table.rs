@@ -4,7 +4,7 @@ use std::io;
 
 use super::{
     entry::DumpedSocket,
-    limit::{LeftOut, LimitedRows, RowSink, SnapshotLimit},
+    limit::{LimitedRows, RowSink, SnapshotLimit},
     procfs, sock_diag,
 };
 
@@ -33,7 +33,7 @@ impl Tables {
     ) -> io::Result<()> {
         let Self { diag, without_diag, rows } = self;
         rows.clear();
-        let mut rows = LimitedRows { rows, limit, is_known, marked: LeftOut::default() };
+        let mut rows = LimitedRows { rows, limit, is_known };
         fill(diag, without_diag, &mut rows, |diag, rows| diag.read(attempts, rows), procfs::read)
     }
 
@@ -72,7 +72,7 @@ fn fill<R: RowSink>(
                 *without_diag = Some(error.to_string());
             }
         }
-        rows.restore(mark);
+        rows.restore(&mark);
     }
     by_procfs(rows)
 }

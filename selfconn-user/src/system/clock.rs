@@ -59,6 +59,7 @@ pub struct SuspendWatch {
     last_ns: u64,
     /// How long the host had been suspended by then, since it booted.
     suspended_ns: u64,
+    last: Option<Suspension>,
 }
 
 /// The host was suspended between two checks.
@@ -77,7 +78,7 @@ impl SuspendWatch {
     #[must_use]
     pub fn start() -> Self {
         let (last_ns, suspended_ns) = boot_and_suspended_ns();
-        Self { last_ns, suspended_ns }
+        Self { last_ns, suspended_ns, last: None }
     }
 
     /// The suspension since the last check, if there was one.
@@ -89,17 +90,25 @@ impl SuspendWatch {
     fn update(&mut self, boot_ns: u64, suspended_ns: u64) -> Option<Suspension> {
         let duration_ns = suspended_ns.saturating_sub(self.suspended_ns);
         let after_ns = std::mem::replace(&mut self.last_ns, boot_ns);
-        (duration_ns >= MIN_SUSPENSION_NS).then(|| {
-            self.suspended_ns = suspended_ns;
-            Suspension { after_ns, before_ns: boot_ns, duration_ns }
-        })
+        if duration_ns < MIN_SUSPENSION_NS {
+            return None;
+        }
+        self.suspended_ns = suspended_ns;
+        self.last = Some(Suspension { after_ns, before_ns: boot_ns, duration_ns });
+        self.last
+    }
+
+    /// False if the host was certainly not suspended since then.
+    #[must_use]
+    pub fn may_have_slept_since(&self, at_ns: u64) -> bool {
+        self.last.is_some_and(|last| last.may_follow(at_ns))
     }
 }
 
 impl Suspension {
     /// False if what happened then was certainly after it. What was before it is older now than it was long.
     #[must_use]
-    pub fn may_follow(&self, at_ns: u64) -> bool {
+    fn may_follow(&self, at_ns: u64) -> bool {
         self.before_ns.saturating_sub(at_ns) > self.duration_ns
     }
 }
@@ -128,7 +137,7 @@ mod tests {
     #[test]
     fn a_suspension_is_noticed_once_and_short_ones_are_added_up() {
         const SECOND_NS: u64 = 1_000_000_000;
-        let mut watch = SuspendWatch { last_ns: 5 * SECOND_NS, suspended_ns: SECOND_NS };
+        let mut watch = SuspendWatch { last_ns: 5 * SECOND_NS, suspended_ns: SECOND_NS, last: None };
         assert_eq!(watch.update(6 * SECOND_NS, SECOND_NS + 60_000_000), None);
         assert_eq!(watch.update(7 * SECOND_NS, SECOND_NS - 60_000_000), None, "read late");
         let suspension = watch.update(100 * SECOND_NS, 91 * SECOND_NS).unwrap();
@@ -139,6 +148,9 @@ mod tests {
             assert_eq!(suspension.may_follow(at_s * SECOND_NS), may_follow, "{at_s}");
         }
         assert_eq!(watch.update(101 * SECOND_NS, 91 * SECOND_NS), None);
+        // A record of before it may be drained later.
+        let may_have_slept = [9, 10, 100, 101].map(|at_s| watch.may_have_slept_since(at_s * SECOND_NS));
+        assert_eq!(may_have_slept, [true, false, false, false]);
         assert_eq!(SuspendWatch::start().check(), None, "not while this test runs");
     }
 

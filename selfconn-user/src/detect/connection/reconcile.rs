@@ -34,9 +34,9 @@ impl Connections {
         self.closed_during_snapshot = Some(ClosedSockets::default());
     }
 
-    /// The numbers of self-connections that the snapshot has left out, by user. Must be called before
-    /// [`Self::reconcile`], for which `is_covered` must be false where one may have been left out.
-    pub fn set_left_out(&mut self, left_out: impl Iterator<Item = (u32, u64)>) {
+    /// The numbers of self-connections that the snapshot has left out, by user (`None`: all others). Must be called
+    /// before [`Self::reconcile`], for which `is_covered` must be false where one may have been left out.
+    pub fn set_left_out(&mut self, left_out: impl Iterator<Item = (Option<u32>, u64)>) {
         self.left_out = left_out.collect();
     }
 
@@ -121,12 +121,14 @@ impl Connections {
         }
         // Some of those that the snapshot left out are tracked.
         let is_unseen = |(key, tracked): &(u64, &Tracked)| tracked.closed_ns.is_none() && !seen.contains(key);
-        let mut unseen: HashMap<u32, u64> = HashMap::new();
+        let mut unseen: HashMap<Option<u32>, u64> = HashMap::new();
         for (_, tracked) in self.tracked.iter().filter(is_unseen).filter(|_| !left_out.is_empty()) {
-            *unseen.entry(tracked.connection.uid.unwrap_or_default()).or_default() += 1;
+            let uid = Some(tracked.connection.uid.unwrap_or_default());
+            *unseen.entry(uid.filter(|_| left_out.contains_key(&uid))).or_default() += 1;
         }
         let left_out = left_out.into_iter().map(|(uid, count)| {
-            (Owner::new(uid, 0), count.saturating_sub(unseen.get(&uid).copied().unwrap_or_default()))
+            let tracked = unseen.get(&uid).copied().unwrap_or_default();
+            (uid.map_or(Owner::UNKNOWN, |uid| Owner::new(uid, 0)), count.saturating_sub(tracked))
         });
         let found = untracked.into_iter().map(|owner| (owner, 1)).chain(left_out);
         self.tracked.on_listed_untracked(found);

@@ -8,14 +8,11 @@ use selfconn_ebpf::{Opener, Owner, Transition, state};
 use super::Tracked;
 use crate::{
     budget::{
-        SharedLimit,
+        OwnerLosses, SharedLimit,
         memory::{self, MAX_CONNECTIONS},
     },
     sockets::SocketEntry,
 };
-
-/// Maximum number of owners whose untracked connections are counted apart.
-const MAX_OWNERS: usize = 64;
 
 /// Number of untracked transitions that are remembered, because a second probe may report them a moment later.
 const MAX_RECENT: usize = 64;
@@ -28,8 +25,8 @@ const _: () = assert!(size_of::<Tracked>() * 3 / 2 + 400 <= memory::CONNECTION_B
 pub(super) struct TrackedTable {
     by_sock: HashMap<u64, Tracked>,
     shares: SharedLimit,
-    untracked: u64,
-    unreported: HashMap<Owner, u64>,
+    /// The connections that were not tracked.
+    pub(super) untracked: OwnerLosses,
     /// Kernel address, states and probe of the last untracked transitions.
     recent: VecDeque<(u64, (u8, u8), u8)>,
     /// Untracked connections that may still be open.
@@ -41,8 +38,7 @@ impl Default for TrackedTable {
         Self {
             by_sock: HashMap::new(),
             shares: SharedLimit::new(MAX_CONNECTIONS),
-            untracked: 0,
-            unreported: HashMap::new(),
+            untracked: OwnerLosses::default(),
             recent: VecDeque::new(),
             maybe_open: 0,
         }
@@ -114,7 +110,7 @@ impl TrackedTable {
         }
         self.recent.push_back((t.sock, (t.old, t.new), t.probe_id));
         self.maybe_open += 1;
-        self.count(owner, 1);
+        self.untracked.count(owner, 1);
     }
 
     /// How many connections of each owner a snapshot has found that are not tracked. Those that may have been counted
@@ -126,29 +122,10 @@ impl TrackedTable {
             let new = count.saturating_sub(known);
             known = known.saturating_sub(count);
             if new > 0 {
-                self.count(owner, new);
+                self.untracked.count(owner, new);
             }
         }
         self.maybe_open = total;
-    }
-
-    fn count(&mut self, owner: Owner, count: u64) {
-        self.untracked += count;
-        let is_counted_apart = self.unreported.contains_key(&owner) || self.unreported.len() < MAX_OWNERS;
-        let owner = if is_counted_apart { owner } else { Owner::UNKNOWN };
-        *self.unreported.entry(owner).or_default() += count;
-    }
-
-    /// Number of connections that were not tracked.
-    pub(super) fn untracked(&self) -> u64 {
-        self.untracked
-    }
-
-    /// The connections since the last call that were not tracked, by owner.
-    pub(super) fn take_unreported(&mut self) -> Vec<(Owner, u64)> {
-        let mut unreported: Vec<_> = std::mem::take(&mut self.unreported).into_iter().collect();
-        unreported.sort_unstable();
-        unreported
     }
 }
 

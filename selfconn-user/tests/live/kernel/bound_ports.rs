@@ -10,6 +10,7 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
+    accounting::number,
     client::socket,
     daemon::{HookVariant, TestDaemon, is_event},
     netns::TestNetns,
@@ -94,6 +95,33 @@ fn clients_of_localhost_are_no_risk_beside_a_server_of_the_other_family_until_it
         assert_eq!(at_risk["may_be_bound"], !shows_idle_sockets(), "{at_risk}");
         daemon.stop();
     }
+}
+
+#[test]
+fn listeners_that_open_and_close_in_a_loop_make_few_reports_and_few_looks() {
+    let net = enter_wide_range_netns();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["-vv"]);
+    let elsewhere = SocketAddr::from(([127, 0, 0, 9], 40_950));
+    let server = TcpListener::bind(elsewhere).unwrap();
+    connect_refused(at(40_950), 20);
+    flush(&mut daemon, net);
+    drop(server);
+    let (began, before) = (Instant::now(), daemon_looks(&daemon));
+    let mut closes = 0;
+    while began.elapsed() < Duration::from_secs(2) || closes < 300 {
+        // The kernel may still be closing the one before.
+        closes += usize::from(TcpListener::bind(elsewhere).is_ok());
+    }
+    // The report of the marker comes after these looks.
+    connect_refused(at(MARKER), 180);
+    daemon.expect(2, is_at_risk(MARKER, net));
+    let (took, looks) = (began.elapsed(), daemon_looks(&daemon) - before);
+    let (events, _) = daemon.stop();
+    let records = number(events.last().unwrap(), "/matched") as usize;
+    println!("FACT listener_loop closes={closes} looks={looks} records={records} seconds={}", took.as_secs());
+    let at_most = 50 * (took.as_secs() as usize + 1) + 10;
+    assert!(looks <= at_most, "{looks} in {took:?}");
+    assert!(records <= 2 * at_most + 100, "{records} records of {closes} closes in {took:?}");
 }
 
 /// Number of times that the daemon looked at ports. Needs `-vv`.
