@@ -51,6 +51,13 @@ fn netns_with_shared_addresses() -> Option<(TestNetns, [u32; 2])> {
 
 /// A self-connection through one device. It ends by a reset, so its port is free at once.
 fn connect_on(device: Option<&str>, address: SocketAddr) -> Socket {
+    let client = connect_unchecked(device, address);
+    assert_eq!(client.local_addr().unwrap(), client.peer_addr().unwrap());
+    client
+}
+
+/// The same, where the remedy may destroy it at once.
+fn connect_unchecked(device: Option<&str>, address: SocketAddr) -> Socket {
     let client = socket(address.ip());
     client.set_reuse_address(true).unwrap();
     if let Some(device) = device {
@@ -58,7 +65,6 @@ fn connect_on(device: Option<&str>, address: SocketAddr) -> Socket {
     }
     client.bind(&address.into()).unwrap();
     client.connect(&address.into()).unwrap();
-    assert_eq!(client.local_addr().unwrap(), client.peer_addr().unwrap());
     client.set_linger(Some(Duration::ZERO)).unwrap();
     client
 }
@@ -152,7 +158,7 @@ fn the_remedy_destroys_the_socket_that_its_rules_select_and_not_its_twin() {
         let excepted = format!("ifindex={}", indices[0]);
         let options = ["--remedy", "destroy", "--remedy-only", &only, "--remedy-except", &excepted];
         let mut daemon = TestDaemon::start(&HookVariant(vec![]), &options);
-        let [protected, selected] = [0, 1].map(|at| connect_on(Some(DEVICES[at]), on_device[at]));
+        let [protected, selected] = [0, 1].map(|at| connect_unchecked(Some(DEVICES[at]), on_device[at]));
         let remedied = daemon.expect(2, is_event("remedied", net.inode));
         assert_eq!(
             remedied

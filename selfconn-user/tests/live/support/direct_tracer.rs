@@ -1,5 +1,7 @@
 //! The programs without a daemon, so that a test can look into their maps.
 
+use std::{sync::Once, thread};
+
 use selfconn::bpf::{
     attach::RequestedHooks,
     bind_method::RequestedBindMethod,
@@ -17,8 +19,8 @@ pub(crate) fn with_tracer(work: impl FnOnce(&mut Tracer)) {
 
 /// As [`with_tracer`], with these hooks and methods only.
 pub(crate) fn with_tracer_on(hooks: RequestedHooks, work: impl FnOnce(&mut Tracer)) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
+    make_signal_sockets();
+    runtime().block_on(async {
         let options = TracerOptions {
             hooks,
             bind_method: RequestedBindMethod::Off,
@@ -26,6 +28,21 @@ pub(crate) fn with_tracer_on(hooks: RequestedHooks, work: impl FnOnce(&mut Trace
         };
         work(&mut Tracer::start(&KernelFeatures::probe(false).unwrap(), options).unwrap());
     });
+}
+
+/// The first runtime of a process makes a pair of sockets for signals, which stays until the process ends, and with it the
+/// network namespace of its thread. So this is that of the test process, and not that of the first test.
+fn make_signal_sockets() {
+    static ONCE: Once = Once::new();
+    let make = || {
+        TestNetns::enter_of_process(std::process::id());
+        drop(runtime());
+    };
+    ONCE.call_once(|| thread::spawn(make).join().unwrap());
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
 /// Number of entries of a namespace in the connect table.
