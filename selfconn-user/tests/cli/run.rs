@@ -117,3 +117,21 @@ fn a_time_has_an_upper_bound_and_the_error_names_it() {
         }
     }
 }
+
+/// The arguments of the manifests, followed by --help, which ends the run before it begins.
+#[test]
+fn the_arguments_of_the_kubernetes_manifests_are_understood() {
+    let manifests = [
+        include_str!("../../../packaging/kubernetes/daemonset.yaml"),
+        include_str!("../../../packaging/kubernetes/guard.yaml"),
+    ];
+    for manifest in manifests {
+        let line = manifest.lines().find_map(|line| line.trim().strip_prefix("args: ")).unwrap();
+        let args: Vec<String> = serde_json::from_str(line).unwrap();
+        let output = selfconn().args(&args).arg("--help").output().unwrap();
+        assert!(output.status.success(), "{args:?}: {output:?}");
+        let wrong = args.iter().map(|arg| if arg == "--metrics" { "--metric" } else { arg });
+        let output = selfconn().args(wrong).arg("--help").output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+    }
+}
