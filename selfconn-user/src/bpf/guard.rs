@@ -119,6 +119,45 @@ pub struct FilterOwner {
     pid_ns: u64,
 }
 
+/// A guard that some daemon has attached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FoundGuard {
+    pub device: String,
+    /// `None`: a link, which ends with its daemon.
+    pub filter: Option<FoundFilter>,
+}
+
+/// The filter of a guard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FoundFilter {
+    /// The daemon, in its pid namespace.
+    pub pid: u32,
+    pub priority: u16,
+    /// True if the daemon is known to have ended.
+    pub is_left_over: bool,
+}
+
+/// Lists the guards in the network namespace of the calling thread. Links need a privilege to be seen.
+///
+/// # Errors
+/// If the kernel refuses to list devices or filters.
+pub fn find() -> io::Result<Vec<FoundGuard>> {
+    let mut found = Vec::new();
+    for device in rtnetlink::loop_devices()? {
+        if let Ok((_, programs)) = SchedClassifier::query_tcx(&device.name, TcAttachType::Egress) {
+            let links = programs.iter().filter(|info| is_guard(info));
+            found.extend(links.map(|_| FoundGuard { device: device.name.clone(), filter: None }));
+        }
+        for filter in rtnetlink::filters(device.index)? {
+            let Some(owner) = FilterOwner::parse(&filter.name) else { continue };
+            let priority = filter.priority();
+            let filter = FoundFilter { pid: owner.pid, priority, is_left_over: owner.is_gone() };
+            found.push(FoundGuard { device: device.name.clone(), filter: Some(filter) });
+        }
+    }
+    Ok(found)
+}
+
 const FILTER_PREFIX: &str = "selfconn_guard:";
 
 /// Priority of the filter. The lowest number runs first.

@@ -17,6 +17,7 @@ use crate::{
         bind_method::BindMethod,
         bind_programs, descriptors,
         features::KernelFeatures,
+        guard::{self, FoundFilter, FoundGuard},
         namespaces, programs,
         tracefs::Tracefs,
     },
@@ -226,6 +227,7 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
     let lockdown = features.lockdown.as_deref().unwrap_or("unknown (securityfs is not mounted)");
     let missing = capabilities::names(features.missing_capabilities()).join(", ");
     let remedy = sockets::can_destroy().and_then(|()| sockets::can_enter());
+    let (guard, guard_hint) = guard_finding(guard::find().map_err(|error| error.to_string()));
     let architectures: Vec<_> = names::KPROBES.iter().map(|(arch, ..)| *arch).collect();
     let object = format!("{}, kprobes for {}", env!("SELFCONN_OBJECT"), architectures.join(" and "));
     let object = match names::kprobe(ARCH, true) {
@@ -261,6 +263,7 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
             remedy.map(|()| "sockets can be destroyed".to_owned()),
             Some("only --remedy and scan --destroy need it"),
         ),
+        check("guard", guard, guard_hint.as_deref()),
         check(
             "pid_namespace",
             either(
@@ -271,6 +274,35 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
             Some("run on the host, or with the host's pid namespace (hostPID, --pid=host)"),
         ),
     ]
+}
+
+/// What guards are in this network namespace, and what helps if one is left over.
+fn guard_finding(found: Result<Vec<FoundGuard>, String>) -> (Result<String, String>, Option<String>) {
+    let found = match found {
+        Ok(found) => found,
+        Err(why) => return (Err(format!("cannot be looked for: {why}")), None),
+    };
+    let left_over = found.iter().find_map(|FoundGuard { device, filter }| {
+        filter.as_ref().filter(|filter| filter.is_left_over).map(|filter| (device, filter))
+    });
+    if let Some((device, FoundFilter { pid, priority, .. })) = left_over {
+        let problem = format!(
+            "the daemon with pid {pid} has ended, and its filter on {device} still refuses connects to themselves"
+        );
+        let hint = format!(
+            "the next `selfconn run --guard` removes it; or run: tc filter del dev {device} egress pref {priority}"
+        );
+        return (Err(problem), Some(hint));
+    }
+    let text = |FoundGuard { device, filter }: &FoundGuard| match filter {
+        None => format!("on {device} (tcx)"),
+        Some(FoundFilter { pid, .. }) => format!("on {device} (clsact, of pid {pid})"),
+    };
+    let finding = match &found[..] {
+        [] => "none in this network namespace".to_owned(),
+        found => found.iter().map(text).collect::<Vec<_>>().join(", "),
+    };
+    (Ok(finding), None)
 }
 
 fn text(report: &DoctorReport) -> String {

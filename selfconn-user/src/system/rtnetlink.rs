@@ -71,6 +71,14 @@ pub struct Filter {
     info: u32,
 }
 
+impl Filter {
+    /// Filters with a lower one run earlier.
+    #[must_use]
+    pub fn priority(&self) -> u16 {
+        (self.info >> 16) as u16
+    }
+}
+
 /// The loopback device and the VRF devices.
 ///
 /// # Errors

@@ -1,6 +1,6 @@
 //! The two ways to a self-connection. The textbook client binds a port and connects to the same port: this
-//! always works. The accident connects to a closed port again and again, each time with a new socket, until
-//! the kernel chooses this port as the source port.
+//! works unless a guard or a firewall refuses it. The accident connects to a closed port again and again, each time with
+//! a new socket, until the kernel chooses this port as the source port.
 
 use std::{
     collections::{HashSet, hash_map::RandomState},
@@ -59,7 +59,7 @@ pub(super) fn bind(
 
     before_connect(local.port());
     let begin = Instant::now();
-    socket.connect(&local.into()).map_err(|error| connect_error(local, &error))?;
+    connect_bound(&socket, local)?;
     let duration_ns = nanoseconds(begin.elapsed());
     narrator.narrate(&ReproStep::Connected { remote: local, duration_ns, progress: None })?;
     Ok(OpenedConnection { socket, attempts: 1, cause: "bound" })
@@ -87,6 +87,7 @@ pub(super) fn retry(
             remote.ip()
         );
     }
+    check_refusal(remote)?;
     let expected_dials = ports.expected_connects();
     let limit = limit.unwrap_or(DEFAULT_LIMIT_FACTOR * u64::from(expected_dials));
     let range = (ports.range.low, ports.range.high);
@@ -129,6 +130,27 @@ pub(super) fn retry(
         "none of {limit} attempts connected {remote} to itself, although the probability was {chance:.2} %: run it \
          again, or allow more attempts with --attempts"
     ))
+}
+
+/// Connects a socket to the endpoint that it has bound.
+fn connect_bound(socket: &Socket, endpoint: SocketAddr) -> Result<()> {
+    socket.connect(&endpoint.into()).map_err(|error| match error.kind() {
+        io::ErrorKind::ConnectionRefused => anyhow!(
+            "{endpoint} refuses a connect from itself, although nobody listens there: a guard (selfconn run --guard \
+             refuse) or a firewall does so: to let it pass, add --guard-except port={} to the options of the guard",
+            endpoint.port()
+        ),
+        _ => connect_error(endpoint, &error),
+    })
+}
+
+/// Connects a bound socket to itself for a moment, because no number of attempts succeeds where something refuses
+/// them. It is reset, so the port is free again at once.
+fn check_refusal(endpoint: SocketAddr) -> Result<()> {
+    let socket = tcp_socket(endpoint)?;
+    socket.bind(&endpoint.into()).map_err(|error| bind_error(endpoint, &error))?;
+    connect_bound(&socket, endpoint)?;
+    rustix::net::connect_unspec(&socket).context("cannot reset the first connection")
 }
 
 /// Both addresses of the socket.

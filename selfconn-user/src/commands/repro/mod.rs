@@ -52,7 +52,8 @@ Examples:
   selfconn repro --pcap self.pcap       keep its segments: see `tcpdump -r self.pcap`
 
 SIGINT and SIGTERM end --hold early; the remaining steps follow as usual. After the close
-the port stays in TIME_WAIT for 60 s, as after any self-connection.";
+the port stays in TIME_WAIT for 60 s, as after any self-connection. --mode retry connects and
+resets a bound socket first, to see whether a guard or a firewall refuses it.";
 
 /// Make one harmless self-connection and narrate it.
 #[derive(Debug, Clone, clap::Args)]

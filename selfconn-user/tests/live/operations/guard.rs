@@ -63,6 +63,31 @@ fn exempt_ports_and_users_connect_to_themselves_and_their_neighbours_do_not() {
 }
 
 #[test]
+fn repro_says_that_it_is_refused_and_which_exemption_lets_it_pass() {
+    TestNetns::enter_new();
+    let repro = |port: &str, mode| {
+        Command::new(selfconn()).args(["repro", "127.0.0.1", port, "--mode", mode]).output().unwrap()
+    };
+    // Inside the range, and of the parity that connect() chooses.
+    fs::write("/proc/sys/net/ipv4/ip_local_port_range", "42000 42099").unwrap();
+    for method in guard_methods() {
+        let daemon = refusing(method, &["--guard-except", "port=42010"]);
+        for mode in ["bind", "retry"] {
+            let refused = repro("42020", mode);
+            let stderr = String::from_utf8(refused.stderr).unwrap();
+            assert_eq!(refused.status.code(), Some(2), "{method} {mode}: {stderr}");
+            assert!(stderr.contains("--guard-except port=42020"), "{method} {mode}: {stderr}");
+        }
+        let (events, _) = daemon.stop();
+        assert_eq!(count_of(&events), 2, "{method}: it does not try again");
+    }
+    let daemon = refusing(guard_methods()[0], &["--guard-except", "port=42010"]);
+    let passed = repro("42010", "retry");
+    assert!(passed.status.success(), "{passed:?}");
+    daemon.stop();
+}
+
+#[test]
 fn a_unit_is_exempt_when_it_appears_and_only_if_root_gave_it_its_name() {
     TestNetns::enter_new();
     let dial_in = |group: &TestCgroup, below: &str| {
@@ -95,12 +120,25 @@ fn a_unit_is_exempt_when_it_appears_and_only_if_root_gave_it_its_name() {
     daemon.stop();
 }
 
+/// What `doctor` says about the guard, as JSON.
+fn doctor_check() -> Value {
+    let doctor = Command::new(selfconn()).args(["doctor", "--json"]).output().unwrap();
+    let report: Value = serde_json::from_slice(&doctor.stdout).unwrap();
+    let checks = report["checks"].as_array().unwrap();
+    checks.iter().find(|check| check["name"] == "guard").unwrap().clone()
+}
+
 #[test]
-fn a_killed_daemon_leaves_no_guard_or_one_that_the_next_start_removes() {
+fn a_killed_daemon_leaves_no_guard_or_one_that_doctor_shows_and_the_next_start_removes() {
     TestNetns::enter_new();
+    let none = doctor_check();
+    assert!(none["ok"] == true && none["finding"].as_str().unwrap().starts_with("none"), "{none}");
     for method in guard_methods() {
         let daemon = refusing(method, &[]);
         assert!(is_refused());
+        let (found, pid) = (doctor_check(), daemon.pid());
+        let finding = found["finding"].as_str().unwrap();
+        assert!(found["ok"] == true && finding.contains("on lo") && finding.contains(method), "{found}");
         daemon.signal(rustix::process::Signal::KILL);
         drop(daemon);
         if *method == "tcx" {
@@ -111,6 +149,10 @@ fn a_killed_daemon_leaves_no_guard_or_one_that_the_next_start_removes() {
         assert!(is_refused());
         let left = rtnetlink::filters(LOOPBACK).unwrap();
         assert_eq!(left.len(), 1, "{left:?}");
+        let found = doctor_check();
+        let finding = found["finding"].as_str().unwrap();
+        assert!(found["ok"] == false && finding.contains(&format!("pid {pid} has ended")), "{found}");
+        assert!(found["hint"].as_str().unwrap().contains("tc filter del dev lo egress pref 1"), "{found}");
         let daemon = refusing(method, &[]);
         let now = rtnetlink::filters(LOOPBACK).unwrap();
         assert_eq!(now.len(), 1, "{now:?}");
