@@ -136,7 +136,7 @@ pub(super) struct VisitOptions<'a> {
     pub(super) unfound: Option<&'a HashSet<u32>>,
     /// `None`: no search beyond mounts and the leaders of processes.
     pub(super) search: Option<SearchLimits>,
-    /// Lists the descriptors that are namespaces. Called if there is anything to search for.
+    /// Lists the descriptors that are namespaces. Called if there is anything that no thread leads to.
     pub(super) descriptors: Option<&'a dyn Fn() -> Option<NamespaceDescriptors>>,
 }
 
@@ -248,22 +248,21 @@ impl NamespaceVisit {
                 Some(to_find) => to_find.contains(&inode),
                 None => !visited.contains(&inode),
             };
-            let descriptors = options.descriptors.and_then(|list| list());
-            let is_complete =
-                search(limits, descriptors.as_ref(), is_wanted, |Lead { inode, path, shown }| {
-                    // A namespace that has ended, or that may not be entered, is noted or needs no note.
-                    if let Err(error) = self.try_visit(path, shown, NamespaceSource::Search, each)
-                        && !is_gone(&error)
-                    {
-                        self.add_refusal(error.to_string(), Some(shown.display().to_string()));
-                    }
-                    let mut to_find = to_find.borrow_mut();
-                    let Some(to_find) = &mut *to_find else { return false };
-                    if self.known.contains_key(inode) {
-                        to_find.remove(inode);
-                    }
-                    to_find.is_empty()
-                });
+            let descriptors = || options.descriptors.and_then(|list| list());
+            let is_complete = search(limits, descriptors, is_wanted, |Lead { inode, path, shown }| {
+                // A namespace that has ended, or that may not be entered, is noted or needs no note.
+                if let Err(error) = self.try_visit(path, shown, NamespaceSource::Search, each)
+                    && !is_gone(&error)
+                {
+                    self.add_refusal(error.to_string(), Some(shown.display().to_string()));
+                }
+                let mut to_find = to_find.borrow_mut();
+                let Some(to_find) = &mut *to_find else { return false };
+                if self.known.contains_key(inode) {
+                    to_find.remove(inode);
+                }
+                to_find.is_empty()
+            });
             self.is_incomplete = !is_complete;
         }
         let is_unknown = |inode: &u32| !self.known.contains_key(&u64::from(*inode));

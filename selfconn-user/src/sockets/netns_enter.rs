@@ -77,14 +77,19 @@ fn enter(netns: u32, netns_hints: &[u32]) -> io::Result<()> {
     }
     let is_wanted = |inode: u64| inode == u64::from(netns);
     let mut outcome = None;
-    search(SearchLimits::DAEMON, None, is_wanted, |Lead { path, .. }| {
-        let Ok(Some((file, opened))) = open(path) else { return false };
-        if !is_wanted(opened.ino()) {
-            return false;
-        }
-        outcome = Some(move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)));
-        true
-    });
+    search(
+        SearchLimits::DAEMON,
+        || None,
+        is_wanted,
+        |Lead { path, .. }| {
+            let Ok(Some((file, opened))) = open(path) else { return false };
+            if !is_wanted(opened.ino()) {
+                return false;
+            }
+            outcome = Some(move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)));
+            true
+        },
+    );
     if let Some(entered) = outcome {
         return entered.map_err(|error| refused(netns, error));
     }

@@ -48,10 +48,10 @@ pub(super) struct Lead {
 }
 
 /// Calls `each` for the leads to namespaces whose inode is wanted, until it returns true, or until there are no more.
-/// If `known` has the descriptors of the host, no other is looked at. Returns false if the limits ended it.
+/// If `list` yields the descriptors of the host, no other is looked at; it is called if no thread leads to all. Returns false if the limits ended it.
 pub(super) fn search(
     limits: SearchLimits,
-    known: Option<&NamespaceDescriptors>,
+    list: impl FnOnce() -> Option<NamespaceDescriptors>,
     is_wanted: impl Fn(u64) -> bool,
     mut each: impl FnMut(&Lead) -> bool,
 ) -> bool {
@@ -72,8 +72,8 @@ pub(super) fn search(
             }
         }
     }
-    if let Some(known) = known {
-        for (inode, (thread, descriptor)) in known {
+    if let Some(known) = list() {
+        for (inode, (thread, descriptor)) in &known {
             let path = PathBuf::from(format!("/proc/{thread}/fd/{descriptor}"));
             if is_wanted(u64::from(*inode)) && follow(path, &is_wanted, &mut each) {
                 return true;
