@@ -162,7 +162,8 @@ fn the_namespace_of_a_daemons_self_test_is_seen() {
     let stdout = String::from_utf8(scan.stdout).unwrap();
     let summary: Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
     let unseen = summary["unseen"].to_string();
-    assert!(own.len() == 1 && !unseen.contains(&own[0]), "{own:?}: {summary}");
+    // The daemon may just be visiting another one.
+    assert!(!own.is_empty() && own.iter().all(|inode| !unseen.contains(inode)), "{own:?}: {summary}");
 }
 
 /// Stops the daemon, fills its ring buffer, calls `end`, and lets it go on. No record of `end` arrives.
