@@ -9,8 +9,8 @@ use super::{bind_options::BindOptions, endpoint::Endpoint, state, task::COMM_LEN
 pub mod descriptor_kind {
     /// The file is a TCP socket whose source address is its destination address.
     pub const SOCKET: u32 = 0;
-    /// The inode is one of those that the kernel gives to namespaces. Only the ids, the descriptor and the inode are
-    /// set. A file of another file system may have such an inode, too.
+    /// The inode is in the kernel's range for namespaces. Only the ids, the descriptor and the inode are set. A file of
+    /// another file system may have such an inode, too.
     pub const NAMESPACE: u32 = 1;
 }
 

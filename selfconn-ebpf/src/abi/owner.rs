@@ -63,7 +63,8 @@ struct Window {
 impl Window {
     const ZERO: Self = Self { start_ns: 0, count: 0 };
 
-    /// Counts one. False: it is beyond `limit` in a second. If two CPUs count at the same time, one more or less may pass.
+    /// Counts one. False: it is beyond `limit` in a second. If two CPUs count at the same time, one more or less may
+    /// pass.
     #[inline(always)]
     fn admit(&mut self, now_ns: u64, limit: u64) -> bool {
         const WINDOW_NS: u64 = 1_000_000_000;

@@ -60,8 +60,8 @@ static GUARD_UIDS: HashMap<u32, u32> = HashMap::with_max_entries(1_024, 0);
 #[map]
 static GUARD_CGROUPS: HashMap<u64, u32> = HashMap::with_max_entries(MAX_CGROUPS as u32, 0);
 
-/// The namespaces whose first connect is reported, by cookie. An LRU, because a second report of one does no harm: a user
-/// with more namespaces than this has others' reported again, each for one record of 24 bytes.
+/// The namespaces whose first connect is reported, by cookie. An LRU, because a second report of one does no harm: a
+/// user with more namespaces than this has others' reported again, each for one record of 24 bytes.
 #[map]
 static GUARD_NAMESPACES: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4_096, 0);
 
@@ -360,7 +360,7 @@ fn report(skb: *mut __sk_buff, sock: Sock<DirectLoad>, self_addr: &SelfAddr) {
     entry.submit(0);
 }
 
-/// True if the ring buffer takes a record of this owner. The first half is for everybody; who has more than his rate finds
+/// True if the ring buffer takes a record of this owner. The first half is for everybody; an owner beyond the rate finds
 /// no room in the second one, so that a flood does not take the names of others' attempts.
 #[inline(always)]
 fn has_room(owner: &Owner) -> bool {

@@ -1,4 +1,5 @@
-//! The start of the guard: the rules are set, and the program is attached where the daemon is, before anything else runs.
+//! The start of the guard: the rules are set, and the program is attached where the daemon is, before anything else
+//! runs.
 
 use std::io;
 

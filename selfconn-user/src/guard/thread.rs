@@ -1,4 +1,5 @@
-//! The thread that attaches the guard to every network namespace, and looks whether it still is there: the daemon's end.
+//! The daemon's end of the thread that attaches the guard to every network namespace, and looks whether it still is
+//! there.
 
 use std::{
     io,
@@ -54,7 +55,7 @@ impl GuardThread {
 
     /// A namespace has its first connect to its own address.
     pub fn on_first_connect(&self, first: FirstConnect) {
-        // Fails if the thread has ended, which `ready` notices, or if too many wait, of which the walk finds the namespaces.
+        // Fails if the thread has ended, which `ready` notices, or if too many wait: the walk finds their namespaces.
         let _ = self.first_connects.as_ref().map(|requests| requests.try_send(first));
     }
 

@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn users_beyond_those_that_are_told_apart_are_counted_together() {
+    fn users_beyond_a_number_are_counted_together() {
         let mut limit = SnapshotLimit::new(Some(0));
         let users = MAX_OWNERS as u32 + 7;
         for uid in (0..users).map(Some).chain([None]) {

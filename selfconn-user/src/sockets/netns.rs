@@ -129,8 +129,8 @@ pub(super) struct VisitOptions<'a> {
     pub(super) netns_hints: &'a [u32],
     /// Visit only the namespace with this inode.
     pub(super) only: Option<u32>,
-    /// The inodes of the namespaces that exist, or of those that are needed. The search ends when all are visited;
-    /// without, it finds what it can.
+    /// The inodes of all namespaces, or of the needed ones. The search ends when all are visited; without, it finds
+    /// what it can.
     pub(super) existing: Option<&'a BTreeSet<u32>>,
     /// The inodes for which an earlier search was in vain.
     pub(super) unfound: Option<&'a HashSet<u32>>,

@@ -48,7 +48,8 @@ pub(super) struct Lead {
 }
 
 /// Calls `each` for the leads to namespaces whose inode is wanted, until it returns true, or until there are no more.
-/// If `list` yields the descriptors of the host, no other is looked at; it is called if no thread leads to all. Returns false if the limits ended it.
+/// If `list` yields the descriptors of the host, no other is looked at; it is called if no thread leads to all. Returns
+/// false if the limits ended it.
 pub(super) fn search(
     limits: SearchLimits,
     list: impl FnOnce() -> Option<NamespaceDescriptors>,

@@ -1,6 +1,6 @@
 //! The two ways to a self-connection. The textbook client binds a port and connects to the same port: this
-//! works unless a guard or a firewall refuses it. The accident connects to a closed port again and again, each time with
-//! a new socket, until the kernel chooses this port as the source port.
+//! works unless a guard or a firewall refuses it. The accident connects to a closed port again and again, each time
+//! with a new socket, until the kernel chooses this port as the source port.
 
 use std::{
     collections::{HashSet, hash_map::RandomState},

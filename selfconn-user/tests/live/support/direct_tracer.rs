@@ -30,8 +30,8 @@ pub(crate) fn with_tracer_on(hooks: RequestedHooks, work: impl FnOnce(&mut Trace
     });
 }
 
-/// The first runtime of a process makes a pair of sockets for signals, which stays until the process ends, and with it the
-/// network namespace of its thread. So this is that of the test process, and not that of the first test.
+/// The first runtime of a process makes a pair of sockets for signals, which stays until the process ends, and with it
+/// the network namespace of its thread. So this is that of the test process, and not that of the first test.
 fn make_signal_sockets() {
     static ONCE: Once = Once::new();
     let make = || {
