@@ -9,13 +9,13 @@ use super::{bind_options::BindOptions, endpoint::Endpoint, state, task::COMM_LEN
 pub mod descriptor_kind {
     /// The file is a TCP socket whose source address is its destination address.
     pub const SOCKET: u32 = 0;
-    /// The inode is in the kernel's range for namespaces. Only the ids, the descriptor and the inode are set. A file of
-    /// another file system may have such an inode, too.
+    /// The file is a namespace, of any type. Only the ids, the descriptor and the inode are set.
     pub const NAMESPACE: u32 = 1;
 }
 
-/// The first inode of a namespace; the last one is `u32::MAX` (`PROC_DYNAMIC_FIRST`, fs/proc/generic.c at v5.10).
-pub const FIRST_NAMESPACE_INODE: u64 = 0xf000_0000;
+/// `NSFS_MAGIC`, include/uapi/linux/magic.h at v5.10: the file system of namespaces. Anybody can have a file with the
+/// inode of one in a file system of his own.
+pub const NSFS_MAGIC: u64 = 0x6e73_6673;
 
 /// A descriptor of a socket, or of a namespace. In the host's byte order.
 #[repr(C)]

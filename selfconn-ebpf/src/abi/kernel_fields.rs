@@ -108,6 +108,10 @@ pub enum Field {
     FileInode,
     /// `unsigned long`, in `struct inode`.
     InodeNumber,
+    /// `struct super_block *`.
+    InodeSuperBlock,
+    /// `unsigned long`.
+    FilesystemMagic,
     /// `struct file *`.
     SocketFile,
     /// `struct sock *`.
@@ -220,6 +224,8 @@ impl Field {
         (Self::FilePrivate, "file", "private_data", false),
         (Self::FileInode, "file", "f_inode", false),
         (Self::InodeNumber, "inode", "i_ino", false),
+        (Self::InodeSuperBlock, "inode", "i_sb", false),
+        (Self::FilesystemMagic, "super_block", "s_magic", false),
         (Self::SocketFile, "socket", "file", false),
         (Self::SocketSk, "socket", "sk", false),
         (Self::TaskTgid, "task_struct", "tgid", false),

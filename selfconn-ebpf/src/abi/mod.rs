@@ -24,7 +24,7 @@ pub use action::{Action, classify, is_ordinary};
 pub use bind_options::BindOptions;
 pub use connect_table::{ConnectEntry, ConnectSet, WAYS, set_index};
 pub use counters::counter;
-pub use descriptor::{FIRST_NAMESPACE_INODE, SocketDescriptor, descriptor_kind};
+pub use descriptor::{NSFS_MAGIC, SocketDescriptor, descriptor_kind};
 pub use endpoint::{Endpoint, hashed_netns};
 pub use held_ports::{ANY_HELD_PORT_SLOT, HELD_PORT_SLOTS, held_port_slot};
 pub use kernel_fields::{

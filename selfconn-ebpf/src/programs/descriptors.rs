@@ -7,7 +7,7 @@
 use core::ptr;
 
 use aya_ebpf::{cty::c_void, helpers::generated as helpers};
-use selfconn_ebpf::{FIRST_NAMESPACE_INODE, Field, IPPROTO_TCP, SocketDescriptor, descriptor_kind};
+use selfconn_ebpf::{Field, IPPROTO_TCP, NSFS_MAGIC, SocketDescriptor, descriptor_kind};
 use zerocopy::{FromZeros as _, transmute};
 
 use super::{
@@ -58,7 +58,7 @@ pub(crate) fn visit(context: &DescriptorContext) -> Option<()> {
         comm: transmute!(comm),
         sock: sock.key(),
         cookie: sock.cookie(),
-        inode: inode(file)?,
+        inode: at(at::<Pointer>(file.cast_const().cast(), Field::FileInode)?.0, Field::InodeNumber)?,
         endpoint: self_addr.endpoint(sock, port),
         destination_port,
         state,
@@ -69,28 +69,24 @@ pub(crate) fn visit(context: &DescriptorContext) -> Option<()> {
     Some(())
 }
 
-/// Writes a record if the file may be a namespace.
+/// Writes a record if the file is a namespace.
 #[inline(always)]
 fn visit_namespace(context: &DescriptorContext) -> Option<()> {
-    let inode = inode(context.file)?;
-    if !(FIRST_NAMESPACE_INODE..=u32::MAX.into()).contains(&inode) {
+    let inode = at::<Pointer>(context.file.cast_const().cast(), Field::FileInode)?.0;
+    let super_block = at::<Pointer>(inode, Field::InodeSuperBlock)?.0;
+    if at::<u64>(super_block, Field::FilesystemMagic)? != NSFS_MAGIC {
         return None;
     }
     let record = SocketDescriptor {
         pid: at(context.task, Field::TaskTgid)?,
         tid: at(context.task, Field::TaskPid)?,
         fd: context.fd as u32,
-        inode,
+        inode: at(inode, Field::InodeNumber)?,
         kind: descriptor_kind::NAMESPACE,
         ..SocketDescriptor::new_zeroed()
     };
     write(context, &record);
     Some(())
-}
-
-#[inline(always)]
-fn inode(file: *mut c_void) -> Option<u64> {
-    at(at::<Pointer>(file.cast_const().cast(), Field::FileInode)?.0, Field::InodeNumber)
 }
 
 #[inline(always)]

@@ -45,7 +45,7 @@ const IDLE_SOCKET_STATE: &str = "TCP_BOUND_INACTIVE";
 const DESCRIPTOR_TARGETS: [&str; 2] = ["bpf_iter_task_file", "bpf_sock_from_file"];
 
 /// The fields that the iterator over descriptors cannot do without.
-const DESCRIPTOR_FIELDS: [Field; 7] = [
+const DESCRIPTOR_FIELDS: [Field; 9] = [
     Field::SocketSk,
     Field::TaskTgid,
     Field::TaskPid,
@@ -53,6 +53,8 @@ const DESCRIPTOR_FIELDS: [Field; 7] = [
     Field::StartBoottime,
     Field::FileInode,
     Field::InodeNumber,
+    Field::InodeSuperBlock,
+    Field::FilesystemMagic,
 ];
 
 /// The attach target of the iterator over network namespaces.
