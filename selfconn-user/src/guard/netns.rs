@@ -5,12 +5,9 @@ use std::{io, path::Path, thread, time::Instant};
 
 use crate::{
     bpf::guard::{Attachment, Disarmed, GuardMethod, GuardProgram},
-    sockets::{Namespace, VisitResult, visit_namespace, visit_namespaces},
+    sockets::{CURRENT_NETNS, Namespace, VisitResult, visit_namespace, visit_namespaces},
     system::rtnetlink,
 };
-
-/// The network namespace of the calling thread.
-pub(super) const OWN_NETNS: &str = "/proc/thread-self/ns/net";
 
 /// The rest after an attachment, as a multiple of the time that it took.
 pub(super) const REST_FACTOR: u32 = 19;
@@ -64,7 +61,7 @@ pub(super) fn visit_all(
     is_own_only: bool,
     each: impl FnMut(&Namespace) -> io::Result<()>,
 ) -> io::Result<VisitResult> {
-    if is_own_only { visit_namespace(Path::new(OWN_NETNS), each) } else { Ok(visit_namespaces(each)) }
+    if is_own_only { visit_namespace(Path::new(CURRENT_NETNS), each) } else { Ok(visit_namespaces(each)) }
 }
 
 /// Calls `work` on a thread that ends with it, and with it its stay in a network namespace.
@@ -76,10 +73,4 @@ pub(super) fn in_thread<T: Send>(work: impl FnOnce() -> T + Send) -> io::Result<
         let started = thread::Builder::new().name("guard-netns".to_owned()).spawn_scoped(scope, work)?;
         Ok(started.join().unwrap_or_else(|cause| std::panic::resume_unwind(cause)))
     })
-}
-
-/// True if the namespace, or the process that leads to it, has ended.
-pub(super) fn is_gone(error: &io::Error) -> bool {
-    const ESRCH: i32 = 3;
-    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(ESRCH)
 }

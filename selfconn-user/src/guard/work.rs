@@ -16,9 +16,7 @@ use selfconn_ebpf::{Endpoint, guard::FirstConnect};
 use tokio::sync::mpsc as mpsc_async;
 
 use super::{
-    netns::{
-        GuardedNetns, OWN_NETNS, REST_FACTOR, attach_to_new_devices, in_thread, is_gone, look, visit_all,
-    },
+    netns::{GuardedNetns, REST_FACTOR, attach_to_new_devices, in_thread, look, visit_all},
     queue::{NamespaceQueue, Waiting},
     rules::GuardRules,
     start::{Guard, set_cgroups},
@@ -26,8 +24,8 @@ use super::{
 };
 use crate::{
     bpf::guard::{Attachment, Disarmed, GuardMethod, GuardProgram},
-    sockets::{Namespace, NetnsId, netns_owner, netns_owner_at, visit_namespace},
-    system::rtnetlink,
+    sockets::{CURRENT_NETNS, Namespace, NetnsId, netns_owner, netns_owner_at, visit_namespace},
+    system::{process::is_gone, rtnetlink},
 };
 
 /// Time between two walks over all network namespaces.
@@ -90,7 +88,7 @@ impl GuardWork {
         };
         let mut id = None;
         let visited = in_thread(|| {
-            visit_namespace(Path::new(OWN_NETNS), |namespace| {
+            visit_namespace(Path::new(CURRENT_NETNS), |namespace| {
                 id = Some(namespace.id);
                 Ok(())
             })

@@ -56,7 +56,7 @@ pub use netns::NetnsId;
 pub use netns::VisitResult;
 pub use netns_enter::run_in_namespace;
 pub use netns_owner::{owner as netns_owner, owner_at as netns_owner_at, visit_namespace, visit_namespaces};
-pub use netns_selection::NamespaceSelection;
+pub use netns_selection::{CURRENT_NETNS, NamespaceSelection};
 pub use on_port::PortSocket;
 pub use on_port::on_port;
 pub use port_use::PortUse;

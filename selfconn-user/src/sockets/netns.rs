@@ -21,7 +21,7 @@ use super::{
     netns_search::{Lead, NamespaceDescriptors, SearchLimits, mount_points, search},
     netns_selection::{CURRENT_NETNS, NamespaceSelection},
 };
-use crate::system::netns_cookie;
+use crate::system::{netns_cookie, process::is_gone};
 
 /// The hint for processes that this process may not inspect.
 pub(super) const NEEDS_PTRACE: &str = "looking into them needs CAP_SYS_PTRACE, which root has";
@@ -381,11 +381,6 @@ pub(super) fn open(path: &Path) -> io::Result<Option<(fs::File, fs::Metadata)>> 
     }
     let opened = file.metadata()?;
     Ok(Some((file, opened)))
-}
-
-fn is_gone(error: &io::Error) -> bool {
-    const ESRCH: i32 = 3;
-    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(ESRCH)
 }
 
 #[cfg(test)]

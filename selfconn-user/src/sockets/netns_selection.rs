@@ -3,7 +3,7 @@
 use std::{fs, io, os::unix::fs::MetadataExt as _, path::PathBuf};
 
 /// The network namespace of the calling thread.
-pub(super) const CURRENT_NETNS: &str = "/proc/thread-self/ns/net";
+pub const CURRENT_NETNS: &str = "/proc/thread-self/ns/net";
 
 /// The network namespaces to look at.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -221,6 +221,12 @@ pub const fn start_ticks_of(start_ns: u64) -> u64 {
     start_ns / TICK_NS
 }
 
+/// True if a file in `/proc` can't be read because its process has ended.
+#[must_use]
+pub fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
+}
+
 /// True if this process is in the initial time namespace: `/proc` shows start times in the reader's time
 /// namespace (`do_task_stat`, fs/proc/array.c at v5.10).
 #[must_use]

@@ -327,7 +327,7 @@ impl NetnsProcesses {
             let Some(pid) = pid.filter(|pid| *pid != std::process::id()) else { continue };
             match fs::metadata(entry.path().join("ns/net")) {
                 Ok(netns) => processes.by_inode.entry(netns.ino()).or_default().push(pid),
-                Err(error) if has_ended(&error) => {}
+                Err(error) if process::is_gone(&error) => {}
                 Err(_) => denied += 1,
             }
         }
@@ -340,11 +340,6 @@ impl NetnsProcesses {
         processes.unseen = why.map(|why| format!("whether a network namespace is of one pod: {why}"));
         processes
     }
-}
-
-/// True if a file of a process is gone because the process has ended.
-fn has_ended(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 #[cfg(test)]

@@ -15,6 +15,8 @@ use std::{
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::sockets::CURRENT_NETNS;
+
 /// Endpoint of the self-test. No other server uses it in any namespace.
 pub(super) const ENDPOINT: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(127, 83, 67, 84), 50_883);
 
@@ -69,7 +71,7 @@ impl SelfTestSocket {
         socket.bind(&endpoint.into())?;
         // The kernel assigns the cookie now, so every probe that knows the field reads it in every record.
         let cookie = socket.cookie()?;
-        Ok(Self { socket, netns: File::open("/proc/thread-self/ns/net")?, cookie })
+        Ok(Self { socket, netns: File::open(CURRENT_NETNS)?, cookie })
     }
 
     /// Connects the socket to itself. The connection is usually established when this returns, but on a busy
