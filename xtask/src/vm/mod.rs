@@ -34,6 +34,10 @@ mod variant;
 
 pub(crate) use bench::measure;
 
+/// How long a machine may take. The slowest row takes half of it on a quiet host with two cores, because an emulated
+/// processor needs seconds to verify the programs, and most tests load them anew.
+const DEADLINE_S: u64 = 1_800;
+
 /// Options of `cargo xtask vm`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct VmArgs {
@@ -49,7 +53,7 @@ pub(crate) struct VmArgs {
     #[arg(long, value_name = "N", default_value_t = 2)]
     jobs: usize,
     /// How long a machine may take
-    #[arg(long, value_name = "SECONDS", default_value_t = 900)]
+    #[arg(long, value_name = "SECONDS", default_value_t = DEADLINE_S)]
     deadline: u64,
     /// A variable for the tests; SELFCONN_SCALE divides their counts (default 10; less for the load tests)
     #[arg(long, value_name = "NAME=VALUE", value_parser = assignment)]
@@ -108,7 +112,7 @@ pub(crate) fn run_subset(workspace: &Workspace) -> Result<Vec<String>> {
         kernel: SUBSET.map(str::to_owned).into(),
         variant: Vec::new(),
         jobs: 2,
-        deadline: 600,
+        deadline: DEADLINE_S,
         env: Vec::new(),
         test_args: Vec::new(),
     };

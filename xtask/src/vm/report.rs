@@ -88,7 +88,7 @@ impl MatrixRow {
             Ending::Passed | Ending::Failed if words.is_empty() => words.push("no tests ran".into()),
             Ending::Passed | Ending::Failed => {}
             Ending::Panicked(message) => words.push(format!("the kernel crashed: {message}")),
-            Ending::Hung(line) => words.push(format!("hung after: {line}")),
+            Ending::Hung(line) => words.push(format!("the deadline passed during: {line}")),
             Ending::EmulatorFailed(why) => words.push(format!("the emulator failed: {why}")),
             Ending::NoVerdict(line) => words.push(format!("no verdict after: {line}")),
         }
@@ -304,7 +304,7 @@ mod tests {
                 false,
                 "1 unfinished, the kernel crashed: BUG: x",
             ),
-            (Ending::Hung("x".into()), "", false, "hung after: x"),
+            (Ending::Hung("x".into()), "", false, "the deadline passed during: x"),
             (
                 Ending::EmulatorFailed("exit status: 1: no".into()),
                 "",
