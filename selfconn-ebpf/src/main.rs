@@ -21,6 +21,7 @@ mod entry_points {
     };
 
     use selfconn_ebpf::{
+        ends_listener,
         names::{FENTRY, KPROBE, PERF, TP_BTF, probe_id},
         state,
     };
@@ -62,7 +63,7 @@ mod entry_points {
                 sock.ports::<L>(),
                 change,
             );
-        } else if ctx.arg::<i32>(1) == i32::from(state::LISTEN) {
+        } else if ends_listener(ctx.arg::<i32>(1) as u8, ctx.arg::<i32>(2) as u8) {
             tcp_state::on_listener_closed(sock);
         }
         0
@@ -104,7 +105,7 @@ mod entry_points {
                 sock.ports::<L>(),
                 change,
             );
-        } else if sock.state::<L>() == state::LISTEN {
+        } else if ends_listener(sock.state::<L>(), ctx.arg::<i32>(1) as u8) {
             tcp_state::on_listener_closed(sock);
         }
         0
@@ -150,7 +151,7 @@ mod entry_points {
         if let Some((self_addr, ports, old)) = read_head(sock) {
             let change = StateChange { old, new: new as u8 };
             tcp_state::on_socket::<_, _, L, { probe_id(KPROBE) }>(ctx, sock, self_addr, ports, change);
-        } else if new as u8 == state::CLOSE && sock.state::<L>() == state::LISTEN {
+        } else if new as u8 == state::CLOSE && ends_listener(sock.state::<L>(), new as u8) {
             // The state is read only where a socket ends, because each read is a call.
             tcp_state::on_listener_closed(sock);
         }

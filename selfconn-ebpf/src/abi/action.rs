@@ -72,8 +72,16 @@ pub const fn is_ordinary(old: u8, new: u8, source: u16, destination: u16) -> boo
     source != 0
         && source != destination
         && old != state::SYN_SENT
-        && old != state::LISTEN
         && new != state::SYN_SENT
+        && !ends_listener(old, new)
+}
+
+/// True if a listener is closed. The socket of each accepted connection begins as a copy of its listener, and goes from
+/// LISTEN to SYN_RECV (`inet_csk_clone_lock`, net/ipv4/inet_connection_sock.c at v5.10).
+#[inline(always)]
+#[must_use]
+pub const fn ends_listener(old: u8, new: u8) -> bool {
+    old == state::LISTEN && new == state::CLOSE
 }
 
 #[cfg(test)]
@@ -91,7 +99,8 @@ mod tests {
                 }
             }
         }
-        assert_eq!(ordinary, 14 * 15 * 3);
+        // All but LISTEN -> CLOSE, between all states but SYN_SENT.
+        assert_eq!(ordinary, (15 * 15 - 1) * 3);
     }
 
     #[test]

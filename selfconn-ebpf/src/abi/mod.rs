@@ -20,7 +20,7 @@ mod task;
 mod tcp;
 mod watched_ports;
 
-pub use action::{Action, classify, is_ordinary};
+pub use action::{Action, classify, ends_listener, is_ordinary};
 pub use bind_options::BindOptions;
 pub use connect_table::{ConnectEntry, ConnectSet, WAYS, set_index};
 pub use counters::counter;

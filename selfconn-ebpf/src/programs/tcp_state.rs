@@ -8,8 +8,8 @@
 use aya_ebpf::{EbpfContext, Global, helpers::generated::bpf_ktime_get_boot_ns, programs::TracePointContext};
 use aya_log_ebpf::warn;
 use selfconn_ebpf::{
-    Action, Field, IPPROTO_TCP, ListenerClosed, Transition, classify, counter, is_ordinary, reported, state,
-    tag,
+    Action, Field, IPPROTO_TCP, ListenerClosed, Transition, classify, counter, ends_listener, is_ordinary,
+    reported, state, tag,
 };
 
 use super::{
@@ -62,7 +62,7 @@ fn on_likely_socket<C: EbpfContext, M: KernelRead, L: Layout, const PROBE_ID: u8
     new: u8,
 ) {
     // A listener at any address.
-    if old == state::LISTEN {
+    if ends_listener(old, new) {
         return on_listener_closed(sock);
     }
     let Ports { held, destination: dport } = sock.ports::<L>();
@@ -90,7 +90,7 @@ pub(crate) fn on_tracepoint_record<const PROBE_ID: u8>(ctx: TracePointContext) {
         return;
     };
     let TracepointRecord { sock, self_addr, old, new, sport, dport, .. } = record;
-    if old == state::LISTEN {
+    if ends_listener(old, new) {
         return on_listener_closed(sock);
     }
     // The record has inet_sport, which is the right port except at SYN_SENT: see `classify`. Zero is right there, too,

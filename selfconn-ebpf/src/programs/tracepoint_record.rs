@@ -2,7 +2,7 @@
 
 use aya_ebpf::{EbpfContext, programs::TracePointContext};
 
-use selfconn_ebpf::{is_ordinary, state};
+use selfconn_ebpf::{ends_listener, is_ordinary};
 
 use super::{
     kernel_read::{Pointer, ProbeRead},
@@ -40,10 +40,11 @@ impl TracepointRecord {
         is_ordinary(old, new, field(ctx, 24), field(ctx, 26))
     }
 
-    /// The socket, if it was a listener.
+    /// The socket, if it is a listener that is closed.
     #[inline(always)]
     pub(crate) fn former_listener(ctx: &TracePointContext) -> Option<Sock<ProbeRead>> {
-        (field::<u32>(ctx, 16) == u32::from(state::LISTEN)).then(|| Sock::new(field::<Pointer>(ctx, 8).0))
+        let (old, new) = (field::<u32>(ctx, 16) as u8, field::<u32>(ctx, 20) as u8);
+        ends_listener(old, new).then(|| Sock::new(field::<Pointer>(ctx, 8).0))
     }
 
     /// The record, if the source address equals the destination address.
