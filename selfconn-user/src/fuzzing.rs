@@ -165,6 +165,7 @@ fn connection_fields(names: &[String]) -> ConnectionFields {
     };
     let attribution = Attribution {
         device: None,
+        refused_before: Some(1),
         process: Rc::new(ProcessInfo {
             comm: name(2),
             exe: name(3).map(Arc::from),

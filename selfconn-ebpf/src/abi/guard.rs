@@ -29,6 +29,8 @@ pub mod rule {
     pub const ONLY_CGROUP: u32 = 1 << 3;
     /// One of the units that are guarded.
     pub const ONLY_UNIT: u32 = 1 << 4;
+    /// The one control group of a command that is watched, or one below it.
+    pub const ONLY_GROUP: u32 = 1 << 5;
 }
 
 /// True if the guard refuses a connect that is matched by rules with these bits. `only`: the kinds of rules of which

@@ -128,6 +128,8 @@ pub const OFFSETS: &str = "OFFSETS";
 pub const TASK_ACCESS: &str = "TASK_ACCESS";
 /// Global `u32`: one of [`crate::cgroup_access`].
 pub const CGROUP_ACCESS: &str = "CGROUP_ACCESS";
+/// Global `u64`: the id of the control group whose processes are one owner's. 0: there is none.
+pub const WATCHED_CGROUP: &str = "WATCHED_CGROUP";
 /// Global `u32`: 1 if programs with typed pointers may call `bpf_get_socket_cookie`.
 pub const SOCKET_COOKIE: &str = "SOCKET_COOKIE";
 /// Global `u32`: number of values of [`CONNECT_TABLE`].

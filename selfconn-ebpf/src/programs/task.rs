@@ -8,6 +8,7 @@ use aya_ebpf::{
 };
 use selfconn_ebpf::{
     COMM_LEN, Field, Opener, Owner, Task, cgroup_access,
+    guard::CGROUP_LEVELS,
     owner::{MAX_USER_NS_LEVEL, OWNER_CGROUP_LEVEL},
     task_access,
 };
@@ -22,6 +23,10 @@ static TASK_ACCESS: Global<u32> = Global::new(task_access::NONE);
 /// One of [`cgroup_access`].
 #[unsafe(no_mangle)]
 static CGROUP_ACCESS: Global<u32> = Global::new(cgroup_access::NONE);
+
+/// The id of the control group whose processes are one owner's, wherever it is. 0: there is none.
+#[unsafe(no_mangle)]
+static WATCHED_CGROUP: Global<u64> = Global::new(0);
 
 /// A task name as two words, because bytes would be copied one by one.
 pub(super) type Name = [u64; COMM_LEN / 8];
@@ -140,6 +145,10 @@ fn owner_uid<M: KernelRead>(task: *const u8, uid: u32) -> u32 {
 /// The control group in an [`Owner`] of the running task.
 #[inline(always)]
 fn owner_cgroup() -> u64 {
+    let watched = WATCHED_CGROUP.load();
+    if watched != 0 && is_in_cgroup(watched) {
+        return watched;
+    }
     match CGROUP_ACCESS.load() {
         cgroup_access::ANCESTOR => {
             // SAFETY: the helper takes a number. It returns 0 if the group is at a higher level.
@@ -153,4 +162,18 @@ fn owner_cgroup() -> u64 {
         cgroup_access::CURRENT => unsafe { helpers::bpf_get_current_cgroup_id() },
         _ => 0,
     }
+}
+
+/// True if the running task is in this control group, or below it.
+#[inline(always)]
+fn is_in_cgroup(group: u64) -> bool {
+    for level in 1..=CGROUP_LEVELS {
+        // SAFETY: the helper takes a number. It returns 0 below the task's own group.
+        match unsafe { helpers::bpf_get_current_ancestor_cgroup_id(level as i32) } {
+            0 => return false,
+            id if id == group => return true,
+            _ => {}
+        }
+    }
+    false
 }

@@ -335,13 +335,13 @@ impl Tracer {
     }
 
     /// Reads at most `limit` records from the ring buffer. Returns how many were read.
-    pub fn drain(&mut self, limit: usize, mut each: impl FnMut(&Record)) -> usize {
+    pub fn drain(&mut self, limit: usize, mut each: impl FnMut(&Record, &RefusedCounts)) -> usize {
         let ring = self.ring.get_mut();
         for read in 0..limit {
             let Some(item) = ring.next() else { return read };
             self.delivered += 1;
             match Record::from_bytes(&item) {
-                Some(record) => each(&record),
+                Some(record) => each(&record, &self.refused_counts),
                 None => log::error!("invalid record of {} bytes in the ring buffer", item.len()),
             }
         }

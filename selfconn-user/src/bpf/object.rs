@@ -30,6 +30,8 @@ pub struct ObjectOptions {
     /// True to read the log of the eBPF programs.
     pub log: bool,
     pub guard: GuardOptions,
+    /// The id of the control group whose processes are one owner's. 0: there is none.
+    pub watched_cgroup: u64,
 }
 
 impl ObjectOptions {
@@ -41,6 +43,7 @@ impl ObjectOptions {
         states: false,
         log: false,
         guard: GuardOptions::OFF,
+        watched_cgroup: 0,
     };
 }
 
@@ -72,6 +75,7 @@ pub(super) fn load(features: &KernelFeatures, options: ObjectOptions) -> Result<
         .override_global(names::OFFSETS, &features.offsets[..], true)
         .override_global(names::TASK_ACCESS, &features.task_access, true)
         .override_global(names::CGROUP_ACCESS, &features.cgroup_access, true)
+        .override_global(names::WATCHED_CGROUP, &options.watched_cgroup, true)
         .override_global(names::SOCKET_COOKIE, &socket_cookie, true)
         .override_global(names::REPORTED, &reported, true)
         .override_global(aya_log::LEVEL, &log_level, true)

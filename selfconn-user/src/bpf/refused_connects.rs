@@ -28,6 +28,12 @@ impl RefusedCounts {
         self.counts.get(&Plain(*destination), 0).ok().map(|value| value.0)
     }
 
+    /// How many connects to this destination, of either family, were refused since its entry was made.
+    #[must_use]
+    pub fn total(&self, destination: &Endpoint) -> u64 {
+        self.get(&destination.any_family()).map_or(0, |refused| refused.total)
+    }
+
     /// All counts with their destinations. Walks the whole table.
     pub fn entries(&self) -> impl Iterator<Item = (Endpoint, RefusedCount)> {
         self.counts.iter().filter_map(Result::ok).map(|(key, value)| (key.0, value.0))

@@ -24,6 +24,7 @@ use crate::{
     output::{OutputLimits, Outputs, StdoutFormat, journald, log_file::LogFile},
     system::{
         capabilities::{self, PrivilegePlan},
+        cgroup::WatchedGroup,
         identity::{HostName, Identity},
         logger, memory,
         sd_notify::ServiceManager,
@@ -105,6 +106,9 @@ pub struct RunArgs {
     /// Interval of the comparison with the kernel's socket table
     #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     reconcile: u64,
+    /// Report only the processes of this control group
+    #[arg(long, hide = true, value_name = "ID:PATH")]
+    only_group: Option<WatchedGroup>,
     /// Interval of the self-test of the hooks
     #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     self_test: u64,
@@ -235,7 +239,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
                 None
             }
         };
-        let guard_rules = args.guard.rules()?;
+        let guard_rules = args.guard.rules(args.only_group.as_ref().map(|group| group.id))?;
         let self_test_cookie = self_test_socket.as_ref().map(SelfTestSocket::cookie);
         let options = TracerOptions {
             hooks: args.requested_hooks(),
@@ -247,6 +251,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
                 states: args.states,
                 log: args.verbose > 1,
                 guard: args.guard.options(&guard_rules, self_test_cookie),
+                watched_cgroup: args.only_group.as_ref().map_or(0, |group| group.id),
             },
         };
         let mut tracer = Tracer::start(&host, options)?;
@@ -275,6 +280,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
             snapshot_interval: Duration::from_secs(args.reconcile),
             kept_cmdline: if args.remedy.needs_cmdline() { CmdlineLimit::Full } else { args.cmdline },
             remedy,
+            only_group: args.only_group.clone(),
             guard_mode: args.guard.mode(),
             guard,
             self_test: SelfTest::new(self_test_socket, Duration::from_secs(args.self_test), live),

@@ -22,6 +22,7 @@ use crate::{
     output::Outputs,
     sockets::{Cookie, SocketEntry, SocketSnapshot},
     system::{
+        cgroup::WatchedGroup,
         clock::{self, Offset, sleep_until_some},
         memory,
     },
@@ -30,7 +31,7 @@ use blocked::BlockedReports;
 use catch_up::{AfterRecords, CatchUp};
 use guarding::GuardMonitor;
 use losses::LossReporter;
-use pipeline::Pipeline;
+use pipeline::{Pipeline, Reported};
 use port_ranges::PortRangeResponse;
 use port_risk::PortRiskMonitor;
 use remediation::Remediation;
@@ -90,6 +91,8 @@ pub struct DaemonOptions {
     /// What is kept of a command line: as much as events and rules need.
     pub kept_cmdline: CmdlineLimit,
     pub remedy: Option<Remedy>,
+    /// The only control group whose processes are reported. `None`: all.
+    pub only_group: Option<WatchedGroup>,
     pub guard_mode: GuardMode,
     /// The guard, attached in this process's network namespace.
     pub guard: Option<Guard>,
@@ -156,7 +159,7 @@ impl Daemon {
             pipeline: Pipeline::new(
                 probe_count,
                 lookups,
-                options.states,
+                Reported { states: options.states, group: options.only_group },
                 options.guard_mode,
                 remediation,
                 blocked,
@@ -402,9 +405,9 @@ impl Daemon {
         if !pending_bind_failures.is_empty() {
             loss_reporter.on_records();
         }
-        let drained = tracer.drain(MAX_BATCH, |record| match record {
+        let drained = tracer.drain(MAX_BATCH, |record, refused| match record {
             Record::Transition(transition) if self_test.consume(transition) => {}
-            Record::Transition(transition) => pipeline.apply(transition, clock),
+            Record::Transition(transition) => pipeline.apply(transition, refused, clock),
             Record::RefusedConnects(destination) => port_risks.on_threshold(*destination),
             Record::ListenerClosed(endpoint) => port_risks.on_listener_closed(endpoint),
             Record::BindFailure(failure) => pipeline.on_bind_failure(failure, clock),

@@ -7,7 +7,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use selfconn_ebpf::{Task, Transition, bind_failure::BindFailure, guard::Prevention, state};
+use selfconn_ebpf::{Owner, Task, Transition, bind_failure::BindFailure, guard::Prevention, state};
 
 use super::{
     blocked::{BlockedReports, KnownHolder, PendingBlocked, Step},
@@ -17,6 +17,7 @@ use super::{
     remediation::Remediation,
 };
 use crate::{
+    bpf::refused_connects::RefusedCounts,
     budget::memory::MAX_PENDING_EVENTS,
     detect::{
         bind_conflict::{BindConflicts, PortHolder, TimeWaitEntry},
@@ -30,6 +31,7 @@ use crate::{
     output::Outputs,
     sockets::{Coverage, NetDevices, SocketSnapshot},
     system::{
+        cgroup::WatchedGroup,
         clock::{Offset, SuspendWatch, Suspension},
         process::{Attribution, Holder, ObservedTask, ProcessInfo},
     },
@@ -55,7 +57,7 @@ pub(super) struct Pipeline {
     suspend_watch: SuspendWatch,
     /// The events of the current transition. Kept, so that its memory is reused.
     events: Vec<QueuedEvent>,
-    report_states: bool,
+    reported: Reported,
     guard_mode: GuardMode,
     prevented_events: u64,
     pub(super) remediation: Remediation,
@@ -64,6 +66,14 @@ pub(super) struct Pipeline {
     pub(super) out: Outputs,
     pub(super) established_counts: metrics::ConnectionCounts,
     pub(super) missed: u64,
+}
+
+/// What is reported.
+pub(super) struct Reported {
+    /// Every state change, too.
+    pub(super) states: bool,
+    /// Only the processes of this control group. `None`: all.
+    pub(super) group: Option<WatchedGroup>,
 }
 
 /// What waits for a look-up.
@@ -82,7 +92,7 @@ impl Pipeline {
     pub(super) fn new(
         probe_count: u8,
         lookups: Lookups<Waiter>,
-        report_states: bool,
+        reported: Reported,
         guard_mode: GuardMode,
         remediation: Remediation,
         blocked: BlockedReports,
@@ -97,7 +107,7 @@ impl Pipeline {
             devices: NetDevices::of_current_netns().ok(),
             suspend_watch: SuspendWatch::start(),
             events: Vec::new(),
-            report_states,
+            reported,
             guard_mode,
             prevented_events: 0,
             remediation,
@@ -118,9 +128,9 @@ impl Pipeline {
 
     /// Applies a transition. The resulting events are emitted at once if the process is known, and otherwise
     /// after its look-up.
-    pub(super) fn apply(&mut self, transition: &Transition, clock: Offset) {
+    pub(super) fn apply(&mut self, transition: &Transition, refused: &RefusedCounts, clock: Offset) {
         let mut events = std::mem::take(&mut self.events);
-        let (at_ns, report_states) = (transition.at_ns, self.report_states);
+        let (at_ns, report_states) = (transition.at_ns, self.reported.states);
         let time = clock.wall(at_ns);
         self.connections.apply(transition, |event| {
             if report_states || !matches!(event, ConnectionEvent::State(_, _, to) if to != state::CLOSE) {
@@ -135,7 +145,7 @@ impl Pipeline {
             events.iter().filter(|event| event.is_last()).map(|event| event.connection.number).collect();
         for event in events.drain(..) {
             self.count(&event);
-            self.on_event(event, clock);
+            self.on_event(event, refused, clock);
         }
         self.events = events;
         for number in ended {
@@ -151,7 +161,7 @@ impl Pipeline {
         }
     }
 
-    fn on_event(&mut self, event: QueuedEvent, clock: Offset) {
+    fn on_event(&mut self, event: QueuedEvent, refused: &RefusedCounts, clock: Offset) {
         let number = event.connection.number;
         if !self.attributions.contains_key(&number) {
             // Looked up at the first event, while the process still exists. Later events use the same result.
@@ -162,8 +172,13 @@ impl Pipeline {
             };
             let is_known = known.is_some();
             let device = self.devices.as_ref().and_then(|devices| devices.name(&event.connection.endpoint));
-            self.attributions
-                .insert(number, Attribution { process: known.unwrap_or_default(), holders: None, device });
+            let attribution = Attribution {
+                process: known.unwrap_or_default(),
+                holders: None,
+                device,
+                refused_before: Some(refused.total(&event.connection.endpoint)),
+            };
+            self.attributions.insert(number, attribution);
             if let Some(target) = target.filter(|_| !is_known) {
                 self.lookups.begin(target, Waiter::Connection(number));
                 self.push_pending(event);
@@ -203,13 +218,29 @@ impl Pipeline {
         let unknown = Attribution::default();
         let (event, number) = (queued.event(), queued.connection.number);
         let attribution = self.attributions.get(&number).unwrap_or(&unknown);
-        if let Some(kind) = event_of(event, attribution, self.run_id, self.report_states, clock) {
+        if !self.is_reported(&queued.connection, attribution) {
+            return;
+        }
+        if let Some(kind) = event_of(event, attribution, self.run_id, self.reported.states, clock) {
             self.out.emit_at(queued.time, kind);
         }
         let remedied = self.remediation.on_connection_event(event, attribution, self.run_id, queued.at_ns);
         if let Some(remedied) = remedied {
             self.out.emit_at(queued.time, EventKind::Remedied(Box::new(remedied)));
         }
+    }
+
+    /// False: only one control group's processes are reported, and the connection is of another one.
+    fn is_reported(&self, connection: &Connection, attribution: &Attribution) -> bool {
+        self.reported.group.as_ref().is_none_or(|watched| match connection.opener {
+            Some(opener) => opener.owner.cgroup == watched.id,
+            None => attribution.process.cgroup.as_ref().is_some_and(|path| watched.contains(path)),
+        })
+    }
+
+    /// As [`Self::is_reported`], of what this owner did.
+    fn is_of_reported(&self, owner: &Owner) -> bool {
+        self.reported.group.as_ref().is_none_or(|watched| owner.cgroup == watched.id)
     }
 
     /// Emits the events of a connection that waited.
@@ -456,7 +487,11 @@ impl Pipeline {
             }
             KnownHolder::TimeWait(entry) => (PortHolder::TimeWait(entry), &entry.attribution),
         };
-        let fields = ConnectionFields::new(holder.connection(), self.run_id, attribution);
+        let connection = holder.connection();
+        if !self.is_of_reported(&blocked.failure.owner) && !self.is_reported(connection, attribution) {
+            return;
+        }
+        let fields = ConnectionFields::new(connection, self.run_id, attribution);
         let current = event::CurrentHolder {
             holders: blocked.holders.clone(),
             process: blocked.holder_process.clone().unwrap_or_default(),
@@ -502,6 +537,9 @@ impl Pipeline {
     pub(super) fn on_port_risk(&mut self, event: PortRiskEvent, now_ns: u64) {
         let (PortRiskEvent::AtRisk(connects, ..) | PortRiskEvent::Over(connects, _)) = &event;
         let newest = connects.newest;
+        if !self.is_of_reported(&newest.owner) {
+            return;
+        }
         // If two CPUs wrote to the count at the same time, the task may be mixed from two attempts. Only a
         // matching start time proves that it is not.
         if newest.start_ns == 0 {

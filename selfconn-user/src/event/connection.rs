@@ -42,6 +42,8 @@ pub struct ConnectionFields {
     pub netns: Option<u32>,
     /// `ephemeral` if connect() chose the source port, `bound` if the socket had a port before connect().
     pub cause: Option<&'static str>,
+    /// Connects to the same address and port that were refused before.
+    pub refused_before: Option<u64>,
     /// The process that connected, in the initial pid namespace.
     pub pid: Option<u32>,
     /// Thread id of the connecting thread.
@@ -116,6 +118,7 @@ impl ConnectionFields {
                 cause::BOUND => Some("bound"),
                 _ => None,
             }),
+            refused_before: attribution.refused_before,
             pid: task.map(|task| task.pid).or(holder.map(|holder| holder.pid)),
             tid: task.map(|task| task.tid),
             comm: task
@@ -162,6 +165,7 @@ impl ConnectionFields {
             port: 40_000,
             netns: Some(4_026_531_833),
             cause: Some("ephemeral"),
+            refused_before: Some(57),
             pid: Some(7),
             tid: Some(8),
             comm: Some("java".to_owned()),

@@ -43,6 +43,7 @@ pub struct UnknownAttempt {
     port: (),
     netns: (),
     cause: (),
+    refused_before: (),
     pid: (),
     tid: (),
     comm: (),

@@ -70,6 +70,8 @@ pub struct GuardRules {
     only: Vec<GuardRule>,
     /// None of these rules may match.
     except: Vec<GuardRule>,
+    /// The id of a control group in which a socket must be, too.
+    group: Option<u64>,
 }
 
 impl GuardRules {
@@ -77,9 +79,15 @@ impl GuardRules {
     /// If there are too many rules.
     pub fn new(only: Vec<GuardRule>, except: Vec<GuardRule>) -> Result<Self, String> {
         match only.len() + except.len() {
-            0..=MAX_RULES => Ok(Self { only, except }),
+            0..=MAX_RULES => Ok(Self { only, except, group: None }),
             count => Err(format!("{count} rules are too many: at most {MAX_RULES} can be given")),
         }
+    }
+
+    /// The same, for sockets of this control group only.
+    #[must_use]
+    pub fn in_group(self, group: Option<u64>) -> Self {
+        Self { group, ..self }
     }
 
     /// Each rule with its bit of [`rule`].
@@ -99,12 +107,19 @@ impl GuardRules {
     /// The kinds of rules of which each must match.
     #[must_use]
     pub fn required(&self) -> u32 {
-        self.rules().map(|(_, bit)| bit & !rule::EXCEPT).fold(0, |all, bit| all | bit)
+        let of_group = if self.group.is_some() { rule::ONLY_GROUP } else { 0 };
+        self.rules().map(|(_, bit)| bit & !rule::EXCEPT).fold(of_group, |all, bit| all | bit)
     }
 
     /// True if there are rules about control groups.
     #[must_use]
     pub fn by_cgroup(&self) -> bool {
+        self.group.is_some() || self.has_names()
+    }
+
+    /// True if there are rules about names of control groups.
+    #[must_use]
+    pub fn has_names(&self) -> bool {
         self.rules().any(|(matched, _)| matches!(matched, MatchedBy::Unit(_) | MatchedBy::Cgroup(_)))
     }
 
@@ -158,12 +173,18 @@ pub struct GroupRules {
 }
 
 impl GroupRules {
+    /// The rules without those about names.
+    #[must_use]
+    pub fn new(rules: &GuardRules) -> Self {
+        Self { by_id: rules.group.map(|id| (id, rule::ONLY_GROUP)).into_iter().collect(), ..Self::default() }
+    }
+
     /// Adds a group. Those above it must be added before it.
     pub fn add(&mut self, group: &NamedGroup, bits: u32) {
         let above = group.path.match_indices('/').map(|(end, _)| &group.path[..end]);
         let inherited = above.filter_map(|path| self.by_path.get(path)).fold(0, |all, bits| all | bits);
         if bits & !inherited != 0 {
-            self.by_id.insert(group.id, bits);
+            *self.by_id.entry(group.id).or_insert(0) |= bits;
             self.by_path.insert(group.path.clone(), bits);
         }
     }

@@ -85,7 +85,9 @@ pub(super) fn set_cgroups(program: &mut GuardProgram, rules: &GuardRules) -> any
     if !rules.by_cgroup() {
         return Ok(());
     }
-    let mut groups = GroupRules::default();
-    cgroup::visit_named(|group| groups.add(&group, rules.of_group(&group)))?;
+    let mut groups = GroupRules::new(rules);
+    if rules.has_names() {
+        cgroup::visit_named(|group| groups.add(&group, rules.of_group(&group)))?;
+    }
     program.set_cgroups(&groups.by_id)
 }

@@ -4,12 +4,14 @@
 //! `Delegate=yes` unit to the unit's user. A name is therefore used only where every directory above it is
 //! root's. Pure; `directories` asks the file system who owns what.
 
+use std::{fmt, str::FromStr, sync::Arc};
+
 mod directories;
 #[cfg(test)]
 mod tests;
 
 pub(super) use directories::components;
-pub use directories::visit_named;
+pub use directories::{OwnGroup, own_group, visit_named};
 
 /// Levels of a path without unit and container that only root makes.
 const OWNER_LEVELS: usize = 3;
@@ -23,6 +25,42 @@ pub struct NamedGroup {
     pub unit: Option<String>,
     /// The kernel's id of the group: the inode of its directory.
     pub id: u64,
+}
+
+/// A control group that `selfconn exec` made: its processes are one owner's, and the programs in the kernel know them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WatchedGroup {
+    /// The kernel's id of the group: the inode of its directory.
+    pub id: u64,
+    /// Its path in the unified hierarchy.
+    pub path: Arc<str>,
+}
+
+impl FromStr for WatchedGroup {
+    type Err = &'static str;
+
+    /// Parses `ID:PATH`.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let parts = text.split_once(':').and_then(|(id, path)| Some((id.parse().ok()?, path)));
+        match parts {
+            Some((id @ 1.., path)) if path.starts_with('/') => Ok(Self { id, path: path.into() }),
+            _ => Err("must be ID:PATH"),
+        }
+    }
+}
+
+impl fmt::Display for WatchedGroup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.id, self.path)
+    }
+}
+
+impl WatchedGroup {
+    /// True if a group with this path is this one, or below it.
+    #[must_use]
+    pub fn contains(&self, path: &str) -> bool {
+        path.strip_prefix(&*self.path).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    }
 }
 
 /// The hierarchy that has the names. On a host with both, container engines that write groups themselves write

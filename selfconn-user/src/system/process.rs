@@ -90,6 +90,9 @@ pub struct Attribution {
     pub holders: Option<Vec<Holder>>,
     /// The name of the device that the socket is bound to, if it is in the daemon's own network namespace.
     pub device: Option<Arc<str>>,
+    /// Connects to the same address and port that were refused before. `None`: not counted, because the connection
+    /// was found in the socket table.
+    pub refused_before: Option<u64>,
 }
 
 /// A process that has a socket open, or that closed it.

@@ -16,6 +16,7 @@ use crate::{
         features::KernelFeatures,
         loader::{Tracer, TracerOptions},
         object::ObjectOptions,
+        refused_connects::RefusedCounts,
     },
     daemon::self_test::{recognition::Recognition, socket::SelfTestSocket},
     detect::probe_health::{DeadProbes, ProbeHealth, SelfTestOutcome},
@@ -60,7 +61,7 @@ pub(super) fn test(features: &KernelFeatures) -> Result<LiveTest> {
             probe_health.begin(tracer.counters()?, Instant::now());
             test.connect()?;
             let outcome = loop {
-                let mut handle_record = |record: &Record| {
+                let mut handle_record = |record: &Record, _: &RefusedCounts| {
                     if let Record::Transition(transition) = record {
                         let is_ours = recognition.is_ours(transition);
                         probe_health.on_record(is_ours, transition.new == state::ESTABLISHED);

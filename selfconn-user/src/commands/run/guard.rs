@@ -39,10 +39,13 @@ impl GuardArgs {
         self.guard != GuardMode::Off
     }
 
+    /// `group`: the id of the only control group that is guarded.
+    ///
     /// # Errors
     /// If there are too many rules.
-    pub(super) fn rules(&self) -> Result<GuardRules> {
+    pub(super) fn rules(&self, group: Option<u64>) -> Result<GuardRules> {
         GuardRules::new(self.guard_only.clone(), self.guard_except.clone())
+            .map(|rules| rules.in_group(group))
             .map_err(|why| anyhow::anyhow!("--guard-only and --guard-except: {why}"))
     }
 

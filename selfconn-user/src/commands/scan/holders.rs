@@ -35,7 +35,8 @@ impl SocketHolders {
             };
             self.processes.entry((first.pid, first.start_ticks)).or_insert_with(read).clone()
         });
-        let attribution = Attribution { process: process.unwrap_or_default(), holders, device: None };
+        let attribution =
+            Attribution { process: process.unwrap_or_default(), holders, ..Attribution::default() };
         let mut fields = ConnectionFields::new(&Connection::from_entry(0, entry), 0, &attribution);
         if entry.inode != 0 && !self.found.complete {
             fields.holders = None;

@@ -66,6 +66,36 @@ pub fn visit_named(mut each: impl FnMut(NamedGroup)) -> io::Result<()> {
     visit_below(&root, &mut Vec::new(), &mut each)
 }
 
+/// A control group of the unified hierarchy.
+#[derive(Debug)]
+pub struct OwnGroup {
+    pub directory: PathBuf,
+    /// Seen from this process's control group namespace.
+    pub path: String,
+}
+
+/// The control group of this process or, if that is so deep that the programs in the kernel would not find a group below
+/// it, the one above it.
+///
+/// # Errors
+/// If the unified hierarchy is not mounted here, or does not show the group.
+pub fn own_group() -> io::Result<OwnGroup> {
+    let text = fs::read_to_string("/proc/self/cgroup")?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"));
+    let names = path.unwrap_or("/").split('/').filter(|name| !name.is_empty());
+    let path: String = names.take(CGROUP_LEVELS as usize - 1).map(|name| format!("/{name}")).collect();
+    let path = if path.is_empty() { "/".to_owned() } else { path };
+    let directory = MOUNTS.iter().find_map(|mount| mount.directory(Hierarchy::Unified, &path));
+    let directory = directory.ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::NotFound,
+            "the unified hierarchy of control groups does not show this process",
+        )
+    })?;
+    // Without the slash after a mount point.
+    Ok(OwnGroup { directory: directory.components().collect(), path })
+}
+
 fn visit_below(
     directory: &Path,
     names: &mut Vec<String>,
