@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, anyhow};
 use clap::{Parser, Subcommand};
 
-use crate::commands::{audit, doctor, repro, run, scan, schema, tail};
+use crate::commands::{audit, doctor, exec, repro, run, scan, schema, tail};
 
 /// The output of `--version`: version, commit, and checksum and architectures of the eBPF object.
 pub const VERSION: &str = concat!(
@@ -42,6 +42,9 @@ pub enum Command {
     /// Watch this host and report each self-connection with its process
     #[command(after_help = run::EXAMPLE)]
     Run(run::RunArgs),
+    /// Run a command, and report the self-connections of its processes at the end
+    #[command(after_help = exec::EXAMPLE)]
+    Exec(exec::ExecArgs),
     /// List the self-connections that exist now, in every network namespace
     #[command(after_help = scan::EXAMPLE)]
     Scan(scan::ScanArgs),

@@ -8,7 +8,7 @@ use std::{
 use clap::Parser as _;
 use selfconn::{
     cli::{self, Cli, Command},
-    commands::{audit, doctor, repro, run, scan, schema, tail},
+    commands::{audit, doctor, exec, repro, run, scan, schema, tail},
     event::text::escape,
 };
 
@@ -17,6 +17,7 @@ fn main() -> ExitCode {
         Err(error) => cli::handle_parse_error(&error),
         Ok(Cli { command }) => match command {
             Command::Run(args) => run::run(&args),
+            Command::Exec(args) => exec::run(&args),
             Command::Scan(args) => scan::run(&args),
             Command::Audit(args) => audit::run(&args),
             Command::Tail(args) => tail::run(&args),

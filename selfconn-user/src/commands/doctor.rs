@@ -6,7 +6,7 @@
 use std::{env::consts::ARCH, fmt::Write as _, process::ExitCode};
 
 use anyhow::{Context as _, Result};
-use rustix::thread::CapabilitySet;
+use rustix::{fs::Access, thread::CapabilitySet};
 use schemars::JsonSchema;
 use selfconn_ebpf::names;
 use serde::Serialize;
@@ -23,7 +23,7 @@ use crate::{
     },
     event::text::escape,
     sockets,
-    system::{capabilities, logger},
+    system::{capabilities, cgroup, logger},
 };
 
 use live::LiveMethod;
@@ -265,6 +265,11 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
         ),
         check("guard", guard, guard_hint.as_deref()),
         check(
+            "exec",
+            exec_group(),
+            Some("without one, selfconn exec goes by the ancestors of each process, and has no --guard"),
+        ),
+        check(
             "pid_namespace",
             either(
                 features.is_initial_pid_ns,
@@ -274,6 +279,16 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
             Some("run on the host, or with the host's pid namespace (hostPID, --pid=host)"),
         ),
     ]
+}
+
+/// Where `selfconn exec` would make a control group.
+fn exec_group() -> Result<String, String> {
+    let directory = cgroup::own_group().map_err(|error| error.to_string())?.directory;
+    let parent = directory.display();
+    match rustix::fs::access(&directory, Access::WRITE_OK) {
+        Ok(()) => Ok(format!("a control group can be made in {parent}")),
+        Err(error) => Err(format!("no control group can be made in {parent}: {error}")),
+    }
 }
 
 /// What guards are in this network namespace, and what helps if one is left over.

@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result};
 pub mod audit;
 pub mod doctor;
 mod duration;
+pub mod exec;
 pub mod repro;
 pub mod run;
 pub mod scan;

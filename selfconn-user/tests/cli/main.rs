@@ -7,6 +7,7 @@ pub(crate) mod machine;
 pub(crate) mod support;
 
 mod audit;
+mod exec;
 mod manners;
 mod repro;
 mod run;

@@ -6,6 +6,7 @@ pub(crate) mod bound_ports;
 pub(crate) mod by_method;
 pub(crate) mod connect_table;
 pub(crate) mod descriptors;
+pub(crate) mod exec;
 pub(crate) mod identity;
 pub(crate) mod kernel_socket;
 pub(crate) mod namespaces;

@@ -86,6 +86,11 @@ impl HelperProcess {
         Self::spawn(&mut command)
     }
 
+    /// Starts a program whose last arguments are a command, with this binary as that command.
+    pub(crate) fn start_below(runner: Command, task: &str) -> Self {
+        Self::spawn(&mut command_below(runner, task))
+    }
+
     fn spawn(command: &mut Command) -> Self {
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap();
@@ -130,6 +135,12 @@ fn test_path(function: &str) -> String {
 
 fn command(task: &str) -> Command {
     with_task(Command::new("/proc/self/exe"), task)
+}
+
+/// A program whose last arguments are a command, with this binary as that command.
+pub(crate) fn command_below(mut runner: Command, task: &str) -> Command {
+    runner.arg(std::env::current_exe().unwrap());
+    with_task(runner, task)
 }
 
 /// The command of a program that is this binary.
@@ -253,6 +264,30 @@ fn run_helper_process() {
             set_process_name("a-client");
             let (_socket, port) = connect();
             print_output(&port.to_string());
+            wait_for_stdin_eof();
+        }
+        "connect again and again" => {
+            let _ = connect();
+            print_output("connected");
+            std::thread::spawn(|| {
+                loop {
+                    let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+                    socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
+                    std::thread::sleep(std::time::Duration::from_millis(20));
+                }
+            });
+            wait_for_stdin_eof();
+        }
+        "connect by an orphan" => {
+            let mut parent = HelperProcess::start("leave an orphan");
+            assert_eq!(parent.read_output(), "done");
+            parent.finish();
+        }
+        "leave an orphan" => drop(command("connect storm 1").process_group(0).spawn().unwrap()),
+        "dial itself twice" => {
+            for _ in 0..2 {
+                print_output(&super::guard::dial_itself(Ipv4Addr::LOCALHOST.into()).to_string());
+            }
             wait_for_stdin_eof();
         }
         "dial itself" => print_output(&super::guard::dial_itself(Ipv4Addr::LOCALHOST.into()).to_string()),
