@@ -12,6 +12,7 @@ mod packages;
 mod remap;
 mod run;
 mod strip;
+mod suites;
 mod test;
 #[cfg(test)]
 mod threat_model;
@@ -66,6 +67,8 @@ enum XtaskCommand {
     Service(vm::service::ServiceArgs),
     /// Run the live tests on other kernels, in virtual machines
     Vm(vm::VmArgs),
+    /// Run test suites in Python, Node and Rust under `selfconn exec`
+    Suites,
     /// Measure what selfconn costs, and compare it with its targets
     Bench(bench::BenchArgs),
 }
@@ -91,6 +94,7 @@ fn dispatch(command: &XtaskCommand, workspace: &Workspace) -> Result<()> {
         XtaskCommand::Dist(arguments) => dist::run(arguments, workspace),
         XtaskCommand::Service(arguments) => vm::service::run(arguments, workspace),
         XtaskCommand::Vm(arguments) => vm::run(arguments, workspace),
+        XtaskCommand::Suites => suites::run(workspace),
         XtaskCommand::Bench(arguments) => bench::run(arguments, workspace),
     }
 }

@@ -33,7 +33,7 @@ use crate::{
 type Group = fn(&mut Measurement) -> Result<()>;
 
 /// The groups of rows, in the order in which they are measured.
-pub(crate) const GROUPS: [(&str, Group); 7] = [
+pub(crate) const GROUPS: [(&str, Group); 8] = [
     ("idle", Measurement::idle),
     ("transition", Measurement::transition),
     ("bind", Measurement::bind),
@@ -41,6 +41,7 @@ pub(crate) const GROUPS: [(&str, Group); 7] = [
     ("latency", Measurement::latency),
     ("scan", Measurement::scan),
     ("flood", Measurement::flood),
+    ("exec", Measurement::exec),
 ];
 
 /// The daemon to measure, and the samples so far.
@@ -362,6 +363,35 @@ impl Measurement {
             }
             self.snapshots(&format!("snapshot.namespaces.{namespaces}"))?;
         }
+        Ok(())
+    }
+
+    /// What a command pays for `selfconn exec`: once, and for each of its connections.
+    fn exec(&mut self) -> Result<()> {
+        let net = NetNamespace::new()?;
+        let this = std::env::current_exe()?;
+        let watched = |command: &[&std::ffi::OsStr]| {
+            let mut exec = Command::new(&self.daemon);
+            net.enter(exec.args(["exec", "--"]).args(command).stderr(Stdio::null()));
+            exec
+        };
+        let generator =
+            [&["generate", "churn"], ChurnDestination::OwnAddressInside.options(), &PLAIN[3..]].concat();
+        let command: Vec<_> =
+            [this.as_os_str()].into_iter().chain(generator.iter().map(std::ffi::OsStr::new)).collect();
+        let mut samples = Vec::new();
+        for _ in 0..self.rounds(25) {
+            let began = Instant::now();
+            output(watched(&["true".as_ref()]))?;
+            samples.push(("exec.true", began.elapsed().as_secs_f64() * 1e3));
+            for (name, command) in
+                [("exec.with", watched(&command)), ("exec.without", net.helper(&generator))]
+            {
+                let made: TrafficMade = serde_json::from_str(&output(command)?)?;
+                samples.push((name, made.rate()));
+            }
+        }
+        samples.into_iter().for_each(|(name, value)| self.sample(name, value));
         Ok(())
     }
 

@@ -63,6 +63,7 @@ fn rows_of_host(samples: &Samples) -> Vec<CostRow> {
         ("latency", latency),
         ("idle", idle),
         ("scan", scan),
+        ("exec", exec),
     ] {
         builder.group = group;
         add(&mut builder);
@@ -218,4 +219,16 @@ fn scan(builder: &mut RowBuilder<'_>) {
     ] {
         builder.measured(what, Milliseconds, NoTarget, samples.median(name));
     }
+}
+
+fn exec(builder: &mut RowBuilder<'_>) {
+    let samples = builder.samples;
+    builder.measured(
+        "selfconn exec true, from start to end",
+        Milliseconds,
+        AtMost(1_000.0),
+        samples.median("exec.true"),
+    );
+    let ratio = samples.ratio("exec.with", "exec.without");
+    builder.measured("connections of a command to its own address, to without exec", Ratio, NoTarget, ratio);
 }
