@@ -1,6 +1,7 @@
 //! `cargo xtask suites`: runs test suites in Python, Node and Rust under `selfconn exec`. Each has four cases that fail if a
 //! connect hits its own port. First the self-connections must be reported, each with its program and port; then the guard
-//! must let every case pass. A neighbour connects to itself all the while, and must not be reported.
+//! must let every case pass. A neighbour connects to itself all the while, and must not be reported. Then the tests with
+//! servers of the distribution run, whose ports self-connections have.
 
 use std::{
     fs,
@@ -17,9 +18,15 @@ use crate::{
     workspace::Workspace,
 };
 
-/// The interpreters, and the tools that make a network namespace.
-const PROGRAMS: [(&str, &str); 4] =
-    [("python3", "python3"), ("node", "nodejs"), ("ip", "iproute2"), ("unshare", "util-linux")];
+/// The interpreters, a server, and the tools that make a network namespace.
+const PROGRAMS: [(&str, &str); 6] = [
+    ("/usr/bin/python3", "python3"),
+    ("/usr/bin/node", "nodejs"),
+    ("/usr/bin/ruby", "ruby"),
+    ("/usr/bin/redis-check-rdb", "redis-tools"),
+    ("ip", "iproute2"),
+    ("unshare", "util-linux"),
+];
 
 /// `connect()` chooses 42000, 42002, … first. The cases use even ports.
 const SCRIPT: &str =
@@ -64,6 +71,21 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
             seconds_since(start)
         ));
     }
+    let mut servers = environment::cargo();
+    servers.args([
+        "test",
+        "--package",
+        "selfconn-user",
+        "--test",
+        "programs",
+        "--",
+        "--ignored",
+        "servers::",
+    ]);
+    ensure!(
+        servers.current_dir(&workspace.root).status().context("start cargo")?.success(),
+        "the servers: failed"
+    );
     Ok(())
 }
 
@@ -79,8 +101,8 @@ fn suites(workspace: &Workspace, directory: &Path) -> Result<Vec<Suite>> {
         comm,
     };
     Ok(vec![
-        suite("Python", &[Path::new("python3"), &sources.join("suite.py")], "python3"),
-        suite("Node", &[Path::new("node"), Path::new("--test"), &sources.join("suite.mjs")], "node"),
+        suite("Python", &[Path::new("/usr/bin/python3"), &sources.join("suite.py")], "python3"),
+        suite("Node", &[Path::new("/usr/bin/node"), Path::new("--test"), &sources.join("suite.mjs")], "node"),
         // One case after another: in so small a range the client of one may have the port of another's server.
         suite("Rust", &[&rust, Path::new("--test-threads=1")], "rust-suite"),
     ])
