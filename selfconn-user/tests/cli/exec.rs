@@ -230,7 +230,7 @@ fn a_process_that_goes_on_is_mentioned_and_its_group_is_removed() {
 }
 
 #[test]
-fn a_self_connection_is_reported_with_its_mend() {
+fn a_self_connection_is_reported_with_a_fix() {
     let repro = selfconn().get_program().to_str().unwrap().to_owned();
     let directory = tempfile::tempdir().unwrap();
     let (report, summary) = (directory.path().join("report"), directory.path().join("summary"));
@@ -256,7 +256,7 @@ fn a_self_connection_is_reported_with_its_mend() {
         (3, "  cause     the client had bound this port itself"),
         (4, "  held      "),
         (5, "  kept out  selfconn (pid "),
-        (6, "  mend      bind the client to another port"),
+        (6, "  fix       bind the client to another port"),
     ] {
         assert!(lines[at].starts_with(word), "{report}");
     }
@@ -265,7 +265,7 @@ fn a_self_connection_is_reported_with_its_mend() {
     // `repro` shows that nobody can bind the port.
     assert_eq!(annotations.len(), 2, "{annotations:?}");
     assert!(annotations[0].starts_with("::error title=TCP self-connection::"), "{annotations:?}");
-    assert!(annotations[0].contains("%0AMend: "), "{annotations:?}");
+    assert!(annotations[0].contains("%0AFix: "), "{annotations:?}");
     assert!(annotations[1].contains(" could not bind 127.0.0.1:"), "{annotations:?}");
     assert!(fs::read_to_string(summary).unwrap().contains(&format!("    {}\n", lines[2])));
 }

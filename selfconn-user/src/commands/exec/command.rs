@@ -14,7 +14,7 @@ use rustix::{
 
 use super::{
     group::CommandGroup,
-    signals::{self, Happened, SignalMask, Signals},
+    signals::{self, SignalEvent, SignalMask, Signals},
     tree,
     user::User,
 };
@@ -60,7 +60,7 @@ pub(super) fn code_of(error: &io::Error) -> u8 {
 }
 
 /// How the command ended.
-pub(super) struct Ended {
+pub(super) struct CommandEnd {
     pub(super) status: ExitStatus,
     /// How the watch ended, if that was first.
     pub(super) watch: Option<ExitStatus>,
@@ -71,17 +71,17 @@ pub(super) struct Ended {
 ///
 /// # Errors
 /// If the command can't be waited for.
-pub(super) fn wait(child: &Child, watch: Option<Pid>, signals: &mut Signals) -> io::Result<Ended> {
+pub(super) fn wait(child: &Child, watch: Option<Pid>, signals: &mut Signals) -> io::Result<CommandEnd> {
     let command = Pid::from_child(child);
     let mut watch_status = None;
     loop {
         match signals.next()? {
             // What a process of the command sends to its process group has reached the command.
-            Happened::Sent(_, sender) if tree::is_ours(sender) == Some(true) => {}
+            SignalEvent::Sent(_, sender) if tree::is_ours(sender) == Some(true) => {}
             // It may have ended meanwhile.
-            Happened::Sent(signal, _) => drop(kill_process(command, signal)),
-            Happened::OfKernel => {}
-            Happened::Child => {
+            SignalEvent::Sent(signal, _) => drop(kill_process(command, signal)),
+            SignalEvent::OfKernel => {}
+            SignalEvent::Child => {
                 while let Some((pid, status)) =
                     rustix::process::wait(WaitOptions::NOHANG | WaitOptions::UNTRACED)?
                 {
@@ -89,7 +89,9 @@ pub(super) fn wait(child: &Child, watch: Option<Pid>, signals: &mut Signals) -> 
                     match status.stopped() {
                         true if pid == command => signals::stop(),
                         true => {}
-                        false if pid == command => return Ok(Ended { status: ended, watch: watch_status }),
+                        false if pid == command => {
+                            return Ok(CommandEnd { status: ended, watch: watch_status });
+                        }
                         false if Some(pid) == watch => watch_status = Some(ended),
                         false => {}
                     }

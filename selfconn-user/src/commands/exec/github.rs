@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 
 use super::{
     findings::Findings,
-    report::{cause, endpoint, groups, mends, program},
+    report::{cause, endpoint, fixes, groups, program},
 };
 
 /// Environment variable with the file of the job summary.
@@ -21,8 +21,8 @@ pub(super) fn annotations(findings: &Findings) -> String {
         if let Some(cause) = cause(record) {
             let _ = write!(message, ": {cause}");
         }
-        if let Some(mend) = mends(record, !group.first.blocked.is_empty(), None).first() {
-            let _ = write!(message, "\nMend: {mend}");
+        if let Some(fix) = fixes(record, !group.first.blocked.is_empty(), None).first() {
+            let _ = write!(message, "\nFix: {fix}");
         }
         annotate("error", "TCP self-connection", &message, &mut out);
         for blocked in &group.first.blocked {
@@ -87,7 +87,7 @@ mod tests {
         assert_eq!(text.lines().count(), 1, "{text}");
         let start = "::error title=TCP self-connection::a%25\\n::set-output name=x:: b (pid 9) connected to itself at 127.0.0.1:40124: ";
         assert!(text.starts_with(start), "{text}");
-        assert!(text.contains("%0AMend: keep the port"), "{text}");
+        assert!(text.contains("%0AFix: keep the port"), "{text}");
     }
 
     #[test]

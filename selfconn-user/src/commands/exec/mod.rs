@@ -16,10 +16,11 @@ use crate::{
     event::text::escape,
     guard::GuardMode,
     ports::{ReservedPorts, sysctl},
+    system::process,
 };
 use findings::Findings;
 use group::CommandGroup;
-use report::Watched;
+use report::ReportContext;
 use signals::{SignalMask, Signals};
 use watch::{Watch, WatchOptions};
 
@@ -131,9 +132,12 @@ pub fn run(args: &ExecArgs) -> Result<ExitCode> {
     match findings {
         Ok(Some(findings)) => {
             has_found = findings.has_found();
-            let watched = Watched { what: &what, notes: &notes, reserved: reserved_ports() };
+            let watched = ReportContext { what: &what, notes: &notes, reserved: reserved_ports() };
             let text = report::text(&findings, &watched);
-            write_report(args, report.as_mut(), &text, &findings)?;
+            // The exit code is the command's all the same.
+            if let Err(error) = write_report(args, report.as_mut(), &text, &findings) {
+                say(&format!("{error:#}"));
+            }
         }
         Ok(None) => {}
         Err(error) => say(&format!("the report is lost: {error:#}")),
@@ -150,6 +154,10 @@ fn start_watch(
     if let (None, Some(why)) = (group, no_group) {
         if args.guard != GuardMode::Off {
             bail!("--guard is for one control group only, and {why}");
+        }
+        // Events have the pids of the initial one.
+        if !process::is_in_initial_pid_ns() {
+            bail!("this is not the initial pid namespace, and {why}");
         }
         tree::adopt_orphans().context("cannot become the parent of orphans")?;
     }

@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// How the command was watched, and by what.
-pub(super) struct Watched<'a> {
+pub(super) struct ReportContext<'a> {
     /// The processes, in words.
     pub(super) what: &'a str,
     /// What could not be seen, or happened to the processes.
@@ -19,7 +19,7 @@ pub(super) struct Watched<'a> {
 }
 
 /// Self-connections of one program at one port, for one reason.
-pub(super) struct Group<'a> {
+pub(super) struct SimilarConnections<'a> {
     pub(super) first: FoundConnection<'a>,
     pub(super) count: u64,
     /// The longest time that one of them held the port, in nanoseconds. `None`: one is open, or it is unknown.
@@ -27,11 +27,11 @@ pub(super) struct Group<'a> {
 }
 
 /// The self-connections by program, address, port and cause, in the order of the first of each.
-pub(super) fn groups(findings: &Findings) -> Vec<Group<'_>> {
-    let mut groups: Vec<Group<'_>> = Vec::new();
+pub(super) fn groups(findings: &Findings) -> Vec<SimilarConnections<'_>> {
+    let mut groups: Vec<SimilarConnections<'_>> = Vec::new();
     for found in findings.connections() {
         let held_ns = found.closed.and_then(|closed| closed.number("duration_ns"));
-        let is_same = |group: &&mut Group<'_>| {
+        let is_same = |group: &&mut SimilarConnections<'_>| {
             let (a, b) = (group.first.established, found.established);
             ["comm", "addr", "cause"].iter().all(|key| a.text(key) == b.text(key))
                 && ["port", "netns"].iter().all(|key| a.number(key) == b.number(key))
@@ -45,21 +45,21 @@ pub(super) fn groups(findings: &Findings) -> Vec<Group<'_>> {
                     group.first.blocked = found.blocked;
                 }
             }
-            None => groups.push(Group { first: found, count: 1, held_ns }),
+            None => groups.push(SimilarConnections { first: found, count: 1, held_ns }),
         }
     }
     groups
 }
 
 /// The whole report.
-pub(super) fn text(findings: &Findings, watched: &Watched<'_>) -> String {
+pub(super) fn text(findings: &Findings, watched: &ReportContext<'_>) -> String {
     let mut out = String::new();
     // Writing to a string can't fail.
     let _ = write_report(findings, watched, &mut out);
     out
 }
 
-fn write_report(findings: &Findings, watched: &Watched<'_>, out: &mut String) -> std::fmt::Result {
+fn write_report(findings: &Findings, watched: &ReportContext<'_>, out: &mut String) -> std::fmt::Result {
     let (groups, close) = (groups(findings), findings.came_close());
     let count = groups.iter().map(|group| group.count).sum::<u64>() + findings.further;
     write!(out, "selfconn: {}", counted(count, "self-connection"))?;
@@ -170,11 +170,12 @@ pub(super) fn cause(record: LogRecord<'_>) -> Option<String> {
 }
 
 fn connection(
-    group: &Group<'_>,
+    group: &SimilarConnections<'_>,
     reserved: Option<&(u64, ReservedPorts)>,
     out: &mut String,
 ) -> std::fmt::Result {
-    let Group { first: FoundConnection { established, closed, blocked }, count, held_ns } = group;
+    let SimilarConnections { first: FoundConnection { established, closed, blocked }, count, held_ns } =
+        group;
     write!(out, "\n{} connected to itself at {}", program(*established), endpoint(*established))?;
     if *count > 1 {
         write!(out, ", {} times", group_thousands(*count))?;
@@ -197,8 +198,8 @@ fn connection(
         kept_out(*record, &mut line)?;
         field("kept out", &line)?;
     }
-    for (index, mend) in mends(*established, !blocked.is_empty(), reserved).iter().enumerate() {
-        field(if index == 0 { "mend" } else { "or" }, mend)?;
+    for (index, fix) in fixes(*established, !blocked.is_empty(), reserved).iter().enumerate() {
+        field(if index == 0 { "fix" } else { "or" }, fix)?;
     }
     Ok(())
 }
@@ -212,8 +213,8 @@ fn kept_out(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     }
 }
 
-/// What mends it, the best first.
-pub(super) fn mends(
+/// What fixes it, the best first.
+pub(super) fn fixes(
     established: LogRecord<'_>,
     kept_a_server_out: bool,
     reserved: Option<&(u64, ReservedPorts)>,
@@ -287,7 +288,7 @@ pub(super) mod tests {
 
     fn render(events: &[Value]) -> String {
         let reserved = ReservedPorts::parse("8080").unwrap();
-        let watched = Watched { what: "control group /a", notes: &[], reserved: Some((7, reserved)) };
+        let watched = ReportContext { what: "control group /a", notes: &[], reserved: Some((7, reserved)) };
         text(&findings(events), &watched)
     }
 
@@ -323,17 +324,17 @@ pub(super) mod tests {
              cause     nobody listened on this port: 57 attempts were refused, and then connect() chose it as the source port\n  \
              held      at most 2.4s, and 1m0s more in TIME_WAIT\n  \
              kept out  node (pid 11) could not bind 0.0.0.0:40124, 3 times\n  \
-             mend      reserve the port, so that connect() never chooses it: sysctl -w net.ipv4.ip_local_reserved_ports=8080,40124\n  \
+             fix       reserve the port, so that connect() never chooses it: sysctl -w net.ipv4.ip_local_reserved_ports=8080,40124\n  \
              or        stop the clients before their server: close the listener last\n  \
              or        in the client: after connect(), getsockname() and getpeername() must differ; else close it and try again\n"
         );
     }
 
     #[test]
-    fn the_first_cure_fits_the_case() {
+    fn the_first_fix_is_that_of_the_case() {
         let first = |event: Value, kept_out| {
             let findings = findings(&[event]);
-            mends(findings.connections()[0].established, kept_out, None).remove(0)
+            fixes(findings.connections()[0].established, kept_out, None).remove(0)
         };
         assert!(
             first(established("1", 0), false).starts_with("keep the port: "),

@@ -27,7 +27,7 @@ const WATCHED: [libc::c_int; 10] = [
 
 /// What happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Happened {
+pub(super) enum SignalEvent {
     /// A child has ended, stopped or continued.
     Child,
     /// The process with this pid sent this signal. 0: it is in another pid namespace.
@@ -95,16 +95,16 @@ impl Signals {
     ///
     /// # Errors
     /// If it can't be read.
-    pub(super) fn next(&mut self) -> io::Result<Happened> {
+    pub(super) fn next(&mut self) -> io::Result<SignalEvent> {
         let mut bytes = [0; size_of::<libc::signalfd_siginfo>()];
         self.descriptor.read_exact(&mut bytes)?;
         let number = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         // ssi_signo, ssi_code, ssi_pid: include/uapi/linux/signalfd.h at v5.10.
         let (signal, code, sender) = (number(0) as i32, number(8) as i32, number(12));
         Ok(match Signal::from_named_raw(signal) {
-            Some(Signal::CHILD) | None => Happened::Child,
-            Some(signal) if code <= 0 => Happened::Sent(signal, sender),
-            Some(_) => Happened::OfKernel,
+            Some(Signal::CHILD) | None => SignalEvent::Child,
+            Some(signal) if code <= 0 => SignalEvent::Sent(signal, sender),
+            Some(_) => SignalEvent::OfKernel,
         })
     }
 }
