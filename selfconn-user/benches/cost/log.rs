@@ -25,7 +25,7 @@ pub(crate) struct LogCounts {
     /// Lost by the last event: transitions, connections and events.
     pub(crate) lost: u64,
     /// The error of both sums of the last event: `matched` = `delivered` + `lost.ring`, and `made` =
-    /// `written` + `lost.log`.
+    /// `written` + `lost.log` + `lost.suppressed`.
     pub(crate) sum_error: u64,
     pub(crate) written: u64,
 }
@@ -66,7 +66,7 @@ impl LogCounts {
         self.lost = lost.values().filter_map(Value::as_u64).sum();
         self.written = number("written")?;
         self.sum_error = number("matched")?.abs_diff(number("delivered")? + lost_in("ring")?)
-            + number("made")?.abs_diff(self.written + lost_in("log")?);
+            + number("made")?.abs_diff(self.written + lost_in("log")? + lost_in("suppressed")?);
         Some(())
     }
 }

@@ -422,7 +422,11 @@ impl Measurement {
         let net = NetNamespace::new()?;
         let file = self.scratch.join("flood.jsonl");
         let metrics = log::free_address()?;
-        let tracer = self.start(&["--log", text(&file)?, "--metrics", &metrics.to_string()])?;
+        // In a minute it grows beyond the usual limit.
+        let limits = ["--log-limit", "none"];
+        let address = metrics.to_string();
+        let options = [&["--log", text(&file)?, "--metrics", &address], &limits[..]].concat();
+        let tracer = self.start(&options)?;
         let (began, cpu) = (Instant::now(), proc::on_cpu(tracer.pid())?);
         let mut children = Vec::new();
         for generator in generators {
