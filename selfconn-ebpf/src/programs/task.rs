@@ -145,12 +145,12 @@ fn owner_uid<M: KernelRead>(task: *const u8, uid: u32) -> u32 {
 /// The control group in an [`Owner`] of the running task.
 #[inline(always)]
 fn owner_cgroup() -> u64 {
-    let watched = WATCHED_CGROUP.load();
-    if watched != 0 && is_in_cgroup(watched) {
-        return watched;
-    }
     match CGROUP_ACCESS.load() {
         cgroup_access::ANCESTOR => {
+            let watched = WATCHED_CGROUP.load();
+            if watched != 0 && is_in_cgroup(watched) {
+                return watched;
+            }
             // SAFETY: the helper takes a number. It returns 0 if the group is at a higher level.
             match unsafe { helpers::bpf_get_current_ancestor_cgroup_id(OWNER_CGROUP_LEVEL as i32) } {
                 // SAFETY: the helper takes no arguments.

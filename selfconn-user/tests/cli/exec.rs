@@ -18,7 +18,22 @@ use crate::support::{assert_one_line_error, selfconn, unprivileged_selfconn};
 fn exec(options: &[&str], command: &[&str]) -> Command {
     let mut exec = selfconn();
     exec.arg("exec").args(options).arg("--").args(command);
-    exec
+    with_default_signals(exec)
+}
+
+/// A shell can't trap a signal that was ignored when it was started, as by nohup or in the background of a script.
+fn with_default_signals(mut command: Command) -> Command {
+    let reset = || {
+        for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2]
+        {
+            // SAFETY: a system call that takes numbers.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+        Ok(())
+    };
+    // SAFETY: the closure makes system calls only.
+    unsafe { command.pre_exec(reset) };
+    command
 }
 
 fn run(options: &[&str], command: &[&str]) -> Output {
@@ -48,7 +63,9 @@ fn exit_code_signal_and_output_are_the_commands() {
         // Those below 32: the others are glibc's own.
         (r"sed -n 's/^Sig\(Blk\|Ign\):.*\(........\)$/\1 \2/p' /proc/self/status", Some(0), None),
     ] {
-        let plain = Command::new("sh").args(["-c", script]).stdin(Stdio::null()).output().unwrap();
+        let mut plain = Command::new("sh");
+        plain.args(["-c", script]).stdin(Stdio::null());
+        let plain = with_default_signals(plain).output().unwrap();
         let watched = run(&["--fail"], &sh(script));
         assert_eq!((watched.status.code(), watched.status.signal()), (code, signal), "{script}: {watched:?}");
         assert_eq!(watched.status, plain.status, "{script}");
