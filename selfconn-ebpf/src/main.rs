@@ -151,7 +151,7 @@ mod entry_points {
         if let Some((self_addr, ports, old)) = read_head(sock) {
             let change = StateChange { old, new: new as u8 };
             tcp_state::on_socket::<_, _, L, { probe_id(KPROBE) }>(ctx, sock, self_addr, ports, change);
-        } else if new as u8 == state::CLOSE && ends_listener(sock.state::<L>(), new as u8) {
+        } else if new as u8 == state::CLOSE && sock.state::<L>() == state::LISTEN {
             // The state is read only where a socket ends, because each read is a call.
             tcp_state::on_listener_closed(sock);
         }

@@ -117,7 +117,7 @@ impl GuardWork {
                 self.walk();
                 walk_at = Instant::now() + WALK_INTERVAL;
             }
-            if self.rules.by_cgroup() && cgroups_at <= Instant::now() {
+            if self.rules.has_names() && cgroups_at <= Instant::now() {
                 let error =
                     set_cgroups(&mut self.program, &self.rules).err().map(|error| format!("{error:#}"));
                 if let Some(error) = &error
@@ -135,7 +135,7 @@ impl GuardWork {
             }
             self.report();
             let mut wake_at = walk_at;
-            if self.rules.by_cgroup() {
+            if self.rules.has_names() {
                 wake_at = wake_at.min(cgroups_at);
             }
             if !self.queue.is_empty() {

@@ -34,8 +34,8 @@ mod variant;
 
 pub(crate) use bench::measure;
 
-/// How long a machine may take. The slowest row takes half of it on a quiet host with two cores, because an emulated
-/// processor needs seconds to verify the programs, and most tests load them anew.
+/// How long a machine may take. An emulated processor needs seconds to verify the programs, and most tests load them
+/// anew: those that force the methods take eleven minutes on the newest kernel.
 const DEADLINE_S: u64 = 1_800;
 
 /// Options of `cargo xtask vm`.

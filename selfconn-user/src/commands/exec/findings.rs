@@ -1,17 +1,16 @@
 //! What the watch has seen of a command: its self-connections with their ends, the servers that they kept out, and the
 //! ports that came close. Pure.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::Value;
 
 use crate::event::text::{JsonFields, LogRecord};
 
-/// Maximum number of events that are kept. Further self-connections are only counted.
+/// Maximum number of events that are kept, besides the ends of the connections that are kept. Further ones are counted.
 const MAX_EVENTS: usize = 20_000;
 
-/// What a line of the watch says about this process: it belongs to the command, it doesn't, or it has exited. Without a
-/// control group only its ancestors tell.
+/// True if this process belongs to the command. `None`: it has exited, so it has no ancestors.
 type IsWatched = fn(u32) -> Option<bool>;
 
 /// The events of a command.
@@ -22,13 +21,15 @@ pub(super) struct Findings {
     pub(super) events: Vec<JsonFields>,
     /// Self-connections beyond what is kept.
     pub(super) further: u64,
+    /// Other events beyond what is kept.
+    pub(super) further_events: u64,
     /// Events of processes that had exited before it was asked whose they are.
     pub(super) of_nobody: u64,
     pub(super) stopped: Option<JsonFields>,
     /// Why the watch ended before the command did.
     pub(super) ended_early: Option<String>,
-    /// Indices of the `established` events that are kept.
-    established: HashMap<String, usize>,
+    /// The ids of the `established` events that are kept.
+    established: HashSet<String>,
 }
 
 /// A self-connection of the command.
@@ -58,23 +59,27 @@ impl Findings {
                     return;
                 }
             }
-            "closed" | "state" | "remedied" => {
-                // What is not kept has no `established` here.
-                if !record.text("id").is_some_and(|id| self.established.contains_key(id)) {
-                    return;
+            "closed" => {
+                // A connection that is not kept has no `established` here.
+                if record.text("id").is_some_and(|id| self.established.contains(id)) {
+                    self.events.push(event);
                 }
+                return;
             }
             "lost" | "unguarded" => {}
             _ => return,
         }
         if self.events.len() >= MAX_EVENTS {
-            self.further += u64::from(record.event() == "established");
+            match record.event() {
+                "established" => self.further += 1,
+                _ => self.further_events += 1,
+            }
             return;
         }
         if record.event() == "established"
             && let Some(id) = record.text("id")
         {
-            self.established.insert(id.to_owned(), self.events.len());
+            self.established.insert(id.to_owned());
         }
         self.events.push(event);
     }
@@ -128,7 +133,7 @@ impl Findings {
         };
         let mut last: Vec<LogRecord<'_>> = Vec::new();
         for record in self.all("blocked") {
-            if holder(record).is_some_and(|id| self.established.contains_key(&id)) {
+            if holder(record).is_some_and(|id| self.established.contains(&id)) {
                 continue;
             }
             last.retain(|known| known.text("id") != record.text("id"));

@@ -36,7 +36,7 @@ pub(super) fn annotations(findings: &Findings) -> String {
     }
     for blocked in findings.blocked_by_others() {
         let message = format!(
-            "{} could not bind {}: another command's self-connection has it",
+            "{} could not bind {}: a self-connection that is not in this report has it",
             program(blocked),
             endpoint(blocked)
         );

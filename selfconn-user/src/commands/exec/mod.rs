@@ -162,7 +162,7 @@ fn start_watch(
         tree::adopt_orphans().context("cannot become the parent of orphans")?;
     }
     let group = group.map(CommandGroup::watched);
-    Watch::start(&WatchOptions { group, guard: args.guard, is_watched: tree::is_ours, mask })
+    Watch::start(&WatchOptions { group, guard: args.guard, mask })
 }
 
 /// Removes the group. Returns what should be known about it.

@@ -1,6 +1,6 @@
 //! The report at the end of a command, as text for people. Pure.
 
-use std::fmt::Write as _;
+use std::{collections::HashMap, fmt::Write as _};
 
 use super::findings::{Findings, FoundConnection};
 use crate::{
@@ -29,15 +29,15 @@ pub(super) struct SimilarConnections<'a> {
 /// The self-connections by program, address, port and cause, in the order of the first of each.
 pub(super) fn groups(findings: &Findings) -> Vec<SimilarConnections<'_>> {
     let mut groups: Vec<SimilarConnections<'_>> = Vec::new();
+    let mut indices = HashMap::new();
     for found in findings.connections() {
         let held_ns = found.closed.and_then(|closed| closed.number("duration_ns"));
-        let is_same = |group: &&mut SimilarConnections<'_>| {
-            let (a, b) = (group.first.established, found.established);
-            ["comm", "addr", "cause"].iter().all(|key| a.text(key) == b.text(key))
-                && ["port", "netns"].iter().all(|key| a.number(key) == b.number(key))
-                && a.texts("cmdline").eq(b.texts("cmdline"))
-        };
-        match groups.iter_mut().find(is_same) {
+        let record = found.established;
+        let texts = ["comm", "addr", "cause"].map(|key| record.text(key));
+        let numbers = ["port", "netns"].map(|key| record.number(key));
+        let key = (texts, numbers, record.texts("cmdline").collect::<Vec<_>>());
+        let index = *indices.entry(key).or_insert(groups.len());
+        match groups.get_mut(index) {
             Some(group) => {
                 group.count += 1;
                 group.held_ns = group.held_ns.zip(held_ns).map(|(a, b)| a.max(b));
@@ -97,10 +97,13 @@ fn write_report(findings: &Findings, watched: &ReportContext<'_>, out: &mut Stri
     if findings.further > 0 {
         writeln!(out, "\n{} further self-connections are not shown", group_thousands(findings.further))?;
     }
+    if findings.further_events > 0 {
+        writeln!(out, "\n{} further events are not shown", group_thousands(findings.further_events))?;
+    }
     for record in by_others {
         out.push('\n');
         kept_out(record, out)?;
-        out.push_str(": a self-connection of another command has it\n");
+        out.push_str(": a self-connection that is not in this report has it\n");
     }
     for record in close {
         at_risk(record, out)?;
@@ -119,11 +122,11 @@ fn counted(count: u64, what: &str) -> String {
 
 fn lost(findings: &Findings) -> String {
     let lost = findings.lost();
-    if findings.stopped.is_none() || lost.is_empty() {
-        return match findings.stopped {
-            Some(_) => ", nothing was lost".to_owned(),
-            None => String::new(),
-        };
+    if findings.stopped.is_none() {
+        return ", and what was lost is unknown".to_owned();
+    }
+    if lost.is_empty() {
+        return ", nothing was lost".to_owned();
     }
     let causes: Vec<_> = lost.iter().map(|(cause, count)| format!("{count} {cause}")).collect();
     format!(", lost: {}", escape(&causes.join(", ")))
@@ -297,7 +300,7 @@ pub(super) mod tests {
         let watched = "selfconn: no self-connection; watched control group /a by tp_btf and kprobe";
         assert_eq!(render(&[stopped(&json!({"ring": 0}))]), format!("{watched}, nothing was lost\n"));
         assert_eq!(render(&[stopped(&json!({"ring": 3, "log": 0}))]), format!("{watched}, lost: 3 ring\n"));
-        assert_eq!(render(&[]), format!("{watched}\n"), "the watch was killed");
+        assert_eq!(render(&[]), format!("{watched}, and what was lost is unknown\n"), "the watch was killed");
     }
 
     #[test]
@@ -370,10 +373,26 @@ pub(super) mod tests {
         assert!(text.starts_with("selfconn: no self-connection, 1 server kept out; "), "{text}");
         assert!(
             text.ends_with(
-                "node (pid 11) could not bind [::]:80: a self-connection of another command has it\n"
+                "node (pid 11) could not bind [::]:80: a self-connection that is not in this report has it\n"
             ),
             "{text}"
         );
+    }
+
+    #[test]
+    fn beyond_what_is_kept_events_are_counted_and_no_end_is_missing() {
+        let mut events: Vec<_> = (0..20_002).map(|number| established(&number.to_string(), 0)).collect();
+        events.push(json!({"event": "at_risk", "addr": "127.0.0.1", "port": 1, "netns": 7}));
+        events.extend(
+            (0..20_002).map(|number| json!({"event": "closed", "id": number.to_string(), "duration_ns": 5})),
+        );
+        events.push(stopped(&json!({})));
+        let text = render(&events);
+        assert!(text.starts_with("selfconn: 20,002 self-connections; "), "{text}");
+        assert!(!text.contains("it is open"), "{text}");
+        for line in ["\n2 further self-connections are not shown\n", "\n1 further events are not shown\n"] {
+            assert!(text.contains(line), "{text}");
+        }
     }
 
     #[test]

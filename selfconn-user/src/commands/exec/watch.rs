@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail};
 use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
 
-use super::{findings::Findings, signals::SignalMask};
+use super::{findings::Findings, signals::SignalMask, tree};
 use crate::{
     event::text::{LogRecord, parse},
     guard::GuardMode,
@@ -26,11 +26,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// What is watched.
 pub(super) struct WatchOptions<'a> {
-    /// `None`: everything. Then `is_watched` decides by pid.
+    /// `None`: everything. Then the ancestors of each process decide.
     pub(super) group: Option<&'a WatchedGroup>,
     pub(super) guard: GuardMode,
-    /// True if this process of this host belongs to the command.
-    pub(super) is_watched: fn(u32) -> Option<bool>,
     /// The signals that were blocked when this program was started.
     pub(super) mask: SignalMask,
 }
@@ -80,7 +78,7 @@ impl Watch {
         match next_event(&mut lines) {
             Some(started) => {
                 let mut findings = Findings::new(started);
-                let is_watched = options.group.is_none().then_some(options.is_watched);
+                let is_watched = options.group.is_none().then_some(tree::is_ours as fn(u32) -> Option<bool>);
                 let (sender, receiver) = channel();
                 thread::spawn(move || {
                     while let Some(event) = next_event(&mut lines) {

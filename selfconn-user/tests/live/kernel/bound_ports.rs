@@ -124,6 +124,29 @@ fn listeners_that_open_and_close_in_a_loop_make_few_reports_and_few_looks() {
     assert!(records <= 2 * at_most + 100, "{records} records of {closes} closes in {took:?}");
 }
 
+/// The socket of an accepted connection begins as a copy of its listener, in LISTEN.
+#[test]
+fn an_accepted_connection_is_not_reported_as_the_end_of_its_listener() {
+    let net = enter_wide_range_netns();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
+    let elsewhere = SocketAddr::from(([127, 0, 0, 9], 40_960));
+    let server = TcpListener::bind(elsewhere).unwrap();
+    connect_refused(at(40_960), 20);
+    flush(&mut daemon, net);
+    let (began, mut accepted) = (Instant::now(), 0);
+    while began.elapsed() < Duration::from_secs(2) || accepted < 300 {
+        let client = socket2::Socket::from(TcpStream::connect(elsewhere).unwrap());
+        client.set_linger(Some(Duration::ZERO)).unwrap();
+        drop((server.accept().unwrap(), client));
+        accepted += 1;
+    }
+    let (events, _) = daemon.stop();
+    let records = number(events.last().unwrap(), "/matched");
+    println!("FACT accepted connections={accepted} records={records}");
+    // The port's threshold, and that of the marker. A self-connection of the refused ones has three.
+    assert!(records <= 10, "{records} records of {accepted} accepted connections");
+}
+
 /// Number of times that the daemon looked at ports. Needs `-vv`.
 fn daemon_looks(daemon: &TestDaemon) -> usize {
     daemon.stderr_so_far().matches("ports at risk: ").count()

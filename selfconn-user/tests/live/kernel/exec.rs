@@ -37,7 +37,7 @@ fn count(events: &[Value], name: &str) -> usize {
     events.iter().filter(|event| event["event"] == name).count()
 }
 
-fn group_is_needed() -> bool {
+fn can_make_group() -> bool {
     let group = selfconn::system::cgroup::own_group();
     let is_writable = group.is_ok_and(|group| {
         let test = group.directory.join("selfconn-test");
@@ -52,7 +52,7 @@ fn group_is_needed() -> bool {
 #[test]
 fn a_command_is_reported_and_its_neighbour_is_not() {
     let net = TestNetns::enter_new();
-    if !group_is_needed() {
+    if !can_make_group() {
         return;
     }
     let before = connect_to_self(LOCALHOST);
@@ -77,7 +77,7 @@ fn a_command_is_reported_and_its_neighbour_is_not() {
 fn a_grandchild_whose_parents_have_ended_is_of_the_command() {
     TestNetns::enter_new();
     for options in [&["--process-tree"][..], &[]] {
-        if options.is_empty() && !group_is_needed() {
+        if options.is_empty() && !can_make_group() {
             return;
         }
         let (output, events) = exec(options, "connect by an orphan");
@@ -95,7 +95,7 @@ fn a_grandchild_whose_parents_have_ended_is_of_the_command() {
 #[test]
 fn a_guarded_command_cannot_connect_to_itself_and_its_neighbour_can() {
     TestNetns::enter_new();
-    if !group_is_needed() {
+    if !can_make_group() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
