@@ -72,6 +72,9 @@ pub enum Field {
     SndUna,
     /// `u32`.
     RcvNxt,
+    /// `u32`, in `struct inet_sock`: the port range that the socket was given, as in [`Self::PortRangePacked`]. 0:
+    /// none. Absent before v6.8, also where the member is a struct (since v6.3).
+    OwnPortRange,
     /// `bool`, in `tcp_sock`; absent without `CONFIG_MPTCP`.
     IsMptcp,
     /// `struct task_struct *`.
@@ -143,6 +146,10 @@ pub const FIELDS: usize = Field::NetRefs as usize + 1;
 /// [`Field::PortRangePacked`] (`struct local_ports`, include/net/netns/ipv4.h at v6.7 and v6.8).
 pub const PORT_RANGE: &str = "ipv4.ip_local_ports.range";
 
+/// The member of `struct inet_sock` that is [`Field::OwnPortRange`] if it is a number (include/net/inet_sock.h at v6.7
+/// and v6.8).
+pub const OWN_PORT_RANGE: &str = "local_port_range";
+
 /// The struct that counts the TIME_WAIT entries of a network namespace (include/net/inet_timewait_sock.h at v6.12).
 pub const DEATH_ROW: &str = "inet_timewait_death_row";
 
@@ -206,6 +213,7 @@ impl Field {
         (Self::BytesReceived, "tcp_sock", "bytes_received", false),
         (Self::SndUna, "tcp_sock", "snd_una", false),
         (Self::RcvNxt, "tcp_sock", "rcv_nxt", false),
+        (Self::OwnPortRange, "inet_sock", OWN_PORT_RANGE, false),
         (Self::IsMptcp, "tcp_sock", "is_mptcp", false),
         (Self::GroupLeader, "task_struct", "group_leader", false),
         (Self::TaskComm, "task_struct", "comm", false),

@@ -28,7 +28,8 @@ pub use descriptor::{NSFS_MAGIC, SocketDescriptor, descriptor_kind};
 pub use endpoint::{Endpoint, hashed_netns};
 pub use held_ports::{ANY_HELD_PORT_SLOT, HELD_PORT_SLOTS, held_port_slot};
 pub use kernel_fields::{
-    ABSENT, DEATH_ROW, FIELDS, Field, OTHER_NET_REFS, PORT_RANGE, STATIC_OFFSETS, uses_static_offsets,
+    ABSENT, DEATH_ROW, FIELDS, Field, OTHER_NET_REFS, OWN_PORT_RANGE, PORT_RANGE, STATIC_OFFSETS,
+    uses_static_offsets,
 };
 pub use namespace::{NamespaceCursor, NamespaceRecord};
 pub use owner::Owner;

@@ -76,6 +76,14 @@ pub struct RefusedCount {
     pub last_opener: Opener,
     /// Who is charged for the entry: the owner of the first attempt.
     pub owner: Owner,
+    /// Time of the newest attempt whose source port came from the namespace's range. 0: there was none.
+    pub netns_range_ns: u64,
+    /// Time of the newest attempt of a socket with a port range of its own. 0: there was none.
+    pub own_range_ns: u64,
+    /// That socket's range: the last port in the upper half, the first in the lower. 0: there was none.
+    pub own_range: u32,
+    /// Always zero.
+    padding: u32,
     /// Times of the newest attempts; the slot is the number of the attempt modulo [`RECENT_SLOTS`].
     recent_ns: [u64; RECENT_SLOTS],
     /// Pids of the newest attempts, in the same slots.
@@ -87,7 +95,7 @@ pub struct RefusedCount {
 const _: () = {
     assert!(RECENT_SLOTS.is_power_of_two() && RECENT_SLOTS as u64 >= REPORT_THRESHOLD);
     assert!(size_of::<RefusedConnectsReport>() == 48);
-    assert!(size_of::<RefusedCount>() == 152 + 8 * RECENT_SLOTS + 4 * RECENT_SLOTS + 8 * PID_SET_WORDS);
+    assert!(size_of::<RefusedCount>() == 176 + 8 * RECENT_SLOTS + 4 * RECENT_SLOTS + 8 * PID_SET_WORDS);
 };
 
 impl RefusedCount {
@@ -101,6 +109,10 @@ impl RefusedCount {
         retry_after_ns: 0,
         last_opener: Opener::UNKNOWN,
         owner: Owner::UNKNOWN,
+        netns_range_ns: 0,
+        own_range_ns: 0,
+        own_range: 0,
+        padding: 0,
         recent_ns: [0; RECENT_SLOTS],
         recent_pids: [0; RECENT_SLOTS],
         pid_set: [0; PID_SET_WORDS],
@@ -132,6 +144,16 @@ impl RefusedCount {
             self.add_pid(self.recent_pids[slot(total - back)]);
         }
         true
+    }
+
+    /// Records the range that the source port of an attempt came from. `own_range`: see [`Self::own_range`].
+    #[inline(always)]
+    pub const fn set_range(&mut self, own_range: u32, now_ns: u64) {
+        if own_range == 0 {
+            self.netns_range_ns = now_ns;
+        } else {
+            (self.own_range, self.own_range_ns) = (own_range, now_ns);
+        }
     }
 
     /// Sets the next threshold after a report was submitted.

@@ -16,7 +16,9 @@ use selfconn_ebpf::{
 
 use super::{
     counters::{add_one, count},
+    kernel_read::KernelRead,
     owners, ring_buffer,
+    sock::Sock,
 };
 
 /// A plain hash, not an LRU: user space removes an entry after a minute without attempts, and attempts that
@@ -41,7 +43,12 @@ static ZERO: RefusedCount = RefusedCount::ZERO;
 
 /// Counts one refused attempt, and reports its destination to user space if a report is due.
 #[inline(always)]
-pub(crate) fn count_refused<C: EbpfContext>(ctx: &C, endpoint: &Endpoint, opener: &Opener) {
+pub(crate) fn count_refused<C: EbpfContext, M: KernelRead>(
+    ctx: &C,
+    sock: Sock<M>,
+    endpoint: &Endpoint,
+    opener: &Opener,
+) {
     count(counter::REFUSED);
     let destination = endpoint.any_family();
     let entry = REFUSED_CONNECTS.get_ptr_mut(&destination).or_else(|| {
@@ -77,6 +84,7 @@ pub(crate) fn count_refused<C: EbpfContext>(ctx: &C, endpoint: &Endpoint, opener
     // The read is volatile, because the compiler does not know that the inline assembly has changed `total`.
     // SAFETY: the pointer comes from a live reference.
     let total = unsafe { core::ptr::read_volatile(&raw const refused.total) };
+    refused.set_range(sock.own_port_range(), now_ns);
     if refused.record(total, now_ns, opener) {
         let report =
             || RefusedConnectsReport { tag: tag::REFUSED_CONNECTS, padding: 0, more_padding: 0, destination };

@@ -254,6 +254,15 @@ impl<M: KernelRead> Sock<M> {
         high == 0 || (low <= port && port <= high)
     }
 
+    /// The port range that the socket was given (`IP_LOCAL_PORT_RANGE`): see [`Field::OwnPortRange`]. 0: none.
+    #[inline(always)]
+    pub(crate) fn own_port_range(self) -> u32 {
+        if offset(Field::OwnPortRange).is_none() {
+            return 0;
+        }
+        M::full_sock(self.sk).map_or(0, |full| Self::at(full, Field::OwnPortRange))
+    }
+
     /// True if the namespace of the socket has as many TIME_WAIT entries as it may have, or one less. Then a closed
     /// socket may have got none (`inet_twsk_alloc`, net/ipv4/inet_timewait_sock.c at v5.10).
     #[inline(always)]

@@ -246,6 +246,6 @@ fn end_failed_connect<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, tra
     if let Some(opener) = connect_table::take(sock, &endpoint)
         && sock.was_refused()
     {
-        refused_connects::count_refused(ctx, &endpoint, &opener);
+        refused_connects::count_refused(ctx, sock, &endpoint, &opener);
     }
 }

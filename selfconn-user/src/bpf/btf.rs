@@ -135,6 +135,12 @@ impl<'a> Btf<'a> {
         matches!(self.find_member(name, member), Ok(Some((_, ty))) if ty.kind() == kind::ARRAY)
     }
 
+    /// True if the member has the type of a number.
+    #[must_use]
+    pub fn is_number(&self, name: &str, member: &str) -> bool {
+        matches!(self.find_member(name, member), Ok(Some((_, ty))) if ty.kind() == kind::INT)
+    }
+
     /// The offset in bytes and the underlying type of a member.
     fn find_member(&self, name: &str, member: &str) -> Result<Option<(u32, BtfType)>> {
         let Some(mut ty) = self.find(BtfKind::Struct, name) else { return Ok(None) };

@@ -13,8 +13,8 @@ use aya::{
 };
 use rustix::thread::CapabilitySet;
 use selfconn_ebpf::{
-    ABSENT, DEATH_ROW, FIELDS, Field, OTHER_NET_REFS, PORT_RANGE, cgroup_access, names, task_access,
-    uses_static_offsets,
+    ABSENT, DEATH_ROW, FIELDS, Field, OTHER_NET_REFS, OWN_PORT_RANGE, PORT_RANGE, cgroup_access, names,
+    task_access, uses_static_offsets,
 };
 
 use super::{
@@ -409,6 +409,9 @@ fn read_offsets(btf: &Btf<'_>) -> ([u32; FIELDS], Option<String>) {
     }
     let unused = if btf.is_array("net", PORT_RANGE) { Field::PortRangePacked } else { Field::PortRangePair };
     offsets[unused as usize] = ABSENT;
+    if !btf.is_number("inet_sock", OWN_PORT_RANGE) {
+        offsets[Field::OwnPortRange as usize] = ABSENT;
+    }
     let unused = if netns_cookie::current().is_some() { Field::NetnsHashMix } else { Field::NetnsCookie };
     offsets[unused as usize] = ABSENT;
     let offset = |of, member| btf.offset(of, member).ok().flatten();

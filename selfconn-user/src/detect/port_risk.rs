@@ -13,10 +13,7 @@ use selfconn_ebpf::{
     refused_connects::{REPORT_THRESHOLD, RefusedCount, WINDOW_NS},
 };
 
-use crate::{
-    ports::{LocalPorts, Odds, Reach},
-    sockets::PortUse,
-};
+use crate::{ports::LocalPorts, sockets::PortUse};
 
 pub use attempts::RefusedConnects;
 
@@ -220,7 +217,7 @@ impl PortRisks {
         port.next_check_ns = expiry_ns;
         let chance = match look.ports {
             Err(why) => Some(Chance::Unknown(why.to_owned())),
-            Ok(ports) => chance(ports, connects.endpoint.port),
+            Ok(ports) => connects.chance(ports),
         };
         let port_use = look.port_use.unwrap_or_default();
         port.is_bound = port_use.is_bound || port.is_bound && port_use.is_connected;
@@ -233,7 +230,7 @@ impl PortRisks {
             MIN_BOUND_CHECK_INTERVAL_NS
         };
         let Some(chance) = chance.filter(|_| !port.is_bound) else {
-            let expected = look.ports.as_ref().map_or(1, |ports| u64::from(ports.expected_connects()).max(1));
+            let expected = look.ports.map_or(1, |ports| connects.expected_connects(ports));
             let interval_ns =
                 connects.gap_ns(before.as_ref()).saturating_mul(expected) / CHECKS_PER_EXPECTED_HIT;
             let interval_ns = match min_interval_ns {
@@ -259,16 +256,4 @@ impl PortRisks {
         let may_be_bound = port_use.is_connected || look.port_use.is_none() || !look.shows_idle;
         Some(PortRiskEvent::AtRisk(RefusedConnects { risk, ..connects }, chance, may_be_bound))
     }
-}
-
-/// Probability that `connect()` chooses the destination port as source port. `None`: it never chooses that
-/// port.
-fn chance(ports: &LocalPorts, port: u16) -> Option<Chance> {
-    let is_chosen = match ports.reach(port) {
-        Reach::First => true,
-        // `connect()` chooses these ports only if every port of the preferred parity is reserved.
-        Reach::Last => ports.expected_connects() == 0,
-        Reach::Reserved | Reach::Outside => false,
-    };
-    is_chosen.then(|| Odds::of(ports).expected_connects(port)).flatten().map(Chance::OneIn)
 }

@@ -58,6 +58,8 @@ pub struct AtRisk {
     pub may_be_bound: bool,
     /// Why `expected_dials` and `eta_seconds` are unknown.
     pub range_unknown: Option<String>,
+    /// The port range that the newest client with one of its own set for its socket (`IP_LOCAL_PORT_RANGE`).
+    pub own_range: Option<String>,
 }
 
 /// `at_risk_over`.
@@ -113,6 +115,7 @@ impl AtRisk {
             eta_seconds: connects.eta_seconds(chance),
             may_be_bound,
             range_unknown,
+            own_range: connects.own_range.map(|range| range.to_string()),
         }
     }
 }
@@ -153,6 +156,9 @@ fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     }
     if let Some(why) = record.text("range_unknown") {
         write!(out, ": {}", escape(why))?;
+    }
+    if let Some(range) = record.text("own_range") {
+        write!(out, " (a client's socket has the port range {})", escape(range))?;
     }
     match record.flag("may_be_bound") {
         Some(true) => write!(out, ", if nobody has bound it"),
@@ -213,6 +219,13 @@ mod tests {
                     "window_ns":19000000000,"expected_dials":9,"eta_seconds":9,"may_be_bound":true}"#,
                 "AT RISK      [::1]:40000           curl[7] connects to a port without a listener: 20 refused in 19.0s; \
                  one connect in 9 becomes a self-connection, at this rate within about 9.0s, if nobody has bound it",
+            ),
+            (
+                r#"{"event":"at_risk","addr":"::1","port":40001,"comm":"curl","pid":7,"dialers":1,"refused":20,
+                    "window_ns":19000000000,"expected_dials":9,"eta_seconds":9,"own_range":"40001-40009"}"#,
+                "AT RISK      [::1]:40001           curl[7] connects to a port without a listener: 20 refused in 19.0s; \
+                 one connect in 9 becomes a self-connection, at this rate within about 9.0s (a client's socket has the \
+                 port range 40001-40009)",
             ),
             (
                 r#"{"event":"at_risk_over","addr":"::1","port":80,"comm":"curl","pid":7,"dialers":1,"refused":240,

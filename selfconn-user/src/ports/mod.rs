@@ -8,7 +8,8 @@
 //! at an even offset from the range's low bound and continues in steps of two. It tries the ports of the low
 //! bound's parity first, and the other ports only if all of these are taken. A connect to a closed port of
 //! the low bound's parity hits itself on average once in as many attempts as there are such ports, and more
-//! often if reserved ports lie just below it ([`odds`]). `bind()` to port 0 starts with the other parity
+//! often if reserved ports lie just below it ([`odds`]). For a socket with a range of its own it takes all ports alike
+//! since v6.8. `bind()` to port 0 starts with the other parity
 //! (`inet_csk_find_open_port` in
 //! <https://github.com/torvalds/linux/blob/v6.12/net/ipv4/inet_connection_sock.c>).
 //!
@@ -48,6 +49,9 @@ pub struct LocalPorts {
     pub reserved: ReservedPorts,
     /// `ip_local_port_step_width`; 0 also if the kernel does not have this setting.
     pub step_width: u32,
+    /// True if `range` is the one that a socket was given (`IP_LOCAL_PORT_RANGE`): then `connect()` goes from each
+    /// port to the next, whatever their parity.
+    pub ignores_parity: bool,
 }
 
 /// How an unbound `connect()` can get a port as its source port.
@@ -189,7 +193,25 @@ impl fmt::Display for ReservedPorts {
 impl LocalPorts {
     /// Parses the texts of both sysctls.
     pub fn parse(range: &str, reserved: &str) -> Result<Self, PortsParseError> {
-        Ok(Self { range: PortRange::parse(range)?, reserved: ReservedPorts::parse(reserved)?, step_width: 0 })
+        Ok(Self {
+            range: PortRange::parse(range)?,
+            reserved: ReservedPorts::parse(reserved)?,
+            step_width: 0,
+            ignores_parity: false,
+        })
+    }
+
+    /// The ports that the kernel chooses for a socket with a range of its own (`IP_LOCAL_PORT_RANGE`). A bound of that
+    /// range counts only if it is in the range of the namespace (`inet_sk_get_local_port_range`,
+    /// net/ipv4/inet_connection_sock.c at v6.12).
+    #[must_use]
+    pub fn for_socket(&self, own: PortRange) -> Self {
+        let bound = |own, shared| if self.range.contains(own) { own } else { shared };
+        Self {
+            range: PortRange { low: bound(own.low, self.range.low), high: bound(own.high, self.range.high) },
+            ignores_parity: true,
+            ..self.clone()
+        }
     }
 
     /// How a `connect()` can get this port. If every port that is tried first is reserved, the ports of the
@@ -200,7 +222,7 @@ impl LocalPorts {
             Reach::Outside
         } else if self.reserved.contains(port) {
             Reach::Reserved
-        } else if self.range.is_first(port) || self.is_behind_reserved(port) {
+        } else if self.ignores_parity || self.range.is_first(port) || self.is_behind_reserved(port) {
             Reach::First
         } else if (port - self.range.low).is_multiple_of(2) || self.first_ports().next().is_some() {
             Reach::Last
@@ -217,7 +239,13 @@ impl LocalPorts {
 
     /// The ports to which a connect can hit itself.
     pub fn first_ports(&self) -> impl Iterator<Item = u16> {
-        self.range.first_ports().filter(|&port| !self.reserved.contains(port))
+        let PortRange { low, high } = self.range;
+        let (count, step) = match self.ignores_parity {
+            true => (usize::from(high - low) + 1, 1),
+            false => (self.range.first_ports().len(), 2),
+        };
+        // The sum stays within the range, hence within u16.
+        (0..count).map(move |n| low + (n * step) as u16).filter(|&port| !self.reserved.contains(port))
     }
 
     /// The mean number of connects to one closed port of [`Reach::First`] until a connect hits itself. It
@@ -345,6 +373,31 @@ mod tests {
     }
 
     #[test]
+    fn a_socket_with_a_range_of_its_own_reaches_every_port_in_it() {
+        let own = |low, high| PortRange { low, high };
+        for (range, own, port, want, expected) in [
+            ("40000 40199", own(40_050, 40_099), 40_051, Reach::First, 50),
+            ("40000 40199", own(40_050, 40_099), 40_099, Reach::First, 50),
+            ("40000 40199", own(40_050, 40_099), 40_100, Reach::Outside, 50),
+            ("40000 40199", own(40_107, 40_107), 40_107, Reach::First, 1),
+            // A bound outside the namespace's range does not count.
+            ("40000 40199", own(30_000, 40_099), 40_001, Reach::First, 100),
+            ("40000 40199", own(40_100, 50_000), 40_199, Reach::First, 100),
+            ("40000 40199", own(0, 0), 40_001, Reach::First, 200),
+            ("0 65535", own(0, 65_535), 65_535, Reach::First, 65_536),
+        ] {
+            let ports = ports(range, "").for_socket(own);
+            assert_eq!(
+                (ports.reach(port), ports.expected_connects()),
+                (want, expected),
+                "{range}, {own}: {port}"
+            );
+        }
+        let reserved = ports("40000 40199", "40051").for_socket(own(40_050, 40_099));
+        assert_eq!((reserved.reach(40_051), reserved.expected_connects()), (Reach::Reserved, 49));
+    }
+
+    #[test]
     fn first_ports_are_the_ports_with_reach_first() {
         for (range, reserved) in [
             ("32768 60999", ""),
@@ -354,9 +407,11 @@ mod tests {
             ("0 65535", "1-3"),
             ("1 65535", ""),
         ] {
-            let ports = ports(range, reserved);
-            let expected = (0..=u16::MAX).filter(|&port| ports.reach(port) == Reach::First);
-            assert!(ports.first_ports().eq(expected), "{range} less {reserved:?}");
+            let shared = ports(range, reserved);
+            for ports in [shared.for_socket(shared.range), shared] {
+                let expected = (0..=u16::MAX).filter(|&port| ports.reach(port) == Reach::First);
+                assert!(ports.first_ports().eq(expected), "{range} less {reserved:?}");
+            }
         }
     }
 

@@ -68,6 +68,7 @@ fn mean_connects(chance: f64) -> Option<u32> {
 
 /// The walks over the ports of both parities, as offsets from the range's low bound.
 struct Walks {
+    /// All ports, if `connect()` does not care for parity.
     even: Walk,
     odd: Walk,
 }
@@ -76,6 +77,8 @@ struct Walks {
 struct Walk {
     /// The offset of the first port.
     first: usize,
+    /// The distance of two neighbours: 2, or 1 if the parity does not matter.
+    step: usize,
     /// True for each free port. The starting points come first. They may be followed by one port that is
     /// reached only from the last starting point.
     free: Vec<bool>,
@@ -86,16 +89,21 @@ struct Walk {
 impl Walks {
     fn of(ports: &LocalPorts) -> Self {
         let count = usize::from(ports.range.high - ports.range.low) + 1;
-        let starts = (count / 2).max(1);
-        let walk = |first: usize, len: usize| {
-            let port = |slot| ports.range.low + (first + 2 * slot) as u16;
+        let walk = |first: usize, step: usize, len: usize, starts: usize| {
+            let port = |slot| ports.range.low + (first + step * slot) as u16;
             Walk {
                 first,
+                step,
                 free: (0..len).map(|slot| !ports.reserved.contains(port(slot))).collect(),
                 starts: starts.min(len),
             }
         };
-        Self { even: walk(0, count.div_ceil(2)), odd: walk(1, count / 2) }
+        let starts = (count / 2).max(1);
+        let even = match ports.ignores_parity {
+            true => walk(0, 1, count, count),
+            false => walk(0, 2, count.div_ceil(2), starts),
+        };
+        Self { even, odd: walk(1, 2, count / 2, starts) }
     }
 }
 
@@ -133,7 +141,7 @@ impl Walk {
     }
 
     fn offset(&self, slot: usize) -> usize {
-        self.first + 2 * slot
+        self.first + self.step * slot
     }
 
     /// The probability of each port to be chosen by `connect()`.
@@ -254,11 +262,15 @@ mod tests {
     /// Simulates `__inet_hash_connect` with a pseudo-random number generator.
     fn simulated_connect(ports: &LocalPorts, perturb: &mut u64, random: &mut u64) -> u16 {
         let (low, high) = (u64::from(ports.range.low), u64::from(ports.range.high) + 1);
+        let step = if ports.ignores_parity { 1 } else { 2 };
         let mut remaining = high - low;
-        if remaining > 1 {
+        if remaining > 1 && step == 2 {
             remaining &= !1;
         }
-        let mut offset = ((*perturb + 12_345) % remaining) & !1;
+        let mut offset = (*perturb + 12_345) % remaining;
+        if step == 2 {
+            offset &= !1;
+        }
         loop {
             let mut port = low + offset;
             let mut i = 0;
@@ -268,14 +280,14 @@ mod tests {
                 }
                 if !ports.reserved.contains(port as u16) {
                     *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                    *perturb += i.max((*random >> 33) % 8 * 2) + 2;
+                    *perturb += i.max((*random >> 33) % 8 * step) + step;
                     return port as u16;
                 }
-                i += 2;
-                port += 2;
+                i += step;
+                port += step;
             }
             offset += 1;
-            assert!(offset & 1 == 1 && remaining > 1, "nothing is free");
+            assert!(step == 2 && offset & 1 == 1 && remaining > 1, "nothing is free");
         }
     }
 
@@ -292,21 +304,23 @@ mod tests {
             ("40000 40011", "40000,40002,40004,40006,40008,40010"),
             ("40000 40007", "40002"),
         ] {
-            let ports = LocalPorts::parse(range, reserved).unwrap();
-            let odds = Odds::of(&ports);
-            let (mut perturb, mut random) = (7, 4_711);
-            let mut hits = [0_u32; 300];
-            for _ in 0..CONNECTS {
-                hits[usize::from(simulated_connect(&ports, &mut perturb, &mut random) - 40_000)] += 1;
-            }
-            for (offset, hits) in hits.into_iter().enumerate() {
-                let port = 40_000 + offset as u16;
-                let chance = odds.at(port).0;
-                let measured = f64::from(hits) / f64::from(CONNECTS);
-                assert!(
-                    (chance - measured).abs() <= 0.001 + chance * 0.1,
-                    "{range} less {reserved:?}: {port}: {chance}, {measured}"
-                );
+            let shared = LocalPorts::parse(range, reserved).unwrap();
+            for ports in [shared.for_socket(shared.range), shared] {
+                let odds = Odds::of(&ports);
+                let (mut perturb, mut random) = (7, 4_711);
+                let mut hits = [0_u32; 300];
+                for _ in 0..CONNECTS {
+                    hits[usize::from(simulated_connect(&ports, &mut perturb, &mut random) - 40_000)] += 1;
+                }
+                for (offset, hits) in hits.into_iter().enumerate() {
+                    let port = 40_000 + offset as u16;
+                    let chance = odds.at(port).0;
+                    let measured = f64::from(hits) / f64::from(CONNECTS);
+                    assert!(
+                        (chance - measured).abs() <= 0.001 + chance * 0.1,
+                        "{ports:?}: {port}: {chance}, {measured}"
+                    );
+                }
             }
         }
     }

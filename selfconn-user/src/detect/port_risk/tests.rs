@@ -16,6 +16,7 @@ const DESTINATION: Endpoint = Endpoint {
 fn count(refused: u64, gap_ns: u64, now_ns: u64) -> RefusedCount {
     let mut count = RefusedCount::ZERO;
     (count.total, count.last_ns, count.window_start_ns) = (refused, now_ns, now_ns - (refused - 1) * gap_ns);
+    count.set_range(0, now_ns);
     count
 }
 
@@ -63,6 +64,58 @@ fn a_port_is_reported_if_connect_can_choose_it() {
             }
             (event, one_in) => assert!(event.is_none() && one_in.is_none(), "{what}: {event:?}"),
         }
+    }
+}
+
+#[test]
+fn a_range_of_the_sockets_own_decides_for_its_attempts() {
+    const MINUTE_NS: u64 = 60 * SECOND_NS;
+    let own_range = |low: u32, high: u32| high << 16 | low;
+    let shared = ports("39900 40099", "");
+    let other_parity = ports("39901 40100", "");
+    // The range of the socket, how long ago, and how long ago there was an attempt without one.
+    for (what, netns, own, own_age_ns, shared_age_ns, expected) in [
+        ("the other parity", &other_parity, own_range(39_991, 40_010), 0, None, Some(20)),
+        ("only this port", &other_parity, own_range(40_000, 40_000), 0, None, Some(1)),
+        ("another port only", &shared, own_range(40_001, 40_001), 0, None, None),
+        (
+            "another port, and the namespace's range",
+            &shared,
+            own_range(40_001, 40_001),
+            0,
+            Some(0),
+            Some(100),
+        ),
+        ("both reach it: the likelier", &shared, own_range(39_991, 40_010), 0, Some(0), Some(20)),
+        (
+            "both reach it, one long ago",
+            &shared,
+            own_range(39_991, 40_010),
+            MINUTE_NS + 1,
+            Some(0),
+            Some(100),
+        ),
+        ("the namespace's range long ago", &shared, own_range(40_001, 40_001), 0, Some(MINUTE_NS + 1), None),
+    ] {
+        let mut count = count(20, SECOND_NS, NOW_NS);
+        count.netns_range_ns = 0;
+        if let Some(age_ns) = shared_age_ns {
+            count.set_range(0, NOW_NS - age_ns);
+        }
+        count.set_range(own, NOW_NS - own_age_ns);
+        let mut risks = PortRisks::default();
+        risks.on_threshold(DESTINATION);
+        let chance = match risks.check(&DESTINATION, &count, &look(netns), false, NOW_NS) {
+            Some(PortRiskEvent::AtRisk(connects, Chance::OneIn(one_in), _)) => {
+                assert_eq!(connects.own_range.is_some(), own_age_ns == 0, "{what}");
+                Some(one_in)
+            }
+            event => {
+                assert!(event.is_none(), "{what}: {event:?}");
+                None
+            }
+        };
+        assert_eq!(chance, expected, "{what}");
     }
 }
 

@@ -3,7 +3,8 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV6, TcpListener},
+    mem::size_of_val,
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
     os::fd::AsRawFd as _,
 };
 
@@ -92,10 +93,22 @@ pub(crate) fn connect_until_self(target: SocketAddr, limit: usize) -> Option<Soc
     })
 }
 
-/// `fe80::…%scope` as a socket address.
-#[expect(dead_code, reason = "for the link-local rows")]
-pub(crate) fn scoped(address: std::net::Ipv6Addr, port: u16, scope: u32) -> SocketAddr {
-    SocketAddrV6::new(address, port, 0, scope).into()
+/// Sets the first and the last port that `connect()` chooses for this socket: `IP_LOCAL_PORT_RANGE`,
+/// include/uapi/linux/in.h at v6.3. False: this kernel does not have the option.
+pub(crate) fn set_own_port_range(socket: &Socket, (low, high): (u16, u16)) -> bool {
+    const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
+    let range = u32::from(high) << 16 | u32::from(low);
+    // SAFETY: the option takes a pointer to a 32-bit number.
+    let outcome = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IP,
+            IP_LOCAL_PORT_RANGE,
+            (&raw const range).cast(),
+            size_of_val(&range) as libc::socklen_t,
+        )
+    };
+    outcome == 0
 }
 
 pub(crate) fn own_comm() -> String {

@@ -2,16 +2,17 @@
 //! expected time until an attempt becomes a self-connection.
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use serde_json::Value;
 
 use crate::support::{
-    client::own_comm,
-    daemon::{TestDaemon, comm_by_thread, is_event, lossless_variants},
-    refused_connects::{connect_refused, enter_wide_range_netns, is_at_risk},
+    client::{own_comm, set_own_port_range, socket},
+    daemon::{TestDaemon, comm_by_thread, is_event, is_kernel_at_least, lossless_variants},
+    refused_connects::{at, connect_refused, connect_refused_from, enter_wide_range_netns, is_at_risk},
 };
 
 #[test]
@@ -54,5 +55,51 @@ fn the_twentieth_refused_connect_and_each_tenfold_are_reported_by_every_method()
             assert_eq!(events.iter().filter(|event| is_at_risk(40_002, net)(event)).count(), 2);
             assert_eq!(events.last().unwrap()["lost"]["refused_table"], 0);
         }
+    }
+}
+
+#[test]
+fn a_range_of_the_sockets_own_decides_whether_its_port_is_at_risk() {
+    const OWN_RANGE: (u16, u16) = (40_002, 40_201);
+    if !is_kernel_at_least((6, 8)) {
+        println!("this kernel has no IP_LOCAL_PORT_RANGE that reaches both parities");
+        return;
+    }
+    let net = enter_wide_range_netns();
+    for variant in lossless_variants() {
+        let mut daemon = TestDaemon::start(&variant, &[]);
+        // An odd port, without a range of its own, and an even one that is outside of it.
+        connect_refused(at(40_103), 20);
+        connect_refused_from(at(40_100), 20, Some((40_102, 40_201)));
+        connect_refused_from(at(40_101), 20, Some(OWN_RANGE));
+        connect_refused(at(40_300), 20);
+        // The last one is reported with the first check, or after it.
+        let shared = daemon.expect(1, is_at_risk(40_300, net)).remove(0);
+        assert_eq!(
+            (&shared["own_range"], &shared["expected_dials"]),
+            (&Value::Null, &14_116.into()),
+            "{shared}"
+        );
+        let own = daemon.expect(1, is_at_risk(40_101, net)).remove(0);
+        assert_eq!(
+            (&own["own_range"], &own["expected_dials"]),
+            (&"40002-40201".into(), &200.into()),
+            "{own}"
+        );
+
+        // What was predicted happens.
+        let hit = (0..20_000).find_map(|_| {
+            let client = socket(Ipv4Addr::LOCALHOST.into());
+            assert!(set_own_port_range(&client, OWN_RANGE));
+            client.connect(&at(40_101).into()).ok().map(|()| client)
+        });
+        // No TIME_WAIT, because the next method needs the same port.
+        hit.expect("a connect hits port 40101").set_linger(Some(Duration::ZERO)).unwrap();
+        let is_hit = |event: &Value| is_event("established", net.inode)(event) && event["port"] == 40_101;
+        assert_eq!(daemon.expect(1, is_hit)[0]["cause"], "ephemeral");
+        let (events, _) = daemon.stop();
+        let at_risk = events.iter().filter(|event| is_event("at_risk", net.inode)(event));
+        let ports: BTreeSet<_> = at_risk.map(|event| event["port"].as_u64()).collect();
+        assert_eq!(ports, BTreeSet::from([Some(40_101), Some(40_300)]), "{variant:?}");
     }
 }

@@ -2,19 +2,18 @@
 //! can choose as the source port.
 
 use std::{
-    mem::size_of_val,
     net::{Ipv4Addr, SocketAddr},
-    os::fd::AsRawFd as _,
     thread,
     time::Duration,
 };
 
 use selfconn::bpf::attach::{Hook, Hooks, Method, RequestedHooks};
 use selfconn_ebpf::Endpoint;
-use socket2::Socket;
 
 use crate::support::{
-    client::{assert_opened_by_this_thread, connect_until_self, socket, unanswered_connects_to},
+    client::{
+        assert_opened_by_this_thread, connect_until_self, set_own_port_range, socket, unanswered_connects_to,
+    },
     daemon::{TestDaemon, is_event, method_verdicts},
     direct_tracer::{with_tracer, with_tracer_on},
     netns::TestNetns,
@@ -87,24 +86,6 @@ fn refused_connects_are_counted_only_for_ports_in_the_range() {
     });
 }
 
-/// Limits the ports that `connect()` chooses for this socket: `IP_LOCAL_PORT_RANGE`, include/uapi/linux/in.h at
-/// v6.3. False: this kernel does not have the option.
-fn set_own_range(socket: &Socket, low: u16, high: u16) -> bool {
-    const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
-    let range = u32::from(high) << 16 | u32::from(low);
-    // SAFETY: the option takes a pointer to a 32-bit number.
-    let outcome = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_IP,
-            IP_LOCAL_PORT_RANGE,
-            (&raw const range).cast(),
-            size_of_val(&range) as libc::socklen_t,
-        )
-    };
-    outcome == 0
-}
-
 #[test]
 fn a_socket_with_a_port_range_of_its_own_is_reported_with_its_process() {
     let net = TestNetns::enter_new();
@@ -112,7 +93,7 @@ fn a_socket_with_a_port_range_of_its_own_is_reported_with_its_process() {
     for_each_variant_retrying(PREEMPTED, |variant| {
         let daemon = TestDaemon::shared(variant, &[]);
         let client = socket(LOCALHOST.into());
-        if !set_own_range(&client, 40_107, 40_107) {
+        if !set_own_port_range(&client, (40_107, 40_107)) {
             println!("this kernel has no IP_LOCAL_PORT_RANGE");
             return Ok(());
         }
