@@ -27,14 +27,18 @@ pub mod tag {
     pub const FIRST_CONNECT: u16 = 6;
 }
 
-/// Whether a program can have the socket open: the values of [`Transition::socket_file`].
+/// What file the socket has: the values of [`Transition::socket_file`].
 pub mod socket_file {
     /// Not known: the kernel has no BTF, or the socket is closed already (`sk->sk_socket` is NULL).
     pub const UNKNOWN: u8 = 0;
-    /// The socket has a file, or it is a subflow of an MPTCP socket, which has one.
+    /// The socket has a file. Nearly always it is a program's; NFS makes one for a socket of the kernel's, too
+    /// (`xs_create_sock`, net/sunrpc/xprtsock.c).
     pub const PRESENT: u8 = 1;
-    /// The socket has no file: the kernel itself made and uses it (`sock_create_kern`), as NFS and SMB do.
+    /// The socket has no file: the kernel itself made and uses it (`sock_create_kern`), as SMB does.
     pub const ABSENT: u8 = 2;
+    /// The socket is a subflow of an MPTCP socket, which has a file: a program's, although the kernel may have
+    /// connected the subflow.
+    pub const OF_MPTCP: u8 = 3;
 }
 
 /// A self-connection changed its state. In the host's byte order.

@@ -46,7 +46,7 @@ pub struct Opener {
     /// The thread that called `connect()`.
     pub task: Task,
     /// Where the process has its arguments: `arg_start` of its `mm_struct`, which differs after each `execve()`
-    /// because the kernel places the stack at random. 0: unknown, or a kernel thread.
+    /// because the kernel places the stack at random. 0: unknown. [`Self::KERNEL_THREAD`]: it has none.
     pub arg_start: u64,
     /// Who is charged for what this connection takes.
     pub owner: Owner,
@@ -67,6 +67,15 @@ impl Opener {
         uid: 0,
         cause: 0,
     };
+
+    /// [`Self::arg_start`] of a kernel thread. No process has its arguments in its first page.
+    pub const KERNEL_THREAD: u64 = 1;
+
+    /// True if the kernel itself called `connect()`. False also if that is unknown.
+    #[must_use]
+    pub const fn is_kernel_thread(&self) -> bool {
+        self.arg_start == Self::KERNEL_THREAD
+    }
 }
 
 /// How the programs read the `task_struct` of the current task: the values of the global

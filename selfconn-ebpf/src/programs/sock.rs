@@ -211,8 +211,7 @@ impl<M: KernelRead> Sock<M> {
         Self::at(inode.0, Field::InodeNumber)
     }
 
-    /// Whether the socket has a file: one of [`socket_file`]. A subflow of an MPTCP socket has none of its own
-    /// (`mptcp_subflow_create_socket`, net/mptcp/subflow.c at v5.10).
+    /// What file the socket has: one of [`socket_file`].
     #[inline(always)]
     pub(crate) fn file(self) -> u8 {
         if offset(Field::SockSocket).is_none() || offset(Field::SocketFile).is_none() {
@@ -223,7 +222,13 @@ impl<M: KernelRead> Sock<M> {
             return socket_file::UNKNOWN;
         }
         let file: Pointer = Self::at(socket.0, Field::SocketFile);
-        if !file.0.is_null() || self.is_mptcp() { socket_file::PRESENT } else { socket_file::ABSENT }
+        if self.is_mptcp() {
+            socket_file::OF_MPTCP
+        } else if file.0.is_null() {
+            socket_file::ABSENT
+        } else {
+            socket_file::PRESENT
+        }
     }
 
     /// True if this is a subflow of an MPTCP socket.

@@ -109,8 +109,7 @@ fn image_and_owner<M: KernelRead>(task: *const u8, uid: u32) -> (u64, u32) {
     let mut arg_start = 0;
     if let (Some(mm), Some(at)) = (offset(Field::TaskMm), offset(Field::ArgStart)) {
         let mm: Pointer = M::read(task.wrapping_add(mm));
-        // A kernel thread has none, and a load through NULL reads zero.
-        arg_start = M::read(mm.0.wrapping_add(at));
+        arg_start = if mm.0.is_null() { Opener::KERNEL_THREAD } else { M::read(mm.0.wrapping_add(at)) };
     }
     (arg_start, owner_uid::<M>(task, uid))
 }

@@ -399,9 +399,16 @@ impl Tracked {
         if t.opener.at_ns != 0 {
             connection.opener = Some(t.opener);
         }
+        let opener = connection.opener.as_ref();
         match t.socket_file {
-            socket_file::PRESENT => connection.is_kernel_socket = Some(false),
+            // Who has the file shows in who connected the socket. If nobody saw that, a process that has it open shows.
+            socket_file::PRESENT => {
+                if let Some(opener) = opener {
+                    connection.is_kernel_socket = Some(opener.is_kernel_thread());
+                }
+            }
             socket_file::ABSENT => connection.is_kernel_socket = Some(true),
+            socket_file::OF_MPTCP => connection.is_kernel_socket = Some(false),
             _ => {}
         }
         if (t.old, t.new) == (state::SYN_RECV, state::ESTABLISHED) && t.has_counters != 0 {

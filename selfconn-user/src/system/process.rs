@@ -135,14 +135,14 @@ impl ObservedTask {
     #[must_use]
     pub const fn from_opener(opener: &Opener) -> Self {
         let &Opener { task, start_ns, arg_start, at_ns, .. } = opener;
-        Self { task, start_ns, arg_start, at_ns }
+        Self { task, start_ns, arg_start: of_program(arg_start), at_ns }
     }
 
     /// The task that failed to bind.
     #[must_use]
     pub const fn from_bind_failure(failure: &BindFailure) -> Self {
         let &BindFailure { task, start_ns, arg_start, at_ns, .. } = failure;
-        Self { task, start_ns, arg_start, at_ns }
+        Self { task, start_ns, arg_start: of_program(arg_start), at_ns }
     }
 
     /// True if the process with this pid started before the observation, so the pid cannot have been reused
@@ -210,6 +210,11 @@ impl ProcessProof {
             Self::Started(_) | Self::None => true,
         }
     }
+}
+
+/// Where a program has its arguments, as `/proc` shows it: 0 for a kernel thread.
+const fn of_program(arg_start: u64) -> u64 {
+    if arg_start == Opener::KERNEL_THREAD { 0 } else { arg_start }
 }
 
 /// True if a process with its arguments at this address runs the expected program: each execve() makes a new

@@ -138,18 +138,27 @@ fn it_is_not_known_how_long_the_port_is_held_if_there_may_be_no_room_for_a_time_
 
 #[test]
 fn a_socket_of_the_kernel_is_known_from_any_record_and_unknown_without_one() {
-    for (records, expected) in [
-        (&[socket_file::UNKNOWN, socket_file::UNKNOWN][..], None),
-        (&[socket_file::PRESENT, socket_file::UNKNOWN], Some(false)),
-        (&[socket_file::ABSENT, socket_file::UNKNOWN], Some(true)),
-        (&[socket_file::UNKNOWN, socket_file::ABSENT], Some(true)),
+    const UNSEEN: Opener = Opener::UNKNOWN;
+    const PROGRAM: Opener = Opener { at_ns: 7, arg_start: 0x7fff_0000_0101, ..UNSEEN };
+    const KERNEL_THREAD: Opener = Opener { arg_start: Opener::KERNEL_THREAD, ..PROGRAM };
+    for (records, opener, expected) in [
+        (&[socket_file::UNKNOWN, socket_file::UNKNOWN][..], PROGRAM, None),
+        (&[socket_file::PRESENT, socket_file::UNKNOWN], PROGRAM, Some(false)),
+        (&[socket_file::ABSENT, socket_file::UNKNOWN], UNSEEN, Some(true)),
+        (&[socket_file::UNKNOWN, socket_file::ABSENT], UNSEEN, Some(true)),
+        // NFS has a file for its socket.
+        (&[socket_file::PRESENT, socket_file::PRESENT], KERNEL_THREAD, Some(true)),
+        (&[socket_file::PRESENT, socket_file::PRESENT], UNSEEN, None),
+        // The kernel connects the further subflows of a program's MPTCP socket.
+        (&[socket_file::OF_MPTCP, socket_file::UNKNOWN], KERNEL_THREAD, Some(false)),
     ] {
         let mut connections = Connections::new(1);
         for (at_ns, socket_file) in (1_000..).zip(records) {
             let new = if at_ns == 1_000 { ESTABLISHED } else { FIN_WAIT1 };
             let old = if at_ns == 1_000 { SYN_RECV } else { ESTABLISHED };
-            connections
-                .apply(&Transition { socket_file: *socket_file, ..transition(1, at_ns, old, new) }, |_| {});
+            let transition =
+                Transition { socket_file: *socket_file, opener, ..transition(1, at_ns, old, new) };
+            connections.apply(&transition, |_| {});
         }
         assert_eq!(connections.iter().next().unwrap().is_kernel_socket, expected, "{records:?}");
     }
