@@ -186,6 +186,12 @@ mod entry_points {
         guard::on_egress(&ctx)
     }
 
+    /// The same program, with another name in the kernel's lists.
+    #[classifier]
+    fn selfconn_dryrun(ctx: TcContext) -> i32 {
+        guard::on_egress(&ctx)
+    }
+
     /// Each descriptor of each task, while user space reads the iterator. aya has no macro for this section.
     #[unsafe(link_section = "iter/task_file")]
     #[unsafe(no_mangle)]

@@ -77,6 +77,8 @@ pub const NAMESPACES: &str = "selfconn_namespaces";
 
 /// Egress of a loopback device: the guard.
 pub const GUARD: &str = "selfconn_guard";
+/// The same, if it only reports: so the kernel's list of programs shows what a guard does.
+pub const GUARD_DRY_RUN: &str = "selfconn_dryrun";
 
 /// Ring buffer of [`crate::Record`]; owned by `ring_buffer.rs`.
 pub const RECORDS: &str = "RECORDS";

@@ -8,7 +8,7 @@ use std::{
 use aya::{
     Ebpf,
     maps::{Array, HashMap, MapData},
-    programs::{ProgramError, SchedClassifier, TcAttachType},
+    programs::{ProgramError, ProgramInfo, SchedClassifier, TcAttachType},
 };
 use selfconn_ebpf::{
     guard::{MAX_CGROUPS, mode},
@@ -114,77 +114,43 @@ pub enum Disarmed {
 /// something only in its pid namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FilterOwner {
-    pid: u32,
+    pub(super) pid: u32,
     start_ticks: u64,
     pid_ns: u64,
+    /// False: it only reports.
+    pub(super) refuses: bool,
 }
 
-/// A guard that some daemon has attached.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FoundGuard {
-    pub device: String,
-    /// `None`: a link, which ends with its daemon.
-    pub filter: Option<FoundFilter>,
-}
-
-/// The filter of a guard.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FoundFilter {
-    /// The daemon, in its pid namespace.
-    pub pid: u32,
-    pub priority: u16,
-    /// True if the daemon is known to have ended.
-    pub is_left_over: bool,
-}
-
-/// Lists the guards in the network namespace of the calling thread. Links need a privilege to be seen.
-///
-/// # Errors
-/// If the kernel refuses to list devices or filters.
-pub fn find() -> io::Result<Vec<FoundGuard>> {
-    let mut found = Vec::new();
-    for device in rtnetlink::loop_devices()? {
-        if let Ok((_, programs)) = SchedClassifier::query_tcx(&device.name, TcAttachType::Egress) {
-            let links = programs.iter().filter(|info| is_guard(info));
-            found.extend(links.map(|_| FoundGuard { device: device.name.clone(), filter: None }));
-        }
-        for filter in rtnetlink::filters(device.index)? {
-            let Some(owner) = FilterOwner::parse(&filter.name) else { continue };
-            let priority = filter.priority();
-            let filter = FoundFilter { pid: owner.pid, priority, is_left_over: owner.is_gone() };
-            found.push(FoundGuard { device: device.name.clone(), filter: Some(filter) });
-        }
-    }
-    Ok(found)
-}
-
-const FILTER_PREFIX: &str = "selfconn_guard:";
+/// The prefix of the names of filters that refuse, and of those that only report.
+const FILTER_PREFIXES: [(&str, bool); 2] = [("selfconn_guard:", true), ("selfconn_dryrun:", false)];
 
 /// Priority of the filter. The lowest number runs first.
 const FILTER_PRIORITY: u16 = 1;
 
 impl FilterOwner {
-    fn current() -> Self {
+    fn current(refuses: bool) -> Self {
         let pid = std::process::id();
         let start_ticks = process::start_ticks(pid).unwrap_or(0);
-        Self { pid, start_ticks, pid_ns: process::pid_ns_inode().unwrap_or(0) }
+        Self { pid, start_ticks, pid_ns: process::pid_ns_inode().unwrap_or(0), refuses }
     }
 
     fn name(self) -> String {
-        let Self { pid, start_ticks, pid_ns } = self;
-        format!("{FILTER_PREFIX}{pid}:{start_ticks}:{pid_ns}")
+        let Self { pid, start_ticks, pid_ns, refuses } = self;
+        let prefix = FILTER_PREFIXES.iter().find_map(|(prefix, of)| (*of == refuses).then_some(*prefix));
+        format!("{}{pid}:{start_ticks}:{pid_ns}", prefix.unwrap_or_default())
     }
 
     /// `None`: it is not a filter of a guard.
-    fn parse(name: &str) -> Option<Self> {
-        let mut numbers = name.strip_prefix(FILTER_PREFIX)?.split(':').map(str::parse::<u64>);
+    pub(super) fn parse(name: &str) -> Option<Self> {
+        let rest = |(prefix, refuses): &(&str, bool)| Some((name.strip_prefix(prefix)?, *refuses));
+        let (numbers, refuses) = FILTER_PREFIXES.iter().find_map(rest)?;
+        let mut numbers = numbers.split(':').map(str::parse::<u64>);
         let mut next = || numbers.next()?.ok();
-        let owner = Self { pid: u32::try_from(next()?).ok()?, start_ticks: next()?, pid_ns: next()? };
-        Some(owner)
+        Some(Self { pid: u32::try_from(next()?).ok()?, start_ticks: next()?, pid_ns: next()?, refuses })
     }
 
     /// True if the process is known to have ended.
-    fn is_gone(self) -> bool {
+    pub(super) fn is_gone(self) -> bool {
         process::pid_ns_inode() == Some(self.pid_ns)
             && process::start_ticks(self.pid) != Some(self.start_ticks)
     }
@@ -204,13 +170,14 @@ impl FilterOwner {
 
 impl GuardProgram {
     /// Loads the program. Its maps are those of `ebpf`.
-    pub(super) fn load(ebpf: &mut Ebpf, features: &KernelFeatures) -> Result<Self, Refusal> {
+    pub(super) fn load(ebpf: &mut Ebpf, features: &KernelFeatures, refuses: bool) -> Result<Self, Refusal> {
         features.check_guard()?;
         let error = |error: ProgramError| refusal(&error);
+        let name = if refuses { names::GUARD } else { names::GUARD_DRY_RUN };
         let program: &mut SchedClassifier = ebpf
-            .program_mut(names::GUARD)
+            .program_mut(name)
             .and_then(|program| program.try_into().ok())
-            .ok_or_else(|| Refusal::Broken(format!("the eBPF object has no program {}", names::GUARD)))?;
+            .ok_or_else(|| Refusal::Broken(format!("the eBPF object has no program {name}")))?;
         program.load().map_err(error)?;
         let id = program.info().map_err(error)?.id();
         let fd = program.fd().map_err(error)?.as_fd().try_clone_to_owned();
@@ -222,7 +189,7 @@ impl GuardProgram {
         Ok(Self {
             fd,
             id,
-            owner: FilterOwner::current(),
+            owner: FilterOwner::current(refuses),
             ports: Array::try_from(map(ebpf, names::GUARD_PORTS)?).map_err(broken)?,
             uids: HashMap::try_from(map(ebpf, names::GUARD_UIDS)?).map_err(broken)?,
             cgroups: HashMap::try_from(map(ebpf, names::GUARD_CGROUPS)?).map_err(broken)?,
@@ -338,8 +305,8 @@ impl GuardProgram {
     /// The program of another guard that is linked to this device.
     fn other_link(&self, device: &str) -> Option<u32> {
         let (_, programs) = SchedClassifier::query_tcx(device, TcAttachType::Egress).ok()?;
-        let is_other = |info: &&aya::programs::ProgramInfo| info.id() != self.id && is_guard(info);
-        programs.iter().filter(is_other).map(aya::programs::ProgramInfo::id).next_back()
+        let is_other = |info: &&ProgramInfo| info.id() != self.id && refuses(info).is_some();
+        programs.iter().filter(is_other).map(ProgramInfo::id).next_back()
     }
 
     /// Why the program does not run on this device of the calling thread's network namespace. `None`: it does.
@@ -356,7 +323,7 @@ impl GuardProgram {
                     if info.id() == self.id {
                         return Ok(None);
                     }
-                    if !is_guard(info) {
+                    if refuses(info).is_none() {
                         return Ok(Some(Disarmed::Behind(info.name_as_str().unwrap_or("?").to_owned())));
                     }
                 }
@@ -422,8 +389,13 @@ impl Attachment {
     }
 }
 
-fn is_guard(info: &aya::programs::ProgramInfo) -> bool {
-    info.name_as_str() == Some(names::GUARD)
+/// Whether a guard refuses, or only reports. `None`: it is no guard.
+pub(super) fn refuses(info: &ProgramInfo) -> Option<bool> {
+    match info.name_as_str()? {
+        names::GUARD => Some(true),
+        names::GUARD_DRY_RUN => Some(false),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -432,9 +404,11 @@ mod tests {
 
     #[test]
     fn a_filter_names_its_process_and_other_names_are_not_a_guards() {
-        let owner = FilterOwner { pid: 7, start_ticks: 8, pid_ns: 9 };
-        assert_eq!(owner.name(), "selfconn_guard:7:8:9");
-        assert_eq!(FilterOwner::parse(&owner.name()), Some(owner));
+        for (refuses, name) in [(true, "selfconn_guard:7:8:9"), (false, "selfconn_dryrun:7:8:9")] {
+            let owner = FilterOwner { pid: 7, start_ticks: 8, pid_ns: 9, refuses };
+            assert_eq!(owner.name(), name);
+            assert_eq!(FilterOwner::parse(name), Some(owner));
+        }
         for name in [
             "",
             "selfconn_guard",
@@ -445,8 +419,8 @@ mod tests {
         ] {
             assert_eq!(FilterOwner::parse(name), None, "{name}");
         }
-        assert!(!FilterOwner::current().is_gone());
-        let earlier = FilterOwner { start_ticks: 1, ..FilterOwner::current() };
+        assert!(!FilterOwner::current(true).is_gone());
+        let earlier = FilterOwner { start_ticks: 1, ..FilterOwner::current(true) };
         assert!(earlier.is_gone(), "another process with this pid");
         assert!(!FilterOwner { pid_ns: 1, ..earlier }.is_gone(), "a pid of another namespace");
     }

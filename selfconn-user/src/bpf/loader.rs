@@ -158,7 +158,10 @@ impl Tracer {
         let guard_ring = RingBuf::try_from(take_map(&mut ebpf, names::GUARD_RECORDS)?)?;
         let guard = match options.object.guard.mode {
             mode::OFF => None,
-            _ => Some(GuardProgram::load(&mut ebpf, features).map_err(|why| anyhow!("--guard: {why}"))?),
+            mode => {
+                let guard = GuardProgram::load(&mut ebpf, features, mode == mode::REFUSE);
+                Some(guard.map_err(|why| anyhow!("--guard: {why}"))?)
+            }
         };
         let counters = PerCpuArray::try_from(take_map(&mut ebpf, names::COUNTERS)?)?;
         let log = if options.object.log {

@@ -21,6 +21,7 @@ pub mod btf;
 pub mod connect_table;
 pub mod descriptors;
 pub mod features;
+pub mod found_guards;
 pub mod guard;
 mod held_ports;
 mod iterator;

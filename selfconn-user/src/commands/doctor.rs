@@ -17,7 +17,7 @@ use crate::{
         bind_method::BindMethod,
         bind_programs, descriptors,
         features::KernelFeatures,
-        guard::{self, FoundFilter, FoundGuard},
+        found_guards::{self, FoundFilter, FoundGuard},
         namespaces, programs,
         tracefs::Tracefs,
     },
@@ -227,7 +227,7 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
     let lockdown = features.lockdown.as_deref().unwrap_or("unknown (securityfs is not mounted)");
     let missing = capabilities::names(features.missing_capabilities()).join(", ");
     let remedy = sockets::can_destroy().and_then(|()| sockets::can_enter());
-    let (guard, guard_hint) = guard_finding(guard::find().map_err(|error| error.to_string()));
+    let (guard, guard_hint) = guard_finding(found_guards::find().map_err(|error| error.to_string()));
     let architectures: Vec<_> = names::KPROBES.iter().map(|(arch, ..)| *arch).collect();
     let object = format!("{}, kprobes for {}", env!("SELFCONN_OBJECT"), architectures.join(" and "));
     let object = match names::kprobe(ARCH, true) {
@@ -297,21 +297,25 @@ fn guard_finding(found: Result<Vec<FoundGuard>, String>) -> (Result<String, Stri
         Ok(found) => found,
         Err(why) => return (Err(format!("cannot be looked for: {why}")), None),
     };
-    let left_over = found.iter().find_map(|FoundGuard { device, filter }| {
-        filter.as_ref().filter(|filter| filter.is_left_over).map(|filter| (device, filter))
+    let left_over = found.iter().find_map(|guard| {
+        guard.filter.as_ref().filter(|filter| filter.is_left_over).map(|filter| (guard, filter))
     });
-    if let Some((device, FoundFilter { pid, priority, .. })) = left_over {
+    if let Some((FoundGuard { device, refuses, .. }, FoundFilter { pid, priority, .. })) = left_over {
+        let verb = if *refuses { "refuses" } else { "looks for" };
         let problem = format!(
-            "the daemon with pid {pid} has ended, and its filter on {device} still refuses connects to themselves"
+            "the daemon with pid {pid} has ended, and its filter on {device} still {verb} connects to themselves"
         );
         let hint = format!(
             "the next `selfconn run --guard` removes it; or run: tc filter del dev {device} egress pref {priority}"
         );
         return (Err(problem), Some(hint));
     }
-    let text = |FoundGuard { device, filter }: &FoundGuard| match filter {
-        None => format!("on {device} (tcx)"),
-        Some(FoundFilter { pid, .. }) => format!("on {device} (clsact, of pid {pid})"),
+    let text = |FoundGuard { device, refuses, filter }: &FoundGuard| {
+        let mode = if *refuses { "refuses" } else { "dry run" };
+        match filter {
+            None => format!("on {device} (tcx, {mode})"),
+            Some(FoundFilter { pid, .. }) => format!("on {device} (clsact, of pid {pid}, {mode})"),
+        }
     };
     let finding = match &found[..] {
         [] => "none in this network namespace".to_owned(),

@@ -22,7 +22,7 @@ use crate::{
     detect::{
         bind_conflict::{BindConflicts, PortHolder, TimeWaitEntry},
         connection::{Connection, ConnectionEvent, Connections, TIME_WAIT_NS},
-        port_risk::PortRiskEvent,
+        port_risk::{PortAtRisk, PortRiskEvent},
     },
     event::{self, Closed, ConnectionFields, EventKind, Prevented, StateChange},
     guard::GuardMode,
@@ -535,7 +535,7 @@ impl Pipeline {
 
     /// Looks up the newest connecting process of a port at risk, and emits the event.
     pub(super) fn on_port_risk(&mut self, event: PortRiskEvent, now_ns: u64) {
-        let (PortRiskEvent::AtRisk(connects, ..) | PortRiskEvent::Over(connects, _)) = &event;
+        let (PortRiskEvent::AtRisk(PortAtRisk { connects, .. }) | PortRiskEvent::Over(connects, _)) = &event;
         let newest = connects.newest;
         if !self.is_of_reported(&newest.owner) {
             return;

@@ -137,10 +137,11 @@ impl PortRiskMonitor {
                     ports: Ok(&seen.ports),
                     port_use: seen.uses.get(&destination).copied(),
                     shows_idle: self.shows_idle,
+                    guard: seen.guard,
                 },
                 Err(why) => {
                     log::info!("whether connect() can choose port {} is unknown: {why}", destination.port);
-                    PortLook { ports: Err(why), port_use: None, shows_idle: false }
+                    PortLook { ports: Err(why), port_use: None, shows_idle: false, guard: None }
                 }
             };
             let event = self.risks.check(&destination, &count, &look, is_taken(&destination), now_ns);
@@ -172,9 +173,7 @@ impl PortRiskMonitor {
 /// The event to emit. `process` is the newest connecting one.
 pub(super) fn event_kind(event: &PortRiskEvent, run: u64, process: &ProcessInfo) -> EventKind {
     match event {
-        PortRiskEvent::AtRisk(connects, chance, may_be_bound) => {
-            EventKind::AtRisk(Box::new(AtRisk::new(connects, chance, *may_be_bound, run, process)))
-        }
+        PortRiskEvent::AtRisk(at_risk) => EventKind::AtRisk(Box::new(AtRisk::new(at_risk, run, process))),
         PortRiskEvent::Over(connects, why) => {
             EventKind::AtRiskOver(Box::new(AtRiskOver::new(connects, *why, run, process)))
         }

@@ -13,7 +13,7 @@ use selfconn_ebpf::{
     refused_connects::{REPORT_THRESHOLD, RefusedCount, WINDOW_NS},
 };
 
-use crate::{ports::LocalPorts, sockets::PortUse};
+use crate::{guard::GuardMode, ports::LocalPorts, sockets::PortUse};
 
 pub use attempts::RefusedConnects;
 
@@ -41,10 +41,21 @@ const CHECKS_PER_EXPECTED_HIT: u64 = 50;
 /// An event about a port at risk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PortRiskEvent {
-    /// The next attempt can connect to itself. True: unless a socket that can't be seen is bound to the port.
-    AtRisk(RefusedConnects, Chance, bool),
+    /// The next attempt can connect to itself.
+    AtRisk(PortAtRisk),
     /// The port is not at risk any more.
     Over(RefusedConnects, RiskEndReason),
+}
+
+/// A port at risk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortAtRisk {
+    pub connects: RefusedConnects,
+    pub chance: Chance,
+    /// True if a socket that can't be seen may be bound to the port: then no attempt connects to itself.
+    pub may_be_bound: bool,
+    /// What a guard does in its network namespace. `None`: unknown.
+    pub guard: Option<GuardMode>,
 }
 
 /// What is known of a port now.
@@ -56,6 +67,8 @@ pub struct PortLook<'a> {
     pub port_use: Option<PortUse>,
     /// True if the kernel shows sockets that are bound and idle.
     pub shows_idle: bool,
+    /// What a guard does in its namespace. `None`: unknown.
+    pub guard: Option<GuardMode>,
 }
 
 /// Probability that one attempt connects to itself.
@@ -254,6 +267,7 @@ impl PortRisks {
             port.next_report_count = port.next_report_count.saturating_mul(10);
         }
         let may_be_bound = port_use.is_connected || look.port_use.is_none() || !look.shows_idle;
-        Some(PortRiskEvent::AtRisk(RefusedConnects { risk, ..connects }, chance, may_be_bound))
+        let connects = RefusedConnects { risk, ..connects };
+        Some(PortRiskEvent::AtRisk(PortAtRisk { connects, chance, may_be_bound, guard: look.guard }))
     }
 }

@@ -10,7 +10,8 @@ use super::connection::process_name;
 use super::envelope;
 use super::text::{EventFormat, LogRecord, Severity, duration, escape, subject};
 use crate::{
-    detect::port_risk::{Chance, RefusedConnects, RiskEndReason},
+    detect::port_risk::{Chance, PortAtRisk, RefusedConnects, RiskEndReason},
+    guard::GuardMode,
     system::process::ProcessInfo,
 };
 
@@ -60,6 +61,8 @@ pub struct AtRisk {
     pub range_unknown: Option<String>,
     /// The port range that the newest client with one of its own set for its socket (`IP_LOCAL_PORT_RANGE`).
     pub own_range: Option<String>,
+    /// What a guard does with a connect to itself in this network namespace: `off`, `dry-run` or `refuse`.
+    pub guard: Option<&'static str>,
 }
 
 /// `at_risk_over`.
@@ -98,13 +101,8 @@ impl RefusedConnectFields {
 
 impl AtRisk {
     #[must_use]
-    pub fn new(
-        connects: &RefusedConnects,
-        chance: &Chance,
-        may_be_bound: bool,
-        run: u64,
-        process: &ProcessInfo,
-    ) -> Self {
+    pub fn new(at_risk: &PortAtRisk, run: u64, process: &ProcessInfo) -> Self {
+        let PortAtRisk { connects, chance, may_be_bound, guard } = at_risk;
         let (expected_dials, range_unknown) = match chance {
             Chance::OneIn(expected) => (Some(*expected), None),
             Chance::Unknown(why) => (None, Some(why.clone())),
@@ -113,9 +111,10 @@ impl AtRisk {
             connects: RefusedConnectFields::new(connects, run, process),
             expected_dials,
             eta_seconds: connects.eta_seconds(chance),
-            may_be_bound,
+            may_be_bound: *may_be_bound,
             range_unknown,
             own_range: connects.own_range.map(|range| range.to_string()),
+            guard: guard.map(GuardMode::name),
         }
     }
 }
@@ -160,8 +159,12 @@ fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     if let Some(range) = record.text("own_range") {
         write!(out, " (a client's socket has the port range {})", escape(range))?;
     }
-    match record.flag("may_be_bound") {
-        Some(true) => write!(out, ", if nobody has bound it"),
+    if record.flag("may_be_bound") == Some(true) {
+        write!(out, ", if nobody has bound it")?;
+    }
+    match record.text("guard") {
+        Some("refuse") => write!(out, "; the guard refuses it, unless it is exempt"),
+        Some("dry-run") => write!(out, "; the guard would report it (dry run)"),
         _ => Ok(()),
     }
 }
@@ -219,6 +222,13 @@ mod tests {
                     "window_ns":19000000000,"expected_dials":9,"eta_seconds":9,"may_be_bound":true}"#,
                 "AT RISK      [::1]:40000           curl[7] connects to a port without a listener: 20 refused in 19.0s; \
                  one connect in 9 becomes a self-connection, at this rate within about 9.0s, if nobody has bound it",
+            ),
+            (
+                r#"{"event":"at_risk","addr":"::1","port":40000,"comm":"curl","pid":7,"dialers":1,"refused":20,
+                    "window_ns":19000000000,"expected_dials":9,"eta_seconds":9,"guard":"refuse"}"#,
+                "AT RISK      [::1]:40000           curl[7] connects to a port without a listener: 20 refused in 19.0s; \
+                 one connect in 9 becomes a self-connection, at this rate within about 9.0s; the guard refuses it, unless \
+                 it is exempt",
             ),
             (
                 r#"{"event":"at_risk","addr":"::1","port":40001,"comm":"curl","pid":7,"dialers":1,"refused":20,

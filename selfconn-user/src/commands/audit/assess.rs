@@ -255,6 +255,7 @@ pub(super) mod tests {
             },
             local_ports: LocalPorts::parse(range, reserved).unwrap(),
             persistence: None,
+            guard: None,
             audited_ports,
         }
     }

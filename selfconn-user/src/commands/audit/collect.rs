@@ -17,6 +17,7 @@ use anyhow::{Context as _, Result};
 use super::services::RequestedServices;
 use crate::{
     bpf,
+    guard::GuardMode,
     ports::{LocalPorts, sysctl},
     sockets::{self, HolderSearch, InspectOptions, Namespace, NamespaceSelection, SocketEntry},
     system::{
@@ -33,6 +34,8 @@ pub(super) struct NamespaceInfo {
     /// Where the settings of this namespace are configured permanently. `None`: unknown.
     pub(super) persistence: Option<Persistence>,
     pub(super) audited_ports: Vec<AuditedPort>,
+    /// What a guard does there. `None`: unknown.
+    pub(super) guard: Option<GuardMode>,
 }
 
 /// An address and port to assess.
@@ -119,7 +122,12 @@ pub(super) fn collect(
     let inspected = sockets::inspect(options, |namespace, listeners| {
         let local_ports = sysctl::local_ports().map_err(|error| io::Error::other(format!("{error:#}")))?;
         let audited_ports = audited_ports(&listeners, services);
-        Ok(NamespaceInfo { namespace: namespace.clone(), local_ports, persistence: None, audited_ports })
+        // Without the privilege, whether there is a guard is unknown, and nothing else is missing.
+        let guard = GuardMode::in_this_netns()
+            .inspect_err(|error| log::info!("whether there is a guard is unknown: {error}"))
+            .ok();
+        let namespace = namespace.clone();
+        Ok(NamespaceInfo { namespace, local_ports, persistence: None, audited_ports, guard })
     });
     let inspected = inspected.with_context(|| match selection {
         NamespaceSelection::At(path) => format!("cannot inspect the network namespace {}", path.display()),

@@ -13,7 +13,10 @@ use super::{
     fix::Fix,
     groups::{PortGroup, group},
 };
-use crate::event::text::{escape, group_thousands};
+use crate::{
+    event::text::{escape, group_thousands},
+    guard::GuardMode,
+};
 
 /// A network namespace and its assessment.
 #[derive(Debug)]
@@ -62,6 +65,8 @@ pub(in crate::commands) struct JsonPort<'a> {
     why: &'a str,
     listener: Option<JsonListener<'a>>,
     expected_dials: Option<u32>,
+    /// What a guard does in the network namespace. Null: unknown.
+    guard: Option<&'static str>,
 }
 
 #[derive(Serialize, JsonSchema)]
@@ -97,7 +102,7 @@ struct JsonNamespace<'a> {
 /// One JSON object for each port, and the summary.
 pub(super) fn json(reports: &[NamespaceReport], unseen: &[String]) -> Result<Vec<u8>> {
     let mut out = Vec::new();
-    for NamespaceReport { assessments, .. } in reports {
+    for NamespaceReport { assessments, namespace_info, .. } in reports {
         for row in assessments {
             let row = JsonPort {
                 netns: row.netns,
@@ -113,6 +118,7 @@ pub(super) fn json(reports: &[NamespaceReport], unseen: &[String]) -> Result<Vec
                     container: process.container.as_deref(),
                 }),
                 expected_dials: row.expected_dials,
+                guard: namespace_info.guard.map(GuardMode::name),
             };
             write_line(&AuditLine::Port(row), &mut out)?;
         }
@@ -186,6 +192,16 @@ pub(super) fn text(reports: &[NamespaceReport]) -> String {
             if let Some(note) = note {
                 let _ = writeln!(out, "  note   {note}");
             }
+        }
+        let guard = match namespace_info.guard {
+            Some(GuardMode::Refuse) => {
+                "refuses a connect to itself while its daemon runs, unless the client is exempt"
+            }
+            Some(GuardMode::DryRun) => "reports what it would refuse, and refuses nothing (dry run)",
+            Some(GuardMode::Off) | None => "",
+        };
+        if !guard.is_empty() {
+            let _ = writeln!(out, "  guard  {guard}");
         }
         for Disagreement { key, file, at_boot, running } in disagreements {
             let value =
@@ -276,6 +292,7 @@ mod tests {
             },
             local_ports: LocalPorts::parse("32768 60999", "8080").unwrap(),
             persistence: Some(Persistence::SysctlD),
+            guard: Some(GuardMode::Refuse),
             audited_ports: vec![
                 audited("127.0.0.1", 44_446, Some(nginx)),
                 audited("::", 50_051, Some(ListenerProcess::default())),
@@ -291,6 +308,7 @@ mod tests {
             },
             local_ports: LocalPorts::parse("32768 60999", "").unwrap(),
             persistence: None,
+            guard: None,
             audited_ports: vec![audited("127.0.0.1", 22, Some(ListenerProcess::default()))],
         };
         let disagreement = Disagreement {
@@ -318,6 +336,7 @@ netns 7 (this one): source ports 32768-60999, reserved 8080
   none  *:61616          nobody listens       outside the range
   now    sysctl -w net.ipv4.ip_local_reserved_ports=8080,44446,50051
   keep   selfconn audit --netns self --sysctl > /etc/sysctl.d/90-selfconn.conf
+  guard  refuses a connect to itself while its daemon runs, unless the client is exempt
   boot   net.ipv4.ip_local_reserved_ports is \"8080\" now, and nothing after the next boot (no file sets it, so the \
 default of the kernel)
 netns 8 (/run/netns/blue): source ports 32768-60999, nothing reserved; 1 port, nothing at risk
@@ -335,6 +354,10 @@ at risk in 2 network namespaces: 1 high, 1 low; 3 ports not at risk
         assert_eq!(rows[0]["listener"]["comm"], "a\nb");
         assert_eq!(rows[0]["listener"]["unit"], "x.service");
         assert_eq!(rows[0]["expected_dials"], 14_116);
+        assert_eq!(
+            (&rows[0]["guard"], rows[4].get("guard")),
+            (&"refuse".into(), Some(&serde_json::Value::Null))
+        );
         assert!(rows[1]["listener"]["pid"].is_null() && rows[1]["listener"].is_object(), "{}", rows[1]);
         for field in ["expected_dials", "listener", "addr", "ifindex"] {
             assert_eq!(rows[3].get(field), Some(&serde_json::Value::Null), "{field}: {}", rows[3]);

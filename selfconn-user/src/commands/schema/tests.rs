@@ -122,7 +122,8 @@ fn every_field_of_each_event_is_in_its_table_with_its_type() {
         }
         if text.contains("The fields of `at_risk` up to `window_ns`, and:") {
             let mut shared = documented(section("at_risk"));
-            let later = ["expected_dials", "eta_seconds", "may_be_bound", "range_unknown", "own_range"];
+            let later =
+                ["expected_dials", "eta_seconds", "may_be_bound", "range_unknown", "own_range", "guard"];
             shared.retain(|name, _| !later.contains(&&**name));
             expected.extend(shared);
         }

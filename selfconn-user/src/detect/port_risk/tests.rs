@@ -26,7 +26,7 @@ fn ports(range: &str, reserved: &str) -> Result<LocalPorts, String> {
 
 fn look(ports: &Result<LocalPorts, String>) -> PortLook<'_> {
     let ports = ports.as_ref().map_err(String::as_str);
-    PortLook { ports, port_use: Some(PortUse::default()), shows_idle: true }
+    PortLook { ports, port_use: Some(PortUse::default()), shows_idle: true, guard: None }
 }
 
 fn check_now(
@@ -50,7 +50,10 @@ fn a_port_is_reported_if_connect_can_choose_it() {
     ] {
         let event = check_now(&mut PortRisks::default(), 20, &ports(range, reserved));
         match (&event, one_in) {
-            (Some(PortRiskEvent::AtRisk(connects, chance, may_be_bound)), Some(one_in)) => {
+            (
+                Some(PortRiskEvent::AtRisk(PortAtRisk { connects, chance, may_be_bound, .. })),
+                Some(one_in),
+            ) => {
                 assert_eq!((chance, may_be_bound), (&Chance::OneIn(one_in), &false), "{what}");
                 assert_eq!(
                     connects.endpoint,
@@ -59,7 +62,9 @@ fn a_port_is_reported_if_connect_can_choose_it() {
                 assert_eq!((connects.risk, connects.refused, connects.window_ns), (1, 20, 19 * SECOND_NS));
                 assert_eq!(connects.eta_seconds(chance), Some(one_in.into()), "{what}");
             }
-            (Some(PortRiskEvent::AtRisk(_, Chance::OneIn(fewer), _)), None) if what.contains("fewer") => {
+            (Some(PortRiskEvent::AtRisk(PortAtRisk { chance: Chance::OneIn(fewer), .. })), None)
+                if what.contains("fewer") =>
+            {
                 assert!(*fewer < 100, "{what}: {fewer}");
             }
             (event, one_in) => assert!(event.is_none() && one_in.is_none(), "{what}: {event:?}"),
@@ -106,7 +111,7 @@ fn a_range_of_the_sockets_own_decides_for_its_attempts() {
         let mut risks = PortRisks::default();
         risks.on_threshold(DESTINATION);
         let chance = match risks.check(&DESTINATION, &count, &look(netns), false, NOW_NS) {
-            Some(PortRiskEvent::AtRisk(connects, Chance::OneIn(one_in), _)) => {
+            Some(PortRiskEvent::AtRisk(PortAtRisk { connects, chance: Chance::OneIn(one_in), .. })) => {
                 assert_eq!(connects.own_range.is_some(), own_age_ns == 0, "{what}");
                 Some(one_in)
             }
@@ -125,7 +130,9 @@ fn a_port_is_reported_again_at_each_tenfold_count() {
     let reported: Vec<_> = [20, 21, 199, 200, 1_999, 2_001, 3_000, 20_000]
         .into_iter()
         .filter_map(|refused| match check_now(&mut risks, refused, &ports) {
-            Some(PortRiskEvent::AtRisk(connects, ..)) => Some((connects.risk, connects.refused)),
+            Some(PortRiskEvent::AtRisk(PortAtRisk { connects, .. })) => {
+                Some((connects.risk, connects.refused))
+            }
             _ => None,
         })
         .collect();
@@ -147,7 +154,10 @@ fn a_port_is_reported_when_it_is_unreserved_and_over_when_it_is_reserved() {
     assert_eq!(connects.risk, 1);
     assert_eq!((risks.at_risk(), check_now(&mut risks, 241, &reserved)), (0, None));
     let next = check_now(&mut risks, 250, &free);
-    assert!(matches!(next, Some(PortRiskEvent::AtRisk(connects, ..)) if connects.risk == 2), "{next:?}");
+    assert!(
+        matches!(next, Some(PortRiskEvent::AtRisk(PortAtRisk { connects, .. })) if connects.risk == 2),
+        "{next:?}"
+    );
 }
 
 #[test]
@@ -155,10 +165,12 @@ fn an_unknown_port_range_is_reported_with_its_reason() {
     let event = {
         let (mut risks, why) = (PortRisks::default(), "no way in");
         risks.on_threshold(DESTINATION);
-        let look = PortLook { ports: Err(why), port_use: None, shows_idle: false };
+        let look = PortLook { ports: Err(why), port_use: None, shows_idle: false, guard: None };
         risks.check(&DESTINATION, &count(20, SECOND_NS, NOW_NS), &look, false, NOW_NS)
     };
-    let Some(PortRiskEvent::AtRisk(connects, chance, true)) = event else { panic!("{event:?}") };
+    let Some(PortRiskEvent::AtRisk(PortAtRisk { connects, chance, may_be_bound: true, .. })) = event else {
+        panic!("{event:?}")
+    };
     assert_eq!(chance, Chance::Unknown("no way in".to_owned()));
     assert_eq!(connects.eta_seconds(&chance), None);
 }
@@ -194,7 +206,7 @@ fn a_port_that_somebody_has_bound_is_at_risk_when_the_last_socket_of_that_time_i
             let look = PortLook { port_use: Some(port_use), shows_idle, ..look(&ports) };
             let event = risks.check(&DESTINATION, &count, &look, false, NOW_NS);
             let may_be_bound = event.map(|event| match event {
-                PortRiskEvent::AtRisk(.., may_be_bound) => may_be_bound,
+                PortRiskEvent::AtRisk(at_risk) => at_risk.may_be_bound,
                 over @ PortRiskEvent::Over(..) => panic!("{what}: {over:?}"),
             });
             assert_eq!(may_be_bound, expected, "{what}: {port_use:?}");

@@ -3,6 +3,7 @@
 use std::{
     fs,
     net::{IpAddr, Ipv4Addr},
+    os::unix::process::CommandExt as _,
     process::Command,
     sync::mpsc::channel,
     thread,
@@ -12,6 +13,7 @@ use std::{
 use selfconn::system::rtnetlink;
 use serde_json::Value;
 
+use super::audit::AuditOutput;
 use crate::support::{
     cgroup::TestCgroup,
     client::{NOBODY, become_user, connect_to_self, socket},
@@ -19,6 +21,7 @@ use crate::support::{
     guard::{count_of, dial, dial_itself, guard_methods, refusing, wait_until},
     helper_process::HelperProcess,
     netns::TestNetns,
+    refused_connects::{at, connect_refused, enter_wide_range_netns, is_at_risk},
 };
 
 const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -253,6 +256,44 @@ fn a_guard_that_is_taken_off_is_reported() {
     let unguarded = daemon.expect(1, is_event("unguarded", net.inode)).remove(0);
     assert_eq!(unguarded["why"], "the program was taken off");
     daemon.stop();
+}
+
+#[test]
+fn at_risk_and_audit_say_what_a_guard_does() {
+    let net = enter_wide_range_netns();
+    let audited = || {
+        let audit = AuditOutput::run(&["--netns", "self", "--port", "40000"]);
+        assert_eq!((&audit.rows[0]["risk"], audit.code), (&"high".into(), Some(1)), "{audit:?}");
+        audit.rows[0]["guard"].clone()
+    };
+    for method in guard_methods() {
+        for mode in ["off", "dry-run", "refuse"] {
+            let options = ["--guard", mode, "--guard-own-netns", "--guard-method", method];
+            let options = if mode == "off" { &[][..] } else { &options };
+            let mut daemon = TestDaemon::start(&HookVariant(vec![]), options);
+            assert_eq!(audited(), mode, "{method}");
+            let text = Command::new(selfconn()).args(["audit", "--netns", "self"]).output().unwrap().stdout;
+            assert_eq!(
+                String::from_utf8_lossy(&text).contains("\n  guard  re"),
+                mode != "off",
+                "{method}, {mode}"
+            );
+            connect_refused(at(40_000), 20);
+            let at_risk = daemon.expect(1, is_at_risk(40_000, net)).remove(0);
+            assert_eq!(at_risk["guard"], mode, "{method}: {at_risk}");
+            daemon.stop();
+            assert_eq!(audited(), "off", "{method}, {mode}: after its end");
+        }
+    }
+    // Without the privilege it is unknown.
+    let mut unprivileged = Command::new(selfconn());
+    unprivileged
+        .args(["audit", "--netns", "self", "--port", "40000"])
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .current_dir("/");
+    let audit = AuditOutput::from_command(&mut unprivileged);
+    assert_eq!(audit.rows[0]["guard"], Value::Null, "{audit:?}");
 }
 
 #[test]
