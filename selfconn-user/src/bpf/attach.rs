@@ -6,6 +6,8 @@ use std::{env::consts::ARCH, fmt};
 
 use selfconn_ebpf::names;
 
+use super::refusal::Refusal;
+
 /// The place in the kernel where a state transition is observed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Hook {
@@ -140,52 +142,6 @@ const METHOD_PAIRS: [[Method; 2]; 6] = [
 /// non-preemptible methods lose least, but they cannot read kernel memory under lockdown=confidentiality. In
 /// that case they have already been refused, and the other methods are tried next.
 const SINGLE_METHODS: [Method; 4] = [Method::TpBtf, Method::Fentry, Method::Perf, Method::Kprobe];
-
-/// The reason why a method is not attached.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// This kernel does not have the method.
-    Unsupported(String),
-    /// This kernel has the method, but its policy refuses it although the process has every required
-    /// capability.
-    Refused(String),
-    /// This process lacks a capability. Every other method would fail for the same reason.
-    Denied(String),
-    /// The kernel has everything that the program needs and refuses the program: a bug in this project.
-    Broken(String),
-    /// The user did not ask for this method.
-    NotRequested,
-}
-
-impl Refusal {
-    /// The kind of refusal in one word.
-    #[must_use]
-    pub const fn kind(&self) -> &'static str {
-        match self {
-            Self::Unsupported(_) => "unsupported",
-            Self::Refused(_) => "refused",
-            Self::Denied(_) => "denied",
-            Self::Broken(_) => "broken",
-            Self::NotRequested => "not wanted",
-        }
-    }
-
-    /// The reason as text for people. `None`: the user did not ask for the method.
-    #[must_use]
-    pub fn reason(&self) -> Option<&str> {
-        match self {
-            Self::Unsupported(why) | Self::Refused(why) | Self::Denied(why) | Self::Broken(why) => Some(why),
-            Self::NotRequested => None,
-        }
-    }
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.kind())?;
-        self.reason().map_or(Ok(()), |why| write!(f, ": {why}"))
-    }
-}
 
 /// The hooks to use. The lines are the help of `--hooks`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]

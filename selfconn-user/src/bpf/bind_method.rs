@@ -1,6 +1,6 @@
 //! The methods that detect a failed TCP bind, as data: what the user can ask for, and what was attached.
 
-use super::attach::Refusal;
+use super::refusal::Refusal;
 
 /// A method that detects a failed bind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

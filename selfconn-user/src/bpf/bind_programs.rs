@@ -8,11 +8,11 @@ use aya::{
 use selfconn_ebpf::names;
 
 use super::{
-    attach::Refusal,
     bind_method::{BindChoice, BindMethod, RequestedBindMethod},
     features::KernelFeatures,
     object::{self, ObjectOptions},
-    programs::{KernelBtf, refusal},
+    programs::KernelBtf,
+    refusal::{Refusal, refusal},
     tracefs,
 };
 

@@ -7,11 +7,11 @@ use aya::Ebpf;
 use selfconn_ebpf::{SocketDescriptor, names};
 
 use super::{
-    attach::Refusal,
     features::KernelFeatures,
     iterator::BpfIter,
     object,
-    programs::{KernelBtf, refusal_by_errno},
+    programs::KernelBtf,
+    refusal::{Refusal, refusal_by_errno},
 };
 
 /// The name of the iterator, as events and `doctor` show it.

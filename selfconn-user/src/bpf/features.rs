@@ -18,9 +18,10 @@ use selfconn_ebpf::{
 };
 
 use super::{
-    attach::{Method, Refusal},
+    attach::Method,
     bind_method::BindMethod,
     btf::{Btf, BtfKind},
+    refusal::Refusal,
     tracefs::{self, Tracefs, format},
 };
 use crate::system::{capabilities, netns_cookie, process};

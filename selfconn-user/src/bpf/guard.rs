@@ -16,10 +16,9 @@ use selfconn_ebpf::{
 };
 
 use super::{
-    attach::Refusal,
     features::KernelFeatures,
     link,
-    programs::{refusal, refusal_by_errno},
+    refusal::{Refusal, refusal, refusal_by_errno},
 };
 use crate::system::{
     process,

@@ -17,9 +17,9 @@ use aya::{
 use zerocopy::{FromBytes, Immutable};
 
 use super::{
-    attach::Refusal,
     link,
-    programs::{KernelBtf, refusal, refusal_by_errno},
+    programs::KernelBtf,
+    refusal::{Refusal, refusal, refusal_by_errno},
 };
 
 /// The size of a read(2) at most. The kernel's own buffer for a pass has 32 KiB.

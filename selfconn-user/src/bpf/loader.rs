@@ -24,7 +24,7 @@ use selfconn_ebpf::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
-    attach::{Choice, Method, Refusal, RequestedHooks, choose},
+    attach::{Choice, Method, RequestedHooks, choose},
     bind_method::{BindChoice, RequestedBindMethod},
     bind_programs::{self, BindLinks},
     connect_table::ConnectTable,
@@ -36,6 +36,7 @@ use super::{
     object::{self, ObjectOptions},
     owners::Owners,
     programs::{KernelBtf, Link, attach},
+    refusal::Refusal,
     tracefs,
     watched_ports::WatchedPorts,
 };

@@ -33,6 +33,7 @@ pub mod object;
 mod owners;
 mod plain;
 pub mod programs;
+pub mod refusal;
 pub mod refused_connects;
 pub mod tracefs;
 mod watched_ports;

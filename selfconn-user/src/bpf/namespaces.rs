@@ -11,11 +11,11 @@ use aya::Ebpf;
 use selfconn_ebpf::{NamespaceRecord, names, namespace::element};
 
 use super::{
-    attach::Refusal,
     features::KernelFeatures,
     iterator::BpfIter,
     object,
-    programs::{KernelBtf, refusal_by_errno},
+    programs::KernelBtf,
+    refusal::{Refusal, refusal_by_errno},
 };
 
 /// The name of the iterator, as events and `doctor` show it.

@@ -7,7 +7,7 @@ use aya::{Ebpf, EbpfError, EbpfLoader, maps::MapError};
 use rustix::param::page_size;
 use selfconn_ebpf::{WAYS, guard::mode, names, reported};
 
-use super::{attach::Refusal, features::KernelFeatures, guard::GuardOptions};
+use super::{features::KernelFeatures, guard::GuardOptions, refusal::Refusal};
 
 /// The eBPF object that `cargo xtask build-ebpf` builds.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-hooks"));

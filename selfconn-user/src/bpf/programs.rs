@@ -1,22 +1,21 @@
-//! Attaches one method of a hook, and classifies the error if the kernel refuses it.
+//! Attaches one method of a hook.
 
-use std::{cell::OnceCell, io};
+use std::cell::OnceCell;
 
+use super::{
+    attach::Method,
+    btf,
+    features::KernelFeatures,
+    object::{self, ObjectOptions},
+    refusal::{Refusal, refusal},
+    tracefs,
+};
 use aya::{
     Btf, Ebpf, Endianness,
     programs::{
         BtfTracePoint, FEntry, KProbe, Program, ProgramError, TracePoint, fentry::FEntryLink,
         kprobe::KProbeLink, tp_btf::BtfTracePointLink, trace_point::TracePointLink,
     },
-};
-use rustix::io::Errno;
-
-use super::{
-    attach::{Method, Refusal},
-    btf,
-    features::KernelFeatures,
-    object::{self, ObjectOptions},
-    tracefs,
 };
 
 /// The link of an attached program; dropping it detaches the program.
@@ -117,49 +116,4 @@ fn attach_kprobe(program: &mut KProbe) -> Result<KProbeLink, ProgramError> {
     program.load()?;
     let id = program.attach("tcp_set_state", 0)?;
     program.take_link(id)
-}
-
-/// Classifies an error by its errno and by whether the verifier wrote a log. The required capabilities have
-/// already been checked: see [`KernelFeatures::check_method`].
-pub(crate) fn refusal(error: &ProgramError) -> Refusal {
-    match error {
-        ProgramError::LoadError { io_error, verifier_log } => {
-            let log = verifier_log.to_string();
-            log::debug!("the verifier's log: {log}");
-            // The last lines have the verifier's counts.
-            const COUNTS: [&str; 3] = ["processed ", "stack depth ", "verification time "];
-            let is_message = |line: &&str| {
-                !line.trim().is_empty() && !COUNTS.iter().any(|counts| line.starts_with(counts))
-            };
-            match log.lines().rfind(is_message) {
-                Some(last) => Refusal::Broken(format!("{io_error}; the verifier reported: {last}")),
-                None => refusal_by_errno("BPF_PROG_LOAD", io_error),
-            }
-        }
-        ProgramError::SyscallError(error) => refusal_by_errno(error.call, &error.io_error),
-        ProgramError::TracePointError(_) | ProgramError::KProbeError(_) | ProgramError::Btf(_) => {
-            Refusal::Unsupported(error.to_string())
-        }
-        _ => Refusal::Broken(error.to_string()),
-    }
-}
-
-/// Classifies an error by its errno.
-pub(super) fn refusal_by_errno(call: &str, error: &io::Error) -> Refusal {
-    /// From `include/linux/errno.h`; it is not an errno of user space.
-    const ENOTSUPP: i32 = 524;
-    let why = format!("{call}: {error}");
-    let errno = error.raw_os_error().unwrap_or(0);
-    if errno == ENOTSUPP {
-        return Refusal::Unsupported(why);
-    }
-    match Errno::from_raw_os_error(errno) {
-        Errno::PERM | Errno::ACCESS => {
-            Refusal::Refused(format!("{why}, though this process has every capability that it needs"))
-        }
-        Errno::INVAL | Errno::NOENT | Errno::NODEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::TOOBIG => {
-            Refusal::Unsupported(why)
-        }
-        _ => Refusal::Refused(why),
-    }
 }

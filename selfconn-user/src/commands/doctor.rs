@@ -13,12 +13,13 @@ use serde::Serialize;
 
 use crate::{
     bpf::{
-        attach::{Hook, Method, Refusal, RequestedHooks, choose},
+        attach::{Hook, Method, RequestedHooks, choose},
         bind_method::BindMethod,
         bind_programs, descriptors,
         features::KernelFeatures,
         found_guards::{self, FoundFilter, FoundGuard},
         namespaces, programs,
+        refusal::Refusal,
         tracefs::Tracefs,
     },
     event::text::escape,

@@ -2,12 +2,13 @@
 
 use crate::{
     bpf::{
-        attach::{Hook, Method, Refusal},
+        attach::{Hook, Method},
         bind_method::BindMethod,
         descriptors,
         features::KernelFeatures,
         loader::Tracer,
         namespaces,
+        refusal::Refusal,
     },
     event::{GuardStatus, HookStatus, MethodStatus, RefusedMethod, Started},
 };
