@@ -7,8 +7,10 @@
 mod programs {
     use aya_ebpf::{
         helpers::generated::bpf_ktime_get_ns,
-        macros::{btf_tracepoint, fentry, fexit, kprobe, tracepoint},
-        programs::{BtfTracePointContext, FEntryContext, FExitContext, ProbeContext, TracePointContext},
+        macros::{btf_tracepoint, classifier, fentry, fexit, kprobe, tracepoint},
+        programs::{
+            BtfTracePointContext, FEntryContext, FExitContext, ProbeContext, TcContext, TracePointContext,
+        },
     };
 
     /// Some microseconds of work on every system call, like the program of an expensive monitoring agent.
@@ -49,6 +51,12 @@ mod programs {
 
     #[tracepoint(category = "syscalls", name = "sys_exit_bind")]
     fn empty_bind_exit(_ctx: TracePointContext) -> u32 {
+        0
+    }
+
+    /// Lets each packet pass, and ends the chain of programs (`TC_ACT_OK`, include/uapi/linux/pkt_cls.h at v5.10).
+    #[classifier]
+    fn ends_the_chain(_ctx: TcContext) -> i32 {
         0
     }
 

@@ -3,13 +3,17 @@
 use std::{
     fs,
     net::{IpAddr, Ipv4Addr},
-    os::unix::process::CommandExt as _,
+    os::{fd::AsFd as _, unix::process::CommandExt as _},
     process::Command,
     sync::mpsc::channel,
     thread,
     time::Duration,
 };
 
+use aya::{
+    Ebpf,
+    programs::{LinkOrder, SchedClassifier, TcAttachType, tc::TcAttachOptions},
+};
 use selfconn::system::rtnetlink;
 use serde_json::Value;
 
@@ -26,6 +30,9 @@ use crate::support::{
 
 const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const LOOPBACK: u32 = 1;
+
+static TEST_PROGRAMS: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-test-programs"));
 
 fn is_refused() -> bool {
     !dial_itself(LOCALHOST).is_connected
@@ -256,6 +263,42 @@ fn a_guard_that_is_taken_off_is_reported() {
     let unguarded = daemon.expect(1, is_event("unguarded", net.inode)).remove(0);
     assert_eq!(unguarded["why"], "the program was taken off");
     daemon.stop();
+}
+
+#[test]
+fn a_program_that_runs_first_and_ends_the_chain_is_reported() {
+    let net = TestNetns::enter_new();
+    let mut foreign = Ebpf::load(TEST_PROGRAMS).unwrap();
+    let program: &mut SchedClassifier = foreign.program_mut("ends_the_chain").unwrap().try_into().unwrap();
+    program.load().unwrap();
+    for method in guard_methods() {
+        let mut daemon = refusing(method, &[]);
+        assert!(is_refused());
+        if *method == "tcx" {
+            let first = TcAttachOptions::TcxOrder(LinkOrder::first());
+            program.attach_with_options("lo", TcAttachType::Egress, first).unwrap();
+        } else {
+            // Of two filters of the same priority, the newer one runs first.
+            let fd = program.fd().unwrap().as_fd();
+            rtnetlink::add_filter(LOOPBACK, fd, "ends_the_chain", 1).unwrap();
+        }
+        assert!(!is_refused(), "{method}");
+        let unguarded = daemon.expect(1, is_event("unguarded", net.inode)).remove(0);
+        assert_eq!(
+            unguarded["why"], "the program ends_the_chain runs first, and may end the chain",
+            "{method}"
+        );
+        if *method == "tcx" {
+            program.unload().unwrap();
+            program.load().unwrap();
+        } else {
+            let filters = rtnetlink::filters(LOOPBACK).unwrap();
+            let foreign = filters.iter().find(|filter| filter.name == "ends_the_chain").unwrap();
+            rtnetlink::remove_filter(LOOPBACK, foreign).unwrap();
+        }
+        assert!(is_refused(), "{method}: the guard is there again");
+        daemon.stop();
+    }
 }
 
 #[test]

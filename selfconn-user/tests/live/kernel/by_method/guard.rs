@@ -60,12 +60,55 @@ fn mptcp(address: IpAddr) -> Socket {
     Socket::new(domain, Type::STREAM, Some(Protocol::MPTCP)).unwrap()
 }
 
+/// Its packets have more than the plain header of IPv4, or extension headers of IPv6.
+fn with_ip_options(address: IpAddr) -> Socket {
+    let socket = socket(address);
+    // IPv4: three times "no operation", and the end. IPv6: four bytes of padding.
+    let (level, options): (_, &[(_, &[u8])]) = match address {
+        IpAddr::V4(_) => (libc::IPPROTO_IP, &[(libc::IP_OPTIONS, &[1, 1, 1, 0])]),
+        IpAddr::V6(_) => (
+            libc::IPPROTO_IPV6,
+            &[
+                (libc::IPV6_HOPOPTS, &[0, 0, 1, 4, 0, 0, 0, 0]),
+                (libc::IPV6_DSTOPTS, &[0, 0, 1, 4, 0, 0, 0, 0]),
+            ],
+        ),
+    };
+    for (option, value) in options {
+        // SAFETY: the options take a pointer to bytes, and their number.
+        let outcome = unsafe {
+            let len = value.len() as libc::socklen_t;
+            libc::setsockopt(socket.as_raw_fd(), level, *option, value.as_ptr().cast(), len)
+        };
+        assert_eq!(outcome, 0, "{}", std::io::Error::last_os_error());
+    }
+    socket
+}
+
+/// The connect is made by a worker thread of the kernel, as its caller.
+fn dial_by_io_uring(socket: &Socket, target: SocketAddr) -> DialOutcome {
+    let mut ring = io_uring::IoUring::new(2).unwrap();
+    let target = socket2::SockAddr::from(target);
+    let fd = io_uring::types::Fd(socket.as_raw_fd());
+    let connect = io_uring::opcode::Connect::new(fd, target.as_ptr().cast(), target.len());
+    let connect = connect.build().flags(io_uring::squeue::Flags::ASYNC);
+    // SAFETY: the socket and the address outlive the wait below, after which the kernel no longer uses them.
+    unsafe { ring.submission().push(&connect) }.unwrap();
+    ring.submit_and_wait(1).unwrap();
+    outcome_of(socket, -ring.completion().next().unwrap().result())
+}
+
 fn clients() -> Vec<Client> {
     let mut clients = vec![
         Client { name: "blocking", socket: blocking, dial },
         Client { name: "non-blocking", socket: non_blocking, dial },
         Client { name: "fast open", socket: fastopen, dial: dial_by_send },
+        Client { name: "with IP options", socket: with_ip_options, dial },
     ];
+    match io_uring::IoUring::new(2) {
+        Ok(_) => clients.push(Client { name: "io_uring", socket: blocking, dial: dial_by_io_uring }),
+        Err(error) => println!("FACT no_io_uring={error}"),
+    }
     if Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP)).is_ok() {
         clients.push(Client { name: "MPTCP", socket: mptcp, dial });
     }
@@ -120,7 +163,11 @@ fn a_refused_connect_to_itself_looks_like_a_closed_port() {
         assert_eq!(count_of(&events), refused as u64);
         assert!(!events.iter().any(is_event("established", net.inode)), "{method}");
         for event in events.iter().filter(|event| is_event("prevented", net.inode)(event)) {
-            assert_opened_by_this_thread(event);
+            match event["thread_comm"].as_str() {
+                // The worker of io_uring is another thread of this process.
+                Some(name) if name.starts_with("iou-wrk-") => assert_eq!(event["pid"], std::process::id()),
+                _ => assert_opened_by_this_thread(event),
+            }
             assert_eq!((&event["mode"], &event["cause"]), (&"refuse".into(), &"bound".into()));
             assert!(event["cookie"].is_u64(), "{event}");
         }
@@ -330,23 +377,81 @@ fn sign(socket: &Socket, peer: Ipv4Addr) -> bool {
     outcome == 0
 }
 
+/// Signs the segments to and from this address, by TCP-AO. False: the kernel has no TCP-AO.
+fn authenticate(socket: &Socket, peer: Ipv4Addr) -> bool {
+    const TCP_AO_ADD_KEY: libc::c_int = 38;
+    /// `struct tcp_ao_add`, include/uapi/linux/tcp.h at v6.7.
+    #[repr(C, align(8))]
+    struct Ao {
+        family: u16,
+        port: u16,
+        addr: [u8; 4],
+        rest: [u8; 120],
+        algorithm: [u8; 64],
+        ifindex: i32,
+        flags: u32,
+        reserved: u16,
+        prefix: u8,
+        send_id: u8,
+        receive_id: u8,
+        mac_len: u8,
+        key_flags: u8,
+        key_len: u8,
+        key: [u8; 80],
+    }
+    let padded = |text: &[u8], at: usize| text.get(at).copied().unwrap_or(0);
+    let key = Ao {
+        family: libc::AF_INET as u16,
+        port: 0,
+        addr: peer.octets(),
+        rest: [0; 120],
+        algorithm: std::array::from_fn(|at| padded(b"hmac(sha1)", at)),
+        ifindex: 0,
+        flags: 0,
+        reserved: 0,
+        prefix: 32,
+        send_id: 100,
+        receive_id: 100,
+        mac_len: 0,
+        key_flags: 0,
+        key_len: 3,
+        key: std::array::from_fn(|at| padded(b"key", at)),
+    };
+    // SAFETY: the option takes a pointer to a struct tcp_ao_add and its size.
+    let outcome = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            TCP_AO_ADD_KEY,
+            (&raw const key).cast(),
+            size_of::<Ao>() as libc::socklen_t,
+        )
+    };
+    outcome == 0
+}
+
 #[test]
 fn a_signed_connect_passes_because_a_rewritten_one_would_fail_its_signature() {
     TestNetns::enter_new();
-    let dial_signed = || {
+    let dial_signed = |sign: fn(&Socket, Ipv4Addr) -> bool| {
         let socket = socket(LOCALHOST);
         socket.bind(&SocketAddr::new(LOCALHOST, 0).into()).unwrap();
         if !sign(&socket, Ipv4Addr::LOCALHOST) {
-            return None;
+            return Err(std::io::Error::last_os_error());
         }
         let own = socket.local_addr().unwrap().as_socket().unwrap();
-        Some(dial(&socket, own))
+        Ok(dial(&socket, own))
     };
     for method in guard_methods() {
         let daemon = refusing(method, &[]);
-        match dial_signed() {
-            None => println!("FACT no_md5={}", std::io::Error::last_os_error()),
-            Some(outcome) => assert!(outcome.is_connected, "{method}: {outcome:?}"),
+        for (name, sign) in [("md5", sign as fn(&Socket, Ipv4Addr) -> bool), ("ao", authenticate)] {
+            match dial_signed(sign) {
+                Err(error) => println!("FACT no_{name}={error}"),
+                Ok(outcome) => {
+                    println!("FACT signed_by={name}");
+                    assert!(outcome.is_connected, "{method}, {name}: {outcome:?}");
+                }
+            }
         }
         // The unsigned neighbour.
         assert!(!dial_itself(LOCALHOST).is_connected);
