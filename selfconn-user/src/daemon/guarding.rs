@@ -2,7 +2,7 @@
 //! every one of them, so that the events have as many in all, also if a record is lost.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, HashSet, hash_map::Entry},
     time::Duration,
 };
 
@@ -17,6 +17,7 @@ use crate::{
         thread::GuardThread,
         work::{GuardCounts, GuardReport},
     },
+    sockets::NetnsId,
 };
 
 /// Minimum time between two events of the same process and port.
@@ -95,6 +96,7 @@ pub(super) struct GuardMonitor {
     mode: GuardMode,
     thread: Option<GuardThread>,
     counts: GuardCounts,
+    guarded: HashSet<NetnsId>,
     by_process: HashMap<(u32, u64, u16), Counted>,
     /// The entries of `by_process`, by owner.
     shares: SharedLimit,
@@ -113,6 +115,7 @@ impl GuardMonitor {
             mode,
             thread,
             counts: GuardCounts::default(),
+            guarded: HashSet::new(),
             by_process: HashMap::new(),
             shares: SharedLimit::new(MAX_COUNTED),
             events: EventRate { taken: SharedLimit::new(MAX_EVENTS), ends_at: None },
@@ -144,9 +147,15 @@ impl GuardMonitor {
     }
 
     pub(super) fn try_report(&mut self) -> Option<GuardReport> {
-        let report = self.thread.as_mut()?.try_report()?;
+        let mut report = self.thread.as_mut()?.try_report()?;
         self.counts = report.counts;
+        self.guarded = std::mem::take(&mut report.guarded);
         Some(report)
+    }
+
+    /// What this guard does in a network namespace.
+    pub(super) fn mode_in(&self, netns: NetnsId) -> GuardMode {
+        if self.guarded.contains(&netns) { self.mode } else { GuardMode::Off }
     }
 
     pub(super) fn ended_thread(&self) -> Option<&'static str> {

@@ -467,7 +467,7 @@ impl Daemon {
 
     /// Evaluates the ports at risk with the port ranges that the worker has read.
     fn evaluate_port_risks(&mut self, response: &PortRangeResponse) {
-        let Self { tracer, pipeline, port_risks, .. } = self;
+        let Self { tracer, pipeline, port_risks, guard, .. } = self;
         let now_ns = clock::boot_ns();
         // A connect of either family can have this destination.
         let is_taken = |endpoint: &Endpoint| {
@@ -475,7 +475,9 @@ impl Daemon {
             pipeline.connections.iter().any(|connection| connection.endpoint.table_key() == key)
         };
         let mut events = Vec::new();
-        port_risks.evaluate(response, tracer.refused_counts(), is_taken, now_ns, |event| events.push(event));
+        let guard_in = |netns| guard.mode_in(netns);
+        let report = |event| events.push(event);
+        port_risks.evaluate(response, tracer.refused_counts(), is_taken, guard_in, now_ns, report);
         for event in events {
             pipeline.on_port_risk(event, now_ns);
         }

@@ -7,7 +7,6 @@ use std::{collections::HashMap, io};
 use selfconn_ebpf::Endpoint;
 
 use crate::{
-    guard::GuardMode,
     ports::{LocalPorts, Reach, sysctl},
     sockets::{self, NetnsId, PortUse},
     system::{capabilities, worker::Worker},
@@ -18,8 +17,6 @@ pub(super) struct NamespacePorts {
     pub(super) ports: LocalPorts,
     /// Of the requested ports that `connect()` can choose.
     pub(super) uses: HashMap<Endpoint, PortUse>,
-    /// What a guard does there. `None`: unknown.
-    pub(super) guard: Option<GuardMode>,
 }
 
 /// The local ports of each namespace, or the reason why they are unknown.
@@ -47,9 +44,7 @@ fn read(netns: NetnsId, hint: u32, destinations: &[Endpoint]) -> Result<Namespac
             log::info!("which sockets have the ports at risk is unknown: {error}");
             Vec::new()
         });
-        let guard = GuardMode::in_this_netns()
-            .inspect_err(|error| log::info!("whether a guard is at the ports at risk is unknown: {error}"));
-        Ok(NamespacePorts { ports, uses: destinations.into_iter().zip(uses).collect(), guard: guard.ok() })
+        Ok(NamespacePorts { ports, uses: destinations.into_iter().zip(uses).collect() })
     };
     sockets::run_in_namespace(netns, &[hint], look).map_err(|error| error.to_string())
 }

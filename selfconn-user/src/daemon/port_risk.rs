@@ -12,6 +12,7 @@ use crate::{
     bpf::loader::RefusedCounts,
     detect::port_risk::{PortLook, PortRiskEvent, PortRisks},
     event::{AtRisk, AtRiskOver, EventKind},
+    guard::GuardMode,
     sockets::NetnsId,
     system::{clock, process::ProcessInfo},
 };
@@ -117,19 +118,19 @@ impl PortRiskMonitor {
     }
 
     /// Checks the ports that waited for this response. `is_taken` returns true if a self-connection holds the
-    /// port. `report` gets the events.
+    /// port, `guard_in` what the guard does in a network namespace. `report` gets the events.
     pub(super) fn evaluate(
         &mut self,
         response: &PortRangeResponse,
         refused_counts: &RefusedCounts,
         is_taken: impl Fn(&Endpoint) -> bool,
+        guard_in: impl Fn(NetnsId) -> GuardMode,
         now_ns: u64,
         mut report: impl FnMut(PortRiskEvent),
     ) {
         for destination in std::mem::take(&mut self.awaiting_ranges) {
-            let (Some(count), Some(ports)) =
-                (refused_counts.get(&destination), response.get(&NetnsId::from(&destination)))
-            else {
+            let netns = NetnsId::from(&destination);
+            let (Some(count), Some(ports)) = (refused_counts.get(&destination), response.get(&netns)) else {
                 continue;
             };
             let look = match ports {
@@ -137,11 +138,11 @@ impl PortRiskMonitor {
                     ports: Ok(&seen.ports),
                     port_use: seen.uses.get(&destination).copied(),
                     shows_idle: self.shows_idle,
-                    guard: seen.guard,
+                    guard: guard_in(netns),
                 },
                 Err(why) => {
                     log::info!("whether connect() can choose port {} is unknown: {why}", destination.port);
-                    PortLook { ports: Err(why), port_use: None, shows_idle: false, guard: None }
+                    PortLook { ports: Err(why), port_use: None, shows_idle: false, guard: guard_in(netns) }
                 }
             };
             let event = self.risks.check(&destination, &count, &look, is_taken(&destination), now_ns);

@@ -54,8 +54,8 @@ pub struct PortAtRisk {
     pub chance: Chance,
     /// True if a socket that can't be seen may be bound to the port: then no attempt connects to itself.
     pub may_be_bound: bool,
-    /// What a guard does in its network namespace. `None`: unknown.
-    pub guard: Option<GuardMode>,
+    /// What the guard does in its network namespace.
+    pub guard: GuardMode,
 }
 
 /// What is known of a port now.
@@ -67,8 +67,8 @@ pub struct PortLook<'a> {
     pub port_use: Option<PortUse>,
     /// True if the kernel shows sockets that are bound and idle.
     pub shows_idle: bool,
-    /// What a guard does in its namespace. `None`: unknown.
-    pub guard: Option<GuardMode>,
+    /// What the guard does in its namespace.
+    pub guard: GuardMode,
 }
 
 /// Probability that one attempt connects to itself.

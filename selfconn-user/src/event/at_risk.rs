@@ -11,7 +11,6 @@ use super::envelope;
 use super::text::{EventFormat, LogRecord, Severity, duration, escape, subject};
 use crate::{
     detect::port_risk::{Chance, PortAtRisk, RefusedConnects, RiskEndReason},
-    guard::GuardMode,
     system::process::ProcessInfo,
 };
 
@@ -61,8 +60,9 @@ pub struct AtRisk {
     pub range_unknown: Option<String>,
     /// The port range that the newest client with one of its own set for its socket (`IP_LOCAL_PORT_RANGE`).
     pub own_range: Option<String>,
-    /// What a guard does with a connect to itself in this network namespace: `off`, `dry-run` or `refuse`.
-    pub guard: Option<&'static str>,
+    /// What the guard of this run does with a connect to itself in this network namespace: `off`, `dry-run` or
+    /// `refuse`.
+    pub guard: &'static str,
 }
 
 /// `at_risk_over`.
@@ -114,7 +114,7 @@ impl AtRisk {
             may_be_bound: *may_be_bound,
             range_unknown,
             own_range: connects.own_range.map(|range| range.to_string()),
-            guard: guard.map(GuardMode::name),
+            guard: guard.name(),
         }
     }
 }

@@ -5,7 +5,7 @@
 //! link does not keep a namespace alive.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     path::{Path, PathBuf},
     sync::mpsc::{Receiver, RecvTimeoutError},
@@ -40,6 +40,8 @@ pub struct GuardReport {
     /// Network namespaces that are not guarded.
     pub unguarded: Vec<UnguardedNetns>,
     pub counts: GuardCounts,
+    /// All that are guarded.
+    pub guarded: HashSet<NetnsId>,
 }
 
 /// How many network namespaces there are.
@@ -219,7 +221,9 @@ impl GuardWork {
                     Some(known) => {
                         let seen = look(program, known).and_then(|why| {
                             // Without cookies this may be another namespace that has the same inode.
-                            let is_other = namespace.id.cookie == 0 && why == Some(Disarmed::TakenOff);
+                            let is_other = namespace.id.cookie == 0
+                                && !namespace.is_current
+                                && why == Some(Disarmed::TakenOff);
                             if !is_other {
                                 attach_to_new_devices(program, method, known, rests_until)?;
                             }
@@ -303,14 +307,19 @@ impl GuardWork {
         let Ok(permit) = self.reports.try_reserve() else { return };
         let (unguarded, counts) = (self.unguarded.take_due(Instant::now()), self.counts());
         if !unguarded.is_empty() || counts != self.reported {
-            permit.send(GuardReport { unguarded, counts });
+            permit.send(GuardReport { unguarded, counts, guarded: self.guarded_namespaces().collect() });
             self.reported = counts;
         }
     }
 
+    /// Without those that are unguarded, although something is attached.
+    fn guarded_namespaces(&self) -> impl Iterator<Item = NetnsId> {
+        self.guarded.keys().filter(|id| !self.unguarded.contains(**id)).copied()
+    }
+
     fn counts(&self) -> GuardCounts {
-        // A namespace may be unguarded and attached to, or wait for another attempt.
-        let guarded = self.guarded.keys().filter(|id| !self.unguarded.contains(**id)).count();
+        let guarded = self.guarded_namespaces().count();
+        // A namespace may be unguarded and wait for another attempt.
         let waiting = self.queue.ids().filter(|id| !self.unguarded.contains(*id)).count();
         let unguarded = self.unguarded.count() + waiting + self.beyond;
         GuardCounts { guarded, unguarded, failures: self.failures }

@@ -93,7 +93,7 @@ impl<'a> RowRunner<'a> {
             initramfs: &initramfs,
             kernel_args: variant.kernel_args,
             cpus: variant.cpus_with(kernel),
-            memory_mib: 1024,
+            memory_mib: 2048,
             deadline: Duration::from_secs(self.args.deadline),
         };
         let result = boot.run(&log, &console)?;

@@ -26,7 +26,7 @@ fn ports(range: &str, reserved: &str) -> Result<LocalPorts, String> {
 
 fn look(ports: &Result<LocalPorts, String>) -> PortLook<'_> {
     let ports = ports.as_ref().map_err(String::as_str);
-    PortLook { ports, port_use: Some(PortUse::default()), shows_idle: true, guard: None }
+    PortLook { ports, port_use: Some(PortUse::default()), shows_idle: true, guard: GuardMode::Off }
 }
 
 fn check_now(
@@ -165,7 +165,7 @@ fn an_unknown_port_range_is_reported_with_its_reason() {
     let event = {
         let (mut risks, why) = (PortRisks::default(), "no way in");
         risks.on_threshold(DESTINATION);
-        let look = PortLook { ports: Err(why), port_use: None, shows_idle: false, guard: None };
+        let look = PortLook { ports: Err(why), port_use: None, shows_idle: false, guard: GuardMode::Off };
         risks.check(&DESTINATION, &count(20, SECOND_NS, NOW_NS), &look, false, NOW_NS)
     };
     let Some(PortRiskEvent::AtRisk(PortAtRisk { connects, chance, may_be_bound: true, .. })) = event else {

@@ -12,7 +12,7 @@ use std::{
 };
 
 use rustix::{
-    mount::{MountFlags, MountPropagationFlags, mount, mount_change},
+    mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
     thread::{UnshareFlags, unshare_unsafe},
 };
 use serde_json::Value;
@@ -223,6 +223,8 @@ fn audit_in_pod(cgroup: &TestCgroup, netns: &str) -> AuditOutput {
             }
             unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::NEWCGROUP)?;
             mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+            // The same file system is refused on its own mount point.
+            let _ = unmount("/sys/fs/cgroup", UnmountFlags::DETACH);
             Ok(mount("cgroup2", "/sys/fs/cgroup", "cgroup2", MountFlags::empty(), None)?)
         });
     }

@@ -7,7 +7,7 @@ use std::{
     process::Command,
     sync::mpsc::channel,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use aya::{
@@ -19,6 +19,7 @@ use serde_json::Value;
 
 use super::audit::AuditOutput;
 use crate::support::{
+    attacker::{Attacker, AttackerKind},
     cgroup::TestCgroup,
     client::{NOBODY, become_user, connect_to_self, socket},
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event, selfconn},
@@ -249,6 +250,52 @@ fn a_namespace_made_while_the_daemon_runs_is_guarded_at_its_first_connect_and_no
         let (events, _) = daemon.stop();
         assert!(events.iter().any(is_event("prevented", inner)), "{method}");
     }
+}
+
+/// Runs beside the guard of all network namespaces: how long a change of the network configuration takes here.
+fn change_durations(net: TestNetns, count: u8) -> Vec<Duration> {
+    let change = |host| {
+        let began = Instant::now();
+        net.add_address(Ipv4Addr::new(192, 0, 2, host));
+        thread::sleep(Duration::from_millis(20));
+        began.elapsed() - Duration::from_millis(20)
+    };
+    (1..=count).map(change).collect()
+}
+
+#[test]
+fn two_thousand_namespaces_of_a_user_delay_nobody() {
+    const USER: u32 = 31_999;
+    let net = TestNetns::enter_new();
+    let mut attacker = Attacker::start(AttackerKind::MappedUids, "namespaces 2000").unwrap();
+    attacker.wait();
+    let options = ["--guard", "refuse", "--guard-only", "uid=31999"];
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &options);
+    for round in 0..5 {
+        // Another user's self-connection is reported at once.
+        let began = Instant::now();
+        let (connection, port) = connect_to_self(LOCALHOST);
+        daemon.expect(1, |event| is_event("established", net.inode)(event) && event["port"] == port);
+        let took = began.elapsed();
+        assert!(took < Duration::from_millis(250), "round {round}: {took:?}");
+        drop(connection);
+        // Its new namespace is guarded within a second of the first connect there.
+        let took = thread::spawn(|| {
+            TestNetns::enter_new_in_helper();
+            become_user(USER);
+            drop(connect_to_self(LOCALHOST));
+            let began = Instant::now();
+            wait_until(Duration::from_secs(1), "the namespace is never guarded", is_refused);
+            began.elapsed()
+        });
+        println!("FACT guarded_after_ms={}", took.join().unwrap().as_millis());
+    }
+    let mut durations = change_durations(net, 50);
+    durations.sort_unstable();
+    println!("FACT change_ms median={} maximum={}", durations[25].as_millis(), durations[49].as_millis());
+    assert!(durations[44] < Duration::from_millis(50), "{durations:?}");
+    daemon.stop();
+    drop(attacker);
 }
 
 #[test]

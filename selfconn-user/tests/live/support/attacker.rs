@@ -238,6 +238,12 @@ fn run_attacker() {
                 };
                 held.push((Vec::new(), (0..count).map(connect).collect()));
             }
+            // Each socket keeps its namespace.
+            "namespaces" => {
+                let connect =
+                    |_| TestNetns::with_new_in_helper(|_| connect_to_self(Ipv4Addr::LOCALHOST.into()).0);
+                held.push((Vec::new(), (0..count).map(connect).collect()));
+            }
             other => panic!("unknown task {other}"),
         }
         let mut stdout = io::stdout();
