@@ -27,8 +27,13 @@ use crate::{
 /// The number of lines shown of the log of a failed row.
 const SHOWN_LINES: usize = 60;
 
-/// One test at a time, because all of them use the same kernel; and with output, for the facts in it.
-const TEST_ARGS: [&str; 2] = ["--test-threads=1", "--show-output"];
+/// One test at a time, because all of them use the same kernel; and with output, for the facts in it. It is not captured
+/// until the end, which a machine may not reach.
+const TEST_ARGS: [&str; 2] = ["--test-threads=1", "--nocapture"];
+
+/// A panic is this line and the next ones, of which so many are shown.
+const PANIC: &str = " panicked at ";
+const PANIC_LINES: usize = 3;
 
 /// The tests may set this machine's clock, and take its CPUs away.
 const OWN_MACHINE: (&str, &str) = ("SELFCONN_OWN_MACHINE", "1");
@@ -154,6 +159,10 @@ fn report(row: &MatrixRow, result: &BootResult, console: &Path) {
         text += &format!("\n    {line}");
     }
     if !row.passed() {
+        let panics = panics(&result.output);
+        if !panics.is_empty() {
+            text += &format!("\n--- the panics in {}\n{}", here(&row.log), last_lines(&panics, SHOWN_LINES));
+        }
         for (file, output) in [(console, &result.console), (row.log.as_path(), &result.output)] {
             text += &format!("\n--- the end of {}\n{}", here(file), last_lines(output, SHOWN_LINES));
         }
@@ -162,9 +171,30 @@ fn report(row: &MatrixRow, result: &BootResult, console: &Path) {
     say(text);
 }
 
+/// The beginning of each panic in the output.
+fn panics(output: &str) -> String {
+    let lines: Vec<&str> = output.lines().collect();
+    let begins = |line: &&str| line.contains(PANIC);
+    let starts = lines.iter().enumerate().filter(|(_, line)| begins(line)).map(|(at, _)| at);
+    let shown = starts.flat_map(|at| lines[at..].iter().take(PANIC_LINES));
+    shown.map(|line| format!("{line}\n")).collect()
+}
+
 /// The last lines of a text.
 pub(super) fn last_lines(text: &str, count: usize) -> String {
     let lines: Vec<&str> = text.lines().collect();
     let shown = &lines[lines.len().saturating_sub(count)..];
     shown.iter().map(|line| format!("{line}\n")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_shown_with_its_message() {
+        let output = "test a ... \nthread 'a' (7) panicked at a.rs:1:2:\nassertion failed\n  left: 1\n right: 2\nFAILED\n";
+        assert_eq!(panics(output), "thread 'a' (7) panicked at a.rs:1:2:\nassertion failed\n  left: 1\n");
+        assert_eq!(panics("test a ... ok\n"), "");
+    }
 }
