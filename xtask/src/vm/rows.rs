@@ -27,8 +27,8 @@ use crate::{
 /// The number of lines shown of the log of a failed row.
 const SHOWN_LINES: usize = 60;
 
-/// One test at a time, because all of them use the same kernel; and with output, for the facts in it. It is not captured
-/// until the end, which a machine may not reach.
+/// One test at a time, because all of them use the same kernel; and with output, for the facts in it. It is not
+/// captured until the end, which a machine may not reach.
 const TEST_ARGS: [&str; 2] = ["--test-threads=1", "--nocapture"];
 
 /// A panic is this line and the next ones, of which so many are shown.
@@ -193,8 +193,9 @@ mod tests {
 
     #[test]
     fn a_panic_is_shown_with_its_message() {
-        let output = "test a ... \nthread 'a' (7) panicked at a.rs:1:2:\nassertion failed\n  left: 1\n right: 2\nFAILED\n";
-        assert_eq!(panics(output), "thread 'a' (7) panicked at a.rs:1:2:\nassertion failed\n  left: 1\n");
+        let panic = "thread 'a' (7) panicked at a.rs:1:2:\nassertion failed\n  left: 1\n";
+        let output = format!("test a ... \n{panic} right: 2\nFAILED\n");
+        assert_eq!(panics(&output), panic);
         assert_eq!(panics("test a ... ok\n"), "");
     }
 }

@@ -30,8 +30,8 @@ fn a_connection_of_an_nfs_mount_is_named_as_the_kernels_and_not_destroyed() {
     if !has_nfs() {
         return;
     }
-    // 5.10.262 crashes: it takes its own call for one of the server, and dereferences the null pointer of a service that
-    // an NFSv3 mount does not have (`xprt_complete_bc_request`, net/sunrpc/backchannel_rqst.c).
+    // 5.10.262 crashes: it takes its own call for one of the server, and dereferences the null pointer of a
+    // service that an NFSv3 mount does not have (`xprt_complete_bc_request`, net/sunrpc/backchannel_rqst.c).
     if !is_kernel_at_least((6, 1)) {
         return println!(
             "skipped: this kernel crashes when the connection of an NFS mount is connected to itself"

@@ -259,7 +259,8 @@ fn set_process_name(name: &str) {
 fn run_helper_process() {
     let Ok(task) = std::env::var(TASK_ENV) else { return };
     run_task(&task);
-    // libtest would print its result to a pipe that nobody reads any more, and then an error into the tests' own output.
+    // libtest would print its result to a pipe that nobody reads any more, and then an error into the output
+    // of the tests.
     std::process::exit(0);
 }
 
