@@ -277,6 +277,7 @@ fn two_thousand_namespaces_of_a_user_delay_nobody() {
         let (connection, port) = connect_to_self(LOCALHOST);
         daemon.expect(1, |event| is_event("established", net.inode)(event) && event["port"] == port);
         let took = began.elapsed();
+        println!("FACT event_after_ms={}", took.as_millis());
         assert!(took < Duration::from_millis(250), "round {round}: {took:?}");
         drop(connection);
         // Its new namespace is guarded within a second of the first connect there.
