@@ -120,7 +120,7 @@ pub struct FilterOwner {
     pub(super) refuses: bool,
 }
 
-/// The prefix of the names of filters that refuse, and of those that only report.
+/// The prefixes of filter names. True: the filter refuses; false: dry run.
 const FILTER_PREFIXES: [(&str, bool); 2] = [("selfconn_guard:", true), ("selfconn_dryrun:", false)];
 
 /// Priority of the filter. The lowest number runs first.

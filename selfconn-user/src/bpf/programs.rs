@@ -2,6 +2,14 @@
 
 use std::cell::OnceCell;
 
+use aya::{
+    Btf, Ebpf, Endianness,
+    programs::{
+        BtfTracePoint, FEntry, KProbe, Program, ProgramError, TracePoint, fentry::FEntryLink,
+        kprobe::KProbeLink, tp_btf::BtfTracePointLink, trace_point::TracePointLink,
+    },
+};
+
 use super::{
     attach::Method,
     btf,
@@ -9,13 +17,6 @@ use super::{
     object::{self, ObjectOptions},
     refusal::{Refusal, refusal},
     tracefs,
-};
-use aya::{
-    Btf, Ebpf, Endianness,
-    programs::{
-        BtfTracePoint, FEntry, KProbe, Program, ProgramError, TracePoint, fentry::FEntryLink,
-        kprobe::KProbeLink, tp_btf::BtfTracePointLink, trace_point::TracePointLink,
-    },
 };
 
 /// The link of an attached program; dropping it detaches the program.

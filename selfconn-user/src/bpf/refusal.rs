@@ -1,4 +1,4 @@
-//! Why the kernel does not take a program: the kinds of refusal, and how an error tells them apart.
+//! The reasons why the kernel refuses a program, and the classification of its errors.
 
 use std::{fmt, io};
 

@@ -312,7 +312,7 @@ impl GuardWork {
         }
     }
 
-    /// Without those that are unguarded, although something is attached.
+    /// The namespaces in which the program is attached and runs first.
     fn guarded_namespaces(&self) -> impl Iterator<Item = NetnsId> {
         self.guarded.keys().filter(|id| !self.unguarded.contains(**id)).copied()
     }

@@ -31,8 +31,9 @@ const SHOWN_LINES: usize = 60;
 /// captured until the end, which a machine may not reach.
 const TEST_ARGS: [&str; 2] = ["--test-threads=1", "--nocapture"];
 
-/// A panic is this line and the next ones, of which so many are shown.
+/// Part of the first line of a panic.
 const PANIC: &str = " panicked at ";
+/// Number of lines shown of each panic.
 const PANIC_LINES: usize = 3;
 
 /// The tests may set this machine's clock, and take its CPUs away.
