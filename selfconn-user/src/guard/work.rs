@@ -67,6 +67,7 @@ pub(super) struct GuardWork {
     is_own_only: bool,
     reports: mpsc_async::Sender<GuardReport>,
     reported: GuardCounts,
+    reported_guarded: HashSet<NetnsId>,
     /// Until then nothing is attached.
     rests_until: Instant,
 }
@@ -86,6 +87,7 @@ impl GuardWork {
             is_own_only,
             reports,
             reported: GuardCounts::default(),
+            reported_guarded: HashSet::new(),
             rests_until: Instant::now(),
         };
         let mut id = None;
@@ -306,9 +308,11 @@ impl GuardWork {
     fn report(&mut self) {
         let Ok(permit) = self.reports.try_reserve() else { return };
         let (unguarded, counts) = (self.unguarded.take_due(Instant::now()), self.counts());
-        if !unguarded.is_empty() || counts != self.reported {
-            permit.send(GuardReport { unguarded, counts, guarded: self.guarded_namespaces().collect() });
-            self.reported = counts;
+        let guarded: HashSet<NetnsId> = self.guarded_namespaces().collect();
+        // One namespace may have taken the place of another, with the same counts.
+        if !unguarded.is_empty() || (counts, &guarded) != (self.reported, &self.reported_guarded) {
+            permit.send(GuardReport { unguarded, counts, guarded: guarded.clone() });
+            (self.reported, self.reported_guarded) = (counts, guarded);
         }
     }
 
