@@ -11,15 +11,14 @@
 use core::arch::asm;
 
 use aya_ebpf::{
-    EbpfContext, Global,
+    Global,
     bindings::BPF_F_MMAPABLE,
     helpers::generated::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns},
     macros::map,
     maps::Array,
 };
-use aya_log_ebpf::warn;
 use selfconn_ebpf::{
-    ConnectEntry, ConnectSet, Endpoint, Opener, WAYS, cause, counter, owner::evicted, set_index, state,
+    ConnectEntry, ConnectSet, Endpoint, Opener, Owner, WAYS, cause, counter, owner::evicted, set_index, state,
 };
 
 use super::{
@@ -51,7 +50,8 @@ const fn seen_by(probe_id: u8) -> u32 {
 
 /// Inserts the running task as the opener. It overwrites an entry of an earlier connection of the same
 /// socket, but keeps the entry that the other probe has just written for the same attempt. A source port of 0:
-/// the socket has none yet. The caller has [ensured room](ensure_room).
+/// the socket has none yet. The caller has [ensured room](ensure_room). False: another CPU has taken the room, or has
+/// overwritten the entry.
 #[inline(always)]
 pub(crate) fn insert<M: KernelRead>(
     sock: Sock<M>,
@@ -59,9 +59,9 @@ pub(crate) fn insert<M: KernelRead>(
     self_addr: SelfAddr,
     source_port: u16,
     dport: u16,
-) {
+) -> bool {
     let key = sock.key();
-    let Some(set) = set_of(sock) else { return };
+    let Some(set) = set_of(sock) else { return false };
     // SAFETY: the helper takes no arguments.
     let now_ns = unsafe { bpf_ktime_get_boot_ns() };
     if let Some(way) = find(set, key) {
@@ -76,7 +76,7 @@ pub(crate) fn insert<M: KernelRead>(
             && !entry.has_flag(seen_by(probe_id) | !(1 << state::SYN_SENT) & 0xffff);
         if is_same_attempt {
             entry.set_flags(seen_by(probe_id));
-            return;
+            return true;
         }
     }
     let cause = match source_port {
@@ -86,27 +86,54 @@ pub(crate) fn insert<M: KernelRead>(
     };
     let (endpoint, opener) = (self_addr.endpoint(sock, dport), opener(now_ns, cause));
     let entry = ConnectEntry::new(sock.low_half(), endpoint, opener, seen_by(probe_id));
-    // Another CPU may have taken the room meanwhile.
-    if let Some(way) = find(set, key).or_else(|| find(set, 0)) {
-        set.socks[way] = key;
-        set.entries[way] = entry;
+    let Some(way) = find(set, key).or_else(|| find(set, 0)) else { return false };
+    set.socks[way] = key;
+    set.entries[way] = entry;
+    // Two CPUs can choose the same entry. The one that writes last has it.
+    // SAFETY: the pointer comes from a live reference.
+    unsafe { (&raw const set.socks[way]).read_volatile() == key }
+}
+
+/// Makes room for an entry of the running task in the set of this socket. If the set is full, an entry is evicted, and
+/// the loss counted for its owner. False: there is no room, or another CPU has changed the set.
+///
+/// The parts are called one after the other, because each needs much of the stack, of which the programs of a chain of
+/// calls have 512 bytes together (`check_max_stack_depth`, kernel/bpf/verifier.c at v5.10).
+#[inline(always)]
+pub(crate) fn ensure_room<M: KernelRead>(sock: Sock<M>) -> bool {
+    match choose(sock) {
+        choice::HAS_ROOM => true,
+        choice::NO_ROOM => false,
+        chosen => claim(sock, chosen),
     }
 }
 
-/// Makes room for an entry of the running task in the set of this socket, if the set is full, and counts the
-/// loss for its owner. False: there is no room.
-#[inline(always)]
-pub(crate) fn ensure_room<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>) -> bool {
-    let Some(set) = set_of(sock) else { return false };
-    let key = sock.key();
-    if set.socks.iter().any(|known| *known == 0 || *known == key) {
-        return true;
+/// What [`choose`] returns: one of these, or an index, [`choice::IS_LOSS`], and [the sockets](socks_of) of the full set
+/// in the other bits.
+mod choice {
+    /// There is a free entry, or one of this socket.
+    pub(super) const HAS_ROOM: u64 = 0;
+    /// No entry may be evicted.
+    pub(super) const NO_ROOM: u64 = 1;
+    /// User space still needs the entry.
+    pub(super) const IS_LOSS: u64 = 8;
+    /// Set in each choice of an entry, so that it is none of the numbers above.
+    pub(super) const IS_ENTRY: u64 = 16;
+    /// The bits of the sockets.
+    pub(super) const SOCKS: u64 = !31;
+}
+
+/// Chooses the entry that makes room for one of the running task.
+#[inline(never)]
+fn choose<M: KernelRead>(sock: Sock<M>) -> u64 {
+    let Some(set) = set_of(sock) else { return choice::NO_ROOM };
+    let socks = socks_of(set, sock.key());
+    if socks == choice::HAS_ROOM {
+        return socks;
     }
     if let Some(way) = reported(set) {
-        set.socks[way] = 0;
-        return true;
+        return socks | choice::IS_ENTRY | way as u64;
     }
-    count(counter::CONNECT_TABLE_FULL);
     let (_, pusher) = current_image_and_owner();
     let opener = |way: usize| &raw const set.entries[way].opener;
     // The reads are volatile, because the compiler would keep all of them on the stack.
@@ -114,15 +141,51 @@ pub(crate) fn ensure_room<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>)
     let owner = |way| unsafe { (&raw const (*opener(way)).owner).read_volatile() };
     // SAFETY: as above.
     let inserted_ns = |way| unsafe { (&raw const (*opener(way)).at_ns).read_volatile() };
-    let way = evicted::<WAYS>(owner, inserted_ns, &pusher);
-    let loser = way.map_or(pusher, |way| set.entries[way & (WAYS - 1)].opener.owner);
-    // SAFETY: the pointer is to a value of the map.
-    owners::count_loss(&loser, |losses| unsafe { &raw mut (*losses).lost_openers });
-    match way {
-        Some(way) => set.socks[way & (WAYS - 1)] = 0,
-        None => warn!(ctx, "the connect table is full: an opener is not stored"),
+    evicted::<WAYS>(owner, inserted_ns, &pusher)
+        .map_or(choice::NO_ROOM, |way| socks | choice::IS_ENTRY | choice::IS_LOSS | way as u64)
+}
+
+/// Claims the chosen entry for the socket. It is not freed first: another CPU would take it, or evict it once more.
+/// False: another CPU has changed the set since the choice.
+#[inline(never)]
+fn claim<M: KernelRead>(sock: Sock<M>, chosen: u64) -> bool {
+    let Some(set) = set_of(sock) else { return false };
+    if socks_of(set, sock.key()) != chosen & choice::SOCKS {
+        return false;
     }
-    way.is_some()
+    let way = chosen as usize & (WAYS - 1);
+    set.socks[way] = sock.key();
+    // SAFETY: the helper takes no arguments.
+    set.entries[way].claim(unsafe { bpf_ktime_get_boot_ns() });
+    if chosen & choice::IS_LOSS != 0 {
+        let loser = set.entries[way].opener.owner;
+        count_loss(&loser);
+    }
+    true
+}
+
+/// The sockets of a set as a number, which differs as soon as another CPU has changed one of them.
+/// [`choice::HAS_ROOM`]: there is a free entry, or one of the socket `key`.
+#[inline(always)]
+fn socks_of(set: &ConnectSet, key: u64) -> u64 {
+    let mut sum = 0_u64;
+    for way in 0..WAYS {
+        // SAFETY: the pointer comes from a live reference.
+        let known = unsafe { (&raw const set.socks[way]).read_volatile() };
+        if known == 0 || known == key {
+            return choice::HAS_ROOM;
+        }
+        sum = sum.rotate_left(9) ^ known;
+    }
+    sum & choice::SOCKS
+}
+
+/// Counts an opener that is not stored, or no longer, for its owner.
+#[inline(always)]
+pub(crate) fn count_loss(loser: &Owner) {
+    count(counter::CONNECT_TABLE_FULL);
+    // SAFETY: the pointer is to a value of the map.
+    owners::count_loss(loser, |losses| unsafe { &raw mut (*losses).lost_openers });
 }
 
 /// Marks this state of the socket as reported. Returns whether the other probe has already reported it, and the

@@ -13,7 +13,7 @@ use selfconn_ebpf::{
 };
 
 use super::{
-    connect_table,
+    connect_table::{self, ensure_room},
     counters::count,
     guard,
     handled::{self, AttemptState},
@@ -21,7 +21,7 @@ use super::{
     kernel_read::{BtfOffsets, KernelRead, Layout},
     refused_connects, ring_buffer,
     sock::{Ports, SelfAddr, Sock},
-    task::current_task,
+    task::{current_image_and_owner, current_task},
     tracepoint_record::TracepointRecord,
     watched_ports,
 };
@@ -145,9 +145,7 @@ fn handle<C: EbpfContext, M: KernelRead>(
     match action {
         Action::Ignore => {}
         Action::Insert | Action::InsertAndReport => {
-            if ensure_room(ctx, sock) {
-                insert(sock, transition);
-            }
+            insert(ctx, sock, transition);
             guard::on_connect(sock);
             if matches!(action, Action::InsertAndReport) {
                 report(ctx, sock, transition, false);
@@ -162,19 +160,27 @@ fn handle<C: EbpfContext, M: KernelRead>(
 
 // The following functions are not inlined, so that each has its own stack frame.
 
-/// Inserts the connecting task into the connect table.
-#[inline(never)]
-fn insert<M: KernelRead>(sock: Sock<M>, transition: &SocketTransition) {
-    let SocketTransition { probe_id, self_addr, source, dport, .. } = *transition;
-    connect_table::insert(sock, probe_id, self_addr, source, dport);
+/// Stores the connecting task in the connect table. The second attempt is for what another CPU has done to the first.
+#[inline(always)]
+fn insert<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, transition: &SocketTransition) {
+    if !(ensure_room(sock) && insert_entry(sock, transition)
+        || ensure_room(sock) && insert_entry(sock, transition))
+    {
+        count_not_stored();
+        warn!(ctx, "the connect table is full: an opener is not stored");
+    }
 }
 
-/// Makes room in the connect table if it is full. Not called by [`insert`], because both need much of the
-/// stack, of which the programs of a chain of calls have 512 bytes together (`check_max_stack_depth`,
-/// kernel/bpf/verifier.c at v5.10).
 #[inline(never)]
-fn ensure_room<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>) -> bool {
-    connect_table::ensure_room(ctx, sock)
+fn insert_entry<M: KernelRead>(sock: Sock<M>, transition: &SocketTransition) -> bool {
+    let SocketTransition { probe_id, self_addr, source, dport, .. } = *transition;
+    connect_table::insert(sock, probe_id, self_addr, source, dport)
+}
+
+/// The running task is not in the connect table.
+#[inline(never)]
+fn count_not_stored() {
+    connect_table::count_loss(&current_image_and_owner().1);
 }
 
 /// Reports the transition of a self-connection, unless the other probe has reported it. `removes`: also removes
