@@ -7,6 +7,7 @@ mod daemon;
 mod dist;
 mod environment;
 mod fingerprint;
+mod libtest;
 mod operations;
 mod packages;
 mod remap;

@@ -1,11 +1,11 @@
 //! `cargo xtask test`: everything that must pass. Each check prints its own output, and a failure does not
-//! stop the others. The last lines are the result of all checks in libtest's form, and the names of the failed
-//! ones.
+//! stop the others. The last lines are why tests failed, the result of all checks in libtest's form, and the names of
+//! the failed ones.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     env,
-    io::{self, BufRead as _, BufReader},
+    io::{BufRead as _, BufReader},
     process::{Command, Stdio},
     time::Instant,
 };
@@ -13,7 +13,9 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    build_ebpf, environment, operations,
+    build_ebpf, environment,
+    libtest::{PanicFinder, tests_in},
+    operations,
     packages::{self, may_install},
     run::{self, say, seconds_since},
     vm,
@@ -28,6 +30,9 @@ const LINTS: &[&str] = &["clippy", "--quiet", "--workspace", "--all-targets", "-
 const UNIT_TESTS: &[&str] =
     &["test", "--no-fail-fast", "--workspace", "--lib", "--bins", "--test", "bench_report"];
 const LIVE_TESTS: &[&str] = &["test", "--no-fail-fast", "--package", "selfconn-user", "--test", "*"];
+
+/// Maximum number of lines shown of the panics of all tests.
+const MAX_SHOWN_LINES: usize = 60;
 
 /// The results of the checks so far.
 #[derive(Default)]
@@ -61,18 +66,13 @@ impl Summary {
 
 /// Runs all checks, or only the tests with `filter` in their name. `kernels`: in virtual machines, too.
 pub(crate) fn test(workspace: &Workspace, filter: Option<&str>, kernels: bool) -> Result<()> {
-    let ran = Cell::new(0);
+    let (ran, why) = (Cell::new(0), RefCell::default());
     let cargo = |arguments: &[&str]| -> Result<Vec<String>> {
         let mut cargo = environment::cargo();
         cargo.args(arguments).args(filter).current_dir(&workspace.root);
         cargo.stdin(Stdio::null());
-        let is_success = if filter.is_some() {
-            let (is_success, count) = count_tests(&mut cargo)?;
-            ran.set(ran.get() + count);
-            is_success
-        } else {
-            cargo.stdout(io::stdout()).status().context("start cargo")?.success()
-        };
+        let (is_success, count) = run_tests(&mut cargo, &mut why.borrow_mut())?;
+        ran.set(ran.get() + count);
         if is_success { Ok(Vec::new()) } else { bail!("cargo {} failed", arguments[0]) }
     };
     let mut summary = Summary::default();
@@ -107,6 +107,9 @@ pub(crate) fn test(workspace: &Workspace, filter: Option<&str>, kernels: bool) -
     }
 
     let (word, failed) = (if summary.failed.is_empty() { "ok" } else { "FAILED" }, summary.failed.len());
+    if failed > 0 {
+        why.borrow().iter().take(MAX_SHOWN_LINES).for_each(|line| println!("{line}"));
+    }
     say("all checks:");
     println!(
         "test result: {word}. {} passed; {failed} failed; {} ignored; 0 measured",
@@ -131,24 +134,20 @@ pub(crate) fn test(workspace: &Workspace, filter: Option<&str>, kernels: bool) -
     Ok(())
 }
 
-/// Runs cargo with its output, and returns the number of tests that ran, from libtest's lines in it.
-fn count_tests(cargo: &mut Command) -> Result<(bool, usize)> {
+/// Runs cargo with its output. Returns whether it succeeded, and the number of tests that ran. The panics of tests are
+/// added to `why`.
+fn run_tests(cargo: &mut Command, why: &mut Vec<String>) -> Result<(bool, usize)> {
     let mut child = cargo.stdout(Stdio::piped()).spawn().context("start cargo")?;
-    let mut ran = 0;
+    let (mut ran, mut panics) = (0, PanicFinder::default());
     for line in child.stdout.take().map(BufReader::new).into_iter().flat_map(BufReader::lines) {
         let line = line.context("read cargo's output")?;
         println!("{line}");
         ran += tests_in(&line);
+        if panics.is_shown(&line) {
+            why.push(line);
+        }
     }
     Ok((child.wait().context("wait for cargo")?.success(), ran))
-}
-
-/// The passed and failed tests in a line `test result: ok. 3 passed; 0 failed; ...`.
-fn tests_in(line: &str) -> usize {
-    let Some(counts) = line.strip_prefix("test result: ") else { return 0 };
-    let words: Vec<_> = counts.split([' ', ';']).collect();
-    let counted = words.windows(2).filter(|pair| ["passed", "failed"].contains(&pair[1]));
-    counted.filter_map(|pair| pair[0].parse::<usize>().ok()).sum()
 }
 
 /// Adds rustfmt and clippy to the toolchain that runs us.
@@ -171,20 +170,4 @@ fn add_components() -> Result<()> {
     } else {
         &["rustfmt", "rust-clippy"]
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tests_are_counted_in_results_only() {
-        for (line, count) in [
-            ("test result: ok. 3 passed; 1 failed; 2 ignored; 0 measured; 9 filtered out", 4),
-            ("test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 44 filtered out", 0),
-            ("test a ... 3 passed", 0),
-        ] {
-            assert_eq!(tests_in(line), count, "{line}");
-        }
-    }
 }

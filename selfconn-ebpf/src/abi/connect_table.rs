@@ -83,15 +83,6 @@ impl ConnectEntry {
         Self { endpoint, opener, checksum, flags: checksum & UPPER_HALF | flags as u64 }
     }
 
-    /// Takes the entry from its socket for one that is about to be written: it is no longer valid, and it is the newest
-    /// when the next entry is evicted.
-    #[inline(always)]
-    pub const fn claim(&mut self, now_ns: u64) {
-        // No connecting task has a thread id of 0.
-        self.opener.task.tid = 0;
-        self.opener.at_ns = now_ns;
-    }
-
     /// True if the entry was written completely by one CPU, and for this socket.
     #[inline(always)]
     #[must_use]

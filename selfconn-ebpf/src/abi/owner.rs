@@ -133,7 +133,8 @@ fn weight<const N: usize>(owner: &impl Fn(usize) -> Owner, of: &Owner, zero: u64
 /// 1 if both are equal, else 0. In a program without a branch, because the verifier follows both sides of each one, and
 /// in an order that the compiler keeps, because it would first load all slots, for which the stack has no room.
 #[inline(always)]
-fn is_equal(a: u64, b: u64) -> u64 {
+#[must_use]
+pub fn is_equal(a: u64, b: u64) -> u64 {
     #[cfg(target_arch = "bpf")]
     {
         let mut outcome = a ^ b;
@@ -162,7 +163,9 @@ pub fn evicted<const N: usize>(
     const { assert!(N <= 8) };
     // The verifier follows the code once for each value of a number that it knows. It does not know that a padding is
     // zero, so a sum that begins with one is any number for it.
-    let zero = owner(0).padding.into();
+    let zero: u64 = owner(0).padding.into();
+    // Likewise, where the pusher's ids come from makes no difference.
+    let pusher = &Owner { uid: pusher.uid ^ zero as u32, cgroup: pusher.cgroup ^ zero, ..*pusher };
     // With the new entry itself, which has the same uid and the same control group.
     let pusher_weight = weight::<N>(&owner, pusher, zero) + 2;
     // Each rank has the weight in its upper bits, then the age, then the slot: the maximum is the oldest entry of the

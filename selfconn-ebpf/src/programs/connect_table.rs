@@ -50,8 +50,7 @@ const fn seen_by(probe_id: u8) -> u32 {
 
 /// Inserts the running task as the opener. It overwrites an entry of an earlier connection of the same
 /// socket, but keeps the entry that the other probe has just written for the same attempt. A source port of 0:
-/// the socket has none yet. The caller has [ensured room](ensure_room). False: another CPU has taken the room, or has
-/// overwritten the entry.
+/// the socket has none yet. The caller has [ensured room](ensure_room). False: another CPU has taken it.
 #[inline(always)]
 pub(crate) fn insert<M: KernelRead>(
     sock: Sock<M>,
@@ -86,16 +85,15 @@ pub(crate) fn insert<M: KernelRead>(
     };
     let (endpoint, opener) = (self_addr.endpoint(sock, dport), opener(now_ns, cause));
     let entry = ConnectEntry::new(sock.low_half(), endpoint, opener, seen_by(probe_id));
-    let Some(way) = find(set, key).or_else(|| find(set, 0)) else { return false };
-    set.socks[way] = key;
+    let Some(way) = find(set, key) else { return false };
     set.entries[way] = entry;
-    // Two CPUs can choose the same entry. The one that writes last has it.
+    // Two CPUs can choose the same entry in the same moment. The one that writes last has it.
     // SAFETY: the pointer comes from a live reference.
     unsafe { (&raw const set.socks[way]).read_volatile() == key }
 }
 
-/// Makes room for an entry of the running task in the set of this socket. If the set is full, an entry is evicted, and
-/// the loss counted for its owner. False: there is no room, or another CPU has changed the set.
+/// Claims an entry for the running task in the set of this socket. If the set is full, one is evicted, and the loss
+/// counted for its owner. False: there is no room, or another CPU has changed the set.
 ///
 /// The parts are called one after the other, because each needs much of the stack, of which the programs of a chain of
 /// calls have 512 bytes together (`check_max_stack_depth`, kernel/bpf/verifier.c at v5.10).
@@ -104,14 +102,14 @@ pub(crate) fn ensure_room<M: KernelRead>(sock: Sock<M>) -> bool {
     match choose(sock) {
         choice::HAS_ROOM => true,
         choice::NO_ROOM => false,
-        chosen => claim(sock, chosen),
+        chosen => evict(sock, chosen),
     }
 }
 
 /// What [`choose`] returns: one of these, or an index, [`choice::IS_LOSS`], and [the sockets](socks_of) of the full set
 /// in the other bits.
 mod choice {
-    /// There is a free entry, or one of this socket.
+    /// An entry is claimed.
     pub(super) const HAS_ROOM: u64 = 0;
     /// No entry may be evicted.
     pub(super) const NO_ROOM: u64 = 1;
@@ -123,17 +121,21 @@ mod choice {
     pub(super) const SOCKS: u64 = !31;
 }
 
-/// Chooses the entry that makes room for one of the running task.
+/// Claims an entry of this socket or a free one, or else chooses one that makes room for one of the running task.
 #[inline(never)]
 fn choose<M: KernelRead>(sock: Sock<M>) -> u64 {
     let Some(set) = set_of(sock) else { return choice::NO_ROOM };
-    let socks = socks_of(set, sock.key());
-    if socks == choice::HAS_ROOM {
-        return socks;
+    if find(set, sock.key()).is_some() {
+        return choice::HAS_ROOM;
+    }
+    if let Some(way) = find(set, 0) {
+        claim(set, way, sock.key());
+        return choice::HAS_ROOM;
     }
     if let Some(way) = reported(set) {
-        return socks | choice::IS_ENTRY | way as u64;
+        return socks_of(set) | choice::IS_ENTRY | way as u64;
     }
+    let socks = socks_of(set);
     let (_, pusher) = current_image_and_owner();
     let opener = |way: usize| &raw const set.entries[way].opener;
     // The reads are volatile, because the compiler would keep all of them on the stack.
@@ -145,18 +147,15 @@ fn choose<M: KernelRead>(sock: Sock<M>) -> u64 {
         .map_or(choice::NO_ROOM, |way| socks | choice::IS_ENTRY | choice::IS_LOSS | way as u64)
 }
 
-/// Claims the chosen entry for the socket. It is not freed first: another CPU would take it, or evict it once more.
-/// False: another CPU has changed the set since the choice.
+/// Claims the chosen entry of a full set. False: another CPU has changed the set since the choice.
 #[inline(never)]
-fn claim<M: KernelRead>(sock: Sock<M>, chosen: u64) -> bool {
+fn evict<M: KernelRead>(sock: Sock<M>, chosen: u64) -> bool {
     let Some(set) = set_of(sock) else { return false };
-    if socks_of(set, sock.key()) != chosen & choice::SOCKS {
+    if socks_of(set) != chosen & choice::SOCKS {
         return false;
     }
     let way = chosen as usize & (WAYS - 1);
-    set.socks[way] = sock.key();
-    // SAFETY: the helper takes no arguments.
-    set.entries[way].claim(unsafe { bpf_ktime_get_boot_ns() });
+    claim(set, way, sock.key());
     if chosen & choice::IS_LOSS != 0 {
         let loser = set.entries[way].opener.owner;
         count_loss(&loser);
@@ -164,20 +163,20 @@ fn claim<M: KernelRead>(sock: Sock<M>, chosen: u64) -> bool {
     true
 }
 
-/// The sockets of a set as a number, which differs as soon as another CPU has changed one of them.
-/// [`choice::HAS_ROOM`]: there is a free entry, or one of the socket `key`.
+/// Takes an entry for this socket, until [`insert`] writes it: another CPU neither finds it free nor evicts it, because it
+/// is the newest of the set. What is in it is valid for nobody.
 #[inline(always)]
-fn socks_of(set: &ConnectSet, key: u64) -> u64 {
-    let mut sum = 0_u64;
-    for way in 0..WAYS {
-        // SAFETY: the pointer comes from a live reference.
-        let known = unsafe { (&raw const set.socks[way]).read_volatile() };
-        if known == 0 || known == key {
-            return choice::HAS_ROOM;
-        }
-        sum = sum.rotate_left(9) ^ known;
-    }
-    sum & choice::SOCKS
+fn claim(set: &mut ConnectSet, way: usize, key: u64) {
+    set.socks[way] = key;
+    set.entries[way].opener.at_ns = u64::MAX;
+}
+
+/// The sockets of a set as a number, which differs as soon as another CPU has changed one of them.
+#[inline(always)]
+fn socks_of(set: &ConnectSet) -> u64 {
+    // SAFETY: the pointer comes from a live reference.
+    let sock = |way: usize| unsafe { (&raw const set.socks[way]).read_volatile() };
+    (0..WAYS).fold(0_u64, |sum, way| sum.rotate_left(9) ^ sock(way)) & choice::SOCKS
 }
 
 /// Counts an opener that is not stored, or no longer, for its owner.

@@ -9,7 +9,7 @@ use aya_ebpf::{
 use selfconn_ebpf::{
     COMM_LEN, Field, Opener, Owner, Task, cgroup_access,
     guard::CGROUP_LEVELS,
-    owner::{MAX_USER_NS_LEVEL, OWNER_CGROUP_LEVEL},
+    owner::{MAX_USER_NS_LEVEL, OWNER_CGROUP_LEVEL, is_equal},
     task_access,
 };
 use zerocopy::transmute;
@@ -129,16 +129,16 @@ fn owner_uid<M: KernelRead>(task: *const u8, uid: u32) -> u32 {
     let cred: Pointer = M::read(task.wrapping_add(cred));
     let mut user_ns: Pointer = M::read(cred.0.wrapping_add(user_ns));
     let depth: u32 = M::read(user_ns.0.wrapping_add(level));
-    if depth == 0 {
-        return uid;
-    }
+    // Without a branch, because the verifier would follow all that is done with the uid twice.
+    let is_initial = (is_equal(depth.into(), 0) as u32).wrapping_neg();
     for above in 1..MAX_USER_NS_LEVEL {
         if above >= depth {
             break;
         }
         user_ns = M::read(user_ns.0.wrapping_add(parent));
     }
-    M::read(user_ns.0.wrapping_add(owner))
+    let owner: u32 = M::read(user_ns.0.wrapping_add(owner));
+    owner ^ (owner ^ uid) & is_initial
 }
 
 /// The control group in an [`Owner`] of the running task.

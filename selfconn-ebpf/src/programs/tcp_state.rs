@@ -160,12 +160,12 @@ fn handle<C: EbpfContext, M: KernelRead>(
 
 // The following functions are not inlined, so that each has its own stack frame.
 
-/// Stores the connecting task in the connect table. The second attempt is for what another CPU has done to the first.
+/// Stores the connecting task in the connect table. Another CPU can change the set between choice and eviction; then
+/// once more is enough.
 #[inline(always)]
 fn insert<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, transition: &SocketTransition) {
-    if !(ensure_room(sock) && insert_entry(sock, transition)
-        || ensure_room(sock) && insert_entry(sock, transition))
-    {
+    let has_room = ensure_room(sock) || ensure_room(sock);
+    if !(has_room && insert_entry(sock, transition)) {
         count_not_stored();
         warn!(ctx, "the connect table is full: an opener is not stored");
     }

@@ -20,6 +20,7 @@ use super::{
     variant::{EVERYTHING, Variant},
 };
 use crate::{
+    libtest,
     run::{say, seconds},
     workspace::{Workspace, here},
 };
@@ -30,11 +31,6 @@ const SHOWN_LINES: usize = 60;
 /// One test at a time, because all of them use the same kernel; and with output, for the facts in it. It is not
 /// captured until the end, which a machine may not reach.
 const TEST_ARGS: [&str; 2] = ["--test-threads=1", "--nocapture"];
-
-/// Part of the first line of a panic.
-const PANIC: &str = " panicked at ";
-/// Number of lines shown of each panic.
-const PANIC_LINES: usize = 3;
 
 /// The tests may set this machine's clock, and take its CPUs away.
 const OWN_MACHINE: (&str, &str) = ("SELFCONN_OWN_MACHINE", "1");
@@ -160,7 +156,7 @@ fn report(row: &MatrixRow, result: &BootResult, console: &Path) {
         text += &format!("\n    {line}");
     }
     if !row.passed() {
-        let panics = panics(&result.output);
+        let panics = libtest::panics(&result.output);
         if !panics.is_empty() {
             text += &format!("\n--- the panics in {}\n{}", here(&row.log), last_lines(&panics, SHOWN_LINES));
         }
@@ -172,31 +168,9 @@ fn report(row: &MatrixRow, result: &BootResult, console: &Path) {
     say(text);
 }
 
-/// The beginning of each panic in the output.
-fn panics(output: &str) -> String {
-    let lines: Vec<&str> = output.lines().collect();
-    let begins = |line: &&str| line.contains(PANIC);
-    let starts = lines.iter().enumerate().filter(|(_, line)| begins(line)).map(|(at, _)| at);
-    let shown = starts.flat_map(|at| lines[at..].iter().take(PANIC_LINES));
-    shown.map(|line| format!("{line}\n")).collect()
-}
-
 /// The last lines of a text.
 pub(super) fn last_lines(text: &str, count: usize) -> String {
     let lines: Vec<&str> = text.lines().collect();
     let shown = &lines[lines.len().saturating_sub(count)..];
     shown.iter().map(|line| format!("{line}\n")).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_panic_is_shown_with_its_message() {
-        let panic = "thread 'a' (7) panicked at a.rs:1:2:\nassertion failed\n  left: 1\n";
-        let output = format!("test a ... \n{panic} right: 2\nFAILED\n");
-        assert_eq!(panics(&output), panic);
-        assert_eq!(panics("test a ... ok\n"), "");
-    }
 }
