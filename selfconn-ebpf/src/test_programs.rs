@@ -60,6 +60,12 @@ mod programs {
         0
     }
 
+    /// Leaves each packet to the next program (`TC_ACT_UNSPEC`, include/uapi/linux/pkt_cls.h at v5.10).
+    #[classifier]
+    fn empty_lo(_ctx: TcContext) -> i32 {
+        -1
+    }
+
     #[fexit(function = "inet_csk_get_port")]
     fn empty_bind_fexit(_ctx: FExitContext) -> i32 {
         0

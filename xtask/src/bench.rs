@@ -21,7 +21,7 @@ pub(crate) struct BenchArgs {
     /// Don't measure in a virtual machine
     #[arg(long)]
     no_vm: bool,
-    /// Only these groups: idle, transition, bind, churn, latency, scan, flood, exec
+    /// Only these groups: idle, transition, bind, churn, latency, scan, flood, exec, guard
     groups: Vec<String>,
 }
 

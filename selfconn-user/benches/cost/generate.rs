@@ -2,17 +2,19 @@
 //! made.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    io::{self, Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream},
+    thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use rustix::{
     process::Pid,
     thread::{CpuSet, sched_setaffinity},
 };
 use serde::{Deserialize, Serialize};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 /// A kind of traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -25,6 +27,14 @@ pub(crate) enum TrafficKind {
     Refused,
     /// Binds that succeed.
     Bind,
+    /// Connects of bound sockets to themselves, which a guard refuses.
+    Prevented,
+    /// Connects of bound sockets to a closed port.
+    ClosedPort,
+    /// A byte to a server and back, on one connection.
+    RoundTrips,
+    /// Blocks of 64 KiB to a server, on one connection.
+    Bulk,
 }
 
 /// Options of a generator.
@@ -77,6 +87,13 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
         TrafficKind::Selves => selves(args)?,
         TrafficKind::Refused => refused(args)?,
         TrafficKind::Bind => bind(args)?,
+        TrafficKind::Prevented => refused_bound(args, |own| own)?,
+        TrafficKind::ClosedPort => {
+            let closed = SocketAddr::from((args.to, first_ephemeral_port()? - 1));
+            refused_bound(args, |_| closed.into())?
+        }
+        TrafficKind::RoundTrips => round_trips(args)?,
+        TrafficKind::Bulk => bulk(args)?,
     };
     println!("{}", serde_json::to_string(&made)?);
     Ok(())
@@ -107,7 +124,7 @@ fn paced(args: &GenerateArgs, mut make: impl FnMut() -> Result<bool>) -> Result<
             if let Some(rate) = args.rate {
                 let due = Duration::from_secs_f64(count as f64 / rate);
                 if let Some(early) = due.checked_sub(elapsed) {
-                    std::thread::sleep(early);
+                    thread::sleep(early);
                 }
             }
         }
@@ -166,6 +183,52 @@ fn refused(args: &GenerateArgs) -> Result<TrafficMade> {
 fn bind(args: &GenerateArgs) -> Result<TrafficMade> {
     let address = SocketAddr::from((args.to, first_ephemeral_port()? - 1)).into();
     paced(args, || Ok(socket()?.bind(&address).is_ok()))
+}
+
+/// Connects of sockets with a port that the kernel chose, to this destination for their own address.
+fn refused_bound(args: &GenerateArgs, destination: impl Fn(SockAddr) -> SockAddr) -> Result<TrafficMade> {
+    let any_port = SocketAddr::from((args.to, 0)).into();
+    paced(args, || {
+        let client = socket()?;
+        client.bind(&any_port)?;
+        let refused = client.connect(&destination(client.local_addr()?));
+        Ok(refused.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused))
+    })
+}
+
+/// A connection to a server in this process: both ends.
+fn connection(args: &GenerateArgs) -> Result<(TcpStream, TcpStream)> {
+    let server = TcpListener::bind((args.to, 0))?;
+    let client = TcpStream::connect(server.local_addr()?)?;
+    let (accepted, _) = server.accept()?;
+    for end in [&client, &accepted] {
+        end.set_nodelay(true)?;
+    }
+    Ok((client, accepted))
+}
+
+fn round_trips(args: &GenerateArgs) -> Result<TrafficMade> {
+    let (mut client, mut server) = connection(args)?;
+    let mut byte = [1];
+    paced(args, || {
+        client.write_all(&byte)?;
+        server.read_exact(&mut byte)?;
+        server.write_all(&byte)?;
+        client.read_exact(&mut byte)?;
+        Ok(true)
+    })
+}
+
+fn bulk(args: &GenerateArgs) -> Result<TrafficMade> {
+    let (mut client, mut server) = connection(args)?;
+    let reader = thread::spawn(move || io::copy(&mut server, &mut io::sink()));
+    let block = vec![1; 64 << 10];
+    let began = Instant::now();
+    let made = paced(args, || Ok(client.write_all(&block).map(|()| true)?))?;
+    drop(client);
+    reader.join().map_err(|_| anyhow!("a thread panicked"))??;
+    // With what was still on its way.
+    Ok(TrafficMade { elapsed_ns: began.elapsed().as_nanos() as u64, ..made })
 }
 
 /// The first port of the range from which `connect()` chooses.

@@ -80,16 +80,20 @@ pub(crate) fn free_address() -> Result<SocketAddr> {
 pub(crate) fn refused_connects(address: SocketAddr, expected: u64) -> Result<u64> {
     let until = Instant::now() + Duration::from_secs(5);
     loop {
-        let mut metrics = TcpStream::connect(address)?;
-        write!(metrics, "GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
-        let mut text = String::new();
-        metrics.read_to_string(&mut text)?;
-        let sample =
-            |line: &str| line.strip_prefix("selfconn_refused_self_dials_total ")?.parse::<u64>().ok();
-        let counted = text.lines().find_map(sample).context("the metrics have no refused connects")?;
+        let counted = metric(address, "selfconn_refused_self_dials_total")?;
         if counted >= expected || Instant::now() > until {
             return Ok(counted);
         }
         thread::sleep(Duration::from_millis(200));
     }
+}
+
+/// The value of a metric without labels.
+pub(crate) fn metric(address: SocketAddr, name: &str) -> Result<u64> {
+    let mut metrics = TcpStream::connect(address)?;
+    write!(metrics, "GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+    let mut text = String::new();
+    metrics.read_to_string(&mut text)?;
+    let value = |line: &str| line.strip_prefix(name)?.trim().parse().ok();
+    text.lines().find_map(value).with_context(|| format!("there is no metric {name}"))
 }

@@ -6,6 +6,7 @@
 
 mod empty;
 mod generate;
+mod guard;
 mod log;
 mod measure;
 mod net;
@@ -73,7 +74,7 @@ enum CostHelper {
     Generate(generate::GenerateArgs),
     /// Hold this number of sockets
     Hold { count: usize },
-    /// Attach empty programs by these methods; bind-METHOD is one of bind()
+    /// Attach empty programs by these methods; bind-METHOD is one of bind(), lo one on the egress of lo
     Empty { methods: Vec<String> },
 }
 
@@ -89,6 +90,7 @@ fn main() -> ExitCode {
             empty::run(
                 &Method::ALL.into_iter().filter(is_named).collect::<Vec<_>>(),
                 BindMethod::ALL.into_iter().find(is_bind_named),
+                methods.iter().any(|name| name == guard::EMPTY),
             )
         }
         None => measure_and_report(&cli),

@@ -21,6 +21,7 @@ use serde_json::Value;
 
 use crate::{
     generate::{TrafficMade, pin, self_connection},
+    guard,
     log::{self, LogCounts},
     net::{NetNamespace, finish, output},
     proc,
@@ -33,7 +34,7 @@ use crate::{
 type Group = fn(&mut Measurement) -> Result<()>;
 
 /// The groups of rows, in the order in which they are measured.
-pub(crate) const GROUPS: [(&str, Group); 8] = [
+pub(crate) const GROUPS: [(&str, Group); 9] = [
     ("idle", Measurement::idle),
     ("transition", Measurement::transition),
     ("bind", Measurement::bind),
@@ -42,6 +43,7 @@ pub(crate) const GROUPS: [(&str, Group); 8] = [
     ("scan", Measurement::scan),
     ("flood", Measurement::flood),
     ("exec", Measurement::exec),
+    ("guard", guard::measure),
 ];
 
 /// The daemon to measure, and the samples so far.
@@ -70,15 +72,15 @@ impl Measurement {
         Ok(())
     }
 
-    fn rounds(&self, full: usize) -> usize {
+    pub(crate) fn rounds(&self, full: usize) -> usize {
         if self.quick { full.div_ceil(5) } else { full }
     }
 
-    fn sample(&mut self, name: &str, value: f64) {
+    pub(crate) fn sample(&mut self, name: &str, value: f64) {
         self.samples.add(name, value);
     }
 
-    fn start(&self, options: &[&str]) -> Result<TracerProcess> {
+    pub(crate) fn start(&self, options: &[&str]) -> Result<TracerProcess> {
         TracerProcess::daemon(&self.daemon, options)
     }
 
@@ -521,7 +523,7 @@ fn method_of<'a>(name: &str, methods: &'a [String]) -> Option<&'a str> {
 }
 
 /// Runs a generator in this namespace.
-fn make(net: &NetNamespace, arguments: &[&str]) -> Result<TrafficMade> {
+pub(crate) fn make(net: &NetNamespace, arguments: &[&str]) -> Result<TrafficMade> {
     Ok(serde_json::from_str(&output(net.helper(&[&["generate"], arguments].concat()))?)?)
 }
 

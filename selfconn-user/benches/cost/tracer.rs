@@ -84,7 +84,7 @@ impl TracerProcess {
     }
 
     /// Starts it and waits for its first line on stdout. The rest is discarded.
-    fn start(command: Command) -> Result<Self> {
+    pub(crate) fn start(command: Command) -> Result<Self> {
         let what = command.get_program().to_string_lossy().into_owned();
         let (mut tracer, first_error) = Self::spawn(command)?;
         let mut stdout = BufReader::new(tracer.child.stdout.take().context("no stdout")?);

@@ -64,6 +64,7 @@ fn rows_of_host(samples: &Samples) -> Vec<CostRow> {
         ("idle", idle),
         ("scan", scan),
         ("exec", exec),
+        ("guard", guard),
     ] {
         builder.group = group;
         add(&mut builder);
@@ -231,4 +232,40 @@ fn exec(builder: &mut RowBuilder<'_>) {
     );
     let ratio = samples.ratio("exec.with", "exec.without");
     builder.measured("connections of a command to its own address, to without exec", Ratio, NoTarget, ratio);
+}
+
+fn guard(builder: &mut RowBuilder<'_>) {
+    let samples = builder.samples;
+    if samples.skipped.contains_key("guard.packet") {
+        builder.row("a packet on lo, to an empty program", Ratio, NoTarget, None);
+    }
+    let ratio = |above: &str, below: &str| samples.ratio(above, below);
+    for (what, unit, estimate) in [
+        ("a packet on lo, to an empty program", Ratio, ratio("guard.packet.ours", "guard.packet.empty")),
+        ("a packet on lo: an empty program", Nanoseconds, samples.median("guard.packet.empty")),
+        (
+            "round trips on loopback, to without guard",
+            Ratio,
+            ratio("guard.round-trips.with", "guard.round-trips.without"),
+        ),
+        ("throughput on loopback, to without guard", Ratio, ratio("guard.bulk.with", "guard.bulk.without")),
+        (
+            "a connect to itself that is refused, to one to a closed port",
+            Ratio,
+            ratio("guard.refused.itself", "guard.refused.closed"),
+        ),
+        ("a connect to a closed port", Nanoseconds, samples.median("guard.refused.closed")),
+        (
+            "start until 1 namespace and the host's are guarded",
+            Milliseconds,
+            samples.median("guard.attach.1"),
+        ),
+        (
+            "start until 200 namespaces and the host's are guarded",
+            Milliseconds,
+            samples.median("guard.attach.200"),
+        ),
+    ] {
+        builder.measured(what, unit, NoTarget, estimate);
+    }
 }

@@ -23,6 +23,7 @@ use crate::support::{
     cgroup::TestCgroup,
     client::{NOBODY, become_user, connect_to_self, socket},
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event, selfconn},
+    devices::bind_device,
     guard::{count_of, dial, dial_itself, guard_methods, refusing, wait_until},
     helper_process::HelperProcess,
     netns::TestNetns,
@@ -249,6 +250,41 @@ fn a_namespace_made_while_the_daemon_runs_is_guarded_at_its_first_connect_and_no
         }
         let (events, _) = daemon.stop();
         assert!(events.iter().any(is_event("prevented", inner)), "{method}");
+    }
+}
+
+#[test]
+fn a_vrf_device_is_guarded_and_one_made_later_after_the_next_walk() {
+    const ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+    let is_refused_in = |device| {
+        let socket = socket(ADDRESS);
+        bind_device(&socket, device);
+        socket.bind(&std::net::SocketAddr::new(ADDRESS, 0).into()).unwrap();
+        socket.set_linger(Some(Duration::ZERO)).unwrap();
+        !dial(&socket, socket.local_addr().unwrap().as_socket().unwrap()).is_connected
+    };
+    for method in guard_methods() {
+        let net = TestNetns::enter_new();
+        let add = |name, table| -> std::io::Result<()> {
+            net.add_device_address(net.add_vrf(name, table)?, ADDRESS);
+            Ok(())
+        };
+        if let Err(error) = add("before", 100) {
+            return println!("skipped: this kernel has no VRF: {error}");
+        }
+        assert!(!is_refused_in("before"), "{method}: without a daemon");
+        let daemon = refusing(method, &[]);
+        assert!(is_refused_in("before"), "{method}");
+        add("later", 101).unwrap();
+        assert!(!is_refused_in("later"), "{method}: before the walk");
+        wait_until(Duration::from_secs(60), "the new device is never guarded", || is_refused_in("later"));
+        assert!(is_refused_in("before"), "{method}: as before");
+        let (events, _) = daemon.stop();
+        let prevented = events.iter().filter(|event| is_event("prevented", net.inode)(event));
+        assert!(count_of(prevented) >= 3, "{method}");
+        for device in ["before", "later"] {
+            assert!(!is_refused_in(device), "{method}: after the end");
+        }
     }
 }
 

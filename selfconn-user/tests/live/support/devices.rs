@@ -1,4 +1,4 @@
-//! Network devices for tests: pairs of veth devices, whose addresses two sockets can share.
+//! Network devices for tests: pairs of veth devices, whose addresses two sockets can share, and VRF devices.
 
 use std::{
     fs,
@@ -11,7 +11,7 @@ use socket2::{Socket, Type};
 
 use super::netns::TestNetns;
 
-// `include/uapi/linux/{netlink,rtnetlink,if_link,veth}.h`.
+// `include/uapi/linux/{netlink,rtnetlink,if_link,veth}.h` at v5.10.
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
 const NLM_F_REQUEST_ACK_CREATE_EXCL: u16 = 0x1 | 0x4 | 0x400 | 0x200;
@@ -22,6 +22,7 @@ const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
 const VETH_INFO_PEER: u16 = 1;
+const IFLA_VRF_TABLE: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_F_NODAD: u8 = 2;
@@ -82,6 +83,14 @@ impl TestNetns {
         Ok(indices)
     }
 
+    /// Makes a VRF device with this routing table, and brings it up. Returns its index. An error on a kernel without VRF.
+    pub(crate) fn add_vrf(self, name: &str, table: u32) -> io::Result<u32> {
+        add_device(name, b"vrf", &attribute(IFLA_VRF_TABLE, &table.to_ne_bytes()))?;
+        let index = index_of(name);
+        request(RTM_NEWLINK, NLM_F_REQUEST_ACK, &link(index, IFF_UP))?;
+        Ok(index)
+    }
+
     /// Gives a device an address that is usable at once.
     pub(crate) fn add_device_address(self, index: u32, address: IpAddr) {
         let (family, octets, prefix) = match address {
@@ -111,13 +120,19 @@ impl TestNetns {
 }
 
 fn add_veth(name: &str, peer: &str, peer_netns: Option<RawFd>) -> io::Result<()> {
-    let name_of = |name: &str| attribute(IFLA_IFNAME, &[name.as_bytes(), b"\0"].concat());
     let mut peer = [link(0, 0), name_of(peer)].concat();
     if let Some(netns) = peer_netns {
         peer.extend(attribute(IFLA_NET_NS_FD, &netns.to_ne_bytes()));
     }
-    let data = attribute(VETH_INFO_PEER, &peer);
-    let info = [attribute(IFLA_INFO_KIND, b"veth"), attribute(IFLA_INFO_DATA, &data)].concat();
+    add_device(name, b"veth", &attribute(VETH_INFO_PEER, &peer))
+}
+
+fn name_of(name: &str) -> Vec<u8> {
+    attribute(IFLA_IFNAME, &[name.as_bytes(), b"\0"].concat())
+}
+
+fn add_device(name: &str, kind: &[u8], data: &[u8]) -> io::Result<()> {
+    let info = [attribute(IFLA_INFO_KIND, kind), attribute(IFLA_INFO_DATA, data)].concat();
     let body = [link(0, 0), name_of(name), attribute(IFLA_LINKINFO, &info)].concat();
     request(RTM_NEWLINK, NLM_F_REQUEST_ACK_CREATE_EXCL, &body)
 }
