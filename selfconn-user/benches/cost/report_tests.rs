@@ -162,6 +162,17 @@ mod rows {
     }
 
     #[test]
+    fn a_guard_that_cannot_be_attached_is_a_skipped_row_with_the_reason() {
+        let mut samples = Samples::default();
+        assert!(rows_of(&samples, None).is_empty());
+        samples.skipped.insert("guard.packet".to_owned(), "no sch_ingress".to_owned());
+        let rows = rows_of(&samples, None);
+        assert_eq!(rows.len(), 1, "{rows:?}");
+        assert_eq!((rows[0].group, rows[0].outcome), ("guard", TargetOutcome::Skipped));
+        assert_eq!(rows[0].why.as_deref(), Some("no sch_ingress"));
+    }
+
+    #[test]
     fn only_ratios_are_taken_from_a_virtual_machine() {
         let mut vm = Samples::default();
         for name in ["transition.ours.perf", "transition.empty.perf"] {
