@@ -7,7 +7,9 @@ use std::{
     env,
     io::{BufRead as _, BufReader},
     process::{Command, Stdio},
-    time::Instant,
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -66,13 +68,14 @@ impl Summary {
 
 /// Runs all checks, or only the tests with `filter` in their name. `kernels`: in virtual machines, too.
 pub(crate) fn test(workspace: &Workspace, filter: Option<&str>, kernels: bool) -> Result<()> {
-    let (ran, why) = (Cell::new(0), RefCell::default());
+    let (ran, panics) = (Cell::new(0), RefCell::<Vec<String>>::default());
     let cargo = |arguments: &[&str]| -> Result<Vec<String>> {
         let mut cargo = environment::cargo();
         cargo.args(arguments).args(filter).current_dir(&workspace.root);
         cargo.stdin(Stdio::null());
-        let (is_success, count) = run_tests(&mut cargo, &mut why.borrow_mut())?;
-        ran.set(ran.get() + count);
+        let (is_success, printed) = run_tests(&mut cargo)?;
+        ran.set(ran.get() + printed.ran);
+        panics.borrow_mut().extend(printed.panics);
         if is_success { Ok(Vec::new()) } else { bail!("cargo {} failed", arguments[0]) }
     };
     let mut summary = Summary::default();
@@ -108,7 +111,7 @@ pub(crate) fn test(workspace: &Workspace, filter: Option<&str>, kernels: bool) -
 
     let (word, failed) = (if summary.failed.is_empty() { "ok" } else { "FAILED" }, summary.failed.len());
     if failed > 0 {
-        why.borrow().iter().take(MAX_SHOWN_LINES).for_each(|line| println!("{line}"));
+        panics.borrow().iter().take(MAX_SHOWN_LINES).for_each(|line| println!("{line}"));
     }
     say("all checks:");
     println!(
@@ -134,20 +137,43 @@ pub(crate) fn test(workspace: &Workspace, filter: Option<&str>, kernels: bool) -
     Ok(())
 }
 
-/// Runs cargo with its output. Returns whether it succeeded, and the number of tests that ran. The panics of tests are
-/// added to `why`.
-fn run_tests(cargo: &mut Command, why: &mut Vec<String>) -> Result<(bool, usize)> {
+/// What cargo printed.
+#[derive(Default)]
+struct Printed {
+    /// The number of tests that ran.
+    ran: usize,
+    /// The beginning of each panic.
+    panics: Vec<String>,
+}
+
+/// Runs cargo with its output. Returns whether it succeeded, and what it printed.
+fn run_tests(cargo: &mut Command) -> Result<(bool, Printed)> {
+    /// How long the rest of the output may take. A test that failed may have left a process with the same output.
+    const REST_TIMEOUT: Duration = Duration::from_secs(10);
     let mut child = cargo.stdout(Stdio::piped()).spawn().context("start cargo")?;
-    let (mut ran, mut panics) = (0, PanicFinder::default());
-    for line in child.stdout.take().map(BufReader::new).into_iter().flat_map(BufReader::lines) {
-        let line = line.context("read cargo's output")?;
-        println!("{line}");
-        ran += tests_in(&line);
-        if panics.is_shown(&line) {
-            why.push(line);
+    let mut stdout = BufReader::new(child.stdout.take().context("no output of cargo")?);
+    let (sender, lines) = mpsc::channel();
+    thread::spawn(move || {
+        let mut line = Vec::new();
+        while stdout.read_until(b'\n', &mut line).is_ok_and(|len| len > 0) {
+            let text = String::from_utf8_lossy(&line).trim_end_matches('\n').to_owned();
+            println!("{text}");
+            if sender.send(text).is_err() {
+                return;
+            }
+            line.clear();
+        }
+    });
+    let status = child.wait().context("wait for cargo")?;
+    let until = Instant::now() + REST_TIMEOUT;
+    let (mut printed, mut finder) = (Printed::default(), PanicFinder::default());
+    while let Ok(line) = lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        printed.ran += tests_in(&line);
+        if finder.is_shown(&line) {
+            printed.panics.push(line);
         }
     }
-    Ok((child.wait().context("wait for cargo")?.success(), ran))
+    Ok((status.success(), printed))
 }
 
 /// Adds rustfmt and clippy to the toolchain that runs us.

@@ -10,7 +10,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, transmute};
 
-use super::{endpoint::Endpoint, task::Opener};
+use super::{endpoint::Endpoint, owner::CLAIMED, task::Opener};
 
 /// Number of entries in a [`ConnectSet`].
 pub const WAYS: usize = 8;
@@ -81,6 +81,18 @@ impl ConnectEntry {
     pub const fn new(sock: u32, endpoint: Endpoint, opener: Opener, flags: u32) -> Self {
         let checksum = Self::checksum_of(sock, &endpoint, &opener);
         Self { endpoint, opener, checksum, flags: checksum & UPPER_HALF | flags as u64 }
+    }
+
+    /// Marks the entry as taken by a connect that is about to write it: it is valid for no socket, none of its flags is
+    /// set, and it is not [evicted](super::owner::evicted).
+    #[inline(always)]
+    pub fn claim(&mut self) {
+        // The stores are volatile, because the key of the socket must come after them.
+        // SAFETY: the pointers come from a live reference.
+        unsafe {
+            (&raw mut self.opener.at_ns).write_volatile(CLAIMED);
+            (&raw mut self.flags).write_volatile(0);
+        }
     }
 
     /// True if the entry was written completely by one CPU, and for this socket.
@@ -250,6 +262,14 @@ mod tests {
         for sock in [0, 1, 0x8012_3400] {
             assert!(!ConnectEntry::EMPTY.is_valid_for(sock));
         }
+    }
+
+    #[test]
+    fn a_claimed_entry_is_valid_for_nobody_and_has_no_flag() {
+        let mut one = entry(64, 10, b'a');
+        one.set_flags(1 << 1);
+        one.claim();
+        assert!(!one.is_valid_for(64) && !one.has_flag(u32::MAX) && !one.has_flags(1 << 1));
     }
 
     #[test]

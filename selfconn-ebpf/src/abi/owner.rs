@@ -24,6 +24,9 @@ pub struct Owner {
     pub padding: u32,
 }
 
+/// The time of an entry that somebody has taken and not yet written.
+pub const CLAIMED: u64 = u64::MAX;
+
 impl Owner {
     /// No owner is known.
     pub const UNKNOWN: Self = Self { cgroup: 0, uid: 0, padding: 0 };
@@ -153,7 +156,7 @@ pub fn is_equal(a: u64, b: u64) -> u64 {
 /// each slot whose entry it holds and since when. `None`: the new entry finds no room.
 ///
 /// An owner that takes more than the pusher would take loses its oldest entry. Otherwise the pusher loses the oldest
-/// of its own.
+/// of its own. A [claimed](CLAIMED) entry is left alone.
 #[inline(always)]
 pub fn evicted<const N: usize>(
     owner: impl Fn(usize) -> Owner,
@@ -173,10 +176,12 @@ pub fn evicted<const N: usize>(
     let (mut heaviest, mut own) = (zero, zero);
     for slot in 0..N {
         let of = owner(slot);
-        let age = (!inserted_ns(slot) >> 9) << 3 | slot as u64;
-        heaviest = max(heaviest, weight::<N>(&owner, &of, zero) << WEIGHT_SHIFT | age);
+        let inserted_ns = inserted_ns(slot);
+        let age = (!inserted_ns >> 9) << 3 | slot as u64;
+        let unless_claimed = is_equal(inserted_ns, CLAIMED).wrapping_sub(1);
+        heaviest = max(heaviest, (weight::<N>(&owner, &of, zero) << WEIGHT_SHIFT | age) & unless_claimed);
         let is_own = is_equal(of.uid.into(), pusher.uid.into()) & is_equal(of.cgroup, pusher.cgroup);
-        own = max(own, (is_own << WEIGHT_SHIFT | age) & is_own.wrapping_neg());
+        own = max(own, (is_own << WEIGHT_SHIFT | age) & is_own.wrapping_neg() & unless_claimed);
     }
     if heaviest >> WEIGHT_SHIFT > pusher_weight {
         Some((heaviest & 7) as usize)
@@ -270,6 +275,17 @@ mod tests {
         assert_eq!(fill(&[one; 20], &[one]), [(WAYS, 12)]);
         let inserted_ns = |slot| if slot == 5 { 1 << 20 } else { 1 << 30 };
         assert_eq!(evicted::<WAYS>(|_| one, inserted_ns, &one), Some(5));
+    }
+
+    #[test]
+    fn a_claimed_entry_is_evicted_by_nobody() {
+        let (one, other) = (Owner::new(5, 5), Owner::new(6, 6));
+        let all_but = |free| move |slot| if slot == free { 1 << 30 } else { CLAIMED };
+        assert_eq!(evicted::<WAYS>(|_| one, all_but(3), &one), Some(3));
+        assert_eq!(evicted::<WAYS>(|_| one, all_but(3), &other), Some(3));
+        for pusher in [one, other] {
+            assert_eq!(evicted::<WAYS>(|_| one, all_but(WAYS), &pusher), None);
+        }
     }
 
     #[test]

@@ -87,7 +87,7 @@ pub(crate) fn insert<M: KernelRead>(
     let entry = ConnectEntry::new(sock.low_half(), endpoint, opener, seen_by(probe_id));
     let Some(way) = find(set, key) else { return false };
     set.entries[way] = entry;
-    // Two CPUs can choose the same entry in the same moment. The one that writes last has it.
+    // Two CPUs can claim the same entry in the same moment.
     // SAFETY: the pointer comes from a live reference.
     unsafe { (&raw const set.socks[way]).read_volatile() == key }
 }
@@ -125,6 +125,7 @@ mod choice {
 #[inline(never)]
 fn choose<M: KernelRead>(sock: Sock<M>) -> u64 {
     let Some(set) = set_of(sock) else { return choice::NO_ROOM };
+    let socks = socks_of(set);
     if find(set, sock.key()).is_some() {
         return choice::HAS_ROOM;
     }
@@ -133,9 +134,8 @@ fn choose<M: KernelRead>(sock: Sock<M>) -> u64 {
         return choice::HAS_ROOM;
     }
     if let Some(way) = reported(set) {
-        return socks_of(set) | choice::IS_ENTRY | way as u64;
+        return socks | choice::IS_ENTRY | way as u64;
     }
-    let socks = socks_of(set);
     let (_, pusher) = current_image_and_owner();
     let opener = |way: usize| &raw const set.entries[way].opener;
     // The reads are volatile, because the compiler would keep all of them on the stack.
@@ -163,12 +163,12 @@ fn evict<M: KernelRead>(sock: Sock<M>, chosen: u64) -> bool {
     true
 }
 
-/// Takes an entry for this socket, until [`insert`] writes it: another CPU neither finds it free nor evicts it, because it
-/// is the newest of the set. What is in it is valid for nobody.
+/// Takes an entry for this socket, until [`insert`] writes it: another CPU neither finds it free nor evicts it.
 #[inline(always)]
 fn claim(set: &mut ConnectSet, way: usize, key: u64) {
-    set.socks[way] = key;
-    set.entries[way].opener.at_ns = u64::MAX;
+    set.entries[way].claim();
+    // SAFETY: the pointer comes from a live reference.
+    unsafe { (&raw mut set.socks[way]).write_volatile(key) };
 }
 
 /// The sockets of a set as a number, which differs as soon as another CPU has changed one of them.
@@ -176,7 +176,9 @@ fn claim(set: &mut ConnectSet, way: usize, key: u64) {
 fn socks_of(set: &ConnectSet) -> u64 {
     // SAFETY: the pointer comes from a live reference.
     let sock = |way: usize| unsafe { (&raw const set.socks[way]).read_volatile() };
-    (0..WAYS).fold(0_u64, |sum, way| sum.rotate_left(9) ^ sock(way)) & choice::SOCKS
+    let sum = (0..WAYS).fold(0_u64, |sum, way| sum.rotate_left(9) ^ sock(way));
+    // The product has what the mask drops in its other bits, too.
+    sum.wrapping_mul(0x9e37_79b9_7f4a_7c15) & choice::SOCKS
 }
 
 /// Counts an opener that is not stored, or no longer, for its owner.

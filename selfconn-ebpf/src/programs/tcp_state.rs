@@ -160,8 +160,8 @@ fn handle<C: EbpfContext, M: KernelRead>(
 
 // The following functions are not inlined, so that each has its own stack frame.
 
-/// Stores the connecting task in the connect table. Another CPU can change the set between choice and eviction; then
-/// once more is enough.
+/// Stores the connecting task in the connect table. If another CPU has changed a full set between choice and eviction,
+/// the choice is made once more.
 #[inline(always)]
 fn insert<C: EbpfContext, M: KernelRead>(ctx: &C, sock: Sock<M>, transition: &SocketTransition) {
     let has_room = ensure_room(sock) || ensure_room(sock);

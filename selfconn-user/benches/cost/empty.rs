@@ -13,14 +13,14 @@ use selfconn::bpf::{attach::Method, bind_method::BindMethod, tracefs};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-test-programs"));
 
 /// Attaches an empty program by each method, prints a line, and waits.
-pub(crate) fn run(methods: &[Method], binds: Option<BindMethod>, on_lo: bool) -> Result<()> {
+pub(crate) fn run(methods: &[Method], binds: Option<BindMethod>, on_lo: Option<LinkOrder>) -> Result<()> {
     let mut ebpf = Ebpf::load(OBJECT)?;
     tracefs::with(|| {
         methods.iter().try_for_each(|method| attach(&mut ebpf, *method))?;
         binds.map_or(Ok(()), |method| attach_to_bind(&mut ebpf, method))
     })?;
-    if on_lo {
-        attach_to_lo(&mut ebpf)?;
+    if let Some(order) = on_lo {
+        attach_to_lo(&mut ebpf, order)?;
     }
     println!("live");
     std::io::stdin().read_to_end(&mut Vec::new())?;
@@ -48,13 +48,13 @@ fn attach(ebpf: &mut Ebpf, method: Method) -> Result<()> {
     attached.with_context(|| format!("attach {name}"))
 }
 
-/// After all other programs of the device.
-fn attach_to_lo(ebpf: &mut Ebpf) -> Result<()> {
+/// In this order among the programs of the device.
+fn attach_to_lo(ebpf: &mut Ebpf, order: LinkOrder) -> Result<()> {
     let program: &mut SchedClassifier =
         ebpf.program_mut("empty_lo").context("no program empty_lo")?.try_into()?;
     program.load()?;
-    let last = TcAttachOptions::TcxOrder(LinkOrder::last());
-    program.attach_with_options("lo", TcAttachType::Egress, last).context("attach empty_lo").map(drop)
+    let order = TcAttachOptions::TcxOrder(order);
+    program.attach_with_options("lo", TcAttachType::Egress, order).context("attach empty_lo").map(drop)
 }
 
 fn attach_to_bind(ebpf: &mut Ebpf, method: BindMethod) -> Result<()> {

@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use aya::sys::{Stats, enable_stats};
+use serde_json::Value;
 
 use crate::{
     generate::{TrafficMade, self_connection},
@@ -25,35 +26,44 @@ const REFUSE: [&str; 2] = ["--guard", "refuse"];
 /// How long it may take until all namespaces are guarded. The daemon attaches at a bounded rate.
 const DEADLINE: Duration = Duration::from_secs(120);
 
-/// The name of the empty program on the egress of `lo`: see [`crate::empty`].
-pub(crate) const EMPTY: &str = "lo";
+/// The names of an empty program on the egress of `lo`, before and after the other programs there: see [`crate::empty`].
+pub(crate) const EMPTY_FIRST: &str = "lo-first";
+pub(crate) const EMPTY_LAST: &str = "lo-last";
 
 pub(crate) fn measure(measurement: &mut Measurement) -> Result<()> {
     let net = NetNamespace::new()?;
     match measurement.start(&REFUSE) {
-        Ok(daemon) => daemon.stop()?,
+        Ok(daemon) => {
+            let started: Value = serde_json::from_str(&daemon.first)?;
+            daemon.stop()?;
+            if started["guard"]["method"] == "tcx" {
+                packet(measurement, &net)?;
+            } else {
+                skip(measurement, "before Linux 6.6 there is no order of programs in which both take turns");
+            }
+        }
         Err(why) => {
-            measurement.samples.skipped.insert("guard.packet".to_owned(), format!("{why:#}"));
+            skip(measurement, &format!("{why:#}"));
             return Ok(());
         }
     }
-    packet(measurement, &net)?;
     loopback(measurement, &net)?;
     refusal(measurement, &net)?;
     drop(net);
     attach(measurement)
 }
 
+fn skip(measurement: &mut Measurement, why: &str) {
+    measurement.samples.skipped.insert("guard.packet".to_owned(), why.to_owned());
+}
+
 /// Run time of the program for a packet, measured by the kernel, and of an empty one on the same packets.
 fn packet(measurement: &mut Measurement, net: &NetNamespace) -> Result<()> {
     let _stats = enable_stats(Stats::RunTime).context("let the kernel measure BPF programs")?;
     for round in 0..measurement.rounds(20) {
-        let ours_first = round % 2 == 0;
-        let start = |ours: bool| match ours {
-            true => guarding(measurement, net),
-            false => TracerProcess::start(net.helper(&["empty", EMPTY])),
-        };
-        let tracers = [(ours_first, start(ours_first)?), (!ours_first, start(!ours_first)?)];
+        let empty = [EMPTY_FIRST, EMPTY_LAST][round % 2];
+        let daemon = guarding(measurement, net)?;
+        let tracers = [(true, daemon), (false, TracerProcess::start(net.helper(&["empty", empty]))?)];
         let before = tracers.iter().map(|(_, tracer)| programs::of_process(tracer.pid()));
         let before = before.collect::<Result<Vec<_>>>()?;
         make(net, &["round-trips", "--count", "20000", "--cpu", "1"])?;
@@ -99,8 +109,10 @@ fn loopback(measurement: &mut Measurement, net: &NetNamespace) -> Result<()> {
 /// A connect to itself that is refused, and one to a closed port, by the same kind of client under the same daemon.
 fn refusal(measurement: &mut Measurement, net: &NetNamespace) -> Result<()> {
     let daemon = guarding(measurement, net)?;
-    for _ in 0..measurement.rounds(40) {
-        for (kind, name) in [("prevented", "guard.refused.itself"), ("closed-port", "guard.refused.closed")] {
+    for round in 0..measurement.rounds(40) {
+        let mut kinds = [("prevented", "guard.refused.itself"), ("closed-port", "guard.refused.closed")];
+        kinds.rotate_left(round % 2);
+        for (kind, name) in kinds {
             let made = make(net, &[kind, "--count", "3000", "--cpu", "1"])?;
             ensure!(made.others == 0, "{kind}: {} connects had another result", made.others);
             measurement.sample(name, ns_each(made));
@@ -126,7 +138,9 @@ fn attach(measurement: &mut Measurement) -> Result<()> {
             let began = Instant::now();
             let daemon = measurement.start(&[&REFUSE[..], &["--metrics", &metrics.to_string()]].concat())?;
             // With that of this process.
-            while log::metric(metrics, "selfconn_guarded_namespaces")? <= count as u64 {
+            while log::metric(metrics, "selfconn_guarded_namespaces")? <= count as u64
+                || log::metric(metrics, "selfconn_unguarded_namespaces")? > 0
+            {
                 ensure!(began.elapsed() < DEADLINE, "{count} namespaces are not guarded");
                 thread::sleep(Duration::from_millis(5));
             }

@@ -25,6 +25,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use aya::programs::LinkOrder;
 use clap::{Parser, Subcommand};
 use selfconn::bpf::{attach::Method, bind_method::BindMethod};
 
@@ -74,7 +75,7 @@ enum CostHelper {
     Generate(generate::GenerateArgs),
     /// Hold this number of sockets
     Hold { count: usize },
-    /// Attach empty programs by these methods; bind-METHOD is one of bind(), lo one on the egress of lo
+    /// Attach empty programs by these methods; bind-METHOD is one of bind(), lo-first and lo-last on lo
     Empty { methods: Vec<String> },
 }
 
@@ -90,7 +91,9 @@ fn main() -> ExitCode {
             empty::run(
                 &Method::ALL.into_iter().filter(is_named).collect::<Vec<_>>(),
                 BindMethod::ALL.into_iter().find(is_bind_named),
-                methods.iter().any(|name| name == guard::EMPTY),
+                [(guard::EMPTY_FIRST, LinkOrder::first()), (guard::EMPTY_LAST, LinkOrder::last())]
+                    .into_iter()
+                    .find_map(|(named, order)| methods.iter().any(|name| name == named).then_some(order)),
             )
         }
         None => measure_and_report(&cli),

@@ -158,6 +158,16 @@ impl TracerProcess {
 
 impl Drop for TracerProcess {
     fn drop(&mut self) {
+        /// How long the end may take. A guard's filter on `lo` outlives a daemon that is killed.
+        const END_TIMEOUT: Duration = Duration::from_secs(2);
+        if self.child.try_wait().is_ok_and(|status| status.is_none()) {
+            let pid = rustix::process::Pid::from_child(&self.child);
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+            let until = Instant::now() + END_TIMEOUT;
+            while self.child.try_wait().is_ok_and(|status| status.is_none()) && Instant::now() < until {
+                thread::sleep(Duration::from_millis(2));
+            }
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

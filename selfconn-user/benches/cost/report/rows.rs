@@ -250,18 +250,22 @@ fn guard(builder: &mut RowBuilder<'_>) {
         ),
         ("throughput on loopback, to without guard", Ratio, ratio("guard.bulk.with", "guard.bulk.without")),
         (
-            "a connect to itself that is refused, to one to a closed port",
+            "a bound client that connects to itself and is refused, to one at a closed port",
             Ratio,
             ratio("guard.refused.itself", "guard.refused.closed"),
         ),
-        ("a connect to a closed port", Nanoseconds, samples.median("guard.refused.closed")),
         (
-            "start until 1 namespace and the host's are guarded",
+            "a bound client at a closed port, from socket() to close()",
+            Nanoseconds,
+            samples.median("guard.refused.closed"),
+        ),
+        (
+            "start until all of the host's and 1 more namespace are guarded",
             Milliseconds,
             samples.median("guard.attach.1"),
         ),
         (
-            "start until 200 namespaces and the host's are guarded",
+            "start until all of the host's and 200 more namespaces are guarded",
             Milliseconds,
             samples.median("guard.attach.200"),
         ),

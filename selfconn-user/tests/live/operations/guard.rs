@@ -269,21 +269,23 @@ fn a_vrf_device_is_guarded_and_one_made_later_after_the_next_walk() {
             net.add_device_address(net.add_vrf(name, table)?, ADDRESS);
             Ok(())
         };
-        if let Err(error) = add("before", 100) {
-            return println!("skipped: this kernel has no VRF: {error}");
+        match add("before", 100) {
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                return println!("skipped: this kernel has no VRF");
+            }
+            made => made.unwrap(),
         }
         assert!(!is_refused_in("before"), "{method}: without a daemon");
         let daemon = refusing(method, &[]);
         assert!(is_refused_in("before"), "{method}");
         add("later", 101).unwrap();
-        assert!(!is_refused_in("later"), "{method}: before the walk");
         wait_until(Duration::from_secs(60), "the new device is never guarded", || is_refused_in("later"));
         assert!(is_refused_in("before"), "{method}: as before");
         let (events, _) = daemon.stop();
         let prevented = events.iter().filter(|event| is_event("prevented", net.inode)(event));
         assert!(count_of(prevented) >= 3, "{method}");
         for device in ["before", "later"] {
-            assert!(!is_refused_in(device), "{method}: after the end");
+            wait_until(Duration::from_secs(5), "it is refused after the end", || !is_refused_in(device));
         }
     }
 }
