@@ -13,7 +13,7 @@ use core::arch::asm;
 use aya_ebpf::{
     Global,
     bindings::BPF_F_MMAPABLE,
-    helpers::generated::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns},
+    helpers::generated::{bpf_get_current_pid_tgid, bpf_get_smp_processor_id, bpf_ktime_get_boot_ns},
     macros::map,
     maps::Array,
 };
@@ -129,8 +129,11 @@ fn choose<M: KernelRead>(sock: Sock<M>) -> u64 {
     if find(set, sock.key()).is_some() {
         return choice::HAS_ROOM;
     }
-    if let Some(way) = find(set, 0) {
-        claim(set, way, sock.key());
+    // Each CPU begins at another entry, so that two of them rarely choose the same one in the same moment.
+    // SAFETY: the helper takes no arguments.
+    let first = unsafe { bpf_get_smp_processor_id() } as usize;
+    if let Some(way) = position(set, |way| set.socks[(way + first) & (WAYS - 1)] == 0) {
+        claim(set, (way + first) & (WAYS - 1), sock.key());
         return choice::HAS_ROOM;
     }
     if let Some(way) = reported(set) {
@@ -277,7 +280,7 @@ fn entry_of<M: KernelRead>(sock: Sock<M>) -> Option<(&'static mut ConnectSet, us
     Some((set, way))
 }
 
-/// Index of the entry of this socket. With 0: index of a free entry.
+/// Index of the entry of this socket.
 #[inline(always)]
 fn find(set: &ConnectSet, sock: u64) -> Option<usize> {
     position(set, |way| set.socks[way] == sock)
