@@ -22,7 +22,7 @@ use crate::support::{
     attacker::{Attacker, AttackerKind},
     cgroup::TestCgroup,
     client::{NOBODY, become_user, connect_to_self, socket},
-    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, promised, selfconn},
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, selfconn},
     devices::bind_device,
     guard::{count_of, dial, dial_itself, guard_methods, refusing, wait_until},
     helper_process::HelperProcess,
@@ -225,7 +225,7 @@ fn a_namespace_made_while_the_daemon_runs_is_guarded_at_its_first_connect_and_no
             become_user(USER);
             // The first one is how the daemon learns of the namespace.
             drop(connect_to_self(LOCALHOST));
-            wait_until(promised(Duration::from_secs(1)), "the namespace is never guarded", is_refused);
+            wait_until(Duration::from_secs(1), "the namespace is never guarded", is_refused);
             report.send((inner.inode, file)).unwrap();
             finished.recv().unwrap();
         });
@@ -318,7 +318,7 @@ fn two_thousand_namespaces_of_a_user_delay_nobody() {
         daemon.expect(1, |event| is_event("established", net.inode)(event) && event["port"] == port);
         let took = began.elapsed();
         println!("FACT event_after_ms={}", took.as_millis());
-        assert!(took < promised(Duration::from_millis(250)), "round {round}: {took:?}");
+        assert!(took < Duration::from_millis(250), "round {round}: {took:?}");
         drop(connection);
         // Its new namespace is guarded within a second of the first connect there.
         let took = thread::spawn(|| {
@@ -326,7 +326,7 @@ fn two_thousand_namespaces_of_a_user_delay_nobody() {
             become_user(USER);
             drop(connect_to_self(LOCALHOST));
             let began = Instant::now();
-            wait_until(promised(Duration::from_secs(1)), "the namespace is never guarded", is_refused);
+            wait_until(Duration::from_secs(1), "the namespace is never guarded", is_refused);
             began.elapsed()
         });
         println!("FACT guarded_after_ms={}", took.join().unwrap().as_millis());
@@ -334,7 +334,7 @@ fn two_thousand_namespaces_of_a_user_delay_nobody() {
     let mut durations = change_durations(net, 50);
     durations.sort_unstable();
     println!("FACT change_ms median={} maximum={}", durations[25].as_millis(), durations[49].as_millis());
-    assert!(durations[44] < promised(Duration::from_millis(50)), "{durations:?}");
+    assert!(durations[44] < Duration::from_millis(50), "{durations:?}");
     daemon.stop();
     drop(attacker);
 }

@@ -42,19 +42,10 @@ pub(crate) fn selfconn() -> PathBuf {
     std::env::var_os("SELFCONN_BIN").map_or_else(|| env!("CARGO_BIN_EXE_selfconn").into(), PathBuf::from)
 }
 
-/// `SELFCONN_SCALE`: how much less an emulated kernel has to do, because it is slow.
-fn scale() -> usize {
-    std::env::var("SELFCONN_SCALE").ok().and_then(|scale| scale.parse().ok()).unwrap_or(1)
-}
-
-/// Divides a count by the scale.
+/// Divides a count by `SELFCONN_SCALE`, because emulated kernels are slow.
 pub(crate) fn scaled(count: usize) -> usize {
-    (count / scale()).max(1)
-}
-
-/// A promise about time. Only a real processor can keep it: an emulated one has four times as long.
-pub(crate) fn promised(limit: Duration) -> Duration {
-    if scale() == 1 { limit } else { 4 * limit }
+    let scale = std::env::var("SELFCONN_SCALE").ok().and_then(|scale| scale.parse().ok()).unwrap_or(1);
+    (count / scale).max(1)
 }
 
 /// Options that force one way to attach that this kernel supports. No options: the default.
