@@ -125,7 +125,6 @@ mod choice {
 #[inline(never)]
 fn choose<M: KernelRead>(sock: Sock<M>) -> u64 {
     let Some(set) = set_of(sock) else { return choice::NO_ROOM };
-    let socks = socks_of(set);
     if find(set, sock.key()).is_some() {
         return choice::HAS_ROOM;
     }
@@ -136,6 +135,8 @@ fn choose<M: KernelRead>(sock: Sock<M>) -> u64 {
         claim(set, (way + first) & (WAYS - 1), sock.key());
         return choice::HAS_ROOM;
     }
+    // Before the choice, so that it is a choice from these.
+    let socks = socks_of(set);
     if let Some(way) = reported(set) {
         return socks | choice::IS_ENTRY | way as u64;
     }
