@@ -141,18 +141,26 @@ impl TracerProcess {
 
     /// Ends it by SIGTERM, and waits.
     pub(crate) fn stop(mut self) -> Result<()> {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
-        let until = Instant::now() + if self.is_peer { Duration::from_secs(5) } else { DEADLINE };
+        let has_ended = self.terminate(if self.is_peer { Duration::from_secs(5) } else { DEADLINE })?;
+        // bpftrace 0.17 sometimes does not end. The drop kills it.
+        ensure!(has_ended || self.is_peer, "it does not end");
+        Ok(())
+    }
+
+    /// Sends SIGTERM, and waits at most this long for the end. True: it has ended.
+    fn terminate(&mut self, timeout: Duration) -> Result<bool> {
+        let until = Instant::now() + timeout;
+        if self.child.try_wait()?.is_none() {
+            let pid = rustix::process::Pid::from_child(&self.child);
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        }
         while self.child.try_wait()?.is_none() {
             if Instant::now() > until {
-                // bpftrace 0.17 sometimes does not end. The drop kills it.
-                ensure!(self.is_peer, "it does not end");
-                break;
+                return Ok(false);
             }
             thread::sleep(Duration::from_millis(2));
         }
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -160,14 +168,7 @@ impl Drop for TracerProcess {
     fn drop(&mut self) {
         /// How long the end may take. A guard's filter on `lo` outlives a daemon that is killed.
         const END_TIMEOUT: Duration = Duration::from_secs(2);
-        if self.child.try_wait().is_ok_and(|status| status.is_none()) {
-            let pid = rustix::process::Pid::from_child(&self.child);
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-            let until = Instant::now() + END_TIMEOUT;
-            while self.child.try_wait().is_ok_and(|status| status.is_none()) && Instant::now() < until {
-                thread::sleep(Duration::from_millis(2));
-            }
-        }
+        let _ = self.terminate(END_TIMEOUT);
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

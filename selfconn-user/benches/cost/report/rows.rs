@@ -239,20 +239,27 @@ fn guard(builder: &mut RowBuilder<'_>) {
     if samples.skipped.contains_key("guard.packet") {
         builder.row("a packet on lo, to an empty program", Ratio, NoTarget, None);
     }
-    let ratio = |above: &str, below: &str| samples.ratio(above, below);
     for (what, unit, estimate) in [
-        ("a packet on lo, to an empty program", Ratio, ratio("guard.packet.ours", "guard.packet.empty")),
+        (
+            "a packet on lo, to an empty program",
+            Ratio,
+            samples.ratio("guard.packet.ours", "guard.packet.empty"),
+        ),
         ("a packet on lo: an empty program", Nanoseconds, samples.median("guard.packet.empty")),
         (
             "round trips on loopback, to without guard",
             Ratio,
-            ratio("guard.round-trips.with", "guard.round-trips.without"),
+            samples.ratio("guard.round-trips.with", "guard.round-trips.without"),
         ),
-        ("throughput on loopback, to without guard", Ratio, ratio("guard.bulk.with", "guard.bulk.without")),
+        (
+            "throughput on loopback, to without guard",
+            Ratio,
+            samples.ratio("guard.bulk.with", "guard.bulk.without"),
+        ),
         (
             "a bound client that connects to itself and is refused, to one at a closed port",
             Ratio,
-            ratio("guard.refused.itself", "guard.refused.closed"),
+            samples.ratio("guard.refused.itself", "guard.refused.closed"),
         ),
         (
             "a bound client at a closed port, from socket() to close()",
