@@ -66,15 +66,42 @@ pub(crate) fn install(names: &[&str]) -> Result<()> {
     })
 }
 
-/// Downloads a package and unpacks it into this directory, without installing it: an installation may start a
+/// This package and those of its dependencies that are not installed.
+pub(crate) fn missing_with_dependencies(name: &str) -> Result<Vec<String>> {
+    let simulate = || {
+        let arguments = ["--simulate", "--no-install-recommends", "install", name];
+        run::output(environment::plain("apt-get").args(arguments))
+    };
+    let simulated = simulate().or_else(|error| {
+        if !may_install() {
+            return Err(error.context("run: sudo apt-get update"));
+        }
+        update();
+        simulate()
+    })?;
+    Ok(to_be_installed(&simulated))
+}
+
+/// The packages in the output of a simulated installation.
+fn to_be_installed(simulated: &str) -> Vec<String> {
+    let names = simulated.lines().filter_map(|line| line.strip_prefix("Inst ")?.split_whitespace().next());
+    names.map(str::to_owned).collect()
+}
+
+/// The folder of libraries in a `lib` of an unpacked package.
+pub(crate) fn libraries_in(lib: &Path) -> PathBuf {
+    lib.join(format!("{}-linux-gnu", env::consts::ARCH))
+}
+
+/// Downloads packages and unpacks them into this directory, without installing them: an installation may start a
 /// service or conflict with another package.
-pub(crate) fn unpack(name: &str, directory: &Path) -> Result<()> {
+pub(crate) fn unpack(names: &[&str], directory: &Path) -> Result<()> {
     fs::create_dir_all(directory).with_context(|| format!("create {}", directory.display()))?;
     let fetch = || {
         let mut download = environment::plain("apt-get");
         // As root, apt would download as another user, who can't write here.
-        download.args(["--option", "APT::Sandbox::User=root", "download", name]).current_dir(directory);
-        run::step(&format!("fetching {name}"), &mut download)
+        download.args(["--option", "APT::Sandbox::User=root", "download"]).args(names);
+        run::step(&format!("fetching {}", names.join(" ")), download.current_dir(directory))
     };
     fetch().or_else(|error| {
         if !may_install() {
@@ -112,4 +139,19 @@ fn apt_get(arguments: &[&str]) -> Command {
         }
     }
     command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_installation_would_remove_is_not_fetched() {
+        let simulated = "The following packages will be REMOVED:\n  qemu-utils\n\
+                         Remv qemu-utils [1:10.0.2]\n\
+                         Inst libslirp0 (4.7.0-1 Debian:12.15/oldstable [amd64])\n\
+                         Inst qemu-system-x86 (1:7.2 Debian:12.15/oldstable [amd64])\n\
+                         Conf libslirp0 (4.7.0-1 Debian:12.15/oldstable [amd64])\n";
+        assert_eq!(to_be_installed(simulated), ["libslirp0", "qemu-system-x86"]);
+    }
 }

@@ -23,7 +23,7 @@ impl Prometheus {
         let bin = directory.join("usr/bin");
         let tools = Self { promtool: bin.join("promtool"), server: bin.join("prometheus") };
         if !tools.server.is_file() {
-            packages::unpack("prometheus", &directory)?;
+            packages::unpack(&["prometheus"], &directory)?;
         }
         Ok(tools)
     }

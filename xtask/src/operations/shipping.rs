@@ -40,9 +40,7 @@ impl Shipping {
         packages::install_programs(&[("psql", "postgresql-client"), ("/usr/lib/postgresql", "postgresql")])?;
         let root = workspace.target.join("operations/shipping");
         if !root.join("usr/bin/kcat").is_file() {
-            for package in PACKAGES {
-                packages::unpack(package, &root)?;
-            }
+            packages::unpack(&PACKAGES, &root)?;
         }
         Ok(Self { root })
     }
@@ -56,7 +54,7 @@ impl Shipping {
 
     /// The folder of libraries, whose name has the machine's.
     fn libraries(&self) -> PathBuf {
-        self.root.join(format!("usr/lib/{}-linux-gnu", std::env::consts::ARCH))
+        packages::libraries_in(&self.root.join("usr/lib"))
     }
 
     pub(super) fn to_postgresql(&self, workspace: &Workspace) -> Result<String> {

@@ -8,6 +8,7 @@ use super::{
     PROGRAMS, binaries,
     boot::{Boot, Ending},
     directory,
+    emulator::Emulator,
     guest::{self, GuestRun},
     stock::KernelStock,
 };
@@ -26,6 +27,7 @@ const DEADLINE: Duration = Duration::from_secs(900);
 /// Measures these groups. Returns the file with the samples.
 pub(crate) fn measure(workspace: &Workspace, groups: &[&str]) -> Result<PathBuf> {
     packages::install_programs(&PROGRAMS)?;
+    let emulator = Emulator::find_or_fetch(workspace)?;
     let stock = KernelStock::get_all(&[KERNEL.to_owned()], &directory(workspace))?;
     let kernel = stock.kernels.first().context("no kernel")?;
     let [daemon, cost] =
@@ -43,6 +45,7 @@ pub(crate) fn measure(workspace: &Workspace, groups: &[&str]) -> Result<PathBuf>
     guest::initramfs(&initramfs, &busybox, kernel, &[&daemon, &cost], &[run], DEADLINE.as_secs())?;
     say(format!("measuring on {} in a virtual machine", kernel.version));
     let boot = Boot {
+        emulator: &emulator,
         kernel,
         initramfs: &initramfs,
         kernel_args: &[],

@@ -11,10 +11,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
-use super::kernel::Kernel;
-
-/// The emulator.
-pub(super) const QEMU: &str = "qemu-system-x86_64";
+use super::{emulator::Emulator, kernel::Kernel};
 
 /// Lines that begin with this are the guest's own (`init.sh`, `service/guest.sh`); the others are printed by
 /// tests.
@@ -33,6 +30,7 @@ const GRACE: Duration = Duration::from_secs(30);
 /// A machine.
 #[derive(Debug)]
 pub(super) struct Boot<'a> {
+    pub(super) emulator: &'a Emulator,
     pub(super) kernel: &'a Kernel,
     pub(super) initramfs: &'a Path,
     /// Added to the kernel's command line.
@@ -85,7 +83,7 @@ impl Boot<'_> {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .with_context(|| format!("start {QEMU}"))?;
+            .context("start QEMU")?;
         let status = loop {
             if let Some(status) = qemu.try_wait().context("wait for the machine")? {
                 break Some(status);
@@ -116,7 +114,7 @@ impl Boot<'_> {
 
     fn command(&self, output: &Path, console: &Path) -> Command {
         let emulation = self.kernel.emulation();
-        let mut command = Command::new(QEMU);
+        let mut command = self.emulator.command();
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         command.arg("-m").arg(self.memory_mib.to_string());
         command.args(["-accel", "tcg,thread=multi", "-cpu", emulation.cpu, "-smp", &self.cpus.to_string()]);

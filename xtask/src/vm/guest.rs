@@ -49,7 +49,7 @@ pub(super) fn busybox(workspace: &Workspace) -> Result<PathBuf> {
     let directory = workspace.target.join("vm/busybox");
     let find = || ["bin/busybox", "usr/bin/busybox"].map(|path| directory.join(path)).into_iter();
     if !find().any(|path| path.exists()) {
-        packages::unpack("busybox-static", &directory)?;
+        packages::unpack(&["busybox-static"], &directory)?;
     }
     find().find(|path| path.exists()).context("no busybox in the package busybox-static")
 }

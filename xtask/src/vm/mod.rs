@@ -6,6 +6,7 @@ use std::{path::PathBuf, time::Instant};
 use anyhow::{Context as _, Result};
 
 use self::{
+    emulator::Emulator,
     kernel::Kernel,
     report::VmReport,
     rows::RowRunner,
@@ -22,6 +23,7 @@ mod apt;
 mod bench;
 mod binaries;
 mod boot;
+mod emulator;
 mod facts;
 mod guest;
 mod kernel;
@@ -72,8 +74,7 @@ fn assignment(text: &str) -> Result<(String, String)> {
 }
 
 /// Programs (and the file of a keyring), and their packages.
-const PROGRAMS: [(&str, &str); 7] = [
-    (boot::QEMU, "qemu-system-x86"),
+const PROGRAMS: [(&str, &str); 6] = [
     ("apt-get", "apt"),
     ("dpkg-deb", "dpkg"),
     ("xz", "xz-utils"),
@@ -86,6 +87,7 @@ const PROGRAMS: [(&str, &str); 7] = [
 pub(crate) fn run(args: &VmArgs, workspace: &Workspace) -> Result<()> {
     let start = Instant::now();
     packages::install_programs(&PROGRAMS)?;
+    Emulator::find_or_fetch(workspace)?;
     let stock = KernelStock::get_all(&args.kernel, &directory(workspace))?;
     let variants = variant::named(&args.variant);
     let rows: Vec<_> = variants
@@ -120,9 +122,12 @@ pub(crate) fn run_subset(workspace: &Workspace) -> Result<Vec<String>> {
         test_args: Vec::new(),
     };
     // If packages or kernels can't be had, the tested code is not at fault.
-    if let Err(error) =
-        packages::install_programs(&PROGRAMS).and_then(|()| guest::busybox(workspace).map(drop))
-    {
+    let install = || {
+        packages::install_programs(&PROGRAMS)?;
+        Emulator::find_or_fetch(workspace)?;
+        guest::busybox(workspace)
+    };
+    if let Err(error) = install() {
         return Ok(vec![format!("{error:#}")]);
     }
     let stock = KernelStock::get_available(&args.kernel, &directory(workspace));

@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::{
     VmArgs, binaries,
     boot::{Boot, BootResult, warnings_in},
+    emulator::Emulator,
     facts,
     guest::{self, GuestRun},
     kernel::Kernel,
@@ -42,6 +43,7 @@ const DAEMON: &str = "/bin/selfconn";
 pub(super) struct RowRunner<'a> {
     args: &'a VmArgs,
     logs: PathBuf,
+    emulator: Emulator,
     busybox: PathBuf,
     programs: [PathBuf; 2],
 }
@@ -53,7 +55,8 @@ impl<'a> RowRunner<'a> {
         fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))?;
         let programs =
             binaries::build(workspace, &["test", "--no-run", "--test", "live"], ["selfconn", "live"])?;
-        Ok(Self { args, logs, busybox: guest::busybox(workspace)?, programs })
+        let (emulator, busybox) = (Emulator::find_or_fetch(workspace)?, guest::busybox(workspace)?);
+        Ok(Self { args, logs, emulator, busybox, programs })
     }
 
     /// Runs the rows, some at a time, and returns the results in their order.
@@ -91,6 +94,7 @@ impl<'a> RowRunner<'a> {
         let runs = self.runs(kernel, variant);
         guest::initramfs(&initramfs, &self.busybox, kernel, &[daemon, tests], &runs, self.args.deadline)?;
         let boot = Boot {
+            emulator: &self.emulator,
             kernel,
             initramfs: &initramfs,
             kernel_args: variant.kernel_args,

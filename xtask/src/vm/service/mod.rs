@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::{
     PROGRAMS,
     boot::{Boot, Ending},
+    emulator::Emulator,
     guest,
     rows::last_lines,
     stock::KernelStock,
@@ -64,6 +65,7 @@ exec chroot . /lib/systemd/systemd
 pub(crate) fn run(args: &ServiceArgs, workspace: &Workspace) -> Result<()> {
     let start = Instant::now();
     packages::install_programs(&[&PROGRAMS[..], &[("mmdebstrap", "mmdebstrap")]].concat())?;
+    let emulator = Emulator::find_or_fetch(workspace)?;
     let directory = workspace.target.join("service");
     fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))?;
     let stock = KernelStock::get_all(std::slice::from_ref(&args.kernel), &super::directory(workspace))?;
@@ -94,6 +96,7 @@ pub(crate) fn run(args: &ServiceArgs, workspace: &Workspace) -> Result<()> {
     say(format!("booting a Debian system with kernel {} in memory", kernel.version));
     let (log, console) = (directory.join("log"), directory.join("console.log"));
     let boot = Boot {
+        emulator: &emulator,
         kernel,
         initramfs: &initramfs,
         kernel_args: &KERNEL_ARGS,
