@@ -2,9 +2,9 @@
 //! nothing is locked. Each part holds its state, and the loop calls it; no part knows the daemon. Work that
 //! blocks or changes the network namespace runs on worker threads, which own no state of the daemon.
 
-use std::{collections::HashSet, io, time::Duration};
+use std::{io, time::Duration};
 
-use selfconn_ebpf::{ABSENT, Endpoint, Field, Record, bind_failure::BindFailure, guard::GuardRecord};
+use selfconn_ebpf::{ABSENT, Field, Record, bind_failure::BindFailure, guard::GuardRecord};
 use tokio::time::{Instant, sleep};
 
 use crate::{
@@ -20,10 +20,10 @@ use crate::{
     lookup::Lookups,
     metrics::MetricsSnapshot,
     output::Outputs,
-    sockets::{Cookie, SocketEntry, SocketSnapshot},
+    sockets::{Cookie, SocketSnapshot},
     system::{
         cgroup::WatchedGroup,
-        clock::{self, Offset, sleep_until_some},
+        clock::{Offset, sleep_until_some},
         memory,
     },
 };
@@ -31,14 +31,14 @@ use blocked::BlockedReports;
 use catch_up::{AfterRecords, CatchUp};
 use guarding::GuardMonitor;
 use losses::LossReporter;
-use pipeline::{Pipeline, Reported};
-use port_ranges::PortRangeResponse;
+use pipeline::Pipeline;
 use port_risk::PortRiskMonitor;
 use remediation::Remediation;
 use remedy_worker::SocketResponse;
+use reporting::{Reported, Reporting};
 use self_test::SelfTest;
 use signals::{SignalAction, Signals};
-use snapshot_worker::SnapshotWorker;
+use snapshots::Snapshots;
 use supervision::Supervision;
 
 mod blocked;
@@ -47,13 +47,17 @@ mod guarding;
 mod losses;
 mod pending;
 mod pipeline;
+mod port_conflicts;
 mod port_ranges;
 mod port_risk;
+mod prevented;
 mod remediation;
 mod remedy_worker;
+mod reporting;
 pub mod self_test;
 mod signals;
 mod snapshot_worker;
+mod snapshots;
 mod started;
 pub mod supervision;
 
@@ -102,20 +106,13 @@ pub struct DaemonOptions {
 /// The state of the event loop.
 pub struct Daemon {
     tracer: Tracer,
-    snapshot_worker: SnapshotWorker,
+    snapshots: Snapshots,
     port_risks: PortRiskMonitor,
     supervision: Supervision,
     pipeline: Pipeline,
     self_test: SelfTest,
     guard: GuardMonitor,
     loss_reporter: LossReporter,
-    snapshot_interval: Duration,
-    /// True if the probes can read a socket's network namespace.
-    knows_netns: bool,
-    /// True if the socket table has been read in this run.
-    has_snapshot: bool,
-    /// When the next snapshot is due. `None`: one is in progress.
-    next_snapshot_at: Option<Instant>,
     /// What waits until every record from before it is applied.
     catch_up: CatchUp<AfterRecords>,
     /// Records that were still in the ring buffer at the end of the run.
@@ -150,28 +147,19 @@ impl Daemon {
         let remediation = Remediation::start(options.remedy)?;
         let iterators = tracer.take_iterators();
         let blocked = BlockedReports::start(iterators.descriptors.clone())?;
-        let snapshot_worker = snapshot_worker::start(iterators)?;
+        let knows_netns = host.offsets[Field::NetnsInum as usize] != ABSENT;
+        let snapshots = Snapshots::start(iterators, options.snapshot_interval, knows_netns)?;
+        let reported = Reported { states: options.states, group: options.only_group };
+        let reporting = Reporting::new(lookups, reported, out);
         Ok(Self {
             tracer,
-            snapshot_worker,
+            snapshots,
             port_risks: PortRiskMonitor::start(host.shows_idle_sockets)?,
             supervision,
-            pipeline: Pipeline::new(
-                probe_count,
-                lookups,
-                Reported { states: options.states, group: options.only_group },
-                options.guard_mode,
-                remediation,
-                blocked,
-                out,
-            ),
+            pipeline: Pipeline::new(probe_count, reporting, options.guard_mode, remediation, blocked),
             self_test: options.self_test,
             guard: GuardMonitor::new(options.guard_mode, guard_thread),
             loss_reporter: LossReporter::default(),
-            snapshot_interval: options.snapshot_interval,
-            knows_netns: host.offsets[Field::NetnsInum as usize] != ABSENT,
-            has_snapshot: false,
-            next_snapshot_at: None,
             catch_up: CatchUp::default(),
             unread: 0,
             pending_bind_failures: Vec::new(),
@@ -185,13 +173,13 @@ impl Daemon {
     /// # Errors
     /// If signals or the ring buffer can't be waited for.
     pub async fn run(mut self) -> io::Result<Option<HooksDead>> {
-        let mut signals = Signals::install(self.pipeline.out.can_reopen())?;
-        let mut is_stdout_open = self.pipeline.out.flush().is_ok();
+        let mut signals = Signals::install(self.pipeline.reporting.out.can_reopen())?;
+        let mut is_stdout_open = self.pipeline.reporting.out.flush().is_ok();
         self.supervision.ready(self.tracer.methods());
         let (mut has_more, mut remedied_at) = (false, Instant::now());
         // The first snapshot finds the self-connections that exist already. The hooks are attached, so no
         // later one is missed.
-        self.request_snapshot();
+        self.snapshots.request(&self.tracer, &mut self.pipeline);
         let mut hooks_dead = None;
         while is_stdout_open && hooks_dead.is_none() {
             let wake_at = self.next_wake();
@@ -202,7 +190,7 @@ impl Daemon {
                     SignalAction::Stop => break,
                     SignalAction::ReopenLog => {
                         self.supervision.reloading();
-                        if self.pipeline.out.reopen().is_err() {
+                        if self.pipeline.reporting.out.reopen().is_err() {
                             break;
                         }
                         self.supervision.ready(self.tracer.methods());
@@ -212,20 +200,20 @@ impl Daemon {
                     // An error means that the client is gone. It can be ignored.
                     let _ = request.send(self.collect_metrics());
                 }
-                () = self.snapshot_worker.ready() => {}
+                () = self.snapshots.ready() => {}
                 () = self.port_risks.ready() => {}
                 () = self.guard.ready() => {}
                 () = self.pipeline.remediation.ready() => {}
-                () = self.pipeline.lookups.ready() => {}
-                () = self.pipeline.blocked.ready() => {}
+                () = self.pipeline.reporting.lookups.ready() => {}
+                () = self.pipeline.conflicts.reports.ready() => {}
                 readable = self.tracer.readable() => readable?,
                 // The pending events are written below.
-                () = self.pipeline.out.ready() => {}
+                () = self.pipeline.reporting.out.ready() => {}
                 () = sleep_until_some(wake_at) => {}
                 // The runtime looks for signals, and for what else is readable, only while this task waits.
                 () = tokio::task::yield_now(), if has_more => {}
             }
-            let is_held_back = self.pipeline.out.holds_back_records();
+            let is_held_back = self.pipeline.reporting.out.holds_back_records();
             let drained = if is_held_back { 0 } else { self.drain_batch() };
             let has_more_guarded = !is_held_back && self.drain_guard() == MAX_BATCH;
             if self.pipeline.serve_lookups() || drained > 0 {
@@ -237,17 +225,17 @@ impl Daemon {
             // A connection may be closed by a record that is not drained yet. A flood must not stop the remedy.
             if drained < MAX_BATCH || remedied_at.elapsed() > RECORD_TIMEOUT {
                 remedied_at = Instant::now();
-                let Pipeline { remediation, out, .. } = &mut self.pipeline;
-                remediation.start_due_steps(out);
+                let Pipeline { remediation, reporting, .. } = &mut self.pipeline;
+                remediation.start_due_steps(&mut reporting.out);
             }
-            is_stdout_open = self.pipeline.out.make_room().await.is_ok();
+            is_stdout_open = self.pipeline.reporting.out.make_room().await.is_ok();
             // A filling stdout wakes the loop.
-            let can_emit = self.pipeline.has_backlog() && !self.pipeline.out.is_filling();
+            let can_emit = self.pipeline.has_backlog() && !self.pipeline.reporting.out.is_filling();
             has_more = drained == MAX_BATCH || has_more_guarded || is_held_back || can_emit;
         }
         self.supervision.stopping();
-        let Pipeline { remediation, out, .. } = &mut self.pipeline;
-        remediation.finish(out).await;
+        let Pipeline { remediation, reporting, .. } = &mut self.pipeline;
+        remediation.finish(&mut reporting.out).await;
         self.guard.stop().await;
         // Events from before the signal are still reported. From here on nothing is observed.
         self.tracer.detach();
@@ -255,7 +243,7 @@ impl Daemon {
         self.emit_due_preventions(true);
         self.pipeline.emit_all_pending().await;
         let (losses, open) = (self.losses(), self.pipeline.connections.iter().count());
-        self.pipeline.out.stop(losses, open as u64, program_counters).await;
+        self.pipeline.reporting.out.stop(losses, open as u64, program_counters).await;
         Ok(hooks_dead)
     }
 
@@ -263,12 +251,12 @@ impl Daemon {
     fn next_wake(&self) -> Option<Instant> {
         let times = [
             self.pipeline.remediation.next_at(),
-            self.pipeline.blocked.next_at(),
+            self.pipeline.conflicts.reports.next_at(),
             self.port_risks.next_at(),
             self.guard.next_at(),
             self.self_test.next_at(),
             self.loss_reporter.next_at(),
-            self.next_snapshot_at,
+            self.snapshots.next_at(),
             (!self.catch_up.is_empty()).then(|| Instant::now() + RECORD_POLL_INTERVAL),
             self.pipeline.has_backlog().then(|| Instant::now() + BACKLOG_POLL_INTERVAL),
         ];
@@ -278,7 +266,7 @@ impl Daemon {
     /// Takes the responses of the workers that are there.
     fn serve_workers(&mut self) {
         self.pipeline.serve_blocked();
-        if let Some(snapshot) = self.snapshot_worker.try_response() {
+        if let Some(snapshot) = self.snapshots.try_take() {
             self.wait_for_records(AfterRecords::Reconcile(Box::new(snapshot)));
         }
         match self.pipeline.remediation.try_response() {
@@ -286,20 +274,21 @@ impl Daemon {
                 self.wait_for_records(AfterRecords::LookedUp(number, cookie_result));
             }
             Some(SocketResponse::Destroyed(number, began_ns, outcome)) => {
-                let Pipeline { remediation, out, .. } = &mut self.pipeline;
-                remediation.on_destroyed(number, began_ns, outcome, out);
+                let Pipeline { remediation, reporting, .. } = &mut self.pipeline;
+                remediation.on_destroyed(number, began_ns, outcome, &mut reporting.out);
             }
             None => {}
         }
         while let Some(report) = self.guard.try_report() {
             for unguarded in report.unguarded {
                 let event = Unguarded { netns: unguarded.id.inode, why: unguarded.why };
-                self.pipeline.out.emit(EventKind::Unguarded(event));
+                self.pipeline.reporting.out.emit(EventKind::Unguarded(event));
             }
         }
-        if let Some(response) = self.port_risks.try_response() {
-            self.evaluate_port_risks(&response);
-        }
+        let Self { tracer, pipeline, port_risks, guard, .. } = self;
+        let Pipeline { connections, reporting, .. } = pipeline;
+        let guard_in = |netns| guard.mode_in(netns);
+        port_risks.serve_response(tracer.refused_counts(), connections, guard_in, reporting);
     }
 
     /// Keeps `then` until every record that is matched by now is applied.
@@ -313,14 +302,11 @@ impl Daemon {
     fn serve_caught_up(&mut self, is_ring_empty: bool) -> Option<HooksDead> {
         while let Some(then) = self.catch_up.next(self.tracer.delivered(), is_ring_empty, Instant::now()) {
             match then {
-                AfterRecords::Reconcile(snapshot) => {
-                    self.reconcile(*snapshot);
-                    self.next_snapshot_at = Some(Instant::now() + self.snapshot_interval);
-                }
+                AfterRecords::Reconcile(snapshot) => self.apply_snapshot(*snapshot),
                 AfterRecords::LookedUp(number, cookie_result) => self.on_looked_up(number, cookie_result),
                 AfterRecords::EvaluateSelfTest => {
                     if let Some(dead) = self.self_test.evaluate(self.tracer.counters()) {
-                        self.loss_reporter.report_dead_hooks(&dead, &mut self.pipeline.out);
+                        self.loss_reporter.report_dead_hooks(&dead, &mut self.pipeline.reporting.out);
                         return Some(HooksDead(dead));
                     }
                 }
@@ -330,15 +316,15 @@ impl Daemon {
     }
 
     fn on_looked_up(&mut self, number: u64, cookie_result: Result<Option<Cookie>, String>) {
-        let Pipeline { remediation, out, .. } = &mut self.pipeline;
-        remediation.on_looked_up(number, cookie_result, out);
+        let Pipeline { remediation, reporting, .. } = &mut self.pipeline;
+        remediation.on_looked_up(number, cookie_result, &mut reporting.out);
     }
 
     /// Does what is due.
     fn serve_timers(&mut self) {
         let now = Instant::now();
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
-        self.check_port_risks();
+        self.port_risks.check_due_ports(&mut self.tracer, &mut self.pipeline.reporting);
         self.self_test.begin_if_due(|| self.tracer.counters());
         if self.self_test.can_evaluate()
             && !self.catch_up.has(|then| matches!(then, AfterRecords::EvaluateSelfTest))
@@ -348,13 +334,12 @@ impl Daemon {
         if is_due(self.guard.next_at()) {
             self.emit_due_preventions(false);
         }
-        if is_due(self.next_snapshot_at) {
-            self.next_snapshot_at = None;
-            self.request_snapshot();
+        if is_due(self.snapshots.next_at()) {
+            self.snapshots.request(&self.tracer, &mut self.pipeline);
         }
         if is_due(self.loss_reporter.next_at()) {
             self.report_losses();
-            self.loss_reporter.reschedule(&self.pipeline.out);
+            self.loss_reporter.reschedule(&self.pipeline.reporting.out);
         }
     }
 
@@ -365,8 +350,8 @@ impl Daemon {
         let mut worked = Duration::ZERO;
         loop {
             // A closed stdout is detected at the next flush.
-            let _ = self.pipeline.out.make_room().await;
-            if self.pipeline.out.holds_back_records() {
+            let _ = self.pipeline.reporting.out.make_room().await;
+            if self.pipeline.reporting.out.holds_back_records() {
                 continue;
             }
             let began = Instant::now();
@@ -451,119 +436,31 @@ impl Daemon {
         records.len()
     }
 
-    /// Checks the ports with many refused connects, if a check is due.
-    fn check_port_risks(&mut self) {
-        let now_ns = clock::boot_ns();
-        let mut events = Vec::new();
-        let counts = self.tracer.refused_counts();
-        if !self.port_risks.check_due_ports(counts, now_ns, |event| events.push(event)) {
-            return;
-        }
-        self.tracer.update_watched_ports(self.port_risks.tracked());
-        for event in events {
-            self.pipeline.on_port_risk(event, now_ns);
-        }
-    }
-
-    /// Evaluates the ports at risk with the port ranges that the worker has read.
-    fn evaluate_port_risks(&mut self, response: &PortRangeResponse) {
-        let Self { tracer, pipeline, port_risks, guard, .. } = self;
-        let now_ns = clock::boot_ns();
-        // A connect of either family can have this destination.
-        let is_taken = |endpoint: &Endpoint| {
-            let key = endpoint.table_key();
-            pipeline.connections.iter().any(|connection| connection.endpoint.table_key() == key)
-        };
-        let mut events = Vec::new();
-        let guard_in = |netns| guard.mode_in(netns);
-        let report = |event| events.push(event);
-        port_risks.evaluate(response, tracer.refused_counts(), is_taken, guard_in, now_ns, report);
-        for event in events {
-            pipeline.on_port_risk(event, now_ns);
-        }
-    }
-
-    /// Ends the ports at risk, and removes the counts, of the namespaces that have ended.
-    fn end_port_risks(&mut self, snapshot: &SocketSnapshot) {
-        let has_ended = |destination: &Endpoint, last_ns| {
-            last_ns < snapshot.began_ns && snapshot.proves_end_of_netns(destination)
-        };
-        let mut events = Vec::new();
-        self.port_risks.remove_ended(self.tracer.refused_counts(), has_ended, |event| events.push(event));
-        for event in events {
-            self.pipeline.on_port_risk(event, clock::boot_ns());
-        }
-    }
-
-    /// Requests a snapshot of the socket table from the worker.
-    fn request_snapshot(&mut self) {
-        self.pipeline.connections.begin_snapshot();
-        let netns_hints =
-            if self.pipeline.lookups.can_look_up() { self.opener_threads() } else { Vec::new() };
-        self.snapshot_worker.send(netns_hints);
-    }
-
-    /// Thread ids of the openers in the connect table. Such a thread may be in a namespace that no process is
-    /// in.
-    fn opener_threads(&self) -> Vec<u32> {
-        let entries = self.tracer.connect_entries().unwrap_or_default();
-        let threads: HashSet<u32> = entries.iter().map(|(_, entry)| entry.opener.task.tid).collect();
-        threads.into_iter().collect()
-    }
-
-    /// Reconciles the tracked connections with a snapshot of the socket table. All records from before the
-    /// snapshot must have been drained.
-    fn reconcile(&mut self, mut snapshot: SocketSnapshot) {
-        let entries = self.tracer.connect_entries().unwrap_or_else(|error| {
-            log::error!("the connect table can't be read: {error:#}");
-            Vec::new()
-        });
-        snapshot.add_connect_entries(&entries, self.knows_netns);
-        let stale_connects = snapshot.stale_connects(&entries);
-        // A self-test in progress is listed, too.
-        let is_self_test = |entry: &SocketEntry| {
-            entry.cookie.is_some_and(|cookie| self.self_test.is_self_test_socket(cookie))
-        };
-        snapshot.entries.retain(|entry| !is_self_test(entry));
-        let missed = self.pipeline.reconcile(&snapshot, self.knows_netns);
-        // Connections of the first snapshot existed before this run. They do not count as missed.
-        if self.has_snapshot {
-            self.pipeline.missed += missed;
-        }
-        self.has_snapshot = true;
-        self.pipeline.record_time_waits(&snapshot);
-        for (sock, at_ns) in stale_connects {
-            self.tracer.remove_connect(sock, at_ns);
-        }
-        self.port_risks.remove_expired_counts(self.tracer.refused_counts());
-        self.end_port_risks(&snapshot);
-        self.pipeline.bind_conflicts.remove_expired(snapshot.began_ns);
-        let connections = self.pipeline.connections.iter().map(|connection| &connection.endpoint);
-        let listed = snapshot.entries.iter().map(|entry| &entry.endpoint);
-        let time_waits = self.pipeline.bind_conflicts.time_wait_endpoints();
-        self.tracer.update_held_ports(connections.chain(listed).chain(time_waits), snapshot.began_ns);
+    /// Applies a snapshot. All records from before it must have been drained.
+    fn apply_snapshot(&mut self, mut snapshot: SocketSnapshot) {
+        let Self { snapshots, tracer, pipeline, port_risks, self_test, .. } = self;
+        let missed = snapshots.apply(&mut snapshot, tracer, pipeline, self_test);
+        port_risks.on_snapshot(&snapshot, tracer.refused_counts(), &mut pipeline.reporting);
         self.report_losses();
         // A burst since the last snapshot is usually over by now. Its memory is given back.
         memory::trim_heap();
-        log::debug!(
-            "read the socket table: {} self-connections, {missed} of them new",
-            snapshot.entries.len()
-        );
+        let listed = snapshot.entries.len();
+        log::debug!("read the socket table: {listed} self-connections, {missed} of them new");
     }
 
     /// Reads the probes' counters, and emits `lost` for every loss since the last call.
     fn report_losses(&mut self) {
         self.update_counters();
-        let totals = self.losses().plus(self.pipeline.out.lost());
+        let totals = self.losses().plus(self.pipeline.reporting.out.lost());
         let tracer = &self.tracer;
-        let Pipeline { connections, bind_conflicts, out, .. } = &mut self.pipeline;
+        let Pipeline { connections, conflicts, reporting, .. } = &mut self.pipeline;
         let owners = || tracer.owners_with_losses();
         let counted = |cause| match cause {
             LossCause::Untracked => connections.take_untracked(),
-            LossCause::Binds => bind_conflicts.losses.take_unreported(),
+            LossCause::Binds => conflicts.binds.losses.take_unreported(),
             _ => Vec::new(),
         };
-        self.loss_reporter.report(&totals, owners, counted, out);
+        self.loss_reporter.report(&totals, owners, counted, &mut reporting.out);
     }
 
     fn update_counters(&mut self) {
@@ -579,13 +476,13 @@ impl Daemon {
             (LossCause::Ring, self.counters.ring_full + self.unread),
             (
                 LossCause::Binds,
-                self.counters.bind_failures_over_rate + self.pipeline.bind_conflicts.losses.total(),
+                self.counters.bind_failures_over_rate + self.pipeline.conflicts.binds.losses.total(),
             ),
             (LossCause::Missed, self.pipeline.missed),
             (LossCause::RefusedTable, self.counters.refused_table_full),
             (LossCause::Hooks, self.loss_reporter.dead_hooks()),
             (LossCause::OpenerTable, self.counters.connect_table_full),
-            (LossCause::Lookups, self.pipeline.lookups.given_up()),
+            (LossCause::Lookups, self.pipeline.reporting.lookups.given_up()),
             (LossCause::Untracked, self.pipeline.connections.untracked()),
         ])
     }
@@ -593,13 +490,13 @@ impl Daemon {
     /// Names of the worker threads that a panic has ended.
     fn ended_workers(&self) -> impl Iterator<Item = &'static str> {
         let others = [
-            self.snapshot_worker.ended(),
+            self.snapshots.ended_worker(),
             self.port_risks.ended_worker(),
             self.pipeline.remediation.ended_worker(),
-            self.pipeline.blocked.ended_worker(),
+            self.pipeline.conflicts.reports.ended_worker(),
             self.guard.ended_thread(),
         ];
-        others.into_iter().flatten().chain(self.pipeline.lookups.ended_workers())
+        others.into_iter().flatten().chain(self.pipeline.reporting.lookups.ended_workers())
     }
 
     /// Current values of all exported metrics. Every metric gets its value here.
@@ -612,7 +509,7 @@ impl Daemon {
         if !self.self_test.is_healthy() {
             health_problems.push("hooks: the last self-test failed".to_owned());
         }
-        if !self.pipeline.out.can_write_log() {
+        if !self.pipeline.reporting.out.can_write_log() {
             health_problems.push("log: it can't be written".to_owned());
         }
         health_problems.extend(self.ended_workers().map(|name| format!("thread {name}: it has ended")));
@@ -627,7 +524,7 @@ impl Daemon {
                 .self_test
                 .counts()
                 .map_or_else(Vec::new, |counts| vec![("passed", counts.passed), ("failed", counts.failed)]),
-            blocked_binds: Some(self.pipeline.bind_conflicts.failures()),
+            blocked_binds: Some(self.pipeline.conflicts.binds.failures()),
             prevented: self
                 .guard
                 .counts()
@@ -636,10 +533,10 @@ impl Daemon {
             unguarded_namespaces: self.guard.counts().map(|counts| counts.unguarded as u64),
             guard_failures: self.guard.counts().map(|counts| counts.failures + self.counters.guard_failed),
             remedies: remedy_counts.map(|(outcome, count)| (outcome.name(), count)).collect(),
-            lost: self.losses().plus(self.pipeline.out.lost()),
+            lost: self.losses().plus(self.pipeline.reporting.out.lost()),
             transitions_not_examined: self.tracer.not_examined(),
-            lookups_abandoned: self.pipeline.lookups.abandoned(),
-            log_write_errors: self.pipeline.out.log_write_errors(),
+            lookups_abandoned: self.pipeline.reporting.lookups.abandoned(),
+            log_write_errors: self.pipeline.reporting.out.log_write_errors(),
             hooks: self.tracer.methods().live.iter().map(hook_and_method).collect(),
             health_problems,
         }

@@ -7,14 +7,24 @@ use std::{io, time::Duration};
 use selfconn_ebpf::Endpoint;
 use tokio::time::Instant;
 
-use super::port_ranges::{self, PortRangeRequest, PortRangeResponse, PortRangeWorker};
+use super::{
+    port_ranges::{self, PortRangeRequest, PortRangeWorker},
+    reporting::{Reporting, Waiter},
+};
 use crate::{
-    bpf::loader::RefusedCounts,
-    detect::port_risk::{PortLook, PortRiskEvent, PortRisks},
+    bpf::loader::{RefusedCounts, Tracer},
+    detect::{
+        connection::Connections,
+        port_risk::{PortAtRisk, PortLook, PortRiskEvent, PortRisks},
+    },
     event::{AtRisk, AtRiskOver, EventKind},
     guard::GuardMode,
-    sockets::NetnsId,
-    system::{clock, process::ProcessInfo},
+    lookup::LookupTarget,
+    sockets::{NetnsId, SocketSnapshot},
+    system::{
+        clock::{self, Offset},
+        process::{ObservedTask, ProcessInfo},
+    },
 };
 
 /// The ports with many refused connects, and the worker that reads port ranges.
@@ -47,11 +57,6 @@ impl PortRiskMonitor {
         self.risks.on_listener_closed(endpoint);
     }
 
-    /// The ports with many refused connects: the end of a listener there matters.
-    pub(super) fn tracked(&self) -> impl Iterator<Item = &Endpoint> {
-        self.risks.tracked()
-    }
-
     /// Number of ports at risk now.
     pub(super) fn at_risk(&self) -> usize {
         self.risks.at_risk()
@@ -70,16 +75,13 @@ impl PortRiskMonitor {
     }
 
     /// If a check is due, stops tracking ports without recent attempts, and requests the port ranges for the
-    /// ports that are due. `report` gets the events. False: nothing was due.
-    pub(super) fn check_due_ports(
-        &mut self,
-        refused_counts: &mut RefusedCounts,
-        now_ns: u64,
-        mut report: impl FnMut(PortRiskEvent),
-    ) -> bool {
+    /// ports that are due.
+    pub(super) fn check_due_ports(&mut self, tracer: &mut Tracer, reporting: &mut Reporting) {
+        let now_ns = clock::boot_ns();
         if self.next_check_ns().is_none_or(|check_ns| check_ns > now_ns) {
-            return false;
+            return;
         }
+        let refused_counts = tracer.refused_counts();
         let mut request = PortRangeRequest::new();
         for destination in self.risks.begin_check(now_ns) {
             let count = refused_counts.get(&destination);
@@ -92,14 +94,16 @@ impl PortRiskMonitor {
                 }
                 (expired, _) => {
                     refused_counts.remove(&destination);
-                    expired.flatten().into_iter().for_each(&mut report);
+                    if let Some(event) = expired.flatten() {
+                        report(event, now_ns, reporting);
+                    }
                 }
             }
         }
         if !request.is_empty() {
             self.port_range_worker.send(request);
         }
-        true
+        tracer.update_watched_ports(self.risks.tracked());
     }
 
     /// Waits until the worker has a response. Cancel safe.
@@ -107,27 +111,27 @@ impl PortRiskMonitor {
         self.port_range_worker.ready().await;
     }
 
-    /// The worker's next response, if it is there.
-    pub(super) fn try_response(&mut self) -> Option<PortRangeResponse> {
-        self.port_range_worker.try_response()
-    }
-
     /// The name of the worker if a panic has ended it.
     pub(super) fn ended_worker(&self) -> Option<&'static str> {
         self.port_range_worker.ended()
     }
 
-    /// Checks the ports that waited for this response. `is_taken` returns true if a self-connection holds the
-    /// port, `guard_in` what the guard does in a network namespace. `report` gets the events.
-    pub(super) fn evaluate(
+    /// Checks the ports that waited for the worker's response, if it is there. `guard_in`: what the guard does in a
+    /// network namespace.
+    pub(super) fn serve_response(
         &mut self,
-        response: &PortRangeResponse,
         refused_counts: &RefusedCounts,
-        is_taken: impl Fn(&Endpoint) -> bool,
+        connections: &Connections,
         guard_in: impl Fn(NetnsId) -> GuardMode,
-        now_ns: u64,
-        mut report: impl FnMut(PortRiskEvent),
+        reporting: &mut Reporting,
     ) {
+        let Some(response) = self.port_range_worker.try_response() else { return };
+        let now_ns = clock::boot_ns();
+        // A self-connection holds the port. A connect of either family can have this destination.
+        let is_taken = |destination: &Endpoint| {
+            let key = destination.table_key();
+            connections.iter().any(|connection| connection.endpoint.table_key() == key)
+        };
         for destination in std::mem::take(&mut self.awaiting_ranges) {
             let netns = NetnsId::from(&destination);
             let (Some(count), Some(ports)) = (refused_counts.get(&destination), response.get(&netns)) else {
@@ -146,37 +150,61 @@ impl PortRiskMonitor {
                 }
             };
             let event = self.risks.check(&destination, &count, &look, is_taken(&destination), now_ns);
-            event.into_iter().for_each(&mut report);
+            if let Some(event) = event {
+                report(event, now_ns, reporting);
+            }
         }
         log::debug!("ports at risk: {}", self.at_risk());
     }
 
-    /// Removes expired counts of ports that never crossed a threshold.
-    pub(super) fn remove_expired_counts(&self, refused_counts: &mut RefusedCounts) {
-        refused_counts.remove_expired(clock::boot_ns(), |destination| self.risks.is_tracked(destination));
-    }
-
-    /// Removes the counts for which `has_ended` is true of the destination and the time of the newest attempt, because
-    /// their network namespace has ended. Walks the whole table.
-    pub(super) fn remove_ended(
+    /// Removes expired counts of ports that never crossed a threshold. Ends the ports at risk, and removes the counts, of
+    /// the network namespaces that have ended. Walks the whole table.
+    pub(super) fn on_snapshot(
         &mut self,
+        snapshot: &SocketSnapshot,
         refused_counts: &mut RefusedCounts,
-        has_ended: impl Fn(&Endpoint, u64) -> bool,
-        mut report: impl FnMut(PortRiskEvent),
+        reporting: &mut Reporting,
     ) {
-        let ended = refused_counts.remove_where(|destination, count| has_ended(destination, count.last_ns));
+        let now_ns = clock::boot_ns();
+        refused_counts.remove_expired(now_ns, |destination| self.risks.is_tracked(destination));
+        let ended = refused_counts.remove_where(|destination, count| {
+            count.last_ns < snapshot.began_ns && snapshot.proves_end_of_netns(destination)
+        });
         for (destination, count) in ended {
-            self.risks.end(&destination, &count).into_iter().for_each(&mut report);
+            if let Some(event) = self.risks.end(&destination, &count) {
+                report(event, now_ns, reporting);
+            }
         }
     }
 }
 
-/// The event to emit. `process` is the newest connecting one.
-pub(super) fn event_kind(event: &PortRiskEvent, run: u64, process: &ProcessInfo) -> EventKind {
-    match event {
+/// Looks up the newest connecting process of a port at risk, and emits the event.
+fn report(event: PortRiskEvent, now_ns: u64, reporting: &mut Reporting) {
+    let (PortRiskEvent::AtRisk(PortAtRisk { connects, .. }) | PortRiskEvent::Over(connects, _)) = &event;
+    let newest = connects.newest;
+    if !reporting.is_of_reported(&newest.owner) {
+        return;
+    }
+    // If two CPUs wrote to the count at the same time, the task may be mixed from two attempts. Only a
+    // matching start time proves that it is not.
+    if newest.start_ns == 0 {
+        return emit(&event, now_ns, &ProcessInfo::default(), reporting);
+    }
+    let target = LookupTarget::Observed(ObservedTask::from_opener(&newest), newest.owner);
+    match reporting.lookups.known(&target, now_ns) {
+        Some(process) => emit(&event, now_ns, &process, reporting),
+        None => reporting.lookups.begin(target, Waiter::PortRisk(Box::new(event), now_ns)),
+    }
+}
+
+/// Emits the event. `process` is the newest connecting one.
+pub(super) fn emit(event: &PortRiskEvent, now_ns: u64, process: &ProcessInfo, reporting: &mut Reporting) {
+    let run = reporting.run_id;
+    let kind = match event {
         PortRiskEvent::AtRisk(at_risk) => EventKind::AtRisk(Box::new(AtRisk::new(at_risk, run, process))),
         PortRiskEvent::Over(connects, why) => {
             EventKind::AtRiskOver(Box::new(AtRiskOver::new(connects, *why, run, process)))
         }
-    }
+    };
+    reporting.out.emit_at(Offset::now().wall(now_ns), kind);
 }

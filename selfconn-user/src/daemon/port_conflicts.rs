@@ -1,0 +1,178 @@
+//! `blocked` events: a failed bind, the self-connection that holds its port, and up to three processes, which are looked
+//! up one after another: the one that called bind(), the holder, and the opener.
+
+use std::{collections::HashMap, rc::Rc};
+
+use selfconn_ebpf::bind_failure::BindFailure;
+
+use super::{
+    blocked::{BlockedReports, KnownHolder, PendingBlocked, Step},
+    pending::PendingEvents,
+    reporting::{Reporting, Waiter, holder_target, opener_target},
+};
+use crate::{
+    detect::{
+        bind_conflict::{BindConflicts, PortHolder},
+        connection::Connections,
+    },
+    event::{self, ConnectionFields, EventKind},
+    lookup::LookupTarget,
+    system::{
+        clock::Offset,
+        process::{Attribution, ObservedTask, ProcessInfo},
+    },
+};
+
+/// The ports that self-connections hold, and the events about them in preparation.
+pub(super) struct PortConflicts {
+    pub(super) binds: BindConflicts,
+    pub(super) reports: BlockedReports,
+}
+
+/// What is known of the open connections.
+#[derive(Clone, Copy)]
+pub(super) struct KnownConnections<'a> {
+    pub(super) connections: &'a Connections,
+    /// The process behind each, by the connection's number.
+    pub(super) attributions: &'a HashMap<u64, Attribution>,
+    /// Those whose process is being looked up.
+    pub(super) pending: &'a PendingEvents,
+}
+
+impl PortConflicts {
+    pub(super) fn new(reports: BlockedReports) -> Self {
+        Self { binds: BindConflicts::default(), reports }
+    }
+
+    /// Handles a failed bind: if a self-connection holds the port and a report is due, looks up the processes, and emits
+    /// the event.
+    pub(super) fn on_bind_failure(
+        &mut self,
+        failure: &BindFailure,
+        clock: Offset,
+        known: KnownConnections<'_>,
+        reporting: &mut Reporting,
+    ) {
+        let Some(holder) = self.binds.find_holder(failure, known.connections.iter()) else {
+            return self.binds.record_unexplained(failure);
+        };
+        let number = holder.connection().number;
+        let attribution = known.attributions.get(&number).cloned().unwrap_or_default();
+        let mut blocked = PendingBlocked::new(*failure, &holder, attribution, clock.wall(failure.at_ns));
+        let Some(conflict) = self.binds.record_failure(failure, number) else { return };
+        (blocked.conflict, blocked.failure.failures) = (conflict.number, conflict.failures);
+        let target = LookupTarget::Observed(ObservedTask::from_bind_failure(failure), failure.owner);
+        self.look_up(blocked, target, known, reporting);
+    }
+
+    fn look_up(
+        &mut self,
+        blocked: PendingBlocked,
+        target: LookupTarget,
+        known: KnownConnections<'_>,
+        reporting: &mut Reporting,
+    ) {
+        match reporting.lookups.known(&target, blocked.failure.at_ns) {
+            Some(process) => self.on_process(blocked, process, known, reporting),
+            None => reporting.lookups.begin(target, Waiter::Blocked(Box::new(blocked))),
+        }
+    }
+
+    /// A process is looked up.
+    pub(super) fn on_process(
+        &mut self,
+        mut blocked: PendingBlocked,
+        process: Rc<ProcessInfo>,
+        known: KnownConnections<'_>,
+        reporting: &mut Reporting,
+    ) {
+        match blocked.step {
+            Step::Binder => {
+                blocked.binder = Some(process);
+                if let Some(blocked) = self.reports.request(blocked) {
+                    self.on_holders_known(blocked, known, reporting);
+                }
+            }
+            Step::Holder => {
+                blocked.holder_process = Some(process);
+                on_holder_process_known(blocked, known, reporting);
+            }
+            Step::Opener => {
+                if let KnownHolder::Open(_, attribution) = &mut blocked.holder {
+                    attribution.process = process;
+                }
+                emit(&blocked, known, reporting);
+            }
+        }
+    }
+
+    /// Goes on with the events whose holders are known.
+    pub(super) fn serve(&mut self, known: KnownConnections<'_>, reporting: &mut Reporting) {
+        for blocked in self.reports.serve() {
+            self.on_holders_known(blocked, known, reporting);
+        }
+    }
+
+    /// Goes on without the holders: the run ends.
+    pub(super) fn give_up_holders(&mut self, known: KnownConnections<'_>, reporting: &mut Reporting) {
+        for blocked in self.reports.give_up_all() {
+            self.on_holders_known(blocked, known, reporting);
+        }
+    }
+
+    fn on_holders_known(
+        &mut self,
+        mut blocked: PendingBlocked,
+        known: KnownConnections<'_>,
+        reporting: &mut Reporting,
+    ) {
+        match blocked.holders.iter().flatten().next().and_then(holder_target) {
+            Some(target) if reporting.lookups.can_look_up() => {
+                blocked.step = Step::Holder;
+                self.look_up(blocked, target, known, reporting);
+            }
+            _ => on_holder_process_known(blocked, known, reporting),
+        }
+    }
+}
+
+/// Emits the event, unless the look-up of the opener is in progress.
+fn on_holder_process_known(
+    mut blocked: PendingBlocked,
+    known: KnownConnections<'_>,
+    reporting: &mut Reporting,
+) {
+    if let KnownHolder::Open(connection, _) = &blocked.holder
+        && known.pending.contains(connection.number)
+        && let Some(target) = opener_target(connection)
+    {
+        blocked.step = Step::Opener;
+        reporting.lookups.begin(target, Waiter::Blocked(Box::new(blocked)));
+        return;
+    }
+    emit(&blocked, known, reporting);
+}
+
+fn emit(blocked: &PendingBlocked, known: KnownConnections<'_>, reporting: &mut Reporting) {
+    let (holder, attribution) = match &blocked.holder {
+        KnownHolder::Open(connection, at_failure) => {
+            let now = known.attributions.get(&connection.number).unwrap_or(at_failure);
+            (PortHolder::Open(connection), now)
+        }
+        KnownHolder::TimeWait(entry) => (PortHolder::TimeWait(entry), &entry.attribution),
+    };
+    let connection = holder.connection();
+    if !reporting.is_of_reported(&blocked.failure.owner) && !reporting.is_reported(connection, attribution) {
+        return;
+    }
+    let run_id = reporting.run_id;
+    let fields = ConnectionFields::new(connection, run_id, attribution);
+    let current = event::CurrentHolder {
+        holders: blocked.holders.clone(),
+        process: blocked.holder_process.clone().unwrap_or_default(),
+    };
+    let binder = blocked.binder.clone().unwrap_or_default();
+    let id = event::blocked_id(run_id, blocked.conflict);
+    let report = event::Blocked::new(id, &blocked.failure, &binder, &holder, fields, current, Offset::now());
+    reporting.out.emit_at(blocked.time, EventKind::Blocked(Box::new(report)));
+}

@@ -1,0 +1,106 @@
+//! The daemon's snapshots of the socket table: when the next one is due, and what one of them changes.
+
+use std::{collections::HashSet, io, time::Duration};
+
+use tokio::time::Instant;
+
+use super::{
+    pipeline::Pipeline,
+    self_test::SelfTest,
+    snapshot_worker::{self, SnapshotWorker},
+};
+use crate::{
+    bpf::loader::{Iterators, Tracer},
+    sockets::{SocketEntry, SocketSnapshot},
+};
+
+/// The worker that takes them, and their times.
+pub(super) struct Snapshots {
+    worker: SnapshotWorker,
+    interval: Duration,
+    /// True if the probes can read a socket's network namespace.
+    knows_netns: bool,
+    /// True if the socket table has been read in this run.
+    has_one: bool,
+    /// When the next one is due. `None`: one is in progress.
+    next_at: Option<Instant>,
+}
+
+impl Snapshots {
+    pub(super) fn start(iterators: Iterators, interval: Duration, knows_netns: bool) -> io::Result<Self> {
+        let worker = snapshot_worker::start(iterators)?;
+        Ok(Self { worker, interval, knows_netns, has_one: false, next_at: None })
+    }
+
+    /// Waits until one is taken. Cancel safe.
+    pub(super) async fn ready(&mut self) {
+        self.worker.ready().await;
+    }
+
+    pub(super) fn try_take(&mut self) -> Option<SocketSnapshot> {
+        self.worker.try_response()
+    }
+
+    /// The name of the worker if a panic has ended it.
+    pub(super) fn ended_worker(&self) -> Option<&'static str> {
+        self.worker.ended()
+    }
+
+    pub(super) fn next_at(&self) -> Option<Instant> {
+        self.next_at
+    }
+
+    /// Requests one from the worker.
+    pub(super) fn request(&mut self, tracer: &Tracer, pipeline: &mut Pipeline) {
+        self.next_at = None;
+        pipeline.connections.begin_snapshot();
+        let can_look_up = pipeline.reporting.lookups.can_look_up();
+        self.worker.send(if can_look_up { opener_threads(tracer) } else { Vec::new() });
+    }
+
+    /// Reconciles the tracked connections with one. All records from before it must have been drained. Returns the number
+    /// of self-connections in it that were not tracked.
+    pub(super) fn apply(
+        &mut self,
+        snapshot: &mut SocketSnapshot,
+        tracer: &mut Tracer,
+        pipeline: &mut Pipeline,
+        self_test: &SelfTest,
+    ) -> u64 {
+        let entries = tracer.connect_entries().unwrap_or_else(|error| {
+            log::error!("the connect table can't be read: {error:#}");
+            Vec::new()
+        });
+        snapshot.add_connect_entries(&entries, self.knows_netns);
+        let stale_connects = snapshot.stale_connects(&entries);
+        // A self-test in progress is listed, too.
+        let is_self_test =
+            |entry: &SocketEntry| entry.cookie.is_some_and(|cookie| self_test.is_self_test_socket(cookie));
+        snapshot.entries.retain(|entry| !is_self_test(entry));
+        let missed = pipeline.reconcile(snapshot, self.knows_netns);
+        // Connections of the first snapshot existed before this run. They do not count as missed.
+        if self.has_one {
+            pipeline.missed += missed;
+        }
+        self.has_one = true;
+        pipeline.record_time_waits(snapshot);
+        for (sock, at_ns) in stale_connects {
+            tracer.remove_connect(sock, at_ns);
+        }
+        let binds = &mut pipeline.conflicts.binds;
+        binds.remove_expired(snapshot.began_ns);
+        let connections = pipeline.connections.iter().map(|connection| &connection.endpoint);
+        let listed = snapshot.entries.iter().map(|entry| &entry.endpoint);
+        let held = connections.chain(listed).chain(binds.time_wait_endpoints());
+        tracer.update_held_ports(held, snapshot.began_ns);
+        self.next_at = Some(Instant::now() + self.interval);
+        missed
+    }
+}
+
+/// Thread ids of the openers in the connect table. Such a thread may be in a namespace that no process is in.
+fn opener_threads(tracer: &Tracer) -> Vec<u32> {
+    let entries = tracer.connect_entries().unwrap_or_default();
+    let threads: HashSet<u32> = entries.iter().map(|(_, entry)| entry.opener.task.tid).collect();
+    threads.into_iter().collect()
+}
