@@ -1,59 +1,111 @@
-//! The guard in one network namespace: whether it still is there, and its attachments to devices that are new. A
-//! namespace is entered by a thread of its own that ends with the visit.
+//! The guard in one network namespace: to which devices it is attached, whether it still is there, and the next one to
+//! attach it to. A namespace is entered by a thread of its own that ends with the visit.
 
-use std::{io, path::Path, thread, time::Instant};
+use std::{io, path::Path, thread};
 
 use crate::{
     bpf::guard::{Attachment, Disarmed, GuardMethod, GuardProgram},
     sockets::{CURRENT_NETNS, Namespace, VisitResult, visit_namespace, visit_namespaces},
-    system::rtnetlink,
+    system::rtnetlink::{self, LoopDevice},
 };
 
-/// The rest after an attachment, as a multiple of the time that it took.
-pub(super) const REST_FACTOR: u32 = 19;
+/// Maximum number of devices to which the program is attached in one namespace.
+const MAX_DEVICES: usize = 256;
 
-/// A guarded namespace.
+/// A namespace in which the program was attached.
 pub(super) struct GuardedNetns {
     pub(super) owner: u32,
     pub(super) attachments: Vec<Attachment>,
+    /// Devices to which it could not be attached since the last walk.
+    pub(super) failed: Vec<LoopDevice>,
+    /// False: there may be another device.
+    pub(super) is_complete: bool,
 }
 
-/// Why the program does not run in the namespace of the calling thread.
-pub(super) fn look(program: &GuardProgram, known: &GuardedNetns) -> io::Result<Option<Disarmed>> {
-    for attachment in &known.attachments {
-        // A device that has ended takes its link along.
-        let still_exists =
-            || rtnetlink::loop_devices().is_ok_and(|devices| devices.contains(attachment.device()));
-        if let Some(why) = program
-            .disarmed(attachment)
-            .or_else(|error| if still_exists() { Err(error) } else { Ok(None) })?
-            && still_exists()
-        {
-            return Ok(Some(why));
-        }
+/// What the walk has seen in such a namespace.
+pub(super) struct Seen {
+    pub(super) disarmed: Option<Disarmed>,
+    /// The number of attachments whose devices have ended. They are removed.
+    pub(super) ended: usize,
+    /// How many more devices there are.
+    pub(super) others: usize,
+}
+
+impl GuardedNetns {
+    pub(super) fn new(owner: u32) -> Self {
+        Self { owner, attachments: Vec::new(), failed: Vec::new(), is_complete: false }
     }
-    Ok(None)
+
+    /// Why the program does not run on one of these devices where it was attached. Call it in the namespace.
+    fn disarmed(&self, program: &GuardProgram, devices: &[LoopDevice]) -> io::Result<Option<Disarmed>> {
+        for attachment in self.attachments.iter().filter(|attachment| devices.contains(attachment.device())) {
+            let seen = program.disarmed(attachment);
+            // A device that has ended since the devices were listed took its link along.
+            if !matches!(seen, Ok(None)) && rtnetlink::loop_devices()?.contains(attachment.device()) {
+                return seen;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Looks at the namespace of the calling thread.
+    pub(super) fn look(&mut self, program: &GuardProgram) -> io::Result<Seen> {
+        let devices = rtnetlink::loop_devices()?;
+        let disarmed = self.disarmed(program, &devices)?;
+        let before = self.attachments.len();
+        self.attachments.retain(|attachment| devices.contains(attachment.device()));
+        let ended = before - self.attachments.len();
+        self.failed.clear();
+        Ok(Seen { disarmed, ended, others: devices.len().saturating_sub(self.attachments.len()) })
+    }
+
+    /// True if no other attachment finds room here.
+    pub(super) fn is_full(&self) -> bool {
+        self.attachments.len() >= MAX_DEVICES
+    }
+
+    fn is_done_with(&self, device: &LoopDevice) -> bool {
+        self.attachments.iter().any(|attachment| attachment.device() == device)
+            || self.failed.contains(device)
+    }
 }
 
-/// Attaches the program to VRF devices that were made since the last visit.
-pub(super) fn attach_to_new_devices(
+/// What a turn of a namespace has done.
+pub(super) struct Turn {
+    pub(super) outcome: Attempt,
+    /// True if there is another device.
+    pub(super) has_more: bool,
+}
+
+pub(super) enum Attempt {
+    Attached(Attachment),
+    Failed(LoopDevice, io::Error),
+    /// There is no other device, or it has ended.
+    Nothing,
+}
+
+/// Attaches the program to the first device of the calling thread's namespace where it is not. `known`: where it is.
+pub(super) fn attach_to_next(
     program: &GuardProgram,
     method: GuardMethod,
-    known: &mut GuardedNetns,
-    rests_until: &mut Instant,
-) -> io::Result<()> {
+    known: Option<&GuardedNetns>,
+    has_cookie: bool,
+) -> io::Result<Turn> {
     let devices = rtnetlink::loop_devices()?;
-    known.attachments.retain(|attachment| devices.contains(attachment.device()));
-    for device in devices {
-        let is_attached = known.attachments.iter().any(|attachment| *attachment.device() == device);
-        if !is_attached && *rests_until <= Instant::now() {
-            let began = Instant::now();
-            let attached = program.attach(method, &device);
-            *rests_until = Instant::now() + began.elapsed() * REST_FACTOR;
-            known.attachments.push(attached?);
-        }
+    // Without a cookie this may be another namespace that has the same inode. The walk finds out.
+    if let Some(known) = known.filter(|_| !has_cookie)
+        && known.disarmed(program, &devices)? == Some(Disarmed::TakenOff)
+    {
+        return Err(io::ErrorKind::NotFound.into());
     }
-    Ok(())
+    let mut others = devices.iter().filter(|device| known.is_none_or(|known| !known.is_done_with(device)));
+    let Some(next) = others.next() else { return Ok(Turn { outcome: Attempt::Nothing, has_more: false }) };
+    let outcome = match program.attach(method, next) {
+        Ok(attachment) => Attempt::Attached(attachment),
+        Err(error) if rtnetlink::loop_devices()?.contains(next) => Attempt::Failed(next.clone(), error),
+        Err(_) => Attempt::Nothing,
+    };
+    Ok(Turn { outcome, has_more: others.next().is_some() })
 }
 
 /// Calls `each` in every network namespace, or only in that of the calling thread.

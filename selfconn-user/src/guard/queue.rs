@@ -1,4 +1,4 @@
-//! Which network namespace the guard takes next. Pure.
+//! Which network namespace the guard takes next, and whose attachments fill its room. Pure.
 //!
 //! A namespace with a first connect to its own address comes before those without, and owners take turns, so that a user
 //! who makes thousands of namespaces delays the next owner's by one. An owner is the user that owns the outermost user
@@ -10,8 +10,9 @@ use selfconn_ebpf::Owner;
 
 use crate::{budget::SharedLimit, sockets::NetnsId};
 
-/// Maximum number of namespaces that are guarded or wait for it. Each takes a descriptor.
-pub const MAX_NAMESPACES: usize = 2_048;
+/// Maximum number of devices to which the program is attached, and of namespaces that wait for another. An attachment may
+/// take a descriptor.
+pub const MAX_ATTACHMENTS: usize = 2_048;
 
 /// A namespace that waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +21,8 @@ pub struct Waiting<P> {
     pub owner: u32,
     /// How to get there.
     pub path: P,
+    /// True if something connects to itself there.
+    pub connects: bool,
 }
 
 #[derive(Debug)]
@@ -28,7 +31,7 @@ struct OwnerQueue<P> {
     others: VecDeque<Waiting<P>>,
 }
 
-/// The namespaces that are guarded or wait, with the shares of their owners.
+/// The namespaces that wait, and how much of the room each owner has.
 #[derive(Debug)]
 pub struct NamespaceQueue<P> {
     by_owner: HashMap<u32, OwnerQueue<P>>,
@@ -44,26 +47,32 @@ impl<P> Default for NamespaceQueue<P> {
             by_owner: HashMap::new(),
             turns: VecDeque::new(),
             waiting: HashSet::new(),
-            shares: SharedLimit::new(MAX_NAMESPACES),
+            shares: SharedLimit::new(MAX_ATTACHMENTS),
         }
     }
 }
 
 impl<P> NamespaceQueue<P> {
-    /// Adds a namespace, or moves it ahead if it `connects`. False: its owner has too many.
-    pub fn push(&mut self, waiting: Waiting<P>, connects: bool) -> bool {
+    /// Adds a namespace with room for one more attachment. If it waits already, the new way to it is taken, and it moves
+    /// ahead if it connects. False: its owner has too many.
+    pub fn push(&mut self, waiting: Waiting<P>) -> bool {
         let owner = waiting.owner;
         if self.waiting.contains(&waiting.id) {
-            if connects
-                && let Some(queue) = self.by_owner.get_mut(&owner)
-                && let Some(at) = queue.others.iter().position(|other| other.id == waiting.id)
-                && let Some(moved) = queue.others.remove(at)
-            {
-                queue.connecting.push_back(moved);
+            let Some(queue) = self.by_owner.get_mut(&owner) else { return true };
+            let is_same = |other: &Waiting<P>| other.id == waiting.id;
+            if let Some(known) = queue.connecting.iter_mut().find(|other| is_same(other)) {
+                known.path = waiting.path;
+            } else if let Some(at) = queue.others.iter().position(is_same) {
+                if waiting.connects {
+                    queue.others.remove(at);
+                    queue.connecting.push_back(waiting);
+                } else {
+                    queue.others[at] = waiting;
+                }
             }
             return true;
         }
-        if !self.shares.try_take(Owner::new(owner, 0), 1) {
+        if !self.take_room(owner) {
             return false;
         }
         self.waiting.insert(waiting.id);
@@ -74,7 +83,7 @@ impl<P> NamespaceQueue<P> {
             .by_owner
             .entry(owner)
             .or_insert_with(|| OwnerQueue { connecting: VecDeque::new(), others: VecDeque::new() });
-        if connects {
+        if waiting.connects {
             queue.connecting.push_back(waiting);
         } else {
             queue.others.push_back(waiting);
@@ -82,7 +91,12 @@ impl<P> NamespaceQueue<P> {
         true
     }
 
-    /// The next namespace. It keeps its share until [`Self::release`].
+    /// Takes room for an attachment. False: the owner has too many.
+    pub fn take_room(&mut self, owner: u32) -> bool {
+        self.shares.try_take(Owner::new(owner, 0), 1)
+    }
+
+    /// The next namespace. Its room stays taken until [`Self::give_back`].
     pub fn pop(&mut self) -> Option<Waiting<P>> {
         let has_connecting = |queue: &OwnerQueue<P>| !queue.connecting.is_empty();
         let turn = self
@@ -104,9 +118,9 @@ impl<P> NamespaceQueue<P> {
         next
     }
 
-    /// A namespace that was popped is not guarded, or not any more.
-    pub fn release(&mut self, owner: u32) {
-        self.shares.give_back(Owner::new(owner, 0), 1);
+    /// Gives back the room of this many attachments that failed or have ended.
+    pub fn give_back(&mut self, owner: u32, attachments: usize) {
+        self.shares.give_back(Owner::new(owner, 0), attachments);
     }
 
     /// The namespaces that wait.
@@ -125,7 +139,11 @@ mod tests {
     use super::*;
 
     fn waiting(inode: u32, owner: u32) -> Waiting<()> {
-        Waiting { id: NetnsId { inode, cookie: inode.into() }, owner, path: () }
+        Waiting { id: NetnsId { inode, cookie: inode.into() }, owner, path: (), connects: false }
+    }
+
+    fn connecting(inode: u32, owner: u32) -> Waiting<()> {
+        Waiting { connects: true, ..waiting(inode, owner) }
     }
 
     fn drain(queue: &mut NamespaceQueue<()>) -> Vec<u32> {
@@ -136,40 +154,71 @@ mod tests {
     fn owners_take_turns_and_a_namespace_that_connects_comes_first() {
         let mut queue = NamespaceQueue::default();
         for inode in 1..=5 {
-            assert!(queue.push(waiting(inode, 1_000), false));
+            assert!(queue.push(waiting(inode, 1_000)));
         }
-        assert!(queue.push(waiting(10, 0), false));
-        assert!(queue.push(waiting(11, 1_001), true));
+        assert!(queue.push(waiting(10, 0)));
+        assert!(queue.push(connecting(11, 1_001)));
         // It waits already.
-        assert!(queue.push(waiting(4, 1_000), true));
-        assert!(queue.push(waiting(4, 1_000), false));
+        assert!(queue.push(connecting(4, 1_000)));
+        assert!(queue.push(waiting(4, 1_000)));
         assert_eq!(queue.ids().count(), 7);
         assert_eq!(drain(&mut queue), [4, 11, 10, 1, 2, 3, 5]);
         assert!(queue.is_empty() && queue.pop().is_none());
     }
 
     #[test]
+    fn a_namespace_that_waits_is_entered_by_the_newest_way() {
+        let mut queue = NamespaceQueue::default();
+        let by = |path, connects| Waiting { id: NetnsId { inode: 1, cookie: 1 }, owner: 0, path, connects };
+        for (path, connects) in [("a", false), ("b", false), ("c", true), ("d", false)] {
+            assert!(queue.push(by(path, connects)));
+        }
+        assert_eq!((queue.pop(), queue.pop()), (Some(by("d", true)), None));
+        assert_eq!(queue.shares.used(), 1);
+    }
+
+    #[test]
     fn an_owner_who_floods_delays_another_by_one() {
         let mut queue = NamespaceQueue::default();
         for inode in 1..=500 {
-            assert!(queue.push(waiting(inode, 65_534), true));
+            assert!(queue.push(connecting(inode, 65_534)));
         }
-        assert!(queue.push(waiting(1_000, 0), true));
+        assert!(queue.push(connecting(1_000, 0)));
         let order = drain(&mut queue);
         assert_eq!(order.iter().position(|inode| *inode == 1_000), Some(1));
     }
 
     #[test]
+    fn a_namespace_with_many_devices_takes_a_turn_and_room_for_each() {
+        let mut queue = NamespaceQueue::default();
+        let (crowded, other) = (waiting(1, 65_534), waiting(2, 1_000));
+        assert!(queue.push(crowded.clone()) && queue.push(other.clone()));
+        let mut attached = 0;
+        let mut order = Vec::new();
+        while let Some(next) = queue.pop() {
+            order.push(next.id.inode);
+            if next == crowded {
+                attached += 1;
+                queue.push(next);
+            }
+        }
+        assert_eq!(order[..3], [1, 2, 1], "another owner's namespace waits for one device");
+        assert!(attached < MAX_ATTACHMENTS, "{attached}");
+        assert!(queue.push(other), "another owner finds room");
+        queue.give_back(65_534, attached);
+        assert!(queue.push(crowded), "after the devices have ended");
+    }
+
+    #[test]
     fn an_owner_beyond_its_share_is_refused_and_another_is_not() {
         let mut queue = NamespaceQueue::default();
-        let accepted = (1..=4_000).filter(|inode| queue.push(waiting(*inode, 65_534), false)).count();
-        assert!(accepted < MAX_NAMESPACES, "{accepted}");
-        assert!(queue.push(waiting(9_000, 1_000), false), "another owner finds room");
+        let accepted = (1..=4_000).filter(|inode| queue.push(waiting(*inode, 65_534))).count();
+        assert!(accepted < MAX_ATTACHMENTS, "{accepted}");
+        assert!(queue.push(waiting(9_000, 1_000)), "another owner finds room");
         // Also while they are guarded, and until they have ended.
         while queue.pop().is_some() {}
-        assert!(!queue.push(waiting(9_001, 65_534), false));
-        queue.release(65_534);
-        queue.release(65_534);
-        assert!(queue.push(waiting(9_001, 65_534), false));
+        assert!(!queue.push(waiting(9_001, 65_534)));
+        queue.give_back(65_534, 2);
+        assert!(queue.push(waiting(9_001, 65_534)));
     }
 }

@@ -9,12 +9,16 @@ use crate::{
     system::{cgroup, rtnetlink},
 };
 
+/// The devices that are guarded before the daemon starts, so that a host with hundreds of VRF devices does not wait for
+/// them. The others have their turns.
+const MAX_DEVICES_AT_START: usize = 8;
+
 /// What the guard needs at its start.
 pub struct Guard {
     pub(super) program: GuardProgram,
     pub(super) method: GuardMethod,
     pub(super) rules: GuardRules,
-    /// The program on the devices of this process's network namespace.
+    /// The program on the first devices of this process's network namespace.
     pub(super) own: NewAttachments,
     /// True if another guard is there.
     is_second: bool,
@@ -40,7 +44,8 @@ impl Guard {
             program.set_uid(uid, bits)?;
         }
         set_cgroups(&mut program, &rules)?;
-        let devices = rtnetlink::loop_devices()?;
+        let mut devices = rtnetlink::loop_devices()?;
+        devices.truncate(MAX_DEVICES_AT_START);
         let mut refused = Vec::new();
         for candidate in GuardMethod::ALL.into_iter().filter(|one| method.is_none_or(|only| only == *one)) {
             match program.attach_all(candidate, &devices) {

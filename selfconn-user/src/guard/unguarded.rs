@@ -11,8 +11,11 @@ use std::{
 
 use selfconn_ebpf::Owner;
 
-use super::queue::MAX_NAMESPACES;
+use super::queue::MAX_ATTACHMENTS;
 use crate::{bpf::guard::Disarmed, budget::SharedLimit, sockets::NetnsId};
+
+/// Maximum number of namespaces that are known to be unguarded.
+const MAX_UNGUARDED: usize = 2_048;
 
 /// Maximum number of events for an owner and a kind of reason in [`EVENT_WINDOW`].
 const MAX_EVENTS: usize = 8;
@@ -22,7 +25,7 @@ const EVENT_WINDOW: Duration = Duration::from_secs(20);
 /// Why nothing is refused in a network namespace, or not for certain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UnguardedReason {
-    /// Its owner has too many.
+    /// Its owner has too many of them, or too many devices in them.
     NoRoom,
     NotEntered(String),
     NotAttached(String),
@@ -35,7 +38,10 @@ impl UnguardedReason {
     fn text(&self) -> String {
         match self {
             Self::NoRoom => {
-                format!("its owner has too many network namespaces; {MAX_NAMESPACES} can be guarded in all")
+                format!(
+                    "its owner has too many network namespaces or VRF devices; \
+                     {MAX_ATTACHMENTS} devices can be guarded in all"
+                )
             }
             Self::NotEntered(error) => format!("it can't be entered: {error}"),
             Self::NotAttached(error) => format!("the program can't be attached: {error}"),
@@ -77,7 +83,7 @@ impl Default for UnguardedNamespaces {
     fn default() -> Self {
         Self {
             by_id: HashMap::new(),
-            shares: SharedLimit::new(MAX_NAMESPACES),
+            shares: SharedLimit::new(MAX_UNGUARDED),
             pending: 0,
             events: HashMap::new(),
             window_ends: None,
@@ -101,6 +107,15 @@ impl UnguardedNamespaces {
         self.by_id.insert(id, Unguarded { owner, reason, is_reported: false });
         self.pending += 1;
         true
+    }
+
+    /// The program is attached to all devices of the namespace. A reason of another kind stays until the next walk.
+    pub fn on_attached(&mut self, id: NetnsId) {
+        use UnguardedReason::{Disarmed, NoRoom, NotAttached, NotEntered, Unknown};
+        match self.by_id.get(&id).map(|known| &known.reason) {
+            Some(NoRoom | NotEntered(_) | NotAttached(_)) => self.remove(id),
+            Some(Unknown(_) | Disarmed(_)) | None => {}
+        }
     }
 
     pub fn remove(&mut self, id: NetnsId) {
@@ -171,12 +186,26 @@ mod tests {
     }
 
     #[test]
+    fn an_attachment_does_not_hide_that_another_was_taken_off() {
+        let mut unguarded = UnguardedNamespaces::default();
+        for (reason, stays) in [
+            (UnguardedReason::NoRoom, false),
+            (UnguardedReason::NotAttached("no".to_owned()), false),
+            (UnguardedReason::Disarmed(Disarmed::TakenOff), true),
+        ] {
+            assert!(unguarded.insert(id(1), 7, reason.clone()));
+            unguarded.on_attached(id(1));
+            assert_eq!(unguarded.contains(id(1)), stays, "{reason:?}");
+        }
+    }
+
+    #[test]
     fn a_flood_of_one_owner_is_spread_and_takes_nothing_from_another() {
         let mut unguarded = UnguardedNamespaces::default();
         let began = Instant::now();
         let kept =
             (0..4_000).filter(|inode| unguarded.insert(id(*inode), 7, UnguardedReason::NoRoom)).count();
-        assert_eq!(kept, MAX_NAMESPACES * 3 / 4);
+        assert_eq!(kept, MAX_UNGUARDED * 3 / 4);
         assert_eq!(unguarded.take_due(began).len(), MAX_EVENTS);
         assert!(unguarded.insert(id(9_000), 8, UnguardedReason::NoRoom));
         assert!(unguarded.insert(id(0), 7, UnguardedReason::Disarmed(Disarmed::TakenOff)));

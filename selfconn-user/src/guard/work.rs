@@ -1,8 +1,8 @@
 //! What the guard's thread does: which network namespace it takes next, and when, and what it reports.
 //!
 //! Attaching takes some 9 ms with the kernel's lock for network configuration held (`tcx_entry_sync`,
-//! include/net/tcx.h at v6.6), so the thread rests after each, and holds the lock for at most a twentieth of the time. A
-//! link does not keep a namespace alive.
+//! include/net/tcx.h at v6.6), so the thread rests after each device, and attaches for at most a twentieth of the time. A
+//! namespace with several devices takes as many turns. A link does not keep a namespace alive.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -16,7 +16,7 @@ use selfconn_ebpf::{Endpoint, guard::FirstConnect};
 use tokio::sync::mpsc as mpsc_async;
 
 use super::{
-    netns::{GuardedNetns, REST_FACTOR, attach_to_new_devices, in_thread, look, visit_all},
+    netns::{Attempt, GuardedNetns, Seen, Turn, attach_to_next, in_thread, visit_all},
     queue::{NamespaceQueue, Waiting},
     rules::GuardRules,
     start::{Guard, set_cgroups},
@@ -25,7 +25,7 @@ use super::{
 use crate::{
     bpf::guard::{Attachment, Disarmed, GuardMethod, GuardProgram},
     sockets::{CURRENT_NETNS, Namespace, NetnsId, netns_owner, netns_owner_at, visit_namespace},
-    system::{process::is_gone, rtnetlink},
+    system::process::is_gone,
 };
 
 /// Time between two walks over all network namespaces.
@@ -33,6 +33,12 @@ const WALK_INTERVAL: Duration = Duration::from_secs(20);
 
 /// Time between two looks at the control groups, if there are rules about them.
 const CGROUP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The rest after an attachment, as a multiple of the time that it took.
+const REST_FACTOR: u32 = 19;
+
+/// The longest rest, so that a user with very many devices, which take long to list, delays the next turn by no more.
+const MAX_REST: Duration = Duration::from_secs(1);
 
 /// What has changed.
 #[derive(Debug, Default)]
@@ -61,7 +67,7 @@ pub(super) struct GuardWork {
     guarded: HashMap<NetnsId, GuardedNetns>,
     queue: NamespaceQueue<PathBuf>,
     unguarded: UnguardedNamespaces,
-    /// Namespaces that the last walk found and that are neither guarded nor in `unguarded`, which has no room for them.
+    /// Namespaces since the last walk that are neither guarded nor in `unguarded`, which has no room for them.
     beyond: usize,
     failures: u64,
     is_own_only: bool,
@@ -99,9 +105,11 @@ impl GuardWork {
         });
         match (id, visited.flatten()) {
             (Some(id), Ok(_)) => {
-                work.queue.push(Waiting { id, owner: 0, path: PathBuf::new() }, false);
-                work.queue.pop();
-                work.guarded.insert(id, GuardedNetns { owner: 0, attachments: own.keep() });
+                let attachments = own.keep();
+                attachments.iter().for_each(|_| _ = work.queue.take_room(0));
+                // The first walk looks for more.
+                let own = GuardedNetns { attachments, is_complete: true, ..GuardedNetns::new(0) };
+                work.guarded.insert(id, own);
             }
             // `own` detaches the program; the walk attaches it again.
             (_, visited) => {
@@ -157,54 +165,75 @@ impl GuardWork {
     fn on_first_connect(&mut self, first: &FirstConnect) {
         let FirstConnect { netns, netns_cookie, tid, .. } = *first;
         let id = NetnsId::from(&Endpoint { netns, netns_cookie, ..Endpoint::UNKNOWN });
-        if self.is_own_only || self.guarded.contains_key(&id) {
+        // One that waits for another device is moved ahead.
+        if self.is_own_only || self.guarded.get(&id).is_some_and(|known| known.is_complete) {
             return;
         }
         let path = PathBuf::from(format!("/proc/{tid}/ns/net"));
-        match netns_owner_at(&path) {
-            Ok((inode, owner)) if inode == u64::from(netns) => {
-                let waiting = Waiting { id, owner, path };
-                if !self.queue.push(waiting, true) {
-                    self.unguarded.insert(id, owner, UnguardedReason::NoRoom);
-                }
-            }
-            // The thread has ended, or is in another namespace by now. The next walk may find this one.
-            _ => {}
+        // If the thread has ended, or is in another namespace by now, the next walk may find this one.
+        if let Ok((inode, owner)) = netns_owner_at(&path)
+            && inode == u64::from(netns)
+            && !self.queue.push(Waiting { id, owner, path, connects: true })
+        {
+            self.unguarded.insert(id, owner, UnguardedReason::NoRoom);
         }
     }
 
-    /// Attaches the program in a namespace.
+    /// Attaches the program to one more device of a namespace.
     fn guard(&mut self, next: Waiting<PathBuf>) {
-        let Waiting { id, owner, path } = next;
-        let (program, method) = (&self.program, self.method);
+        let (program, method, known) = (&self.program, self.method, self.guarded.get(&next.id));
         let mut took = Duration::ZERO;
-        let outcome = in_thread(|| {
-            let mut attachments = Vec::new();
-            let visited = visit_namespace(&path, |namespace| {
-                if namespace.id != id {
-                    return Err(io::ErrorKind::NotFound.into());
+        let turn = in_thread(|| {
+            let mut turn = Err(io::ErrorKind::NotFound.into());
+            visit_namespace(&next.path, |namespace| {
+                if namespace.id == next.id {
+                    let began = Instant::now();
+                    turn = attach_to_next(program, method, known, next.id.cookie != 0);
+                    took = began.elapsed();
                 }
-                let devices = rtnetlink::loop_devices()?;
-                let began = Instant::now();
-                let attached = program.attach_all(method, &devices);
-                took = began.elapsed();
-                // No error of these is one of a namespace that has ended: the thread is in it.
-                attachments = attached.map_err(io::Error::other)?.keep();
                 Ok(())
-            });
-            visited.map(|_| attachments)
+            })?;
+            turn
         })
         .flatten();
-        self.rests_until = Instant::now() + took * REST_FACTOR;
-        match outcome {
-            Ok(attachments) => {
-                self.unguarded.remove(id);
-                self.guarded.insert(id, GuardedNetns { owner, attachments });
+        self.rests_until = Instant::now() + (took * REST_FACTOR).min(MAX_REST);
+        let (id, owner) = (next.id, next.owner);
+        match turn {
+            Ok(Turn { outcome, has_more }) => {
+                let known = self.guarded.entry(id).or_insert_with(|| GuardedNetns::new(owner));
+                let mut has_failed = !known.failed.is_empty();
+                match outcome {
+                    Attempt::Attached(attachment) => known.attachments.push(attachment),
+                    Attempt::Failed(device, error) => {
+                        let why = UnguardedReason::NotAttached(format!("{}: {error}", device.name));
+                        known.failed.push(device);
+                        has_failed = true;
+                        self.failures += 1;
+                        self.queue.give_back(owner, 1);
+                        self.unguarded.insert(id, owner, why);
+                    }
+                    Attempt::Nothing => self.queue.give_back(owner, 1),
+                }
+                known.is_complete = !has_more && !has_failed && !known.attachments.is_empty();
+                if known.is_complete {
+                    self.unguarded.on_attached(id);
+                } else if known.attachments.is_empty() {
+                    // Not even on the loopback device.
+                    self.guarded.remove(&id);
+                } else if has_more && (known.is_full() || !self.queue.push(next)) {
+                    self.on_unguarded(id, owner, UnguardedReason::NoRoom);
+                }
             }
             // It has ended, or its process has. The next walk finds it again if it still exists.
-            Err(error) if is_gone(&error) => self.queue.release(owner),
+            Err(error) if has_no_way(&error) => {
+                self.queue.give_back(owner, 1);
+                if self.guarded.get(&id).is_some_and(|known| !known.is_complete) {
+                    let why = UnguardedReason::NotEntered("nothing leads to it any more".to_owned());
+                    self.unguarded.insert(id, owner, why);
+                }
+            }
             Err(error) => {
-                self.queue.release(owner);
+                self.queue.give_back(owner, 1);
                 self.failures += 1;
                 self.unguarded.insert(id, owner, UnguardedReason::NotAttached(error.to_string()));
             }
@@ -212,38 +241,26 @@ impl GuardWork {
     }
 
     /// Enters every namespace: looks whether the program is still attached and first in the ones that are guarded, and
-    /// enqueues the others.
+    /// enqueues the others, and those with a new device.
     fn walk(&mut self) {
-        let (mut new, mut looked) = (Vec::new(), Vec::new());
-        let (guarded, program, method) = (&mut self.guarded, &self.program, self.method);
-        let (rests_until, is_own_only) = (&mut self.rests_until, self.is_own_only);
+        let (mut new, mut looked, mut released) = (Vec::new(), Vec::new(), Vec::new());
+        let (guarded, program, is_own_only) = (&mut self.guarded, &self.program, self.is_own_only);
         let visit = in_thread(|| {
             visit_all(is_own_only, |namespace: &Namespace| {
-                match guarded.get_mut(&namespace.id) {
-                    Some(known) => {
-                        let seen = look(program, known).and_then(|why| {
-                            // Without cookies this may be another namespace that has the same inode.
-                            let is_other = namespace.id.cookie == 0
-                                && !namespace.is_current
-                                && why == Some(Disarmed::TakenOff);
-                            if !is_other {
-                                attach_to_new_devices(program, method, known, rests_until)?;
-                            }
-                            Ok((why, is_other))
-                        });
-                        match seen {
-                            Ok((_, true)) => new.push((namespace.clone(), Ok(known.owner))),
-                            Ok((why, false)) => {
-                                looked.push((namespace.id, known.owner, why.map(UnguardedReason::Disarmed)));
-                            }
-                            Err(error) => {
-                                let why = UnguardedReason::Unknown(error.to_string());
-                                looked.push((namespace.id, known.owner, Some(why)));
-                            }
-                        }
-                    }
-                    None => new.push((namespace.clone(), netns_owner())),
+                let Some(known) = guarded.get_mut(&namespace.id) else {
+                    new.push((namespace.clone(), netns_owner()));
+                    return Ok(());
+                };
+                let before = known.attachments.len();
+                let seen = known.look(program);
+                // Without cookies this may be another namespace that has the same inode.
+                let is_taken_off = matches!(seen, Ok(Seen { disarmed: Some(Disarmed::TakenOff), .. }));
+                if namespace.id.cookie == 0 && !namespace.is_current && is_taken_off {
+                    released.push((known.owner, before - known.attachments.len()));
+                    new.push((namespace.clone(), netns_owner()));
+                    return Ok(());
                 }
+                looked.push((namespace.clone(), known.owner, seen));
                 Ok(())
             })
         })
@@ -263,17 +280,17 @@ impl GuardWork {
             let is_detached = known.attachments.iter().all(Attachment::is_link_detached);
             let has_ended = !is_found(*id) && (is_detached || method == GuardMethod::Clsact);
             if has_ended {
-                queue.release(known.owner);
+                queue.give_back(known.owner, known.attachments.len());
             }
             !has_ended
         });
         self.unguarded.retain(is_found);
         self.beyond = 0;
-        for (id, owner, why) in looked {
-            match why {
-                Some(why) => self.on_unguarded(id, owner, why),
-                None => self.unguarded.remove(id),
-            }
+        for (owner, ended) in released {
+            self.queue.give_back(owner, ended);
+        }
+        for (namespace, owner, seen) in looked {
+            self.on_looked(namespace, owner, seen);
         }
         for (inode, error) in visit.unentered {
             let known = self.guarded.iter().find(|(id, _)| id.inode == inode);
@@ -283,13 +300,13 @@ impl GuardWork {
         }
         for (namespace, owner) in new {
             if let Some(old) = self.guarded.remove(&namespace.id) {
-                self.queue.release(old.owner);
+                self.queue.give_back(old.owner, old.attachments.len());
             }
             match owner {
                 Ok(owner) => {
-                    let waiting = Waiting { id: namespace.id, owner, path: namespace.path };
-                    if !self.queue.push(waiting, false) {
-                        self.on_unguarded(namespace.id, owner, UnguardedReason::NoRoom);
+                    let Namespace { id, path, .. } = namespace;
+                    if !self.queue.push(Waiting { id, owner, path, connects: false }) {
+                        self.on_unguarded(id, owner, UnguardedReason::NoRoom);
                     }
                 }
                 Err(error) => {
@@ -299,7 +316,28 @@ impl GuardWork {
         }
     }
 
-    /// The walk has found a namespace that is not guarded.
+    /// The walk has looked at a namespace in which the program was attached.
+    fn on_looked(&mut self, namespace: Namespace, owner: u32, seen: io::Result<Seen>) {
+        let Namespace { id, path, .. } = namespace;
+        let Seen { disarmed, ended, others } = match seen {
+            Ok(seen) => seen,
+            Err(error) => return self.on_unguarded(id, owner, UnguardedReason::Unknown(error.to_string())),
+        };
+        self.queue.give_back(owner, ended);
+        let Some(known) = self.guarded.get_mut(&id) else { return };
+        known.is_complete = others == 0;
+        let has_room =
+            others == 0 || !known.is_full() && self.queue.push(Waiting { id, owner, path, connects: false });
+        match disarmed {
+            Some(why) => self.on_unguarded(id, owner, UnguardedReason::Disarmed(why)),
+            None if !has_room => self.on_unguarded(id, owner, UnguardedReason::NoRoom),
+            None if others == 0 => self.unguarded.remove(id),
+            // Its turn comes.
+            None => {}
+        }
+    }
+
+    /// A namespace is not guarded.
     fn on_unguarded(&mut self, id: NetnsId, owner: u32, why: UnguardedReason) {
         self.beyond += usize::from(!self.unguarded.insert(id, owner, why));
     }
@@ -316,15 +354,19 @@ impl GuardWork {
         }
     }
 
-    /// The namespaces in which the program is attached and runs first.
+    /// The namespaces in which the program is attached to every device and runs first.
     fn guarded_namespaces(&self) -> impl Iterator<Item = NetnsId> {
-        self.guarded.keys().filter(|id| !self.unguarded.contains(**id)).copied()
+        let is_guarded =
+            |(id, known): &(&NetnsId, &GuardedNetns)| known.is_complete && !self.unguarded.contains(**id);
+        self.guarded.iter().filter(is_guarded).map(|(id, _)| *id)
     }
 
     fn counts(&self) -> GuardCounts {
         let guarded = self.guarded_namespaces().count();
         // A namespace may be unguarded and wait for another attempt.
-        let waiting = self.queue.ids().filter(|id| !self.unguarded.contains(*id)).count();
+        let incomplete = self.guarded.iter().filter(|(_, known)| !known.is_complete).map(|(id, _)| *id);
+        let waiting: HashSet<NetnsId> = self.queue.ids().chain(incomplete).collect();
+        let waiting = waiting.into_iter().filter(|id| !self.unguarded.contains(*id)).count();
         let unguarded = self.unguarded.count() + waiting + self.beyond;
         GuardCounts { guarded, unguarded, failures: self.failures }
     }
@@ -360,4 +402,9 @@ impl GuardWork {
             log::warn!("network namespace {} was not found any more; its filter may be left", id.inode);
         }
     }
+}
+
+/// True if there is no way into a network namespace any more: it has ended, or its process has, or will be a zombie.
+fn has_no_way(error: &io::Error) -> bool {
+    is_gone(error) || error.kind() == io::ErrorKind::PermissionDenied
 }

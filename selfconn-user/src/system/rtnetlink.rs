@@ -79,7 +79,7 @@ impl Filter {
     }
 }
 
-/// The loopback device and the VRF devices.
+/// The loopback device, and after it the VRF devices.
 ///
 /// # Errors
 /// If the kernel refuses to list devices.
@@ -95,6 +95,8 @@ pub fn loop_devices() -> io::Result<Vec<LoopDevice>> {
             devices.push(LoopDevice { index: u32::from_ne_bytes(index), name });
         }
     })?;
+    // Index 1 is the loopback device's (LOOPBACK_IFINDEX in include/net/flow.h at v5.10).
+    devices.sort_unstable_by_key(|device| device.index);
     Ok(devices)
 }
 
