@@ -4,15 +4,20 @@
 //! The binary is also the programs that it starts: traffic generators, holders of sockets, and empty eBPF
 //! programs to compare with. All traffic is in network namespaces of its own.
 
+mod churn;
 mod empty;
 mod generate;
+mod groups;
 mod guard;
+mod load;
 mod log;
 mod measure;
 mod net;
 mod proc;
 mod programs;
 mod report;
+mod run_time;
+mod scan;
 mod socket_crowd;
 mod tracer;
 
@@ -29,7 +34,8 @@ use aya::programs::LinkOrder;
 use clap::{Parser, Subcommand};
 use selfconn::bpf::{attach::Method, bind_method::BindMethod};
 
-use measure::{GROUPS, Measurement};
+use groups::GROUPS;
+use measure::Measurement;
 use report::{Samples, TargetOutcome};
 
 #[derive(Parser)]
@@ -86,8 +92,9 @@ fn main() -> ExitCode {
         Some(CostHelper::Hold { count }) => socket_crowd::hold(*count),
         Some(CostHelper::Empty { methods }) => {
             let is_named = |method: &Method| methods.iter().any(|name| name == method.name());
-            let is_bind_named =
-                |method: &BindMethod| methods.iter().any(|name| *name == measure::bind_method(method.name()));
+            let is_bind_named = |method: &BindMethod| {
+                methods.iter().any(|name| *name == run_time::bind_method(method.name()))
+            };
             empty::run(
                 &Method::ALL.into_iter().filter(is_named).collect::<Vec<_>>(),
                 BindMethod::ALL.into_iter().find(is_bind_named),
@@ -113,7 +120,7 @@ fn measure_and_report(cli: &CostCli) -> Result<()> {
     let memory = Some(PathBuf::from("/dev/shm")).filter(|path| path.exists()).unwrap_or_else(env::temp_dir);
     let scratch = tempfile::tempdir_in(memory).context("make a directory for logs")?;
     let mut measurement = Measurement::new(&cli.daemon, cli.quick, scratch.path());
-    measurement.run(&cli.groups)?;
+    groups::measure(&mut measurement, &cli.groups)?;
     let mut samples = measurement.samples;
     samples.facts.insert("kernel".to_owned(), kernel(cli)?);
     if cli.samples {
