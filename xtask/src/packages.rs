@@ -110,8 +110,13 @@ pub(crate) fn unpack(names: &[&str], directory: &Path) -> Result<()> {
         update();
         fetch()
     })?;
+    extract_debs(directory)
+}
+
+/// Unpacks the packages in a directory there, and removes their files.
+pub(crate) fn extract_debs(directory: &Path) -> Result<()> {
     for package in debs_in(directory)? {
-        run::output(environment::plain("dpkg-deb").arg("--extract").args([&package, directory]))?;
+        run::output(environment::plain("dpkg-deb").arg("--extract").args([&*package, directory]))?;
         fs::remove_file(&package).with_context(|| format!("remove {}", package.display()))?;
     }
     Ok(())

@@ -76,6 +76,14 @@ pub(crate) fn refusal(error: &ProgramError) -> Refusal {
     }
 }
 
+/// `ENOTSUPP` has no text in user space. A kernel without trampolines for its architecture returns it
+/// (`arch_prepare_bpf_trampoline`, kernel/bpf/trampoline.c at v5.10).
+fn not_supported(call: &str, architecture: &str) -> String {
+    let since =
+        if architecture == "aarch64" { ": on arm64, programs on functions need Linux 6.4" } else { "" };
+    format!("{call}: this kernel does not support it on {architecture}{since}")
+}
+
 /// Classifies an error by its errno.
 pub(crate) fn refusal_by_errno(call: &str, error: &io::Error) -> Refusal {
     /// From `include/linux/errno.h`; it is not an errno of user space.
@@ -83,7 +91,7 @@ pub(crate) fn refusal_by_errno(call: &str, error: &io::Error) -> Refusal {
     let why = format!("{call}: {error}");
     let errno = error.raw_os_error().unwrap_or(0);
     if errno == ENOTSUPP {
-        return Refusal::Unsupported(why);
+        return Refusal::Unsupported(not_supported(call, std::env::consts::ARCH));
     }
     match Errno::from_raw_os_error(errno) {
         Errno::PERM | Errno::ACCESS => {
@@ -93,5 +101,21 @@ pub(crate) fn refusal_by_errno(call: &str, error: &io::Error) -> Refusal {
             Refusal::Unsupported(why)
         }
         _ => Refusal::Refused(why),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_that_user_space_has_no_text_for_is_a_sentence() {
+        let refusal = refusal_by_errno("BPF_LINK_CREATE", &io::Error::from_raw_os_error(524));
+        let Refusal::Unsupported(why) = refusal else { panic!("{refusal:?}") };
+        assert!(!why.contains("524"), "{why}");
+        assert_eq!(
+            not_supported("BPF_LINK_CREATE", "aarch64"),
+            "BPF_LINK_CREATE: this kernel does not support it on aarch64: on arm64, programs on functions need Linux 6.4"
+        );
     }
 }

@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+use super::architecture::{Architecture, Flavour};
 use crate::{
     environment::plain,
     packages::{self, debs_in},
@@ -87,15 +88,18 @@ impl DebianArchive {
         })
     }
 
-    /// The lines of a `sources.list` with these suites. Only the lists of packages are fetched.
-    fn list(&self, suites: &[&str], secured: &[&str]) -> String {
+    /// The lines of a `sources.list` with these suites, for packages of this architecture (Debian's name). Only the
+    /// lists of packages are fetched.
+    fn list(&self, suites: &[&str], secured: &[&str], architecture: &str) -> String {
         let main = suites.iter().map(|suite| format!("{} {suite}", self.main));
         let security = self
             .security
             .iter()
             .flat_map(|uri| secured.iter().map(move |suite| format!("{uri} {suite}-security")));
         main.chain(security)
-            .map(|source| format!("deb [arch=amd64 target=Packages signed-by={KEYRING}] {source} main\n"))
+            .map(|source| {
+                format!("deb [arch={architecture} target=Packages signed-by={KEYRING}] {source} main\n")
+            })
             .collect()
     }
 }
@@ -104,7 +108,7 @@ impl DebianArchive {
 pub(super) fn sources_of(suite: &str) -> Result<String> {
     let updates = format!("{suite}-updates");
     ensure!(SECURED.contains(&suite), "{suite} is not a known suite of Debian's");
-    Ok(DebianArchive::of_this_machine()?.list(&[suite, &updates], &[suite]))
+    Ok(DebianArchive::of_this_machine()?.list(&[suite, &updates], &[suite], "amd64"))
 }
 
 /// A kernel's package in the archive.
@@ -138,22 +142,25 @@ impl KernelPackage {
 #[derive(Debug)]
 pub(super) struct PrivateApt {
     directory: PathBuf,
+    architecture: &'static Architecture,
     pub(super) is_updated: bool,
 }
 
 impl PrivateApt {
-    /// Sets it up in this directory, and fetches the package lists if they are older than a day.
-    pub(super) fn open(directory: PathBuf) -> Result<Self> {
+    /// Sets it up below this directory for packages of an architecture, and fetches their lists if they are older than a
+    /// day.
+    pub(super) fn open(directory: &Path, architecture: &'static Architecture) -> Result<Self> {
+        let directory = directory.join(format!("apt-{}", architecture.debian));
         for sub in ["lists/partial", "cache/archives/partial", "packages"] {
             let sub = directory.join(sub);
             fs::create_dir_all(&sub).with_context(|| format!("create {}", sub.display()))?;
         }
-        let list = DebianArchive::of_this_machine()?.list(&SUITES, &SECURED);
+        let list = DebianArchive::of_this_machine()?.list(&SUITES, &SECURED, architecture.debian);
         let list_path = directory.join("sources.list");
         let is_unchanged = fs::read_to_string(&list_path).is_ok_and(|old| old == list);
         write_if_changed(&list_path, list.as_bytes())?;
         write_if_changed(&directory.join("status"), b"")?;
-        let mut apt = Self { directory, is_updated: false };
+        let mut apt = Self { directory, architecture, is_updated: false };
         let updated = fs::metadata(apt.stamp()).and_then(|stamp| stamp.modified());
         let is_fresh = |at| SystemTime::now().duration_since(at).is_ok_and(|age| age < LISTS_MAX_AGE);
         if !(is_unchanged && updated.is_ok_and(is_fresh)) {
@@ -162,12 +169,12 @@ impl PrivateApt {
         Ok(apt)
     }
 
-    /// The cloud kernels in the archive.
-    pub(super) fn kernels(&self) -> Result<Vec<KernelPackage>> {
-        let pattern = "^linux-(image|binary|modules)-[0-9].*-cloud-amd64$";
-        let names = run::output(self.command("apt-cache").args(["search", "--names-only", pattern]))?;
+    /// The kernels of a flavour in the archive.
+    pub(super) fn kernels(&self, flavour: &Flavour) -> Result<Vec<KernelPackage>> {
+        let pattern = format!("^linux-(image|binary|modules)-[0-9].*-{}$", flavour.packages);
+        let names = run::output(self.command("apt-cache").args(["search", "--names-only", &pattern]))?;
         let names: Vec<&str> = names.lines().filter_map(|line| line.split(' ').next()).collect();
-        ensure!(!names.is_empty(), "no cloud kernels in the archive");
+        ensure!(!names.is_empty(), "no kernels {} in the archive", flavour.packages);
         Ok(complete(parse_packages(&run::output(self.command("apt-cache").arg("show").args(names))?)))
     }
 
@@ -181,6 +188,13 @@ impl PrivateApt {
         let files = debs_in(&directory)?;
         ensure!(files.len() == package.parts().len(), "downloaded {} and got {files:?}", package.id());
         Ok(directory)
+    }
+
+    /// Downloads a package, and unpacks it into this directory.
+    pub(super) fn unpack(&self, package: &str, directory: &Path) -> Result<()> {
+        fs::create_dir_all(directory).with_context(|| format!("create {}", directory.display()))?;
+        run::output(self.command("apt-get").args(["download", package]).current_dir(directory))?;
+        packages::extract_debs(directory)
     }
 
     fn stamp(&self) -> PathBuf {
@@ -220,7 +234,8 @@ impl PrivateApt {
             command.arg("-o").arg(format!("{option}={}", self.directory.join(file).display()));
         }
         // As root, apt would download as another user, who can't write here.
-        command.args(["-o", "APT::Architecture=amd64", "-o", "APT::Sandbox::User="]);
+        command.arg("-o").arg(format!("APT::Architecture={}", self.architecture.debian));
+        command.args(["-o", "APT::Sandbox::User="]);
         command.args(["-o", "Acquire::Languages=none"]);
         command
     }
@@ -304,10 +319,10 @@ mod tests {
         }
         let archive = DebianArchive { main: main.into(), security: Some(security.into()) };
         assert_eq!(
-            archive.list(&["sid"], &["trixie"]),
+            archive.list(&["sid"], &["trixie"], "arm64"),
             format!(
-                "deb [arch=amd64 target=Packages signed-by={KEYRING}] {main} sid main\n\
-                 deb [arch=amd64 target=Packages signed-by={KEYRING}] {security} trixie-security main\n"
+                "deb [arch=arm64 target=Packages signed-by={KEYRING}] {main} sid main\n\
+                 deb [arch=arm64 target=Packages signed-by={KEYRING}] {security} trixie-security main\n"
             )
         );
     }

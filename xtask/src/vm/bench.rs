@@ -5,7 +5,9 @@ use std::{fs, path::PathBuf, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 
 use super::{
-    PROGRAMS, binaries,
+    PROGRAMS,
+    architecture::Architecture,
+    binaries,
     boot::{Boot, Ending},
     directory,
     emulator::Emulator,
@@ -27,11 +29,12 @@ const DEADLINE: Duration = Duration::from_secs(900);
 /// Measures these groups. Returns the file with the samples.
 pub(crate) fn measure(workspace: &Workspace, groups: &[&str]) -> Result<PathBuf> {
     packages::install_programs(&PROGRAMS)?;
-    let emulator = Emulator::find_or_fetch(workspace)?;
-    let stock = KernelStock::get_all(&[KERNEL.to_owned()], &directory(workspace))?;
+    let architecture = Architecture::named(None)?;
+    let emulator = Emulator::find_or_fetch(workspace, architecture)?;
+    let stock = KernelStock::get_all(&[KERNEL.to_owned()], architecture, &directory(workspace))?;
     let kernel = stock.kernels.first().context("no kernel")?;
-    let [daemon, cost] =
-        binaries::build(workspace, &["build", "--bin", "selfconn", "--bench", "cost"], ["selfconn", "cost"])?;
+    let programs = ["build", "--bin", "selfconn", "--bench", "cost"];
+    let [daemon, cost] = binaries::build(workspace, architecture, &programs, ["selfconn", "cost"])?;
     let file = |name: &str| directory(workspace).join(name);
     let (initramfs, log, console) = (file("bench.cpio"), file("bench.log"), file("bench.console.log"));
     let arguments = ["--daemon", "/bin/selfconn", "--kernel", &kernel.version, "--samples", "--quick"];
@@ -41,7 +44,7 @@ pub(crate) fn measure(workspace: &Workspace, groups: &[&str]) -> Result<PathBuf>
         args: arguments.iter().chain(groups).map(|argument| (*argument).to_owned()).collect(),
         env: Vec::new(),
     };
-    let busybox = guest::busybox(workspace)?;
+    let busybox = guest::busybox(workspace, architecture)?;
     guest::initramfs(&initramfs, &busybox, kernel, &[&daemon, &cost], &[run], DEADLINE.as_secs())?;
     say(format!("measuring on {} in a virtual machine", kernel.version));
     let boot = Boot {

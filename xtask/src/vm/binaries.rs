@@ -5,22 +5,37 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::{environment, run::say, workspace::Workspace};
+use super::architecture::Architecture;
+use crate::{environment, packages, run, run::say, workspace::Workspace};
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// Installs what is needed to build for another architecture.
+pub(super) fn prepare(architecture: &Architecture) -> Result<()> {
+    if architecture.is_this_machines() {
+        return Ok(());
+    }
+    if !environment::is_in_path(architecture.linker) {
+        packages::install(architecture.linker_packages)?;
+    }
+    let target = architecture.rust_target();
+    let mut add = environment::plain("rustup");
+    run::step(&format!("adding the target {target}"), add.args(["target", "add", &target]))
+}
 
 /// Builds programs of selfconn-user with these arguments of cargo, and copies those with these names into a
 /// directory. Returns their paths in the order of the names.
 pub(super) fn build<const N: usize>(
     workspace: &Workspace,
+    architecture: &Architecture,
     arguments: &[&str],
     names: [&str; N],
 ) -> Result<[PathBuf; N]> {
-    say("building the programs for test machines");
+    prepare(architecture)?;
+    let target = architecture.rust_target();
+    say(format!("building the programs for test machines of {}", architecture.name));
     let mut cargo = environment::cargo();
     cargo
         .args(arguments)
-        .args(["--package", "selfconn-user", "--quiet", "--release", "--locked", "--target", TARGET])
+        .args(["--package", "selfconn-user", "--quiet", "--release", "--locked", "--target", &target])
         .args(["--message-format", "json-render-diagnostics", "--target-dir"])
         .arg(workspace.target.join("vm/build"))
         .current_dir(&workspace.root)
@@ -28,10 +43,16 @@ pub(super) fn build<const N: usize>(
         .envs([("CARGO_PROFILE_RELEASE_LTO", "off"), ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")])
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .stderr(std::process::Stdio::inherit());
+    if !architecture.is_this_machines() {
+        // Cargo, and the crates that compile C, if there are any.
+        let name = target.to_uppercase().replace('-', "_");
+        cargo.env(format!("CARGO_TARGET_{name}_LINKER"), architecture.linker);
+        cargo.env(format!("CC_{}", target.replace('-', "_")), architecture.linker);
+    }
     let output = cargo.output().context("start cargo")?;
     ensure!(output.status.success(), "cargo {}: {}", arguments.join(" "), output.status);
     let built = executables(&String::from_utf8(output.stdout).context("cargo's messages")?)?;
-    let directory = workspace.target.join("vm/programs");
+    let directory = super::directory(workspace).join(format!("programs-{}", architecture.debian));
     std::fs::create_dir_all(&directory).context("make the directory of programs")?;
     let mut paths = names.map(|name| directory.join(name));
     for (name, path) in names.into_iter().zip(&mut paths) {

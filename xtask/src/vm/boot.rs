@@ -113,18 +113,20 @@ impl Boot<'_> {
     }
 
     fn command(&self, output: &Path, console: &Path) -> Command {
-        let emulation = self.kernel.emulation();
+        let (emulation, architecture) = (self.kernel.emulation(), self.kernel.flavour.architecture);
         let mut command = self.emulator.command();
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
-        command.arg("-m").arg(self.memory_mib.to_string());
+        command.args(architecture.machine).arg("-m").arg(self.memory_mib.to_string());
         command.args(["-accel", "tcg,thread=multi", "-cpu", emulation.cpu, "-smp", &self.cpus.to_string()]);
         command.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(self.initramfs);
         // An oops becomes a panic, and a panic a reboot, at which QEMU exits.
-        let kernel_args = ["console=ttyS0", "loglevel=5", "oops=panic", "panic=-1"];
+        let console_arg = format!("console={}", architecture.console);
+        let kernel_args = [&console_arg, "loglevel=5", "oops=panic", "panic=-1"];
         command.arg("-append").arg([&kernel_args, self.kernel_args].concat().join(" "));
-        for line in [console, output] {
-            command.arg("-serial").arg(format!("file:{}", line.display()));
-        }
+        command.arg("-serial").arg(format!("file:{}", console.display()));
+        // QEMU separates options by commas.
+        let path = output.display().to_string().replace(',', ",,");
+        command.arg("-chardev").arg(format!("file,id=output,path={path}")).args(architecture.output_line);
         command
     }
 }

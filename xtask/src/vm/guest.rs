@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::kernel::Kernel;
+use super::{apt::PrivateApt, architecture::Architecture, kernel::Kernel};
 use crate::{
     dist::Tree,
     environment::plain,
@@ -45,13 +45,19 @@ fn quote(word: &str) -> String {
 
 /// busybox, linked statically, from the distribution's package. It is GPL-2, and used in test machines only.
 /// The package is not installed, because it would replace another busybox.
-pub(super) fn busybox(workspace: &Workspace) -> Result<PathBuf> {
-    let directory = workspace.target.join("vm/busybox");
+pub(super) fn busybox(workspace: &Workspace, architecture: &'static Architecture) -> Result<PathBuf> {
+    const PACKAGE: &str = "busybox-static";
+    let of_machines = super::directory(workspace);
+    let directory = of_machines.join(format!("busybox-{}", architecture.debian));
     let find = || ["bin/busybox", "usr/bin/busybox"].map(|path| directory.join(path)).into_iter();
     if !find().any(|path| path.exists()) {
-        packages::unpack(&["busybox-static"], &directory)?;
+        if architecture.is_this_machines() {
+            packages::unpack(&[PACKAGE], &directory)?;
+        } else {
+            PrivateApt::open(&of_machines, architecture)?.unpack(PACKAGE, &directory)?;
+        }
     }
-    find().find(|path| path.exists()).context("no busybox in the package busybox-static")
+    find().find(|path| path.exists()).with_context(|| format!("no busybox in the package {PACKAGE}"))
 }
 
 /// Writes an initramfs. Each program goes to `/bin`.
@@ -71,6 +77,7 @@ pub(super) fn initramfs(
     }
     add_modules(&tree, kernel)?;
     tree.write("plan.sh", 0o644, runs.iter().map(GuestRun::line).collect::<String>().as_bytes())?;
+    tree.write("output", 0o644, kernel.flavour.architecture.output.as_bytes())?;
     tree.write("deadline", 0o644, format!("{deadline_s}\n").as_bytes())?;
     write_if_changed(file, &cpio(&tree)?)?;
     fs::remove_dir_all(&tree.root).with_context(|| format!("remove {}", tree.root.display()))

@@ -1,6 +1,6 @@
 #!/sbin/busybox sh
 # PID 1 of the machines that `cargo xtask vm` boots. It mounts file systems, brings up lo, loads modules, runs
-# /plan.sh, prints a verdict on the second serial line, and powers off. The initramfs has nothing but this,
+# /plan.sh, prints a verdict on the second serial line, whose name is in /output, and powers off. The initramfs has nothing but this,
 # busybox, and what the plan runs. The host reads the lines that begin with `selfconn-guest: ` and `FACT `:
 # xtask/src/vm/boot.rs.
 
@@ -19,14 +19,15 @@ for mount in proc:/proc sysfs:/sys devtmpfs:/dev tmpfs:/tmp tmpfs:/run tracefs:/
 done
 
 # The kernel's console is another line: a kernel message within a line of a test would make both unreadable.
-exec </dev/null >/dev/ttyS1 2>&1
-$b stty raw -echo -F /dev/ttyS1
+output=/dev/$(read_first /output)
+exec </dev/null >"$output" 2>&1
+$b stty raw -echo -F "$output"
 for target in $refused; do say "mount $target: refused"; done
 
 end() {
     if [ "$1" = 0 ]; then say "all passed"; else say "not all passed"; fi
     # stty waits until the output has left the machine.
-    $b stty -F /dev/ttyS1 raw >/dev/null
+    $b stty -F "$output" raw >/dev/null
     $b sleep 0.2
     $b poweroff -f
 }

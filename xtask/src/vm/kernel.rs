@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::apt::numbers;
+use super::architecture::{Emulation, Flavour};
 use crate::{environment::plain, packages::debs_in, run};
 
 /// Modules of Debian's cloud kernels that tests need: the socket table, disturbances of the network, and a user of
@@ -28,6 +28,8 @@ pub(super) struct Kernel {
     pub(super) image: PathBuf,
     /// Uncompressed module files, each after its dependencies.
     pub(super) modules: Vec<PathBuf>,
+    #[serde(skip, default = "Flavour::usual")]
+    pub(super) flavour: &'static Flavour,
     /// True for Debian's kernels: the tests know which features they must have.
     #[serde(skip)]
     pub(super) is_known: bool,
@@ -37,16 +39,23 @@ pub(super) struct Kernel {
 }
 
 impl Kernel {
-    /// The kernel in this directory, if it is complete.
-    pub(super) fn kept(directory: &Path) -> Option<Self> {
-        let kernel: Self = serde_json::from_slice(&fs::read(directory.join(NOTE)).ok()?).ok()?;
+    /// Its version, architecture and flavour.
+    pub(super) fn label(&self) -> String {
+        self.flavour.label(&self.version)
+    }
+
+    /// The kernel of this flavour in this directory, if it is complete. The directory is named by its package.
+    pub(super) fn kept(directory: &Path, flavour: &'static Flavour) -> Option<Self> {
+        let is_of_flavour = file_name(directory).contains(&format!("-{}_", flavour.packages));
+        let note = is_of_flavour.then(|| fs::read(directory.join(NOTE)).ok())??;
+        let kernel = Self { flavour, ..serde_json::from_slice(&note).ok()? };
         let is_same = kernel.module_names == MODULES;
         (is_same && kernel.image.exists() && kernel.modules.iter().all(|module| module.exists()))
             .then_some(kernel)
     }
 
     /// Takes a kernel out of its packages, and keeps it in this directory.
-    pub(super) fn unpack(packages: &[PathBuf], directory: &Path) -> Result<Self> {
+    pub(super) fn unpack(packages: &[PathBuf], directory: &Path, flavour: &'static Flavour) -> Result<Self> {
         let tree = directory.join("unpacked");
         fs::create_dir_all(&tree).with_context(|| format!("create {}", tree.display()))?;
         for package in packages {
@@ -73,6 +82,7 @@ impl Kernel {
             version,
             image: kept,
             modules,
+            flavour,
             is_known: false,
             module_names: MODULES.map(str::to_owned).into(),
         };
@@ -81,13 +91,13 @@ impl Kernel {
     }
 
     /// A kernel from a file: a package, or an image with the modules that are installed on this machine.
-    pub(super) fn from_file(file: &Path, directory: &Path) -> Result<Self> {
+    pub(super) fn from_file(file: &Path, directory: &Path, flavour: &'static Flavour) -> Result<Self> {
         if file.extension().is_some_and(|extension| extension == "deb") {
             // The package of a split kernel has the package of its modules beside it.
             let modules = file.with_file_name(file_name(file).replace("linux-binary-", "linux-modules-"));
             let has_modules = modules != file && modules.exists();
             let packages = [file.to_owned()].into_iter().chain(has_modules.then_some(modules));
-            return Self::unpack(&packages.collect::<Vec<_>>(), directory);
+            return Self::unpack(&packages.collect::<Vec<_>>(), directory, flavour);
         }
         fs::create_dir_all(directory).with_context(|| format!("create {}", directory.display()))?;
         let bytes = fs::read(file).with_context(|| format!("read {}", file.display()))?;
@@ -98,34 +108,24 @@ impl Kernel {
             version: release,
             image: file.to_owned(),
             modules,
+            flavour,
             is_known: false,
             module_names: Vec::new(),
         })
     }
 
     /// A kernel from the packages in a directory.
-    pub(super) fn from_packages(packages: &Path, directory: &Path) -> Result<Self> {
-        Self::unpack(&debs_in(packages)?, directory)
+    pub(super) fn from_packages(
+        packages: &Path,
+        directory: &Path,
+        flavour: &'static Flavour,
+    ) -> Result<Self> {
+        Self::unpack(&debs_in(packages)?, directory, flavour)
     }
 
-    /// What QEMU can emulate. QEMU 7.2 to 10 without an accelerator makes some kernels crash: 7.x with more
-    /// than one CPU, while it patches its own code; 6.12 in the 16-byte compare-and-exchange of its slab
-    /// allocator, which it does not use on a CPU without that instruction.
     pub(super) fn emulation(&self) -> Emulation {
-        match numbers(&self.version).as_slice() {
-            [7..=u32::MAX, ..] => Emulation { cpu: "qemu64", max_cpus: 1 },
-            [6, 12, ..] => Emulation { cpu: "qemu64,-cx16", max_cpus: 2 },
-            _ => Emulation { cpu: "qemu64", max_cpus: 2 },
-        }
+        self.flavour.emulation(&self.version)
     }
-}
-
-/// What QEMU can emulate for a kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Emulation {
-    /// QEMU's name of the CPU model.
-    pub(super) cpu: &'static str,
-    pub(super) max_cpus: u32,
 }
 
 /// Copies the modules and their dependencies, uncompressed, and returns them in the order in which they load.
@@ -192,26 +192,5 @@ mod tests {
         assert_eq!(release_in(&image[..0x210]), None);
         assert_eq!(release_in(&[0; 0x400]), None);
         assert_eq!(release_in(b"\x7fELF"), None);
-    }
-
-    #[test]
-    fn the_emulator_gets_what_it_can_do_for_a_kernel() {
-        for (version, cpu, max_cpus) in [
-            ("5.10.0-46-cloud-amd64", "qemu64", 2),
-            ("6.1.192", "qemu64", 2),
-            ("6.12.117+deb13-cloud-amd64", "qemu64,-cx16", 2),
-            ("6.18.15+deb13-cloud-amd64", "qemu64", 2),
-            ("7.3.4+deb13-cloud-amd64", "qemu64", 1),
-        ] {
-            let (image, modules) = (PathBuf::new(), Vec::new());
-            let kernel = Kernel {
-                version: version.into(),
-                image,
-                modules,
-                is_known: false,
-                module_names: MODULES.map(str::to_owned).into(),
-            };
-            assert_eq!(kernel.emulation(), Emulation { cpu, max_cpus }, "{version}");
-        }
     }
 }

@@ -159,10 +159,11 @@ impl Loss {
     }
 }
 
-/// A table whose key is the first two cells: a kernel's series, and the lockdown or the number of CPUs.
+/// A table whose key is the first two cells: a kernel's architecture and flavour, its series, and the lockdown or the
+/// number of CPUs.
 struct KernelTable {
     head: Vec<String>,
-    rows: BTreeMap<(Vec<u32>, usize, String), Vec<String>>,
+    rows: BTreeMap<(String, Vec<u32>, usize, String), Vec<String>>,
 }
 
 impl KernelTable {
@@ -186,7 +187,8 @@ impl KernelTable {
         let [kernel, second, ..] = cells.as_slice() else { return };
         // The order of lockdowns; numbers of CPUs are ordered as text.
         let rank = ["none", "integrity", "confidentiality"].iter().position(|lockdown| lockdown == second);
-        let key = (series_of(kernel), rank.unwrap_or(0), second.clone());
+        let flavour = kernel.split_once('-').map_or("", |(_, flavour)| flavour).to_owned();
+        let key = (flavour, series_of(kernel), rank.unwrap_or(0), second.clone());
         self.rows.insert(key, cells);
     }
 
@@ -246,6 +248,12 @@ mod tests {
         assert_eq!(second.lines().count(), first.lines().count());
         assert!(second.contains("\n| 7.2.0 | none |") && !second.contains("\n| 7.1.4 | none |"), "{second}");
         assert!(second.contains("\n| 7.1.4 | confidentiality |"), "{second}");
+        // Another architecture or flavour has rows of its own.
+        let arm64 = text(&second, &[row_of("7.2.0-arm64", &output("ok", "none", 0, 2))]);
+        assert!(
+            arm64.contains("\n| 7.2.0 | none |") && arm64.contains("\n| 7.2.0-arm64 | none |"),
+            "{arm64}"
+        );
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::{path::PathBuf, time::Instant};
 use anyhow::{Context as _, Result};
 
 use self::{
+    architecture::Architecture,
     emulator::Emulator,
     kernel::Kernel,
     report::VmReport,
@@ -20,6 +21,7 @@ use crate::{
 };
 
 mod apt;
+mod architecture;
 mod bench;
 mod binaries;
 mod boot;
@@ -46,10 +48,13 @@ const SUBSET_DEADLINE_S: u64 = 1_800;
 /// Options of `cargo xtask vm`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct VmArgs {
-    /// A kernel image, a kernel package, or a version such as 6.12; by default the newest 5.10, 6.1, 6.12,
-    /// 6.18 and 7.x that Debian has
+    /// A kernel image, a kernel package, or a version such as 6.12, 6.12-rt (real-time) or, on aarch64, 6.12-16k
+    /// (pages of 16 KiB); by default the newest 5.10, 6.1, 6.12, 6.18 and 7.x that Debian has
     #[arg(long, value_name = "PATH|VERSION")]
     kernel: Vec<String>,
+    /// The architecture of the machines; by default this machine's. For another one the programs are cross-compiled
+    #[arg(long, value_name = "NAME", value_parser = architecture::NAMES)]
+    arch: Option<String>,
     /// How to boot the kernels and which tests to run there; by default all, and `rest` on the oldest kernel
     /// only
     #[arg(long, value_name = "NAME", value_parser = VARIANTS.map(|variant| variant.name))]
@@ -87,8 +92,9 @@ const PROGRAMS: [(&str, &str); 6] = [
 pub(crate) fn run(args: &VmArgs, workspace: &Workspace) -> Result<()> {
     let start = Instant::now();
     packages::install_programs(&PROGRAMS)?;
-    Emulator::find_or_fetch(workspace)?;
-    let stock = KernelStock::get_all(&args.kernel, &directory(workspace))?;
+    let architecture = Architecture::named(args.arch.as_deref())?;
+    Emulator::find_or_fetch(workspace, architecture)?;
+    let stock = KernelStock::get_all(&args.kernel, architecture, &directory(workspace))?;
     let variants = variant::named(&args.variant);
     let rows: Vec<_> = variants
         .iter()
@@ -99,7 +105,7 @@ pub(crate) fn run(args: &VmArgs, workspace: &Workspace) -> Result<()> {
             !variant.at_oldest || (stock.is_oldest(kernel) && args.test_args.is_empty())
         })
         .collect();
-    let report = boot(args, &rows, stock.skipped.clone(), workspace)?;
+    let report = boot(args, architecture, &rows, stock.skipped.clone(), workspace)?;
     // The documented rows are those of all tests; a row that did not pass leaves the documented one.
     if args.test_args.is_empty() {
         kernels::update(&workspace.root.join("docs/kernels.md"), &report.rows)?;
@@ -109,12 +115,25 @@ pub(crate) fn run(args: &VmArgs, workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
-/// The rows of `cargo xtask test`: on the oldest and the newest kernel the tests that force the methods, and
-/// on the newest also under the strictest lockdown. Returns what can't be had here, with the reason. It is an
-/// error if a row did not pass.
+/// The rows of `cargo xtask test`: on the oldest and the newest kernel the tests that force the methods, on the newest
+/// also under the strictest lockdown, and on one kernel of the other architecture. Returns what can't be had here, with
+/// the reason. It is an error if a row did not pass.
 pub(crate) fn run_subset(workspace: &Workspace) -> Result<Vec<String>> {
+    let own = Architecture::named(None)?;
+    let mut skipped = boot_subset(workspace, own, &SUBSET, true)?;
+    skipped.extend(boot_subset(workspace, own.other(), &OTHER_SUBSET, false)?);
+    Ok(skipped)
+}
+
+fn boot_subset(
+    workspace: &Workspace,
+    architecture: &'static Architecture,
+    kernels: &[&str],
+    lockdown: bool,
+) -> Result<Vec<String>> {
     let args = VmArgs {
-        kernel: SUBSET.map(str::to_owned).into(),
+        kernel: kernels.iter().map(|kernel| (*kernel).to_owned()).collect(),
+        arch: None,
         variant: Vec::new(),
         jobs: 2,
         deadline: SUBSET_DEADLINE_S,
@@ -124,25 +143,29 @@ pub(crate) fn run_subset(workspace: &Workspace) -> Result<Vec<String>> {
     // If packages or kernels can't be had, the tested code is not at fault.
     let install = || {
         packages::install_programs(&PROGRAMS)?;
-        Emulator::find_or_fetch(workspace)?;
-        guest::busybox(workspace)
+        binaries::prepare(architecture)?;
+        Emulator::find_or_fetch(workspace, architecture)?;
+        guest::busybox(workspace, architecture)
     };
     if let Err(error) = install() {
-        return Ok(vec![format!("{error:#}")]);
+        return Ok(vec![format!("machines of {}: {error:#}", architecture.name)]);
     }
-    let stock = KernelStock::get_available(&args.kernel, &directory(workspace));
+    let stock = KernelStock::get_available(&args.kernel, architecture, &directory(workspace));
     let skipped = stock.skipped.iter().map(|(kernel, why)| format!("kernel {kernel}: {why}")).collect();
     let unchanged = stock.kernels.iter().map(|kernel| (kernel, &variant::QUICK));
-    let locked = stock.kernels.last().map(|newest| (newest, &variant::STRICTEST));
+    let locked = stock.kernels.last().filter(|_| lockdown).map(|newest| (newest, &variant::STRICTEST));
     let rows: Vec<_> = unchanged.chain(locked).collect();
     if !rows.is_empty() {
-        boot(&args, &rows, stock.skipped.clone(), workspace)?.check()?;
+        boot(&args, architecture, &rows, stock.skipped.clone(), workspace)?.check()?;
     }
     Ok(skipped)
 }
 
 /// The oldest series and the newest.
 const SUBSET: [&str; 2] = ["5.10", "7"];
+
+/// Of the other architecture.
+const OTHER_SUBSET: [&str; 1] = ["6.12"];
 
 fn directory(workspace: &Workspace) -> PathBuf {
     workspace.target.join("vm")
@@ -151,12 +174,13 @@ fn directory(workspace: &Workspace) -> PathBuf {
 /// Boots the rows, and prints and stores the report.
 fn boot(
     args: &VmArgs,
+    architecture: &'static Architecture,
     rows: &[(&Kernel, &Variant)],
     skipped: Vec<(String, String)>,
     workspace: &Workspace,
 ) -> Result<VmReport> {
     build_ebpf::build(workspace)?;
-    let report = VmReport { rows: RowRunner::new(args, workspace)?.run(rows)?, skipped };
+    let report = VmReport { rows: RowRunner::new(args, architecture, workspace)?.run(rows)?, skipped };
     println!("{}", report.render());
     let file = directory(workspace).join("report.json");
     write_if_changed(&file, &serde_json::to_vec_pretty(&report)?)?;

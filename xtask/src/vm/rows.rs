@@ -11,7 +11,9 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
-    VmArgs, binaries,
+    VmArgs,
+    architecture::Architecture,
+    binaries,
     boot::{Boot, BootResult, warnings_in},
     emulator::Emulator,
     facts,
@@ -50,12 +52,17 @@ pub(super) struct RowRunner<'a> {
 
 impl<'a> RowRunner<'a> {
     /// Builds the programs. The eBPF object must be there.
-    pub(super) fn new(args: &'a VmArgs, workspace: &Workspace) -> Result<Self> {
+    pub(super) fn new(
+        args: &'a VmArgs,
+        architecture: &'static Architecture,
+        workspace: &Workspace,
+    ) -> Result<Self> {
         let logs = workspace.target.join("vm/logs");
         fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))?;
-        let programs =
-            binaries::build(workspace, &["test", "--no-run", "--test", "live"], ["selfconn", "live"])?;
-        let (emulator, busybox) = (Emulator::find_or_fetch(workspace)?, guest::busybox(workspace)?);
+        let tests = ["test", "--no-run", "--test", "live"];
+        let programs = binaries::build(workspace, architecture, &tests, ["selfconn", "live"])?;
+        let emulator = Emulator::find_or_fetch(workspace, architecture)?;
+        let busybox = guest::busybox(workspace, architecture)?;
         Ok(Self { args, logs, emulator, busybox, programs })
     }
 
@@ -70,7 +77,7 @@ impl<'a> RowRunner<'a> {
                 rows.get(index).map(|row| (index, *row))
             } {
                 let row = self.run_row(kernel, variant);
-                results.push((index, row.with_context(|| format!("{} {}", kernel.version, variant.name))?));
+                results.push((index, row.with_context(|| format!("{} {}", kernel.label(), variant.name))?));
             }
             Ok(results)
         };
@@ -88,7 +95,7 @@ impl<'a> RowRunner<'a> {
     }
 
     fn run_row(&self, kernel: &Kernel, variant: &Variant) -> Result<MatrixRow> {
-        let file = |end: &str| self.logs.join(format!("{}-{}{end}", kernel.version, variant.name));
+        let file = |end: &str| self.logs.join(format!("{}-{}{end}", kernel.label(), variant.name));
         let (initramfs, log, console) = (file(".cpio"), file(".log"), file(".console.log"));
         let [daemon, tests] = &self.programs;
         let runs = self.runs(kernel, variant);
@@ -106,7 +113,7 @@ impl<'a> RowRunner<'a> {
         fs::remove_file(&initramfs).with_context(|| format!("remove {}", initramfs.display()))?;
         let (tests, facts) = (parse_tests(&result.output), facts::parse(&result.output));
         let row = MatrixRow {
-            kernel: kernel.version.clone(),
+            kernel: kernel.label(),
             variant: variant.name.to_owned(),
             faults: faults(&result.output, &tests, &facts),
             tests,

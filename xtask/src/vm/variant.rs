@@ -115,7 +115,7 @@ pub(super) fn named(names: &[String]) -> Vec<&'static Variant> {
 mod tests {
     use std::path::PathBuf;
 
-    use super::*;
+    use super::{super::architecture::Flavour, *};
 
     #[test]
     fn one_cpu_is_a_row_of_its_own_only_if_there_can_be_two() {
@@ -134,6 +134,7 @@ mod tests {
                 version: version.into(),
                 image: PathBuf::new(),
                 modules: Vec::new(),
+                flavour: Flavour::usual(),
                 is_known: false,
                 module_names: Vec::new(),
             };

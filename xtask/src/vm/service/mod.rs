@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
     PROGRAMS,
+    architecture::Architecture,
     boot::{Boot, Ending},
     emulator::Emulator,
     guest,
@@ -65,10 +66,12 @@ exec chroot . /lib/systemd/systemd
 pub(crate) fn run(args: &ServiceArgs, workspace: &Workspace) -> Result<()> {
     let start = Instant::now();
     packages::install_programs(&[&PROGRAMS[..], &[("mmdebstrap", "mmdebstrap")]].concat())?;
-    let emulator = Emulator::find_or_fetch(workspace)?;
+    let architecture = Architecture::named(None)?;
+    let emulator = Emulator::find_or_fetch(workspace, architecture)?;
     let directory = workspace.target.join("service");
     fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))?;
-    let stock = KernelStock::get_all(std::slice::from_ref(&args.kernel), &super::directory(workspace))?;
+    let wanted = std::slice::from_ref(&args.kernel);
+    let stock = KernelStock::get_all(wanted, architecture, &super::directory(workspace))?;
     let kernel = stock.kernels.first().context("no kernel")?;
     let parts = ReleaseParts::for_deb(workspace)?;
     let system = rootfs::get(&directory)?;
@@ -79,6 +82,9 @@ pub(crate) fn run(args: &ServiceArgs, workspace: &Workspace) -> Result<()> {
     for (revision, name) in [(1, "packages/first.deb"), (2, "packages/second.deb")] {
         overlay.copy(name, 0o644, &Deb::build(&parts, revision, &directory)?.file)?;
     }
+    const RESERVE: &str = "selfconn-reserve.service";
+    let reserve = workspace.root.join("packaging/systemd/examples").join(RESERVE);
+    overlay.copy(&format!("packages/{RESERVE}"), 0o644, &reserve)?;
     overlay.write("usr/sbin/selfconn-service-guest", 0o755, GUEST.as_bytes())?;
     let units = "etc/systemd/system";
     let unit = format!(

@@ -1,0 +1,191 @@
+//! The architectures of test machines, and the flavours of Debian's kernels: what Rust, Debian and QEMU call them, and
+//! what differs between their machines.
+
+use anyhow::{Context as _, Result};
+
+use super::apt::numbers;
+
+/// An architecture that QEMU emulates.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Architecture {
+    /// The name that Rust, QEMU and the kernel have for it.
+    pub(super) name: &'static str,
+    /// Debian's name.
+    pub(super) debian: &'static str,
+    /// Debian's package of its emulator.
+    pub(super) emulator_package: &'static str,
+    /// QEMU's options of the machine.
+    pub(super) machine: &'static [&'static str],
+    /// The kernel's console, which is the first serial line.
+    pub(super) console: &'static str,
+    /// The second serial line, for the output of tests, and QEMU's options for it with the character device `output`.
+    pub(super) output: &'static str,
+    pub(super) output_line: &'static [&'static str],
+    /// The kernels of `cargo xtask vm`: one of each long-term series since 5.10, and the newest. The oldest is first.
+    pub(super) kernels: &'static [&'static str],
+    /// The program that links for it on another architecture, and its Debian packages.
+    pub(super) linker: &'static str,
+    pub(super) linker_packages: &'static [&'static str],
+}
+
+static X86_64: Architecture = Architecture {
+    name: "x86_64",
+    debian: "amd64",
+    emulator_package: "qemu-system-x86",
+    machine: &[],
+    console: "ttyS0",
+    output: "ttyS1",
+    output_line: &["-serial", "chardev:output"],
+    kernels: &["5.10", "6.1", "6.12", "6.18", "7"],
+    linker: "x86_64-linux-gnu-gcc",
+    linker_packages: &["gcc-x86-64-linux-gnu", "libc6-dev-amd64-cross"],
+};
+
+static AARCH64: Architecture = Architecture {
+    name: "aarch64",
+    debian: "arm64",
+    emulator_package: "qemu-system-arm",
+    machine: &["-machine", "virt"],
+    // The machine has one serial line of its own.
+    console: "ttyAMA0",
+    output: "ttyS0",
+    output_line: &["-device", "pci-serial,chardev=output"],
+    kernels: &["5.10", "6.1", "6.12-16k", "7"],
+    linker: "aarch64-linux-gnu-gcc",
+    linker_packages: &["gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross"],
+};
+
+/// The names of the architectures.
+pub(super) const NAMES: [&str; 2] = ["x86_64", "aarch64"];
+
+impl Architecture {
+    /// The architecture with this name, or that of this machine.
+    pub(super) fn named(name: Option<&str>) -> Result<&'static Self> {
+        let name = name.unwrap_or(std::env::consts::ARCH);
+        [&X86_64, &AARCH64]
+            .into_iter()
+            .find(|known| known.name == name)
+            .with_context(|| format!("no machine of {name} can be emulated, only {}", NAMES.join(" and ")))
+    }
+
+    /// The other one.
+    pub(super) fn other(&self) -> &'static Self {
+        if self.name == X86_64.name { &AARCH64 } else { &X86_64 }
+    }
+
+    pub(super) fn rust_target(&self) -> String {
+        format!("{}-unknown-linux-gnu", self.name)
+    }
+
+    pub(super) fn emulator(&self) -> String {
+        format!("qemu-system-{}", self.name)
+    }
+
+    pub(super) fn is_this_machines(&self) -> bool {
+        self.name == std::env::consts::ARCH
+    }
+}
+
+/// A flavour of Debian's kernels.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Flavour {
+    pub(super) architecture: &'static Architecture,
+    /// Its name for people, behind a version. Empty: the usual one.
+    pub(super) name: &'static str,
+    /// The end of the names of its packages.
+    pub(super) packages: &'static str,
+}
+
+static FLAVOURS: [Flavour; 5] = [
+    Flavour { architecture: &X86_64, name: "", packages: "cloud-amd64" },
+    Flavour { architecture: &X86_64, name: "rt", packages: "rt-amd64" },
+    Flavour { architecture: &AARCH64, name: "", packages: "cloud-arm64" },
+    Flavour { architecture: &AARCH64, name: "rt", packages: "rt-arm64" },
+    Flavour { architecture: &AARCH64, name: "16k", packages: "arm64-16k" },
+];
+
+impl Flavour {
+    /// The flavour in a version that a user named, such as `6.12-rt`.
+    pub(super) fn of(architecture: &Architecture, version: &str) -> Result<&'static Self> {
+        let name = version.split_once('-').map_or("", |(_, name)| name);
+        let of_architecture = || FLAVOURS.iter().filter(|known| known.architecture == architecture);
+        of_architecture().find(|known| known.name == name).with_context(|| {
+            let names: Vec<&str> =
+                of_architecture().map(|known| known.name).filter(|name| !name.is_empty()).collect();
+            format!("{}: no flavour {name:?}, only {}", architecture.name, names.join(" and "))
+        })
+    }
+
+    /// Of a kernel that was given as a file, and of those for x86-64 that are not named otherwise.
+    pub(super) fn usual() -> &'static Self {
+        &FLAVOURS[0]
+    }
+
+    /// The version of a kernel, with what distinguishes this flavour from the usual one on x86-64.
+    pub(super) fn label(&self, version: &str) -> String {
+        let architecture = (*self.architecture != X86_64).then_some(self.architecture.debian);
+        let parts = [Some(version), architecture, Some(self.name)].into_iter().flatten();
+        parts.filter(|part| !part.is_empty()).collect::<Vec<_>>().join("-")
+    }
+
+    /// What QEMU can emulate. QEMU 7.2 to 10 without an accelerator makes some kernels of x86-64 crash: 7.x, and
+    /// real-time ones since 6.12, with more than one CPU, while they patch their own code; 6.12 in the 16-byte
+    /// compare-and-exchange of its slab allocator, which it does not use on a CPU without that instruction.
+    pub(super) fn emulation(&self, version: &str) -> Emulation {
+        if self.architecture.name == AARCH64.name {
+            // The oldest of QEMU's models with pages of 16 KiB.
+            return Emulation { cpu: "neoverse-n1", max_cpus: 2 };
+        }
+        let is_real_time = self.name == "rt";
+        match numbers(version).as_slice() {
+            [7..=u32::MAX, ..] => Emulation { cpu: "qemu64", max_cpus: 1 },
+            [6, 12, ..] if is_real_time => Emulation { cpu: "qemu64,-cx16", max_cpus: 1 },
+            [6, 12, ..] => Emulation { cpu: "qemu64,-cx16", max_cpus: 2 },
+            [6, 13..=u32::MAX, ..] if is_real_time => Emulation { cpu: "qemu64", max_cpus: 1 },
+            _ => Emulation { cpu: "qemu64", max_cpus: 2 },
+        }
+    }
+}
+
+/// What QEMU can emulate for a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Emulation {
+    /// QEMU's name of the CPU model.
+    pub(super) cpu: &'static str,
+    pub(super) max_cpus: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_is_named_by_version_architecture_and_flavour() {
+        for (architecture, wanted, packages, label) in [
+            (&X86_64, "6.12", "cloud-amd64", "6.12.118"),
+            (&X86_64, "6.12-rt", "rt-amd64", "6.12.118-rt"),
+            (&AARCH64, "6.12", "cloud-arm64", "6.12.118-arm64"),
+            (&AARCH64, "6.12-16k", "arm64-16k", "6.12.118-arm64-16k"),
+        ] {
+            let flavour = Flavour::of(architecture, wanted).unwrap();
+            assert_eq!((flavour.packages, flavour.label("6.12.118").as_str()), (packages, label));
+        }
+        let error = Flavour::of(&X86_64, "6.12-16k").unwrap_err().to_string();
+        assert_eq!(error, "x86_64: no flavour \"16k\", only rt");
+        assert_eq!(Architecture::named(Some("aarch64")).unwrap().rust_target(), "aarch64-unknown-linux-gnu");
+        assert!(Architecture::named(Some("mips")).is_err());
+    }
+
+    #[test]
+    fn the_emulator_gets_what_it_can_do_for_a_kernel() {
+        for (version, cpu, max_cpus) in [
+            ("5.10.0-46-cloud-amd64", "qemu64", 2),
+            ("6.1.192", "qemu64", 2),
+            ("6.12.117+deb13-cloud-amd64", "qemu64,-cx16", 2),
+            ("6.18.15+deb13-cloud-amd64", "qemu64", 2),
+            ("7.3.4+deb13-cloud-amd64", "qemu64", 1),
+        ] {
+            assert_eq!(Flavour::usual().emulation(version), Emulation { cpu, max_cpus }, "{version}");
+        }
+    }
+}
