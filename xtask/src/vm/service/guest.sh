@@ -145,6 +145,26 @@ upgraded() {
     echo "to $version, as [$(cat $state/pid)]"
 }
 
+ports_reserved() {
+    reserve=selfconn-reserve.service
+    mkdir -p /etc/selfconn
+    # A service that is down, so no listener shows its port.
+    echo "44446 127.0.0.1" >/etc/selfconn/services
+    audit() { selfconn audit --netns self --services /etc/selfconn/services --json; }
+    if audit >$state/audit; then fail "not at risk before: $(cat $state/audit)"; fi
+    cp /packages/$reserve /etc/systemd/system/
+    systemctl daemon-reload
+    systemctl start $reserve || fail "$(systemctl status --no-pager --full $reserve)"
+    reserved=$(cat /proc/sys/net/ipv4/ip_local_reserved_ports)
+    audit >$state/audit || fail "at risk with $reserved: $(cat $state/audit)"
+    jq -e . /run/selfconn-audit.json || fail "the unit wrote no audit"
+    # The system is as it was before.
+    rm -r /etc/selfconn /etc/systemd/system/$reserve /etc/sysctl.d/90-selfconn.conf
+    echo >/proc/sys/net/ipv4/ip_local_reserved_ports
+    systemctl daemon-reload
+    echo "$reserved"
+}
+
 files_are_unchanged() {
     # This system leaves documents out.
     changed=$(dpkg --verify selfconn | grep -v ^missing || true)
@@ -216,8 +236,8 @@ deadline=$1
 ) &
 failed=0
 for step in system_is_up installed active_when_hooks_are_live self_connection_in_log self_connection_in_journal \
-    capabilities_given_up exposes_little rotated restarted_after_sigkill upgraded files_are_unchanged stopped \
-    stays_disabled_when_installed_again removed purged; do
+    capabilities_given_up exposes_little rotated restarted_after_sigkill upgraded ports_reserved files_are_unchanged \
+    stopped stays_disabled_when_installed_again removed purged; do
     output=$(
         set -e
         $step 2>&1
