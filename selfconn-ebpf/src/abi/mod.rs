@@ -14,11 +14,11 @@ mod kernel_fields;
 pub mod names;
 pub mod namespace;
 pub mod owner;
+mod port_slot;
 mod record;
 pub mod refused_connects;
 mod task;
 mod tcp;
-mod watched_ports;
 
 pub use action::{Action, classify, ends_listener, is_ordinary};
 pub use bind_options::BindOptions;
@@ -33,7 +33,7 @@ pub use kernel_fields::{
 };
 pub use namespace::{NamespaceCursor, NamespaceRecord};
 pub use owner::Owner;
+pub use port_slot::{PORT_SLOTS, port_slot};
 pub use record::{ListenerClosed, Record, Transition, reported, socket_file, tag};
 pub use task::{COMM_LEN, Opener, Task, cause, cgroup_access, task_access};
 pub use tcp::{IPPROTO_MPTCP, IPPROTO_TCP, family, state};
-pub use watched_ports::{WATCHED_PORT_SLOTS, watched_port_slot};

@@ -87,7 +87,8 @@ pub const RECORDS: &str = "RECORDS";
 pub const BIND_RECORDS: &str = "BIND_RECORDS";
 /// Array of `u64`, indexed by [`crate::held_port_slot`]; owned by `held_ports.rs`.
 pub const HELD_PORTS: &str = "HELD_PORTS";
-/// Array of `u64`, indexed by [`crate::watched_port_slot`]; owned by `watched_ports.rs`.
+/// Array of `u64`, indexed by [`crate::port_slot`]. 0: the end of a listener there is not reported. Owned by
+/// `watched_ports.rs`.
 pub const WATCHED_PORTS: &str = "WATCHED_PORTS";
 /// Per-CPU array of `u64`, indexed by [`crate::counter`]; owned by `counters.rs`.
 pub const COUNTERS: &str = "COUNTERS";
@@ -98,6 +99,9 @@ pub const CONNECT_TABLE: &str = "CONNECT_TABLE";
 /// truncates the name to 15 characters.
 pub const REFUSED_CONNECTS: &str = "REFUSED_CONNECTS";
 
+/// Array of `u64`, indexed by [`crate::port_slot`]: when a connect was last refused there (`CLOCK_BOOTTIME`,
+/// nanoseconds), or 0; owned by `refused_connects.rs`.
+pub const REFUSED_AT: &str = "REFUSED_AT";
 /// LRU hash from an [`Owner`](crate::Owner) to the number of its entries in [`REFUSED_CONNECTS`], a `u64`. User space
 /// counts them anew when it removes entries; owned by `refused_connects.rs`.
 pub const REFUSED_SHARES: &str = "REFUSED_SHARES";

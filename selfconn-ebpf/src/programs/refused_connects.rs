@@ -3,13 +3,14 @@
 
 use aya_ebpf::{
     EbpfContext, Global,
+    bindings::BPF_F_MMAPABLE,
     helpers::generated::bpf_ktime_get_boot_ns,
     macros::map,
-    maps::{HashMap, LruHashMap},
+    maps::{Array, HashMap, LruHashMap},
 };
 use aya_log_ebpf::warn;
 use selfconn_ebpf::{
-    Endpoint, Opener, Owner, counter,
+    Endpoint, Opener, Owner, PORT_SLOTS, counter, port_slot,
     refused_connects::{CGROUP_SHARE, OWNER_SHARE, RefusedConnectsReport, RefusedCount},
     tag,
 };
@@ -29,6 +30,11 @@ static REFUSED_CONNECTS: HashMap<Endpoint, RefusedCount> = HashMap::with_max_ent
 /// Maximum number of entries of [`REFUSED_CONNECTS`]. The loader sets it together with the size of the map.
 #[unsafe(no_mangle)]
 static REFUSED_SIZE: Global<u32> = Global::new(4_096);
+
+/// When a connect was last refused at a port. User space reads it through mmap(2), and asks for an entry of
+/// [`REFUSED_CONNECTS`] only where there may be one.
+#[map]
+static REFUSED_AT: Array<u64> = Array::with_max_entries(PORT_SLOTS, BPF_F_MMAPABLE);
 
 /// The number of entries of each owner. An LRU: an owner that is evicted begins again at zero, until user space counts.
 #[map]
@@ -81,6 +87,10 @@ pub(crate) fn count_refused<C: EbpfContext, M: KernelRead>(
     let refused = unsafe { &mut *refused };
     // SAFETY: the helper takes no arguments.
     let now_ns = unsafe { bpf_ktime_get_boot_ns() };
+    if let Some(at) = REFUSED_AT.get_ptr_mut(port_slot(&destination)) {
+        // SAFETY: a slot of an array stays valid as long as the program is loaded. It is written whole.
+        unsafe { at.write_volatile(now_ns) };
+    }
     // The read is volatile, because the compiler does not know that the inline assembly has changed `total`.
     // SAFETY: the pointer comes from a live reference.
     let total = unsafe { core::ptr::read_volatile(&raw const refused.total) };

@@ -182,6 +182,7 @@ impl Tracer {
             refused_counts: RefusedCounts::new(
                 take_map(&mut ebpf, names::REFUSED_CONNECTS)?,
                 take_map(&mut ebpf, names::REFUSED_SHARES)?,
+                take_map(&mut ebpf, names::REFUSED_AT)?,
             )?,
             held_ports: HeldPorts::new(take_map(&mut ebpf, names::HELD_PORTS)?)?,
             watched_ports: WatchedPorts::new(take_map(&mut ebpf, names::WATCHED_PORTS)?)?,

@@ -10,8 +10,9 @@ use rustix::{
     param::page_size,
 };
 
-/// A range of words. It is mapped only while it is used, because a mapping of a whole table would add its size to the
+/// A range of words. One of a large table is mapped only while it is used, because it would add its size to the
 /// memory of the daemon.
+#[derive(Debug)]
 pub(super) struct MappedWords {
     pages: *mut c_void,
     len: usize,

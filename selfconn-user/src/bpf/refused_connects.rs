@@ -1,13 +1,21 @@
 //! The refused-connect table of the programs: counts of refused connects by destination.
+//!
+//! A look-up by `bpf()` can cost transitions (see `connect_table.rs`), so a connection asks for its count only if a connect
+//! to its port was refused, which an array of the programs says without a system call.
 
-use anyhow::Result;
+use std::{cell::Cell, sync::atomic::Ordering::Relaxed};
+
+use anyhow::{Result, bail};
 use aya::maps::{HashMap, Map, MapData};
 use selfconn_ebpf::{
-    Endpoint, Owner,
+    Endpoint, Owner, PORT_SLOTS, port_slot,
     refused_connects::{RefusedCount, WINDOW_NS},
 };
 
-use super::plain::Plain;
+use super::{mapped::MappedWords, plain::Plain};
+
+/// Maximum number of look-ups in a second for [`RefusedCounts::total`].
+const MAX_LOOKUPS: u32 = 100;
 
 /// The refused-connect table.
 #[derive(Debug)]
@@ -15,11 +23,21 @@ pub struct RefusedCounts {
     counts: HashMap<MapData, Plain<Endpoint>, Plain<RefusedCount>>,
     /// Number of entries by owner.
     shares: HashMap<MapData, Plain<Owner>, u64>,
+    /// When a connect was last refused at a port, by [`port_slot`].
+    refused_at: MappedWords,
+    /// The look-ups that may follow in this second, and when it ends (`CLOCK_BOOTTIME`, nanoseconds).
+    lookups: Cell<(u32, u64)>,
 }
 
 impl RefusedCounts {
-    pub(crate) fn new(counts: Map, shares: Map) -> Result<Self> {
-        Ok(Self { counts: HashMap::try_from(counts)?, shares: HashMap::try_from(shares)? })
+    pub(crate) fn new(counts: Map, shares: Map, refused_at: Map) -> Result<Self> {
+        let Map::Array(refused_at) = refused_at else { bail!("the table of refused ports is not an array") };
+        Ok(Self {
+            counts: HashMap::try_from(counts)?,
+            shares: HashMap::try_from(shares)?,
+            refused_at: MappedWords::of(&refused_at, 0..PORT_SLOTS as usize)?,
+            lookups: Cell::new((0, 0)),
+        })
     }
 
     /// The refused connects to one destination. `None`: there is no entry.
@@ -28,10 +46,22 @@ impl RefusedCounts {
         self.counts.get(&Plain(*destination), 0).ok().map(|value| value.0)
     }
 
-    /// How many connects to this destination, of either family, were refused since its entry was made.
+    /// How many connects to this destination, of either family, were refused since its entry was made. `None`: too many
+    /// were asked for in this second.
     #[must_use]
-    pub fn total(&self, destination: &Endpoint) -> u64 {
-        self.get(&destination.any_family()).map_or(0, |refused| refused.total)
+    pub fn total(&self, destination: &Endpoint, now_ns: u64) -> Option<u64> {
+        let destination = destination.any_family();
+        let last_ns = self.refused_at.words()[port_slot(&destination) as usize].load(Relaxed);
+        if last_ns == 0 || now_ns.saturating_sub(last_ns) > WINDOW_NS {
+            return Some(0);
+        }
+        let (mut left, mut ends_ns) = self.lookups.get();
+        if ends_ns <= now_ns {
+            (left, ends_ns) = (MAX_LOOKUPS, now_ns + 1_000_000_000);
+        }
+        let is_allowed = left > 0;
+        self.lookups.set((left.saturating_sub(1), ends_ns));
+        is_allowed.then(|| self.get(&destination).map_or(0, |refused| refused.total))
     }
 
     /// All counts with their destinations. Walks the whole table.

@@ -4,7 +4,7 @@ use std::{collections::HashSet, io, sync::atomic::Ordering::Relaxed};
 
 use anyhow::{Result, bail};
 use aya::maps::{Map, MapData};
-use selfconn_ebpf::{Endpoint, WATCHED_PORT_SLOTS, watched_port_slot};
+use selfconn_ebpf::{Endpoint, PORT_SLOTS, port_slot};
 
 use super::mapped::MappedWords;
 
@@ -21,8 +21,8 @@ impl WatchedPorts {
 
     /// Sets the slots of these ports, and clears all others.
     pub(crate) fn update<'a>(&self, watched: impl Iterator<Item = &'a Endpoint>) -> io::Result<()> {
-        let watched: HashSet<u32> = watched.map(watched_port_slot).collect();
-        let mapped = MappedWords::of(&self.0, 0..WATCHED_PORT_SLOTS as usize)?;
+        let watched: HashSet<u32> = watched.map(port_slot).collect();
+        let mapped = MappedWords::of(&self.0, 0..PORT_SLOTS as usize)?;
         for (slot, word) in (0..).zip(mapped.words()) {
             word.store(watched.contains(&slot).into(), Relaxed);
         }

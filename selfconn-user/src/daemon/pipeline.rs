@@ -164,7 +164,7 @@ impl Pipeline {
                 process: known.unwrap_or_default(),
                 holders: None,
                 device,
-                refused_before: Some(refused.total(&event.connection.endpoint)),
+                refused_before: refused.total(&event.connection.endpoint, event.at_ns),
             };
             self.attributions.insert(number, attribution);
             if let Some(target) = target.filter(|_| !is_known) {
