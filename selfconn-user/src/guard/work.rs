@@ -37,8 +37,9 @@ const CGROUP_INTERVAL: Duration = Duration::from_secs(1);
 /// The rest after an attachment, as a multiple of the time that it took.
 const REST_FACTOR: u32 = 19;
 
-/// The longest rest, so that a user with very many devices, which take long to list, delays the next turn by no more.
-const MAX_REST: Duration = Duration::from_secs(1);
+/// The longest rest, so that a slow attachment, or a user with very many devices, which take long to list, delays the next
+/// turn by no more. A namespace with a first connect is to be guarded within a second.
+const MAX_REST: Duration = Duration::from_millis(500);
 
 /// What has changed.
 #[derive(Debug, Default)]
