@@ -204,7 +204,8 @@ purged() {
     # The system itself writes into these directories.
     left=$(comm -13 $state/files $state/files.after |
         grep -v -E '^/var/(log|lib/systemd|lib/logrotate)/' || true)
-    left="$left$(grep selfconn $state/files.after | grep -v selfconn-service-guest || true)"
+    # What this machine was booted with stays.
+    left="$left$(grep selfconn $state/files.after | grep -v -e selfconn-service-guest -e ^/packages/ || true)"
     [ -z "$left" ] || fail "left behind: $left"
     gone=$(comm -23 $state/files $state/files.after)
     [ -z "$gone" ] || fail "removed with it: $gone"
