@@ -3,7 +3,7 @@
 //! A look-up by `bpf()` can cost transitions (see `connect_table.rs`), so a connection asks for its count only if a connect
 //! to its port was refused, which an array of the programs says without a system call.
 
-use std::{cell::Cell, sync::atomic::Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::{Result, bail};
 use aya::maps::{HashMap, Map, MapData};
@@ -14,9 +14,6 @@ use selfconn_ebpf::{
 
 use super::{mapped::MappedWords, plain::Plain};
 
-/// Maximum number of look-ups in a second for [`RefusedCounts::total`].
-const MAX_LOOKUPS: u32 = 100;
-
 /// The refused-connect table.
 #[derive(Debug)]
 pub struct RefusedCounts {
@@ -25,8 +22,6 @@ pub struct RefusedCounts {
     shares: HashMap<MapData, Plain<Owner>, u64>,
     /// When a connect was last refused at a port, by [`port_slot`].
     refused_at: MappedWords,
-    /// The look-ups that may follow in this second, and when it ends (`CLOCK_BOOTTIME`, nanoseconds).
-    lookups: Cell<(u32, u64)>,
 }
 
 impl RefusedCounts {
@@ -36,7 +31,6 @@ impl RefusedCounts {
             counts: HashMap::try_from(counts)?,
             shares: HashMap::try_from(shares)?,
             refused_at: MappedWords::of(&refused_at, 0..PORT_SLOTS as usize)?,
-            lookups: Cell::new((0, 0)),
         })
     }
 
@@ -46,22 +40,18 @@ impl RefusedCounts {
         self.counts.get(&Plain(*destination), 0).ok().map(|value| value.0)
     }
 
-    /// How many connects to this destination, of either family, were refused since its entry was made. `None`: too many
-    /// were asked for in this second.
+    /// How many connects to this destination, of either family, were refused since its entry was made.
     #[must_use]
-    pub fn total(&self, destination: &Endpoint, now_ns: u64) -> Option<u64> {
-        let destination = destination.any_family();
-        let last_ns = self.refused_at.words()[port_slot(&destination) as usize].load(Relaxed);
-        if last_ns == 0 || now_ns.saturating_sub(last_ns) > WINDOW_NS {
-            return Some(0);
-        }
-        let (mut left, mut ends_ns) = self.lookups.get();
-        if ends_ns <= now_ns {
-            (left, ends_ns) = (MAX_LOOKUPS, now_ns + 1_000_000_000);
-        }
-        let is_allowed = left > 0;
-        self.lookups.set((left.saturating_sub(1), ends_ns));
-        is_allowed.then(|| self.get(&destination).map_or(0, |refused| refused.total))
+    pub fn total(&self, destination: &Endpoint) -> u64 {
+        self.get(&destination.any_family()).map_or(0, |refused| refused.total)
+    }
+
+    /// True if [`Self::total`] may not be 0. Without a system call. `now_ns`: `CLOCK_BOOTTIME`.
+    #[must_use]
+    pub fn may_have(&self, destination: &Endpoint, now_ns: u64) -> bool {
+        let slot = port_slot(&destination.any_family()) as usize;
+        let last_ns = self.refused_at.words()[slot].load(Relaxed);
+        last_ns != 0 && now_ns.saturating_sub(last_ns) <= WINDOW_NS
     }
 
     /// All counts with their destinations. Walks the whole table.

@@ -10,7 +10,7 @@ use selfconn_ebpf::{Opener, Owner, guard::Prevention};
 use tokio::time::Instant;
 
 use crate::{
-    budget::SharedLimit,
+    budget::{SharedLimit, SharedRate},
     detect::connection::{Connection, Source},
     guard::{
         GuardMode,
@@ -70,27 +70,6 @@ impl Counted {
     }
 }
 
-/// The events of the current second.
-struct EventRate {
-    taken: SharedLimit,
-    ends_at: Option<Instant>,
-}
-
-impl EventRate {
-    /// # Errors
-    /// When the owner may have the next one.
-    fn try_take(&mut self, owner: Owner, now: Instant) -> Result<(), Instant> {
-        let ends_at = match self.ends_at {
-            Some(ends_at) if now < ends_at => ends_at,
-            _ => {
-                self.taken = SharedLimit::new(MAX_EVENTS);
-                *self.ends_at.insert(now + Duration::from_secs(1))
-            }
-        };
-        if self.taken.try_take(owner, 1) { Ok(()) } else { Err(ends_at) }
-    }
-}
-
 /// The thread of the guard, and what it has refused.
 pub(super) struct GuardMonitor {
     mode: GuardMode,
@@ -100,7 +79,7 @@ pub(super) struct GuardMonitor {
     by_process: HashMap<(u32, u64, u16), Counted>,
     /// The entries of `by_process`, by owner.
     shares: SharedLimit,
-    events: EventRate,
+    events: SharedRate,
     /// Attempts that are not counted by process and port.
     uncounted: u64,
     /// Attempts of which no record was counted by process and port, and that events have.
@@ -118,7 +97,7 @@ impl GuardMonitor {
             guarded: HashSet::new(),
             by_process: HashMap::new(),
             shares: SharedLimit::new(MAX_COUNTED),
-            events: EventRate { taken: SharedLimit::new(MAX_EVENTS), ends_at: None },
+            events: SharedRate::new(MAX_EVENTS),
             uncounted: 0,
             rest: 0,
             rest_at: None,

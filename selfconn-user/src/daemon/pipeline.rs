@@ -7,7 +7,8 @@ use std::{
 };
 
 use jiff::Timestamp;
-use selfconn_ebpf::{Task, Transition, bind_failure::BindFailure, state};
+use selfconn_ebpf::{Owner, Task, Transition, bind_failure::BindFailure, state};
+use tokio::time::Instant;
 
 use super::{
     blocked::BlockedReports,
@@ -21,7 +22,7 @@ use super::{
 };
 use crate::{
     bpf::refused_connects::RefusedCounts,
-    budget::memory::MAX_PENDING_EVENTS,
+    budget::{SharedRate, memory::MAX_PENDING_EVENTS},
     detect::{
         bind_conflict::{BindConflicts, TimeWaitEntry},
         connection::{Connection, ConnectionEvent, Connections, TIME_WAIT_NS},
@@ -39,6 +40,10 @@ use crate::{
 /// Maximum number of connections of a snapshot whose events are emitted in one turn of the loop.
 const BACKLOG_PORTION: usize = 256;
 
+/// Maximum number of connections in a second whose refused connects are looked up, which owners share: a look-up can
+/// cost transitions.
+const MAX_REFUSED_LOOKUPS: usize = 100;
+
 /// Number of these connections after which the outputs are flushed.
 const FLUSH_INTERVAL: usize = 16;
 
@@ -51,6 +56,7 @@ pub(super) struct Pipeline {
     /// The devices of the daemon's network namespace. `None`: they can't be asked for.
     devices: Option<NetDevices>,
     suspend_watch: SuspendWatch,
+    refused_lookups: SharedRate,
     /// The events of the current transition. Kept, so that its memory is reused.
     events: Vec<QueuedEvent>,
     pub(super) remediation: Remediation,
@@ -75,6 +81,7 @@ impl Pipeline {
             pending: PendingEvents::default(),
             devices: NetDevices::of_current_netns().ok(),
             suspend_watch: SuspendWatch::start(),
+            refused_lookups: SharedRate::new(MAX_REFUSED_LOOKUPS),
             events: Vec::new(),
             remediation,
             conflicts: PortConflicts::new(blocked),
@@ -164,7 +171,7 @@ impl Pipeline {
                 process: known.unwrap_or_default(),
                 holders: None,
                 device,
-                refused_before: refused.total(&event.connection.endpoint, event.at_ns),
+                refused_before: self.refused_before(&event, refused),
             };
             self.attributions.insert(number, attribution);
             if let Some(target) = target.filter(|_| !is_known) {
@@ -179,6 +186,17 @@ impl Pipeline {
             record_time_wait(&mut self.conflicts.binds, &event, self.attributions.get(&number));
             self.emit(&event, clock);
         }
+    }
+
+    /// `None`: too many were looked up in this second.
+    fn refused_before(&mut self, event: &QueuedEvent, refused: &RefusedCounts) -> Option<u64> {
+        let destination = &event.connection.endpoint;
+        if !refused.may_have(destination, event.at_ns) {
+            return Some(0);
+        }
+        let owner = event.connection.opener.map_or(Owner::UNKNOWN, |opener| opener.owner);
+        let is_allowed = self.refused_lookups.try_take(owner, Instant::now()).is_ok();
+        is_allowed.then(|| refused.total(destination))
     }
 
     /// Keeps an event until its process is looked up, or its turn comes.

@@ -1,8 +1,8 @@
 //! What the guard's thread does: which network namespace it takes next, and when, and what it reports.
 //!
 //! Attaching takes some 9 ms with the kernel's lock for network configuration held (`tcx_entry_sync`,
-//! include/net/tcx.h at v6.6), so the thread rests after each device, and attaches for at most a twentieth of the time. A
-//! namespace with several devices takes as many turns. A link does not keep a namespace alive.
+//! include/net/tcx.h at v6.6), so the thread rests after each device: nineteen times as long as that took, and half a second
+//! at most. A namespace with several devices takes as many turns. A link does not keep a namespace alive.
 
 use std::{
     collections::{HashMap, HashSet},

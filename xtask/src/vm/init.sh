@@ -1,7 +1,7 @@
 #!/sbin/busybox sh
 # PID 1 of the machines that `cargo xtask vm` boots. It mounts file systems, brings up lo, loads modules, runs
-# /plan.sh, prints a verdict on the second serial line, whose name is in /output, and powers off. The initramfs has nothing but this,
-# busybox, and what the plan runs. The host reads the lines that begin with `selfconn-guest: ` and `FACT `:
+# /plan.sh, prints a verdict on the second serial line, whose name is in /output, and powers off. The initramfs has
+# nothing but this, busybox, and what the plan runs. The host reads the lines that begin with `selfconn-guest: ` and `FACT `:
 # xtask/src/vm/boot.rs.
 
 b=/sbin/busybox
