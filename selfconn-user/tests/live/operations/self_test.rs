@@ -12,10 +12,11 @@ use selfconn_ebpf::WAYS;
 use serde_json::Value;
 use socket2::Socket;
 
+#[cfg(target_arch = "x86_64")]
+use crate::support::fd_injection;
 use crate::support::{
     client::{connect_to_self, run_self_connection, socket, unanswered_connects},
     daemon::{DEADLINE, HookVariant, TestDaemon, hook_variants, is_event, selfconn},
-    fd_injection,
     netns::TestNetns,
     nobody::NOBODY,
 };

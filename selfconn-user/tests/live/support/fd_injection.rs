@@ -25,7 +25,6 @@ pub(crate) fn link_fds(pid: u32, method: &str) -> Vec<i32> {
 }
 
 /// Makes the process replace a descriptor by a duplicate of its stdin, which is /dev/null.
-#[cfg(target_arch = "x86_64")]
 pub(crate) fn replace_fd_with_stdin(pid: u32, fd: i32) {
     let to_pid = |pid: u32| Pid::from_raw(pid as i32).unwrap();
     trace(libc::PTRACE_ATTACH, pid, ptr::null_mut()).unwrap();
@@ -53,7 +52,6 @@ pub(crate) fn replace_fd_with_stdin(pid: u32, fd: i32) {
     assert_eq!(after.rax, fd as u64, "dup2 in the process");
 }
 
-#[cfg(target_arch = "x86_64")]
 fn trace(request: libc::c_uint, pid: u32, data: *mut c_void) -> io::Result<()> {
     // SAFETY: only PTRACE_GETREGS and PTRACE_SETREGS use `data`, which then points to a `user_regs_struct`.
     let outcome = unsafe { libc::ptrace(request, pid as libc::pid_t, ptr::null_mut::<c_void>(), data) };

@@ -11,6 +11,7 @@ pub(crate) mod daemon_pool;
 pub(crate) mod devices;
 pub(crate) mod direct_tracer;
 pub(crate) mod disk;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod fd_injection;
 pub(crate) mod guard;
 pub(crate) mod helper_process;
