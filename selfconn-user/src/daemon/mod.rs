@@ -346,12 +346,13 @@ impl Daemon {
     /// Drains the rest of the ring buffer after the probes are detached. A probe may still be running on
     /// another CPU: waits for the records that are counted as matched.
     async fn drain_remaining(&mut self) -> ProgramCounters {
-        let until = Instant::now() + RECORD_TIMEOUT;
+        let mut until = Instant::now() + RECORD_TIMEOUT;
         let mut worked = Duration::ZERO;
         loop {
             // A closed stdout is detected at the next flush.
             let _ = self.pipeline.reporting.out.make_room().await;
             if self.pipeline.reporting.out.holds_back_records() {
+                until = Instant::now() + RECORD_TIMEOUT;
                 continue;
             }
             let began = Instant::now();

@@ -16,13 +16,12 @@ const CHUNK_BYTES: usize = 256 << 10;
 /// Default capacity of a pipe. The thread reports its progress each time it has written this much of a chunk.
 pub(super) const PIPE_CAPACITY: usize = 64 << 10;
 
-/// A reader that accepts nothing for this long is considered stalled. A flood of events no longer waits for
-/// it.
-const STALLED_READER_TIMEOUT: Duration = Duration::from_millis(100);
+/// A reader that accepts nothing for this long is considered stalled: a flood of events no longer waits for it, and
+/// neither does the end of a run. A reader that competes with a flood for the only CPU may be slow for a while.
+const STALLED_READER_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// A thread that makes no progress for this long is considered stuck. At the end of a run, the daemon waits
-/// no longer.
-const DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long the loop waits at once for a slow reader.
+const ROOM_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// A report of the thread: `written` more bytes were written. An error may have followed.
 #[derive(Debug)]
@@ -44,8 +43,6 @@ pub(super) struct Writer {
     is_busy: bool,
     /// The last write failed. A burst of errors is logged once.
     is_failing: bool,
-    /// The reader accepted nothing within [`STALLED_READER_TIMEOUT`].
-    is_stalled: bool,
     /// When the reader last accepted something, or the thread got its first chunk.
     last_progress: tokio::time::Instant,
     end: Option<WriterEnd>,
@@ -90,7 +87,6 @@ impl Writer {
             progress,
             is_busy: false,
             is_failing: false,
-            is_stalled: false,
             last_progress: tokio::time::Instant::now(),
             end: None,
         })
@@ -119,7 +115,6 @@ impl Writer {
 
     fn apply(&mut self, WriteProgress { written, error, is_last }: WriteProgress) {
         self.is_busy = !is_last;
-        self.is_stalled = false;
         self.last_progress = tokio::time::Instant::now();
         self.queue.advance(written);
         match error {
@@ -156,32 +151,26 @@ impl Writer {
 
     /// True if a quarter of the queue is used, and the reader takes its items: there will be room soon.
     pub(super) fn is_filling(&self) -> bool {
-        let is_taking = self.is_busy
-            && !self.is_stalled
-            && !self.is_failing
-            && self.last_progress.elapsed() < STALLED_READER_TIMEOUT;
-        self.queue.len() > memory::STDOUT_QUEUE_BYTES / 4 && is_taking
+        self.queue.len() > memory::STDOUT_QUEUE_BYTES / 4 && self.is_taken()
     }
 
-    /// Waits for a slow reader until there is room for the events of a batch, at most
-    /// [`STALLED_READER_TIMEOUT`]. Does not wait for a stalled reader.
+    /// True if the thread writes, and its reader has accepted something a moment ago.
+    fn is_taken(&self) -> bool {
+        self.is_busy && !self.is_failing && self.last_progress.elapsed() < STALLED_READER_TIMEOUT
+    }
+
+    /// Waits for a slow reader until there is room for the events of a batch, at most [`ROOM_TIMEOUT`]. Does not wait
+    /// for a stalled reader.
     pub(super) async fn make_room(&mut self) {
-        let until = tokio::time::Instant::now() + STALLED_READER_TIMEOUT;
-        let mut has_progress = false;
-        while self.queue.len() > memory::STDOUT_QUEUE_BYTES / 4 {
+        let until = tokio::time::Instant::now() + ROOM_TIMEOUT;
+        loop {
             self.flush();
-            if !self.is_busy || self.is_failing || self.is_stalled {
+            if !self.is_filling() {
                 break;
             }
             match tokio::time::timeout_at(until, self.progress.recv()).await {
-                Ok(Some(progress)) => {
-                    self.apply(progress);
-                    has_progress = true;
-                }
-                Ok(None) | Err(_) => {
-                    self.is_stalled = !has_progress;
-                    break;
-                }
+                Ok(Some(progress)) => self.apply(progress),
+                Ok(None) | Err(_) => break,
             }
         }
     }
@@ -190,10 +179,11 @@ impl Writer {
     pub(super) async fn drain(&mut self) {
         loop {
             self.flush();
-            if !self.is_busy || self.is_failing || self.end.is_some() {
+            if !self.is_taken() || self.end.is_some() {
                 break;
             }
-            match tokio::time::timeout(DRAIN_TIMEOUT, self.progress.recv()).await {
+            let until = self.last_progress + STALLED_READER_TIMEOUT;
+            match tokio::time::timeout_at(until, self.progress.recv()).await {
                 Ok(Some(progress)) => self.apply(progress),
                 Ok(None) | Err(_) => break,
             }
@@ -253,5 +243,58 @@ fn write(
             });
             reported = written;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A writer whose reader accepts something when it is told to, and has more than a quarter of its queue.
+    fn filling() -> (Writer, mpsc::Sender<()>) {
+        let (accept, accepted) = mpsc::channel();
+        let mut writer = Writer::start("stdout", move |bytes| {
+            let _ = accepted.recv();
+            Ok(bytes.len().min(PIPE_CAPACITY))
+        })
+        .unwrap();
+        for _ in 0..=memory::STDOUT_QUEUE_BYTES / 4 / 1_000 {
+            writer.push(&[b'x'; 1_000]);
+        }
+        writer.flush();
+        (writer, accept)
+    }
+
+    #[tokio::test]
+    async fn a_slow_reader_is_waited_for_and_a_stalled_one_is_not() {
+        let (mut writer, accept) = filling();
+        let begin = tokio::time::Instant::now();
+        writer.make_room().await;
+        assert!(begin.elapsed() >= ROOM_TIMEOUT, "the loop waits for room");
+        assert!(writer.is_filling(), "records wait for a reader that is slow for that long");
+        tokio::time::sleep(STALLED_READER_TIMEOUT).await;
+        assert!(!writer.is_filling(), "records don't wait for ever");
+        let begin = tokio::time::Instant::now();
+        writer.make_room().await;
+        writer.drain().await;
+        assert!(begin.elapsed() < ROOM_TIMEOUT, "and neither does the end");
+        assert!(writer.is_stuck() && writer.lost() > 0);
+        drop(accept);
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_accepts_something_again_is_waited_for_again() {
+        let (mut writer, accept) = filling();
+        tokio::time::sleep(STALLED_READER_TIMEOUT).await;
+        assert!(!writer.is_filling());
+        accept.send(()).unwrap();
+        let progress = writer.progress.recv().await.unwrap();
+        writer.apply(progress);
+        writer.push(&[b'x'; 2 * PIPE_CAPACITY]);
+        assert!(writer.is_filling());
+        // Everything is accepted from now on.
+        drop(accept);
+        writer.drain().await;
+        assert_eq!((writer.has_pending(), writer.lost()), (false, 0));
     }
 }
