@@ -35,6 +35,10 @@ impl BackgroundProcess {
         Ok(Self { child, output })
     }
 
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(super) fn signal(&self, signal: Signal) -> Result<()> {
         kill_process(Pid::from_child(&self.child), signal).context("send a signal")
     }

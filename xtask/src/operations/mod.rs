@@ -1,6 +1,6 @@
 //! `cargo xtask operations`: checks the files that are shipped for operators with the programs that read
 //! them: the unit with systemd, alert rules and metrics with Prometheus, which scrapes a daemon that sees a
-//! self-connection, and the configurations for rsyslog with rsyslog, into PostgreSQL and Kafka's protocol.
+//! self-connection, and the configurations for rsyslog and systemd-journal-upload with these.
 
 mod background;
 mod prometheus;
@@ -41,14 +41,14 @@ pub(crate) fn checks(workspace: &Workspace) -> Result<Vec<NamedCheck<'_>>> {
     packages::must_be_root("the daemon needs root", "operations")?;
     packages::install_programs(&[("systemd-analyze", "systemd")])?;
     let tools = Rc::new(prometheus::Prometheus::find_or_fetch(workspace)?);
-    let rsyslog = Rc::new(shipping::Shipping::find_or_fetch(workspace)?);
+    let shipping = Rc::new(shipping::Shipping::find_or_fetch(workspace)?);
     build_ebpf::build(workspace)?;
     let mut cargo = environment::cargo();
     cargo.args(["build", "--quiet", "--package", "selfconn-user"]).current_dir(&workspace.root);
     run::step("building the daemon", &mut cargo)?;
 
     let (rules, tests, scrape) = (Rc::clone(&tools), Rc::clone(&tools), tools);
-    let (postgresql, kafka) = (Rc::clone(&rsyslog), rsyslog);
+    let (postgresql, kafka, journal) = (Rc::clone(&shipping), Rc::clone(&shipping), shipping);
     Ok(vec![
         ("systemd understands the unit", Box::new(|| unit::is_understood(workspace))),
         ("the unit exposes little", Box::new(|| unit::exposes_little(workspace))),
@@ -57,5 +57,9 @@ pub(crate) fn checks(workspace: &Workspace) -> Result<Vec<NamedCheck<'_>>> {
         ("Prometheus sees a self-connection", Box::new(move || scrape.sees_a_self_connection(workspace))),
         ("rsyslog ships each event to PostgreSQL", Box::new(move || postgresql.to_postgresql(workspace))),
         ("rsyslog ships each event to Kafka", Box::new(move || kafka.to_kafka(workspace))),
+        (
+            "journal-upload ships each event to another journal",
+            Box::new(move || journal.to_a_journal(workspace)),
+        ),
     ])
 }

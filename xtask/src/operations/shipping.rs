@@ -1,7 +1,8 @@
-//! Ships the event log with rsyslog and the shipped configurations, from the distribution's packages: into a real
-//! PostgreSQL, and into the mock broker of librdkafka, which speaks Kafka's protocol. Rotation, a store that is down and a
-//! SIGKILL of rsyslog come between. Then the store is asked what docs/fleet.md asks.
+//! Ships events with the shipped configurations, by programs of the distribution's packages: rsyslog into a real
+//! PostgreSQL, and into the mock broker of librdkafka, which speaks Kafka's protocol; systemd-journal-upload into another
+//! journal. Rotation, a store that is down and a SIGKILL come between. Then the store is asked what docs/fleet.md asks.
 
+mod journal;
 mod kafka;
 mod log_source;
 mod postgresql;
@@ -18,8 +19,8 @@ use rustix::process::Signal;
 use super::background::BackgroundProcess;
 use crate::{environment, packages, workspace::Workspace};
 
-/// rsyslog with its modules, and the libraries that they need.
-const PACKAGES: [&str; 8] = [
+/// rsyslog with its modules, the programs for journals of other hosts, and the libraries that they need.
+const PACKAGES: [&str; 10] = [
     "rsyslog",
     "rsyslog-pgsql",
     "rsyslog-kafka",
@@ -28,6 +29,8 @@ const PACKAGES: [&str; 8] = [
     "librdkafka1",
     "kcat",
     "libyajl2",
+    "systemd-journal-remote",
+    "libmicrohttpd12",
 ];
 
 /// Where the packages are unpacked. They are not installed, because rsyslog's installation starts a service.
@@ -37,9 +40,15 @@ pub(super) struct Shipping {
 
 impl Shipping {
     pub(super) fn find_or_fetch(workspace: &Workspace) -> Result<Self> {
-        packages::install_programs(&[("psql", "postgresql-client"), ("/usr/lib/postgresql", "postgresql")])?;
+        packages::install_programs(&[
+            ("psql", "postgresql-client"),
+            ("/usr/lib/postgresql", "postgresql"),
+            ("/lib/systemd/systemd-journald", "systemd"),
+            ("openssl", "openssl"),
+            ("jq", "jq"),
+        ])?;
         let root = workspace.target.join("operations/shipping");
-        if !root.join("usr/bin/kcat").is_file() {
+        if !root.join("lib/systemd/systemd-journal-remote").is_file() {
             packages::unpack(&PACKAGES, &root)?;
         }
         Ok(Self { root })
@@ -65,6 +74,10 @@ impl Shipping {
         kafka::ships(self, workspace)
     }
 
+    pub(super) fn to_a_journal(&self, workspace: &Workspace) -> Result<String> {
+        journal::ships(self, workspace)
+    }
+
     /// Starts rsyslog with one of the shipped configurations. `changes` are what a user would edit in it.
     fn rsyslog(
         &self,
@@ -86,6 +99,16 @@ impl Shipping {
         fs::write(dir.join("rsyslog.conf"), config).context("write rsyslog.conf")?;
         Rsyslog::start(self, dir)
     }
+}
+
+/// The queries in a section of docs/fleet.md: its blocks in this language.
+fn documented_queries(workspace: &Workspace, section: &str, language: &str) -> Result<Vec<String>> {
+    let page = fs::read_to_string(workspace.root.join("docs/fleet.md")).context("read docs/fleet.md")?;
+    let heading = format!("\n### {section}\n");
+    let section = page.split(&heading).nth(1).with_context(|| format!("docs/fleet.md has no {section}"))?;
+    let section = section.split("\n#").next().unwrap_or_default();
+    let blocks = section.split(&format!("```{language}\n")).skip(1).map(str::to_owned).collect::<Vec<_>>();
+    Ok(blocks.iter().filter_map(|block| block.split("```").next()).map(str::to_owned).collect())
 }
 
 struct Rsyslog<'a> {

@@ -44,18 +44,9 @@ impl LogSource {
         Ok(Self { selfconn, log, rotations: 0, daemon })
     }
 
-    /// Makes self-connections, one of them by a process with the longest command line that is read.
+    /// Makes self-connections.
     pub(super) fn load(&self, count: usize) -> Result<()> {
-        let repro = || {
-            let mut repro = environment::other(&self.selfconn);
-            repro.args(["repro", "--mode", "bind"]);
-            repro
-        };
-        run::output(repro().arg0("\u{1}".repeat(4_000)))?;
-        for _ in 1..count {
-            run::output(&mut repro())?;
-        }
-        Ok(())
+        connect_to_self(&self.selfconn, count)
     }
 
     /// Moves the files of the log as logrotate does.
@@ -92,6 +83,20 @@ impl LogSource {
         }
         Ok(written)
     }
+}
+
+/// Makes self-connections, one of them by a process with the longest command line that is read.
+pub(super) fn connect_to_self(selfconn: &Path, count: usize) -> Result<()> {
+    let repro = || {
+        let mut repro = environment::other(selfconn);
+        repro.args(["repro", "--mode", "bind"]);
+        repro
+    };
+    run::output(repro().arg0("\u{1}".repeat(4_000)))?;
+    for _ in 1..count {
+        run::output(&mut repro())?;
+    }
+    Ok(())
 }
 
 /// The lines of a file that grows: the last one may still be incomplete.

@@ -13,7 +13,7 @@ use rustix::process::Signal;
 
 use super::{
     super::background::{BackgroundProcess, free_address},
-    Shipping,
+    Shipping, documented_queries,
     log_source::LogSource,
 };
 use crate::{environment, run, workspace::Workspace};
@@ -104,15 +104,6 @@ impl Drop for Postgres {
     }
 }
 
-/// The SQL of a section of docs/fleet.md.
-fn documented_queries(workspace: &Workspace) -> Result<Vec<String>> {
-    let page = fs::read_to_string(workspace.root.join("docs/fleet.md")).context("read docs/fleet.md")?;
-    let section = page.split("\n### PostgreSQL\n").nth(1).context("docs/fleet.md: no PostgreSQL")?;
-    let section = section.split("\n### ").next().unwrap_or_default();
-    let blocks = section.split("```sql\n").skip(1);
-    Ok(blocks.filter_map(|block| block.split("```").next()).map(str::to_owned).collect())
-}
-
 pub(super) fn ships(packages: &Shipping, workspace: &Workspace) -> Result<String> {
     let dir = tempfile::tempdir().context("make a directory for PostgreSQL")?;
     let dir = dir.path();
@@ -154,7 +145,7 @@ pub(super) fn ships(packages: &Shipping, workspace: &Workspace) -> Result<String
     let twice = stored - store.number("select count(distinct (boot_id, run, seq)) from selfconn")?;
     ensure!((stored, twice) == (made, 0), "of {made} events {stored} are stored, {twice} of them twice");
     let longest = store.number("select max(octet_length(body->>'cmdline')) from selfconn_events")?;
-    let queries = documented_queries(workspace)?;
+    let queries = documented_queries(workspace, "PostgreSQL", "sql")?;
     ensure!(queries.len() == 2, "docs/fleet.md has {} queries", queries.len());
     let (answer, complete) = (store.query(&queries[0])?, store.query(&queries[1])?);
     ensure!(answer.contains(super::log_source::HOST), "the question: {answer:?}");
