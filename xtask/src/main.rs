@@ -7,6 +7,7 @@ mod daemon;
 mod dist;
 mod environment;
 mod fingerprint;
+mod image;
 mod libtest;
 mod operations;
 mod packages;
@@ -67,6 +68,8 @@ enum XtaskCommand {
     PrometheusRule,
     /// Make the release: a Debian package, a tarball, bills of materials, checksums
     Dist(dist::DistArgs),
+    /// Build the container image, and run it as the DaemonSet would
+    Image,
     /// Install, rotate, kill, upgrade and purge the Debian package under systemd in a virtual machine
     Service(vm::service::ServiceArgs),
     /// Run the live tests on other kernels, in virtual machines
@@ -97,6 +100,7 @@ fn dispatch(command: &XtaskCommand, workspace: &Workspace) -> Result<()> {
         XtaskCommand::Operations => operations::operations(workspace),
         XtaskCommand::PrometheusRule => prometheus_rule::write(workspace),
         XtaskCommand::Dist(arguments) => dist::run(arguments, workspace),
+        XtaskCommand::Image => image::run(workspace),
         XtaskCommand::Service(arguments) => vm::service::run(arguments, workspace),
         XtaskCommand::Vm(arguments) => vm::run(arguments, workspace),
         XtaskCommand::Suites => suites::run(workspace),

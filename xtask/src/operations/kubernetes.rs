@@ -1,9 +1,13 @@
 //! Validates the manifests with the schemas of several versions of Kubernetes and of the Prometheus operator, before and
 //! after kustomize. The tools are Python packages in a virtual environment of their own.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result};
+use serde_json::Value;
 
 use crate::{environment::plain, packages, run, workspace::Workspace};
 
@@ -18,13 +22,13 @@ const SCHEMAS: [&str; 3] =
 /// kustomize as a library. It asks for a newer Python than distributions have, and does not need it.
 const KUSTOMIZE: &str = "pykustomize==0.1.4";
 
-pub(super) struct Validator {
+pub(crate) struct Validator {
     python: PathBuf,
 }
 
 impl Validator {
     /// Makes the virtual environment, unless it is there with these versions.
-    pub(super) fn find_or_install(workspace: &Workspace) -> Result<Self> {
+    pub(crate) fn find_or_install(workspace: &Workspace) -> Result<Self> {
         let directory = workspace.target.join("operations/kubernetes");
         let validator = Self { python: directory.join("bin/python") };
         let (mark, wanted) = (directory.join("installed"), format!("{} {KUSTOMIZE}", SCHEMAS.join(" ")));
@@ -52,6 +56,15 @@ impl Validator {
         validate.arg(workspace.root.join("xtask/src/operations/kubernetes/validate.py"));
         validate.arg(workspace.root.join("packaging")).arg(workspace.root.join("docs/install.md"));
         Ok(run::output(&mut validate)?.trim().to_owned())
+    }
+
+    /// The objects in a manifest.
+    pub(crate) fn objects(&self, manifest: &Path) -> Result<Vec<Value>> {
+        const TO_JSON: &str =
+            "import json, sys, yaml; json.dump(list(yaml.safe_load_all(sys.stdin)), sys.stdout)";
+        let text = fs::read(manifest).with_context(|| format!("read {}", manifest.display()))?;
+        let json = run::filter(plain(&self.python).args(["-c", TO_JSON]), &text)?;
+        serde_json::from_slice(&json).with_context(|| format!("parse {}", manifest.display()))
     }
 }
 

@@ -4,10 +4,12 @@
 //! with the schemas of Kubernetes.
 
 mod background;
-mod kubernetes;
+pub(crate) mod kubernetes;
 mod prometheus;
 mod shipping;
 mod unit;
+
+pub(crate) use background::http_get;
 
 use std::{rc::Rc, time::Instant};
 
