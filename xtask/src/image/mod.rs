@@ -29,13 +29,13 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     let unpacked = dist::unpacked(workspace)?;
 
     let start = Instant::now();
-    let image = build(&containers, &unpacked)?;
-    check::runs_as_in_a_pod(&containers, &image, &pod, &unpacked)?;
     // The archive is what stays. The rest is removed with `containers`.
     let archive =
         format!("selfconn-{}-{}.oci.tar", unpacked.release.version, unpacked.release.architecture.rust);
     let archive = workspace.target.join("image").join(archive);
     let _ = fs::remove_file(&archive);
+    let image = build(&containers, &unpacked)?;
+    check::runs_as_in_a_pod(&containers, &image, &pod, &unpacked)?;
     let to = format!("oci-archive:{}:{image}", archive.display());
     run::output(containers.buildah("push").args([&image, &to]))?;
     say(format!("{}: done in {}", here(&archive), seconds_since(start)));
