@@ -7,9 +7,11 @@ mod daemon;
 mod dist;
 mod environment;
 mod fingerprint;
+mod image;
 mod libtest;
 mod operations;
 mod packages;
+mod prometheus_rule;
 mod remap;
 mod run;
 mod strip;
@@ -62,8 +64,12 @@ enum XtaskCommand {
     },
     /// Check the unit, the alert rules and the metrics with systemd's and Prometheus's own programs
     Operations,
+    /// Write the alert rules as an object of the Prometheus operator, for packaging/kubernetes
+    PrometheusRule,
     /// Make the release: a Debian package, a tarball, bills of materials, checksums
     Dist(dist::DistArgs),
+    /// Build the container image, and run it as the DaemonSet would
+    Image,
     /// Install, rotate, kill, upgrade and purge the Debian package under systemd in a virtual machine
     Service(vm::service::ServiceArgs),
     /// Run the live tests on other kernels, in virtual machines
@@ -92,7 +98,9 @@ fn dispatch(command: &XtaskCommand, workspace: &Workspace) -> Result<()> {
         XtaskCommand::Run { arguments } => daemon::run(workspace, arguments),
         XtaskCommand::Test { filter, no_kernels } => test::test(workspace, filter.as_deref(), !no_kernels),
         XtaskCommand::Operations => operations::operations(workspace),
+        XtaskCommand::PrometheusRule => prometheus_rule::write(workspace),
         XtaskCommand::Dist(arguments) => dist::run(arguments, workspace),
+        XtaskCommand::Image => image::run(workspace),
         XtaskCommand::Service(arguments) => vm::service::run(arguments, workspace),
         XtaskCommand::Vm(arguments) => vm::run(arguments, workspace),
         XtaskCommand::Suites => suites::run(workspace),

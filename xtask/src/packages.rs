@@ -66,10 +66,10 @@ pub(crate) fn install(names: &[&str]) -> Result<()> {
     })
 }
 
-/// This package and those of its dependencies that are not installed.
-pub(crate) fn missing_with_dependencies(name: &str) -> Result<Vec<String>> {
+/// These packages and their dependencies, without those that are installed.
+pub(crate) fn missing_with_dependencies(names: &[&str]) -> Result<Vec<String>> {
     let simulate = || {
-        let arguments = ["--simulate", "--no-install-recommends", "install", name];
+        let arguments = [&["--simulate", "--no-install-recommends", "install"], names].concat();
         run::output(environment::plain("apt-get").args(arguments))
     };
     let simulated = simulate().or_else(|error| {

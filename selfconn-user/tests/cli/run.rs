@@ -123,7 +123,7 @@ fn a_time_has_an_upper_bound_and_the_error_names_it() {
 fn the_arguments_of_the_kubernetes_manifests_are_understood() {
     let manifests = [
         include_str!("../../../packaging/kubernetes/daemonset.yaml"),
-        include_str!("../../../packaging/kubernetes/guard.yaml"),
+        include_str!("../../../packaging/kubernetes/guard/patch.yaml"),
     ];
     for manifest in manifests {
         let line = manifest.lines().find_map(|line| line.trim().strip_prefix("args: ")).unwrap();

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// What a binary needs of the system.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Linking {
     /// The C library of the system that it was built on, or a newer one.
     Dynamic,

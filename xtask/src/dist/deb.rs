@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{ReleaseParts, tree::Tree};
+use super::{ReleaseParts, binary::Linking, tree::Tree};
 use crate::{environment::plain, run};
 
 /// The scripts that dpkg runs at installation and removal.
@@ -74,7 +74,7 @@ impl Deb {
 /// Writes all files of the package.
 fn fill(tree: &Tree, parts: &ReleaseParts, version: &str, maintainer: &str) -> Result<()> {
     let packaging = |path: &str| parts.root.join("packaging").join(path);
-    tree.copy("usr/bin/selfconn", 0o755, &parts.dynamic)?;
+    tree.copy("usr/bin/selfconn", 0o755, parts.binary(Linking::Dynamic)?)?;
     let unit = "usr/lib/systemd/system/selfconn.service";
     tree.copy(unit, 0o644, &packaging("systemd/selfconn.service"))?;
     tree.copy(CONFIGURATION[0], 0o644, &packaging("logrotate/selfconn"))?;
@@ -114,7 +114,7 @@ fn libraries(parts: &ReleaseParts) -> Result<String> {
     // It must have the description of a source package, and uses nothing of it.
     tree.write("debian/control", 0o644, b"Source: selfconn\n\nPackage: selfconn\nArchitecture: any\n")?;
     let mut dpkg = plain("dpkg-shlibdeps");
-    dpkg.args(["-O", "--warnings=0"]).arg(&parts.dynamic).current_dir(&tree.root);
+    dpkg.args(["-O", "--warnings=0"]).arg(parts.binary(Linking::Dynamic)?).current_dir(&tree.root);
     let printed = run::output(&mut dpkg)?;
     let depends = printed.trim().strip_prefix("shlibs:Depends=");
     depends.map(str::to_owned).with_context(|| format!("dpkg-shlibdeps prints {printed:?}"))

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use self::{binary::Linking, release::Release};
+use self::binary::Linking;
 use crate::{
     build_ebpf,
     environment::plain,
@@ -29,7 +29,7 @@ mod release;
 mod tarball;
 mod tree;
 
-pub(crate) use self::{deb::Deb, tree::Tree};
+pub(crate) use self::{deb::Deb, release::Release, tree::Tree};
 
 /// Options of `cargo xtask dist`.
 #[derive(Debug, clap::Args)]
@@ -80,6 +80,19 @@ fn make(workspace: &Workspace) -> Result<()> {
     fs::write(directory.join("SHA256SUMS"), sums).context("write SHA256SUMS")
 }
 
+/// The unpacked tarball, from which the image is built.
+#[derive(Debug)]
+pub(crate) struct Unpacked {
+    pub(crate) directory: PathBuf,
+    pub(crate) release: Release,
+}
+
+/// Makes the files of the tarball without the archive.
+pub(crate) fn unpacked(workspace: &Workspace) -> Result<Unpacked> {
+    let parts = ReleaseParts::build(workspace, &[Linking::Static])?;
+    Ok(Unpacked { directory: tarball::fill(&parts)?, release: parts.release })
+}
+
 /// What the packages are made of.
 #[derive(Debug)]
 pub(crate) struct ReleaseParts {
@@ -88,10 +101,8 @@ pub(crate) struct ReleaseParts {
     root: PathBuf,
     /// A directory for intermediate files.
     work: PathBuf,
-    /// The binary that uses the system's libraries.
-    dynamic: PathBuf,
-    /// The binary that needs no libraries, if it was asked for.
-    static_binary: Option<PathBuf>,
+    /// The binaries that were asked for.
+    binaries: Vec<(Linking, PathBuf)>,
     /// The directory of man pages and completions.
     pages: PathBuf,
     /// The licences of the crates in the binary.
@@ -109,14 +120,17 @@ impl ReleaseParts {
         let release = Release::current(workspace)?;
         build_ebpf::build(workspace)?;
         let work = workspace.target.join("package");
-        let build = |linking: &Linking| binary::build(workspace, &release, *linking, &work);
-        let mut binaries = linkings.iter().map(build).collect::<Result<Vec<_>>>()?.into_iter();
-        let dynamic = binaries.next().context("no binary was asked for")?;
-        let static_binary = binaries.next();
+        let build = |linking: &Linking| Ok((*linking, binary::build(workspace, &release, *linking, &work)?));
+        let binaries = linkings.iter().map(build).collect::<Result<_>>()?;
         let pages = binary::pages(workspace, &work)?;
         check_completions(&pages)?;
         let notices = dependencies::notices(workspace)?;
-        Ok(Self { release, root: workspace.root.clone(), work, dynamic, static_binary, pages, notices })
+        Ok(Self { release, root: workspace.root.clone(), work, binaries, pages, notices })
+    }
+
+    fn binary(&self, wanted: Linking) -> Result<&Path> {
+        let found = self.binaries.iter().find(|(linking, _)| *linking == wanted);
+        found.map(|(_, path)| path.as_path()).with_context(|| format!("no {wanted:?} binary was built"))
     }
 
     /// Each man page: name and path.
@@ -132,6 +146,16 @@ impl ReleaseParts {
             // The tests of the rules are not for operators.
             let files = files.into_iter().filter(|(name, _)| !name.contains("test"));
             all.extend(files.map(|(name, path)| (format!("{folder}/{name}"), path)));
+        }
+        Ok(all)
+    }
+
+    /// The manifests for Kubernetes, in the same folders as in the repository.
+    fn manifests(&self) -> Result<Vec<(String, PathBuf)>> {
+        let mut all = Vec::new();
+        for folder in ["kubernetes", "kubernetes/guard", "kubernetes/prometheus-operator"] {
+            let files = files_in(&self.root.join("packaging").join(folder))?;
+            all.extend(files.into_iter().map(|(name, path)| (format!("{folder}/{name}"), path)));
         }
         Ok(all)
     }

@@ -14,16 +14,19 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Release {
     pub(crate) version: String,
+    /// The commit, or `unknown`.
+    pub(crate) revision: String,
     /// Seconds since 1970: `SOURCE_DATE_EPOCH` if it is set, else the time of the commit.
-    pub(super) epoch: u64,
-    pub(super) architecture: Architecture,
+    pub(crate) epoch: u64,
+    pub(crate) architecture: Architecture,
 }
 
 /// An architecture, by its names.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Architecture {
-    pub(super) rust: &'static str,
-    pub(super) debian: &'static str,
+pub(crate) struct Architecture {
+    pub(crate) rust: &'static str,
+    /// Debian's name, which images have, too.
+    pub(crate) debian: &'static str,
 }
 
 const ARCHITECTURES: [Architecture; 2] =
@@ -42,12 +45,15 @@ impl Release {
                 }
                 time
             }
-            (..) => time_of_archive(workspace)?,
+            (..) => of_archive(workspace, 1)
+                .context("neither a clone nor an archive made by git: set SOURCE_DATE_EPOCH")?,
         };
+        let revision = git(&["rev-parse", "HEAD"]).ok().or_else(|| of_archive(workspace, 0));
+        let revision = revision.map_or_else(|| "unknown".to_owned(), |revision| revision.trim().to_owned());
         let epoch = epoch.trim().parse().context("SOURCE_DATE_EPOCH is not a number of seconds")?;
         let architecture = ARCHITECTURES.into_iter().find(|one| one.rust == env::consts::ARCH);
         let architecture = architecture.with_context(|| format!("no packages for {}", env::consts::ARCH))?;
-        Ok(Self { version: env!("CARGO_PKG_VERSION").to_owned(), epoch, architecture })
+        Ok(Self { version: env!("CARGO_PKG_VERSION").to_owned(), revision, epoch, architecture })
     }
 
     /// Its time in this format of `date`, in UTC.
@@ -57,9 +63,12 @@ impl Release {
     }
 }
 
-/// git writes commit and time into `.commit` of an archive of the sources (`.gitattributes`).
-fn time_of_archive(workspace: &Workspace) -> Result<String> {
-    let commit = fs::read_to_string(workspace.root.join(".commit")).unwrap_or_default();
-    let time = commit.split_whitespace().nth(1).filter(|word| word.parse::<u64>().is_ok());
-    time.map(str::to_owned).context("neither a clone nor an archive made by git: set SOURCE_DATE_EPOCH")
+/// A word of `.commit`, into which git writes the commit and its time when it makes an archive of the sources
+/// (`.gitattributes`).
+fn of_archive(workspace: &Workspace, word: usize) -> Option<String> {
+    let commit = fs::read_to_string(workspace.root.join(".commit")).ok()?;
+    // Outside of an archive the file has only placeholders.
+    let words: Vec<_> = commit.split_whitespace().collect();
+    words.get(1)?.parse::<u64>().ok()?;
+    words.get(word).map(|word| (*word).to_owned())
 }

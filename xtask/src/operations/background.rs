@@ -92,7 +92,7 @@ pub(super) fn free_address() -> Result<SocketAddr> {
 }
 
 /// The status and the body of an HTTP response.
-pub(super) fn http_get(address: SocketAddr, path: &str) -> Result<(String, String)> {
+pub(crate) fn http_get(address: SocketAddr, path: &str) -> Result<(String, String)> {
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(DEADLINE))?;
     stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes())?;

@@ -1,11 +1,15 @@
 //! `cargo xtask operations`: checks the files that are shipped for operators with the programs that read
 //! them: the unit with systemd, alert rules and metrics with Prometheus, which scrapes a daemon that sees a
-//! self-connection, and the configurations for rsyslog and systemd-journal-upload with these.
+//! self-connection, the configurations for rsyslog and systemd-journal-upload with these, and the manifests with the
+//! schemas of Kubernetes.
 
 mod background;
+pub(crate) mod kubernetes;
 mod prometheus;
 mod shipping;
 mod unit;
+
+pub(crate) use background::http_get;
 
 use std::{rc::Rc, time::Instant};
 
@@ -42,6 +46,7 @@ pub(crate) fn checks(workspace: &Workspace) -> Result<Vec<NamedCheck<'_>>> {
     packages::install_programs(&[("systemd-analyze", "systemd")])?;
     let tools = Rc::new(prometheus::Prometheus::find_or_fetch(workspace)?);
     let shipping = Rc::new(shipping::Shipping::find_or_fetch(workspace)?);
+    let validator = kubernetes::Validator::find_or_install(workspace)?;
     build_ebpf::build(workspace)?;
     let mut cargo = environment::cargo();
     cargo.args(["build", "--quiet", "--package", "selfconn-user"]).current_dir(&workspace.root);
@@ -52,6 +57,7 @@ pub(crate) fn checks(workspace: &Workspace) -> Result<Vec<NamedCheck<'_>>> {
     Ok(vec![
         ("systemd understands the unit", Box::new(|| unit::is_understood(workspace))),
         ("the unit exposes little", Box::new(|| unit::exposes_little(workspace))),
+        ("Kubernetes takes the manifests", Box::new(move || validator.takes_the_manifests(workspace))),
         ("the alert rules are valid", Box::new(move || rules.rules_are_valid(workspace))),
         ("each alert fires when it must, and only then", Box::new(move || tests.rules_fire(workspace))),
         ("Prometheus sees a self-connection", Box::new(move || scrape.sees_a_self_connection(workspace))),

@@ -29,7 +29,7 @@ impl Emulator {
         let root = super::directory(workspace).join(&program);
         let unfinished = root.with_extension("unfinished");
         if !program_in(&root, &program).is_file() {
-            let missing = packages::missing_with_dependencies(architecture.emulator_package)?;
+            let missing = packages::missing_with_dependencies(&[architecture.emulator_package])?;
             packages::unpack(&missing.iter().map(String::as_str).collect::<Vec<_>>(), &unfinished)?;
             fs::rename(&unfinished, &root).with_context(|| format!("rename {}", unfinished.display()))?;
         }
