@@ -1,7 +1,12 @@
 //! Checks with Prometheus and promtool, from the distribution's package. The package is unpacked and not
 //! installed, because its installation starts a service.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -28,10 +33,23 @@ impl Prometheus {
         Ok(tools)
     }
 
-    fn promtool(&self, arguments: &[&str]) -> Command {
+    pub(super) fn promtool(&self, arguments: &[&str]) -> Command {
         let mut command = environment::plain(&self.promtool);
         command.args(arguments);
         command
+    }
+
+    /// Starts a Prometheus with this configuration. Its files are in `dir`.
+    pub(super) fn serve(&self, config: &str, api: SocketAddr, dir: &Path) -> Result<BackgroundProcess> {
+        let config_path = dir.join("prometheus.yml");
+        fs::write(&config_path, config).context("write prometheus.yml")?;
+        let mut serve = environment::other(&self.server);
+        serve.current_dir(dir).arg("--config.file").arg(&config_path).args([
+            &format!("--web.listen-address={api}"),
+            "--storage.tsdb.path=data",
+            "--log.level=warn",
+        ]);
+        BackgroundProcess::start(serve, "prometheus", dir)
     }
 
     pub(super) fn rules_are_valid(&self, workspace: &Workspace) -> Result<String> {
@@ -65,15 +83,7 @@ impl Prometheus {
             "global: {{ scrape_interval: 1s, evaluation_interval: 1s }}\nrule_files: [{rules:?}]\nscrape_configs:\n  \
              - job_name: selfconn\n    static_configs: [{{ targets: [\"{metrics}\"] }}]\n"
         );
-        let config_path = dir.path().join("prometheus.yml");
-        fs::write(&config_path, config).context("write prometheus.yml")?;
-        let mut serve = environment::other(&self.server);
-        serve.current_dir(dir.path()).arg("--config.file").arg(&config_path).args([
-            &format!("--web.listen-address={api}"),
-            "--storage.tsdb.path=data",
-            "--log.level=warn",
-        ]);
-        let mut server = BackgroundProcess::start(serve, "prometheus", dir.path())?;
+        let mut server = self.serve(&config, api, dir.path())?;
         let mut wait_for = |expression: &str| {
             server.wait_until(expression, || {
                 // The query fails until the server listens.
@@ -95,7 +105,7 @@ impl Prometheus {
 }
 
 /// The last line of a program's output.
-fn last_line(command: &mut Command) -> Result<String> {
+pub(super) fn last_line(command: &mut Command) -> Result<String> {
     let output = run::output(command)?;
     Ok(output.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default().trim().to_owned())
 }
