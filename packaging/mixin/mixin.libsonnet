@@ -47,7 +47,10 @@ local shipped = {
       ),
     'selfconn.json': dashboard {
       panels: [
-        panel { targets: [target { expr: narrow(target.expr) } for target in panel.targets] }
+        // A row has no targets.
+        panel {
+          [if 'targets' in panel then 'targets']: [target { expr: narrow(target.expr) } for target in panel.targets],
+        }
         for panel in dashboard.panels
       ],
       templating+: {

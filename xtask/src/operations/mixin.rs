@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::{
     background::{free_address, http_get},
+    dashboard::Dashboard,
     prometheus::{Prometheus, last_line},
 };
 use crate::{environment, packages, run, workspace::Workspace};
@@ -62,11 +63,9 @@ impl Mixin {
         let [shipped, made] =
             alerts(prometheus, [&rules, &dir.path().join("selfconn.rules.json")], dir.path())?;
         ensure!(shipped == made, "the rules of the mixin differ: shipped {shipped:#?}, made {made:#?}");
-        ensure!(
-            read_json(&dir.path().join("selfconn.json"))?
-                == read_json(&workspace.root.join("packaging/grafana/selfconn.json"))?,
-            "the dashboard of the mixin differs from the shipped one"
-        );
+        let dashboard = Dashboard::read(&dir.path().join("selfconn.json"))?;
+        let is_same = dashboard == Dashboard::read(&workspace.root.join("packaging/grafana/selfconn.json"))?;
+        ensure!(is_same, "the dashboard of the mixin differs from the shipped one");
         Ok(format!("{} alerts and a dashboard", shipped.len()))
     }
 
@@ -99,8 +98,8 @@ impl Mixin {
             let found = &alert["annotations"]["runbook_url"];
             ensure!(*found == address, "the runbook of {name} is {found}, and not {address}");
         }
-        let dashboard = read_json(&dir.path().join("selfconn.json"))?;
-        let queries = queries(&dashboard);
+        let dashboard = Dashboard::read(&dir.path().join("selfconn.json"))?;
+        let queries = [dashboard.of_panels(), dashboard.of_variables()].concat();
         for query in &queries {
             ensure!(each_selector_has(query, selector), "the dashboard does not select {selector}: {query}");
         }
@@ -161,18 +160,6 @@ fn each_selector_has(query: &str, matchers: &str) -> bool {
         && !query.contains(SHIPPED_SELECTOR)
 }
 
-/// The queries of a dashboard's panels and variables.
-fn queries(dashboard: &Value) -> Vec<&str> {
-    let panels = dashboard["panels"].as_array().into_iter().flatten();
-    let targets = panels.filter_map(|panel| panel["targets"].as_array()).flatten();
-    let variables = dashboard["templating"]["list"].as_array().into_iter().flatten();
-    let variables = variables.filter(|variable| variable["type"] == "query");
-    targets
-        .filter_map(|target| target["expr"].as_str())
-        .chain(variables.filter_map(|variable| variable["query"].as_str()))
-        .collect()
-}
-
 /// Runs the tests of the rules against the rules of the mixin, with the job and the address that these have.
 fn fire(
     workspace: &Workspace,
@@ -198,11 +185,6 @@ fn fire(
         .replace("- selfconn.rules.yml", "- selfconn.rules.json");
     fs::write(dir.join("tests.yml"), tests).context("write the tests")?;
     last_line(prometheus.promtool(&["test", "rules", "tests.yml"]).current_dir(dir)).map(drop)
-}
-
-fn read_json(path: &Path) -> Result<Value> {
-    let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("parse {}", path.display()))
 }
 
 /// The text of the first fenced block of this language in a Markdown document.

@@ -1,9 +1,10 @@
 //! `cargo xtask operations`: checks the files that are shipped for operators with the programs that read
-//! them: the unit with systemd, alert rules and metrics with Prometheus, which scrapes a daemon that sees a
-//! self-connection, the mixin of rules and dashboard with jsonnet, and the configurations for rsyslog with rsyslog, into
-//! PostgreSQL and Kafka's protocol.
+//! them: the unit with systemd; alert rules, metrics and the dashboard's queries with Prometheus, which scrapes a
+//! daemon that sees a self-connection; the mixin of rules and dashboard with jsonnet; and the configurations for
+//! rsyslog with rsyslog, into PostgreSQL and Kafka's protocol.
 
 mod background;
+mod dashboard;
 mod mixin;
 mod prometheus;
 mod shipping;

@@ -10,7 +10,10 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::background::{BackgroundProcess, free_address, http_get};
+use super::{
+    background::{BackgroundProcess, free_address, http_get},
+    dashboard::Dashboard,
+};
 use crate::{environment, packages, run, workspace::Workspace};
 
 pub(super) struct Prometheus {
@@ -62,7 +65,8 @@ impl Prometheus {
         last_line(test.current_dir(workspace.root.join("packaging/prometheus")))
     }
 
-    /// Starts a daemon and a Prometheus that scrapes it with our rules, and makes a self-connection.
+    /// Starts a daemon and a Prometheus that scrapes it with our rules, makes a self-connection, and asks what the
+    /// dashboard asks.
     pub(super) fn sees_a_self_connection(&self, workspace: &Workspace) -> Result<String> {
         let dir = tempfile::tempdir().context("make a directory for Prometheus")?;
         let selfconn = workspace.target.join("debug/selfconn");
@@ -84,12 +88,12 @@ impl Prometheus {
              - job_name: selfconn\n    static_configs: [{{ targets: [\"{metrics}\"] }}]\n"
         );
         let mut server = self.serve(&config, api, dir.path())?;
+        let ask = |expression: &str| {
+            run::output(&mut self.promtool(&["query", "instant", &format!("http://{api}"), expression]))
+        };
         let mut wait_for = |expression: &str| {
-            server.wait_until(expression, || {
-                // The query fails until the server listens.
-                let query = &["query", "instant", &format!("http://{api}"), expression];
-                Ok(run::output(&mut self.promtool(query)).is_ok_and(|found| !found.trim().is_empty()))
-            })
+            // The query fails until the server listens.
+            server.wait_until(expression, || Ok(ask(expression).is_ok_and(|found| !found.trim().is_empty())))
         };
         wait_for("up{job=\"selfconn\"} == 1")?;
         wait_for("selfconn_healthy == 1")?;
@@ -98,9 +102,11 @@ impl Prometheus {
         run::output(environment::plain(&selfconn).args(["repro", "--mode", "bind"]))?;
         wait_for("selfconn_connections_total{cause=\"bound\"} >= 1")?;
         wait_for("ALERTS{alertname=\"SelfConnectionsMade\", alertstate=\"firing\"}")?;
+        let dashboard = Dashboard::read(&workspace.root.join("packaging/grafana/selfconn.json"))?;
+        let queries = dashboard.finds_something(ask)?;
         drop(daemon);
         wait_for("up{job=\"selfconn\"} == 0")?;
-        Ok("up, counted, alerted, down".to_owned())
+        Ok(format!("up, counted, alerted, {queries} queries of the dashboard, down"))
     }
 }
 
