@@ -1,5 +1,5 @@
-//! Checks of the jsonnet mixin, and of the commands of docs/metrics.md that configure rules and dashboard. jsonnet makes
-//! the files, and Prometheus reads them; what it has read is compared.
+//! Checks of the jsonnet mixin, and of the commands of docs/metrics.md that configure rules and dashboard. jsonnet
+//! makes the files, and Prometheus reads them; what it has read is compared.
 
 use std::{
     env,
