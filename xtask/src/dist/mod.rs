@@ -138,10 +138,10 @@ impl ReleaseParts {
         files_in(&self.pages.join("man"))
     }
 
-    /// Examples for operators: alert rules, dashboards, drop-ins of the unit.
+    /// Examples for operators: alert rules, dashboards, the mixin of both, drop-ins of the unit.
     fn examples(&self) -> Result<Vec<(String, PathBuf)>> {
         let mut all = Vec::new();
-        for folder in ["prometheus", "grafana", "shipping", "systemd/examples"] {
+        for folder in ["prometheus", "grafana", "mixin", "shipping", "systemd/examples"] {
             let files = files_in(&self.root.join("packaging").join(folder))?;
             // The tests of the rules are not for operators.
             let files = files.into_iter().filter(|(name, _)| !name.contains("test"));

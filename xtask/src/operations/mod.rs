@@ -1,10 +1,12 @@
 //! `cargo xtask operations`: checks the files that are shipped for operators with the programs that read
-//! them: the unit with systemd, alert rules and metrics with Prometheus, which scrapes a daemon that sees a
-//! self-connection, the configurations for rsyslog and systemd-journal-upload with these, and the manifests with the
-//! schemas of Kubernetes.
+//! them: the unit with systemd; alert rules, metrics and the dashboard's queries with Prometheus, which scrapes a
+//! daemon that sees a self-connection; the mixin of rules and dashboard with jsonnet; the configurations for rsyslog and
+//! systemd-journal-upload with these; and the manifests with the schemas of Kubernetes.
 
 mod background;
+mod dashboard;
 pub(crate) mod kubernetes;
+mod mixin;
 mod prometheus;
 mod shipping;
 mod unit;
@@ -47,19 +49,30 @@ pub(crate) fn checks(workspace: &Workspace) -> Result<Vec<NamedCheck<'_>>> {
     let tools = Rc::new(prometheus::Prometheus::find_or_fetch(workspace)?);
     let shipping = Rc::new(shipping::Shipping::find_or_fetch(workspace)?);
     let validator = kubernetes::Validator::find_or_install(workspace)?;
+    let mixin = Rc::new(mixin::Mixin::find_or_fetch(workspace)?);
     build_ebpf::build(workspace)?;
     let mut cargo = environment::cargo();
     cargo.args(["build", "--quiet", "--package", "selfconn-user"]).current_dir(&workspace.root);
     run::step("building the daemon", &mut cargo)?;
 
-    let (rules, tests, scrape) = (Rc::clone(&tools), Rc::clone(&tools), tools);
+    let (rules, tests, scrape) = (Rc::clone(&tools), Rc::clone(&tools), Rc::clone(&tools));
+    let (shipped, configured) = ((Rc::clone(&mixin), Rc::clone(&tools)), (mixin, tools));
     let (postgresql, kafka, journal) = (Rc::clone(&shipping), Rc::clone(&shipping), shipping);
     Ok(vec![
         ("systemd understands the unit", Box::new(|| unit::is_understood(workspace))),
         ("the unit exposes little", Box::new(|| unit::exposes_little(workspace))),
+        ("remedy.conf switches the remedy on", Box::new(|| unit::remedy_is_on(workspace))),
         ("Kubernetes takes the manifests", Box::new(move || validator.takes_the_manifests(workspace))),
         ("the alert rules are valid", Box::new(move || rules.rules_are_valid(workspace))),
         ("each alert fires when it must, and only then", Box::new(move || tests.rules_fire(workspace))),
+        (
+            "the mixin is what is shipped",
+            Box::new(move || shipped.0.is_what_is_shipped(workspace, &shipped.1)),
+        ),
+        (
+            "the mixin takes a configuration",
+            Box::new(move || configured.0.takes_a_configuration(workspace, &configured.1)),
+        ),
         ("Prometheus sees a self-connection", Box::new(move || scrape.sees_a_self_connection(workspace))),
         ("rsyslog ships each event to PostgreSQL", Box::new(move || postgresql.to_postgresql(workspace))),
         ("rsyslog ships each event to Kafka", Box::new(move || kafka.to_kafka(workspace))),

@@ -1,11 +1,19 @@
 //! Checks with Prometheus and promtool, from the distribution's package. The package is unpacked and not
 //! installed, because its installation starts a service.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::background::{BackgroundProcess, free_address, http_get};
+use super::{
+    background::{BackgroundProcess, free_address, http_get},
+    dashboard::Dashboard,
+};
 use crate::{environment, packages, run, workspace::Workspace};
 
 pub(super) struct Prometheus {
@@ -28,10 +36,23 @@ impl Prometheus {
         Ok(tools)
     }
 
-    fn promtool(&self, arguments: &[&str]) -> Command {
+    pub(super) fn promtool(&self, arguments: &[&str]) -> Command {
         let mut command = environment::plain(&self.promtool);
         command.args(arguments);
         command
+    }
+
+    /// Starts a Prometheus with this configuration. Its files are in `dir`.
+    pub(super) fn serve(&self, config: &str, api: SocketAddr, dir: &Path) -> Result<BackgroundProcess> {
+        let config_path = dir.join("prometheus.yml");
+        fs::write(&config_path, config).context("write prometheus.yml")?;
+        let mut serve = environment::other(&self.server);
+        serve.current_dir(dir).arg("--config.file").arg(&config_path).args([
+            &format!("--web.listen-address={api}"),
+            "--storage.tsdb.path=data",
+            "--log.level=warn",
+        ]);
+        BackgroundProcess::start(serve, "prometheus", dir)
     }
 
     pub(super) fn rules_are_valid(&self, workspace: &Workspace) -> Result<String> {
@@ -44,7 +65,8 @@ impl Prometheus {
         last_line(test.current_dir(workspace.root.join("packaging/prometheus")))
     }
 
-    /// Starts a daemon and a Prometheus that scrapes it with our rules, and makes a self-connection.
+    /// Starts a daemon and a Prometheus that scrapes it with our rules, makes a self-connection, and asks what the
+    /// dashboard asks.
     pub(super) fn sees_a_self_connection(&self, workspace: &Workspace) -> Result<String> {
         let dir = tempfile::tempdir().context("make a directory for Prometheus")?;
         let selfconn = workspace.target.join("debug/selfconn");
@@ -65,21 +87,13 @@ impl Prometheus {
             "global: {{ scrape_interval: 1s, evaluation_interval: 1s }}\nrule_files: [{rules:?}]\nscrape_configs:\n  \
              - job_name: selfconn\n    static_configs: [{{ targets: [\"{metrics}\"] }}]\n"
         );
-        let config_path = dir.path().join("prometheus.yml");
-        fs::write(&config_path, config).context("write prometheus.yml")?;
-        let mut serve = environment::other(&self.server);
-        serve.current_dir(dir.path()).arg("--config.file").arg(&config_path).args([
-            &format!("--web.listen-address={api}"),
-            "--storage.tsdb.path=data",
-            "--log.level=warn",
-        ]);
-        let mut server = BackgroundProcess::start(serve, "prometheus", dir.path())?;
+        let mut server = self.serve(&config, api, dir.path())?;
+        let ask = |expression: &str| {
+            run::output(&mut self.promtool(&["query", "instant", &format!("http://{api}"), expression]))
+        };
         let mut wait_for = |expression: &str| {
-            server.wait_until(expression, || {
-                // The query fails until the server listens.
-                let query = &["query", "instant", &format!("http://{api}"), expression];
-                Ok(run::output(&mut self.promtool(query)).is_ok_and(|found| !found.trim().is_empty()))
-            })
+            // The query fails until the server listens.
+            server.wait_until(expression, || Ok(ask(expression).is_ok_and(|found| !found.trim().is_empty())))
         };
         wait_for("up{job=\"selfconn\"} == 1")?;
         wait_for("selfconn_healthy == 1")?;
@@ -88,14 +102,16 @@ impl Prometheus {
         run::output(environment::plain(&selfconn).args(["repro", "--mode", "bind"]))?;
         wait_for("selfconn_connections_total{cause=\"bound\"} >= 1")?;
         wait_for("ALERTS{alertname=\"SelfConnectionsMade\", alertstate=\"firing\"}")?;
+        let dashboard = Dashboard::read(&workspace.root.join("packaging/grafana/selfconn.json"))?;
+        let queries = dashboard.finds_something(ask)?;
         drop(daemon);
         wait_for("up{job=\"selfconn\"} == 0")?;
-        Ok("up, counted, alerted, down".to_owned())
+        Ok(format!("up, counted, alerted, {queries} queries of the dashboard, down"))
     }
 }
 
 /// The last line of a program's output.
-fn last_line(command: &mut Command) -> Result<String> {
+pub(super) fn last_line(command: &mut Command) -> Result<String> {
     let output = run::output(command)?;
     Ok(output.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default().trim().to_owned())
 }

@@ -1,6 +1,7 @@
 //! Checks of the unit with systemd's own programs.
 
 use std::{
+    collections::HashMap,
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -44,6 +45,50 @@ fn verify(unit: &Path, which: &str) -> Result<()> {
     Ok(())
 }
 
+/// The drop-in for the remedy is enough: with it, and only with it, the service starts the daemon with `--remedy
+/// destroy`, and the daemon takes its options. All variables of the command are set, because systemd warns otherwise.
+pub(super) fn remedy_is_on(workspace: &Workspace) -> Result<String> {
+    let packaging = workspace.root.join("packaging/systemd");
+    let read = |name: &str| fs::read_to_string(packaging.join(name)).with_context(|| format!("read {name}"));
+    let (unit, drop_in) = (read(UNIT)?, read("examples/remedy.conf")?);
+    let is_on = |command: &[String]| command.windows(2).any(|pair| pair == ["--remedy", "destroy"]);
+    let alone = command_line(&unit)?;
+    ensure!(!is_on(&alone), "the unit alone destroys: {alone:?}");
+    let with_drop_in = command_line(&(unit + &drop_in))?;
+    ensure!(is_on(&with_drop_in), "with remedy.conf the service starts {with_drop_in:?}");
+    // With --help it only reads its options. It refuses a value that it does not know before it sees --help.
+    let mut daemon = environment::plain(workspace.target.join("debug/selfconn"));
+    run::output(daemon.args(&with_drop_in[1..]).arg("--help"))?;
+    Ok(with_drop_in.join(" "))
+}
+
+/// The command that systemd starts, from the settings of a unit and its drop-ins, one after another. Like systemd it
+/// splits the value of a `$VARIABLE` at spaces.
+fn command_line(settings: &str) -> Result<Vec<String>> {
+    let values = |name: &'static str| settings.lines().filter_map(move |line| line.strip_prefix(name));
+    let mut variables = HashMap::new();
+    for line in values("Environment=") {
+        // Either one assignment in quotes, or several without.
+        let quoted = line.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
+        let assignments = quoted.map_or_else(|| line.split_whitespace().collect(), |one| vec![one]);
+        for assignment in assignments {
+            variables.extend(assignment.split_once('='));
+        }
+    }
+    let command = values("ExecStart=").next_back().context("there is no ExecStart")?;
+    let mut words = Vec::new();
+    for word in command.split_whitespace() {
+        match word.strip_prefix('$') {
+            Some(name) => {
+                let value = variables.get(name).with_context(|| format!("{word} is not set"))?;
+                words.extend(value.split_whitespace().map(str::to_owned));
+            }
+            None => words.push(word.to_owned()),
+        }
+    }
+    Ok(words)
+}
+
 /// systemd's estimate of what an attacker could do in the service is low enough.
 pub(super) fn exposes_little(workspace: &Workspace) -> Result<String> {
     let unit = copy_unit(workspace, None)?;
@@ -76,4 +121,18 @@ fn analyze(unit: &Path, arguments: &[&str]) -> Command {
     let mut command = environment::plain("systemd-analyze");
     command.args(arguments).arg(unit);
     command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_line_has_the_values_of_its_variables() {
+        let unit = "Environment=A= B=1\nExecStart=/bin/x run $A $B\n";
+        assert_eq!(command_line(unit).unwrap(), ["/bin/x", "run", "1"]);
+        let drop_in = "[Service]\nEnvironment=\"A=--b c\"\n";
+        assert_eq!(command_line(&format!("{unit}{drop_in}")).unwrap(), ["/bin/x", "run", "--b", "c", "1"]);
+        assert!(command_line("Environment=A=\nExecStart=/bin/x $B\n").is_err(), "systemd warns of $B");
+    }
 }
