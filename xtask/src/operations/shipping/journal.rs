@@ -112,7 +112,8 @@ impl<'a> Hosts<'a> {
     fn upload(&self) -> Result<BackgroundProcess> {
         let mut command = self.beside_journald();
         command.arg(self.packages.root.join("lib/systemd/systemd-journal-upload"));
-        command.arg("--directory=/run/log/journal").arg("--save-state").arg(self.dir.join("upload.state"));
+        command.arg("--directory=/run/log/journal");
+        command.arg(format!("--save-state={}", self.dir.join("upload.state").display()));
         BackgroundProcess::start(command, "journal-upload", &self.dir)
     }
 
