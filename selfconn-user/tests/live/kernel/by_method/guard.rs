@@ -4,6 +4,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream},
     os::fd::AsRawFd as _,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -85,17 +86,27 @@ fn with_ip_options(address: IpAddr) -> Socket {
     socket
 }
 
+/// Runs `work` in a thread of its own. The end of a ring interrupts the thread that made it, at some later time. A fast
+/// open that is interrupted is restarted, and poll then has IN, for a closed port, too (`inet_wait_for_connect`,
+/// net/ipv4/af_inet.c, and `io_ring_exit_work`, io_uring/io_uring.c at v6.12).
+fn in_another_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| scope.spawn(work).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+}
+
 /// The connect is made by a worker thread of the kernel, as its caller.
 fn dial_by_io_uring(socket: &Socket, target: SocketAddr) -> DialOutcome {
-    let mut ring = io_uring::IoUring::new(2).unwrap();
-    let target = socket2::SockAddr::from(target);
-    let fd = io_uring::types::Fd(socket.as_raw_fd());
-    let connect = io_uring::opcode::Connect::new(fd, target.as_ptr().cast(), target.len());
-    let connect = connect.build().flags(io_uring::squeue::Flags::ASYNC);
-    // SAFETY: the socket and the address outlive the wait below, after which the kernel no longer uses them.
-    unsafe { ring.submission().push(&connect) }.unwrap();
-    ring.submit_and_wait(1).unwrap();
-    outcome_of(socket, -ring.completion().next().unwrap().result())
+    let connect = || {
+        let mut ring = io_uring::IoUring::new(2).unwrap();
+        let target = socket2::SockAddr::from(target);
+        let fd = io_uring::types::Fd(socket.as_raw_fd());
+        let connect = io_uring::opcode::Connect::new(fd, target.as_ptr().cast(), target.len());
+        let connect = connect.build().flags(io_uring::squeue::Flags::ASYNC);
+        // SAFETY: the socket and the address outlive the wait below, after which the kernel no longer uses them.
+        unsafe { ring.submission().push(&connect) }.unwrap();
+        ring.submit_and_wait(1).unwrap();
+        outcome_of(socket, -ring.completion().next().unwrap().result())
+    };
+    in_another_thread(connect)
 }
 
 fn clients() -> Vec<Client> {
@@ -105,8 +116,8 @@ fn clients() -> Vec<Client> {
         Client { name: "fast open", socket: fastopen, dial: dial_by_send },
         Client { name: "with IP options", socket: with_ip_options, dial },
     ];
-    match io_uring::IoUring::new(2) {
-        Ok(_) => clients.push(Client { name: "io_uring", socket: blocking, dial: dial_by_io_uring }),
+    match in_another_thread(|| io_uring::IoUring::new(2).map(drop)) {
+        Ok(()) => clients.push(Client { name: "io_uring", socket: blocking, dial: dial_by_io_uring }),
         Err(error) => println!("FACT no_io_uring={error}"),
     }
     if Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP)).is_ok() {
@@ -217,7 +228,7 @@ fn a_connect_that_takes_over_a_time_wait_is_refused_at_once() {
         // Closed in order, so the port is in TIME_WAIT. A connect takes it over from a second later on.
         drop(connect_until_self(target, 10).unwrap());
         let daemon = refusing(method, &[]);
-        std::thread::sleep(Duration::from_millis(1_200));
+        thread::sleep(Duration::from_millis(1_200));
         let (mut took, mut outcome) = (Duration::ZERO, None);
         let sent_again = tcp_counter("RetransSegs").unwrap();
         wait_until(Duration::from_secs(20), "the TIME_WAIT is never taken over", || {
@@ -277,7 +288,7 @@ fn the_counts_of_the_events_are_the_clients_own() {
             assert!(!dial_itself(LOCALHOST).is_connected);
         }
         daemon.signal(rustix::process::Signal::CONT);
-        std::thread::sleep(Duration::from_millis(1_500));
+        thread::sleep(Duration::from_millis(1_500));
         let (events, _) = daemon.stop();
         assert_eq!(count_of(&events), count as u64, "{method}");
         let unknown = |event: &&serde_json::Value| event["event"] == "prevented" && event["pid"].is_null();
@@ -302,7 +313,7 @@ fn a_flood_of_refused_connects_takes_no_name_of_another_user() {
             assert!(!dial_itself(LOCALHOST).is_connected);
             dials += 1;
         }
-        let other = std::thread::spawn(|| {
+        let other = thread::spawn(|| {
             become_user(NOBODY);
             assert!(!dial_itself(LOCALHOST).is_connected);
         });
@@ -470,7 +481,7 @@ fn an_ordinary_connection_passes_the_guard_unchanged() {
             let mut client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
             let (mut accepted, _) = server.accept().unwrap();
             let data = vec![7; 1 << 20];
-            let sender = std::thread::spawn(move || {
+            let sender = thread::spawn(move || {
                 client.write_all(&data).unwrap();
                 client
             });
