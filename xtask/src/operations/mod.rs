@@ -8,6 +8,7 @@ mod dashboard;
 pub(crate) mod kubernetes;
 mod mixin;
 mod prometheus;
+mod remote_write;
 mod shipping;
 mod unit;
 
@@ -50,13 +51,14 @@ pub(crate) fn checks(workspace: &Workspace) -> Result<Vec<NamedCheck<'_>>> {
     let shipping = Rc::new(shipping::Shipping::find_or_fetch(workspace)?);
     let validator = kubernetes::Validator::find_or_install(workspace)?;
     let mixin = Rc::new(mixin::Mixin::find_or_fetch(workspace)?);
+    let store = remote_write::VictoriaMetrics::find_or_fetch(workspace)?;
     build_ebpf::build(workspace)?;
     let mut cargo = environment::cargo();
     cargo.args(["build", "--quiet", "--package", "selfconn-user"]).current_dir(&workspace.root);
     run::step("building the daemon", &mut cargo)?;
 
     let (rules, tests, scrape) = (Rc::clone(&tools), Rc::clone(&tools), Rc::clone(&tools));
-    let (shipped, configured) = ((Rc::clone(&mixin), Rc::clone(&tools)), (mixin, tools));
+    let (shipped, configured) = ((Rc::clone(&mixin), Rc::clone(&tools)), (mixin, Rc::clone(&tools)));
     let (postgresql, kafka, journal) = (Rc::clone(&shipping), Rc::clone(&shipping), shipping);
     Ok(vec![
         ("systemd understands the unit", Box::new(|| unit::is_understood(workspace))),
@@ -74,6 +76,10 @@ pub(crate) fn checks(workspace: &Workspace) -> Result<Vec<NamedCheck<'_>>> {
             Box::new(move || configured.0.takes_a_configuration(workspace, &configured.1)),
         ),
         ("Prometheus sees a self-connection", Box::new(move || scrape.sees_a_self_connection(workspace))),
+        (
+            "VictoriaMetrics gets what Prometheus scrapes",
+            Box::new(move || store.gets_everything(&tools, workspace)),
+        ),
         ("rsyslog ships each event to PostgreSQL", Box::new(move || postgresql.to_postgresql(workspace))),
         ("rsyslog ships each event to Kafka", Box::new(move || kafka.to_kafka(workspace))),
         (

@@ -42,6 +42,11 @@ impl Prometheus {
         command
     }
 
+    /// The answer to a query: a line for each series.
+    pub(super) fn ask(&self, api: SocketAddr, expression: &str) -> Result<String> {
+        run::output(&mut self.promtool(&["query", "instant", &format!("http://{api}"), expression]))
+    }
+
     /// Starts a Prometheus with this configuration. Its files are in `dir`.
     pub(super) fn serve(&self, config: &str, api: SocketAddr, dir: &Path) -> Result<BackgroundProcess> {
         let config_path = dir.join("prometheus.yml");
@@ -70,13 +75,8 @@ impl Prometheus {
     pub(super) fn sees_a_self_connection(&self, workspace: &Workspace) -> Result<String> {
         let dir = tempfile::tempdir().context("make a directory for Prometheus")?;
         let selfconn = workspace.target.join("debug/selfconn");
-        let (metrics, api) = (free_address()?, free_address()?);
-        let mut run = environment::other(&selfconn);
-        run.args(["run", "--json", "--metrics", &metrics.to_string(), "--log"]).arg(dir.path().join("log"));
-        let mut daemon = BackgroundProcess::start(run, "selfconn", dir.path())?;
-        daemon.wait_until("the daemon is healthy", || {
-            Ok(http_get(metrics, "/healthz").is_ok_and(|(status, body)| status == "200" && body == "ok\n"))
-        })?;
+        let (daemon, metrics) = scraped_daemon(&selfconn, dir.path())?;
+        let api = free_address()?;
         let (status, text) = http_get(metrics, "/metrics")?;
         ensure!(status == "200", "/metrics: {status}: {text}");
         let complaints = run::filter(&mut self.promtool(&["check", "metrics"]), text.as_bytes())?;
@@ -88,9 +88,7 @@ impl Prometheus {
              - job_name: selfconn\n    static_configs: [{{ targets: [\"{metrics}\"] }}]\n"
         );
         let mut server = self.serve(&config, api, dir.path())?;
-        let ask = |expression: &str| {
-            run::output(&mut self.promtool(&["query", "instant", &format!("http://{api}"), expression]))
-        };
+        let ask = |expression: &str| self.ask(api, expression);
         let mut wait_for = |expression: &str| {
             // The query fails until the server listens.
             server.wait_until(expression, || Ok(ask(expression).is_ok_and(|found| !found.trim().is_empty())))
@@ -108,6 +106,18 @@ impl Prometheus {
         wait_for("up{job=\"selfconn\"} == 0")?;
         Ok(format!("up, counted, alerted, {queries} queries of the dashboard, down"))
     }
+}
+
+/// A healthy daemon, and the address of its metrics.
+pub(super) fn scraped_daemon(selfconn: &Path, dir: &Path) -> Result<(BackgroundProcess, SocketAddr)> {
+    let metrics = free_address()?;
+    let mut run = environment::other(selfconn);
+    run.args(["run", "--json", "--metrics", &metrics.to_string(), "--log"]).arg(dir.join("log"));
+    let mut daemon = BackgroundProcess::start(run, "selfconn", dir)?;
+    daemon.wait_until("the daemon is healthy", || {
+        Ok(http_get(metrics, "/healthz").is_ok_and(|(status, body)| status == "200" && body == "ok\n"))
+    })?;
+    Ok((daemon, metrics))
 }
 
 /// The last line of a program's output.

@@ -165,6 +165,30 @@ ports_reserved() {
     echo "$reserved"
 }
 
+destroyed_by_the_remedy() {
+    drop_ins=/etc/systemd/system/$unit.d
+    mkdir $drop_ins
+    cp /packages/remedy.conf $drop_ins/
+    restart() {
+        systemctl daemon-reload
+        systemctl restart $unit
+        wait_for_new_process
+    }
+    restart
+    selfconn repro --hold 600 --json >$state/held &
+    client=$!
+    has_port() { jq -s -e 'map(.port // empty) | last' $state/held; }
+    wait_for "a self-connection" has_port
+    port=$(has_port)
+    is_destroyed() { jq -e -s "any(.event == \"remedied\" and .port == $port and .result == \"destroyed\")" $log; }
+    wait_for "the drop-in has it destroyed" is_destroyed
+    wait $client || true
+    # The system is as it was before.
+    rm -r $drop_ins
+    restart
+    echo "port $port"
+}
+
 files_are_unchanged() {
     # This system leaves documents out.
     changed=$(dpkg --verify selfconn | grep -v ^missing || true)
@@ -237,8 +261,8 @@ deadline=$1
 ) &
 failed=0
 for step in system_is_up installed active_when_hooks_are_live self_connection_in_log self_connection_in_journal \
-    capabilities_given_up exposes_little rotated restarted_after_sigkill upgraded ports_reserved files_are_unchanged \
-    stopped stays_disabled_when_installed_again removed purged; do
+    capabilities_given_up exposes_little rotated restarted_after_sigkill upgraded ports_reserved destroyed_by_the_remedy \
+    files_are_unchanged stopped stays_disabled_when_installed_again removed purged; do
     output=$(
         set -e
         $step 2>&1

@@ -82,9 +82,10 @@ pub(crate) fn run(args: &ServiceArgs, workspace: &Workspace) -> Result<()> {
     for (revision, name) in [(1, "packages/first.deb"), (2, "packages/second.deb")] {
         overlay.copy(name, 0o644, &Deb::build(&parts, revision, &directory)?.file)?;
     }
-    const RESERVE: &str = "selfconn-reserve.service";
-    let reserve = workspace.root.join("packaging/systemd/examples").join(RESERVE);
-    overlay.copy(&format!("packages/{RESERVE}"), 0o644, &reserve)?;
+    for name in ["selfconn-reserve.service", "remedy.conf"] {
+        let example = workspace.root.join("packaging/systemd/examples").join(name);
+        overlay.copy(&format!("packages/{name}"), 0o644, &example)?;
+    }
     overlay.write("usr/sbin/selfconn-service-guest", 0o755, GUEST.as_bytes())?;
     let units = "etc/systemd/system";
     let unit = format!(
