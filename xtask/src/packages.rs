@@ -66,7 +66,7 @@ pub(crate) fn install(names: &[&str]) -> Result<()> {
     })
 }
 
-/// These packages and their dependencies, without those that are installed.
+/// The packages that an installation of these would install: they, and what they depend on.
 pub(crate) fn missing_with_dependencies(names: &[&str]) -> Result<Vec<String>> {
     let simulate = || {
         let arguments = [&["--simulate", "--no-install-recommends", "install"], names].concat();

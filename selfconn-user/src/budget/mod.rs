@@ -1,6 +1,7 @@
 //! Shares by owner: what one user of the host does takes from that user's share only. `rate` is a token
 //! bucket, `log` the shares of the log, `cmdline` the bytes of a command line, `shares` a limit that owners
-//! share, `shared_rate` one in each second, `owner_losses` what they lose beyond it, `memory` what every part of the daemon may keep.
+//! share, `shared_rate` one in each second, `owner_losses` what they lose beyond it, `memory` what every part
+//! of the daemon may keep.
 
 pub mod cmdline;
 pub mod log;

@@ -250,7 +250,7 @@ fn write(
 mod tests {
     use super::*;
 
-    /// A writer whose reader accepts something when it is told to, and has more than a quarter of its queue.
+    /// A writer with more than a quarter of its queue used. Its reader accepts a part of the pipe for each message.
     fn filling() -> (Writer, mpsc::Sender<()>) {
         let (accept, accepted) = mpsc::channel();
         let mut writer = Writer::start("stdout", move |bytes| {
@@ -274,11 +274,8 @@ mod tests {
         assert!(writer.is_filling(), "records wait for a reader that is slow for that long");
         tokio::time::sleep(STALLED_READER_TIMEOUT).await;
         assert!(!writer.is_filling(), "records don't wait for ever");
-        let begin = tokio::time::Instant::now();
-        writer.make_room().await;
         writer.drain().await;
-        assert!(begin.elapsed() < ROOM_TIMEOUT, "and neither does the end");
-        assert!(writer.is_stuck() && writer.lost() > 0);
+        assert!(writer.is_stuck() && writer.lost() > 0, "the end of a run counts the rest as lost");
         drop(accept);
     }
 
