@@ -19,16 +19,21 @@ const PACKAGES: [&str; 5] = ["podman", "buildah", "runc", "conmon", "golang-gith
 /// The parent of the containers' control groups.
 const CGROUP: &str = "selfconn-image";
 
-/// Where both programs keep what root's containers share.
-const STATE: &str = "/var/lib/containers";
+/// Where both programs keep a cache, whatever the configuration says: the file, and the directories that are made for it
+/// (`blobInfoCacheFilename`, pkg/blobinfocache/default.go of containers/image at v5.23).
+const CACHE: [&str; 3] = [
+    "/var/lib/containers/cache/blob-info-cache-v1.boltdb",
+    "/var/lib/containers/cache",
+    "/var/lib/containers",
+];
 
 pub(super) struct Containers {
     /// The unpacked packages.
     tools: PathBuf,
     /// Storage, configuration and state.
     home: PathBuf,
-    /// Nobody else has used containers as root here.
-    is_state_ours: bool,
+    /// Nobody has used containers as root here before.
+    is_cache_ours: bool,
 }
 
 impl Containers {
@@ -44,7 +49,7 @@ impl Containers {
             packages::unpack(&names.iter().map(String::as_str).collect::<Vec<_>>(), &unfinished)?;
             fs::rename(&unfinished, &tools).with_context(|| format!("rename {}", unfinished.display()))?;
         }
-        let containers = Self { tools, home, is_state_ours: !Path::new(STATE).exists() };
+        let containers = Self { tools, home, is_cache_ours: !Path::new(CACHE[0]).exists() };
         // A run that was killed has left something.
         containers.remove();
         containers.configure()?;
@@ -127,9 +132,11 @@ impl Containers {
         }
         let _ = fs::remove_dir_all(&self.home);
         remove_cgroups(Path::new("/sys/fs/cgroup"), 0);
-        // They keep a cache there, whatever the configuration says.
-        if self.is_state_ours {
-            let _ = fs::remove_dir_all(STATE);
+        if self.is_cache_ours {
+            let [file, directories @ ..] = CACHE;
+            let _ = fs::remove_file(file);
+            // A directory that has something of anybody else stays.
+            directories.iter().for_each(|directory| drop(fs::remove_dir(directory)));
         }
     }
 }
