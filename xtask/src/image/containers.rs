@@ -19,8 +19,7 @@ const PACKAGES: [&str; 5] = ["podman", "buildah", "runc", "conmon", "golang-gith
 /// The parent of the containers' control groups.
 const CGROUP: &str = "selfconn-image";
 
-/// Where both programs keep a cache, whatever the configuration says: the file, and the directories that are made for it
-/// (`blobInfoCacheFilename`, pkg/blobinfocache/default.go of containers/image at v5.23).
+/// The cache that both programs keep, whatever the configuration says, and the directories that they make for it.
 const CACHE: [&str; 3] = [
     "/var/lib/containers/cache/blob-info-cache-v1.boltdb",
     "/var/lib/containers/cache",

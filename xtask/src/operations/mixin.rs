@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::{
     background::{free_address, http_get},
     dashboard::Dashboard,
+    document::Document,
     prometheus::{Prometheus, last_line},
 };
 use crate::{environment, packages, run, workspace::Workspace};
@@ -76,12 +77,11 @@ impl Mixin {
         workspace: &Workspace,
         prometheus: &Prometheus,
     ) -> Result<String> {
-        let docs =
-            fs::read_to_string(workspace.root.join("docs/metrics.md")).context("read docs/metrics.md")?;
-        let site = fenced_block(&docs, "jsonnet").context("docs/metrics.md has no jsonnet")?;
+        let docs = Document::read(workspace, "metrics.md")?;
+        let site = docs.block("jsonnet")?;
         let selector = quoted_after(site, "selfconnSelector: ").context("site.jsonnet has no selector")?;
         let runbook = quoted_after(site, "runbookUrl: ").context("site.jsonnet has no runbook")?;
-        let commands = fenced_block(&docs, "sh").context("docs/metrics.md has no commands")?;
+        let commands = docs.block("sh")?;
         let dir = tempfile::tempdir().context("make a directory for the mixin")?;
         fs::write(dir.path().join("site.jsonnet"), site).context("write site.jsonnet")?;
         self.run_script(workspace, commands, dir.path())?;
@@ -187,12 +187,6 @@ fn fire(
     last_line(prometheus.promtool(&["test", "rules", "tests.yml"]).current_dir(dir)).map(drop)
 }
 
-/// The text of the first fenced block of this language in a Markdown document.
-fn fenced_block<'a>(document: &'a str, language: &str) -> Option<&'a str> {
-    let (_, rest) = document.split_once(&format!("\n```{language}\n"))?;
-    Some(rest.split_once("```")?.0)
-}
-
 /// The text in single quotes after `before`.
 fn quoted_after<'a>(text: &'a str, before: &str) -> Option<&'a str> {
     let (_, rest) = text.split_once(&format!("{before}'"))?;
@@ -213,10 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn configuration_and_commands_are_taken_from_the_document() {
-        let document = "a\n```yaml\nx: 1\n```\n```sh\necho\n```\n";
-        assert_eq!(fenced_block(document, "sh"), Some("echo\n"));
-        assert_eq!(fenced_block(document, "jsonnet"), None);
+    fn a_setting_is_the_text_in_quotes_after_its_name() {
         assert_eq!(quoted_after("a: 'b=\"c\"', d: 'e'", "d: "), Some("e"));
         assert_eq!(quoted_after("a: 'b=\"c\"', d: 'e'", "a: "), Some("b=\"c\""));
     }

@@ -5,6 +5,7 @@
 
 mod background;
 mod dashboard;
+mod document;
 pub(crate) mod kubernetes;
 mod mixin;
 mod prometheus;

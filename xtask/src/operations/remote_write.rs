@@ -1,12 +1,13 @@
 //! Prometheus writes the metrics to VictoriaMetrics, from the distribution's package, which is down for a while. Nothing is
 //! missing there.
 
-use std::{fs, net::SocketAddr, path::Path, path::PathBuf, thread, time::Duration};
+use std::{net::SocketAddr, path::Path, path::PathBuf, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 
 use super::{
     background::{BackgroundProcess, free_address},
+    document::Document,
     prometheus::{Prometheus, scraped_daemon},
 };
 use crate::{environment, packages, run, workspace::Workspace};
@@ -80,10 +81,8 @@ impl VictoriaMetrics {
         let stored = value_of(&prometheus.ask(store_api, &samples)?)?;
         ensure!(scraped == stored, "of {scraped} samples {stored} are stored");
 
-        let page = fs::read_to_string(workspace.root.join("docs/fleet.md")).context("read docs/fleet.md")?;
-        let question = page.split("```promql\n").nth(1).and_then(|rest| rest.split("```").next());
-        let question = question.context("docs/fleet.md has no PromQL")?.trim();
-        let answer = prometheus.ask(store_api, question)?;
+        let page = Document::read(workspace, "fleet.md")?;
+        let answer = prometheus.ask(store_api, page.block("promql")?)?;
         ensure!(answer.contains(&metrics.to_string()), "the question: {answer:?}");
         Ok(format!("scraped {scraped} samples, stored {stored}; {}", answer.trim()))
     }

@@ -101,16 +101,6 @@ impl Shipping {
     }
 }
 
-/// The queries in a section of docs/fleet.md: its blocks in this language.
-fn documented_queries(workspace: &Workspace, section: &str, language: &str) -> Result<Vec<String>> {
-    let page = fs::read_to_string(workspace.root.join("docs/fleet.md")).context("read docs/fleet.md")?;
-    let heading = format!("\n### {section}\n");
-    let section = page.split(&heading).nth(1).with_context(|| format!("docs/fleet.md has no {section}"))?;
-    let section = section.split("\n#").next().unwrap_or_default();
-    let blocks = section.split(&format!("```{language}\n")).skip(1).map(str::to_owned).collect::<Vec<_>>();
-    Ok(blocks.iter().filter_map(|block| block.split("```").next()).map(str::to_owned).collect())
-}
-
 struct Rsyslog<'a> {
     packages: &'a Shipping,
     dir: PathBuf,

@@ -11,8 +11,11 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
 
 use super::{
-    super::background::{BackgroundProcess, free_address},
-    Shipping, documented_queries,
+    super::{
+        background::{BackgroundProcess, free_address},
+        document::Document,
+    },
+    Shipping,
     log_source::{HOST, connect_to_self},
 };
 use crate::{environment, run, workspace::Workspace};
@@ -188,16 +191,17 @@ pub(super) fn ships(packages: &Shipping, workspace: &Workspace) -> Result<String
     ensure!(there == made, "of {made:?} there are {there:?}");
 
     let path = dir.path().join("remote").display().to_string();
-    let queries = documented_queries(workspace, "A journal", "sh")?;
+    let section = Document::read(workspace, "fleet.md")?.section("A journal")?;
+    let queries = section.blocks("sh");
     ensure!(queries.len() == 2, "docs/fleet.md has {} queries", queries.len());
     let ask = |query: &str, directory: &str| {
         let shipped = "/var/log/journal/remote";
         ensure!(query.contains(shipped), "the query reads another directory: {query}");
         run::output(environment::plain("sh").args(["-c", &query.replace(shipped, directory)]))
     };
-    let answer = ask(&queries[0], &path)?;
+    let answer = ask(queries[0], &path)?;
     ensure!(answer.contains(HOST), "the question: {answer:?}");
-    let incomplete = ask(&queries[1], &path)?;
+    let incomplete = ask(queries[1], &path)?;
     ensure!(incomplete.is_empty(), "no run is incomplete, but: {incomplete}");
     // A journal in which an event is missing.
     let mut export = hosts.there()();
@@ -208,7 +212,7 @@ pub(super) fn ships(packages: &Shipping, workspace: &Workspace) -> Result<String
     let mut import = packages.program("lib/systemd/systemd-journal-remote");
     import.arg("--output").arg(gap.join("gap.journal")).arg("-");
     run::filter(&mut import, &without_event(&export, 2))?;
-    let incomplete = ask(&queries[1], &gap.display().to_string())?;
+    let incomplete = ask(queries[1], &gap.display().to_string())?;
     ensure!(incomplete.contains(&format!("{HOST}\t")), "a missing event is not seen: {incomplete:?}");
     Ok(format!(
         "made {last}, uploaded {uploaded}, twice {}, missing 0; {}",

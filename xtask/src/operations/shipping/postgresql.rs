@@ -12,8 +12,11 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
 
 use super::{
-    super::background::{BackgroundProcess, free_address},
-    Shipping, documented_queries,
+    super::{
+        background::{BackgroundProcess, free_address},
+        document::Document,
+    },
+    Shipping,
     log_source::LogSource,
 };
 use crate::{environment, run, workspace::Workspace};
@@ -145,25 +148,26 @@ pub(super) fn ships(packages: &Shipping, workspace: &Workspace) -> Result<String
     let twice = stored - store.number("select count(distinct (boot_id, run, seq)) from selfconn")?;
     ensure!((stored, twice) == (made, 0), "of {made} events {stored} are stored, {twice} of them twice");
     let longest = store.number("select max(octet_length(body->>'cmdline')) from selfconn_events")?;
-    let queries = documented_queries(workspace, "PostgreSQL", "sql")?;
+    let section = Document::read(workspace, "fleet.md")?.section("PostgreSQL")?;
+    let queries = section.blocks("sql");
     ensure!(queries.len() == 2, "docs/fleet.md has {} queries", queries.len());
-    let (answer, complete) = (store.query(&queries[0])?, store.query(&queries[1])?);
+    let (answer, complete) = (store.query(queries[0])?, store.query(queries[1])?);
     ensure!(answer.contains(super::log_source::HOST), "the question: {answer:?}");
     ensure!(complete.is_empty(), "no run is incomplete, but: {complete}");
     // The end of a run that did not arrive is seen as soon as the host has begun another one.
     store.query("delete from selfconn_events where body->>'event' = 'stopped'")?;
-    let running = store.query(&queries[1])?;
+    let running = store.query(queries[1])?;
     ensure!(running.is_empty(), "the newest run may go on, but: {running}");
     store.query(
         "insert into selfconn_events select body || '{\"run\": \"2\", \"time\": \"2999-01-01T00:00:00Z\"}' \
          from selfconn_events where (body->>'seq')::bigint = 1",
     )?;
-    let killed = store.query(&queries[1])?;
+    let killed = store.query(queries[1])?;
     ensure!(killed.contains(super::log_source::HOST), "a missing end is not seen: {killed:?}");
     store.query("delete from selfconn_events where body->>'run' = '2'")?;
     // An event that a store did not get is seen.
     store.query("delete from selfconn_events where (body->>'seq')::bigint = 2")?;
-    let incomplete = store.query(&queries[1])?;
+    let incomplete = store.query(queries[1])?;
     ensure!(incomplete.contains(super::log_source::HOST), "a missing event is not seen: {incomplete:?}");
     Ok(format!(
         "made {made}, stored {stored}, twice {twice}, missing 0; longest line {} bytes, its command line {longest}; {}",
