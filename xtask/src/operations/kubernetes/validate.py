@@ -122,7 +122,7 @@ def main():
     check_example(complete, plain, rules)
     release = importlib.metadata.version("cloudcoil.models.prometheus_operator")
     print(
-        f"{len(plain)} objects, with kustomize {len(complete)}, pass Kubernetes {' '.join(versions())}"
+        f"{len(plain)} objects, and {len(complete)} with the components, pass Kubernetes {' '.join(versions())}"
         f" and the prometheus-operator {release.rsplit('.', 1)[0]}"
     )
 
