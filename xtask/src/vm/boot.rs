@@ -162,10 +162,39 @@ fn crash_message(console: &str) -> Option<&str> {
 }
 
 /// The kernel's warnings after which it continues.
-pub(super) fn warnings_in(console: &str) -> Vec<String> {
-    const SIGNS: [&str; 5] = ["WARNING: ", "BUG: ", "INFO: task ", "rcu: INFO: ", "soft lockup"];
-    let is_warning = |line: &&str| SIGNS.iter().any(|sign| line.contains(sign));
-    console.lines().map(without_time).filter(is_warning).map(str::to_owned).collect()
+#[derive(Debug, Default, Serialize)]
+pub(super) struct KernelWarnings {
+    /// Each different one once, with the number of times.
+    pub(super) messages: Vec<String>,
+    /// The first warning and the kernel's messages after it: a call trace, if it prints one.
+    pub(super) first: Vec<String>,
+}
+
+impl KernelWarnings {
+    /// The length of `first`. The traces of two CPUs that wait for each other fit.
+    const FIRST_LINES: usize = 120;
+
+    /// Those on a console.
+    pub(super) fn parse(console: &str) -> Self {
+        const SIGNS: [&str; 5] = ["WARNING: ", "BUG: ", "INFO: task ", "rcu: INFO: ", "soft lockup"];
+        let is_warning = |line: &&str| SIGNS.iter().any(|sign| line.contains(sign));
+        let mut counts: Vec<(&str, usize)> = Vec::new();
+        for message in console.lines().map(without_time).filter(is_warning) {
+            match counts.iter_mut().find(|(known, _)| *known == message) {
+                Some((_, count)) => *count += 1,
+                None => counts.push((message, 1)),
+            }
+        }
+        let messages = counts.into_iter().map(|(message, count)| match count {
+            1 => message.to_owned(),
+            count => format!("{message} ({count} times)"),
+        });
+        let first = console.lines().map(without_time).skip_while(|line| !is_warning(line));
+        Self {
+            messages: messages.collect(),
+            first: first.take(Self::FIRST_LINES).map(str::to_owned).collect(),
+        }
+    }
 }
 
 /// A kernel message without its timestamp.
@@ -228,12 +257,21 @@ mod tests {
         let console = "[    0.1] x86/cpu: fine\n[   20.0] watchdog: BUG: soft lockup - CPU#0 stuck for 22s!\n\
                        [   21.0] WARNING: CPU: 0 PID: 1 at net/core/dev.c:1\nrcu: INFO: rcu_preempt stall\n";
         assert_eq!(
-            warnings_in(console),
+            KernelWarnings::parse(console).messages,
             [
                 "watchdog: BUG: soft lockup - CPU#0 stuck for 22s!",
                 "WARNING: CPU: 0 PID: 1 at net/core/dev.c:1",
                 "rcu: INFO: rcu_preempt stall",
             ]
         );
+    }
+
+    #[test]
+    fn a_repeated_warning_is_listed_once_and_the_first_with_its_trace() {
+        let stuck = "[   20.0] watchdog: BUG: soft lockup - CPU#0 stuck for 22s!\n[   20.0] RIP: 0010:spin\n";
+        let warnings = KernelWarnings::parse(&format!("[    0.1] fine\n{stuck}{stuck}"));
+        assert_eq!(warnings.messages, ["watchdog: BUG: soft lockup - CPU#0 stuck for 22s! (2 times)"]);
+        assert_eq!(warnings.first[1], "RIP: 0010:spin");
+        assert_eq!(warnings.first.len(), 4);
     }
 }

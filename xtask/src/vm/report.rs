@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use serde::Serialize;
 
 use super::{
-    boot::{Ending, GUEST_PREFIX},
+    boot::{Ending, GUEST_PREFIX, KernelWarnings},
     facts::{Fact, HOOKS},
 };
 
@@ -52,8 +52,7 @@ pub(super) struct MatrixRow {
     pub(super) facts: Vec<Fact>,
     /// How often a test was repeated, because the program of a forced method was preempted.
     pub(super) retries: usize,
-    /// The kernel's warnings.
-    pub(super) warnings: Vec<String>,
+    pub(super) warnings: KernelWarnings,
     pub(super) duration: Duration,
     /// The file with the guest's output. The kernel's console is beside it.
     pub(super) log: PathBuf,
@@ -136,12 +135,16 @@ impl VmReport {
                 |test: &&TestResult| matches!(test.outcome, TestOutcome::Failed | TestOutcome::Unfinished);
             let failed: Vec<&str> = row.tests.iter().filter(is_bad).map(|test| test.name.as_str()).collect();
             for (what, names) in
-                [("not passed", failed.join(", ")), ("the kernel warned", row.warnings.join("; "))]
+                [("not passed", failed.join(", ")), ("the kernel warned", row.warnings.messages.join("; "))]
             {
                 if !names.is_empty() {
                     // Writing to a string can't fail.
                     let _ = write!(table, "\n{} {}, {what}: {names}\n", row.kernel, row.variant);
                 }
+            }
+            if !row.passed() && !row.warnings.first.is_empty() {
+                let lines = row.warnings.first.join("\n");
+                let _ = write!(table, "\n{} {}, the first warning:\n{lines}\n", row.kernel, row.variant);
             }
         }
         for (what, why) in &self.skipped {
@@ -235,7 +238,7 @@ pub(super) fn row_of(kernel: &str, output: &str) -> MatrixRow {
         tests,
         facts,
         retries: count_retries(output),
-        warnings: Vec::new(),
+        warnings: KernelWarnings::default(),
         duration: Duration::ZERO,
         log: PathBuf::new(),
     }
@@ -315,6 +318,17 @@ mod tests {
         ] {
             let row = row("6.1", "default", ending, output);
             assert_eq!((row.passed(), row.summary().as_str()), (passed, summary), "{output:?}");
+        }
+    }
+
+    #[test]
+    fn the_trace_of_the_first_warning_is_shown_for_a_row_that_did_not_pass() {
+        for (ending, is_shown) in [(Ending::Passed, false), (Ending::Failed, true)] {
+            let mut row = row("6.1", "default", ending, "test a ... ok\n");
+            row.warnings = KernelWarnings::parse("WARNING: CPU: 0\nRIP: 0010:spin\n");
+            let text = VmReport { rows: vec![row], skipped: Vec::new() }.render();
+            assert!(text.contains("the kernel warned: WARNING: CPU: 0\n"), "{text}");
+            assert_eq!(text.contains("RIP: 0010:spin"), is_shown, "{text}");
         }
     }
 
