@@ -1,7 +1,7 @@
 //! `cargo xtask operations`: checks the files that are shipped for operators with the programs that read
 //! them: the unit with systemd; alert rules, metrics and the dashboard's queries with Prometheus, which scrapes a
 //! daemon that sees a self-connection; the mixin of rules and dashboard with jsonnet; the configurations for rsyslog and
-//! systemd-journal-upload with these; and the manifests with the schemas of Kubernetes.
+//! systemd-journal-upload with these; the tables of stores with the stores; and the manifests with the schemas of Kubernetes.
 
 mod background;
 mod dashboard;
@@ -9,6 +9,7 @@ mod document;
 pub(crate) mod kubernetes;
 mod mixin;
 mod prometheus;
+mod python;
 mod remote_write;
 mod shipping;
 mod unit;
@@ -51,6 +52,7 @@ pub(crate) fn checks(workspace: &Workspace) -> Result<Vec<NamedCheck<'_>>> {
     let tools = Rc::new(prometheus::Prometheus::find_or_fetch(workspace)?);
     let shipping = Rc::new(shipping::Shipping::find_or_fetch(workspace)?);
     let validator = kubernetes::Validator::find_or_install(workspace)?;
+    let engine = shipping::ClickHouse::find_or_install(workspace)?;
     let mixin = Rc::new(mixin::Mixin::find_or_fetch(workspace)?);
     let store = remote_write::VictoriaMetrics::find_or_fetch(workspace)?;
     build_ebpf::build(workspace)?;
@@ -82,6 +84,7 @@ pub(crate) fn checks(workspace: &Workspace) -> Result<Vec<NamedCheck<'_>>> {
             Box::new(move || store.gets_everything(&tools, workspace)),
         ),
         ("rsyslog ships each event to PostgreSQL", Box::new(move || postgresql.to_postgresql(workspace))),
+        ("ClickHouse keeps each event once", Box::new(move || engine.keeps_each_event_once(workspace))),
         ("rsyslog ships each event to Kafka", Box::new(move || kafka.to_kafka(workspace))),
         (
             "journal-upload ships each event to another journal",

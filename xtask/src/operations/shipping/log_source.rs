@@ -61,7 +61,7 @@ impl LogSource {
     }
 
     /// Ends the run. Returns everything that the daemon has made.
-    pub(super) fn finish(mut self) -> Result<Written> {
+    pub(super) fn finish(&mut self) -> Result<Written> {
         self.daemon.end();
         let written = self.written()?;
         ensure!(written.has_ended, "the run has not ended in order");
@@ -71,8 +71,7 @@ impl LogSource {
     /// What is in the files of the log.
     pub(super) fn written(&self) -> Result<Written> {
         let mut written = Written { numbers: BTreeSet::new(), longest: 0, has_ended: false };
-        let rotated = (1..=self.rotations).map(|number| self.log.with_extension(format!("jsonl.{number}")));
-        for path in rotated.chain([self.log.clone()]) {
+        for path in self.files() {
             let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
             for line in whole_lines(&text) {
                 let number = number_of(line)?;
@@ -82,6 +81,13 @@ impl LogSource {
             }
         }
         Ok(written)
+    }
+
+    /// The files of the log, the newest last.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        let rotated =
+            (1..=self.rotations).rev().map(|number| self.log.with_extension(format!("jsonl.{number}")));
+        rotated.chain([self.log.clone()]).collect()
     }
 }
 
