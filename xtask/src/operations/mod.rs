@@ -66,7 +66,7 @@ pub(crate) fn checks(workspace: &Workspace) -> Result<Vec<NamedCheck<'_>>> {
     Ok(vec![
         ("systemd understands the unit", Box::new(|| unit::is_understood(workspace))),
         ("the unit exposes little", Box::new(|| unit::exposes_little(workspace))),
-        ("remedy.conf switches the remedy on", Box::new(|| unit::remedy_is_on(workspace))),
+        ("each drop-in is enough", Box::new(|| unit::drop_ins_are_enough(workspace))),
         ("Kubernetes takes the manifests", Box::new(move || validator.takes_the_manifests(workspace))),
         ("the alert rules are valid", Box::new(move || rules.rules_are_valid(workspace))),
         ("each alert fires when it must, and only then", Box::new(move || tests.rules_fire(workspace))),

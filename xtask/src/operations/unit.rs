@@ -45,21 +45,29 @@ fn verify(unit: &Path, which: &str) -> Result<()> {
     Ok(())
 }
 
-/// The drop-in for the remedy is enough: with it, and only with it, the service starts the daemon with `--remedy
-/// destroy`, and the daemon takes its options. All variables of the command are set, because systemd warns otherwise.
-pub(super) fn remedy_is_on(workspace: &Workspace) -> Result<String> {
+/// Each of these drop-ins is enough: with it, and only with it, the service starts the daemon with the option, and the
+/// daemon takes its options. All variables of the command are set, because systemd warns otherwise.
+const DROP_INS: [(&str, [&str; 2]); 3] = [
+    ("guard.conf", ["--guard", "refuse"]),
+    ("remedy.conf", ["--remedy", "destroy"]),
+    ("metrics.conf", ["--metrics", "0.0.0.0:21435"]),
+];
+
+pub(super) fn drop_ins_are_enough(workspace: &Workspace) -> Result<String> {
     let packaging = workspace.root.join("packaging/systemd");
     let read = |name: &str| fs::read_to_string(packaging.join(name)).with_context(|| format!("read {name}"));
-    let (unit, drop_in) = (read(UNIT)?, read("examples/remedy.conf")?);
-    let is_on = |command: &[String]| command.windows(2).any(|pair| pair == ["--remedy", "destroy"]);
+    let unit = read(UNIT)?;
     let alone = command_line(&unit)?;
-    ensure!(!is_on(&alone), "the unit alone destroys: {alone:?}");
-    let with_drop_in = command_line(&(unit + &drop_in))?;
-    ensure!(is_on(&with_drop_in), "with remedy.conf the service starts {with_drop_in:?}");
-    // With --help it only reads its options. It refuses a value that it does not know before it sees --help.
-    let mut daemon = environment::plain(workspace.target.join("debug/selfconn"));
-    run::output(daemon.args(&with_drop_in[1..]).arg("--help"))?;
-    Ok(with_drop_in.join(" "))
+    for (name, option) in DROP_INS {
+        let is_on = |command: &[String]| command.windows(2).any(|pair| pair == option);
+        ensure!(!is_on(&alone), "the unit alone has {option:?}: {alone:?}");
+        let with_drop_in = command_line(&format!("{unit}{}", read(&format!("examples/{name}"))?))?;
+        ensure!(is_on(&with_drop_in), "with {name} the service starts {with_drop_in:?}");
+        // With --help it only reads its options. It refuses a value that it does not know before it sees --help.
+        let mut daemon = environment::plain(workspace.target.join("debug/selfconn"));
+        run::output(daemon.args(&with_drop_in[1..]).arg("--help"))?;
+    }
+    Ok(DROP_INS.map(|(name, option)| format!("{name}: {}", option.join(" "))).join(", "))
 }
 
 /// The command that systemd starts, from the settings of a unit and its drop-ins, one after another. Like systemd it

@@ -128,7 +128,9 @@ impl Flavour {
         parts.filter(|part| !part.is_empty()).collect::<Vec<_>>().join("-")
     }
 
-    /// What QEMU can emulate. QEMU 7.2 to 10 without an accelerator makes some kernels of x86-64 crash: 7.x, and
+    /// What QEMU can emulate. With a thread for each CPU, QEMU 7.2 may execute an instruction that another CPU has replaced
+    /// meanwhile, for ever: a CPU of 5.10 stood at the first byte of `inet_csk_get_port`, where the breakpoint of a probe
+    /// had been, and memory had the NOP again. QEMU 7.2 to 10 without an accelerator makes some kernels of x86-64 crash: 7.x, and
     /// real-time ones since 6.12, with more than one CPU, while they patch their own code; 6.12 in the 16-byte
     /// compare-and-exchange of its slab allocator, which it does not use on a CPU without that instruction.
     pub(super) fn emulation(&self, version: &str) -> Emulation {

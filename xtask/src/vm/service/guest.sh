@@ -165,16 +165,24 @@ ports_reserved() {
     echo "$reserved"
 }
 
-destroyed_by_the_remedy() {
+# Restarts the service with the drop-in of this name, or without any.
+switch_on() {
     drop_ins=/etc/systemd/system/$unit.d
     mkdir $drop_ins
-    cp /packages/remedy.conf $drop_ins/
-    restart() {
-        systemctl daemon-reload
-        systemctl restart $unit
-        wait_for_new_process
-    }
-    restart
+    cp "/packages/$1" $drop_ins/
+    systemctl daemon-reload
+    systemctl restart $unit
+    wait_for_new_process
+}
+switch_off() {
+    rm -r $drop_ins
+    systemctl daemon-reload
+    systemctl restart $unit
+    wait_for_new_process
+}
+
+destroyed_by_the_remedy() {
+    switch_on remedy.conf
     selfconn repro --hold 600 --json >$state/held &
     client=$!
     has_port() { jq -s -e 'map(.port // empty) | last' $state/held; }
@@ -183,9 +191,19 @@ destroyed_by_the_remedy() {
     is_destroyed() { jq -e -s "any(.event == \"remedied\" and .port == $port and .result == \"destroyed\")" $log; }
     wait_for "the drop-in has it destroyed" is_destroyed
     wait $client || true
-    # The system is as it was before.
-    rm -r $drop_ins
-    restart
+    switch_off
+    echo "port $port"
+}
+
+refused_by_the_guard() {
+    switch_on guard.conf
+    if refused=$(selfconn repro --mode bind 2>&1); then fail "a self-connection was made: $refused"; fi
+    prevented() { jq -e -s 'map(select(.event == "prevented" and .comm == "selfconn").port) | last // empty' $log; }
+    wait_for "the log has what was refused" prevented
+    port=$(prevented)
+    switch_off
+    # Without the drop-in the same client is connected to itself.
+    selfconn repro --mode bind
     echo "port $port"
 }
 
@@ -262,7 +280,7 @@ deadline=$1
 failed=0
 for step in system_is_up installed active_when_hooks_are_live self_connection_in_log self_connection_in_journal \
     capabilities_given_up exposes_little rotated restarted_after_sigkill upgraded ports_reserved destroyed_by_the_remedy \
-    files_are_unchanged stopped stays_disabled_when_installed_again removed purged; do
+    refused_by_the_guard files_are_unchanged stopped stays_disabled_when_installed_again removed purged; do
     output=$(
         set -e
         $step 2>&1

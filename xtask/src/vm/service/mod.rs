@@ -82,7 +82,7 @@ pub(crate) fn run(args: &ServiceArgs, workspace: &Workspace) -> Result<()> {
     for (revision, name) in [(1, "packages/first.deb"), (2, "packages/second.deb")] {
         overlay.copy(name, 0o644, &Deb::build(&parts, revision, &directory)?.file)?;
     }
-    for name in ["selfconn-reserve.service", "remedy.conf"] {
+    for name in ["selfconn-reserve.service", "remedy.conf", "guard.conf"] {
         let example = workspace.root.join("packaging/systemd/examples").join(name);
         overlay.copy(&format!("packages/{name}"), 0o644, &example)?;
     }
