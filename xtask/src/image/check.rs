@@ -5,7 +5,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::Path,
-    process::Stdio,
+    process::{ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -35,6 +35,8 @@ struct Container<'a> {
     containers: &'a Containers,
     pid: u32,
     metrics: SocketAddr,
+    /// What podman knows about it.
+    inspected: Value,
 }
 
 /// The daemon in the container tests itself, sees a self-connection of the host, and ends within the grace period.
@@ -44,18 +46,8 @@ pub(super) fn runs_as_in_a_pod(
     pod: &Pod,
     unpacked: &Unpacked,
 ) -> Result<()> {
-    let mut start = containers.start(NAME);
-    start.args(&pod.options).arg(image).args(&pod.args).args(["--self-test", "1"]);
-    run::output(&mut start).context("this machine does not run the container")?;
-    let inspected = inspect(containers)?;
-    let pid = inspected["State"]["Pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).context("no pid")?;
-    let metrics = SocketAddr::from((Ipv4Addr::LOCALHOST, pod.metrics_port));
-    let container = Container { containers, pid, metrics };
-
-    container.wait_until("the daemon is healthy", || {
-        Ok(container.get("/healthz").is_ok_and(|(status, body)| status == "200" && body == "ok\n"))
-    })?;
-    let bounding: Vec<String> = serde_json::from_value(inspected["BoundingCaps"].clone())?;
+    let container = Container::start(containers, image, pod)?;
+    let bounding: Vec<String> = serde_json::from_value(container.inspected["BoundingCaps"].clone())?;
     let mut bounding: Vec<&str> = bounding.iter().filter_map(|name| name.strip_prefix("CAP_")).collect();
     bounding.sort_unstable();
     ensure!(bounding == pod.capabilities, "the container has other capabilities: {bounding:?}");
@@ -75,6 +67,50 @@ pub(super) fn runs_as_in_a_pod(
     container.ends_within(pod.grace_seconds)
 }
 
+/// With the guard's component the same client of the host is refused, with its process in the event, and it isn't any
+/// more after the end.
+pub(super) fn guards_the_host(
+    containers: &Containers,
+    image: &str,
+    pod: &Pod,
+    unpacked: &Unpacked,
+) -> Result<()> {
+    let container = Container::start(containers, image, pod)?;
+    let program = unpacked.directory.join("selfconn");
+    let (pid, status) = connect_to_self(&program)?;
+    ensure!(!status.success(), "the host is not guarded: selfconn repro is connected to itself");
+    let event = container.event("prevented", |event| event["pid"] == pid)?;
+    is_of_the_host(&event, &program)?;
+    say(format!("the guard has refused a connect of the host to itself: pid {pid}, exe {}", event["exe"]));
+    container.ends_within(pod.grace_seconds)?;
+    let (_, status) = connect_to_self(&program)?;
+    ensure!(status.success(), "after the guard's end: selfconn repro: {status}");
+    Ok(())
+}
+
+/// A process of the host connects to itself, in the host's network namespace. Returns its id and how it ended.
+fn connect_to_self(program: &Path) -> Result<(u32, ExitStatus)> {
+    let mut repro = plain(program);
+    repro.args(["repro", "--mode", "bind"]);
+    let mut child = repro
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("start selfconn repro")?;
+    Ok((child.id(), child.wait().context("wait for selfconn repro")?))
+}
+
+/// The event has the program and the network namespace of the host's process.
+fn is_of_the_host(event: &Value, program: &Path) -> Result<()> {
+    let namespace = std::fs::metadata("/proc/self/ns/net").context("our network namespace")?.ino();
+    ensure!(
+        event["exe"] == program.to_string_lossy().as_ref() && event["netns"] == namespace,
+        "the event has another program or namespace: {event}"
+    );
+    Ok(())
+}
+
 /// What podman knows about the container.
 fn inspect(containers: &Containers) -> Result<Value> {
     let text = run::output(containers.podman().args(["container", "inspect", NAME]))?;
@@ -82,7 +118,23 @@ fn inspect(containers: &Containers) -> Result<Value> {
     all.pop().context("podman knows no container")
 }
 
-impl Container<'_> {
+impl<'a> Container<'a> {
+    /// Runs the image as the pod, and waits for the daemon. A container of an earlier check goes.
+    fn start(containers: &'a Containers, image: &str, pod: &Pod) -> Result<Self> {
+        run::output(containers.podman().args(["rm", "--force", "--ignore", NAME]))?;
+        let mut start = containers.start(NAME);
+        start.args(&pod.options).arg(image).args(&pod.args).args(["--self-test", "1"]);
+        run::output(&mut start).context("this machine does not run the container")?;
+        let inspected = inspect(containers)?;
+        let pid = inspected["State"]["Pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
+        let metrics = SocketAddr::from((Ipv4Addr::LOCALHOST, pod.metrics_port));
+        let container = Self { containers, pid: pid.context("no pid")?, metrics, inspected };
+        container.wait_until("the daemon is healthy", || {
+            Ok(container.get("/healthz").is_ok_and(|(status, body)| status == "200" && body == "ok\n"))
+        })?;
+        Ok(container)
+    }
+
     /// An HTTP response of the daemon. A thread of its own enters the container's network namespace.
     fn get(&self, path: &str) -> Result<(String, String)> {
         let fetch = || {
@@ -123,23 +175,12 @@ impl Container<'_> {
         find()?.context("the event is gone")
     }
 
-    /// A process of the host connects to itself, in the host's network namespace. The event names that process.
+    /// The event of a self-connection of the host names its process.
     fn sees_a_self_connection(&self, program: &Path) -> Result<Value> {
-        let mut repro = plain(program);
-        repro
-            .args(["repro", "--mode", "bind"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        let mut child = repro.spawn().context("start selfconn repro")?;
-        let status = child.wait().context("wait for selfconn repro")?;
+        let (pid, status) = connect_to_self(program)?;
         ensure!(status.success(), "selfconn repro: {status}");
-        let event = self.event("established", |event| event["pid"] == child.id())?;
-        let namespace = std::fs::metadata("/proc/self/ns/net").context("our network namespace")?.ino();
-        ensure!(
-            event["exe"] == program.to_string_lossy().as_ref() && event["netns"] == namespace,
-            "the event has another program or namespace: {event}"
-        );
+        let event = self.event("established", |event| event["pid"] == pid)?;
+        is_of_the_host(&event, program)?;
         Ok(event)
     }
 

@@ -1,6 +1,6 @@
 //! `cargo xtask image`: builds the container image from the files of the tarball with buildah, and runs it with podman
 //! as the DaemonSet would: with its capabilities, mounts and limits, and no others. A process of the host connects to
-//! itself, and the container's log must name it.
+//! itself, and the container's log must name it. Then the same with the guard's component, which must refuse it.
 
 mod check;
 mod containers;
@@ -23,8 +23,9 @@ use crate::{
 pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     packages::must_be_root("the daemon needs root", "image")?;
     let validator = Validator::find_or_install(workspace)?;
-    let manifest = workspace.root.join("packaging/kubernetes/daemonset.yaml");
-    let pod = Pod::of_daemon_set(&validator.objects(&manifest)?)?;
+    let objects = |name: &str| validator.objects(&workspace.root.join("packaging/kubernetes").join(name));
+    let pod = Pod::of_daemon_set(&objects("daemonset.yaml")?)?;
+    let guarded = pod.with_guard(&objects("guard/patch.yaml")?)?;
     let containers = Containers::find_or_fetch(workspace)?;
     let unpacked = dist::unpacked(workspace)?;
 
@@ -36,6 +37,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     let _ = fs::remove_file(&archive);
     let image = build(&containers, &unpacked)?;
     check::runs_as_in_a_pod(&containers, &image, &pod, &unpacked)?;
+    check::guards_the_host(&containers, &image, &guarded, &unpacked)?;
     let to = format!("oci-archive:{}:{image}", archive.display());
     run::output(containers.buildah("push").args([&image, &to]))?;
     say(format!("{}: done in {}", here(&archive), seconds_since(start)));

@@ -5,7 +5,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Map, Value};
 
 /// What a container runtime makes of the pod.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Pod {
     /// Options of `podman run`.
     pub(super) options: Vec<String>,
@@ -55,9 +55,29 @@ impl Pod {
             args: texts(&container["args"])?,
             capabilities,
             metrics_port: port.try_into().context("the port")?,
-            grace_seconds: spec["terminationGracePeriodSeconds"].as_u64().context("no grace period")?,
+            grace_seconds: grace_seconds(spec)?,
         })
     }
+
+    /// The pod with the patch of the guard's component, set to refuse.
+    pub(super) fn with_guard(&self, objects: &[Value]) -> Result<Self> {
+        let spec = &objects.first().context("the patch is empty")?["spec"]["template"]["spec"];
+        let container = &spec["containers"][0];
+        for (key, value) in fields(spec)?.iter().chain(fields(container)?) {
+            let is_known =
+                ["terminationGracePeriodSeconds", "containers", "name", "args"].contains(&key.as_str());
+            ensure!(is_known, "the patch's {key} has no translation: {value}");
+        }
+        let mut args = texts(&container["args"])?;
+        ensure!(args.ends_with(&["--guard".into(), "dry-run".into()]), "the patch's arguments: {args:?}");
+        args.pop();
+        args.push("refuse".to_owned());
+        Ok(Self { args, grace_seconds: grace_seconds(spec)?, ..self.clone() })
+    }
+}
+
+fn grace_seconds(spec: &Value) -> Result<u64> {
+    spec["terminationGracePeriodSeconds"].as_u64().context("no grace period")
 }
 
 /// Adds the options of the security context. Returns the capabilities.
@@ -170,6 +190,21 @@ mod tests {
         assert_eq!(pod.options, options);
         assert_eq!((pod.args, pod.capabilities), (vec!["run".into()], vec!["BPF".into(), "PERFMON".into()]));
         assert_eq!((pod.metrics_port, pod.grace_seconds), (21435, 10));
+    }
+
+    #[test]
+    fn the_patch_of_the_guard_replaces_arguments_and_grace_period() {
+        let pod = Pod::of_daemon_set(&manifest()).unwrap();
+        let patch = |args: Value, key: &str| {
+            let container = json!({ "name": "selfconn", "args": args, key: "selfconn" });
+            let spec = json!({ "terminationGracePeriodSeconds": 30, "containers": [container] });
+            vec![json!({ "spec": { "template": { "spec": spec } } })]
+        };
+        let guarded = pod.with_guard(&patch(json!(["run", "--guard", "dry-run"]), "name")).unwrap();
+        assert_eq!((guarded.args.join(" "), guarded.grace_seconds), ("run --guard refuse".into(), 30));
+        assert_eq!((guarded.options, guarded.capabilities), (pod.options.clone(), pod.capabilities.clone()));
+        assert!(pod.with_guard(&patch(json!(["run"]), "name")).is_err(), "no guard");
+        assert!(pod.with_guard(&patch(json!(["run", "--guard", "dry-run"]), "image")).is_err());
     }
 
     #[test]

@@ -61,7 +61,7 @@ impl ClickHouse {
         let incomplete = || store.query(queries[1]);
         let found = incomplete()?;
         ensure!(found.is_empty(), "no run is incomplete, but: {found}");
-        for (what, condition) in [("event", "seq = 2".to_owned()), ("end", format!("seq = {}", made))] {
+        for (what, condition) in [("event", "seq = 2".to_owned()), ("end", format!("seq = {made}"))] {
             // The engine runs a deletion in the background, unless it is to wait.
             store.query(&format!(
                 "DELETE FROM selfconn_events WHERE {condition} SETTINGS mutations_sync = 1"
