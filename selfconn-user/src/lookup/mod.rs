@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use selfconn_ebpf::Owner;
+use selfconn_ebpf::{COMM_LEN, Owner, Task};
 use tokio::time::Instant;
 
 use crate::{
@@ -69,11 +69,24 @@ impl LookupTarget {
         }
     }
 
-    /// `None`: the proof is about this observation only.
-    fn joint(&self) -> Option<Joint> {
+    fn joint(&self) -> Joint {
         match self {
-            Self::Observed(..) => self.key().map(Joint::Program),
-            Self::Holder { pid, start_ticks } => Some(Joint::Holder { pid: *pid, start_ticks: *start_ticks }),
+            Self::Observed(observed, _) => self.key().map_or_else(
+                || {
+                    let Task { pid, tid, comm, .. } = observed.task;
+                    Joint::Task { pid, tid, comm, arg_start: observed.arg_start }
+                },
+                Joint::Program,
+            ),
+            Self::Holder { pid, start_ticks } => Joint::Holder { pid: *pid, start_ticks: *start_ticks },
+        }
+    }
+
+    /// When the kernel observed it. 0: it is a holder.
+    fn at_ns(&self) -> u64 {
+        match self {
+            Self::Observed(observed, _) => observed.at_ns,
+            Self::Holder { .. } => 0,
         }
     }
 
@@ -94,7 +107,18 @@ impl LookupTarget {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Joint {
     Program(ProcessKey),
-    Holder { pid: u32, start_ticks: u64 },
+    Holder {
+        pid: u32,
+        start_ticks: u64,
+    },
+    /// The kernel does not provide the start time. The proof that the process existed at an observation is one for each
+    /// later observation, and the one that the thread exists is for all that were made before it is read.
+    Task {
+        pid: u32,
+        tid: u32,
+        comm: [u8; COMM_LEN],
+        arg_start: u64,
+    },
 }
 
 /// Why a look-up ends before everything is read.
@@ -223,8 +247,8 @@ impl<W> Lookups<W> {
     pub fn begin(&mut self, target: LookupTarget, waiter: W) {
         let key = target.key();
         let joint = target.joint();
-        let same = joint.and_then(|joint| self.joinable.get(&joint));
-        if let Some(same) = same.and_then(|id| self.in_progress.get_mut(id)) {
+        let same = self.joinable.get(&joint).and_then(|id| self.in_progress.get_mut(id));
+        if let Some(same) = same.filter(|same| same.target.at_ns() <= target.at_ns() || key.is_some()) {
             same.waiters.push(waiter);
             return;
         }
@@ -244,9 +268,7 @@ impl<W> Lookups<W> {
                 waiters: vec![waiter],
             },
         );
-        if let Some(joint) = joint {
-            self.joinable.insert(joint, id);
-        }
+        self.joinable.insert(joint, id);
         self.facts.send(FactsRequest { id, target });
         if let (Some(key), LookupTarget::Observed(_, owner)) = (key, target) {
             self.request_cmdline(CmdlineRequest { id, key, owner });
@@ -329,6 +351,9 @@ impl<W> Lookups<W> {
 
     fn on_facts(&mut self, id: u64, facts: Option<ProcessFacts>) {
         let Some(lookup) = self.in_progress.get_mut(&id) else { return };
+        if let joint @ Joint::Task { .. } = lookup.target.joint() {
+            end_joining(&mut self.joinable, joint, id);
+        }
         if let (Some(facts), Part::NotRequested) = (&facts, &lookup.cmdline) {
             let pid = lookup.target.pid();
             // The same program as that of `exe`.
@@ -401,9 +426,7 @@ impl<W> Lookups<W> {
         let Some(lookup) = self.in_progress.remove(&id) else { return };
         let InProgress { target, began_ns, facts, cmdline, waiters } = lookup;
         let key = target.key();
-        if let Some(joint) = target.joint() {
-            self.joinable.remove(&joint);
-        }
+        end_joining(&mut self.joinable, target.joint(), id);
         let cmdline = match cmdline {
             Part::Read(cmdline) => cmdline,
             _ => None,
@@ -443,6 +466,13 @@ impl<W> Lookups<W> {
     #[must_use]
     pub fn has_completed(&self) -> bool {
         !self.completed.is_empty()
+    }
+}
+
+/// Nobody joins this look-up any more. Another one with the same `joint` may have begun since.
+fn end_joining(joinable: &mut HashMap<Joint, u64>, joint: Joint, id: u64) {
+    if joinable.get(&joint) == Some(&id) {
+        joinable.remove(&joint);
     }
 }
 

@@ -103,6 +103,44 @@ async fn completed(lookups: &mut Lookups<u32>) -> (u32, Rc<ProcessInfo>) {
     }
 }
 
+/// This thread, as a kernel observes it that does not provide start times.
+fn this_task(at_ns: u64) -> LookupTarget {
+    let tid = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
+    let mut comm = [0; COMM_LEN];
+    let name = std::fs::read("/proc/thread-self/comm").unwrap();
+    comm[..name.len() - 1].copy_from_slice(&name[..name.len() - 1]);
+    let task = Task { pid: std::process::id(), tid, comm, ..Task::UNKNOWN };
+    LookupTarget::Observed(ObservedTask { task, start_ns: 0, arg_start: 0, at_ns }, Owner::new(0, 0))
+}
+
+#[test]
+fn without_start_times_later_observations_of_a_task_share_a_look_up() {
+    run(async || {
+        let mut lookups = Lookups::start(true, CmdlineLimit::Full).unwrap();
+        let now_ns = clock::boot_ns();
+        // As many as a burst of one process makes: more than may be in progress.
+        for number in 0..2 * MAX_IN_PROGRESS as u32 {
+            lookups.begin(this_task(now_ns + u64::from(number)), number);
+        }
+        assert_eq!((lookups.in_progress.len(), lookups.given_up()), (1, 0));
+        // It was observed before the one whose process is proven to exist, so that proves nothing about it.
+        lookups.begin(this_task(now_ns - 1), u32::MAX);
+        assert_eq!(lookups.in_progress.len(), 2);
+        for _ in 0..=2 * MAX_IN_PROGRESS {
+            let (_, process) = completed(&mut lookups).await;
+            assert!(process.comm.is_some(), "{process:?}");
+        }
+        assert_eq!((lookups.joinable.len(), lookups.given_up()), (0, 0));
+        // What was read before an observation proves nothing about it.
+        lookups.begin(this_task(clock::boot_ns()), 1);
+        timeout(Duration::from_secs(10), lookups.ready()).await.unwrap();
+        let Some((id, facts)) = lookups.facts.try_response() else { panic!("no response") };
+        lookups.on_facts(id, facts);
+        lookups.begin(this_task(clock::boot_ns()), 2);
+        assert_eq!(lookups.last_id, id + 1, "another look-up");
+    });
+}
+
 #[test]
 fn a_look_up_is_shared_and_its_result_is_fresh_for_a_while() {
     run(async || {

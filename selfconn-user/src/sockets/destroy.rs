@@ -175,24 +175,30 @@ fn find(endpoint: &Endpoint, cookie: Cookie) -> io::Result<Option<DumpedSocket>>
     Ok(position.map(|position| table.swap_remove(position)))
 }
 
-/// The cookie of the only open self-connection that agrees with what is known.
+/// The cookie of the only open self-connection that agrees with what is known. `None`: none of the sockets at its addresses
+/// and ports is its socket. A socket keeps its inode as long as a process has it open.
 fn identify(target: &TargetSocket) -> io::Result<Option<Cookie>> {
-    let is_open = |row: &DumpedSocket| {
-        is_at(row, &target.endpoint) && row.entry.state != state::TIME_WAIT && row.entry.inode != 0
-    };
-    let table = self_connections()?;
-    let mut open = table.iter().filter(|row| is_open(row)).map(|row| &row.entry);
-    let Some(first) = open.next() else { return Ok(None) };
-    let agrees = |entry: &SocketEntry| target.inode == Some(entry.inode) && target.uid == entry.uid;
-    let why = if target.inode.is_none() {
-        "the programs could read neither its cookie nor its inode"
-    } else {
-        match [first].into_iter().chain(open).find(|entry| agrees(entry)) {
-            Some(entry) => return Ok(entry.cookie.and_then(Cookie::new)),
-            None => "the socket at its addresses and ports has another inode or owner",
+    let uncertain = |why| Err(io::Error::other(format!("which socket it is, is not certain: {why}")));
+    // One look may miss a socket, because the table changes while it is read.
+    for _ in 0..2 {
+        let table = self_connections()?;
+        let is_open = |row: &&DumpedSocket| {
+            is_at(row, &target.endpoint) && row.entry.state != state::TIME_WAIT && row.entry.inode != 0
+        };
+        let mut open = table.iter().filter(is_open).map(|row| &row.entry);
+        let Some(inode) = target.inode else {
+            match open.next() {
+                Some(_) => return uncertain("the programs could read neither its cookie nor its inode"),
+                None => continue,
+            }
+        };
+        match open.find(|entry| entry.inode == inode) {
+            Some(entry) if entry.uid == target.uid => return Ok(entry.cookie.and_then(Cookie::new)),
+            Some(_) => return uncertain("the socket with its inode has another owner"),
+            None => {}
         }
-    };
-    Err(io::Error::other(format!("which socket it is, is not certain: {why}")))
+    }
+    Ok(None)
 }
 
 /// The self-connections in the network namespace of the calling thread, TIME_WAIT included.

@@ -66,9 +66,18 @@ fn scan_looks_into_a_namespace_whatever_keeps_it_or_lists_it_as_unseen() {
             let is_said = scan.unseen.iter().any(|line| line.contains("bpf_probe_read_kernel"));
             assert!(is_said, "that there may be others: {scan:#?}");
         }
-        let only = ScanOutput::run(&["--netns", &netns.to_string()]);
-        assert_eq!(only.rows.len(), found.len(), "{task}: {only:#?}");
-        assert!(only.rows.iter().all(|row| row["netns"] == netns), "{task}: {only:#?}");
+        let netns_option = ["--netns", &netns.to_string()];
+        if is_found {
+            let only = ScanOutput::run(&netns_option);
+            assert_eq!(only.rows.len(), found.len(), "{task}: {only:#?}");
+            assert!(only.rows.iter().all(|row| row["netns"] == netns), "{task}: {only:#?}");
+        } else {
+            let only = Command::new(selfconn()).arg("scan").args(netns_option).output().unwrap();
+            let stderr = String::from_utf8_lossy(&only.stderr);
+            assert_eq!(only.status.code(), Some(2), "{task}: {stderr}");
+            let says = format!("no network namespace with the inode {netns} was found");
+            assert!(stderr.contains(&says), "{task}: {stderr}");
+        }
         helper.finish();
     }
 }
