@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use selfconn_ebpf::{COMM_LEN, Owner, Task};
+use selfconn_ebpf::Owner;
 use tokio::time::Instant;
 
 use crate::{
@@ -26,7 +26,7 @@ use crate::{
         worker::Worker,
     },
 };
-use cache::ProcessCache;
+use cache::{ProcessCache, TaskKey};
 use cmdline_readers::{CmdlineReaders, CmdlineRequest, Refusal};
 use interned::InternedFacts;
 
@@ -71,22 +71,18 @@ impl LookupTarget {
 
     fn joint(&self) -> Joint {
         match self {
-            Self::Observed(observed, _) => self.key().map_or_else(
-                || {
-                    let Task { pid, tid, comm, .. } = observed.task;
-                    Joint::Task { pid, tid, comm, arg_start: observed.arg_start }
-                },
-                Joint::Program,
-            ),
+            Self::Observed(observed, _) => {
+                self.key().map_or_else(|| Joint::Task(observed.into()), Joint::Program)
+            }
             Self::Holder { pid, start_ticks } => Joint::Holder { pid: *pid, start_ticks: *start_ticks },
         }
     }
 
-    /// When the kernel observed it. 0: it is a holder.
-    fn at_ns(&self) -> u64 {
+    /// The task, if the kernel observed it without its start time.
+    fn task(&self) -> Option<&ObservedTask> {
         match self {
-            Self::Observed(observed, _) => observed.at_ns,
-            Self::Holder { .. } => 0,
+            Self::Observed(observed, _) if observed.start_ns == 0 => Some(observed),
+            _ => None,
         }
     }
 
@@ -103,22 +99,13 @@ impl LookupTarget {
     }
 }
 
-/// Two look-ups at the same time with the same one have the same result.
+/// Two look-ups at the same time with the same one have the same result. Those of a task only if it was observed in
+/// between: after the first observation, and before the look-up began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Joint {
     Program(ProcessKey),
-    Holder {
-        pid: u32,
-        start_ticks: u64,
-    },
-    /// The kernel does not provide the start time. The proof that the process existed at an observation is one for each
-    /// later observation, and the one that the thread exists is for all that were made before it is read.
-    Task {
-        pid: u32,
-        tid: u32,
-        comm: [u8; COMM_LEN],
-        arg_start: u64,
-    },
+    Holder { pid: u32, start_ticks: u64 },
+    Task(TaskKey),
 }
 
 /// Why a look-up ends before everything is read.
@@ -145,6 +132,16 @@ struct InProgress<W> {
     facts: Part<Option<ProcessFacts>>,
     cmdline: Part<Option<CommandLine>>,
     waiters: Vec<W>,
+}
+
+impl<W> InProgress<W> {
+    /// True if its result is that of this target with the same [`Joint`], too.
+    fn is_about(&self, target: &LookupTarget) -> bool {
+        match (self.target.task(), target.task()) {
+            (Some(first), Some(later)) => (first.at_ns..=self.began_ns).contains(&later.at_ns),
+            _ => true,
+        }
+    }
 }
 
 struct FactsRequest {
@@ -239,7 +236,10 @@ impl<W> Lookups<W> {
         if !self.is_initial_pid_ns {
             return Some(Rc::default());
         }
-        self.cache.fresh(target.key()?, now_ns)
+        match target.task() {
+            Some(observed) => self.cache.of_task(observed),
+            None => self.cache.fresh(target.key()?, now_ns),
+        }
     }
 
     /// Begins a look-up, or joins the one of the same process. The waiter is in [`Self::next_completed`]
@@ -248,7 +248,7 @@ impl<W> Lookups<W> {
         let key = target.key();
         let joint = target.joint();
         let same = self.joinable.get(&joint).and_then(|id| self.in_progress.get_mut(id));
-        if let Some(same) = same.filter(|same| same.target.at_ns() <= target.at_ns() || key.is_some()) {
+        if let Some(same) = same.filter(|same| same.is_about(&target)) {
             same.waiters.push(waiter);
             return;
         }
@@ -351,9 +351,6 @@ impl<W> Lookups<W> {
 
     fn on_facts(&mut self, id: u64, facts: Option<ProcessFacts>) {
         let Some(lookup) = self.in_progress.get_mut(&id) else { return };
-        if let joint @ Joint::Task { .. } = lookup.target.joint() {
-            end_joining(&mut self.joinable, joint, id);
-        }
         if let (Some(facts), Part::NotRequested) = (&facts, &lookup.cmdline) {
             let pid = lookup.target.pid();
             // The same program as that of `exe`.
@@ -426,7 +423,10 @@ impl<W> Lookups<W> {
         let Some(lookup) = self.in_progress.remove(&id) else { return };
         let InProgress { target, began_ns, facts, cmdline, waiters } = lookup;
         let key = target.key();
-        end_joining(&mut self.joinable, target.joint(), id);
+        // Another one of the same task may have begun since.
+        if self.joinable.get(&target.joint()) == Some(&id) {
+            self.joinable.remove(&target.joint());
+        }
         let cmdline = match cmdline {
             Part::Read(cmdline) => cmdline,
             _ => None,
@@ -446,6 +446,8 @@ impl<W> Lookups<W> {
                 let process = self.interned.intern(known_key, owner, facts.info.with_cmdline(cmdline));
                 if let Some(key) = key {
                     self.cache.insert(key, Rc::clone(&process), clock::boot_ns());
+                } else if let Some(observed) = target.task() {
+                    self.cache.insert_task(observed, began_ns, Rc::clone(&process));
                 }
                 process
             }
@@ -466,13 +468,6 @@ impl<W> Lookups<W> {
     #[must_use]
     pub fn has_completed(&self) -> bool {
         !self.completed.is_empty()
-    }
-}
-
-/// Nobody joins this look-up any more. Another one with the same `joint` may have begun since.
-fn end_joining(joinable: &mut HashMap<Joint, u64>, joint: Joint, id: u64) {
-    if joinable.get(&joint) == Some(&id) {
-        joinable.remove(&joint);
     }
 }
 

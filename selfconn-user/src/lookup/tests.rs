@@ -3,7 +3,7 @@ use std::{
     thread,
 };
 
-use selfconn_ebpf::Task;
+use selfconn_ebpf::{COMM_LEN, Task};
 use tokio::{runtime, time::timeout};
 
 use super::*;
@@ -103,6 +103,13 @@ async fn completed(lookups: &mut Lookups<u32>) -> (u32, Rc<ProcessInfo>) {
     }
 }
 
+/// Waits until this process is so old that an observation of now proves that it existed.
+fn wait_until_proven() {
+    const TWO_TICKS_NS: u64 = 20_000_000;
+    let proven_ns = process::start_time_ns(std::process::id()).unwrap() + TWO_TICKS_NS;
+    thread::sleep(Duration::from_nanos(proven_ns.saturating_sub(clock::boot_ns())));
+}
+
 /// This thread, as a kernel observes it that does not provide start times.
 fn this_task(at_ns: u64) -> LookupTarget {
     let tid = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
@@ -114,30 +121,44 @@ fn this_task(at_ns: u64) -> LookupTarget {
 }
 
 #[test]
-fn without_start_times_later_observations_of_a_task_share_a_look_up() {
+fn without_start_times_observations_before_a_look_up_share_it() {
     run(async || {
         let mut lookups = Lookups::start(true, CmdlineLimit::Full).unwrap();
-        let now_ns = clock::boot_ns();
+        wait_until_proven();
+        let count = 2 * MAX_IN_PROGRESS as u32;
+        let first_ns = clock::boot_ns() - u64::from(count);
+        let task = |number: u32| this_task(first_ns + u64::from(number));
         // As many as a burst of one process makes: more than may be in progress.
-        for number in 0..2 * MAX_IN_PROGRESS as u32 {
-            lookups.begin(this_task(now_ns + u64::from(number)), number);
+        for number in 0..count {
+            lookups.begin(task(number), number);
         }
         assert_eq!((lookups.in_progress.len(), lookups.given_up()), (1, 0));
-        // It was observed before the one whose process is proven to exist, so that proves nothing about it.
-        lookups.begin(this_task(now_ns - 1), u32::MAX);
-        assert_eq!(lookups.in_progress.len(), 2);
-        for _ in 0..=2 * MAX_IN_PROGRESS {
+        // That the process existed then proves nothing about the time before.
+        lookups.begin(this_task(first_ns - 1), count);
+        // That the thread is there in the look-up proves nothing about the time after it.
+        let later = this_task(clock::boot_ns() + 1_000_000_000);
+        lookups.begin(later, count + 1);
+        assert_eq!(lookups.in_progress.len(), 3);
+        for _ in 0..count + 2 {
             let (_, process) = completed(&mut lookups).await;
             assert!(process.comm.is_some(), "{process:?}");
         }
         assert_eq!((lookups.joinable.len(), lookups.given_up()), (0, 0));
-        // What was read before an observation proves nothing about it.
-        lookups.begin(this_task(clock::boot_ns()), 1);
-        timeout(Duration::from_secs(10), lookups.ready()).await.unwrap();
-        let Some((id, facts)) = lookups.facts.try_response() else { panic!("no response") };
-        lookups.on_facts(id, facts);
-        lookups.begin(this_task(clock::boot_ns()), 2);
-        assert_eq!(lookups.last_id, id + 1, "another look-up");
+    });
+}
+
+#[test]
+fn without_start_times_a_task_is_known_for_the_time_of_its_proof() {
+    run(async || {
+        let mut lookups = Lookups::start(true, CmdlineLimit::Full).unwrap();
+        wait_until_proven();
+        let [before_ns, observed_ns] = [clock::boot_ns() - 2, clock::boot_ns()];
+        let between = this_task(clock::boot_ns());
+        lookups.begin(this_task(observed_ns), 1);
+        assert!(completed(&mut lookups).await.1.comm.is_some());
+        let is_known = |target: &LookupTarget| lookups.known(target, clock::boot_ns()).is_some();
+        assert!(is_known(&between) && is_known(&this_task(observed_ns)));
+        assert!(!is_known(&this_task(before_ns)) && !is_known(&this_task(clock::boot_ns())));
     });
 }
 
