@@ -1,7 +1,8 @@
 //! Which network namespace the guard takes next, and whose attachments fill its room. Pure.
 //!
-//! A namespace with a first connect to its own address comes before those without, and owners take turns, so that a user
-//! who makes thousands of namespaces delays the next owner's by one. An owner is the user that owns the outermost user
+//! A namespace with a first connect to its own address comes before those without. Owners take turns: the next one is the
+//! owner whose last turn is longest ago, so a user who makes thousands of namespaces delays no other owner's by more than
+//! the one whose turn it is. An owner is the user that owns the outermost user
 //! namespace of the network namespace, because network namespaces are made at will.
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -35,8 +36,11 @@ struct OwnerQueue<P> {
 #[derive(Debug)]
 pub struct NamespaceQueue<P> {
     by_owner: HashMap<u32, OwnerQueue<P>>,
-    /// The owners that have something waiting, in the order of their turns.
-    turns: VecDeque<u32>,
+    /// The owners that have something waiting, in the order in which they came.
+    owners: Vec<u32>,
+    /// The number of the last turn of each owner, of those that had one lately.
+    last_turns: HashMap<u32, u64>,
+    turns: u64,
     waiting: HashSet<NetnsId>,
     shares: SharedLimit,
 }
@@ -45,7 +49,9 @@ impl<P> Default for NamespaceQueue<P> {
     fn default() -> Self {
         Self {
             by_owner: HashMap::new(),
-            turns: VecDeque::new(),
+            owners: Vec::new(),
+            last_turns: HashMap::new(),
+            turns: 0,
             waiting: HashSet::new(),
             shares: SharedLimit::new(MAX_ATTACHMENTS),
         }
@@ -76,8 +82,8 @@ impl<P> NamespaceQueue<P> {
             return false;
         }
         self.waiting.insert(waiting.id);
-        if !self.turns.contains(&owner) {
-            self.turns.push_back(owner);
+        if !self.owners.contains(&owner) {
+            self.owners.push(owner);
         }
         let queue = self
             .by_owner
@@ -98,24 +104,32 @@ impl<P> NamespaceQueue<P> {
 
     /// The next namespace. Its room stays taken until [`Self::give_back`].
     pub fn pop(&mut self) -> Option<Waiting<P>> {
-        let has_connecting = |queue: &OwnerQueue<P>| !queue.connecting.is_empty();
-        let turn = self
-            .turns
-            .iter()
-            .position(|owner| self.by_owner.get(owner).is_some_and(has_connecting))
-            .or_else(|| (!self.turns.is_empty()).then_some(0))?;
-        let owner = self.turns.remove(turn)?;
+        let has_connecting =
+            |owner: &u32| !self.by_owner.get(owner).is_none_or(|queue| queue.connecting.is_empty());
+        let last_turn = |owner: &u32| self.last_turns.get(owner).copied();
+        let connecting = self.owners.iter().filter(|owner| has_connecting(owner));
+        let owner = connecting.min_by_key(|owner| last_turn(owner));
+        let owner = *owner.or_else(|| self.owners.iter().min_by_key(|owner| last_turn(owner)))?;
+        self.note_turn(owner);
         let queue = self.by_owner.get_mut(&owner)?;
         let next = queue.connecting.pop_front().or_else(|| queue.others.pop_front());
         if queue.connecting.is_empty() && queue.others.is_empty() {
             self.by_owner.remove(&owner);
-        } else {
-            self.turns.push_back(owner);
+            self.owners.retain(|other| *other != owner);
         }
         if let Some(next) = &next {
             self.waiting.remove(&next.id);
         }
         next
+    }
+
+    fn note_turn(&mut self, owner: u32) {
+        if self.last_turns.len() >= MAX_ATTACHMENTS && !self.last_turns.contains_key(&owner) {
+            let oldest = self.last_turns.iter().min_by_key(|(_, turn)| **turn).map(|(owner, _)| *owner);
+            oldest.and_then(|oldest| self.last_turns.remove(&oldest));
+        }
+        self.turns += 1;
+        self.last_turns.insert(owner, self.turns);
     }
 
     /// Gives back the room of this many attachments that failed or have ended.
@@ -186,6 +200,29 @@ mod tests {
         assert!(queue.push(connecting(1_000, 0)));
         let order = drain(&mut queue);
         assert_eq!(order.iter().position(|inode| *inode == 1_000), Some(1));
+    }
+
+    #[test]
+    fn an_owner_who_floods_does_not_delay_one_whose_last_turn_is_longer_ago() {
+        let mut queue = NamespaceQueue::default();
+        for inode in 1..=500 {
+            assert!(queue.push(connecting(inode, 65_534)));
+        }
+        for inode in [1_000, 1_001] {
+            assert!(queue.pop().is_some_and(|next| next.owner == 65_534));
+            assert!(queue.push(connecting(inode, 0)));
+            assert_eq!(queue.pop(), Some(connecting(inode, 0)));
+        }
+    }
+
+    #[test]
+    fn no_more_turns_are_remembered_than_there_can_be_attachments() {
+        let mut queue = NamespaceQueue::default();
+        for owner in 1..=2 * MAX_ATTACHMENTS as u32 {
+            assert!(queue.push(waiting(owner, owner)) && queue.pop().is_some());
+            queue.give_back(owner, 1);
+        }
+        assert_eq!(queue.last_turns.len(), MAX_ATTACHMENTS);
     }
 
     #[test]
