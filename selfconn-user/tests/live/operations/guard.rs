@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, UdpSocket},
     os::{fd::AsFd as _, unix::process::CommandExt as _},
     process::Command,
     sync::mpsc::channel,
@@ -24,7 +24,7 @@ use crate::support::{
     client::{NOBODY, become_user, connect_to_self, socket},
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event, selfconn},
     devices::bind_device,
-    guard::{count_of, dial, dial_itself, guard_methods, refusing, wait_until},
+    guard::{count_of, dial, dial_itself, guard_methods, is_refused_within, refusing, wait_until},
     helper_process::HelperProcess,
     netns::TestNetns,
     refused_connects::{at, connect_refused, enter_wide_range_netns, is_at_risk},
@@ -367,11 +367,16 @@ fn change_durations(net: TestNetns, count: u8) -> Vec<Duration> {
 #[test]
 fn two_thousand_namespaces_of_a_user_delay_nobody() {
     const USER: u32 = 31_999;
+    const NAMESPACES: usize = 2_000;
     let net = TestNetns::enter_new();
-    let mut attacker = Attacker::start(AttackerKind::MappedUids, "namespaces 2000").unwrap();
-    attacker.wait();
     let options = ["--guard", "refuse", "--guard-only", "uid=31999"];
     let mut daemon = TestDaemon::start(&HookVariant(vec![]), &options);
+    // Each of them is entered, and has its first connect while the daemon runs.
+    let task = format!("namespaces with threads {NAMESPACES}");
+    let mut attacker = Attacker::start(AttackerKind::MappedUids, &task).unwrap();
+    attacker.wait();
+    // Their events are before the others' in the pipe, whose reader is slow.
+    daemon.expect(NAMESPACES, |event| event["event"] == "established" && event["netns"] != net.inode);
     for round in 0..5 {
         // Another user's self-connection is reported at once.
         let began = Instant::now();
@@ -387,7 +392,9 @@ fn two_thousand_namespaces_of_a_user_delay_nobody() {
             become_user(USER);
             drop(connect_to_self(LOCALHOST));
             let began = Instant::now();
-            wait_until(Duration::from_secs(1), "the namespace is never guarded", is_refused);
+            // An attachment by clsact loses packets.
+            let is_guarded = || is_refused_within(LOCALHOST, Duration::from_millis(20));
+            wait_until(Duration::from_secs(1), "the namespace is never guarded", is_guarded);
             began.elapsed()
         });
         println!("FACT guarded_after_ms={}", took.join().unwrap().as_millis());
@@ -396,8 +403,62 @@ fn two_thousand_namespaces_of_a_user_delay_nobody() {
     durations.sort_unstable();
     println!("FACT change_ms median={} maximum={}", durations[25].as_millis(), durations[49].as_millis());
     assert!(durations[44] < Duration::from_millis(50), "{durations:?}");
-    daemon.stop();
+    let (events, _) = daemon.stop();
+    let is_beyond = |event: &Value| {
+        event["event"] == "unguarded" && event["why"].as_str().unwrap().contains("has too many")
+    };
+    assert!(events.iter().any(is_beyond), "the user's namespaces are not bounded");
     drop(attacker);
+}
+
+/// Sends datagrams to itself until the namespace of this thread is guarded. Returns how many were lost, and between which
+/// times since the first one.
+fn lost_until_guarded() -> (usize, Option<(Duration, Duration)>) {
+    let echo = UdpSocket::bind((LOCALHOST, 0)).unwrap();
+    echo.connect(echo.local_addr().unwrap()).unwrap();
+    echo.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+    let began = Instant::now();
+    let (mut lost, mut times) = (0, None);
+    for number in 0_u64.. {
+        let sent = echo.send(&number.to_ne_bytes());
+        let mut received = [0; 8];
+        // One that is late is not lost.
+        let mut is_there = false;
+        while sent.is_ok() && echo.recv(&mut received).is_ok() {
+            is_there |= received == number.to_ne_bytes();
+            if is_there {
+                break;
+            }
+        }
+        if !is_there {
+            lost += 1;
+            let first = times.map_or_else(|| began.elapsed(), |(first, _)| first);
+            times = Some((first, began.elapsed()));
+        }
+        // Now and then, because most of the dials before that make a self-connection.
+        if number.is_multiple_of(64) && is_refused_within(LOCALHOST, Duration::from_millis(1)) {
+            break;
+        }
+        assert!(began.elapsed() < DEADLINE, "the namespace is never guarded");
+    }
+    (lost, times)
+}
+
+#[test]
+fn an_attachment_by_tcx_loses_no_packet() {
+    for method in guard_methods() {
+        let _net = TestNetns::enter_new();
+        for _ in 0..5 {
+            let sender = thread::spawn(lost_until_guarded);
+            thread::sleep(Duration::from_millis(20));
+            let daemon = refusing(method, &[]);
+            let (lost, times) = sender.join().unwrap();
+            let span = times.map(|(first, last)| last - first).unwrap_or_default();
+            println!("FACT lost_datagrams={lost} within_us={} method={method}", span.as_micros());
+            assert!(lost == 0 || *method != "tcx", "{lost} within {span:?}");
+            daemon.stop();
+        }
+    }
 }
 
 #[test]

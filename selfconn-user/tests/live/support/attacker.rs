@@ -10,6 +10,7 @@ use std::{
         unix::process::CommandExt as _,
     },
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    sync::mpsc,
     thread,
 };
 
@@ -220,7 +221,7 @@ fn run_attacker() {
     let kind = AttackerKind::ALL.into_iter().find(|known| known.name() == kind).unwrap();
     let maximum = getrlimit(Resource::Nofile).maximum;
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
-    let (what, count) = task.split_once(' ').unwrap();
+    let (what, count) = task.rsplit_once(' ').unwrap();
     let count: usize = count.parse().unwrap();
     let mut stdin = io::stdin().lines();
     let mut held: Vec<(Vec<TcpListener>, Vec<Socket>)> = Vec::new();
@@ -238,11 +239,23 @@ fn run_attacker() {
                 };
                 held.push((Vec::new(), (0..count).map(connect).collect()));
             }
-            // Each socket keeps its namespace.
-            "namespaces" => {
-                let connect =
-                    |_| TestNetns::with_new_in_helper(|_| connect_to_self(Ipv4Addr::LOCALHOST.into()).0);
-                held.push((Vec::new(), (0..count).map(connect).collect()));
+            // A thread stays in each, so that everybody can enter it.
+            "namespaces with threads" => {
+                for _ in 0..count {
+                    let (connected, is_connected) = mpsc::channel();
+                    thread::Builder::new()
+                        .stack_size(64 * 1_024)
+                        .spawn(move || {
+                            TestNetns::enter_new_in_helper();
+                            let _held = connect_to_self(Ipv4Addr::LOCALHOST.into());
+                            connected.send(()).unwrap();
+                            loop {
+                                thread::park();
+                            }
+                        })
+                        .unwrap();
+                    is_connected.recv().unwrap();
+                }
             }
             other => panic!("unknown task {other}"),
         }

@@ -76,6 +76,22 @@ pub(crate) fn dial_itself(address: IpAddr) -> DialOutcome {
     dial(&socket, own)
 }
 
+/// True if a connect to itself is refused within this time. One whose SYN is lost is not: the kernel repeats it after a
+/// second.
+pub(crate) fn is_refused_within(address: IpAddr, time: Duration) -> bool {
+    let socket = socket(address);
+    socket.bind(&SocketAddr::new(address, 0).into()).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    socket.set_linger(Some(Duration::ZERO)).unwrap();
+    let own = socket.local_addr().unwrap();
+    let refused = |error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
+    if socket.connect(&own).is_err_and(|error| refused(&error)) {
+        return true;
+    }
+    poll(&mut [PollFd::new(&socket, PollFlags::OUT)], Some(&time.try_into().unwrap())).unwrap();
+    socket.take_error().unwrap().is_some_and(|error| refused(&error))
+}
+
 /// A port that nobody listens on.
 pub(crate) fn closed_port(address: SocketAddr) -> SocketAddr {
     let other = socket(address.ip());
