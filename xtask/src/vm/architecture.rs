@@ -128,24 +128,29 @@ impl Flavour {
         parts.filter(|part| !part.is_empty()).collect::<Vec<_>>().join("-")
     }
 
-    /// What QEMU can emulate. With a thread for each CPU, QEMU 7.2 may execute an instruction that another CPU has replaced
-    /// meanwhile, for ever: a CPU of 5.10 stood at the first byte of `inet_csk_get_port`, where the breakpoint of a probe
-    /// had been, and memory had the NOP again. QEMU 7.2 to 10 without an accelerator makes some kernels of x86-64 crash: 7.x, and
+    /// What QEMU can emulate. QEMU 7.2 to 10 without an accelerator makes some kernels of x86-64 crash: 7.x, and
     /// real-time ones since 6.12, with more than one CPU, while they patch their own code; 6.12 in the 16-byte
-    /// compare-and-exchange of its slab allocator, which it does not use on a CPU without that instruction.
+    /// compare-and-exchange of its slab allocator, which it does not use on a CPU without that instruction. With a thread
+    /// for each CPU, QEMU 7.2 also executed an instruction for ever that another CPU had replaced: three times a CPU of
+    /// 5.10 stood at a NOP or a jump in memory, where a breakpoint had been while a probe or a static key was switched.
     pub(super) fn emulation(&self, version: &str) -> Emulation {
         if self.architecture.name == AARCH64.name {
             // The oldest of QEMU's models with pages of 16 KiB.
-            return Emulation { cpu: "neoverse-n1", max_cpus: 2 };
+            return Emulation { cpu: "neoverse-n1", max_cpus: 2, threads: Threads::OnePerCpu };
         }
         let is_real_time = self.name == "rt";
-        match numbers(version).as_slice() {
-            [7..=u32::MAX, ..] => Emulation { cpu: "qemu64", max_cpus: 1 },
-            [6, 12, ..] if is_real_time => Emulation { cpu: "qemu64,-cx16", max_cpus: 1 },
-            [6, 12, ..] => Emulation { cpu: "qemu64,-cx16", max_cpus: 2 },
-            [6, 13..=u32::MAX, ..] if is_real_time => Emulation { cpu: "qemu64", max_cpus: 1 },
-            _ => Emulation { cpu: "qemu64", max_cpus: 2 },
-        }
+        let (cpu, max_cpus) = match numbers(version).as_slice() {
+            [7..=u32::MAX, ..] => ("qemu64", 1),
+            [6, 12, ..] if is_real_time => ("qemu64,-cx16", 1),
+            [6, 12, ..] => ("qemu64,-cx16", 2),
+            [6, 13..=u32::MAX, ..] if is_real_time => ("qemu64", 1),
+            _ => ("qemu64", 2),
+        };
+        let threads = match numbers(version).as_slice() {
+            [5, ..] => Threads::OneForAll,
+            _ => Threads::OnePerCpu,
+        };
+        Emulation { cpu, max_cpus, threads }
     }
 }
 
@@ -155,6 +160,25 @@ pub(super) struct Emulation {
     /// QEMU's name of the CPU model.
     pub(super) cpu: &'static str,
     pub(super) max_cpus: u32,
+    pub(super) threads: Threads,
+}
+
+/// The threads of the host that run the CPUs of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Threads {
+    OnePerCpu,
+    /// The CPUs take turns.
+    OneForAll,
+}
+
+impl Threads {
+    /// QEMU's option of its translator.
+    pub(super) fn accelerator(self) -> &'static str {
+        match self {
+            Self::OnePerCpu => "tcg,thread=multi",
+            Self::OneForAll => "tcg,thread=single",
+        }
+    }
 }
 
 #[cfg(test)]
@@ -180,14 +204,16 @@ mod tests {
 
     #[test]
     fn the_emulator_gets_what_it_can_do_for_a_kernel() {
-        for (version, cpu, max_cpus) in [
-            ("5.10.0-46-cloud-amd64", "qemu64", 2),
-            ("6.1.192", "qemu64", 2),
-            ("6.12.117+deb13-cloud-amd64", "qemu64,-cx16", 2),
-            ("6.18.15+deb13-cloud-amd64", "qemu64", 2),
-            ("7.3.4+deb13-cloud-amd64", "qemu64", 1),
+        for (version, cpu, max_cpus, accelerator) in [
+            ("5.10.0-46-cloud-amd64", "qemu64", 2, "tcg,thread=single"),
+            ("6.1.192", "qemu64", 2, "tcg,thread=multi"),
+            ("6.12.117+deb13-cloud-amd64", "qemu64,-cx16", 2, "tcg,thread=multi"),
+            ("6.18.15+deb13-cloud-amd64", "qemu64", 2, "tcg,thread=multi"),
+            ("7.3.4+deb13-cloud-amd64", "qemu64", 1, "tcg,thread=multi"),
         ] {
-            assert_eq!(Flavour::usual().emulation(version), Emulation { cpu, max_cpus }, "{version}");
+            let emulation = Flavour::usual().emulation(version);
+            let found = (emulation.cpu, emulation.max_cpus, emulation.threads.accelerator());
+            assert_eq!(found, (cpu, max_cpus, accelerator), "{version}");
         }
     }
 }
