@@ -75,6 +75,8 @@ pub(super) struct Turn {
     pub(super) outcome: Attempt,
     /// True if there is another device.
     pub(super) has_more: bool,
+    /// True if it was not in the namespace that is known, which had the same inode and has ended.
+    pub(super) is_another: bool,
 }
 
 pub(super) enum Attempt {
@@ -88,24 +90,27 @@ pub(super) enum Attempt {
 pub(super) fn attach_to_next(
     program: &GuardProgram,
     method: GuardMethod,
-    known: Option<&GuardedNetns>,
+    mut known: Option<&GuardedNetns>,
     has_cookie: bool,
 ) -> io::Result<Turn> {
     let devices = rtnetlink::loop_devices()?;
-    // Without a cookie this may be another namespace that has the same inode. The walk finds out.
-    if let Some(known) = known.filter(|_| !has_cookie)
-        && known.disarmed(program, &devices)? == Some(Disarmed::TakenOff)
+    let mut is_another = false;
+    // Without a cookie this may be another namespace that has the same inode.
+    if let Some(old) = known.filter(|_| !has_cookie)
+        && old.disarmed(program, &devices)? == Some(Disarmed::TakenOff)
     {
-        return Err(io::ErrorKind::NotFound.into());
+        (known, is_another) = (None, true);
     }
     let mut others = devices.iter().filter(|device| known.is_none_or(|known| !known.is_done_with(device)));
-    let Some(next) = others.next() else { return Ok(Turn { outcome: Attempt::Nothing, has_more: false }) };
+    let Some(next) = others.next() else {
+        return Ok(Turn { outcome: Attempt::Nothing, has_more: false, is_another });
+    };
     let outcome = match program.attach(method, next) {
         Ok(attachment) => Attempt::Attached(attachment),
         Err(error) if rtnetlink::loop_devices()?.contains(next) => Attempt::Failed(next.clone(), error),
         Err(_) => Attempt::Nothing,
     };
-    Ok(Turn { outcome, has_more: others.next().is_some() })
+    Ok(Turn { outcome, has_more: others.next().is_some(), is_another })
 }
 
 /// Calls `each` in every network namespace, or only in that of the calling thread.

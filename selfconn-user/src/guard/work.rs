@@ -166,8 +166,10 @@ impl GuardWork {
     fn on_first_connect(&mut self, first: &FirstConnect) {
         let FirstConnect { netns, netns_cookie, tid, .. } = *first;
         let id = NetnsId::from(&Endpoint { netns, netns_cookie, ..Endpoint::UNKNOWN });
-        // One that waits for another device is moved ahead.
-        if self.is_own_only || self.guarded.get(&id).is_some_and(|known| known.is_complete) {
+        // One that waits for another device is moved ahead. Without a cookie it may be another namespace with the inode of
+        // one that was guarded: its turn finds out.
+        let is_guarded = id.cookie != 0 && self.guarded.get(&id).is_some_and(|known| known.is_complete);
+        if self.is_own_only || is_guarded {
             return;
         }
         let path = PathBuf::from(format!("/proc/{tid}/ns/net"));
@@ -200,7 +202,11 @@ impl GuardWork {
         self.rests_until = Instant::now() + (took * REST_FACTOR).min(MAX_REST);
         let (id, owner) = (next.id, next.owner);
         match turn {
-            Ok(Turn { outcome, has_more }) => {
+            Ok(Turn { outcome, has_more, is_another }) => {
+                if is_another && let Some(old) = self.guarded.remove(&id) {
+                    self.queue.give_back(old.owner, old.attachments.len());
+                    self.unguarded.remove(id);
+                }
                 let known = self.guarded.entry(id).or_insert_with(|| GuardedNetns::new(owner));
                 let mut has_failed = !known.failed.is_empty();
                 match outcome {
