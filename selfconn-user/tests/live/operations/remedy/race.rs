@@ -4,11 +4,12 @@
 
 use std::{
     fs,
+    io::ErrorKind,
     net::{SocketAddr, TcpStream},
     os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     sync::mpsc,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use selfconn::sockets::{self, Cookie, TargetSocket};
@@ -18,7 +19,7 @@ use socket2::Socket;
 use super::{LOCALHOST, start};
 use crate::support::{
     client::{is_connected, socket},
-    daemon::{HookVariant, is_event, scaled},
+    daemon::{DEADLINE, HookVariant, is_event, scaled},
     netns::TestNetns,
 };
 
@@ -39,12 +40,24 @@ fn listener() -> (Socket, SocketAddr) {
 }
 
 fn client(address: SocketAddr) -> Socket {
-    let client = bind_with_reuse_port(address);
-    match client.connect(&address.into()) {
-        // The daemon destroyed the connection before connect() returned.
-        Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => return client,
-        outcome => outcome.unwrap(),
-    }
+    let until = Instant::now() + DEADLINE;
+    let client = loop {
+        let client = bind_with_reuse_port(address);
+        match client.connect(&address.into()) {
+            // The daemon destroyed the connection before connect() returned.
+            Err(error) if error.kind() == ErrorKind::ConnectionAborted => return client,
+            // Seen once in 140,000: something else has these addresses and ports for a moment. The SYN of a connection
+            // that was destroyed meanwhile finds the listener, for example.
+            Err(error) if error.kind() == ErrorKind::AddrNotAvailable && Instant::now() < until => {
+                println!("FACT taken_for_a_moment={error}");
+                thread::sleep(Duration::from_millis(1));
+            }
+            outcome => {
+                outcome.unwrap();
+                break client;
+            }
+        }
+    };
     assert_eq!(client.local_addr().unwrap(), address.into(), "connected to itself");
     // A reset ends it at once and leaves no TIME_WAIT.
     client.set_linger(Some(Duration::ZERO)).unwrap();
