@@ -1,9 +1,8 @@
 //! Which network namespace the guard takes next, and whose attachments fill its room. Pure.
 //!
-//! A namespace with a first connect to its own address comes before those without. Owners take turns: the next one is the
-//! owner whose last turn is longest ago, so a user who makes thousands of namespaces delays no other owner's by more than
-//! the one whose turn it is. An owner is the user that owns the outermost user
-//! namespace of the network namespace, because network namespaces are made at will.
+//! A namespace with a first connect to its own address comes before those without. The next owner is the one whose last
+//! turn is longest ago, so a user who makes thousands of namespaces delays another owner's by one at most. An owner is the
+//! user that owns the outermost user namespace of the network namespace, because network namespaces are made at will.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
@@ -36,10 +35,9 @@ struct OwnerQueue<P> {
 #[derive(Debug)]
 pub struct NamespaceQueue<P> {
     by_owner: HashMap<u32, OwnerQueue<P>>,
-    /// The owners that have something waiting, in the order in which they came.
-    owners: Vec<u32>,
-    /// The number of the last turn of each owner, of those that had one lately.
+    /// The number of the last turn of each owner. Only the newest of them are kept.
     last_turns: HashMap<u32, u64>,
+    /// The number of turns so far.
     turns: u64,
     waiting: HashSet<NetnsId>,
     shares: SharedLimit,
@@ -49,7 +47,6 @@ impl<P> Default for NamespaceQueue<P> {
     fn default() -> Self {
         Self {
             by_owner: HashMap::new(),
-            owners: Vec::new(),
             last_turns: HashMap::new(),
             turns: 0,
             waiting: HashSet::new(),
@@ -82,9 +79,6 @@ impl<P> NamespaceQueue<P> {
             return false;
         }
         self.waiting.insert(waiting.id);
-        if !self.owners.contains(&owner) {
-            self.owners.push(owner);
-        }
         let queue = self
             .by_owner
             .entry(owner)
@@ -104,18 +98,15 @@ impl<P> NamespaceQueue<P> {
 
     /// The next namespace. Its room stays taken until [`Self::give_back`].
     pub fn pop(&mut self) -> Option<Waiting<P>> {
-        let has_connecting =
-            |owner: &u32| !self.by_owner.get(owner).is_none_or(|queue| queue.connecting.is_empty());
-        let last_turn = |owner: &u32| self.last_turns.get(owner).copied();
-        let connecting = self.owners.iter().filter(|owner| has_connecting(owner));
-        let owner = connecting.min_by_key(|owner| last_turn(owner));
-        let owner = *owner.or_else(|| self.owners.iter().min_by_key(|owner| last_turn(owner)))?;
+        let order = |(owner, queue): &(&u32, &OwnerQueue<P>)| {
+            (queue.connecting.is_empty(), self.last_turns.get(owner).copied(), **owner)
+        };
+        let (&owner, _) = self.by_owner.iter().min_by_key(order)?;
         self.note_turn(owner);
         let queue = self.by_owner.get_mut(&owner)?;
         let next = queue.connecting.pop_front().or_else(|| queue.others.pop_front());
         if queue.connecting.is_empty() && queue.others.is_empty() {
             self.by_owner.remove(&owner);
-            self.owners.retain(|other| *other != owner);
         }
         if let Some(next) = &next {
             self.waiting.remove(&next.id);
@@ -197,7 +188,7 @@ mod tests {
         for inode in 1..=500 {
             assert!(queue.push(connecting(inode, 65_534)));
         }
-        assert!(queue.push(connecting(1_000, 0)));
+        assert!(queue.push(connecting(1_000, 70_000)));
         let order = drain(&mut queue);
         assert_eq!(order.iter().position(|inode| *inode == 1_000), Some(1));
     }
@@ -228,7 +219,7 @@ mod tests {
     #[test]
     fn a_namespace_with_many_devices_takes_a_turn_and_room_for_each() {
         let mut queue = NamespaceQueue::default();
-        let (crowded, other) = (waiting(1, 65_534), waiting(2, 1_000));
+        let (crowded, other) = (waiting(1, 65_534), waiting(2, 70_000));
         assert!(queue.push(crowded.clone()) && queue.push(other.clone()));
         let mut attached = 0;
         let mut order = Vec::new();

@@ -1,4 +1,4 @@
-//! What the documents tell users to run or to ask, so that a check does the same.
+//! Reads commands and queries from the pages of docs/, so that a check runs what users are advised to run.
 
 use std::fs;
 
