@@ -1,9 +1,10 @@
 //! The event `prevented`: the guard refused connects of a process to itself, or would have.
 
-use std::fmt::Write as _;
+use std::{borrow::Cow, fmt::Write as _, sync::LazyLock};
 
-use schemars::JsonSchema;
-use serde::Serialize;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Serialize, Serializer};
+use serde_json::{Map, Value, json};
 
 use super::connection::ConnectionFields;
 use super::envelope;
@@ -29,38 +30,65 @@ pub enum PreventedFields {
     Unknown(UnknownAttempt),
 }
 
-/// The fields of a connection of which nothing is known.
-#[derive(Debug, Default, Serialize, JsonSchema)]
+/// The fields of a connection of which nothing is known: those of [`ConnectionFields`], by its schema. A boolean is
+/// false, the rest is null.
+#[derive(Debug)]
 pub struct UnknownAttempt {
     /// Identifier of the event.
     id: String,
-    cookie: (),
-    source: (),
-    family: (),
-    addr: (),
-    ifindex: (),
-    device: (),
-    port: (),
-    netns: (),
-    cause: (),
-    refused_before: (),
-    pid: (),
-    tid: (),
-    comm: (),
-    thread_comm: (),
-    exe: (),
-    cmdline: (),
-    cmdline_truncated: bool,
-    uid: (),
-    cgroup: (),
-    unit: (),
-    container: (),
-    pod: (),
-    owner: (),
-    kernel_socket: (),
-    holders: (),
-    isn: (),
-    peer_isn: (),
+}
+
+/// The names and the schemas of the fields of [`ConnectionFields`].
+static CONNECTION_PROPERTIES: LazyLock<Map<String, Value>> = LazyLock::new(|| {
+    let mut schema = SchemaGenerator::default().into_root_schema_for::<ConnectionFields>();
+    match schema.remove("properties") {
+        Some(Value::Object(properties)) => properties,
+        _ => Map::new(),
+    }
+});
+
+fn is_boolean(property: &Value) -> bool {
+    property.get("type").is_some_and(|name| name == "boolean")
+}
+
+impl Serialize for UnknownAttempt {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_map(CONNECTION_PROPERTIES.iter().map(|(name, property)| {
+            let value = match name.as_str() {
+                "id" => Value::from(self.id.as_str()),
+                _ if is_boolean(property) => Value::Bool(false),
+                _ => Value::Null,
+            };
+            (name, value)
+        }))
+    }
+}
+
+impl JsonSchema for UnknownAttempt {
+    fn schema_name() -> Cow<'static, str> {
+        "UnknownAttempt".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        let properties: Map<_, _> = CONNECTION_PROPERTIES
+            .iter()
+            .map(|(name, property)| {
+                let schema = match name.as_str() {
+                    "id" => json!({ "type": "string", "description": "Identifier of the event." }),
+                    _ if is_boolean(property) => json!({ "const": false }),
+                    _ => json!({ "type": "null" }),
+                };
+                (name.clone(), schema)
+            })
+            .collect();
+        let required: Vec<_> = properties.keys().cloned().collect();
+        json_schema!({
+            "description": "The fields of a connection of which nothing is known.",
+            "type": "object",
+            "properties": properties,
+            "required": required,
+        })
+    }
 }
 
 impl Prevented {
@@ -76,7 +104,7 @@ impl Prevented {
         let id = envelope::id(run, "p", number);
         let connection = match fields {
             Some(fields) => PreventedFields::Known(Box::new(ConnectionFields { id: Some(id), ..fields })),
-            None => PreventedFields::Unknown(UnknownAttempt { id, ..UnknownAttempt::default() }),
+            None => PreventedFields::Unknown(UnknownAttempt { id }),
         };
         Self { connection, mode, count }
     }
@@ -132,7 +160,7 @@ mod tests {
         let keys = |value: serde_json::Value| -> Vec<String> {
             value.as_object().unwrap().keys().cloned().collect()
         };
-        let unknown = PreventedFields::Unknown(UnknownAttempt::default());
+        let unknown = PreventedFields::Unknown(UnknownAttempt { id: String::new() });
         let known = PreventedFields::Known(Box::new(ConnectionFields::sample()));
         assert_eq!(keys(serde_json::to_value(unknown).unwrap()), keys(serde_json::to_value(known).unwrap()));
     }
