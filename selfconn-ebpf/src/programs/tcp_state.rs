@@ -193,7 +193,10 @@ fn report<C: EbpfContext, M: KernelRead>(
     removes: bool,
 ) {
     let SocketTransition { probe_id, self_addr, dport, old, new, .. } = *transition;
-    if REPORTED.load() & 1 << (new & 31) == 0 {
+    if REPORTED.load() & reported::bit(old, new) == 0 {
+        if removes {
+            connect_table::remove(sock);
+        }
         return;
     }
     // User space uses these counters to check that each program observes transitions.

@@ -20,6 +20,11 @@ use crate::{
     sockets::NetnsId,
 };
 
+/// Minimum time between a read of the guard's ring buffer that finds something and the next one. The program wakes the
+/// daemon for a record only if everything before it has been read: a client that tries again and again pays for one
+/// wake-up in this time, not for one at each refusal.
+const READ_INTERVAL: Duration = Duration::from_millis(4);
+
 /// Minimum time between two events of the same process and port.
 const EVENT_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -86,6 +91,8 @@ pub(super) struct GuardMonitor {
     rest: u64,
     /// When to look for attempts that are counted together. `None`: nothing has happened since the last look.
     rest_at: Option<Instant>,
+    /// See [`Self::read_at`].
+    read_at: Option<Instant>,
 }
 
 impl GuardMonitor {
@@ -101,7 +108,18 @@ impl GuardMonitor {
             uncounted: 0,
             rest: 0,
             rest_at: None,
+            read_at: None,
         }
+    }
+
+    /// When the ring buffer is to be read without a wake-up, and not before. `None`: when the program wakes the daemon.
+    pub(super) fn read_at(&self) -> Option<Instant> {
+        self.read_at
+    }
+
+    /// A read of the ring buffer found so many records, and there may be more.
+    pub(super) fn on_read(&mut self, records: usize, has_more: bool, now: Instant) {
+        self.read_at = (records > 0 && !has_more).then(|| now + READ_INTERVAL);
     }
 
     pub(super) fn mode(&self) -> GuardMode {
@@ -295,6 +313,19 @@ mod tests {
         assert_eq!(rest, 5_000 - flood as u64);
         assert!(monitor.take_due(now + Duration::from_secs(7), 0, false).is_empty());
         assert_eq!((monitor.by_process.len(), monitor.shares.used()), (0, 0), "everything is given back");
+    }
+
+    #[test]
+    fn a_read_that_finds_records_is_followed_by_another_one_and_not_sooner() {
+        let mut monitor = GuardMonitor::new(GuardMode::Refuse, None);
+        let now = Instant::now();
+        assert_eq!(monitor.read_at(), None, "the first record is read at once");
+        for (records, has_more, expected) in
+            [(1, false, Some(now + READ_INTERVAL)), (1_024, true, None), (0, false, None)]
+        {
+            monitor.on_read(records, has_more, now);
+            assert_eq!(monitor.read_at(), expected, "{records} {has_more}");
+        }
     }
 
     #[test]

@@ -215,7 +215,7 @@ impl Daemon {
             }
             let is_held_back = self.pipeline.reporting.out.holds_back_records();
             let drained = if is_held_back { 0 } else { self.drain_batch() };
-            let has_more_guarded = !is_held_back && self.drain_guard() == MAX_BATCH;
+            let has_more_guarded = !is_held_back && self.serve_guard_records();
             if self.pipeline.serve_lookups() || drained > 0 {
                 self.loss_reporter.on_records();
             }
@@ -254,6 +254,7 @@ impl Daemon {
             self.pipeline.conflicts.reports.next_at(),
             self.port_risks.next_at(),
             self.guard.next_at(),
+            self.guard.read_at(),
             self.self_test.next_at(),
             self.loss_reporter.next_at(),
             self.snapshots.next_at(),
@@ -415,6 +416,18 @@ impl Daemon {
         for due in self.guard.take_due(Instant::now(), lost, all) {
             self.pipeline.on_prevented(&due);
         }
+    }
+
+    /// Drains the guard's records if it is time. True if there may be more.
+    fn serve_guard_records(&mut self) -> bool {
+        let now = Instant::now();
+        if self.guard.read_at().is_some_and(|at| now < at) {
+            return false;
+        }
+        let drained = self.drain_guard();
+        let has_more = drained == MAX_BATCH;
+        self.guard.on_read(drained, has_more, now);
+        has_more
     }
 
     /// Drains at most [`MAX_BATCH`] records of the guard. Returns their number.

@@ -1,6 +1,7 @@
 //! The connect table, which holds the connects in flight: its entries, and what happens when it is full.
 
 use std::{
+    collections::BTreeSet,
     net::{Ipv4Addr, SocketAddr},
     thread,
     time::Duration,
@@ -8,7 +9,11 @@ use std::{
 
 use aya::maps::{Array, Map, MapData};
 use rustix::process::Signal;
-use selfconn_ebpf::{ConnectEntry, ConnectSet, Endpoint, WAYS, names, set_index};
+use selfconn::{
+    bpf::{attach::RequestedHooks, guard::GuardOptions, object::ObjectOptions},
+    guard::{rules::GuardRules, start::Guard},
+};
+use selfconn_ebpf::{ConnectEntry, ConnectSet, Endpoint, Record, WAYS, guard::mode, names, set_index, state};
 
 use crate::support::{
     client::{
@@ -16,7 +21,8 @@ use crate::support::{
         unanswered_connects,
     },
     daemon::{HookVariant, TestDaemon, is_event, scaled},
-    direct_tracer::{entry_count, with_tracer},
+    direct_tracer::{entry_count, with_object, with_tracer},
+    guard::dial_itself,
     helper_process::HelperProcess,
     netns::TestNetns,
 };
@@ -31,6 +37,34 @@ fn refused_connects_leave_no_entries_in_the_connect_table() {
         assert!(connect_until_self(closed, scaled(20_000)).is_none());
         assert_eq!(entry_count(tracer, net), 0);
     });
+}
+
+/// Each record of a failed attempt would wake the daemon twice, once for each probe.
+#[test]
+fn a_connect_to_itself_that_fails_leaves_no_entry_and_has_no_record_unless_all_states_are_reported() {
+    let net = TestNetns::enter_new();
+    for (states, expected) in
+        [(false, vec![]), (true, vec![(state::CLOSE, state::SYN_SENT), (state::SYN_SENT, state::CLOSE)])]
+    {
+        let guard = GuardOptions { mode: mode::REFUSE, ..GuardOptions::OFF };
+        let object = ObjectOptions { states, guard, ..ObjectOptions::MINIMAL };
+        with_object(RequestedHooks::default(), object, |tracer| {
+            let program = tracer.take_guard().unwrap();
+            let rules = GuardRules::default();
+            let guard = Guard::start(program, None, rules, true).unwrap();
+            assert!(!dial_itself(Ipv4Addr::LOCALHOST.into()).is_connected);
+            drop(guard);
+            assert_eq!(entry_count(tracer, net), 0);
+            let mut seen = BTreeSet::new();
+            tracer.drain(100, |record, _| match record {
+                Record::Transition(t) if u64::from(t.endpoint.netns) == net.inode => {
+                    seen.insert((t.old, t.new));
+                }
+                _ => {}
+            });
+            assert_eq!(seen, expected.into_iter().collect());
+        });
+    }
 }
 
 #[test]

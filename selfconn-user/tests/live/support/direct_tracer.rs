@@ -19,13 +19,15 @@ pub(crate) fn with_tracer(work: impl FnOnce(&mut Tracer)) {
 
 /// As [`with_tracer`], with these hooks and methods only.
 pub(crate) fn with_tracer_on(hooks: RequestedHooks, work: impl FnOnce(&mut Tracer)) {
+    let object = ObjectOptions { connect_table_size: 1 << 14, ..ObjectOptions::MINIMAL };
+    with_object(hooks, object, work);
+}
+
+/// As [`with_tracer_on`], with this object.
+pub(crate) fn with_object(hooks: RequestedHooks, object: ObjectOptions, work: impl FnOnce(&mut Tracer)) {
     make_signal_sockets();
     runtime().block_on(async {
-        let options = TracerOptions {
-            hooks,
-            bind_method: RequestedBindMethod::Off,
-            object: ObjectOptions { connect_table_size: 1 << 14, ..ObjectOptions::MINIMAL },
-        };
+        let options = TracerOptions { hooks, bind_method: RequestedBindMethod::Off, object };
         work(&mut Tracer::start(&KernelFeatures::probe(false).unwrap(), options).unwrap());
     });
 }
