@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn an_unknown_attempt_has_the_fields_of_a_connection() {
-        let keys = |value: serde_json::Value| -> Vec<String> {
+        let keys = |value: Value| -> Vec<String> {
             value.as_object().unwrap().keys().cloned().collect()
         };
         let unknown = PreventedFields::Unknown(UnknownAttempt { id: String::new() });
