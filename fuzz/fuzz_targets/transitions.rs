@@ -6,7 +6,7 @@ use std::collections::HashSet;
 
 use libfuzzer_sys::fuzz_target;
 use selfconn::detect::connection::{ConnectionEvent, Connections};
-use selfconn_ebpf::Transition;
+use selfconn_ebpf::{Transition, names::PROGRAMS};
 use zerocopy::FromBytes as _;
 
 fuzz_target!(|bytes: &[u8]| {
@@ -15,8 +15,7 @@ fuzz_target!(|bytes: &[u8]| {
     let (mut established, mut closed) = (HashSet::new(), HashSet::new());
     for record in records.chunks(size_of::<Transition>()) {
         let Ok(mut transition) = Transition::read_from_bytes(record) else { break };
-        // There are four probes.
-        transition.probe_id %= 4;
+        transition.probe_id %= PROGRAMS.len() as u8;
         connections.apply(&transition, |event| match event {
             ConnectionEvent::Established(connection) => assert!(established.insert(connection.number)),
             ConnectionEvent::State(..) => {}

@@ -147,18 +147,28 @@ mod tests {
         test.health.as_ref().is_some_and(|(_, socket)| socket.is_connected())
     }
 
+    /// On a busy host another thread of the kernel delivers the SYN.
+    fn is_connected_soon(test: &SelfTest) -> bool {
+        let until = Instant::now() + Duration::from_secs(10);
+        while !is_connected(test) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        is_connected(test)
+    }
+
     #[test]
     fn unreadable_counters_postpone_the_test_and_leave_the_socket_unconnected() {
         let mut test = self_test();
         for _ in 0..3 {
             test.begin_if_due(|| Ok(Counters::default()));
-            assert!(is_connected(&test));
+            assert!(is_connected_soon(&test));
             assert_eq!(test.evaluate(Err(anyhow!("EPERM"))), None);
             assert!(!is_connected(&test), "the next test would fail with EISCONN");
             assert!(!test.can_evaluate());
         }
         // A test that goes on keeps its connection.
         test.begin_if_due(|| Ok(Counters::default()));
+        assert!(is_connected_soon(&test));
         assert_eq!(test.evaluate(Ok(Counters::default())), None);
         assert!(is_connected(&test));
         // Unreadable counters at the beginning start no test.

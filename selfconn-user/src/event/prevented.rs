@@ -157,9 +157,7 @@ mod tests {
 
     #[test]
     fn an_unknown_attempt_has_the_fields_of_a_connection() {
-        let keys = |value: Value| -> Vec<String> {
-            value.as_object().unwrap().keys().cloned().collect()
-        };
+        let keys = |value: Value| -> Vec<String> { value.as_object().unwrap().keys().cloned().collect() };
         let unknown = PreventedFields::Unknown(UnknownAttempt { id: String::new() });
         let known = PreventedFields::Known(Box::new(ConnectionFields::sample()));
         assert_eq!(keys(serde_json::to_value(unknown).unwrap()), keys(serde_json::to_value(known).unwrap()));

@@ -10,6 +10,7 @@ use super::*;
 type Fields = BTreeMap<String, (String, bool)>;
 
 const PAGE: &str = include_str!("../../../../docs/events.md");
+const README: &str = include_str!("../../../../README.md");
 
 /// The section of the page with this heading.
 fn section(heading: &str) -> &'static str {
@@ -135,6 +136,21 @@ fn every_field_of_each_event_is_in_its_table_with_its_type() {
         assert_eq!(described, expected, "{name}");
     }
     assert_eq!(of_every_event, common);
+}
+
+#[test]
+fn the_examples_have_every_field_of_a_closed() {
+    let mut expected = connection();
+    expected.extend(documented(section("closed")));
+    expected.extend(documented(PAGE.split("Every event has").nth(1).unwrap()));
+    let expected: Vec<_> = expected.into_keys().filter(|name| !name.contains('.')).collect();
+    for (page, begin, fold) in [(PAGE, "```json\n{", "  "), (README, "```\n{", "")] {
+        let example = page.split(begin).last().unwrap().split("\n```").next().unwrap();
+        let example = format!("{{{}", example.replace(&format!("\n{fold}"), ""));
+        let event: serde_json::Map<String, Value> = serde_json::from_str(&example).unwrap();
+        assert_eq!(event["event"], "closed");
+        assert_eq!(event.into_iter().map(|(name, _)| name).collect::<Vec<_>>(), expected);
+    }
 }
 
 #[test]
