@@ -59,6 +59,12 @@ impl GuardedNetns {
         Ok(Seen { disarmed, ended, others: devices.len().saturating_sub(self.attachments.len()) })
     }
 
+    /// True if the program is attached in the namespace of the calling thread, so it is this one and not another with the
+    /// same inode.
+    pub(super) fn is_there(&self, program: &GuardProgram) -> io::Result<bool> {
+        Ok(self.disarmed(program, &rtnetlink::loop_devices()?)? != Some(Disarmed::TakenOff))
+    }
+
     /// True if no other attachment finds room here.
     pub(super) fn is_full(&self) -> bool {
         self.attachments.len() >= MAX_DEVICES
@@ -97,7 +103,7 @@ pub(super) fn attach_to_next(
     let mut is_another = false;
     // Without a cookie this may be another namespace that has the same inode.
     if let Some(old) = known.filter(|_| !has_cookie)
-        && old.disarmed(program, &devices)? == Some(Disarmed::TakenOff)
+        && !old.is_there(program)?
     {
         (known, is_another) = (None, true);
     }

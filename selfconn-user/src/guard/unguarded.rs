@@ -4,7 +4,7 @@
 //! guard. So owners share the room, and an owner has a few events for each kind of reason in a while; the others follow.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     mem::{Discriminant, discriminant},
     time::{Duration, Instant},
 };
@@ -72,6 +72,9 @@ struct Unguarded {
 pub struct UnguardedNamespaces {
     by_id: HashMap<NetnsId, Unguarded>,
     shares: SharedLimit,
+    /// Those for which there was no room since the last walk. They have no event. The walk itself keeps as much of every
+    /// namespace.
+    beyond: HashSet<NetnsId>,
     /// Entries that are not reported.
     pending: usize,
     /// The events of the current window.
@@ -84,6 +87,7 @@ impl Default for UnguardedNamespaces {
         Self {
             by_id: HashMap::new(),
             shares: SharedLimit::new(MAX_UNGUARDED),
+            beyond: HashSet::new(),
             pending: 0,
             events: HashMap::new(),
             window_ends: None,
@@ -92,21 +96,19 @@ impl Default for UnguardedNamespaces {
 }
 
 impl UnguardedNamespaces {
-    /// False: there is no room for this owner.
-    pub fn insert(&mut self, id: NetnsId, owner: u32, reason: UnguardedReason) -> bool {
+    pub fn insert(&mut self, id: NetnsId, owner: u32, reason: UnguardedReason) {
         if let Some(known) = self.by_id.get_mut(&id) {
             if known.reason != reason {
                 known.reason = reason;
                 self.pending += usize::from(std::mem::take(&mut known.is_reported));
             }
-            return true;
+        } else if self.shares.try_take(Owner::new(owner, 0), 1) {
+            self.beyond.remove(&id);
+            self.by_id.insert(id, Unguarded { owner, reason, is_reported: false });
+            self.pending += 1;
+        } else {
+            self.beyond.insert(id);
         }
-        if !self.shares.try_take(Owner::new(owner, 0), 1) {
-            return false;
-        }
-        self.by_id.insert(id, Unguarded { owner, reason, is_reported: false });
-        self.pending += 1;
-        true
     }
 
     /// The program is attached to all devices of the namespace. A reason of another kind stays until the next walk.
@@ -119,25 +121,28 @@ impl UnguardedNamespaces {
     }
 
     pub fn remove(&mut self, id: NetnsId) {
+        self.beyond.remove(&id);
         if let Some(known) = self.by_id.remove(&id) {
             self.shares.give_back(Owner::new(known.owner, 0), 1);
             self.pending -= usize::from(!known.is_reported);
         }
     }
 
-    pub fn retain(&mut self, is_kept: impl Fn(NetnsId) -> bool) {
+    /// A walk has found the namespaces that are kept.
+    pub fn on_walk(&mut self, is_kept: impl Fn(NetnsId) -> bool) {
+        self.beyond.clear();
         let gone: Vec<_> = self.by_id.keys().copied().filter(|id| !is_kept(*id)).collect();
         gone.into_iter().for_each(|id| self.remove(id));
     }
 
     #[must_use]
     pub fn contains(&self, id: NetnsId) -> bool {
-        self.by_id.contains_key(&id)
+        self.by_id.contains_key(&id) || self.beyond.contains(&id)
     }
 
     #[must_use]
     pub fn count(&self) -> usize {
-        self.by_id.len()
+        self.by_id.len() + self.beyond.len()
     }
 
     /// The namespaces that an event is due for.
@@ -176,9 +181,9 @@ mod tests {
         let mut unguarded = UnguardedNamespaces::default();
         let now = Instant::now();
         for reason in [UnguardedReason::NoRoom, UnguardedReason::Disarmed(Disarmed::TakenOff)] {
-            assert!(unguarded.insert(id(1), 7, reason.clone()));
+            unguarded.insert(id(1), 7, reason.clone());
             assert_eq!(unguarded.take_due(now), [UnguardedNetns { id: id(1), why: reason.text() }]);
-            assert!(unguarded.insert(id(1), 7, reason));
+            unguarded.insert(id(1), 7, reason);
             assert_eq!(unguarded.take_due(now), []);
         }
         unguarded.remove(id(1));
@@ -193,7 +198,7 @@ mod tests {
             (UnguardedReason::NotAttached("no".to_owned()), false),
             (UnguardedReason::Disarmed(Disarmed::TakenOff), true),
         ] {
-            assert!(unguarded.insert(id(1), 7, reason.clone()));
+            unguarded.insert(id(1), 7, reason.clone());
             unguarded.on_attached(id(1));
             assert_eq!(unguarded.contains(id(1)), stays, "{reason:?}");
         }
@@ -203,12 +208,16 @@ mod tests {
     fn a_flood_of_one_owner_is_spread_and_takes_nothing_from_another() {
         let mut unguarded = UnguardedNamespaces::default();
         let began = Instant::now();
-        let kept =
-            (0..4_000).filter(|inode| unguarded.insert(id(*inode), 7, UnguardedReason::NoRoom)).count();
+        for _ in 0..2 {
+            (0..4_000).for_each(|inode| unguarded.insert(id(inode), 7, UnguardedReason::NoRoom));
+            assert_eq!(unguarded.count(), 4_000, "each is counted once");
+        }
+        let kept = unguarded.by_id.len();
         assert_eq!(kept, MAX_UNGUARDED * 3 / 4);
+        assert!((0..4_000).all(|inode| unguarded.contains(id(inode))));
         assert_eq!(unguarded.take_due(began).len(), MAX_EVENTS);
-        assert!(unguarded.insert(id(9_000), 8, UnguardedReason::NoRoom));
-        assert!(unguarded.insert(id(0), 7, UnguardedReason::Disarmed(Disarmed::TakenOff)));
+        unguarded.insert(id(9_000), 8, UnguardedReason::NoRoom);
+        unguarded.insert(id(0), 7, UnguardedReason::Disarmed(Disarmed::TakenOff));
         let due = unguarded.take_due(began);
         assert_eq!(due.len(), 2, "another owner, and another kind of reason: {due:?}");
         assert_eq!(unguarded.take_due(began), []);
@@ -219,7 +228,7 @@ mod tests {
             reported += due.len();
         }
         assert!((kept + 1..=kept + 2).contains(&reported), "each of them in the end: {reported}");
-        unguarded.retain(|_| false);
+        unguarded.on_walk(|_| false);
         assert_eq!((unguarded.count(), unguarded.pending, unguarded.shares.used()), (0, 0, 0));
     }
 
@@ -230,7 +239,7 @@ mod tests {
         let mut events = 0;
         for name in 0..100 {
             let behind = Disarmed::Behind(name.to_string());
-            assert!(unguarded.insert(id(1), 7, UnguardedReason::Disarmed(behind)));
+            unguarded.insert(id(1), 7, UnguardedReason::Disarmed(behind));
             events += unguarded.take_due(now).len();
         }
         assert_eq!(events, MAX_EVENTS);

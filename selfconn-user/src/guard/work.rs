@@ -68,8 +68,6 @@ pub(super) struct GuardWork {
     guarded: HashMap<NetnsId, GuardedNetns>,
     queue: NamespaceQueue<PathBuf>,
     unguarded: UnguardedNamespaces,
-    /// Namespaces since the last walk that are neither guarded nor in `unguarded`, which has no room for them.
-    beyond: usize,
     failures: u64,
     is_own_only: bool,
     reports: mpsc_async::Sender<GuardReport>,
@@ -89,7 +87,6 @@ impl GuardWork {
             guarded: HashMap::new(),
             queue: NamespaceQueue::default(),
             unguarded: UnguardedNamespaces::default(),
-            beyond: 0,
             failures: 0,
             is_own_only,
             reports,
@@ -174,12 +171,32 @@ impl GuardWork {
         }
         let path = PathBuf::from(format!("/proc/{tid}/ns/net"));
         // If the thread has ended, or is in another namespace by now, the next walk may find this one.
-        if let Ok((inode, owner)) = netns_owner_at(&path)
-            && inode == u64::from(netns)
-            && !self.queue.push(Waiting { id, owner, path, connects: true })
+        let Some((_, owner)) = netns_owner_at(&path).ok().filter(|(inode, _)| *inode == u64::from(netns))
+        else {
+            return;
+        };
+        if !self.queue.push(Waiting { id, owner, path: path.clone(), connects: true })
+            && !self.is_guarded_without_cookie(id, &path)
         {
             self.unguarded.insert(id, owner, UnguardedReason::NoRoom);
         }
+    }
+
+    /// True if this namespace, which has no cookie, is guarded. False also for another one with the same inode.
+    fn is_guarded_without_cookie(&self, id: NetnsId, path: &Path) -> bool {
+        let Some(known) = self.guarded.get(&id).filter(|known| id.cookie == 0 && known.is_complete) else {
+            return false;
+        };
+        let program = &self.program;
+        let looked = in_thread(|| {
+            let mut is_guarded = false;
+            visit_namespace(path, |namespace| {
+                is_guarded = namespace.id == id && known.is_there(program)?;
+                Ok(())
+            })?;
+            Ok(is_guarded)
+        });
+        looked.flatten().unwrap_or(false)
     }
 
     /// Attaches the program to one more device of a namespace.
@@ -228,7 +245,7 @@ impl GuardWork {
                     // Not even on the loopback device.
                     self.guarded.remove(&id);
                 } else if has_more && (known.is_full() || !self.queue.push(next)) {
-                    self.on_unguarded(id, owner, UnguardedReason::NoRoom);
+                    self.unguarded.insert(id, owner, UnguardedReason::NoRoom);
                 }
             }
             // It has ended, or its process has. The next walk finds it again if it still exists.
@@ -291,8 +308,7 @@ impl GuardWork {
             }
             !has_ended
         });
-        self.unguarded.retain(is_found);
-        self.beyond = 0;
+        self.unguarded.on_walk(is_found);
         for (owner, ended) in released {
             self.queue.give_back(owner, ended);
         }
@@ -303,7 +319,7 @@ impl GuardWork {
             let known = self.guarded.iter().find(|(id, _)| id.inode == inode);
             let (id, owner) =
                 known.map_or((NetnsId { inode, cookie: 0 }, 0), |(id, known)| (*id, known.owner));
-            self.on_unguarded(id, owner, UnguardedReason::NotEntered(error));
+            self.unguarded.insert(id, owner, UnguardedReason::NotEntered(error));
         }
         for (namespace, owner) in new {
             if let Some(old) = self.guarded.remove(&namespace.id) {
@@ -313,11 +329,11 @@ impl GuardWork {
                 Ok(owner) => {
                     let Namespace { id, path, .. } = namespace;
                     if !self.queue.push(Waiting { id, owner, path, connects: false }) {
-                        self.on_unguarded(id, owner, UnguardedReason::NoRoom);
+                        self.unguarded.insert(id, owner, UnguardedReason::NoRoom);
                     }
                 }
                 Err(error) => {
-                    self.on_unguarded(namespace.id, 0, UnguardedReason::Unknown(error.to_string()));
+                    self.unguarded.insert(namespace.id, 0, UnguardedReason::Unknown(error.to_string()));
                 }
             }
         }
@@ -328,7 +344,9 @@ impl GuardWork {
         let Namespace { id, path, .. } = namespace;
         let Seen { disarmed, ended, others } = match seen {
             Ok(seen) => seen,
-            Err(error) => return self.on_unguarded(id, owner, UnguardedReason::Unknown(error.to_string())),
+            Err(error) => {
+                return self.unguarded.insert(id, owner, UnguardedReason::Unknown(error.to_string()));
+            }
         };
         self.queue.give_back(owner, ended);
         let Some(known) = self.guarded.get_mut(&id) else { return };
@@ -336,17 +354,12 @@ impl GuardWork {
         let has_room =
             others == 0 || !known.is_full() && self.queue.push(Waiting { id, owner, path, connects: false });
         match disarmed {
-            Some(why) => self.on_unguarded(id, owner, UnguardedReason::Disarmed(why)),
-            None if !has_room => self.on_unguarded(id, owner, UnguardedReason::NoRoom),
+            Some(why) => self.unguarded.insert(id, owner, UnguardedReason::Disarmed(why)),
+            None if !has_room => self.unguarded.insert(id, owner, UnguardedReason::NoRoom),
             None if others == 0 => self.unguarded.remove(id),
             // Its turn comes.
             None => {}
         }
-    }
-
-    /// A namespace is not guarded.
-    fn on_unguarded(&mut self, id: NetnsId, owner: u32, why: UnguardedReason) {
-        self.beyond += usize::from(!self.unguarded.insert(id, owner, why));
     }
 
     /// Reports what has changed. If the daemon has not taken the reports before, it is reported later.
@@ -374,7 +387,7 @@ impl GuardWork {
         let incomplete = self.guarded.iter().filter(|(_, known)| !known.is_complete).map(|(id, _)| *id);
         let waiting: HashSet<NetnsId> = self.queue.ids().chain(incomplete).collect();
         let waiting = waiting.into_iter().filter(|id| !self.unguarded.contains(*id)).count();
-        let unguarded = self.unguarded.count() + waiting + self.beyond;
+        let unguarded = self.unguarded.count() + waiting;
         GuardCounts { guarded, unguarded, failures: self.failures }
     }
 
