@@ -1,6 +1,7 @@
 //! selfconn's build and test commands: `cargo xtask COMMAND`. Each installs what it needs, or prints the
 //! command that does. Exit code 2 is an error.
 
+mod architecture;
 mod bench;
 mod build_ebpf;
 mod daemon;

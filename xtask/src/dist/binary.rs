@@ -37,7 +37,7 @@ pub(super) fn build(
     let mut flags = vec![format!("-Ctarget-feature={feature}")];
     flags.extend(remap::flags(&workspace.root, &sysroot()?)?);
     // With a target, the flags are not used for build scripts and macros.
-    let triple = format!("{}-unknown-linux-gnu", release.architecture.rust);
+    let triple = release.architecture.rust_target();
     // Each linking has its own directory, because other flags rebuild everything.
     let target_dir = work.join("build").join(name);
     let mut cargo = environment::cargo();

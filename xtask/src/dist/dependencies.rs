@@ -72,7 +72,7 @@ pub(super) fn bills_of_materials(
 ) -> Result<Vec<PathBuf>> {
     const FILE: &str = "selfconn-bill-of-materials";
     let program = CARGO_CYCLONEDX.get(workspace)?;
-    let host = format!("{}-unknown-linux-gnu", release.architecture.rust);
+    let host = release.architecture.rust_target();
     let mut bills = Vec::new();
     for (package, target) in [("selfconn-user", host.as_str()), ("selfconn-ebpf", "bpfel-unknown-none")] {
         let mut cyclonedx = plain(&program);

@@ -5,6 +5,7 @@ use std::{env, fs};
 use anyhow::{Context as _, Result};
 
 use crate::{
+    architecture::Architecture,
     environment::plain,
     run::{self, say},
     workspace::Workspace,
@@ -18,19 +19,8 @@ pub(crate) struct Release {
     pub(crate) revision: String,
     /// Seconds since 1970: `SOURCE_DATE_EPOCH` if it is set, else the time of the commit.
     pub(crate) epoch: u64,
-    pub(crate) architecture: Architecture,
+    pub(crate) architecture: &'static Architecture,
 }
-
-/// An architecture, by its names.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Architecture {
-    pub(crate) rust: &'static str,
-    /// Debian's name, which images have, too.
-    pub(crate) debian: &'static str,
-}
-
-const ARCHITECTURES: [Architecture; 2] =
-    [Architecture { rust: "x86_64", debian: "amd64" }, Architecture { rust: "aarch64", debian: "arm64" }];
 
 impl Release {
     /// The release of the checked-out sources. Warns if they differ from the commit.
@@ -51,8 +41,7 @@ impl Release {
         let revision = git(&["rev-parse", "HEAD"]).ok().or_else(|| of_archive(workspace, 0));
         let revision = revision.map_or_else(|| "unknown".to_owned(), |revision| revision.trim().to_owned());
         let epoch = epoch.trim().parse().context("SOURCE_DATE_EPOCH is not a number of seconds")?;
-        let architecture = ARCHITECTURES.into_iter().find(|one| one.rust == env::consts::ARCH);
-        let architecture = architecture.with_context(|| format!("no packages for {}", env::consts::ARCH))?;
+        let architecture = Architecture::named(None)?;
         Ok(Self { version: env!("CARGO_PKG_VERSION").to_owned(), revision, epoch, architecture })
     }
 

@@ -21,7 +21,7 @@ it anew, are where you got this archive.
 /// Writes its files. Returns their directory, which has the name of the archive.
 pub(super) fn fill(parts: &ReleaseParts) -> Result<PathBuf> {
     let release = &parts.release;
-    let name = format!("selfconn-{}-{}-linux", release.version, release.architecture.rust);
+    let name = format!("selfconn-{}-{}-linux", release.version, release.architecture.name);
     let tree = Tree::empty(&parts.work.join("tarball"))?;
     let inside = |path: &str| format!("{name}/{path}");
     tree.copy(&inside("selfconn"), 0o755, parts.binary(Linking::Static)?)?;

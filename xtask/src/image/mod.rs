@@ -32,7 +32,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     let start = Instant::now();
     // The archive is what stays. The rest is removed with `containers`.
     let archive =
-        format!("selfconn-{}-{}.oci.tar", unpacked.release.version, unpacked.release.architecture.rust);
+        format!("selfconn-{}-{}.oci.tar", unpacked.release.version, unpacked.release.architecture.name);
     let archive = workspace.target.join("image").join(archive);
     let _ = fs::remove_file(&archive);
     let image = build(&containers, &unpacked)?;

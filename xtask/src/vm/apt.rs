@@ -12,8 +12,9 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::architecture::{Architecture, Flavour};
+use super::flavour::Flavour;
 use crate::{
+    architecture::Architecture,
     environment::plain,
     packages::{self, debs_in},
     run::{self, say},

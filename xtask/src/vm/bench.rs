@@ -5,9 +5,7 @@ use std::{fs, path::PathBuf, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 
 use super::{
-    PROGRAMS,
-    architecture::Architecture,
-    binaries,
+    PROGRAMS, binaries,
     boot::{Boot, Ending},
     directory,
     emulator::Emulator,
@@ -15,6 +13,7 @@ use super::{
     stock::KernelStock,
 };
 use crate::{
+    architecture::Architecture,
     packages,
     run::{say, seconds},
     workspace::{Workspace, here},

@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::architecture::Architecture;
-use crate::{environment, packages, run, run::say, workspace::Workspace};
+use crate::{architecture::Architecture, environment, packages, run, run::say, workspace::Workspace};
 
 /// Installs what is needed to build for another architecture.
 pub(super) fn prepare(architecture: &Architecture) -> Result<()> {

@@ -9,8 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::architecture::Architecture;
-use crate::{environment, packages, workspace::Workspace};
+use crate::{architecture::Architecture, environment, packages, workspace::Workspace};
 
 /// The emulator of an architecture.
 #[derive(Debug)]

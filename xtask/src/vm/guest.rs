@@ -8,8 +8,9 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{apt::PrivateApt, architecture::Architecture, kernel::Kernel};
+use super::{apt::PrivateApt, kernel::Kernel};
 use crate::{
+    architecture::Architecture,
     dist::Tree,
     environment::plain,
     packages, run,

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::architecture::{Emulation, Flavour};
+use super::flavour::{Emulation, Flavour};
 use crate::{environment::plain, packages::debs_in, run};
 
 /// Modules of Debian's cloud kernels that tests need: the socket table, disturbances of the network, and a user of

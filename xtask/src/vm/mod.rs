@@ -6,7 +6,6 @@ use std::{path::PathBuf, time::Instant};
 use anyhow::{Context as _, Result};
 
 use self::{
-    architecture::Architecture,
     emulator::Emulator,
     kernel::Kernel,
     report::VmReport,
@@ -15,18 +14,19 @@ use self::{
     variant::{VARIANTS, Variant},
 };
 use crate::{
+    architecture::{self, Architecture},
     build_ebpf, packages,
     run::{say, seconds_since},
     workspace::{Workspace, write_if_changed},
 };
 
 mod apt;
-mod architecture;
 mod bench;
 mod binaries;
 mod boot;
 mod emulator;
 mod facts;
+mod flavour;
 mod guest;
 mod kernel;
 mod kernels;

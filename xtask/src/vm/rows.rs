@@ -11,9 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
-    VmArgs,
-    architecture::Architecture,
-    binaries,
+    VmArgs, binaries,
     boot::{Boot, BootResult, KernelWarnings},
     emulator::Emulator,
     facts,
@@ -23,6 +21,7 @@ use super::{
     variant::{EVERYTHING, Variant},
 };
 use crate::{
+    architecture::Architecture,
     libtest,
     run::{say, seconds},
     workspace::{Workspace, here},

@@ -9,10 +9,10 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 
 use super::{
     apt::{PrivateApt, is_version, newest, numbers},
-    architecture::{Architecture, Flavour},
+    flavour::Flavour,
     kernel::Kernel,
 };
-use crate::run::say;
+use crate::{architecture::Architecture, run::say};
 
 /// How many of the default kernels may be missing.
 const MAX_MISSING_KERNELS: usize = 1;

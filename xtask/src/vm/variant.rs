@@ -115,7 +115,7 @@ pub(super) fn named(names: &[String]) -> Vec<&'static Variant> {
 mod tests {
     use std::path::PathBuf;
 
-    use super::{super::architecture::Flavour, *};
+    use super::{super::flavour::Flavour, *};
 
     #[test]
     fn one_cpu_is_a_row_of_its_own_only_if_there_can_be_two() {

@@ -12,7 +12,6 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
     PROGRAMS,
-    architecture::Architecture,
     boot::{Boot, Ending},
     emulator::Emulator,
     guest,
@@ -20,6 +19,7 @@ use super::{
     stock::KernelStock,
 };
 use crate::{
+    architecture::Architecture,
     dist::{Deb, ReleaseParts, Tree},
     packages,
     run::{say, seconds_since},

@@ -1,90 +1,9 @@
-//! The architectures of test machines, and the flavours of Debian's kernels: what Rust, Debian and QEMU call them, and
-//! what differs between their machines.
+//! The flavours of Debian's kernels, and what QEMU can emulate for them.
 
 use anyhow::{Context as _, Result};
 
 use super::apt::numbers;
-
-/// An architecture that QEMU emulates.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Architecture {
-    /// The name that Rust, QEMU and the kernel have for it.
-    pub(super) name: &'static str,
-    /// Debian's name.
-    pub(super) debian: &'static str,
-    /// Debian's package of its emulator.
-    pub(super) emulator_package: &'static str,
-    /// QEMU's options of the machine.
-    pub(super) machine: &'static [&'static str],
-    /// The kernel's console, which is the first serial line.
-    pub(super) console: &'static str,
-    /// The second serial line, for the output of tests, and QEMU's options for it with the character device `output`.
-    pub(super) output: &'static str,
-    pub(super) output_line: &'static [&'static str],
-    /// The kernels of `cargo xtask vm`: one of each long-term series since 5.10, and the newest. The oldest is first.
-    pub(super) kernels: &'static [&'static str],
-    /// The program that links for it on another architecture, and its Debian packages.
-    pub(super) linker: &'static str,
-    pub(super) linker_packages: &'static [&'static str],
-}
-
-static X86_64: Architecture = Architecture {
-    name: "x86_64",
-    debian: "amd64",
-    emulator_package: "qemu-system-x86",
-    machine: &[],
-    console: "ttyS0",
-    output: "ttyS1",
-    output_line: &["-serial", "chardev:output"],
-    kernels: &["5.10", "6.1", "6.12", "6.18", "7"],
-    linker: "x86_64-linux-gnu-gcc",
-    linker_packages: &["gcc-x86-64-linux-gnu", "libc6-dev-amd64-cross"],
-};
-
-static AARCH64: Architecture = Architecture {
-    name: "aarch64",
-    debian: "arm64",
-    emulator_package: "qemu-system-arm",
-    machine: &["-machine", "virt"],
-    // The machine has one serial line of its own.
-    console: "ttyAMA0",
-    output: "ttyS0",
-    output_line: &["-device", "pci-serial,chardev=output"],
-    kernels: &["5.10", "6.1", "6.12-16k", "7"],
-    linker: "aarch64-linux-gnu-gcc",
-    linker_packages: &["gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross"],
-};
-
-/// The names of the architectures.
-pub(super) const NAMES: [&str; 2] = ["x86_64", "aarch64"];
-
-impl Architecture {
-    /// The architecture with this name, or that of this machine.
-    pub(super) fn named(name: Option<&str>) -> Result<&'static Self> {
-        let name = name.unwrap_or(std::env::consts::ARCH);
-        [&X86_64, &AARCH64]
-            .into_iter()
-            .find(|known| known.name == name)
-            .with_context(|| format!("no machine of {name} can be emulated, only {}", NAMES.join(" and ")))
-    }
-
-    /// The other one.
-    pub(super) fn other(&self) -> &'static Self {
-        if self.name == X86_64.name { &AARCH64 } else { &X86_64 }
-    }
-
-    pub(super) fn rust_target(&self) -> String {
-        format!("{}-unknown-linux-gnu", self.name)
-    }
-
-    pub(super) fn emulator(&self) -> String {
-        format!("qemu-system-{}", self.name)
-    }
-
-    pub(super) fn is_this_machines(&self) -> bool {
-        self.name == std::env::consts::ARCH
-    }
-}
+use crate::architecture::{AARCH64, Architecture, X86_64};
 
 /// A flavour of Debian's kernels.
 #[derive(Debug, PartialEq, Eq)]
@@ -198,8 +117,6 @@ mod tests {
         }
         let error = Flavour::of(&X86_64, "6.12-16k").unwrap_err().to_string();
         assert_eq!(error, "x86_64: no flavour \"16k\", only rt");
-        assert_eq!(Architecture::named(Some("aarch64")).unwrap().rust_target(), "aarch64-unknown-linux-gnu");
-        assert!(Architecture::named(Some("mips")).is_err());
     }
 
     #[test]
