@@ -152,25 +152,19 @@ impl Record {
     }
 }
 
-/// Which transitions are reported: a bit mask by [`reported::bit`], the value of the global [`names::REPORTED`].
+/// Which transitions are reported: a bit mask by new state, the value of the global [`names::REPORTED`].
 pub mod reported {
     use super::state;
 
-    /// The end of an attempt that became no connection.
-    const FAILED_ATTEMPT: u8 = 31;
-
+    /// The end of an attempt that became no connection, beside the bit of CLOSE.
+    pub const FAILED_ATTEMPTS: u32 = 1 << 31;
     /// The minimum that shows when a self-connection begins and ends, and which task closes it.
     pub const LIFETIMES: u32 = 1 << state::ESTABLISHED | 1 << state::FIN_WAIT1 | 1 << state::CLOSE;
     /// All transitions.
     pub const STATES: u32 = u32::MAX;
 
-    /// The bit of a transition: its new state, but for a failed attempt.
-    #[inline(always)]
-    #[must_use]
-    pub const fn bit(old: u8, new: u8) -> u32 {
-        let number = if old == state::SYN_SENT && new == state::CLOSE { FAILED_ATTEMPT } else { new };
-        1 << (number & 31)
-    }
+    // The report at CLOSE also frees the socket's slot in the connect table.
+    const _: () = assert!(LIFETIMES & STATES & 1 << state::CLOSE != 0);
 }
 
 #[cfg(test)]

@@ -152,6 +152,12 @@ fn handle<C: EbpfContext, M: KernelRead>(
             }
         }
         Action::Report => report(ctx, sock, transition, false),
+        // Here and not in `report`, so that the verifier follows `report` no more often.
+        Action::ReportAndRemove
+            if transition.old == state::SYN_SENT && REPORTED.load() & reported::FAILED_ATTEMPTS == 0 =>
+        {
+            connect_table::remove(sock);
+        }
         Action::ReportAndRemove => report(ctx, sock, transition, true),
         Action::Remove => connect_table::remove(sock),
         Action::RemoveAndCount => end_failed_connect(ctx, sock, transition),
@@ -193,10 +199,7 @@ fn report<C: EbpfContext, M: KernelRead>(
     removes: bool,
 ) {
     let SocketTransition { probe_id, self_addr, dport, old, new, .. } = *transition;
-    if REPORTED.load() & reported::bit(old, new) == 0 {
-        if removes {
-            connect_table::remove(sock);
-        }
+    if REPORTED.load() & 1 << (new & 31) == 0 {
         return;
     }
     // User space uses these counters to check that each program observes transitions.
