@@ -3,6 +3,8 @@
 
 use anyhow::{Context as _, Result};
 
+use crate::{environment, run};
+
 /// An architecture.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Architecture {
@@ -71,8 +73,14 @@ impl Architecture {
         if self.name == X86_64.name { &AARCH64 } else { &X86_64 }
     }
 
+    /// The target of programs that run where they are built, and of those of the test machines.
     pub(crate) fn rust_target(&self) -> String {
         format!("{}-unknown-linux-gnu", self.name)
+    }
+
+    /// The target of what is released: with musl a program needs no library of the host.
+    pub(crate) fn release_target(&self) -> String {
+        format!("{}-unknown-linux-musl", self.name)
     }
 
     pub(crate) fn emulator(&self) -> String {
@@ -82,6 +90,17 @@ impl Architecture {
     pub(crate) fn is_this_machines(&self) -> bool {
         self.name == std::env::consts::ARCH
     }
+}
+
+/// Installs the library for a target.
+///
+/// # Errors
+/// If there is no rustup, or it can't.
+pub(crate) fn add_target(target: &str) -> Result<()> {
+    let mut add = environment::plain("rustup");
+    run::step(&format!("adding the target {target}"), add.args(["target", "add", target])).with_context(
+        || format!("Rust's library for {target} is needed: install rustup, or let it reach its server"),
+    )
 }
 
 #[cfg(test)]

@@ -6,11 +6,22 @@ use std::{env, ffi::OsString, os::unix::process::CommandExt as _};
 use anyhow::{Result, anyhow, bail};
 
 use crate::{
-    build_ebpf, environment,
+    architecture::Architecture,
+    build_ebpf,
+    dist::binary,
+    environment,
     packages::may_install,
     run::{self, say},
     workspace::{Workspace, here},
 };
+
+/// As [`build`], for this architecture, static: the host needs no library.
+pub(crate) fn build_for(workspace: &Workspace, architecture: &Architecture) -> Result<()> {
+    build_ebpf::build(workspace)?;
+    let binary = binary::build(workspace, architecture, &workspace.target)?;
+    say(format!("{} is for {} and needs no library", here(&binary), architecture.name));
+    Ok(())
+}
 
 /// Builds the eBPF object and the daemon, for release.
 pub(crate) fn build(workspace: &Workspace) -> Result<()> {

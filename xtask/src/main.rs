@@ -31,6 +31,7 @@ use std::{ffi::OsString, process::ExitCode};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use architecture::Architecture;
 use workspace::Workspace;
 
 #[derive(Parser)]
@@ -47,7 +48,11 @@ enum XtaskCommand {
     /// Finds or installs a Rust with the sources of its library, LLVM's development files, and bpf-linker.
     BuildEbpf,
     /// Build all, for release: target/release/selfconn
-    Build,
+    Build {
+        /// Build a static binary for this architecture, on any machine: target/NAME-unknown-linux-musl/release/selfconn
+        #[arg(long, value_name = "NAME", value_parser = architecture::NAMES)]
+        arch: Option<String>,
+    },
     /// Build all and start the daemon (through sudo, if you are not root)
     Run {
         /// Options of `selfconn run`
@@ -95,7 +100,10 @@ fn main() -> ExitCode {
 fn dispatch(command: &XtaskCommand, workspace: &Workspace) -> Result<()> {
     match command {
         XtaskCommand::BuildEbpf => build_ebpf::build(workspace),
-        XtaskCommand::Build => daemon::build(workspace),
+        XtaskCommand::Build { arch: Some(name) } => {
+            daemon::build_for(workspace, Architecture::named(Some(name))?)
+        }
+        XtaskCommand::Build { arch: None } => daemon::build(workspace),
         XtaskCommand::Run { arguments } => daemon::run(workspace, arguments),
         XtaskCommand::Test { filter, no_kernels } => test::test(workspace, filter.as_deref(), !no_kernels),
         XtaskCommand::Operations => operations::operations(workspace),

@@ -1,56 +1,69 @@
-//! Builds the released binaries, their man pages and completions.
+//! Builds the released binary, and its man pages and completions.
 
 use std::{
-    env,
+    env, fs,
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
+use object::{
+    Endianness,
+    elf::{EM_AARCH64, EM_X86_64, FileHeader64, PT_INTERP},
+    read::elf::{FileHeader as _, ProgramHeader as _},
+};
 
-use super::{release::Release, tree::Tree};
+use super::tree::Tree;
 use crate::{
+    architecture::{self, Architecture},
     environment::{self, plain},
     remap, run,
     workspace::Workspace,
 };
 
-/// What a binary needs of the system.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Linking {
-    /// The C library of the system that it was built on, or a newer one.
-    Dynamic,
-    /// Only a kernel.
-    Static,
-}
+/// Compiler options that link with what Rust brings along, so that no linker or library of another architecture is
+/// needed.
+const LINKING: [&str; 3] = ["-Ctarget-feature=+crt-static", "-Clinker=rust-lld", "-Clink-self-contained=yes"];
 
-/// Builds the release binary without paths of this machine. Returns a copy for each linking.
-pub(super) fn build(
+/// Builds the release binary, static and without paths of this machine. `target_dir`: for it alone, because its options
+/// rebuild everything.
+pub(crate) fn build(
     workspace: &Workspace,
-    release: &Release,
-    linking: Linking,
-    work: &Path,
+    architecture: &Architecture,
+    target_dir: &Path,
 ) -> Result<PathBuf> {
-    let (name, feature) = match linking {
-        Linking::Dynamic => ("dynamic", "-crt-static"),
-        Linking::Static => ("static", "+crt-static"),
-    };
-    let mut flags = vec![format!("-Ctarget-feature={feature}")];
+    let target = architecture.release_target();
+    architecture::add_target(&target)?;
+    let mut flags = LINKING.map(ToOwned::to_owned).to_vec();
     flags.extend(remap::flags(&workspace.root, &sysroot()?)?);
-    // With a target, the flags are not used for build scripts and macros.
-    let triple = release.architecture.rust_target();
-    // Each linking has its own directory, because other flags rebuild everything.
-    let target_dir = work.join("build").join(name);
     let mut cargo = environment::cargo();
     cargo
         .args(["build", "--release", "--locked", "--package", "selfconn-user", "--bin", "selfconn"])
-        .args(["--target", &triple, "--target-dir"])
-        .arg(&target_dir)
+        // With a target, the flags are not used for build scripts and macros.
+        .args(["--target", &target, "--target-dir"])
+        .arg(target_dir)
         .current_dir(&workspace.root)
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
-    run::step(&format!("building the {name} binary"), &mut cargo)?;
-    let kept = work.join(name);
-    Tree::empty(&kept)?.copy("selfconn", 0o755, &target_dir.join(triple).join("release/selfconn"))?;
-    Ok(kept.join("selfconn"))
+    run::step(&format!("building the static binary for {}", architecture.name), &mut cargo)?;
+    let binary = target_dir.join(target).join("release/selfconn");
+    let bytes = fs::read(&binary).with_context(|| format!("read {}", binary.display()))?;
+    check(&bytes, architecture).with_context(|| format!("{} can't be released", binary.display()))?;
+    Ok(binary)
+}
+
+/// The binary is for this architecture, and needs no library of the host.
+fn check(bytes: &[u8], architecture: &Architecture) -> Result<()> {
+    let header = FileHeader64::<Endianness>::parse(bytes).context("parse the ELF header")?;
+    let endian = header.endian()?;
+    let machine = match header.e_machine(endian) {
+        EM_X86_64 => "x86_64",
+        EM_AARCH64 => "aarch64",
+        _ => "another architecture",
+    };
+    ensure!(machine == architecture.name, "it is for {machine}");
+    let segments = header.program_headers(endian, bytes)?;
+    let interpreted = segments.iter().any(|segment| segment.p_type(endian) == PT_INTERP);
+    ensure!(!interpreted, "it needs the host's dynamic linker");
+    Ok(())
 }
 
 /// Writes man pages and completions.
@@ -69,4 +82,19 @@ fn sysroot() -> Result<PathBuf> {
     let toolchain = env::var_os("RUSTUP_TOOLCHAIN").map(|toolchain| ("RUSTUP_TOOLCHAIN", toolchain));
     rustc.args(["--print", "sysroot"]).envs(toolchain);
     Ok(run::output(&mut rustc).context("ask for the sysroot")?.trim().into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_of_this_host_is_not_released_for_another_or_with_its_libraries() {
+        let bytes = fs::read("/proc/self/exe").unwrap();
+        let own = Architecture::named(None).unwrap();
+        let error = check(&bytes, own).unwrap_err().to_string();
+        assert_eq!(error, "it needs the host's dynamic linker", "tests are linked dynamically");
+        let error = check(&bytes, own.other()).unwrap_err().to_string();
+        assert_eq!(error, format!("it is for {}", own.name));
+    }
 }

@@ -6,13 +6,14 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::Tree;
 use crate::{
+    architecture::Architecture,
     environment::{cargo, plain},
     run::{self, say},
     workspace::{Workspace, here},
 };
 
 /// Builds twice. The clone is removed if the results are equal.
-pub(super) fn run(workspace: &Workspace) -> Result<()> {
+pub(super) fn run(workspace: &Workspace, architectures: &[&'static Architecture]) -> Result<()> {
     let git = |arguments: &[&str]| run::output(plain("git").arg("-C").arg(&workspace.root).args(arguments));
     let changed = git(&["status", "--porcelain"])?;
     ensure!(changed.is_empty(), "a clone has only committed files, and these are not: {}", changed.trim());
@@ -20,7 +21,7 @@ pub(super) fn run(workspace: &Workspace) -> Result<()> {
     let clone = workspace.target.join("dist-check/clone-elsewhere");
     Tree::empty(&clone)?;
     git(&["clone", "--quiet", "--no-hardlinks", ".", &clone.to_string_lossy()])?;
-    super::make(workspace)?;
+    super::make(workspace, architectures)?;
     // The tools are the same: the clone need not build them again, which takes minutes.
     fs::create_dir_all(clone.join("target")).context("make the clone's target directory")?;
     for tools in ["bpf-linker", "tools"] {
@@ -29,6 +30,7 @@ pub(super) fn run(workspace: &Workspace) -> Result<()> {
     }
     let mut again = cargo();
     again.args(["run", "--quiet", "--package", "xtask", "--", "dist"]).current_dir(&clone);
+    again.args(architectures.iter().flat_map(|architecture| ["--arch", architecture.name]));
     run::step(&format!("building it again in {}", here(&clone)), again.env_remove("CARGO_TARGET_DIR"))?;
 
     let sums = |directory: &Path| {

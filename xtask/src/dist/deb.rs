@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{ReleaseParts, binary::Linking, tree::Tree};
+use super::{ReleaseParts, tree::Tree};
 use crate::{environment::plain, run};
 
 /// The scripts that dpkg runs at installation and removal.
@@ -42,8 +42,7 @@ impl Deb {
         let control = control
             .replace("@VERSION@", &version)
             .replace("@ARCHITECTURE@", release.architecture.debian)
-            .replace("@SIZE@", &size.to_string())
-            .replace("@DEPENDS@", &libraries(parts)?);
+            .replace("@SIZE@", &size.to_string());
         tree.write("DEBIAN/control", 0o644, control.as_bytes())?;
         tree.write("DEBIAN/md5sums", 0o644, md5sums(&tree, &files)?.as_bytes())?;
         let configuration: String = CONFIGURATION.iter().map(|path| format!("/{path}\n")).collect();
@@ -74,7 +73,7 @@ impl Deb {
 /// Writes all files of the package.
 fn fill(tree: &Tree, parts: &ReleaseParts, version: &str, maintainer: &str) -> Result<()> {
     let packaging = |path: &str| parts.root.join("packaging").join(path);
-    tree.copy("usr/bin/selfconn", 0o755, parts.binary(Linking::Dynamic)?)?;
+    tree.copy("usr/bin/selfconn", 0o755, &parts.binary)?;
     let unit = "usr/lib/systemd/system/selfconn.service";
     tree.copy(unit, 0o644, &packaging("systemd/selfconn.service"))?;
     tree.copy(CONFIGURATION[0], 0o644, &packaging("logrotate/selfconn"))?;
@@ -106,18 +105,6 @@ fn fill(tree: &Tree, parts: &ReleaseParts, version: &str, maintainer: &str) -> R
          -- {maintainer}  {date}\n"
     );
     tree.write_gz(&format!("{DOCS}/changelog.Debian.gz"), of_debian.as_bytes())
-}
-
-/// The packages of the linked libraries, each with the lowest version that will do.
-fn libraries(parts: &ReleaseParts) -> Result<String> {
-    let tree = Tree::empty(&parts.work.join("shlibdeps"))?;
-    // It must have the description of a source package, and uses nothing of it.
-    tree.write("debian/control", 0o644, b"Source: selfconn\n\nPackage: selfconn\nArchitecture: any\n")?;
-    let mut dpkg = plain("dpkg-shlibdeps");
-    dpkg.args(["-O", "--warnings=0"]).arg(parts.binary(Linking::Dynamic)?).current_dir(&tree.root);
-    let printed = run::output(&mut dpkg)?;
-    let depends = printed.trim().strip_prefix("shlibs:Depends=");
-    depends.map(str::to_owned).with_context(|| format!("dpkg-shlibdeps prints {printed:?}"))
 }
 
 fn md5sums(tree: &Tree, files: &[PathBuf]) -> Result<String> {

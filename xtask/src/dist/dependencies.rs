@@ -46,8 +46,8 @@ impl Tool {
     }
 }
 
-/// The licence of each crate in the binary, with its text. `packaging/about.toml` has the targets and the
-/// accepted licences, `packaging/about.hbs` the form.
+/// The libraries in the binary, and the licence of each crate in it, with its text. `packaging/about.toml` has the
+/// targets and the accepted licences, `packaging/about.hbs` the form.
 pub(super) fn notices(workspace: &Workspace) -> Result<String> {
     let program = CARGO_ABOUT.get(workspace)?;
     // It asks cargo about all targets, and must not look for licences elsewhere.
@@ -60,7 +60,11 @@ pub(super) fn notices(workspace: &Workspace) -> Result<String> {
     about.env("CARGO", environment::cargo().get_program());
     about.args(["generate", "--frozen", "--fail", "--config", "packaging/about.toml"]);
     about.args(["--manifest-path", "selfconn-user/Cargo.toml", "packaging/about.hbs"]);
-    run::output(about.current_dir(&workspace.root))
+    let crates = run::output(about.current_dir(&workspace.root))?;
+    let libraries = workspace.root.join("packaging/static-libraries.txt");
+    let libraries =
+        fs::read_to_string(&libraries).with_context(|| format!("read {}", libraries.display()))?;
+    Ok(libraries + &crates)
 }
 
 /// The bills of materials in CycloneDX's format: one for user space, and one for the eBPF programs, because a
@@ -72,9 +76,12 @@ pub(super) fn bills_of_materials(
 ) -> Result<Vec<PathBuf>> {
     const FILE: &str = "selfconn-bill-of-materials";
     let program = CARGO_CYCLONEDX.get(workspace)?;
-    let host = release.architecture.rust_target();
+    let host = release.architecture.release_target();
     let mut bills = Vec::new();
-    for (package, target) in [("selfconn-user", host.as_str()), ("selfconn-ebpf", "bpfel-unknown-none")] {
+    for (package, target, name) in [
+        ("selfconn-user", host.as_str(), release.architecture.name),
+        ("selfconn-ebpf", "bpfel-unknown-none", "bpf"),
+    ] {
         let mut cyclonedx = plain(&program);
         cyclonedx.env("CARGO", environment::cargo().get_program());
         cyclonedx.args(["cyclonedx", "--quiet", "--format", "json", "--spec-version", "1.5"]);
@@ -93,7 +100,7 @@ pub(super) fn bills_of_materials(
         // References contain the path of the clone.
         let root = format!("file://{}", workspace.root.display());
         let text = text.with_context(|| format!("no bill of {package}"))?.replace(&root, "file://.");
-        let bill = directory.join(format!("{package}-{}.cdx.json", release.version));
+        let bill = directory.join(format!("{package}-{}-{name}.cdx.json", release.version));
         fs::write(&bill, text).with_context(|| format!("write {}", bill.display()))?;
         bills.push(bill);
     }

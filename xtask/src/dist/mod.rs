@@ -1,5 +1,5 @@
-//! `cargo xtask dist`: makes the release: a Debian package, a tarball with a static binary, bills of
-//! materials, and checksums.
+//! `cargo xtask dist`: makes the release: for each architecture a Debian package and a tarball around one static binary,
+//! and bills of materials; and checksums of all.
 //!
 //! The same commit gives the same bytes on any machine with the same compiler and packages. `--check` builds
 //! it again from a clone elsewhere and compares.
@@ -12,8 +12,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use self::binary::Linking;
 use crate::{
+    architecture::{self, Architecture},
     build_ebpf,
     environment::plain,
     fingerprint, packages,
@@ -21,7 +21,7 @@ use crate::{
     workspace::{Workspace, here},
 };
 
-mod binary;
+pub(crate) mod binary;
 mod check;
 mod deb;
 mod dependencies;
@@ -37,37 +37,54 @@ pub(crate) struct DistArgs {
     /// Build it a second time, from a clone in another directory, and compare the checksums
     #[arg(long)]
     check: bool,
+    /// The architectures to build for, on any machine; by default this machine's
+    #[arg(long, value_name = "NAME", value_parser = architecture::NAMES)]
+    arch: Vec<String>,
+}
+
+impl DistArgs {
+    fn architectures(&self) -> Result<Vec<&'static Architecture>> {
+        if self.arch.is_empty() {
+            return Ok(vec![Architecture::named(None)?]);
+        }
+        let mut names = self.arch.clone();
+        names.sort();
+        names.dedup();
+        names.iter().map(|name| Architecture::named(Some(name))).collect()
+    }
 }
 
 /// Programs, and their packages.
-const PROGRAMS: [(&str, &str); 5] = [
-    ("dpkg-shlibdeps", "dpkg-dev"),
-    ("lintian", "lintian"),
-    ("xz", "xz-utils"),
-    ("zsh", "zsh"),
-    ("fish", "fish"),
-];
+const PROGRAMS: [(&str, &str); 4] =
+    [("lintian", "lintian"), ("xz", "xz-utils"), ("zsh", "zsh"), ("fish", "fish")];
 
 /// Makes the release, or checks that a second build gives the same bytes.
 pub(crate) fn run(args: &DistArgs, workspace: &Workspace) -> Result<()> {
     let start = Instant::now();
+    let architectures = args.architectures()?;
     if args.check {
-        check::run(workspace)?;
+        check::run(workspace, &architectures)?;
     } else {
-        make(workspace)?;
+        make(workspace, &architectures)?;
     }
     say(format!("done in {}", seconds_since(start)));
     Ok(())
 }
 
-fn make(workspace: &Workspace) -> Result<()> {
-    let parts = ReleaseParts::build(workspace, &[Linking::Dynamic, Linking::Static])?;
+fn make(workspace: &Workspace, architectures: &[&'static Architecture]) -> Result<()> {
     let directory = workspace.target.join("dist");
     Tree::empty(&directory)?;
-    let deb = Deb::build(&parts, 1, &directory)?;
-    deb.lint()?;
-    let mut files = vec![deb.file, tarball::build(&parts, &directory)?];
-    files.extend(dependencies::bills_of_materials(workspace, &parts.release, &directory)?);
+    let mut files = Vec::new();
+    for architecture in architectures {
+        let parts = ReleaseParts::build(workspace, architecture)?;
+        let deb = Deb::build(&parts, 1, &directory)?;
+        deb.lint()?;
+        files.extend([deb.file, tarball::build(&parts, &directory)?]);
+        files.extend(dependencies::bills_of_materials(workspace, &parts.release, &directory)?);
+    }
+    // The bill of the programs in the kernel is of no architecture.
+    files.sort();
+    files.dedup();
 
     // In the format of `sha256sum --check`.
     let mut sums = String::new();
@@ -89,7 +106,7 @@ pub(crate) struct Unpacked {
 
 /// Makes the files of the tarball without the archive.
 pub(crate) fn unpacked(workspace: &Workspace) -> Result<Unpacked> {
-    let parts = ReleaseParts::build(workspace, &[Linking::Static])?;
+    let parts = ReleaseParts::build(workspace, Architecture::named(None)?)?;
     Ok(Unpacked { directory: tarball::fill(&parts)?, release: parts.release })
 }
 
@@ -101,8 +118,7 @@ pub(crate) struct ReleaseParts {
     root: PathBuf,
     /// A directory for intermediate files.
     work: PathBuf,
-    /// The binaries that were asked for.
-    binaries: Vec<(Linking, PathBuf)>,
+    binary: PathBuf,
     /// The directory of man pages and completions.
     pages: PathBuf,
     /// The licences of the crates in the binary.
@@ -110,27 +126,16 @@ pub(crate) struct ReleaseParts {
 }
 
 impl ReleaseParts {
-    /// The parts of the Debian package.
-    pub(crate) fn for_deb(workspace: &Workspace) -> Result<Self> {
-        Self::build(workspace, &[Linking::Dynamic])
-    }
-
-    fn build(workspace: &Workspace, linkings: &[Linking]) -> Result<Self> {
+    pub(crate) fn build(workspace: &Workspace, architecture: &'static Architecture) -> Result<Self> {
         packages::install_programs(&PROGRAMS)?;
-        let release = Release::current(workspace)?;
+        let release = Release::current(workspace, architecture)?;
         build_ebpf::build(workspace)?;
         let work = workspace.target.join("package");
-        let build = |linking: &Linking| Ok((*linking, binary::build(workspace, &release, *linking, &work)?));
-        let binaries = linkings.iter().map(build).collect::<Result<_>>()?;
+        let binary = binary::build(workspace, architecture, &work.join("build"))?;
         let pages = binary::pages(workspace, &work)?;
         check_completions(&pages)?;
         let notices = dependencies::notices(workspace)?;
-        Ok(Self { release, root: workspace.root.clone(), work, binaries, pages, notices })
-    }
-
-    fn binary(&self, wanted: Linking) -> Result<&Path> {
-        let found = self.binaries.iter().find(|(linking, _)| *linking == wanted);
-        found.map(|(_, path)| path.as_path()).with_context(|| format!("no {wanted:?} binary was built"))
+        Ok(Self { release, root: workspace.root.clone(), work, binary, pages, notices })
     }
 
     /// Each man page: name and path.

@@ -23,8 +23,8 @@ pub(crate) struct Release {
 }
 
 impl Release {
-    /// The release of the checked-out sources. Warns if they differ from the commit.
-    pub(super) fn current(workspace: &Workspace) -> Result<Self> {
+    /// The release of the checked-out sources for this architecture. Warns if they differ from the commit.
+    pub(super) fn current(workspace: &Workspace, architecture: &'static Architecture) -> Result<Self> {
         let git =
             |arguments: &[&str]| run::output(plain("git").arg("-C").arg(&workspace.root).args(arguments));
         let epoch = match (env::var("SOURCE_DATE_EPOCH"), git(&["log", "-1", "--format=%ct"])) {
@@ -41,7 +41,6 @@ impl Release {
         let revision = git(&["rev-parse", "HEAD"]).ok().or_else(|| of_archive(workspace, 0));
         let revision = revision.map_or_else(|| "unknown".to_owned(), |revision| revision.trim().to_owned());
         let epoch = epoch.trim().parse().context("SOURCE_DATE_EPOCH is not a number of seconds")?;
-        let architecture = Architecture::named(None)?;
         Ok(Self { version: env!("CARGO_PKG_VERSION").to_owned(), revision, epoch, architecture })
     }
 

@@ -7,16 +7,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{ReleaseParts, binary::Linking, release::Release, tree::Tree};
+use super::{ReleaseParts, release::Release, tree::Tree};
 use crate::{environment::plain, run};
-
-/// Precedes the notices of the crates, because the C library is in this binary.
-const C_LIBRARY_NOTICE: &str = "\
-This binary is linked statically with the GNU C Library, which is under the GNU Lesser General
-Public License, version 2.1 or later. The sources of selfconn, from which `cargo xtask dist` links
-it anew, are where you got this archive.
-
-";
 
 /// Writes its files. Returns their directory, which has the name of the archive.
 pub(super) fn fill(parts: &ReleaseParts) -> Result<PathBuf> {
@@ -24,7 +16,7 @@ pub(super) fn fill(parts: &ReleaseParts) -> Result<PathBuf> {
     let name = format!("selfconn-{}-{}-linux", release.version, release.architecture.name);
     let tree = Tree::empty(&parts.work.join("tarball"))?;
     let inside = |path: &str| format!("{name}/{path}");
-    tree.copy(&inside("selfconn"), 0o755, parts.binary(Linking::Static)?)?;
+    tree.copy(&inside("selfconn"), 0o755, &parts.binary)?;
     for (page, path) in parts.man_pages()? {
         tree.copy(&inside(&format!("man/{page}")), 0o644, &path)?;
     }
@@ -41,8 +33,7 @@ pub(super) fn fill(parts: &ReleaseParts) -> Result<PathBuf> {
     for file in ["LICENSE-MIT", "LICENSE-APACHE", "LICENSE-GPL2", "CHANGELOG.md"] {
         tree.copy(&inside(file), 0o644, &parts.root.join(file))?;
     }
-    let notices = C_LIBRARY_NOTICE.to_owned() + &parts.notices;
-    tree.write(&inside("THIRD-PARTY"), 0o644, notices.as_bytes())?;
+    tree.write(&inside("THIRD-PARTY"), 0o644, parts.notices.as_bytes())?;
     let containerfile = fs::read_to_string(parts.root.join("packaging/Containerfile"));
     let containerfile = of_release(&containerfile.context("read the Containerfile")?, release)?;
     tree.write(&inside("Containerfile"), 0o644, containerfile.as_bytes())?;

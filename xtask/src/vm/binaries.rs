@@ -5,7 +5,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::{architecture::Architecture, environment, packages, run, run::say, workspace::Workspace};
+use crate::{
+    architecture::{self, Architecture},
+    environment, packages,
+    run::say,
+    workspace::Workspace,
+};
 
 /// Installs what is needed to build for another architecture.
 pub(super) fn prepare(architecture: &Architecture) -> Result<()> {
@@ -15,9 +20,7 @@ pub(super) fn prepare(architecture: &Architecture) -> Result<()> {
     if !environment::is_in_path(architecture.linker) {
         packages::install(architecture.linker_packages)?;
     }
-    let target = architecture.rust_target();
-    let mut add = environment::plain("rustup");
-    run::step(&format!("adding the target {target}"), add.args(["target", "add", &target]))
+    architecture::add_target(&architecture.rust_target())
 }
 
 /// Builds programs of selfconn-user with these arguments of cargo, and copies those with these names into a

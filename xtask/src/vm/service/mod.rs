@@ -73,7 +73,7 @@ pub(crate) fn run(args: &ServiceArgs, workspace: &Workspace) -> Result<()> {
     let wanted = std::slice::from_ref(&args.kernel);
     let stock = KernelStock::get_all(wanted, architecture, &super::directory(workspace))?;
     let kernel = stock.kernels.first().context("no kernel")?;
-    let parts = ReleaseParts::for_deb(workspace)?;
+    let parts = ReleaseParts::build(workspace, architecture)?;
     let system = rootfs::get(&directory)?;
 
     let overlay = Tree::empty(&directory.join("overlay"))?;
