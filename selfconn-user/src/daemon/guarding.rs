@@ -6,17 +6,19 @@ use std::{
     time::Duration,
 };
 
-use selfconn_ebpf::{Opener, Owner, guard::Prevention};
+use selfconn_ebpf::{
+    Opener, Owner,
+    guard::{GuardRecord, Prevention},
+};
 use tokio::time::Instant;
 
 use crate::{
+    bpf::loader::Tracer,
     budget::{SharedLimit, SharedRate},
     detect::connection::{Connection, Source},
-    guard::{
-        GuardMode,
-        thread::GuardThread,
-        work::{GuardCounts, GuardReport},
-    },
+    event::{EventKind, Unguarded},
+    guard::{GuardMode, thread::GuardThread, unguarded::UnguardedNetns, work::GuardCounts},
+    output::Outputs,
     sockets::NetnsId,
 };
 
@@ -117,8 +119,45 @@ impl GuardMonitor {
         self.read_at
     }
 
-    /// A read of the ring buffer found so many records, and there may be more.
-    pub(super) fn on_read(&mut self, records: usize, has_more: bool, now: Instant) {
+    /// The next read waits for nothing.
+    pub(super) fn read_at_once(&mut self) {
+        self.read_at = None;
+    }
+
+    /// Reads at most `limit` records, if it is time, and calls `each` for each event that is due. True if there may be
+    /// more.
+    pub(super) fn serve_records(
+        &mut self,
+        tracer: &mut Tracer,
+        limit: usize,
+        now: Instant,
+        mut each: impl FnMut(&DuePrevention),
+    ) -> bool {
+        if self.read_at.is_some_and(|at| now < at) {
+            return false;
+        }
+        let records = tracer.drain_guard(limit);
+        for record in &records {
+            match record {
+                GuardRecord::Prevention(prevention) => {
+                    if let Some(due) = self.on_prevention(prevention, now) {
+                        each(&due);
+                    }
+                }
+                GuardRecord::FirstConnect(first) => {
+                    if let Some(thread) = &self.thread {
+                        thread.on_first_connect(*first);
+                    }
+                }
+            }
+        }
+        let has_more = records.len() == limit;
+        self.on_read(records.len(), has_more, now);
+        has_more
+    }
+
+    /// A read found so many records, and there may be more.
+    fn on_read(&mut self, records: usize, has_more: bool, now: Instant) {
         self.read_at = (records > 0 && !has_more).then(|| now + READ_INTERVAL);
     }
 
@@ -131,10 +170,6 @@ impl GuardMonitor {
         self.thread.as_ref().map(|_| self.counts)
     }
 
-    pub(super) fn thread(&self) -> Option<&GuardThread> {
-        self.thread.as_ref()
-    }
-
     /// Waits for a report of the thread.
     pub(super) async fn ready(&mut self) {
         match &mut self.thread {
@@ -143,11 +178,14 @@ impl GuardMonitor {
         }
     }
 
-    pub(super) fn try_report(&mut self) -> Option<GuardReport> {
-        let mut report = self.thread.as_mut()?.try_report()?;
-        self.counts = report.counts;
-        self.guarded = std::mem::take(&mut report.guarded);
-        Some(report)
+    /// Takes the thread's reports, and emits an event of each namespace that is not guarded.
+    pub(super) fn serve_reports(&mut self, out: &mut Outputs) {
+        while let Some(report) = self.thread.as_mut().and_then(GuardThread::try_report) {
+            (self.counts, self.guarded) = (report.counts, report.guarded);
+            for UnguardedNetns { id, why } in report.unguarded {
+                out.emit(EventKind::Unguarded(Unguarded { netns: id.inode, why }));
+            }
+        }
     }
 
     /// What this guard does in a network namespace.
@@ -169,7 +207,7 @@ impl GuardMonitor {
     }
 
     /// A connect to itself was refused. `Some`: an event is due.
-    pub(super) fn on_prevention(&mut self, prevention: &Prevention, now: Instant) -> Option<DuePrevention> {
+    fn on_prevention(&mut self, prevention: &Prevention, now: Instant) -> Option<DuePrevention> {
         self.rest_at.get_or_insert(now + REST_INTERVAL);
         let Opener { task, start_ns, at_ns, owner, .. } = prevention.opener;
         let (pid, start_ns, owner) =

@@ -4,7 +4,7 @@
 
 use std::{io, time::Duration};
 
-use selfconn_ebpf::{ABSENT, Field, Record, bind_failure::BindFailure, guard::GuardRecord};
+use selfconn_ebpf::{ABSENT, Field, Record, bind_failure::BindFailure};
 use tokio::time::{Instant, sleep};
 
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
     },
     budget::cmdline::CmdlineLimit,
     detect::remediation::Remedy,
-    event::{EventKind, GuardStatus, LossCause, Losses, ProgramCounters, Unguarded},
+    event::{EventKind, GuardStatus, LossCause, Losses, ProgramCounters},
     guard::{GuardMode, start::Guard, thread::GuardThread},
     lookup::Lookups,
     metrics::MetricsSnapshot,
@@ -215,7 +215,7 @@ impl Daemon {
             }
             let is_held_back = self.pipeline.reporting.out.holds_back_records();
             let drained = if is_held_back { 0 } else { self.drain_batch() };
-            let has_more_guarded = !is_held_back && self.serve_guard_records();
+            let has_more_guarded = !is_held_back && self.serve_guard();
             if self.pipeline.serve_lookups() || drained > 0 {
                 self.loss_reporter.on_records();
             }
@@ -280,12 +280,7 @@ impl Daemon {
             }
             None => {}
         }
-        while let Some(report) = self.guard.try_report() {
-            for unguarded in report.unguarded {
-                let event = Unguarded { netns: unguarded.id.inode, why: unguarded.why };
-                self.pipeline.reporting.out.emit(EventKind::Unguarded(event));
-            }
-        }
+        self.guard.serve_reports(&mut self.pipeline.reporting.out);
         let Self { tracer, pipeline, port_risks, guard, .. } = self;
         let Pipeline { connections, reporting, .. } = pipeline;
         let guard_in = |netns| guard.mode_in(netns);
@@ -412,42 +407,19 @@ impl Daemon {
     fn emit_due_preventions(&mut self, all: bool) {
         self.update_counters();
         let lost = self.counters.guard_ring_full;
-        while all && self.drain_guard() == MAX_BATCH {}
+        if all {
+            self.guard.read_at_once();
+            while self.serve_guard() {}
+        }
         for due in self.guard.take_due(Instant::now(), lost, all) {
             self.pipeline.on_prevented(&due);
         }
     }
 
-    /// Drains the guard's records if it is time. True if there may be more.
-    fn serve_guard_records(&mut self) -> bool {
-        let now = Instant::now();
-        if self.guard.read_at().is_some_and(|at| now < at) {
-            return false;
-        }
-        let drained = self.drain_guard();
-        let has_more = drained == MAX_BATCH;
-        self.guard.on_read(drained, has_more, now);
-        has_more
-    }
-
-    /// Drains at most [`MAX_BATCH`] records of the guard. Returns their number.
-    fn drain_guard(&mut self) -> usize {
-        let records = self.tracer.drain_guard(MAX_BATCH);
-        for record in &records {
-            match record {
-                GuardRecord::Prevention(prevention) => {
-                    if let Some(due) = self.guard.on_prevention(prevention, Instant::now()) {
-                        self.pipeline.on_prevented(&due);
-                    }
-                }
-                GuardRecord::FirstConnect(first) => {
-                    if let Some(thread) = self.guard.thread() {
-                        thread.on_first_connect(*first);
-                    }
-                }
-            }
-        }
-        records.len()
+    /// Reads the guard's records. True if there may be more.
+    fn serve_guard(&mut self) -> bool {
+        let Self { guard, tracer, pipeline, .. } = self;
+        guard.serve_records(tracer, MAX_BATCH, Instant::now(), |due| pipeline.on_prevented(due))
     }
 
     /// Applies a snapshot. All records from before it must have been drained.
