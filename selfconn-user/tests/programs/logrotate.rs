@@ -5,7 +5,7 @@ use std::{
     fs,
     net::Ipv4Addr,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Instant,
@@ -32,6 +32,16 @@ struct EndLoad<'a>(&'a AtomicBool);
 impl Drop for EndLoad<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The daemon, which ends also if a rotation fails.
+struct RunningDaemon(Child);
+
+impl Drop for RunningDaemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -108,7 +118,7 @@ fn rotate_under_load(rotation: &Rotation) -> Value {
     let mut command = Command::new(selfconn());
     command.args(["run", "--quiet", "--states", "--log-rate", "4294967295", "--log"]).arg(&log);
     command.stdin(Stdio::null());
-    let mut child = command.spawn().unwrap();
+    let mut daemon = RunningDaemon(command.spawn().unwrap());
     let is_over = AtomicBool::new(false);
     // Also if a rotation fails, because the scope waits for the thread.
     let end_load = EndLoad(&is_over);
@@ -128,12 +138,12 @@ fn rotate_under_load(rotation: &Rotation) -> Value {
                 assert!(Instant::now() < until, "the log does not grow");
                 thread::yield_now();
             }
-            rotation.rotate(child.id());
+            rotation.rotate(daemon.0.id());
         }
         drop(end_load);
     });
-    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(0));
+    kill_process(Pid::from_child(&daemon.0), Signal::TERM).unwrap();
+    assert_eq!(daemon.0.wait().unwrap().code(), Some(0));
     let stopped = parse(&rotation.files().pop().unwrap()).pop().unwrap();
     assert_eq!(stopped["event"], "stopped");
     assert_eq!(stopped["made"], stopped["written"], "{stopped}");
