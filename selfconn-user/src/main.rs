@@ -12,11 +12,6 @@ use selfconn::{
     event::text::escape,
 };
 
-/// musl's own allocator asks the kernel for pages, and gives them back, many times for each event.
-#[cfg(target_env = "musl")]
-#[global_allocator]
-static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
-
 fn main() -> ExitCode {
     let outcome = match Cli::try_parse() {
         Err(error) => cli::handle_parse_error(&error),
