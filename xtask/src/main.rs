@@ -49,7 +49,7 @@ enum XtaskCommand {
     BuildEbpf,
     /// Build all, for release: target/release/selfconn
     Build {
-        /// Build a static binary for this architecture, on any machine: target/NAME-unknown-linux-musl/release/selfconn
+        /// Build a static binary for this architecture: target/NAME-unknown-linux-musl/release/selfconn
         #[arg(long, value_name = "NAME", value_parser = architecture::NAMES)]
         arch: Option<String>,
     },

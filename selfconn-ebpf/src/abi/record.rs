@@ -156,7 +156,7 @@ impl Record {
 pub mod reported {
     use super::state;
 
-    /// The end of an attempt that became no connection, beside the bit of CLOSE.
+    /// The transition from SYN_SENT to CLOSE: the attempt failed. It is reported if this bit and that of CLOSE are set.
     pub const FAILED_ATTEMPTS: u32 = 1 << 31;
     /// The minimum that shows when a self-connection begins and ends, and which task closes it.
     pub const LIFETIMES: u32 = 1 << state::ESTABLISHED | 1 << state::FIN_WAIT1 | 1 << state::CLOSE;

@@ -156,7 +156,7 @@ impl GuardMonitor {
         has_more
     }
 
-    /// A read found so many records, and there may be more.
+    /// Sets when to read next, after a read of this many records. `has_more`: the ring buffer may have others.
     fn on_read(&mut self, records: usize, has_more: bool, now: Instant) {
         self.read_at = (records > 0 && !has_more).then(|| now + READ_INTERVAL);
     }

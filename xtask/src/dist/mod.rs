@@ -37,7 +37,7 @@ pub(crate) struct DistArgs {
     /// Build it a second time, from a clone in another directory, and compare the checksums
     #[arg(long)]
     check: bool,
-    /// The architectures to build for, on any machine; by default this machine's
+    /// The architectures to build for; by default this machine's
     #[arg(long, value_name = "NAME", value_parser = architecture::NAMES)]
     arch: Vec<String>,
 }
