@@ -215,7 +215,8 @@ impl Daemon {
             }
             let is_held_back = self.pipeline.reporting.out.holds_back_records();
             let drained = if is_held_back { 0 } else { self.drain_batch() };
-            let has_more_guarded = !is_held_back && self.serve_guard();
+            // The guard's records don't wait for stdout: with them come the namespaces that must be guarded.
+            let has_more_guarded = self.serve_guard();
             if self.pipeline.serve_lookups() || drained > 0 {
                 self.loss_reporter.on_records();
             }

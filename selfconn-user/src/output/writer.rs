@@ -16,9 +16,12 @@ const CHUNK_BYTES: usize = 256 << 10;
 /// Default capacity of a pipe. The thread reports its progress each time it has written this much of a chunk.
 pub(super) const PIPE_CAPACITY: usize = 64 << 10;
 
-/// A reader that accepts nothing for this long is considered stalled: a flood of events no longer waits for it, and
-/// neither does the end of a run. A reader that competes with a flood for the only CPU may be slow for a while.
-const STALLED_READER_TIMEOUT: Duration = Duration::from_millis(500);
+/// A reader that accepts nothing for this long is considered stalled: a flood of events no longer waits for it. A
+/// journal that syncs its files to a busy disk, or a reader that has no CPU, accepts nothing for a while.
+const STALLED_READER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long the end of a run waits for a reader that accepts nothing.
+const END_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How long the loop waits at once for a slow reader.
 const ROOM_TIMEOUT: Duration = Duration::from_millis(100);
@@ -151,12 +154,13 @@ impl Writer {
 
     /// True if a quarter of the queue is used, and the reader takes its items: there will be room soon.
     pub(super) fn is_filling(&self) -> bool {
-        self.queue.len() > memory::STDOUT_QUEUE_BYTES / 4 && self.is_taken()
+        self.queue.len() > memory::STDOUT_QUEUE_BYTES / 4 && self.is_taken(STALLED_READER_TIMEOUT)
     }
 
-    /// True if the thread writes, and its reader has accepted something a moment ago.
-    fn is_taken(&self) -> bool {
-        self.is_busy && !self.is_failing && self.last_progress.elapsed() < STALLED_READER_TIMEOUT
+    /// True if the reader has accepted something within this time, or all of the last chunk.
+    fn is_taken(&self, timeout: Duration) -> bool {
+        let is_stalled = self.is_busy && self.last_progress.elapsed() >= timeout;
+        !is_stalled && !self.is_failing && self.end.is_none()
     }
 
     /// Waits for a slow reader until there is room for the events of a batch, at most [`ROOM_TIMEOUT`]. Does not wait
@@ -179,10 +183,10 @@ impl Writer {
     pub(super) async fn drain(&mut self) {
         loop {
             self.flush();
-            if !self.is_taken() || self.end.is_some() {
+            if !self.is_busy || !self.is_taken(END_TIMEOUT) {
                 break;
             }
-            let until = self.last_progress + STALLED_READER_TIMEOUT;
+            let until = self.last_progress + END_TIMEOUT;
             match tokio::time::timeout_at(until, self.progress.recv()).await {
                 Ok(Some(progress)) => self.apply(progress),
                 Ok(None) | Err(_) => break,
@@ -287,10 +291,15 @@ mod tests {
         accept.send(()).unwrap();
         let progress = writer.progress.recv().await.unwrap();
         writer.apply(progress);
-        writer.push(&[b'x'; 2 * PIPE_CAPACITY]);
+        writer.push(&[b'x'; 2 * CHUNK_BYTES]);
         assert!(writer.is_filling());
         // Everything is accepted from now on.
         drop(accept);
+        while writer.is_busy {
+            let progress = writer.progress.recv().await.unwrap();
+            writer.apply(progress);
+        }
+        assert!(writer.is_filling(), "records wait before the next chunk too");
         writer.drain().await;
         assert_eq!((writer.has_pending(), writer.lost()), (false, 0));
     }

@@ -5,7 +5,9 @@ use std::{
     io::{BufRead as _, BufReader, Read as _},
     net::Ipv4Addr,
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Child, ChildStdout, Command, Stdio},
+    sync::mpsc::Receiver,
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -14,8 +16,9 @@ use serde_json::Value;
 
 use crate::support::{
     accounting::{missing_events, parse_log},
-    client::run_self_connection,
+    client::{become_user, connect_to_self, run_self_connection},
     daemon::{DEADLINE, selfconn},
+    guard::{is_refused_within, wait_until},
     netns::TestNetns,
 };
 
@@ -106,30 +109,40 @@ fn a_stopped_reader_blocks_nothing_and_gets_a_lost_event_when_it_reads_again() {
     assert_eq!((missing_events(&in_log), missing_events(&events)), (0, reported), "each lost event is a gap");
 }
 
-#[test]
-fn a_slow_reader_without_a_log_loses_nothing() {
-    let net = TestNetns::enter_new();
-    let mut command = Command::new(selfconn());
-    command
-        .args(["run", "--json", "--states", "--ring-size", "32M"])
-        .stdin(Stdio::null())
-        .stderr(Stdio::null());
-    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-    let mut stdout = child.stdout.take().unwrap();
+/// Reads this many bytes at once, rests for 5 ms, and so on. It says when it has read something, and rests no longer
+/// when nobody listens.
+fn read_slowly(mut stdout: ChildStdout, bytes: usize) -> (JoinHandle<String>, Receiver<()>) {
     let (started, is_live) = std::sync::mpsc::channel();
-    let reader = std::thread::spawn(move || {
-        let (mut text, mut chunk) = (Vec::new(), vec![0; 32 << 10]);
+    let read = move || {
+        let (mut text, mut chunk) = (Vec::new(), vec![0; bytes]);
         loop {
             let count = stdout.read(&mut chunk).unwrap();
             text.extend_from_slice(&chunk[..count]);
-            let _ = started.send(());
+            let is_slow = started.send(()).is_ok();
             if count == 0 {
                 return String::from_utf8(text).unwrap();
             }
-            // Longer than it takes to produce as much.
-            std::thread::sleep(Duration::from_millis(5));
+            if is_slow {
+                std::thread::sleep(Duration::from_millis(5));
+            }
         }
-    });
+    };
+    (std::thread::spawn(read), is_live)
+}
+
+/// A daemon without a log, whose events and records may be many.
+fn start_without_log(options: &[&str]) -> Child {
+    let mut command = Command::new(selfconn());
+    command.args(["run", "--json", "--states", "--ring-size", "32M"]).args(options).stdin(Stdio::null());
+    command.stderr(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap()
+}
+
+#[test]
+fn a_slow_reader_without_a_log_loses_nothing() {
+    let net = TestNetns::enter_new();
+    let mut child = start_without_log(&[]);
+    // Longer than it takes to produce as much.
+    let (reader, is_live) = read_slowly(child.stdout.take().unwrap(), 32 << 10);
     is_live.recv_timeout(DEADLINE).unwrap();
     const COUNT: usize = 3_000;
     for _ in 0..COUNT {
@@ -144,6 +157,39 @@ fn a_slow_reader_without_a_log_loses_nothing() {
     assert_eq!(stopped["made"], events.len());
     let is_ours = |event: &&Value| event["event"] == "closed" && event["netns"] == net.inode;
     assert_eq!(events.iter().filter(is_ours).count(), COUNT);
+}
+
+#[test]
+fn a_slow_reader_delays_no_guard_of_a_new_namespace() {
+    let net = TestNetns::enter_new();
+    // Only a user that nobody else has, because the daemon guards every namespace of the host.
+    const USER: u32 = 31_998;
+    let mut child = start_without_log(&["--guard", "refuse", "--guard-only", "uid=31998"]);
+    let (reader, is_live) = read_slowly(child.stdout.take().unwrap(), 1 << 10);
+    is_live.recv_timeout(DEADLINE).unwrap();
+    // Some 8 MiB of events, for which this reader takes forty seconds.
+    for _ in 0..1_500 {
+        run_self_connection(Ipv4Addr::LOCALHOST.into());
+    }
+    let inside = std::thread::spawn(|| {
+        TestNetns::enter_new_in_helper();
+        become_user(USER);
+        // The first one is how the daemon learns of the namespace.
+        drop(connect_to_self(Ipv4Addr::LOCALHOST.into()));
+        // An attachment by clsact loses packets.
+        let is_guarded = || is_refused_within(Ipv4Addr::LOCALHOST.into(), Duration::from_millis(20));
+        wait_until(Duration::from_secs(1), "the namespace waits for the reader", is_guarded);
+    });
+    inside.join().unwrap();
+    drop(is_live);
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    child.wait().unwrap();
+    let events = parse_log(&reader.join().unwrap());
+    assert!(
+        events.iter().any(|event| event["event"] == "prevented" && event["uid"] == USER),
+        "no `prevented`"
+    );
+    assert!(events.iter().any(|event| event["event"] == "closed" && event["netns"] == net.inode));
 }
 
 #[test]
