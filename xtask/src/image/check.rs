@@ -1,6 +1,7 @@
 //! Runs the image as a pod would, and checks what its daemon does.
 
 use std::{
+    cell::Cell,
     fs::File,
     net::{Ipv4Addr, SocketAddr},
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
@@ -77,11 +78,21 @@ pub(super) fn guards_the_host(
 ) -> Result<()> {
     let container = Container::start(containers, image, pod)?;
     let program = unpacked.directory.join("selfconn");
-    let (pid, status) = connect_to_self(&program)?;
-    ensure!(!status.success(), "the host is not guarded: selfconn repro is connected to itself");
+    // The container's own network namespace is guarded at the start, the host's soon after it.
+    let refused = Cell::new(None);
+    container.wait_until("selfconn repro is refused on the host", || {
+        let (pid, status) = connect_to_self(&program)?;
+        refused.set((!status.success()).then_some(pid));
+        Ok(!status.success())
+    })?;
+    let pid = refused.get().context("nothing was refused")?;
     let event = container.event("prevented", |event| event["pid"] == pid)?;
-    is_of_the_host(&event, &program)?;
-    say(format!("the guard has refused a connect of the host to itself: pid {pid}, exe {}", event["exe"]));
+    // The client ends at once when it is refused, often before its executable is looked up.
+    ensure!(
+        event["comm"] == NAME && event["netns"] == host_netns()?,
+        "the event has another program or namespace: {event}"
+    );
+    say(format!("the guard has refused a connect of the host to itself: pid {pid}, comm {}", event["comm"]));
     container.ends_within(pod.grace_seconds)?;
     let (_, status) = connect_to_self(&program)?;
     ensure!(status.success(), "after the guard's end: selfconn repro: {status}");
@@ -103,12 +114,16 @@ fn connect_to_self(program: &Path) -> Result<(u32, ExitStatus)> {
 
 /// The event has the program and the network namespace of the host's process.
 fn is_of_the_host(event: &Value, program: &Path) -> Result<()> {
-    let namespace = std::fs::metadata("/proc/self/ns/net").context("our network namespace")?.ino();
     ensure!(
-        event["exe"] == program.to_string_lossy().as_ref() && event["netns"] == namespace,
+        event["exe"] == program.to_string_lossy().as_ref() && event["netns"] == host_netns()?,
         "the event has another program or namespace: {event}"
     );
     Ok(())
+}
+
+/// The inode of the host's network namespace.
+fn host_netns() -> Result<u64> {
+    Ok(std::fs::metadata("/proc/self/ns/net").context("our network namespace")?.ino())
 }
 
 /// What podman knows about the container.
