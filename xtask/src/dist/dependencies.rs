@@ -1,5 +1,5 @@
 //! What a release says about the crates in it: their licences (cargo-about) and bills of materials
-//! (cargo-cyclonedx). Both tools are built once into `target/tools`, which takes minutes.
+//! (cargo-cyclonedx).
 
 use std::{
     fs,
@@ -8,43 +8,15 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::release::Release;
+use super::{
+    release::Release,
+    tools::{CARGO_ABOUT, CARGO_CYCLONEDX},
+};
 use crate::{
     environment::{self, plain},
     run,
-    workspace::{Workspace, here},
+    workspace::Workspace,
 };
-
-/// A program from the registry, in a pinned version.
-struct Tool {
-    name: &'static str,
-    version: &'static str,
-    features: &'static [&'static str],
-}
-
-/// MIT or Apache-2.0.
-const CARGO_ABOUT: Tool = Tool { name: "cargo-about", version: "0.9.3", features: &["--features", "cli"] };
-
-/// Apache-2.0.
-const CARGO_CYCLONEDX: Tool = Tool { name: "cargo-cyclonedx", version: "0.5.9", features: &[] };
-
-impl Tool {
-    /// The program. It is built if it is not there in this version.
-    fn get(&self, workspace: &Workspace) -> Result<PathBuf> {
-        let root = workspace.target.join("tools").join(format!("{}-{}", self.name, self.version));
-        let program = root.join("bin").join(self.name);
-        if !program.exists() {
-            let mut cargo = environment::cargo();
-            cargo.args(["install", "--quiet", "--locked", self.name, "--version", self.version]);
-            cargo.args(self.features).arg("--root").arg(&root);
-            cargo.env("CARGO_TARGET_DIR", root.join("build"));
-            run::step(&format!("building {} {} into {}", self.name, self.version, here(&root)), &mut cargo)?;
-            // Only the program is needed again.
-            let _ = fs::remove_dir_all(root.join("build"));
-        }
-        Ok(program)
-    }
-}
 
 /// The libraries in the binary, and the licence of each crate in it, with its text. `packaging/about.toml` has the
 /// targets and the accepted licences, `packaging/about.hbs` the form.

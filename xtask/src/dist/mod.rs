@@ -1,5 +1,5 @@
-//! `cargo xtask dist`: makes the release: for each architecture a Debian package and a tarball around one static binary,
-//! and bills of materials; and checksums of all.
+//! `cargo xtask dist`: makes the release: for each architecture packages for Debian and RPM and a tarball around one static
+//! binary, and bills of materials; and checksums of all.
 //!
 //! The same commit gives the same bytes on any machine with the same compiler and packages. `--check` builds
 //! it again from a clone elsewhere and compares.
@@ -26,7 +26,10 @@ mod check;
 mod deb;
 mod dependencies;
 mod release;
+pub(crate) mod rpm;
+mod staged;
 mod tarball;
+mod tools;
 mod tree;
 
 pub(crate) use self::{deb::Deb, release::Release, tree::Tree};
@@ -75,11 +78,11 @@ fn make(workspace: &Workspace, architectures: &[&'static Architecture]) -> Resul
     let directory = workspace.target.join("dist");
     Tree::empty(&directory)?;
     let mut files = Vec::new();
-    for architecture in architectures {
-        let parts = ReleaseParts::build(workspace, architecture)?;
-        let deb = Deb::build(&parts, 1, &directory)?;
+    for parts in ReleaseParts::build_all(workspace, architectures)? {
+        let deb = Deb::build(workspace, &parts, 1, &directory)?;
         deb.lint()?;
-        files.extend([deb.file, tarball::build(&parts, &directory)?]);
+        let rpm = rpm::build(workspace, &parts, 1, &directory)?;
+        files.extend([deb.file, rpm, tarball::build(&parts, &directory)?]);
         files.extend(dependencies::bills_of_materials(workspace, &parts.release, &directory)?);
     }
     // The bill of the programs in the kernel is of no architecture.
@@ -127,15 +130,28 @@ pub(crate) struct ReleaseParts {
 
 impl ReleaseParts {
     pub(crate) fn build(workspace: &Workspace, architecture: &'static Architecture) -> Result<Self> {
+        Self::build_all(workspace, &[architecture])?.pop().context("no architecture")
+    }
+
+    /// Those of each of these architectures.
+    fn build_all(workspace: &Workspace, architectures: &[&'static Architecture]) -> Result<Vec<Self>> {
         packages::install_programs(&PROGRAMS)?;
-        let release = Release::current(workspace, architecture)?;
         build_ebpf::build(workspace)?;
         let work = workspace.target.join("package");
-        let binary = binary::build(workspace, architecture, &work.join("build"))?;
         let pages = binary::pages(workspace, &work)?;
         check_completions(&pages)?;
         let notices = dependencies::notices(workspace)?;
-        Ok(Self { release, root: workspace.root.clone(), work, binary, pages, notices })
+        let of = |architecture: &&'static Architecture| {
+            Ok(Self {
+                release: Release::current(workspace, architecture)?,
+                root: workspace.root.clone(),
+                work: work.clone(),
+                binary: binary::build(workspace, architecture, &work.join("build"))?,
+                pages: pages.clone(),
+                notices: notices.clone(),
+            })
+        };
+        architectures.iter().map(of).collect()
     }
 
     /// Each man page: name and path.

@@ -50,14 +50,6 @@ impl Tree {
         self.write(path, 0o644, &run::filter(plain("gzip").arg("-9n"), content)?)
     }
 
-    /// All files, relative to the root, sorted.
-    pub(super) fn files(&self) -> Result<Vec<PathBuf>> {
-        let listed = run::output(plain("find").args([".", "-type", "f"]).current_dir(&self.root))?;
-        let mut files: Vec<_> = listed.lines().map(|line| line.trim_start_matches("./").into()).collect();
-        files.sort();
-        Ok(files)
-    }
-
     fn create_directory(&self, path: &Path) -> Result<()> {
         fs::create_dir_all(path).with_context(|| format!("create {}", path.display()))?;
         for directory in path.ancestors().take_while(|directory| directory.starts_with(&self.root)) {

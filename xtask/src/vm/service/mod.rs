@@ -80,7 +80,7 @@ pub(crate) fn run(args: &ServiceArgs, workspace: &Workspace) -> Result<()> {
     overlay.write("init", 0o755, INIT.as_bytes())?;
     guest::add_modules(&overlay, kernel)?;
     for (revision, name) in [(1, "packages/first.deb"), (2, "packages/second.deb")] {
-        overlay.copy(name, 0o644, &Deb::build(&parts, revision, &directory)?.file)?;
+        overlay.copy(name, 0o644, &Deb::build(workspace, &parts, revision, &directory)?.file)?;
     }
     for name in ["selfconn-reserve.service", "remedy.conf", "guard.conf"] {
         let example = workspace.root.join("packaging/systemd/examples").join(name);
