@@ -72,10 +72,10 @@ enum XtaskCommand {
     Operations,
     /// Write the alert rules as an object of the Prometheus operator, for packaging/kubernetes
     PrometheusRule,
-    /// Make the release: a Debian package, a tarball, bills of materials, checksums
+    /// Make the release: packages, a tarball, bills of materials, checksums
     Dist(dist::DistArgs),
     /// Build the container image, and run it as the DaemonSet would
-    Image,
+    Image(dist::ArchitectureArgs),
     /// Install, rotate, kill, upgrade and purge the Debian package under systemd in a virtual machine
     Service(vm::service::ServiceArgs),
     /// Run the live tests on other kernels, in virtual machines
@@ -109,7 +109,7 @@ fn dispatch(command: &XtaskCommand, workspace: &Workspace) -> Result<()> {
         XtaskCommand::Operations => operations::operations(workspace),
         XtaskCommand::PrometheusRule => prometheus_rule::write(workspace),
         XtaskCommand::Dist(arguments) => dist::run(arguments, workspace),
-        XtaskCommand::Image => image::run(workspace),
+        XtaskCommand::Image(arguments) => image::run(arguments, workspace),
         XtaskCommand::Service(arguments) => vm::service::run(arguments, workspace),
         XtaskCommand::Vm(arguments) => vm::run(arguments, workspace),
         XtaskCommand::Suites => suites::run(workspace),

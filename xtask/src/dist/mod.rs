@@ -40,13 +40,21 @@ pub(crate) struct DistArgs {
     /// Build it a second time, from a clone in another directory, and compare the checksums
     #[arg(long)]
     check: bool,
+    #[command(flatten)]
+    architectures: ArchitectureArgs,
+}
+
+/// For what a command builds.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ArchitectureArgs {
     /// The architectures to build for; by default this machine's
     #[arg(long, value_name = "NAME", value_parser = architecture::NAMES)]
     arch: Vec<String>,
 }
 
-impl DistArgs {
-    fn architectures(&self) -> Result<Vec<&'static Architecture>> {
+impl ArchitectureArgs {
+    /// Sorted, each once.
+    pub(crate) fn all(&self) -> Result<Vec<&'static Architecture>> {
         if self.arch.is_empty() {
             return Ok(vec![Architecture::named(None)?]);
         }
@@ -64,7 +72,7 @@ const PROGRAMS: [(&str, &str); 4] =
 /// Makes the release, or checks that a second build gives the same bytes.
 pub(crate) fn run(args: &DistArgs, workspace: &Workspace) -> Result<()> {
     let start = Instant::now();
-    let architectures = args.architectures()?;
+    let architectures = args.architectures.all()?;
     if args.check {
         check::run(workspace, &architectures)?;
     } else {
@@ -100,17 +108,20 @@ fn make(workspace: &Workspace, architectures: &[&'static Architecture]) -> Resul
     fs::write(directory.join("SHA256SUMS"), sums).context("write SHA256SUMS")
 }
 
-/// The unpacked tarball, from which the image is built.
+/// The unpacked tarball, from which an image is built.
 #[derive(Debug)]
 pub(crate) struct Unpacked {
     pub(crate) directory: PathBuf,
     pub(crate) release: Release,
 }
 
-/// Makes the files of the tarball without the archive.
-pub(crate) fn unpacked(workspace: &Workspace) -> Result<Unpacked> {
-    let parts = ReleaseParts::build(workspace, Architecture::named(None)?)?;
-    Ok(Unpacked { directory: tarball::fill(&parts)?, release: parts.release })
+/// Makes the files of each tarball without the archive.
+pub(crate) fn unpacked(
+    workspace: &Workspace,
+    architectures: &[&'static Architecture],
+) -> Result<Vec<Unpacked>> {
+    let all = ReleaseParts::build_all(workspace, architectures)?.into_iter();
+    all.map(|parts| Ok(Unpacked { directory: tarball::fill(&parts)?, release: parts.release })).collect()
 }
 
 /// What the packages are made of.

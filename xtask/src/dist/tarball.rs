@@ -14,7 +14,7 @@ use crate::{environment::plain, run};
 pub(super) fn fill(parts: &ReleaseParts) -> Result<PathBuf> {
     let release = &parts.release;
     let name = format!("selfconn-{}-{}-linux", release.version, release.architecture.name);
-    let tree = Tree::empty(&parts.work.join("tarball"))?;
+    let tree = Tree::empty(&parts.work.join("tarball").join(release.architecture.name))?;
     let inside = |path: &str| format!("{name}/{path}");
     tree.copy(&inside("selfconn"), 0o755, &parts.binary)?;
     for (page, path) in parts.man_pages()? {

@@ -89,7 +89,7 @@ impl Containers {
         folders.map(|path| path.display().to_string()).join(":")
     }
 
-    fn program(&self, name: &str) -> Command {
+    pub(super) fn program(&self, name: &str) -> Command {
         let mut command = plain(self.tools.join("usr/bin").join(name));
         command.env("LD_LIBRARY_PATH", self.libraries()).env("TMPDIR", &self.home);
         command.env("CONTAINERS_CONF", self.home.join("containers.conf"));
@@ -105,8 +105,13 @@ impl Containers {
     /// A command of buildah that reads or writes images.
     pub(super) fn buildah(&self, subcommand: &str) -> Command {
         let mut command = self.program("buildah");
-        command.arg(subcommand).arg("--signature-policy").arg(self.home.join("policy.json"));
+        self.with_policy(command.arg(subcommand));
         command
+    }
+
+    /// The option with the policy about signatures.
+    pub(super) fn with_policy<'a>(&self, command: &'a mut Command) -> &'a mut Command {
+        command.arg("--signature-policy").arg(self.home.join("policy.json"))
     }
 
     /// `podman run` in the background, with our limit of open files and a low one of processes: podman would raise

@@ -1,53 +1,105 @@
 //! `cargo xtask image`: builds the container image from the files of the tarball with buildah, and runs it with podman
 //! as the DaemonSet would: with its capabilities, mounts and limits, and no others. A process of the host connects to
 //! itself, and the container's log must name it. Then the same with the guard's component, which must refuse it.
+//! An image for another architecture is only built; several images get a list.
 
 mod check;
 mod containers;
 mod pod;
 
-use std::{fs, time::Instant};
+use std::{fs, path::Path, time::Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use self::{containers::Containers, pod::Pod};
 use crate::{
-    dist::{self, Unpacked},
+    architecture::Architecture,
+    dist::{self, ArchitectureArgs, Unpacked},
+    environment::plain,
     operations::kubernetes::Validator,
     packages,
     run::{self, say, seconds_since},
     workspace::{Workspace, here},
 };
 
-pub(crate) fn run(workspace: &Workspace) -> Result<()> {
+pub(crate) fn run(args: &ArchitectureArgs, workspace: &Workspace) -> Result<()> {
     packages::must_be_root("the daemon needs root", "image")?;
     let validator = Validator::find_or_install(workspace)?;
     let objects = |name: &str| validator.objects(&workspace.root.join("packaging/kubernetes").join(name));
     let pod = Pod::of_daemon_set(&objects("daemonset.yaml")?)?;
     let guarded = pod.with_guard(&objects("guard/patch.yaml")?)?;
     let containers = Containers::find_or_fetch(workspace)?;
-    let unpacked = dist::unpacked(workspace)?;
+    let all = dist::unpacked(workspace, &args.all()?)?;
 
     let start = Instant::now();
+    let native = Architecture::named(None)?;
+    let mut images = Vec::new();
+    for unpacked in &all {
+        let image = build(&containers, unpacked)?;
+        if unpacked.release.architecture == native {
+            check::runs_as_in_a_pod(&containers, &image, &pod, unpacked)?;
+            check::guards_the_host(&containers, &image, &guarded, unpacked)?;
+        } else {
+            say(format!("{image}: not run, because this machine is {}", native.name));
+        }
+        images.push(image);
+    }
     // The archive is what stays. The rest is removed with `containers`.
-    let archive =
-        format!("selfconn-{}-{}.oci.tar", unpacked.release.version, unpacked.release.architecture.name);
+    let version = &all.first().context("no architecture")?.release.version;
+    let architectures: Vec<_> = all.iter().map(|unpacked| unpacked.release.architecture).collect();
+    let names: Vec<_> = architectures.iter().map(|architecture| architecture.name).collect();
+    let archive = format!("selfconn-{version}-{}.oci.tar", names.join("-"));
     let archive = workspace.target.join("image").join(archive);
     let _ = fs::remove_file(&archive);
-    let image = build(&containers, &unpacked)?;
-    check::runs_as_in_a_pod(&containers, &image, &pod, &unpacked)?;
-    check::guards_the_host(&containers, &image, &guarded, &unpacked)?;
-    let to = format!("oci-archive:{}:{image}", archive.display());
-    run::output(containers.buildah("push").args([&image, &to]))?;
+    let to = format!("oci-archive:{}:selfconn:{version}", archive.display());
+    match images.as_slice() {
+        [image] => drop(run::output(containers.buildah("push").args([image, &to]))?),
+        images => push_list(&containers, images, &to, &archive, &architectures)?,
+    }
     say(format!("{}: done in {}", here(&archive), seconds_since(start)));
+    Ok(())
+}
+
+/// Writes a list of the images, and all of them. The list names the platform of each, by which a node chooses.
+fn push_list(
+    containers: &Containers,
+    images: &[String],
+    to: &str,
+    archive: &Path,
+    architectures: &[&Architecture],
+) -> Result<()> {
+    const LIST: &str = "selfconn-list";
+    let manifest = |subcommand: &str| {
+        let mut buildah = containers.program("buildah");
+        buildah.args(["manifest", subcommand]);
+        buildah
+    };
+    run::output(manifest("create").arg(LIST).args(images))?;
+    run::output(containers.with_policy(&mut manifest("push")).args(["--all", LIST, to]))?;
+    let blob = |path: &str| -> Result<Value> {
+        let mut tar = plain("tar");
+        let text = run::output(tar.args(["--extract", "--to-stdout", "--file"]).arg(archive).arg(path))?;
+        serde_json::from_str(&text).with_context(|| format!("parse {path}"))
+    };
+    let index = blob("index.json")?;
+    let digest = index["manifests"][0]["digest"].as_str().context("the archive has no list")?;
+    let list = blob(&format!("blobs/{}", digest.replace(':', "/")))?;
+    let listed = list["manifests"].as_array().context("the list names nothing")?;
+    let mut platforms: Vec<_> =
+        listed.iter().filter_map(|image| image["platform"]["architecture"].as_str()).collect();
+    platforms.sort_unstable();
+    let mut wanted: Vec<_> = architectures.iter().map(|architecture| architecture.debian).collect();
+    wanted.sort_unstable();
+    ensure!(platforms == wanted, "the list is for {platforms:?}");
+    say(format!("a list of images for {}", platforms.join(" and ")));
     Ok(())
 }
 
 /// Builds the image and checks what it says about itself. Returns its name.
 fn build(containers: &Containers, unpacked: &Unpacked) -> Result<String> {
     let release = &unpacked.release;
-    let image = format!("selfconn:{}", release.version);
+    let image = format!("selfconn:{}-{}", release.version, release.architecture.debian);
     let mut build = containers.buildah("build");
     build.args(["--quiet", "--timestamp", &release.epoch.to_string(), "--tag", &image]);
     run::output(build.arg(&unpacked.directory))?;

@@ -14,7 +14,7 @@ use self::{
     variant::{VARIANTS, Variant},
 };
 use crate::{
-    architecture::{self, Architecture},
+    architecture::{self, AARCH64, Architecture, X86_64},
     build_ebpf, packages,
     run::{say, seconds_since},
     workspace::{Workspace, write_if_changed},
@@ -48,6 +48,9 @@ const SUBSET_DEADLINE_S: u64 = 1_800;
 /// Options of `cargo xtask vm`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct VmArgs {
+    /// The whole matrix: every kernel and variant of x86_64, its real-time kernels, and the kernels of aarch64
+    #[arg(long, conflicts_with_all = ["kernel", "arch", "variant", "test_args"])]
+    all: bool,
     /// A kernel image, a kernel package, or a version such as 6.12, 6.12-rt (real-time) or, on aarch64, 6.12-16k
     /// (pages of 16 KiB); by default the newest 5.10, 6.1, 6.12, 6.18 and 7.x that Debian has
     #[arg(long, value_name = "PATH|VERSION")]
@@ -92,27 +95,78 @@ const PROGRAMS: [(&str, &str); 6] = [
 pub(crate) fn run(args: &VmArgs, workspace: &Workspace) -> Result<()> {
     let start = Instant::now();
     packages::install_programs(&PROGRAMS)?;
-    let architecture = Architecture::named(args.arch.as_deref())?;
-    Emulator::find_or_fetch(workspace, architecture)?;
-    let stock = KernelStock::get_all(&args.kernel, architecture, &directory(workspace))?;
-    let variants = variant::named(&args.variant);
-    let rows: Vec<_> = variants
-        .iter()
-        .flat_map(|variant| stock.kernels.iter().map(|kernel| (kernel, *variant)))
-        .filter(|(kernel, variant)| !variant.repeats_one_of(&variants, kernel))
-        // If the user names tests, there are no other tests for the oldest kernel to run.
-        .filter(|(kernel, variant)| {
-            !variant.at_oldest || (stock.is_oldest(kernel) && args.test_args.is_empty())
-        })
-        .collect();
-    let report = boot(args, architecture, &rows, stock.skipped.clone(), workspace)?;
-    // The documented rows are those of all tests; a row that did not pass leaves the documented one.
-    if args.test_args.is_empty() {
-        kernels::update(&workspace.root.join("docs/kernels.md"), &report.rows)?;
+    let parts = MatrixPart::of(args)?;
+    let mut all = VmReport::default();
+    for part in &parts {
+        let report = part.run(args, workspace)?;
+        all.rows.extend(report.rows);
+        all.skipped.extend(report.skipped);
     }
-    report.check()?;
-    say(format!("{} rows passed in {}", report.rows.len(), seconds_since(start)));
+    if parts.len() > 1 {
+        println!("{}", all.render());
+    }
+    let file = directory(workspace).join("report.json");
+    write_if_changed(&file, &serde_json::to_vec_pretty(&all)?)?;
+    all.check()?;
+    say(format!("{} rows passed in {}", all.rows.len(), seconds_since(start)));
     Ok(())
+}
+
+/// Kernels of one architecture in the same variants.
+struct MatrixPart {
+    architecture: &'static Architecture,
+    /// By default the architecture's.
+    kernels: Vec<String>,
+    variants: Vec<&'static Variant>,
+}
+
+/// The real-time kernels of the matrix.
+const REAL_TIME: [&str; 3] = ["6.1-rt", "6.12-rt", "7-rt"];
+
+impl MatrixPart {
+    fn of(args: &VmArgs) -> Result<Vec<Self>> {
+        if !args.all {
+            return Ok(vec![Self {
+                architecture: Architecture::named(args.arch.as_deref())?,
+                kernels: args.kernel.clone(),
+                variants: variant::named(&args.variant),
+            }]);
+        }
+        let real_time = REAL_TIME.map(str::to_owned).to_vec();
+        let variants =
+            |names: &[&str]| variant::named(&names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>());
+        Ok(vec![
+            Self { architecture: &X86_64, kernels: Vec::new(), variants: variants(&[]) },
+            Self { architecture: &X86_64, kernels: real_time, variants: variants(&["default"]) },
+            Self {
+                architecture: &AARCH64,
+                kernels: Vec::new(),
+                variants: variants(&["default", "confidentiality"]),
+            },
+        ])
+    }
+
+    /// Boots its rows, and documents those that passed.
+    fn run(&self, args: &VmArgs, workspace: &Workspace) -> Result<VmReport> {
+        let Self { architecture, kernels, variants } = self;
+        Emulator::find_or_fetch(workspace, architecture)?;
+        let stock = KernelStock::get_all(kernels, architecture, &directory(workspace))?;
+        let rows: Vec<_> = variants
+            .iter()
+            .flat_map(|variant| stock.kernels.iter().map(|kernel| (kernel, *variant)))
+            .filter(|(kernel, variant)| !variant.repeats_one_of(variants, kernel))
+            // If the user names tests, there are no other tests for the oldest kernel to run.
+            .filter(|(kernel, variant)| {
+                !variant.at_oldest || (stock.is_oldest(kernel) && args.test_args.is_empty())
+            })
+            .collect();
+        let report = boot(args, architecture, &rows, stock.skipped.clone(), workspace)?;
+        // The documented rows are those of all tests; a row that did not pass leaves the documented one.
+        if args.test_args.is_empty() {
+            kernels::update(&workspace.root.join("docs/kernels.md"), &report.rows)?;
+        }
+        Ok(report)
+    }
 }
 
 /// The rows of `cargo xtask test`: on the oldest and the newest kernel the tests that force the methods, on the newest
@@ -132,6 +186,7 @@ fn boot_subset(
     lockdown: bool,
 ) -> Result<Vec<String>> {
     let args = VmArgs {
+        all: false,
         kernel: kernels.iter().map(|kernel| (*kernel).to_owned()).collect(),
         arch: None,
         variant: Vec::new(),
@@ -171,7 +226,7 @@ fn directory(workspace: &Workspace) -> PathBuf {
     workspace.target.join("vm")
 }
 
-/// Boots the rows, and prints and stores the report.
+/// Boots the rows, and prints the report.
 fn boot(
     args: &VmArgs,
     architecture: &'static Architecture,
@@ -182,7 +237,5 @@ fn boot(
     build_ebpf::build(workspace)?;
     let report = VmReport { rows: RowRunner::new(args, architecture, workspace)?.run(rows)?, skipped };
     println!("{}", report.render());
-    let file = directory(workspace).join("report.json");
-    write_if_changed(&file, &serde_json::to_vec_pretty(&report)?)?;
     Ok(report)
 }

@@ -1,7 +1,7 @@
 #!/bin/sh
-# The life of the Debian package, run by systemd in the machine that `cargo xtask service` boots: a line for
-# each step, a verdict, and the end of the machine. The host reads the lines that begin with `selfconn-guest:
-# `: xtask/src/vm/boot.rs.
+# The life of the package, run by systemd in the machine that `cargo xtask service` boots: a line for each step, a
+# verdict, and the end of the machine. The host reads the lines that begin with `selfconn-guest: `:
+# xtask/src/vm/boot.rs. Arguments: after how many seconds to give up, and the package's format, deb or rpm.
 #
 # Each step is a function. It runs in a subshell with `set -e`; its last line of output is what it found.
 # Steps pass values to later steps by files in $state.
@@ -51,10 +51,20 @@ connect_to_self() {
     wait_for "the log has its end" has_event closed
 }
 
-# All files, except virtual file systems and what dpkg and ldconfig note.
+# All files, except virtual file systems and what dpkg, rpm and ldconfig note.
 list_files() {
     find / \( -path /proc -o -path /sys -o -path /dev -o -path /run -o -path /tmp -o -path /var/tmp \
-        -o -path /var/lib/dpkg -o -path /var/cache/ldconfig \) -prune -o -print | sort
+        -o -path /var/lib/dpkg -o -path /var/lib/rpm -o -path /root/.rpmdb -o -path /var/cache/ldconfig \) \
+        -prune -o -print | sort
+}
+
+# Installs the first or the second revision, also over the same one. rpm does not know what dpkg has installed, so it
+# would miss /bin/sh.
+install_package() {
+    case $format in
+    deb) dpkg --install "/packages/$1.deb" ;;
+    rpm) rpm --upgrade --replacepkgs --nodeps "/packages/$1.rpm" ;;
+    esac
 }
 
 system_is_up() {
@@ -62,13 +72,23 @@ system_is_up() {
     echo 0 >$state/pid
     is_up() { case $(systemctl is-system-running) in starting | initializing) return 1 ;; esac; }
     wait_for "systemd has started" is_up
+    # The preset of the distributions with rpm.
+    if [ $format = rpm ]; then
+        mkdir -p /usr/lib/systemd/system-preset
+        echo "disable *" >/usr/lib/systemd/system-preset/99-default-disable.preset
+    fi
     list_files >$state/files
     # A unit of the system may fail in a machine that is all memory.
     echo "$(systemctl is-system-running || true), $(systemctl --version | head -n 1)"
 }
 
 installed() {
-    dpkg --install /packages/first.deb
+    install_package first
+    if [ $format = rpm ]; then
+        [ "$(systemctl is-enabled $unit)" = disabled ] || fail "the service is enabled against the preset"
+        [ "$(property ActiveState)" = inactive ] || fail "the service is $(property ActiveState)"
+        systemctl enable --now $unit
+    fi
     [ "$(systemctl is-enabled $unit)" = enabled ] || fail "the service is not enabled"
     selfconn --version
 }
@@ -101,10 +121,12 @@ self_connection_in_journal() {
 }
 
 capabilities_given_up() {
-    # Bits 38 and 39 are CAP_PERFMON and CAP_BPF.
+    # Bits 38 and 39 are CAP_PERFMON and CAP_BPF. Before 5.19 the kernel requires CAP_BPF for reading a map (SECURITY.md).
+    oldest=$(printf '%s\n' 5.19 "$(uname -r)" | sort -V | head -n 1)
+    if [ "$oldest" = 5.19 ]; then given_up=3; else given_up=1; fi
     for set in CapPrm CapEff; do
         bits=$(awk "/^$set/ { print \$2 }" "/proc/$(cat $state/pid)/status")
-        [ $((0x$bits >> 38 & 3)) = 0 ] || fail "$set still has CAP_BPF or CAP_PERFMON: $bits"
+        [ $((0x$bits >> 38 & given_up)) = 0 ] || fail "$set still has CAP_BPF or CAP_PERFMON: $bits"
         found="$found $set $bits"
     done
     echo "$found"
@@ -137,9 +159,12 @@ restarted_after_sigkill() {
 }
 
 upgraded() {
-    dpkg --install /packages/second.deb
+    install_package second
     wait_for_new_process
-    version=$(dpkg-query --show --showformat '${Version}' selfconn)
+    case $format in
+    deb) version=$(dpkg-query --show --showformat '${Version}' selfconn) ;;
+    rpm) version=$(rpm --query --queryformat '%{VERSION}-%{RELEASE}' selfconn) ;;
+    esac
     case $version in *-2) ;; *) fail "the version is $version" ;; esac
     connect_to_self
     echo "to $version, as [$(cat $state/pid)]"
@@ -160,6 +185,7 @@ ports_reserved() {
     jq -e . /run/selfconn-audit.json || fail "the unit wrote no audit"
     # The system is as it was before.
     rm -r /etc/selfconn /etc/systemd/system/$reserve /etc/sysctl.d/90-selfconn.conf
+    rmdir --ignore-fail-on-non-empty /etc/sysctl.d
     echo >/proc/sys/net/ipv4/ip_local_reserved_ports
     systemctl daemon-reload
     echo "$reserved"
@@ -208,10 +234,13 @@ refused_by_the_guard() {
 }
 
 files_are_unchanged() {
-    # This system leaves documents out.
-    changed=$(dpkg --verify selfconn | grep -v ^missing || true)
+    case $format in
+    # dpkg leaves documents out in this system.
+    deb) changed=$(dpkg --verify selfconn | grep -v ^missing || true) ;;
+    rpm) changed=$(rpm --verify --nodeps selfconn || true) ;;
+    esac
     [ -z "$changed" ] || fail "$changed"
-    echo "by dpkg --verify"
+    echo "by $format"
 }
 
 stopped() {
@@ -223,7 +252,7 @@ stopped() {
 
 stays_disabled_when_installed_again() {
     systemctl disable $unit
-    dpkg --install /packages/second.deb
+    install_package second
     [ "$(systemctl is-enabled $unit || true)" = disabled ] || fail "it is enabled"
     [ "$(property ActiveState)" = inactive ] || fail "it is $(property ActiveState)"
     systemctl enable --now $unit
@@ -233,19 +262,32 @@ stays_disabled_when_installed_again() {
 }
 
 removed() {
-    dpkg --remove selfconn
+    case $format in
+    deb) dpkg --remove selfconn && kept="$log /etc/logrotate.d/selfconn" ;;
+    # rpm keeps a configuration only if somebody has changed it.
+    rpm) rpm --erase --nodeps selfconn && kept=$log ;;
+    esac
     [ ! -e /usr/bin/selfconn ] || fail "the binary is still there"
-    [ -e $log ] && [ -e /etc/logrotate.d/selfconn ] || fail "the log or the configuration is gone"
+    for file in $kept; do
+        [ -e "$file" ] || fail "$file is gone"
+    done
     [ "$(property ActiveState)" = inactive ] || fail "the service is $(property ActiveState)"
-    echo "log and configuration are kept"
+    echo "kept: $kept"
 }
 
 purged() {
-    dpkg --purge selfconn
+    case $format in
+    deb) dpkg --purge selfconn ;;
+    # There is no such thing with rpm.
+    rpm) rm -r /var/log/selfconn /var/log/private/selfconn ;;
+    esac
     list_files >$state/files.after
     # The system itself writes into these directories.
     left=$(comm -13 $state/files $state/files.after |
         grep -v -E '^/var/(log|lib/systemd|lib/logrotate)/' || true)
+    # Of the directories that packages share, a system with rpm has these.
+    shared='/usr/share/(licenses|man/man1|fish(/vendor_completions.d)?|zsh/site-functions)'
+    [ $format = deb ] || left=$(echo "$left" | grep -v -x -E "$shared" || true)
     # What this machine was booted with stays.
     left="$left$(grep selfconn $state/files.after | grep -v -e selfconn-service-guest -e ^/packages/ || true)"
     [ -z "$left" ] || fail "left behind: $left"
@@ -267,10 +309,11 @@ end() {
     systemctl poweroff --force --force
 }
 
-[ -e /packages/first.deb ] || fail "this installs and purges packages, and powers off the machine it runs on"
+[ -e "/packages/first.$2" ] || fail "this installs and purges packages, and powers off the machine it runs on"
 exec </dev/null >/dev/ttyS1 2>&1
 stty -F /dev/ttyS1 raw
 deadline=$1
+format=$2
 (
     sleep "$deadline"
     say "the deadline of $deadline s has passed"

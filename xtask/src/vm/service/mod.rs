@@ -1,10 +1,9 @@
-//! `cargo xtask service`: the Debian package under the real systemd. A small Debian system boots in QEMU,
-//! wholly in memory; `guest.sh` installs, rotates, kills, upgrades, removes and purges there, and prints a
-//! line for each step.
+//! `cargo xtask service`: the packages under the real systemd. A small Debian system boots in QEMU, wholly in memory;
+//! `guest.sh` installs, rotates, kills, upgrades, removes and purges there, and prints a line for each step.
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -15,12 +14,13 @@ use super::{
     boot::{Boot, Ending},
     emulator::Emulator,
     guest,
+    kernel::Kernel,
     rows::last_lines,
     stock::KernelStock,
 };
 use crate::{
     architecture::Architecture,
-    dist::{Deb, ReleaseParts, Tree},
+    dist::{Deb, ReleaseParts, Tree, rpm},
     packages,
     run::{say, seconds_since},
     workspace::{Workspace, here},
@@ -31,13 +31,42 @@ mod rootfs;
 /// Options of `cargo xtask service`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ServiceArgs {
-    /// A kernel image, a kernel package, or a version
-    #[arg(long, value_name = "PATH|VERSION", default_value = "6.1")]
-    kernel: String,
-    /// How long the machine may take
+    /// The systems to boot; all by default
+    #[arg(value_name = "SYSTEM", value_parser = SYSTEMS.map(|system| system.name))]
+    systems: Vec<String>,
+    /// A kernel image, a kernel package, or a version, instead of the one that the system has
+    #[arg(long, value_name = "PATH|VERSION")]
+    kernel: Option<String>,
+    /// How long a machine may take
     #[arg(long, value_name = "SECONDS", default_value_t = 900)]
     deadline: u64,
 }
+
+/// The format of a package.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Deb,
+    Rpm,
+}
+
+/// A system, and the package that is tried there.
+#[derive(Debug)]
+struct System {
+    name: &'static str,
+    /// Debian's suite.
+    suite: &'static str,
+    /// The series of the suite's kernel.
+    kernel: &'static str,
+    format: Format,
+}
+
+const SYSTEMS: [System; 4] = [
+    System { name: "bullseye", suite: "bullseye", kernel: "5.10", format: Format::Deb },
+    System { name: "bookworm", suite: "bookworm", kernel: "6.1", format: Format::Deb },
+    System { name: "trixie", suite: "trixie", kernel: "6.12", format: Format::Deb },
+    // Debian's with rpm beside dpkg.
+    System { name: "rpm", suite: "trixie", kernel: "6.12", format: Format::Rpm },
+];
 
 /// The script that systemd runs in the guest.
 pub(super) const GUEST: &str = include_str!("guest.sh");
@@ -62,7 +91,7 @@ mount --move . /
 exec chroot . /lib/systemd/systemd
 ";
 
-/// Builds the package twice with different revisions, boots, and reports.
+/// Builds the packages twice with different revisions, boots each system, and reports.
 pub(crate) fn run(args: &ServiceArgs, workspace: &Workspace) -> Result<()> {
     let start = Instant::now();
     packages::install_programs(&[&PROGRAMS[..], &[("mmdebstrap", "mmdebstrap")]].concat())?;
@@ -70,17 +99,51 @@ pub(crate) fn run(args: &ServiceArgs, workspace: &Workspace) -> Result<()> {
     let emulator = Emulator::find_or_fetch(workspace, architecture)?;
     let directory = workspace.target.join("service");
     fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))?;
-    let wanted = std::slice::from_ref(&args.kernel);
-    let stock = KernelStock::get_all(wanted, architecture, &super::directory(workspace))?;
-    let kernel = stock.kernels.first().context("no kernel")?;
     let parts = ReleaseParts::build(workspace, architecture)?;
-    let system = rootfs::get(&directory)?;
+    let is_wanted =
+        |system: &&System| args.systems.is_empty() || args.systems.iter().any(|wanted| wanted == system.name);
+    let (mut failed, mut total) = (Vec::new(), 0);
+    for system in SYSTEMS.iter().filter(is_wanted) {
+        let wanted = [args.kernel.clone().unwrap_or_else(|| system.kernel.to_owned())];
+        let stock = KernelStock::get_all(&wanted, architecture, &super::directory(workspace))?;
+        let kernel = stock.kernels.first().context("no kernel")?;
+        let initramfs = initramfs(system, kernel, args.deadline, workspace, &parts, &directory)?;
+        match boot(system, &emulator, kernel, &initramfs, args.deadline, &directory) {
+            Ok(steps) => total += steps,
+            Err(error) => {
+                say(format!("{error:#}"));
+                failed.push(system.name);
+            }
+        }
+    }
+    ensure!(failed.is_empty(), "the service did not pass: {}", failed.join(", "));
+    say(format!("{total} steps passed under systemd, in {}", seconds_since(start)));
+    Ok(())
+}
 
+/// The system with both revisions of its package and with the script.
+fn initramfs(
+    system: &System,
+    kernel: &Kernel,
+    deadline: u64,
+    workspace: &Workspace,
+    parts: &ReleaseParts,
+    directory: &Path,
+) -> Result<PathBuf> {
+    let root = rootfs::get(directory, system.suite, system.format)?;
     let overlay = Tree::empty(&directory.join("overlay"))?;
     overlay.write("init", 0o755, INIT.as_bytes())?;
     guest::add_modules(&overlay, kernel)?;
-    for (revision, name) in [(1, "packages/first.deb"), (2, "packages/second.deb")] {
-        overlay.copy(name, 0o644, &Deb::build(workspace, &parts, revision, &directory)?.file)?;
+    let format = match system.format {
+        Format::Deb => "deb",
+        Format::Rpm => "rpm",
+    };
+    for (revision, name) in [(1, "first"), (2, "second")] {
+        let file = match system.format {
+            Format::Deb => Deb::build(workspace, parts, revision, directory)?.file,
+            Format::Rpm => rpm::build(workspace, parts, revision, directory)?,
+        };
+        overlay.copy(&format!("packages/{name}.{format}"), 0o644, &file)?;
     }
     for name in ["selfconn-reserve.service", "remedy.conf", "guard.conf"] {
         let example = workspace.root.join("packaging/systemd/examples").join(name);
@@ -89,39 +152,53 @@ pub(crate) fn run(args: &ServiceArgs, workspace: &Workspace) -> Result<()> {
     overlay.write("usr/sbin/selfconn-service-guest", 0o755, GUEST.as_bytes())?;
     let units = "etc/systemd/system";
     let unit = format!(
-        "[Unit]\nAfter=multi-user.target\n[Service]\nExecStart=/usr/sbin/selfconn-service-guest {}\n",
-        args.deadline
+        "[Unit]\nAfter=multi-user.target\n[Service]\nExecStart=/usr/sbin/selfconn-service-guest {deadline} {format}\n"
     );
     overlay.write(&format!("{units}/selfconn-service-guest.service"), 0o644, unit.as_bytes())?;
     let wanted = "[Unit]\nWants=selfconn-service-guest.service\n";
     overlay.write(&format!("{units}/multi-user.target.d/guest.conf"), 0o644, wanted.as_bytes())?;
     let initramfs = directory.join("initramfs.cpio");
     // The kernel unpacks both archives, one after another.
-    let bytes = [read(&system)?, guest::cpio(&overlay)?].concat();
+    let bytes = [read(&root)?, guest::cpio(&overlay)?].concat();
     fs::write(&initramfs, bytes).with_context(|| format!("write {}", initramfs.display()))?;
+    Ok(initramfs)
+}
 
-    say(format!("booting a Debian system with kernel {} in memory", kernel.version));
-    let (log, console) = (directory.join("log"), directory.join("console.log"));
+/// Boots it. Returns how many steps passed.
+fn boot(
+    system: &System,
+    emulator: &Emulator,
+    kernel: &Kernel,
+    initramfs: &Path,
+    deadline: u64,
+    directory: &Path,
+) -> Result<usize> {
+    let name = system.name;
+    say(format!(
+        "{name}: booting a Debian system ({}) with kernel {} in memory",
+        system.suite, kernel.version
+    ));
+    let [log, console] = ["log", "console.log"].map(|end| directory.join(format!("{name}.{end}")));
     let boot = Boot {
-        emulator: &emulator,
+        emulator,
         kernel,
-        initramfs: &initramfs,
+        initramfs,
         kernel_args: &KERNEL_ARGS,
         cpus: kernel.emulation().max_cpus,
         memory_mib: MEMORY_MIB,
-        deadline: Duration::from_secs(args.deadline),
+        deadline: Duration::from_secs(deadline),
     };
     let result = boot.run(&log, &console)?;
-    fs::remove_file(&initramfs).with_context(|| format!("remove {}", initramfs.display()))?;
+    fs::remove_file(initramfs).with_context(|| format!("remove {}", initramfs.display()))?;
     print!("{}", result.output);
     if result.ending != Ending::Passed {
         eprint!("--- the end of {}\n{}---\n", here(&console), last_lines(&result.console, 40));
-        bail!("the service did not pass: {:?}: the output is in {}", result.ending, here(&log));
+        bail!("{name}: {:?}: the output is in {}", result.ending, here(&log));
     }
     let steps = result.output.lines().filter(|line| line.contains(": passed: ")).count();
-    ensure!(steps > 0, "the guest passed without a step");
-    say(format!("{steps} steps passed under systemd, in {}", seconds_since(start)));
-    Ok(())
+    ensure!(steps > 0, "{name}: the guest passed without a step");
+    say(format!("{name}: {steps} steps passed"));
+    Ok(steps)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {

@@ -1,5 +1,5 @@
-//! A small Debian system with systemd, as an initramfs. It has this machine's suite, so that programs linked
-//! here run there, and comes from this machine's archive. It is kept, because making it takes a minute.
+//! A small Debian system with systemd, as an initramfs. It comes from this machine's archive, and is kept, because
+//! making it takes a minute.
 
 use std::{
     fs,
@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::super::apt;
+use super::{super::apt, Format};
 use crate::{
     environment::plain,
     fingerprint,
@@ -17,20 +17,18 @@ use crate::{
 };
 
 /// Beside essential packages.
-const PACKAGES: &str = "systemd,systemd-sysv,logrotate,kmod,libgcc-s1,jq";
+const PACKAGES: &str = "systemd,systemd-sysv,logrotate,kmod,jq";
 
 /// Files that only take memory.
 const LEFT_OUT: [&str; 4] =
     ["/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*", "/usr/share/info/*"];
 
-/// The system as a cpio archive.
-pub(super) fn get(directory: &Path) -> Result<PathBuf> {
-    let release = fs::read_to_string("/etc/os-release").context("read /etc/os-release")?;
-    let suite = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
-    let suite = suite.context("/etc/os-release has no VERSION_CODENAME")?.trim_matches('"');
+/// The system of this suite as a cpio archive, with rpm where it is needed.
+pub(super) fn get(directory: &Path, suite: &str, format: Format) -> Result<PathBuf> {
     let sources = apt::sources_of(suite)?;
+    let packages = if format == Format::Rpm { format!("{PACKAGES},rpm") } else { PACKAGES.to_owned() };
     // It is made again when one of its ingredients changes.
-    let ingredients = format!("{sources}{PACKAGES}{LEFT_OUT:?}");
+    let ingredients = format!("{sources}{packages}{LEFT_OUT:?}");
     let name = format!("{suite}-{}", &fingerprint::of_bytes(ingredients.as_bytes())[..12]);
     let path = |end: &str| directory.join(format!("{name}{end}"));
     let (file, new, list, tar) = (path(".cpio"), path(".cpio.new"), path(".list"), path(".tar"));
@@ -40,7 +38,7 @@ pub(super) fn get(directory: &Path) -> Result<PathBuf> {
     }
     fs::write(&list, sources).with_context(|| format!("write {}", list.display()))?;
     let mut mmdebstrap = plain("mmdebstrap");
-    mmdebstrap.args(["--variant=minbase", "--include", PACKAGES]);
+    mmdebstrap.args(["--variant=minbase", "--include", &packages]);
     mmdebstrap.args(LEFT_OUT.map(|path| format!("--dpkgopt=path-exclude={path}")));
     run::step(&format!("making a Debian system: {suite}"), mmdebstrap.arg(suite).args([&tar, &list]))?;
     let mut bsdtar = plain("bsdtar");
