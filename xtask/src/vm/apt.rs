@@ -174,7 +174,8 @@ impl PrivateApt {
     pub(super) fn kernels(&self, flavour: &Flavour) -> Result<Vec<KernelPackage>> {
         let pattern = format!("^linux-(image|binary|modules)-[0-9].*-{}$", flavour.packages);
         let names = run::output(self.command("apt-cache").args(["search", "--names-only", &pattern]))?;
-        let names: Vec<&str> = names.lines().filter_map(|line| line.split(' ').next()).collect();
+        let names = names.lines().filter_map(|line| line.split(' ').next());
+        let names: Vec<&str> = names.filter(|name| flavour.has_package(name)).collect();
         ensure!(!names.is_empty(), "no kernels {} in the archive", flavour.packages);
         Ok(complete(parse_packages(&run::output(self.command("apt-cache").arg("show").args(names))?)))
     }

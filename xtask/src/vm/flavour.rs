@@ -15,12 +15,14 @@ pub(super) struct Flavour {
     pub(super) packages: &'static str,
 }
 
-static FLAVOURS: [Flavour; 5] = [
+static FLAVOURS: [Flavour; 7] = [
     Flavour { architecture: &X86_64, name: "", packages: "cloud-amd64" },
     Flavour { architecture: &X86_64, name: "rt", packages: "rt-amd64" },
+    Flavour { architecture: &X86_64, name: "generic", packages: "amd64" },
     Flavour { architecture: &AARCH64, name: "", packages: "cloud-arm64" },
     Flavour { architecture: &AARCH64, name: "rt", packages: "rt-arm64" },
     Flavour { architecture: &AARCH64, name: "16k", packages: "arm64-16k" },
+    Flavour { architecture: &AARCH64, name: "generic", packages: "arm64" },
 ];
 
 impl Flavour {
@@ -38,6 +40,14 @@ impl Flavour {
     /// Of a kernel that was given as a file, and of those for x86-64 that are not named otherwise.
     pub(super) fn usual() -> &'static Self {
         &FLAVOURS[0]
+    }
+
+    /// True for the name of a package of this flavour: `amd64` is also the end of other flavours' names.
+    pub(super) fn has_package(&self, name: &str) -> bool {
+        let ends =
+            |flavour: &&Self| name.strip_suffix(flavour.packages).is_some_and(|rest| rest.ends_with('-'));
+        let longest = FLAVOURS.iter().filter(ends).max_by_key(|flavour| flavour.packages.len());
+        longest.is_some_and(|longest| longest.packages == self.packages)
     }
 
     /// The version of a kernel, with what distinguishes this flavour from the usual one on x86-64.
@@ -109,6 +119,7 @@ mod tests {
         for (architecture, wanted, packages, label) in [
             (&X86_64, "6.12", "cloud-amd64", "6.12.118"),
             (&X86_64, "6.12-rt", "rt-amd64", "6.12.118-rt"),
+            (&X86_64, "6.12-generic", "amd64", "6.12.118-generic"),
             (&AARCH64, "6.12", "cloud-arm64", "6.12.118-arm64"),
             (&AARCH64, "6.12-16k", "arm64-16k", "6.12.118-arm64-16k"),
         ] {
@@ -116,7 +127,17 @@ mod tests {
             assert_eq!((flavour.packages, flavour.label("6.12.118").as_str()), (packages, label));
         }
         let error = Flavour::of(&X86_64, "6.12-16k").unwrap_err().to_string();
-        assert_eq!(error, "x86_64: no flavour \"16k\", only rt");
+        assert_eq!(error, "x86_64: no flavour \"16k\", only rt and generic");
+    }
+
+    #[test]
+    fn a_package_is_of_the_flavour_with_the_longest_name() {
+        for (version, is_generic, is_cloud) in [("6.12-generic", true, false), ("6.12", false, true)] {
+            let flavour = Flavour::of(&X86_64, version).unwrap();
+            assert_eq!(flavour.has_package("linux-image-6.12.118+deb13-amd64"), is_generic);
+            assert_eq!(flavour.has_package("linux-image-6.12.118+deb13-cloud-amd64"), is_cloud);
+            assert!(!flavour.has_package("linux-image-6.12.118+deb13-rt-amd64"));
+        }
     }
 
     #[test]

@@ -46,7 +46,8 @@ impl Kernel {
 
     /// The kernel of this flavour in this directory, if it is complete. The directory is named by its package.
     pub(super) fn kept(directory: &Path, flavour: &'static Flavour) -> Option<Self> {
-        let is_of_flavour = file_name(directory).contains(&format!("-{}_", flavour.packages));
+        let is_of_flavour =
+            file_name(directory).split_once('_').is_some_and(|(package, _)| flavour.has_package(package));
         let note = is_of_flavour.then(|| fs::read(directory.join(NOTE)).ok())??;
         let kernel = Self { flavour, ..serde_json::from_slice(&note).ok()? };
         let is_same = kernel.module_names == MODULES;

@@ -104,7 +104,7 @@ impl<'a> RowRunner<'a> {
             kernel,
             initramfs: &initramfs,
             kernel_args: variant.kernel_args,
-            cpus: variant.cpus_with(kernel),
+            cpus: self.cpus(kernel, variant),
             memory_mib: 2048,
             deadline: Duration::from_secs(self.args.deadline),
         };
@@ -127,6 +127,10 @@ impl<'a> RowRunner<'a> {
         Ok(row)
     }
 
+    fn cpus(&self, kernel: &Kernel, variant: &Variant) -> u32 {
+        self.args.cpus.unwrap_or_else(|| variant.cpus_with(kernel))
+    }
+
     fn runs(&self, kernel: &Kernel, variant: &Variant) -> Vec<GuestRun> {
         let owned = |args: &[&str]| args.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>();
         let variable = |(key, value): (&str, &str)| (key.to_owned(), value.to_owned());
@@ -145,7 +149,7 @@ impl<'a> RowRunner<'a> {
         // Tests that the user names run in all variants.
         let parts = if self.args.test_args.is_empty() { variant.parts } else { &[EVERYTHING] };
         let tests = parts.iter().map(|part| {
-            let scale = part.scale(variant.cpus_with(kernel)).to_string();
+            let scale = part.scale(self.cpus(kernel, variant)).to_string();
             GuestRun {
                 name: part.name.into(),
                 // The user's variables come last, so they win.
