@@ -24,7 +24,7 @@ use super::{
     refusal::Refusal,
     tracefs::{self, Tracefs, format},
 };
-use crate::system::{capabilities, netns_cookie, process};
+use crate::system::{capabilities, netns_cookie, process, sysfs};
 
 const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
 
@@ -65,6 +65,16 @@ const NAMESPACE_TARGET: &str = "bpf_iter_task";
 const NAMESPACE_FIELDS: [Field; 5] =
     [Field::TaskNsproxy, Field::NsproxyNet, Field::NetList, Field::NetOps, Field::NetnsInum];
 
+/// The event source of kprobes (`kernel/events/core.c` at v5.10).
+const KPROBE_TYPE: &str = "/sys/bus/event_source/devices/kprobe/type";
+
+fn kprobes() -> Result<(), String> {
+    if fs::exists(KPROBE_TYPE).unwrap_or(false) {
+        return Ok(());
+    }
+    Err(sysfs::why_missing(KPROBE_TYPE, "the kernel was built without CONFIG_KPROBES"))
+}
+
 /// The result of all probes.
 #[derive(Debug)]
 pub struct KernelFeatures {
@@ -97,8 +107,8 @@ pub struct KernelFeatures {
     pub shows_idle_sockets: bool,
     /// True if programs may call `bpf_probe_read_kernel`.
     pub probe_read: bool,
-    /// True if the kernel has kprobes for perf events.
-    pub kprobes: bool,
+    /// The reason why the kernel has no kprobes for perf events, if it has none.
+    pub kprobes: Result<(), String>,
     /// `none`, `integrity` or `confidentiality`; `None`: securityfs does not provide it.
     pub lockdown: Option<String>,
     pub tracefs: Tracefs,
@@ -132,12 +142,15 @@ impl KernelFeatures {
         let btf = if without_btf {
             Err("hidden by an option".to_owned())
         } else {
-            fs::read(BTF_PATH).map_err(|error| match error.kind() {
-                io::ErrorKind::NotFound => {
-                    format!("no {BTF_PATH}: the kernel was built without CONFIG_DEBUG_INFO_BTF")
-                }
-                _ => format!("{BTF_PATH}: {error}"),
-            })
+            match sysfs::masked(BTF_PATH) {
+                Some(why) => Err(format!("{BTF_PATH}: {why}")),
+                None => fs::read(BTF_PATH).map_err(|error| match error.kind() {
+                    io::ErrorKind::NotFound => {
+                        format!("no {BTF_PATH}: the kernel was built without CONFIG_DEBUG_INFO_BTF")
+                    }
+                    _ => format!("{BTF_PATH}: {error}"),
+                }),
+            }
         };
         let (mut targets, mut socket_cookie, mut has_namespace_target) = (Vec::new(), false, false);
         let mut shows_idle_sockets = false;
@@ -195,7 +208,7 @@ impl KernelFeatures {
             socket_cookie,
             shows_idle_sockets,
             probe_read,
-            kprobes: fs::exists("/sys/bus/event_source/devices/kprobe/type").unwrap_or(false),
+            kprobes: kprobes(),
             lockdown: fs::read_to_string("/sys/kernel/security/lockdown")
                 .ok()
                 .and_then(|text| parse_lockdown(&text)),
@@ -204,6 +217,12 @@ impl KernelFeatures {
             is_initial_pid_ns: process::is_in_initial_pid_ns(),
             limitations: Vec::new(),
         })
+    }
+
+    /// True if the kernel may have BTF, and a mount hides it.
+    #[must_use]
+    pub fn is_btf_masked(&self) -> bool {
+        sysfs::masked(BTF_PATH).is_some()
     }
 
     /// Checks that this process has the capabilities to load and attach programs.
@@ -232,7 +251,6 @@ impl KernelFeatures {
     /// The reason why the method is not available.
     pub fn check_method(&self, method: Method) -> Result<(), Refusal> {
         self.check_capabilities()?;
-        let unsupported = |why: &str| Err(Refusal::Unsupported(why.to_owned()));
         match method {
             Method::TpBtf | Method::Fentry => self.check_target(method),
             Method::Perf => {
@@ -245,8 +263,8 @@ impl KernelFeatures {
             Method::Kprobe if names::kprobe(ARCH, true).is_none() => {
                 Err(Refusal::Unsupported(format!("the eBPF object has no kprobe program for {ARCH}")))
             }
-            Method::Kprobe if !self.kprobes => unsupported("the kernel was built without CONFIG_KPROBES"),
             Method::Kprobe => {
+                self.kprobes.clone().map_err(Refusal::Unsupported)?;
                 self.check_offsets()?;
                 self.check_probe_read()
             }

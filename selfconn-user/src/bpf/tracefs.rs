@@ -10,6 +10,8 @@ use rustix::{
 
 pub mod format;
 
+use crate::system::sysfs;
+
 /// The directories in which aya looks for tracefs, in this order. The first one is the kernel's standard
 /// mount point.
 const MOUNT_POINTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
@@ -23,7 +25,7 @@ pub enum Tracefs {
     Denied,
     /// The kernel has tracefs, but it is not mounted.
     NotMounted,
-    /// The kernel was built without tracefs.
+    /// The kernel was built without tracefs, or /sys is masked.
     Absent,
 }
 
@@ -40,6 +42,11 @@ pub fn find() -> Tracefs {
         None if Path::new(MOUNT_POINTS[0]).is_dir() => Tracefs::NotMounted,
         None => Tracefs::Absent,
     }
+}
+
+/// Why there is no mount point for it: `absent`, unless something covers /sys.
+pub fn why_absent(absent: &str) -> String {
+    sysfs::why_missing(MOUNT_POINTS[0], absent)
 }
 
 /// The text of a tracepoint's `format` file in the mount namespace of this thread. `event` is, for example,
@@ -63,7 +70,7 @@ pub fn read_format(event: &str) -> Result<String, String> {
                 "tracefs is not mounted, so no tracepoints are visible: mount -t tracefs tracefs {at}"
             ))
         }
-        Tracefs::Absent => Err("the kernel was built without tracefs".to_owned()),
+        Tracefs::Absent => Err(why_absent("the kernel was built without tracefs")),
     }
 }
 

@@ -20,7 +20,7 @@ use crate::{
         found_guards::{self, FoundFilter, FoundGuard},
         namespaces, programs,
         refusal::Refusal,
-        tracefs::Tracefs,
+        tracefs::{self, Tracefs},
     },
     event::text::escape,
     sockets,
@@ -216,6 +216,11 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
         (Ok(bytes), None) => Ok(format!("{} KiB, every offset found", bytes.len() / 1024)),
         (Ok(_), Some(why)) | (Err(why), _) => Err(why.clone()),
     };
+    let btf_hint = if features.is_btf_masked() {
+        "unmount what covers it, or run where the host's sysfs is mounted on /sys; without BTF, only perf works"
+    } else {
+        "use a kernel with CONFIG_DEBUG_INFO_BTF=y; without BTF, only perf works"
+    };
     let tracefs = match features.tracefs {
         Tracefs::At(at) => Ok(format!("mounted on {at}")),
         Tracefs::Denied => Err("only root may read it, and CAP_DAC_READ_SEARCH".to_owned()),
@@ -223,7 +228,7 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
             Ok("not mounted; selfconn mounts it privately while it attaches".to_owned())
         }
         Tracefs::NotMounted => Err("not mounted".to_owned()),
-        Tracefs::Absent => Err("not in this kernel".to_owned()),
+        Tracefs::Absent => Err(tracefs::why_absent("not in this kernel")),
     };
     let lockdown = features.lockdown.as_deref().unwrap_or("unknown (securityfs is not mounted)");
     let missing = capabilities::names(features.missing_capabilities()).join(", ");
@@ -237,7 +242,7 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
     };
     vec![
         check("object", object, Some("the other methods work on every architecture")),
-        check("btf", btf, Some("use a kernel with CONFIG_DEBUG_INFO_BTF=y; without BTF, only perf works")),
+        check("btf", btf, Some(btf_hint)),
         check("tracefs", tracefs, Some("mount -t tracefs tracefs /sys/kernel/tracing")),
         check("lockdown", Ok(lockdown.to_owned()), None),
         check(

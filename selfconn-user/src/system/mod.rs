@@ -13,4 +13,5 @@ pub mod process;
 pub mod route;
 pub mod rtnetlink;
 pub mod sd_notify;
+pub mod sysfs;
 pub mod worker;

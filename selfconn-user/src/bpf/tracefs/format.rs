@@ -35,7 +35,8 @@ pub fn check(format: &str, expected: &[FormatField]) -> Result<(), String> {
             None => return Err(format!("the record has no field {name}")),
             Some((found_offset, found_size)) if (found_offset, found_size) != (offset, size) => {
                 return Err(format!(
-                    "field {name} has {found_size} bytes at {found_offset}, not {size} at {offset}"
+                    "this kernel has other offsets in the record than the program reads, as with the real-time patches \
+                     before Linux 6.12: field {name} has {found_size} bytes at {found_offset}, not {size} at {offset}"
                 ));
             }
             Some(_) => {}

@@ -2,7 +2,13 @@
 //! the one that runs. The expected methods are known only for the kernels of Debian, for which
 //! `SELFCONN_KERNEL` is set. On every kernel the reports must agree with each other.
 
-use std::process::Command;
+use std::{os::unix::process::CommandExt as _, process::Command};
+
+use rustix::{
+    mount::{MountFlags, MountPropagationFlags, mount, mount_change},
+    thread::{UnshareFlags, unshare_unsafe},
+};
+use serde_json::Value;
 
 use crate::support::daemon::{
     HookVariant, TestDaemon, doctor, hook_variants, method_verdicts, options_forcing, selfconn,
@@ -15,7 +21,11 @@ fn expected_verdicts(kernel: &str, lockdown: &str) -> [(&'static str, &'static s
     let reads_memory = if lockdown == "confidentiality" { "refused" } else { "ok" };
     let fentry =
         if cfg!(target_arch = "aarch64") && version_of(kernel) < (6, 4) { "unsupported" } else { "ok" };
-    [("tp_btf", "ok"), ("perf", reads_memory), ("fentry", fentry), ("kprobe", reads_memory)]
+    // The patches, until they became a part of the kernel, put a field before those of each tracepoint
+    // (`common_preempt_lazy_count` in Debian's linux-image-6.1-rt).
+    let is_real_time = rustix::system::uname().version().to_string_lossy().contains("PREEMPT_RT");
+    let perf = if is_real_time && version_of(kernel) < (6, 12) { "unsupported" } else { reads_memory };
+    [("tp_btf", "ok"), ("perf", perf), ("fentry", fentry), ("kprobe", reads_memory)]
 }
 
 /// The first two numbers of a version.
@@ -44,6 +54,9 @@ fn a_kernel_has_the_expected_methods_and_refuses_the_others_by_policy() {
     for (method, verdict, why) in method_verdicts() {
         let names_the_policy = why.contains("lockdown=confidentiality");
         assert!(!why.contains("524"), "{kernel}: {method}: {why:?}");
+        if (method, verdict) == ("perf", "unsupported") {
+            assert!(why.contains("real-time patches"), "{kernel}: {method}: {why:?}");
+        }
         assert_eq!(names_the_policy, verdict == "refused", "{kernel}: {method}: {why:?}");
     }
     // The pair never shares one recursion guard, and it uses both hooks.
@@ -51,6 +64,47 @@ fn a_kernel_has_the_expected_methods_and_refuses_the_others_by_policy() {
     let second = ["kprobe", "fentry"].into_iter().find(|method| has(method));
     let pair: Vec<_> = ["tp_btf"].into_iter().chain(second).collect();
     assert_eq!(doctor()["would_attach"], serde_json::json!(pair), "{kernel}");
+}
+
+/// The output of `doctor --json` where a tmpfs covers this directory.
+fn doctor_with_masked(directory: &'static str) -> Value {
+    let mut command = Command::new(selfconn());
+    command.args(["doctor", "--json"]);
+    let mask = move || {
+        // SAFETY: no other thread shares this process's descriptors and root after fork.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+        Ok(mount("tmpfs", directory, "tmpfs", MountFlags::empty(), None)?)
+    };
+    // SAFETY: system calls only, between fork and exec.
+    unsafe { command.pre_exec(mask) };
+    serde_json::from_slice(&command.output().unwrap().stdout).unwrap()
+}
+
+#[test]
+fn what_a_mount_hides_is_called_masked_and_what_the_kernel_lacks_is_not() {
+    let check = |doctor: &Value, name: &str| {
+        doctor["checks"].as_array().unwrap().iter().find(|check| check["name"] == name).unwrap().clone()
+    };
+    let open = doctor();
+    let (finding, masked) = (check(&open, "btf"), doctor_with_masked("/sys/kernel/btf"));
+    let masked = check(&masked, "btf");
+    assert!(!finding["finding"].as_str().unwrap().contains("masked"), "{finding}");
+    assert!(masked["finding"].as_str().unwrap().contains("masked: "), "{masked}");
+    assert!(masked["hint"].as_str().unwrap().starts_with("unmount"), "{masked}");
+    let verdicts = |doctor: &Value| {
+        let methods =
+            doctor["hooks"].as_array().unwrap().iter().flat_map(|hook| hook["methods"].as_array().unwrap());
+        methods
+            .filter(|method| method["method"] == "kprobe")
+            .map(|method| method["why"].clone())
+            .next()
+            .unwrap()
+    };
+    // The method is missing for the same reason, or was before.
+    let why = verdicts(&doctor_with_masked("/sys/bus"));
+    assert!(why.as_str().unwrap().contains("masked: "), "{why}");
+    assert!(!verdicts(&open).to_string().contains("masked"), "{open}");
 }
 
 #[test]
