@@ -105,11 +105,11 @@ impl DebianArchive {
     }
 }
 
-/// A `sources.list` for this suite with its updates, from this machine's archive.
-pub(super) fn sources_of(suite: &str) -> Result<String> {
+/// A `sources.list` for this suite with its updates, from this machine's archive, for packages of an architecture.
+pub(super) fn sources_of(suite: &str, architecture: &Architecture) -> Result<String> {
     let updates = format!("{suite}-updates");
     ensure!(SECURED.contains(&suite), "{suite} is not a known suite of Debian's");
-    Ok(DebianArchive::of_this_machine()?.list(&[suite, &updates], &[suite], "amd64"))
+    Ok(DebianArchive::of_this_machine()?.list(&[suite, &updates], &[suite], architecture.debian))
 }
 
 /// A kernel's package in the archive.

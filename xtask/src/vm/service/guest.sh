@@ -1,7 +1,7 @@
 #!/bin/sh
 # The life of the package, run by systemd in the machine that `cargo xtask service` boots: a line for each step, a
 # verdict, and the end of the machine. The host reads the lines that begin with `selfconn-guest: `:
-# xtask/src/vm/boot.rs. Arguments: after how many seconds to give up, and the package's format, deb or rpm.
+# xtask/src/vm/boot.rs. Arguments: after how many seconds to give up; the package's format, deb or rpm; the serial line.
 #
 # Each step is a function. It runs in a subshell with `set -e`; its last line of output is what it found.
 # Steps pass values to later steps by files in $state.
@@ -304,16 +304,17 @@ show_state() {
 
 end() {
     if [ "$1" = 0 ]; then say "all passed"; else say "not all passed"; fi
-    stty -F /dev/ttyS1 raw
+    stty -F "$line" raw
     sleep 0.2
     systemctl poweroff --force --force
 }
 
 [ -e "/packages/first.$2" ] || fail "this installs and purges packages, and powers off the machine it runs on"
-exec </dev/null >/dev/ttyS1 2>&1
-stty -F /dev/ttyS1 raw
 deadline=$1
 format=$2
+line=/dev/$3
+exec </dev/null >"$line" 2>&1
+stty -F "$line" raw
 (
     sleep "$deadline"
     say "the deadline of $deadline s has passed"

@@ -38,7 +38,7 @@ pub(crate) struct ServiceArgs {
     #[arg(long, value_name = "PATH|VERSION")]
     kernel: Option<String>,
     /// How long a machine may take
-    #[arg(long, value_name = "SECONDS", default_value_t = 900)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 1_800)]
     deadline: u64,
 }
 
@@ -58,24 +58,37 @@ struct System {
     /// The series of the suite's kernel.
     kernel: &'static str,
     format: Format,
+    /// That of this machine by default.
+    architecture: Option<&'static str>,
 }
 
-const SYSTEMS: [System; 4] = [
-    System { name: "bullseye", suite: "bullseye", kernel: "5.10", format: Format::Deb },
-    System { name: "bookworm", suite: "bookworm", kernel: "6.1", format: Format::Deb },
-    System { name: "trixie", suite: "trixie", kernel: "6.12", format: Format::Deb },
+const SYSTEMS: [System; 5] = [
+    System { name: "bullseye", suite: "bullseye", kernel: "5.10", format: Format::Deb, architecture: None },
+    System { name: "bookworm", suite: "bookworm", kernel: "6.1", format: Format::Deb, architecture: None },
+    System { name: "trixie", suite: "trixie", kernel: "6.12", format: Format::Deb, architecture: None },
     // Debian's with rpm beside dpkg.
-    System { name: "rpm", suite: "trixie", kernel: "6.12", format: Format::Rpm },
+    System { name: "rpm", suite: "trixie", kernel: "6.12", format: Format::Rpm, architecture: None },
+    System {
+        name: "arm64",
+        suite: "trixie",
+        kernel: "6.12",
+        format: Format::Deb,
+        architecture: Some("aarch64"),
+    },
 ];
 
 /// The script that systemd runs in the guest.
 pub(super) const GUEST: &str = include_str!("guest.sh");
 
 /// Nobody logs in, and without udev the units of terminals would wait for their devices.
-const KERNEL_ARGS: [&str; 2] = ["systemd.mask=getty.target", "systemd.mask=serial-getty@ttyS0.service"];
+const KERNEL_ARGS: [&str; 3] = [
+    "systemd.mask=getty.target",
+    "systemd.mask=serial-getty@ttyS0.service",
+    "systemd.mask=serial-getty@ttyAMA0.service",
+];
 
 /// The whole system is in memory, and during the boot also its archive.
-const MEMORY_MIB: u32 = 2048;
+const MEMORY_MIB: u32 = 2560;
 
 /// PID 1 until systemd: loads modules, and moves to a root that systemd can pivot from, as it does for
 /// services with their own view of the file system. The root of an initramfs can't be pivoted from
@@ -88,6 +101,7 @@ umount /proc
 mount --bind / /mnt
 cd /mnt
 mount --move . /
+if [ -e /second-stage ]; then chroot . /second-stage; fi
 exec chroot . /lib/systemd/systemd
 ";
 
@@ -95,19 +109,23 @@ exec chroot . /lib/systemd/systemd
 pub(crate) fn run(args: &ServiceArgs, workspace: &Workspace) -> Result<()> {
     let start = Instant::now();
     packages::install_programs(&[&PROGRAMS[..], &[("mmdebstrap", "mmdebstrap")]].concat())?;
-    let architecture = Architecture::named(None)?;
-    let emulator = Emulator::find_or_fetch(workspace, architecture)?;
     let directory = workspace.target.join("service");
     fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))?;
-    let parts = ReleaseParts::build(workspace, architecture)?;
     let is_wanted =
         |system: &&System| args.systems.is_empty() || args.systems.iter().any(|wanted| wanted == system.name);
-    let (mut failed, mut total) = (Vec::new(), 0);
+    let (mut failed, mut total, mut built) = (Vec::new(), 0, Vec::<ReleaseParts>::new());
     for system in SYSTEMS.iter().filter(is_wanted) {
+        let architecture = Architecture::named(system.architecture)?;
+        let emulator = Emulator::find_or_fetch(workspace, architecture)?;
+        let is_for = |parts: &ReleaseParts| parts.release.architecture == architecture;
+        if !built.iter().any(is_for) {
+            built.push(ReleaseParts::build(workspace, architecture)?);
+        }
+        let parts = built.iter().find(|parts| is_for(parts)).context("nothing was built")?;
         let wanted = [args.kernel.clone().unwrap_or_else(|| system.kernel.to_owned())];
         let stock = KernelStock::get_all(&wanted, architecture, &super::directory(workspace))?;
         let kernel = stock.kernels.first().context("no kernel")?;
-        let initramfs = initramfs(system, kernel, args.deadline, workspace, &parts, &directory)?;
+        let initramfs = initramfs(system, kernel, args.deadline, workspace, parts, &directory)?;
         match boot(system, &emulator, kernel, &initramfs, args.deadline, &directory) {
             Ok(steps) => total += steps,
             Err(error) => {
@@ -130,9 +148,12 @@ fn initramfs(
     parts: &ReleaseParts,
     directory: &Path,
 ) -> Result<PathBuf> {
-    let root = rootfs::get(directory, system.suite, system.format)?;
+    let root = rootfs::get(directory, system.suite, system.format, parts.release.architecture)?;
     let overlay = Tree::empty(&directory.join("overlay"))?;
     overlay.write("init", 0o755, INIT.as_bytes())?;
+    if !parts.release.architecture.is_this_machines() {
+        overlay.write("second-stage", 0o755, rootfs::SECOND_STAGE.as_bytes())?;
+    }
     guest::add_modules(&overlay, kernel)?;
     let format = match system.format {
         Format::Deb => "deb",
@@ -152,7 +173,9 @@ fn initramfs(
     overlay.write("usr/sbin/selfconn-service-guest", 0o755, GUEST.as_bytes())?;
     let units = "etc/systemd/system";
     let unit = format!(
-        "[Unit]\nAfter=multi-user.target\n[Service]\nExecStart=/usr/sbin/selfconn-service-guest {deadline} {format}\n"
+        "[Unit]\nAfter=multi-user.target\n[Service]\nExecStart=/usr/sbin/selfconn-service-guest {deadline} \
+         {format} {}\n",
+        parts.release.architecture.output
     );
     overlay.write(&format!("{units}/selfconn-service-guest.service"), 0o644, unit.as_bytes())?;
     let wanted = "[Unit]\nWants=selfconn-service-guest.service\n";
