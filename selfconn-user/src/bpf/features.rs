@@ -107,7 +107,7 @@ pub struct KernelFeatures {
     pub shows_idle_sockets: bool,
     /// True if programs may call `bpf_probe_read_kernel`.
     pub probe_read: bool,
-    /// The reason why the kernel has no kprobes for perf events, if it has none.
+    /// An error if the kernel has no kprobes for perf events, with the reason.
     pub kprobes: Result<(), String>,
     /// `none`, `integrity` or `confidentiality`; `None`: securityfs does not provide it.
     pub lockdown: Option<String>,

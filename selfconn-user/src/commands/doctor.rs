@@ -221,6 +221,8 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
     } else {
         "use a kernel with CONFIG_DEBUG_INFO_BTF=y; without BTF, only perf works"
     };
+    let is_mountable = features.tracefs != Tracefs::Absent;
+    let tracefs_hint = is_mountable.then_some("mount -t tracefs tracefs /sys/kernel/tracing");
     let tracefs = match features.tracefs {
         Tracefs::At(at) => Ok(format!("mounted on {at}")),
         Tracefs::Denied => Err("only root may read it, and CAP_DAC_READ_SEARCH".to_owned()),
@@ -230,7 +232,7 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
         Tracefs::NotMounted => Err("not mounted".to_owned()),
         Tracefs::Absent => Err(tracefs::why_absent("not in this kernel")),
     };
-    let lockdown = features.lockdown.as_deref().unwrap_or("unknown (securityfs is not mounted)");
+    let lockdown = features.lockdown.as_deref().unwrap_or("unknown (no /sys/kernel/security/lockdown)");
     let missing = capabilities::names(features.missing_capabilities()).join(", ");
     let remedy = sockets::can_destroy().and_then(|()| sockets::can_enter());
     let (guard, guard_hint) = guard_finding(found_guards::find().map_err(|error| error.to_string()));
@@ -243,7 +245,7 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
     vec![
         check("object", object, Some("the other methods work on every architecture")),
         check("btf", btf, Some(btf_hint)),
-        check("tracefs", tracefs, Some("mount -t tracefs tracefs /sys/kernel/tracing")),
+        check("tracefs", tracefs, tracefs_hint),
         check("lockdown", Ok(lockdown.to_owned()), None),
         check(
             "probe_read",

@@ -215,7 +215,8 @@ impl Daemon {
             }
             let is_held_back = self.pipeline.reporting.out.holds_back_records();
             let drained = if is_held_back { 0 } else { self.drain_batch() };
-            // The guard's records don't wait for stdout: with them come the namespaces that must be guarded.
+            // The guard's records don't wait for stdout, but for the 100 ms below: with them come the namespaces that
+            // must be guarded.
             let has_more_guarded = self.serve_guard();
             if self.pipeline.serve_lookups() || drained > 0 {
                 self.loss_reporter.on_records();
@@ -236,6 +237,7 @@ impl Daemon {
         }
         self.supervision.stopping();
         let Pipeline { remediation, reporting, .. } = &mut self.pipeline;
+        reporting.out.begin_end();
         remediation.finish(&mut reporting.out).await;
         self.guard.stop().await;
         // Events from before the signal are still reported. From here on nothing is observed.

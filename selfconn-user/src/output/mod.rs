@@ -248,6 +248,13 @@ impl Outputs {
         !self.log.as_ref().is_some_and(LogFile::is_failing)
     }
 
+    /// The run ends: from now on the reader of stdout is waited for less.
+    pub fn begin_end(&mut self) {
+        if let Some(stdout) = &mut self.stdout {
+            stdout.writer.begin_end();
+        }
+    }
+
     /// Emits and writes the last event, `stopped`. Its counts include the event itself: the number of emitted
     /// events is the number of written events plus the number of lost events.
     pub async fn stop(&mut self, lost: Losses, open: u64, programs: ProgramCounters) {

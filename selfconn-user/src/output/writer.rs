@@ -23,6 +23,9 @@ const STALLED_READER_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the end of a run waits for a reader that accepts nothing.
 const END_TIMEOUT: Duration = Duration::from_millis(500);
 
+/// How long the end of a run waits for a slow reader. A pod has ten seconds (`terminationGracePeriodSeconds`).
+const MAX_END: Duration = Duration::from_secs(8);
+
 /// How long the loop waits at once for a slow reader.
 const ROOM_TIMEOUT: Duration = Duration::from_millis(100);
 
@@ -49,6 +52,8 @@ pub(super) struct Writer {
     /// When the reader last accepted something, or the thread got its first chunk.
     last_progress: tokio::time::Instant,
     end: Option<WriterEnd>,
+    /// When the run is over, also for a reader that still accepts something. `None`: it goes on.
+    ends_at: Option<tokio::time::Instant>,
 }
 
 /// Why no further chunk is handed over.
@@ -92,7 +97,13 @@ impl Writer {
             is_failing: false,
             last_progress: tokio::time::Instant::now(),
             end: None,
+            ends_at: None,
         })
+    }
+
+    /// The run ends: from now on a reader is waited for less.
+    pub(super) fn begin_end(&mut self) {
+        self.ends_at = Some(tokio::time::Instant::now() + MAX_END);
     }
 
     /// Adds an item. It is handed to the thread at the next flush.
@@ -154,13 +165,19 @@ impl Writer {
 
     /// True if a quarter of the queue is used, and the reader takes its items: there will be room soon.
     pub(super) fn is_filling(&self) -> bool {
-        self.queue.len() > memory::STDOUT_QUEUE_BYTES / 4 && self.is_taken(STALLED_READER_TIMEOUT)
+        self.queue.len() > memory::STDOUT_QUEUE_BYTES / 4 && self.is_taken()
     }
 
-    /// True if the reader has accepted something within this time, or all of the last chunk.
-    fn is_taken(&self, timeout: Duration) -> bool {
-        let is_stalled = self.is_busy && self.last_progress.elapsed() >= timeout;
-        !is_stalled && !self.is_failing && self.end.is_none()
+    /// True if the reader has accepted something a moment ago, or all of the last chunk.
+    fn is_taken(&self) -> bool {
+        let is_stalled = self.is_busy && self.last_progress.elapsed() >= self.timeout();
+        let is_over = self.ends_at.is_some_and(|at| at <= tokio::time::Instant::now());
+        !is_stalled && !is_over && !self.is_failing && self.end.is_none()
+    }
+
+    /// After how long without progress a reader is stalled.
+    fn timeout(&self) -> Duration {
+        if self.ends_at.is_some() { END_TIMEOUT } else { STALLED_READER_TIMEOUT }
     }
 
     /// Waits for a slow reader until there is room for the events of a batch, at most [`ROOM_TIMEOUT`]. Does not wait
@@ -179,14 +196,15 @@ impl Writer {
         }
     }
 
-    /// Hands over all items while the reader accepts them, then drops the rest.
+    /// Hands over all items while the reader accepts them, then drops the rest: the run ends.
     pub(super) async fn drain(&mut self) {
+        let ends_at = *self.ends_at.get_or_insert(tokio::time::Instant::now() + MAX_END);
         loop {
             self.flush();
-            if !self.is_busy || !self.is_taken(END_TIMEOUT) {
+            if !self.is_busy || !self.is_taken() {
                 break;
             }
-            let until = self.last_progress + END_TIMEOUT;
+            let until = ends_at.min(self.last_progress + END_TIMEOUT);
             match tokio::time::timeout_at(until, self.progress.recv()).await {
                 Ok(Some(progress)) => self.apply(progress),
                 Ok(None) | Err(_) => break,
@@ -302,5 +320,24 @@ mod tests {
         assert!(writer.is_filling(), "records wait before the next chunk too");
         writer.drain().await;
         assert_eq!((writer.has_pending(), writer.lost()), (false, 0));
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_run_waits_less_for_a_stalled_reader_and_not_for_ever_for_a_slow_one() {
+        let (mut writer, accept) = filling();
+        writer.begin_end();
+        assert!(writer.is_filling(), "records wait for a reader");
+        tokio::time::sleep(END_TIMEOUT).await;
+        assert!(!writer.is_filling(), "records wait for a stalled reader");
+        accept.send(()).unwrap();
+        let progress = writer.progress.recv().await.unwrap();
+        writer.apply(progress);
+        writer.push(&[b'x'; 2 * PIPE_CAPACITY]);
+        assert!(writer.is_filling(), "records don't wait for a slow reader");
+        writer.ends_at = Some(tokio::time::Instant::now());
+        assert!(!writer.is_filling(), "the end waits for ever");
+        writer.drain().await;
+        assert!(writer.is_stuck() && writer.lost() > 0);
+        drop(accept);
     }
 }

@@ -1,4 +1,4 @@
-//! What is missing below /sys: the kernel has no such thing, or a mount hides it from this process.
+//! Tells whether the kernel lacks something below /sys, or a mount hides it from this process.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use rustix::fs::{FsWord, statfs};
 /// The type of the file system (include/uapi/linux/magic.h at v5.10).
 const SYSFS_MAGIC: FsWord = 0x6265_6572;
 
-/// Why this path of sysfs is not visible here although the kernel may have it. `None`: what can be seen is the kernel's.
+/// Why this path of sysfs is not visible here although the kernel may have it. `None`: nothing hides it.
 #[must_use]
 pub fn masked(path: &str) -> Option<String> {
     // The first that exists: a mount that covers it, or one of the directories above it.

@@ -9,14 +9,10 @@ use anyhow::{Context as _, Result};
 
 use super::{
     ReleaseParts,
-    staged::{self, DOCS, Folders},
+    staged::{self, DOCS},
     tools::CARGO_DEB,
 };
-use crate::{
-    environment::{self, plain},
-    run,
-    workspace::Workspace,
-};
+use crate::{environment::plain, run, workspace::Workspace};
 
 /// A package file.
 #[derive(Debug)]
@@ -32,17 +28,15 @@ impl Deb {
         revision: u32,
         directory: &Path,
     ) -> Result<Self> {
-        let program = CARGO_DEB.get(workspace)?;
         let release = &parts.release;
         let version = format!("{}-{revision}", release.version);
         stage(parts, &version)?;
         let file = directory.join(format!("selfconn_{version}_{}.deb", release.architecture.debian));
-        let mut deb = plain(&program);
-        deb.env("CARGO", environment::cargo().get_program());
+        let mut deb = CARGO_DEB.command(workspace)?;
         deb.args(["deb", "--quiet", "--no-build", "--no-strip", "--no-dbgsym", "--compress-type", "xz"]);
         deb.args(["--package", "selfconn-user", "--deb-version", &version]);
         deb.args(["--target", &release.architecture.release_target(), "--output"]).arg(&file);
-        deb.current_dir(&parts.root).env("CARGO_TARGET_DIR", staged::target_dir(parts)?);
+        deb.env("CARGO_TARGET_DIR", staged::target_dir(parts)?);
         // It lowers later times to this one.
         deb.env("SOURCE_DATE_EPOCH", release.epoch.to_string());
         run::output(&mut deb)?;
@@ -60,7 +54,7 @@ impl Deb {
 
 /// Writes all files of the package.
 fn stage(parts: &ReleaseParts, version: &str) -> Result<()> {
-    let tree = staged::stage(parts, "deb", &Folders { zsh: "usr/share/zsh/vendor-completions" })?;
+    let tree = staged::stage(parts, "deb", "usr/share/zsh/vendor-completions")?;
     let debian = parts.root.join("packaging/debian");
     tree.copy("usr/share/lintian/overrides/selfconn", 0o644, &debian.join("lintian-overrides"))?;
     let changes = fs::read(parts.root.join("CHANGELOG.md")).context("read CHANGELOG.md")?;

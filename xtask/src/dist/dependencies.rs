@@ -12,27 +12,21 @@ use super::{
     release::Release,
     tools::{CARGO_ABOUT, CARGO_CYCLONEDX},
 };
-use crate::{
-    environment::{self, plain},
-    run,
-    workspace::Workspace,
-};
+use crate::{environment, run, workspace::Workspace};
 
 /// The libraries in the binary, and the licence of each crate in it, with its text. `packaging/about.toml` has the
 /// targets and the accepted licences, `packaging/about.hbs` the form.
 pub(super) fn notices(workspace: &Workspace) -> Result<String> {
-    let program = CARGO_ABOUT.get(workspace)?;
+    let mut about = CARGO_ABOUT.command(workspace)?;
     // It asks cargo about all targets, and must not look for licences elsewhere.
     let mut fetch = environment::cargo();
     run::step(
         "fetching the crates",
         fetch.args(["fetch", "--locked", "--quiet"]).current_dir(&workspace.root),
     )?;
-    let mut about = plain(&program);
-    about.env("CARGO", environment::cargo().get_program());
     about.args(["generate", "--frozen", "--fail", "--config", "packaging/about.toml"]);
     about.args(["--manifest-path", "selfconn-user/Cargo.toml", "packaging/about.hbs"]);
-    let crates = run::output(about.current_dir(&workspace.root))?;
+    let crates = run::output(&mut about)?;
     let libraries = workspace.root.join("packaging/static-libraries.txt");
     let libraries =
         fs::read_to_string(&libraries).with_context(|| format!("read {}", libraries.display()))?;
@@ -47,18 +41,16 @@ pub(super) fn bills_of_materials(
     directory: &Path,
 ) -> Result<Vec<PathBuf>> {
     const FILE: &str = "selfconn-bill-of-materials";
-    let program = CARGO_CYCLONEDX.get(workspace)?;
     let host = release.architecture.release_target();
     let mut bills = Vec::new();
     for (package, target, name) in [
         ("selfconn-user", host.as_str(), release.architecture.name),
         ("selfconn-ebpf", "bpfel-unknown-none", "bpf"),
     ] {
-        let mut cyclonedx = plain(&program);
-        cyclonedx.env("CARGO", environment::cargo().get_program());
+        let mut cyclonedx = CARGO_CYCLONEDX.command(workspace)?;
         cyclonedx.args(["cyclonedx", "--quiet", "--format", "json", "--spec-version", "1.5"]);
         cyclonedx.args(["--no-build-deps", "--target", target, "--override-filename", FILE]);
-        cyclonedx.current_dir(&workspace.root).env("SOURCE_DATE_EPOCH", release.epoch.to_string());
+        cyclonedx.env("SOURCE_DATE_EPOCH", release.epoch.to_string());
         run::output(&mut cyclonedx)?;
         // It writes a file for each member of the workspace, beside its Cargo.toml.
         let mut text = None;

@@ -1,5 +1,5 @@
-//! `cargo xtask dist`: makes the release: for each architecture packages for Debian and RPM and a tarball around one static
-//! binary, and bills of materials; and checksums of all.
+//! `cargo xtask dist`: makes the release: for each architecture packages for dpkg and rpm and a tarball around one
+//! static binary, and bills of materials; and checksums of all.
 //!
 //! The same commit gives the same bytes on any machine with the same compiler and packages. `--check` builds
 //! it again from a clone elsewhere and compares.
@@ -44,7 +44,7 @@ pub(crate) struct DistArgs {
     architectures: ArchitectureArgs,
 }
 
-/// For what a command builds.
+/// The architectures that a command builds for.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ArchitectureArgs {
     /// The architectures to build for; by default this machine's
@@ -64,6 +64,8 @@ impl ArchitectureArgs {
         names.iter().map(|name| Architecture::named(Some(name))).collect()
     }
 }
+
+const LICENCES: [&str; 3] = ["LICENSE-MIT", "LICENSE-APACHE", "LICENSE-GPL2"];
 
 /// Programs, and their packages.
 const PROGRAMS: [(&str, &str); 4] =

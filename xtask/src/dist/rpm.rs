@@ -5,15 +5,11 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use super::{
-    ReleaseParts,
-    staged::{self, DOCS, Folders},
+    LICENCES, ReleaseParts,
+    staged::{self, DOCS},
     tools::CARGO_GENERATE_RPM,
 };
-use crate::{
-    environment::{self, plain},
-    run,
-    workspace::Workspace,
-};
+use crate::{run, workspace::Workspace};
 
 const LICENSES: &str = "usr/share/licenses/selfconn";
 
@@ -24,24 +20,22 @@ pub(crate) fn build(
     revision: u32,
     directory: &Path,
 ) -> Result<PathBuf> {
-    let program = CARGO_GENERATE_RPM.get(workspace)?;
     let release = &parts.release;
-    let tree = staged::stage(parts, "rpm", &Folders { zsh: "usr/share/zsh/site-functions" })?;
+    let tree = staged::stage(parts, "rpm", "usr/share/zsh/site-functions")?;
     tree.copy(&format!("{DOCS}/CHANGELOG.md"), 0o644, &parts.root.join("CHANGELOG.md"))?;
-    for name in ["LICENSE-MIT", "LICENSE-APACHE", "LICENSE-GPL2"] {
+    for name in LICENCES {
         tree.copy(&format!("{LICENSES}/{name}"), 0o644, &parts.root.join(name))?;
     }
     let architecture = release.architecture.name;
     let file = directory.join(format!("selfconn-{}-{revision}.{architecture}.rpm", release.version));
-    let mut rpm = plain(&program);
-    rpm.env("CARGO", environment::cargo().get_program());
+    let mut rpm = CARGO_GENERATE_RPM.command(workspace)?;
     rpm.args(["generate-rpm", "--package", "selfconn-user", "--arch", architecture]);
     rpm.args(["--set-metadata", &format!("release = \"{revision}\"")]);
     // Every rpm since 2009 reads xz; zstd is read since rpm 4.14.
     rpm.args(["--payload-compress", "xz", "--target", &release.architecture.release_target()]);
     rpm.arg("--target-dir").arg(staged::target_dir(parts)?).arg("--output").arg(&file);
     // Later times are lowered to this one, which is also the time of the build.
-    rpm.args(["--source-date", &release.epoch.to_string()]).current_dir(&parts.root);
+    rpm.args(["--source-date", &release.epoch.to_string()]);
     run::output(&mut rpm)?;
     Ok(file)
 }

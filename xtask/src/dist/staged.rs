@@ -10,13 +10,9 @@ use super::{ReleaseParts, tree::Tree};
 /// The documents of the package.
 pub(super) const DOCS: &str = "usr/share/doc/selfconn";
 
-/// Where a format has its completions of zsh.
-pub(super) struct Folders {
-    pub(super) zsh: &'static str,
-}
-
-/// Writes them to the directory of this name beside the binary, where the tools look for them.
-pub(super) fn stage(parts: &ReleaseParts, name: &str, folders: &Folders) -> Result<Tree> {
+/// Writes them to the directory of this name beside the binary, where the tools look for them. `zsh`: the folder of the
+/// completions of zsh, which differs.
+pub(super) fn stage(parts: &ReleaseParts, name: &str, zsh: &str) -> Result<Tree> {
     let tree = Tree::empty(&parts.binary.with_file_name(name))?;
     let packaging = |path: &str| parts.root.join("packaging").join(path);
     tree.copy("usr/bin/selfconn", 0o755, &parts.binary)?;
@@ -25,7 +21,7 @@ pub(super) fn stage(parts: &ReleaseParts, name: &str, folders: &Folders) -> Resu
     tree.copy("etc/logrotate.d/selfconn", 0o644, &packaging("logrotate/selfconn"))?;
     for (name, path) in [
         ("bash/selfconn", "usr/share/bash-completion/completions/selfconn"),
-        ("zsh/_selfconn", &format!("{}/_selfconn", folders.zsh)),
+        ("zsh/_selfconn", &format!("{zsh}/_selfconn")),
         ("fish/selfconn.fish", "usr/share/fish/vendor_completions.d/selfconn.fish"),
     ] {
         tree.copy(path, 0o644, &parts.pages.join(name))?;

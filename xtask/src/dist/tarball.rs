@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{ReleaseParts, release::Release, tree::Tree};
+use super::{LICENCES, ReleaseParts, release::Release, tree::Tree};
 use crate::{environment::plain, run};
 
 /// Writes its files. Returns their directory, which has the name of the archive.
@@ -30,7 +30,7 @@ pub(super) fn fill(parts: &ReleaseParts) -> Result<PathBuf> {
     for (file, path) in files {
         tree.copy(&inside(&file), 0o644, &path)?;
     }
-    for file in ["LICENSE-MIT", "LICENSE-APACHE", "LICENSE-GPL2", "CHANGELOG.md"] {
+    for file in LICENCES.into_iter().chain(["CHANGELOG.md"]) {
         tree.copy(&inside(file), 0o644, &parts.root.join(file))?;
     }
     tree.write(&inside("THIRD-PARTY"), 0o644, parts.notices.as_bytes())?;

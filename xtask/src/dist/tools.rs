@@ -1,12 +1,13 @@
 //! Programs from the registry of crates, in pinned versions. Each is built once into `target/tools`, which takes
 //! minutes.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::Result;
 
 use crate::{
-    environment, run,
+    environment::{self, plain},
+    run,
     workspace::{Workspace, here},
 };
 
@@ -32,8 +33,14 @@ pub(super) const CARGO_GENERATE_RPM: Tool =
     Tool { name: "cargo-generate-rpm", version: "0.21.1", features: &[] };
 
 impl Tool {
-    /// The program. It is built if it is not there in this version.
-    pub(super) fn get(&self, workspace: &Workspace) -> Result<PathBuf> {
+    /// A command of it, in the repository. It is built if it is not there in this version.
+    pub(super) fn command(&self, workspace: &Workspace) -> Result<Command> {
+        let mut command = plain(self.get(workspace)?);
+        command.current_dir(&workspace.root).env("CARGO", environment::cargo().get_program());
+        Ok(command)
+    }
+
+    fn get(&self, workspace: &Workspace) -> Result<PathBuf> {
         let root = workspace.target.join("tools").join(format!("{}-{}", self.name, self.version));
         let program = root.join("bin").join(self.name);
         if !program.exists() {

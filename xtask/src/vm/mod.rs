@@ -30,6 +30,7 @@ mod flavour;
 mod guest;
 mod kernel;
 mod kernels;
+pub(crate) mod reduced;
 mod report;
 mod rows;
 pub(crate) mod service;
@@ -52,7 +53,8 @@ pub(crate) struct VmArgs {
     #[arg(long, conflicts_with_all = ["kernel", "arch", "variant", "test_args"])]
     all: bool,
     /// A kernel image, a kernel package, or a version such as 6.12, 6.12-rt (real-time), 6.12-generic (not for
-    /// clouds) or, on aarch64, 6.12-16k (pages of 16 KiB); by default the newest 5.10, 6.1, 6.12, 6.18 and 7.x that Debian has
+    /// clouds) or, on aarch64, 6.12-16k (pages of 16 KiB); by default the newest 5.10, 6.1, 6.12, 6.18 and 7.x that
+    /// Debian has
     #[arg(long, value_name = "PATH|VERSION")]
     kernel: Vec<String>,
     /// The architecture of the machines; by default this machine's. For another one the programs are cross-compiled
@@ -79,6 +81,23 @@ pub(crate) struct VmArgs {
     test_args: Vec<String>,
 }
 
+impl VmArgs {
+    /// Of a command that boots these kernels of one architecture.
+    fn for_tests(kernel: Vec<String>, test_args: Vec<String>) -> Self {
+        Self {
+            all: false,
+            kernel,
+            arch: None,
+            variant: Vec::new(),
+            cpus: None,
+            jobs: 2,
+            deadline: SUBSET_DEADLINE_S,
+            env: Vec::new(),
+            test_args,
+        }
+    }
+}
+
 fn assignment(text: &str) -> Result<(String, String)> {
     let (name, value) = text.split_once('=').context("not NAME=VALUE")?;
     Ok((name.to_owned(), value.to_owned()))
@@ -100,16 +119,26 @@ pub(crate) fn run(args: &VmArgs, workspace: &Workspace) -> Result<()> {
     packages::install_programs(&PROGRAMS)?;
     let parts = MatrixPart::of(args)?;
     let mut all = VmReport::default();
+    let mut error = None;
     for part in &parts {
-        let report = part.run(args, workspace)?;
-        all.rows.extend(report.rows);
-        all.skipped.extend(report.skipped);
+        match part.run(args, workspace) {
+            Ok(report) => {
+                all.rows.extend(report.rows);
+                all.skipped.extend(report.skipped);
+            }
+            // The other parts are not thrown away for it.
+            Err(of_part) => {
+                say(format!("{}: {of_part:#}", part.architecture.name));
+                error = Some(of_part);
+            }
+        }
     }
     if parts.len() > 1 {
         println!("{}", all.render());
     }
     let file = directory(workspace).join("report.json");
     write_if_changed(&file, &serde_json::to_vec_pretty(&all)?)?;
+    error.map_or(Ok(()), Err)?;
     all.check()?;
     say(format!("{} rows passed in {}", all.rows.len(), seconds_since(start)));
     Ok(())
@@ -188,17 +217,8 @@ fn boot_subset(
     kernels: &[&str],
     lockdown: bool,
 ) -> Result<Vec<String>> {
-    let args = VmArgs {
-        all: false,
-        kernel: kernels.iter().map(|kernel| (*kernel).to_owned()).collect(),
-        arch: None,
-        variant: Vec::new(),
-        cpus: None,
-        jobs: 2,
-        deadline: SUBSET_DEADLINE_S,
-        env: Vec::new(),
-        test_args: Vec::new(),
-    };
+    let kernels = kernels.iter().map(|kernel| (*kernel).to_owned()).collect();
+    let args = VmArgs::for_tests(kernels, Vec::new());
     // If packages or kernels can't be had, the tested code is not at fault.
     let install = || {
         packages::install_programs(&PROGRAMS)?;

@@ -210,6 +210,23 @@ fn a_reader_that_stays_stopped_does_not_prevent_the_run_from_ending() {
 }
 
 #[test]
+fn a_frozen_reader_without_a_log_does_not_prevent_the_run_from_ending() {
+    let net = TestNetns::enter_new();
+    let mut child = start_without_log(&[]);
+    let mut stdout = child.stdout.take().unwrap();
+    // The first event. What follows is more than the pipe and a quarter of the queue hold.
+    stdout.read_exact(&mut [0]).unwrap();
+    for _ in 0..2_000 {
+        run_self_connection(Ipv4Addr::LOCALHOST.into());
+    }
+    let asked = Instant::now();
+    terminate(&mut child);
+    // Half a second without progress, and what there is to do.
+    assert!(asked.elapsed() < Duration::from_secs(5), "{:?} in {}", asked.elapsed(), net.inode);
+    drop(stdout);
+}
+
+#[test]
 fn a_closed_stdout_ends_the_run_in_order() {
     let net = TestNetns::enter_new();
     let folder = tempfile::tempdir().unwrap();

@@ -49,6 +49,16 @@ enum Format {
     Rpm,
 }
 
+impl Format {
+    /// The end of a package's name, which is also the name of the format for the script.
+    fn extension(self) -> &'static str {
+        match self {
+            Self::Deb => "deb",
+            Self::Rpm => "rpm",
+        }
+    }
+}
+
 /// A system, and the package that is tried there.
 #[derive(Debug)]
 struct System {
@@ -115,21 +125,10 @@ pub(crate) fn run(args: &ServiceArgs, workspace: &Workspace) -> Result<()> {
         |system: &&System| args.systems.is_empty() || args.systems.iter().any(|wanted| wanted == system.name);
     let (mut failed, mut total, mut built) = (Vec::new(), 0, Vec::<ReleaseParts>::new());
     for system in SYSTEMS.iter().filter(is_wanted) {
-        let architecture = Architecture::named(system.architecture)?;
-        let emulator = Emulator::find_or_fetch(workspace, architecture)?;
-        let is_for = |parts: &ReleaseParts| parts.release.architecture == architecture;
-        if !built.iter().any(is_for) {
-            built.push(ReleaseParts::build(workspace, architecture)?);
-        }
-        let parts = built.iter().find(|parts| is_for(parts)).context("nothing was built")?;
-        let wanted = [args.kernel.clone().unwrap_or_else(|| system.kernel.to_owned())];
-        let stock = KernelStock::get_all(&wanted, architecture, &super::directory(workspace))?;
-        let kernel = stock.kernels.first().context("no kernel")?;
-        let initramfs = initramfs(system, kernel, args.deadline, workspace, parts, &directory)?;
-        match boot(system, &emulator, kernel, &initramfs, args.deadline, &directory) {
+        match try_system(system, args, workspace, &mut built, &directory) {
             Ok(steps) => total += steps,
             Err(error) => {
-                say(format!("{error:#}"));
+                say(format!("{}: {error:#}", system.name));
                 failed.push(system.name);
             }
         }
@@ -137,6 +136,28 @@ pub(crate) fn run(args: &ServiceArgs, workspace: &Workspace) -> Result<()> {
     ensure!(failed.is_empty(), "the service did not pass: {}", failed.join(", "));
     say(format!("{total} steps passed under systemd, in {}", seconds_since(start)));
     Ok(())
+}
+
+/// Boots a system, with what is built for its architecture. Returns how many steps passed.
+fn try_system(
+    system: &System,
+    args: &ServiceArgs,
+    workspace: &Workspace,
+    built: &mut Vec<ReleaseParts>,
+    directory: &Path,
+) -> Result<usize> {
+    let architecture = Architecture::named(system.architecture)?;
+    let emulator = Emulator::find_or_fetch(workspace, architecture)?;
+    let is_for = |parts: &ReleaseParts| parts.release.architecture == architecture;
+    if !built.iter().any(is_for) {
+        built.push(ReleaseParts::build(workspace, architecture)?);
+    }
+    let parts = built.iter().find(|parts| is_for(parts)).context("nothing was built")?;
+    let wanted = [args.kernel.clone().unwrap_or_else(|| system.kernel.to_owned())];
+    let stock = KernelStock::get_all(&wanted, architecture, &super::directory(workspace))?;
+    let kernel = stock.kernels.first().context("no kernel")?;
+    let initramfs = initramfs(system, kernel, args.deadline, workspace, parts, directory)?;
+    boot(system, &emulator, kernel, &initramfs, args.deadline, directory)
 }
 
 /// The system with both revisions of its package and with the script.
@@ -155,10 +176,7 @@ fn initramfs(
         overlay.write("second-stage", 0o755, rootfs::SECOND_STAGE.as_bytes())?;
     }
     guest::add_modules(&overlay, kernel)?;
-    let format = match system.format {
-        Format::Deb => "deb",
-        Format::Rpm => "rpm",
-    };
+    let format = system.format.extension();
     for (revision, name) in [(1, "first"), (2, "second")] {
         let file = match system.format {
             Format::Deb => Deb::build(workspace, parts, revision, directory)?.file,
@@ -216,10 +234,10 @@ fn boot(
     print!("{}", result.output);
     if result.ending != Ending::Passed {
         eprint!("--- the end of {}\n{}---\n", here(&console), last_lines(&result.console, 40));
-        bail!("{name}: {:?}: the output is in {}", result.ending, here(&log));
+        bail!("{:?}: the output is in {}", result.ending, here(&log));
     }
     let steps = result.output.lines().filter(|line| line.contains(": passed: ")).count();
-    ensure!(steps > 0, "{name}: the guest passed without a step");
+    ensure!(steps > 0, "the guest passed without a step");
     say(format!("{name}: {steps} steps passed"));
     Ok(steps)
 }

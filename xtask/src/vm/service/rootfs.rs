@@ -25,6 +25,14 @@ const PACKAGES: &str = "systemd,systemd-sysv,logrotate,kmod,jq";
 const LEFT_OUT: [&str; 4] =
     ["/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*", "/usr/share/info/*"];
 
+/// Options for a system that is only unpacked, with its packages.
+const UNPACKED: [&str; 4] = [
+    "--variant=extract",
+    "--skip=essential/unlink,cleanup/apt/cache,cleanup/apt",
+    "--include=?essential",
+    "--include=init-system-helpers",
+];
+
 /// Installs the packages of a system that was only unpacked. dpkg has no record of any package, and everything is there
 /// already, so that each script finds what it needs.
 pub(super) const SECOND_STAGE: &str = "\
@@ -37,7 +45,8 @@ touch /var/lib/dpkg/status /var/lib/dpkg/available
 [ -e /usr/bin/awk ] || ln -s mawk /usr/bin/awk
 cd /var/cache/apt/archives
 dpkg --force-depends --install base-passwd_*.deb base-files_*.deb
-dpkg --force-depends --force-confnew --install *.deb || dpkg --configure --pending || echo \"the packages are not installed\"
+dpkg --force-depends --force-confnew --install *.deb || dpkg --configure --pending ||
+    echo \"the packages are not installed\"
 rm *.deb
 cd /
 umount /dev /proc
@@ -52,8 +61,14 @@ pub(super) fn get(
 ) -> Result<PathBuf> {
     let sources = apt::sources_of(suite, architecture)?;
     let packages = if format == Format::Rpm { format!("{PACKAGES},rpm") } else { PACKAGES.to_owned() };
+    let mut options = LEFT_OUT.map(|path| format!("--dpkgopt=path-exclude={path}")).to_vec();
+    options.push(format!("--include={packages}"));
+    let of_variant: &[&str] =
+        if architecture.is_this_machines() { &["--variant=minbase"] } else { &UNPACKED };
+    options.extend(of_variant.iter().map(|option| (*option).to_owned()));
+    options.extend(["--architectures".to_owned(), architecture.debian.to_owned()]);
     // It is made again when one of its ingredients changes.
-    let ingredients = format!("{sources}{packages}{LEFT_OUT:?}");
+    let ingredients = format!("{sources}{options:?}");
     let name =
         format!("{suite}-{}-{}", architecture.debian, &fingerprint::of_bytes(ingredients.as_bytes())[..12]);
     let path = |end: &str| directory.join(format!("{name}{end}"));
@@ -64,15 +79,7 @@ pub(super) fn get(
     }
     fs::write(&list, sources).with_context(|| format!("write {}", list.display()))?;
     let mut mmdebstrap = plain("mmdebstrap");
-    if architecture.is_this_machines() {
-        mmdebstrap.args(["--variant=minbase", "--include", &packages]);
-    } else {
-        // With the packages themselves.
-        mmdebstrap.args(["--variant=extract", "--skip=essential/unlink,cleanup/apt/cache,cleanup/apt"]);
-        mmdebstrap.args(["--include=?essential", "--include=init-system-helpers", "--include", &packages]);
-        mmdebstrap.args(["--architectures", architecture.debian]);
-    }
-    mmdebstrap.args(LEFT_OUT.map(|path| format!("--dpkgopt=path-exclude={path}")));
+    mmdebstrap.args(options);
     run::step(
         &format!("making a Debian system: {suite} for {}", architecture.name),
         mmdebstrap.arg(suite).args([&tar, &list]),

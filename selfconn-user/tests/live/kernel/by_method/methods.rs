@@ -87,11 +87,14 @@ fn what_a_mount_hides_is_called_masked_and_what_the_kernel_lacks_is_not() {
         doctor["checks"].as_array().unwrap().iter().find(|check| check["name"] == name).unwrap().clone()
     };
     let open = doctor();
-    let (finding, masked) = (check(&open, "btf"), doctor_with_masked("/sys/kernel/btf"));
-    let masked = check(&masked, "btf");
+    let finding = check(open, "btf");
     assert!(!finding["finding"].as_str().unwrap().contains("masked"), "{finding}");
-    assert!(masked["finding"].as_str().unwrap().contains("masked: "), "{masked}");
-    assert!(masked["hint"].as_str().unwrap().starts_with("unmount"), "{masked}");
+    // A kernel without BTF has no such directory.
+    if std::path::Path::new("/sys/kernel/btf").exists() {
+        let masked = check(&doctor_with_masked("/sys/kernel/btf"), "btf");
+        assert!(masked["finding"].as_str().unwrap().contains("masked: "), "{masked}");
+        assert!(masked["hint"].as_str().unwrap().starts_with("unmount"), "{masked}");
+    }
     let verdicts = |doctor: &Value| {
         let methods =
             doctor["hooks"].as_array().unwrap().iter().flat_map(|hook| hook["methods"].as_array().unwrap());
@@ -104,7 +107,7 @@ fn what_a_mount_hides_is_called_masked_and_what_the_kernel_lacks_is_not() {
     // The method is missing for the same reason, or was before.
     let why = verdicts(&doctor_with_masked("/sys/bus"));
     assert!(why.as_str().unwrap().contains("masked: "), "{why}");
-    assert!(!verdicts(&open).to_string().contains("masked"), "{open}");
+    assert!(!verdicts(open).to_string().contains("masked"), "{open}");
 }
 
 #[test]
