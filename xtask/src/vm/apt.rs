@@ -3,6 +3,7 @@
 //! credentials), and is not changed.
 
 use std::{
+    cmp::Reverse,
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
@@ -272,13 +273,13 @@ fn complete(packages: Vec<KernelPackage>) -> Vec<KernelPackage> {
         .collect()
 }
 
-/// The newest kernel whose version begins with these numbers: `6.12` is any of 6.12, and not 6.1.
-pub(super) fn newest<'a>(packages: &'a [KernelPackage], wanted: &str) -> Option<&'a KernelPackage> {
-    packages
-        .iter()
-        .filter(|package| numbers(&package.version).starts_with(&numbers(wanted)))
-        // Packages of the same kernel differ only in how they were made.
-        .max_by_key(|package| (numbers(&package.version), package.version.clone()))
+/// The kernels whose version begins with these numbers, the newest first: `6.12` is any of 6.12, and not 6.1.
+pub(super) fn newest_first<'a>(packages: &'a [KernelPackage], wanted: &str) -> Vec<&'a KernelPackage> {
+    let is_wanted = |package: &&KernelPackage| numbers(&package.version).starts_with(&numbers(wanted));
+    let mut wanted: Vec<&KernelPackage> = packages.iter().filter(is_wanted).collect();
+    // Packages of the same kernel differ only in how they were made.
+    wanted.sort_by_cached_key(|package| Reverse((numbers(&package.version), package.version.clone())));
+    wanted
 }
 
 /// The numbers at the beginning of a version: 6, 1, 192 of `6.1.192-2` and of `6.1.192-cloud`.
@@ -347,7 +348,8 @@ mod tests {
             ("7", Some("f")),
             ("5.10", None),
         ] {
-            assert_eq!(newest(&packages, wanted).map(|package| package.name.as_str()), name, "{wanted}");
+            let newest = newest_first(&packages, wanted).first().map(|package| package.name.as_str());
+            assert_eq!(newest, name, "{wanted}");
         }
     }
 

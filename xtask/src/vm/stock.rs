@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, ensure};
 
 use super::{
-    apt::{PrivateApt, is_version, newest, numbers},
+    apt::{KernelPackage, PrivateApt, is_version, newest_first, numbers},
     flavour::Flavour,
     kernel::Kernel,
 };
@@ -16,6 +16,9 @@ use crate::{architecture::Architecture, run::say};
 
 /// How many of the default kernels may be missing.
 const MAX_MISSING_KERNELS: usize = 1;
+
+/// How many kernels of a series are tried, from the newest on.
+const MAX_TRIED: usize = 3;
 
 /// The series of a kernel: its first two numbers, or the first one of the newest.
 pub(super) fn series_of(version: &str) -> Vec<u32> {
@@ -131,7 +134,29 @@ fn newest_kept(kept: &Path, version: &str, flavour: &'static Flavour) -> Result<
 
 fn fetch(version: &str, flavour: &'static Flavour, apt: &PrivateApt, kept: &Path) -> Result<Kernel> {
     let packages = apt.kernels(flavour)?;
-    let package = newest(&packages, version).context("the archive has no such kernel")?;
+    let mut failed = None;
+    for package in newest_first(&packages, version).into_iter().take(MAX_TRIED) {
+        match fetch_package(version, package, flavour, apt, kept) {
+            Ok(kernel) => return Ok(kernel),
+            // Newer lists come first.
+            Err(error) if !apt.is_updated => return Err(error),
+            // The archive has lost the file.
+            Err(error) => {
+                say(format!("kernel {version}: {}: {error:#}", package.id()));
+                failed = failed.or(Some(error));
+            }
+        }
+    }
+    Err(failed.unwrap_or_else(|| anyhow!("the archive has no such kernel")))
+}
+
+fn fetch_package(
+    version: &str,
+    package: &KernelPackage,
+    flavour: &'static Flavour,
+    apt: &PrivateApt,
+    kept: &Path,
+) -> Result<Kernel> {
     let directory = kept.join(package.id());
     if let Some(kernel) = Kernel::kept(&directory, flavour) {
         return Ok(kernel);
