@@ -62,11 +62,10 @@ impl Flavour {
     /// compare-and-exchange of its slab allocator, which it does not use on a CPU without that instruction. With a thread
     /// for each CPU, QEMU 7.2 also executed an instruction for ever that another CPU had replaced: twice a CPU of
     /// 5.10 stood at a NOP or a jump in memory, where a breakpoint had been while a probe or a static key was switched.
-    /// On arm64 a tracepoint of 6.1 that had just been switched on ran no program for a minute, then all of them.
     pub(super) fn emulation(&self, version: &str) -> Emulation {
         if self.architecture.name == AARCH64.name {
             // The oldest of QEMU's models with pages of 16 KiB.
-            return Emulation { cpu: "neoverse-n1", max_cpus: 2, threads: Threads::OneForAll };
+            return Emulation { cpu: "neoverse-n1", max_cpus: 2, threads: Threads::OnePerCpu };
         }
         let is_real_time = self.name == "rt";
         let (cpu, max_cpus) = match numbers(version).as_slice() {
