@@ -18,7 +18,7 @@ use crate::{architecture::Architecture, run::say};
 const MAX_MISSING_KERNELS: usize = 1;
 
 /// How many kernels of a series are tried, from the newest on.
-const MAX_TRIED: usize = 3;
+const MAX_TRIED: usize = 20;
 
 /// The series of a kernel: its first two numbers, or the first one of the newest.
 pub(super) fn series_of(version: &str) -> Vec<u32> {
