@@ -30,7 +30,6 @@ mod flavour;
 mod guest;
 mod kernel;
 mod kernels;
-pub(crate) mod reduced;
 mod report;
 mod rows;
 pub(crate) mod service;
@@ -178,7 +177,7 @@ impl MatrixPart {
         ])
     }
 
-    /// Boots its rows, and documents those that passed.
+    /// Boots its rows, and writes those that passed to docs/kernels.md.
     fn run(&self, args: &VmArgs, workspace: &Workspace) -> Result<VmReport> {
         let Self { architecture, kernels, variants } = self;
         Emulator::find_or_fetch(workspace, architecture)?;
