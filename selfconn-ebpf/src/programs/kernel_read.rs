@@ -60,6 +60,12 @@ pub(crate) const fn static_offset(field: Field) -> usize {
 
 /// A way for a program to read kernel memory.
 pub(crate) trait KernelRead: Copy {
+    /// True if a read through a null pointer is a page fault: slow, and the end of the kernel if the program is being
+    /// freed. The kernel mends a fault by the program's table of exceptions, which it no longer finds once the last
+    /// reference to the program is gone, although the program may still run on another CPU (`__bpf_prog_put_noref`,
+    /// kernel/bpf/syscall.c at v6.1).
+    const NULL_FAULTS: bool;
+
     /// Reads a value at an address that the kernel provided. Returns zero if the address cannot be read.
     fn read<T: Copy + Default>(address: *const u8) -> T;
 
@@ -85,6 +91,8 @@ pub(crate) struct DirectLoad;
 pub(crate) struct ProbeRead;
 
 impl KernelRead for DirectLoad {
+    const NULL_FAULTS: bool = true;
+
     #[inline(always)]
     fn read<T: Copy + Default>(address: *const u8) -> T {
         // SAFETY: the verifier accepts this load only if the pointer's type has a field at this offset; a
@@ -120,6 +128,8 @@ impl KernelRead for DirectLoad {
 }
 
 impl KernelRead for ProbeRead {
+    const NULL_FAULTS: bool = false;
+
     #[inline(always)]
     fn read<T: Copy + Default>(address: *const u8) -> T {
         let mut value = MaybeUninit::<T>::uninit();

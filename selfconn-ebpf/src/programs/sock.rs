@@ -205,8 +205,15 @@ impl<M: KernelRead> Sock<M> {
         if offset(Field::InodeNumber).is_none() {
             return 0;
         }
+        // A socket that its program has closed has neither.
         let socket: Pointer = self.get(Field::SockSocket);
+        if M::NULL_FAULTS && socket.0.is_null() {
+            return 0;
+        }
         let file: Pointer = Self::at(socket.0, Field::SocketFile);
+        if M::NULL_FAULTS && file.0.is_null() {
+            return 0;
+        }
         let inode: Pointer = Self::at(file.0, Field::FileInode);
         Self::at(inode.0, Field::InodeNumber)
     }

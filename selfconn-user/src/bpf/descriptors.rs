@@ -52,7 +52,7 @@ pub(crate) fn attach(
 /// The reason why this kernel does not have it.
 pub fn open(features: &KernelFeatures) -> Result<DescriptorIter, Refusal> {
     features.check_descriptors()?;
-    attach(&mut object::load_minimal(features)?, features, &KernelBtf::new(features))
+    attach(&mut object::load_for_iterator(features)?, features, &KernelBtf::new(features))
 }
 
 /// Attaches the iterator for a command.

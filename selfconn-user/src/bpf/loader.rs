@@ -33,7 +33,7 @@ use super::{
     guard::GuardProgram,
     held_ports::HeldPorts,
     namespaces::{self, NamespaceIter},
-    object::{self, ObjectOptions},
+    object::{self, LoadedObject, ObjectOptions},
     owners::Owners,
     programs::{KernelBtf, Link, attach},
     refusal::Refusal,
@@ -104,7 +104,7 @@ pub struct Tracer {
     descriptors_refusal: Option<Refusal>,
     namespaces_refusal: Option<Refusal>,
     links: Vec<Link>,
-    programs: Ebpf,
+    programs: LoadedObject,
     uses_static_offsets: bool,
 }
 

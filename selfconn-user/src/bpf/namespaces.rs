@@ -138,7 +138,7 @@ pub(crate) fn attach(
 /// The reason why this kernel does not have it.
 pub fn open(features: &KernelFeatures) -> Result<NamespaceIter, Refusal> {
     features.check_namespaces()?;
-    attach(&mut object::load_minimal(features)?, features, &KernelBtf::new(features))
+    attach(&mut object::load_for_iterator(features)?, features, &KernelBtf::new(features))
 }
 
 /// Attaches the iterator for a command.

@@ -1,10 +1,18 @@
 //! The eBPF object that is part of this binary: its options, the globals that they become, and its maps.
 
-use std::io;
+use std::{
+    io,
+    ops::{Deref, DerefMut},
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, anyhow};
 use aya::{Ebpf, EbpfError, EbpfLoader, maps::MapError};
-use rustix::param::page_size;
+use rustix::{
+    param::page_size,
+    thread::{MembarrierCommand, membarrier},
+};
 use selfconn_ebpf::{WAYS, guard::mode, names, reported};
 
 use super::{features::KernelFeatures, guard::GuardOptions, refusal::Refusal};
@@ -47,8 +55,53 @@ impl ObjectOptions {
     };
 }
 
+/// The maps and programs of the object. Links must be dropped before it.
+///
+/// It waits until no CPU runs its programs before it gives them up. A program without a reference is removed from the
+/// kernel's lists at once and freed later; if it still runs elsewhere by then and reads a null pointer, the handler of
+/// page faults no longer finds its table of exceptions, and the kernel crashes (`__bpf_prog_put_noref`,
+/// kernel/bpf/syscall.c, and `search_bpf_extables`, kernel/bpf/core.c, at v6.1).
+pub(super) struct LoadedObject(Ebpf);
+
+impl Deref for LoadedObject {
+    type Target = Ebpf;
+
+    fn deref(&self) -> &Ebpf {
+        &self.0
+    }
+}
+
+impl DerefMut for LoadedObject {
+    fn deref_mut(&mut self) -> &mut Ebpf {
+        &mut self.0
+    }
+}
+
+impl Drop for LoadedObject {
+    fn drop(&mut self) {
+        // The kernel waits for a grace period of RCU, within which every program that runs now ends
+        // (`MEMBARRIER_CMD_GLOBAL`, kernel/sched/membarrier.c at v5.10).
+        if let Err(error) = membarrier(MembarrierCommand::Global) {
+            log::debug!("membarrier: {error}; waiting {WITHOUT_BARRIER:?} for running programs instead");
+            thread::sleep(WITHOUT_BARRIER);
+        }
+    }
+}
+
+/// Where the kernel has no global barrier (`nohz_full`), programs that run have this time to end.
+const WITHOUT_BARRIER: Duration = Duration::from_millis(50);
+
 /// Loads the object: creates its maps and sets its globals. No program is loaded yet.
-pub(super) fn load(features: &KernelFeatures, options: ObjectOptions) -> Result<Ebpf> {
+pub(super) fn load(features: &KernelFeatures, options: ObjectOptions) -> Result<LoadedObject> {
+    load_maps(features, options).map(LoadedObject)
+}
+
+/// Loads the object for an iterator, which runs only while it is read.
+pub(super) fn load_for_iterator(features: &KernelFeatures) -> Result<Ebpf, Refusal> {
+    load_maps(features, ObjectOptions::MINIMAL).map_err(|error| Refusal::Refused(format!("{error:#}")))
+}
+
+fn load_maps(features: &KernelFeatures, options: ObjectOptions) -> Result<Ebpf> {
     raise_memlock();
     // 0 is below every level of aya-log, and the verifier removes the unreachable code.
     let log_level = if options.log { aya_log::Level::Debug as u8 } else { 0 };
@@ -87,11 +140,6 @@ pub(super) fn load(features: &KernelFeatures, options: ObjectOptions) -> Result<
         .load(OBJECT)
         .map_err(|error| ring_memory_error(&error, options.ring_bytes).unwrap_or_else(|| error.into()))
         .context("cannot load the maps")
-}
-
-/// Loads the object for a moment only.
-pub(super) fn load_minimal(features: &KernelFeatures) -> Result<Ebpf, Refusal> {
-    load(features, ObjectOptions::MINIMAL).map_err(|error| Refusal::Refused(format!("{error:#}")))
 }
 
 /// A message with a hint, if the kernel had no memory for the ring buffer.
