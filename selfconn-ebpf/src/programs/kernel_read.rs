@@ -60,10 +60,12 @@ pub(crate) const fn static_offset(field: Field) -> usize {
 
 /// A way for a program to read kernel memory.
 pub(crate) trait KernelRead: Copy {
-    /// True if a read through a null pointer is a page fault: slow, and the end of the kernel if the program is being
-    /// freed. The kernel mends a fault by the program's table of exceptions, which it no longer finds once the last
-    /// reference to the program is gone, although the program may still run on another CPU (`__bpf_prog_put_noref`,
-    /// kernel/bpf/syscall.c at v6.1).
+    /// True if a read through a null pointer is a page fault of the running process. Such a read must not be made: where
+    /// the kernel does not count preemption, the handler of the fault can wait for the process's `mmap_lock`, for ever
+    /// if the process likes, and meanwhile the CPU takes every call of the program for a recursion; and a fault of a
+    /// program that is being given up crashes the kernel (`do_page_fault`, arch/arm64/mm/fault.c, and
+    /// `search_bpf_extables`, kernel/bpf/core.c, at v6.1). On x86-64 the translated program reads no user
+    /// addresses (`do_jit`, arch/x86/net/bpf_jit_comp.c at v6.1).
     const NULL_FAULTS: bool;
 
     /// Reads a value at an address that the kernel provided. Returns zero if the address cannot be read.

@@ -26,6 +26,9 @@ pub(crate) const NOBODY: u32 = 65_534;
 const TASK_ENV: &str = "SELFCONN_TEST_NOBODY_TASK";
 const FOLDER_ENV: &str = "SELFCONN_TEST_NOBODY_FOLDER";
 
+/// A process that is hung closes its socket this long after its output.
+const CLOSES_AFTER: Duration = Duration::from_millis(300);
+
 /// Such a process. It ends when this value is dropped.
 pub(crate) struct Nobody {
     child: Child,
@@ -37,6 +40,15 @@ impl Nobody {
     /// A process whose `/proc/PID/cmdline` cannot be read: whoever tries waits until the process is killed.
     /// Then it connects a socket to itself, and [`Self::read_output`] returns. `None`: this kernel has no FUSE.
     pub(crate) fn hung() -> Option<Self> {
+        Self::hung_at("hang")
+    }
+
+    /// As [`Self::hung`]. Soon after the output, it closes its socket.
+    pub(crate) fn hung_closing() -> Option<Self> {
+        Self::hung_at("hang and close")
+    }
+
+    fn hung_at(task: &str) -> Option<Self> {
         let folder = folder();
         let device = folder.path().join("fuse");
         // /dev/fuse is open to everybody, as udev makes it. A container may have none, so the test makes it.
@@ -49,7 +61,7 @@ impl Nobody {
         }
         fs::create_dir(folder.path().join("mount")).unwrap();
         fs::set_permissions(folder.path().join("mount"), Permissions::from_mode(0o777)).unwrap();
-        Some(Self::start("hang", folder, true))
+        Some(Self::start(task, folder, true))
     }
 
     /// A process that fails binds as fast as it can, at ever other addresses.
@@ -173,7 +185,8 @@ fn run_nobody() {
     let Ok(task) = std::env::var(TASK_ENV) else { return };
     let folder = PathBuf::from(std::env::var_os(FOLDER_ENV).unwrap_or_default());
     match task.as_str() {
-        "hang" => hang(&folder),
+        "hang" => hang(&folder, false),
+        "hang and close" => hang(&folder, true),
         "serve" => serve(),
         "fail binds" => fail_binds(),
         "connect" => {
@@ -194,7 +207,7 @@ fn print_output(text: &str) {
 
 /// A page fault on a file that its server never gives holds the `mmap_lock` for reading. munmap() waits to
 /// write, and every later reader waits behind it, such as a reader of `/proc/PID/cmdline`.
-fn hang(folder: &Path) {
+fn hang(folder: &Path, closes: bool) {
     use rustix::mount::{MountFlags, mount};
     let device = fs::File::options().read(true).write(true).open(folder.join("fuse")).unwrap();
     let mount_point = folder.join("mount");
@@ -240,6 +253,10 @@ fn hang(folder: &Path) {
     let message = b"nobody: hung\n";
     // SAFETY: the buffer is valid for the call.
     unsafe { libc::write(1, message.as_ptr().cast(), message.len()) };
+    if closes {
+        thread::sleep(CLOSES_AFTER);
+        drop(client);
+    }
     loop {
         // SAFETY: no arguments.
         unsafe { libc::pause() };
