@@ -1,4 +1,4 @@
-//! Distinguishes a path of sysfs that the kernel does not have from one that a mount hides.
+//! Tells whether the kernel lacks something below /sys, or a mount hides it from this process.
 
 use std::path::Path;
 

@@ -14,8 +14,8 @@ use crate::{environment::plain, packages::debs_in, run};
 
 /// Modules of Debian's cloud kernels that tests need: the socket table, disturbances of the network, and a user of
 /// sockets in the kernel. Some kernels have them built in, or don't have them.
-const MODULES: [&str; 9] =
-    ["tcp_diag", "sch_netem", "sch_tbf", "veth", "dummy", "vrf", "nfsv3", "sch_ingress", "cls_bpf"];
+const MODULES: [&str; 10] =
+    ["tcp_diag", "sch_netem", "sch_tbf", "veth", "dummy", "vrf", "nfsv3", "sch_ingress", "cls_bpf", "fuse"];
 
 /// The note in a kernel's directory. It is written last: without it the directory is not complete.
 const NOTE: &str = "kernel.json";

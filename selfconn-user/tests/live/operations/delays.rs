@@ -10,12 +10,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::thread::{CpuSet, sched_setaffinity};
 use serde_json::Value;
 
 use crate::support::{
     client::{connect_to_self, run_self_connection},
-    daemon::{DEADLINE, HookVariant, TestDaemon, hook_variants, is_event, selfconn},
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, selfconn},
     netns::TestNetns,
     nobody::{NOBODY, Nobody},
     socket_crowd::{CrowdSockets, SocketCrowd},
@@ -93,35 +92,6 @@ fn a_process_whose_command_line_cannot_be_read_delays_nobody() {
             let text = String::from_utf8(output.stdout).unwrap();
             assert!(text.contains(&format!("\"pid\":{}", hung.pid())), "{text}");
         }
-    }
-}
-
-/// A program that reads through a null pointer takes a page fault, and where the kernel doesn't count preemption, its
-/// handler waits for the lock of the process in which the program runs. While it waits, that CPU runs the program no
-/// more, whoever connects.
-#[test]
-fn a_process_that_closes_its_socket_while_its_memory_map_is_locked_blinds_no_probe() {
-    let net = TestNetns::enter_new();
-    for variant in hook_variants() {
-        let mut daemon = TestDaemon::start(&variant, &[]);
-        let Some(mut hung) = Nobody::hung_closing() else { return };
-        hung.wait();
-        let is_closed = |event: &Value| is_event("closed", net.inode)(event) && event["pid"] == hung.pid();
-        daemon.expect(1, is_closed);
-        let cpus = thread::available_parallelism().unwrap().get();
-        thread::scope(|scope| {
-            for cpu in 0..cpus {
-                scope.spawn(move || {
-                    let mut set = CpuSet::new();
-                    set.set(cpu);
-                    sched_setaffinity(None, &set).unwrap();
-                    run_self_connection(Ipv4Addr::LOCALHOST.into());
-                });
-            }
-        });
-        let of_others = |event: &Value| is_event("closed", net.inode)(event) && event["pid"] != hung.pid();
-        daemon.expect(cpus, of_others);
-        daemon.stop();
     }
 }
 

@@ -2,24 +2,16 @@
 //! the one that runs. The expected methods are known only for the kernels of Debian, for which
 //! `SELFCONN_KERNEL` is set. On every kernel the reports must agree with each other.
 
-use std::{
-    fs::OpenOptions, io::Write as _, net::Ipv4Addr, os::unix::process::CommandExt as _, path::PathBuf,
-    process::Command,
-};
+use std::{os::unix::process::CommandExt as _, process::Command};
 
 use rustix::{
     mount::{MountFlags, MountPropagationFlags, mount, mount_change},
     thread::{UnshareFlags, unshare_unsafe},
 };
-use selfconn::bpf::tracefs::{self, Tracefs};
 use serde_json::Value;
 
-use crate::support::{
-    client::run_self_connection,
-    daemon::{
-        HookVariant, TestDaemon, doctor, hook_variants, is_event, method_verdicts, options_forcing, selfconn,
-    },
-    netns::TestNetns,
+use crate::support::daemon::{
+    HookVariant, TestDaemon, doctor, hook_variants, method_verdicts, options_forcing, selfconn,
 };
 
 /// The expected method verdicts under a lockdown. There is no difference between kernels of x86-64 from 5.10 to 7.x,
@@ -176,65 +168,6 @@ fn the_verifier_processes_few_instructions() {
     }
     // The smallest program of the methods has more than a thousand instructions.
     assert!(counts.iter().all(|most| (1_000..MAX_VERIFIED_INSNS).contains(most)), "{counts:?}");
-}
-
-/// Counts the reads of BPF programs that faulted, by a kprobe of ftrace on the kernel's handler for them, until it is
-/// dropped.
-struct FaultedReads {
-    name: String,
-    tracing: PathBuf,
-}
-
-impl FaultedReads {
-    /// `None`: the kernel has no kprobes, or no such handler.
-    fn count() -> Option<Self> {
-        let Tracefs::At(tracing) = tracefs::find() else { return None };
-        let tracing = PathBuf::from(tracing);
-        let name = format!("selfconn_{}", std::process::id());
-        let mut events = OpenOptions::new().append(true).open(tracing.join("kprobe_events")).ok()?;
-        events.write_all(format!("p:{name} ex_handler_bpf\n").as_bytes()).ok()?;
-        let counter = Self { name, tracing };
-        counter.enable("1");
-        Some(counter)
-    }
-
-    fn enable(&self, value: &str) {
-        std::fs::write(self.tracing.join("events/kprobes").join(&self.name).join("enable"), value).unwrap();
-    }
-
-    /// The number so far.
-    fn hits(&self) -> u64 {
-        let profile = std::fs::read_to_string(self.tracing.join("kprobe_profile")).unwrap();
-        let of_this =
-            |line: &str| Some(line.trim().strip_prefix(&self.name)?.split_whitespace().next()?.parse());
-        profile.lines().find_map(of_this).unwrap().unwrap()
-    }
-}
-
-impl Drop for FaultedReads {
-    fn drop(&mut self) {
-        self.enable("0");
-        let mut events = OpenOptions::new().append(true).open(self.tracing.join("kprobe_events")).unwrap();
-        events.write_all(format!("-:{}\n", self.name).as_bytes()).unwrap();
-    }
-}
-
-#[test]
-fn no_program_reads_through_a_null_pointer() {
-    let Some(faulted) = FaultedReads::count() else {
-        println!("skipped: the reads that fault can't be counted on this kernel");
-        return;
-    };
-    let net = TestNetns::enter_new();
-    for variant in hook_variants() {
-        let mut daemon = TestDaemon::start(&variant, &[]);
-        // The program closes its socket, which loses its file before it enters CLOSE.
-        for _ in 0..20 {
-            run_self_connection(Ipv4Addr::LOCALHOST.into());
-        }
-        daemon.expect(20, is_event("closed", net.inode));
-        assert_eq!(faulted.hits(), 0, "{variant:?}");
-    }
 }
 
 #[test]

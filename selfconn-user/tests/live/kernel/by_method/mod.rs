@@ -9,5 +9,6 @@ pub(crate) mod early_warning;
 pub(crate) mod guard;
 pub(crate) mod kinds;
 pub(crate) mod methods;
+pub(crate) mod page_faults;
 pub(crate) mod port_range;
 pub(crate) mod programs;
