@@ -29,6 +29,7 @@ use crate::{
 };
 use blocked::BlockedReports;
 use catch_up::{AfterRecords, CatchUp};
+use gathering::Gathering;
 use guarding::GuardMonitor;
 use losses::LossReporter;
 use pipeline::Pipeline;
@@ -43,6 +44,7 @@ use supervision::Supervision;
 
 mod blocked;
 mod catch_up;
+mod gathering;
 mod guarding;
 mod losses;
 mod pending;
@@ -121,6 +123,7 @@ pub struct Daemon {
     pending_bind_failures: Vec<BindFailure>,
     /// The probes' counters, as last read.
     counters: Counters,
+    gathering: Gathering,
 }
 
 impl Daemon {
@@ -164,6 +167,7 @@ impl Daemon {
             unread: 0,
             pending_bind_failures: Vec::new(),
             counters: Counters::default(),
+            gathering: Gathering::default(),
         })
     }
 
@@ -206,7 +210,7 @@ impl Daemon {
                 () = self.pipeline.remediation.ready() => {}
                 () = self.pipeline.reporting.lookups.ready() => {}
                 () = self.pipeline.conflicts.reports.ready() => {}
-                readable = self.tracer.readable() => readable?,
+                readable = self.tracer.readable(), if self.gathering.until().is_none() => readable?,
                 // The pending events are written below.
                 () = self.pipeline.reporting.out.ready() => {}
                 () = sleep_until_some(wake_at) => {}
@@ -215,6 +219,7 @@ impl Daemon {
             }
             let is_held_back = self.pipeline.reporting.out.holds_back_records();
             let drained = if is_held_back { 0 } else { self.drain_batch() };
+            self.gathering.on_read(drained, drained == MAX_BATCH, Instant::now());
             // The guard's records don't wait for stdout, but for the 100 ms below: with them come the namespaces that
             // must be guarded.
             let has_more_guarded = self.serve_guard();
@@ -258,6 +263,7 @@ impl Daemon {
             self.port_risks.next_at(),
             self.guard.next_at(),
             self.guard.read_at(),
+            self.gathering.until(),
             self.self_test.next_at(),
             self.loss_reporter.next_at(),
             self.snapshots.next_at(),
