@@ -208,8 +208,23 @@ fn a_user_with_two_capabilities_ends_up_with_none() {
     }
 }
 
+/// The values of `kernel.unprivileged_bpf_disabled` to try. Only a machine that is made for the tests is set to others than
+/// its own; 1 can't be taken back, and is last.
+fn settings_of_unprivileged_bpf() -> &'static [&'static str] {
+    if std::env::var_os("SELFCONN_KERNEL").is_some() { &["0", "2", "1"] } else { &["as it is"] }
+}
+
 #[test]
 fn a_pass_over_descriptors_needs_no_capability() {
+    for setting in settings_of_unprivileged_bpf() {
+        if *setting != "as it is" {
+            fs::write("/proc/sys/kernel/unprivileged_bpf_disabled", setting).unwrap();
+        }
+        pass_without_capabilities(setting);
+    }
+}
+
+fn pass_without_capabilities(setting: &str) {
     let _net = TestNetns::enter_new();
     let mut holder = HelperProcess::start("hold in a namespace that only the sockets keep");
     let netns: u64 = holder.read_output().parse().unwrap();
@@ -225,7 +240,7 @@ fn a_pass_over_descriptors_needs_no_capability() {
         let threads = thread_capabilities(daemon.pid());
         let reader = threads.iter().find(|thread| thread.name == "reader").unwrap();
         assert!(CapabilitySet::BPF.contains(reader.permitted | reader.effective), "{reader:?}");
-        println!("FACT pass_needs={:?}", reader.permitted);
+        println!("FACT pass unprivileged_bpf_disabled={setting:?} needs={:?}", reader.permitted);
         // The next pass, too.
         daemon.run_until_snapshots(2, || std::thread::sleep(Duration::from_millis(20)));
     }
