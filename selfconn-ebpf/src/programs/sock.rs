@@ -215,6 +215,9 @@ impl<M: KernelRead> Sock<M> {
             return 0;
         }
         let inode: Pointer = Self::at(file.0, Field::FileInode);
+        if M::NULL_FAULTS && inode.0.is_null() {
+            return 0;
+        }
         Self::at(inode.0, Field::InodeNumber)
     }
 

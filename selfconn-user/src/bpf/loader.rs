@@ -259,11 +259,12 @@ impl Tracer {
         &self.methods
     }
 
-    /// Waits until a ring buffer or the log of the eBPF programs has data. Writes out the log.
+    /// Waits until a ring buffer or the log of the eBPF programs has data, except for that of transitions while its
+    /// records gather. Writes out the log.
     ///
     /// # Errors
     /// If the runtime cannot wait on a map's descriptor.
-    pub async fn readable(&mut self) -> io::Result<()> {
+    pub async fn readable(&mut self, gathers: bool) -> io::Result<()> {
         let Self { ring, bind_ring, guard_ring, log, .. } = self;
         let log_readable = async {
             match log {
@@ -272,7 +273,7 @@ impl Tracer {
             }
         };
         tokio::select! {
-            guard = ring.readable_mut() => guard?.clear_ready(),
+            guard = ring.readable_mut(), if !gathers => guard?.clear_ready(),
             guard = bind_ring.readable_mut() => guard?.clear_ready(),
             guard = guard_ring.readable_mut() => guard?.clear_ready(),
             guard = log_readable => {

@@ -57,10 +57,10 @@ impl ObjectOptions {
 
 /// The maps and programs of the object. Links must be dropped before it.
 ///
-/// It waits until no CPU runs its programs before it gives them up. A program without a reference is removed from the
-/// kernel's lists at once and freed later; if it still runs elsewhere by then and reads a null pointer, the handler of
-/// page faults no longer finds its table of exceptions, and the kernel crashes (`__bpf_prog_put_noref`,
-/// kernel/bpf/syscall.c, and `search_bpf_extables`, kernel/bpf/core.c, at v6.1).
+/// It waits for the programs that run before it releases them. A program without a reference is removed from the
+/// kernel's lists at once and freed later; if it still runs on another CPU by then and takes a page fault, the handler
+/// no longer finds its exception table, and the kernel crashes (`__bpf_prog_put_noref`, kernel/bpf/syscall.c, and
+/// `search_bpf_extables`, kernel/bpf/core.c, at v6.1).
 pub(super) struct LoadedObject(Ebpf);
 
 impl Deref for LoadedObject {
@@ -79,8 +79,9 @@ impl DerefMut for LoadedObject {
 
 impl Drop for LoadedObject {
     fn drop(&mut self) {
-        // The kernel waits for a grace period of RCU, within which every program that runs now ends
-        // (`MEMBARRIER_CMD_GLOBAL`, kernel/sched/membarrier.c at v5.10).
+        // The kernel waits for a grace period of RCU, if it has several CPUs (`MEMBARRIER_CMD_GLOBAL`,
+        // kernel/sched/membarrier.c at v5.10). That does not cover a program that sleeps in the handler of page faults:
+        // none of ours takes one (`KernelRead::NULL_FAULTS`).
         if let Err(error) = membarrier(MembarrierCommand::Global) {
             log::debug!("membarrier: {error}; waiting {WITHOUT_BARRIER:?} for running programs instead");
             thread::sleep(WITHOUT_BARRIER);

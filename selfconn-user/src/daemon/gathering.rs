@@ -7,13 +7,13 @@ use tokio::time::Instant;
 /// Reads that follow each other sooner than this belong together. Longer than [`GATHER_TIME`] and what a timer adds.
 const TOGETHER: Duration = Duration::from_millis(4);
 
-/// So many reads wait for nothing. A connection and its end are two or three.
+/// This number of reads waits for nothing. A connection and its end are two or three.
 const FREE_READS: u32 = 8;
 
-/// How long records gather. It is added to the time until an event of a flood, and to no other.
+/// How long records gather. It is added to the time until an event while there is a flood.
 const GATHER_TIME: Duration = Duration::from_millis(1);
 
-/// Whether records come one upon another. A wake-up costs more than a record, the daemon and the processor on which the
+/// Decides if records come in a flood. A wake-up costs more than a record, the daemon and the processor on which the
 /// record is made.
 #[derive(Debug, Default)]
 pub(super) struct Gathering {

@@ -186,7 +186,7 @@ impl Daemon {
         self.snapshots.request(&self.tracer, &mut self.pipeline);
         let mut hooks_dead = None;
         while is_stdout_open && hooks_dead.is_none() {
-            let wake_at = self.next_wake();
+            let (wake_at, gathers) = (self.next_wake(), self.gathering.until().is_some());
             // Waits for the first source that has something. Every source is then served once.
             tokio::select! {
                 biased;
@@ -210,7 +210,7 @@ impl Daemon {
                 () = self.pipeline.remediation.ready() => {}
                 () = self.pipeline.reporting.lookups.ready() => {}
                 () = self.pipeline.conflicts.reports.ready() => {}
-                readable = self.tracer.readable(), if self.gathering.until().is_none() => readable?,
+                readable = self.tracer.readable(gathers) => readable?,
                 // The pending events are written below.
                 () = self.pipeline.reporting.out.ready() => {}
                 () = sleep_until_some(wake_at) => {}
