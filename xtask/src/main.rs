@@ -78,6 +78,8 @@ enum XtaskCommand {
     Image(dist::ArchitectureArgs),
     /// Install, rotate, kill, upgrade and purge the packages under systemd in virtual machines
     Service(vm::service::ServiceArgs),
+    /// Build kernels without BTF, kprobes or tracefs from Debian's kernel source, and boot them
+    ReducedKernels,
     /// Run the live tests on other kernels, in virtual machines
     Vm(vm::VmArgs),
     /// Run test suites in Python, Node and Rust under `selfconn exec`
@@ -111,6 +113,7 @@ fn dispatch(command: &XtaskCommand, workspace: &Workspace) -> Result<()> {
         XtaskCommand::Dist(arguments) => dist::run(arguments, workspace),
         XtaskCommand::Image(arguments) => image::run(arguments, workspace),
         XtaskCommand::Service(arguments) => vm::service::run(arguments, workspace),
+        XtaskCommand::ReducedKernels => vm::reduced::run(workspace),
         XtaskCommand::Vm(arguments) => vm::run(arguments, workspace),
         XtaskCommand::Suites => suites::run(workspace),
         XtaskCommand::Bench(arguments) => bench::run(arguments, workspace),

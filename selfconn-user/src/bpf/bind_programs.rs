@@ -86,7 +86,7 @@ fn attach(
         BindMethod::Fexit => match ebpf.program_mut(names::BIND_FEXIT) {
             Some(Program::FExit(program)) => attach_fexit(program, kernel_btf.get()?)
                 .map(BindLinks::Fexit)
-                .map_err(|error| refusal(&error)),
+                .map_err(|error| features.explain(refusal(&error))),
             _ => Err(missing(names::BIND_FEXIT)),
         },
         BindMethod::Perf => {

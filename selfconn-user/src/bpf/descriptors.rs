@@ -43,7 +43,9 @@ pub(crate) fn attach(
     kernel_btf: &KernelBtf<'_>,
 ) -> Result<DescriptorIter, Refusal> {
     features.check_descriptors()?;
-    BpfIter::attach(ebpf, names::DESCRIPTORS, NAME, kernel_btf).map(DescriptorIter)
+    let iter =
+        BpfIter::attach(ebpf, names::DESCRIPTORS, NAME, kernel_btf).map_err(|why| features.explain(why))?;
+    Ok(DescriptorIter(iter))
 }
 
 /// Attaches the iterator, and nothing else.

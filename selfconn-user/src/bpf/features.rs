@@ -61,6 +61,13 @@ const DESCRIPTOR_FIELDS: [Field; 9] = [
 /// The attach target of the iterator over network namespaces.
 const NAMESPACE_TARGET: &str = "bpf_iter_task";
 
+/// Runs the programs of tracepoints and kprobes (kernel/trace/bpf_trace.c at v5.10). The kernel has it, and any tracing
+/// program, only with `CONFIG_BPF_EVENTS`.
+const TRACING_FUNCTION: &str = "trace_call_bpf";
+
+/// What a kernel without it answers.
+const WITHOUT_TRACING: &str = "the kernel was built without CONFIG_BPF_EVENTS";
+
 /// The fields that the iterator over network namespaces cannot do without.
 const NAMESPACE_FIELDS: [Field; 5] =
     [Field::TaskNsproxy, Field::NsproxyNet, Field::NetList, Field::NetOps, Field::NetnsInum];
@@ -72,7 +79,7 @@ fn kprobes() -> Result<(), String> {
     if fs::exists(KPROBE_TYPE).unwrap_or(false) {
         return Ok(());
     }
-    Err(sysfs::why_missing(KPROBE_TYPE, "the kernel was built without CONFIG_KPROBES"))
+    Err(sysfs::why_missing(KPROBE_TYPE, "the kernel was built without CONFIG_KPROBE_EVENTS"))
 }
 
 /// The result of all probes.
@@ -97,6 +104,8 @@ pub struct KernelFeatures {
     descriptor_targets_missing: Vec<&'static str>,
     /// True if the BTF has [`NAMESPACE_TARGET`].
     has_namespace_target: bool,
+    /// True if the BTF lacks [`TRACING_FUNCTION`]. It explains a refusal, and is none.
+    lacks_tracing: bool,
     /// How the programs access the current task: one of [`task_access`].
     pub task_access: u32,
     /// How the programs find the control group of the current task: one of [`cgroup_access`].
@@ -153,7 +162,7 @@ impl KernelFeatures {
             }
         };
         let (mut targets, mut socket_cookie, mut has_namespace_target) = (Vec::new(), false, false);
-        let mut shows_idle_sockets = false;
+        let (mut shows_idle_sockets, mut lacks_tracing) = (false, false);
         let mut descriptor_targets_missing = DESCRIPTOR_TARGETS.to_vec();
         let (offsets, offsets_missing) = match btf.as_deref().map(Btf::parse) {
             Ok(Ok(btf)) => {
@@ -165,6 +174,7 @@ impl KernelFeatures {
                 );
                 descriptor_targets_missing.retain(|name| !btf.has(BtfKind::Function, name));
                 has_namespace_target = btf.has(BtfKind::Function, NAMESPACE_TARGET);
+                lacks_tracing = !btf.has(BtfKind::Function, TRACING_FUNCTION);
                 socket_cookie = btf.has(BtfKind::Function, SOCKET_COOKIE_HELPER);
                 shows_idle_sockets = btf.has_enumerator(IDLE_SOCKET_STATE);
                 read_offsets(&btf)
@@ -203,6 +213,7 @@ impl KernelFeatures {
             btf_targets: targets,
             descriptor_targets_missing,
             has_namespace_target,
+            lacks_tracing,
             task_access,
             cgroup_access,
             socket_cookie,
@@ -391,11 +402,17 @@ impl KernelFeatures {
         Err(Refusal::Unsupported(format!("the kernel's BTF has no {name}")))
     }
 
+    /// A better reason why the kernel does not load a program, if one is known.
+    pub(crate) fn explain(&self, refusal: Refusal) -> Refusal {
+        if self.lacks_tracing { Refusal::Unsupported(WITHOUT_TRACING.to_owned()) } else { refusal }
+    }
+
     fn check_probe_read(&self) -> Result<(), Refusal> {
         if self.probe_read {
             return Ok(());
         }
-        let why = "bpf_probe_read_kernel may not be called";
+        let why =
+            if self.lacks_tracing { WITHOUT_TRACING } else { "bpf_probe_read_kernel may not be called" };
         Err(match self.lockdown.as_deref() {
             Some("confidentiality") => Refusal::Refused(format!("{why} under lockdown=confidentiality")),
             _ => Refusal::Unsupported(why.to_owned()),

@@ -128,7 +128,8 @@ pub(crate) fn attach(
     kernel_btf: &KernelBtf<'_>,
 ) -> Result<NamespaceIter, Refusal> {
     features.check_namespaces()?;
-    let iter = BpfIter::attach(ebpf, names::NAMESPACES, NAME, kernel_btf)?;
+    let iter =
+        BpfIter::attach(ebpf, names::NAMESPACES, NAME, kernel_btf).map_err(|why| features.explain(why))?;
     Ok(NamespaceIter { iter, is_at_beginning: AtomicBool::new(true) })
 }
 

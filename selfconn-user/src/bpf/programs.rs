@@ -92,7 +92,7 @@ pub(crate) fn attach(
         Program::KProbe(program) => attach_kprobe(program).map(Link::Kprobe),
         _ => return Err(Refusal::Broken(format!("{name} has an unexpected type"))),
     };
-    attached.map_err(|error| refusal(&error))
+    attached.map_err(|error| features.explain(refusal(&error)))
 }
 
 fn attach_tp_btf(program: &mut BtfTracePoint, btf: &Btf) -> Result<BtfTracePointLink, ProgramError> {

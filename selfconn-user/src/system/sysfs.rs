@@ -1,4 +1,4 @@
-//! Tells whether the kernel lacks something below /sys, or a mount hides it from this process.
+//! Finds out if the kernel lacks something below /sys, or a mount hides it from this process.
 
 use std::path::Path;
 

@@ -30,6 +30,7 @@ mod flavour;
 mod guest;
 mod kernel;
 mod kernels;
+pub(crate) mod reduced;
 mod report;
 mod rows;
 pub(crate) mod service;

@@ -61,8 +61,13 @@ pub(super) struct MatrixRow {
 impl MatrixRow {
     /// True if everything passed, and at least one test ran.
     pub(super) fn passed(&self) -> bool {
-        let bad = self.count(TestOutcome::Failed) + self.count(TestOutcome::Unfinished) + self.faults.len();
-        self.ending == Ending::Passed && self.count(TestOutcome::Passed) > 0 && bad == 0
+        self.ending == Ending::Passed && self.has_passed_tests() && self.faults.is_empty()
+    }
+
+    /// True if no test failed, and at least one passed.
+    pub(super) fn has_passed_tests(&self) -> bool {
+        let bad = self.count(TestOutcome::Failed) + self.count(TestOutcome::Unfinished);
+        self.count(TestOutcome::Passed) > 0 && bad == 0
     }
 
     /// The last value of this fact.
