@@ -178,7 +178,7 @@ impl MatrixPart {
         ])
     }
 
-    /// Boots its rows, and writes those that passed to docs/kernels.md.
+    /// Boots its rows, and writes the rows that passed to docs/kernels.md.
     fn run(&self, args: &VmArgs, workspace: &Workspace) -> Result<VmReport> {
         let Self { architecture, kernels, variants } = self;
         Emulator::find_or_fetch(workspace, architecture)?;

@@ -20,7 +20,7 @@ use crate::support::{
     nobody::Nobody,
 };
 
-/// True of the end of a connection of this process. Without BTF, the namespace is unknown.
+/// True for `closed` of a connection that this process opened. The namespace is not compared: without BTF it is unknown.
 fn is_end_of(pid: u32) -> impl Fn(&Value) -> bool {
     move |event| event["event"] == "closed" && event["pid"] == pid
 }
