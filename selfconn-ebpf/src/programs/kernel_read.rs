@@ -64,8 +64,8 @@ pub(crate) trait KernelRead: Copy {
     /// Where the kernel does not count preemption, the handler of the fault can wait for the process's `mmap_lock`, for
     /// ever if the process likes, and meanwhile the CPU takes every call of the program for a recursion. A fault of a
     /// program that is being released crashes the kernel (`do_page_fault`, arch/arm64/mm/fault.c, and
-    /// `search_bpf_extables`, kernel/bpf/core.c, at v6.1). On x86-64 the JIT-compiled program reads no user addresses (`do_jit`,
-    /// arch/x86/net/bpf_jit_comp.c at v6.1; that of 5.10 does).
+    /// `search_bpf_extables`, kernel/bpf/core.c, at v6.1). On x86-64 the JIT-compiled program reads no user addresses
+    /// (`do_jit`, arch/x86/net/bpf_jit_comp.c at v6.1); on 5.10 it takes the fault.
     const NULL_FAULTS: bool;
 
     /// Reads a value at an address that the kernel provided. Returns zero if the address cannot be read.

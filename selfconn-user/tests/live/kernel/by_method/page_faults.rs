@@ -20,7 +20,8 @@ use crate::support::{
     nobody::Nobody,
 };
 
-/// True for `closed` of a connection that this process opened. The namespace is not compared: without BTF it is unknown.
+/// True for `closed` of a connection that this process opened. Without BTF the namespace is unknown, so it is not
+/// compared.
 fn is_end_of(pid: u32) -> impl Fn(&Value) -> bool {
     move |event| event["event"] == "closed" && event["pid"] == pid
 }
