@@ -48,7 +48,7 @@ impl GuardMethod {
     }
 }
 
-/// What the object is told about the guard.
+/// What the object must know about the guard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuardOptions {
     /// One of [`mode`].

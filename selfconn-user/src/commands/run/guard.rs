@@ -49,7 +49,7 @@ impl GuardArgs {
             .map_err(|why| anyhow::anyhow!("--guard-only and --guard-except: {why}"))
     }
 
-    /// What the program is told. `self_test`: cookie of the socket of the self-test.
+    /// What the program must know. `self_test`: cookie of the socket of the self-test.
     pub(super) fn options(&self, rules: &GuardRules, self_test: Option<u64>) -> GuardOptions {
         GuardOptions {
             mode: self.guard.number(),
