@@ -9,33 +9,16 @@ use std::collections::HashMap;
 
 use selfconn_ebpf::Owner;
 
+use super::party::Party;
+
 const USER_FACTOR: usize = 3;
 const CGROUP_FACTOR: usize = 7;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Party {
-    /// A user in a control group.
-    Owner(Owner),
-    /// A user in any control group: he may have several sessions.
-    Uid(u32),
-    Cgroup(u64),
-}
-
-impl Party {
-    /// Whose shares an owner takes from. Root has no share in all control groups together, because it runs
-    /// most services of a host. An unknown control group, as without cgroup v2, has none.
-    fn of(owner: Owner) -> impl Iterator<Item = Self> {
-        let uid = (owner.uid != 0).then_some(Self::Uid(owner.uid));
-        let cgroup = (owner.cgroup != 0).then_some(Self::Cgroup(owner.cgroup));
-        [Self::Owner(owner)].into_iter().chain(uid).chain(cgroup)
-    }
-
-    /// How much it may take, as a multiple of what is free.
-    const fn factor(self) -> usize {
-        match self {
-            Self::Owner(_) | Self::Uid(_) => USER_FACTOR,
-            Self::Cgroup(_) => CGROUP_FACTOR,
-        }
+/// How much a party may take, as a multiple of what is free.
+const fn factor(party: Party) -> usize {
+    match party {
+        Party::Owner(_) | Party::Uid(_) => USER_FACTOR,
+        Party::Cgroup(_) => CGROUP_FACTOR,
     }
 }
 
@@ -62,7 +45,7 @@ impl SharedLimit {
     pub fn try_take(&mut self, owner: Owner, amount: usize) -> bool {
         let Some(free) = self.limit.checked_sub(self.used + amount) else { return false };
         let has_room =
-            |party: Party| self.by_party.get(&party).unwrap_or(&0) + amount <= party.factor() * free;
+            |party: Party| self.by_party.get(&party).unwrap_or(&0) + amount <= factor(party) * free;
         if !Party::of(owner).all(has_room) {
             return false;
         }

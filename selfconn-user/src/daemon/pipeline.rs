@@ -374,7 +374,7 @@ impl Pipeline {
                 if target.is_none() && can_look_up {
                     attribution.holders = holders_of(connection);
                     let first = attribution.holders.iter().flatten().next();
-                    target = first.and_then(holder_target);
+                    target = first.and_then(|holder| holder_target(holder, connection));
                 }
                 attribution
             });

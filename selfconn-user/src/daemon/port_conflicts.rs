@@ -54,7 +54,7 @@ impl PortConflicts {
         reporting: &mut Reporting,
     ) {
         let Some(holder) = self.binds.find_holder(failure, known.connections.iter()) else {
-            return self.binds.record_unexplained(failure);
+            return self.binds.record_unexplained(failure, known.connections.may_lack_open_ones());
         };
         let number = holder.connection().number;
         let attribution = known.attributions.get(&number).cloned().unwrap_or_default();
@@ -126,7 +126,12 @@ impl PortConflicts {
         known: KnownConnections<'_>,
         reporting: &mut Reporting,
     ) {
-        match blocked.holders.iter().flatten().next().and_then(holder_target) {
+        let connection = match &blocked.holder {
+            KnownHolder::Open(connection, _) => connection,
+            KnownHolder::TimeWait(entry) => &entry.connection,
+        };
+        let first = blocked.holders.iter().flatten().next();
+        match first.and_then(|holder| holder_target(holder, connection)) {
             Some(target) if reporting.lookups.can_look_up() => {
                 blocked.step = Step::Holder;
                 self.look_up(blocked, target, known, reporting);

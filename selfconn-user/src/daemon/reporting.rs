@@ -4,6 +4,7 @@ use selfconn_ebpf::{Owner, guard::Prevention};
 
 use super::blocked::PendingBlocked;
 use crate::{
+    budget::owner_of_user,
     detect::{connection::Connection, port_risk::PortRiskEvent},
     lookup::{LookupTarget, Lookups},
     output::Outputs,
@@ -75,7 +76,8 @@ pub(super) fn opener_target(connection: &Connection) -> Option<LookupTarget> {
     Some(LookupTarget::Observed(ObservedTask::from_opener(&opener), opener.owner))
 }
 
-/// `None`: the holder has exited.
-pub(super) fn holder_target(holder: &Holder) -> Option<LookupTarget> {
-    holder.start_ticks.map(|start_ticks| LookupTarget::Holder { pid: holder.pid, start_ticks })
+/// The process that holds the socket of a connection. `None`: it has exited.
+pub(super) fn holder_target(holder: &Holder, of: &Connection) -> Option<LookupTarget> {
+    let owner = of.opener.map_or_else(|| owner_of_user(of.uid), |opener| opener.owner);
+    holder.start_ticks.map(|start_ticks| LookupTarget::Holder { pid: holder.pid, start_ticks, owner })
 }

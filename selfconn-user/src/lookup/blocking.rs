@@ -1,7 +1,6 @@
 //! Look-ups for commands: the caller waits, but not for a process that does not let its arguments be read.
 
 use std::{
-    collections::HashSet,
     io,
     sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
     thread,
@@ -10,10 +9,13 @@ use std::{
 
 use selfconn_ebpf::Owner;
 
-use super::{DEADLINE, MAX_STUCK};
-use crate::system::{
-    command_line::CommandLine,
-    process::{self, ProcessFacts, ProcessInfo, ProcessKey, ProcessProof},
+use super::{DEADLINE, MAX_STUCK, is_share_taken};
+use crate::{
+    budget::owner_of_user,
+    system::{
+        command_line::CommandLine,
+        process::{self, ProcessFacts, ProcessInfo, ProcessKey, ProcessProof},
+    },
 };
 
 /// Reads processes, one at a time. A thread that hangs is left alone; the process ends by exit, which ends the
@@ -21,8 +23,8 @@ use crate::system::{
 #[derive(Debug, Default)]
 pub struct BlockingLookups {
     reader: Option<CmdlineThread>,
-    /// The owners of the processes that hung. Nothing of theirs is read again.
-    stuck: HashSet<Owner>,
+    /// The owners of the processes that hung: see [`is_share_taken`].
+    stuck: Vec<Owner>,
     /// Number of processes whose arguments were not read because of that.
     given_up: usize,
 }
@@ -60,11 +62,11 @@ impl BlockingLookups {
         let proof = ProcessProof::Started(start_ticks);
         let ProcessFacts { info, arg_start, uid, .. } = process::read_facts(pid, &proof, true)?;
         let key = ProcessKey { pid, start_ticks, arg_start };
-        Some(info.with_cmdline(self.read_cmdline(key, Owner::new(uid, 0))))
+        Some(info.with_cmdline(self.read_cmdline(key, owner_of_user(Some(uid)))))
     }
 
     fn read_cmdline(&mut self, key: ProcessKey, owner: Owner) -> Option<CommandLine> {
-        if self.stuck.contains(&owner) || self.stuck.len() >= MAX_STUCK {
+        if is_share_taken(self.stuck.iter(), owner) || self.stuck.len() >= MAX_STUCK {
             self.given_up += 1;
             return None;
         }
@@ -75,7 +77,7 @@ impl BlockingLookups {
             Ok(cmdline) => cmdline,
             Err(_) => {
                 self.reader = None;
-                self.stuck.insert(owner);
+                self.stuck.push(owner);
                 self.given_up += 1;
                 None
             }
@@ -118,7 +120,7 @@ mod tests {
     fn nothing_more_is_read_of_an_owner_whose_process_hung() {
         let mut lookups = BlockingLookups::default();
         let ((pid, start_ticks), uid) = (this_process(), rustix::process::geteuid().as_raw());
-        lookups.stuck.insert(Owner::new(uid, 0));
+        lookups.stuck.push(Owner::new(uid, 0));
         let info = lookups.read(pid, start_ticks).unwrap();
         assert!(info.exe.is_some() && info.cmdline.is_none(), "{info:?}");
         assert!(lookups.unseen().unwrap().contains("(1)"));

@@ -1,6 +1,7 @@
 //! The threads that read `/proc/PID/cmdline`. A thread whose read does not return in time is abandoned: it
 //! reads nothing else until its read returns. The others do its work. So that nobody takes all of them, one
-//! owner has at most one read at a time, and a process that hung is not read again.
+//! user has at most one read at a time, the users of a control group two, and a process that hung is not
+//! read again.
 
 use std::{
     collections::VecDeque,
@@ -11,6 +12,7 @@ use std::{
 
 use selfconn_ebpf::Owner;
 
+use super::is_share_taken;
 use crate::{
     budget::cmdline::CmdlineLimit,
     system::{capabilities, command_line::CommandLine, process::ProcessKey, worker::Worker},
@@ -42,7 +44,7 @@ pub(super) struct CmdlineRequest {
 pub(super) enum Refusal {
     /// A read of this process hung before.
     Hung,
-    /// A read of the same owner is stuck, or all readers are.
+    /// As many reads as the owner may have are stuck, or all readers are.
     Busy,
 }
 
@@ -90,10 +92,7 @@ impl CmdlineReaders {
         if self.hung.contains(&request.key) {
             return Err(Refusal::Hung);
         }
-        let is_stuck = |reader: &Reader| reader.is_stuck;
-        let is_owner_stuck =
-            self.readers.iter().any(|reader| is_stuck(reader) && reader.reads_for(request.owner));
-        if is_owner_stuck || self.readers.iter().all(is_stuck) {
+        if self.is_stuck_for(request.owner) {
             return Err(Refusal::Busy);
         }
         self.queue.push_back(request);
@@ -101,13 +100,25 @@ impl CmdlineReaders {
         Ok(())
     }
 
-    /// Gives queued reads to idle readers. An owner's reads follow each other.
+    /// True if this owner has as many reads as it may have, of those for which `counts` is true.
+    fn is_share_taken(&self, owner: Owner, counts: impl Fn(&Reader) -> bool) -> bool {
+        let readers = self.readers.iter().filter(|reader| counts(reader));
+        let owners = readers.filter_map(|reader| reader.request.as_ref()).map(|request| &request.owner);
+        is_share_taken(owners, owner)
+    }
+
+    /// True if no reader will read for this owner before a stuck one returns.
+    fn is_stuck_for(&self, owner: Owner) -> bool {
+        let is_stuck = |reader: &Reader| reader.is_stuck;
+        self.readers.iter().all(is_stuck) || self.is_share_taken(owner, is_stuck)
+    }
+
+    /// Gives queued reads to idle readers. A user's reads follow each other.
     fn dispatch(&mut self) {
         let is_idle = |reader: &Reader| reader.request.is_none() && reader.worker.ended().is_none();
         while let Some(idle) = self.readers.iter().position(is_idle) {
-            let is_owner_idle =
-                |request: &CmdlineRequest| !self.readers.iter().any(|reader| reader.reads_for(request.owner));
-            let Some(next) = self.queue.iter().position(is_owner_idle) else { break };
+            let may_read = |request: &CmdlineRequest| !self.is_share_taken(request.owner, |_| true);
+            let Some(next) = self.queue.iter().position(may_read) else { break };
             if let Some(request) = self.queue.remove(next) {
                 self.readers[idle].worker.send(request.key);
                 self.readers[idle].request = Some(request);
@@ -127,7 +138,7 @@ impl CmdlineReaders {
         self.forget(id);
         let is_reading = |reader: &&mut Reader| reader.request.is_some_and(|request| request.id == id);
         let Some(reader) = self.readers.iter_mut().find(is_reading) else { return Vec::new() };
-        let Some(CmdlineRequest { key, owner, .. }) = reader.request else { return Vec::new() };
+        let Some(CmdlineRequest { key, .. }) = reader.request else { return Vec::new() };
         reader.is_stuck = true;
         self.abandoned += 1;
         if self.hung.len() >= MAX_HUNG {
@@ -135,11 +146,9 @@ impl CmdlineReaders {
         }
         self.hung.push_back(key);
         log::warn!("reading the command line of process {} hangs; it is reported as unknown", key.pid);
-        let are_all_stuck = self.readers.iter().all(|reader| reader.is_stuck);
-        let is_refused = |request: &CmdlineRequest| are_all_stuck || request.owner == owner;
-        let refused =
-            self.queue.iter().filter(|request| is_refused(request)).map(|request| request.id).collect();
-        self.queue.retain(|request| !is_refused(request));
+        let is_refused = |request: &&CmdlineRequest| self.is_stuck_for(request.owner);
+        let refused: Vec<u64> = self.queue.iter().filter(is_refused).map(|request| request.id).collect();
+        self.queue.retain(|request| !refused.contains(&request.id));
         refused
     }
 
@@ -167,11 +176,5 @@ impl CmdlineReaders {
         }
         self.dispatch();
         Some((request, cmdline))
-    }
-}
-
-impl Reader {
-    fn reads_for(&self, owner: Owner) -> bool {
-        self.request.is_some_and(|request| request.owner == owner)
     }
 }

@@ -2,8 +2,8 @@
 //! look-up: a read of `/proc/PID/cmdline` waits for that process's `mmap_lock`, which the process can hold
 //! forever. So the event loop reads nothing of another process, and what is not read in time is null.
 //!
-//! `cmdline` has readers of its own (`cmdline_readers`). Everything else is read by one more thread, which
-//! nobody can hold up. `blocking` does the same for the commands, which have no event loop.
+//! `cmdline` has readers of its own (`cmdline_readers`). Everything else is read by one more thread (`facts_reader`),
+//! where owners take turns. `blocking` does the same for the commands, which have no event loop.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -18,21 +18,22 @@ use selfconn_ebpf::Owner;
 use tokio::time::Instant;
 
 use crate::{
-    budget::cmdline::CmdlineLimit,
+    budget::{SharedLimit, cmdline::CmdlineLimit, is_same_cgroup, is_same_user},
     system::{
-        capabilities, clock,
+        clock,
         command_line::CommandLine,
-        process::{self, ObservedTask, ProcessFacts, ProcessInfo, ProcessKey, ProcessProof},
-        worker::Worker,
+        process::{self, ObservedTask, ProcessFacts, ProcessInfo, ProcessKey},
     },
 };
 use cache::{ProcessCache, TaskKey};
 use cmdline_readers::{CmdlineReaders, CmdlineRequest, Refusal};
+use facts_reader::{FactsReader, FactsRequest};
 use interned::InternedFacts;
 
 pub mod blocking;
 mod cache;
 mod cmdline_readers;
+mod facts_reader;
 mod interned;
 
 pub use cmdline_readers::MAX_STUCK;
@@ -41,16 +42,26 @@ pub use cmdline_readers::MAX_STUCK;
 /// waits in the ring buffer it stays below a quarter of a second.
 const DEADLINE: Duration = Duration::from_millis(200);
 
-/// Maximum number of look-ups in progress. Beyond it the oldest one ends as if its deadline had passed.
+/// Maximum number of look-ups in progress, which owners share. One beyond its owner's share has no result.
 const MAX_IN_PROGRESS: usize = 1_024;
+
+/// Maximum number of reads that the users of a control group may have at a time: a container's root may be any user.
+const MAX_OF_CGROUP: usize = 2;
+
+/// True if this owner has as many reads as it may have, among these owners' reads.
+fn is_share_taken<'a>(reads: impl Iterator<Item = &'a Owner> + Clone, owner: Owner) -> bool {
+    reads.clone().any(|other| is_same_user(*other, owner))
+        || reads.filter(|other| is_same_cgroup(**other, owner)).count() >= MAX_OF_CGROUP
+}
 
 /// The process to look up.
 #[derive(Clone, Copy, Debug)]
 pub enum LookupTarget {
     /// The process of a task that the kernel observed, if its pid still belongs to it.
     Observed(ObservedTask, Owner),
-    /// The process with this pid that started at this time, in clock ticks since boot.
-    Holder { pid: u32, start_ticks: u64 },
+    /// The process with this pid that started at this time, in clock ticks since boot. The owner is that of the socket
+    /// that the process holds.
+    Holder { pid: u32, start_ticks: u64, owner: Owner },
 }
 
 impl LookupTarget {
@@ -61,11 +72,10 @@ impl LookupTarget {
         }
     }
 
-    /// Who pays for the look-up. `uid`: the user of the process, in case nothing else is known.
-    fn owner(&self, uid: u32) -> Owner {
+    /// Who pays for the look-up.
+    fn owner(&self) -> Owner {
         match self {
-            Self::Observed(_, owner) => *owner,
-            Self::Holder { .. } => Owner::new(uid, 0),
+            Self::Observed(_, owner) | Self::Holder { owner, .. } => *owner,
         }
     }
 
@@ -74,7 +84,7 @@ impl LookupTarget {
             Self::Observed(observed, _) => {
                 self.key().map_or_else(|| Joint::Task(observed.into()), Joint::Program)
             }
-            Self::Holder { pid, start_ticks } => Joint::Holder { pid: *pid, start_ticks: *start_ticks },
+            Self::Holder { pid, start_ticks, .. } => Joint::Holder { pid: *pid, start_ticks: *start_ticks },
         }
     }
 
@@ -144,21 +154,17 @@ impl<W> InProgress<W> {
     }
 }
 
-struct FactsRequest {
-    id: u64,
-    target: LookupTarget,
-}
-
 /// The look-ups in progress, the results that are still fresh, and the workers. A waiter `W` says what to do
 /// with a result.
 pub struct Lookups<W> {
     /// True if the pids in `/proc` are those that the probes report.
     is_initial_pid_ns: bool,
-    facts: Worker<FactsRequest, (u64, Option<ProcessFacts>)>,
+    facts: FactsReader,
     cmdlines: CmdlineReaders,
     cache: ProcessCache,
     interned: InternedFacts,
     in_progress: HashMap<u64, InProgress<W>>,
+    shares: SharedLimit,
     /// The look-ups in progress that others can join.
     joinable: HashMap<Joint, u64>,
     /// All have the same deadline, so they are in order. An id whose look-up has ended is skipped.
@@ -183,21 +189,14 @@ impl<W> Lookups<W> {
         cmdline_limit: CmdlineLimit,
         read_cmdline: fn(ProcessKey) -> Option<CommandLine>,
     ) -> io::Result<Self> {
-        let is_initial_time_ns = process::is_in_initial_time_ns();
-        let read_facts = move |FactsRequest { id, target }| {
-            let proof = match target {
-                LookupTarget::Observed(observed, _) => ProcessProof::Observed(observed),
-                LookupTarget::Holder { start_ticks, .. } => ProcessProof::Started(start_ticks),
-            };
-            (id, process::read_facts(target.pid(), &proof, is_initial_time_ns))
-        };
         Ok(Self {
             is_initial_pid_ns,
-            facts: Worker::start("facts", capabilities::LOOKUP_WORKER, read_facts)?,
+            facts: FactsReader::start()?,
             cmdlines: CmdlineReaders::start(cmdline_limit, read_cmdline)?,
             cache: ProcessCache::default(),
             interned: InternedFacts::default(),
             in_progress: HashMap::new(),
+            shares: SharedLimit::new(MAX_IN_PROGRESS),
             joinable: HashMap::new(),
             deadlines: VecDeque::new(),
             completed: VecDeque::new(),
@@ -252,8 +251,12 @@ impl<W> Lookups<W> {
             same.waiters.push(waiter);
             return;
         }
-        while self.in_progress.len() >= MAX_IN_PROGRESS {
-            self.give_up_oldest(Why::NoTime);
+        let owner = target.owner();
+        if !self.shares.try_take(owner, 1) {
+            self.given_up += 1;
+            let process = key.and_then(|key| self.cache.known(key, clock::boot_ns())).unwrap_or_default();
+            self.completed.push_back((waiter, process));
+            return;
         }
         self.last_id += 1;
         let id = self.last_id;
@@ -269,8 +272,8 @@ impl<W> Lookups<W> {
             },
         );
         self.joinable.insert(joint, id);
-        self.facts.send(FactsRequest { id, target });
-        if let (Some(key), LookupTarget::Observed(_, owner)) = (key, target) {
+        self.facts.request(owner, FactsRequest { id, target });
+        if let Some(key) = key {
             self.request_cmdline(CmdlineRequest { id, key, owner });
         }
     }
@@ -320,10 +323,10 @@ impl<W> Lookups<W> {
 
     /// Takes the responses that are there, and gives up the look-ups whose deadline has passed.
     pub fn update(&mut self) {
-        // At most as many as there are look-ups, because no new one begins here.
-        while let Some((id, facts)) = self.facts.try_response() {
+        while let Some((id, facts)) = self.facts.next_response() {
             self.on_facts(id, facts);
         }
+        self.facts.dispatch();
         while let Some((request, cmdline)) = self.cmdlines.next_response() {
             match self.in_progress.get_mut(&request.id) {
                 Some(lookup) => {
@@ -356,7 +359,7 @@ impl<W> Lookups<W> {
             // The same program as that of `exe`.
             let &ProcessFacts { start_ticks, arg_start, is_same_program, .. } = facts;
             let key = ProcessKey { pid, start_ticks, arg_start };
-            let owner = lookup.target.owner(facts.uid);
+            let owner = lookup.target.owner();
             lookup.facts = Part::Read(Some(facts.clone()));
             if is_same_program {
                 self.request_cmdline(CmdlineRequest { id, key, owner });
@@ -388,7 +391,13 @@ impl<W> Lookups<W> {
             return;
         }
         let Some((_, id)) = self.deadlines.pop_front() else { return };
+        self.give_up(id, why);
+    }
+
+    /// Ends a look-up with what has been read.
+    fn give_up(&mut self, id: u64, why: Why) {
         self.given_up += 1;
+        self.facts.forget(id);
         let refused = match why {
             Why::Overdue => self.cmdlines.give_up(id),
             Why::NoTime => {
@@ -414,14 +423,18 @@ impl<W> Lookups<W> {
         }
     }
 
-    /// Ends the oldest look-up: too many wait for it.
+    /// Ends the look-up for which the most wait: they are too many.
     pub fn give_up_one(&mut self) {
-        self.give_up_oldest(Why::NoTime);
+        let waiting = |(_, lookup): &(&u64, &InProgress<W>)| lookup.waiters.len();
+        if let Some((&id, _)) = self.in_progress.iter().max_by_key(waiting) {
+            self.give_up(id, Why::NoTime);
+        }
     }
 
     fn finish(&mut self, id: u64) {
         let Some(lookup) = self.in_progress.remove(&id) else { return };
         let InProgress { target, began_ns, facts, cmdline, waiters } = lookup;
+        self.shares.give_back(target.owner(), 1);
         let key = target.key();
         // Another one of the same task may have begun since.
         if self.joinable.get(&target.joint()) == Some(&id) {
@@ -442,8 +455,8 @@ impl<W> Lookups<W> {
             (Part::Read(Some(facts)), key) => {
                 let ProcessFacts { start_ticks, arg_start, .. } = facts;
                 let known_key = ProcessKey { pid: target.pid(), start_ticks, arg_start };
-                let owner = target.owner(facts.uid);
-                let process = self.interned.intern(known_key, owner, facts.info.with_cmdline(cmdline));
+                let process =
+                    self.interned.intern(known_key, target.owner(), facts.info.with_cmdline(cmdline));
                 if let Some(key) = key {
                     self.cache.insert(key, Rc::clone(&process), clock::boot_ns());
                 } else if let Some(observed) = target.task() {

@@ -63,6 +63,9 @@ fn a_stuck_reader_takes_nothing_from_other_owners() {
         assert_eq!((readers.give_up(1), readers.abandoned()), (vec![2], 1));
         assert_eq!(readers.request(request(4, 9, 1_000)), Err(Refusal::Busy), "one stuck read an owner");
         assert_eq!(readers.request(request(5, HANGING, 3_000)), Err(Refusal::Hung), "it is not asked again");
+        // Another session of the same user gains nothing.
+        let session = CmdlineRequest { owner: Owner::new(1_000, 77), ..request(4, 9, 1_000) };
+        assert_eq!(readers.request(session), Err(Refusal::Busy), "one stuck read a user");
         // Three more owners take the other readers.
         for (id, uid) in [(6, 2_000), (7, 3_000), (8, 4_000)] {
             assert_eq!(readers.request(request(id, HANGING + id as u32, uid)), Ok(()));
@@ -80,6 +83,57 @@ fn a_stuck_reader_takes_nothing_from_other_owners() {
     });
 }
 
+#[test]
+fn the_users_of_a_control_group_make_two_readers_stuck_at_most() {
+    let _turn = take_turn();
+    set_released(false);
+    run(async || {
+        let mut readers = CmdlineReaders::start(CmdlineLimit::Full, read_cmdline).unwrap();
+        let of_container = |id: u64, pid| CmdlineRequest {
+            owner: Owner::new(200_000 + id as u32, 7),
+            ..request(id, pid, 0)
+        };
+        for id in 1..=4 {
+            assert_eq!(readers.request(of_container(id, HANGING + id as u32)), Ok(()));
+        }
+        assert_eq!((readers.give_up(1), readers.give_up(2)), (vec![], vec![3, 4]));
+        assert_eq!(readers.request(of_container(5, 9)), Err(Refusal::Busy));
+        assert_eq!(readers.request(request(6, 9, 1_000)), Ok(()));
+        assert_eq!(response(&mut readers).await.unwrap().0.id, 6);
+    });
+    set_released(true);
+}
+
+#[test]
+fn look_ups_beyond_an_owners_share_have_no_result_and_take_nothing_from_another() {
+    run(async || {
+        let mut lookups = Lookups::start(true, CmdlineLimit::Full).unwrap();
+        // No process has these pids.
+        let of_flood = |number: u32| {
+            let owner = Owner::new(1_000, number.into());
+            LookupTarget::Holder { pid: HANGING + number, start_ticks: 1, owner }
+        };
+        let count = 4 * MAX_IN_PROGRESS as u32;
+        for number in 0..count {
+            lookups.begin(of_flood(number), number);
+        }
+        assert_eq!(lookups.in_progress.len(), MAX_IN_PROGRESS * 3 / 4);
+        lookups.begin(this_process(5), count);
+        let mut others = 0;
+        let process = loop {
+            let (waiter, process) = completed(&mut lookups).await;
+            if waiter == count {
+                break process;
+            }
+            assert_eq!(process, Rc::default());
+            others += 1;
+        };
+        assert!(process.exe.is_some() && process.cmdline.is_some(), "{process:?}");
+        // It waited for those beyond the share, which need no reading, and for few others.
+        assert!(others < count - MAX_IN_PROGRESS as u32 / 2, "{others}");
+    });
+}
+
 fn this_process(uid: u32) -> LookupTarget {
     let pid = std::process::id();
     let start_ns = process::start_time_ns(pid).unwrap();
@@ -90,7 +144,8 @@ fn this_process(uid: u32) -> LookupTarget {
 
 fn holder(pid: u32) -> LookupTarget {
     let start_ns = process::start_time_ns(std::process::id()).unwrap();
-    LookupTarget::Holder { pid, start_ticks: process::start_ticks_of(start_ns) }
+    let start_ticks = process::start_ticks_of(start_ns);
+    LookupTarget::Holder { pid, start_ticks, owner: Owner::new(0, 0) }
 }
 
 async fn completed(lookups: &mut Lookups<u32>) -> (u32, Rc<ProcessInfo>) {
@@ -185,8 +240,10 @@ fn a_look_up_is_shared_and_its_result_is_fresh_for_a_while() {
         }
         lookups.begin(holder(u32::MAX), 4);
         assert_eq!(completed(&mut lookups).await, (4, Rc::default()), "no such process");
-        let LookupTarget::Holder { pid, start_ticks } = holder(std::process::id()) else { unreachable!() };
-        lookups.begin(LookupTarget::Holder { pid, start_ticks: start_ticks + 1 }, 5);
+        let LookupTarget::Holder { pid, start_ticks, owner } = holder(std::process::id()) else {
+            unreachable!()
+        };
+        lookups.begin(LookupTarget::Holder { pid, start_ticks: start_ticks + 1, owner }, 5);
         assert_eq!(
             completed(&mut lookups).await,
             (5, Rc::default()),
@@ -232,7 +289,7 @@ fn what_is_known_of_a_program_outlives_an_execve_and_the_next_program_is_another
     run(async || {
         let mut lookups = Lookups::start(true, CmdlineLimit::Full).unwrap();
         let pid = std::process::id();
-        let facts = process::read_facts(pid, &ProcessProof::None, true).unwrap();
+        let facts = process::read_facts(pid, &process::ProcessProof::None, true).unwrap();
         let of_program = |arg_start| match this_process(0) {
             LookupTarget::Observed(observed, owner) => {
                 LookupTarget::Observed(ObservedTask { arg_start, ..observed }, owner)

@@ -3,23 +3,11 @@
 
 use std::collections::HashMap;
 
-use selfconn_ebpf::Owner;
-
 use super::entry::DumpedSocket;
-use crate::budget::SharedLimit;
+use crate::budget::{SharedLimit, owner_of_user};
 
-/// Maximum number of owners that are told apart.
+/// Maximum number of owners that are counted each by itself.
 const MAX_OWNERS: usize = 1_024;
-
-/// Users in the same block of this many uids share a share, too: the range that a user namespace maps is as long, and
-/// root there may use all of it. The tables know no control group.
-const UIDS_OF_A_RANGE: u32 = 1 << 16;
-
-/// Who pays for the sockets of this user. TIME_WAIT and a socket whose process has closed it have no user.
-fn owner(uid: Option<u32>) -> Owner {
-    let uid = uid.unwrap_or(u32::MAX);
-    Owner::new(uid, u64::from(uid / UIDS_OF_A_RANGE))
-}
 
 /// The sockets that a snapshot left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -54,6 +42,12 @@ impl LeftOut {
             Some(_) => self.of_other_users.is_some() || self.by_uid.contains_key(&uid),
             None => !self.by_uid.is_empty(),
         }
+    }
+
+    /// True if nothing was left out.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.by_uid.is_empty() && self.of_other_users.is_none()
     }
 
     /// True if sockets without a user were left out, such as TIME_WAIT.
@@ -93,7 +87,7 @@ impl SnapshotLimit {
 
     /// True if there is room for one more socket of this user.
     pub(super) fn take(&mut self, uid: Option<u32>, is_attempt: bool) -> bool {
-        let has_room = self.shares.try_take(owner(uid), 1);
+        let has_room = self.shares.try_take(owner_of_user(uid), 1);
         let is_counted = !is_attempt && uid.is_some_and(|uid| self.counted.has_counted(uid));
         if !has_room && !is_counted {
             self.left_out.count(uid, is_attempt);
@@ -162,7 +156,7 @@ impl RowSink for LimitedRows<'_> {
 
     fn restore(&mut self, (len, left_out): &Self::Mark) {
         for row in self.rows.drain(len..) {
-            self.limit.shares.give_back(owner(row.entry.uid), 1);
+            self.limit.shares.give_back(owner_of_user(row.entry.uid), 1);
         }
         self.limit.left_out.clone_from(left_out);
     }

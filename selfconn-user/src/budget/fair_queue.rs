@@ -1,0 +1,169 @@
+//! A queue in which owners take turns. Pure.
+//!
+//! Next is the owner whose last turn, or whose arrival if that is later, is longest ago. A turn of an owner is one of its
+//! user and one of its control group, too: who has several sessions or many uids gains none. An owner that arrives waits
+//! for one item of each owner that was there before, and for no other.
+
+use std::collections::{HashMap, VecDeque};
+
+use selfconn_ebpf::Owner;
+
+use super::party::Party;
+
+/// When this many parties are remembered, those whose turn is longest ago are forgotten.
+const MAX_PARTIES: usize = 4_096;
+
+#[derive(Debug)]
+struct OwnerQueue<T> {
+    /// The number of turns when the first item came.
+    since: u64,
+    /// In the order in which they came, with their numbers.
+    items: VecDeque<(u64, T)>,
+}
+
+#[derive(Debug)]
+pub struct FairQueue<T> {
+    /// None of the queues is empty.
+    by_owner: HashMap<Owner, OwnerQueue<T>>,
+    last_turns: HashMap<Party, u64>,
+    /// Number of turns so far.
+    turns: u64,
+    /// Number of items that ever came.
+    pushed: u64,
+    len: usize,
+}
+
+impl<T> Default for FairQueue<T> {
+    fn default() -> Self {
+        Self { by_owner: HashMap::new(), last_turns: HashMap::new(), turns: 0, pushed: 0, len: 0 }
+    }
+}
+
+impl<T> FairQueue<T> {
+    pub fn push(&mut self, owner: Owner, item: T) {
+        let since = self.turns;
+        self.pushed += 1;
+        self.len += 1;
+        let queue =
+            self.by_owner.entry(owner).or_insert_with(|| OwnerQueue { since, items: VecDeque::new() });
+        queue.items.push_back((self.pushed, item));
+    }
+
+    /// The oldest item of the next owner.
+    pub fn pop(&mut self) -> Option<(Owner, T)> {
+        let last_turn = |owner| Party::of(owner).filter_map(|party| self.last_turns.get(&party)).max();
+        let order = |(owner, queue): &(&Owner, &OwnerQueue<T>)| {
+            let since = last_turn(**owner).copied().unwrap_or(0).max(queue.since);
+            (since, queue.items.front().map(|(number, _)| *number))
+        };
+        let (&owner, _) = self.by_owner.iter().min_by_key(order)?;
+        self.note_turn(owner);
+        let queue = self.by_owner.get_mut(&owner)?;
+        let (_, item) = queue.items.pop_front()?;
+        self.len -= 1;
+        if queue.items.is_empty() {
+            self.by_owner.remove(&owner);
+        }
+        Some((owner, item))
+    }
+
+    fn note_turn(&mut self, owner: Owner) {
+        self.turns += 1;
+        self.last_turns.extend(Party::of(owner).map(|party| (party, self.turns)));
+        if self.last_turns.len() > MAX_PARTIES {
+            // A turn is one of three parties at most.
+            let forgotten = self.turns - MAX_PARTIES as u64 / 6;
+            self.last_turns.retain(|_, turn| *turn > forgotten);
+        }
+    }
+
+    /// Takes out the items for which `keeps` is false.
+    pub fn retain(&mut self, keeps: impl Fn(&T) -> bool) {
+        for queue in self.by_owner.values_mut() {
+            queue.items.retain(|(_, item)| keeps(item));
+        }
+        self.by_owner.retain(|_, queue| !queue.items.is_empty());
+        self.len = self.by_owner.values().map(|queue| queue.items.len()).sum();
+    }
+
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drain(queue: &mut FairQueue<u32>) -> Vec<u32> {
+        std::iter::from_fn(|| queue.pop()).map(|(_, item)| item).collect()
+    }
+
+    #[test]
+    fn owners_take_turns_and_an_owners_items_keep_their_order() {
+        let mut queue = FairQueue::default();
+        for (uid, item) in [(1, 10), (1, 11), (1, 12), (2, 20), (3, 30), (2, 21)] {
+            queue.push(Owner::new(uid, 0), item);
+        }
+        assert_eq!(queue.len(), 6);
+        assert_eq!(drain(&mut queue), [10, 20, 30, 11, 21, 12]);
+        assert!(queue.is_empty() && queue.by_owner.is_empty());
+    }
+
+    #[test]
+    fn who_changes_his_uid_or_his_session_delays_another_by_one() {
+        let uids = |number: u32| Owner::new(100_000 + number, 7);
+        let sessions = |number: u32| Owner::new(1_000, 100 + u64::from(number));
+        for flood in [uids, sessions] {
+            let mut queue = FairQueue::default();
+            for number in 0..500 {
+                queue.push(flood(number), number);
+            }
+            for _ in 0..10 {
+                queue.pop();
+            }
+            // One that had a turn of its own not long ago, and one of the host's root.
+            for victim in [Owner::new(5, 5), Owner::new(0, 8), Owner::new(5, 5)] {
+                queue.push(victim, 1_000);
+                queue.push(flood(900), 0);
+                let next: Vec<_> = (0..2).filter_map(|_| queue.pop()).map(|(_, item)| item).collect();
+                assert!(next.contains(&1_000), "{victim:?} {next:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn new_owners_do_not_keep_one_from_its_turn_that_was_there_before() {
+        let mut queue = FairQueue::default();
+        let victim = Owner::new(5, 5);
+        queue.push(victim, 0);
+        assert!(queue.pop().is_some());
+        queue.push(victim, 1_000);
+        // Each of them has had no turn.
+        for number in 1..=100 {
+            queue.push(Owner::new(1_000 + number, 1_000 + u64::from(number)), number);
+        }
+        assert_eq!(queue.pop(), Some((victim, 1_000)));
+    }
+
+    #[test]
+    fn items_can_be_taken_out_and_no_more_parties_are_remembered_than_allowed() {
+        let mut queue = FairQueue::default();
+        for number in 0..10 {
+            queue.push(Owner::new(number % 2, 0), number);
+        }
+        queue.retain(|item| item % 2 == 1 && *item > 4);
+        assert_eq!((queue.len(), drain(&mut queue)), (3, vec![5, 7, 9]));
+        for number in 0..3 * MAX_PARTIES as u32 {
+            queue.push(Owner::new(1 + number, 1 + u64::from(number)), number);
+            assert!(queue.pop().is_some());
+            assert!(queue.last_turns.len() <= MAX_PARTIES + 3);
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! Who shares a limit or takes turns. An owner alone is not enough: a user may have several sessions, and a container's root
+//! may be many users.
+
+use selfconn_ebpf::Owner;
+
+/// Users in the same block of this many uids are one party, too, where no control group is known: the range that a user
+/// namespace maps is as long, and root there may use all of it.
+const UIDS_OF_A_RANGE: u32 = 1 << 16;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Party {
+    /// A user in a control group.
+    Owner(Owner),
+    /// A user in any control group: he may have several sessions.
+    Uid(u32),
+    Cgroup(u64),
+}
+
+impl Party {
+    /// The parties that an owner is of. Root is none in all control groups together, because it runs most services of a
+    /// host. An unknown control group, as without cgroup v2, is none.
+    pub(super) fn of(owner: Owner) -> impl Iterator<Item = Self> {
+        let uid = (owner.uid != 0).then_some(Self::Uid(owner.uid));
+        let cgroup = (owner.cgroup != 0).then_some(Self::Cgroup(owner.cgroup));
+        [Self::Owner(owner)].into_iter().chain(uid).chain(cgroup)
+    }
+}
+
+/// True if both are the same user: the same owner, or the same uid unless it is root's.
+#[must_use]
+pub fn is_same_user(one: Owner, other: Owner) -> bool {
+    one == other || one.uid != 0 && one.uid == other.uid
+}
+
+/// True if both are in the same control group, and it is known.
+#[must_use]
+pub fn is_same_cgroup(one: Owner, other: Owner) -> bool {
+    one.cgroup != 0 && one.cgroup == other.cgroup
+}
+
+/// Who pays for the sockets of this user, if the kernel says no more of them. TIME_WAIT and a socket whose process has
+/// closed it have no user.
+#[must_use]
+pub fn owner_of_user(uid: Option<u32>) -> Owner {
+    let uid = uid.unwrap_or(u32::MAX);
+    Owner::new(uid, u64::from(uid / UIDS_OF_A_RANGE))
+}
