@@ -8,6 +8,7 @@ use std::{
     marker::PhantomData,
     ops::ControlFlow,
     os::fd::{AsFd as _, OwnedFd},
+    time::{Duration, Instant},
 };
 
 use aya::{
@@ -24,6 +25,11 @@ use super::{
 
 /// The size of a read(2) at most. The kernel's own buffer for a pass has 32 KiB.
 const READ_BYTES: usize = 1 << 14;
+
+/// How long a pass may take. Ten million descriptors take less; a user can have more than he could open: of processes that
+/// share one table of descriptors the kernel visits each (`task_seq_get_next`, kernel/bpf/task_iter.c at v6.12, leaves out
+/// only the threads of one process).
+const MAX_PASS: Duration = Duration::from_secs(5);
 
 /// An attached iterator whose program writes records of this type. Dropping it detaches the program.
 #[derive(Debug)]
@@ -55,19 +61,25 @@ impl<R: FromBytes + Immutable> BpfIter<R> {
     /// records.
     ///
     /// # Errors
-    /// If the kernel refuses to start the pass or to go on.
+    /// If the kernel refuses to start the pass or to go on, or if the pass takes too long.
     pub(super) fn pass(&self, each: impl FnMut(&R) -> ControlFlow<()>) -> io::Result<()> {
-        read_records(File::from(link::create_iter(self.link.as_fd())?), each)
+        let until = Instant::now() + MAX_PASS;
+        read_records(File::from(link::create_iter(self.link.as_fd())?), until, each)
     }
 }
 
 fn read_records<R: FromBytes + Immutable>(
     mut from: impl Read,
+    until: Instant,
     mut each: impl FnMut(&R) -> ControlFlow<()>,
 ) -> io::Result<()> {
     let mut buffer = [0; READ_BYTES];
     let mut filled = 0;
     loop {
+        if Instant::now() >= until {
+            let why = format!("it took longer than {} s", MAX_PASS.as_secs());
+            return Err(io::Error::new(io::ErrorKind::TimedOut, why));
+        }
         match from.read(&mut buffer[filled..]) {
             Ok(0) if filled == 0 => return Ok(()),
             Ok(0) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "half a record")),
@@ -121,12 +133,13 @@ mod tests {
 
     #[test]
     fn records_are_whole_in_whatever_portions_they_arrive() {
+        let later = Instant::now() + Duration::from_secs(1_000);
         let record = |fd| SocketDescriptor { fd, ..SocketDescriptor::new_zeroed() };
         let bytes: Vec<u8> = (0..300).flat_map(|fd| record(fd).as_bytes().to_vec()).collect();
         for portion in [1, 7, 104, 105, 4_096, usize::MAX] {
             let mut seen = Vec::new();
             let all = Portions(bytes.clone(), portion, 0);
-            read_records(all, |record: &SocketDescriptor| {
+            read_records(all, later, |record: &SocketDescriptor| {
                 seen.push(record.fd);
                 ControlFlow::Continue(())
             })
@@ -134,7 +147,7 @@ mod tests {
             assert_eq!(seen, (0..300).collect::<Vec<_>>(), "{portion}");
             let cut = Portions(bytes[..bytes.len() - 1].to_vec(), portion, 0);
             let go_on = |_: &SocketDescriptor| ControlFlow::Continue(());
-            assert!(read_records(cut, go_on).is_err(), "{portion}");
+            assert!(read_records(cut, later, go_on).is_err(), "{portion}");
             let mut count = 0;
             let cut = Portions(bytes[..bytes.len() - 1].to_vec(), portion, 0);
             let stop_at_two = |_: &SocketDescriptor| {
@@ -142,9 +155,25 @@ mod tests {
                 if count == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             };
             assert!(
-                read_records(cut, stop_at_two).is_ok() && count == 2,
+                read_records(cut, later, stop_at_two).is_ok() && count == 2,
                 "the end is not looked at: {portion}"
             );
         }
+    }
+
+    #[test]
+    fn a_pass_that_takes_too_long_is_given_up_also_if_no_record_comes() {
+        /// What the kernel returns after each million of elements without a record.
+        struct Endless;
+
+        impl Read for Endless {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+        }
+
+        let until = Instant::now() + Duration::from_millis(20);
+        let error = read_records(Endless, until, |_: &SocketDescriptor| ControlFlow::Continue(()));
+        assert_eq!(error.unwrap_err().kind(), io::ErrorKind::TimedOut);
     }
 }

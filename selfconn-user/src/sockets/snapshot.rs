@@ -202,7 +202,11 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
     let mut limit = SnapshotLimit::new(options.max_sockets);
     let (held, refusal) = match options.descriptors.map(|iter| held::read(iter, &mut limit)) {
         Some(Ok(held)) => (Some(held), None),
-        Some(Err(error)) => (None, Some(format!("the iterator over descriptors: {error}"))),
+        Some(Err(error)) => {
+            // What it had found by then is read by other ways.
+            limit = SnapshotLimit::new(options.max_sockets);
+            (None, Some(format!("the iterator over descriptors: {error}")))
+        }
         None => (None, None),
     };
     limit.begin_next_pass();
