@@ -19,22 +19,30 @@ pub(super) struct NamespacePorts {
     pub(super) uses: HashMap<Endpoint, PortUse>,
 }
 
-/// The local ports of each namespace, or the reason why they are unknown.
-pub(super) type PortRangeResponse = HashMap<NetnsId, Result<NamespacePorts, String>>;
+/// The local ports of the namespace, or the reason why they are unknown.
+pub(super) type PortRangeResponse = Result<NamespacePorts, String>;
 
-/// Network namespaces, each with a process that may be in it, and the ports in question.
-pub(super) type PortRangeRequest = HashMap<NetnsId, (u32, Vec<Endpoint>)>;
+/// Some ports in question in a network namespace.
+pub(super) struct PortRangeRequest {
+    pub(super) netns: NetnsId,
+    /// A process that may be in the namespace.
+    pub(super) hint: u32,
+    pub(super) destinations: Vec<Endpoint>,
+}
 
 pub(super) type PortRangeWorker = Worker<PortRangeRequest, PortRangeResponse>;
 
 pub(super) fn start() -> io::Result<PortRangeWorker> {
-    Worker::start("ranges", capabilities::PORT_RANGE_WORKER, |request: PortRangeRequest| {
-        let namespaces = request.into_iter();
-        namespaces.map(|(netns, (hint, destinations))| (netns, read(netns, hint, &destinations))).collect()
-    })
+    Worker::start(
+        "ranges",
+        capabilities::PORT_RANGE_WORKER,
+        |PortRangeRequest { netns, hint, destinations }| {
+            read(netns, hint, &destinations).map_err(|error| error.to_string())
+        },
+    )
 }
 
-fn read(netns: NetnsId, hint: u32, destinations: &[Endpoint]) -> Result<NamespacePorts, String> {
+fn read(netns: NetnsId, hint: u32, destinations: &[Endpoint]) -> io::Result<NamespacePorts> {
     let look = || {
         let ports = sysctl::local_ports().map_err(|error| io::Error::other(format!("{error:#}")))?;
         let can_be_chosen =
@@ -46,5 +54,5 @@ fn read(netns: NetnsId, hint: u32, destinations: &[Endpoint]) -> Result<Namespac
         });
         Ok(NamespacePorts { ports, uses: destinations.into_iter().zip(uses).collect() })
     };
-    sockets::run_in_namespace(netns, &[hint], look).map_err(|error| error.to_string())
+    sockets::run_in_namespace(netns, &[hint], look)
 }

@@ -1,10 +1,15 @@
 //! Early warning of self-connections: a probe reports a port with many refused connects, the worker reads the
 //! port range of its namespace, and `crate::detect::port_risk` decides which event to emit. No timer runs
-//! while there is no such port.
+//! while there is no such port. The worker looks at a few ports of one owner at a time, and owners take turns: a namespace
+//! may be hard to find, and an owner may have many.
 
-use std::{io, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    time::Duration,
+};
 
-use selfconn_ebpf::Endpoint;
+use selfconn_ebpf::{Endpoint, Opener, Owner};
 use tokio::time::Instant;
 
 use super::{
@@ -13,6 +18,7 @@ use super::{
 };
 use crate::{
     bpf::loader::{RefusedCounts, Tracer},
+    budget::FairQueue,
     detect::{
         connection::Connections,
         port_risk::{PortAtRisk, PortLook, PortRiskEvent, PortRisks},
@@ -27,10 +33,15 @@ use crate::{
     },
 };
 
+/// Maximum number of ports that are checked together. Most of the time goes into the odds of a port, a few milliseconds.
+const MAX_TOGETHER: usize = 8;
+
 /// The ports with many refused connects, and the worker that reads port ranges.
 pub(super) struct PortRiskMonitor {
     risks: PortRisks,
     port_range_worker: PortRangeWorker,
+    /// The ports that the worker must look at, a few of one namespace in each request.
+    waiting: FairQueue<PortRangeRequest>,
     /// The ports that wait for the worker's response.
     awaiting_ranges: Vec<Endpoint>,
     /// True if the socket table shows sockets that are bound and idle.
@@ -42,6 +53,7 @@ impl PortRiskMonitor {
         Ok(Self {
             risks: PortRisks::default(),
             port_range_worker: port_ranges::start()?,
+            waiting: FairQueue::default(),
             awaiting_ranges: Vec::new(),
             shows_idle,
         })
@@ -62,15 +74,9 @@ impl PortRiskMonitor {
         self.risks.at_risk()
     }
 
-    /// Time of the next check (`CLOCK_BOOTTIME`, nanoseconds). `None`: no check before the next record or
-    /// response.
-    fn next_check_ns(&self) -> Option<u64> {
-        self.risks.next_check_ns().filter(|_| self.awaiting_ranges.is_empty())
-    }
-
-    /// Time of the next check.
+    /// Time of the next check. `None`: no check before the next record or response.
     pub(super) fn next_at(&self) -> Option<Instant> {
-        let until_check_ns = self.next_check_ns()?.saturating_sub(clock::boot_ns());
+        let until_check_ns = self.risks.next_check_ns()?.saturating_sub(clock::boot_ns());
         Some(Instant::now() + Duration::from_nanos(until_check_ns))
     }
 
@@ -78,19 +84,23 @@ impl PortRiskMonitor {
     /// ports that are due.
     pub(super) fn check_due_ports(&mut self, tracer: &mut Tracer, reporting: &mut Reporting) {
         let now_ns = clock::boot_ns();
-        if self.next_check_ns().is_none_or(|check_ns| check_ns > now_ns) {
+        if self.risks.next_check_ns().is_none_or(|check_ns| check_ns > now_ns) {
             return;
         }
         let refused_counts = tracer.refused_counts();
-        let mut request = PortRangeRequest::new();
+        let mut due: HashMap<(Owner, NetnsId), PortRangeRequest> = HashMap::new();
         for destination in self.risks.begin_check(now_ns) {
             let count = refused_counts.get(&destination);
             match (self.risks.expire(&destination, count.as_ref(), now_ns), count) {
                 (None, Some(count)) => {
-                    let in_netns = request.entry(NetnsId::from(&destination)).or_default();
-                    in_netns.0 = count.last_opener.task.pid;
-                    in_netns.1.push(destination);
-                    self.awaiting_ranges.push(destination);
+                    let Opener { owner, task, .. } = count.last_opener;
+                    let netns = NetnsId::from(&destination);
+                    let new = || PortRangeRequest { netns, hint: task.pid, destinations: Vec::new() };
+                    let request = due.entry((owner, netns)).or_insert_with(new);
+                    request.destinations.push(destination);
+                    if request.destinations.len() == MAX_TOGETHER {
+                        self.waiting.push(owner, std::mem::replace(request, new()));
+                    }
                 }
                 (expired, _) => {
                     refused_counts.remove(&destination);
@@ -100,10 +110,23 @@ impl PortRiskMonitor {
                 }
             }
         }
-        if !request.is_empty() {
+        for ((owner, _), request) in due {
+            if !request.destinations.is_empty() {
+                self.waiting.push(owner, request);
+            }
+        }
+        self.send_next();
+        tracer.update_watched_ports(self.risks.tracked());
+    }
+
+    /// Gives the worker the next ports, if it has none.
+    fn send_next(&mut self) {
+        if self.awaiting_ranges.is_empty()
+            && let Some((_, request)) = self.waiting.pop()
+        {
+            self.awaiting_ranges.clone_from(&request.destinations);
             self.port_range_worker.send(request);
         }
-        tracer.update_watched_ports(self.risks.tracked());
     }
 
     /// Waits until the worker has a response. Cancel safe.
@@ -127,33 +150,35 @@ impl PortRiskMonitor {
     ) {
         let Some(response) = self.port_range_worker.try_response() else { return };
         let now_ns = clock::boot_ns();
+        let destinations = std::mem::take(&mut self.awaiting_ranges);
         // A self-connection holds the port. A connect of either family can have this destination.
-        let is_taken = |destination: &Endpoint| {
-            let key = destination.table_key();
-            connections.iter().any(|connection| connection.endpoint.table_key() == key)
-        };
-        for destination in std::mem::take(&mut self.awaiting_ranges) {
-            let netns = NetnsId::from(&destination);
-            let (Some(count), Some(ports)) = (refused_counts.get(&destination), response.get(&netns)) else {
+        let keys: HashSet<Endpoint> = destinations.iter().map(Endpoint::table_key).collect();
+        let held = connections.iter().map(|connection| connection.endpoint.table_key());
+        let taken: HashSet<Endpoint> = held.filter(|key| keys.contains(key)).collect();
+        for destination in destinations {
+            let Some(count) = refused_counts.get(&destination) else {
+                self.risks.end_check(&destination);
                 continue;
             };
-            let look = match ports {
+            let guard = guard_in(NetnsId::from(&destination));
+            let look = match &response {
                 Ok(seen) => PortLook {
                     ports: Ok(&seen.ports),
                     port_use: seen.uses.get(&destination).copied(),
                     shows_idle: self.shows_idle,
-                    guard: guard_in(netns),
+                    guard,
                 },
                 Err(why) => {
                     log::info!("whether connect() can choose port {} is unknown: {why}", destination.port);
-                    PortLook { ports: Err(why), port_use: None, shows_idle: false, guard: guard_in(netns) }
+                    PortLook { ports: Err(why), port_use: None, shows_idle: false, guard }
                 }
             };
-            let event = self.risks.check(&destination, &count, &look, is_taken(&destination), now_ns);
-            if let Some(event) = event {
+            let is_taken = taken.contains(&destination.table_key());
+            if let Some(event) = self.risks.check(&destination, &count, &look, is_taken, now_ns) {
                 report(event, now_ns, reporting);
             }
         }
+        self.send_next();
         log::debug!("ports at risk: {}", self.at_risk());
     }
 

@@ -14,6 +14,7 @@ use selfconn_ebpf::{
 };
 
 use crate::{guard::GuardMode, ports::LocalPorts, sockets::PortUse};
+use attempts::OddsCache;
 
 pub use attempts::RefusedConnects;
 
@@ -34,6 +35,15 @@ const MIN_BOUND_CHECK_INTERVAL_NS: u64 = SECOND_NS;
 /// report: anybody can open and close a listener in a loop.
 const RELEASE_CHECK_INTERVAL_NS: u64 = SECOND_NS / 50;
 const RELEASE_CHECKS: u8 = 4;
+
+/// How long connections from a port are taken for those of a listener that has ended. Anybody can connect from a port that
+/// nobody has.
+const MAX_RELEASE_NS: u64 = 60 * SECOND_NS;
+
+/// How soon a port is reported again after the end of its risk: at first, and at most. It doubles each time, because
+/// anybody can open and close a listener in a loop.
+const MIN_PAUSE_NS: u64 = SECOND_NS;
+const MAX_PAUSE_NS: u64 = 300 * SECOND_NS;
 
 /// Mean number of checks during the number of attempts that a self-connection takes on average.
 const CHECKS_PER_EXPECTED_HIT: u64 = 50;
@@ -101,18 +111,26 @@ pub struct PortRisks {
     last_check_ns: u64,
     /// True if the programs do not wait for the ends of exactly the listeners at [`Self::tracked`].
     is_watch_stale: bool,
+    odds: OddsCache,
 }
 
 #[derive(Debug)]
 struct PortState {
     /// Time of the next check: `CLOCK_BOOTTIME`, nanoseconds.
     next_check_ns: u64,
+    /// True from [`PortRisks::begin_check`] until [`PortRisks::check`] or [`PortRisks::end_check`].
+    is_in_check: bool,
     /// Number of attempts at which the port is reported next.
     next_report_count: u64,
     /// The number of the risk that is reported and not over.
     risk: Option<u64>,
     /// True if somebody has bound the port, so that `connect()` does not choose it.
     is_bound: bool,
+    /// When somebody was last seen to have bound it: `CLOCK_BOOTTIME`, nanoseconds.
+    bound_ns: u64,
+    /// When the last risk was over, and how soon it is reported again: nanoseconds.
+    over_ns: u64,
+    pause_ns: u64,
     /// Number of checks that follow each other because a listener has ended.
     release_checks: u8,
     /// The attempts at the last check.
@@ -125,9 +143,13 @@ impl PortRisks {
     pub fn on_threshold(&mut self, destination: Endpoint) {
         let new = PortState {
             next_check_ns: 0,
+            is_in_check: false,
             next_report_count: REPORT_THRESHOLD,
             risk: None,
             is_bound: false,
+            bound_ns: 0,
+            over_ns: 0,
+            pause_ns: 0,
             release_checks: 0,
             last_connects: None,
         };
@@ -155,7 +177,9 @@ impl PortRisks {
     pub fn next_check_ns(&self) -> Option<u64> {
         let due_ns = match self.is_watch_stale {
             true => Some(0),
-            false => self.ports.values().map(|port| port.next_check_ns).min(),
+            false => {
+                self.ports.values().filter(|port| !port.is_in_check).map(|port| port.next_check_ns).min()
+            }
         };
         due_ns.map(|due_ns| due_ns.max(self.last_check_ns + RELEASE_CHECK_INTERVAL_NS))
     }
@@ -164,11 +188,21 @@ impl PortRisks {
     /// listeners at [`Self::tracked`].
     pub fn begin_check(&mut self, now_ns: u64) -> Vec<Endpoint> {
         (self.last_check_ns, self.is_watch_stale) = (now_ns, false);
-        self.ports
-            .iter()
-            .filter(|(_, port)| port.next_check_ns <= now_ns)
-            .map(|(destination, _)| *destination)
-            .collect()
+        let mut due = Vec::new();
+        for (destination, port) in &mut self.ports {
+            if !port.is_in_check && port.next_check_ns <= now_ns {
+                port.is_in_check = true;
+                due.push(*destination);
+            }
+        }
+        due
+    }
+
+    /// Ends the check of a port of which nothing could be learned.
+    pub fn end_check(&mut self, destination: &Endpoint) {
+        if let Some(port) = self.ports.get_mut(destination) {
+            port.is_in_check = false;
+        }
     }
 
     /// True if the count of this port has crossed a threshold and has not expired.
@@ -223,18 +257,20 @@ impl PortRisks {
         now_ns: u64,
     ) -> Option<PortRiskEvent> {
         let port = self.ports.get_mut(destination)?;
+        port.is_in_check = false;
         let connects =
             RefusedConnects { risk: port.risk.unwrap_or(0), ..RefusedConnects::new(destination, count) };
         let before = port.last_connects.replace(connects);
         let expiry_ns = connects.last_ns.saturating_add(WINDOW_NS + 1);
         port.next_check_ns = expiry_ns;
-        let chance = match look.ports {
-            Err(why) => Some(Chance::Unknown(why.to_owned())),
-            Ok(ports) => connects.chance(ports),
-        };
+        let can_be_chosen = look.ports.map_or(true, |ports| connects.can_be_chosen(ports));
         let port_use = look.port_use.unwrap_or_default();
-        port.is_bound = port_use.is_bound || port.is_bound && port_use.is_connected;
-        let min_interval_ns = if !port.is_bound || chance.is_none() {
+        if port_use.is_bound {
+            port.bound_ns = now_ns;
+        }
+        let may_be_released = now_ns.saturating_sub(port.bound_ns) >= MAX_RELEASE_NS;
+        port.is_bound = port_use.is_bound || port.is_bound && port_use.is_connected && !may_be_released;
+        let min_interval_ns = if !port.is_bound || !can_be_chosen {
             MIN_CHECK_INTERVAL_NS
         } else if port.release_checks > 0 {
             port.release_checks -= 1;
@@ -242,7 +278,7 @@ impl PortRisks {
         } else {
             MIN_BOUND_CHECK_INTERVAL_NS
         };
-        let Some(chance) = chance.filter(|_| !port.is_bound) else {
+        if port.is_bound || !can_be_chosen {
             let expected = look.ports.map_or(1, |ports| connects.expected_connects(ports));
             let interval_ns =
                 connects.gap_ns(before.as_ref()).saturating_mul(expected) / CHECKS_PER_EXPECTED_HIT;
@@ -251,14 +287,27 @@ impl PortRisks {
                 min => interval_ns.max(min),
             };
             port.next_check_ns = expiry_ns.min(now_ns.saturating_add(interval_ns));
-            return port.risk.take().map(|_| PortRiskEvent::Over(connects, RiskEndReason::Unreachable));
-        };
+            port.risk.take()?;
+            let is_calm = now_ns.saturating_sub(port.over_ns) > MAX_PAUSE_NS;
+            let pause_ns = if is_calm { MIN_PAUSE_NS } else { 2 * port.pause_ns };
+            (port.over_ns, port.pause_ns) = (now_ns, pause_ns.clamp(MIN_PAUSE_NS, MAX_PAUSE_NS));
+            return Some(PortRiskEvent::Over(connects, RiskEndReason::Unreachable));
+        }
         if is_taken
             || port_use.is_self_connected
             || (port.risk.is_some() && connects.refused < port.next_report_count)
         {
             return None;
         }
+        let report_ns = port.over_ns + port.pause_ns;
+        if port.risk.is_none() && now_ns < report_ns {
+            port.next_check_ns = expiry_ns.min(report_ns);
+            return None;
+        }
+        let chance = match look.ports {
+            Err(why) => Chance::Unknown(why.to_owned()),
+            Ok(ports) => connects.chance(ports, &mut self.odds)?,
+        };
         let risk = *port.risk.get_or_insert_with(|| {
             self.risks += 1;
             self.risks

@@ -8,6 +8,30 @@ use selfconn_ebpf::{
 use super::{Chance, SECOND_NS};
 use crate::ports::{LocalPorts, Odds, PortRange, Reach};
 
+/// True if `connect()` chooses this port from these.
+fn can_choose(ports: &LocalPorts, port: u16) -> bool {
+    match ports.reach(port) {
+        Reach::First => true,
+        // `connect()` chooses these ports only if every port of the preferred parity is reserved.
+        Reach::Last => ports.expected_connects() == 0,
+        Reach::Reserved | Reach::Outside => false,
+    }
+}
+
+/// The odds of the ports that were asked for last: most namespaces of a host have the same ones, and to compute them
+/// takes milliseconds.
+#[derive(Debug, Default)]
+pub(super) struct OddsCache(Option<(LocalPorts, Odds)>);
+
+impl OddsCache {
+    fn of(&mut self, ports: LocalPorts) -> &Odds {
+        if self.0.as_ref().is_some_and(|(known, _)| *known != ports) {
+            self.0 = None;
+        }
+        &self.0.get_or_insert_with(|| (ports.clone(), Odds::of(&ports))).1
+    }
+}
+
 /// Refused connection attempts to one port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RefusedConnects {
@@ -58,20 +82,17 @@ impl RefusedConnects {
         shared.into_iter().chain(self.own_range.map(|own| ports.for_socket(own)))
     }
 
+    /// True if `connect()` can choose the destination port as source port.
+    pub(super) fn can_be_chosen(&self, ports: &LocalPorts) -> bool {
+        self.choices(ports).any(|ports| can_choose(&ports, self.endpoint.port))
+    }
+
     /// Probability that `connect()` chooses the destination port as source port; the highest, if the attempts choose
     /// from different ranges. `None`: it never chooses that port.
-    pub(super) fn chance(&self, ports: &LocalPorts) -> Option<Chance> {
+    pub(super) fn chance(&self, ports: &LocalPorts, odds: &mut OddsCache) -> Option<Chance> {
         let port = self.endpoint.port;
-        let expected = self.choices(ports).filter_map(|ports| {
-            let is_chosen = match ports.reach(port) {
-                Reach::First => true,
-                // `connect()` chooses these ports only if every port of the preferred parity is reserved.
-                Reach::Last => ports.expected_connects() == 0,
-                Reach::Reserved | Reach::Outside => false,
-            };
-            is_chosen.then(|| Odds::of(&ports).expected_connects(port)).flatten()
-        });
-        expected.min().map(Chance::OneIn)
+        let choices = self.choices(ports).filter(|ports| can_choose(ports, port));
+        choices.filter_map(|ports| odds.of(ports).expected_connects(port)).min().map(Chance::OneIn)
     }
 
     /// The mean number of attempts until `connect()` chooses a certain port that it could choose. At least 1.

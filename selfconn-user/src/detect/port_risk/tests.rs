@@ -34,8 +34,17 @@ fn check_now(
     refused: u64,
     ports: &Result<LocalPorts, String>,
 ) -> Option<PortRiskEvent> {
+    check_at(risks, refused, ports, NOW_NS)
+}
+
+fn check_at(
+    risks: &mut PortRisks,
+    refused: u64,
+    ports: &Result<LocalPorts, String>,
+    now_ns: u64,
+) -> Option<PortRiskEvent> {
     risks.on_threshold(DESTINATION);
-    risks.check(&DESTINATION, &count(refused, SECOND_NS, NOW_NS), &look(ports), false, NOW_NS)
+    risks.check(&DESTINATION, &count(refused, SECOND_NS, now_ns), &look(ports), false, now_ns)
 }
 
 #[test]
@@ -153,11 +162,51 @@ fn a_port_is_reported_when_it_is_unreserved_and_over_when_it_is_reserved() {
     let Some(PortRiskEvent::Over(connects, RiskEndReason::Unreachable)) = over else { panic!("{over:?}") };
     assert_eq!(connects.risk, 1);
     assert_eq!((risks.at_risk(), check_now(&mut risks, 241, &reserved)), (0, None));
-    let next = check_now(&mut risks, 250, &free);
+    assert_eq!(check_at(&mut risks, 250, &free, NOW_NS + MIN_PAUSE_NS - 1), None, "not at once");
+    assert_eq!(risks.next_check_ns(), Some(NOW_NS + MIN_PAUSE_NS));
+    let next = check_at(&mut risks, 250, &free, NOW_NS + MIN_PAUSE_NS);
     assert!(
         matches!(next, Some(PortRiskEvent::AtRisk(PortAtRisk { connects, .. })) if connects.risk == 2),
         "{next:?}"
     );
+}
+
+#[test]
+fn a_port_that_is_taken_and_given_back_again_and_again_is_reported_ever_less_often() {
+    let (free, reserved) = (ports("40000 40199", ""), ports("40000 40199", "40000"));
+    let mut risks = PortRisks::default();
+    // Ten times a second, for an hour.
+    let reports = (0..36_000).filter(|tick| {
+        let now_ns = NOW_NS + tick * SECOND_NS / 10;
+        let event = check_at(&mut risks, 250, &free, now_ns);
+        let over = check_at(&mut risks, 250, &reserved, now_ns);
+        assert_eq!(event.is_some(), over.is_some());
+        event.is_some()
+    });
+    let reports = reports.count();
+    assert!((15..25).contains(&reports), "{reports}");
+    // After a rest it is as new.
+    let later_ns = NOW_NS + 10_000 * SECOND_NS;
+    for now_ns in [later_ns, later_ns + MIN_PAUSE_NS] {
+        assert!(check_at(&mut risks, 250, &free, now_ns).is_some());
+        assert!(check_at(&mut risks, 250, &reserved, now_ns).is_some());
+    }
+}
+
+#[test]
+fn who_connects_from_a_port_keeps_it_from_being_reported_for_a_minute_at_most() {
+    let ports = ports("40000 40199", "");
+    let check = |risks: &mut PortRisks, is_bound, now_ns| {
+        risks.on_threshold(DESTINATION);
+        let port_use = PortUse { is_bound, is_connected: true, ..PortUse::default() };
+        let look = PortLook { port_use: Some(port_use), ..look(&ports) };
+        risks.check(&DESTINATION, &count(20, SECOND_NS, now_ns), &look, false, now_ns)
+    };
+    let mut risks = PortRisks::default();
+    assert_eq!(check(&mut risks, true, NOW_NS), None);
+    assert_eq!(check(&mut risks, false, NOW_NS + MAX_RELEASE_NS - 1), None);
+    let event = check(&mut risks, false, NOW_NS + MAX_RELEASE_NS);
+    assert!(matches!(event, Some(PortRiskEvent::AtRisk(PortAtRisk { may_be_bound: true, .. }))), "{event:?}");
 }
 
 #[test]
@@ -250,7 +299,10 @@ fn reports_of_the_programs_make_no_more_checks_than_one_each_twenty_milliseconds
         let now_ns = NOW_NS + ms * SECOND_NS / 1_000;
         if risks.next_check_ns().is_some_and(|check_ns| check_ns <= now_ns) {
             checks[0] += 1;
-            checks[1] += risks.begin_check(now_ns).len();
+            for due in risks.begin_check(now_ns) {
+                checks[1] += 1;
+                risks.end_check(&due);
+            }
         }
     }
     assert_eq!(checks, [50, 50]);
