@@ -1,11 +1,14 @@
 //! Enters one network namespace, on a thread of its own.
 
 use std::{
+    cell::RefCell,
+    collections::HashMap,
     fs, io,
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     panic,
     path::{Path, PathBuf},
     thread,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -20,6 +23,17 @@ use super::{
 };
 use crate::system::netns_cookie;
 
+/// How long a thread does not search all descriptors again for a namespace to which none led, and how many namespaces it
+/// remembers. Such a search takes a good part of a second, and anybody can make hundreds of namespaces that only a socket
+/// keeps.
+const UNFOUND_TIME: Duration = Duration::from_secs(60);
+const MAX_UNFOUND: usize = 4_096;
+
+thread_local! {
+    /// When the calling thread has searched in vain.
+    static UNFOUND: RefCell<HashMap<NetnsId, Instant>> = RefCell::default();
+}
+
 /// Calls `work` on a separate thread that is in this network namespace; the namespace of the caller does not
 /// change. The search for the namespace begins with the namespace of the caller, continues with those of the
 /// processes or threads in `netns_hints`, and then with all others as in [`super::netns::visit`]. The inode 0 is the namespace of
@@ -32,10 +46,12 @@ pub fn run_in_namespace<T: Send>(
     netns_hints: &[u32],
     work: impl FnOnce() -> io::Result<T> + Send,
 ) -> io::Result<T> {
-    thread::scope(|scope| {
+    let is_recent = |at: &Instant| at.elapsed() < UNFOUND_TIME;
+    let is_unfound = UNFOUND.with_borrow(|unfound| unfound.get(&netns).is_some_and(is_recent));
+    let outcome = thread::scope(|scope| {
         let thread = thread::Builder::new().name("namespace".to_owned());
         let thread = thread.spawn_scoped(scope, || {
-            enter(netns.inode, netns_hints)?;
+            enter(netns.inode, netns_hints, !is_unfound)?;
             match netns_cookie::current() {
                 Some(cookie) if ![0, cookie].contains(&netns.cookie) => {
                     let why =
@@ -46,7 +62,18 @@ pub fn run_in_namespace<T: Send>(
             }
         })?;
         thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause))
-    })
+    });
+    if outcome.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) && !is_unfound {
+        UNFOUND.with_borrow_mut(|unfound| {
+            if unfound.len() >= MAX_UNFOUND {
+                unfound.retain(|_, at| is_recent(at));
+            }
+            if unfound.len() < MAX_UNFOUND {
+                unfound.insert(netns, Instant::now());
+            }
+        });
+    }
+    outcome
 }
 
 /// Checks that the calling thread may enter namespaces: it enters the namespace that it is already in.
@@ -55,7 +82,8 @@ pub(super) fn may_enter() -> io::Result<()> {
     Ok(move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?)
 }
 
-fn enter(netns: u32, netns_hints: &[u32]) -> io::Result<()> {
+/// `searches_all`: also looks at all threads and descriptors.
+fn enter(netns: u32, netns_hints: &[u32], searches_all: bool) -> io::Result<()> {
     let leads_there = |path: &Path| fs::metadata(path).is_ok_and(|named| named.ino() == u64::from(netns));
     // If the thread is already in the namespace, it needs no privilege.
     if netns == 0 || leads_there(Path::new(CURRENT_NETNS)) {
@@ -77,19 +105,21 @@ fn enter(netns: u32, netns_hints: &[u32]) -> io::Result<()> {
     }
     let is_wanted = |inode: u64| inode == u64::from(netns);
     let mut outcome = None;
-    search(
-        SearchLimits::DAEMON,
-        || None,
-        is_wanted,
-        |Lead { path, .. }| {
-            let Ok(Some((file, opened))) = open(path) else { return false };
-            if !is_wanted(opened.ino()) {
-                return false;
-            }
-            outcome = Some(move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)));
-            true
-        },
-    );
+    if searches_all {
+        search(
+            SearchLimits::DAEMON,
+            || None,
+            is_wanted,
+            |Lead { path, .. }| {
+                let Ok(Some((file, opened))) = open(path) else { return false };
+                if !is_wanted(opened.ino()) {
+                    return false;
+                }
+                outcome = Some(move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)));
+                true
+            },
+        );
+    }
     if let Some(entered) = outcome {
         return entered.map_err(|error| refused(netns, error));
     }
