@@ -1,8 +1,9 @@
 //! Which network namespace the guard takes next, and whose attachments fill its room. Pure.
 //!
-//! A namespace with a first connect to its own address comes before those without. The next owner is the one whose last
-//! turn is longest ago, so a user who makes thousands of namespaces delays another owner's by one at most. An owner is the
-//! user that owns the outermost user namespace of the network namespace, because network namespaces are made at will.
+//! A namespace with a first connect to its own address comes before those without, three times in a row at most. The next
+//! owner is the one whose last turn, or whose arrival if that is later, is longest ago. So a user who makes thousands of
+//! namespaces delays another owner's by one, and new owners pass nobody. An owner is the user that owns the outermost user
+//! namespace of the network namespace, because network namespaces are made at will.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
@@ -13,6 +14,9 @@ use crate::{budget::SharedLimit, sockets::NetnsId};
 /// Maximum number of devices to which the program is attached, and of namespaces that wait for another. An attachment may
 /// take a descriptor.
 pub const MAX_ATTACHMENTS: usize = 2_048;
+
+/// Maximum number of turns in a row of namespaces that connect, while others wait.
+const MAX_CONNECTING_TURNS: u32 = 3;
 
 /// A namespace that waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +31,8 @@ pub struct Waiting<P> {
 
 #[derive(Debug)]
 struct OwnerQueue<P> {
+    /// The number of turns when its first namespace came, and the number of owners that had come by then.
+    since: (u64, u64),
     connecting: VecDeque<Waiting<P>>,
     others: VecDeque<Waiting<P>>,
 }
@@ -37,8 +43,11 @@ pub struct NamespaceQueue<P> {
     by_owner: HashMap<u32, OwnerQueue<P>>,
     /// The number of the last turn of each owner. Only the newest of them are kept.
     last_turns: HashMap<u32, u64>,
-    /// The number of turns so far.
+    /// The number of turns so far, and of owners that came.
     turns: u64,
+    arrivals: u64,
+    /// How many of the last ones were those of namespaces that connect.
+    connecting_turns: u32,
     waiting: HashSet<NetnsId>,
     shares: SharedLimit,
 }
@@ -49,6 +58,8 @@ impl<P> Default for NamespaceQueue<P> {
             by_owner: HashMap::new(),
             last_turns: HashMap::new(),
             turns: 0,
+            arrivals: 0,
+            connecting_turns: 0,
             waiting: HashSet::new(),
             shares: SharedLimit::new(MAX_ATTACHMENTS),
         }
@@ -79,10 +90,10 @@ impl<P> NamespaceQueue<P> {
             return false;
         }
         self.waiting.insert(waiting.id);
-        let queue = self
-            .by_owner
-            .entry(owner)
-            .or_insert_with(|| OwnerQueue { connecting: VecDeque::new(), others: VecDeque::new() });
+        self.arrivals += 1;
+        let since = (self.turns, self.arrivals);
+        let new = || OwnerQueue { since, connecting: VecDeque::new(), others: VecDeque::new() };
+        let queue = self.by_owner.entry(owner).or_insert_with(new);
         if waiting.connects {
             queue.connecting.push_back(waiting);
         } else {
@@ -98,13 +109,26 @@ impl<P> NamespaceQueue<P> {
 
     /// The next namespace. Its room stays taken until [`Self::give_back`].
     pub fn pop(&mut self) -> Option<Waiting<P>> {
+        let prefers_connecting = self.connecting_turns < MAX_CONNECTING_TURNS;
         let order = |(owner, queue): &(&u32, &OwnerQueue<P>)| {
-            (queue.connecting.is_empty(), self.last_turns.get(owner).copied(), **owner)
+            let has_preferred = match prefers_connecting {
+                true => !queue.connecting.is_empty(),
+                false => !queue.others.is_empty(),
+            };
+            let (since, arrival) = queue.since;
+            let last_turn = self.last_turns.get(owner).copied().unwrap_or(0);
+            (!has_preferred, last_turn.max(since), arrival)
         };
         let (&owner, _) = self.by_owner.iter().min_by_key(order)?;
         self.note_turn(owner);
         let queue = self.by_owner.get_mut(&owner)?;
-        let next = queue.connecting.pop_front().or_else(|| queue.others.pop_front());
+        let [first, second] = match prefers_connecting {
+            true => [&mut queue.connecting, &mut queue.others],
+            false => [&mut queue.others, &mut queue.connecting],
+        };
+        let next = first.pop_front().or_else(|| second.pop_front());
+        let connects = next.as_ref().is_some_and(|next| next.connects);
+        self.connecting_turns = if connects { self.connecting_turns + 1 } else { 0 };
         if queue.connecting.is_empty() && queue.others.is_empty() {
             self.by_owner.remove(&owner);
         }
@@ -194,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn an_owner_who_floods_does_not_delay_one_whose_last_turn_is_longer_ago() {
+    fn an_owner_who_floods_delays_one_that_comes_again_by_one() {
         let mut queue = NamespaceQueue::default();
         for inode in 1..=500 {
             assert!(queue.push(connecting(inode, 65_534)));
@@ -202,8 +226,32 @@ mod tests {
         for inode in [1_000, 1_001] {
             assert!(queue.pop().is_some_and(|next| next.owner == 65_534));
             assert!(queue.push(connecting(inode, 0)));
-            assert_eq!(queue.pop(), Some(connecting(inode, 0)));
+            let next = [queue.pop(), queue.pop()];
+            assert!(next.contains(&Some(connecting(inode, 0))), "{next:?}");
         }
+    }
+
+    #[test]
+    fn new_owners_pass_nobody() {
+        let mut queue = NamespaceQueue::default();
+        let owner = 200_000;
+        assert!(queue.push(waiting(1, owner)) && queue.pop().is_some());
+        assert!(queue.push(waiting(2, owner)));
+        for owner in 100_000..100_100 {
+            assert!(queue.push(waiting(owner, owner)));
+        }
+        assert_eq!(queue.pop().map(|next| next.id.inode), Some(2));
+    }
+
+    #[test]
+    fn namespaces_that_connect_keep_no_other_from_its_turn() {
+        let mut queue = NamespaceQueue::default();
+        for inode in 1..=100 {
+            assert!(queue.push(connecting(inode, 65_534)));
+        }
+        assert!(queue.push(waiting(1_000, 0)));
+        let order = drain(&mut queue);
+        assert_eq!(order.iter().position(|inode| *inode == 1_000), Some(MAX_CONNECTING_TURNS as usize));
     }
 
     #[test]

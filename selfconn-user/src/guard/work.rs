@@ -244,7 +244,10 @@ impl GuardWork {
                 } else if known.attachments.is_empty() {
                     // Not even on the loopback device.
                     self.guarded.remove(&id);
-                } else if has_more && (known.is_full() || !self.queue.push(next)) {
+                } else if has_more
+                    // What connects there does so on the device that is guarded first.
+                    && (known.is_full() || !self.queue.push(Waiting { connects: false, ..next }))
+                {
                     self.unguarded.insert(id, owner, UnguardedReason::NoRoom);
                 }
             }
