@@ -108,6 +108,9 @@ pub const BIND_FAILURE_LIMIT: u64 = 50;
 /// Refused connects to itself of an owner in a second that are reported while the guard's ring buffer is half full.
 pub const PREVENTION_LIMIT: u64 = 50;
 
+/// The rate of a user in all control groups together, as a multiple of that in one.
+pub const USER_RATE_FACTOR: u64 = 2;
+
 /// The rate of all users of a control group together, as a multiple of one user's: a container's root may be any user.
 pub const CGROUP_RATE_FACTOR: u64 = 8;
 
@@ -117,6 +120,14 @@ impl Owner {
     #[must_use]
     pub const fn everybody(&self) -> Self {
         Self { uid: u32::MAX, ..*self }
+    }
+
+    /// This owner's user in all control groups: he may have several sessions. `None`: root, which runs most services of a
+    /// host, or a user whose control group is unknown and who is the same everywhere.
+    #[inline(always)]
+    #[must_use]
+    pub const fn everywhere(&self) -> Option<Self> {
+        if self.uid == 0 || self.cgroup == 0 { None } else { Some(Self { cgroup: 0, ..*self }) }
     }
 }
 

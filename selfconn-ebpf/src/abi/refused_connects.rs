@@ -18,6 +18,9 @@ pub const REPORT_THRESHOLD: u64 = 20;
 /// One owner may have one entry in this many of the table.
 pub const OWNER_SHARE: u32 = 8;
 
+/// One user in all control groups together may have one entry in this many: he may have several sessions.
+pub const USER_SHARE: u32 = 4;
+
 /// All users of a control group together may have one entry in this many: a container's root may be any user.
 pub const CGROUP_SHARE: u32 = 2;
 

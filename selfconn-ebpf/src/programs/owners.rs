@@ -3,7 +3,7 @@
 use aya_ebpf::{macros::map, maps::LruHashMap};
 use selfconn_ebpf::{
     Owner,
-    owner::{CGROUP_RATE_FACTOR, OwnerState},
+    owner::{CGROUP_RATE_FACTOR, OwnerState, USER_RATE_FACTOR},
 };
 
 use super::counters::add_one;
@@ -35,13 +35,15 @@ pub(crate) fn count_loss(owner: &Owner, select: impl Fn(*mut OwnerState) -> *mut
     }
 }
 
-/// True if `admit` takes one more of this owner, and of all users of the owner's control group, which have the rate of
-/// [`CGROUP_RATE_FACTOR`] users.
+/// True if `admit` takes one more of this owner, of its user in all control groups, and of all users of its control group,
+/// which have the rates of [`USER_RATE_FACTOR`] and [`CGROUP_RATE_FACTOR`] owners.
 #[inline(always)]
 pub(crate) fn admits(owner: &Owner, admit: impl Fn(&mut OwnerState, u64) -> bool) -> bool {
     let is_admitted = |owner: &Owner, users| {
         // SAFETY: the pointer is to a value of the map, whose memory belongs to the map if the entry is evicted.
         state(owner).is_none_or(|state| admit(unsafe { &mut *state }, users))
     };
-    is_admitted(owner, 1) && is_admitted(&owner.everybody(), CGROUP_RATE_FACTOR)
+    is_admitted(owner, 1)
+        && owner.everywhere().is_none_or(|user| is_admitted(&user, USER_RATE_FACTOR))
+        && is_admitted(&owner.everybody(), CGROUP_RATE_FACTOR)
 }

@@ -11,7 +11,7 @@ use aya_ebpf::{
 use aya_log_ebpf::warn;
 use selfconn_ebpf::{
     Endpoint, Opener, Owner, PORT_SLOTS, counter, port_slot,
-    refused_connects::{CGROUP_SHARE, OWNER_SHARE, RefusedConnectsReport, RefusedCount},
+    refused_connects::{CGROUP_SHARE, OWNER_SHARE, RefusedConnectsReport, RefusedCount, USER_SHARE},
     tag,
 };
 
@@ -106,10 +106,12 @@ pub(crate) fn count_refused<C: EbpfContext, M: KernelRead>(
     }
 }
 
-/// Takes an entry from the shares of the owner and of its control group. False: one of them is full.
+/// Takes an entry from the shares of the owner, of its user and of its control group. False: one of them is full.
 #[inline(always)]
 fn take_share(owner: &Owner) -> bool {
-    take_one(owner, OWNER_SHARE) && take_one(&owner.everybody(), CGROUP_SHARE)
+    take_one(owner, OWNER_SHARE)
+        && owner.everywhere().is_none_or(|user| take_one(&user, USER_SHARE))
+        && take_one(&owner.everybody(), CGROUP_SHARE)
 }
 
 #[inline(always)]

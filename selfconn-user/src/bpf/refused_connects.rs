@@ -93,7 +93,8 @@ impl RefusedCounts {
         let mut used: std::collections::HashMap<Owner, u64> =
             self.shares.keys().filter_map(Result::ok).map(|owner| (owner.0, 0)).collect();
         for (_, refused) in self.entries() {
-            for owner in [refused.owner, refused.owner.everybody()] {
+            let parties = [Some(refused.owner), refused.owner.everywhere(), Some(refused.owner.everybody())];
+            for owner in parties.into_iter().flatten() {
                 *used.entry(owner).or_default() += 1;
             }
         }
