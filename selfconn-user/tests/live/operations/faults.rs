@@ -25,6 +25,7 @@ use serde_json::Value;
 use crate::support::{
     client::{assert_opened_by_this_thread, connect_to_self},
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event, scaled, selfconn},
+    dedicated::is_dedicated_machine,
     helper_process::HelperProcess,
     netns::TestNetns,
 };
@@ -290,15 +291,6 @@ fn namespaces_removed_during_a_snapshot_cause_no_wrong_events() {
     assert_eq!(ids("established").len(), made);
     assert_eq!(ids("established"), ids("closed"), "one `closed` for each `established`");
     assert_eq!(events.last().unwrap()["lost"]["missed"], 0, "{:?}", events.last());
-}
-
-/// True if the tests may change the clock and the CPUs of this machine.
-fn is_dedicated_machine() -> bool {
-    let is_dedicated = std::env::var_os("SELFCONN_OWN_MACHINE").is_some();
-    if !is_dedicated {
-        println!("skipped: this machine is not dedicated to this test; `cargo xtask vm` has such machines");
-    }
-    is_dedicated
 }
 
 #[test]

@@ -19,6 +19,7 @@ use crate::support::{
         DEADLINE, HookVariant, TestDaemon, hook_variants, is_event, method_verdicts, reads_descriptors,
         selfconn,
     },
+    dedicated::is_dedicated_machine,
     helper_process::HelperProcess,
     netns::TestNetns,
 };
@@ -212,7 +213,7 @@ fn a_user_with_two_capabilities_ends_up_with_none() {
 fn a_pass_over_descriptors_needs_no_capability() {
     pass_without_capabilities("as_it_is");
     // 1 can't be taken back, so it is last, and only in a machine that is made for such tests.
-    if std::env::var_os("SELFCONN_OWN_MACHINE").is_none() {
+    if !is_dedicated_machine() {
         return;
     }
     for setting in ["0", "2", "1"] {

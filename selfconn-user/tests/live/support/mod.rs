@@ -8,6 +8,7 @@ pub(crate) mod cgroup;
 pub(crate) mod client;
 pub(crate) mod daemon;
 pub(crate) mod daemon_pool;
+pub(crate) mod dedicated;
 pub(crate) mod devices;
 pub(crate) mod direct_tracer;
 pub(crate) mod disk;
