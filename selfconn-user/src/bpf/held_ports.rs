@@ -20,11 +20,12 @@ impl HeldPorts {
     }
 
     /// Sets the slots of these endpoints, and clears all others that were set before `before_ns`. Sockets of the
-    /// endpoints exist, or are in TIME_WAIT.
+    /// endpoints exist, or are in TIME_WAIT. `are_all`: no other self-connection exists; else nothing is cleared.
     pub(crate) fn update<'a>(
         &self,
         held: impl Iterator<Item = &'a Endpoint>,
         before_ns: u64,
+        are_all: bool,
     ) -> io::Result<()> {
         let mut held: HashSet<u32> = held.map(held_port_slot).collect();
         if !held.is_empty() {
@@ -33,7 +34,11 @@ impl HeldPorts {
         let mapped = MappedWords::of(&self.0, 0..ANY_HELD_PORT_SLOT as usize + 1)?;
         for (slot, word) in (0..).zip(mapped.words()) {
             let since_ns = word.load(Relaxed);
-            let value = if held.contains(&slot) { before_ns.max(1) } else { 0 };
+            let value = match held.contains(&slot) {
+                true => before_ns.max(1),
+                false if are_all => 0,
+                false => continue,
+            };
             // A slot that a program sets at the same time keeps its value.
             if since_ns < before_ns && since_ns != value {
                 let _ = word.compare_exchange(since_ns, value, Relaxed, Relaxed);

@@ -322,8 +322,13 @@ impl Tracer {
     }
 
     /// Updates the programs' table of held ports. Slots that a program has set since `before_ns` are kept.
-    pub fn update_held_ports<'a>(&self, held: impl Iterator<Item = &'a Endpoint>, before_ns: u64) {
-        if let Err(error) = self.held_ports.update(held, before_ns) {
+    pub fn update_held_ports<'a>(
+        &self,
+        held: impl Iterator<Item = &'a Endpoint>,
+        before_ns: u64,
+        are_all: bool,
+    ) {
+        if let Err(error) = self.held_ports.update(held, before_ns, are_all) {
             log::error!("the table of held ports can't be mapped: {error}");
         }
     }

@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 
+use selfconn_ebpf::bind_failure::BindFailure;
 use tokio::time::Instant;
 
 use crate::sockets::{Cookie, SocketSnapshot};
@@ -13,6 +14,8 @@ pub(super) enum AfterRecords {
     /// Number of the connection, and the cookie of the socket that was found.
     LookedUp(u64, Result<Option<Cookie>, String>),
     EvaluateSelfTest,
+    /// They may be about self-connections of records from before them.
+    BindFailures(Vec<BindFailure>),
 }
 
 /// In order, each with the number of records that must have been delivered.
@@ -41,8 +44,14 @@ impl<T> CatchUp<T> {
         self.0.is_empty()
     }
 
-    pub(super) fn has(&self, matches: impl Fn(&T) -> bool) -> bool {
-        self.0.iter().any(|waiting| matches(&waiting.then))
+    /// How many wait for which `matches` is true.
+    pub(super) fn count(&self, matches: impl Fn(&T) -> bool) -> usize {
+        self.0.iter().filter(|waiting| matches(&waiting.then)).count()
+    }
+
+    /// All that wait. From now on none does.
+    pub(super) fn take_all(&mut self) -> impl Iterator<Item = T> {
+        std::mem::take(&mut self.0).into_iter().map(|waiting| waiting.then)
     }
 
     /// The next one that waits no longer.
@@ -69,7 +78,7 @@ mod tests {
         assert_eq!(catch_up.next(9, true, now), None, "a record is still being written");
         assert_eq!(catch_up.next(9, false, later), None, "a flood: the ring buffer has more");
         assert_eq!(catch_up.next(10, false, now), Some('a'));
-        assert!(catch_up.has(|then| *then == 'b'));
+        assert_eq!(catch_up.count(|then| *then == 'b'), 1);
         assert_eq!(catch_up.next(19, true, later), None);
         assert_eq!(
             catch_up.next(19, true, later + Duration::from_nanos(1)),

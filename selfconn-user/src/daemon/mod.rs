@@ -88,6 +88,12 @@ const RECORD_POLL_INTERVAL: Duration = Duration::from_millis(1);
 /// Maximum time between two looks at stdout while events of a snapshot wait for room.
 const BACKLOG_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
+/// The interval in which the loop looks whether records must still wait for a slow reader of stdout.
+const HELD_BACK_POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Maximum number of times that failed binds wait for records at the same time. More stay in the ring buffer.
+const MAX_DEFERRED: usize = 4;
+
 /// The options of a run, for the parts that need them.
 pub struct DaemonOptions {
     /// True to report every state change.
@@ -186,7 +192,10 @@ impl Daemon {
         self.snapshots.request(&self.tracer, &mut self.pipeline);
         let mut hooks_dead = None;
         while is_stdout_open && hooks_dead.is_none() {
-            let (wake_at, gathers) = (self.next_wake(), self.gathering.until().is_some());
+            // Records that wait for stdout wake nobody.
+            let gathers =
+                self.gathering.until().is_some() || self.pipeline.reporting.out.holds_back_records();
+            let wake_at = self.next_wake();
             // Waits for the first source that has something. Every source is then served once.
             tokio::select! {
                 biased;
@@ -220,8 +229,8 @@ impl Daemon {
             let is_held_back = self.pipeline.reporting.out.holds_back_records();
             let drained = if is_held_back { 0 } else { self.drain_batch() };
             self.gathering.on_read(drained, drained == MAX_BATCH, Instant::now());
-            // The guard's records don't wait for stdout, but for the 100 ms below: with them come the namespaces that
-            // must be guarded.
+            self.defer_bind_failures();
+            // The guard's records don't wait for stdout: with them come the namespaces that must be guarded.
             let has_more_guarded = self.serve_guard();
             if self.pipeline.serve_lookups() || drained > 0 {
                 self.loss_reporter.on_records();
@@ -235,10 +244,12 @@ impl Daemon {
                 let Pipeline { remediation, reporting, .. } = &mut self.pipeline;
                 remediation.start_due_steps(&mut reporting.out);
             }
-            is_stdout_open = self.pipeline.reporting.out.make_room().await.is_ok();
+            is_stdout_open = self.pipeline.reporting.out.flush().is_ok();
             // A filling stdout wakes the loop.
             let can_emit = self.pipeline.has_backlog() && !self.pipeline.reporting.out.is_filling();
-            has_more = drained == MAX_BATCH || has_more_guarded || is_held_back || can_emit;
+            // The ring buffer wakes nobody for what was in it while it was held back.
+            let can_read = is_held_back && !self.pipeline.reporting.out.holds_back_records();
+            has_more = drained == MAX_BATCH || has_more_guarded || can_emit || can_read;
         }
         self.supervision.stopping();
         let Pipeline { remediation, reporting, .. } = &mut self.pipeline;
@@ -257,6 +268,8 @@ impl Daemon {
 
     /// When the loop has something to do although nothing happens.
     fn next_wake(&self) -> Option<Instant> {
+        let is_held_back = self.pipeline.reporting.out.holds_back_records();
+        let after = |interval| Some(Instant::now() + interval);
         let times = [
             self.pipeline.remediation.next_at(),
             self.pipeline.conflicts.reports.next_at(),
@@ -264,13 +277,24 @@ impl Daemon {
             self.guard.next_at(),
             self.guard.read_at(),
             self.gathering.until(),
-            self.self_test.next_at(),
+            // The end of one that waits for records does not come by waiting for its time.
+            self.self_test.next_at().filter(|_| !self.evaluates_self_test()),
             self.loss_reporter.next_at(),
             self.snapshots.next_at(),
-            (!self.catch_up.is_empty()).then(|| Instant::now() + RECORD_POLL_INTERVAL),
+            match (is_held_back, self.catch_up.is_empty()) {
+                // A reader that stalls meanwhile wakes nobody.
+                (true, _) => after(HELD_BACK_POLL_INTERVAL),
+                (false, false) => after(RECORD_POLL_INTERVAL),
+                (false, true) => None,
+            },
             self.pipeline.has_backlog().then(|| Instant::now() + BACKLOG_POLL_INTERVAL),
         ];
         times.into_iter().flatten().min()
+    }
+
+    /// True if the end of a self-test waits for records.
+    fn evaluates_self_test(&self) -> bool {
+        self.catch_up.count(|then| matches!(then, AfterRecords::EvaluateSelfTest)) > 0
     }
 
     /// Takes the responses of the workers that are there.
@@ -296,6 +320,15 @@ impl Daemon {
         port_risks.serve_response(tracer.refused_counts(), connections, guard_in, reporting);
     }
 
+    /// In a flood the ring buffer is never empty. Failed binds then wait for the records from before them.
+    fn defer_bind_failures(&mut self) {
+        let deferred = self.catch_up.count(|then| matches!(then, AfterRecords::BindFailures(_)));
+        if !self.pending_bind_failures.is_empty() && deferred < MAX_DEFERRED {
+            let failures = std::mem::take(&mut self.pending_bind_failures);
+            self.wait_for_records(AfterRecords::BindFailures(failures));
+        }
+    }
+
     /// Keeps `then` until every record that is matched by now is applied.
     fn wait_for_records(&mut self, then: AfterRecords) {
         self.update_counters();
@@ -309,6 +342,12 @@ impl Daemon {
             match then {
                 AfterRecords::Reconcile(snapshot) => self.apply_snapshot(*snapshot),
                 AfterRecords::LookedUp(number, cookie_result) => self.on_looked_up(number, cookie_result),
+                AfterRecords::BindFailures(failures) => {
+                    let clock = Offset::now();
+                    for failure in failures {
+                        self.pipeline.on_bind_failure(&failure, clock);
+                    }
+                }
                 AfterRecords::EvaluateSelfTest => {
                     if let Some(dead) = self.self_test.evaluate(self.tracer.counters()) {
                         self.loss_reporter.report_dead_hooks(&dead, &mut self.pipeline.reporting.out);
@@ -331,9 +370,7 @@ impl Daemon {
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         self.port_risks.check_due_ports(&mut self.tracer, &mut self.pipeline.reporting);
         self.self_test.begin_if_due(|| self.tracer.counters());
-        if self.self_test.can_evaluate()
-            && !self.catch_up.has(|then| matches!(then, AfterRecords::EvaluateSelfTest))
-        {
+        if self.self_test.can_evaluate() && !self.evaluates_self_test() {
             self.wait_for_records(AfterRecords::EvaluateSelfTest);
         }
         if is_due(self.guard.next_at()) {
@@ -351,6 +388,11 @@ impl Daemon {
     /// Drains the rest of the ring buffer after the probes are detached. A probe may still be running on
     /// another CPU: waits for the records that are counted as matched.
     async fn drain_remaining(&mut self) -> ProgramCounters {
+        for then in self.catch_up.take_all() {
+            if let AfterRecords::BindFailures(failures) = then {
+                self.pending_bind_failures.extend(failures);
+            }
+        }
         let mut until = Instant::now() + RECORD_TIMEOUT;
         let mut worked = Duration::ZERO;
         loop {

@@ -24,12 +24,14 @@ pub(super) struct Snapshots {
     has_one: bool,
     /// When the next one is due. `None`: one is in progress.
     next_at: Option<Instant>,
+    /// True if the last one had, or the daemon tracked, every self-connection.
+    had_all: bool,
 }
 
 impl Snapshots {
     pub(super) fn start(iterators: Iterators, interval: Duration, knows_netns: bool) -> io::Result<Self> {
         let worker = snapshot_worker::start(iterators)?;
-        Ok(Self { worker, interval, knows_netns, has_one: false, next_at: None })
+        Ok(Self { worker, interval, knows_netns, has_one: false, next_at: None, had_all: true })
     }
 
     /// Waits until one is taken. Cancel safe.
@@ -92,7 +94,13 @@ impl Snapshots {
         let connections = pipeline.connections.iter().map(|connection| &connection.endpoint);
         let listed = snapshot.entries.iter().map(|entry| &entry.endpoint);
         let held = connections.chain(listed).chain(binds.time_wait_endpoints());
-        tracer.update_held_ports(held, snapshot.began_ns);
+        // One that is neither tracked nor listed, or its TIME_WAIT, may hold any other port. It is known again after the
+        // second snapshot that has all, because a TIME_WAIT is listed, too.
+        let has_all = snapshot.left_out.is_empty()
+            && !pipeline.connections.may_lack_open_ones()
+            && !binds.may_lack_time_waits(snapshot.began_ns);
+        let had_all = std::mem::replace(&mut self.had_all, has_all);
+        tracer.update_held_ports(held, snapshot.began_ns, has_all && had_all);
         self.next_at = Some(Instant::now() + self.interval);
         missed
     }

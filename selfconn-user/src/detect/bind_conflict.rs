@@ -245,10 +245,16 @@ impl BindConflicts {
         time_waits.max_by_key(|entry| entry.until_ns).map(PortHolder::TimeWait)
     }
 
+    /// True if there was no room for a TIME_WAIT that lasts until later than this.
+    #[must_use]
+    pub fn may_lack_time_waits(&self, at_ns: u64) -> bool {
+        at_ns < self.unkept_until_ns
+    }
+
     /// A bind has failed, and [`Self::find_holder`] knows no holder. That proves nothing while there are TIME_WAITs for
-    /// which there was no room.
-    pub fn record_unexplained(&mut self, failure: &BindFailure) {
-        if failure.at_ns < self.unkept_until_ns {
+    /// which there was no room, or, as `lacks_open_ones` says, open self-connections.
+    pub fn record_unexplained(&mut self, failure: &BindFailure, lacks_open_ones: bool) {
+        if lacks_open_ones || self.may_lack_time_waits(failure.at_ns) {
             self.losses.count(failure.owner, failure.failures);
         }
     }
@@ -481,14 +487,15 @@ mod tests {
         for port in 1..=share {
             conflicts.insert_time_wait(entry(port.into(), "127.0.0.1", port, 60), 0);
         }
-        conflicts.record_unexplained(&failure("127.0.0.1", 9_999, 1));
+        conflicts.record_unexplained(&failure("127.0.0.1", 9_999, 1), false);
         // The same socket takes no more room.
         conflicts.insert_time_wait(entry(1, "127.0.0.1", 1, 61), 0);
         assert_eq!((conflicts.time_wait_shares.used(), conflicts.losses.total()), (share.into(), 0));
         assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 1, 60), std::iter::empty())), Some(1));
         conflicts.insert_time_wait(entry(9_999, "127.0.0.1", 9_999, 70), 0);
         for at_s in [69, 70] {
-            conflicts.record_unexplained(&BindFailure { failures: 3, ..failure("127.0.0.1", 9_999, at_s) });
+            let failure = BindFailure { failures: 3, ..failure("127.0.0.1", 9_999, at_s) };
+            conflicts.record_unexplained(&failure, false);
         }
         assert_eq!(conflicts.losses.total(), 3);
     }

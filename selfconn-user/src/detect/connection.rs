@@ -255,6 +255,12 @@ impl Connections {
         self.tracked.untracked.total()
     }
 
+    /// True if a self-connection that is not tracked may still be open.
+    #[must_use]
+    pub fn may_lack_open_ones(&self) -> bool {
+        self.tracked.may_lack_open_ones()
+    }
+
     /// Those since the last call, by owner.
     pub fn take_untracked(&mut self) -> Vec<(Owner, u64)> {
         self.tracked.untracked.take_unreported()

@@ -26,7 +26,7 @@ const END_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long the end of a run waits for a slow reader. A pod has ten seconds (`terminationGracePeriodSeconds`).
 const MAX_END: Duration = Duration::from_secs(8);
 
-/// How long the loop waits at once for a slow reader.
+/// How long the end of a run waits at once for a slow reader.
 const ROOM_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// A report of the thread: `written` more bytes were written. An error may have followed.

@@ -113,6 +113,11 @@ impl TrackedTable {
         self.untracked.count(owner, 1);
     }
 
+    /// True if a connection that is not tracked may still be open.
+    pub(super) fn may_lack_open_ones(&self) -> bool {
+        self.maybe_open > 0
+    }
+
     /// How many connections of each owner a snapshot has found that are not tracked. Those that may have been counted
     /// before are not counted again.
     pub(super) fn on_listed_untracked(&mut self, found: impl Iterator<Item = (Owner, u64)>) {

@@ -19,7 +19,7 @@ use crate::support::{
 };
 
 /// A port that was free a moment ago, in a namespace where nothing else takes ports.
-fn free_port() -> SocketAddr {
+pub(super) fn free_port() -> SocketAddr {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap()
 }
 

@@ -14,6 +14,7 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
+use super::metrics::{self, free_port};
 use crate::support::{
     accounting::{missing_events, parse_log},
     client::{become_user, connect_to_self, run_self_connection},
@@ -109,6 +110,14 @@ fn a_stopped_reader_blocks_nothing_and_gets_a_lost_event_when_it_reads_again() {
     assert_eq!((missing_events(&in_log), missing_events(&events)), (0, reported), "each lost event is a gap");
 }
 
+/// How long a process has run.
+fn cpu_time(pid: u32) -> Duration {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // In clock ticks, of which the kernel has 100 a second for user space on every architecture here.
+    let ticks = |field: usize| stat.split(' ').nth(field).unwrap().parse::<u64>().unwrap();
+    Duration::from_millis(10 * (ticks(13) + ticks(14)))
+}
+
 /// Reads this many bytes at once, rests for 5 ms, and so on. It says when it has read something, and rests no longer
 /// when nobody listens.
 fn read_slowly(mut stdout: ChildStdout, bytes: usize) -> (JoinHandle<String>, Receiver<()>) {
@@ -189,6 +198,38 @@ fn a_slow_reader_delays_no_guard_of_a_new_namespace() {
         events.iter().any(|event| event["event"] == "prevented" && event["uid"] == USER),
         "no `prevented`"
     );
+    assert!(events.iter().any(|event| event["event"] == "closed" && event["netns"] == net.inode));
+}
+
+#[test]
+fn a_slow_reader_delays_no_scrape() {
+    let net = TestNetns::enter_new();
+    let at = free_port();
+    let mut child = start_without_log(&["--metrics", &at.to_string()]);
+    let (reader, is_live) = read_slowly(child.stdout.take().unwrap(), 1 << 10);
+    is_live.recv_timeout(DEADLINE).unwrap();
+    for _ in 0..1_500 {
+        run_self_connection(Ipv4Addr::LOCALHOST.into());
+    }
+    const COUNT: u32 = 10;
+    let scrape = |_| {
+        // A response is used again for 200 ms.
+        std::thread::sleep(Duration::from_millis(250));
+        let begin = Instant::now();
+        assert_eq!(metrics::get(at, "/metrics").unwrap().0, 200);
+        begin.elapsed()
+    };
+    let (cpu, begin) = (cpu_time(child.id()), Instant::now());
+    let mut times: Vec<_> = (0..COUNT).map(scrape).collect();
+    let (cpu, elapsed) = (cpu_time(child.id()) - cpu, begin.elapsed());
+    assert!(cpu < elapsed / 4, "waiting took {cpu:?} of a processor in {elapsed:?}");
+    times.sort();
+    // A loop that waits for room in the queue lets a scrape wait for up to 100 ms.
+    let median = times[times.len() / 2];
+    assert!(median < Duration::from_millis(25), "{times:?}");
+    drop(is_live);
+    terminate(&mut child);
+    let events = parse_log(&reader.join().unwrap());
     assert!(events.iter().any(|event| event["event"] == "closed" && event["netns"] == net.inode));
 }
 
