@@ -9,6 +9,7 @@ use std::{
         fd::{AsRawFd as _, RawFd},
         unix::process::CommandExt as _,
     },
+    path::Path,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::mpsc,
     thread,
@@ -26,10 +27,15 @@ use super::{
 
 const TASK_ENV: &str = "SELFCONN_TEST_ATTACKER_TASK";
 const KIND_ENV: &str = "SELFCONN_TEST_ATTACKER_KIND";
+const CGROUP_ENV: &str = "SELFCONN_TEST_ATTACKER_CGROUP";
 
 /// The first uid of the host that the user namespace maps. Uid 0 inside is this one.
 const FIRST_MAPPED_UID: u32 = 100_000;
 const MAPPED_UIDS: u32 = 65_536;
+
+/// How many sessions a user has who has several, and how much he does before he goes to the next one.
+const SESSIONS: u32 = 8;
+const IN_A_SESSION: u32 = 8;
 
 /// The first of the ports that an attacker connects to. It is in the port range of the tests.
 const FIRST_REFUSED_PORT: u16 = 44_000;
@@ -39,6 +45,8 @@ const FIRST_REFUSED_PORT: u16 = 44_000;
 pub(crate) enum AttackerKind {
     /// Uid 65534 of the host.
     Nobody,
+    /// Uid 65534 of the host, in one session after another, each of which is a control group that root made.
+    Sessions,
     /// 65,536 uids of a user namespace that uid 65534 made, as a subordinate range gives them.
     MappedUids,
     /// Root in a control group, a network, a mount and a pid namespace of its own, without a user namespace.
@@ -46,16 +54,23 @@ pub(crate) enum AttackerKind {
 }
 
 impl AttackerKind {
-    pub(crate) const ALL: [Self; 3] = [Self::Nobody, Self::MappedUids, Self::ContainerRoot];
+    pub(crate) const ALL: [Self; 4] = [Self::Nobody, Self::Sessions, Self::MappedUids, Self::ContainerRoot];
 
     fn name(self) -> String {
         format!("{self:?}")
     }
 
-    /// The calling thread gets another real uid, if this attacker has more than one.
+    /// The calling thread gets another real uid, if this attacker has more than one, and its process goes to another
+    /// session.
     fn become_user(self, number: u32) {
         let uid = match self {
             Self::Nobody => return,
+            Self::Sessions => {
+                if number.is_multiple_of(IN_A_SESSION) {
+                    enter_session(number / IN_A_SESSION);
+                }
+                return;
+            }
             Self::MappedUids => 1 + number % (MAPPED_UIDS - 1),
             Self::ContainerRoot => 1_000 + number % 10_000,
         };
@@ -69,6 +84,13 @@ impl AttackerKind {
     }
 }
 
+/// Moves this process to one of its sessions.
+fn enter_session(number: u32) {
+    let session =
+        format!("{}/session-{}.scope/cgroup.procs", std::env::var(CGROUP_ENV).unwrap(), number % SESSIONS);
+    fs::write(session, "0").unwrap();
+}
+
 /// Such a process, after its attack. It ends when this value is dropped.
 pub(crate) struct Attacker {
     child: Child,
@@ -80,18 +102,24 @@ pub(crate) struct Attacker {
 
 impl Attacker {
     /// Starts an attacker in the network namespace of the calling thread. `None`: this host has no control group of
-    /// version 2 for a container.
+    /// version 2 for a container, or for sessions.
     pub(crate) fn start(kind: AttackerKind, task: &str) -> Option<Self> {
-        let cgroup = match kind {
-            AttackerKind::ContainerRoot => match TestCgroup::create("docker/4a5b") {
-                Ok(cgroup) => Some(cgroup),
-                Err(why) => {
-                    println!("FACT no_container={why}");
-                    return None;
-                }
-            },
-            _ => None,
+        let name = match kind {
+            AttackerKind::ContainerRoot => Some("docker/4a5b"),
+            AttackerKind::Sessions => Some("user-65534.slice"),
+            AttackerKind::Nobody | AttackerKind::MappedUids => None,
         };
+        let cgroup = match name.map(TestCgroup::create).transpose() {
+            Ok(cgroup) => cgroup,
+            Err(why) => {
+                println!("FACT no_{kind:?}={why}");
+                return None;
+            }
+        };
+        if let (AttackerKind::Sessions, Some(cgroup)) = (kind, &cgroup) {
+            cgroup.delegate();
+            (0..SESSIONS).for_each(|session| cgroup.delegate_below(&format!("session-{session}.scope")));
+        }
         let procs: Option<File> = cgroup.as_ref().map(TestCgroup::procs);
         let procs_fd = procs.as_ref().map(std::os::fd::AsRawFd::as_raw_fd);
         let (_, module) = module_path!().split_once("::").unwrap();
@@ -100,6 +128,7 @@ impl Attacker {
             .args(["--exact", &format!("{module}::run_attacker"), "--ignored", "--nocapture"])
             .env(TASK_ENV, task)
             .env(KIND_ENV, kind.name())
+            .env(CGROUP_ENV, cgroup.as_ref().map(TestCgroup::path).unwrap_or(Path::new("")))
             .current_dir("/")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped());
@@ -180,6 +209,8 @@ fn confine(
     unsafe {
         if let Some(procs) = cgroup_procs {
             is_one(libc::write(procs, c"0".as_ptr().cast(), 1))?;
+        }
+        if kind == AttackerKind::ContainerRoot {
             check(libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID))?;
             // The first child is in the pid namespace. This process stays behind, so that its parent can end both.
             let child = libc::fork();
@@ -276,9 +307,16 @@ fn unanswered(
     uids: &mut impl Iterator<Item = u32>,
 ) -> (Vec<TcpListener>, Vec<Socket>) {
     const PER_NAMESPACE: usize = 2;
-    if kind == AttackerKind::Nobody {
-        let (listener, clients) = unanswered_connects(count);
-        return (vec![listener], clients);
+    if let AttackerKind::Nobody | AttackerKind::Sessions = kind {
+        let sessions = if kind == AttackerKind::Sessions { SESSIONS.min(count as u32) } else { 1 };
+        let connect = |session| {
+            if kind == AttackerKind::Sessions {
+                enter_session(session);
+            }
+            unanswered_connects(count.div_ceil(sessions as usize))
+        };
+        let (listeners, clients): (Vec<_>, Vec<_>) = (0..sessions).map(connect).unzip();
+        return (listeners, clients.into_iter().flatten().collect());
     }
     let (mut listeners, mut all) = (Vec::new(), Vec::new());
     while all.len() < count {

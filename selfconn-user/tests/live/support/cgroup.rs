@@ -29,9 +29,14 @@ impl TestCgroup {
 
     /// Gives the directory to the unprivileged user, as systemd does with a `Delegate=yes` unit.
     pub(crate) fn delegate(&self) {
-        for path in ["", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"] {
-            chown(self.0.join(path), Some(UNPRIVILEGED), Some(UNPRIVILEGED)).unwrap();
-        }
+        delegate(&self.0);
+    }
+
+    /// Makes a directory below, and gives it to that user.
+    pub(crate) fn delegate_below(&self, name: &str) {
+        let below = self.0.join(name);
+        fs::create_dir_all(&below).unwrap();
+        delegate(&below);
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -41,6 +46,12 @@ impl TestCgroup {
     /// `cgroup.procs` for writing: a process that writes 0 to it moves into the group.
     pub(crate) fn procs(&self) -> File {
         File::options().write(true).open(self.0.join("cgroup.procs")).unwrap()
+    }
+}
+
+fn delegate(directory: &Path) {
+    for path in ["", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"] {
+        chown(directory.join(path), Some(UNPRIVILEGED), Some(UNPRIVILEGED)).unwrap();
     }
 }
 
