@@ -21,4 +21,3 @@ pub(crate) mod runbook;
 pub(crate) mod scan_many;
 pub(crate) mod self_test;
 pub(crate) mod soak;
-pub(crate) mod suspend;
