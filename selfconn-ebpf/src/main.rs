@@ -21,6 +21,7 @@ mod entry_points {
     };
 
     use selfconn_ebpf::{
+        ends_listener,
         names::{FENTRY, KPROBE, PERF, TP_BTF, probe_id},
         state,
     };
@@ -52,18 +53,26 @@ mod entry_points {
     #[inline(always)]
     fn tp_btf<L: Layout>(ctx: BtfTracePointContext) -> i32 {
         let sock = Sock::<DirectLoad>::new(ctx.arg(0));
-        let change = StateChange { old: ctx.arg::<i32>(1) as u8, new: ctx.arg::<i32>(2) as u8 };
-        tcp_state::on_socket::<_, _, L, { probe_id(TP_BTF) }>(ctx, sock, change);
+        if let Some(self_addr) = sock.self_addr::<L>() {
+            let (old, new): (i32, i32) = (ctx.arg(1), ctx.arg(2));
+            let change = StateChange { old: old as u8, new: new as u8 };
+            tcp_state::on_socket::<_, _, L, { probe_id(TP_BTF) }>(
+                ctx,
+                sock,
+                self_addr,
+                sock.ports::<L>(),
+                change,
+            );
+        } else if ends_listener(ctx.arg::<i32>(1) as u8, ctx.arg::<i32>(2) as u8) {
+            tcp_state::on_listener_closed(sock);
+        }
         0
     }
 
     /// The same tracepoint through perf: the context is the tracepoint's record instead of its arguments.
     #[tracepoint(category = "sock", name = "inet_sock_set_state")]
     fn selfconn_perf(ctx: TracePointContext) -> u32 {
-        if TracepointRecord::is_ordinary(&ctx) {
-            return 0;
-        }
-        if TracepointRecord::is_self_addressed(&ctx) {
+        if TracepointRecord::is_self_addressed(&ctx) && !TracepointRecord::is_ordinary(&ctx) {
             tcp_state::on_tracepoint_record::<{ probe_id(PERF) }>(ctx);
         } else if let Some(sock) = TracepointRecord::former_listener(&ctx) {
             tcp_state::on_listener_closed(sock);
@@ -86,8 +95,19 @@ mod entry_points {
     #[inline(always)]
     fn fentry<L: Layout>(ctx: FEntryContext) -> i32 {
         let sock = Sock::<DirectLoad>::new(ctx.arg(0));
-        let change = StateChange { old: sock.state::<L>(), new: ctx.arg::<i32>(1) as u8 };
-        tcp_state::on_socket::<_, _, L, { probe_id(FENTRY) }>(ctx, sock, change);
+        if let Some(self_addr) = sock.self_addr::<L>() {
+            let new: i32 = ctx.arg(1);
+            let change = StateChange { old: sock.state::<L>(), new: new as u8 };
+            tcp_state::on_socket::<_, _, L, { probe_id(FENTRY) }>(
+                ctx,
+                sock,
+                self_addr,
+                sock.ports::<L>(),
+                change,
+            );
+        } else if ends_listener(sock.state::<L>(), ctx.arg::<i32>(1) as u8) {
+            tcp_state::on_listener_closed(sock);
+        }
         0
     }
 
@@ -130,9 +150,7 @@ mod entry_points {
         let sock = Sock::<ProbeRead>::new(sk as *const u8);
         if let Some((self_addr, ports, old)) = read_head(sock) {
             let change = StateChange { old, new: new as u8 };
-            tcp_state::on_self_addressed::<_, _, L, { probe_id(KPROBE) }>(
-                ctx, sock, self_addr, ports, change,
-            );
+            tcp_state::on_socket::<_, _, L, { probe_id(KPROBE) }>(ctx, sock, self_addr, ports, change);
         } else if new as u8 == state::CLOSE && sock.state::<L>() == state::LISTEN {
             // The state is read only where a socket ends, because each read is a call.
             tcp_state::on_listener_closed(sock);

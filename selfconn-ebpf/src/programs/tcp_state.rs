@@ -37,29 +37,10 @@ pub(crate) struct StateChange {
     pub(crate) new: u8,
 }
 
-/// Handles a transition for a program whose context has the socket. The ports decide first: then a server's transitions
-/// end here as those of any connection do, and the code for an equal address is not even loaded.
+/// Handles a transition for a program whose context has the socket. Most transitions of ordinary connections end here,
+/// before anything is called or stored.
 #[inline(always)]
 pub(crate) fn on_socket<C: EbpfContext, M: KernelRead, L: Layout, const PROBE_ID: u8>(
-    ctx: C,
-    sock: Sock<M>,
-    change: StateChange,
-) {
-    let StateChange { old, new } = change;
-    let Ports { held, destination } = sock.ports::<L>();
-    if is_ordinary(old, new, held, destination) {
-        return;
-    }
-    if let Some(self_addr) = sock.self_addr::<L>() {
-        on_likely_socket::<C, M, L, PROBE_ID>(ctx, sock, self_addr, old, new);
-    } else if ends_listener(old, new) {
-        on_listener_closed(sock);
-    }
-}
-
-/// The same for a program that has read addresses and ports at once, because each read is a call.
-#[inline(always)]
-pub(crate) fn on_self_addressed<C: EbpfContext, M: KernelRead, L: Layout, const PROBE_ID: u8>(
     ctx: C,
     sock: Sock<M>,
     self_addr: SelfAddr,
