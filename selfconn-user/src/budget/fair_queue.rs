@@ -1,8 +1,9 @@
 //! A queue in which owners take turns. Pure.
 //!
 //! Next is the owner whose last turn, or whose arrival if that is later, is longest ago. A turn of an owner is one of its
-//! user and one of its control group, too: who has several sessions or many uids gains none. An owner that arrives waits
-//! for one item of each owner that was there before, and for no other.
+//! user and one of its control group, too: who has several sessions or many uids gains none. Among owners for whom that is
+//! the same, such as the users of one control group, their own turns count. An owner that arrives waits for one item of
+//! each owner that was there before, and for no other.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -30,12 +31,11 @@ pub struct FairQueue<T> {
     turns: u64,
     /// Number of items that ever came.
     pushed: u64,
-    len: usize,
 }
 
 impl<T> Default for FairQueue<T> {
     fn default() -> Self {
-        Self { by_owner: HashMap::new(), last_turns: HashMap::new(), turns: 0, pushed: 0, len: 0 }
+        Self { by_owner: HashMap::new(), last_turns: HashMap::new(), turns: 0, pushed: 0 }
     }
 }
 
@@ -43,7 +43,6 @@ impl<T> FairQueue<T> {
     pub fn push(&mut self, owner: Owner, item: T) {
         let since = self.turns;
         self.pushed += 1;
-        self.len += 1;
         let queue =
             self.by_owner.entry(owner).or_insert_with(|| OwnerQueue { since, items: VecDeque::new() });
         queue.items.push_back((self.pushed, item));
@@ -53,14 +52,15 @@ impl<T> FairQueue<T> {
     pub fn pop(&mut self) -> Option<(Owner, T)> {
         let last_turn = |owner| Party::of(owner).filter_map(|party| self.last_turns.get(&party)).max();
         let order = |(owner, queue): &(&Owner, &OwnerQueue<T>)| {
-            let since = last_turn(**owner).copied().unwrap_or(0).max(queue.since);
-            (since, queue.items.front().map(|(number, _)| *number))
+            let since = |turn: Option<&u64>| turn.copied().unwrap_or(0).max(queue.since);
+            let of_parties = since(last_turn(**owner));
+            let of_owner = since(self.last_turns.get(&Party::Owner(**owner)));
+            (of_parties, of_owner, queue.items.front().map(|(number, _)| *number))
         };
         let (&owner, _) = self.by_owner.iter().min_by_key(order)?;
         self.note_turn(owner);
         let queue = self.by_owner.get_mut(&owner)?;
         let (_, item) = queue.items.pop_front()?;
-        self.len -= 1;
         if queue.items.is_empty() {
             self.by_owner.remove(&owner);
         }
@@ -83,17 +83,6 @@ impl<T> FairQueue<T> {
             queue.items.retain(|(_, item)| keeps(item));
         }
         self.by_owner.retain(|_, queue| !queue.items.is_empty());
-        self.len = self.by_owner.values().map(|queue| queue.items.len()).sum();
-    }
-
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
     }
 }
 
@@ -111,9 +100,8 @@ mod tests {
         for (uid, item) in [(1, 10), (1, 11), (1, 12), (2, 20), (3, 30), (2, 21)] {
             queue.push(Owner::new(uid, 0), item);
         }
-        assert_eq!(queue.len(), 6);
         assert_eq!(drain(&mut queue), [10, 20, 30, 11, 21, 12]);
-        assert!(queue.is_empty() && queue.by_owner.is_empty());
+        assert!(queue.by_owner.is_empty());
     }
 
     #[test]
@@ -139,6 +127,20 @@ mod tests {
     }
 
     #[test]
+    fn the_users_of_a_control_group_take_turns() {
+        let mut queue = FairQueue::default();
+        for number in 0..500 {
+            queue.push(Owner::new(1_000, 7), number);
+        }
+        for _ in 0..10 {
+            queue.pop();
+        }
+        queue.push(Owner::new(0, 7), 1_000);
+        let next: Vec<_> = (0..2).filter_map(|_| queue.pop()).map(|(_, item)| item).collect();
+        assert!(next.contains(&1_000), "{next:?}");
+    }
+
+    #[test]
     fn new_owners_do_not_keep_one_from_its_turn_that_was_there_before() {
         let mut queue = FairQueue::default();
         let victim = Owner::new(5, 5);
@@ -159,7 +161,7 @@ mod tests {
             queue.push(Owner::new(number % 2, 0), number);
         }
         queue.retain(|item| item % 2 == 1 && *item > 4);
-        assert_eq!((queue.len(), drain(&mut queue)), (3, vec![5, 7, 9]));
+        assert_eq!(drain(&mut queue), [5, 7, 9]);
         for number in 0..3 * MAX_PARTIES as u32 {
             queue.push(Owner::new(1 + number, 1 + u64::from(number)), number);
             assert!(queue.pop().is_some());

@@ -43,5 +43,10 @@ pub fn is_same_cgroup(one: Owner, other: Owner) -> bool {
 #[must_use]
 pub fn owner_of_user(uid: Option<u32>) -> Owner {
     let uid = uid.unwrap_or(u32::MAX);
-    Owner::new(uid, u64::from(uid / UIDS_OF_A_RANGE))
+    // No inode is so large, so a block is no control group.
+    const BLOCK: u64 = 1 << 63;
+    match uid / UIDS_OF_A_RANGE {
+        0 => Owner::new(uid, 0),
+        block => Owner::new(uid, BLOCK | u64::from(block)),
+    }
 }

@@ -130,6 +130,8 @@ pub struct Daemon {
     /// The probes' counters, as last read.
     counters: Counters,
     gathering: Gathering,
+    /// True if the records wait for the reader of stdout since the last turn.
+    is_held_back: bool,
 }
 
 impl Daemon {
@@ -174,6 +176,7 @@ impl Daemon {
             pending_bind_failures: Vec::new(),
             counters: Counters::default(),
             gathering: Gathering::default(),
+            is_held_back: false,
         })
     }
 
@@ -193,8 +196,7 @@ impl Daemon {
         let mut hooks_dead = None;
         while is_stdout_open && hooks_dead.is_none() {
             // Records that wait for stdout wake nobody.
-            let gathers =
-                self.gathering.until().is_some() || self.pipeline.reporting.out.holds_back_records();
+            let gathers = self.gathering.until().is_some() || self.is_held_back;
             let wake_at = self.next_wake();
             // Waits for the first source that has something. Every source is then served once.
             tokio::select! {
@@ -248,7 +250,8 @@ impl Daemon {
             // A filling stdout wakes the loop.
             let can_emit = self.pipeline.has_backlog() && !self.pipeline.reporting.out.is_filling();
             // The ring buffer wakes nobody for what was in it while it was held back.
-            let can_read = is_held_back && !self.pipeline.reporting.out.holds_back_records();
+            self.is_held_back = self.pipeline.reporting.out.holds_back_records();
+            let can_read = is_held_back && !self.is_held_back;
             has_more = drained == MAX_BATCH || has_more_guarded || can_emit || can_read;
         }
         self.supervision.stopping();
@@ -268,7 +271,6 @@ impl Daemon {
 
     /// When the loop has something to do although nothing happens.
     fn next_wake(&self) -> Option<Instant> {
-        let is_held_back = self.pipeline.reporting.out.holds_back_records();
         let after = |interval| Some(Instant::now() + interval);
         let times = [
             self.pipeline.remediation.next_at(),
@@ -281,7 +283,7 @@ impl Daemon {
             self.self_test.next_at().filter(|_| !self.evaluates_self_test()),
             self.loss_reporter.next_at(),
             self.snapshots.next_at(),
-            match (is_held_back, self.catch_up.is_empty()) {
+            match (self.is_held_back, self.catch_up.is_empty()) {
                 // A reader that stalls meanwhile wakes nobody.
                 (true, _) => after(HELD_BACK_POLL_INTERVAL),
                 (false, false) => after(RECORD_POLL_INTERVAL),
@@ -320,10 +322,14 @@ impl Daemon {
         port_risks.serve_response(tracer.refused_counts(), connections, guard_in, reporting);
     }
 
+    /// How many times failed binds wait for records.
+    fn deferred_bind_failures(&self) -> usize {
+        self.catch_up.count(|then| matches!(then, AfterRecords::BindFailures(_)))
+    }
+
     /// In a flood the ring buffer is never empty. Failed binds then wait for the records from before them.
     fn defer_bind_failures(&mut self) {
-        let deferred = self.catch_up.count(|then| matches!(then, AfterRecords::BindFailures(_)));
-        if !self.pending_bind_failures.is_empty() && deferred < MAX_DEFERRED {
+        if !self.pending_bind_failures.is_empty() && self.deferred_bind_failures() < MAX_DEFERRED {
             let failures = std::mem::take(&mut self.pending_bind_failures);
             self.wait_for_records(AfterRecords::BindFailures(failures));
         }
@@ -430,6 +436,7 @@ impl Daemon {
     fn drain_batch(&mut self) -> usize {
         self.pipeline.begin_batch();
         let clock = Offset::now();
+        let has_deferred = self.deferred_bind_failures() > 0;
         let Self { tracer, pipeline, port_risks, self_test, pending_bind_failures, loss_reporter, .. } = self;
         let room = MAX_BATCH.saturating_sub(pending_bind_failures.len());
         let bind_failures = tracer.drain_bind_failures(room);
@@ -446,7 +453,8 @@ impl Daemon {
             Record::BindFailure(failure) => pipeline.on_bind_failure(failure, clock),
         });
         // Every transition from before these failed binds is applied now, if the ring buffer was emptied.
-        if drained < MAX_BATCH {
+        // In order: after those that wait for records.
+        if drained < MAX_BATCH && !has_deferred {
             for failure in pending_bind_failures.drain(..) {
                 pipeline.on_bind_failure(&failure, clock);
             }

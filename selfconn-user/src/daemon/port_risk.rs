@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use selfconn_ebpf::{Endpoint, Opener, Owner};
+use selfconn_ebpf::{Endpoint, Owner};
 use tokio::time::Instant;
 
 use super::{
@@ -93,9 +93,10 @@ impl PortRiskMonitor {
             let count = refused_counts.get(&destination);
             match (self.risks.expire(&destination, count.as_ref(), now_ns), count) {
                 (None, Some(count)) => {
-                    let Opener { owner, task, .. } = count.last_opener;
+                    // Not the last one's that connected, who may be anybody.
+                    let (owner, hint) = (count.owner, count.last_opener.task.pid);
                     let netns = NetnsId::from(&destination);
-                    let new = || PortRangeRequest { netns, hint: task.pid, destinations: Vec::new() };
+                    let new = || PortRangeRequest { netns, hint, destinations: Vec::new() };
                     let request = due.entry((owner, netns)).or_insert_with(new);
                     request.destinations.push(destination);
                     if request.destinations.len() == MAX_TOGETHER {

@@ -83,9 +83,8 @@ impl Remediation {
 
     /// Time of the next step.
     pub(super) fn next_at(&self) -> Option<Instant> {
-        let now_ns = clock::boot_ns();
-        let next_ns = self.0.as_ref()?.0.next_ns(now_ns)?;
-        Some(Instant::now() + Duration::from_nanos(next_ns.saturating_sub(now_ns)))
+        let next_ns = self.0.as_ref()?.0.next_ns()?;
+        Some(Instant::now() + Duration::from_nanos(next_ns.saturating_sub(clock::boot_ns())))
     }
 
     /// Executes the steps that are due.

@@ -287,8 +287,11 @@ impl PortRisks {
                 min => interval_ns.max(min),
             };
             port.next_check_ns = expiry_ns.min(now_ns.saturating_add(interval_ns));
+            if port.is_bound && !port_use.is_bound {
+                port.next_check_ns = port.next_check_ns.min(port.bound_ns.saturating_add(MAX_RELEASE_NS));
+            }
             port.risk.take()?;
-            let is_calm = now_ns.saturating_sub(port.over_ns) > MAX_PAUSE_NS;
+            let is_calm = now_ns.saturating_sub(port.over_ns) > port.pause_ns + MAX_PAUSE_NS;
             let pause_ns = if is_calm { MIN_PAUSE_NS } else { 2 * port.pause_ns };
             (port.over_ns, port.pause_ns) = (now_ns, pause_ns.clamp(MIN_PAUSE_NS, MAX_PAUSE_NS));
             return Some(PortRiskEvent::Over(connects, RiskEndReason::Unreachable));
@@ -306,7 +309,17 @@ impl PortRisks {
         }
         let chance = match look.ports {
             Err(why) => Chance::Unknown(why.to_owned()),
-            Ok(ports) => connects.chance(ports, &mut self.odds)?,
+            Ok(ports) => match connects.chance(ports, &mut self.odds) {
+                Some(chance) => chance,
+                // `connect()` never comes to it, because all ports at which it begins are reserved.
+                None => {
+                    port.next_check_ns = expiry_ns.min(now_ns.saturating_add(MIN_BOUND_CHECK_INTERVAL_NS));
+                    return port
+                        .risk
+                        .take()
+                        .map(|_| PortRiskEvent::Over(connects, RiskEndReason::Unreachable));
+                }
+            },
         };
         let risk = *port.risk.get_or_insert_with(|| {
             self.risks += 1;

@@ -53,9 +53,9 @@ pub struct RemedyPolicy {
     pub rate: u32,
 }
 
-/// A look-up that takes longer than this is a search of all processes for a network namespace. Others begin after it, because
-/// the worker does one after another, and owners take turns only in what has not begun.
-const SLOW_LOOK_UP_NS: u64 = 100_000_000;
+/// Maximum number of connections that the worker has. It does one after another, a search for a network namespace takes it a
+/// good part of a second, and owners take turns only in what it does not have yet.
+const MAX_IN_PROGRESS: usize = 2;
 
 /// Result for one self-connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,8 +125,6 @@ pub struct Remedy {
 
 #[derive(Debug)]
 struct ConnectionInProgress {
-    /// When its look-up began: `CLOCK_BOOTTIME`, nanoseconds.
-    began_ns: u64,
     is_destroying: bool,
     has_closed: bool,
     fields: ConnectionFields,
@@ -187,16 +185,10 @@ impl Remedy {
         }
     }
 
-    /// True if the worker takes long for what it does now.
-    fn is_worker_slow(&self, now_ns: u64) -> bool {
-        let is_slow = |began_ns: u64| now_ns.saturating_sub(began_ns) > SLOW_LOOK_UP_NS;
-        self.in_progress.values().any(|in_progress| is_slow(in_progress.began_ns))
-    }
-
     /// Time of the next step: `CLOCK_BOOTTIME`, nanoseconds. `None`: none comes before the worker's next response.
     #[must_use]
-    pub fn next_ns(&self, now_ns: u64) -> Option<u64> {
-        if self.is_worker_slow(now_ns) {
+    pub fn next_ns(&self) -> Option<u64> {
+        if self.in_progress.len() >= MAX_IN_PROGRESS {
             return None;
         }
         let first_ns = self.waiting.first_due_ns()?.max(self.limiter.available_ns());
@@ -212,24 +204,19 @@ impl Remedy {
     /// The steps that are due now.
     pub fn due(&mut self, now_ns: u64) -> Vec<RemedyStep> {
         let mut steps = Vec::new();
-        if self.is_worker_slow(now_ns) {
-            return steps;
-        }
-        while self.waiting.first_due_ns().is_some_and(|due_ns| due_ns <= now_ns)
+        while self.in_progress.len() < MAX_IN_PROGRESS
+            && self.waiting.first_due_ns().is_some_and(|due_ns| due_ns <= now_ns)
             && self.limiter.try_take(now_ns)
         {
             let Some(WaitingConnection { fields, request }) = self.waiting.take_due(now_ns) else { break };
             steps.push(RemedyStep::LookUp(request.clone()));
             self.in_progress.insert(
                 request.number,
-                ConnectionInProgress {
-                    began_ns: now_ns,
-                    is_destroying: false,
-                    has_closed: false,
-                    fields,
-                    request,
-                },
+                ConnectionInProgress { is_destroying: false, has_closed: false, fields, request },
             );
+        }
+        if self.limiter.has(1, now_ns) {
+            return steps;
         }
         // The others that are due are over the rate limit. Each is reported once.
         let per_second = format!("{} a second", self.policy.rate);
@@ -248,7 +235,7 @@ impl Remedy {
         number: u64,
         outcome: Result<Option<Cookie>, String>,
     ) -> Option<RemedyStep> {
-        let ConnectionInProgress { began_ns, has_closed, mut fields, request, .. } =
+        let ConnectionInProgress { has_closed, mut fields, request, .. } =
             self.in_progress.remove(&number)?;
         let expected_cookie = fields.cookie;
         let (outcome, why) = match outcome {
@@ -262,7 +249,7 @@ impl Remedy {
                     let step = RemedyStep::Destroy(request.clone(), cookie);
                     self.in_progress.insert(
                         number,
-                        ConnectionInProgress { began_ns, is_destroying: true, has_closed, fields, request },
+                        ConnectionInProgress { is_destroying: true, has_closed, fields, request },
                     );
                     return Some(step);
                 }

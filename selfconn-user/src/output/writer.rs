@@ -292,7 +292,7 @@ mod tests {
         let (mut writer, accept) = filling();
         let begin = tokio::time::Instant::now();
         writer.make_room().await;
-        assert!(begin.elapsed() >= ROOM_TIMEOUT, "the loop waits for room");
+        assert!(begin.elapsed() >= ROOM_TIMEOUT, "the end of a run waits for room");
         assert!(writer.is_filling(), "records wait for a reader that is slow for that long");
         tokio::time::sleep(STALLED_READER_TIMEOUT).await;
         assert!(!writer.is_filling(), "records don't wait for ever");

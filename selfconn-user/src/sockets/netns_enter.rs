@@ -7,6 +7,7 @@ use std::{
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     panic,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -48,10 +49,11 @@ pub fn run_in_namespace<T: Send>(
 ) -> io::Result<T> {
     let is_recent = |at: &Instant| at.elapsed() < UNFOUND_TIME;
     let is_unfound = UNFOUND.with_borrow(|unfound| unfound.get(&netns).is_some_and(is_recent));
+    let was_in_vain = AtomicBool::new(false);
     let outcome = thread::scope(|scope| {
         let thread = thread::Builder::new().name("namespace".to_owned());
         let thread = thread.spawn_scoped(scope, || {
-            enter(netns.inode, netns_hints, !is_unfound)?;
+            enter(netns.inode, netns_hints, !is_unfound, &was_in_vain)?;
             match netns_cookie::current() {
                 Some(cookie) if ![0, cookie].contains(&netns.cookie) => {
                     let why =
@@ -63,7 +65,7 @@ pub fn run_in_namespace<T: Send>(
         })?;
         thread.join().unwrap_or_else(|cause| panic::resume_unwind(cause))
     });
-    if outcome.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) && !is_unfound {
+    if was_in_vain.into_inner() {
         UNFOUND.with_borrow_mut(|unfound| {
             if unfound.len() >= MAX_UNFOUND {
                 unfound.retain(|_, at| is_recent(at));
@@ -82,8 +84,8 @@ pub(super) fn may_enter() -> io::Result<()> {
     Ok(move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?)
 }
 
-/// `searches_all`: also looks at all threads and descriptors.
-fn enter(netns: u32, netns_hints: &[u32], searches_all: bool) -> io::Result<()> {
+/// `searches_all`: also looks at all threads and descriptors. `was_in_vain` is set if none of them leads there.
+fn enter(netns: u32, netns_hints: &[u32], searches_all: bool, was_in_vain: &AtomicBool) -> io::Result<()> {
     let leads_there = |path: &Path| fs::metadata(path).is_ok_and(|named| named.ino() == u64::from(netns));
     // If the thread is already in the namespace, it needs no privilege.
     if netns == 0 || leads_there(Path::new(CURRENT_NETNS)) {
@@ -96,7 +98,12 @@ fn enter(netns: u32, netns_hints: &[u32], searches_all: bool) -> io::Result<()> 
     let all =
         hinted.chain(mounts.flatten()).chain(processes.flatten().map(|entry| entry.path().join("ns/net")));
     for path in all.filter(|path| leads_there(path)) {
-        if let Some((file, opened)) = open(&path)?
+        let opened = match open(&path) {
+            // The process has ended. Another one may lead there.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            opened => opened?,
+        };
+        if let Some((file, opened)) = opened
             && opened.ino() == u64::from(netns)
         {
             let entered = move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network));
@@ -123,6 +130,7 @@ fn enter(netns: u32, netns_hints: &[u32], searches_all: bool) -> io::Result<()> 
     if let Some(entered) = outcome {
         return entered.map_err(|error| refused(netns, error));
     }
+    was_in_vain.store(searches_all, Ordering::Relaxed);
     let why = format!("no process, descriptor or mount leads to network namespace {netns}");
     Err(io::Error::new(io::ErrorKind::NotFound, why))
 }

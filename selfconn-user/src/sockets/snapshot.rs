@@ -203,13 +203,14 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
     let (held, refusal) = match options.descriptors.map(|iter| held::read(iter, &mut limit)) {
         Some(Ok(held)) => (Some(held), None),
         Some(Err(error)) => {
-            // What it had found by then is read by other ways.
+            // What it had found by then is read by other ways, but for the holders: that would take longer still.
             limit = SnapshotLimit::new(options.max_sockets);
             (None, Some(format!("the iterator over descriptors: {error}")))
         }
         None => (None, None),
     };
     limit.begin_next_pass();
+    let has_no_pass = refusal.is_some();
     let (existing, existing_refusal) = match options.namespaces.map(existing::list) {
         Some(Ok(existing)) => (Some(existing), None),
         Some(Err(error)) => (None, Some(existing::refusal(&error))),
@@ -233,7 +234,7 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
     if let Some(mut held) = held {
         held.select(|endpoint| snapshot.selects(options.selection, endpoint));
         snapshot.add_held(held, options.attempts);
-    } else if let Some(search) = options.holders {
+    } else if let Some(search) = options.holders.filter(|_| !has_no_pass) {
         let inodes = snapshot.entries.iter().map(|entry| entry.inode).filter(|inode| *inode != 0).collect();
         snapshot.holders =
             find_holders(&inodes, search, options.max_sockets.map_or(usize::MAX, |_| MAX_HOLDERS));

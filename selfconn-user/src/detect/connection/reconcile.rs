@@ -32,6 +32,7 @@ impl Connections {
     /// still lists the closed connection must not establish it again.
     pub fn begin_snapshot(&mut self) {
         self.closed_during_snapshot = Some(ClosedSockets::default());
+        self.tracked.begin_snapshot();
     }
 
     /// The numbers of self-connections that the snapshot has left out, by user (`None`: all others). Must be called

@@ -31,6 +31,8 @@ pub(super) struct TrackedTable {
     recent: VecDeque<(u64, (u8, u8), u8)>,
     /// Untracked connections that may still be open.
     maybe_open: u64,
+    /// Those since the last snapshot began, which it may not have.
+    since_snapshot: u64,
 }
 
 impl Default for TrackedTable {
@@ -41,6 +43,7 @@ impl Default for TrackedTable {
             untracked: OwnerLosses::default(),
             recent: VecDeque::new(),
             maybe_open: 0,
+            since_snapshot: 0,
         }
     }
 }
@@ -110,12 +113,18 @@ impl TrackedTable {
         }
         self.recent.push_back((t.sock, (t.old, t.new), t.probe_id));
         self.maybe_open += 1;
+        self.since_snapshot += 1;
         self.untracked.count(owner, 1);
     }
 
     /// True if a connection that is not tracked may still be open.
     pub(super) fn may_lack_open_ones(&self) -> bool {
-        self.maybe_open > 0
+        self.maybe_open + self.since_snapshot > 0
+    }
+
+    /// A snapshot begins.
+    pub(super) fn begin_snapshot(&mut self) {
+        self.since_snapshot = 0;
     }
 
     /// How many connections of each owner a snapshot has found that are not tracked. Those that may have been counted

@@ -24,11 +24,11 @@ fn can_choose(ports: &LocalPorts, port: u16) -> bool {
 pub(super) struct OddsCache(Option<(LocalPorts, Odds)>);
 
 impl OddsCache {
-    fn of(&mut self, ports: LocalPorts) -> &Odds {
-        if self.0.as_ref().is_some_and(|(known, _)| *known != ports) {
+    fn of(&mut self, ports: &LocalPorts) -> &Odds {
+        if self.0.as_ref().is_some_and(|(known, _)| known != ports) {
             self.0 = None;
         }
-        &self.0.get_or_insert_with(|| (ports.clone(), Odds::of(&ports))).1
+        &self.0.get_or_insert_with(|| (ports.clone(), Odds::of(ports))).1
     }
 }
 
@@ -92,7 +92,7 @@ impl RefusedConnects {
     pub(super) fn chance(&self, ports: &LocalPorts, odds: &mut OddsCache) -> Option<Chance> {
         let port = self.endpoint.port;
         let choices = self.choices(ports).filter(|ports| can_choose(ports, port));
-        choices.filter_map(|ports| odds.of(ports).expected_connects(port)).min().map(Chance::OneIn)
+        choices.filter_map(|ports| odds.of(&ports).expected_connects(port)).min().map(Chance::OneIn)
     }
 
     /// The mean number of attempts until `connect()` chooses a certain port that it could choose. At least 1.

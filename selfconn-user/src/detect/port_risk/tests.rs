@@ -179,7 +179,7 @@ fn a_port_that_is_taken_and_given_back_again_and_again_is_reported_ever_less_oft
     let reports = (0..36_000).filter(|tick| {
         let now_ns = NOW_NS + tick * SECOND_NS / 10;
         let event = check_at(&mut risks, 250, &free, now_ns);
-        let over = check_at(&mut risks, 250, &reserved, now_ns);
+        let over = check_at(&mut risks, 250, &reserved, now_ns + SECOND_NS / 1_000);
         assert_eq!(event.is_some(), over.is_some());
         event.is_some()
     });
@@ -205,6 +205,7 @@ fn who_connects_from_a_port_keeps_it_from_being_reported_for_a_minute_at_most() 
     let mut risks = PortRisks::default();
     assert_eq!(check(&mut risks, true, NOW_NS), None);
     assert_eq!(check(&mut risks, false, NOW_NS + MAX_RELEASE_NS - 1), None);
+    assert!(risks.next_check_ns().is_some_and(|check_ns| check_ns <= NOW_NS + MAX_RELEASE_NS));
     let event = check(&mut risks, false, NOW_NS + MAX_RELEASE_NS);
     assert!(matches!(event, Some(PortRiskEvent::AtRisk(PortAtRisk { may_be_bound: true, .. }))), "{event:?}");
 }

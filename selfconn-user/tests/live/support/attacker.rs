@@ -128,7 +128,7 @@ impl Attacker {
             .args(["--exact", &format!("{module}::run_attacker"), "--ignored", "--nocapture"])
             .env(TASK_ENV, task)
             .env(KIND_ENV, kind.name())
-            .env(CGROUP_ENV, cgroup.as_ref().map(TestCgroup::path).unwrap_or(Path::new("")))
+            .env(CGROUP_ENV, cgroup.as_ref().map_or(Path::new(""), TestCgroup::path))
             .current_dir("/")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped());
