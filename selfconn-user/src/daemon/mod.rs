@@ -453,7 +453,7 @@ impl Daemon {
             Record::BindFailure(failure) => pipeline.on_bind_failure(failure, clock),
         });
         // Every transition from before these failed binds is applied now, if the ring buffer was emptied.
-        // In order: after those that wait for records.
+        // Earlier failed binds that still wait for records are handled first.
         if drained < MAX_BATCH && !has_deferred {
             for failure in pending_bind_failures.drain(..) {
                 pipeline.on_bind_failure(&failure, clock);

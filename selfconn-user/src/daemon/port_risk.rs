@@ -93,7 +93,7 @@ impl PortRiskMonitor {
             let count = refused_counts.get(&destination);
             match (self.risks.expire(&destination, count.as_ref(), now_ns), count) {
                 (None, Some(count)) => {
-                    // Not the last one's that connected, who may be anybody.
+                    // The owner of the entry pays, because any other user can make the last attempt.
                     let (owner, hint) = (count.owner, count.last_opener.task.pid);
                     let netns = NetnsId::from(&destination);
                     let new = || PortRangeRequest { netns, hint, destinations: Vec::new() };

@@ -31,7 +31,7 @@ pub struct Waiting<P> {
 
 #[derive(Debug)]
 struct OwnerQueue<P> {
-    /// The number of turns when its first namespace came, and its place among those that came then.
+    /// The values of `turns` and `arrivals` when its first namespace arrived.
     since: (u64, u64),
     connecting: VecDeque<Waiting<P>>,
     others: VecDeque<Waiting<P>>,
@@ -43,7 +43,7 @@ pub struct NamespaceQueue<P> {
     by_owner: HashMap<u32, OwnerQueue<P>>,
     /// The number of the last turn of each owner. Only the newest of them are kept.
     last_turns: HashMap<u32, u64>,
-    /// The number of turns so far, and of namespaces that came.
+    /// Numbers of turns and of arrivals of namespaces so far.
     turns: u64,
     arrivals: u64,
     /// How many of the last ones were those of namespaces that connect.

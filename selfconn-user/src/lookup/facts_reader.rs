@@ -1,5 +1,5 @@
-//! The thread that reads everything of a process but its arguments. Nobody can make it hang; what one owner asks for can
-//! only be much. So it has few requests at a time. The others wait here, where owners take turns, and where a look-up that
+//! The thread that reads everything of a process but its arguments. No process can make it hang, but one owner can cause
+//! many requests. So the thread has few at a time. The others wait here, where owners take turns, and where a look-up that
 //! has ended leaves no work behind.
 
 use std::{
