@@ -33,7 +33,8 @@ use crate::{
     },
 };
 
-/// Maximum number of ports that are checked together. Most of the time goes into the odds of a port, a few milliseconds.
+/// Maximum number of ports that are checked together, in one turn of the loop. Each may need a simulation of the kernel's
+/// walk over the ports.
 const MAX_TOGETHER: usize = 8;
 
 /// The ports with many refused connects, and the worker that reads port ranges.

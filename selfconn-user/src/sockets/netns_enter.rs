@@ -25,8 +25,8 @@ use super::{
 use crate::system::netns_cookie;
 
 /// How long a thread does not search all descriptors again for a namespace to which none led, and how many namespaces it
-/// remembers. Such a search takes a good part of a second, and anybody can make hundreds of namespaces that only a socket
-/// keeps.
+/// remembers. Such a search visits every process of the host, and anybody can make hundreds of namespaces that only a
+/// socket keeps.
 const UNFOUND_TIME: Duration = Duration::from_secs(60);
 const MAX_UNFOUND: usize = 4_096;
 
