@@ -26,8 +26,8 @@ use super::{
 /// The size of a read(2) at most. The kernel's own buffer for a pass has 32 KiB.
 const READ_BYTES: usize = 1 << 14;
 
-/// How long a pass may take: 100,000 descriptors took 32 ms on 6.18. A user can have more than he could open: of processes that
-/// share one table of descriptors the kernel visits each (`task_seq_get_next`, kernel/bpf/task_iter.c at v6.12, leaves out
+/// How long a pass may take: 100,000 descriptors took 32 ms on 6.18. A user can have more than he could open: of processes
+/// that share one table of descriptors the kernel visits each (`task_seq_get_next`, kernel/bpf/task_iter.c at v6.12, leaves out
 /// only the threads of one process).
 const MAX_PASS: Duration = Duration::from_secs(5);
 

@@ -1,7 +1,7 @@
 //! Early warning of self-connections: a probe reports a port with many refused connects, the worker reads the
 //! port range of its namespace, and `crate::detect::port_risk` decides which event to emit. No timer runs
-//! while there is no such port. The worker looks at a few ports of one owner at a time, and owners take turns: a namespace
-//! may be hard to find, and an owner may have many.
+//! while there is no such port. The worker looks at a few ports of one owner at a time, and owners take turns: to
+//! find a namespace may take long, and an owner may have many.
 
 use std::{
     collections::{HashMap, HashSet},
