@@ -248,7 +248,7 @@ impl Daemon {
             }
             is_stdout_open = self.pipeline.reporting.out.flush().is_ok();
             // A filling stdout wakes the loop.
-            let can_emit = self.pipeline.has_backlog() && !self.pipeline.reporting.out.is_filling();
+            let can_emit = self.pipeline.has_backlog() && self.pipeline.has_room();
             // The ring buffer wakes nobody for what was in it while it was held back.
             self.is_held_back = self.pipeline.reporting.out.holds_back_records();
             let can_read = is_held_back && !self.is_held_back;

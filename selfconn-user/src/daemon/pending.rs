@@ -1,10 +1,14 @@
-//! Connection events that wait for the look-up of their process. The events of one connection stay in order;
-//! those of other connections pass them.
+//! Connection events that wait for the look-up of their process, or after it for room in the outputs. The events of one
+//! connection stay in order; those of other connections pass them.
 
-use std::collections::{HashMap, VecDeque};
+use std::{
+    collections::{HashMap, VecDeque},
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use selfconn_ebpf::state;
+use tokio::time::Instant;
 
 use crate::{
     budget::memory,
@@ -66,8 +70,10 @@ impl QueuedEvent {
 pub(super) struct PendingEvents {
     by_connection: HashMap<u64, Vec<QueuedEvent>>,
     len: usize,
-    /// Connections of a snapshot that are looked up, and whose events are emitted in portions.
+    /// Connections that are looked up, and whose events are emitted in portions.
     backlog: VecDeque<u64>,
+    /// Since when there is one.
+    backlog_since: Option<Instant>,
 }
 
 impl PendingEvents {
@@ -100,10 +106,20 @@ impl PendingEvents {
     /// The events of this connection may be emitted when there is time.
     pub(super) fn push_backlog(&mut self, number: u64) {
         self.backlog.push_back(number);
+        self.backlog_since.get_or_insert_with(Instant::now);
     }
 
     pub(super) fn pop_backlog(&mut self) -> Option<u64> {
-        self.backlog.pop_front()
+        let number = self.backlog.pop_front();
+        if self.backlog.is_empty() {
+            self.backlog_since = None;
+        }
+        number
+    }
+
+    /// For how long there has been a backlog.
+    pub(super) fn backlog_age(&self) -> Duration {
+        self.backlog_since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     pub(super) fn has_backlog(&self) -> bool {
@@ -138,5 +154,22 @@ mod tests {
         assert_eq!(taken[1].event(), ConnectionEvent::Closed(&first, end));
         assert_eq!(taken.iter().map(QueuedEvent::is_last).collect::<Vec<_>>(), [false, true]);
         assert!(!pending.contains(1) && pending.contains(2) && pending.len() == 1);
+    }
+
+    #[test]
+    fn a_backlog_is_as_old_as_it_has_been_one() {
+        const STEP: Duration = Duration::from_millis(2);
+        let mut pending = PendingEvents::default();
+        pending.push_backlog(1);
+        std::thread::sleep(STEP);
+        pending.push_backlog(2);
+        std::thread::sleep(STEP);
+        assert_eq!(pending.pop_backlog(), Some(1));
+        assert!(pending.backlog_age() >= STEP * 2);
+        assert_eq!(pending.pop_backlog(), Some(2));
+        assert_eq!(pending.backlog_age(), Duration::ZERO);
+        let again = Instant::now();
+        pending.push_backlog(3);
+        assert!(pending.backlog_age() <= again.elapsed());
     }
 }

@@ -4,6 +4,7 @@
 use std::{
     collections::{HashMap, HashSet},
     rc::Rc,
+    time::Duration,
 };
 
 use jiff::Timestamp;
@@ -37,8 +38,12 @@ use crate::{
     },
 };
 
-/// Maximum number of connections of a snapshot whose events are emitted in one turn of the loop.
+/// Maximum number of connections of the backlog whose events are emitted in one turn of the loop.
 const BACKLOG_PORTION: usize = 256;
+
+/// How long the log waits for the reader of stdout, so that stdout loses nothing. With stdout alone, events wait until
+/// there is room.
+const MAX_BACKLOG_AGE: Duration = Duration::from_millis(100);
 
 /// Maximum number of connections in a second whose refused connects are looked up, which owners share: a look-up can
 /// cost transitions.
@@ -264,7 +269,7 @@ impl Pipeline {
         self.emit_completed();
         let mut portion = 0;
         while portion < BACKLOG_PORTION
-            && !self.reporting.out.is_filling()
+            && self.has_room()
             && let Some(number) = self.pending.pop_backlog()
         {
             self.emit_pending(number);
@@ -287,7 +292,12 @@ impl Pipeline {
         match waiter {
             Waiter::Connection(number) => {
                 self.attribute(number, process);
-                self.emit_pending(number);
+                // All that one process has done may have waited for this.
+                if self.has_room() {
+                    self.emit_pending(number);
+                } else {
+                    self.pending.push_backlog(number);
+                }
             }
             Waiter::Listed(number) => {
                 self.attribute(number, process);
@@ -312,9 +322,15 @@ impl Pipeline {
         }
     }
 
-    /// True if events of a snapshot wait for their turn.
+    /// True if events wait for their turn only.
     pub(super) fn has_backlog(&self) -> bool {
         self.pending.has_backlog()
+    }
+
+    /// True if the outputs have room for events that can wait.
+    pub(super) fn has_room(&self) -> bool {
+        let out = &self.reporting.out;
+        !out.is_filling() || (!out.holds_back_records() && self.pending.backlog_age() >= MAX_BACKLOG_AGE)
     }
 
     /// Emits everything that waits, with what is known: the run ends.

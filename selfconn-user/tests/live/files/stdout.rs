@@ -20,6 +20,7 @@ use crate::support::{
     client::{become_user, connect_to_self, run_self_connection},
     daemon::{DEADLINE, selfconn},
     guard::{is_refused_within, wait_until},
+    helper_process::HelperProcess,
     netns::TestNetns,
 };
 
@@ -166,6 +167,29 @@ fn a_slow_reader_without_a_log_loses_nothing() {
     assert_eq!(stopped["made"], events.len());
     let is_ours = |event: &&Value| event["event"] == "closed" && event["netns"] == net.inode;
     assert_eq!(events.iter().filter(is_ours).count(), COUNT);
+}
+
+#[test]
+fn a_slow_reader_delays_no_event_of_a_new_process_in_the_log() {
+    let net = TestNetns::enter_new();
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("events.jsonl");
+    let mut child = start(&log, Stdio::piped());
+    let (reader, is_live) = read_slowly(child.stdout.take().unwrap(), 1 << 10);
+    is_live.recv_timeout(DEADLINE).unwrap();
+    // More than stdout's queue has room for.
+    fill_log_to(&log, net, 6 << 20);
+    // Its events wait for a look-up, and could then wait for stdout.
+    let mut process = HelperProcess::start("connect");
+    process.read_output();
+    let field = format!("\"pid\":{},", process.pid());
+    let is_in_log = || fs::read_to_string(&log).unwrap().contains(&field);
+    wait_until(Duration::from_millis(500), "the log waits for the reader of stdout", is_in_log);
+    process.finish();
+    drop(is_live);
+    terminate(&mut child);
+    let events = parse_log(&reader.join().unwrap());
+    assert_ne!(events.last().unwrap()["lost"]["stdout"], 0, "stdout's queue was not full");
 }
 
 #[test]

@@ -95,6 +95,26 @@ fn a_process_whose_command_line_cannot_be_read_delays_nobody() {
     }
 }
 
+/// All that one process does waits for the look-up of that process, and then comes at once: more than stdout's queue
+/// has room for.
+#[test]
+fn events_that_waited_for_a_look_up_are_not_lost_on_stdout() {
+    const CONNECTIONS: usize = 1_300;
+    let net = TestNetns::enter_new();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--states", "--ring-size", "32M"]);
+    let Some(mut hung) = Nobody::hung_making(CONNECTIONS) else { return };
+    hung.wait();
+    let closed = daemon.expect(CONNECTIONS, is_event("closed", net.inode));
+    assert!(closed.iter().all(|event| event["pid"] == hung.pid()), "{closed:#?}");
+    let events = stop_in_time(daemon);
+    let is_late = |event: &&Value| is_event("established", net.inode)(event) && event["cmdline"].is_null();
+    println!("FACT late={}", events.iter().filter(is_late).count());
+    let is_lost = |event: &&Value| event["event"] == "lost" && event["where"] == "stdout";
+    assert_eq!(events.iter().find(is_lost), None);
+    let states = events.iter().filter(|event| is_event("state", net.inode)(event)).count();
+    assert_eq!(states, CONNECTIONS * 4);
+}
+
 #[test]
 fn ten_hung_processes_of_one_user_take_nothing_from_another() {
     let net = TestNetns::enter_new();

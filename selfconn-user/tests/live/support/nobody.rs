@@ -48,6 +48,11 @@ impl Nobody {
         Self::hung_at("hang and close")
     }
 
+    /// As [`Self::hung`], but it makes this number of self-connections, and resets each.
+    pub(crate) fn hung_making(connections: usize) -> Option<Self> {
+        Self::hung_at(&format!("hang and make {connections}"))
+    }
+
     fn hung_at(task: &str) -> Option<Self> {
         let folder = folder();
         let device = folder.path().join("fuse");
@@ -184,9 +189,12 @@ fn become_nobody(has_user_namespace: bool) -> io::Result<()> {
 fn run_nobody() {
     let Ok(task) = std::env::var(TASK_ENV) else { return };
     let folder = PathBuf::from(std::env::var_os(FOLDER_ENV).unwrap_or_default());
+    if let Some(connections) = task.strip_prefix("hang and make ") {
+        hang(&folder, OnceHung::Make(connections.parse().unwrap()));
+    }
     match task.as_str() {
-        "hang" => hang(&folder, false),
-        "hang and close" => hang(&folder, true),
+        "hang" => hang(&folder, OnceHung::Hold),
+        "hang and close" => hang(&folder, OnceHung::HoldAndClose),
         "serve" => serve(),
         "fail binds" => fail_binds(),
         "connect" => {
@@ -205,9 +213,28 @@ fn print_output(text: &str) {
     stdout.flush().unwrap();
 }
 
+/// What a process does when its memory map is locked.
+enum OnceHung {
+    /// It holds a self-connection.
+    Hold,
+    /// It holds one for a moment.
+    HoldAndClose,
+    /// It makes this number, one after another.
+    Make(usize),
+}
+
+/// Connects a new socket to this address, or to itself, and resets the connection.
+fn connect_and_reset(to: Option<SocketAddr>) {
+    let client = socket(Ipv4Addr::LOCALHOST.into());
+    client.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
+    let own = client.local_addr().unwrap();
+    client.connect(&to.map_or(own, Into::into)).unwrap();
+    client.set_linger(Some(Duration::ZERO)).unwrap();
+}
+
 /// A page fault on a file that its server never gives holds the `mmap_lock` for reading. munmap() waits to
 /// write, and every later reader waits behind it, such as a reader of `/proc/PID/cmdline`.
-fn hang(folder: &Path, closes: bool) {
+fn hang(folder: &Path, once_hung: OnceHung) -> ! {
     use rustix::mount::{MountFlags, mount};
     let device = fs::File::options().read(true).write(true).open(folder.join("fuse")).unwrap();
     let mount_point = folder.join("mount");
@@ -227,6 +254,7 @@ fn hang(folder: &Path, closes: bool) {
     // Everything that runs while the lock is held has run before, because a page fault would wait for it.
     let (client, listener) = (socket(Ipv4Addr::LOCALHOST.into()), TcpListener::bind("127.0.0.1:0").unwrap());
     let closed: SocketAddr = listener.local_addr().unwrap();
+    connect_and_reset(Some(closed));
     drop(listener);
     assert!(socket(Ipv4Addr::LOCALHOST.into()).connect(&closed.into()).is_err());
     client.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
@@ -249,11 +277,14 @@ fn hang(folder: &Path, closes: bool) {
         unsafe { std::ptr::read_volatile(address as *const u8) }
     });
     thread::sleep(Duration::from_millis(1_200));
-    client.connect(&own).unwrap();
+    match once_hung {
+        OnceHung::Make(connections) => (0..connections).for_each(|_| connect_and_reset(None)),
+        OnceHung::Hold | OnceHung::HoldAndClose => client.connect(&own).unwrap(),
+    }
     let message = b"nobody: hung\n";
     // SAFETY: the buffer is valid for the call.
     unsafe { libc::write(1, message.as_ptr().cast(), message.len()) };
-    if closes {
+    if matches!(once_hung, OnceHung::HoldAndClose) {
         thread::sleep(CLOSES_AFTER);
         drop(client);
     }
