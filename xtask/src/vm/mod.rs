@@ -144,9 +144,14 @@ pub(crate) fn run(args: &VmArgs, workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
-/// Kernels of one architecture in the same variants.
+/// The rows of one architecture. They are booted together, so that no machine waits for the last one of another group.
 struct MatrixPart {
     architecture: &'static Architecture,
+    groups: Vec<KernelGroup>,
+}
+
+/// Kernels in the same variants.
+struct KernelGroup {
     /// By default the architecture's.
     kernels: Vec<String>,
     variants: Vec<&'static Variant>,
@@ -158,32 +163,47 @@ const REAL_TIME: [&str; 3] = ["6.1-rt", "6.12-rt", "7-rt"];
 impl MatrixPart {
     fn of(args: &VmArgs) -> Result<Vec<Self>> {
         if !args.all {
-            return Ok(vec![Self {
-                architecture: Architecture::named(args.arch.as_deref())?,
-                kernels: args.kernel.clone(),
-                variants: variant::named(&args.variant),
-            }]);
+            let architecture = Architecture::named(args.arch.as_deref())?;
+            let variants = variant::named(&args.variant);
+            let groups = vec![KernelGroup { kernels: args.kernel.clone(), variants }];
+            return Ok(vec![Self { architecture, groups }]);
         }
-        let real_time = REAL_TIME.map(str::to_owned).to_vec();
-        let variants =
-            |names: &[&str]| variant::named(&names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>());
+        let group = |kernels: &[&str], names: &[&str]| {
+            let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
+            KernelGroup { kernels: owned(kernels), variants: variant::named(&owned(names)) }
+        };
         Ok(vec![
-            Self { architecture: &X86_64, kernels: Vec::new(), variants: variants(&[]) },
-            Self { architecture: &X86_64, kernels: real_time, variants: variants(&["default"]) },
-            Self {
-                architecture: &AARCH64,
-                kernels: Vec::new(),
-                variants: variants(&["default", "confidentiality"]),
-            },
+            Self { architecture: &X86_64, groups: vec![group(&[], &[]), group(&REAL_TIME, &["default"])] },
+            Self { architecture: &AARCH64, groups: vec![group(&[], &["default", "confidentiality"])] },
         ])
     }
 
     /// Boots its rows, and writes the rows that passed to docs/kernels.md.
     fn run(&self, args: &VmArgs, workspace: &Workspace) -> Result<VmReport> {
-        let Self { architecture, kernels, variants } = self;
+        let Self { architecture, groups } = self;
         Emulator::find_or_fetch(workspace, architecture)?;
-        let stock = KernelStock::get_all(kernels, architecture, &directory(workspace))?;
-        let rows: Vec<_> = variants
+        let stocks: Vec<_> = groups
+            .iter()
+            .map(|group| KernelStock::get_all(&group.kernels, architecture, &directory(workspace)))
+            .collect::<Result<_>>()?;
+        let mut rows: Vec<_> =
+            groups.iter().zip(&stocks).flat_map(|(group, stock)| group.rows(stock, args)).collect();
+        // The longest come first.
+        rows.sort_by_key(|(_, variant)| variant.index());
+        let skipped = stocks.iter().flat_map(|stock| stock.skipped.clone()).collect();
+        let report = boot(args, architecture, &rows, skipped, workspace)?;
+        // The documented rows are those of all tests; a row that did not pass leaves the documented one.
+        if args.test_args.is_empty() && args.cpus.is_none() {
+            kernels::update(&workspace.root.join("docs/kernels.md"), &report.rows)?;
+        }
+        Ok(report)
+    }
+}
+
+impl KernelGroup {
+    fn rows<'a>(&'a self, stock: &'a KernelStock, args: &VmArgs) -> Vec<(&'a Kernel, &'static Variant)> {
+        let Self { variants, .. } = self;
+        variants
             .iter()
             .flat_map(|variant| stock.kernels.iter().map(|kernel| (kernel, *variant)))
             .filter(|(kernel, variant)| !variant.repeats_one_of(variants, kernel))
@@ -191,13 +211,7 @@ impl MatrixPart {
             .filter(|(kernel, variant)| {
                 !variant.at_oldest || (stock.is_oldest(kernel) && args.test_args.is_empty())
             })
-            .collect();
-        let report = boot(args, architecture, &rows, stock.skipped.clone(), workspace)?;
-        // The documented rows are those of all tests; a row that did not pass leaves the documented one.
-        if args.test_args.is_empty() && args.cpus.is_none() {
-            kernels::update(&workspace.root.join("docs/kernels.md"), &report.rows)?;
-        }
-        Ok(report)
+            .collect()
     }
 }
 

@@ -87,6 +87,11 @@ impl Variant {
         self.cpus.min(kernel.emulation().max_cpus)
     }
 
+    /// Its place in the matrix.
+    pub(super) fn index(&self) -> Option<usize> {
+        VARIANTS.iter().position(|variant| variant.name == self.name)
+    }
+
     /// The lockdown on the kernel's command line.
     pub(super) fn lockdown(&self) -> &'static str {
         self.kernel_args.iter().find_map(|arg| arg.strip_prefix("lockdown=")).unwrap_or("none")

@@ -108,7 +108,8 @@ fn a_restarted_daemon_finds_the_open_self_connections() {
         killed.signal(Signal::KILL);
         drop(killed);
 
-        let mut daemon = TestDaemon::start(variant, &[]);
+        // What a method has lost is found soon, and the test goes on.
+        let mut daemon = TestDaemon::start(variant, &["--reconcile", "5"]);
         daemon.expect(count, is_event("established", net.inode));
         drop(sockets);
         for event in daemon.try_expect(count, is_event("closed", net.inode))? {
