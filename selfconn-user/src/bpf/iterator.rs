@@ -34,6 +34,7 @@ const MAX_PASS: Duration = Duration::from_secs(5);
 /// An attached iterator whose program writes records of this type. Dropping it detaches the program.
 #[derive(Debug)]
 pub(super) struct BpfIter<R> {
+    program: OwnedFd,
     link: OwnedFd,
     records: PhantomData<R>,
 }
@@ -52,9 +53,11 @@ impl<R: FromBytes + Immutable> BpfIter<R> {
         };
         let error = |error: ProgramError| refusal(&error);
         program.load(target, kernel_btf.get()?).map_err(error)?;
-        let link = link::create_iter_link(program.fd().map_err(error)?.as_fd());
-        let link = link.map_err(|error| refusal_by_errno("BPF_LINK_CREATE", &error))?;
-        Ok(Self { link, records: PhantomData })
+        let program = program.fd().map_err(error)?.as_fd();
+        let refused = |error| refusal_by_errno("BPF_LINK_CREATE", &error);
+        let link = link::create_iter_link(program).map_err(refused)?;
+        let program = program.try_clone_to_owned().map_err(refused)?;
+        Ok(Self { program, link, records: PhantomData })
     }
 
     /// Begins a pass, and calls `each` for every record until it breaks. Memory does not depend on the number of
@@ -65,6 +68,20 @@ impl<R: FromBytes + Immutable> BpfIter<R> {
     pub(super) fn pass(&self, each: impl FnMut(&R) -> ControlFlow<()>) -> io::Result<()> {
         let until = Instant::now() + MAX_PASS;
         read_records(File::from(link::create_iter(self.link.as_fd())?), until, each)
+    }
+
+    /// As [`Self::pass`], but visits the tasks of this process only, until then.
+    ///
+    /// # Errors
+    /// As [`Self::pass`], and before Linux 6.1.
+    pub(super) fn pass_of_process(
+        &self,
+        pid: u32,
+        until: Instant,
+        each: impl FnMut(&R) -> ControlFlow<()>,
+    ) -> io::Result<()> {
+        let link = link::create_iter_link_of_process(self.program.as_fd(), pid)?;
+        read_records(File::from(link::create_iter(link.as_fd())?), until, each)
     }
 }
 
@@ -77,8 +94,7 @@ fn read_records<R: FromBytes + Immutable>(
     let mut filled = 0;
     loop {
         if Instant::now() >= until {
-            let why = format!("it took longer than {} s", MAX_PASS.as_secs());
-            return Err(io::Error::new(io::ErrorKind::TimedOut, why));
+            return Err(io::ErrorKind::TimedOut.into());
         }
         match from.read(&mut buffer[filled..]) {
             Ok(0) if filled == 0 => return Ok(()),

@@ -9,13 +9,43 @@ use std::{
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_ITER_CREATE: libc::c_int = 33;
 
+/// `enum bpf_attach_type` there.
+const BPF_TRACE_ITER: u32 = 28;
+
 /// Attaches an iterator program. aya creates links of iterators too, but a link of aya can be opened only once.
 pub(super) fn create_iter_link(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    const BPF_TRACE_ITER: u32 = 28;
     let mut attributes = [0_u32; 8];
     attributes[0] = program.as_raw_fd().cast_unsigned();
     attributes[2] = BPF_TRACE_ITER;
     bpf(BPF_LINK_CREATE, attributes)
+}
+
+/// As [`create_iter_link`], but a pass visits the tasks of this process only. Needs no capability from Linux 5.19 on.
+///
+/// # Errors
+/// `E2BIG` before Linux 6.1, whose iterators visit all tasks.
+pub(super) fn create_iter_link_of_process(program: BorrowedFd<'_>, pid: u32) -> io::Result<OwnedFd> {
+    /// The member `task` of `union bpf_iter_link_info`, include/uapi/linux/bpf.h at v6.1.
+    #[repr(C)]
+    struct TaskInfo {
+        tid: u32,
+        pid: u32,
+        pid_fd: u32,
+    }
+    let info = TaskInfo { tid: 0, pid, pid_fd: 0 };
+    let mut attributes = [0_u32; 8];
+    attributes[0] = program.as_raw_fd().cast_unsigned();
+    attributes[2] = BPF_TRACE_ITER;
+    let address = (&raw const info).expose_provenance() as u64;
+    (attributes[4], attributes[5]) = split(address);
+    attributes[6] = size_of_val(&info) as u32;
+    bpf(BPF_LINK_CREATE, attributes)
+}
+
+/// A 64-bit number as two words in the order of this machine's memory.
+fn split(number: u64) -> (u32, u32) {
+    let [a, b, c, d, e, f, g, h] = number.to_ne_bytes();
+    (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]))
 }
 
 /// Begins a pass of an iterator.
@@ -41,8 +71,8 @@ pub(super) fn create_tcx_egress(program: BorrowedFd<'_>, device: u32, after: u32
 
 /// The attributes have the length that these commands have in the kernel that introduced them, or are padded with zeroes.
 fn bpf(command: libc::c_int, mut attributes: [u32; 8]) -> io::Result<OwnedFd> {
-    // SAFETY: the kernel reads this many bytes of `attributes`, which hold no address, and writes none of them
-    // for these commands.
+    // SAFETY: the kernel reads this many bytes of `attributes`, and what an address in them leads to, which is the
+    // caller's; it writes none of them for these commands.
     let created =
         unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_mut_ptr(), size_of_val(&attributes)) };
     match libc::c_int::try_from(created) {

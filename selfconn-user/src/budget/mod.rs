@@ -1,9 +1,10 @@
 //! Shares by owner: what one user of the host does takes from that user's share only. `party` says who is one user,
 //! `rate` is a token bucket, `log` the shares of the log, `cmdline` the bytes of a command line, `shares` a limit that
-//! owners share, `shared_rate` one in each second, `fair_queue` a queue in which they take turns, `owner_losses` what they
-//! lose beyond it, `memory` what every part of the daemon may keep.
+//! owners share, `shared_rate` one in each second, `fair_queue` a queue in which they take turns, `fair_order` their turns
+//! in a limited time, `owner_losses` what they lose beyond it, `memory` what every part of the daemon may keep.
 
 pub mod cmdline;
+mod fair_order;
 mod fair_queue;
 pub mod log;
 pub mod memory;
@@ -14,6 +15,7 @@ mod rate;
 mod shared_rate;
 mod shares;
 
+pub use fair_order::cheapest_owners_first;
 pub use fair_queue::FairQueue;
 pub use owner_losses::OwnerLosses;
 pub use party::{is_same_cgroup, is_same_user, owner_of_user};

@@ -43,7 +43,7 @@ fn take_snapshot(netns_hints: &[u32], iterators: &Iterators, unfound: &HashSet<u
         SocketSnapshot::default()
     });
     for why in &snapshot.unseen {
-        log::info!("the socket table of a network namespace can't be read: {why}");
+        log::info!("not seen: {why}");
     }
     snapshot
 }

@@ -4,13 +4,16 @@
 //! flight through a unix socket, a file that only io_uring has.
 
 use std::{
+    cell::RefCell,
     collections::{HashMap, HashSet, hash_map},
     io,
+    time::Duration,
 };
 
 use selfconn_ebpf::{COMM_LEN, Endpoint, SocketDescriptor, descriptor_kind, state};
 
 use super::{
+    by_process,
     entry::SocketEntry,
     holders::{HolderSearch, Holders, find_holders},
     limit::SnapshotLimit,
@@ -51,26 +54,49 @@ impl HeldSockets {
     }
 }
 
+/// How long the processes are visited one by one, after a pass that took too long.
+const MAX_VISITS: Duration = Duration::from_secs(2);
+
+/// The same for the processes that hold certain sockets, for which an event waits.
+const MAX_VISITS_FOR_EVENT: Duration = Duration::from_millis(800);
+
 /// Makes a pass.
 pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Result<HeldSockets> {
-    let mut held = read_if(iter, limit, |_| true)?;
-    held.namespaces = held.namespaces.filter(|_| process::is_in_initial_pid_ns());
+    let mut held = read_if(iter, limit, MAX_VISITS, |_| true, |_| false)?;
+    let is_usable = held.holders.complete && process::is_in_initial_pid_ns();
+    held.namespaces = held.namespaces.filter(|_| is_usable);
     Ok(held)
 }
 
-/// Makes a pass and keeps the sockets whose inodes `is_wanted` accepts.
+/// Makes a pass and keeps the sockets whose inodes `is_wanted` accepts. If the pass takes too long, what it had found by
+/// then is kept, and the processes are visited one by one, for `max_visits` or until `is_done` with what was found.
 fn read_if(
     iter: &DescriptorIter,
     limit: &mut SnapshotLimit,
+    max_visits: Duration,
     is_wanted: impl Fn(u64) -> bool,
+    is_done: impl Fn(&Collector<'_>) -> bool,
 ) -> io::Result<HeldSockets> {
-    let mut collector = Collector::new(limit);
-    iter.pass(|record| match record.kind {
-        descriptor_kind::NAMESPACE => collector.add_namespace(record),
-        _ if is_wanted(record.inode) => collector.add(record),
+    let collector = RefCell::new(Collector::new(limit));
+    let mut each = |record: &SocketDescriptor| match record.kind {
+        descriptor_kind::NAMESPACE => collector.borrow_mut().add_namespace(record),
+        _ if is_wanted(record.inode) => collector.borrow_mut().add(record),
         _ => {}
-    })?;
-    Ok(collector.finish())
+    };
+    let mut unseen = None;
+    match iter.pass(&mut each) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+            let visited = by_process::pass(iter, max_visits, || is_done(&collector.borrow()), each);
+            let rest = visited.err().map(|error| format!("; one by one: {error}")).unwrap_or_default();
+            unseen = Some(format!("descriptors of some processes: a pass over all takes too long{rest}"));
+        }
+        Err(error) => return Err(error),
+    }
+    let mut held = collector.into_inner().finish();
+    held.holders.complete = unseen.is_none();
+    held.holders.unseen = unseen;
+    Ok(held)
 }
 
 /// What is known now of the sockets with these inodes.
@@ -96,7 +122,12 @@ impl CurrentHolders {
 /// that has the iterator has no capability for the search.
 #[must_use]
 pub fn find_current_holders(inodes: &HashSet<u64>, iter: Option<&DescriptorIter>) -> CurrentHolders {
-    let read = |iter| read_if(iter, &mut SnapshotLimit::new(None), |inode| inodes.contains(&inode));
+    let read = |iter| {
+        let limit = &mut SnapshotLimit::new(None);
+        let is_wanted = |inode| inodes.contains(&inode);
+        let is_done = |collector: &Collector<'_>| collector.sockets.len() >= inodes.len();
+        read_if(iter, limit, MAX_VISITS_FOR_EVENT, is_wanted, is_done)
+    };
     let held = match iter.map(read) {
         Some(Ok(held)) => held,
         Some(Err(error)) => {
@@ -176,7 +207,6 @@ impl<'a> Collector<'a> {
     fn finish(self) -> HeldSockets {
         let mut held =
             HeldSockets { tasks: self.tasks, namespaces: self.namespaces, ..HeldSockets::default() };
-        held.holders.complete = true;
         for HeldSocket { record, mut holders } in self.sockets.into_values() {
             if record.state == state::SYN_SENT {
                 held.attempts.push(Endpoint { port: record.destination_port, ..record.endpoint });
@@ -266,7 +296,7 @@ mod tests {
         assert_eq!(holders(32), [(8, "idle")]);
         let ticks = process::start_ticks_of(record(3, 8, 9).start_ns);
         assert_eq!(held.holders.by_inode[&32][0].start_ticks, Some(ticks));
-        assert!(held.holders.complete && held.attempts.is_empty());
+        assert!(held.attempts.is_empty());
         assert_eq!(held.tasks, [7, 8, 71].into());
     }
 

@@ -11,6 +11,7 @@
 //! for every thread of the host is too expensive), a namespace that is kept alive only by an open descriptor,
 //! and a namespace that is mounted only in another mount namespace.
 
+mod by_process;
 mod destroy;
 mod devices;
 mod entry;

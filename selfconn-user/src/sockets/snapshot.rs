@@ -203,7 +203,7 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
     let (held, refusal) = match options.descriptors.map(|iter| held::read(iter, &mut limit)) {
         Some(Ok(held)) => (Some(held), None),
         Some(Err(error)) => {
-            // What it had found by then is read by other ways, but for the holders: that would take longer still.
+            // What it had found by then is read by other ways, but for the holders: that would take longer.
             limit = SnapshotLimit::new(options.max_sockets);
             (None, Some(format!("the iterator over descriptors: {error}")))
         }
@@ -233,6 +233,7 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
     snapshot.left_out = limit.left_out;
     if let Some(mut held) = held {
         held.select(|endpoint| snapshot.selects(options.selection, endpoint));
+        snapshot.unseen.extend(held.holders.unseen.clone());
         snapshot.add_held(held, options.attempts);
     } else if let Some(search) = options.holders.filter(|_| !has_no_pass) {
         let inodes = snapshot.entries.iter().map(|entry| entry.inode).filter(|inode| *inode != 0).collect();

@@ -11,7 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::{
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+    thread::{CapabilitySet, CapabilitySets, set_capabilities},
+};
 use selfconn::{
     bpf::{
         descriptors::{self, DescriptorIter},
@@ -20,13 +23,13 @@ use selfconn::{
     sockets::{self, HolderSearch, SnapshotOptions},
     system::process,
 };
-use selfconn_ebpf::{family, state};
+use selfconn_ebpf::{SocketDescriptor, family, state};
 use socket2::Socket;
 
 use super::namespaces::lists_namespaces;
 use crate::support::{
     client::{connect_to_self, own_comm, socket},
-    daemon::{HookVariant, TestDaemon, is_event, reads_descriptors, scaled},
+    daemon::{HookVariant, TestDaemon, is_event, is_kernel_at_least, reads_descriptors, scaled},
     helper_process::HelperProcess,
     netns::TestNetns,
 };
@@ -97,6 +100,45 @@ fn number_option(socket: &Socket, option: libc::c_int) -> Option<u64> {
         libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut len)
     };
     (outcome == 0).then_some(value)
+}
+
+#[test]
+fn a_pass_over_one_process_sees_no_other_and_needs_no_capability() {
+    let net = TestNetns::enter_new();
+    let Some(iter) = open_descriptor_iter() else { return };
+    let mut other = HelperProcess::start("connect");
+    let other_port: u16 = other.read_output().parse().unwrap();
+    let (_held, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    let pass = |pid| {
+        let mut seen = Vec::new();
+        let until = Instant::now() + Duration::from_secs(60);
+        let is_ours = |record: &SocketDescriptor| u64::from(record.endpoint.netns) == net.inode;
+        iter.pass_of_process(pid, until, |record| {
+            seen.extend(is_ours(record).then_some((record.pid, record.endpoint.port)));
+        })?;
+        Ok::<_, std::io::Error>(seen)
+    };
+    let passes_of = |pids: [u32; 2]| {
+        // Before 5.19, every bpf(2) may need CAP_BPF.
+        if is_kernel_at_least((5, 19)) {
+            let none = CapabilitySet::empty();
+            let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
+            set_capabilities(None, sets).unwrap();
+        }
+        pids.map(pass)
+    };
+    // The capabilities are a thread's.
+    let passes_of = |pids| std::thread::scope(|scope| scope.spawn(|| passes_of(pids)).join().unwrap());
+    let (own, pid) = (std::process::id(), other.pid());
+    let [of_own, of_other] = passes_of([own, pid]);
+    if is_kernel_at_least((6, 1)) {
+        assert_eq!((of_own.unwrap(), of_other.unwrap()), (vec![(own, port)], vec![(pid, other_port)]));
+        other.finish();
+        let [of_own, of_nobody] = passes_of([own, pid]);
+        assert_eq!((of_own.unwrap(), of_nobody.unwrap()), (vec![(own, port)], vec![]));
+    } else {
+        assert_eq!(of_own.unwrap_err().raw_os_error(), Some(libc::E2BIG));
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, TcpListener},
     os::unix::net::UnixDatagram,
     process::Command,
     thread,
@@ -14,7 +14,8 @@ use serde_json::Value;
 
 use crate::support::{
     client::{connect_to_self, run_self_connection},
-    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, selfconn},
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, reads_descriptors, selfconn},
+    helper_process::HelperProcess,
     netns::TestNetns,
     nobody::{NOBODY, Nobody},
     socket_crowd::{CrowdSockets, SocketCrowd},
@@ -138,6 +139,39 @@ fn ten_hung_processes_of_one_user_take_nothing_from_another() {
     };
     let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap().flatten();
     assert_eq!(tasks.filter_map(stuck).count(), 1, "one stuck thread for one user");
+    stop_in_time(daemon);
+}
+
+/// A pass over the descriptors of all processes would take longer than anybody may wait.
+#[test]
+fn descriptors_that_many_processes_share_delay_nobody() {
+    const MAX_PASS: Duration = Duration::from_secs(5);
+    let net = TestNetns::enter_new();
+    if !reads_descriptors() {
+        return;
+    }
+    let mut crowd = Nobody::sharing_descriptors();
+    crowd.wait();
+    // Its pid is higher than theirs, so the pass would come to it last.
+    let mut victim = HelperProcess::start("connect");
+    let port: u16 = victim.read_output().parse().unwrap();
+    let began = Instant::now();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--reconcile", "1"]);
+    expect_event_in_time(&mut daemon, net.inode);
+    let is_held = |event: &Value| is_event("established", net.inode)(event) && event["port"] == port;
+    let until = began + MAX_PASS + Duration::from_secs(4);
+    let found = daemon.wait_until(until, 1, is_held).unwrap().pop().unwrap();
+    println!("FACT found_after_ms={}", began.elapsed().as_millis());
+    assert!(began.elapsed() > MAX_PASS, "the pass was not long: {found}");
+    assert_eq!((&found["source"], &found["pid"]), (&"scan".into(), &victim.pid().into()), "{found}");
+    for _ in 0..3 {
+        expect_event_in_time(&mut daemon, net.inode);
+    }
+    assert!(TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_err());
+    let until = Instant::now() + Duration::from_secs(2);
+    let blocked = daemon.wait_until(until, 1, is_event("blocked", net.inode)).unwrap().pop().unwrap();
+    assert_eq!(blocked["holder"]["pid"], victim.pid(), "{blocked}");
+    victim.finish();
     stop_in_time(daemon);
 }
 

@@ -16,7 +16,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+use rustix::{
+    fs::{CWD, FileType, Mode, makedev, mknodat},
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+};
 
 use super::client::{connect_to_self, socket};
 
@@ -72,6 +75,11 @@ impl Nobody {
     /// A process that fails binds as fast as it can, at ever other addresses.
     pub(crate) fn failing_binds() -> Self {
         Self::start("fail binds", folder(), false)
+    }
+
+    /// Many processes with one table of many descriptors, each of which a walk over all tasks visits for each process.
+    pub(crate) fn sharing_descriptors() -> Self {
+        Self::start("share descriptors", folder(), false)
     }
 
     /// A process that holds a self-connection. In its mount namespace, but nowhere else, the file at this path is the
@@ -197,6 +205,7 @@ fn run_nobody() {
         "hang and close" => hang(&folder, OnceHung::HoldAndClose),
         "serve" => serve(),
         "fail binds" => fail_binds(),
+        "share descriptors" => share_descriptors(),
         "connect" => {
             let _held = connect_to_self(Ipv4Addr::LOCALHOST.into());
             print_output("connected");
@@ -214,6 +223,7 @@ fn print_output(text: &str) {
 }
 
 /// What a process does when its memory map is locked.
+#[derive(Clone, Copy)]
 enum OnceHung {
     /// It holds a self-connection.
     Hold,
@@ -371,4 +381,32 @@ fn fail_binds() {
             print_output(&format!("{:?}", began.elapsed()));
         }
     }
+}
+
+/// Has as many descriptors as it may, and shares them with 2,000 processes.
+fn share_descriptors() {
+    const PROCESSES: usize = 2_000;
+    const STACK_BYTES: usize = 16 << 10;
+    extern "C" fn wait(_: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: neither has a pointer. The process ends with the one that made it.
+        unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            libc::pause()
+        }
+    }
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
+    // A duplicate takes no memory but its place in the table.
+    let duplicates = (0..500_000).map_while(|_| rustix::io::dup(io::stdin()).ok());
+    let count = duplicates.map(std::mem::forget).count();
+    let mut stacks = vec![0_u8; PROCESSES * STACK_BYTES];
+    for stack in stacks.chunks_exact_mut(STACK_BYTES) {
+        let flags = libc::CLONE_VM | libc::CLONE_FILES | libc::SIGCHLD;
+        let top = stack.as_mut_ptr_range().end;
+        // SAFETY: the stack is the new process's own, is aligned as `malloc` aligns, and stays.
+        check(unsafe { libc::clone(wait, top.cast(), flags, std::ptr::null_mut()) }).unwrap();
+    }
+    print_output(&format!("{count} descriptors"));
+    // SAFETY: no arguments.
+    unsafe { libc::pause() };
 }
