@@ -4,7 +4,7 @@
 use std::{
     io,
     ops::ControlFlow,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -22,7 +22,7 @@ use super::{
 /// The name of the iterator, as events and `doctor` show it.
 pub const NAME: &str = "task_file";
 
-/// After a pass that took too long, none is tried for this time.
+/// After a pass that took too long, none over all tasks is made for this time.
 const PAUSE: Duration = Duration::from_mins(10);
 
 /// The attached iterator. Dropping it detaches the program.
@@ -39,26 +39,34 @@ impl DescriptorIter {
     /// each of its other threads.
     ///
     /// # Errors
-    /// If the kernel refuses to start the walk or to go on. `TimedOut`: it took too long, and `each` was called for a
-    /// part of the records; or one took too long a while ago, and it was called for none.
-    pub fn pass(&self, mut each: impl FnMut(&SocketDescriptor)) -> io::Result<()> {
-        let given_up_at = || self.given_up_at.lock().unwrap_or_else(PoisonError::into_inner);
-        if given_up_at().is_some_and(|at| at.elapsed() < PAUSE) {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        let outcome = self.iter.pass(|record| {
+    /// If the kernel refuses to start the walk or to go on. `TimedOut`: the walk took longer than `limit`, and `each`
+    /// was called for a part of the records.
+    pub fn pass(&self, limit: Duration, mut each: impl FnMut(&SocketDescriptor)) -> io::Result<()> {
+        self.iter.pass(limit, |record| {
             each(record);
             ControlFlow::Continue(())
-        });
-        let is_too_long = outcome.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut);
-        *given_up_at() = is_too_long.then(Instant::now);
-        outcome
+        })
     }
 
-    /// As [`Self::pass`], but walks the descriptors of this process only. `pid` is an id as in this process's `/proc`.
+    /// True if a pass took too long less than ten minutes ago.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.given_up_at().is_some_and(|at| at.elapsed() < PAUSE)
+    }
+
+    pub(crate) fn set_paused(&self, is_paused: bool) {
+        *self.given_up_at() = is_paused.then(Instant::now);
+    }
+
+    fn given_up_at(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.given_up_at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`Self::pass`], but walks the descriptors of this process only. `pid` is an id in the pid namespace of the
+    /// calling process.
     ///
     /// # Errors
-    /// If the kernel refuses, as every one before Linux 6.1 does. `TimedOut`: it took until then.
+    /// If the kernel refuses, as every one before Linux 6.1 does (`E2BIG`). `TimedOut`: `until` was reached.
     pub fn pass_of_process(
         &self,
         pid: u32,
@@ -101,10 +109,18 @@ pub fn open_for_command() -> Result<DescriptorIter, String> {
     open(KernelFeatures::for_command()?).map_err(|refusal| refusal.to_string())
 }
 
+/// How long a pass may take that shows whether one is possible. It need not come to its end.
+const MAX_PROBE: Duration = Duration::from_secs(1);
+
 /// Attaches the iterator for a moment, and makes a pass, to find out whether this kernel supports it.
 ///
 /// # Errors
 /// As [`open`].
 pub fn probe(features: &KernelFeatures) -> Result<(), Refusal> {
-    open(features)?.pass(|_| {}).map_err(|error| refusal_by_errno("BPF_ITER_CREATE", &error))
+    match open(features)?.pass(MAX_PROBE, |_| {}) {
+        Err(error) if error.kind() != io::ErrorKind::TimedOut => {
+            Err(refusal_by_errno("BPF_ITER_CREATE", &error))
+        }
+        _ => Ok(()),
+    }
 }

@@ -26,11 +26,6 @@ use super::{
 /// The size of a read(2) at most. The kernel's own buffer for a pass has 32 KiB.
 const READ_BYTES: usize = 1 << 14;
 
-/// How long a pass may take: 100,000 descriptors took 32 ms on 6.18. A user can have more than he could open: of processes
-/// that share one table of descriptors the kernel visits each (`task_seq_get_next`, kernel/bpf/task_iter.c at v6.12, leaves out
-/// only the threads of one process).
-const MAX_PASS: Duration = Duration::from_secs(5);
-
 /// An attached iterator whose program writes records of this type. Dropping it detaches the program.
 #[derive(Debug)]
 pub(super) struct BpfIter<R> {
@@ -64,13 +59,13 @@ impl<R: FromBytes + Immutable> BpfIter<R> {
     /// records.
     ///
     /// # Errors
-    /// If the kernel refuses to start the pass or to go on, or if the pass takes too long.
-    pub(super) fn pass(&self, each: impl FnMut(&R) -> ControlFlow<()>) -> io::Result<()> {
-        let until = Instant::now() + MAX_PASS;
+    /// If the kernel refuses to start the pass or to go on. `TimedOut`: it took longer than `limit`.
+    pub(super) fn pass(&self, limit: Duration, each: impl FnMut(&R) -> ControlFlow<()>) -> io::Result<()> {
+        let until = Instant::now() + limit;
         read_records(File::from(link::create_iter(self.link.as_fd())?), until, each)
     }
 
-    /// As [`Self::pass`], but visits the tasks of this process only, until then.
+    /// As [`Self::pass`], but visits the tasks of this process only, and gives up at `until`.
     ///
     /// # Errors
     /// As [`Self::pass`], and before Linux 6.1.

@@ -5,6 +5,7 @@ use std::{
     io,
     ops::ControlFlow,
     sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
 };
 
 use aya::Ebpf;
@@ -26,6 +27,9 @@ const MAX_WALKS: usize = 5;
 
 /// A pass visits at most 64 namespaces for each task of the pid namespace. A walk goes on in the next one.
 const MAX_PASSES: usize = 1_024;
+
+/// How long one pass may take.
+const MAX_PASS: Duration = Duration::from_secs(5);
 
 /// The attached iterator. Dropping it detaches the program.
 #[derive(Debug)]
@@ -56,7 +60,7 @@ impl NamespaceIter {
     /// Makes passes until a walk is over.
     fn walk(&self) -> io::Result<Walk> {
         self.is_at_beginning.store(false, Ordering::Relaxed);
-        let walk = walk(|each| self.iter.pass(each))?;
+        let walk = walk(|each| self.iter.pass(MAX_PASS, each))?;
         self.is_at_beginning.store(true, Ordering::Relaxed);
         Ok(walk)
     }

@@ -1,11 +1,12 @@
 //! Shares by owner: what one user of the host does takes from that user's share only. `party` says who is one user,
-//! `rate` is a token bucket, `log` the shares of the log, `cmdline` the bytes of a command line, `shares` a limit that
-//! owners share, `shared_rate` one in each second, `fair_queue` a queue in which they take turns, `fair_order` their turns
-//! in a limited time, `owner_losses` what they lose beyond it, `memory` what every part of the daemon may keep.
+//! `rate` is a token bucket, `log` the shares of the log, `cmdline` the bytes of a command line, `shares` a limit
+//! that owners share, `shared_rate` one in each second, `fair_queue` a queue in which they take turns, `least_spent`
+//! turns by what they have spent, `owner_losses` what they lose beyond it, `memory` what every part of the daemon may
+//! keep.
 
 pub mod cmdline;
-mod fair_order;
 mod fair_queue;
+mod least_spent;
 pub mod log;
 pub mod memory;
 mod owner_losses;
@@ -15,8 +16,8 @@ mod rate;
 mod shared_rate;
 mod shares;
 
-pub use fair_order::cheapest_owners_first;
 pub use fair_queue::FairQueue;
+pub use least_spent::LeastSpent;
 pub use owner_losses::OwnerLosses;
 pub use party::{is_same_cgroup, is_same_user, owner_of_user};
 pub use payer::Payer;

@@ -72,7 +72,7 @@ pub(super) struct PendingEvents {
     len: usize,
     /// Connections that are looked up, and whose events are emitted in portions.
     backlog: VecDeque<u64>,
-    /// Since when there is one.
+    /// When there was last none, or room for its next events.
     backlog_since: Option<Instant>,
 }
 
@@ -109,17 +109,25 @@ impl PendingEvents {
         self.backlog_since.get_or_insert_with(Instant::now);
     }
 
-    pub(super) fn pop_backlog(&mut self) -> Option<u64> {
+    /// The next connection. `has_room`: the outputs have room, so that nothing has waited in vain.
+    pub(super) fn pop_backlog(&mut self, has_room: bool) -> Option<u64> {
         let number = self.backlog.pop_front();
         if self.backlog.is_empty() {
             self.backlog_since = None;
+        } else if has_room {
+            self.backlog_since = Some(Instant::now());
         }
         number
     }
 
-    /// For how long there has been a backlog.
+    /// For how long there has been a backlog, and no room.
     pub(super) fn backlog_age(&self) -> Duration {
         self.backlog_since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    /// The events of this connection, in order.
+    pub(super) fn of_connection(&self, number: u64) -> &[QueuedEvent] {
+        self.by_connection.get(&number).map_or(&[], Vec::as_slice)
     }
 
     pub(super) fn has_backlog(&self) -> bool {
@@ -157,16 +165,20 @@ mod tests {
     }
 
     #[test]
-    fn a_backlog_is_as_old_as_it_has_been_one() {
+    fn a_backlog_is_as_old_as_it_has_waited_for_room() {
         const STEP: Duration = Duration::from_millis(2);
         let mut pending = PendingEvents::default();
         pending.push_backlog(1);
         std::thread::sleep(STEP);
         pending.push_backlog(2);
         std::thread::sleep(STEP);
-        assert_eq!(pending.pop_backlog(), Some(1));
+        assert_eq!(pending.pop_backlog(false), Some(1));
         assert!(pending.backlog_age() >= STEP * 2);
-        assert_eq!(pending.pop_backlog(), Some(2));
+        pending.push_backlog(3);
+        let room = Instant::now();
+        assert_eq!(pending.pop_backlog(true), Some(2));
+        assert!(pending.backlog_age() <= room.elapsed());
+        assert_eq!(pending.pop_backlog(false), Some(3));
         assert_eq!(pending.backlog_age(), Duration::ZERO);
         let again = Instant::now();
         pending.push_backlog(3);

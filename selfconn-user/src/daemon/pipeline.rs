@@ -207,10 +207,11 @@ impl Pipeline {
     /// Keeps an event until its process is looked up, or its turn comes.
     fn push_pending(&mut self, event: QueuedEvent) {
         // A server may fail to bind the port before that.
-        record_time_wait(&mut self.conflicts.binds, &event, None);
+        let attribution = self.attributions.get(&event.connection.number);
+        record_time_wait(&mut self.conflicts.binds, &event, attribution);
         self.pending.push(event);
         while self.pending.len() > MAX_PENDING_EVENTS {
-            match self.pending.pop_backlog() {
+            match self.pending.pop_backlog(false) {
                 Some(number) => self.emit_pending(number),
                 None => {
                     self.reporting.lookups.give_up_one();
@@ -270,7 +271,7 @@ impl Pipeline {
         let mut portion = 0;
         while portion < BACKLOG_PORTION
             && self.has_room()
-            && let Some(number) = self.pending.pop_backlog()
+            && let Some(number) = self.pending.pop_backlog(!self.reporting.out.is_filling())
         {
             self.emit_pending(number);
             portion += 1;
@@ -296,6 +297,7 @@ impl Pipeline {
                 if self.has_room() {
                     self.emit_pending(number);
                 } else {
+                    self.attribute_time_wait(number);
                     self.pending.push_backlog(number);
                 }
             }
@@ -312,6 +314,16 @@ impl Pipeline {
             }
             Waiter::Prevented(prevention, count) => {
                 self.preventions.emit(&prevention, count, process, &mut self.reporting);
+            }
+        }
+    }
+
+    /// A server may fail to bind the port before the events of this connection have their turn.
+    fn attribute_time_wait(&mut self, number: u64) {
+        let Some(attribution) = self.attributions.get(&number) else { return };
+        for event in self.pending.of_connection(number) {
+            if let ConnectionEvent::Closed(connection, _) = event.event() {
+                self.conflicts.binds.attribute_time_wait(connection, attribution);
             }
         }
     }
@@ -342,7 +354,7 @@ impl Pipeline {
         for _ in 0..2 {
             self.give_up_lookups().await;
         }
-        while let Some(number) = self.pending.pop_backlog() {
+        while let Some(number) = self.pending.pop_backlog(true) {
             self.emit_pending(number);
             self.reporting.make_room().await;
         }
@@ -406,8 +418,10 @@ impl Pipeline {
             self.push_pending(event);
         }
         for connection in self.connections.iter() {
+            // What a part of the processes hold does not replace what all held.
             if let (Some(attribution), Some(holders)) =
                 (self.attributions.get_mut(&connection.number), holders_of(connection))
+                && (snapshot.holders.complete || attribution.holders.is_none())
             {
                 attribution.holders = Some(holders);
             }

@@ -43,7 +43,7 @@ fn take_snapshot(netns_hints: &[u32], iterators: &Iterators, unfound: &HashSet<u
         SocketSnapshot::default()
     });
     for why in &snapshot.unseen {
-        log::info!("not seen: {why}");
+        log::info!("the snapshot is incomplete: {why}");
     }
     snapshot
 }

@@ -13,7 +13,7 @@ use std::{
 use selfconn_ebpf::{COMM_LEN, Endpoint, SocketDescriptor, descriptor_kind, state};
 
 use super::{
-    by_process,
+    by_process::{self, Processes},
     entry::SocketEntry,
     holders::{HolderSearch, Holders, find_holders},
     limit::SnapshotLimit,
@@ -54,48 +54,74 @@ impl HeldSockets {
     }
 }
 
-/// How long the processes are visited one by one, after a pass that took too long.
+/// How long a pass may take: 100,000 descriptors take 32 ms on 6.18. A user can have more than he could open: of
+/// processes that share one table of descriptors the kernel visits each (`task_seq_get_next`, kernel/bpf/task_iter.c
+/// at v6.12, leaves out only the threads of one process).
+const MAX_PASS: Duration = Duration::from_secs(5);
+
+/// How long the processes are visited one by one instead.
 const MAX_VISITS: Duration = Duration::from_secs(2);
 
 /// The same for the processes that hold certain sockets, for which an event waits.
-const MAX_VISITS_FOR_EVENT: Duration = Duration::from_millis(800);
+const MAX_PASS_FOR_EVENT: Duration = Duration::from_millis(300);
+const MAX_VISITS_FOR_EVENT: Duration = Duration::from_millis(500);
 
-/// Makes a pass.
+/// Makes a pass. If it takes too long, what it had found by then is kept, and the processes are visited one by one,
+/// also in the next ten minutes.
 pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Result<HeldSockets> {
-    let mut held = read_if(iter, limit, MAX_VISITS, |_| true, |_| false)?;
-    let is_usable = held.holders.complete && process::is_in_initial_pid_ns();
-    held.namespaces = held.namespaces.filter(|_| is_usable);
+    let collector = RefCell::new(Collector::new(limit));
+    let mut each = |record: &SocketDescriptor| collector.borrow_mut().add_any(record, |_| true);
+    let mut is_whole = !iter.is_paused() && pass(iter, MAX_PASS, &mut each)?;
+    let mut refusal = None;
+    if !is_whole {
+        match by_process::pass(iter, Processes::Now, MAX_VISITS, || false, each) {
+            Ok(all) => {
+                is_whole = all;
+                if all || !iter.is_paused() {
+                    iter.set_paused(!all);
+                }
+            }
+            // The next snapshot tries a pass again: nothing else finds what this one has not.
+            Err(error) => refusal = Some(error),
+        }
+    }
+    let mut held = collector.into_inner().finish();
+    held.holders.complete = is_whole;
+    held.holders.unseen = (!is_whole).then(|| {
+        let one_by_one = refusal.map(|error| format!("; one by one: {error}")).unwrap_or_default();
+        format!("descriptors of some processes: a pass over all takes too long{one_by_one}")
+    });
+    held.namespaces = held.namespaces.filter(|_| is_whole && process::is_in_initial_pid_ns());
     Ok(held)
 }
 
-/// Makes a pass and keeps the sockets whose inodes `is_wanted` accepts. If the pass takes too long, what it had found by
-/// then is kept, and the processes are visited one by one, for `max_visits` or until `is_done` with what was found.
-fn read_if(
-    iter: &DescriptorIter,
-    limit: &mut SnapshotLimit,
-    max_visits: Duration,
-    is_wanted: impl Fn(u64) -> bool,
-    is_done: impl Fn(&Collector<'_>) -> bool,
-) -> io::Result<HeldSockets> {
+/// Makes a pass. Returns false if it took too long.
+fn pass(iter: &DescriptorIter, limit: Duration, each: impl FnMut(&SocketDescriptor)) -> io::Result<bool> {
+    match iter.pass(limit, each) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// As [`read`], but keeps only the sockets with these inodes, takes less time, and begins with the processes if
+/// passes are paused. Where it does not come to its end, the holders of a socket are those that it found first.
+fn read_holders(iter: &DescriptorIter, inodes: &HashSet<u64>) -> io::Result<HeldSockets> {
+    let limit = &mut SnapshotLimit::new(None);
     let collector = RefCell::new(Collector::new(limit));
-    let mut each = |record: &SocketDescriptor| match record.kind {
-        descriptor_kind::NAMESPACE => collector.borrow_mut().add_namespace(record),
-        _ if is_wanted(record.inode) => collector.borrow_mut().add(record),
-        _ => {}
-    };
-    let mut unseen = None;
-    match iter.pass(&mut each) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::TimedOut => {
-            let visited = by_process::pass(iter, max_visits, || is_done(&collector.borrow()), each);
-            let rest = visited.err().map(|error| format!("; one by one: {error}")).unwrap_or_default();
-            unseen = Some(format!("descriptors of some processes: a pass over all takes too long{rest}"));
-        }
-        Err(error) => return Err(error),
+    let mut each =
+        |record: &SocketDescriptor| collector.borrow_mut().add_any(record, |inode| inodes.contains(&inode));
+    let mut is_whole = !iter.is_paused() && pass(iter, MAX_PASS_FOR_EVENT, &mut each)?;
+    if !is_whole {
+        let is_done = || collector.borrow().sockets.len() >= inodes.len();
+        is_whole = by_process::pass(iter, Processes::LastListed, MAX_VISITS_FOR_EVENT, is_done, each)
+            .unwrap_or_else(|error| {
+                log::debug!("the processes can't be visited one by one: {error}");
+                false
+            });
     }
     let mut held = collector.into_inner().finish();
-    held.holders.complete = unseen.is_none();
-    held.holders.unseen = unseen;
+    held.holders.complete = is_whole;
     Ok(held)
 }
 
@@ -122,13 +148,7 @@ impl CurrentHolders {
 /// that has the iterator has no capability for the search.
 #[must_use]
 pub fn find_current_holders(inodes: &HashSet<u64>, iter: Option<&DescriptorIter>) -> CurrentHolders {
-    let read = |iter| {
-        let limit = &mut SnapshotLimit::new(None);
-        let is_wanted = |inode| inodes.contains(&inode);
-        let is_done = |collector: &Collector<'_>| collector.sockets.len() >= inodes.len();
-        read_if(iter, limit, MAX_VISITS_FOR_EVENT, is_wanted, is_done)
-    };
-    let held = match iter.map(read) {
+    let held = match iter.map(|iter| read_holders(iter, inodes)) {
         Some(Ok(held)) => held,
         Some(Err(error)) => {
             log::info!(
@@ -171,6 +191,14 @@ impl<'a> Collector<'a> {
     fn new(limit: &'a mut SnapshotLimit) -> Self {
         let namespaces = Some(NamespaceDescriptors::new());
         Self { limit, sockets: HashMap::new(), tasks: HashSet::new(), namespaces }
+    }
+
+    fn add_any(&mut self, record: &SocketDescriptor, is_wanted: impl Fn(u64) -> bool) {
+        match record.kind {
+            descriptor_kind::NAMESPACE => self.add_namespace(record),
+            _ if is_wanted(record.inode) => self.add(record),
+            _ => {}
+        }
     }
 
     fn add_namespace(&mut self, record: &SocketDescriptor) {

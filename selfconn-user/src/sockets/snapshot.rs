@@ -273,7 +273,8 @@ fn snapshot_all(
         let is_read = held.borrow().is_some();
         if let (false, Some(open)) = (is_read, options.open_descriptors) {
             let read = |iter| held::read(&iter, &mut SnapshotLimit::new(None)).ok();
-            *held.borrow_mut() = open().ok().and_then(read);
+            // Of a part only, the holders would be searched for in /proc for nothing.
+            *held.borrow_mut() = open().ok().and_then(read).filter(|held| held.holders.complete);
         }
         held.borrow().as_ref().and_then(|held| held.namespaces.clone())
     };

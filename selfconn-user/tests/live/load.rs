@@ -23,9 +23,9 @@ use crate::support::{
     daemon::{
         HookVariant, TestDaemon, doctor, is_event, is_preemptible, method_verdicts, options_forcing, scaled,
     },
-    daemon_pool,
     helper_process::HelperProcess,
     kernel_gaps::KernelGaps,
+    machine,
     netns::TestNetns,
 };
 
@@ -334,7 +334,7 @@ fn run_round(daemon: &mut TestDaemon, method_set: &MethodSet, condition: &Condit
 
 #[test]
 fn losses_of_a_method_are_found_and_counted_and_a_guarded_pair_loses_nothing() {
-    daemon_pool::stop_idle();
+    machine::occupy();
     let conditions = Condition::all();
     for method_set in MethodSet::all() {
         let options = ["--states", "--ring-size", "32M", "--reconcile", "1"];
@@ -371,7 +371,6 @@ fn losses_of_a_method_are_found_and_counted_and_a_guarded_pair_loses_nothing() {
 /// As many connections as in the worst minute of a busy host, and only the events without `--states`.
 fn assert_default_loses_nothing(net: TestNetns, condition: &str) {
     const GROUP: u8 = 1;
-    daemon_pool::stop_idle();
     let each = scaled(1_800);
     let made = each * usize::from(WORKERS);
     let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--ring-size", "32M"]);

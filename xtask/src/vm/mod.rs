@@ -188,7 +188,7 @@ impl MatrixPart {
             .collect::<Result<_>>()?;
         let mut rows: Vec<_> =
             groups.iter().zip(&stocks).flat_map(|(group, stock)| group.rows(stock, args)).collect();
-        // The longest come first.
+        // As they stand in the matrix, where the longest come first.
         rows.sort_by_key(|(_, variant)| variant.index());
         let skipped = stocks.iter().flat_map(|stock| stock.skipped.clone()).collect();
         let report = boot(args, architecture, &rows, skipped, workspace)?;

@@ -189,7 +189,7 @@ fn a_slow_reader_delays_no_event_of_a_new_process_in_the_log() {
     drop(is_live);
     terminate(&mut child);
     let events = parse_log(&reader.join().unwrap());
-    assert_ne!(events.last().unwrap()["lost"]["stdout"], 0, "stdout's queue was not full");
+    assert!(events.last().unwrap()["lost"]["stdout"].as_u64().unwrap() > 0, "stdout's queue was not full");
 }
 
 #[test]

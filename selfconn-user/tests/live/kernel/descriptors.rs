@@ -29,7 +29,7 @@ use socket2::Socket;
 use super::namespaces::lists_namespaces;
 use crate::support::{
     client::{connect_to_self, own_comm, socket},
-    daemon::{HookVariant, TestDaemon, is_event, is_kernel_at_least, reads_descriptors, scaled},
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, is_kernel_at_least, reads_descriptors, scaled},
     helper_process::HelperProcess,
     netns::TestNetns,
 };
@@ -111,7 +111,7 @@ fn a_pass_over_one_process_sees_no_other_and_needs_no_capability() {
     let (_held, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
     let pass = |pid| {
         let mut seen = Vec::new();
-        let until = Instant::now() + Duration::from_secs(60);
+        let until = Instant::now() + DEADLINE;
         let is_ours = |record: &SocketDescriptor| u64::from(record.endpoint.netns) == net.inode;
         iter.pass_of_process(pid, until, |record| {
             seen.extend(is_ours(record).then_some((record.pid, record.endpoint.port)));
@@ -153,8 +153,10 @@ fn a_record_says_what_the_process_itself_sees() {
     bound.bind(&SocketAddr::from((Ipv6Addr::LOCALHOST, 0)).into()).unwrap();
     bound.connect(&bound.local_addr().unwrap()).unwrap();
     let mut records = Vec::new();
-    iter.pass(|record| records.extend((u64::from(record.endpoint.netns) == net.inode).then_some(*record)))
-        .unwrap();
+    iter.pass(DEADLINE, |record| {
+        records.extend((u64::from(record.endpoint.netns) == net.inode).then_some(*record));
+    })
+    .unwrap();
     assert_eq!(records.len(), 3, "{records:?}");
     let record = |socket: &Socket| {
         *records.iter().find(|record| record.fd == socket.as_raw_fd().cast_unsigned()).unwrap()
@@ -239,7 +241,7 @@ fn a_pass_over_many_descriptors_is_faster_than_a_walk_of_proc() {
         .map(|_| {
             records.clear();
             let began = Instant::now();
-            iter.pass(|record| records.push(*record)).unwrap();
+            iter.pass(DEADLINE, |record| records.push(*record)).unwrap();
             began.elapsed()
         })
         .collect();

@@ -14,7 +14,7 @@ use aya::{Ebpf, programs::TracePoint};
 use crate::support::{
     client::{assert_opened_by_this_thread, connect_to_self},
     daemon::{HookVariant, TestDaemon, is_event, scaled},
-    daemon_pool, machine,
+    machine,
     netns::TestNetns,
 };
 
@@ -23,7 +23,6 @@ static TEST_PROGRAMS: &[u8] =
 
 /// Makes 3,000 self-connections with RPS to all CPUs. Each must be reported once, with its opener.
 fn assert_each_is_reported_once_under_rps() {
-    daemon_pool::stop_idle();
     let net = TestNetns::enter_new();
     net.enable_rps();
     let count = scaled(3_000);

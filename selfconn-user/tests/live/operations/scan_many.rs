@@ -9,7 +9,6 @@ use std::{
 
 use crate::support::{
     daemon::{scaled, selfconn},
-    daemon_pool,
     netns::TestNetns,
     scan_output::{METHODS, ScanOutput},
     socket_crowd::{CrowdSockets, SocketCrowd},
@@ -52,7 +51,6 @@ fn median(mut durations: Vec<Duration>) -> Duration {
 #[test]
 fn three_among_a_hundred_thousand_sockets_are_found_faster_than_ss_lists_them() {
     // Each daemon has a namespace of its own, whose table is read, too.
-    daemon_pool::stop_idle();
     let net = TestNetns::enter_new();
     let (processes, each) = (10, scaled(10_000));
     let _crowds: Vec<_> = (0..processes).map(|_| SocketCrowd::start(CrowdSockets::Ordinary(each))).collect();

@@ -39,6 +39,7 @@ const MARKER_TIMEOUT: Duration = Duration::from_secs(5);
 /// The path of the binary under test. The test that asks for it has the machine for itself from now on.
 pub(crate) fn selfconn() -> PathBuf {
     machine::occupy();
+    daemon_pool::begin_test();
     std::env::var_os("SELFCONN_BIN").map_or_else(|| env!("CARGO_BIN_EXE_selfconn").into(), PathBuf::from)
 }
 

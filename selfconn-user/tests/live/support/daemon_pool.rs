@@ -1,6 +1,7 @@
-//! Daemons that are shared by consecutive tests. Starting a daemon reads the kernel's BTF and has every
-//! program verified, which takes a second on an emulated kernel. Most tests do not depend on the start or the
-//! end of a daemon.
+//! Daemons that are shared by consecutive tests of a module. Starting a daemon reads the kernel's BTF and has every
+//! program verified, which takes seconds on an emulated kernel. Most tests do not depend on the start or the
+//! end of a daemon. But an idle daemon reports everything that other tests do: ten of them made a test with a thousand
+//! connections several times slower.
 
 use std::{
     io,
@@ -53,10 +54,19 @@ pub(crate) fn put_idle(key: PoolKey, daemon: TestDaemon) {
     IDLE.lock().unwrap().push((key, daemon));
 }
 
-/// Ends all idle daemons, for tests in which no other daemon may run.
-pub(crate) fn stop_idle() {
-    machine::occupy();
-    IDLE.lock().unwrap().clear();
+/// Ends the idle daemons if they are of another module than the calling test: if the first two parts of its path are
+/// others. Does nothing on the threads that a test starts.
+pub(super) fn begin_test() {
+    static MODULE: Mutex<String> = Mutex::new(String::new());
+    let thread = thread::current();
+    let Some(path) = thread.name().filter(|name| name.contains("::")) else { return };
+    let depth = path.matches("::").count().min(2);
+    let module = path.split("::").take(depth).collect::<Vec<_>>().join("::");
+    let mut last = MODULE.lock().unwrap();
+    if *last != module {
+        *last = module;
+        IDLE.lock().unwrap().clear();
+    }
 }
 
 type SpawnRequest = (Command, Sender<io::Result<Child>>);

@@ -16,7 +16,7 @@ use std::{
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 use socket2::{Domain, Socket, Type};
 
-use super::{daemon::DEADLINE, machine};
+use super::{daemon::DEADLINE, daemon_pool, machine};
 
 /// The network namespace that the calling thread is in from now on.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +30,7 @@ impl TestNetns {
     /// starts from now on are in this namespace, too. The test has the machine for itself from now on.
     pub(crate) fn enter_new() -> Self {
         machine::occupy();
+        daemon_pool::begin_test();
         Self::enter_new_in_helper()
     }
 

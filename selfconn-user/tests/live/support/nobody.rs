@@ -16,15 +16,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::{
-    fs::{CWD, FileType, Mode, makedev, mknodat},
-    process::{Resource, Rlimit, getrlimit, setrlimit},
-};
+use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 
 use super::client::{connect_to_self, socket};
 
 /// The user of these processes.
 pub(crate) const NOBODY: u32 = 65_534;
+
+/// How many descriptors such a process may have. Debian allows 524,288.
+const MAX_DESCRIPTORS: u64 = 20_000;
 
 const TASK_ENV: &str = "SELFCONN_TEST_NOBODY_TASK";
 const FOLDER_ENV: &str = "SELFCONN_TEST_NOBODY_FOLDER";
@@ -176,6 +176,8 @@ fn become_nobody(has_user_namespace: bool) -> io::Result<()> {
     };
     // SAFETY: all arguments are valid.
     unsafe {
+        let limit = libc::rlimit { rlim_cur: MAX_DESCRIPTORS, rlim_max: MAX_DESCRIPTORS };
+        check(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit))?;
         check(libc::setgroups(0, std::ptr::null()))?;
         check(libc::setgid(NOBODY))?;
         check(libc::setuid(NOBODY))?;
@@ -394,11 +396,10 @@ fn share_descriptors() {
             libc::pause()
         }
     }
-    let limit = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
     // A duplicate takes no memory but its place in the table.
-    let duplicates = (0..500_000).map_while(|_| rustix::io::dup(io::stdin()).ok());
-    let count = duplicates.map(std::mem::forget).count();
+    let duplicates = (0..MAX_DESCRIPTORS).map_while(|_| rustix::io::dup(io::stdin()).ok());
+    let count = duplicates.map(std::mem::forget).count() as u64;
+    assert!(count > MAX_DESCRIPTORS / 2, "{count} descriptors");
     let mut stacks = vec![0_u8; PROCESSES * STACK_BYTES];
     for stack in stacks.chunks_exact_mut(STACK_BYTES) {
         let flags = libc::CLONE_VM | libc::CLONE_FILES | libc::SIGCHLD;
