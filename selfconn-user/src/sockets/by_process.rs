@@ -15,12 +15,13 @@ use selfconn_ebpf::{Owner, SocketDescriptor, owner::OWNER_CGROUP_LEVEL};
 use crate::{
     bpf::descriptors::DescriptorIter,
     budget::{LeastSpent, owner_of_user},
+    system::process,
 };
 
 /// How long one process may take. The kernel returns after a million descriptors at most, so it may be longer.
 const MAX_VISIT: Duration = Duration::from_millis(50);
 
-/// How long listing the processes may take. A list of 2,000 takes 70 ms.
+/// How long listing the processes may take. A list of 2,000 takes some 100 ms on 6.18.
 const MAX_LIST: Duration = Duration::from_secs(1);
 
 /// How long a list is used by [`Processes::LastListed`].
@@ -32,9 +33,10 @@ type Process = (Owner, u64, u32);
 /// Which processes are visited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Processes {
-    /// Those that `/proc` shows now.
+    /// The processes in `/proc` at this time.
     Now,
-    /// Those of the last list, if there is one: in haste, or by a thread to which `/proc` shows no other user's.
+    /// Those of the last such list, if there is one: for a thread that has no time to list them, or no capability, so
+    /// that with `hidepid` `/proc` shows it no other user's processes.
     LastListed,
 }
 
@@ -61,10 +63,8 @@ pub(super) fn pass(
     iter.pass_of_process(own, Instant::now() + limit, &mut each)?;
     let (processes, is_whole) = match processes {
         Processes::Now => list(),
-        Processes::LastListed => match last_list() {
-            Some(last) => (last, false),
-            None => list(),
-        },
+        // Without a list nothing is visited: whoever is missing in it would seem to hold nothing.
+        Processes::LastListed => (last_list().unwrap_or_default(), false),
     };
     let visit = |pid, until| iter.pass_of_process(pid, until, &mut each);
     Ok(visit_all(processes.to_vec(), Instant::now() + limit, is_done, visit)? && is_whole)
@@ -108,13 +108,21 @@ fn list() -> (Arc<[Process]>, bool) {
     let mut processes = Vec::new();
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let mut is_readable = true;
     let is_whole = loop {
         let Some(pid) = pids.next() else { break true };
         if begin.elapsed() > MAX_LIST {
             break false;
         }
-        // A process that ends meanwhile has nothing.
-        let Ok(status) = fs::read(format!("/proc/{pid}/status")) else { continue };
+        let status = match fs::read(format!("/proc/{pid}/status")) {
+            Ok(status) => status,
+            // It has ended meanwhile, and holds nothing.
+            Err(error) if process::is_gone(&error) => continue,
+            Err(_) => {
+                is_readable = false;
+                continue;
+            }
+        };
         let group = fs::read(format!("/proc/{pid}/cgroup")).ok().and_then(|text| owner_group(&text));
         let next = cgroups.len() as u64 + 1;
         let group = group.map_or(0, |group| *cgroups.entry(group).or_insert(next));
@@ -127,6 +135,8 @@ fn list() -> (Arc<[Process]>, bool) {
         let descriptors = fs::metadata(format!("/proc/{pid}/fd")).map_or(0, |folder| folder.len());
         processes.push((owner, descriptors, pid));
     };
+    // With `hidepid` only those are shown that this process may trace. The first process is always there.
+    let is_whole = is_whole && is_readable && processes.iter().any(|(.., pid)| *pid == 1);
     let processes: Arc<[Process]> = processes.into();
     *LAST_LIST.lock().unwrap_or_else(PoisonError::into_inner) = Some((begin, processes.clone()));
     (processes, is_whole)

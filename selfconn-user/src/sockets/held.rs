@@ -105,7 +105,7 @@ fn pass(iter: &DescriptorIter, limit: Duration, each: impl FnMut(&SocketDescript
 }
 
 /// As [`read`], but keeps only the sockets with these inodes, takes less time, and begins with the processes if
-/// passes are paused. Where it does not come to its end, the holders of a socket are those that it found first.
+/// passes are paused. If the time is over first, only some of a socket's holders may be found.
 fn read_holders(iter: &DescriptorIter, inodes: &HashSet<u64>) -> io::Result<HeldSockets> {
     let limit = &mut SnapshotLimit::new(None);
     let collector = RefCell::new(Collector::new(limit));

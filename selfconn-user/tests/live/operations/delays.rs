@@ -148,7 +148,7 @@ fn ten_hung_processes_of_one_user_take_nothing_from_another() {
 fn descriptors_that_many_processes_share_delay_nobody() {
     const MAX_PASS: Duration = Duration::from_secs(5);
     let net = TestNetns::enter_new();
-    // An emulated machine lists so many processes too slowly.
+    // In an emulated machine it takes too long to list 2,000 processes.
     if !reads_descriptors() || !is_kernel_at_least((6, 1)) || is_dedicated_machine() {
         return;
     }

@@ -1,7 +1,6 @@
 //! Daemons that are shared by consecutive tests of a module. Starting a daemon reads the kernel's BTF and has every
 //! program verified, which takes seconds on an emulated kernel. Most tests do not depend on the start or the
-//! end of a daemon. But an idle daemon reports everything that other tests do: ten of them made a test with a thousand
-//! connections several times slower.
+//! end of a daemon. But an idle daemon also reports everything that other tests do, so it ends with its module.
 
 use std::{
     io,

@@ -23,7 +23,7 @@ use super::client::{connect_to_self, socket};
 /// The user of these processes.
 pub(crate) const NOBODY: u32 = 65_534;
 
-/// How many descriptors such a process may have. Debian allows 524,288.
+/// How many descriptors such a process may have.
 const MAX_DESCRIPTORS: u64 = 20_000;
 
 const TASK_ENV: &str = "SELFCONN_TEST_NOBODY_TASK";
