@@ -63,7 +63,7 @@ impl DescriptorIter {
     }
 
     /// As [`Self::pass`], but walks the descriptors of this process only. `pid` is an id in the pid namespace of the
-    /// calling process.
+    /// calling process. Linux 6.1 may walk them twice if the process has several threads (seen on 6.1.192).
     ///
     /// # Errors
     /// If the kernel refuses, as every one before Linux 6.1 does (`E2BIG`). `TimedOut`: `until` was reached.

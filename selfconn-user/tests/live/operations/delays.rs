@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set};
 use serde_json::Value;
 
 use crate::support::{
@@ -17,6 +18,7 @@ use crate::support::{
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event, is_kernel_at_least, reads_descriptors, selfconn},
     dedicated::is_dedicated_machine,
     helper_process::HelperProcess,
+    mount_namespace::{mount_proc_with_hidepid, spawn_in_new_mount_namespace},
     netns::TestNetns,
     nobody::{NOBODY, Nobody},
     socket_crowd::{CrowdSockets, SocketCrowd},
@@ -146,7 +148,6 @@ fn ten_hung_processes_of_one_user_take_nothing_from_another() {
 /// A pass over the descriptors of all processes would take longer than anybody may wait.
 #[test]
 fn descriptors_that_many_processes_share_delay_nobody() {
-    const MAX_PASS: Duration = Duration::from_secs(5);
     let net = TestNetns::enter_new();
     // In an emulated machine it takes too long to list 2,000 processes.
     if !reads_descriptors() || !is_kernel_at_least((6, 1)) || is_dedicated_machine() {
@@ -154,25 +155,58 @@ fn descriptors_that_many_processes_share_delay_nobody() {
     }
     let mut crowd = Nobody::sharing_descriptors();
     crowd.wait();
-    // Its pid is higher than theirs, so the pass would come to it last.
+    behind_crowd(&net, ProcOfDaemon::Whole);
+    behind_crowd(&net, ProcOfDaemon::ForItsReader);
+    behind_crowd(&net, ProcOfDaemon::Hidden);
+}
+
+/// Which processes the daemon can list.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum ProcOfDaemon {
+    Whole,
+    /// With `hidepid`: the thread that takes snapshots has CAP_SYS_PTRACE and sees all, the one for `blocked` has no
+    /// capability and sees none.
+    ForItsReader,
+    /// With `hidepid` and without CAP_SYS_PTRACE: nobody sees any.
+    Hidden,
+}
+
+/// A self-connection from before the daemon, of a process that a pass comes to last, and its `blocked`.
+fn behind_crowd(net: &TestNetns, proc_of_daemon: ProcOfDaemon) {
+    const MAX_PASS: Duration = Duration::from_secs(5);
+    // Its pid is higher than those of the crowd, so the pass would come to it last.
     let mut victim = HelperProcess::start("connect");
     let port: u16 = victim.read_output().parse().unwrap();
     let began = Instant::now();
-    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--reconcile", "1"]);
+    let spawn = |command: &mut Command| match proc_of_daemon {
+        ProcOfDaemon::Whole => command.spawn().unwrap(),
+        ProcOfDaemon::ForItsReader => spawn_in_new_mount_namespace(command, mount_proc_with_hidepid),
+        ProcOfDaemon::Hidden => spawn_in_new_mount_namespace(command, || {
+            mount_proc_with_hidepid()?;
+            Ok(remove_capability_from_bounding_set(CapabilitySet::SYS_PTRACE)?)
+        }),
+    };
+    let mut daemon = TestDaemon::start_with(&HookVariant(vec![]), &["--reconcile", "1"], spawn);
     expect_event_in_time(&mut daemon, net.inode);
     let is_held = |event: &Value| is_event("established", net.inode)(event) && event["port"] == port;
     let until = began + MAX_PASS + Duration::from_secs(4);
     let found = daemon.wait_until(until, 1, is_held).unwrap().pop().unwrap();
-    println!("FACT found_after_ms={}", began.elapsed().as_millis());
+    println!("FACT found_after_ms={} {proc_of_daemon:?}", began.elapsed().as_millis());
     assert!(began.elapsed() > MAX_PASS, "the pass was not long: {found}");
-    assert_eq!((&found["source"], &found["pid"]), (&"scan".into(), &victim.pid().into()), "{found}");
+    // A process that could not be looked at may be the holder: unknown, not nobody.
+    let holder = match proc_of_daemon {
+        ProcOfDaemon::Hidden => Value::Null,
+        _ => victim.pid().into(),
+    };
+    assert_eq!((&found["source"], &found["pid"]), (&"scan".into(), &holder), "{found}");
     for _ in 0..3 {
         expect_event_in_time(&mut daemon, net.inode);
     }
     assert!(TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_err());
     let until = Instant::now() + Duration::from_secs(2);
     let blocked = daemon.wait_until(until, 1, is_event("blocked", net.inode)).unwrap().pop().unwrap();
-    assert_eq!(blocked["holder"]["pid"], victim.pid(), "{blocked}");
+    assert_eq!(blocked["holder"]["pid"], holder, "{blocked}");
+    assert_eq!(blocked["holder"]["holders"].is_null(), holder.is_null(), "{blocked}");
     victim.finish();
     stop_in_time(daemon);
 }

@@ -8,9 +8,8 @@
 use std::{
     fs,
     net::Ipv4Addr,
-    os::{fd::AsFd as _, unix::process::CommandExt as _},
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -18,7 +17,7 @@ use std::{
 use rustix::{
     mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, unmount},
     process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit},
-    thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
+    thread::{UnshareFlags, unshare_unsafe},
 };
 use serde_json::Value;
 
@@ -27,6 +26,7 @@ use crate::support::{
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event, scaled, selfconn},
     dedicated::is_dedicated_machine,
     helper_process::HelperProcess,
+    mount_namespace::{mount_proc_with_hidepid, run_in_mount_namespace_of, spawn_in_new_mount_namespace},
     netns::TestNetns,
 };
 
@@ -82,35 +82,6 @@ fn a_killed_daemon_leaves_nothing_in_the_kernel() {
     daemon.stop();
 }
 
-/// Starts the daemon in a mount namespace of its own, after `prepare` has run there.
-fn spawn_in_new_mount_namespace(
-    command: &mut Command,
-    prepare: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
-) -> Child {
-    // SAFETY: unshare, mount and prctl are safe to call between fork and exec, and they close no descriptor.
-    unsafe {
-        command.pre_exec(move || {
-            unshare_unsafe(UnshareFlags::NEWNS)?;
-            mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
-            prepare()
-        });
-    }
-    command.spawn().unwrap()
-}
-
-/// Runs `work` in the mount namespace of a process.
-fn run_in_mount_namespace_of(pid: u32, work: impl FnOnce() + Send) {
-    let namespace = fs::File::open(format!("/proc/{pid}/ns/mnt")).unwrap();
-    let enter = || {
-        // SAFETY: it closes no descriptor. It is needed because a thread that shares its root with others
-        // cannot enter a mount namespace.
-        unsafe { unshare_unsafe(UnshareFlags::FS) }.unwrap();
-        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount)).unwrap();
-        work();
-    };
-    thread::scope(|scope| scope.spawn(enter).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-}
-
 #[test]
 fn without_procfs_kernel_fields_are_reported_and_the_rest_is_null() {
     let net = TestNetns::enter_new();
@@ -158,7 +129,7 @@ fn a_procfs_with_hidepid_hides_process_details() {
         let spawn = |command: &mut Command| {
             spawn_in_new_mount_namespace(command, move || {
                 if is_hidden {
-                    mount("proc", "/proc", "proc", MountFlags::empty(), Some(c"hidepid=ptraceable"))?;
+                    mount_proc_with_hidepid()?;
                 }
                 // A process with CAP_SYS_PTRACE sees everything in spite of hidepid.
                 rustix::thread::remove_capability_from_bounding_set(

@@ -19,6 +19,7 @@ pub(crate) mod helper_process;
 pub(crate) mod kernel_gaps;
 #[expect(dead_code, reason = "only the tests of the command line share the machine")]
 pub(crate) mod machine;
+pub(crate) mod mount_namespace;
 pub(crate) mod netns;
 pub(crate) mod nobody;
 pub(crate) mod pid_namespace;
