@@ -1,18 +1,11 @@
-//! A queue in which owners take turns. Pure.
-//!
-//! Next is the owner whose last turn, or whose arrival if that is later, is longest ago. A turn of an owner is one of its
-//! user and one of its control group, too: who has several sessions or many uids gains none. Among owners for whom that is
-//! the same, such as the users of one control group, their own turns count. An owner that arrives waits for one item of
-//! each owner that was there before, and for no other.
+//! A queue in which owners take turns, as in `turns`. An owner that arrives waits for one item of each owner that was
+//! there before, and for no other. Pure.
 
 use std::collections::{HashMap, VecDeque};
 
 use selfconn_ebpf::Owner;
 
-use super::party::Party;
-
-/// When this many parties are remembered, those whose turn is longest ago are forgotten.
-const MAX_PARTIES: usize = 4_096;
+use super::Turns;
 
 #[derive(Debug)]
 struct OwnerQueue<T> {
@@ -26,22 +19,20 @@ struct OwnerQueue<T> {
 pub struct FairQueue<T> {
     /// None of the queues is empty.
     by_owner: HashMap<Owner, OwnerQueue<T>>,
-    last_turns: HashMap<Party, u64>,
-    /// Number of turns so far.
-    turns: u64,
+    turns: Turns,
     /// Number of items that ever came.
     pushed: u64,
 }
 
 impl<T> Default for FairQueue<T> {
     fn default() -> Self {
-        Self { by_owner: HashMap::new(), last_turns: HashMap::new(), turns: 0, pushed: 0 }
+        Self { by_owner: HashMap::new(), turns: Turns::default(), pushed: 0 }
     }
 }
 
 impl<T> FairQueue<T> {
     pub fn push(&mut self, owner: Owner, item: T) {
-        let since = self.turns;
+        let since = self.turns.count();
         self.pushed += 1;
         let queue =
             self.by_owner.entry(owner).or_insert_with(|| OwnerQueue { since, items: VecDeque::new() });
@@ -50,31 +41,18 @@ impl<T> FairQueue<T> {
 
     /// The oldest item of the next owner.
     pub fn pop(&mut self) -> Option<(Owner, T)> {
-        let last_turn = |owner| Party::of(owner).filter_map(|party| self.last_turns.get(&party)).max();
         let order = |(owner, queue): &(&Owner, &OwnerQueue<T>)| {
-            let since = |turn: Option<&u64>| turn.copied().unwrap_or(0).max(queue.since);
-            let of_parties = since(last_turn(**owner));
-            let of_owner = since(self.last_turns.get(&Party::Owner(**owner)));
-            (of_parties, of_owner, queue.items.front().map(|(number, _)| *number))
+            let oldest = queue.items.front().map(|(number, _)| *number);
+            (self.turns.waiting_since(**owner, queue.since), oldest)
         };
         let (&owner, _) = self.by_owner.iter().min_by_key(order)?;
-        self.note_turn(owner);
+        self.turns.note(owner);
         let queue = self.by_owner.get_mut(&owner)?;
         let (_, item) = queue.items.pop_front()?;
         if queue.items.is_empty() {
             self.by_owner.remove(&owner);
         }
         Some((owner, item))
-    }
-
-    fn note_turn(&mut self, owner: Owner) {
-        self.turns += 1;
-        self.last_turns.extend(Party::of(owner).map(|party| (party, self.turns)));
-        if self.last_turns.len() > MAX_PARTIES {
-            // A turn is one of three parties at most.
-            let forgotten = self.turns - MAX_PARTIES as u64 / 6;
-            self.last_turns.retain(|_, turn| *turn > forgotten);
-        }
     }
 
     /// Takes out the items for which `keeps` is false.
@@ -155,17 +133,12 @@ mod tests {
     }
 
     #[test]
-    fn items_can_be_taken_out_and_no_more_parties_are_remembered_than_allowed() {
+    fn items_can_be_taken_out() {
         let mut queue = FairQueue::default();
         for number in 0..10 {
             queue.push(Owner::new(number % 2, 0), number);
         }
         queue.retain(|item| item % 2 == 1 && *item > 4);
         assert_eq!(drain(&mut queue), [5, 7, 9]);
-        for number in 0..3 * MAX_PARTIES as u32 {
-            queue.push(Owner::new(1 + number, 1 + u64::from(number)), number);
-            assert!(queue.pop().is_some());
-            assert!(queue.last_turns.len() <= MAX_PARTIES + 3);
-        }
     }
 }

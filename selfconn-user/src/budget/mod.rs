@@ -1,7 +1,7 @@
 //! Shares by owner: what one user of the host does takes from that user's share only. `party` says who is one user,
 //! `rate` is a token bucket, `log` the shares of the log, `cmdline` the bytes of a command line, `shares` a limit
-//! that owners share, `shared_rate` one in each second, `fair_queue` a queue in which they take turns, `least_spent`
-//! turns by what they have spent, `owner_losses` what they lose beyond it, `memory` what every part of the daemon may
+//! that owners share, `shared_rate` one in each second, `turns` the order in which they come, `fair_queue` a queue in that order,
+//! `least_spent` one by what they have spent, `owner_losses` what they lose beyond it, `memory` what every part of the daemon may
 //! keep.
 
 pub mod cmdline;
@@ -15,12 +15,14 @@ mod payer;
 mod rate;
 mod shared_rate;
 mod shares;
+mod turns;
 
 pub use fair_queue::FairQueue;
 pub use least_spent::LeastSpent;
 pub use owner_losses::OwnerLosses;
-pub use party::{is_same_cgroup, is_same_user, owner_of_user};
+pub use party::{is_share_taken, owner_of_user};
 pub use payer::Payer;
 pub use rate::RateLimiter;
 pub use shared_rate::SharedRate;
 pub use shares::SharedLimit;
+pub use turns::Turns;

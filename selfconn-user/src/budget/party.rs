@@ -26,15 +26,24 @@ impl Party {
     }
 }
 
+/// How many the users of a control group may have together, where a user may have one: a container's root may be any
+/// user.
+const MAX_OF_CGROUP: usize = 2;
+
+/// True if this owner has as many of something as it may have: one for a user, two for the users of a control group.
+/// `takers` has the owner of each that is taken.
+pub fn is_share_taken<'a>(takers: impl Iterator<Item = &'a Owner> + Clone, owner: Owner) -> bool {
+    takers.clone().any(|other| is_same_user(*other, owner))
+        || takers.filter(|other| is_same_cgroup(**other, owner)).count() >= MAX_OF_CGROUP
+}
+
 /// True if both are the same user: the same owner, or the same uid unless it is root's.
-#[must_use]
-pub fn is_same_user(one: Owner, other: Owner) -> bool {
+fn is_same_user(one: Owner, other: Owner) -> bool {
     one == other || one.uid != 0 && one.uid == other.uid
 }
 
 /// True if both are in the same control group, and it is known.
-#[must_use]
-pub fn is_same_cgroup(one: Owner, other: Owner) -> bool {
+fn is_same_cgroup(one: Owner, other: Owner) -> bool {
     one.cgroup != 0 && one.cgroup == other.cgroup
 }
 

@@ -1,15 +1,18 @@
 //! Which network namespace the guard takes next, and whose attachments fill its room. Pure.
 //!
-//! A namespace with a first connect to its own address comes before those without, three times in a row at most. The next
-//! owner is the one whose last turn, or whose arrival if that is later, is longest ago. So a user who makes thousands of
-//! namespaces delays another owner's by one, and new owners pass nobody. An owner is the user that owns the outermost user
-//! namespace of the network namespace, because network namespaces are made at will.
+//! A namespace with a first connect to its own address comes before those without, three times in a row at most. Owners
+//! take turns as in `budget::turns`, so a user who makes thousands of namespaces delays another owner's by one, and new
+//! owners pass nobody. An owner is the user that owns the outermost user namespace of the network namespace, because
+//! network namespaces are made at will.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use selfconn_ebpf::Owner;
 
-use crate::{budget::SharedLimit, sockets::NetnsId};
+use crate::{
+    budget::{SharedLimit, Turns},
+    sockets::NetnsId,
+};
 
 /// Maximum number of devices to which the program is attached, and of namespaces that wait for another. An attachment may
 /// take a descriptor.
@@ -31,7 +34,7 @@ pub struct Waiting<P> {
 
 #[derive(Debug)]
 struct OwnerQueue<P> {
-    /// The values of `turns` and `arrivals` when its first namespace arrived.
+    /// The numbers of turns and of arrivals when its first namespace arrived.
     since: (u64, u64),
     connecting: VecDeque<Waiting<P>>,
     others: VecDeque<Waiting<P>>,
@@ -41,10 +44,8 @@ struct OwnerQueue<P> {
 #[derive(Debug)]
 pub struct NamespaceQueue<P> {
     by_owner: HashMap<u32, OwnerQueue<P>>,
-    /// The number of the last turn of each owner. Only the newest of them are kept.
-    last_turns: HashMap<u32, u64>,
-    /// Numbers of turns and of arrivals of namespaces so far.
-    turns: u64,
+    turns: Turns,
+    /// Number of arrivals of namespaces so far.
     arrivals: u64,
     /// How many of the last ones were those of namespaces that connect.
     connecting_turns: u32,
@@ -56,14 +57,18 @@ impl<P> Default for NamespaceQueue<P> {
     fn default() -> Self {
         Self {
             by_owner: HashMap::new(),
-            last_turns: HashMap::new(),
-            turns: 0,
+            turns: Turns::default(),
             arrivals: 0,
             connecting_turns: 0,
             waiting: HashSet::new(),
             shares: SharedLimit::new(MAX_ATTACHMENTS),
         }
     }
+}
+
+/// The owner of a namespace, in whatever control group it was made.
+fn payer(owner: u32) -> Owner {
+    Owner::new(owner, 0)
 }
 
 impl<P> NamespaceQueue<P> {
@@ -91,7 +96,7 @@ impl<P> NamespaceQueue<P> {
         }
         self.waiting.insert(waiting.id);
         self.arrivals += 1;
-        let since = (self.turns, self.arrivals);
+        let since = (self.turns.count(), self.arrivals);
         let new = || OwnerQueue { since, connecting: VecDeque::new(), others: VecDeque::new() };
         let queue = self.by_owner.entry(owner).or_insert_with(new);
         if waiting.connects {
@@ -104,7 +109,7 @@ impl<P> NamespaceQueue<P> {
 
     /// Takes room for an attachment. False: the owner has too many.
     pub fn take_room(&mut self, owner: u32) -> bool {
-        self.shares.try_take(Owner::new(owner, 0), 1)
+        self.shares.try_take(payer(owner), 1)
     }
 
     /// The next namespace. Its room stays taken until [`Self::give_back`].
@@ -116,11 +121,10 @@ impl<P> NamespaceQueue<P> {
                 false => !queue.others.is_empty(),
             };
             let (since, arrival) = queue.since;
-            let last_turn = self.last_turns.get(owner).copied().unwrap_or(0);
-            (!has_preferred, last_turn.max(since), arrival)
+            (!has_preferred, self.turns.waiting_since(payer(**owner), since), arrival)
         };
         let (&owner, _) = self.by_owner.iter().min_by_key(order)?;
-        self.note_turn(owner);
+        self.turns.note(payer(owner));
         let queue = self.by_owner.get_mut(&owner)?;
         let [first, second] = match prefers_connecting {
             true => [&mut queue.connecting, &mut queue.others],
@@ -138,18 +142,9 @@ impl<P> NamespaceQueue<P> {
         next
     }
 
-    fn note_turn(&mut self, owner: u32) {
-        if self.last_turns.len() >= MAX_ATTACHMENTS && !self.last_turns.contains_key(&owner) {
-            let oldest = self.last_turns.iter().min_by_key(|(_, turn)| **turn).map(|(owner, _)| *owner);
-            oldest.and_then(|oldest| self.last_turns.remove(&oldest));
-        }
-        self.turns += 1;
-        self.last_turns.insert(owner, self.turns);
-    }
-
     /// Gives back the room of this many attachments that failed or have ended.
     pub fn give_back(&mut self, owner: u32, attachments: usize) {
-        self.shares.give_back(Owner::new(owner, 0), attachments);
+        self.shares.give_back(payer(owner), attachments);
     }
 
     /// The namespaces that wait.
@@ -252,16 +247,6 @@ mod tests {
         assert!(queue.push(waiting(1_000, 0)));
         let order = drain(&mut queue);
         assert_eq!(order.iter().position(|inode| *inode == 1_000), Some(MAX_CONNECTING_TURNS as usize));
-    }
-
-    #[test]
-    fn no_more_turns_are_remembered_than_there_can_be_attachments() {
-        let mut queue = NamespaceQueue::default();
-        for owner in 1..=2 * MAX_ATTACHMENTS as u32 {
-            assert!(queue.push(waiting(owner, owner)) && queue.pop().is_some());
-            queue.give_back(owner, 1);
-        }
-        assert_eq!(queue.last_turns.len(), MAX_ATTACHMENTS);
     }
 
     #[test]

@@ -9,9 +9,9 @@ use std::{
 
 use selfconn_ebpf::Owner;
 
-use super::{DEADLINE, MAX_STUCK, is_share_taken};
+use super::{DEADLINE, MAX_STUCK};
 use crate::{
-    budget::owner_of_user,
+    budget::{is_share_taken, owner_of_user},
     system::{
         command_line::CommandLine,
         process::{self, ProcessFacts, ProcessInfo, ProcessKey, ProcessProof},

@@ -12,9 +12,8 @@ use std::{
 
 use selfconn_ebpf::Owner;
 
-use super::is_share_taken;
 use crate::{
-    budget::cmdline::CmdlineLimit,
+    budget::{cmdline::CmdlineLimit, is_share_taken},
     system::{capabilities, command_line::CommandLine, process::ProcessKey, worker::Worker},
 };
 

@@ -18,7 +18,7 @@ use selfconn_ebpf::Owner;
 use tokio::time::Instant;
 
 use crate::{
-    budget::{SharedLimit, cmdline::CmdlineLimit, is_same_cgroup, is_same_user},
+    budget::{SharedLimit, cmdline::CmdlineLimit},
     system::{
         clock,
         command_line::CommandLine,
@@ -44,15 +44,6 @@ const DEADLINE: Duration = Duration::from_millis(200);
 
 /// Maximum number of look-ups in progress, which owners share. One beyond its owner's share has no result.
 const MAX_IN_PROGRESS: usize = 1_024;
-
-/// Maximum number of reads that the users of a control group may have at a time: a container's root may be any user.
-const MAX_OF_CGROUP: usize = 2;
-
-/// True if this owner has as many reads as it may have, among these owners' reads.
-fn is_share_taken<'a>(reads: impl Iterator<Item = &'a Owner> + Clone, owner: Owner) -> bool {
-    reads.clone().any(|other| is_same_user(*other, owner))
-        || reads.filter(|other| is_same_cgroup(**other, owner)).count() >= MAX_OF_CGROUP
-}
 
 /// The process to look up.
 #[derive(Clone, Copy, Debug)]
