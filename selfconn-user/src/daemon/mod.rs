@@ -4,28 +4,22 @@
 
 use std::{io, time::Duration};
 
-use selfconn_ebpf::{ABSENT, Field, Record, bind_failure::BindFailure};
-use tokio::time::{Instant, sleep};
+use selfconn_ebpf::{ABSENT, Field, bind_failure::BindFailure};
+use tokio::time::Instant;
 
 use crate::{
     bpf::{
-        attach::Method,
         features::KernelFeatures,
         loader::{Counters, Tracer},
     },
     budget::cmdline::CmdlineLimit,
     detect::remediation::Remedy,
-    event::{EventKind, GuardStatus, LossCause, Losses, ProgramCounters},
+    event::{EventKind, GuardStatus},
     guard::{GuardMode, start::Guard, thread::GuardThread},
     lookup::Lookups,
-    metrics::MetricsSnapshot,
     output::Outputs,
-    sockets::{Cookie, SocketSnapshot},
-    system::{
-        cgroup::WatchedGroup,
-        clock::{Offset, sleep_until_some},
-        memory,
-    },
+    sockets::SocketSnapshot,
+    system::{cgroup::WatchedGroup, clock::sleep_until_some, memory},
 };
 use blocked::BlockedReports;
 use catch_up::{AfterRecords, CatchUp};
@@ -34,6 +28,7 @@ use guarding::GuardMonitor;
 use losses::LossReporter;
 use pipeline::Pipeline;
 use port_risk::PortRiskMonitor;
+use records::{MAX_BATCH, RECORD_POLL_INTERVAL, RECORD_TIMEOUT};
 use remediation::Remediation;
 use remedy_worker::SocketResponse;
 use reporting::{Reported, Reporting};
@@ -53,6 +48,7 @@ mod port_conflicts;
 mod port_ranges;
 mod port_risk;
 mod prevented;
+mod records;
 mod remediation;
 mod remedy_worker;
 mod reporting;
@@ -61,6 +57,7 @@ mod signals;
 mod snapshot_worker;
 mod snapshots;
 mod started;
+mod status;
 pub mod supervision;
 
 pub use self_test::HooksDead;
@@ -71,28 +68,11 @@ pub use self_test::HooksDead;
 /// `guard`, each with a thread that enters a namespace; and the readers of command lines, all of which may be stuck.
 pub const MAX_THREADS: usize = 1 + 1 + 1 + 1 + 1 + 4 * 2 + crate::lookup::MAX_STUCK;
 
-/// Maximum number of records drained per loop iteration, so that every other source gets its turn.
-const MAX_BATCH: usize = 1024;
-
-/// Maximum time that the end of a run works on the records in the ring buffer, without the time in which a slow
-/// reader of stdout is waited for. The rest counts as lost. A full ring buffer of the usual size takes 0.4 s.
-const FINAL_DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Maximum time to wait for a record that a probe has counted and not yet written. It is longer than any probe
-/// runs.
-const RECORD_TIMEOUT: Duration = Duration::from_millis(100);
-
-/// Time between two looks at the ring buffer while such a record is missing.
-const RECORD_POLL_INTERVAL: Duration = Duration::from_millis(1);
-
 /// Maximum time between two looks at stdout while events of a snapshot wait for room.
 const BACKLOG_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The interval in which the loop looks whether records must still wait for a slow reader of stdout.
 const HELD_BACK_POLL_INTERVAL: Duration = Duration::from_millis(100);
-
-/// Maximum number of times that failed binds wait for records at the same time. More stay in the ring buffer.
-const MAX_DEFERRED: usize = 4;
 
 /// The options of a run, for the parts that need them.
 pub struct DaemonOptions {
@@ -322,54 +302,6 @@ impl Daemon {
         port_risks.serve_response(tracer.refused_counts(), connections, guard_in, reporting);
     }
 
-    /// How many times failed binds wait for records.
-    fn deferred_bind_failures(&self) -> usize {
-        self.catch_up.count(|then| matches!(then, AfterRecords::BindFailures(_)))
-    }
-
-    /// In a flood the ring buffer is never empty. Failed binds then wait for the records from before them.
-    fn defer_bind_failures(&mut self) {
-        if !self.pending_bind_failures.is_empty() && self.deferred_bind_failures() < MAX_DEFERRED {
-            let failures = std::mem::take(&mut self.pending_bind_failures);
-            self.wait_for_records(AfterRecords::BindFailures(failures));
-        }
-    }
-
-    /// Keeps `then` until every record that is matched by now is applied.
-    fn wait_for_records(&mut self, then: AfterRecords) {
-        self.update_counters();
-        let Counters { matched, ring_full, .. } = self.counters;
-        self.catch_up.push(matched.saturating_sub(ring_full), Instant::now() + RECORD_TIMEOUT, then);
-    }
-
-    /// Does what waited for records that are applied now. `Some`: the hooks are dead.
-    fn serve_caught_up(&mut self, is_ring_empty: bool) -> Option<HooksDead> {
-        while let Some(then) = self.catch_up.next(self.tracer.delivered(), is_ring_empty, Instant::now()) {
-            match then {
-                AfterRecords::Reconcile(snapshot) => self.apply_snapshot(*snapshot),
-                AfterRecords::LookedUp(number, cookie_result) => self.on_looked_up(number, cookie_result),
-                AfterRecords::BindFailures(failures) => {
-                    let clock = Offset::now();
-                    for failure in failures {
-                        self.pipeline.on_bind_failure(&failure, clock);
-                    }
-                }
-                AfterRecords::EvaluateSelfTest => {
-                    if let Some(dead) = self.self_test.evaluate(self.tracer.counters()) {
-                        self.loss_reporter.report_dead_hooks(&dead, &mut self.pipeline.reporting.out);
-                        return Some(HooksDead(dead));
-                    }
-                }
-            }
-        }
-        None
-    }
-
-    fn on_looked_up(&mut self, number: u64, cookie_result: Result<Option<Cookie>, String>) {
-        let Pipeline { remediation, reporting, .. } = &mut self.pipeline;
-        remediation.on_looked_up(number, cookie_result, &mut reporting.out);
-    }
-
     /// Does what is due.
     fn serve_timers(&mut self) {
         let now = Instant::now();
@@ -389,77 +321,6 @@ impl Daemon {
             self.report_losses();
             self.loss_reporter.reschedule(&self.pipeline.reporting.out);
         }
-    }
-
-    /// Drains the rest of the ring buffer after the probes are detached. A probe may still be running on
-    /// another CPU: waits for the records that are counted as matched.
-    async fn drain_remaining(&mut self) -> ProgramCounters {
-        for then in self.catch_up.take_all() {
-            if let AfterRecords::BindFailures(failures) = then {
-                self.pending_bind_failures.extend(failures);
-            }
-        }
-        let mut until = Instant::now() + RECORD_TIMEOUT;
-        let mut worked = Duration::ZERO;
-        loop {
-            // A closed stdout is detected at the next flush.
-            let _ = self.pipeline.reporting.out.make_room().await;
-            if self.pipeline.reporting.out.holds_back_records() {
-                until = Instant::now() + RECORD_TIMEOUT;
-                continue;
-            }
-            let began = Instant::now();
-            let drained = self.drain_batch();
-            self.pipeline.serve_lookups();
-            worked += began.elapsed();
-            if drained > 0 && worked < FINAL_DRAIN_TIMEOUT {
-                continue;
-            }
-            self.report_losses();
-            let Counters { matched, ring_full, connect_table_full, .. } = self.counters;
-            let delivered = self.tracer.delivered() - self.pending_bind_failures.len() as u64;
-            if matched == delivered + ring_full || Instant::now() > until {
-                self.unread = matched.saturating_sub(delivered + ring_full);
-                return ProgramCounters {
-                    matched,
-                    delivered,
-                    not_examined: self.tracer.not_examined(),
-                    not_remembered: connect_table_full,
-                };
-            }
-            sleep(RECORD_POLL_INTERVAL).await;
-        }
-    }
-
-    /// Drains and handles at most [`MAX_BATCH`] records of each ring buffer. Returns their number, or
-    /// [`MAX_BATCH`] if there may be more.
-    fn drain_batch(&mut self) -> usize {
-        self.pipeline.begin_batch();
-        let clock = Offset::now();
-        let has_deferred = self.deferred_bind_failures() > 0;
-        let Self { tracer, pipeline, port_risks, self_test, pending_bind_failures, loss_reporter, .. } = self;
-        let room = MAX_BATCH.saturating_sub(pending_bind_failures.len());
-        let bind_failures = tracer.drain_bind_failures(room);
-        let bind_failure_count = bind_failures.len();
-        pending_bind_failures.extend(bind_failures);
-        if !pending_bind_failures.is_empty() {
-            loss_reporter.on_records();
-        }
-        let drained = tracer.drain(MAX_BATCH, |record, refused| match record {
-            Record::Transition(transition) if self_test.consume(transition) => {}
-            Record::Transition(transition) => pipeline.apply(transition, refused, clock),
-            Record::RefusedConnects(destination) => port_risks.on_threshold(*destination),
-            Record::ListenerClosed(endpoint) => port_risks.on_listener_closed(endpoint),
-            Record::BindFailure(failure) => pipeline.on_bind_failure(failure, clock),
-        });
-        // Every transition from before these failed binds is applied now, if the ring buffer was emptied.
-        // Earlier failed binds that still wait for records are handled first.
-        if drained < MAX_BATCH && !has_deferred {
-            for failure in pending_bind_failures.drain(..) {
-                pipeline.on_bind_failure(&failure, clock);
-            }
-        }
-        if bind_failure_count == room { MAX_BATCH } else { MAX_BATCH.min(drained + bind_failure_count) }
     }
 
     /// Emits `prevented` where it is due. `all`: also what is pending, because the run ends.
@@ -491,100 +352,6 @@ impl Daemon {
         memory::trim_heap();
         let listed = snapshot.entries.len();
         log::debug!("read the socket table: {listed} self-connections, {missed} of them new");
-    }
-
-    /// Reads the probes' counters, and emits `lost` for every loss since the last call.
-    fn report_losses(&mut self) {
-        self.update_counters();
-        let totals = self.losses().plus(self.pipeline.reporting.out.lost());
-        let tracer = &self.tracer;
-        let Pipeline { connections, conflicts, reporting, .. } = &mut self.pipeline;
-        let owners = || tracer.owners_with_losses();
-        let counted = |cause| match cause {
-            LossCause::Untracked => connections.take_untracked(),
-            LossCause::Binds => conflicts.binds.losses.take_unreported(),
-            _ => Vec::new(),
-        };
-        self.loss_reporter.report(&totals, owners, counted, &mut reporting.out);
-    }
-
-    fn update_counters(&mut self) {
-        match self.tracer.counters() {
-            Ok(counters) => self.counters = counters,
-            Err(error) => log::error!("the probes' counters can't be read: {error:#}"),
-        }
-    }
-
-    /// Losses before an event was made.
-    fn losses(&self) -> Losses {
-        Losses::from([
-            (LossCause::Ring, self.counters.ring_full + self.unread),
-            (
-                LossCause::Binds,
-                self.counters.bind_failures_over_rate + self.pipeline.conflicts.binds.losses.total(),
-            ),
-            (LossCause::Missed, self.pipeline.missed),
-            (LossCause::RefusedTable, self.counters.refused_table_full),
-            (LossCause::Hooks, self.loss_reporter.dead_hooks()),
-            (LossCause::OpenerTable, self.counters.connect_table_full),
-            (LossCause::Lookups, self.pipeline.reporting.lookups.given_up()),
-            (LossCause::Untracked, self.pipeline.connections.untracked()),
-        ])
-    }
-
-    /// Names of the worker threads that a panic has ended.
-    fn ended_workers(&self) -> impl Iterator<Item = &'static str> {
-        let others = [
-            self.snapshots.ended_worker(),
-            self.port_risks.ended_worker(),
-            self.pipeline.remediation.ended_worker(),
-            self.pipeline.conflicts.reports.ended_worker(),
-            self.guard.ended_thread(),
-        ];
-        others.into_iter().flatten().chain(self.pipeline.reporting.lookups.ended_workers())
-    }
-
-    /// Current values of all exported metrics. Every metric gets its value here.
-    fn collect_metrics(&mut self) -> MetricsSnapshot {
-        self.update_counters();
-        let mut health_problems = Vec::new();
-        if !self.tracer.is_attached() {
-            health_problems.push("hooks: none is attached".to_owned());
-        }
-        if !self.self_test.is_healthy() {
-            health_problems.push("hooks: the last self-test failed".to_owned());
-        }
-        if !self.pipeline.reporting.out.can_write_log() {
-            health_problems.push("log: it can't be written".to_owned());
-        }
-        health_problems.extend(self.ended_workers().map(|name| format!("thread {name}: it has ended")));
-        let hook_and_method = |(method, ()): &(Method, ())| (method.hook().name(), method.name());
-        let remedy_counts = self.pipeline.remediation.counts();
-        MetricsSnapshot {
-            connections: self.pipeline.established_counts,
-            connections_open: self.pipeline.connections.iter().count() as u64,
-            refused_self_dials: Some(self.counters.refused_connects),
-            ports_at_risk: Some(self.port_risks.at_risk() as u64),
-            self_tests: self
-                .self_test
-                .counts()
-                .map_or_else(Vec::new, |counts| vec![("passed", counts.passed), ("failed", counts.failed)]),
-            blocked_binds: Some(self.pipeline.conflicts.binds.failures()),
-            prevented: self
-                .guard
-                .counts()
-                .map_or_else(Vec::new, |_| vec![(self.guard.mode().name(), self.counters.prevented)]),
-            guarded_namespaces: self.guard.counts().map(|counts| counts.guarded as u64),
-            unguarded_namespaces: self.guard.counts().map(|counts| counts.unguarded as u64),
-            guard_failures: self.guard.counts().map(|counts| counts.failures + self.counters.guard_failed),
-            remedies: remedy_counts.map(|(outcome, count)| (outcome.name(), count)).collect(),
-            lost: self.losses().plus(self.pipeline.reporting.out.lost()),
-            transitions_not_examined: self.tracer.not_examined(),
-            lookups_abandoned: self.pipeline.reporting.lookups.abandoned(),
-            log_write_errors: self.pipeline.reporting.out.log_write_errors(),
-            hooks: self.tracer.methods().live.iter().map(hook_and_method).collect(),
-            health_problems,
-        }
     }
 }
 

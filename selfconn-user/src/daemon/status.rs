@@ -1,0 +1,104 @@
+//! What a run says of itself: its losses, its threads that have ended, its metrics.
+
+use super::{Daemon, pipeline::Pipeline};
+use crate::{
+    bpf::attach::Method,
+    event::{LossCause, Losses},
+    metrics::MetricsSnapshot,
+};
+
+impl Daemon {
+    /// Reads the probes' counters, and emits `lost` for every loss since the last call.
+    pub(super) fn report_losses(&mut self) {
+        self.update_counters();
+        let totals = self.losses().plus(self.pipeline.reporting.out.lost());
+        let tracer = &self.tracer;
+        let Pipeline { connections, conflicts, reporting, .. } = &mut self.pipeline;
+        let owners = || tracer.owners_with_losses();
+        let counted = |cause| match cause {
+            LossCause::Untracked => connections.take_untracked(),
+            LossCause::Binds => conflicts.binds.losses.take_unreported(),
+            _ => Vec::new(),
+        };
+        self.loss_reporter.report(&totals, owners, counted, &mut reporting.out);
+    }
+
+    pub(super) fn update_counters(&mut self) {
+        match self.tracer.counters() {
+            Ok(counters) => self.counters = counters,
+            Err(error) => log::error!("the probes' counters can't be read: {error:#}"),
+        }
+    }
+
+    /// Losses before an event was made.
+    pub(super) fn losses(&self) -> Losses {
+        Losses::from([
+            (LossCause::Ring, self.counters.ring_full + self.unread),
+            (
+                LossCause::Binds,
+                self.counters.bind_failures_over_rate + self.pipeline.conflicts.binds.losses.total(),
+            ),
+            (LossCause::Missed, self.pipeline.missed),
+            (LossCause::RefusedTable, self.counters.refused_table_full),
+            (LossCause::Hooks, self.loss_reporter.dead_hooks()),
+            (LossCause::OpenerTable, self.counters.connect_table_full),
+            (LossCause::Lookups, self.pipeline.reporting.lookups.given_up()),
+            (LossCause::Untracked, self.pipeline.connections.untracked()),
+        ])
+    }
+
+    /// Names of the worker threads that a panic has ended.
+    fn ended_workers(&self) -> impl Iterator<Item = &'static str> {
+        let others = [
+            self.snapshots.ended_worker(),
+            self.port_risks.ended_worker(),
+            self.pipeline.remediation.ended_worker(),
+            self.pipeline.conflicts.reports.ended_worker(),
+            self.guard.ended_thread(),
+        ];
+        others.into_iter().flatten().chain(self.pipeline.reporting.lookups.ended_workers())
+    }
+
+    /// Current values of all exported metrics. Every metric gets its value here.
+    pub(super) fn collect_metrics(&mut self) -> MetricsSnapshot {
+        self.update_counters();
+        let mut health_problems = Vec::new();
+        if !self.tracer.is_attached() {
+            health_problems.push("hooks: none is attached".to_owned());
+        }
+        if !self.self_test.is_healthy() {
+            health_problems.push("hooks: the last self-test failed".to_owned());
+        }
+        if !self.pipeline.reporting.out.can_write_log() {
+            health_problems.push("log: it can't be written".to_owned());
+        }
+        health_problems.extend(self.ended_workers().map(|name| format!("thread {name}: it has ended")));
+        let hook_and_method = |(method, ()): &(Method, ())| (method.hook().name(), method.name());
+        let remedy_counts = self.pipeline.remediation.counts();
+        MetricsSnapshot {
+            connections: self.pipeline.established_counts,
+            connections_open: self.pipeline.connections.iter().count() as u64,
+            refused_self_dials: Some(self.counters.refused_connects),
+            ports_at_risk: Some(self.port_risks.at_risk() as u64),
+            self_tests: self
+                .self_test
+                .counts()
+                .map_or_else(Vec::new, |counts| vec![("passed", counts.passed), ("failed", counts.failed)]),
+            blocked_binds: Some(self.pipeline.conflicts.binds.failures()),
+            prevented: self
+                .guard
+                .counts()
+                .map_or_else(Vec::new, |_| vec![(self.guard.mode().name(), self.counters.prevented)]),
+            guarded_namespaces: self.guard.counts().map(|counts| counts.guarded as u64),
+            unguarded_namespaces: self.guard.counts().map(|counts| counts.unguarded as u64),
+            guard_failures: self.guard.counts().map(|counts| counts.failures + self.counters.guard_failed),
+            remedies: remedy_counts.map(|(outcome, count)| (outcome.name(), count)).collect(),
+            lost: self.losses().plus(self.pipeline.reporting.out.lost()),
+            transitions_not_examined: self.tracer.not_examined(),
+            lookups_abandoned: self.pipeline.reporting.lookups.abandoned(),
+            log_write_errors: self.pipeline.reporting.out.log_write_errors(),
+            hooks: self.tracer.methods().live.iter().map(hook_and_method).collect(),
+            health_problems,
+        }
+    }
+}
