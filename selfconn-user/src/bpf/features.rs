@@ -72,6 +72,9 @@ const WITHOUT_TRACING: &str = "the kernel was built without CONFIG_BPF_EVENTS";
 const NAMESPACE_FIELDS: [Field; 5] =
     [Field::TaskNsproxy, Field::NsproxyNet, Field::NetList, Field::NetOps, Field::NetnsInum];
 
+/// Which lockdown there is. A container often has no securityfs.
+const LOCKDOWN_PATH: &str = "/sys/kernel/security/lockdown";
+
 /// The event source of kprobes (`kernel/events/core.c` at v5.10).
 const KPROBE_TYPE: &str = "/sys/bus/event_source/devices/kprobe/type";
 
@@ -220,9 +223,7 @@ impl KernelFeatures {
             shows_idle_sockets,
             probe_read,
             kprobes: kprobes(),
-            lockdown: fs::read_to_string("/sys/kernel/security/lockdown")
-                .ok()
-                .and_then(|text| parse_lockdown(&text)),
+            lockdown: fs::read_to_string(LOCKDOWN_PATH).ok().and_then(|text| parse_lockdown(&text)),
             tracefs: tracefs::find(),
             capabilities: capabilities::effective().context("cannot read the capabilities")?,
             is_initial_pid_ns: process::is_in_initial_pid_ns(),
@@ -411,12 +412,22 @@ impl KernelFeatures {
         if self.probe_read {
             return Ok(());
         }
-        let why =
-            if self.lacks_tracing { WITHOUT_TRACING } else { "bpf_probe_read_kernel may not be called" };
-        Err(match self.lockdown.as_deref() {
-            Some("confidentiality") => Refusal::Refused(format!("{why} under lockdown=confidentiality")),
-            _ => Refusal::Unsupported(why.to_owned()),
-        })
+        Err(probe_read_refusal(self.lacks_tracing, self.lockdown.as_deref()))
+    }
+}
+
+/// Why programs may not call `bpf_probe_read_kernel`. `lockdown` is `None` if it can't be read.
+fn probe_read_refusal(lacks_tracing: bool, lockdown: Option<&str>) -> Refusal {
+    let why = "bpf_probe_read_kernel may not be called";
+    match (lacks_tracing, lockdown) {
+        (true, _) => Refusal::Unsupported(WITHOUT_TRACING.to_owned()),
+        (false, Some("confidentiality")) => Refusal::Refused(format!("{why} under lockdown=confidentiality")),
+        (false, Some(_)) => Refusal::Unsupported(why.to_owned()),
+        // Since v5.5 each kernel has it, and nothing else refuses it (`bpf_tracing_func_proto`,
+        // kernel/trace/bpf_trace.c at v5.10).
+        (false, None) => Refusal::Refused(format!(
+            "{why}, as under lockdown=confidentiality; {LOCKDOWN_PATH} can't be read"
+        )),
     }
 }
 
@@ -475,6 +486,13 @@ fn parse_lockdown(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_read_is_refused_by_policy_unless_the_kernel_lacks_it() {
+        let is_refused = |lacks, lockdown| matches!(probe_read_refusal(lacks, lockdown), Refusal::Refused(why) if why.contains("lockdown"));
+        assert!(is_refused(false, Some("confidentiality")) && is_refused(false, None));
+        assert!(!is_refused(false, Some("integrity")) && !is_refused(true, Some("confidentiality")));
+    }
 
     #[test]
     fn lockdown_is_the_word_in_brackets() {

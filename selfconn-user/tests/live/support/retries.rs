@@ -1,7 +1,7 @@
-//! Retries: the only reason to repeat a test is a transition that no program could see, because the forced
-//! method can be preempted. A test says so by [`for_each_variant_retrying`] and returns [`Missed`]. A failed
-//! assertion ends a test at once: a wrong value is never retried. Tests of what must not be reported have no
-//! retries.
+//! Retries. There are two reasons to repeat a test: a transition that no program could see, because the forced
+//! method can be preempted, and a look-up that a busy host did not make before its deadline. A test says so by
+//! [`for_each_variant_retrying`] and returns [`Missed`], or by [`until_looked_up`]. A failed assertion ends a test at
+//! once: a wrong value is never retried. Tests of what must not be reported have no retries.
 
 use std::io::Write as _;
 
@@ -58,6 +58,17 @@ pub(crate) fn for_each_variant_retrying(reason: &str, test: impl Fn(&HookVariant
         let max = if variant.is_lossless() { 1 } else { 3 };
         with_retries(reason, variant.method(), max, || test(&variant));
     }
+}
+
+/// Repeats what needs the look-up of a process, at most five times in all. False: its deadline had passed, as a busy host
+/// may let it.
+pub(crate) fn until_looked_up(mut is_looked_up: impl FnMut() -> Result<bool, Missed>) -> Attempt {
+    for _ in 0..5 {
+        if is_looked_up()? {
+            return Ok(());
+        }
+    }
+    Err(Missed("no process was looked up in time".to_owned()))
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use crate::support::{
     helper_process::{self, HelperProcess},
     netns::TestNetns,
     pid_namespace::spawn_in_new_pid_namespace,
-    retries::{Missed, PREEMPTED, for_each_variant_retrying},
+    retries::{Missed, PREEMPTED, for_each_variant_retrying, until_looked_up},
 };
 
 fn expect_established(daemon: &mut TestDaemon, net: TestNetns) -> Value {
@@ -45,23 +45,30 @@ fn try_closed(daemon: &mut TestDaemon, net: TestNetns) -> Result<Value, Missed> 
 fn the_openers_program_and_cgroup_are_reported_in_both_events() {
     let net = TestNetns::enter_new();
     let mut daemon = TestDaemon::shared(&HookVariant(vec![]), &[]);
-    let mut client = HelperProcess::start("connect");
-    client.read_output();
-    let opened = expect_established(&mut daemon, net);
-    let pid = client.pid();
-    let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
-    let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
-    client.finish();
-    let closed = expect_closed(&mut daemon, net);
-    for event in [&opened, &closed] {
-        assert_eq!(event["pid"], pid);
-        assert_eq!(event["comm"], "a-client");
-        assert_eq!(event["exe"], exe.to_str().unwrap());
-        assert_eq!(event["cmdline"][1], "--exact", "{event}");
-        let path = event["cgroup"].as_str().unwrap_or("");
-        assert!(cgroup.lines().any(|line| line.ends_with(path)), "{path} in {cgroup}");
-    }
-    assert_eq!(closed["closer"]["pid"], pid, "{closed}");
+    until_looked_up(|| {
+        let mut client = HelperProcess::start("connect");
+        client.read_output();
+        let pid = client.pid();
+        let is_its = |kind| move |event: &Value| is_event(kind, net.inode)(event) && event["pid"] == pid;
+        let opened = daemon.expect(1, is_its("established")).remove(0);
+        let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+        let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        client.finish();
+        let closed = daemon.expect(1, is_its("closed")).remove(0);
+        assert_eq!(closed["closer"]["pid"], pid, "{closed}");
+        for event in [&opened, &closed] {
+            assert_eq!(event["comm"], "a-client");
+            if event["exe"].is_null() || event["cmdline"].is_null() {
+                return Ok(false);
+            }
+            assert_eq!(event["exe"], exe.to_str().unwrap());
+            assert_eq!(event["cmdline"][1], "--exact", "{event}");
+            let path = event["cgroup"].as_str().unwrap_or("");
+            assert!(cgroup.lines().any(|line| line.ends_with(path)), "{path} in {cgroup}");
+        }
+        Ok(true)
+    })
+    .unwrap();
     daemon.stop();
 }
 
@@ -157,29 +164,34 @@ fn names_the_pid_namespace_limit(limits: &Value) -> bool {
 fn outside_the_initial_pid_namespace_no_process_is_looked_up_and_started_reports_it() {
     let net = TestNetns::enter_new();
     for is_outside in [true, false] {
-        let spawn = |command: &mut Command| match is_outside {
-            true => spawn_in_new_pid_namespace(command),
-            false => command.spawn().unwrap(),
-        };
-        let mut daemon = TestDaemon::start_with(&HookVariant(vec![]), &[], spawn);
-        let mut client = HelperProcess::start("connect");
-        client.read_output();
-        expect_established(&mut daemon, net);
-        let pid = client.pid();
-        client.finish();
-        expect_closed(&mut daemon, net);
-        let (events, _) = daemon.stop();
-        let started = events.iter().find(|event| event["event"] == "started").unwrap();
-        assert_eq!(names_the_pid_namespace_limit(&started["limits"]), is_outside, "{started}");
-        for event in events.iter().filter(|event| event["netns"] == net.inode) {
-            // The fields recorded by the kernel are right from any pid namespace.
-            let comm = if is_outside { comm_by_thread("a-client") } else { "a-client".into() };
-            assert_eq!((&event["pid"], &event["comm"]), (&pid.into(), &comm), "{event}");
-            for fact in ["exe", "cmdline", "cgroup", "unit", "container", "holders"] {
-                assert!(!is_outside || event[fact].is_null(), "{fact} in {event}");
+        until_looked_up(|| {
+            let spawn = |command: &mut Command| match is_outside {
+                true => spawn_in_new_pid_namespace(command),
+                false => command.spawn().unwrap(),
+            };
+            let mut daemon = TestDaemon::start_with(&HookVariant(vec![]), &[], spawn);
+            let mut client = HelperProcess::start("connect");
+            client.read_output();
+            expect_established(&mut daemon, net);
+            let pid = client.pid();
+            client.finish();
+            expect_closed(&mut daemon, net);
+            let (events, _) = daemon.stop();
+            let started = events.iter().find(|event| event["event"] == "started").unwrap();
+            assert_eq!(names_the_pid_namespace_limit(&started["limits"]), is_outside, "{started}");
+            let mut has_programs = true;
+            for event in events.iter().filter(|event| event["netns"] == net.inode) {
+                // The fields recorded by the kernel are right from any pid namespace.
+                let comm = if is_outside { comm_by_thread("a-client") } else { "a-client".into() };
+                assert_eq!((&event["pid"], &event["comm"]), (&pid.into(), &comm), "{event}");
+                for fact in ["exe", "cmdline", "cgroup", "unit", "container", "holders"] {
+                    assert!(!is_outside || event[fact].is_null(), "{fact} in {event}");
+                }
+                has_programs &= event["exe"].is_string();
             }
-            assert_eq!(event["exe"].is_null(), is_outside, "{event}");
-        }
+            Ok(is_outside || has_programs)
+        })
+        .unwrap();
     }
 }
 

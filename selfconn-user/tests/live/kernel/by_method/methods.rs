@@ -95,19 +95,21 @@ fn what_a_mount_hides_is_called_masked_and_what_the_kernel_lacks_is_not() {
         assert!(masked["finding"].as_str().unwrap().contains("masked: "), "{masked}");
         assert!(masked["hint"].as_str().unwrap().starts_with("unmount"), "{masked}");
     }
-    let verdicts = |doctor: &Value| {
-        let methods =
+    let method = |doctor: &Value, name: &str| {
+        let mut methods =
             doctor["hooks"].as_array().unwrap().iter().flat_map(|hook| hook["methods"].as_array().unwrap());
-        methods
-            .filter(|method| method["method"] == "kprobe")
-            .map(|method| method["why"].clone())
-            .next()
-            .unwrap()
+        methods.find(|method| method["method"] == name).unwrap().clone()
     };
     // The method is missing for the same reason, or was before.
-    let why = verdicts(&doctor_with_masked("/sys/bus"));
+    let why = method(&doctor_with_masked("/sys/bus"), "kprobe")["why"].clone();
     assert!(why.as_str().unwrap().contains("masked: "), "{why}");
-    assert!(!verdicts(open).to_string().contains("masked"), "{open}");
+    assert!(!method(open, "kprobe")["why"].to_string().contains("masked"), "{open}");
+    // What the policy refuses is refused also where the policy can't be read.
+    if lockdown() == "confidentiality" {
+        let perf = method(&doctor_with_masked("/sys/kernel/security"), "perf");
+        assert_eq!(perf["verdict"], "refused", "{perf}");
+        assert!(perf["why"].as_str().unwrap().contains("lockdown"), "{perf}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use crate::support::{
     daemon::{HookVariant, TestDaemon, comm_by_thread, is_event, is_name_or_unknown},
     helper_process::HelperProcess,
     netns::TestNetns,
-    retries::{Missed, PREEMPTED, for_each_variant_retrying},
+    retries::{Missed, PREEMPTED, for_each_variant_retrying, until_looked_up},
 };
 
 fn exe(pid: u32) -> String {
@@ -43,16 +43,6 @@ fn has_program(variant: &HookVariant, event: &Value, comm: &str) -> bool {
     assert!(exe.is_null() || *exe == self::exe(std::process::id()).as_str(), "{variant:?}: {event}");
     assert!(arguments.is_null() || arguments[1] == "--exact", "{variant:?}: {event}");
     !exe.is_null() && !arguments.is_null()
-}
-
-/// Repeats a connection whose process was not looked up before the deadline of look-ups, because the host is busy.
-fn until_looked_up(mut is_looked_up: impl FnMut() -> Result<bool, Missed>) -> Result<(), Missed> {
-    for _ in 0..5 {
-        if is_looked_up()? {
-            return Ok(());
-        }
-    }
-    Err(Missed("no process was looked up in time".to_owned()))
 }
 
 #[test]
