@@ -210,6 +210,22 @@ impl<T> Choice<T> {
         self.live.iter().map(|(method, _)| *method).filter(move |method| method.hook() == hook)
     }
 
+    /// What a single method misses, as text for people. `None`: there are two, or none.
+    #[must_use]
+    pub fn limit(&self) -> Option<String> {
+        let [(only, _)] = &self.live[..] else { return None };
+        let missed = match only.recursion_guard() {
+            RecursionGuard::PerProgram => "its program already runs on the same CPU",
+            RecursionGuard::PerCpu => {
+                "a program of a kprobe, tracepoint or perf event, also of another agent, runs on the same CPU"
+            }
+        };
+        Some(format!(
+            "only {only} is attached, so no other method sees a transition that comes while {missed}: a connection whose \
+             beginning is missed is found by the next snapshot, if it is still open, without who connected it"
+        ))
+    }
+
     /// Checks that the user's request is met; the error says what is missing.
     ///
     /// # Errors

@@ -160,7 +160,7 @@ fn collect(features: &KernelFeatures) -> DoctorReport {
         binds: bind_reports(bind_programs::probe_methods(features)),
         descriptors: vec![iterator_report(descriptors::NAME, descriptors::probe(features))],
         namespaces: vec![iterator_report(namespaces::NAME, namespaces::probe(features))],
-        limits: features.limits(),
+        limits: features.limits().into_iter().chain(choice.limit()).collect(),
         memory: MemoryReport::new(),
         live: None,
         fit: !choice.live.is_empty(),

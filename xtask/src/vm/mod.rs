@@ -54,7 +54,7 @@ pub(crate) struct VmArgs {
     all: bool,
     /// A kernel image, a kernel package, or a version such as 6.12, 6.12-rt (real-time), 6.12-generic (not for
     /// clouds) or, on aarch64, 6.12-16k (pages of 16 KiB); by default the newest 5.10, 6.1, 6.12, 6.18 and 7.x that
-    /// Debian has
+    /// Debian has, and on aarch64 5.10, 6.1, 6.12-16k and 7.x
     #[arg(long, value_name = "PATH|VERSION")]
     kernel: Vec<String>,
     /// The architecture of the machines; by default this machine's. For another one the programs are cross-compiled

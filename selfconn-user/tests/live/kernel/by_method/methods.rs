@@ -59,11 +59,16 @@ fn a_kernel_has_the_expected_methods_and_refuses_the_others_by_policy() {
         }
         assert_eq!(names_the_policy, verdict == "refused", "{kernel}: {method}: {why:?}");
     }
-    // The pair never shares one recursion guard, and it uses both hooks.
+    // The pair never shares one recursion guard, and it uses both hooks. A single method is one limit more.
     let has = |method| expected_verdicts(&kernel, &lockdown()).contains(&(method, "ok"));
     let second = ["kprobe", "fentry"].into_iter().find(|method| has(method));
     let pair: Vec<_> = ["tp_btf"].into_iter().chain(second).collect();
     assert_eq!(doctor()["would_attach"], serde_json::json!(pair), "{kernel}");
+    assert_eq!(names_single_method(&doctor()["limits"]), pair.len() == 1, "{kernel}: {}", doctor());
+}
+
+fn names_single_method(limits: &Value) -> bool {
+    limits.to_string().contains(" is attached, so no other method sees a transition that comes while ")
 }
 
 /// The output of `doctor --json` where a tmpfs covers this directory.
@@ -118,6 +123,7 @@ fn started_lists_the_live_methods_and_why_the_others_are_not() {
     let hooks = events[0]["hooks"].as_array().unwrap();
     let live: Vec<_> = hooks.iter().filter_map(|hook| hook["method"].as_str()).collect();
     assert_eq!(serde_json::json!(live), doctor()["would_attach"], "{}", events[0]);
+    assert_eq!(names_single_method(&events[0]["limits"]), live.len() == 1, "{}", events[0]);
     for (method, verdict, why) in method_verdicts().into_iter().filter(|(_, verdict, _)| *verdict != "ok") {
         // Only methods that were tried are listed: all methods of a hook without a live method, and for a
         // live hook those before the live one.
@@ -142,6 +148,8 @@ fn a_forced_method_is_the_only_live_method() {
         let hooks = daemon.received()[0]["hooks"].as_array().unwrap();
         let live: Vec<_> = hooks.iter().filter_map(|hook| hook["method"].as_str()).collect();
         assert_eq!(live, [*variant.0.last().unwrap()], "{hooks:?}");
+        let limits = &daemon.received()[0]["limits"];
+        assert!(names_single_method(limits) && limits.to_string().contains(live[0]), "{limits}");
         daemon.stop();
     }
 }
