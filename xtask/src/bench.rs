@@ -21,7 +21,7 @@ pub(crate) struct BenchArgs {
     /// Don't measure in a virtual machine
     #[arg(long)]
     no_vm: bool,
-    /// Only these groups: idle, transition, bind, churn, latency, scan, flood, exec, guard
+    /// Only these groups: idle, transition, bind, churn, pairs, latency, scan, flood, exec, guard
     groups: Vec<String>,
 }
 
@@ -29,7 +29,7 @@ pub(crate) struct BenchArgs {
 const PEERS: [&str; 3] = ["libbpf-tools", "bpftrace", "iproute2"];
 
 /// The groups that need both hooks.
-const GROUPS_IN_VM: [&str; 3] = ["transition", "bind", "churn"];
+const GROUPS_IN_VM: [&str; 4] = ["transition", "bind", "churn", "pairs"];
 
 /// Installs the other tools, builds, and runs the bench. A target that is not met is a result, and no error.
 pub(crate) fn run(args: &BenchArgs, workspace: &Workspace) -> Result<()> {

@@ -3,16 +3,17 @@
 
 use anyhow::{Context as _, Result};
 
-use crate::{churn, guard, load, measure::Measurement, run_time, scan};
+use crate::{churn, guard, load, measure::Measurement, pairs, run_time, scan};
 
 type Group = fn(&mut Measurement) -> Result<()>;
 
 /// The groups of rows, in the order in which they are measured.
-pub(crate) const GROUPS: [(&str, Group); 9] = [
+pub(crate) const GROUPS: [(&str, Group); 10] = [
     ("idle", load::idle),
     ("transition", run_time::transition),
     ("bind", run_time::bind),
     ("churn", churn::churn),
+    ("pairs", pairs::measure),
     ("latency", load::latency),
     ("scan", scan::scan),
     ("flood", load::flood),

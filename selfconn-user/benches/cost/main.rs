@@ -13,6 +13,7 @@ mod load;
 mod log;
 mod measure;
 mod net;
+mod pairs;
 mod proc;
 mod programs;
 mod report;

@@ -59,6 +59,7 @@ fn rows_of_host(samples: &Samples) -> Vec<CostRow> {
         ("churn", churn),
         (OUTSIDE, churn),
         (INSIDE, churn),
+        ("pairs", pairs),
         ("flood", flood),
         ("latency", latency),
         ("idle", idle),
@@ -133,6 +134,17 @@ fn churn(builder: &mut RowBuilder<'_>) {
     builder.row("selfconn, to tcpstates", Ratio, AtLeast(3.0), ratio("ours", "tcpstates"));
     for peer in ["tcpstates", "tcplife", "bpftrace", "ss_polling"] {
         builder.row(&format!("{peer}, to untraced"), Ratio, NoTarget, ratio(peer, "none"));
+    }
+}
+
+/// Each single method and pair, to untraced.
+fn pairs(builder: &mut RowBuilder<'_>) {
+    let samples = builder.samples;
+    for name in samples.values.keys().filter_map(|name| name.strip_prefix("pairs.")) {
+        if name != "none" {
+            let ratio = samples.ratio(&format!("pairs.{name}"), "pairs.none");
+            builder.row(&format!("{name} attached, to untraced"), Ratio, NoTarget, ratio);
+        }
     }
 }
 
