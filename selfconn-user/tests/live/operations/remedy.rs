@@ -27,6 +27,7 @@ use crate::support::{
 mod capability;
 mod forged;
 mod race;
+mod shutdown;
 
 const PORT_RANGE: &str = "40000 40199";
 const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
