@@ -54,10 +54,12 @@ pub(crate) fn scaled(count: usize) -> usize {
 pub(crate) struct HookVariant(pub(crate) Vec<&'static str>);
 
 impl HookVariant {
-    /// True unless this is a single method on a kernel that preempts BPF programs. The module `load` measures
-    /// what preemption loses.
+    /// True unless this is a single method on a kernel that preempts BPF programs, or the daemon within a call of `bpf()`:
+    /// `perf` and `kprobe` see nothing on that CPU until the call ends. The module `load` measures what that loses.
     pub(crate) fn is_lossless(&self) -> bool {
-        self.0.last().is_none_or(|method| !is_preemptible("tp_btf") && !is_preemptible(method))
+        let is_covered =
+            |method: &&str| !is_preemptible("tp_btf") && !is_preemptible(method) && !is_real_time();
+        self.0.last().is_none_or(is_covered)
     }
 
     /// The forced method, or `default`.
@@ -116,6 +118,11 @@ pub(crate) fn is_kernel_at_least(version: (u32, u32)) -> bool {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
     (numbers.next(), numbers.next()) >= (Some(version.0), Some(version.1))
+}
+
+/// True if the kernel is a real-time one, which preempts nearly everything.
+pub(crate) fn is_real_time() -> bool {
+    rustix::system::uname().version().to_string_lossy().contains("PREEMPT_RT")
 }
 
 /// True if the program of this method can be preempted on this kernel. Tracepoints run with preemption off

@@ -11,7 +11,7 @@ use rustix::{
 use serde_json::Value;
 
 use crate::support::daemon::{
-    HookVariant, TestDaemon, doctor, hook_variants, method_verdicts, options_forcing, selfconn,
+    HookVariant, TestDaemon, doctor, hook_variants, is_real_time, method_verdicts, options_forcing, selfconn,
 };
 
 /// The expected method verdicts under a lockdown. There is no difference between kernels of x86-64 from 5.10 to 7.x,
@@ -23,8 +23,7 @@ fn expected_verdicts(kernel: &str, lockdown: &str) -> [(&'static str, &'static s
         if cfg!(target_arch = "aarch64") && version_of(kernel) < (6, 4) { "unsupported" } else { "ok" };
     // The patches, until they became a part of the kernel, put a field before those of each tracepoint
     // (`common_preempt_lazy_count` in Debian's linux-image-6.1-rt).
-    let is_real_time = rustix::system::uname().version().to_string_lossy().contains("PREEMPT_RT");
-    let perf = if is_real_time && version_of(kernel) < (6, 12) { "unsupported" } else { reads_memory };
+    let perf = if is_real_time() && version_of(kernel) < (6, 12) { "unsupported" } else { reads_memory };
     [("tp_btf", "ok"), ("perf", perf), ("fentry", fentry), ("kprobe", reads_memory)]
 }
 
