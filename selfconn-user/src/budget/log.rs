@@ -1,36 +1,19 @@
-//! The log's shares: which connections an owner may have in the log. Pure: the caller has the clock.
+//! The log's budget: which connections an owner may have in the log. Pure: the caller has the clock.
 //!
-//! An owner has a rate, and its control group a larger one, so that a container's root who changes uids gains
-//! nothing. A connection is admitted or suppressed as a whole, at its first event. A reserve beside the rate is for
-//! the first connection of each program and port, and half of it for what the remedy did.
+//! `log_shares` has the rates. A connection is admitted or suppressed as a whole, at its first event. A reserve beside
+//! the rate is for the first connection of each program and port, and half of it for what the remedy did.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     hash::{BuildHasher as _, RandomState},
-    sync::Arc,
 };
 
-use super::{Payer, RateLimiter};
+use selfconn_ebpf::Owner;
 
-const SECOND_NS: u64 = 1_000_000_000;
-
-/// A rate's burst. The 2,000 connections that are open at a start are one.
-const BURST_SECONDS: u32 = 10;
-
-/// The rate of a control group, as a multiple of an owner's rate.
-const CGROUP_FACTOR: u32 = 4;
-
-/// A reserve is this part of its rate.
-const RESERVE_DIVISOR: u32 = 10;
+use super::{Payer, RateLimiter, log_shares::LogShares};
 
 /// Events that a connection certainly has: `established` and `closed`.
 const CONNECTION_EVENTS: u64 = 2;
-
-/// Maximum number of owners, and of control groups, that have a share of their own.
-const SHARES: usize = 1_024;
-
-/// Maximum number of programs and ports that are remembered of an owner.
-const PROGRAMS: usize = 64;
 
 /// Maximum number of owners in one report.
 const REPORTED_OWNERS: usize = 64;
@@ -54,7 +37,10 @@ pub enum Phase {
 #[derive(Clone, Debug)]
 pub struct LogRequest<'a> {
     pub id: &'a str,
-    pub owner: Payer,
+    /// Whose share it takes.
+    pub owner: Owner,
+    /// Who is named if it is suppressed.
+    pub payer: Payer,
     pub program: Option<&'a str>,
     pub port: u16,
     pub phase: Phase,
@@ -72,19 +58,6 @@ pub struct SuppressedEvents {
     pub last_port: u16,
 }
 
-#[derive(Clone, Debug)]
-struct Share {
-    events: RateLimiter,
-    reserve: RateLimiter,
-}
-
-#[derive(Debug)]
-struct OwnerShare {
-    share: Share,
-    /// Hashes of the programs and ports of its connections.
-    seen: HashSet<u64>,
-}
-
 #[derive(Clone, Copy, Debug)]
 struct Decision {
     is_admitted: bool,
@@ -93,14 +66,11 @@ struct Decision {
 
 #[derive(Debug)]
 pub struct LogBudget {
-    rate: u32,
-    owners: HashMap<Payer, OwnerShare>,
-    cgroups: HashMap<Arc<str>, Share>,
+    shares: LogShares,
     /// By the id of each open connection.
     decisions: HashMap<Box<str>, Decision>,
     suppressed: u64,
     unreported: HashMap<Payer, SuppressedEvents>,
-    swept_ns: u64,
     hasher: RandomState,
 }
 
@@ -109,13 +79,10 @@ impl LogBudget {
     #[must_use]
     pub fn new(rate: u32) -> Self {
         Self {
-            rate,
-            owners: HashMap::new(),
-            cgroups: HashMap::new(),
+            shares: LogShares::new(rate),
             decisions: HashMap::new(),
             suppressed: 0,
             unreported: HashMap::new(),
-            swept_ns: 0,
             hasher: RandomState::new(),
         }
     }
@@ -142,12 +109,12 @@ impl LogBudget {
             (_, Some(Decision { is_admitted: true, .. })) => {
                 // Paid with the connection.
                 if request.phase != Phase::Established {
-                    self.shares(&request.owner, now_ns, |share| share.events.take(1, now_ns));
+                    self.shares.each(request.owner, now_ns, |share| share.events.take(1, now_ns));
                 }
                 true
             }
             (Phase::Remedied { is_final: true }, _) | (Phase::Closed | Phase::Remedied { .. }, None) => {
-                self.take_reserve(&request.owner, 1, now_ns, |reserve| reserve.has(1, now_ns))
+                self.take_reserve(request.owner, 1, now_ns, |reserve| reserve.has(1, now_ns))
             }
             (_, Some(_)) => false,
         };
@@ -175,87 +142,37 @@ impl LogBudget {
     }
 
     fn admits_connection(&mut self, request: &LogRequest<'_>, now_ns: u64) -> bool {
-        let mut is_within_rate = true;
-        self.shares(&request.owner, now_ns, |share| {
-            is_within_rate &= share.events.has(CONNECTION_EVENTS, now_ns);
-        });
+        let owner = request.owner;
         let what = self.hasher.hash_one((request.program, request.port));
-        let seen = &mut self.owner_share(&request.owner, now_ns).seen;
-        if seen.len() == PROGRAMS {
-            seen.clear();
-        }
-        let is_first = seen.insert(what);
-        if is_within_rate {
-            self.shares(&request.owner, now_ns, |share| share.events.take(CONNECTION_EVENTS, now_ns));
+        let is_first = self.shares.is_first(owner, what);
+        if self.shares.all(owner, now_ns, |share| share.events.has(CONNECTION_EVENTS, now_ns)) {
+            self.shares.each(owner, now_ns, |share| share.events.take(CONNECTION_EVENTS, now_ns));
             return true;
         }
         is_first
-            && self.take_reserve(&request.owner, CONNECTION_EVENTS, now_ns, |reserve| {
-                reserve.is_half_full(now_ns)
-            })
+            && self.take_reserve(owner, CONNECTION_EVENTS, now_ns, |reserve| reserve.is_half_full(now_ns))
     }
 
-    /// Takes from the reserves of the owner and of its control group, if this holds for both.
+    /// Takes from the reserves of the owner, of its user and of its control group, if this holds for each of them.
     fn take_reserve(
         &mut self,
-        owner: &Payer,
+        owner: Owner,
         count: u64,
         now_ns: u64,
         can_take: impl Fn(&RateLimiter) -> bool,
     ) -> bool {
-        let mut is_available = true;
-        self.shares(owner, now_ns, |share| is_available &= can_take(&share.reserve));
+        let is_available = self.shares.all(owner, now_ns, |share| can_take(&share.reserve));
         if is_available {
-            self.shares(owner, now_ns, |share| share.reserve.take(count, now_ns));
+            self.shares.each(owner, now_ns, |share| share.reserve.take(count, now_ns));
         }
         is_available
     }
 
-    /// Calls this for the owner's share and for that of its control group.
-    fn shares(&mut self, owner: &Payer, now_ns: u64, mut f: impl FnMut(&mut Share)) {
-        f(&mut self.owner_share(owner, now_ns).share);
-        let Some(cgroup) = &owner.cgroup else { return };
-        if !self.cgroups.contains_key(cgroup) && self.cgroups.len() >= SHARES {
-            self.sweep(now_ns);
-            // The owner's own share is still a bound.
-            if self.cgroups.len() >= SHARES {
-                return;
-            }
-        }
-        let rate = self.rate.saturating_mul(CGROUP_FACTOR);
-        f(self.cgroups.entry(Arc::clone(cgroup)).or_insert_with(|| Share::new(rate)));
-    }
-
-    /// The share of an owner. Beyond the number of shares, the users of a control group have one together.
-    fn owner_share(&mut self, owner: &Payer, now_ns: u64) -> &mut OwnerShare {
-        let mut key = owner.clone();
-        if !self.owners.contains_key(owner) && self.owners.len() >= SHARES {
-            self.sweep(now_ns);
-            if self.owners.len() >= SHARES {
-                key.uid = None;
-            }
-            if self.owners.len() >= 2 * SHARES {
-                key.cgroup = None;
-            }
-        }
-        let rate = self.rate;
-        self.owners.entry(key).or_insert_with(|| OwnerShare { share: Share::new(rate), seen: HashSet::new() })
-    }
-
-    /// Removes idle shares, at most once a second.
-    fn sweep(&mut self, now_ns: u64) {
-        if now_ns.saturating_sub(self.swept_ns) >= SECOND_NS {
-            self.swept_ns = now_ns;
-            self.owners.retain(|_, owner| !owner.share.is_idle(now_ns));
-            self.cgroups.retain(|_, share| !share.is_idle(now_ns));
-        }
-    }
-
     fn count(&mut self, request: &LogRequest<'_>) {
         self.suppressed += 1;
-        let is_known = self.unreported.contains_key(&request.owner);
+        let is_known = self.unreported.contains_key(&request.payer);
         let owner = if is_known || self.unreported.len() < REPORTED_OWNERS {
-            request.owner.clone()
+            request.payer.clone()
         } else {
             Payer::default()
         };
@@ -273,23 +190,12 @@ impl LogBudget {
     }
 }
 
-impl Share {
-    fn new(rate: u32) -> Self {
-        Self {
-            events: RateLimiter::new(rate, BURST_SECONDS),
-            reserve: RateLimiter::new(rate / RESERVE_DIVISOR, BURST_SECONDS),
-        }
-    }
-
-    fn is_idle(&self, now_ns: u64) -> bool {
-        self.events.is_full(now_ns) && self.reserve.is_full(now_ns)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::budget::log_shares::{BURST_SECONDS, CGROUP_FACTOR, SHARES};
 
+    const SECOND_NS: u64 = 1_000_000_000;
     const RATE: u32 = 20;
     /// Connections of a burst.
     const BURST: usize = (RATE * BURST_SECONDS) as usize / 2;
@@ -306,8 +212,9 @@ mod tests {
         phase: Phase,
         now_ns: u64,
     ) -> bool {
-        let (id, owner) = (id.to_string(), owner.clone());
-        budget.admits(&LogRequest { id: &id, owner, program: Some("curl"), port, phase }, now_ns)
+        let (id, payer) = (id.to_string(), owner.clone());
+        let owner = payer.owner(0);
+        budget.admits(&LogRequest { id: &id, owner, payer, program: Some("curl"), port, phase }, now_ns)
     }
 
     /// Numbers of the connections to port 80 that are admitted, of those with these ids.
@@ -379,12 +286,65 @@ mod tests {
         let limit = BURST * CGROUP_FACTOR as usize;
         assert!((limit..=limit + BURST).contains(&admitted), "{admitted}");
         assert_eq!(open(&mut budget, &owner(0, Some("/docker/b")), 900_000..900_010, 0).len(), 10);
-        assert!(budget.owners.len() <= 2 * SHARES && budget.unreported.len() <= REPORTED_OWNERS + 1);
+        assert!(budget.shares.owner_count() <= 2 * SHARES && budget.unreported.len() <= REPORTED_OWNERS + 1);
         let reported: u64 = budget.take_unreported().iter().map(|events| events.count).sum();
         assert_eq!(reported, budget.suppressed());
         // What is idle makes room.
         open(&mut budget, &owner(7, Some("/docker/c")), 910_000..910_001, 1_000 * SECOND_NS);
-        assert!(budget.owners.len() < SHARES);
+        assert!(budget.shares.owner_count() < SHARES);
+    }
+
+    /// Connections that are admitted, if each of these owners in turn makes twice a burst of them, to another port
+    /// each.
+    fn admitted_of(budget: &mut LogBudget, owners: &[Payer]) -> usize {
+        let mut admitted = 0;
+        for ((at, owner), port) in owners.iter().enumerate().zip(80..) {
+            let ids = 10_000 * at..10_000 * at + 2 * BURST;
+            admitted += ids.filter(|id| admits(budget, *id, owner, port, Phase::Established, 0)).count();
+        }
+        admitted
+    }
+
+    #[test]
+    fn a_user_with_ten_sessions_has_what_one_with_one_session_has() {
+        let session =
+            |number| owner(1_000, Some(&format!("/user.slice/user-1000.slice/session-{number}.scope")));
+        let ended = owner(1_000, None);
+        let sessions: Vec<_> = (0..10).map(session).chain([ended]).collect();
+        let [one, ten] = [vec![session(0); 11], sessions].map(|owners| {
+            let mut budget = LogBudget::new(RATE);
+            let admitted = admitted_of(&mut budget, &owners);
+            let remedied = Phase::Remedied { is_final: true };
+            let ids = 600_000..600_100;
+            let results =
+                ids.filter(|id| admits(&mut budget, *id, &owners[id % 11], 80, remedied, 0)).count();
+            (admitted, results, budget.suppressed(), budget.take_unreported().len())
+        });
+        assert!((BURST..BURST + 10).contains(&one.0) && (1..20).contains(&one.1), "{one:?}");
+        assert_eq!((one.0, one.1, one.2, 11), (ten.0, ten.1, ten.2, ten.3), "but each session is reported");
+        assert_eq!(one.3, 1);
+    }
+
+    #[test]
+    fn the_services_of_root_have_a_rate_each() {
+        let services: Vec<_> =
+            (0..10).map(|number| owner(0, Some(&format!("/system.slice/{number}.service")))).collect();
+        assert_eq!(admitted_of(&mut LogBudget::new(RATE), &services), 10 * BURST);
+    }
+
+    #[test]
+    fn uids_of_a_group_whose_processes_have_ended_have_its_rate() {
+        let mut budget = LogBudget::new(RATE);
+        let mut admits = |uid: u32, cgroup_id| {
+            let payer = Payer { uid: Some(uid), cgroup: None };
+            let (id, owner) = (format!("{uid} {cgroup_id}"), payer.owner(cgroup_id));
+            let phase = Phase::Established;
+            budget.admits(&LogRequest { id: &id, owner, payer, program: None, port: 80, phase }, 0)
+        };
+        let admitted = (0..10_000).filter(|uid| admits(*uid, 7)).count();
+        // With the reserve.
+        assert!(admitted <= BURST * CGROUP_FACTOR as usize + BURST, "{admitted}");
+        assert!(admits(0, 8), "root in another group");
     }
 
     #[test]

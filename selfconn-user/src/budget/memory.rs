@@ -27,9 +27,8 @@ pub const MAX_BIND_FAILURES: usize = 3_584;
 /// Maximum number of events that wait for a look-up. Beyond it they are emitted without what is not looked up yet.
 pub const MAX_PENDING_EVENTS: usize = 8_192;
 
-/// Maximum number of connections of an owner, and of all, that wait for the remedy.
-pub const MAX_OWNER_REMEDIES: usize = 1_024;
-pub const MAX_REMEDIES: usize = 4 * MAX_OWNER_REMEDIES;
+/// Maximum number of connections that wait for the remedy.
+pub const MAX_REMEDIES: usize = 4_096;
 
 /// Facts of processes: paths, names, arguments, control groups.
 pub const PROCESS_FACTS_BYTES: usize = 7 << 20;

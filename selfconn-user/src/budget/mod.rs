@@ -1,13 +1,14 @@
 //! Shares by owner: what one user of the host does takes from that user's share only. `party` says who is one user,
-//! `rate` is a token bucket, `log` the shares of the log, `cmdline` the bytes of a command line, `shares` a limit
-//! that owners share, `shared_rate` one in each second, `turns` the order in which they come, `fair_queue` a queue in that order,
-//! `least_spent` one by what they have spent, `owner_losses` what they lose beyond it, `memory` what every part of the daemon may
-//! keep.
+//! `payer` who pays for a connection, `rate` is a token bucket, `log` decides what the log has, by the rates of
+//! `log_shares`, `cmdline` has the bytes of a command line, `shares` a limit that owners share, `shared_rate` one in
+//! each second, `turns` the order in which they come, `fair_queue` a queue in that order, `least_spent` one by what
+//! they have spent, `owner_losses` what they lose beyond it, `memory` what every part of the daemon may keep.
 
 pub mod cmdline;
 mod fair_queue;
 mod least_spent;
 pub mod log;
+mod log_shares;
 pub mod memory;
 mod owner_losses;
 mod party;

@@ -171,10 +171,10 @@ impl Remedy {
             return Some(self.finish(fields, outcome, Some(why.to_owned())));
         }
         let due_ns = at_ns.saturating_add(self.policy.grace_ns);
-        let owner = fields.payer();
-        let pushed_out = self.waiting.insert(owner, due_ns, WaitingConnection { fields, request })?;
-        let why = "too many connections of its owner or its control group wait already".to_owned();
-        Some(self.finish(pushed_out.fields, RemedyOutcome::Failed, Some(why)))
+        let owner = fields.share_owner();
+        let refused = self.waiting.insert(owner, due_ns, WaitingConnection { fields, request })?;
+        let why = "too many connections of its user or its control group wait already".to_owned();
+        Some(self.finish(refused.fields, RemedyOutcome::Failed, Some(why)))
     }
 
     /// The connection is closed, by itself or by the remedy.

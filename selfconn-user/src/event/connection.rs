@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use schemars::JsonSchema;
-use selfconn_ebpf::{Task, cause};
+use selfconn_ebpf::{Owner, Task, cause};
 use serde::Serialize;
 
 use super::envelope;
@@ -88,6 +88,9 @@ pub struct ConnectionFields {
     /// The control group that pays for the connection.
     #[serde(skip)]
     pub owner_cgroup: Option<Arc<str>>,
+    /// The kernel's id of the control group that pays, at the third level. 0: unknown.
+    #[serde(skip)]
+    pub owner_cgroup_id: u64,
 }
 
 impl ConnectionFields {
@@ -142,13 +145,20 @@ impl ConnectionFields {
             is_exe_ours: process.is_exe_ours,
             owner_uid: opener.map(|opener| opener.owner.uid).or(connection.uid),
             owner_cgroup: process.owner_cgroup.clone(),
+            owner_cgroup_id: opener.map_or(0, |opener| opener.owner.cgroup),
         }
     }
 
-    /// Who pays for the connection.
+    /// Who is named as the one that pays for the connection.
     #[must_use]
     pub fn payer(&self) -> Payer {
         Payer { uid: self.owner_uid, cgroup: self.owner_cgroup.clone() }
+    }
+
+    /// Whose share of the log, and of the remedy, the connection takes.
+    #[must_use]
+    pub fn share_owner(&self) -> Owner {
+        self.payer().owner(self.owner_cgroup_id)
     }
 
     /// The fields of a self-connection of `java[7]` in a container.
@@ -186,6 +196,7 @@ impl ConnectionFields {
             is_exe_ours: true,
             owner_uid: Some(1_000),
             owner_cgroup: None,
+            owner_cgroup_id: 0,
         }
     }
 }

@@ -115,7 +115,8 @@ impl EventKind {
         };
         Some(LogRequest {
             id: fields.id.as_deref()?,
-            owner: fields.payer(),
+            owner: fields.share_owner(),
+            payer: fields.payer(),
             program: fields.exe.as_deref().or(fields.comm.as_deref()),
             port: fields.port,
             phase,

@@ -1,17 +1,16 @@
-//! The connections that wait for the remedy. An owner's are taken by when they are due; the owners take turns, so that
-//! the connections of one owner do not delay those of another. The turns are those of control groups first, and
-//! those of the users of a group second, so that a container's root who changes uids gains nothing.
+//! The connections that wait for the remedy. An owner's are taken by when they are due. Owners take turns, as in
+//! `budget::turns`, and share the room, so the connections of one user delay those of another by one, and take no room
+//! from them, however many sessions or uids he has.
 
-use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
-    sync::Arc,
-};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use selfconn_ebpf::Owner;
 
 use super::RemedyRequest;
 use crate::{
     budget::{
-        Payer,
-        memory::{self, MAX_OWNER_REMEDIES, MAX_REMEDIES},
+        SharedLimit, Turns,
+        memory::{self, MAX_REMEDIES},
     },
     event::ConnectionFields,
 };
@@ -29,84 +28,71 @@ const _: () = assert!(size_of::<WaitingConnection>() + 512 <= memory::REMEDY_BYT
 type DueKey = (u64, u64);
 
 #[derive(Debug)]
-struct Group {
-    cgroup: Option<Arc<str>>,
-    /// The owners of the group that have waiting connections; the first one is next. Never empty.
-    owners: VecDeque<Payer>,
-    /// Number of waiting connections.
-    waiting: usize,
+struct OwnerQueue {
+    /// The number of turns when its first connection came.
+    since: u64,
+    /// Never empty.
+    connections: BTreeMap<DueKey, WaitingConnection>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct RemedyQueue {
-    /// By owner. None of the maps is empty.
-    by_owner: HashMap<Payer, BTreeMap<DueKey, WaitingConnection>>,
-    /// The control groups of the waiting connections; the first one is next.
-    turns: VecDeque<Group>,
+    by_owner: HashMap<Owner, OwnerQueue>,
+    turns: Turns,
+    /// The room for waiting connections.
+    shares: SharedLimit,
     /// Each waiting connection by its number.
-    keys: HashMap<u64, (Payer, u64)>,
+    keys: HashMap<u64, (Owner, u64)>,
     by_due: BTreeSet<DueKey>,
     /// Those whose wait has not been reported.
     unreported: BTreeSet<DueKey>,
 }
 
+impl Default for RemedyQueue {
+    fn default() -> Self {
+        Self {
+            by_owner: HashMap::new(),
+            turns: Turns::default(),
+            shares: SharedLimit::new(MAX_REMEDIES),
+            keys: HashMap::new(),
+            by_due: BTreeSet::new(),
+            unreported: BTreeSet::new(),
+        }
+    }
+}
+
 impl RemedyQueue {
-    /// Adds a connection. Returns the one that is pushed out if there is no room: the owner's last one if the
-    /// owner's share is full, else one of the control group that has the most.
+    /// Adds a connection. Returns it if its owner has no room for it.
     pub(super) fn insert(
         &mut self,
-        owner: Payer,
+        owner: Owner,
         due_ns: u64,
         waiting: WaitingConnection,
     ) -> Option<WaitingConnection> {
         let key = (due_ns, waiting.request.number);
         self.remove(key.1);
-        let of_owner = self.by_owner.entry(owner.clone()).or_default();
-        let is_new = of_owner.is_empty();
-        of_owner.insert(key, waiting);
-        let is_share_full = of_owner.len() > MAX_OWNER_REMEDIES;
-        let group_at = self.turns.iter().position(|group| group.cgroup == owner.cgroup);
-        let group_at = group_at.unwrap_or_else(|| {
-            let cgroup = owner.cgroup.clone();
-            self.turns.push_back(Group { cgroup, owners: VecDeque::new(), waiting: 0 });
-            self.turns.len() - 1
-        });
-        let group = &mut self.turns[group_at];
-        group.waiting += 1;
-        if is_new {
-            group.owners.push_back(owner.clone());
+        if !self.shares.try_take(owner, 1) {
+            return Some(waiting);
         }
-        self.keys.insert(key.1, (owner.clone(), due_ns));
+        let since = self.turns.count();
+        let new = || OwnerQueue { since, connections: BTreeMap::new() };
+        self.by_owner.entry(owner).or_insert_with(new).connections.insert(key, waiting);
+        self.keys.insert(key.1, (owner, due_ns));
         self.by_due.insert(key);
         self.unreported.insert(key);
-        let payer = match (is_share_full, self.keys.len() > MAX_REMEDIES) {
-            (true, _) => owner,
-            (false, true) => {
-                let largest = self.turns.iter().max_by_key(|group| group.waiting)?;
-                if largest.cgroup == owner.cgroup { owner } else { largest.owners.back()?.clone() }
-            }
-            (false, false) => return None,
-        };
-        let (_, last) = *self.by_owner.get(&payer)?.last_key_value()?.0;
-        self.remove(last)
+        None
     }
 
     pub(super) fn remove(&mut self, number: u64) -> Option<WaitingConnection> {
         let (owner, due_ns) = self.keys.remove(&number)?;
-        self.by_due.remove(&(due_ns, number));
-        self.unreported.remove(&(due_ns, number));
-        let of_owner = self.by_owner.get_mut(&owner)?;
-        let waiting = of_owner.remove(&(due_ns, number));
-        let is_owner_done = of_owner.is_empty();
-        let group_at = self.turns.iter().position(|group| group.cgroup == owner.cgroup)?;
-        let group = &mut self.turns[group_at];
-        group.waiting -= 1;
-        if is_owner_done {
+        let key = (due_ns, number);
+        self.by_due.remove(&key);
+        self.unreported.remove(&key);
+        self.shares.give_back(owner, 1);
+        let queue = self.by_owner.get_mut(&owner)?;
+        let waiting = queue.connections.remove(&key);
+        if queue.connections.is_empty() {
             self.by_owner.remove(&owner);
-            group.owners.retain(|other| *other != owner);
-            if group.owners.is_empty() {
-                self.turns.remove(group_at);
-            }
         }
         waiting
     }
@@ -123,19 +109,13 @@ impl RemedyQueue {
 
     /// Takes the connection that is due first of the owner whose turn it is.
     pub(super) fn take_due(&mut self, now_ns: u64) -> Option<WaitingConnection> {
-        let due = |owner: &Payer| {
-            let ((due_ns, number), _) = self.by_owner.get(owner)?.first_key_value()?;
-            (*due_ns <= now_ns).then_some(*number)
+        let order = |(owner, queue): (&Owner, &OwnerQueue)| {
+            let (key, _) = queue.connections.first_key_value()?;
+            let since = self.turns.waiting_since(*owner, queue.since);
+            (key.0 <= now_ns).then_some((since, *key, *owner))
         };
-        let (group_at, (at, number)) = self.turns.iter().enumerate().find_map(|(group_at, group)| {
-            let mut owners = group.owners.iter().enumerate();
-            Some((group_at, owners.find_map(|(at, owner)| Some((at, due(owner)?)))?))
-        })?;
-        let mut group = self.turns.remove(group_at)?;
-        if let Some(owner) = group.owners.remove(at) {
-            group.owners.push_back(owner);
-        }
-        self.turns.push_back(group);
+        let (_, (_, number), owner) = self.by_owner.iter().filter_map(order).min()?;
+        self.turns.note(owner);
         self.remove(number)
     }
 
@@ -146,7 +126,7 @@ impl RemedyQueue {
             self.unreported.remove(&key);
             overdue.push(key);
         }
-        let waiting = |key: DueKey| self.by_owner.get(&self.keys.get(&key.1)?.0)?.get(&key);
+        let waiting = |key: DueKey| self.by_owner.get(&self.keys.get(&key.1)?.0)?.connections.get(&key);
         overdue.into_iter().filter_map(waiting).collect()
     }
 }
@@ -156,11 +136,14 @@ mod tests {
     use super::*;
     use crate::detect::remediation::tests::request;
 
-    fn insert(queue: &mut RemedyQueue, uid: u32, due_ns: u64, number: u64) -> Option<u64> {
+    /// True if there is room for it.
+    fn insert_of(queue: &mut RemedyQueue, owner: Owner, due_ns: u64, number: u64) -> bool {
         let waiting = WaitingConnection { fields: ConnectionFields::sample(), request: request(number) };
-        queue
-            .insert(Payer { uid: Some(uid), cgroup: None }, due_ns, waiting)
-            .map(|pushed_out| pushed_out.request.number)
+        queue.insert(owner, due_ns, waiting).is_none()
+    }
+
+    fn insert(queue: &mut RemedyQueue, uid: u32, due_ns: u64, number: u64) -> bool {
+        insert_of(queue, Owner::new(uid, 0), due_ns, number)
     }
 
     fn take(queue: &mut RemedyQueue, now_ns: u64) -> Vec<u64> {
@@ -173,12 +156,12 @@ mod tests {
         for (uid, due_ns, number) in
             [(1, 5, 1), (1, 3, 2), (1, 4, 3), (1, 9, 4), (2, 8, 5), (3, 6, 6), (2, 7, 7), (3, 20, 8)]
         {
-            assert_eq!(insert(&mut queue, uid, due_ns, number), None);
+            assert!(insert(&mut queue, uid, due_ns, number));
         }
         assert_eq!((queue.first_due_ns(), queue.first_unreported_ns()), (Some(3), Some(3)));
-        assert_eq!(take(&mut queue, 10), [2, 7, 6, 3, 5, 1, 4]);
+        assert_eq!(take(&mut queue, 10), [2, 6, 7, 3, 5, 1, 4]);
         assert_eq!(take(&mut queue, 20), [8]);
-        assert!(queue.turns.is_empty() && queue.by_owner.is_empty() && queue.keys.is_empty());
+        assert!(queue.by_owner.is_empty() && queue.keys.is_empty() && queue.shares.used() == 0);
         assert!(queue.by_due.is_empty() && queue.unreported.is_empty());
     }
 
@@ -192,35 +175,65 @@ mod tests {
         assert_eq!(take(&mut queue, 100), [9, 8, 7, 6, 5, 3, 2, 1]);
     }
 
-    #[test]
-    fn an_owner_whose_share_is_full_loses_its_own_last_one() {
-        let mut queue = RemedyQueue::default();
-        let limit = MAX_OWNER_REMEDIES as u64;
-        for number in 1..=limit {
-            assert_eq!(insert(&mut queue, 0, number, number), None);
-        }
-        assert_eq!(insert(&mut queue, 0, limit + 1, limit + 1), Some(limit + 1));
-        assert_eq!(insert(&mut queue, 0, 0, 9_999_999), Some(limit));
-        assert_eq!(insert(&mut queue, 1, 0, 7_777_777), None);
+    /// Numbers of the connections, one of each of these owners, for which there is room.
+    fn fill(queue: &mut RemedyQueue, owners: impl Iterator<Item = Owner>) -> Vec<u64> {
+        let numbered = owners.zip(1..);
+        numbered.filter_map(|(owner, number)| insert_of(queue, owner, 1, number).then_some(number)).collect()
+    }
+
+    /// Owners of many connections that are one user's, or one container's.
+    fn floods() -> [Vec<Owner>; 3] {
+        let count = 2 * MAX_REMEDIES as u32;
+        let one_session = (0..count).map(|_| Owner::new(1_000, 7));
+        let sessions = (0..count).map(|number| Owner::new(1_000, 100 + u64::from(number % 10)));
+        let uids = (0..count).map(|number| Owner::new(100_000 + number, 7));
+        [one_session.collect(), sessions.collect(), uids.collect()]
     }
 
     #[test]
-    fn who_changes_uids_in_one_control_group_gains_no_turns() {
+    fn neither_more_sessions_nor_more_uids_have_more_room() {
+        let room = floods().map(|owners| {
+            let mut queue = RemedyQueue::default();
+            let room = fill(&mut queue, owners.into_iter()).len();
+            for (number, owner) in (1_000_000..).zip([Owner::new(0, 1), Owner::new(5, 5), Owner::new(0, 2)]) {
+                assert!(insert_of(&mut queue, owner, 1, number), "another owner has room");
+            }
+            queue.remove(1);
+            assert!(insert_of(&mut queue, Owner::new(5, 5), 1, 1), "what has ended gives its room back");
+            room
+        });
+        assert_eq!(room, [MAX_REMEDIES * 3 / 4, MAX_REMEDIES * 3 / 4, MAX_REMEDIES * 7 / 8]);
+    }
+
+    #[test]
+    fn neither_more_sessions_nor_more_uids_have_more_turns() {
+        for owners in floods() {
+            let flood = owners[0];
+            let mut queue = RemedyQueue::default();
+            fill(&mut queue, owners.into_iter());
+            for _ in 0..20 {
+                assert!(queue.take_due(1).is_some());
+            }
+            // One service of root, and another one that comes again and again.
+            let victims = [1_000_000, 1_000_001, 1_000_002];
+            for (number, owner) in victims.into_iter().zip([8, 9, 9].map(|cgroup| Owner::new(0, cgroup))) {
+                assert!(insert_of(&mut queue, owner, 1, number));
+            }
+            let next: Vec<_> = (0..6).filter_map(|_| queue.take_due(1)).collect();
+            let next: Vec<_> = next.iter().map(|waiting| waiting.request.number).collect();
+            assert!(victims.iter().all(|victim| next.contains(victim)), "{flood:?}: {next:?}");
+        }
+    }
+
+    #[test]
+    fn the_services_of_root_have_a_turn_each() {
         let mut queue = RemedyQueue::default();
-        let mut insert_of = |uid, cgroup: &str, number| {
-            let owner = Payer { uid: Some(uid), cgroup: Some(cgroup.into()) };
-            let waiting = WaitingConnection { fields: ConnectionFields::sample(), request: request(number) };
-            queue.insert(owner, 1, waiting).map(|pushed_out| pushed_out.request.number)
-        };
-        for number in 1..=MAX_REMEDIES as u64 {
-            assert_eq!(insert_of(number as u32, "/docker/a", number), None);
+        for number in 1..=30 {
+            assert!(insert_of(&mut queue, Owner::new(0, 1 + number % 3), number, number));
         }
-        let victims = [MAX_REMEDIES as u64 + 1, MAX_REMEDIES as u64 + 2];
-        for number in victims {
-            assert!(insert_of(0, "/system.slice/b.service", number).is_some_and(|out| out < victims[0]));
-        }
-        let first: Vec<_> = take(&mut queue, 1).into_iter().take(4).collect();
-        assert_eq!(first.iter().filter(|number| victims.contains(number)).count(), 2, "{first:?}");
+        assert!(insert_of(&mut queue, Owner::new(1_000, 9), 0, 100));
+        let first: Vec<_> = take(&mut queue, 100).into_iter().take(8).collect();
+        assert_eq!(first, [100, 1, 2, 3, 4, 5, 6, 7]);
     }
 
     #[test]

@@ -195,13 +195,13 @@ fn the_connections_of_one_owner_do_not_delay_those_of_another() {
 #[test]
 fn a_connection_for_which_the_queue_has_no_room_is_reported_as_failed() {
     let mut remedy = remedy(RemedyMode::Destroy, u64::MAX, 10);
-    let limit = crate::budget::memory::MAX_OWNER_REMEDIES as u64;
+    let limit = crate::budget::memory::MAX_REMEDIES as u64 * 3 / 4;
     for number in 1..=limit {
         assert!(remedy.on_established(ConnectionFields::sample(), request(number), SECOND_NS).is_none());
     }
     let remedied = remedy.on_established(ConnectionFields::sample(), request(limit + 1), SECOND_NS).unwrap();
     assert_eq!(remedied.result, "failed");
-    assert!(remedied.why.unwrap().contains("too many connections of its owner"));
+    assert!(remedied.why.unwrap().contains("too many connections of its user"));
     assert_eq!(remedy.next_ns(), Some(u64::MAX), "the due time saturates");
 }
 
