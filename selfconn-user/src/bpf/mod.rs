@@ -8,7 +8,7 @@
 //!   mmap (`mapped`) or by `bpf()` (`plain`);
 //! - `programs`, `bind_programs`: attach one method, or say why not; `iterator` with `descriptors` and `namespaces`:
 //!   the same for the iterators;
-//! - `guard`: the same for the guard; `link`: links that aya does not make;
+//! - `guard`: the same for the guard; `link`, `map_batch`: links, and calls for many entries, that aya does not make;
 //! - `loader`: everything together, for the daemon and the commands.
 //!
 //! Architecture invariant: only `object` and the modules after it use aya's programs and maps, and only
@@ -27,6 +27,7 @@ mod held_ports;
 mod iterator;
 mod link;
 pub mod loader;
+mod map_batch;
 mod mapped;
 pub mod namespaces;
 pub mod object;

@@ -40,6 +40,12 @@ impl SharedLimit {
         self.used
     }
 
+    /// How much this owner has taken, without what its user and its control group have as other owners.
+    #[must_use]
+    pub fn used_by(&self, owner: Owner) -> usize {
+        self.by_party.get(&Party::Owner(owner)).copied().unwrap_or(0)
+    }
+
     /// False: there is no room, or none for this owner.
     #[must_use]
     pub fn try_take(&mut self, owner: Owner, amount: usize) -> bool {

@@ -197,12 +197,11 @@ impl GuardMonitor {
         self.thread.as_ref().filter(|thread| thread.has_ended()).map(|_| "guard")
     }
 
-    /// Detaches the program everywhere.
+    /// Turns the program off everywhere. What it has refused is in its ring buffer and its counters now, and does not
+    /// change any more.
     pub(super) async fn stop(&mut self) {
-        if let Some(thread) = &mut self.thread
-            && tokio::time::timeout(Duration::from_secs(5), thread.stop()).await.is_err()
-        {
-            log::warn!("the guard could not be detached in time");
+        if let Some(thread) = &mut self.thread {
+            thread.stop().await;
         }
     }
 

@@ -238,6 +238,8 @@ impl Daemon {
         let Pipeline { remediation, reporting, .. } = &mut self.pipeline;
         reporting.out.begin_end();
         remediation.finish(&mut reporting.out).await;
+        // From here on the guard refuses nothing, so its records and its counters are complete when they are read
+        // below.
         self.guard.stop().await;
         // Events from before the signal are still reported. From here on nothing is observed.
         self.tracer.detach();

@@ -18,6 +18,10 @@ use crate::{
 /// take a descriptor.
 pub const MAX_ATTACHMENTS: usize = 2_048;
 
+/// Maximum number of these for a user other than root: twice what a user with a hundred containers has. The end of the
+/// daemon detaches all of them one after the other, each with the kernel's lock for network configuration held.
+pub const MAX_USER_ATTACHMENTS: usize = 256;
+
 /// Maximum number of turns in a row of namespaces that connect, while others wait.
 const MAX_CONNECTING_TURNS: u32 = 3;
 
@@ -109,7 +113,9 @@ impl<P> NamespaceQueue<P> {
 
     /// Takes room for an attachment. False: the owner has too many.
     pub fn take_room(&mut self, owner: u32) -> bool {
-        self.shares.try_take(payer(owner), 1)
+        let payer = payer(owner);
+        let has_room = owner == 0 || self.shares.used_by(payer) < MAX_USER_ATTACHMENTS;
+        has_room && self.shares.try_take(payer, 1)
     }
 
     /// The next namespace. Its room stays taken until [`Self::give_back`].
@@ -204,7 +210,7 @@ mod tests {
     #[test]
     fn an_owner_who_floods_delays_another_by_one() {
         let mut queue = NamespaceQueue::default();
-        for inode in 1..=500 {
+        for inode in 1..=200 {
             assert!(queue.push(connecting(inode, 65_534)));
         }
         assert!(queue.push(connecting(1_000, 70_000)));
@@ -215,7 +221,7 @@ mod tests {
     #[test]
     fn an_owner_who_floods_delays_one_that_comes_again_by_one() {
         let mut queue = NamespaceQueue::default();
-        for inode in 1..=500 {
+        for inode in 1..=200 {
             assert!(queue.push(connecting(inode, 65_534)));
         }
         for inode in [1_000, 1_001] {
@@ -264,7 +270,7 @@ mod tests {
             }
         }
         assert_eq!(order[..3], [1, 2, 1], "another owner's namespace waits for one device");
-        assert!(attached < MAX_ATTACHMENTS, "{attached}");
+        assert_eq!(attached, MAX_USER_ATTACHMENTS);
         assert!(queue.push(other), "another owner finds room");
         queue.give_back(65_534, attached);
         assert!(queue.push(crowded), "after the devices have ended");
@@ -274,12 +280,21 @@ mod tests {
     fn an_owner_beyond_its_share_is_refused_and_another_is_not() {
         let mut queue = NamespaceQueue::default();
         let accepted = (1..=4_000).filter(|inode| queue.push(waiting(*inode, 65_534))).count();
-        assert!(accepted < MAX_ATTACHMENTS, "{accepted}");
+        assert_eq!(accepted, MAX_USER_ATTACHMENTS);
         assert!(queue.push(waiting(9_000, 1_000)), "another owner finds room");
         // Also while they are guarded, and until they have ended.
         while queue.pop().is_some() {}
         assert!(!queue.push(waiting(9_001, 65_534)));
         queue.give_back(65_534, 2);
         assert!(queue.push(waiting(9_001, 65_534)));
+    }
+
+    #[test]
+    fn root_has_three_quarters_of_the_room() {
+        let mut queue = NamespaceQueue::default();
+        let accepted = (1..=4_000).filter(|inode| queue.push(waiting(*inode, 0))).count();
+        assert_eq!(accepted, MAX_ATTACHMENTS * 3 / 4);
+        let accepted = (5_001..=9_000).filter(|inode| queue.push(waiting(*inode, 1_000))).count();
+        assert_eq!(accepted, MAX_USER_ATTACHMENTS, "a user finds room beside it");
     }
 }

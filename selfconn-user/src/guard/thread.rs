@@ -8,13 +8,16 @@ use std::{
 };
 
 use selfconn_ebpf::guard::FirstConnect;
-use tokio::sync::mpsc as mpsc_async;
+use tokio::{sync::mpsc as mpsc_async, time::timeout};
 
 use super::{
     start::Guard,
     work::{GuardReport, GuardWork},
 };
-use crate::system::capabilities;
+use crate::{
+    bpf::guard::{GuardMethod, GuardSwitch},
+    system::capabilities,
+};
 
 /// Maximum number of first connects that wait for the thread.
 const MAX_FIRST_CONNECTS: usize = 1_024;
@@ -22,17 +25,24 @@ const MAX_FIRST_CONNECTS: usize = 1_024;
 /// Maximum number of reports that wait for the daemon.
 const MAX_REPORTS: usize = 64;
 
-/// How long the end of the daemon waits for the end of the thread.
-const DETACH_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the end of the daemon waits until the thread has closed the links of its own network namespace and of
+/// root's. The kernel closes the others when the process exits.
+const LINK_TIMEOUT: Duration = Duration::from_millis(300);
+
+/// How long the end of the daemon waits until the thread has removed the filters, which would stay. The end of the
+/// process waits as long again.
+const FILTER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The daemon's end.
 #[derive(Debug)]
 pub struct GuardThread {
-    /// `None`: the thread is to detach the program and to end.
+    /// `None`: the program is turned off, and the thread is to detach it and to end.
     first_connects: Option<SyncSender<FirstConnect>>,
     reports: mpsc_async::Receiver<GuardReport>,
     next: Option<GuardReport>,
     has_ended: bool,
+    switch: GuardSwitch,
+    method: GuardMethod,
     /// Disconnected once the thread has ended.
     end: Receiver<()>,
 }
@@ -46,11 +56,13 @@ impl GuardThread {
         let (first_connects, receiver) = mpsc::sync_channel(MAX_FIRST_CONNECTS);
         let (report_sender, reports) = mpsc_async::channel(MAX_REPORTS);
         let (ended, end) = mpsc::channel();
+        let (switch, method) = (guard.program.switch()?, guard.method());
         capabilities::spawn_restricted("guard", capabilities::GUARD_THREAD, move || {
             let _ended: mpsc::Sender<()> = ended;
             GuardWork::new(guard, report_sender).run(&receiver);
         })?;
-        Ok(Self { first_connects: Some(first_connects), reports, next: None, has_ended: false, end })
+        let first_connects = Some(first_connects);
+        Ok(Self { first_connects, reports, next: None, has_ended: false, switch, method, end })
     }
 
     /// A namespace has its first connect to its own address.
@@ -79,19 +91,42 @@ impl GuardThread {
         self.has_ended
     }
 
-    /// Detaches the program everywhere. Returns when that is done.
+    /// Turns the program off everywhere, so that nothing more is refused, and detaches it. Waits for the filters, and
+    /// for links only as long as a run may take to end.
     pub async fn stop(&mut self) {
-        drop(self.first_connects.take());
-        while self.reports.recv().await.is_some() {}
-        self.has_ended = true;
+        self.begin_end();
+        let (limit, reports) = (self.limit(), &mut self.reports);
+        let ended = async { while reports.recv().await.is_some() {} };
+        if timeout(limit, ended).await.is_ok() {
+            self.has_ended = true;
+        } else if self.method == GuardMethod::Clsact {
+            log::warn!("the guard could not be detached in time");
+        }
+    }
+
+    fn begin_end(&mut self) {
+        if self.first_connects.take().is_some()
+            && let Err(error) = self.switch.turn_off()
+        {
+            log::warn!("the guard goes on until it is detached: {error}");
+        }
+    }
+
+    const fn limit(&self) -> Duration {
+        match self.method {
+            GuardMethod::Tcx => LINK_TIMEOUT,
+            GuardMethod::Clsact => FILTER_TIMEOUT,
+        }
     }
 }
 
 impl Drop for GuardThread {
-    /// Waits until the program is detached, also if the daemon ends by an error.
+    /// Waits until the filters are removed, also if the daemon ends by an error. Links end with the process.
     fn drop(&mut self) {
-        drop(self.first_connects.take());
-        if self.end.recv_timeout(DETACH_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
+        self.begin_end();
+        if self.method == GuardMethod::Clsact
+            && self.end.recv_timeout(FILTER_TIMEOUT) == Err(RecvTimeoutError::Timeout)
+        {
             log::warn!("the guard could not be detached in time");
         }
     }

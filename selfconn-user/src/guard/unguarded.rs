@@ -11,7 +11,7 @@ use std::{
 
 use selfconn_ebpf::Owner;
 
-use super::queue::MAX_ATTACHMENTS;
+use super::queue::{MAX_ATTACHMENTS, MAX_USER_ATTACHMENTS};
 use crate::{bpf::guard::Disarmed, budget::SharedLimit, sockets::NetnsId};
 
 /// Maximum number of namespaces that are known to be unguarded.
@@ -40,7 +40,7 @@ impl UnguardedReason {
             Self::NoRoom => {
                 format!(
                     "its owner has too many network namespaces or VRF devices; \
-                     {MAX_ATTACHMENTS} devices can be guarded in all"
+                     {MAX_USER_ATTACHMENTS} devices of a user can be guarded, and {MAX_ATTACHMENTS} in all"
                 )
             }
             Self::NotEntered(error) => format!("it can't be entered: {error}"),

@@ -66,6 +66,8 @@ pub(super) struct GuardWork {
     method: GuardMethod,
     rules: GuardRules,
     guarded: HashMap<NetnsId, GuardedNetns>,
+    /// The daemon's own network namespace. `None`: it could not be entered.
+    own: Option<NetnsId>,
     queue: NamespaceQueue<PathBuf>,
     unguarded: UnguardedNamespaces,
     failures: u64,
@@ -85,6 +87,7 @@ impl GuardWork {
             method,
             rules,
             guarded: HashMap::new(),
+            own: None,
             queue: NamespaceQueue::default(),
             unguarded: UnguardedNamespaces::default(),
             failures: 0,
@@ -108,6 +111,7 @@ impl GuardWork {
                 // The first walk looks for more.
                 let own = GuardedNetns { attachments, is_complete: true, ..GuardedNetns::new(0) };
                 work.guarded.insert(id, own);
+                work.own = Some(id);
             }
             // `own` detaches the program; the walk attaches it again.
             (_, visited) => {
@@ -394,11 +398,28 @@ impl GuardWork {
         GuardCounts { guarded, unguarded, failures: self.failures }
     }
 
-    /// Removes what would stay when this process ends: filters. Links end with their descriptors.
-    fn detach_all(mut self) {
-        if self.method == GuardMethod::Tcx {
-            return;
+    fn detach_all(self) {
+        match self.method {
+            GuardMethod::Tcx => self.close_links(),
+            GuardMethod::Clsact => self.remove_filters(),
         }
+    }
+
+    /// Closes the links: that of the daemon's own network namespace first, then root's. For these the end of the daemon
+    /// waits a moment, and not for those of users, of which there may be hundreds. The kernel closes what is left when
+    /// the process exits.
+    fn close_links(self) {
+        let Self { guarded, own, reports, .. } = self;
+        let mut guarded: Vec<(NetnsId, GuardedNetns)> = guarded.into_iter().collect();
+        guarded.sort_by_key(|(id, known)| (known.owner != 0, Some(*id) != own));
+        let of_users = guarded.split_off(guarded.partition_point(|(_, known)| known.owner == 0));
+        drop(guarded);
+        drop(reports);
+        drop(of_users);
+    }
+
+    /// Removes the filters, which would stay when this process ends.
+    fn remove_filters(mut self) {
         let (guarded, program, is_own_only) = (&mut self.guarded, &self.program, self.is_own_only);
         let visit = in_thread(|| {
             visit_all(is_own_only, |namespace| {

@@ -413,6 +413,62 @@ fn two_thousand_namespaces_of_a_user_delay_nobody() {
     drop(attacker);
 }
 
+/// The number of devices to which this process has attached the guard by a link.
+fn link_count(pid: u32) -> usize {
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
+    // One may be closed meanwhile.
+    let texts = descriptors.filter_map(|entry| fs::read_to_string(entry.unwrap().path()).ok());
+    texts.filter(|text| text.lines().any(|line| line == "link_type:\ttcx")).count()
+}
+
+#[test]
+fn a_hundred_namespaces_of_a_user_do_not_delay_the_end_of_a_run() {
+    const NAMESPACES: usize = 100;
+    if !guard_methods().contains(&"tcx") {
+        return println!("skipped: this kernel has no TCX, and filters must be removed");
+    }
+    TestNetns::enter_new();
+    let options = ["--guard", "refuse", "--guard-method", "tcx", "--guard-only", "uid=31999"];
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &options);
+    let pid = daemon.pid();
+    let mut attacker =
+        Attacker::start(AttackerKind::MappedUids, &format!("namespaces with threads {NAMESPACES}")).unwrap();
+    attacker.wait();
+    wait_until(3 * DEADLINE, "the namespaces are not guarded", || link_count(pid) > NAMESPACES);
+    println!("FACT links={}", link_count(pid));
+    let began = Instant::now();
+    daemon.signal(rustix::process::Signal::TERM);
+    daemon.expect(1, |event| event["event"] == "stopped");
+    let stopped = began.elapsed();
+    println!("FACT stopped_after_ms={}", stopped.as_millis());
+    let (code, _, stderr) = daemon.wait_for_exit();
+    println!("FACT process_ended_after_ms={}", began.elapsed().as_millis());
+    assert_eq!((code, stderr.contains("the guard")), (Some(0), false), "{stderr}");
+    assert!(stopped < Duration::from_secs(1), "{stopped:?}");
+    drop(attacker);
+}
+
+#[test]
+fn every_connect_that_is_refused_until_the_end_is_in_an_event() {
+    for method in guard_methods() {
+        TestNetns::enter_new();
+        let daemon = refusing(method, &[]);
+        let client = thread::spawn(|| {
+            let mut refused = 0;
+            while is_refused() {
+                refused += 1;
+            }
+            refused
+        });
+        thread::sleep(Duration::from_millis(300));
+        let (events, _) = daemon.stop();
+        let refused: u64 = client.join().unwrap();
+        println!("FACT refused_until_the_end={refused} method={method}");
+        assert!(refused > 0, "{method}");
+        assert_eq!(count_of(&events), refused, "{method}");
+    }
+}
+
 /// Sends datagrams to itself until the namespace of this thread is guarded. Returns how many were lost. `begun`: the first
 /// one has arrived.
 fn lost_until_guarded(begun: &Sender<()>) -> usize {
