@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use crate::{
     bpf::loader::Tracer,
-    budget::{SharedLimit, SharedRate},
+    budget::{SharedLimit, SharedRate, owner_of_user},
     detect::connection::{Connection, Source},
     event::{EventKind, Unguarded},
     guard::{GuardMode, thread::GuardThread, unguarded::UnguardedNetns, work::GuardCounts},
@@ -209,8 +209,11 @@ impl GuardMonitor {
     fn on_prevention(&mut self, prevention: &Prevention, now: Instant) -> Option<DuePrevention> {
         self.rest_at.get_or_insert(now + REST_INTERVAL);
         let Opener { task, start_ns, at_ns, owner, .. } = prevention.opener;
-        let (pid, start_ns, owner) =
-            if at_ns == 0 { (0, 0, Owner::new(prevention.uid, 0)) } else { (task.pid, start_ns, owner) };
+        let (pid, start_ns, owner) = if at_ns == 0 {
+            (0, 0, owner_of_user(Some(prevention.uid)))
+        } else {
+            (task.pid, start_ns, owner)
+        };
         match self.by_process.entry((pid, start_ns, prevention.endpoint.port)) {
             Entry::Occupied(mut known) => {
                 let counted = known.get_mut();

@@ -19,7 +19,10 @@ use super::{
     rank,
     table::payer_of_entry,
 };
-use crate::sockets::{Coverage, SocketEntry};
+use crate::{
+    budget::owner_of_user,
+    sockets::{Coverage, SocketEntry},
+};
 
 /// ESTABLISHED or later. A socket that is still connecting is not a self-connection yet. One in TIME_WAIT is
 /// not a self-connection any more.
@@ -129,7 +132,7 @@ impl Connections {
         }
         let left_out = left_out.into_iter().map(|(uid, count)| {
             let tracked = unseen.get(&uid).copied().unwrap_or_default();
-            (uid.map_or(Owner::UNKNOWN, |uid| Owner::new(uid, 0)), count.saturating_sub(tracked))
+            (uid.map_or(Owner::UNKNOWN, |uid| owner_of_user(Some(uid))), count.saturating_sub(tracked))
         });
         let found = untracked.into_iter().map(|owner| (owner, 1)).chain(left_out);
         self.tracked.on_listed_untracked(found);

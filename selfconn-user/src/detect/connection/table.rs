@@ -10,6 +10,7 @@ use crate::{
     budget::{
         OwnerLosses, SharedLimit,
         memory::{self, MAX_CONNECTIONS},
+        owner_of_user,
     },
     sockets::SocketEntry,
 };
@@ -155,5 +156,18 @@ pub(super) fn payer_of_entry(entry: &SocketEntry) -> Owner {
 
 /// The owner of the opener or, if the opener is unknown, of the socket.
 pub(super) fn payer(opener: Option<&Opener>, uid: u32) -> Owner {
-    opener.map_or(Owner::new(uid, 0), |opener| opener.owner)
+    opener.map_or_else(|| owner_of_user(Some(uid)), |opener| opener.owner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_uids_of_a_user_namespace_whose_openers_are_unknown_leave_room() {
+        let mut table = TrackedTable::default();
+        let taken = (70_000..130_000).filter(|uid| table.take_room(payer(None, *uid))).count();
+        assert_eq!(taken, MAX_CONNECTIONS * 7 / 8);
+        assert!(table.take_room(payer(None, 1_000)) && table.take_room(payer(None, 0)));
+    }
 }
