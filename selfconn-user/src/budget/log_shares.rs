@@ -1,6 +1,6 @@
-//! The rates of the log. An event takes from that of its owner, from that of its user in all control groups together,
-//! which is as large, and from that of all users of its control group, which is larger. So who has several sessions, or
-//! changes uids, gains nothing. Pure: the caller has the clock.
+//! The rates of the log. An event takes from that of its owner, and from larger ones of its user in all control groups
+//! together and of all users of its control group. So many sessions or many uids have what four owners have, and the
+//! containers of one uid take nothing from each other unless several of them flood. Pure: the caller has the clock.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -16,8 +16,8 @@ const SECOND_NS: u64 = 1_000_000_000;
 /// A rate's burst. The 2,000 connections that are open at a start are one.
 pub(super) const BURST_SECONDS: u32 = 10;
 
-/// The rate of a control group, as a multiple of an owner's rate.
-pub(super) const CGROUP_FACTOR: u32 = 4;
+/// The rate of a user in all control groups together, and of a control group, as a multiple of an owner's rate.
+pub(super) const PARTY_FACTOR: u32 = 4;
 
 /// A reserve is this part of its rate.
 const RESERVE_DIVISOR: u32 = 10;
@@ -79,13 +79,12 @@ impl LogShares {
     /// Calls this for each share from which the owner's events take.
     pub(super) fn each(&mut self, owner: Owner, now_ns: u64, mut f: impl FnMut(&mut Share)) {
         self.sweep_if_full(now_ns);
+        let of_party = self.rate.saturating_mul(PARTY_FACTOR);
         for party in Party::of(owner) {
             let share = match party {
                 Party::Owner(owner) => Some(&mut self.of_owner(owner).share),
-                Party::Uid(uid) => share_of(&mut self.uids, uid, self.rate),
-                Party::Cgroup(cgroup) => {
-                    share_of(&mut self.cgroups, cgroup, self.rate.saturating_mul(CGROUP_FACTOR))
-                }
+                Party::Uid(uid) => share_of(&mut self.uids, uid, of_party),
+                Party::Cgroup(cgroup) => share_of(&mut self.cgroups, cgroup, of_party),
             };
             // Where there is none, the owner's own share is still a bound.
             if let Some(share) = share {
