@@ -20,6 +20,10 @@ static MOUNTS: LazyLock<Vec<CgroupMount>> = LazyLock::new(|| {
 /// Group and others may write.
 const WRITABLE: u32 = 0o022;
 
+/// Names of a path beyond this number count as anyone's. The paths of systemd and of the engines in `tests` have less
+/// than ten, and the root of a container can make as many as it likes below its own group.
+const MAX_LEVELS: usize = 32;
+
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct CgroupMount {
     hierarchy: Hierarchy,
@@ -35,23 +39,37 @@ pub(in super::super) fn components(hierarchy: Hierarchy, path: &str) -> Vec<Comp
         return names.map(|name| Component { name, maker: Maker::OutOfView }).collect();
     };
     // `directory` ends with the names of the path that the mount shows; those above its root are not seen.
-    let names: Vec<_> = names.collect();
-    let mut makers: Vec<_> = directory
-        .ancestors()
-        .skip(1)
-        .take(names.len())
-        .map(|parent| fs::metadata(parent).is_ok_and(|is| is.uid() == 0 && is.mode() & WRITABLE == 0))
-        .collect();
-    makers.reverse();
-    let mut is_roots = true;
+    with_makers(&directory, names.collect(), is_roots_only)
+}
+
+/// The names of a path, each with who can have made it. `directory` is that of the last one. A path can have two
+/// thousand names, and a look at a directory follows all names above it. So `is_roots` is asked from the root
+/// downwards, up to the first directory that is not root's.
+fn with_makers<'a>(
+    directory: &Path,
+    names: Vec<&'a str>,
+    mut is_roots: impl FnMut(&Path) -> bool,
+) -> Vec<Component<'a>> {
+    let parents: Vec<_> = directory.ancestors().skip(1).take(names.len()).collect();
+    let mut are_roots = true;
     names
         .into_iter()
-        .zip(makers)
-        .map(|(name, is_parent_roots)| {
-            is_roots &= is_parent_roots;
-            Component { name, maker: if is_roots { Maker::Root } else { Maker::Anyone } }
+        .zip(parents.into_iter().rev())
+        .enumerate()
+        .map(|(level, (name, parent))| {
+            are_roots = are_roots && level < MAX_LEVELS && is_roots(parent);
+            Component { name, maker: if are_roots { Maker::Root } else { Maker::Anyone } }
         })
         .collect()
+}
+
+/// True if only root can make a directory in this one.
+fn is_roots_only(directory: &Path) -> bool {
+    fs::metadata(directory).is_ok_and(|is| is_roots(&is))
+}
+
+fn is_roots(is: &fs::Metadata) -> bool {
+    is.uid() == 0 && is.mode() & WRITABLE == 0
 }
 
 /// Calls `each` for every control group of the unified hierarchy whose directory only root can have made, down to the
@@ -101,7 +119,6 @@ fn visit_below(
     names: &mut Vec<String>,
     each: &mut impl FnMut(NamedGroup),
 ) -> io::Result<()> {
-    let is_roots = |is: &fs::Metadata| is.uid() == 0 && is.mode() & WRITABLE == 0;
     if names.len() >= CGROUP_LEVELS as usize
         || !unless_removed(fs::metadata(directory))?.is_some_and(|is| is_roots(&is))
     {
@@ -164,6 +181,8 @@ fn mounts(text: &str) -> Vec<CgroupMount> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown};
+
     use super::*;
 
     const MOUNTINFO: &str = "\
@@ -201,5 +220,58 @@ broken
         assert_eq!(gone.last(), Some(&expected), "{gone:?}");
         assert_eq!(makers("/../../a"), [Maker::OutOfView; 3]);
         assert_eq!(makers("/"), []);
+    }
+
+    /// Whether root made each name, and how many directories were looked at.
+    fn by_root(directory: &Path, names: &str, mut is_roots: impl FnMut(&Path) -> bool) -> (Vec<bool>, usize) {
+        let mut looks = 0;
+        let components = with_makers(directory, names.split('/').collect(), |directory| {
+            looks += 1;
+            is_roots(directory)
+        });
+        (components.iter().map(|component| component.maker == Maker::Root).collect(), looks)
+    }
+
+    #[test]
+    fn nothing_below_the_first_directory_of_a_user_is_looked_at() {
+        let names = |count: usize| vec!["a"; count].join("/");
+        for (count, users, made_by_root) in
+            [(5, None, 5), (5, Some("/m/a"), 1), (2_000, Some("/m/a/a"), 2), (2_000, None, MAX_LEVELS)]
+        {
+            let (names, users) = (names(count), users.map(Path::new));
+            let directory = Path::new("/m").join(&names);
+            let is_roots = |at: &Path| users.is_none_or(|users| !at.starts_with(users));
+            let (is_by_root, looks) = by_root(&directory, &names, is_roots);
+            assert_eq!(is_by_root.len(), count);
+            assert_eq!(is_by_root.iter().take_while(|is| **is).count(), made_by_root);
+            assert!(!is_by_root[made_by_root..].contains(&true));
+            assert_eq!(looks, made_by_root + usize::from(users.is_some()));
+        }
+    }
+
+    #[test]
+    fn the_owner_and_the_mode_of_a_directory_say_who_makes_names_in_it() {
+        const NOBODY: u32 = 65_534;
+        let folder = tempfile::tempdir().unwrap();
+        let names = "a/b/c/d";
+        let directory = folder.path().join("m").join(names);
+        fs::DirBuilder::new().recursive(true).mode(0o755).create(&directory).unwrap();
+        // Without root, all directories are a user's.
+        let is_root = fs::metadata(&directory).unwrap().uid() == 0;
+        let assert_by_root = |expected: [bool; 4]| {
+            let (found, _) = by_root(&directory, names, is_roots_only);
+            assert_eq!(found, expected.map(|is_by_root| is_by_root && is_root));
+        };
+        assert_by_root([true; 4]);
+        let b = folder.path().join("m/a/b");
+        let set_mode = |mode| fs::set_permissions(&b, fs::Permissions::from_mode(mode)).unwrap();
+        set_mode(0o777);
+        assert_by_root([true, true, false, false]);
+        set_mode(0o755);
+        assert_by_root([true; 4]);
+        if is_root {
+            chown(&b, Some(NOBODY), None).unwrap();
+            assert_by_root([true, true, false, false]);
+        }
     }
 }
