@@ -41,11 +41,17 @@ impl<T> FairQueue<T> {
 
     /// The oldest item of the next owner.
     pub fn pop(&mut self) -> Option<(Owner, T)> {
+        self.pop_among(|_| true)
+    }
+
+    /// The oldest item of the next one of the owners for which `may_have_turn` is true.
+    pub fn pop_among(&mut self, may_have_turn: impl Fn(Owner) -> bool) -> Option<(Owner, T)> {
         let order = |(owner, queue): &(&Owner, &OwnerQueue<T>)| {
             let oldest = queue.items.front().map(|(number, _)| *number);
             (self.turns.waiting_since(**owner, queue.since), oldest)
         };
-        let (&owner, _) = self.by_owner.iter().min_by_key(order)?;
+        let owners = self.by_owner.iter().filter(|(owner, _)| may_have_turn(**owner));
+        let (&owner, _) = owners.min_by_key(order)?;
         self.turns.note(owner);
         let queue = self.by_owner.get_mut(&owner)?;
         let (_, item) = queue.items.pop_front()?;
@@ -130,6 +136,17 @@ mod tests {
             queue.push(Owner::new(1_000 + number, 1_000 + u64::from(number)), number);
         }
         assert_eq!(queue.pop(), Some((victim, 1_000)));
+    }
+
+    #[test]
+    fn an_owner_that_may_have_no_turn_keeps_its_items() {
+        let mut queue = FairQueue::default();
+        for (uid, item) in [(1, 10), (2, 20), (1, 11)] {
+            queue.push(Owner::new(uid, 0), item);
+        }
+        let mut of_other = || queue.pop_among(|owner| owner.uid != 1).map(|(_, item)| item);
+        assert_eq!([of_other(), of_other()], [Some(20), None]);
+        assert_eq!(drain(&mut queue), [10, 11]);
     }
 
     #[test]
