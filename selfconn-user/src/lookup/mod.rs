@@ -454,8 +454,16 @@ impl<W> Lookups<W> {
                 }
                 process
             }
-            // The process has exited, and what is known of it is still true.
-            (Part::Read(None), Some(key)) => self.cache.known(key, began_ns).unwrap_or_default(),
+            (facts, Some(key)) => {
+                // The process has exited, and what is known of it is still true.
+                let has_exited = facts == Part::Read(None);
+                let known = has_exited.then(|| self.cache.known(key, began_ns)).flatten();
+                // The read of the arguments has proven by itself whose they are, if the program has an address.
+                let cmdline = cmdline.filter(|_| key.arg_start != 0);
+                let only_cmdline = cmdline.map(|cmdline| ProcessInfo::default().with_cmdline(Some(cmdline)));
+                let intern = |info| self.interned.intern(key, target.owner(), info);
+                known.or_else(|| only_cmdline.map(intern)).unwrap_or_default()
+            }
             _ => Rc::default(),
         };
         self.completed.extend(waiters.into_iter().map(|waiter| (waiter, Rc::clone(&process))));

@@ -1,5 +1,5 @@
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError, mpsc},
     thread,
 };
 
@@ -345,4 +345,33 @@ fn after_the_deadline_the_rest_is_unknown() {
         assert_eq!(lookups.abandoned(), 1, "giving up is not the process's fault");
     });
     set_released(true);
+}
+
+#[test]
+fn a_command_line_that_is_proven_is_used_without_the_rest() {
+    let (release, released) = mpsc::channel::<()>();
+    run(async || {
+        let mut lookups = Lookups::start(true, CmdlineLimit::Full).unwrap();
+        lookups.facts = FactsReader::start_with(move |FactsRequest { id, .. }| {
+            let _ = released.recv();
+            (id, None)
+        })
+        .unwrap();
+        let LookupTarget::Observed(observed, owner) = this_process(0) else { unreachable!() };
+        let facts = process::read_facts(observed.task.pid, &process::ProcessProof::None, true).unwrap();
+        let of_program = |arg_start| LookupTarget::Observed(ObservedTask { arg_start, ..observed }, owner);
+        // Another program, and one whose address is unknown, so that it may be another.
+        for (waiter, arg_start) in [(1, facts.arg_start), (2, facts.arg_start + 1), (3, 0)] {
+            lookups.begin(of_program(arg_start), waiter);
+        }
+        for expected in 1..=3 {
+            let (waiter, process) = completed(&mut lookups).await;
+            assert_eq!(waiter, expected);
+            assert_eq!(process.cmdline.is_some(), waiter == 1, "{waiter}: {process:?}");
+            let rest = ProcessInfo { cmdline: None, ..(*process).clone() };
+            assert_eq!(rest, ProcessInfo::default());
+        }
+        assert_eq!((lookups.given_up(), lookups.abandoned()), (3, 0));
+    });
+    drop(release);
 }
