@@ -55,6 +55,9 @@ const HEADER_LEN: usize = 16;
 const IFINFO_LEN: usize = 16;
 const TCMSG_LEN: usize = 20;
 
+/// Maximum number of filters of a device that are listed. Who has a network namespace of his own can add any number.
+const MAX_FILTERS: usize = 1_024;
+
 /// A device through which packets leave that come back to this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoopDevice {
@@ -144,7 +147,7 @@ pub fn add_filter(device: u32, program: BorrowedFd<'_>, name: &str, priority: u1
     change(RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_EXCL, &message)
 }
 
-/// The BPF filters on the egress of a device, in the order in which they run.
+/// The BPF filters on the egress of a device, in the order in which they run: the first [`MAX_FILTERS`].
 ///
 /// # Errors
 /// If the kernel refuses to list them.
@@ -156,7 +159,7 @@ pub fn filters(device: u32) -> io::Result<Vec<Filter>> {
         let options = attribute(attributes, TCA_OPTIONS).unwrap_or_default();
         let handle = u32::from_ne_bytes(handle);
         // Each priority has an entry of its own, with handle 0.
-        if handle != 0 {
+        if handle != 0 && filters.len() < MAX_FILTERS {
             let name = text(attribute(options, TCA_BPF_NAME).unwrap_or_default());
             filters.push(Filter { name, handle, info: u32::from_ne_bytes(info) });
         }
