@@ -14,6 +14,7 @@ use selfconn_ebpf::{Endpoint, state};
 
 use super::{
     entry::{DumpedSocket, SocketEntry},
+    limit::FirstMatch,
     netns::{self, Namespace, NetnsId, VisitOptions},
     netns_enter,
     netns_search::SearchLimits,
@@ -169,31 +170,24 @@ fn find(endpoint: &Endpoint, cookie: Cookie) -> io::Result<Option<DumpedSocket>>
     if let Some(row) = exact::look_up(endpoint, cookie)? {
         return Ok(Some(row).filter(|row| is_at(row, endpoint)));
     }
-    let mut table = self_connections()?;
-    let position =
-        table.iter().position(|row| row.entry.cookie == Some(cookie.get()) && is_at(row, endpoint));
-    Ok(position.map(|position| table.swap_remove(position)))
+    find_in_table(|row| row.entry.cookie == Some(cookie.get()) && is_at(row, endpoint))
 }
 
 /// The cookie of the only open self-connection that agrees with what is known. `None`: none of the sockets at its addresses
 /// and ports is its socket. A socket keeps its inode as long as a process has it open.
 fn identify(target: &TargetSocket) -> io::Result<Option<Cookie>> {
     let uncertain = |why| Err(io::Error::other(format!("which socket it is, is not certain: {why}")));
+    let is_open = |row: &DumpedSocket| {
+        is_at(row, &target.endpoint) && row.entry.state != state::TIME_WAIT && row.entry.inode != 0
+    };
     // One look may miss a socket, because the table changes while it is read.
     for _ in 0..2 {
-        let table = self_connections()?;
-        let is_open = |row: &&DumpedSocket| {
-            is_at(row, &target.endpoint) && row.entry.state != state::TIME_WAIT && row.entry.inode != 0
-        };
-        let mut open = table.iter().filter(is_open).map(|row| &row.entry);
-        let Some(inode) = target.inode else {
-            match open.next() {
-                Some(_) => return uncertain("the programs could read neither its cookie nor its inode"),
-                None => continue,
+        let has_inode = |row: &DumpedSocket| target.inode.is_none_or(|inode| row.entry.inode == inode);
+        match find_in_table(|row| is_open(row) && has_inode(row))? {
+            Some(_) if target.inode.is_none() => {
+                return uncertain("the programs could read neither its cookie nor its inode");
             }
-        };
-        match open.find(|entry| entry.inode == inode) {
-            Some(entry) if entry.uid == target.uid => return Ok(entry.cookie.and_then(Cookie::new)),
+            Some(row) if row.entry.uid == target.uid => return Ok(row.entry.cookie.and_then(Cookie::new)),
             Some(_) => return uncertain("the socket with its inode has another owner"),
             None => {}
         }
@@ -201,12 +195,12 @@ fn identify(target: &TargetSocket) -> io::Result<Option<Cookie>> {
     Ok(None)
 }
 
-/// The self-connections in the network namespace of the calling thread, TIME_WAIT included.
-fn self_connections() -> io::Result<Vec<DumpedSocket>> {
-    let mut rows = Vec::new();
-    DiagReader::new().read(false, &mut rows)?;
-    rows.retain(DumpedSocket::is_self_connection);
-    Ok(rows)
+/// The first matching socket of those whose source is their destination, in the network namespace of the calling
+/// thread, TIME_WAIT included. No other is kept, because a user can have any number of them.
+fn find_in_table(is_match: impl Fn(&DumpedSocket) -> bool) -> io::Result<Option<DumpedSocket>> {
+    let mut first = FirstMatch::new(is_match);
+    DiagReader::new().read(false, &mut first)?;
+    Ok(first.found)
 }
 
 /// True if this socket is the self-connection at this endpoint. The kernel may also return a listener here.

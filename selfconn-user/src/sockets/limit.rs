@@ -114,6 +114,7 @@ pub(super) trait RowSink {
     fn restore(&mut self, mark: &Self::Mark);
 }
 
+/// Keeps all, without a limit: for a command.
 impl RowSink for Vec<DumpedSocket> {
     type Mark = usize;
 
@@ -127,6 +128,39 @@ impl RowSink for Vec<DumpedSocket> {
 
     fn restore(&mut self, mark: &usize) {
         self.truncate(*mark);
+    }
+}
+
+/// Keeps the first socket that matches.
+pub(super) struct FirstMatch<F> {
+    is_match: F,
+    pub(super) found: Option<DumpedSocket>,
+}
+
+impl<F: Fn(&DumpedSocket) -> bool> FirstMatch<F> {
+    pub(super) fn new(is_match: F) -> Self {
+        Self { is_match, found: None }
+    }
+}
+
+impl<F: Fn(&DumpedSocket) -> bool> RowSink for FirstMatch<F> {
+    /// Whether one was found.
+    type Mark = bool;
+
+    fn push(&mut self, row: DumpedSocket) {
+        if self.found.is_none() && (self.is_match)(&row) {
+            self.found = Some(row);
+        }
+    }
+
+    fn mark(&self) -> bool {
+        self.found.is_some()
+    }
+
+    fn restore(&mut self, was_found: &bool) {
+        if !was_found {
+            self.found = None;
+        }
     }
 }
 
@@ -252,5 +286,21 @@ mod tests {
         limited.restore(&all);
         push_ten(&mut limited);
         assert_eq!((rows.len(), limit.left_out.by_uid[&Some(1)]), (3, 2));
+    }
+
+    #[test]
+    fn the_first_match_is_kept_unless_its_dump_is_repeated() {
+        let mut first = FirstMatch::new(|row: &DumpedSocket| row.entry.uid == Some(1));
+        first.push(of_user(Some(2), 20));
+        let dump = first.mark();
+        first.push(of_user(Some(1), 10));
+        first.restore(&dump);
+        assert_eq!(first.found, None);
+        for inode in [11, 12] {
+            first.push(of_user(Some(1), inode));
+        }
+        let next_dump = first.mark();
+        first.restore(&next_dump);
+        assert_eq!(first.found, Some(of_user(Some(1), 11)));
     }
 }

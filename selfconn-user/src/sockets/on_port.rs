@@ -1,5 +1,5 @@
 //! Lists the sockets that have one local port, in the network namespace of the calling thread. It reads the
-//! whole table of `/proc/net/tcp`: fine for one port now and then, but too slow to watch a host.
+//! whole table of `/proc/net/tcp`, and keeps any number of sockets: for a command, not to watch a host.
 
 use std::{io, net::IpAddr, time::Duration};
 

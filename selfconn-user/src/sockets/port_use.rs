@@ -4,7 +4,7 @@ use std::io;
 
 use selfconn_ebpf::{Endpoint, state};
 
-use super::{entry::DumpedSocket, table::Tables};
+use super::{entry::DumpedSocket, limit::RowSink, table::Tables};
 
 /// What has a local port, as far as the socket table shows it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,6 +30,36 @@ impl PortUse {
     }
 }
 
+/// What the sockets with a local port say about it. None of them is kept, because anybody can have any number of
+/// TIME_WAIT entries at one port.
+pub(super) struct PortUseSink<'a> {
+    destination: &'a Endpoint,
+    port_use: PortUse,
+}
+
+impl PortUseSink<'_> {
+    /// True if no socket has the port.
+    pub(super) fn is_unused(&self) -> bool {
+        self.port_use == PortUse::default()
+    }
+}
+
+impl RowSink for PortUseSink<'_> {
+    type Mark = PortUse;
+
+    fn push(&mut self, row: DumpedSocket) {
+        self.port_use.add(&row, self.destination);
+    }
+
+    fn mark(&self) -> PortUse {
+        self.port_use
+    }
+
+    fn restore(&mut self, mark: &PortUse) {
+        self.port_use = *mark;
+    }
+}
+
 /// Looks at the port of each destination. The kernel walks its table of connections only for a port that has no
 /// listener.
 ///
@@ -38,10 +68,9 @@ impl PortUse {
 pub fn port_uses(destinations: &[Endpoint]) -> io::Result<Vec<PortUse>> {
     let mut tables = Tables::new(false);
     let mut look = |destination: &Endpoint| {
-        tables.read_port(destination.port)?;
-        let mut port_use = PortUse::default();
-        tables.rows.iter().for_each(|row| port_use.add(row, destination));
-        Ok(port_use)
+        let mut sink = PortUseSink { destination, port_use: PortUse::default() };
+        tables.read_port(destination.port, &mut sink)?;
+        Ok(sink.port_use)
     };
     destinations.iter().map(&mut look).collect()
 }
@@ -51,6 +80,25 @@ mod tests {
     use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
     use super::*;
+    use crate::sockets::entry::tests::row;
+
+    #[test]
+    fn sockets_are_counted_in_and_out_again() {
+        let destination = Endpoint::new(1, Ipv4Addr::LOCALHOST.into(), 4, false);
+        let mut sink = PortUseSink { destination: &destination, port_use: PortUse::default() };
+        assert!(sink.is_unused());
+        let unused = sink.mark();
+        sink.push(row("127.0.0.1:4", "127.0.0.1:5", state::TIME_WAIT));
+        assert_eq!(sink.port_use, PortUse { is_connected: true, ..PortUse::default() });
+        let connected = sink.mark();
+        sink.push(row("127.0.0.9:4", "0.0.0.0:0", state::LISTEN));
+        sink.push(row("127.0.0.1:4", "127.0.0.1:4", state::TIME_WAIT));
+        assert_eq!(sink.port_use, PortUse { is_bound: true, is_connected: true, is_self_connected: true });
+        sink.restore(&connected);
+        assert!(!sink.is_unused() && sink.port_use == connected);
+        sink.restore(&unused);
+        assert!(sink.is_unused());
+    }
 
     fn look(port: u16) -> PortUse {
         port_uses(&[Endpoint::new(0, Ipv4Addr::LOCALHOST.into(), port, false)]).unwrap()[0]

@@ -22,6 +22,7 @@ use selfconn_ebpf::BindOptions;
 use super::{
     entry::{DumpedSocket, STATES, SocketEntry, dumped_endpoint},
     limit::RowSink,
+    port_use::PortUseSink,
 };
 use message::{AllFamiliesRequest, DiagMessage, TCPDIAG_GETSOCK};
 
@@ -104,14 +105,14 @@ impl DiagReader {
         self.dump_with_retry(DumpRequest { states, filter: DumpFilter::All }, rows)
     }
 
-    /// Appends the sockets with this local port, in any state. Kernels from v6.8 on have those that are bound and idle
+    /// Reads the sockets with this local port, in any state. Kernels from v6.8 on have those that are bound and idle
     /// among them.
-    pub(super) fn read_port(&mut self, port: u16, rows: &mut Vec<DumpedSocket>) -> io::Result<()> {
+    pub(super) fn read_port(&mut self, port: u16, sockets: &mut PortUseSink<'_>) -> io::Result<()> {
         // Listeners first: for them the kernel does not walk the table of connections.
         let listening = StateFlags::LISTEN.bits();
         for states in [listening, PORT_STATES & !listening] {
-            self.dump_with_retry(DumpRequest { states, filter: DumpFilter::LocalPort(port) }, rows)?;
-            if !rows.is_empty() {
+            self.dump_with_retry(DumpRequest { states, filter: DumpFilter::LocalPort(port) }, sockets)?;
+            if !sockets.is_unused() {
                 break;
             }
         }

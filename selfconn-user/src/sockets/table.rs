@@ -5,6 +5,7 @@ use std::io;
 use super::{
     entry::DumpedSocket,
     limit::{LimitedRows, RowSink, SnapshotLimit},
+    port_use::PortUseSink,
     procfs, sock_diag,
 };
 
@@ -37,19 +38,19 @@ impl Tables {
         fill(diag, without_diag, &mut rows, |diag, rows| diag.read(attempts, rows), procfs::read)
     }
 
-    /// Fills `rows` with the listeners.
+    /// Fills `rows` with the listeners, without a limit: for a command.
     pub(super) fn read_listeners(&mut self) -> io::Result<()> {
         let Self { diag, without_diag, rows } = self;
         rows.clear();
         fill(diag, without_diag, rows, sock_diag::DiagReader::read_listeners, procfs::read_listeners)
     }
 
-    /// Fills `rows` with the sockets that have this local port.
-    pub(super) fn read_port(&mut self, port: u16) -> io::Result<()> {
-        let Self { diag, without_diag, rows } = self;
-        rows.clear();
-        let by_procfs = |rows: &mut Vec<DumpedSocket>| procfs::read_port(port, rows);
-        fill(diag, without_diag, rows, |diag, rows| diag.read_port(port, rows), by_procfs)
+    /// Reads the sockets that have this local port.
+    pub(super) fn read_port(&mut self, port: u16, sink: &mut PortUseSink<'_>) -> io::Result<()> {
+        let Self { diag, without_diag, rows: _ } = self;
+        let by_diag =
+            |diag: &mut sock_diag::DiagReader, sink: &mut PortUseSink<'_>| diag.read_port(port, sink);
+        fill(diag, without_diag, sink, by_diag, |sink| procfs::read_port(port, sink))
     }
 }
 
