@@ -1,9 +1,10 @@
 //! The budget of the daemon's memory: a storm of connections that never close is followed up to its owner's share, and
 //! counted beyond, also if a snapshot finds it; the memory stays below the budget, and another owner is reported as ever.
+//! A look at a port keeps none of the sockets there.
 
 use std::{
     fs,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, TcpListener, TcpStream},
     thread,
     time::{Duration, Instant},
 };
@@ -12,9 +13,10 @@ use serde_json::Value;
 
 use crate::support::{
     client::connect_to_self,
-    daemon::{DEADLINE, HookVariant, TestDaemon, doctor, is_event},
+    daemon::{DEADLINE, HookVariant, TestDaemon, doctor, is_event, scaled},
     helper_process::{HelperProcess, UNPRIVILEGED},
     netns::TestNetns,
+    refused_connects::{at, connect_refused, enter_wide_range_netns, is_at_risk},
 };
 
 /// The daemon follows 14,336 self-connections, at most three quarters of them of one owner.
@@ -32,8 +34,12 @@ const CONNECTIONS: usize = 12 * 950;
 
 /// The memory of a process that no file is behind.
 fn own_memory_bytes(pid: u32) -> usize {
+    memory_bytes(pid, "RssAnon:")
+}
+
+fn memory_bytes(pid: u32, field: &str) -> usize {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
     line.trim().strip_suffix(" kB").unwrap().parse::<usize>().unwrap() << 10
 }
 
@@ -129,4 +135,56 @@ fn a_few_connections_lose_nothing() {
     let losses = events.last().unwrap()["lost"].as_object().unwrap();
     assert!(losses.values().all(|count| *count == 0), "{losses:?}");
     assert!(!events.iter().any(|event| event["event"] == "lost"), "{events:?}");
+}
+
+/// Leaves entries in TIME_WAIT at a local port, whose server is gone then.
+fn leave_time_waits(port: u16, count: usize) {
+    /// Few connections between the same two addresses, so that none takes the ports of an earlier one.
+    const OF_AN_ADDRESS: usize = 2_000;
+    let server = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
+    for number in 0..count {
+        let address = Ipv4Addr::new(127, 0, 0, u8::try_from(1 + number / OF_AN_ADDRESS).unwrap());
+        let client = TcpStream::connect((address, port)).unwrap();
+        // The end that closes first has the TIME_WAIT.
+        drop(server.accept().unwrap());
+        drop(client);
+    }
+}
+
+/// Number of entries in TIME_WAIT in the network namespace of the calling thread.
+fn time_waits() -> usize {
+    let text = fs::read_to_string("/proc/thread-self/net/sockstat").unwrap();
+    let mut words = text.lines().find_map(|line| line.strip_prefix("TCP:")).unwrap().split_whitespace();
+    words.by_ref().find(|word| *word == "tw").unwrap();
+    words.next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_look_at_a_port_with_many_time_waits_takes_no_memory() {
+    const PORT: u16 = 40_060;
+    const OTHER_PORT: u16 = 40_062;
+    // 50,000 rows of the socket table would take more.
+    const MAX_GROWTH: usize = 4 << 20;
+    let net = enter_wide_range_netns();
+    net.set_sysctl("tcp_max_tw_buckets", "262144");
+    let count = scaled(50_000);
+    let begin = Instant::now();
+    leave_time_waits(PORT, count);
+    let left_after = begin.elapsed();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
+    // What the first look needs, the second has.
+    connect_refused(at(OTHER_PORT), 20);
+    daemon.expect(1, is_at_risk(OTHER_PORT, net));
+    // Peaks count from here on (`clear_refs_write`, fs/proc/task_mmu.c at v5.10).
+    fs::write(format!("/proc/{}/clear_refs", daemon.pid()), "5").unwrap();
+    let before = memory_bytes(daemon.pid(), "VmHWM:");
+    connect_refused(at(PORT), 20);
+    let at_risk = daemon.expect(1, is_at_risk(PORT, net)).remove(0);
+    assert_eq!(at_risk["may_be_bound"], true, "the look saw them: {at_risk}");
+    let growth = memory_bytes(daemon.pid(), "VmHWM:").saturating_sub(before);
+    let left = time_waits();
+    println!("FACT time_waits={left} seconds={} growth_kib={}", left_after.as_secs(), growth >> 10);
+    assert!(left >= count * 9 / 10, "{left} of {count} after {:?}", begin.elapsed());
+    assert!(growth < MAX_GROWTH, "{growth} bytes for {left} entries");
+    daemon.stop();
 }
