@@ -18,7 +18,7 @@ use aya::{
 use zerocopy::{FromBytes, Immutable};
 
 use super::{
-    link,
+    link::{self, IterTasks},
     programs::KernelBtf,
     refusal::{Refusal, refusal, refusal_by_errno},
 };
@@ -65,17 +65,17 @@ impl<R: FromBytes + Immutable> BpfIter<R> {
         read_records(File::from(link::create_iter(self.link.as_fd())?), until, each)
     }
 
-    /// As [`Self::pass`], but visits the tasks of this process only, and gives up at `until`.
+    /// As [`Self::pass`], but visits these tasks only, and gives up at `until`.
     ///
     /// # Errors
     /// As [`Self::pass`], and before Linux 6.1.
-    pub(super) fn pass_of_process(
+    pub(super) fn pass_of(
         &self,
-        pid: u32,
+        tasks: IterTasks,
         until: Instant,
         each: impl FnMut(&R) -> ControlFlow<()>,
     ) -> io::Result<()> {
-        let link = link::create_iter_link_of_process(self.program.as_fd(), pid)?;
+        let link = link::create_iter_link_of(self.program.as_fd(), tasks)?;
         read_records(File::from(link::create_iter(link.as_fd())?), until, each)
     }
 }

@@ -20,11 +20,21 @@ pub(super) fn create_iter_link(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     bpf(BPF_LINK_CREATE, attributes)
 }
 
-/// As [`create_iter_link`], but a pass visits the tasks of this process only. Needs no capability from Linux 5.19 on.
+/// Which tasks a pass visits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum IterTasks {
+    /// Those of the process with this pid.
+    OfProcess(u32),
+    /// The first thread of the process with this pid. Another thread can't be named before Linux 6.12
+    /// (`task_seq_get_next`, kernel/bpf/task_iter.c at v6.1, looks for a process).
+    FirstThread(u32),
+}
+
+/// As [`create_iter_link`], but a pass visits these tasks only. Needs no capability from Linux 5.19 on.
 ///
 /// # Errors
 /// `E2BIG` before Linux 6.1, whose iterators visit all tasks.
-pub(super) fn create_iter_link_of_process(program: BorrowedFd<'_>, pid: u32) -> io::Result<OwnedFd> {
+pub(super) fn create_iter_link_of(program: BorrowedFd<'_>, tasks: IterTasks) -> io::Result<OwnedFd> {
     /// The member `task` of `union bpf_iter_link_info`, include/uapi/linux/bpf.h at v6.1.
     #[repr(C)]
     struct TaskInfo {
@@ -32,7 +42,11 @@ pub(super) fn create_iter_link_of_process(program: BorrowedFd<'_>, pid: u32) -> 
         pid: u32,
         pid_fd: u32,
     }
-    let info = TaskInfo { tid: 0, pid, pid_fd: 0 };
+    let (tid, pid) = match tasks {
+        IterTasks::OfProcess(pid) => (0, pid),
+        IterTasks::FirstThread(pid) => (pid, 0),
+    };
+    let info = TaskInfo { tid, pid, pid_fd: 0 };
     let mut attributes = [0_u32; 8];
     attributes[0] = program.as_raw_fd().cast_unsigned();
     attributes[2] = BPF_TRACE_ITER;

@@ -7,13 +7,13 @@ use std::{
     cell::RefCell,
     collections::{HashMap, HashSet, hash_map},
     io,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use selfconn_ebpf::{COMM_LEN, Endpoint, SocketDescriptor, descriptor_kind, state};
 
 use super::{
-    by_process::{self, Processes},
+    by_process::{self, ProcessList},
     entry::SocketEntry,
     holders::{HolderSearch, Holders, find_holders},
     limit::SnapshotLimit,
@@ -59,6 +59,10 @@ impl HeldSockets {
 /// at v6.12, leaves out only the threads of one process).
 const MAX_PASS: Duration = Duration::from_secs(5);
 
+/// A pass that takes this much longer than it may was long in one read(2), which returns after a million descriptors,
+/// some 0.3 s, unless there are tables with millions of slots without one.
+const MAX_OVERRUN: Duration = Duration::from_secs(1);
+
 /// How long the processes are visited one by one instead.
 const MAX_VISITS: Duration = Duration::from_secs(2);
 
@@ -67,21 +71,30 @@ const MAX_PASS_FOR_EVENT: Duration = Duration::from_millis(300);
 const MAX_VISITS_FOR_EVENT: Duration = Duration::from_millis(500);
 
 /// Makes a pass. If it takes too long, what it had found by then is kept, and the processes are visited one by one,
-/// also in the next ten minutes.
+/// also while passes are paused, and whenever the kernel might not come back from a pass for long.
 pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Result<HeldSockets> {
     let collector = RefCell::new(Collector::new(limit));
     let mut each = |record: &SocketDescriptor| collector.borrow_mut().add_any(record, |_| true);
-    let mut is_whole = !iter.is_paused() && pass(iter, MAX_PASS, &mut each)?;
+    // An error: the processes can't be visited one by one.
+    let list = by_process::list(iter);
+    let permits_pass = list.as_ref().map_or(true, ProcessList::permits_pass);
+    if !permits_pass {
+        log::debug!("no pass over the descriptors of all processes: their tables may have too many slots");
+    }
+    let mut is_whole = false;
+    if permits_pass && !iter.is_paused() {
+        let pass = pass(iter, MAX_PASS, &mut each)?;
+        is_whole = pass.is_whole;
+        // Where nothing else finds what the pass has not, the next snapshot tries one again, unless this one hung.
+        let longest = if list.is_ok() { MAX_PASS } else { MAX_PASS + MAX_OVERRUN };
+        if pass.took >= longest {
+            iter.begin_pause();
+        }
+    }
     let mut refusal = None;
     if !is_whole {
-        match by_process::pass(iter, Processes::Now, MAX_VISITS, || false, each) {
-            Ok(all) => {
-                is_whole = all;
-                if all || !iter.is_paused() {
-                    iter.set_paused(!all);
-                }
-            }
-            // The next snapshot tries a pass again: nothing else finds what this one has not.
+        match list.and_then(|list| by_process::pass(iter, &list, MAX_VISITS, || false, each)) {
+            Ok(all) => is_whole = all,
             Err(error) => refusal = Some(error),
         }
     }
@@ -95,27 +108,46 @@ pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Resu
     Ok(held)
 }
 
-/// Makes a pass. Returns false if it took too long.
-fn pass(iter: &DescriptorIter, limit: Duration, each: impl FnMut(&SocketDescriptor)) -> io::Result<bool> {
-    match iter.pass(limit, each) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::TimedOut => Ok(false),
-        Err(error) => Err(error),
-    }
+/// What became of a pass.
+struct Pass {
+    /// False if it took too long. Its last read may be long, too.
+    is_whole: bool,
+    took: Duration,
 }
 
-/// As [`read`], but keeps only the sockets with these inodes, takes less time, and begins with the processes if
-/// passes are paused. If the time is over first, only some of a socket's holders may be found.
+/// Makes a pass.
+fn pass(iter: &DescriptorIter, limit: Duration, each: impl FnMut(&SocketDescriptor)) -> io::Result<Pass> {
+    let begin = Instant::now();
+    let is_whole = match iter.pass(limit, each) {
+        Ok(()) => true,
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => false,
+        Err(error) => return Err(error),
+    };
+    let took = begin.elapsed();
+    log::debug!("a pass over the descriptors of all processes: {took:?}, to its end: {is_whole}");
+    Ok(Pass { is_whole, took })
+}
+
+/// As [`read`], but keeps only the sockets with these inodes, takes less time, and visits the processes of the last
+/// list. If the time is over first, only some of a socket's holders may be found.
 fn read_holders(iter: &DescriptorIter, inodes: &HashSet<u64>) -> io::Result<HeldSockets> {
     let limit = &mut SnapshotLimit::new(None);
     let collector = RefCell::new(Collector::new(limit));
     let mut each =
         |record: &SocketDescriptor| collector.borrow_mut().add_any(record, |inode| inodes.contains(&inode));
-    let mut is_whole = !iter.is_paused() && pass(iter, MAX_PASS_FOR_EVENT, &mut each)?;
-    if !is_whole {
+    let mut is_whole = false;
+    if by_process::last_list_permits_pass() && !iter.is_paused() {
+        let pass = pass(iter, MAX_PASS_FOR_EVENT, &mut each)?;
+        is_whole = pass.is_whole;
+        if pass.took >= MAX_PASS_FOR_EVENT + MAX_OVERRUN {
+            iter.begin_pause();
+        }
+    }
+    // Without a list nothing is visited: whoever is missing in it would seem to hold nothing.
+    if !is_whole && let Some(list) = by_process::last_list() {
         let is_done = || collector.borrow().sockets.len() >= inodes.len();
-        is_whole = by_process::pass(iter, Processes::LastListed, MAX_VISITS_FOR_EVENT, is_done, each)
-            .unwrap_or_else(|error| {
+        is_whole =
+            by_process::pass(iter, &list, MAX_VISITS_FOR_EVENT, is_done, each).unwrap_or_else(|error| {
                 log::debug!("the processes can't be visited one by one: {error}");
                 false
             });

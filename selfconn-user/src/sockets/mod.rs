@@ -31,6 +31,7 @@ mod procfs;
 mod snapshot;
 mod sock_diag;
 mod table;
+mod walk_cost;
 
 pub use destroy::TargetSocket;
 pub use destroy::can_destroy;

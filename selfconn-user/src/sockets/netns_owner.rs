@@ -1,4 +1,4 @@
-//! The user that owns a network namespace, and visits for the guard.
+//! The user that owns a network namespace or a user namespace, and visits for the guard.
 
 use std::{
     fs, io,
@@ -44,24 +44,30 @@ pub fn owner() -> io::Result<u32> {
 /// # Errors
 /// If the file can't be opened or is no network namespace.
 pub fn owner_at(path: &Path) -> io::Result<(u64, u32)> {
+    let (file, opened) = open(path)?.ok_or(io::ErrorKind::NotFound)?;
+    Ok((opened.ino(), owner_of_userns(related(&file, NS_GET_USERNS)?)?))
+}
+
+/// The inode of a user namespace, and the user that owns it, as in [`owner_at`].
+///
+/// # Errors
+/// As [`owner_at`].
+pub(super) fn userns_owner_at(path: &Path) -> io::Result<(u64, u32)> {
+    let (file, opened) = open(path)?.ok_or(io::ErrorKind::NotFound)?;
+    Ok((opened.ino(), owner_of_userns(file)?))
+}
+
+/// include/uapi/linux/nsfs.h at v5.10.
+const NS_GET_USERNS: libc::Ioctl = 0xb701;
+const NS_GET_PARENT: libc::Ioctl = 0xb702;
+const NS_GET_OWNER_UID: libc::Ioctl = 0xb704;
+
+/// The user that owns the outermost user namespace below the initial one that this one belongs to, or root.
+fn owner_of_userns(mut outermost: fs::File) -> io::Result<u32> {
     /// The kernel's inode number of the initial user namespace: include/linux/proc_ns.h at v5.10.
     const INITIAL: u64 = 0xefff_fffd;
-    /// include/uapi/linux/nsfs.h at v5.10.
-    const NS_GET_USERNS: libc::Ioctl = 0xb701;
-    const NS_GET_PARENT: libc::Ioctl = 0xb702;
-    const NS_GET_OWNER_UID: libc::Ioctl = 0xb704;
-    let related = |of: &fs::File, request| {
-        // SAFETY: these requests take no argument, and return a descriptor that nothing else owns.
-        match unsafe { libc::ioctl(of.as_raw_fd(), request) } {
-            -1 => Err(io::Error::last_os_error()),
-            // SAFETY: as above.
-            fd => Ok(fs::File::from(unsafe { OwnedFd::from_raw_fd(fd) })),
-        }
-    };
-    let (file, opened) = open(path)?.ok_or(io::ErrorKind::NotFound)?;
-    let mut outermost = related(&file, NS_GET_USERNS)?;
     if outermost.metadata()?.ino() == INITIAL {
-        return Ok((opened.ino(), 0));
+        return Ok(0);
     }
     loop {
         let parent = related(&outermost, NS_GET_PARENT)?;
@@ -73,7 +79,17 @@ pub fn owner_at(path: &Path) -> io::Result<(u64, u32)> {
     let mut uid: libc::uid_t = 0;
     // SAFETY: the request writes a user id to this address.
     match unsafe { libc::ioctl(outermost.as_raw_fd(), NS_GET_OWNER_UID, &raw mut uid) } {
-        0 => Ok((opened.ino(), uid)),
+        0 => Ok(uid),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The namespace that this request returns.
+fn related(of: &fs::File, request: libc::Ioctl) -> io::Result<fs::File> {
+    // SAFETY: these requests take no argument, and return a descriptor that nothing else owns.
+    match unsafe { libc::ioctl(of.as_raw_fd(), request) } {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: as above.
+        fd => Ok(fs::File::from(unsafe { OwnedFd::from_raw_fd(fd) })),
     }
 }
