@@ -20,7 +20,7 @@ use crate::support::{
     helper_process::HelperProcess,
     mount_namespace::{mount_proc_with_hidepid, spawn_in_new_mount_namespace},
     netns::TestNetns,
-    nobody::{NOBODY, Nobody},
+    nobody::{FirstThread, NOBODY, Nobody},
     socket_crowd::{CrowdSockets, SocketCrowd},
 };
 
@@ -155,9 +155,53 @@ fn descriptors_that_many_processes_share_delay_nobody() {
     }
     let mut crowd = Nobody::sharing_descriptors();
     crowd.wait();
-    behind_crowd(&net, ProcOfDaemon::Whole);
-    behind_crowd(&net, ProcOfDaemon::ForItsReader);
-    behind_crowd(&net, ProcOfDaemon::Hidden);
+    behind_crowd(&net, ProcOfDaemon::Whole, PassOverAll::TakesLong);
+    behind_crowd(&net, ProcOfDaemon::ForItsReader, PassOverAll::TakesLong);
+    behind_crowd(&net, ProcOfDaemon::Hidden, PassOverAll::TakesLong);
+}
+
+/// A pass over the descriptors of all processes would stay in one read(2) for seconds, and so would one over that
+/// process: the kernel goes through the table for each thread, and finds nothing for which it would return.
+#[test]
+fn a_large_table_of_many_threads_delays_nobody() {
+    let net = TestNetns::enter_new();
+    if !reads_descriptors() || !is_kernel_at_least((6, 1)) || is_dedicated_machine() {
+        return;
+    }
+    for first_thread in [FirstThread::HasEnded, FirstThread::HasAnotherTable] {
+        println!("FACT first_thread={first_thread:?}");
+        let mut threads = Nobody::sharing_large_table(first_thread);
+        threads.wait();
+        behind_crowd(&net, ProcOfDaemon::Whole, PassOverAll::IsNotMade);
+        behind_crowd(&net, ProcOfDaemon::ForItsReader, PassOverAll::IsNotMade);
+    }
+}
+
+/// Visiting processes one by one is for hosts with hostile users.
+#[test]
+fn a_pass_over_all_descriptors_is_made_where_no_table_is_large() {
+    let _net = TestNetns::enter_new();
+    if !reads_descriptors() {
+        return;
+    }
+    let daemon = TestDaemon::start(&HookVariant(vec![]), &["-vv", "--reconcile", "1"]);
+    daemon.run_until_snapshots(3, || thread::sleep(Duration::from_millis(20)));
+    let (_, stderr) = daemon.stop();
+    assert!(stderr.matches(PASS_LINE).count() >= 3, "{stderr}");
+    for other in [NO_PASS_LINE, "to its end: false"] {
+        assert!(!stderr.contains(other), "{stderr}");
+    }
+}
+
+/// What the daemon says with `-vv` of a pass over the descriptors of all processes, and if it makes none.
+const PASS_LINE: &str = "a pass over the descriptors of all processes: ";
+const NO_PASS_LINE: &str = "no pass over the descriptors of all processes: ";
+
+/// What becomes of a pass over the descriptors of all processes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum PassOverAll {
+    TakesLong,
+    IsNotMade,
 }
 
 /// Which processes the daemon can list.
@@ -172,7 +216,7 @@ enum ProcOfDaemon {
 }
 
 /// A self-connection from before the daemon, of a process that a pass comes to last, and its `blocked`.
-fn behind_crowd(net: &TestNetns, proc_of_daemon: ProcOfDaemon) {
+fn behind_crowd(net: &TestNetns, proc_of_daemon: ProcOfDaemon, pass: PassOverAll) {
     const MAX_PASS: Duration = Duration::from_secs(5);
     // Its pid is higher than those of the crowd, so the pass would come to it last.
     let mut victim = HelperProcess::start("connect");
@@ -186,13 +230,19 @@ fn behind_crowd(net: &TestNetns, proc_of_daemon: ProcOfDaemon) {
             Ok(remove_capability_from_bounding_set(CapabilitySet::SYS_PTRACE)?)
         }),
     };
-    let mut daemon = TestDaemon::start_with(&HookVariant(vec![]), &["--reconcile", "1"], spawn);
+    let mut daemon = TestDaemon::start_with(&HookVariant(vec![]), &["-vv", "--reconcile", "1"], spawn);
     expect_event_in_time(&mut daemon, net.inode);
     let is_held = |event: &Value| is_event("established", net.inode)(event) && event["port"] == port;
     let until = began + MAX_PASS + Duration::from_secs(4);
     let found = daemon.wait_until(until, 1, is_held).unwrap().pop().unwrap();
     println!("FACT found_after_ms={} {proc_of_daemon:?}", began.elapsed().as_millis());
-    assert!(began.elapsed() > MAX_PASS, "the pass was not long: {found}");
+    match pass {
+        PassOverAll::TakesLong => assert!(began.elapsed() > MAX_PASS, "the pass was not long: {found}"),
+        PassOverAll::IsNotMade => {
+            let stderr = daemon.stderr_so_far();
+            assert!(stderr.contains(NO_PASS_LINE) && !stderr.contains(PASS_LINE), "{stderr}");
+        }
+    }
     // A process that could not be looked at may be the holder: unknown, not nobody.
     let holder = match proc_of_daemon {
         ProcOfDaemon::Hidden => Value::Null,

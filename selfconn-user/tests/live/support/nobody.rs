@@ -26,11 +26,22 @@ pub(crate) const NOBODY: u32 = 65_534;
 /// How many descriptors such a process may have.
 const MAX_DESCRIPTORS: u64 = 20_000;
 
+/// How many descriptors one with a large table may have.
+const LARGE_TABLE: u64 = 500_000;
+
 const TASK_ENV: &str = "SELFCONN_TEST_NOBODY_TASK";
 const FOLDER_ENV: &str = "SELFCONN_TEST_NOBODY_FOLDER";
 
 /// A process that is hung closes its socket this long after its output.
 const CLOSES_AFTER: Duration = Duration::from_millis(300);
+
+/// The first thread of a process whose other threads share a large table of descriptors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FirstThread {
+    HasEnded,
+    /// It has a small table for itself.
+    HasAnotherTable,
+}
 
 /// Such a process. It ends when this value is dropped.
 pub(crate) struct Nobody {
@@ -69,17 +80,27 @@ impl Nobody {
         }
         fs::create_dir(folder.path().join("mount")).unwrap();
         fs::set_permissions(folder.path().join("mount"), Permissions::from_mode(0o777)).unwrap();
-        Some(Self::start(task, folder, true))
+        Some(Self::start(task, folder, true, MAX_DESCRIPTORS))
     }
 
     /// A process that fails binds as fast as it can, at ever other addresses.
     pub(crate) fn failing_binds() -> Self {
-        Self::start("fail binds", folder(), false)
+        Self::start("fail binds", folder(), false, MAX_DESCRIPTORS)
     }
 
     /// Many processes with one table of many descriptors, each of which a walk over all tasks visits for each process.
     pub(crate) fn sharing_descriptors() -> Self {
-        Self::start("share descriptors", folder(), false)
+        Self::start("share descriptors", folder(), false, MAX_DESCRIPTORS)
+    }
+
+    /// A process that has no descriptor, but many threads with one large table. A walk over all tasks goes through it
+    /// for each thread.
+    pub(crate) fn sharing_large_table(first_thread: FirstThread) -> Self {
+        let task = match first_thread {
+            FirstThread::HasEnded => "share a large table without a first thread",
+            FirstThread::HasAnotherTable => "share a large table beside the first thread",
+        };
+        Self::start(task, folder(), false, LARGE_TABLE)
     }
 
     /// A process that holds a self-connection. In its mount namespace, but nowhere else, the file at this path is the
@@ -95,17 +116,17 @@ impl Nobody {
                 check(libc::unshare(libc::CLONE_NEWNS))?;
                 mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
                 mount_bind(&own, &mounted)?;
-                become_nobody(false)
+                become_nobody(false, MAX_DESCRIPTORS)
             });
         }
         Self::spawn(command, folder())
     }
 
-    fn start(task: &str, folder: tempfile::TempDir, has_user_namespace: bool) -> Self {
+    fn start(task: &str, folder: tempfile::TempDir, has_user_namespace: bool, max_descriptors: u64) -> Self {
         let mut command = command(task);
         command.env(FOLDER_ENV, folder.path());
         // SAFETY: the closure only makes system calls.
-        unsafe { command.pre_exec(move || become_nobody(has_user_namespace)) };
+        unsafe { command.pre_exec(move || become_nobody(has_user_namespace, max_descriptors)) };
         Self::spawn(command, folder)
     }
 
@@ -163,7 +184,7 @@ fn check(outcome: libc::c_int) -> io::Result<()> {
 }
 
 /// Gives up every privilege. With a user namespace, it gets one of its own, and a mount namespace below it.
-fn become_nobody(has_user_namespace: bool) -> io::Result<()> {
+fn become_nobody(has_user_namespace: bool, max_descriptors: u64) -> io::Result<()> {
     let write = |path: &CStr, text: &[u8]| -> io::Result<()> {
         // SAFETY: `path` and `text` are valid for the calls.
         unsafe {
@@ -176,7 +197,7 @@ fn become_nobody(has_user_namespace: bool) -> io::Result<()> {
     };
     // SAFETY: all arguments are valid.
     unsafe {
-        let limit = libc::rlimit { rlim_cur: MAX_DESCRIPTORS, rlim_max: MAX_DESCRIPTORS };
+        let limit = libc::rlimit { rlim_cur: max_descriptors, rlim_max: max_descriptors };
         check(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit))?;
         check(libc::setgroups(0, std::ptr::null()))?;
         check(libc::setgid(NOBODY))?;
@@ -208,6 +229,8 @@ fn run_nobody() {
         "serve" => serve(),
         "fail binds" => fail_binds(),
         "share descriptors" => share_descriptors(),
+        "share a large table without a first thread" => share_large_table(FirstThread::HasEnded),
+        "share a large table beside the first thread" => share_large_table(FirstThread::HasAnotherTable),
         "connect" => {
             let _held = connect_to_self(Ipv4Addr::LOCALHOST.into());
             print_output("connected");
@@ -408,6 +431,75 @@ fn share_descriptors() {
         check(unsafe { libc::clone(wait, top.cast(), flags, std::ptr::null_mut()) }).unwrap();
     }
     print_output(&format!("{count} descriptors"));
+    // SAFETY: no arguments.
+    unsafe { libc::pause() };
+}
+
+/// Makes a child with 5,000 threads that share a table of [`LARGE_TABLE`] slots without a descriptor.
+fn share_large_table(first_thread: FirstThread) {
+    const THREADS: usize = 5_000;
+    const STACK_BYTES: usize = 16 << 10;
+    extern "C" fn wait(_: *mut libc::c_void) -> libc::c_int {
+        loop {
+            // SAFETY: no arguments.
+            unsafe { libc::pause() };
+        }
+    }
+    let mut stacks = vec![0_u8; THREADS * STACK_BYTES];
+    // SAFETY: the child makes system calls only.
+    let child = unsafe { libc::fork() };
+    check(child).unwrap();
+    if child == 0 {
+        let flags = libc::CLONE_VM
+            | libc::CLONE_FS
+            | libc::CLONE_FILES
+            | libc::CLONE_SIGHAND
+            | libc::CLONE_THREAD
+            | libc::CLONE_SYSVSEM;
+        // SAFETY: all arguments are valid. Each stack is its thread's own, is aligned as `malloc` aligns, and stays.
+        unsafe {
+            // The child ends with the process that made it.
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            // A table never shrinks.
+            let last = libc::c_int::try_from(LARGE_TABLE - 1).unwrap_or(0);
+            if libc::dup2(0, last) != last || libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) != 0 {
+                libc::_exit(1);
+            }
+            for stack in stacks.chunks_exact_mut(STACK_BYTES) {
+                let top = stack.as_mut_ptr_range().end;
+                if libc::clone(wait, top.cast(), flags, std::ptr::null_mut()) < 0 {
+                    libc::_exit(2);
+                }
+            }
+            if first_thread == FirstThread::HasEnded {
+                libc::syscall(libc::SYS_exit, 0);
+            }
+            // The new table has room for the descriptors that there are: none.
+            libc::unshare(libc::CLONE_FILES);
+        }
+        wait(std::ptr::null_mut());
+    }
+    let until = Instant::now() + Duration::from_secs(30);
+    let is_made = || {
+        let status = fs::read_to_string(format!("/proc/{child}/status")).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.and_then(|line| line.split_ascii_whitespace().next()?.parse::<u64>().ok())
+        };
+        let first_slots = match first_thread {
+            FirstThread::HasEnded => 0..1,
+            FirstThread::HasAnotherTable => 1..1_024,
+        };
+        let threads = field("Threads:").unwrap_or(0);
+        // A child that has given up has no other thread.
+        assert!(!status.contains("zombie") || threads > 1, "{status}");
+        threads == THREADS as u64 + 1 && first_slots.contains(&field("FDSize:").unwrap_or(0))
+    };
+    while !is_made() {
+        assert!(Instant::now() < until, "the threads are not made in time");
+        thread::sleep(Duration::from_millis(10));
+    }
+    print_output(&format!("{THREADS} threads of {child}"));
     // SAFETY: no arguments.
     unsafe { libc::pause() };
 }
