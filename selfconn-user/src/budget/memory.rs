@@ -9,7 +9,8 @@ pub const BUDGET_BYTES: usize = 64 << 20;
 /// Maximum number of tracked self-connections. A hash table with 16,384 slots has room for as many.
 pub const MAX_CONNECTIONS: usize = 14_336;
 
-/// Maximum number of connections whose close is remembered while a snapshot of the socket table is read.
+/// Maximum number of connections whose close is remembered while a snapshot of the socket table is read, which owners
+/// share.
 pub const MAX_CLOSED_DURING_SNAPSHOT: usize = 14_336;
 
 /// Maximum number of sockets in a snapshot of the socket table.
@@ -44,7 +45,7 @@ pub const QUEUE_REST_BYTES: usize = 1 << 20;
 
 /// Bytes of an entry, with its share of the tables that lead to it.
 pub const CONNECTION_BYTES: usize = 1_024;
-pub const CLOSED_DURING_SNAPSHOT_BYTES: usize = 128;
+pub const CLOSED_DURING_SNAPSHOT_BYTES: usize = 144;
 pub const SNAPSHOT_SOCKET_BYTES: usize = 640;
 pub const TIME_WAIT_BYTES: usize = 512;
 pub const BIND_FAILURE_BYTES: usize = 256;

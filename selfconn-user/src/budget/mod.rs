@@ -2,7 +2,7 @@
 //! `payer` who pays for a connection, `rate` is a token bucket, `log` decides what the log has, by the rates of
 //! `log_shares`, `cmdline` has the bytes of a command line, `shares` a limit that owners share, `shared_rate` one in
 //! each second, `turns` the order in which they come, `fair_queue` a queue in that order, `least_spent` one by what
-//! they have spent, `owner_losses` what they lose beyond it, `memory` what every part of the daemon may keep.
+//! they have spent, `owner_losses` what they lose beyond it, `user_set` a set of users, `memory` what every part of the daemon may keep.
 
 pub mod cmdline;
 mod fair_queue;
@@ -17,6 +17,7 @@ mod rate;
 mod shared_rate;
 mod shares;
 mod turns;
+mod user_set;
 
 pub use fair_queue::FairQueue;
 pub use least_spent::LeastSpent;
@@ -27,3 +28,4 @@ pub use rate::RateLimiter;
 pub use shared_rate::SharedRate;
 pub use shares::SharedLimit;
 pub use turns::Turns;
+pub use user_set::{USER_SET_BYTES, UserSet};

@@ -5,7 +5,7 @@ use selfconn_ebpf::Owner;
 
 /// Users in the same block of this many uids are one party, too, where no control group is known: the range that a user
 /// namespace maps is as long, and root there may use all of it.
-const UIDS_OF_A_RANGE: u32 = 1 << 16;
+pub(super) const UIDS_OF_A_RANGE: u32 = 1 << 16;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Party {

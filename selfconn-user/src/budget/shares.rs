@@ -30,6 +30,10 @@ pub struct SharedLimit {
 }
 
 impl SharedLimit {
+    /// Bytes for each owner that has something: one that is known by its user and by itself. A table of the standard
+    /// library is at most seven eighths full. (Control groups are few, because only root makes them.)
+    pub const OWNER_BYTES: usize = 2 * (size_of::<(Party, usize)>() + 1) * 8 / 7;
+
     #[must_use]
     pub fn new(limit: usize) -> Self {
         Self { limit, used: 0, by_party: HashMap::new() }

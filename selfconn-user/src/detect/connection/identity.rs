@@ -9,7 +9,21 @@ use std::collections::{HashMap, HashSet};
 use selfconn_ebpf::Endpoint;
 
 use super::Connection;
-use crate::{budget::memory::MAX_CLOSED_DURING_SNAPSHOT, sockets::SocketEntry};
+use crate::{
+    budget::{
+        SharedLimit, USER_SET_BYTES, UserSet,
+        memory::{self, MAX_CLOSED_DURING_SNAPSHOT},
+    },
+    sockets::SocketEntry,
+};
+
+// A cookie or an endpoint, another endpoint, and the share of an owner, in tables that are at most seven eighths full.
+const _: () = assert!(
+    (size_of::<u64>() + size_of::<Endpoint>() + 2) * 8 / 7
+        + SharedLimit::OWNER_BYTES
+        + USER_SET_BYTES / MAX_CLOSED_DURING_SNAPSHOT
+        <= memory::CLOSED_DURING_SNAPSHOT_BYTES
+);
 
 /// What a socket is found by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -33,22 +47,48 @@ impl SocketId {
     }
 }
 
-/// Closed connections, to recognize them in a snapshot that still lists them.
-#[derive(Debug, Default)]
+/// Closed connections, to recognize them in a snapshot that still lists them. Owners share their number: one owner's
+/// closes take no room from another's, and make no connection of another uncertain.
+#[derive(Debug)]
 pub(super) struct ClosedSockets {
     cookies: HashSet<u64>,
     /// Keys of the connections whose cookies are unknown.
     without_cookie: HashSet<Endpoint>,
     /// Keys of all connections, without device.
     endpoints: HashSet<Endpoint>,
-    /// True if there were more than are kept. Any listed connection may be closed then.
-    has_more: bool,
+    shares: SharedLimit,
+    /// The users who have closed more than are kept: those that own the sockets, and those that opened them.
+    users_with_more: UserSet,
+}
+
+/// Whether a socket that a snapshot lists was closed meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ListedSocket {
+    Open,
+    Closed,
+    /// It may be one of those beyond the share of its owner.
+    Uncertain,
+}
+
+impl Default for ClosedSockets {
+    fn default() -> Self {
+        Self {
+            cookies: HashSet::new(),
+            without_cookie: HashSet::new(),
+            endpoints: HashSet::new(),
+            shares: SharedLimit::new(MAX_CLOSED_DURING_SNAPSHOT),
+            users_with_more: UserSet::default(),
+        }
+    }
 }
 
 impl ClosedSockets {
     pub(super) fn insert(&mut self, connection: &Connection) {
-        if self.cookies.len() + self.without_cookie.len() >= MAX_CLOSED_DURING_SNAPSHOT {
-            self.has_more = true;
+        let payer = connection.payer();
+        if !self.shares.try_take(payer, 1) {
+            // The snapshot may list the socket without its opener.
+            self.users_with_more.insert(payer.uid);
+            self.users_with_more.insert(connection.uid.unwrap_or(payer.uid));
             return;
         }
         match connection.cookie {
@@ -58,15 +98,27 @@ impl ClosedSockets {
         self.endpoints.insert(connection.endpoint.deviceless_key());
     }
 
-    pub(super) fn contains(&self, entry: &SocketEntry) -> bool {
-        if self.has_more {
-            return true;
-        }
-        match entry.cookie {
+    /// What is known of this socket of a snapshot that began at `began_ns`. Its entry in the connect table must have
+    /// been looked up after the snapshot.
+    pub(super) fn find(&self, entry: &SocketEntry, began_ns: u64) -> ListedSocket {
+        let is_closed = match entry.cookie {
             Some(cookie) => {
                 self.cookies.contains(&cookie) || self.without_cookie.contains(&entry.endpoint.table_key())
             }
             None => self.endpoints.contains(&entry.endpoint.deviceless_key()),
+        };
+        // The programs remove the entry of a socket that is closed. A later entry may be that of the next socket there.
+        let is_still_connected = entry.connect_entry.as_ref().is_some_and(|entry| entry.1.at_ns < began_ns);
+        let may_be_one_of_more = match entry.uid {
+            Some(uid) => self.users_with_more.contains(uid),
+            None => !self.users_with_more.is_empty(),
+        };
+        if is_closed {
+            ListedSocket::Closed
+        } else if may_be_one_of_more && !is_still_connected {
+            ListedSocket::Uncertain
+        } else {
+            ListedSocket::Open
         }
     }
 }

@@ -15,7 +15,7 @@ use selfconn_ebpf::{Owner, Transition, state};
 
 use super::{
     Connection, ConnectionEnd, ConnectionEvent, Connections, Tracked, close,
-    identity::{Agreement, ClosedSockets, SocketId, TrackedKeys, agreement},
+    identity::{Agreement, ClosedSockets, ListedSocket, SocketId, TrackedKeys, agreement},
     rank,
     table::payer_of_entry,
 };
@@ -90,9 +90,14 @@ impl Connections {
                     missed += 1;
                     each(ConnectionEvent::Established(&tracked.connection));
                 }
-            } else if !closed_during_snapshot.contains(entry) {
+            } else {
+                let listed = closed_during_snapshot.find(entry, began_ns);
+                if listed == ListedSocket::Closed {
+                    continue;
+                }
                 let payer = payer_of_entry(entry);
-                if !self.tracked.take_room(payer) {
+                // What may be closed already makes no event, and may be a loss.
+                if listed == ListedSocket::Uncertain || !self.tracked.take_room(payer) {
                     untracked.push(payer);
                     continue;
                 }
