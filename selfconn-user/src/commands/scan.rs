@@ -294,7 +294,7 @@ fn table(snapshot: &SocketSnapshot, holders: &SocketHolders, outcomes: &DestroyO
             }
             (None, Some([])) => out.push_str("no process; the kernel is closing it"),
             (None, Some(holders)) => write_holders(holders, &mut out),
-            (None, None) if holders.found.complete => {
+            (None, None) if holders.has_none(entry) => {
                 out.push_str("no process has it open; the kernel may use it itself");
             }
             (None, None) => out.push_str("an unknown process"),
@@ -348,10 +348,11 @@ fn write_holders(holders: &[Holder], out: &mut String) {
 mod tests {
     use selfconn_ebpf::Endpoint;
 
-    use std::collections::HashMap;
-
     use super::*;
-    use crate::{detect::samples, sockets::Holders};
+    use crate::{
+        detect::samples,
+        sockets::{Holders, SocketRef},
+    };
 
     fn entry(addr: &str, state: u8, inode: u64) -> SocketEntry {
         let endpoint = Endpoint { netns: 4_026_531_840, ..samples::endpoint(addr, 40_000) };
@@ -379,8 +380,10 @@ mod tests {
             SocketEntry { cookie: None, ..entry("127.0.0.3", state::ESTABLISHED, 3) },
         ];
         let holder = |pid| Holder { pid, comm: Some("a\nb".to_owned()), start_ticks: Some(0) };
-        let by_inode = HashMap::from([(1, vec![holder(u32::MAX)]), (2, (1..=6).map(holder).collect())]);
-        let found = Holders { by_inode, complete: true, unseen: None };
+        let by_inode = [(1, vec![holder(u32::MAX)]), (2, (1..=6).map(holder).collect())];
+        let by_socket =
+            by_inode.into_iter().map(|(inode, holders)| (SocketRef::of_inode(inode), holders)).collect();
+        let found = Holders { by_socket, complete: true, unseen: None };
         let snapshot = SocketSnapshot {
             entries,
             namespaces: [(1, 0), (2, 0), (3, 0)].into(),

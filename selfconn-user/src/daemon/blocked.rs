@@ -15,7 +15,7 @@ use crate::{
         bind_conflict::{self, PortHolder, TimeWaitEntry, rules},
         connection::Connection,
     },
-    sockets::{self, CurrentHolders, SocketEntry},
+    sockets::{self, CurrentHolders, SocketEntry, SocketRef},
     system::{
         capabilities,
         process::{Attribution, Holder, ProcessInfo},
@@ -29,8 +29,7 @@ const DEADLINE: Duration = Duration::from_secs(1);
 /// Maximum number of events that wait for the holders, which the owners of the processes that called bind() share.
 const MAX_WAITING: usize = 256;
 
-/// A request has the inodes of sockets.
-type HolderWorker = Worker<HashSet<u64>, CurrentHolders>;
+type HolderWorker = Worker<HashSet<SocketRef>, CurrentHolders>;
 
 /// The self-connection that held the port when the bind failed.
 pub(super) enum KnownHolder {
@@ -91,10 +90,10 @@ impl PendingBlocked {
         }
     }
 
-    /// The inode of the socket whose holders have to be looked up.
-    fn inode(&self) -> Option<u64> {
+    /// The socket whose holders have to be looked up.
+    fn socket(&self) -> Option<SocketRef> {
         match &self.holder {
-            KnownHolder::Open(connection, _) => connection.inode,
+            KnownHolder::Open(connection, _) => connection.socket_ref(),
             KnownHolder::TimeWait(_) => None,
         }
     }
@@ -102,13 +101,13 @@ impl PendingBlocked {
     /// Adds what is known of the socket now. False: it does not refuse the bind. Its options were changed since
     /// its last transition.
     fn update(&mut self, now: &CurrentHolders) -> bool {
-        let Some(inode) = self.inode() else { return true };
-        self.holders = now.of_socket(inode);
+        let Some(socket) = self.socket() else { return true };
+        self.holders = now.of_socket(&socket);
         let refuses = |SocketEntry { endpoint, options, uid, .. }: &SocketEntry| {
             let held = rules::BindParty { endpoint: *endpoint, options: *options, uid: *uid };
             rules::refuses(&held, &bind_conflict::requested_by(&self.failure))
         };
-        now.entries.get(&inode).filter(|entry| entry.options.is_known()).is_none_or(refuses)
+        now.entry(&socket).filter(|entry| entry.options.is_known()).is_none_or(refuses)
     }
 }
 
@@ -129,7 +128,7 @@ pub(super) struct BlockedReports {
 impl BlockedReports {
     pub(super) fn start(descriptors: Option<Arc<DescriptorIter>>) -> io::Result<Self> {
         let capability_set = capabilities::holder_worker(descriptors.is_some());
-        let find = move |inodes| sockets::find_current_holders(&inodes, descriptors.as_deref());
+        let find = move |wanted| sockets::find_current_holders(&wanted, descriptors.as_deref());
         Ok(Self::with(Worker::start("holders", capability_set, find)?))
     }
 
@@ -156,7 +155,7 @@ impl BlockedReports {
 
     /// Looks for the holders of this socket. `Some`: there is nothing to look for, or too much waits.
     pub(super) fn request(&mut self, mut blocked: PendingBlocked) -> Option<PendingBlocked> {
-        if blocked.inode().is_none() || !self.shares.try_take(blocked.failure.owner, 1) {
+        if blocked.socket().is_none() || !self.shares.try_take(blocked.failure.owner, 1) {
             return Some(blocked);
         }
         blocked.deadline = Instant::now() + DEADLINE;
@@ -187,7 +186,7 @@ impl BlockedReports {
         }));
         if self.requested_at.is_none() && self.next_request_at <= now && !self.waiting.is_empty() {
             self.requested = std::mem::take(&mut self.waiting);
-            self.worker.send(self.requested.iter().filter_map(PendingBlocked::inode).collect());
+            self.worker.send(self.requested.iter().filter_map(PendingBlocked::socket).collect());
             self.requested_at = Some(now);
         }
         known
@@ -216,7 +215,7 @@ mod tests {
     use super::*;
     use crate::detect::samples;
 
-    fn reports(find: impl Fn(HashSet<u64>) -> CurrentHolders + Send + 'static) -> BlockedReports {
+    fn reports(find: impl Fn(HashSet<SocketRef>) -> CurrentHolders + Send + 'static) -> BlockedReports {
         BlockedReports::with(Worker::start("holders", capabilities::holder_worker(true), find).unwrap())
     }
 

@@ -380,7 +380,7 @@ impl Pipeline {
         // Outside the initial pid namespace the holders' pids in /proc differ from the pids in events.
         let can_look_up = self.reporting.lookups.can_look_up();
         let holders_of =
-            |connection: &Connection| snapshot.holders_of(connection.inode).map(<[Holder]>::to_vec);
+            |connection: &Connection| snapshot.holders_of(connection.socket_ref()).map(<[Holder]>::to_vec);
         let (began_ns, time) = (snapshot.began_ns, Timestamp::now());
         let mut events = Vec::new();
         self.connections.set_left_out(snapshot.left_out.users());

@@ -16,7 +16,7 @@ use std::{
 
 use selfconn_ebpf::{BindOptions, COMM_LEN, Endpoint, Opener, Owner, Task, Transition, socket_file, state};
 
-use crate::sockets::SocketEntry;
+use crate::sockets::{SocketEntry, SocketRef};
 use identity::ClosedSockets;
 use table::TrackedTable;
 
@@ -326,6 +326,13 @@ impl Connection {
     #[must_use]
     pub fn payer(&self) -> Owner {
         table::payer(self.opener.as_ref(), self.uid.unwrap_or(0))
+    }
+
+    /// What the socket is recognized by. `None`: it has no file, or its inode is unknown.
+    #[must_use]
+    pub fn socket_ref(&self) -> Option<SocketRef> {
+        let Self { cookie, inode, endpoint, .. } = *self;
+        Some(SocketRef { cookie, inode: inode?, endpoint: Some(endpoint) })
     }
 
     /// A connection with all that the socket table says.

@@ -4,7 +4,7 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use selfconn_ebpf::{BindOptions, Endpoint, Opener, state};
 
-use super::netns::NetnsId;
+use super::{by_socket::SocketRef, netns::NetnsId};
 
 /// A socket in the kernel's table: a self-connection, or a listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +30,15 @@ pub struct SocketEntry {
     pub is_held: bool,
     /// The name of the device that the socket is bound to. Only [`super::snapshot()`] sets it.
     pub device: Option<Arc<str>>,
+}
+
+impl SocketEntry {
+    /// What the socket is recognized by. `None`: it has no file, so no process has it open.
+    #[must_use]
+    pub fn socket_ref(&self) -> Option<SocketRef> {
+        let Self { cookie, inode, endpoint, .. } = *self;
+        (inode != 0).then_some(SocketRef { cookie, inode, endpoint: Some(endpoint) })
+    }
 }
 
 /// What it means that a snapshot does not list a connection that was open before it.

@@ -14,6 +14,7 @@ use selfconn_ebpf::{COMM_LEN, Endpoint, SocketDescriptor, descriptor_kind, state
 
 use super::{
     by_process::{self, ProcessList},
+    by_socket::{BySocket, SocketRef},
     entry::SocketEntry,
     holders::{HolderSearch, Holders, find_holders},
     limit::SnapshotLimit,
@@ -128,13 +129,15 @@ fn pass(iter: &DescriptorIter, limit: Duration, each: impl FnMut(&SocketDescript
     Ok(Pass { is_whole, took })
 }
 
-/// As [`read`], but keeps only the sockets with these inodes, takes less time, and visits the processes of the last
-/// list. If the time is over first, only some of a socket's holders may be found.
-fn read_holders(iter: &DescriptorIter, inodes: &HashSet<u64>) -> io::Result<HeldSockets> {
+/// As [`read`], but keeps only these sockets, takes less time, and visits the processes of the last list. If the time is
+/// over first, only some of a socket's holders may be found.
+fn read_holders(iter: &DescriptorIter, sockets: &HashSet<SocketRef>) -> io::Result<HeldSockets> {
     let limit = &mut SnapshotLimit::new(None);
     let collector = RefCell::new(Collector::new(limit));
-    let mut each =
-        |record: &SocketDescriptor| collector.borrow_mut().add_any(record, |inode| inodes.contains(&inode));
+    let wanted = RefCell::new(WantedSockets::new(sockets));
+    let mut each = |record: &SocketDescriptor| {
+        collector.borrow_mut().add_any(record, |socket| wanted.borrow_mut().take(socket));
+    };
     let mut is_whole = false;
     if by_process::last_list_permits_pass() && !iter.is_paused() {
         let pass = pass(iter, MAX_PASS_FOR_EVENT, &mut each)?;
@@ -145,7 +148,7 @@ fn read_holders(iter: &DescriptorIter, inodes: &HashSet<u64>) -> io::Result<Held
     }
     // Without a list nothing is visited: whoever is missing in it would seem to hold nothing.
     if !is_whole && let Some(list) = by_process::last_list() {
-        let is_done = || collector.borrow().sockets.len() >= inodes.len();
+        let is_done = || wanted.borrow().are_found();
         is_whole =
             by_process::pass(iter, &list, MAX_VISITS_FOR_EVENT, is_done, each).unwrap_or_else(|error| {
                 log::debug!("the processes can't be visited one by one: {error}");
@@ -157,30 +160,64 @@ fn read_holders(iter: &DescriptorIter, inodes: &HashSet<u64>) -> io::Result<Held
     Ok(held)
 }
 
-/// What is known now of the sockets with these inodes.
+/// The sockets that a pass looks for, and those of them that it has found.
+struct WantedSockets {
+    wanted: BySocket<()>,
+    count: usize,
+    found: HashSet<SocketRef>,
+}
+
+impl WantedSockets {
+    fn new(sockets: &HashSet<SocketRef>) -> Self {
+        let wanted = sockets.iter().map(|socket| (*socket, ())).collect();
+        Self { wanted, count: sockets.len(), found: HashSet::new() }
+    }
+
+    /// True if this socket may be one of them. Then that is found.
+    fn take(&mut self, socket: &SocketRef) -> bool {
+        let mut is_wanted = false;
+        for (wanted, ()) in self.wanted.candidates(socket) {
+            is_wanted = true;
+            self.found.insert(*wanted);
+        }
+        is_wanted
+    }
+
+    fn are_found(&self) -> bool {
+        self.found.len() >= self.count
+    }
+}
+
+/// What is known now of certain sockets.
 #[derive(Debug, Default)]
 pub struct CurrentHolders {
     /// The processes that have each of them open.
     holders: Holders,
     /// The sockets as they are now; empty without the iterator.
-    pub entries: HashMap<u64, SocketEntry>,
+    entries: BySocket<SocketEntry>,
 }
 
 impl CurrentHolders {
     /// The processes that have this socket open. `None`: unknown. None was found, and not every process could be
-    /// checked.
+    /// checked; or it is not certain which socket it is.
     #[must_use]
-    pub fn of_socket(&self, inode: u64) -> Option<Vec<Holder>> {
-        let Holders { by_inode, complete, unseen } = &self.holders;
-        by_inode.get(&inode).cloned().or_else(|| (*complete && unseen.is_none()).then(Vec::new))
+    pub fn of_socket(&self, socket: &SocketRef) -> Option<Vec<Holder>> {
+        let has_none = || self.holders.has_none(socket) && self.holders.unseen.is_none();
+        self.holders.of(socket).map(<[Holder]>::to_vec).or_else(|| has_none().then(Vec::new))
+    }
+
+    /// The socket as it is now. `None`: unknown.
+    #[must_use]
+    pub fn entry(&self, socket: &SocketRef) -> Option<&SocketEntry> {
+        self.entries.get(socket)
     }
 }
 
 /// Looks for the holders of these sockets: by a pass of the iterator, or without one by a search in `/proc`. A thread
 /// that has the iterator has no capability for the search.
 #[must_use]
-pub fn find_current_holders(inodes: &HashSet<u64>, iter: Option<&DescriptorIter>) -> CurrentHolders {
-    let held = match iter.map(|iter| read_holders(iter, inodes)) {
+pub fn find_current_holders(sockets: &HashSet<SocketRef>, iter: Option<&DescriptorIter>) -> CurrentHolders {
+    let held = match iter.map(|iter| read_holders(iter, sockets)) {
         Some(Ok(held)) => held,
         Some(Err(error)) => {
             log::info!(
@@ -189,11 +226,12 @@ pub fn find_current_holders(inodes: &HashSet<u64>, iter: Option<&DescriptorIter>
             return CurrentHolders::default();
         }
         None => {
-            let holders = find_holders(inodes, HolderSearch::Complete, MAX_HOLDERS);
+            let inodes = sockets.iter().map(|socket| socket.inode).collect();
+            let holders = find_holders(&inodes, HolderSearch::Complete, MAX_HOLDERS);
             return CurrentHolders { holders, ..CurrentHolders::default() };
         }
     };
-    let entries = held.entries.into_iter().map(|entry| (entry.inode, entry));
+    let entries = held.entries.into_iter().filter_map(|entry| Some((entry.socket_ref()?, entry)));
     CurrentHolders { holders: held.holders, entries: entries.collect() }
 }
 
@@ -225,10 +263,10 @@ impl<'a> Collector<'a> {
         Self { limit, sockets: HashMap::new(), tasks: HashSet::new(), namespaces }
     }
 
-    fn add_any(&mut self, record: &SocketDescriptor, is_wanted: impl Fn(u64) -> bool) {
+    fn add_any(&mut self, record: &SocketDescriptor, mut is_wanted: impl FnMut(&SocketRef) -> bool) {
         match record.kind {
             descriptor_kind::NAMESPACE => self.add_namespace(record),
-            _ if is_wanted(record.inode) => self.add(record),
+            _ if is_wanted(&socket_ref(record)) => self.add(record),
             _ => {}
         }
     }
@@ -244,6 +282,7 @@ impl<'a> Collector<'a> {
     }
 
     fn add(&mut self, record: &SocketDescriptor) {
+        self.learn_cookie(record);
         let held = match self.sockets.entry((record.sock, record.cookie)) {
             hash_map::Entry::Occupied(held) => held.into_mut(),
             hash_map::Entry::Vacant(new) => {
@@ -264,9 +303,23 @@ impl<'a> Collector<'a> {
         }
     }
 
+    /// Somebody may have asked for the cookie of a socket since its first record.
+    fn learn_cookie(&mut self, record: &SocketDescriptor) {
+        let is_same =
+            |held: &HeldSocket| (held.record.inode, held.record.endpoint) == (record.inode, record.endpoint);
+        if record.cookie != 0
+            && self.sockets.get(&(record.sock, 0)).is_some_and(is_same)
+            && let Some(mut held) = self.sockets.remove(&(record.sock, 0))
+        {
+            held.record.cookie = record.cookie;
+            self.sockets.insert((record.sock, record.cookie), held);
+        }
+    }
+
     fn finish(self) -> HeldSockets {
         let mut held =
             HeldSockets { tasks: self.tasks, namespaces: self.namespaces, ..HeldSockets::default() };
+        let mut holders_of = Vec::new();
         for HeldSocket { record, mut holders } in self.sockets.into_values() {
             if record.state == state::SYN_SENT {
                 held.attempts.push(Endpoint { port: record.destination_port, ..record.endpoint });
@@ -279,20 +332,27 @@ impl<'a> Collector<'a> {
                     let start_ticks = Some(process::start_ticks_of(start_ns));
                     Holder { pid, comm: Some(text(&comm)), start_ticks }
                 };
-                held.holders.by_inode.insert(record.inode, holders.into_iter().map(holder).collect());
+                holders_of.push((socket_ref(&record), holders.into_iter().map(holder).collect()));
             }
         }
+        held.holders.by_socket = holders_of.into_iter().collect();
         held
     }
 }
 
+fn socket_ref(record: &SocketDescriptor) -> SocketRef {
+    let &SocketDescriptor { cookie, inode, endpoint, .. } = record;
+    SocketRef { cookie: (cookie != 0).then_some(cookie), inode, endpoint: Some(endpoint) }
+}
+
 /// The entry of a self-connection.
 fn entry(record: &SocketDescriptor) -> SocketEntry {
+    let SocketRef { cookie, inode, .. } = socket_ref(record);
     SocketEntry {
         endpoint: record.endpoint,
         state: record.state,
-        cookie: (record.cookie != 0).then_some(record.cookie),
-        inode: record.inode,
+        cookie,
+        inode,
         uid: Some(record.uid),
         time_wait_left: None,
         options: record.options,
@@ -349,13 +409,13 @@ mod tests {
         assert_eq!(entry.endpoint, Endpoint::new(5, [127, 0, 0, 1].into(), 4, false));
         assert_eq!((entry.cookie, entry.uid), (Some(4), Some(1_000)));
         let holders = |inode| {
-            let holders: &Vec<Holder> = &held.holders.by_inode[&inode];
+            let holders = held.holders.of(&SocketRef::of_inode(inode)).unwrap();
             holders.iter().map(|holder| (holder.pid, holder.comm.as_deref().unwrap())).collect::<Vec<_>>()
         };
         assert_eq!(holders(5), [(8, "idle"), (7, "idle")], "8 started first");
         assert_eq!(holders(32), [(8, "idle")]);
         let ticks = process::start_ticks_of(record(3, 8, 9).start_ns);
-        assert_eq!(held.holders.by_inode[&32][0].start_ticks, Some(ticks));
+        assert_eq!(held.holders.of(&SocketRef::of_inode(32)).unwrap()[0].start_ticks, Some(ticks));
         assert!(held.attempts.is_empty());
         assert_eq!(held.tasks, [7, 8, 71].into());
     }
@@ -382,15 +442,21 @@ mod tests {
 
     #[test]
     fn nobody_holds_a_socket_only_if_every_process_was_checked() {
-        assert_eq!(CurrentHolders::default().of_socket(5), None, "after an error");
+        let [socket, other, same_inode] = [(5, 1), (6, 1), (5, 2)]
+            .map(|(inode, cookie)| SocketRef { cookie: Some(cookie), ..SocketRef::of_inode(inode) });
+        assert_eq!(CurrentHolders::default().of_socket(&socket), None, "after an error");
         let holder = Holder { pid: 7, comm: None, start_ticks: None };
         for (complete, unseen, nobody) in
             [(true, None, Some(vec![])), (true, Some("open files"), None), (false, None, None)]
         {
-            let by_inode = [(5, vec![holder.clone()])].into();
-            let holders = Holders { by_inode, complete, unseen: unseen.map(str::to_owned) };
+            let by_socket = [(socket, vec![holder.clone()])].into_iter().collect();
+            let holders = Holders { by_socket, complete, unseen: unseen.map(str::to_owned) };
             let now = CurrentHolders { holders, ..CurrentHolders::default() };
-            assert_eq!((now.of_socket(5), now.of_socket(6)), (Some(vec![holder.clone()]), nobody));
+            let of = |socket| now.of_socket(socket);
+            assert_eq!(
+                (of(&socket), of(&other), of(&same_inode)),
+                (Some(vec![holder.clone()]), nobody.clone(), nobody)
+            );
         }
     }
 
@@ -410,6 +476,43 @@ mod tests {
     fn an_address_that_two_sockets_had_one_after_the_other_is_two_sockets() {
         let later = SocketDescriptor { cookie: 99, inode: 98, ..record(3, 8, 9) };
         let held = collect(&[record(3, 7, 9), later]);
-        assert_eq!((held.entries.len(), held.holders.by_inode.len()), (2, 2));
+        let of_inode = |inode| held.holders.of(&SocketRef::of_inode(inode)).is_some();
+        assert_eq!((held.entries.len(), of_inode(5), of_inode(98)), (2, true, true));
+    }
+
+    #[test]
+    fn two_sockets_of_one_inode_have_their_own_holders() {
+        let later = SocketDescriptor {
+            inode: record(3, 7, 9).inode,
+            endpoint: Endpoint { port: 40_000, ..record(3, 7, 9).endpoint },
+            destination_port: 40_000,
+            ..record(30, 8, 9)
+        };
+        for cookies in [[4, 31], [0, 0], [4, 0]] {
+            let [first, later] = [
+                SocketDescriptor { cookie: cookies[0], ..record(3, 7, 9) },
+                SocketDescriptor { cookie: cookies[1], ..later },
+            ];
+            let held = collect(&[first, later]);
+            let pids =
+                |socket: &SocketRef| Some(held.holders.of(socket)?.iter().map(|holder| holder.pid).collect());
+            let of = |record| pids(&socket_ref(record));
+            assert_eq!((of(&first), of(&later)), (Some(vec![7]), Some(vec![8])), "{cookies:?}");
+            assert_eq!(pids(&SocketRef::of_inode(first.inode)), None, "{cookies:?}: it is not known which");
+            // Nobody has a third one, and a search for one does not end with another.
+            let third = SocketRef { cookie: Some(99), ..socket_ref(&first) };
+            assert_eq!(pids(&third).is_none(), cookies[0] != 0);
+            let mut wanted = WantedSockets::new(&[socket_ref(&later)].into());
+            assert!(!wanted.take(&socket_ref(&first)) && !wanted.are_found(), "{cookies:?}");
+            assert!(wanted.take(&socket_ref(&later)) && wanted.are_found(), "{cookies:?}");
+        }
+    }
+
+    #[test]
+    fn a_socket_whose_cookie_is_made_during_the_pass_is_one_socket() {
+        let before = SocketDescriptor { cookie: 0, ..record(3, 7, 9) };
+        let held = collect(&[before, record(3, 8, 9)]);
+        assert_eq!((held.entries.len(), held.entries[0].cookie), (1, Some(4)));
+        assert_eq!(held.holders.of(&socket_ref(&before)).unwrap().len(), 2);
     }
 }

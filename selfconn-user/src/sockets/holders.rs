@@ -14,7 +14,10 @@ use rustix::{
     io::Errno,
 };
 
-use super::netns::NEEDS_PTRACE;
+use super::{
+    by_socket::{BySocket, SocketRef},
+    netns::NEEDS_PTRACE,
+};
 use crate::system::process::{self, Holder};
 
 /// The size of the buffer for a link target. It is large enough for `socket:[18446744073709551615]`; a longer
@@ -39,13 +42,28 @@ pub enum HolderSearch {
 /// The result of a search for holders.
 #[derive(Debug, Default)]
 pub struct Holders {
-    /// The holders of each socket by its inode; a socket without holders has no entry. Processes with fewer
-    /// descriptors come first.
-    pub by_inode: HashMap<u64, Vec<Holder>>,
+    /// The holders of each socket; a socket without holders has no entry. Processes with fewer descriptors come first.
+    /// A search in `/proc` finds only the inode.
+    pub by_socket: BySocket<Vec<Holder>>,
     /// True if every process was checked, except those in `unseen`. Otherwise there may be more holders.
     pub complete: bool,
     /// What could not be checked, and the reason, as text for people.
     pub unseen: Option<String>,
+}
+
+impl Holders {
+    /// The processes that have this socket open. `None`: there is none, none was found, or it is not certain which
+    /// socket it is.
+    #[must_use]
+    pub fn of(&self, socket: &SocketRef) -> Option<&[Holder]> {
+        self.by_socket.get(socket).map(Vec::as_slice)
+    }
+
+    /// True if no process has this socket open, but for what is in `unseen`.
+    #[must_use]
+    pub fn has_none(&self, socket: &SocketRef) -> bool {
+        self.complete && !self.by_socket.may_have(socket)
+    }
 }
 
 /// Searches the descriptors of all processes for the sockets with these inodes. It does not find descriptors
@@ -68,9 +86,10 @@ fn search_processes(inodes: &HashSet<u64>, min_checked: u64, max_holders: usize)
         return holders;
     }
     let (mut checked, mut denied) = (0, 0);
+    let mut by_inode: HashMap<u64, Vec<Holder>> = HashMap::new();
     let mut held = Vec::new();
     for (expected, pid) in list_processes() {
-        if checked + expected > min_checked && holders.by_inode.len() == inodes.len() {
+        if checked + expected > min_checked && by_inode.len() == inodes.len() {
             holders.complete = false;
             break;
         }
@@ -87,12 +106,14 @@ fn search_processes(inodes: &HashSet<u64>, min_checked: u64, max_holders: usize)
         let (comm, start_ticks) = (read_comm(&folder), read_start_ticks(&folder));
         for inode in &held {
             let holder = Holder { pid, comm: comm.clone(), start_ticks };
-            let of_socket = holders.by_inode.entry(*inode).or_default();
+            let of_socket = by_inode.entry(*inode).or_default();
             if of_socket.len() < max_holders {
                 of_socket.push(holder);
             }
         }
     }
+    holders.by_socket =
+        by_inode.into_iter().map(|(inode, holders)| (SocketRef::of_inode(inode), holders)).collect();
     holders.unseen = (denied != 0).then(|| format!("open files of processes ({denied}): {NEEDS_PTRACE}"));
     holders
 }
@@ -186,14 +207,15 @@ mod tests {
         let inode = inode(&socket);
         for min_checked in [0, MIN_DESCRIPTORS_CHECKED, u64::MAX] {
             let holders = search_processes(&HashSet::from([inode, u64::MAX]), min_checked, usize::MAX);
-            let pids: Vec<_> = holders.by_inode[&inode].iter().map(|holder| holder.pid).collect();
+            let of_socket = holders.of(&SocketRef::of_inode(inode)).unwrap();
+            let pids: Vec<_> = of_socket.iter().map(|holder| holder.pid).collect();
             assert_eq!(pids, [std::process::id()]);
-            let holder = &holders.by_inode[&inode][0];
+            let holder = &of_socket[0];
             let start_ns = process::start_time_ns(holder.pid).unwrap();
             assert_eq!(holder.start_ticks, Some(process::start_ticks_of(start_ns)));
             let comm = fs::read_to_string("/proc/self/comm").unwrap();
             assert_eq!(holder.comm.as_deref(), comm.strip_suffix('\n'));
-            assert_eq!(holders.by_inode.len(), 1);
+            assert!(holders.of(&SocketRef::of_inode(u64::MAX)).is_none());
             assert!(holders.complete, "no process holds the other socket, so all processes were checked");
         }
     }
@@ -212,9 +234,10 @@ mod tests {
     #[test]
     fn a_quick_search_stops_at_a_holder_and_a_complete_search_checks_all_processes() {
         let socket = TcpListener::bind("127.0.0.1:0").unwrap();
-        let inodes = HashSet::from([inode(&socket)]);
-        assert_eq!(search_processes(&inodes, 0, usize::MAX).by_inode.len(), 1);
+        let inode = inode(&socket);
+        let (inodes, socket) = (HashSet::from([inode]), SocketRef::of_inode(inode));
+        assert!(search_processes(&inodes, 0, usize::MAX).of(&socket).is_some());
         let complete = find_holders(&inodes, HolderSearch::Complete, usize::MAX);
-        assert_eq!((complete.by_inode.len(), complete.complete), (1, true));
+        assert!(complete.of(&socket).is_some() && complete.complete);
     }
 }

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use super::entry::DumpedSocket;
+use super::entry::{DumpedSocket, SocketEntry};
 use crate::budget::{SharedLimit, owner_of_user};
 
 /// Maximum number of owners that are counted each by itself.
@@ -168,8 +168,8 @@ impl<F: Fn(&DumpedSocket) -> bool> RowSink for FirstMatch<F> {
 pub(super) struct LimitedRows<'a> {
     pub(super) rows: &'a mut Vec<DumpedSocket>,
     pub(super) limit: &'a mut SnapshotLimit,
-    /// True if the socket with this inode is known already.
-    pub(super) is_known: &'a dyn Fn(u64) -> bool,
+    /// True if the socket is known already. Its network namespace is the one that is being read.
+    pub(super) is_known: &'a dyn Fn(&SocketEntry) -> bool,
 }
 
 impl RowSink for LimitedRows<'_> {
@@ -178,7 +178,7 @@ impl RowSink for LimitedRows<'_> {
 
     fn push(&mut self, row: DumpedSocket) {
         let is_attempt = row.is_attempt();
-        let is_wanted = is_attempt || row.is_self_connection() && !(self.is_known)(row.entry.inode);
+        let is_wanted = is_attempt || row.is_self_connection() && !(self.is_known)(&row.entry);
         if is_wanted && self.limit.take(row.entry.uid, is_attempt) {
             self.rows.push(row);
         }
@@ -267,7 +267,7 @@ mod tests {
     #[test]
     fn a_second_try_counts_nothing_twice_and_known_sockets_take_no_room() {
         let (mut rows, mut limit) = (Vec::new(), SnapshotLimit::new(Some(4)));
-        let is_known = |inode| inode == 9;
+        let is_known = |entry: &SocketEntry| entry.inode == 9;
         let mut limited = LimitedRows { rows: &mut rows, limit: &mut limit, is_known: &is_known };
         let push_ten = |limited: &mut LimitedRows<'_>| {
             for _ in 0..5 {

@@ -12,6 +12,7 @@
 //! and a namespace that is mounted only in another mount namespace.
 
 mod by_process;
+mod by_socket;
 mod destroy;
 mod devices;
 mod entry;
@@ -33,6 +34,7 @@ mod sock_diag;
 mod table;
 mod walk_cost;
 
+pub use by_socket::{BySocket, SocketRef};
 pub use destroy::TargetSocket;
 pub use destroy::can_destroy;
 pub use destroy::can_enter;

@@ -15,6 +15,7 @@ use std::{
 use selfconn_ebpf::{ConnectEntry, Endpoint, Opener};
 
 use super::{
+    by_socket::{BySocket, SocketRef, unique_inodes},
     devices::DeviceNames,
     entry::{Coverage, SocketEntry, in_netns},
     existing::{self, ExistingNamespaces},
@@ -135,9 +136,9 @@ impl SocketSnapshot {
     /// Adds what the iterator over descriptors has found. It knows more of a held socket than the socket table,
     /// which procfs may have read.
     fn add_held(&mut self, held: HeldSockets, attempts: bool) {
-        let key = |entry: &SocketEntry| (entry.endpoint.deviceless_key(), entry.inode);
-        let listed: HashSet<_> = held.entries.iter().map(key).collect();
-        self.entries.retain(|entry| !listed.contains(&key(entry)));
+        let sockets = held.entries.iter().filter_map(SocketEntry::socket_ref);
+        let listed: BySocket<()> = sockets.map(|socket| (socket, ())).collect();
+        self.entries.retain(|entry| entry.socket_ref().is_none_or(|socket| !listed.may_have(&socket)));
         self.entries.extend(held.entries);
         self.holders = held.holders;
         if attempts {
@@ -165,10 +166,11 @@ impl SocketSnapshot {
         }
     }
 
-    /// The processes that have the socket with this inode open. `None`: there is no such process, or none was found.
+    /// The processes that have this socket open. `None`: there is no such process, none was found, or it is not certain
+    /// which socket it is.
     #[must_use]
-    pub fn holders_of(&self, inode: Option<u64>) -> Option<&[Holder]> {
-        self.holders.by_inode.get(&inode?).map(Vec::as_slice)
+    pub fn holders_of(&self, socket: Option<SocketRef>) -> Option<&[Holder]> {
+        self.holders.of(&socket?)
     }
 
     /// Kernel addresses in the connect table whose sockets no longer exist, and the times of their connects:
@@ -236,11 +238,11 @@ pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result
         snapshot.unseen.extend(held.holders.unseen.clone());
         snapshot.add_held(held, options.attempts);
     } else if let Some(search) = options.holders.filter(|_| !has_no_pass) {
-        let inodes = snapshot.entries.iter().map(|entry| entry.inode).filter(|inode| *inode != 0).collect();
+        let inodes = unique_inodes(snapshot.entries.iter().filter_map(SocketEntry::socket_ref)).collect();
         snapshot.holders =
             find_holders(&inodes, search, options.max_sockets.map_or(usize::MAX, |_| MAX_HOLDERS));
         for entry in &mut snapshot.entries {
-            entry.is_held = snapshot.holders.by_inode.contains_key(&entry.inode);
+            entry.is_held = entry.socket_ref().is_some_and(|socket| snapshot.holders.of(&socket).is_some());
         }
     }
     for entry in &mut snapshot.entries {
@@ -267,8 +269,6 @@ fn snapshot_all(
     limit: &mut SnapshotLimit,
 ) -> io::Result<(SocketSnapshot, DeviceNames, Option<HeldSockets>)> {
     let held = RefCell::new(held);
-    let is_held =
-        |inode| held.borrow().as_ref().is_some_and(|held| held.holders.by_inode.contains_key(&inode));
     let descriptors = || {
         let is_read = held.borrow().is_some();
         if let (false, Some(open)) = (is_read, options.open_descriptors) {
@@ -293,6 +293,12 @@ fn snapshot_all(
         descriptors: Some(&descriptors),
     };
     let visited = netns::visit_selected(options.selection, visit, |&Namespace { id, .. }| {
+        let is_held = |entry: &SocketEntry| {
+            let endpoint = Some(in_netns(entry.endpoint, id));
+            let socket = entry.socket_ref().map(|socket| SocketRef { endpoint, ..socket });
+            let held = held.borrow();
+            socket.zip(held.as_ref()).is_some_and(|(socket, held)| held.holders.by_socket.may_have(&socket))
+        };
         tables.read(options.attempts, limit, &is_held)?;
         let mut cookies = HashSet::new();
         let listed_before = snapshot.entries.len();
@@ -408,6 +414,27 @@ mod tests {
         );
         assert_eq!(snapshot.attempts.len(), 2);
         assert!(!snapshot.covers(&elsewhere), "only the socket table shows that a socket is gone");
+    }
+
+    #[test]
+    fn a_socket_of_the_table_that_has_the_inode_of_a_held_one_stays_unless_it_is_that_one() {
+        let at = |port| Endpoint::new(1, [127, 0, 0, 1].into(), port, false);
+        let entry =
+            |port, cookie| SocketEntry { cookie, inode: 40, ..samples::entry(at(port), state::ESTABLISHED) };
+        for (held, listed, stays) in [
+            (entry(4, Some(7)), entry(4, Some(7)), false),
+            (entry(4, Some(7)), entry(4, Some(8)), true),
+            (entry(4, Some(7)), entry(5, Some(8)), true),
+            (entry(4, Some(7)), entry(4, None), false),
+            (entry(4, Some(7)), entry(5, None), true),
+            (entry(4, None), entry(4, Some(8)), false),
+            (entry(4, None), entry(5, Some(8)), true),
+        ] {
+            let mut snapshot = SocketSnapshot { entries: vec![listed.clone()], ..SocketSnapshot::default() };
+            let entries = vec![held.clone()];
+            snapshot.add_held(HeldSockets { entries, ..HeldSockets::default() }, false);
+            assert_eq!(snapshot.entries.len() == 2, stays, "{held:?} {listed:?}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::io;
 
 use super::{
-    entry::DumpedSocket,
+    entry::{DumpedSocket, SocketEntry},
     limit::{LimitedRows, RowSink, SnapshotLimit},
     port_use::PortUseSink,
     procfs, sock_diag,
@@ -25,12 +25,12 @@ impl Tables {
     }
 
     /// Fills `rows` with the self-connections and, if requested, the connection attempts in progress, within a limit. A
-    /// self-connection with a known inode is left out.
+    /// self-connection that is known already is left out.
     pub(super) fn read(
         &mut self,
         attempts: bool,
         limit: &mut SnapshotLimit,
-        is_known: &dyn Fn(u64) -> bool,
+        is_known: &dyn Fn(&SocketEntry) -> bool,
     ) -> io::Result<()> {
         let Self { diag, without_diag, rows } = self;
         rows.clear();

@@ -19,7 +19,7 @@ use crate::{
     bpf,
     guard::GuardMode,
     ports::{LocalPorts, sysctl},
-    sockets::{self, HolderSearch, InspectOptions, Namespace, NamespaceSelection, SocketEntry},
+    sockets::{self, HolderSearch, InspectOptions, Namespace, NamespaceSelection, SocketEntry, SocketRef},
     system::{
         process::{self, ProcessInfo, ProcessProof},
         route,
@@ -267,8 +267,7 @@ fn identify_listeners(namespaces: &mut [NamespaceInfo]) -> Vec<String> {
     for audited in namespaces.iter_mut().flat_map(|info| &mut info.audited_ports) {
         // The lowest pid: the main process of a server is usually older than its workers.
         let Some(first) = holders
-            .by_inode
-            .get(&audited.inode)
+            .of(&SocketRef::of_inode(audited.inode))
             .and_then(|holders| holders.iter().min_by_key(|holder| holder.pid))
         else {
             continue;

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     ports::{LocalPorts, Reach, chance_after, sysctl},
-    sockets::{self, HolderSearch},
+    sockets::{self, HolderSearch, SocketRef},
     system::route,
 };
 
@@ -242,12 +242,12 @@ fn describe_holder(endpoint: SocketAddr) -> String {
     if let Some(left) = socket.time_wait_left {
         return format!("a socket in TIME_WAIT has it for {:.0} s more", left.as_secs_f64().ceil());
     }
-    let holders =
-        sockets::find_holders(&HashSet::from([socket.inode]), HolderSearch::Complete, usize::MAX).by_inode;
-    let process = holders.get(&socket.inode).and_then(|holders| holders.first()).map_or_else(
-        || "an unknown process".to_owned(),
-        |process| format!("{} (pid {})", process.comm.as_deref().unwrap_or("?"), process.pid),
-    );
+    let holders = sockets::find_holders(&HashSet::from([socket.inode]), HolderSearch::Complete, usize::MAX);
+    let process =
+        holders.of(&SocketRef::of_inode(socket.inode)).and_then(|holders| holders.first()).map_or_else(
+            || "an unknown process".to_owned(),
+            |process| format!("{} (pid {})", process.comm.as_deref().unwrap_or("?"), process.pid),
+        );
     match socket.state {
         state::LISTEN => format!("{process} listens on it"),
         other => format!("{process} has a connection on it ({})", state::name(other)),

@@ -21,7 +21,15 @@ pub(super) struct SocketHolders {
 impl SocketHolders {
     /// The holders of a socket. A socket without an inode has none. `None` if the holders are unknown.
     pub(super) fn holders(&self, entry: &SocketEntry) -> Option<&[Holder]> {
-        if entry.inode == 0 { Some(&[]) } else { self.found.by_inode.get(&entry.inode).map(Vec::as_slice) }
+        match entry.socket_ref() {
+            Some(socket) => self.found.of(&socket),
+            None => Some(&[]),
+        }
+    }
+
+    /// True if no process has the socket open.
+    pub(super) fn has_none(&self, entry: &SocketEntry) -> bool {
+        entry.socket_ref().is_some_and(|socket| self.found.has_none(&socket))
     }
 
     /// The public fields of a socket's connection, without its id.
