@@ -176,6 +176,7 @@ fn connection_fields(names: &[String]) -> ConnectionFields {
             container: name(6).map(Arc::from),
             pod: name(8).map(Arc::from),
             owner_cgroup: None,
+            uid: None,
         }),
         holders: Some(vec![Holder { pid: 9, comm: name(7), start_ticks: None }]),
     };

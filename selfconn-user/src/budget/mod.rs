@@ -22,7 +22,7 @@ mod user_set;
 pub use fair_queue::FairQueue;
 pub use least_spent::LeastSpent;
 pub use owner_losses::OwnerLosses;
-pub use party::{is_share_taken, owner_of_user};
+pub use party::{is_share_taken, may_be_mapped, owner_of_user};
 pub use payer::Payer;
 pub use rate::RateLimiter;
 pub use shared_rate::SharedRate;

@@ -47,6 +47,12 @@ fn is_same_cgroup(one: Owner, other: Owner) -> bool {
     one.cgroup != 0 && one.cgroup == other.cgroup
 }
 
+/// True if this may be a uid that a user namespace maps. Two containers may have the same ones.
+#[must_use]
+pub fn may_be_mapped(uid: u32) -> bool {
+    uid >= UIDS_OF_A_RANGE
+}
+
 /// Who pays for the sockets of this user, if the kernel says no more of them. TIME_WAIT and a socket whose process has
 /// closed it have no user.
 #[must_use]

@@ -162,7 +162,7 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
         holders.found.unseen = Some(why.to_owned());
     }
     let rules = Selection { only: args.only.clone(), except: args.except.clone() };
-    snapshot.entries.retain(|entry| rules.exclusion_reason(&holders.connection_fields(entry)).is_none());
+    snapshot.entries.retain(|entry| rules.exclusion(&holders.connection_fields(entry)).is_none());
     let outcomes = if args.destroy {
         destroy(&snapshot.entries, &rules, &mut holders).context("cannot start a thread")?
     } else {

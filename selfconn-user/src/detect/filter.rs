@@ -82,7 +82,8 @@ impl fmt::Display for Rule {
 /// The value of a field.
 enum FieldValue<'a> {
     Known(Cow<'a, str>),
-    /// The word of the process only: what it does not claim is not true, and what it claims is unknown.
+    /// The word of the process only, or of whoever gave it the socket: what it does not claim is not true, and what it
+    /// claims is unknown.
     Claimed(Cow<'a, str>),
     /// The connection is known to have no value for this field.
     Absent,
@@ -94,7 +95,45 @@ impl FilterKey {
         KEYS.iter().find(|(_, key)| *key == self).map_or("", |(name, _)| name)
     }
 
+    /// True if the field describes the process, and not the socket.
+    fn is_about_process(self) -> bool {
+        match self {
+            Self::Cgroup
+            | Self::Cmdline
+            | Self::Comm
+            | Self::Container
+            | Self::Exe
+            | Self::Pid
+            | Self::Pod
+            | Self::ThreadComm
+            | Self::Unit => true,
+            Self::Addr
+            | Self::Cause
+            | Self::Family
+            | Self::Ifindex
+            | Self::KernelSocket
+            | Self::Netns
+            | Self::Owner
+            | Self::Port
+            | Self::Source
+            | Self::Uid => false,
+        }
+    }
+
+    /// True if the process may have got the socket from one that the field does not describe.
+    fn is_of_uncertain_process(self, fields: &ConnectionFields) -> bool {
+        self.is_about_process() && !fields.is_process_certain
+    }
+
     fn value(self, fields: &ConnectionFields) -> FieldValue<'_> {
+        match self.reported_value(fields) {
+            FieldValue::Known(text) if self.is_of_uncertain_process(fields) => FieldValue::Claimed(text),
+            value => value,
+        }
+    }
+
+    /// What the event says.
+    fn reported_value(self, fields: &ConnectionFields) -> FieldValue<'_> {
         fn text(text: Option<&str>) -> FieldValue<'_> {
             text.map_or(FieldValue::Unknown, |text| FieldValue::Known(text.into()))
         }
@@ -164,11 +203,37 @@ impl Rule {
         }
     }
 
+    /// The exclusion by this rule, of which [`Self::matches`] does not know whether it matches. `rules` is the text of
+    /// the rules.
+    fn unknown(&self, rules: &str, fields: &ConnectionFields) -> Exclusion {
+        let name = self.key.name();
+        let is_certain = !matches!(self.key.value(fields), FieldValue::Claimed(_))
+            || !self.key.is_of_uncertain_process(fields);
+        let why = if is_certain {
+            format!("{rules}: {name} is unknown")
+        } else {
+            format!(
+                "{rules}: {name} is not certain: the process has the socket open, and is not known to be of the \
+                 socket's user"
+            )
+        };
+        Exclusion { why, is_certain }
+    }
+
     /// True if every process chooses the value of this field itself.
     #[must_use]
     pub fn is_chosen_by_process(&self) -> bool {
         matches!(self.key, FilterKey::Comm | FilterKey::ThreadComm | FilterKey::Cmdline)
     }
+}
+
+/// Why a connection is not selected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exclusion {
+    pub why: String,
+    /// False: a rule asks for a field of the process that has the socket open, and that process need not be the one that
+    /// the connection is of.
+    pub is_certain: bool,
 }
 
 /// A subset of all self-connections.
@@ -202,29 +267,42 @@ impl Selection {
     }
 
     /// Why the connection is not selected. `None`: it is selected. An unknown field counts against selection
-    /// in both lists: it does not satisfy `only`, and it counts as a match of `except`.
+    /// in both lists: it does not satisfy `only`, and it counts as a match of `except`. A certain reason comes before one
+    /// that is not.
     #[must_use]
-    pub fn exclusion_reason(&self, fields: &ConnectionFields) -> Option<String> {
-        for rule in &self.except {
-            match rule.matches(fields) {
-                Some(true) => return Some(format!("except {rule}")),
-                Some(false) => {}
-                None => return Some(format!("except {rule}: {} is unknown", rule.key.name())),
+    pub fn exclusion(&self, fields: &ConnectionFields) -> Option<Exclusion> {
+        let mut uncertain = None;
+        let by_except = self.except.iter().filter_map(|rule| exclusion_by_except(rule, fields));
+        let by_only = self.only.iter().filter_map(|rule| self.exclusion_by_only(rule, fields));
+        for exclusion in by_except.chain(by_only) {
+            if exclusion.is_certain {
+                return Some(exclusion);
             }
+            uncertain.get_or_insert(exclusion);
         }
-        for rule in &self.only {
-            let same_key = || self.only.iter().filter(|other| other.key == rule.key);
-            if !same_key().any(|rule| rule.matches(fields) == Some(true)) {
-                let rules: Vec<_> = same_key().map(ToString::to_string).collect();
-                let unknown = if rule.matches(fields).is_none() {
-                    format!(": {} is unknown", rule.key.name())
-                } else {
-                    String::new()
-                };
-                return Some(format!("only {}{unknown}", rules.join(" or ")));
-            }
+        uncertain
+    }
+
+    /// Why the rules with the key of this one do not select the connection.
+    fn exclusion_by_only(&self, rule: &Rule, fields: &ConnectionFields) -> Option<Exclusion> {
+        let same_key = || self.only.iter().filter(|other| other.key == rule.key);
+        if same_key().any(|rule| rule.matches(fields) == Some(true)) {
+            return None;
         }
-        None
+        let rules: Vec<_> = same_key().map(ToString::to_string).collect();
+        let rules = format!("only {}", rules.join(" or "));
+        Some(match same_key().find(|rule| rule.matches(fields).is_none()) {
+            Some(rule) => rule.unknown(&rules, fields),
+            None => Exclusion { why: rules, is_certain: true },
+        })
+    }
+}
+
+fn exclusion_by_except(rule: &Rule, fields: &ConnectionFields) -> Option<Exclusion> {
+    match rule.matches(fields) {
+        Some(true) => Some(Exclusion { why: format!("except {rule}"), is_certain: true }),
+        Some(false) => None,
+        None => Some(rule.unknown(&format!("except {rule}"), fields)),
     }
 }
 
@@ -263,7 +341,8 @@ mod tests {
             (&[], &["comm=nginx"], true),
             (&[], &["unit=*"], true),
         ] {
-            let why = selection(only, except).exclusion_reason(&ConnectionFields::sample());
+            let why =
+                selection(only, except).exclusion(&ConnectionFields::sample()).map(|exclusion| exclusion.why);
             assert_eq!(why.is_none(), is_selected, "only {only:?} except {except:?}: {why:?}");
         }
     }
@@ -291,7 +370,7 @@ mod tests {
             (&gone, &["port=40000"], &["port=1"], None),
         ] {
             assert_eq!(
-                selection(only, except).exclusion_reason(fields).as_deref(),
+                selection(only, except).exclusion(fields).map(|exclusion| exclusion.why).as_deref(),
                 why,
                 "{only:?} {except:?}"
             );
@@ -308,9 +387,71 @@ mod tests {
             (&[], &["exe=/bin/sh"], None),
         ] {
             assert_eq!(
-                selection(only, except).exclusion_reason(&forged).as_deref(),
+                selection(only, except).exclusion(&forged).map(|exclusion| exclusion.why).as_deref(),
                 why,
                 "{only:?} {except:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_known_of_a_process_of_another_user_than_the_sockets_selects_nothing_and_counts_as_unknown() {
+        let held = ConnectionFields {
+            owner: Some("holder"),
+            source: "scan",
+            thread_comm: None,
+            unit: Some("dbus.service".into()),
+            pod: Some("6f".into()),
+            ..ConnectionFields::sample()
+        };
+        let given = ConnectionFields { is_process_certain: false, ..held.clone() };
+        let matching = [
+            "unit=dbus.service",
+            "container=4a",
+            "pod=6f",
+            "cgroup=/docker/*",
+            "exe=/usr/bin/java",
+            "comm=java",
+            "cmdline=java*",
+            "pid=7",
+        ];
+        for rule in matching {
+            let name = rule.split_once('=').unwrap().0;
+            let reason = format!(
+                "{rule}: {name} is not certain: the process has the socket open, and is not known to be of the \
+                 socket's user"
+            );
+            assert_eq!(selection(&[rule], &[]).exclusion(&held).map(|exclusion| exclusion.why), None);
+            assert_eq!(
+                selection(&[], &[rule]).exclusion(&held).map(|exclusion| exclusion.why),
+                Some(format!("except {rule}"))
+            );
+            assert_eq!(
+                selection(&[rule], &[]).exclusion(&given).map(|exclusion| exclusion.why),
+                Some(format!("only {reason}"))
+            );
+            assert_eq!(
+                selection(&[], &[rule]).exclusion(&given).map(|exclusion| exclusion.why),
+                Some(format!("except {reason}"))
+            );
+            for (fields, is_certain) in [(&held, true), (&given, false)] {
+                assert_eq!(selection(&[], &[rule]).exclusion(fields).unwrap().is_certain, is_certain);
+            }
+        }
+        // A certain reason comes first.
+        for (only, except) in [(&["port=80"][..], &["exe=*"][..]), (&[], &["exe=*", "port=40000"])] {
+            assert!(selection(only, except).exclusion(&given).unwrap().is_certain, "{only:?} {except:?}");
+        }
+        // What describes the socket is as certain as before, and so is what the process does not claim.
+        for (only, except, why) in [
+            (&["uid=1000", "port=40000", "owner=holder", "source=scan"][..], &["port=80"][..], None),
+            (&["unit=other.service"], &[], Some("only unit=other.service")),
+            (&[], &["unit=other.service"], None),
+            (&[], &["thread_comm=a"], Some("except thread_comm=a: thread_comm is unknown")),
+        ] {
+            assert_eq!(
+                selection(only, except).exclusion(&given).map(|exclusion| exclusion.why).as_deref(),
+                why
             );
         }
     }

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 
-use super::filter::Selection;
+use super::filter::{Exclusion, Selection};
 use crate::{
     budget::RateLimiter,
     event::{ConnectionFields, Remedied},
@@ -158,16 +158,15 @@ impl Remedy {
         request: RemedyRequest,
         at_ns: u64,
     ) -> Option<Remedied> {
-        if let Some(why) = self.policy.selection.exclusion_reason(&fields) {
-            return Some(self.finish(fields, RemedyOutcome::Excepted, Some(why)));
+        if let Some(Exclusion { why, is_certain }) = self.policy.selection.exclusion(&fields) {
+            return Some(self.finish(fields, outcome_of_exclusion(is_certain), Some(why)));
         }
         if request.target.endpoint.known_netns().is_none() {
             let why = "its network namespace is unknown: the kernel has no usable BTF".to_owned();
             return Some(self.finish(fields, RemedyOutcome::Failed, Some(why)));
         }
         if let Some(why) = self.policy.selection.kernel_socket_reason(&fields) {
-            let is_certain = fields.kernel_socket.is_some();
-            let outcome = if is_certain { RemedyOutcome::Excepted } else { RemedyOutcome::Failed };
+            let outcome = outcome_of_exclusion(fields.kernel_socket.is_some());
             return Some(self.finish(fields, outcome, Some(why.to_owned())));
         }
         let due_ns = at_ns.saturating_add(self.policy.grace_ns);
@@ -286,6 +285,11 @@ impl Remedy {
             port_freed,
         }
     }
+}
+
+/// What an exclusion makes of a connection. One that is spared only because something is not certain is not excepted.
+const fn outcome_of_exclusion(is_certain: bool) -> RemedyOutcome {
+    if is_certain { RemedyOutcome::Excepted } else { RemedyOutcome::Failed }
 }
 
 /// True if SOCK_DESTROY frees the port at once. `None`: unknown. A port that connect() chose is released when

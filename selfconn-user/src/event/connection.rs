@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::envelope;
 use crate::{
-    budget::Payer,
+    budget::{Payer, may_be_mapped},
     detect::connection::{Connection, Source, comm},
     system::{
         command_line::CommandLine,
@@ -79,6 +79,10 @@ pub struct ConnectionFields {
     pub isn: Option<u32>,
     /// Initial sequence number of the peer. Equality with `isn` proves the self-connection.
     pub peer_isn: Option<u32>,
+    /// True if the process connected, or is of the user that owns the socket. A process that has the socket open may
+    /// have got it from any other one.
+    #[serde(skip)]
+    pub is_process_certain: bool,
     /// True if the host has the same file at the path `exe`.
     #[serde(skip)]
     pub is_exe_ours: bool,
@@ -103,6 +107,8 @@ impl ConnectionFields {
         let holder =
             attribution.holders.as_ref().and_then(|holders| holders.first()).filter(|_| opener.is_none());
         let task = opener.map(|opener| opener.task);
+        let is_of_socket_user =
+            process.uid.is_some_and(|uid| connection.uid == Some(uid) && !may_be_mapped(uid));
         Self {
             id: (connection.number != 0).then(|| envelope::id(run, "", connection.number)),
             cookie: connection.cookie,
@@ -142,6 +148,7 @@ impl ConnectionFields {
             holders: attribution.holders.clone(),
             isn: connection.isns.map(|(isn, _)| isn),
             peer_isn: connection.isns.map(|(_, peer_isn)| peer_isn),
+            is_process_certain: opener.is_some() || is_of_socket_user,
             is_exe_ours: process.is_exe_ours,
             owner_uid: opener.map(|opener| opener.owner.uid).or(connection.uid),
             owner_cgroup: process.owner_cgroup.clone(),
@@ -193,6 +200,7 @@ impl ConnectionFields {
             holders: None,
             isn: None,
             peer_isn: None,
+            is_process_certain: true,
             is_exe_ours: true,
             owner_uid: Some(1_000),
             owner_cgroup: None,
@@ -204,4 +212,41 @@ impl ConnectionFields {
 /// The name of the process, if the eBPF program could read it.
 pub(super) fn process_name(task: &Task) -> Option<String> {
     (task.leader[0] != 0 || task.pid == task.tid).then(|| comm(&task.leader))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use selfconn_ebpf::Opener;
+
+    use super::*;
+    use crate::{detect::samples, system::process::ProcessInfo};
+
+    #[test]
+    fn a_holder_is_certain_if_its_user_is_the_only_one_who_can_have_made_the_socket() {
+        for (opener, of_socket, of_process, is_certain) in [
+            (Some(Opener::UNKNOWN), Some(1_000), None, true),
+            (None, Some(1_000), Some(1_000), true),
+            (None, Some(0), Some(0), true),
+            // Passed on, for example to a service of the host.
+            (None, Some(1_000), Some(101), false),
+            (None, Some(1_000), Some(0), false),
+            (None, Some(0), Some(1_000), false),
+            (None, Some(1_000), None, false),
+            (None, None, Some(0), false),
+            (None, None, None, false),
+            // Another container may have the same uid.
+            (None, Some(65_535), Some(65_535), true),
+            (None, Some(65_536), Some(65_536), false),
+        ] {
+            let endpoint = samples::endpoint("127.0.0.1", 80);
+            let connection = Connection { opener, uid: of_socket, ..samples::connection(1, endpoint) };
+            let process = Rc::new(ProcessInfo { uid: of_process, ..ProcessInfo::default() });
+            let holders = Some(vec![Holder { pid: 7, comm: None, start_ticks: Some(1) }]);
+            let attribution = Attribution { process, holders, ..Attribution::default() };
+            let fields = ConnectionFields::new(&connection, 1, &attribution);
+            assert_eq!(fields.is_process_certain, is_certain, "{opener:?} {of_socket:?} {of_process:?}");
+        }
+    }
 }

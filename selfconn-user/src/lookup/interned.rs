@@ -71,11 +71,20 @@ impl InternedFacts {
     }
 
     /// The one copy of these facts. If there is no room for them, only who pays for the process is known.
-    pub(super) fn intern(&mut self, key: ProcessKey, owner: Owner, facts: ProcessInfo) -> Rc<ProcessInfo> {
-        if let Some(same) = self.newest.get(&key).and_then(|known| known.facts.upgrade())
-            && *same == facts
-        {
-            return same;
+    pub(super) fn intern(
+        &mut self,
+        key: ProcessKey,
+        owner: Owner,
+        mut facts: ProcessInfo,
+    ) -> Rc<ProcessInfo> {
+        if let Some(same) = self.newest.get(&key).and_then(|known| known.facts.upgrade()) {
+            // Only a holder's user is read. Nobody asks for the user of another process.
+            let uid = facts.uid;
+            facts.uid = uid.or(same.uid);
+            if *same == facts {
+                return same;
+            }
+            facts.uid = uid;
         }
         let bytes = facts.kept_bytes() + ENTRY_BYTES;
         self.since_sweep += 1;
@@ -149,6 +158,12 @@ mod tests {
         assert_eq!(replaced.exe.as_deref(), Some("/b"), "another program");
         assert_eq!(first.exe.as_deref(), Some("/a"));
         assert_eq!(interned.older.len(), 1);
+        let of_user = |uid| ProcessInfo { uid, ..facts("/b") };
+        let held = interned.intern(key(1), owner, of_user(Some(5)));
+        assert_eq!((held.uid, interned.older.len()), (Some(5), 2));
+        assert!(Rc::ptr_eq(&held, &interned.intern(key(1), owner, of_user(None))), "looked up as an opener");
+        assert_eq!(interned.intern(key(1), owner, of_user(Some(6))).uid, Some(6));
+        assert_eq!(interned.intern(key(1), owner, facts("/c")).uid, None, "another program");
     }
 
     #[test]

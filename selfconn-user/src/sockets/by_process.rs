@@ -18,7 +18,7 @@ use selfconn_ebpf::{Owner, SocketDescriptor, owner::OWNER_CGROUP_LEVEL};
 
 use super::{
     netns_owner::userns_owner_at,
-    walk_cost::{self, Visit, WalkCost, status_field},
+    walk_cost::{self, Visit, WalkCost},
 };
 use crate::{
     bpf::descriptors::DescriptorIter,
@@ -250,7 +250,7 @@ impl ProcessReader {
         let pid = found.pid;
         let status = fs::read(format!("/proc/{pid}/status"))?;
         // The real user started the process. Its uid in a user namespace is one of many that its maker has.
-        let uid = self.userns_owner(pid).or_else(|| status_field(&status, "Uid:")?.parse().ok());
+        let uid = self.userns_owner(pid).or_else(|| process::uids_in_status(&status).map(|[real, ..]| real));
         let cost = WalkCost::new(&status, |count| table_sizes(pid, count));
         Ok(Process { pid, owner: found.owner(uid), cost, listed_at: Instant::now() })
     }
@@ -286,7 +286,9 @@ fn table_sizes(pid: u32, count: usize) -> Option<Vec<u64>> {
     let random = RandomState::new();
     let choose = |number| threads[(random.hash_one(number) % threads.len() as u64) as usize];
     let size = |tid| match fs::read(format!("/proc/{pid}/task/{tid}/status")) {
-        Ok(status) => Some(status_field(&status, "FDSize:").and_then(|size| size.parse().ok()).unwrap_or(0)),
+        Ok(status) => {
+            Some(process::status_field(&status, "FDSize").and_then(|size| size.parse().ok()).unwrap_or(0))
+        }
         Err(error) if process::is_gone(&error) => Some(0),
         Err(_) => None,
     };

@@ -24,8 +24,10 @@ use super::{
 use stat::{Stat, memory_folder, read_stat};
 
 mod stat;
+mod status;
 
 pub use stat::start_ticks_in_stat;
+pub(crate) use status::{status_field, uids_in_status};
 
 /// Length of a clock tick in `/proc`: 1 / `USER_HZ`, a constant of the ABI on all of aya's architectures.
 const TICK_NS: u64 = 1_000_000_000 / 100;
@@ -58,6 +60,9 @@ pub struct ProcessInfo {
     pub pod: Option<Arc<str>>,
     /// The control group that pays for the process.
     pub owner_cgroup: Option<Arc<str>>,
+    /// The user of the process. `None`: it is not known, it is several (real, effective, saved and file system uid), or
+    /// the process was not looked up as a holder.
+    pub uid: Option<u32>,
 }
 
 impl ProcessInfo {
@@ -66,7 +71,8 @@ impl ProcessInfo {
     pub fn kept_bytes(&self) -> usize {
         // Of a text: the reference counts, and what the allocator adds.
         let text = |text: &Option<Arc<str>>| text.as_ref().map_or(0, |text| text.len() + 32);
-        let Self { comm, exe, is_exe_ours: _, cmdline, cgroup, unit, container, pod, owner_cgroup } = self;
+        let Self { comm, exe, is_exe_ours: _, cmdline, cgroup, unit, container, pod, owner_cgroup, uid: _ } =
+            self;
         size_of::<Self>()
             + comm.as_ref().map_or(0, |comm| comm.capacity() + 16)
             + cmdline.as_ref().map_or(0, |cmdline| cmdline.kept_bytes() + 64)
@@ -256,7 +262,8 @@ pub fn is_in_initial_pid_ns() -> bool {
 }
 
 /// Reads what does not depend on the process's memory. None of these files waits for the process:
-/// `proc_exe_link`, `proc_cgroup_show` and `do_task_stat` do not take its `mmap_lock` (fs/proc at v6.12).
+/// `proc_exe_link`, `proc_cgroup_show`, `proc_pid_status` and `do_task_stat` do not take its `mmap_lock` (fs/proc at
+/// v6.12).
 #[must_use]
 pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> Option<ProcessFacts> {
     let file = |name: &str| format!("/proc/{pid}/{name}");
@@ -270,6 +277,11 @@ pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> O
         CgroupInfo::new(&cgroup::components(hierarchy, path))
     });
     let uid = fs::metadata(file("")).map_or(0, |folder| folder.uid());
+    let holder_uid = match proof {
+        ProcessProof::Started(_) => fs::read(file("status")).ok().and_then(|text| status::only_uid(&text)),
+        // The kernel has recorded the user of what it observed.
+        ProcessProof::Observed(_) | ProcessProof::None => None,
+    };
     // `stat` is read last, because it proves which process and program the other files belonged to: an execve()
     // replaces `exe` and `arg_start` together, with the memory of the process (`exec_mmap`, fs/exec.c at v5.10).
     let Stat { comm, start_ticks, arg_start } = read_stat(pid, &folder)?;
@@ -286,6 +298,7 @@ pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> O
         container: cgroup_info.container.map(Arc::from),
         pod: cgroup_info.pod.map(Arc::from),
         owner_cgroup: cgroup_info.owner.map(Arc::from),
+        uid: holder_uid,
         cgroup: cgroup.map(|(_, path)| path.into()),
     };
     Some(ProcessFacts { info, start_ticks, arg_start, is_same_program, uid })
@@ -395,6 +408,7 @@ mod tests {
         assert_eq!(facts.info.comm, Some(comm));
         let exe = std::env::current_exe().ok().map(|path| path.to_string_lossy().into());
         assert!(facts.info.is_exe_ours, "{facts:?}");
+        assert_eq!(facts.info.uid, Some(rustix::process::getuid().as_raw()), "a holder's user");
         assert_eq!((facts.info.exe, facts.start_ticks), (exe, start));
         for (start_ticks, arg_start, is_same) in [
             (start, arg_start, true),

@@ -215,6 +215,20 @@ fn an_excluded_connection_is_reported_at_once_and_never_looked_up() {
 }
 
 #[test]
+fn a_connection_that_only_an_uncertain_process_excludes_is_reported_as_failed_and_left_alone() {
+    for (is_process_certain, result) in [(true, "excepted"), (false, "failed")] {
+        let selection = Selection { except: vec!["exe=*java".parse().unwrap()], ..Selection::default() };
+        let policy = RemedyPolicy { mode: RemedyMode::Destroy, selection, grace_ns: 0, rate: 1 };
+        let mut remedy = Remedy::new(policy);
+        let fields = ConnectionFields { is_process_certain, ..ConnectionFields::sample() };
+        let remedied = remedy.on_established(fields, request(1), 5).unwrap();
+        assert_eq!(remedied.result, result);
+        assert!(remedied.why.unwrap().starts_with("except exe=*java"));
+        assert_eq!(remedy.next_ns(), None);
+    }
+}
+
+#[test]
 fn without_its_network_namespace_a_connection_cannot_be_looked_up() {
     let mut nowhere = request(1);
     nowhere.target.endpoint.netns = 0;

@@ -2,13 +2,14 @@
 
 use std::{
     fs::{self, Permissions},
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::{PermissionsExt as _, fchown},
 };
 
 use super::{LOCALHOST, start};
 use crate::support::{
     client::connect_to_self,
     daemon::{HookVariant, TestDaemon, is_event},
+    helper_process::{HelperProcess, UNPRIVILEGED},
     netns::TestNetns,
     nobody::Nobody,
 };
@@ -53,6 +54,43 @@ fn a_forged_exe_matches_no_rule() {
         }
         daemon.stop();
     }
+}
+
+/// The connection is from before the daemon, so only the process that has the socket open is known.
+#[test]
+fn a_process_that_holds_the_socket_of_another_user_matches_no_rule_and_counts_as_unknown() {
+    let net = TestNetns::enter_new();
+    // A snapshot finds namespaces through their processes.
+    let mut netns_process = HelperProcess::start("wait");
+    netns_process.read_output();
+    let own = std::env::current_exe().unwrap();
+    let exe = format!("exe={}", own.to_str().unwrap());
+    let (socket, _) = connect_to_self(LOCALHOST);
+    for (socket_user, option, rule, result, is_certain) in [
+        (0, "--remedy-only", &*exe, "would_destroy", true),
+        (0, "--remedy-except", &exe, "excepted", true),
+        (UNPRIVILEGED, "--remedy-only", &exe, "failed", false),
+        (UNPRIVILEGED, "--remedy-except", &exe, "failed", false),
+        (UNPRIVILEGED, "--remedy-only", "exe=/no/such/program", "excepted", true),
+        (UNPRIVILEGED, "--remedy-except", "exe=/no/such/program", "would_destroy", true),
+        (UNPRIVILEGED, "--remedy-only", "uid=65534", "would_destroy", true),
+    ] {
+        // As if that user had made the socket, and had passed it to this process.
+        fchown(&socket, Some(socket_user), None).unwrap();
+        let mut daemon = start(net, &HookVariant(vec![]), &["--remedy", "dry-run", option, rule]);
+        let remedied = daemon.expect(1, is_event("remedied", net.inode)).remove(0);
+        assert_eq!(
+            (&remedied["owner"], &remedied["pid"], &remedied["uid"]),
+            (&"holder".into(), &std::process::id().into(), &socket_user.into()),
+            "{remedied}"
+        );
+        assert_eq!(remedied["result"], result, "{option} {rule}: {remedied}");
+        let is_uncertain = remedied["why"].as_str().is_some_and(|why| why.contains("exe is not certain"));
+        assert_eq!(is_uncertain, !is_certain, "{option} {rule}: {remedied}");
+        daemon.stop();
+    }
+    drop(socket);
+    netns_process.finish();
 }
 
 #[test]
