@@ -64,8 +64,8 @@ enum XtaskCommand {
     Test {
         /// Run only the tests with this in their name
         filter: Option<String>,
-        /// Boot no virtual machines: by default the oldest kernel, the newest, the newest under lockdown, and one of the
-        /// other architecture
+        /// Boot no virtual machines: by default the oldest kernel, the newest, the newest under lockdown, and one of
+        /// the other architecture
         #[arg(long)]
         no_kernels: bool,
     },

@@ -1,7 +1,7 @@
-//! `cargo xtask suites`: runs test suites in Python, Node and Rust under `selfconn exec`. Each has four cases that fail if a
-//! connect hits its own port. First the self-connections must be reported, each with its program and port; then the guard
-//! must let every case pass. A neighbour connects to itself all the while, and must not be reported. Then the tests with
-//! servers of the distribution run, whose ports self-connections have.
+//! `cargo xtask suites`: runs test suites in Python, Node and Rust under `selfconn exec`. Each has four cases that fail
+//! if a connect hits its own port. First the self-connections must be reported, each with its program and port; then
+//! the guard must let every case pass. A neighbour connects to itself all the while, and must not be reported. Then the
+//! tests with servers of the distribution run, whose ports self-connections have.
 
 use std::{
     fs,

@@ -122,8 +122,8 @@ impl Owner {
         Self { uid: u32::MAX, ..*self }
     }
 
-    /// This owner's user in all control groups: he may have several sessions. `None`: root, which runs most services of a
-    /// host, or a user whose control group is unknown and who is the same everywhere.
+    /// This owner's user in all control groups: he may have several sessions. `None`: root, which runs most services of
+    /// a host, or a user whose control group is unknown and who is the same everywhere.
     #[inline(always)]
     #[must_use]
     pub const fn everywhere(&self) -> Option<Self> {

@@ -1,10 +1,10 @@
-//! The guard: a program on the egress of a loopback device. It rewrites the SYN of a socket that connects to itself into
-//! the reset that a closed port would send. The reset arrives at the same socket, because the addresses and ports of both
-//! directions are equal, and `connect()` returns ECONNREFUSED.
+//! The guard: a program on the egress of a loopback device. It rewrites the SYN of a socket that connects to itself
+//! into the reset that a closed port would send. The reset arrives at the same socket, because the addresses and ports
+//! of both directions are equal, and `connect()` returns ECONNREFUSED.
 //!
-//! Every packet of the device runs the check of the socket's state; no byte of the packet is read for it. The socket and
-//! the packet must both be a connect to itself, so a packet that was translated, or written by a raw socket, passes.
-//! Whatever the program decides, it returns TC_ACT_UNSPEC, so that the next program of the device runs.
+//! Every packet of the device runs the check of the socket's state; no byte of the packet is read for it. The socket
+//! and the packet must both be a connect to itself, so a packet that was translated, or written by a raw socket,
+//! passes. Whatever the program decides, it returns TC_ACT_UNSPEC, so that the next program of the device runs.
 
 use aya_ebpf::{
     Global,
@@ -360,8 +360,8 @@ fn report(skb: *mut __sk_buff, sock: Sock<DirectLoad>, self_addr: &SelfAddr) {
     entry.submit(0);
 }
 
-/// True if the ring buffer takes a record of this owner. The first half is for everybody; an owner beyond the rate finds
-/// no room in the second one, so that a flood does not take the names of others' attempts.
+/// True if the ring buffer takes a record of this owner. The first half is for everybody; an owner beyond the rate
+/// finds no room in the second one, so that a flood does not take the names of others' attempts.
 #[inline(always)]
 fn has_room(owner: &Owner) -> bool {
     // `BPF_RB_AVAIL_DATA` and `BPF_RB_RING_SIZE`, include/uapi/linux/bpf.h at v5.10.
@@ -373,8 +373,8 @@ fn has_room(owner: &Owner) -> bool {
     owners::admits(owner, |state, users| state.admit_prevention(now_ns, users))
 }
 
-/// A task connects a socket to its own address. If it is the first one in its network namespace, user space learns of the
-/// namespace.
+/// A task connects a socket to its own address. If it is the first one in its network namespace, user space learns of
+/// the namespace.
 #[inline(always)]
 pub(crate) fn on_connect<M: KernelRead>(sock: Sock<M>) {
     if GUARD_MODE.load() != mode::OFF {

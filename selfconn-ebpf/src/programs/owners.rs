@@ -35,8 +35,8 @@ pub(crate) fn count_loss(owner: &Owner, select: impl Fn(*mut OwnerState) -> *mut
     }
 }
 
-/// True if `admit` takes one more of this owner, of its user in all control groups, and of all users of its control group,
-/// which have the rates of [`USER_RATE_FACTOR`] and [`CGROUP_RATE_FACTOR`] owners.
+/// True if `admit` takes one more of this owner, of its user in all control groups, and of all users of its control
+/// group, which have the rates of [`USER_RATE_FACTOR`] and [`CGROUP_RATE_FACTOR`] owners.
 #[inline(always)]
 pub(crate) fn admits(owner: &Owner, admit: impl Fn(&mut OwnerState, u64) -> bool) -> bool {
     let is_admitted = |owner: &Owner, users| {

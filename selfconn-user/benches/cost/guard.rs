@@ -26,7 +26,8 @@ const REFUSE: [&str; 2] = ["--guard", "refuse"];
 /// How long it may take until all namespaces are guarded. The daemon attaches at a bounded rate.
 const DEADLINE: Duration = Duration::from_secs(120);
 
-/// The names of an empty program on the egress of `lo`, before and after the other programs there: see [`crate::empty`].
+/// The names of an empty program on the egress of `lo`, before and after the other programs there: see
+/// [`crate::empty`].
 pub(crate) const EMPTY_FIRST: &str = "lo-first";
 pub(crate) const EMPTY_LAST: &str = "lo-last";
 

@@ -281,8 +281,8 @@ impl GuardProgram {
         Ok(new)
     }
 
-    /// Attaches the program to a device of the calling thread's network namespace, in front of all others except another
-    /// guard.
+    /// Attaches the program to a device of the calling thread's network namespace, in front of all others except
+    /// another guard.
     ///
     /// # Errors
     /// If the kernel refuses.

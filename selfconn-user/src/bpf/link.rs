@@ -70,8 +70,8 @@ pub(super) fn create_iter(link: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 }
 
 /// Attaches a program to the egress of a device in the network namespace of the calling thread: as the first one, or
-/// after the program with the number `after` if that is not 0. A link of aya does not give its descriptor, and whether a
-/// link is still attached is read through that.
+/// after the program with the number `after` if that is not 0. A link of aya does not give its descriptor, and whether
+/// a link is still attached is read through that.
 pub(super) fn create_tcx_egress(program: BorrowedFd<'_>, device: u32, after: u32) -> io::Result<OwnedFd> {
     /// include/uapi/linux/bpf.h at v6.6.
     const BPF_TCX_EGRESS: u32 = 47;
@@ -83,7 +83,8 @@ pub(super) fn create_tcx_egress(program: BorrowedFd<'_>, device: u32, after: u32
     bpf(BPF_LINK_CREATE, [program, device, BPF_TCX_EGRESS, position, after, 0, 0, 0])
 }
 
-/// The attributes have the length that these commands have in the kernel that introduced them, or are padded with zeroes.
+/// The attributes have the length that these commands have in the kernel that introduced them, or are padded with
+/// zeroes.
 fn bpf(command: libc::c_int, mut attributes: [u32; 8]) -> io::Result<OwnedFd> {
     // SAFETY: the kernel reads this many bytes of `attributes`, and what an address in them leads to, which is the
     // caller's; it writes none of them for these commands.

@@ -1,7 +1,7 @@
 //! The refused-connect table of the programs: counts of refused connects by destination.
 //!
-//! A look-up by `bpf()` can cost transitions (see `connect_table.rs`), so a connection asks for its count only if a connect
-//! to its port was refused, which an array of the programs says without a system call.
+//! A look-up by `bpf()` can cost transitions (see `connect_table.rs`), so a connection asks for its count only if a
+//! connect to its port was refused, which an array of the programs says without a system call.
 
 use std::sync::atomic::Ordering::Relaxed;
 

@@ -2,7 +2,8 @@
 //! `payer` who pays for a connection, `rate` is a token bucket, `log` decides what the log has, by the rates of
 //! `log_shares`, `cmdline` has the bytes of a command line, `shares` a limit that owners share, `shared_rate` one in
 //! each second, `turns` the order in which they come, `fair_queue` a queue in that order, `least_spent` one by what
-//! they have spent, `owner_losses` what they lose beyond it, `user_set` a set of users, `memory` what every part of the daemon may keep.
+//! they have spent, `owner_losses` what they lose beyond it, `user_set` a set of users, `memory` what every part of the
+//! daemon may keep.
 
 pub mod cmdline;
 mod fair_queue;

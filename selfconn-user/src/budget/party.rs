@@ -1,5 +1,5 @@
-//! Who shares a limit or takes turns. An owner alone is not enough: a user may have several sessions, and a container's root
-//! may be many users.
+//! Who shares a limit or takes turns. An owner alone is not enough: a user may have several sessions, and a container's
+//! root may be many users.
 
 use selfconn_ebpf::Owner;
 

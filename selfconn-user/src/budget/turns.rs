@@ -1,7 +1,7 @@
 //! Whose turn it is, among owners that wait: that of the owner whose last turn, or whose arrival if that is later, is
-//! longest ago. A turn of an owner is one of its user and one of its control group, too: who has several sessions or many
-//! uids gains none. Among owners for whom that is the same, such as the users of one control group, their own turns count.
-//! Pure.
+//! longest ago. A turn of an owner is one of its user and one of its control group, too: who has several sessions or
+//! many uids gains none. Among owners for whom that is the same, such as the users of one control group, their own
+//! turns count. Pure.
 
 use std::collections::HashMap;
 
@@ -25,7 +25,8 @@ impl Turns {
         self.count
     }
 
-    /// Since which turn an owner waits: for one of any of its parties, and for one of its own. The smallest pair is next.
+    /// Since which turn an owner waits: for one of any of its parties, and for one of its own. The smallest pair is
+    /// next.
     #[must_use]
     pub fn waiting_since(&self, owner: Owner, arrival: u64) -> (u64, u64) {
         let since = |turn: Option<&u64>| turn.copied().unwrap_or(0).max(arrival);

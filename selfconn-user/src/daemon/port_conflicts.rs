@@ -1,5 +1,5 @@
-//! `blocked` events: a failed bind, the self-connection that holds its port, and up to three processes, which are looked
-//! up one after another: the one that called bind(), the holder, and the opener.
+//! `blocked` events: a failed bind, the self-connection that holds its port, and up to three processes, which are
+//! looked up one after another: the one that called bind(), the holder, and the opener.
 
 use std::{collections::HashMap, rc::Rc};
 
@@ -44,8 +44,8 @@ impl PortConflicts {
         Self { binds: BindConflicts::default(), reports }
     }
 
-    /// Handles a failed bind: if a self-connection holds the port and a report is due, looks up the processes, and emits
-    /// the event.
+    /// Handles a failed bind: if a self-connection holds the port and a report is due, looks up the processes, and
+    /// emits the event.
     pub(super) fn on_bind_failure(
         &mut self,
         failure: &BindFailure,

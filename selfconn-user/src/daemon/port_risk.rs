@@ -33,8 +33,8 @@ use crate::{
     },
 };
 
-/// Maximum number of ports that are checked together, in one turn of the loop. Each may need a simulation of the kernel's
-/// walk over the ports.
+/// Maximum number of ports that are checked together, in one turn of the loop. Each may need a simulation of the
+/// kernel's walk over the ports.
 const MAX_TOGETHER: usize = 8;
 
 /// The ports with many refused connects, and the worker that reads port ranges.
@@ -184,8 +184,8 @@ impl PortRiskMonitor {
         log::debug!("ports at risk: {}", self.at_risk());
     }
 
-    /// Removes expired counts of ports that never crossed a threshold. Ends the ports at risk, and removes the counts, of
-    /// the network namespaces that have ended. Walks the whole table.
+    /// Removes expired counts of ports that never crossed a threshold. Ends the ports at risk, and removes the counts,
+    /// of the network namespaces that have ended. Walks the whole table.
     pub(super) fn on_snapshot(
         &mut self,
         snapshot: &SocketSnapshot,

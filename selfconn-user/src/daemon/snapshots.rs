@@ -60,8 +60,8 @@ impl Snapshots {
         self.worker.send(if can_look_up { opener_threads(tracer) } else { Vec::new() });
     }
 
-    /// Reconciles the tracked connections with one. All records from before it must have been drained. Returns the number
-    /// of self-connections in it that were not tracked.
+    /// Reconciles the tracked connections with one. All records from before it must have been drained. Returns the
+    /// number of self-connections in it that were not tracked.
     pub(super) fn apply(
         &mut self,
         snapshot: &mut SocketSnapshot,
@@ -94,8 +94,8 @@ impl Snapshots {
         let connections = pipeline.connections.iter().map(|connection| &connection.endpoint);
         let listed = snapshot.entries.iter().map(|entry| &entry.endpoint);
         let held = connections.chain(listed).chain(binds.time_wait_endpoints());
-        // One that is neither tracked nor listed, or its TIME_WAIT, may hold any other port. It is known again after the
-        // second snapshot that has all, because a TIME_WAIT is listed, too.
+        // One that is neither tracked nor listed, or its TIME_WAIT, may hold any other port. It is known again after
+        // the second snapshot that has all, because a TIME_WAIT is listed, too.
         let has_all = snapshot.left_out.is_empty()
             && !pipeline.connections.may_lack_open_ones()
             && !binds.may_lack_time_waits(snapshot.began_ns);

@@ -102,8 +102,8 @@ pub struct ConnectionEnd {
     pub bytes_received: Option<u64>,
     /// `None`: the last transition and the socket's errno match none of the reasons.
     pub reason: Option<CloseReason>,
-    /// When TIME_WAIT ends if the host is not suspended before: `CLOCK_BOOTTIME`, nanoseconds. `None`: the port is free,
-    /// or it is not known whether there is a TIME_WAIT, because the namespace may have no more of them.
+    /// When TIME_WAIT ends if the host is not suspended before: `CLOCK_BOOTTIME`, nanoseconds. `None`: the port is
+    /// free, or it is not known whether there is a TIME_WAIT, because the namespace may have no more of them.
     pub port_blocked_until_ns: Option<u64>,
 }
 

@@ -231,8 +231,8 @@ impl Rule {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exclusion {
     pub why: String,
-    /// False: a rule asks for a field of the process that has the socket open, and that process need not be the one that
-    /// the connection is of.
+    /// False: a rule asks for a field of the process that has the socket open, and that process need not be the one
+    /// that the connection is of.
     pub is_certain: bool,
 }
 
@@ -267,8 +267,8 @@ impl Selection {
     }
 
     /// Why the connection is not selected. `None`: it is selected. An unknown field counts against selection
-    /// in both lists: it does not satisfy `only`, and it counts as a match of `except`. A certain reason comes before one
-    /// that is not.
+    /// in both lists: it does not satisfy `only`, and it counts as a match of `except`. A certain reason comes before
+    /// one that is not.
     #[must_use]
     pub fn exclusion(&self, fields: &ConnectionFields) -> Option<Exclusion> {
         let mut uncertain = None;

@@ -36,8 +36,8 @@ const MIN_BOUND_CHECK_INTERVAL_NS: u64 = SECOND_NS;
 const RELEASE_CHECK_INTERVAL_NS: u64 = SECOND_NS / 50;
 const RELEASE_CHECKS: u8 = 4;
 
-/// How long connections from a port are taken for those of a listener that has ended. Anybody can connect from a port that
-/// nobody has.
+/// How long connections from a port are taken for those of a listener that has ended. Anybody can connect from a port
+/// that nobody has.
 const MAX_RELEASE_NS: u64 = 60 * SECOND_NS;
 
 /// How soon a port is reported again after the end of its risk: at first, and at most. It doubles each time, because

@@ -53,8 +53,8 @@ pub struct RemedyPolicy {
     pub rate: u32,
 }
 
-/// Maximum number of connections that the worker has. It does one after another, the search for a network namespace may visit
-/// every process of the host, and owners take turns only in what the worker does not have yet.
+/// Maximum number of connections that the worker has. It does one after another, the search for a network namespace may
+/// visit every process of the host, and owners take turns only in what the worker does not have yet.
 const MAX_IN_PROGRESS: usize = 2;
 
 /// Result for one self-connection.

@@ -1,7 +1,7 @@
 //! The guard in user space: which connects it refuses (`rules`), its start (`start`), which network namespace it takes
-//! next (`queue`), which ones it does not guard (`unguarded`), what it does in one of them (`netns`), and the thread that
-//! does so (`work`) with the daemon's end of it (`thread`). The program is in `bpf/guard.rs`; its reports are handled by
-//! `daemon/guarding.rs`.
+//! next (`queue`), which ones it does not guard (`unguarded`), what it does in one of them (`netns`), and the thread
+//! that does so (`work`) with the daemon's end of it (`thread`). The program is in `bpf/guard.rs`; its reports are
+//! handled by `daemon/guarding.rs`.
 
 use std::io;
 

@@ -59,8 +59,8 @@ impl GuardedNetns {
         Ok(Seen { disarmed, ended, others: devices.len().saturating_sub(self.attachments.len()) })
     }
 
-    /// True if the program is attached in the namespace of the calling thread, so it is this one and not another with the
-    /// same inode.
+    /// True if the program is attached in the namespace of the calling thread, so it is this one and not another with
+    /// the same inode.
     pub(super) fn is_there(&self, program: &GuardProgram) -> io::Result<bool> {
         Ok(self.disarmed(program, &rtnetlink::loop_devices()?)? != Some(Disarmed::TakenOff))
     }

@@ -14,8 +14,8 @@ use crate::{
     sockets::NetnsId,
 };
 
-/// Maximum number of devices to which the program is attached, and of namespaces that wait for another. An attachment may
-/// take a descriptor.
+/// Maximum number of devices to which the program is attached, and of namespaces that wait for another. An attachment
+/// may take a descriptor.
 pub const MAX_ATTACHMENTS: usize = 2_048;
 
 /// Maximum number of these for a user other than root: twice what a user with a hundred containers has. The end of the
@@ -76,8 +76,8 @@ fn payer(owner: u32) -> Owner {
 }
 
 impl<P> NamespaceQueue<P> {
-    /// Adds a namespace with room for one more attachment. If it waits already, the new way to it is taken, and it moves
-    /// ahead if it connects. False: its owner has too many.
+    /// Adds a namespace with room for one more attachment. If it waits already, the new way to it is taken, and it
+    /// moves ahead if it connects. False: its owner has too many.
     pub fn push(&mut self, waiting: Waiting<P>) -> bool {
         let owner = waiting.owner;
         if self.waiting.contains(&waiting.id) {

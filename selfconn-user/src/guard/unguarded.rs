@@ -1,7 +1,8 @@
 //! Which network namespaces are not guarded, and which of them an event is due for. Pure.
 //!
-//! Users make network namespaces at will, and the root of a container puts programs with ever other names in front of the
-//! guard. So owners share the room, and an owner has a few events for each kind of reason in a while; the others follow.
+//! Users make network namespaces at will, and the root of a container puts programs with ever other names in front of
+//! the guard. So owners share the room, and an owner has a few events for each kind of reason in a while; the others
+//! follow.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -72,8 +73,8 @@ struct Unguarded {
 pub struct UnguardedNamespaces {
     by_id: HashMap<NetnsId, Unguarded>,
     shares: SharedLimit,
-    /// Those for which there was no room since the last walk. They have no event. The walk itself keeps as much of every
-    /// namespace.
+    /// Those for which there was no room since the last walk. They have no event. The walk itself keeps as much of
+    /// every namespace.
     beyond: HashSet<NetnsId>,
     /// Entries that are not reported.
     pending: usize,

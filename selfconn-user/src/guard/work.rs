@@ -1,8 +1,8 @@
 //! What the guard's thread does: which network namespace it takes next, and when, and what it reports.
 //!
-//! Attaching takes some 9 ms with the kernel's lock for network configuration held (`tcx_entry_sync`,
-//! include/net/tcx.h at v6.6), so the thread rests after each device: nineteen times as long as that took, and half a second
-//! at most. A namespace with several devices takes as many turns. A link does not keep a namespace alive.
+//! Attaching takes some 9 ms with the kernel's lock for network configuration held (`tcx_entry_sync`, include/net/tcx.h
+//! at v6.6), so the thread rests after each device: nineteen times as long as that took, and half a second at most. A
+//! namespace with several devices takes as many turns. A link does not keep a namespace alive.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -37,8 +37,8 @@ const CGROUP_INTERVAL: Duration = Duration::from_secs(1);
 /// The rest after an attachment, as a multiple of the time that it took.
 const REST_FACTOR: u32 = 19;
 
-/// The longest rest, so that a slow attachment, or a user with very many devices, which take long to list, delays the next
-/// turn by no more. A namespace with a first connect is to be guarded within a second.
+/// The longest rest, so that a slow attachment, or a user with very many devices, which take long to list, delays the
+/// next turn by no more. A namespace with a first connect is to be guarded within a second.
 const MAX_REST: Duration = Duration::from_millis(500);
 
 /// What has changed.
@@ -167,8 +167,8 @@ impl GuardWork {
     fn on_first_connect(&mut self, first: &FirstConnect) {
         let FirstConnect { netns, netns_cookie, tid, .. } = *first;
         let id = NetnsId::from(&Endpoint { netns, netns_cookie, ..Endpoint::UNKNOWN });
-        // One that waits for another device is moved ahead. Without a cookie it may be another namespace with the inode of
-        // one that was guarded: its turn finds out.
+        // One that waits for another device is moved ahead. Without a cookie it may be another namespace with the inode
+        // of one that was guarded: its turn finds out.
         let is_guarded = id.cookie != 0 && self.guarded.get(&id).is_some_and(|known| known.is_complete);
         if self.is_own_only || is_guarded {
             return;

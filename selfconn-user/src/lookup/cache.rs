@@ -35,8 +35,8 @@ impl From<&ObservedTask> for TaskKey {
     }
 }
 
-/// The process of a task, if it was observed in this time: the process with its pid existed at the begin, and at the end it
-/// still had a thread with this id and name.
+/// The process of a task, if it was observed in this time: the process with its pid existed at the begin, and at the
+/// end it still had a thread with this id and name.
 #[derive(Debug)]
 struct ProvenTask {
     from_ns: u64,

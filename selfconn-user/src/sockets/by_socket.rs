@@ -4,8 +4,9 @@ use std::collections::HashMap;
 
 use selfconn_ebpf::Endpoint;
 
-/// What is known of a socket that has a file. The cookie identifies it. An inode does not: its number has 32 bits and
-/// starts again (`get_next_ino`, fs/inode.c at v6.12), so a user who makes enough sockets can have the inode of another's.
+/// What is known of a socket that has a file. The cookie identifies it. An inode does not: the numbers have 32 bits and
+/// start again (`get_next_ino`, fs/inode.c at v6.12), so a user who makes enough sockets can have the inode of
+/// another's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SocketRef {
     /// `None`: unknown, as in procfs.

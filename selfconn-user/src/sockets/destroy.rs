@@ -173,8 +173,8 @@ fn find(endpoint: &Endpoint, cookie: Cookie) -> io::Result<Option<DumpedSocket>>
     find_in_table(|row| row.entry.cookie == Some(cookie.get()) && is_at(row, endpoint))
 }
 
-/// The cookie of the only open self-connection that agrees with what is known. `None`: none of the sockets at its addresses
-/// and ports is its socket. A socket keeps its inode as long as a process has it open.
+/// The cookie of the only open self-connection that agrees with what is known. `None`: none of the sockets at its
+/// addresses and ports is its socket. A socket keeps its inode as long as a process has it open.
 fn identify(target: &TargetSocket) -> io::Result<Option<Cookie>> {
     let uncertain = |why| Err(io::Error::other(format!("which socket it is, is not certain: {why}")));
     let is_open = |row: &DumpedSocket| {

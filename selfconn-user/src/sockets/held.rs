@@ -129,8 +129,8 @@ fn pass(iter: &DescriptorIter, limit: Duration, each: impl FnMut(&SocketDescript
     Ok(Pass { is_whole, took })
 }
 
-/// As [`read`], but keeps only these sockets, takes less time, and visits the processes of the last list. If the time is
-/// over first, only some of a socket's holders may be found.
+/// As [`read`], but keeps only these sockets, takes less time, and visits the processes of the last list. If the time
+/// is over first, only some of a socket's holders may be found.
 fn read_holders(iter: &DescriptorIter, sockets: &HashSet<SocketRef>) -> io::Result<HeldSockets> {
     let limit = &mut SnapshotLimit::new(None);
     let collector = RefCell::new(Collector::new(limit));

@@ -24,9 +24,9 @@ use super::{
 };
 use crate::system::netns_cookie;
 
-/// How long a thread does not search all descriptors again for a namespace to which none led, and how many namespaces it
-/// remembers. Such a search visits every process of the host, and anybody can make hundreds of namespaces that only a
-/// socket keeps.
+/// How long a thread does not search all descriptors again for a namespace to which none led, and how many namespaces
+/// it remembers. Such a search visits every process of the host, and anybody can make hundreds of namespaces that only
+/// a socket keeps.
 const UNFOUND_TIME: Duration = Duration::from_secs(60);
 const MAX_UNFOUND: usize = 4_096;
 
@@ -35,9 +35,9 @@ thread_local! {
     static UNFOUND: RefCell<HashMap<NetnsId, Instant>> = RefCell::default();
 }
 
-/// Calls `work` on a separate thread that is in this network namespace; the namespace of the caller does not
-/// change. The search for the namespace begins with the namespace of the caller, continues with those of the
-/// processes or threads in `netns_hints`, and then with all others as in [`super::netns::visit`]. The inode 0 is the namespace of
+/// Calls `work` on a separate thread that is in this network namespace; the namespace of the caller does not change.
+/// The search for the namespace begins with the namespace of the caller, continues with those of the processes or
+/// threads in `netns_hints`, and then with all others as in [`super::netns::visit`]. The inode 0 is the namespace of
 /// the caller, because a kernel without namespaces reports no inode.
 ///
 /// # Errors

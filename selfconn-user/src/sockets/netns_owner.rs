@@ -38,8 +38,8 @@ pub fn owner() -> io::Result<u32> {
     owner_at(Path::new(CURRENT_NETNS)).map(|(_, owner)| owner)
 }
 
-/// The inode of a network namespace, and the user that owns it: the one that owns the outermost user namespace below the
-/// initial one that it belongs to, or root.
+/// The inode of a network namespace, and the user that owns it: the one that owns the outermost user namespace below
+/// the initial one that it belongs to, or root.
 ///
 /// # Errors
 /// If the file can't be opened or is no network namespace.

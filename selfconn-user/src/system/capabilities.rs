@@ -48,8 +48,8 @@ pub const fn holder_worker(has_iterator: bool) -> CapabilitySet {
 pub const REMEDY_WORKER: CapabilitySet =
     CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE).union(CapabilitySet::NET_ADMIN);
 
-/// The capabilities of the guard's thread: it enters other network namespaces, which it finds through processes, and asks
-/// what is attached there. Attaching by a link needs none of its own; attaching a filter needs CAP_NET_ADMIN.
+/// The capabilities of the guard's thread: it enters other network namespaces, which it finds through processes, and
+/// asks what is attached there. Attaching by a link needs none of its own; attaching a filter needs CAP_NET_ADMIN.
 pub const GUARD_THREAD: CapabilitySet = REMEDY_WORKER;
 
 /// The capabilities of the port range worker: it enters other network namespaces, which it finds through

@@ -51,8 +51,8 @@ impl Offset {
     }
 }
 
-/// Notices that the host was suspended. `CLOCK_BOOTTIME` goes on then; `CLOCK_MONOTONIC` stands still, and so do jiffies,
-/// by which the kernel ends a TIME_WAIT.
+/// Notices that the host was suspended. `CLOCK_BOOTTIME` goes on then; `CLOCK_MONOTONIC` stands still, and so do
+/// jiffies, by which the kernel ends a TIME_WAIT.
 #[derive(Debug)]
 pub struct SuspendWatch {
     /// Time of the last check: `CLOCK_BOOTTIME`, nanoseconds.

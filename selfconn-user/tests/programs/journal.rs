@@ -86,7 +86,8 @@ impl Drop for Journald {
     }
 }
 
-/// A control group as systemd makes it for a service, in each hierarchy by which journald can know the unit of a client.
+/// A control group as systemd makes it for a service, in each hierarchy by which journald can know the unit of a
+/// client.
 struct ServiceGroup(Vec<PathBuf>);
 
 impl ServiceGroup {

@@ -1,5 +1,5 @@
-//! Four mistakes of real test suites. Each case passes unless a connect hits its own port. `cargo xtask suites` compiles
-//! this with `rustc --test`, and runs it in a network namespace with a small port range.
+//! Four mistakes of real test suites. Each case passes unless a connect hits its own port. `cargo xtask suites`
+//! compiles this with `rustc --test`, and runs it in a network namespace with a small port range.
 
 use std::{
     io::{Read, Write},

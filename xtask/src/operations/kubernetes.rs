@@ -1,5 +1,5 @@
-//! Validates the manifests with the schemas of several versions of Kubernetes and of the Prometheus operator, before and
-//! after kustomize. The tools are Python packages in a virtual environment of their own.
+//! Validates the manifests with the schemas of several versions of Kubernetes and of the Prometheus operator, before
+//! and after kustomize. The tools are Python packages in a virtual environment of their own.
 
 use std::{fs, path::Path};
 

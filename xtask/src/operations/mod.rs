@@ -1,7 +1,8 @@
-//! `cargo xtask operations`: checks the files that are shipped for operators with the programs that read
-//! them: the unit with systemd; alert rules, metrics and the dashboard's queries with Prometheus, which scrapes a
-//! daemon that sees a self-connection; the mixin of rules and dashboard with jsonnet; the configurations for rsyslog and
-//! systemd-journal-upload with these; the tables of stores with the stores; and the manifests with the schemas of Kubernetes.
+//! `cargo xtask operations`: checks the files that are shipped for operators with the programs that read them: the unit
+//! with systemd; alert rules, metrics and the dashboard's queries with Prometheus, which scrapes a daemon that sees a
+//! self-connection; the mixin of rules and dashboard with jsonnet; the configurations for rsyslog and
+//! systemd-journal-upload with these; the tables of stores with the stores; and the manifests with the schemas of
+//! Kubernetes.
 
 mod background;
 mod dashboard;

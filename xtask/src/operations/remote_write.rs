@@ -1,5 +1,5 @@
-//! Prometheus writes the metrics to VictoriaMetrics, from the distribution's package, which is down for a while. Nothing is
-//! missing there.
+//! Prometheus writes the metrics to VictoriaMetrics, from the distribution's package, which is down for a while.
+//! Nothing is missing there.
 
 use std::{net::SocketAddr, path::Path, path::PathBuf, thread, time::Duration};
 

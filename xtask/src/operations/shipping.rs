@@ -1,7 +1,7 @@
 //! Ships events with the shipped configurations, by programs of the distribution's packages: rsyslog into a real
-//! PostgreSQL, and into the mock broker of librdkafka, which speaks Kafka's protocol; systemd-journal-upload into another
-//! journal. Rotation, a store that is down and a SIGKILL come between. ClickHouse's engine gets the log without an agent.
-//! Then the store is asked what docs/fleet.md asks.
+//! PostgreSQL, and into the mock broker of librdkafka, which speaks Kafka's protocol; systemd-journal-upload into
+//! another journal. Rotation, a store that is down and a SIGKILL come between. ClickHouse's engine gets the log without
+//! an agent. Then the store is asked what docs/fleet.md asks.
 
 mod clickhouse;
 mod journal;

@@ -149,8 +149,8 @@ pub(super) struct PrivateApt {
 }
 
 impl PrivateApt {
-    /// Sets it up below this directory for packages of an architecture, and fetches their lists if they are older than a
-    /// day.
+    /// Sets it up below this directory for packages of an architecture, and fetches their lists if they are older than
+    /// a day.
     pub(super) fn open(directory: &Path, architecture: &'static Architecture) -> Result<Self> {
         let directory = directory.join(format!("apt-{}", architecture.debian));
         for sub in ["lists/partial", "cache/archives/partial", "packages"] {

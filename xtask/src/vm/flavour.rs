@@ -59,9 +59,10 @@ impl Flavour {
 
     /// What QEMU can emulate. QEMU 7.2 to 10 without an accelerator makes some kernels of x86-64 crash: 7.x, and
     /// real-time ones since 6.12, with more than one CPU, while they patch their own code; 6.12 in the 16-byte
-    /// compare-and-exchange of its slab allocator, which it does not use on a CPU without that instruction. With a thread
-    /// for each CPU, QEMU 7.2 also executed an instruction for ever that another CPU had replaced: twice a CPU of
-    /// 5.10 stood at a NOP or a jump in memory, where a breakpoint had been while a probe or a static key was switched.
+    /// compare-and-exchange of its slab allocator, which it does not use on a CPU without that instruction. With a
+    /// thread for each CPU, QEMU 7.2 also executed an instruction for ever that another CPU had replaced: twice a CPU
+    /// of 5.10 stood at a NOP or a jump in memory, where a breakpoint had been while a probe or a static key was
+    /// switched.
     pub(super) fn emulation(&self, version: &str) -> Emulation {
         if self.architecture.name == AARCH64.name {
             // The oldest of QEMU's models with pages of 16 KiB.

@@ -19,8 +19,8 @@ const PREFIX: &str = "selfconn-exec-";
 /// How long a group is waited for whose last process has just exited.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The control group of a command, below that of `selfconn exec`, so that its limits hold for the command. It is removed
-/// at the end.
+/// The control group of a command, below that of `selfconn exec`, so that its limits hold for the command. It is
+/// removed at the end.
 #[derive(Debug)]
 pub(super) struct CommandGroup {
     directory: PathBuf,

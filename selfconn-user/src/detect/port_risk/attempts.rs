@@ -18,8 +18,8 @@ fn can_choose(ports: &LocalPorts, port: u16) -> bool {
     }
 }
 
-/// The odds of the ports that were asked for last: most namespaces of a host have the same ports, and to compute the odds
-/// simulates the kernel's walk over them.
+/// The odds of the ports that were asked for last: most namespaces of a host have the same ports, and to compute the
+/// odds simulates the kernel's walk over them.
 #[derive(Debug, Default)]
 pub(super) struct OddsCache(Option<(LocalPorts, Odds)>);
 

@@ -92,8 +92,8 @@ pub struct OwnGroup {
     pub path: String,
 }
 
-/// The control group of this process or, if that is so deep that the programs in the kernel would not find a group below
-/// it, the one above it.
+/// The control group of this process or, if that is so deep that the programs in the kernel would not find a group
+/// below it, the one above it.
 ///
 /// # Errors
 /// If the unified hierarchy is not mounted here, or does not show the group.

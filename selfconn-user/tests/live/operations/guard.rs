@@ -472,8 +472,8 @@ fn every_connect_that_is_refused_until_the_end_is_in_an_event() {
     }
 }
 
-/// Sends datagrams to itself until the namespace of this thread is guarded. Returns how many were lost. `begun`: the first
-/// one has arrived.
+/// Sends datagrams to itself until the namespace of this thread is guarded. Returns how many were lost. `begun`: the
+/// first one has arrived.
 fn lost_until_guarded(begun: &Sender<()>) -> usize {
     let echo = UdpSocket::bind((LOCALHOST, 0)).unwrap();
     echo.connect(echo.local_addr().unwrap()).unwrap();

@@ -1,6 +1,6 @@
 //! The budget of the daemon's memory: a storm of connections that never close is followed up to its owner's share, and
-//! counted beyond, also if a snapshot finds it; the memory stays below the budget, and another owner is reported as ever.
-//! A look at a port keeps none of the sockets there.
+//! counted beyond, also if a snapshot finds it; the memory stays below the budget, and another owner is reported as
+//! ever. A look at a port keeps none of the sockets there.
 
 use std::{
     fs,

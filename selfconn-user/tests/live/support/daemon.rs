@@ -54,8 +54,9 @@ pub(crate) fn scaled(count: usize) -> usize {
 pub(crate) struct HookVariant(pub(crate) Vec<&'static str>);
 
 impl HookVariant {
-    /// True unless this is a single method on a kernel that preempts BPF programs, or the daemon within a call of `bpf()`:
-    /// `perf` and `kprobe` see nothing on that CPU until the call ends. The module `load` measures what that loses.
+    /// True unless this is a single method on a kernel that preempts BPF programs, or the daemon within a call of
+    /// `bpf()`: `perf` and `kprobe` see nothing on that CPU until the call ends. The module `load` measures what that
+    /// loses.
     pub(crate) fn is_lossless(&self) -> bool {
         let is_covered =
             |method: &&str| !is_preemptible("tp_btf") && !is_preemptible(method) && !is_real_time();

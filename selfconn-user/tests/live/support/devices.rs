@@ -83,7 +83,8 @@ impl TestNetns {
         Ok(indices)
     }
 
-    /// Makes a VRF device with this routing table, and brings it up. Returns its index. An error on a kernel without VRF.
+    /// Makes a VRF device with this routing table, and brings it up. Returns its index. An error on a kernel without
+    /// VRF.
     pub(crate) fn add_vrf(self, name: &str, table: u32) -> io::Result<u32> {
         add_device(name, b"vrf", &attribute(IFLA_VRF_TABLE, &table.to_ne_bytes()))?;
         let index = index_of(name);

@@ -1,4 +1,5 @@
-//! The guard under test: its methods on this kernel, and connects to itself with everything that a program sees of them.
+//! The guard under test: its methods on this kernel, and connects to itself with everything that a program sees of
+//! them.
 
 use std::{
     fmt, io,

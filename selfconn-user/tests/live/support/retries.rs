@@ -60,8 +60,8 @@ pub(crate) fn for_each_variant_retrying(reason: &str, test: impl Fn(&HookVariant
     }
 }
 
-/// Repeats what needs the look-up of a process, at most five times in all. False: its deadline had passed, as a busy host
-/// may let it.
+/// Repeats what needs the look-up of a process, at most five times in all. False: its deadline had passed, as a busy
+/// host may let it.
 pub(crate) fn until_looked_up(mut is_looked_up: impl FnMut() -> Result<bool, Missed>) -> Attempt {
     for _ in 0..5 {
         if is_looked_up()? {

@@ -221,8 +221,8 @@ pub(super) fn ships(packages: &Shipping, workspace: &Workspace) -> Result<String
     ))
 }
 
-/// Entries in the journal's export format, without those with this `seq`. An empty line ends an entry, and no value of an
-/// event contains one.
+/// Entries in the journal's export format, without those with this `seq`. An empty line ends an entry, and no value of
+/// an event contains one.
 fn without_event(export: &[u8], number: u64) -> Vec<u8> {
     let has_number = format!("\nSELFCONN_SEQ={number}\n").into_bytes();
     let mut kept = Vec::new();

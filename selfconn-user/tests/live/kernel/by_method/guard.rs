@@ -305,7 +305,8 @@ fn a_flood_of_refused_connects_takes_no_name_of_another_user() {
     let net = TestNetns::enter_new();
     for method in guard_methods() {
         let mut daemon = refusing(method, &[]);
-        // The daemon reads nothing meanwhile. Without shares the flood fills the ring buffer, and all events of a second.
+        // The daemon reads nothing meanwhile. Without shares the flood fills the ring buffer, and all events of a
+        // second.
         daemon.signal(rustix::process::Signal::STOP);
         // While it is stopped, the rate of one user alone fills the ring buffer in 30 seconds.
         let (began, mut dials) = (Instant::now(), 0);

@@ -46,8 +46,8 @@ fn client(address: SocketAddr) -> Socket {
         match client.connect(&address.into()) {
             // The daemon destroyed the connection before connect() returned.
             Err(error) if error.kind() == ErrorKind::ConnectionAborted => return client,
-            // Seen once in 140,000, beside a build: something else has these addresses and ports for a moment. What it is,
-            // is not known.
+            // Seen once in 140,000, beside a build: something else has these addresses and ports for a moment. What it
+            // is, is not known.
             Err(error) if error.kind() == ErrorKind::AddrNotAvailable && Instant::now() < until => {
                 println!("FACT taken_for_a_moment={error}");
                 thread::sleep(Duration::from_millis(1));
