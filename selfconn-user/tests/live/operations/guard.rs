@@ -34,6 +34,12 @@ use crate::support::{
 const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const LOOPBACK: u32 = 1;
 
+/// How long it may take after the first connect until a new namespace is guarded. The guard rests many times as long as
+/// an attachment takes, and an emulated one takes long.
+fn guarded_within() -> Duration {
+    Duration::from_secs(if is_dedicated_machine() { 20 } else { 1 })
+}
+
 static TEST_PROGRAMS: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/selfconn-test-programs"));
 
@@ -228,7 +234,7 @@ fn a_namespace_made_while_the_daemon_runs_is_guarded_at_its_first_connect_and_no
             drop(connect_to_self(LOCALHOST));
             // An attachment by clsact loses packets.
             let is_guarded = || is_refused_within(LOCALHOST, Duration::from_millis(20));
-            wait_until(guarded_within, "the namespace is never guarded", is_guarded);
+            wait_until(guarded_within(), "the namespace is never guarded", is_guarded);
             report.send((inner.inode, file)).unwrap();
             finished.recv().unwrap();
         });
@@ -380,8 +386,6 @@ fn two_thousand_namespaces_of_a_user_delay_nobody() {
     attacker.wait();
     // Their events are before the others' in the pipe, whose reader is slow.
     daemon.expect(NAMESPACES, |event| event["event"] == "established" && event["netns"] != net.inode);
-    // The guard rests many times as long as an attachment takes, and an emulated one takes long.
-    let guarded_within = Duration::from_secs(if is_dedicated_machine() { 20 } else { 1 });
     for round in 0..5 {
         // Another user's self-connection is reported at once.
         let began = Instant::now();
@@ -392,14 +396,14 @@ fn two_thousand_namespaces_of_a_user_delay_nobody() {
         assert!(took < Duration::from_millis(250), "round {round}: {took:?}");
         drop(connection);
         // Its new namespace is guarded within a second of the first connect there.
-        let took = thread::spawn(move || {
+        let took = thread::spawn(|| {
             TestNetns::enter_new_in_helper();
             become_user(USER);
             drop(connect_to_self(LOCALHOST));
             let began = Instant::now();
             // An attachment by clsact loses packets.
             let is_guarded = || is_refused_within(LOCALHOST, Duration::from_millis(20));
-            wait_until(guarded_within, "the namespace is never guarded", is_guarded);
+            wait_until(guarded_within(), "the namespace is never guarded", is_guarded);
             began.elapsed()
         });
         println!("FACT guarded_after_ms={}", took.join().unwrap().as_millis());
