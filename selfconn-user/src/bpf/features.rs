@@ -61,9 +61,9 @@ const DESCRIPTOR_FIELDS: [Field; 9] = [
 /// The attach target of the iterator over network namespaces.
 const NAMESPACE_TARGET: &str = "bpf_iter_task";
 
-/// Runs the programs of tracepoints and kprobes (kernel/trace/bpf_trace.c at v5.10). The kernel has it, and any tracing
-/// program, only with `CONFIG_BPF_EVENTS`.
-const TRACING_FUNCTION: &str = "trace_call_bpf";
+/// Defined where the programs of tracepoints and kprobes are run (kernel/trace/bpf_trace.c at v5.10). The kernel has it,
+/// and any tracing program, only with `CONFIG_BPF_EVENTS`. The functions there are not in the BTF of 5.10.
+const TRACING_STRUCT: &str = "bpf_trace_sample_data";
 
 /// What a kernel without it answers.
 const WITHOUT_TRACING: &str = "the kernel was built without CONFIG_BPF_EVENTS";
@@ -107,7 +107,7 @@ pub struct KernelFeatures {
     descriptor_targets_missing: Vec<&'static str>,
     /// True if the BTF has [`NAMESPACE_TARGET`].
     has_namespace_target: bool,
-    /// True if the BTF lacks [`TRACING_FUNCTION`]. It explains a refusal, and is none.
+    /// True if the BTF lacks [`TRACING_STRUCT`]. It explains a refusal, and is none.
     lacks_tracing: bool,
     /// How the programs access the current task: one of [`task_access`].
     pub task_access: u32,
@@ -177,7 +177,7 @@ impl KernelFeatures {
                 );
                 descriptor_targets_missing.retain(|name| !btf.has(BtfKind::Function, name));
                 has_namespace_target = btf.has(BtfKind::Function, NAMESPACE_TARGET);
-                lacks_tracing = !btf.has(BtfKind::Function, TRACING_FUNCTION);
+                lacks_tracing = !btf.has(BtfKind::Struct, TRACING_STRUCT);
                 socket_cookie = btf.has(BtfKind::Function, SOCKET_COOKIE_HELPER);
                 shows_idle_sockets = btf.has_enumerator(IDLE_SOCKET_STATE);
                 read_offsets(&btf)
