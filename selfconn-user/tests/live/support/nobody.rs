@@ -16,7 +16,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+use rustix::{
+    fs::{CWD, FileType, Mode, makedev, mknodat},
+    process::{Resource, getrlimit},
+};
 
 use super::client::{connect_to_self, socket};
 
@@ -26,7 +29,7 @@ pub(crate) const NOBODY: u32 = 65_534;
 /// How many descriptors such a process may have.
 const MAX_DESCRIPTORS: u64 = 20_000;
 
-/// How many descriptors one with a large table may have.
+/// How many slots a large table has, unless this machine permits fewer.
 const LARGE_TABLE: u64 = 500_000;
 
 const TASK_ENV: &str = "SELFCONN_TEST_NOBODY_TASK";
@@ -100,7 +103,8 @@ impl Nobody {
             FirstThread::HasEnded => "share a large table without a first thread",
             FirstThread::HasAnotherTable => "share a large table beside the first thread",
         };
-        Self::start(task, folder(), false, LARGE_TABLE)
+        let permitted = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+        Self::start(task, folder(), false, LARGE_TABLE.min(permitted))
     }
 
     /// A process that holds a self-connection. In its mount namespace, but nowhere else, the file at this path is the
@@ -435,7 +439,7 @@ fn share_descriptors() {
     unsafe { libc::pause() };
 }
 
-/// Makes a child with 5,000 threads that share a table of [`LARGE_TABLE`] slots without a descriptor.
+/// Makes a child with 5,000 threads that share the largest permitted table, without a descriptor.
 fn share_large_table(first_thread: FirstThread) {
     const THREADS: usize = 5_000;
     const STACK_BYTES: usize = 16 << 10;
@@ -446,6 +450,7 @@ fn share_large_table(first_thread: FirstThread) {
         }
     }
     let mut stacks = vec![0_u8; THREADS * STACK_BYTES];
+    let slots = getrlimit(Resource::Nofile).current.unwrap();
     // SAFETY: the child makes system calls only.
     let child = unsafe { libc::fork() };
     check(child).unwrap();
@@ -461,7 +466,7 @@ fn share_large_table(first_thread: FirstThread) {
             // The child ends with the process that made it.
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
             // A table never shrinks.
-            let last = libc::c_int::try_from(LARGE_TABLE - 1).unwrap_or(0);
+            let last = libc::c_int::try_from(slots - 1).unwrap_or(0);
             if libc::dup2(0, last) != last || libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) != 0 {
                 libc::_exit(1);
             }
