@@ -18,10 +18,11 @@ pub(super) enum Party {
 
 impl Party {
     /// The parties that an owner is of. Root is none in all control groups together, because it runs most services of a
-    /// host. An unknown control group, as without cgroup v2, is none.
+    /// host. An unknown control group is none, and neither is the root group, in which all processes are without cgroup
+    /// v2.
     pub(super) fn of(owner: Owner) -> impl Iterator<Item = Self> {
         let uid = (owner.uid != 0).then_some(Self::Uid(owner.uid));
-        let cgroup = (owner.cgroup != 0).then_some(Self::Cgroup(owner.cgroup));
+        let cgroup = is_group(owner.cgroup).then_some(Self::Cgroup(owner.cgroup));
         [Self::Owner(owner)].into_iter().chain(uid).chain(cgroup)
     }
 }
@@ -44,7 +45,13 @@ fn is_same_user(one: Owner, other: Owner) -> bool {
 
 /// True if both are in the same control group, and it is known.
 fn is_same_cgroup(one: Owner, other: Owner) -> bool {
-    one.cgroup != 0 && one.cgroup == other.cgroup
+    is_group(one.cgroup) && one.cgroup == other.cgroup
+}
+
+/// True if this is the number of a control group that keeps some processes apart from others. 0 is unknown, and 1 the
+/// root group (`cgroup_setup_root`, kernel/cgroup/cgroup.c at v5.10).
+pub(super) const fn is_group(cgroup: u64) -> bool {
+    cgroup > 1
 }
 
 /// True if this may be a uid that a user namespace maps. Two containers may have the same ones.

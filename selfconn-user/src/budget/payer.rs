@@ -7,7 +7,7 @@ use std::{
 
 use selfconn_ebpf::Owner;
 
-use super::party::owner_of_user;
+use super::party::{is_group, owner_of_user};
 
 /// Who paid for a self-connection, as reports name it: a user, in a control group that only root makes. Connections of
 /// unknown users are one owner's.
@@ -27,7 +27,7 @@ impl Payer {
     pub fn owner(&self, cgroup_id: u64) -> Owner {
         match (&self.cgroup, cgroup_id) {
             (Some(path), _) => Owner::new(self.uid.unwrap_or(u32::MAX), id_of_path(path)),
-            (None, 0) => owner_of_user(self.uid),
+            (None, id) if !is_group(id) => owner_of_user(self.uid),
             (None, id) => Owner::new(self.uid.unwrap_or(u32::MAX), id),
         }
     }

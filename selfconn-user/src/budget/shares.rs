@@ -1,9 +1,9 @@
 //! A limit that owners share. Pure.
 //!
-//! A user may take at most [`USER_FACTOR`] times as much as is free, and all users of a control group that
-//! only root makes at most [`CGROUP_FACTOR`] times. So one user alone takes at most three quarters, a
-//! container's root who changes uids at most seven eighths, and the next owner finds room. Nothing that an
-//! owner has is ever taken from him.
+//! An owner may take at most [`OWNER_FACTOR`] times as much as is free. A user in all control groups together, and all
+//! users of a control group that only root makes, may take at most [`PARTY_FACTOR`] times as much. So one owner alone takes
+//! at most three quarters, a user with many sessions or a container's root who changes uids at most seven eighths, and the
+//! next owner finds room, also another container with the same uid. Nothing that an owner has is ever taken from him.
 
 use std::collections::HashMap;
 
@@ -11,14 +11,14 @@ use selfconn_ebpf::Owner;
 
 use super::party::Party;
 
-const USER_FACTOR: usize = 3;
-const CGROUP_FACTOR: usize = 7;
+const OWNER_FACTOR: usize = 3;
+const PARTY_FACTOR: usize = 7;
 
 /// How much a party may take, as a multiple of what is free.
 const fn factor(party: Party) -> usize {
     match party {
-        Party::Owner(_) | Party::Uid(_) => USER_FACTOR,
-        Party::Cgroup(_) => CGROUP_FACTOR,
+        Party::Owner(_) => OWNER_FACTOR,
+        Party::Uid(_) | Party::Cgroup(_) => PARTY_FACTOR,
     }
 }
 
@@ -108,7 +108,8 @@ mod tests {
         assert!(fill(&mut shares, Owner::new(0, 8)) > 0, "another service of root");
         let mut shares = SharedLimit::new(1_000);
         assert_eq!(fill(&mut shares, Owner::new(5, 7)), 750);
-        assert_eq!(fill(&mut shares, Owner::new(5, 8)), 0, "another session of the same user");
+        assert_eq!(fill(&mut shares, Owner::new(5, 8)), 125, "another session of the same user");
+        assert_eq!(fill(&mut shares, Owner::new(5, 9)), 0, "and a third one");
     }
 
     #[test]

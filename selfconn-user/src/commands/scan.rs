@@ -162,7 +162,18 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
         holders.found.unseen = Some(why.to_owned());
     }
     let rules = Selection { only: args.only.clone(), except: args.except.clone() };
-    snapshot.entries.retain(|entry| rules.exclusion(&holders.connection_fields(entry)).is_none());
+    let mut left_alone = Vec::new();
+    snapshot.entries.retain(|entry| match rules.exclusion(&holders.connection_fields(entry)) {
+        None => true,
+        Some(exclusion) if exclusion.is_certain => false,
+        // A list has what it is asked for, by what is known of the holder. What may be another's is not destroyed.
+        Some(exclusion) if args.destroy => {
+            let address = std::net::SocketAddr::new(entry.endpoint.ip(), entry.endpoint.port);
+            left_alone.push(format!("{address}: {}", exclusion.why));
+            false
+        }
+        Some(exclusion) => !exclusion.is_by_except,
+    });
     let outcomes = if args.destroy {
         destroy(&snapshot.entries, &rules, &mut holders).context("cannot start a thread")?
     } else {
@@ -188,8 +199,15 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
         table(&snapshot, &holders, &outcomes).into_bytes()
     };
     super::print(&out)?;
+    for item in &left_alone {
+        warn(&format!("not destroyed: {item}"));
+    }
     let gone = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
-    Ok(if snapshot.entries.len() == gone { ExitCode::SUCCESS } else { ExitCode::from(1) })
+    Ok(if snapshot.entries.len() == gone && left_alone.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(1)
+    })
 }
 
 /// Reads the socket tables. The iterator over descriptors is used only if each holder must be known, or if a namespace

@@ -217,7 +217,7 @@ impl Rule {
                  socket's user"
             )
         };
-        Exclusion { why, is_certain }
+        Exclusion { why, is_certain, is_by_except: false }
     }
 
     /// True if every process chooses the value of this field itself.
@@ -234,6 +234,8 @@ pub struct Exclusion {
     /// False: a rule asks for a field of the process that has the socket open, and that process need not be the one
     /// that the connection is of.
     pub is_certain: bool,
+    /// True if a rule of `except` excludes the connection.
+    pub is_by_except: bool,
 }
 
 /// A subset of all self-connections.
@@ -293,16 +295,16 @@ impl Selection {
         let rules = format!("only {}", rules.join(" or "));
         Some(match same_key().find(|rule| rule.matches(fields).is_none()) {
             Some(rule) => rule.unknown(&rules, fields),
-            None => Exclusion { why: rules, is_certain: true },
+            None => Exclusion { why: rules, is_certain: true, is_by_except: false },
         })
     }
 }
 
 fn exclusion_by_except(rule: &Rule, fields: &ConnectionFields) -> Option<Exclusion> {
     match rule.matches(fields) {
-        Some(true) => Some(Exclusion { why: format!("except {rule}"), is_certain: true }),
+        Some(true) => Some(Exclusion { why: format!("except {rule}"), is_certain: true, is_by_except: true }),
         Some(false) => None,
-        None => Some(rule.unknown(&format!("except {rule}"), fields)),
+        None => Some(Exclusion { is_by_except: true, ..rule.unknown(&format!("except {rule}"), fields) }),
     }
 }
 

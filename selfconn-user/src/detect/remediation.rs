@@ -158,7 +158,7 @@ impl Remedy {
         request: RemedyRequest,
         at_ns: u64,
     ) -> Option<Remedied> {
-        if let Some(Exclusion { why, is_certain }) = self.policy.selection.exclusion(&fields) {
+        if let Some(Exclusion { why, is_certain, .. }) = self.policy.selection.exclusion(&fields) {
             return Some(self.finish(fields, outcome_of_exclusion(is_certain), Some(why)));
         }
         if request.target.endpoint.known_netns().is_none() {

@@ -117,7 +117,7 @@ fn look_ups_beyond_an_owners_share_have_no_result_and_take_nothing_from_another(
         for number in 0..count {
             lookups.begin(of_flood(number), number);
         }
-        assert_eq!(lookups.in_progress.len(), MAX_IN_PROGRESS * 3 / 4);
+        assert_eq!(lookups.in_progress.len(), MAX_IN_PROGRESS * 7 / 8);
         lookups.begin(this_process(5), count);
         let mut others = 0;
         let process = loop {

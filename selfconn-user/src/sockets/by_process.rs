@@ -10,7 +10,10 @@ use std::{
     io,
     os::unix::fs::MetadataExt as _,
     path::Path,
-    sync::{Arc, LazyLock, Mutex, PoisonError},
+    sync::{
+        Arc, LazyLock, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -68,6 +71,9 @@ impl ProcessList {
 
 static LAST_LIST: Mutex<Option<(Instant, ProcessList)>> = Mutex::new(None);
 
+/// True once it has shown that processes can't be visited one by one here, so that there will be no list.
+static HAS_NO_LIST: AtomicBool = AtomicBool::new(false);
+
 /// Lists the processes.
 ///
 /// # Errors
@@ -76,11 +82,15 @@ static LAST_LIST: Mutex<Option<(Instant, ProcessList)>> = Mutex::new(None);
 pub(super) fn list(iter: &DescriptorIter) -> io::Result<ProcessList> {
     let own = std::process::id();
     if fs::read_link("/proc/self")? != Path::new(&own.to_string()) {
+        HAS_NO_LIST.store(true, Ordering::Relaxed);
         return Err(io::Error::other("/proc is of another pid namespace"));
     }
     // Before anything that takes long, because the kernel may not support it.
-    iter.pass_of_process(own, Instant::now() + MAX_LIST, |_| {})?;
-    Ok(read_list())
+    let probe = iter.pass_of_process(own, Instant::now() + MAX_LIST, |_| {});
+    if probe.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::E2BIG)) {
+        HAS_NO_LIST.store(true, Ordering::Relaxed);
+    }
+    probe.map(|()| read_list())
 }
 
 /// The last list, unless it is old: for a thread that has no time to list the processes, or no capability, so that
@@ -91,10 +101,10 @@ pub(super) fn last_list() -> Option<ProcessList> {
     Some(ProcessList { is_whole: false, ..list })
 }
 
-/// False if the last list, however old, does not permit a pass over all descriptors.
+/// False if the last list, however old, does not permit a pass over all descriptors, or if there was none yet.
 pub(super) fn last_list_permits_pass() -> bool {
     let last = LAST_LIST.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    last.is_none_or(|(_, list)| list.permits_pass())
+    last.map_or_else(|| HAS_NO_LIST.load(Ordering::Relaxed), |(_, list)| list.permits_pass())
 }
 
 /// Calls `each` for every record of these processes until `is_done`, or until this much time has passed. Returns true
@@ -156,16 +166,22 @@ fn read_list() -> ProcessList {
     let earlier = earlier.map(|(_, list)| list.processes).unwrap_or_default();
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let pids = pids.map(FoundProcess::new).collect();
+    let found_until = begin + MAX_LIST;
+    let found = pids.map(|pid| match Instant::now() < found_until {
+        true => FoundProcess::new(pid),
+        // The kernel makes some of these files slow, too, where others change control groups.
+        false => FoundProcess { pid, uid: None, group: None },
+    });
+    let found = found.collect();
     let mut reader = ProcessReader::new();
-    let mut list = list_in_turns(pids, &earlier, Instant::now() + MAX_LIST, |found| reader.read(found));
+    let mut list = list_in_turns(found, &earlier, Instant::now() + MAX_LIST, |found| reader.read(found));
     // With `hidepid` only those are shown that this process may trace. The first process is always there.
     list.is_whole &= list.processes.iter().any(|process| process.pid == 1);
     *LAST_LIST.lock().unwrap_or_else(PoisonError::into_inner) = Some((begin, list.clone()));
     list
 }
 
-/// A process before it is listed, by what no process makes slow.
+/// A process before it is listed, by what no process makes slow by itself.
 #[derive(Clone, Copy, Debug)]
 struct FoundProcess {
     pid: u32,
@@ -273,8 +289,8 @@ impl ProcessReader {
     }
 }
 
-/// The number of slots of the descriptor tables of so many threads of a process, without the first thread. `None`: they
-/// can't be read, or not in time.
+/// The number of slots of the descriptor tables of so many threads of a process, without the first thread; 0 if it is the
+/// first thread's table. `None`: they can't be read, or not in time.
 fn table_sizes(pid: u32, count: usize) -> Option<Vec<u64>> {
     let until = Instant::now() + MAX_SAMPLING;
     let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
@@ -286,6 +302,8 @@ fn table_sizes(pid: u32, count: usize) -> Option<Vec<u64>> {
     let random = RandomState::new();
     let choose = |number| threads[(random.hash_one(number) % threads.len() as u64) as usize];
     let size = |tid| match fs::read(format!("/proc/{pid}/task/{tid}/status")) {
+        // The kernel passes over a thread that shares the first one's table.
+        Ok(_) if process::have_same_descriptors(pid, tid) => Some(0),
         Ok(status) => {
             Some(process::status_field(&status, "FDSize").and_then(|size| size.parse().ok()).unwrap_or(0))
         }
@@ -348,11 +366,20 @@ mod tests {
     #[test]
     fn the_tables_of_other_threads_are_read() {
         let (end, ended) = std::sync::mpsc::channel::<()>();
-        let thread = std::thread::spawn(move || ended.recv());
-        let sizes = table_sizes(std::process::id(), 3).unwrap();
+        let (begin, began) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            // SAFETY: the thread uses no descriptor of its own.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FILES) }.unwrap();
+            begin.send(()).unwrap();
+            ended.recv()
+        });
+        began.recv().unwrap();
+        // This thread, and perhaps others, share the first thread's table.
+        let sizes = table_sizes(std::process::id(), 300).unwrap();
         drop(end);
         assert!(thread.join().unwrap().is_err());
-        assert!(sizes.len() == 3 && sizes.iter().any(|size| *size >= 64), "{sizes:?}");
+        assert_eq!(sizes.len(), 300);
+        assert!(sizes.iter().any(|size| *size >= 64) && sizes.contains(&0), "{sizes:?}");
         assert_eq!(table_sizes(u32::MAX, 1), None);
     }
 

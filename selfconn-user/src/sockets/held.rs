@@ -78,7 +78,8 @@ pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Resu
     let mut each = |record: &SocketDescriptor| collector.borrow_mut().add_any(record, |_| true);
     // An error: the processes can't be visited one by one.
     let list = by_process::list(iter);
-    let permits_pass = list.as_ref().map_or(true, ProcessList::permits_pass);
+    let permits_pass =
+        list.as_ref().map_or_else(|_| by_process::last_list_permits_pass(), ProcessList::permits_pass);
     if !permits_pass {
         log::debug!("no pass over the descriptors of all processes: their tables may have too many slots");
     }
@@ -103,7 +104,7 @@ pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Resu
     held.holders.complete = is_whole;
     held.holders.unseen = (!is_whole).then(|| {
         let one_by_one = refusal.map(|error| format!("; one by one: {error}")).unwrap_or_default();
-        format!("descriptors of some processes: a pass over all takes too long{one_by_one}")
+        format!("descriptors of some processes: a pass over all takes too long, or may{one_by_one}")
     });
     held.namespaces = held.namespaces.filter(|_| is_whole && process::is_in_initial_pid_ns());
     Ok(held)

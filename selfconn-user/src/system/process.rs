@@ -25,9 +25,11 @@ use stat::{Stat, memory_folder, read_stat};
 
 mod stat;
 mod status;
+mod tables;
 
 pub use stat::start_ticks_in_stat;
 pub(crate) use status::{status_field, uids_in_status};
+pub(crate) use tables::have_same_descriptors;
 
 /// Length of a clock tick in `/proc`: 1 / `USER_HZ`, a constant of the ABI on all of aya's architectures.
 const TICK_NS: u64 = 1_000_000_000 / 100;

@@ -202,7 +202,7 @@ mod tests {
             assert!(insert_of(&mut queue, Owner::new(5, 5), 1, 1), "what has ended gives its room back");
             room
         });
-        assert_eq!(room, [MAX_REMEDIES * 3 / 4, MAX_REMEDIES * 3 / 4, MAX_REMEDIES * 7 / 8]);
+        assert_eq!(room, [MAX_REMEDIES * 3 / 4, MAX_REMEDIES * 7 / 8, MAX_REMEDIES * 7 / 8]);
     }
 
     #[test]

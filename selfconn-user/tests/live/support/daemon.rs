@@ -3,6 +3,7 @@
 use std::{
     io::{BufRead as _, BufReader},
     net::Ipv4Addr,
+    os::{fd::AsFd as _, unix::process::CommandExt as _},
     path::PathBuf,
     process::{Child, Command, Stdio},
     sync::{
@@ -14,6 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::Value;
 
 use super::{
@@ -73,7 +75,13 @@ impl HookVariant {
 pub(crate) fn doctor() -> &'static Value {
     static REPORT: OnceLock<Value> = OnceLock::new();
     REPORT.get_or_init(|| {
-        let doctor = Command::new(selfconn()).args(["doctor", "--json"]).output().unwrap();
+        let mut doctor = Command::new(selfconn());
+        // The first test that asks may have mounted another sysfs, below which there is no securityfs.
+        let mounts = std::fs::File::open(format!("/proc/{}/ns/mnt", std::process::id())).unwrap();
+        let enter = move || Ok(move_into_link_name_space(mounts.as_fd(), Some(LinkNameSpaceType::Mount))?);
+        // SAFETY: a system call only, between fork and exec.
+        unsafe { doctor.pre_exec(enter) };
+        let doctor = doctor.args(["doctor", "--json"]).output().unwrap();
         let report = serde_json::from_slice(&doctor.stdout).unwrap();
         assert_valid("doctor", &report);
         report
