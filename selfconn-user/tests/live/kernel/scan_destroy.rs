@@ -2,6 +2,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    os::unix::fs::fchown,
     process::Command,
 };
 
@@ -55,6 +56,31 @@ fn a_listed_connection_is_destroyed_only_on_request() {
     assert_eq!((code, rows.len(), &rows[0]["port"]), (Some(0), 1, &other_port.into()), "{rows:?}");
     assert_aborted(&other);
     TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+}
+
+/// The process has the socket open, and need not be the one that it is of.
+#[test]
+fn what_is_only_known_of_a_holder_selects_for_a_list_and_not_for_a_destruction() {
+    let net = TestNetns::enter_new();
+    let (socket, _) = connect_to_self(LOCALHOST);
+    let own = format!("exe={}", std::env::current_exe().unwrap().to_str().unwrap());
+    // As if that user had made the socket, and had passed it to this process.
+    fchown(&socket, Some(65_534), None).unwrap();
+    for (options, code, rows) in [
+        (&["--only", &*own][..], 1, 1),
+        (&["--except", &own], 0, 0),
+        (&["--only", &own, "--destroy"], 1, 0),
+        (&["--except", &own, "--destroy"], 1, 0),
+        (&["--only", "exe=/no/such/program"], 0, 0),
+        (&["--only", "exe=/no/such/program", "--destroy"], 0, 0),
+    ] {
+        let (found_code, found) = scan(net, options);
+        assert_eq!((found_code, found.len()), (Some(code), rows), "{options:?}: {found:?}");
+        assert!(is_connected(&socket), "{options:?}");
+    }
+    let (code, rows) = scan(net, &["--only", "uid=65534", "--destroy"]);
+    assert_eq!((code, rows.len()), (Some(0), 1), "{rows:?}");
+    assert_aborted(&socket);
 }
 
 #[test]
