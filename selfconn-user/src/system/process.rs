@@ -62,8 +62,8 @@ pub struct ProcessInfo {
     pub pod: Option<Arc<str>>,
     /// The control group that pays for the process.
     pub owner_cgroup: Option<Arc<str>>,
-    /// The user of the process. `None`: it is not known, it is several (real, effective, saved and file system uid), or
-    /// the process was not looked up as a holder.
+    /// The user of the process, or a number that no user has if it is several (real, effective, saved and file system
+    /// uid). `None`: it is not known, or the process was not looked up as a holder.
     pub uid: Option<u32>,
 }
 

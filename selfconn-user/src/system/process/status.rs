@@ -13,10 +13,13 @@ pub(crate) fn uids_in_status(status: &[u8]) -> Option<[u32; 4]> {
     Some([next()?, next()?, next()?, next()?])
 }
 
-/// The user of a process that is the same user in every respect.
+/// What [`only_uid`] says of a process that is several users: a number that no user has.
+const SEVERAL_USERS: u32 = u32::MAX;
+
+/// The user of a process that is the same user in every respect, or else [`SEVERAL_USERS`].
 pub(super) fn only_uid(status: &[u8]) -> Option<u32> {
     let uids @ [uid, ..] = uids_in_status(status)?;
-    uids.iter().all(|other| *other == uid).then_some(uid)
+    Some(if uids.iter().all(|other| *other == uid) { uid } else { SEVERAL_USERS })
 }
 
 #[cfg(test)]
@@ -26,7 +29,7 @@ mod tests {
     #[test]
     fn the_users_are_read_whatever_the_name_is() {
         let status = b"Name:\t\xff\xfe\nUmask:\t0022\nUid:\t1000\t0\t1\t2\nGid:\t5\t5\t5\t5\n";
-        assert_eq!((uids_in_status(status), only_uid(status)), (Some([1_000, 0, 1, 2]), None));
+        assert_eq!((uids_in_status(status), only_uid(status)), (Some([1_000, 0, 1, 2]), Some(SEVERAL_USERS)));
         assert_eq!(only_uid(b"Name:\tsh\nUid:\t33\t33\t33\t33\n"), Some(33));
         for text in [&b"Name:\tUid: 3\n"[..], b"Uid:\t33\t33\t33\n", b""] {
             assert_eq!(uids_in_status(text), None);
