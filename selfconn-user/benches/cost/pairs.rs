@@ -24,7 +24,7 @@ const METHODS: [(&str, &[&str]); 9] = [
     ("tp_btf + fentry", &["--hooks", "both", "--tracepoint-method", "tp_btf", "--function-method", "fentry"]),
 ];
 
-/// Of those that this kernel has, all in turns.
+/// Measures the ones that this kernel supports, in turns.
 pub(crate) fn measure(measurement: &mut Measurement) -> Result<()> {
     let net = NetNamespace::new()?;
     let churn = || -> Result<f64> {
@@ -37,7 +37,7 @@ pub(crate) fn measure(measurement: &mut Measurement) -> Result<()> {
         daemon.stop()?;
         let hooks = started["hooks"].as_array().into_iter().flatten();
         let live: BTreeSet<_> = hooks.filter_map(|hook| hook["method"].as_str()).collect();
-        // Without a named method a hook gets those that this kernel has, which may be one.
+        // If the options name no method, the daemon attaches what the kernel supports, which may be only one method.
         if live == name.split(" + ").collect() {
             attachable.push((name, options));
         }

@@ -79,8 +79,8 @@ pub struct RunArgs {
     remedy: remedy::RemedyArgs,
     #[command(flatten)]
     guard: guard::GuardArgs,
-    /// Maximum number of events each second of one user in one session, unit or container, and of a quarter of those of
-    /// the user in all of them; more are counted
+    /// Maximum number of events each second of one user in one session, unit or container, four times as many of the
+    /// user in all of them together; more are counted
     #[arg(long, value_name = "NUMBER", default_value_t = 5_000, value_parser = clap::value_parser!(u32).range(1..))]
     log_rate: u32,
     /// How much of a command line events have: full, name (the first argument), off, or bytes as JSON

@@ -57,7 +57,7 @@ pub(super) struct ClosedSockets {
     /// Keys of all connections, without device.
     endpoints: HashSet<Endpoint>,
     shares: SharedLimit,
-    /// The users who have closed more than are kept: those that own the sockets, and those that opened them.
+    /// The users who have closed more connections than are kept: the owners of the sockets, and their openers.
     users_with_more: UserSet,
 }
 
