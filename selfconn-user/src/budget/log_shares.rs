@@ -1,7 +1,7 @@
 //! The rates of the log. An event takes from that of its owner, and from larger ones of its user in all control groups
-//! together and of all users of its control group. So a user with many sessions, or a container with many uids, has four
-//! times the rate of an owner, and one container that floods takes nothing from another one with the same uid. Pure: the
-//! caller has the clock.
+//! together and of all users of its control group. So a user with many sessions, or a container with many uids, has
+//! four times the rate of an owner, and one container that floods takes nothing from another one with the same uid.
+//! Pure: the caller has the clock.
 
 use std::{
     collections::{HashMap, HashSet},

@@ -13,12 +13,13 @@ use std::{
 use selfconn_ebpf::{COMM_LEN, Endpoint, SocketDescriptor, descriptor_kind, state};
 
 use super::{
-    by_process::{self, ProcessList},
+    by_process,
     by_socket::{BySocket, SocketRef},
     entry::SocketEntry,
     holders::{HolderSearch, Holders, find_holders},
     limit::SnapshotLimit,
     netns_search::NamespaceDescriptors,
+    process_list::{self, ProcessList},
 };
 use crate::{
     bpf::descriptors::DescriptorIter,
@@ -77,9 +78,9 @@ pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Resu
     let collector = RefCell::new(Collector::new(limit));
     let mut each = |record: &SocketDescriptor| collector.borrow_mut().add_any(record, |_| true);
     // An error: the processes can't be visited one by one.
-    let list = by_process::list(iter);
+    let list = process_list::list(iter);
     let permits_pass =
-        list.as_ref().map_or_else(|_| by_process::last_list_permits_pass(), ProcessList::permits_pass);
+        list.as_ref().map_or_else(|_| process_list::last_list_permits_pass(), ProcessList::permits_pass);
     if !permits_pass {
         log::debug!("no pass over the descriptors of all processes: their tables may have too many slots");
     }
@@ -140,7 +141,7 @@ fn read_holders(iter: &DescriptorIter, sockets: &HashSet<SocketRef>) -> io::Resu
         collector.borrow_mut().add_any(record, |socket| wanted.borrow_mut().take(socket));
     };
     let mut is_whole = false;
-    if by_process::last_list_permits_pass() && !iter.is_paused() {
+    if process_list::last_list_permits_pass() && !iter.is_paused() {
         let pass = pass(iter, MAX_PASS_FOR_EVENT, &mut each)?;
         is_whole = pass.is_whole;
         if pass.took >= MAX_PASS_FOR_EVENT + MAX_OVERRUN {
@@ -148,7 +149,7 @@ fn read_holders(iter: &DescriptorIter, sockets: &HashSet<SocketRef>) -> io::Resu
         }
     }
     // Without a list nothing is visited: whoever is missing in it would seem to hold nothing.
-    if !is_whole && let Some(list) = by_process::last_list() {
+    if !is_whole && let Some(list) = process_list::last_list() {
         let is_done = || wanted.borrow().are_found();
         is_whole =
             by_process::pass(iter, &list, MAX_VISITS_FOR_EVENT, is_done, each).unwrap_or_else(|error| {

@@ -28,6 +28,7 @@ mod netns_search;
 mod netns_selection;
 mod on_port;
 mod port_use;
+mod process_list;
 mod procfs;
 mod snapshot;
 mod sock_diag;
