@@ -72,6 +72,9 @@ const MAX_VISITS: Duration = Duration::from_secs(2);
 const MAX_PASS_FOR_EVENT: Duration = Duration::from_millis(300);
 const MAX_VISITS_FOR_EVENT: Duration = Duration::from_millis(500);
 
+/// How long the first list of processes is waited for where an event waits.
+const MAX_WAIT_FOR_LIST: Duration = Duration::from_millis(500);
+
 /// Makes a pass. If it takes too long, what it had found by then is kept, and the processes are visited one by one,
 /// also while passes are paused, and whenever the kernel might not come back from a pass for long.
 pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Result<HeldSockets> {
@@ -140,6 +143,8 @@ fn read_holders(iter: &DescriptorIter, sockets: &HashSet<SocketRef>) -> io::Resu
     let mut each = |record: &SocketDescriptor| {
         collector.borrow_mut().add_any(record, |socket| wanted.borrow_mut().take(socket));
     };
+    // At the start of the daemon.
+    process_list::wait_for_first(MAX_WAIT_FOR_LIST);
     let mut is_whole = false;
     if process_list::last_list_permits_pass() && !iter.is_paused() {
         let pass = pass(iter, MAX_PASS_FOR_EVENT, &mut each)?;

@@ -9,10 +9,7 @@ use std::{
     io,
     os::unix::fs::MetadataExt as _,
     path::Path,
-    sync::{
-        Arc, LazyLock, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -64,10 +61,24 @@ impl ProcessList {
     }
 }
 
-static LAST_LIST: Mutex<Option<(Instant, ProcessList)>> = Mutex::new(None);
+/// What is known from the lists that were made so far, for threads that make none.
+struct Known {
+    /// The last list, and when it was begun.
+    last: Option<(Instant, ProcessList)>,
+    /// True once it has shown that processes can't be visited one by one here, so that there will be no list.
+    has_none: bool,
+    /// True once a list was made, or could not be made.
+    was_tried: bool,
+}
 
-/// True once it has shown that processes can't be visited one by one here, so that there will be no list.
-static HAS_NO_LIST: AtomicBool = AtomicBool::new(false);
+static KNOWN: Mutex<Known> = Mutex::new(Known { last: None, has_none: false, was_tried: false });
+
+/// Wakes those who wait for the first list.
+static FIRST_TRY: Condvar = Condvar::new();
+
+fn known() -> MutexGuard<'static, Known> {
+    KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Lists the processes.
 ///
@@ -75,31 +86,45 @@ static HAS_NO_LIST: AtomicBool = AtomicBool::new(false);
 /// If the kernel can't make a pass over one process, as before Linux 6.1, or if `/proc` is of another pid namespace
 /// than this process.
 pub(super) fn list(iter: &DescriptorIter) -> io::Result<ProcessList> {
+    let list = try_list(iter);
+    known().was_tried = true;
+    FIRST_TRY.notify_all();
+    list
+}
+
+fn try_list(iter: &DescriptorIter) -> io::Result<ProcessList> {
     let own = std::process::id();
     if fs::read_link("/proc/self")? != Path::new(&own.to_string()) {
-        HAS_NO_LIST.store(true, Ordering::Relaxed);
+        known().has_none = true;
         return Err(io::Error::other("/proc is of another pid namespace"));
     }
     // Before anything that takes long, because the kernel may not support it.
     let probe = iter.pass_of_process(own, Instant::now() + MAX_LIST, |_| {});
     if probe.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::E2BIG)) {
-        HAS_NO_LIST.store(true, Ordering::Relaxed);
+        known().has_none = true;
     }
     probe.map(|()| read_list())
+}
+
+/// Waits until another thread has made the first list, or has failed to, but not longer than `limit`. Without a list
+/// nothing can be looked at, neither in a pass nor one by one.
+pub(super) fn wait_for_first(limit: Duration) {
+    let is_untried = |known: &mut Known| !known.was_tried;
+    drop(FIRST_TRY.wait_timeout_while(known(), limit, is_untried));
 }
 
 /// The last list, unless it is old: for a thread that has no time to list the processes, or no capability, so that
 /// with `hidepid` `/proc` shows it no other user's processes. Processes may be missing in it.
 pub(super) fn last_list() -> Option<ProcessList> {
-    let last = LAST_LIST.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let last = known().last.clone();
     let (_, list) = last.filter(|(at, _)| at.elapsed() < LIST_AGE)?;
     Some(ProcessList { is_whole: false, ..list })
 }
 
 /// False if the last list, however old, does not permit a pass over all descriptors, or if there was none yet.
 pub(super) fn last_list_permits_pass() -> bool {
-    let last = LAST_LIST.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    last.map_or_else(|| HAS_NO_LIST.load(Ordering::Relaxed), |(_, list)| list.permits_pass())
+    let known = known();
+    known.last.as_ref().map_or(known.has_none, |(_, list)| list.permits_pass())
 }
 
 pub(super) fn nanoseconds(time: Duration) -> u64 {
@@ -109,7 +134,7 @@ pub(super) fn nanoseconds(time: Duration) -> u64 {
 /// The processes that `/proc` shows.
 fn read_list() -> ProcessList {
     let begin = Instant::now();
-    let earlier = LAST_LIST.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let earlier = known().last.clone();
     let earlier = earlier.map(|(_, list)| list.processes).unwrap_or_default();
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -124,7 +149,7 @@ fn read_list() -> ProcessList {
     let mut list = list_in_turns(found, &earlier, Instant::now() + MAX_LIST, |found| reader.read(found));
     // With `hidepid` only those are shown that this process may trace. The first process is always there.
     list.is_whole &= list.processes.iter().any(|process| process.pid == 1);
-    *LAST_LIST.lock().unwrap_or_else(PoisonError::into_inner) = Some((begin, list.clone()));
+    known().last = Some((begin, list.clone()));
     list
 }
 

@@ -3,6 +3,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -14,7 +15,7 @@ use socket2::{Domain, Socket, Type};
 use crate::support::{
     bind_methods::{bind_methods, start},
     client::{connect_to_self, own_comm, run_self_connection},
-    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, is_name_or_unknown},
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, is_name_or_unknown, scaled},
     helper_process::HelperProcess,
     netns::TestNetns,
 };
@@ -122,6 +123,32 @@ fn a_failed_bind_is_reported_with_the_self_connection_that_holds_the_port() {
             assert_eq!(blocked["opener"]["comm"], own_comm(), "{blocked}");
             daemon.stop();
         }
+    }
+}
+
+/// The daemon lists the processes of the host before it looks for holders.
+#[test]
+fn a_failed_bind_at_the_start_of_the_daemon_is_reported_with_its_holder() {
+    let net = TestNetns::enter_new();
+    let start_idle = |_| Command::new("sleep").arg("120").spawn().unwrap();
+    let mut idle: Vec<_> = (0..scaled(1_000)).map(start_idle).collect();
+    let blocked: Vec<_> = (0..3)
+        .map(|_| {
+            let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
+            let (_connection, port) = connect_to_self(LOCALHOST);
+            assert_in_use(LOCALHOST, port);
+            let blocked = daemon.expect(1, is_event("blocked", net.inode)).remove(0);
+            daemon.stop();
+            blocked
+        })
+        .collect();
+    for process in &mut idle {
+        process.kill().unwrap();
+        process.wait().unwrap();
+    }
+    for blocked in blocked {
+        assert_eq!(blocked["holder"]["pid"], std::process::id(), "{blocked}");
+        assert_eq!(blocked["holder"]["holders"].as_array().map(Vec::len), Some(1), "{blocked}");
     }
 }
 
