@@ -52,6 +52,8 @@ pub(super) struct MatrixRow {
     pub(super) facts: Vec<Fact>,
     /// How often a test was repeated, because the program of a forced method was preempted.
     pub(super) retries: usize,
+    /// The beginning of each panic.
+    pub(super) panics: String,
     pub(super) warnings: KernelWarnings,
     pub(super) duration: Duration,
     /// The file with the guest's output. The kernel's console is beside it.
@@ -146,6 +148,9 @@ impl VmReport {
                     // Writing to a string can't fail.
                     let _ = write!(table, "\n{} {}, {what}: {names}\n", row.kernel, row.variant);
                 }
+            }
+            if !row.passed() {
+                table.push_str(&row.panics);
             }
             if !row.passed() && !row.warnings.first.is_empty() {
                 let lines = row.warnings.first.join("\n");
@@ -243,6 +248,7 @@ pub(super) fn row_of(kernel: &str, output: &str) -> MatrixRow {
         tests,
         facts,
         retries: count_retries(output),
+        panics: crate::libtest::panics(output),
         warnings: KernelWarnings::default(),
         duration: Duration::ZERO,
         log: PathBuf::new(),
@@ -342,7 +348,12 @@ mod tests {
         let report = VmReport {
             rows: vec![
                 row("5.10.1", "default", Ending::Passed, "test a ... ok\nFACT hook.tp=works\n"),
-                row("5.10.1", "kprobe", Ending::Failed, "test a ... FAILED\nFACT hook.fn=refused: a | b\n"),
+                row(
+                    "5.10.1",
+                    "kprobe",
+                    Ending::Failed,
+                    "test a ... FACT hook.fn=refused: a | b\nthread 'a' (7) panicked at a.rs:1:2:\nwhy\nFAILED\n",
+                ),
                 row("7.3.4", "default", Ending::Passed, "test a ... ok\nFACT other=1\n"),
             ],
             skipped: vec![("6.1".into(), "no such".into())],
@@ -350,7 +361,8 @@ mod tests {
         assert_eq!(
             report.render(),
             "| kernel | default | kprobe |\n|---|---|---|\n| 5.10.1 | 1 passed | 1 failed |\n\
-             | 7.3.4 | 1 passed |  |\n\n5.10.1 kprobe, not passed: a\n\n6.1, skipped: no such\n"
+             | 7.3.4 | 1 passed |  |\n\n5.10.1 kprobe, not passed: a\n\
+             thread 'a' (7) panicked at a.rs:1:2:\nwhy\nFAILED\n\n6.1, skipped: no such\n"
         );
     }
 }

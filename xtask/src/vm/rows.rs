@@ -118,6 +118,7 @@ impl<'a> RowRunner<'a> {
             tests,
             facts,
             retries: count_retries(&result.output),
+            panics: libtest::panics(&result.output),
             warnings: KernelWarnings::parse(&result.console),
             ending: result.ending.clone(),
             duration: result.duration,
@@ -170,9 +171,9 @@ fn report(row: &MatrixRow, result: &BootResult, console: &Path) {
         text += &format!("\n    {line}");
     }
     if !row.passed() {
-        let panics = libtest::panics(&result.output);
-        if !panics.is_empty() {
-            text += &format!("\n--- the panics in {}\n{}", here(&row.log), last_lines(&panics, SHOWN_LINES));
+        if !row.panics.is_empty() {
+            text +=
+                &format!("\n--- the panics in {}\n{}", here(&row.log), last_lines(&row.panics, SHOWN_LINES));
         }
         for (file, output) in [(console, &result.console), (row.log.as_path(), &result.output)] {
             text += &format!("\n--- the end of {}\n{}", here(file), last_lines(output, SHOWN_LINES));
