@@ -3,7 +3,7 @@
 
 use anyhow::{Context as _, Result};
 
-use crate::{churn, guard, load, measure::Measurement, pairs, run_time, scan};
+use crate::{bind, churn, guard, load, measure::Measurement, pairs, run_time, scan};
 
 type Group = fn(&mut Measurement) -> Result<()>;
 
@@ -11,7 +11,7 @@ type Group = fn(&mut Measurement) -> Result<()>;
 pub(crate) const GROUPS: [(&str, Group); 10] = [
     ("idle", load::idle),
     ("transition", run_time::transition),
-    ("bind", run_time::bind),
+    ("bind", bind::measure),
     ("churn", churn::churn),
     ("pairs", pairs::measure),
     ("latency", load::latency),

@@ -4,6 +4,7 @@
 //! The binary is also the programs that it starts: traffic generators, holders of sockets, and empty eBPF
 //! programs to compare with. All traffic is in network namespaces of its own.
 
+mod bind;
 mod churn;
 mod empty;
 mod generate;
@@ -93,9 +94,8 @@ fn main() -> ExitCode {
         Some(CostHelper::Hold { count }) => socket_crowd::hold(*count),
         Some(CostHelper::Empty { methods }) => {
             let is_named = |method: &Method| methods.iter().any(|name| name == method.name());
-            let is_bind_named = |method: &BindMethod| {
-                methods.iter().any(|name| *name == run_time::bind_method(method.name()))
-            };
+            let is_bind_named =
+                |method: &BindMethod| methods.iter().any(|name| *name == bind::bind_method(method.name()));
             empty::run(
                 &Method::ALL.into_iter().filter(is_named).collect::<Vec<_>>(),
                 BindMethod::ALL.into_iter().find(is_bind_named),

@@ -219,8 +219,8 @@ mod chart {
 
     #[test]
     fn the_length_of_a_bar_is_its_share() {
-        let row = |what: &str, value| CostRow {
-            group: "churn",
+        let row = |group, what: &str, value| CostRow {
+            group,
             what: what.to_owned(),
             unit: CostUnit::Ratio,
             target: Threshold::None,
@@ -228,9 +228,17 @@ mod chart {
             outcome: TargetOutcome::NoTarget,
             why: None,
         };
-        let chart =
-            svg(&[row("selfconn, to untraced", 1.0), row("tcpstates, to untraced", 0.25), row("other", 9.0)]);
-        assert!(chart.contains("width=\"420.0\"") && chart.contains("width=\"105.0\""), "{chart}");
-        assert_eq!(chart.matches("<rect").count(), 2);
+        let chart = svg(&[
+            row("churn", "selfconn, to untraced", 1.0),
+            row("churn", "tcpstates, to untraced", 0.25),
+            row("churn", "other", 9.0),
+            row("bind", "selfconn, to untraced", 0.5),
+        ]);
+        for width in ["420.0", "105.0", "210.0"] {
+            assert!(chart.contains(&format!("width=\"{width}\"")), "{width}: {chart}");
+        }
+        assert_eq!(chart.matches("<rect").count(), 3);
+        let (connections, binds) = (chart.find("127.0.0.2").unwrap(), chart.find("calls of bind()").unwrap());
+        assert!(connections < binds, "{chart}");
     }
 }

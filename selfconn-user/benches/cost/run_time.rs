@@ -1,4 +1,4 @@
-//! The run time of the programs, measured by the kernel, and that of empty ones on the same connections and binds.
+//! The run time of the programs, measured by the kernel, and that of empty ones on the same connections.
 
 use std::collections::BTreeMap;
 
@@ -89,42 +89,6 @@ fn self_addressed(measurement: &mut Measurement, net: &NetNamespace, methods: &[
         measurement.sample(&format!("self_addressed.{what}"), beyond.sum::<f64>() / made.count as f64);
     }
     tracer.stop()
-}
-
-/// Run time of the programs of bind(), measured by the kernel, and of empty ones. Both run on the same binds, and
-/// each is attached first in turns.
-pub(crate) fn bind(measurement: &mut Measurement) -> Result<()> {
-    let net = NetNamespace::new()?;
-    let started = measurement.started()?;
-    let Some(method) = started["binds"]["method"].as_str() else {
-        measurement.samples.skipped.insert("bind.bind()".to_owned(), "no method can be attached".to_owned());
-        return Ok(());
-    };
-    measurement.samples.facts.insert("bind.method".to_owned(), method.to_owned());
-    let empty = [bind_method(method)];
-    let _stats = enable_stats(Stats::RunTime).context("let the kernel measure BPF programs")?;
-    for round in 0..measurement.rounds(40) {
-        let ours_first = round % 2 == 0;
-        let start = |ours: bool| if ours { measurement.start(&[]) } else { TracerProcess::empty(&empty) };
-        let tracers = [(ours_first, start(ours_first)?), (!ours_first, start(!ours_first)?)];
-        let before = tracers.iter().map(|(_, tracer)| programs::of_process(tracer.pid()));
-        let before = before.collect::<Result<Vec<_>>>()?;
-        let made = make(&net, &["bind", "--count", COUNT, "--cpu", "1"])?;
-        for ((ours, tracer), before) in tracers.into_iter().zip(before) {
-            let stats = programs::since(&before, programs::of_process(tracer.pid())?);
-            // The kernel cuts the name after 15 bytes.
-            let ns = stats.iter().filter(|stats| stats.name.contains("_bind_")).map(|stats| stats.ns);
-            let name = if ours { "bind.ours" } else { "bind.empty" };
-            measurement.sample(name, ns.sum::<u64>() as f64 / made.count as f64);
-            tracer.stop()?;
-        }
-    }
-    Ok(())
-}
-
-/// The name of an empty program for this method of bind(): see [`TracerProcess::empty`].
-pub(crate) fn bind_method(name: &str) -> String {
-    format!("bind-{name}")
 }
 
 /// The method of a program on a hook of transitions. The daemon has programs on other hooks, too.

@@ -1,5 +1,5 @@
-//! The chart: the rate of connections while each tool traces, relative to the rate without tracing. SVG in
-//! colours for light and dark pages.
+//! The chart: the rates of connections and of `bind()` while each tool traces, relative to the rate without tracing.
+//! SVG in colours for light and dark pages.
 
 use std::fmt::Write as _;
 
@@ -16,10 +16,11 @@ const HEADING: f64 = 28.0;
 const TICKS: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
 
 /// The groups that are shown, each below a heading.
-const SECTIONS: [(&str, &str); 3] = [
+const SECTIONS: [(&str, &str); 4] = [
     ("churn", "127.0.0.1 to 127.0.0.2"),
     (OUTSIDE, "127.0.0.1 to itself, a port outside the port range: nearly every service"),
     (INSIDE, "127.0.0.1 to itself, a port inside the port range"),
+    ("bind", "calls of bind() a second: the other tools don't look at them"),
 ];
 
 /// A line of the chart.
@@ -63,7 +64,7 @@ pub(crate) fn svg<'a>(rows: &'a [CostRow]) -> String {
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" \
          font-family=\"sans-serif\" font-size=\"13\" fill=\"#808080\">\n\
-         <title>Connections a second while each tool traces, to untraced</title>\n\
+         <title>Connections and calls of bind() a second while each tool traces, to untraced</title>\n\
          <text x=\"{LEFT}\" y=\"20\" font-weight=\"bold\">connections a second, to untraced</text>\n"
     );
     for tick in TICKS {

@@ -115,6 +115,10 @@ fn bind(builder: &mut RowBuilder<'_>) {
         builder.row("bind(), to empty programs", Ratio, AtMost(1.10), ratio);
     }
     builder.measured("bind(): empty programs", Nanoseconds, NoTarget, samples.median("bind.empty"));
+    for (what, name) in [("selfconn, to untraced", "ours"), ("empty programs, to untraced", "empty")] {
+        let ratio = samples.ratio(&format!("bind.rate.{name}"), "bind.rate.none");
+        builder.measured(what, Ratio, NoTarget, ratio);
+    }
 }
 
 /// The rows of one destination: the name of the group is that of its samples.
