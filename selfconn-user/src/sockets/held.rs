@@ -1,28 +1,17 @@
-//! The self-connections that processes hold, with their holders, from one pass of the iterator over
-//! descriptors: of every network namespace, also of one that only a socket, a descriptor or a thread leads to.
-//! What has no descriptor is not among them: TIME_WAIT, a socket whose process has closed it, a descriptor in
-//! flight through a unix socket, a file that only io_uring has.
+//! What a pass of the iterator over descriptors finds: the self-connections that processes hold, with their holders, of
+//! every network namespace, also of one that only a socket, a descriptor or a thread leads to. What has no descriptor is
+//! not among them: TIME_WAIT, a socket whose process has closed it, a descriptor in flight through a unix socket, a file
+//! that only io_uring has.
 
-use std::{
-    cell::RefCell,
-    collections::{HashMap, HashSet, hash_map},
-    io,
-    time::{Duration, Instant},
-};
+use std::collections::{HashMap, HashSet, hash_map};
 
 use selfconn_ebpf::{COMM_LEN, Endpoint, SocketDescriptor, descriptor_kind, state};
 
 use super::{
-    by_process,
-    by_socket::{BySocket, SocketRef},
-    entry::SocketEntry,
-    holders::{HolderSearch, Holders, find_holders},
-    limit::SnapshotLimit,
+    by_socket::SocketRef, entry::SocketEntry, holders::Holders, limit::SnapshotLimit,
     netns_search::NamespaceDescriptors,
-    process_list::{self, ProcessList},
 };
 use crate::{
-    bpf::descriptors::DescriptorIter,
     budget::memory::MAX_HOLDERS,
     system::process::{self, Holder},
 };
@@ -56,195 +45,9 @@ impl HeldSockets {
     }
 }
 
-/// How long a pass may take: 100,000 descriptors take 32 ms on 6.18. A user can have more than he could open: of
-/// processes that share one table of descriptors the kernel visits each (`task_seq_get_next`, kernel/bpf/task_iter.c
-/// at v6.12, leaves out only the threads of one process).
-const MAX_PASS: Duration = Duration::from_secs(5);
-
-/// A pass that takes this much longer than it may was long in one read(2), which returns after a million descriptors,
-/// some 0.3 s, unless there are tables with millions of slots without one.
-const MAX_OVERRUN: Duration = Duration::from_secs(1);
-
-/// How long the processes are visited one by one instead.
-const MAX_VISITS: Duration = Duration::from_secs(2);
-
-/// The same for the processes that hold certain sockets, for which an event waits.
-const MAX_PASS_FOR_EVENT: Duration = Duration::from_millis(300);
-const MAX_VISITS_FOR_EVENT: Duration = Duration::from_millis(500);
-
-/// How long the first list of processes is waited for where an event waits.
-const MAX_WAIT_FOR_LIST: Duration = Duration::from_millis(500);
-
-/// Makes a pass. If it takes too long, what it had found by then is kept, and the processes are visited one by one,
-/// also while passes are paused, and whenever the kernel might not come back from a pass for long.
-pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Result<HeldSockets> {
-    let collector = RefCell::new(Collector::new(limit));
-    let mut each = |record: &SocketDescriptor| collector.borrow_mut().add_any(record, |_| true);
-    // An error: the processes can't be visited one by one.
-    let list = process_list::list(iter);
-    let permits_pass =
-        list.as_ref().map_or_else(|_| process_list::last_list_permits_pass(), ProcessList::permits_pass);
-    if !permits_pass {
-        log::debug!("no pass over the descriptors of all processes: their tables may have too many slots");
-    }
-    let mut is_whole = false;
-    if permits_pass && !iter.is_paused() {
-        let pass = pass(iter, MAX_PASS, &mut each)?;
-        is_whole = pass.is_whole;
-        // Where nothing else finds what the pass has not, the next snapshot tries one again, unless this one hung.
-        let longest = if list.is_ok() { MAX_PASS } else { MAX_PASS + MAX_OVERRUN };
-        if pass.took >= longest {
-            iter.begin_pause();
-        }
-    }
-    let mut refusal = None;
-    if !is_whole {
-        match list.and_then(|list| by_process::pass(iter, &list, MAX_VISITS, || false, each)) {
-            Ok(all) => is_whole = all,
-            Err(error) => refusal = Some(error),
-        }
-    }
-    let mut held = collector.into_inner().finish();
-    held.holders.complete = is_whole;
-    held.holders.unseen = (!is_whole).then(|| {
-        let one_by_one = refusal.map(|error| format!("; one by one: {error}")).unwrap_or_default();
-        format!("descriptors of some processes: a pass over all takes too long, or may{one_by_one}")
-    });
-    held.namespaces = held.namespaces.filter(|_| is_whole && process::is_in_initial_pid_ns());
-    Ok(held)
-}
-
-/// What became of a pass.
-struct Pass {
-    /// False if it took too long. Its last read may be long, too.
-    is_whole: bool,
-    took: Duration,
-}
-
-/// Makes a pass.
-fn pass(iter: &DescriptorIter, limit: Duration, each: impl FnMut(&SocketDescriptor)) -> io::Result<Pass> {
-    let begin = Instant::now();
-    let is_whole = match iter.pass(limit, each) {
-        Ok(()) => true,
-        Err(error) if error.kind() == io::ErrorKind::TimedOut => false,
-        Err(error) => return Err(error),
-    };
-    let took = begin.elapsed();
-    log::debug!("a pass over the descriptors of all processes: {took:?}, to its end: {is_whole}");
-    Ok(Pass { is_whole, took })
-}
-
-/// As [`read`], but keeps only these sockets, takes less time, and visits the processes of the last list. If the time
-/// is over first, only some of a socket's holders may be found.
-fn read_holders(iter: &DescriptorIter, sockets: &HashSet<SocketRef>) -> io::Result<HeldSockets> {
-    let limit = &mut SnapshotLimit::new(None);
-    let collector = RefCell::new(Collector::new(limit));
-    let wanted = RefCell::new(WantedSockets::new(sockets));
-    let mut each = |record: &SocketDescriptor| {
-        collector.borrow_mut().add_any(record, |socket| wanted.borrow_mut().take(socket));
-    };
-    // At the start of the daemon.
-    process_list::wait_for_first(MAX_WAIT_FOR_LIST);
-    let mut is_whole = false;
-    if process_list::last_list_permits_pass() && !iter.is_paused() {
-        let pass = pass(iter, MAX_PASS_FOR_EVENT, &mut each)?;
-        is_whole = pass.is_whole;
-        if pass.took >= MAX_PASS_FOR_EVENT + MAX_OVERRUN {
-            iter.begin_pause();
-        }
-    }
-    // Without a list nothing is visited: whoever is missing in it would seem to hold nothing.
-    if !is_whole && let Some(list) = process_list::last_list() {
-        let is_done = || wanted.borrow().are_found();
-        is_whole =
-            by_process::pass(iter, &list, MAX_VISITS_FOR_EVENT, is_done, each).unwrap_or_else(|error| {
-                log::debug!("the processes can't be visited one by one: {error}");
-                false
-            });
-    }
-    let mut held = collector.into_inner().finish();
-    held.holders.complete = is_whole;
-    Ok(held)
-}
-
-/// The sockets that a pass looks for, and those of them that it has found.
-struct WantedSockets {
-    wanted: BySocket<()>,
-    count: usize,
-    found: HashSet<SocketRef>,
-}
-
-impl WantedSockets {
-    fn new(sockets: &HashSet<SocketRef>) -> Self {
-        let wanted = sockets.iter().map(|socket| (*socket, ())).collect();
-        Self { wanted, count: sockets.len(), found: HashSet::new() }
-    }
-
-    /// True if this socket may be one of them. Then that is found.
-    fn take(&mut self, socket: &SocketRef) -> bool {
-        let mut is_wanted = false;
-        for (wanted, ()) in self.wanted.candidates(socket) {
-            is_wanted = true;
-            self.found.insert(*wanted);
-        }
-        is_wanted
-    }
-
-    fn are_found(&self) -> bool {
-        self.found.len() >= self.count
-    }
-}
-
-/// What is known now of certain sockets.
-#[derive(Debug, Default)]
-pub struct CurrentHolders {
-    /// The processes that have each of them open.
-    holders: Holders,
-    /// The sockets as they are now; empty without the iterator.
-    entries: BySocket<SocketEntry>,
-}
-
-impl CurrentHolders {
-    /// The processes that have this socket open. `None`: unknown. None was found, and not every process could be
-    /// checked; or it is not certain which socket it is.
-    #[must_use]
-    pub fn of_socket(&self, socket: &SocketRef) -> Option<Vec<Holder>> {
-        let has_none = || self.holders.has_none(socket) && self.holders.unseen.is_none();
-        self.holders.of(socket).map(<[Holder]>::to_vec).or_else(|| has_none().then(Vec::new))
-    }
-
-    /// The socket as it is now. `None`: unknown.
-    #[must_use]
-    pub fn entry(&self, socket: &SocketRef) -> Option<&SocketEntry> {
-        self.entries.get(socket)
-    }
-}
-
-/// Looks for the holders of these sockets: by a pass of the iterator, or without one by a search in `/proc`. A thread
-/// that has the iterator has no capability for the search.
-#[must_use]
-pub fn find_current_holders(sockets: &HashSet<SocketRef>, iter: Option<&DescriptorIter>) -> CurrentHolders {
-    let held = match iter.map(|iter| read_holders(iter, sockets)) {
-        Some(Ok(held)) => held,
-        Some(Err(error)) => {
-            log::info!(
-                "who holds the port of a failed bind is unknown: the iterator over descriptors: {error}"
-            );
-            return CurrentHolders::default();
-        }
-        None => {
-            let inodes = sockets.iter().map(|socket| socket.inode).collect();
-            let holders = find_holders(&inodes, HolderSearch::Complete, MAX_HOLDERS);
-            return CurrentHolders { holders, ..CurrentHolders::default() };
-        }
-    };
-    let entries = held.entries.into_iter().filter_map(|entry| Some((entry.socket_ref()?, entry)));
-    CurrentHolders { holders: held.holders, entries: entries.collect() }
-}
-
 /// The sockets so far, by kernel address and cookie: an address alone may belong to another socket when the
 /// walk comes to it again.
-struct Collector<'a> {
+pub(super) struct Collector<'a> {
     limit: &'a mut SnapshotLimit,
     sockets: HashMap<(u64, u64), HeldSocket>,
     tasks: HashSet<u32>,
@@ -265,12 +68,17 @@ struct HolderRecord {
 }
 
 impl<'a> Collector<'a> {
-    fn new(limit: &'a mut SnapshotLimit) -> Self {
+    pub(super) fn new(limit: &'a mut SnapshotLimit) -> Self {
         let namespaces = Some(NamespaceDescriptors::new());
         Self { limit, sockets: HashMap::new(), tasks: HashSet::new(), namespaces }
     }
 
-    fn add_any(&mut self, record: &SocketDescriptor, mut is_wanted: impl FnMut(&SocketRef) -> bool) {
+    /// Adds the record of a socket if it is wanted, and that of a namespace.
+    pub(super) fn add_any(
+        &mut self,
+        record: &SocketDescriptor,
+        mut is_wanted: impl FnMut(&SocketRef) -> bool,
+    ) {
         match record.kind {
             descriptor_kind::NAMESPACE => self.add_namespace(record),
             _ if is_wanted(&socket_ref(record)) => self.add(record),
@@ -323,7 +131,7 @@ impl<'a> Collector<'a> {
         }
     }
 
-    fn finish(self) -> HeldSockets {
+    pub(super) fn finish(self) -> HeldSockets {
         let mut held =
             HeldSockets { tasks: self.tasks, namespaces: self.namespaces, ..HeldSockets::default() };
         let mut holders_of = Vec::new();
@@ -448,26 +256,6 @@ mod tests {
     }
 
     #[test]
-    fn nobody_holds_a_socket_only_if_every_process_was_checked() {
-        let [socket, other, same_inode] = [(5, 1), (6, 1), (5, 2)]
-            .map(|(inode, cookie)| SocketRef { cookie: Some(cookie), ..SocketRef::of_inode(inode) });
-        assert_eq!(CurrentHolders::default().of_socket(&socket), None, "after an error");
-        let holder = Holder { pid: 7, comm: None, start_ticks: None };
-        for (complete, unseen, nobody) in
-            [(true, None, Some(vec![])), (true, Some("open files"), None), (false, None, None)]
-        {
-            let by_socket = [(socket, vec![holder.clone()])].into_iter().collect();
-            let holders = Holders { by_socket, complete, unseen: unseen.map(str::to_owned) };
-            let now = CurrentHolders { holders, ..CurrentHolders::default() };
-            let of = |socket| now.of_socket(socket);
-            assert_eq!(
-                (of(&socket), of(&other), of(&same_inode)),
-                (Some(vec![holder.clone()]), nobody.clone(), nobody)
-            );
-        }
-    }
-
-    #[test]
     fn an_attempt_is_no_self_connection_unless_its_ports_are_equal() {
         let connecting = SocketDescriptor { state: state::SYN_SENT, ..record(3, 7, 9) };
         let other_port = Endpoint { port: 5, ..connecting.endpoint };
@@ -509,9 +297,6 @@ mod tests {
             // Nobody has a third one, and a search for one does not end with another.
             let third = SocketRef { cookie: Some(99), ..socket_ref(&first) };
             assert_eq!(pids(&third).is_none(), cookies[0] != 0);
-            let mut wanted = WantedSockets::new(&[socket_ref(&later)].into());
-            assert!(!wanted.take(&socket_ref(&first)) && !wanted.are_found(), "{cookies:?}");
-            assert!(wanted.take(&socket_ref(&later)) && wanted.are_found(), "{cookies:?}");
         }
     }
 

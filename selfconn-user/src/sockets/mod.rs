@@ -13,6 +13,8 @@
 
 mod by_process;
 mod by_socket;
+mod current_holders;
+mod descriptor_pass;
 mod destroy;
 mod devices;
 mod entry;
@@ -36,6 +38,7 @@ mod table;
 mod walk_cost;
 
 pub use by_socket::{BySocket, SocketRef};
+pub use current_holders::{CurrentHolders, find_current_holders};
 pub use destroy::TargetSocket;
 pub use destroy::can_destroy;
 pub use destroy::can_enter;
@@ -47,8 +50,6 @@ pub use entry::Coverage;
 pub use entry::SocketEntry;
 pub use existing::ExistingNamespaces;
 pub use existing::no_list;
-pub use held::CurrentHolders;
-pub use held::find_current_holders;
 pub use holders::HolderSearch;
 pub use holders::Holders;
 pub use holders::find_holders;

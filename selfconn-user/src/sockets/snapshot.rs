@@ -16,10 +16,11 @@ use selfconn_ebpf::{ConnectEntry, Endpoint, Opener};
 
 use super::{
     by_socket::{BySocket, SocketRef, unique_inodes},
+    descriptor_pass,
     devices::DeviceNames,
     entry::{Coverage, SocketEntry, in_netns},
     existing::{self, ExistingNamespaces},
-    held::{self, HeldSockets},
+    held::HeldSockets,
     holders::{HolderSearch, Holders, find_holders},
     limit::{LeftOut, SnapshotLimit},
     netns::{self, Namespace, NetnsId, VisitOptions},
@@ -202,7 +203,7 @@ impl SocketSnapshot {
 pub fn snapshot(options: SnapshotOptions<'_>, netns_hints: &[u32]) -> io::Result<SocketSnapshot> {
     let began_ns = clock::boot_ns();
     let mut limit = SnapshotLimit::new(options.max_sockets);
-    let (held, refusal) = match options.descriptors.map(|iter| held::read(iter, &mut limit)) {
+    let (held, refusal) = match options.descriptors.map(|iter| descriptor_pass::read(iter, &mut limit)) {
         Some(Ok(held)) => (Some(held), None),
         Some(Err(error)) => {
             // What it had found by then is read by other ways, but for the holders: that would take longer.
@@ -272,7 +273,7 @@ fn snapshot_all(
     let descriptors = || {
         let is_read = held.borrow().is_some();
         if let (false, Some(open)) = (is_read, options.open_descriptors) {
-            let read = |iter| held::read(&iter, &mut SnapshotLimit::new(None)).ok();
+            let read = |iter| descriptor_pass::read(&iter, &mut SnapshotLimit::new(None)).ok();
             // Of a part only, the holders would be searched for in /proc for nothing.
             *held.borrow_mut() = open().ok().and_then(read).filter(|held| held.holders.complete);
         }
