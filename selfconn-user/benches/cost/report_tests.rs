@@ -238,7 +238,8 @@ mod chart {
             assert!(chart.contains(&format!("width=\"{width}\"")), "{width}: {chart}");
         }
         assert_eq!(chart.matches("<rect").count(), 3);
-        let (connections, binds) = (chart.find("127.0.0.2").unwrap(), chart.find("calls of bind()").unwrap());
+        let (connections, binds) =
+            (chart.find(">127.0.0.1 to 127.0.0.2").unwrap(), chart.find(">calls of bind()").unwrap());
         assert!(connections < binds, "{chart}");
     }
 }
