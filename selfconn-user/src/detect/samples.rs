@@ -29,6 +29,7 @@ pub(crate) fn entry(endpoint: Endpoint, state: u8) -> SocketEntry {
         uid: None,
         time_wait_left: None,
         options: BindOptions::UNKNOWN,
+        sock: None,
         connect_entry: None,
         is_held: false,
         device: None,

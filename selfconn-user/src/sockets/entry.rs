@@ -15,6 +15,8 @@ pub struct SocketEntry {
     pub state: u8,
     /// The socket cookie; procfs does not provide it. Then the device of the endpoint is unknown, too.
     pub cookie: Option<u64>,
+    /// The socket's address in the kernel. Only the iterator over descriptors knows it.
+    pub sock: Option<u64>,
     /// The inode of the socket, used to find its holders. 0: no process holds the socket, as in TIME_WAIT.
     pub inode: u64,
     /// The owner of the socket. `None` if it has no inode, because the kernel reports 0 for such a socket.

@@ -167,6 +167,7 @@ fn entry(record: &SocketDescriptor) -> SocketEntry {
         endpoint: record.endpoint,
         state: record.state,
         cookie,
+        sock: Some(record.sock),
         inode,
         uid: Some(record.uid),
         time_wait_left: None,

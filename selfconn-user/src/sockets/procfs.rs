@@ -92,6 +92,7 @@ pub(super) fn parse(line: &str, filter: impl Fn(&str, &str, &str) -> bool) -> Op
         time_wait_left: (timer == TIME_WAIT_TIMER)
             .then(|| Duration::from_millis(ticks.saturating_mul(1_000 / TICKS_PER_SECOND))),
         options: BindOptions::UNKNOWN,
+        sock: None,
         connect_entry: None,
         is_held: false,
         device: None,

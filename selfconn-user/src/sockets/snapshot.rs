@@ -152,18 +152,40 @@ impl SocketSnapshot {
     /// Adds the entries of the probes' connect table to the sockets. If the probes do not know the network
     /// namespace of a socket, it becomes unknown in the snapshot, too: transitions of these sockets have
     /// none.
+    ///
+    /// Anybody can connect to the address and port of a self-connection at any time. An entry is that of a listed
+    /// socket only if it is from before the snapshot and has the socket's kernel address; where that is unknown, only
+    /// if neither another socket nor an attempt is there.
     pub fn add_connect_entries(&mut self, connects: &[(u64, ConnectEntry)], knows_netns: bool) {
-        // `None`: more than one socket has this endpoint, so the opener is not certain.
-        let mut openers: HashMap<Endpoint, Option<(u64, Opener)>> = HashMap::new();
+        let key_of = |endpoint: &Endpoint| {
+            let known =
+                if knows_netns { *endpoint } else { Endpoint { netns: 0, netns_cookie: 0, ..*endpoint } };
+            known.table_key()
+        };
+        for entry in self.entries.iter_mut().filter(|_| !knows_netns) {
+            (entry.endpoint.netns, entry.endpoint.netns_cookie) = (0, 0);
+        }
+        let mut listed: HashMap<Endpoint, usize> = HashMap::new();
+        for entry in &self.entries {
+            *listed.entry(key_of(&entry.endpoint)).or_default() += 1;
+        }
+        let attempts: HashSet<Endpoint> = self.attempts.iter().map(key_of).collect();
+        let mut by_sock = HashMap::new();
+        // `None`: more than one socket has this endpoint.
+        let mut by_endpoint: HashMap<Endpoint, Option<(u64, Opener)>> = HashMap::new();
         for (sock, connect) in connects {
-            let opener = Some((*sock, connect.opener));
-            openers.entry(connect.endpoint.table_key()).and_modify(|known| *known = None).or_insert(opener);
+            let (key, opener) = (key_of(&connect.endpoint), (*sock, connect.opener));
+            by_sock.insert((*sock, key), opener);
+            by_endpoint.entry(key).and_modify(|known| *known = None).or_insert(Some(opener));
         }
         for entry in &mut self.entries {
-            if !knows_netns {
-                (entry.endpoint.netns, entry.endpoint.netns_cookie) = (0, 0);
-            }
-            entry.connect_entry = openers.get(&entry.endpoint.table_key()).copied().flatten().map(Box::new);
+            let key = key_of(&entry.endpoint);
+            let is_alone = listed.get(&key) == Some(&1) && !attempts.contains(&key);
+            let connect = match entry.sock {
+                Some(sock) => by_sock.get(&(sock, key)).copied(),
+                None => by_endpoint.get(&key).copied().flatten().filter(|_| is_alone),
+            };
+            entry.connect_entry = connect.filter(|(_, opener)| opener.at_ns < self.began_ns).map(Box::new);
         }
     }
 
@@ -368,6 +390,36 @@ mod tests {
         snapshot.add_connect_entries(&[connect(7, Endpoint { netns: 0, ..v4 }, 5)], false);
         let entry = &snapshot.entries[0];
         assert_eq!((entry.endpoint.netns, entry.connect_entry.as_ref().map(|entry| entry.0)), (0, Some(7)));
+    }
+
+    #[test]
+    fn who_connects_to_the_port_of_a_listed_socket_is_not_its_opener() {
+        let endpoint = samples::endpoint("127.0.0.1", 4);
+        let at_device = Endpoint { ifindex: 1, ..endpoint };
+        let listed = |sock| SocketEntry { sock, ..samples::entry(endpoint, state::ESTABLISHED) };
+        let other = samples::entry(at_device, state::ESTABLISHED);
+        let own = connect(7, endpoint, 5);
+        let (of_other, later) = (connect(8, endpoint, 5), connect(7, endpoint, 6));
+        // (listed sockets, attempts, connect table, the first socket has the opener)
+        for (entries, attempts, connects, is_known) in [
+            (vec![listed(Some(7))], vec![], vec![own], true),
+            (vec![listed(Some(7))], vec![endpoint], vec![of_other, own], true),
+            (vec![listed(Some(7))], vec![endpoint], vec![of_other], false),
+            (vec![listed(Some(7))], vec![], vec![later], false),
+            (vec![listed(Some(7))], vec![], vec![connect(7, at_device, 5)], false),
+            // The address is unknown.
+            (vec![listed(None)], vec![], vec![own], true),
+            (vec![listed(None), other], vec![at_device], vec![own], true),
+            (vec![listed(None)], vec![endpoint], vec![of_other], false),
+            (vec![listed(None)], vec![], vec![of_other, own], false),
+            (vec![listed(None)], vec![], vec![later], false),
+            (vec![listed(None), listed(None)], vec![], vec![own], false),
+        ] {
+            let mut snapshot = SocketSnapshot { entries, attempts, began_ns: 6, ..SocketSnapshot::default() };
+            snapshot.add_connect_entries(&connects, true);
+            let opener = snapshot.entries[0].connect_entry.as_deref();
+            assert_eq!(opener, is_known.then_some(&(7, own.1.opener)), "{snapshot:?} {connects:?}");
+        }
     }
 
     #[test]

@@ -252,6 +252,7 @@ pub(super) fn parse(response: &[u8]) -> Result<DumpedSocket, netlink_packet_core
         uid: (header.inode != 0).then_some(header.uid),
         time_wait_left: left,
         options: BindOptions::UNKNOWN,
+        sock: None,
         connect_entry: None,
         is_held: false,
         device: None,

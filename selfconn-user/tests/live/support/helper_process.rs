@@ -337,6 +337,20 @@ fn run_task(task: &str) {
             print_output("connected");
             wait_for_stdin_eof();
         }
+        // The SYN is deferred, so each connect is in progress until its socket is closed.
+        dial if dial.starts_with("keep dialling ") => {
+            let target: std::net::SocketAddr = dial["keep dialling ".len()..].parse().unwrap();
+            std::thread::spawn(move || {
+                loop {
+                    let socket = socket(target.ip());
+                    client::enable_fastopen_connect(&socket);
+                    socket.connect(&target.into()).unwrap();
+                    std::thread::sleep(std::time::Duration::from_millis(5));
+                }
+            });
+            print_output("dialling");
+            wait_for_stdin_eof();
+        }
         connect if connect.starts_with("connect refused ") => {
             set_process_name("a-connector");
             let target: std::net::SocketAddr = connect["connect refused ".len()..].parse().unwrap();

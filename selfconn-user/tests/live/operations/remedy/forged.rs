@@ -2,12 +2,13 @@
 
 use std::{
     fs::{self, Permissions},
+    net::SocketAddr,
     os::unix::fs::{PermissionsExt as _, fchown},
 };
 
 use super::{LOCALHOST, start};
 use crate::support::{
-    client::connect_to_self,
+    client::{connect_to_self, is_connected},
     daemon::{HookVariant, TestDaemon, is_event},
     helper_process::{HelperProcess, UNPRIVILEGED},
     netns::TestNetns,
@@ -54,6 +55,37 @@ fn a_forged_exe_matches_no_rule() {
         }
         daemon.stop();
     }
+}
+
+/// The connection is from before the daemon. When the daemon finds it, connects to its port are in progress.
+#[test]
+fn who_connects_to_the_port_of_a_connection_does_not_become_its_opener() {
+    let net = TestNetns::enter_new();
+    // A client without cookies.
+    net.set_sysctl("tcp_fastopen", "5");
+    let (socket, port) = connect_to_self(LOCALHOST);
+    let task = format!("keep dialling {}", SocketAddr::new(LOCALHOST, port));
+    let mut dialler = HelperProcess::start_unprivileged(&task, None);
+    assert_eq!(dialler.read_output(), "dialling");
+    for _ in 0..5 {
+        for (option, rule) in [("--remedy-except", "uid=0"), ("--remedy-only", "uid=65534")] {
+            let mut daemon = start(net, &HookVariant(vec![]), &["--remedy", "destroy", option, rule]);
+            let is_found = |event: &serde_json::Value| {
+                is_event("established", net.inode)(event) && event["port"] == port
+            };
+            let found = daemon.expect(1, is_found).remove(0);
+            assert_eq!(
+                (&found["source"], &found["pid"], &found["uid"], &found["owner"]),
+                (&"scan".into(), &std::process::id().into(), &0.into(), &"holder".into()),
+                "{found}"
+            );
+            let remedied = daemon.expect(1, is_event("remedied", net.inode)).remove(0);
+            assert_eq!(remedied["result"], "excepted", "{remedied}");
+            daemon.stop();
+        }
+    }
+    assert!(is_connected(&socket));
+    dialler.finish();
 }
 
 /// The connection is from before the daemon, so only the process that has the socket open is known.
