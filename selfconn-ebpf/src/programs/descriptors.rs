@@ -1,8 +1,8 @@
 //! The iterator over the descriptors of all tasks: writes a record for each one that is a self-connection or
 //! an attempt to become one, and for each namespace. The kernel runs it while user space reads the iterator's
 //! file, for each descriptor of each task; threads that share the table of their leader are skipped
-//! (`task_seq_get_next`, kernel/bpf/task_iter.c at v5.11). It takes no reference that outlives a call, so it
-//! delays no close, and it enters no namespace.
+//! (`task_seq_get_next`, kernel/bpf/task_iter.c at v5.11). It enters no namespace. The kernel holds the file of
+//! the descriptor meanwhile, so a close in that moment is delayed, and happens in the task that reads.
 
 use core::ptr;
 

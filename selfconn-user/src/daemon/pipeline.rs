@@ -75,13 +75,14 @@ pub(super) struct Pipeline {
 impl Pipeline {
     pub(super) fn new(
         probe_count: u8,
+        own_pid: Option<u32>,
         reporting: Reporting,
         guard_mode: GuardMode,
         remediation: Remediation,
         blocked: BlockedReports,
     ) -> Self {
         Self {
-            connections: Connections::new(probe_count),
+            connections: Connections::new(probe_count).with_own_pid(own_pid),
             attributions: HashMap::new(),
             pending: PendingEvents::default(),
             devices: NetDevices::of_current_netns().ok(),

@@ -146,6 +146,8 @@ pub struct Connections {
     /// See [`Self::set_left_out`].
     left_out: HashMap<Option<u32>, u64>,
     probe_count: u8,
+    /// See [`Self::with_own_pid`].
+    own_pid: Option<u32>,
     last_number: u64,
 }
 
@@ -173,6 +175,15 @@ impl Connections {
         Self { probe_count, ..Self::default() }
     }
 
+    /// `own_pid` is the pid of this process as the programs see it. What closes in it without being destroyed is the
+    /// socket of another process: whoever walks over descriptors holds the file of each for a moment, and if the
+    /// process that has it closes it in that moment, the kernel closes it in the walking thread (`fput` in
+    /// `task_file_seq_next`, kernel/bpf/task_iter.c, and in `proc_fd_link`, fs/proc/fd.c, at v6.12).
+    #[must_use]
+    pub fn with_own_pid(self, own_pid: Option<u32>) -> Self {
+        Self { own_pid, ..self }
+    }
+
     /// Applies one transition. Calls `each` for every resulting event.
     pub fn apply(&mut self, t: &Transition, mut each: impl FnMut(ConnectionEvent<'_>)) {
         self.expire_duplicates(t.at_ns);
@@ -180,7 +191,7 @@ impl Connections {
         if let Some(tracked) = self.tracked.get_mut(t.sock) {
             if tracked.is_duplicate(t) {
                 tracked.reported_by |= 1 << t.probe_id;
-                tracked.update(t);
+                tracked.update(t, self.own_pid);
                 if tracked.closed_ns.is_some()
                     && tracked.reported_by.count_ones() >= u32::from(self.probe_count)
                 {
@@ -216,7 +227,7 @@ impl Connections {
         tracked.last = (t.old, t.new);
         tracked.reported_by = 1 << t.probe_id;
         tracked.last_seen_ns = t.at_ns;
-        tracked.update(t);
+        tracked.update(t, self.own_pid);
         if !tracked.established_emitted && proves_established(t.old, t.new) {
             tracked.established_emitted = true;
             each(ConnectionEvent::Established(&tracked.connection));
@@ -398,7 +409,7 @@ impl Tracked {
             && self.is_same_socket(t)
     }
 
-    fn update(&mut self, t: &Transition) {
+    fn update(&mut self, t: &Transition, own_pid: Option<u32>) {
         let connection = &mut self.connection;
         if t.cookie != 0 {
             connection.cookie = Some(t.cookie);
@@ -428,7 +439,9 @@ impl Tracked {
             connection.isns = Some((t.snd_una.wrapping_sub(1), t.rcv_nxt.wrapping_sub(1)));
         }
         let is_call = t.new == state::FIN_WAIT1 || (t.new == state::CLOSE && t.is_owned != 0);
-        if is_call && connection.closer.is_none() && rank(t.old) == rank(state::ESTABLISHED) {
+        let is_destroyed = t.new == state::CLOSE && (t.has_counters == 0 || t.error == ECONNABORTED);
+        let is_by_walk = own_pid == Some(t.current.pid) && !is_destroyed;
+        if is_call && !is_by_walk && connection.closer.is_none() && rank(t.old) == rank(state::ESTABLISHED) {
             connection.closer = Some(t.current);
         }
         if t.new == state::ESTABLISHED && connection.established_ns.is_none() {

@@ -538,3 +538,37 @@ fn a_mapped_user_hides_its_range_and_a_connect_from_before_the_snapshot_shows_th
     assert_eq!(opened_by(&mut connections, &entries, 5), [3 << 40, 4 << 40]);
     assert_eq!(connections.untracked(), 3);
 }
+
+#[test]
+fn a_close_in_this_process_has_an_unknown_closer_unless_it_destroyed_the_socket() {
+    const OWN: u32 = 77;
+    let close = |new, error, has_counters, pid| {
+        let mut close =
+            Transition { error, has_counters, is_owned: 1, ..transition(1, 20, ESTABLISHED, new) };
+        close.current.pid = pid;
+        close
+    };
+    for (close, closer) in [
+        (close(FIN_WAIT1, 0, 1, OWN), None),
+        (close(FIN_WAIT1, 0, 0, OWN), None),
+        (close(CLOSE, 0, 1, OWN), None),
+        (close(CLOSE, ECONNRESET, 1, OWN), None),
+        (close(CLOSE, ECONNABORTED, 1, OWN), Some(OWN)),
+        // Whether it was destroyed is unknown.
+        (close(CLOSE, 0, 0, OWN), Some(OWN)),
+        (close(FIN_WAIT1, 0, 1, 78), Some(78)),
+        (close(CLOSE, 0, 1, 78), Some(78)),
+    ] {
+        let mut connections = Connections::new(1).with_own_pid(Some(OWN));
+        let mut found = None;
+        let end = transition(1, 30, FIN_WAIT1, CLOSE);
+        for t in [transition(1, 10, SYN_RECV, ESTABLISHED), close, end] {
+            connections.apply(&t, |event| {
+                if let (ConnectionEvent::Closed(connection, _), None) = (event, found) {
+                    found = Some(connection.closer.map(|closer| closer.pid));
+                }
+            });
+        }
+        assert_eq!(found, Some(closer), "{close:?}");
+    }
+}

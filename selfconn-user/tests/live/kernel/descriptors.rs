@@ -7,7 +7,8 @@ use std::{
     fs::File,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     os::fd::AsRawFd as _,
-    thread::sleep,
+    sync::atomic::{AtomicBool, Ordering},
+    thread::{self, sleep},
     time::{Duration, Instant},
 };
 
@@ -91,6 +92,35 @@ fn a_self_connection_is_found_with_its_process_wherever_a_descriptor_of_it_is() 
     }
 }
 
+/// A pass holds the file of each descriptor for a moment. If the process closes it in that moment, the kernel closes it
+/// in the thread that makes the pass.
+#[test]
+fn a_pass_can_close_what_a_process_closes_meanwhile() {
+    let net = TestNetns::enter_new();
+    let Some(iter) = open_descriptor_iter() else { return };
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
+    let count = scaled(3_000);
+    let mut client = HelperProcess::start(&format!("connect storm {count}"));
+    let pid = client.pid();
+    let is_done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_done.load(Ordering::Relaxed) {
+                let _ = iter.pass_of_process(pid, Instant::now() + DEADLINE, |_| {});
+            }
+        });
+        client.read_output();
+        is_done.store(true, Ordering::Relaxed);
+    });
+    let closed = daemon.expect(count, is_event("closed", net.inode));
+    let by = |pid: u32| closed.iter().filter(|event| event["closer"]["pid"] == pid).count();
+    let (by_client, by_pass) = (by(pid), by(std::process::id()));
+    println!("FACT closed_by_the_process={by_client} by_the_pass={by_pass}");
+    assert_eq!(by_client + by_pass, count);
+    client.finish();
+    daemon.stop();
+}
+
 /// A socket option of eight bytes. `None`: this kernel does not have it.
 fn number_option(socket: &Socket, option: libc::c_int) -> Option<u64> {
     let mut value = 0_u64;
@@ -131,7 +161,7 @@ fn a_pass_over_one_process_sees_no_other_and_needs_no_capability() {
         pids.map(pass)
     };
     // The capabilities are a thread's.
-    let passes_of = |pids| std::thread::scope(|scope| scope.spawn(|| passes_of(pids)).join().unwrap());
+    let passes_of = |pids| thread::scope(|scope| scope.spawn(|| passes_of(pids)).join().unwrap());
     let (own, pid) = (std::process::id(), other.pid());
     let [of_own, of_other] = passes_of([own, pid]);
     if is_kernel_at_least((6, 1)) {
