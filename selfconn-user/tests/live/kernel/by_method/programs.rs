@@ -1,11 +1,14 @@
 //! `exe` and `cmdline` are those of the program that connected, or null: also if its process runs another program
 //! when it is looked up. The processes are an unprivileged user's.
 
+use std::net::Ipv4Addr;
+
 use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::support::{
     another_program,
+    client::connect_to_self,
     daemon::{HookVariant, TestDaemon, comm_by_thread, is_event, is_name_or_unknown},
     helper_process::HelperProcess,
     netns::TestNetns,
@@ -48,10 +51,14 @@ fn has_program(variant: &HookVariant, event: &Value, comm: &str) -> bool {
 #[test]
 fn an_execve_after_the_connect_does_not_change_the_program() {
     let net = TestNetns::enter_new();
+    let (_before, port) = connect_to_self(Ipv4Addr::LOCALHOST.into());
     for_each_variant_retrying(PREEMPTED, |variant| {
         // Otherwise the look-up and the execve() race.
         for is_looked_up_later in [false, true] {
             let mut daemon = TestDaemon::start(variant, &[]);
+            // The first snapshot is over: a pass over descriptors can take the place of the closer.
+            daemon
+                .try_expect(1, |event| is_event("established", net.inode)(event) && event["port"] == port)?;
             if is_looked_up_later {
                 daemon.signal(Signal::STOP);
             }
