@@ -274,10 +274,11 @@ fn table_sizes(pid: u32, count: usize) -> Option<Vec<u64>> {
     let random = RandomState::new();
     let choose = |number| threads[(random.hash_one(number) % threads.len() as u64) as usize];
     let size = |tid| match fs::read(format!("/proc/{pid}/task/{tid}/status")) {
-        // The kernel passes over a thread that shares the first one's table.
-        Ok(_) if process::have_same_descriptors(pid, tid) => Some(0),
         Ok(status) => {
-            Some(process::status_field(&status, "FDSize").and_then(|size| size.parse().ok()).unwrap_or(0))
+            let size = || process::status_field(&status, "FDSize").and_then(|size| size.parse().ok());
+            // The kernel passes over a thread that shares the first one's table.
+            let is_shared = process::have_same_descriptors(pid, tid)?;
+            Some(if is_shared { 0 } else { size().unwrap_or(0) })
         }
         Err(error) if process::is_gone(&error) => Some(0),
         Err(_) => None,

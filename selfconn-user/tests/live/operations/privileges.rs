@@ -89,7 +89,9 @@ fn expected_capabilities(name: &str) -> CapabilitySet {
         // These threads only write data that they are given.
         "stdout" | "metrics" => CapabilitySet::empty(),
         "ranges" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE,
-        name if name == "facts" || name.starts_with("cmdline-") => CapabilitySet::SYS_PTRACE,
+        name if ["facts", "tables"].contains(&name) || name.starts_with("cmdline-") => {
+            CapabilitySet::SYS_PTRACE
+        }
         // The loop reads nothing of another process.
         _ => CapabilitySet::empty(),
     }
