@@ -97,6 +97,8 @@ pub enum Field {
     UserNsParent,
     /// `u32`, a user id in the initial user namespace.
     UserNsOwner,
+    /// `unsigned int`.
+    UserNsInum,
     /// `struct files_struct *`.
     TaskFiles,
     /// `struct fdtable *`.
@@ -225,6 +227,7 @@ impl Field {
         (Self::UserNsLevel, "user_namespace", "level", false),
         (Self::UserNsParent, "user_namespace", "parent", false),
         (Self::UserNsOwner, "user_namespace", "owner.val", false),
+        (Self::UserNsInum, "user_namespace", "ns.inum", false),
         (Self::TaskFiles, "task_struct", "files", false),
         (Self::FilesFdt, "files_struct", "fdt", false),
         (Self::FdtMax, "fdtable", "max_fds", false),

@@ -15,7 +15,8 @@ pub const MAX_USER_NS_LEVEL: u32 = 33;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, FromBytes, IntoBytes, Immutable)]
 pub struct Owner {
     /// Id of the process's control group at [`OWNER_CGROUP_LEVEL`], or of its own group if that is higher: the
-    /// inode of its directory. 0: unknown.
+    /// inode of its directory. 0: unknown. In a container with a user namespace that root made: see
+    /// [`Self::of_container`].
     pub cgroup: u64,
     /// Real user id, in the initial user namespace. Of a task in another user namespace: the user that owns the
     /// outermost user namespace below the initial one.
@@ -30,6 +31,15 @@ pub const CLAIMED: u64 = u64::MAX;
 impl Owner {
     /// No owner is known.
     pub const UNKNOWN: Self = Self { cgroup: 0, uid: 0, padding: 0 };
+
+    /// In place of a control group, the outermost user namespace below the initial one, if root made it: that is a
+    /// container of LXC, Incus or podman, for example. Root in there makes control groups as it likes, and no other
+    /// such namespace. The number is the inode of the namespace. No control group's id is so large.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of_container(user_ns: u32) -> u64 {
+        1 << 61 | user_ns as u64
+    }
 
     /// The owner with this uid in this control group.
     #[must_use]

@@ -98,47 +98,57 @@ pub(crate) fn opener(at_ns: u64, cause: u32) -> Opener {
 #[inline(always)]
 pub(crate) fn current_image_and_owner() -> (u64, Owner) {
     let uid = bpf_get_current_uid_gid() as u32;
-    let (arg_start, uid) =
-        with_current(uid, (0, uid), image_and_owner::<DirectLoad>, image_and_owner::<ProbeRead>);
-    (arg_start, Owner::new(uid, owner_cgroup()))
+    let (arg_start, uid, container) =
+        with_current(uid, (0, uid, 0), image_and_owner::<DirectLoad>, image_and_owner::<ProbeRead>);
+    let (cgroup, watched) = (owner_cgroup(), WATCHED_CGROUP.load());
+    // Without a branch, as below.
+    let keeps_cgroup = is_equal(container, 0) | (is_equal(cgroup, watched) & !is_equal(watched, 0));
+    let cgroup = container ^ (container ^ cgroup) & keeps_cgroup.wrapping_neg();
+    (arg_start, Owner::new(uid, cgroup))
 }
 
-/// Where the arguments of the process are, and the uid of its owner.
+/// Where the arguments of the process are, the uid of its owner, and the container in place of a control group.
 #[inline(always)]
-fn image_and_owner<M: KernelRead>(task: *const u8, uid: u32) -> (u64, u32) {
+fn image_and_owner<M: KernelRead>(task: *const u8, uid: u32) -> (u64, u32, u64) {
     let mut arg_start = 0;
     if let (Some(mm), Some(at)) = (offset(Field::TaskMm), offset(Field::ArgStart)) {
         let mm: Pointer = M::read(task.wrapping_add(mm));
         arg_start = if mm.0.is_null() { Opener::KERNEL_THREAD } else { M::read(mm.0.wrapping_add(at)) };
     }
-    (arg_start, owner_uid::<M>(task, uid))
+    let (uid, container) = owner_uid_and_container::<M>(task, uid);
+    (arg_start, uid, container)
 }
 
-/// The uid in an [`Owner`] of a task with this real uid. The loop is bounded by the kernel's own limit.
+/// The uid in an [`Owner`] of a task with this real uid, and the container in place of a control group: 0 if there is
+/// none. The loop is bounded by the kernel's own limit.
 #[inline(always)]
-fn owner_uid<M: KernelRead>(task: *const u8, uid: u32) -> u32 {
-    let (Some(cred), Some(user_ns), Some(level), Some(parent), Some(owner)) = (
+fn owner_uid_and_container<M: KernelRead>(task: *const u8, uid: u32) -> (u32, u64) {
+    let (Some(cred), Some(user_ns), Some(level), Some(parent), Some(owner), Some(number)) = (
         offset(Field::TaskCred),
         offset(Field::CredUserNs),
         offset(Field::UserNsLevel),
         offset(Field::UserNsParent),
         offset(Field::UserNsOwner),
+        offset(Field::UserNsInum),
     ) else {
-        return uid;
+        return (uid, 0);
     };
     let cred: Pointer = M::read(task.wrapping_add(cred));
     let mut user_ns: Pointer = M::read(cred.0.wrapping_add(user_ns));
     let depth: u32 = M::read(user_ns.0.wrapping_add(level));
     // Without a branch, because the verifier would follow all that is done with the uid twice.
-    let is_initial = (is_equal(depth.into(), 0) as u32).wrapping_neg();
+    let is_initial = is_equal(depth.into(), 0);
     for above in 1..MAX_USER_NS_LEVEL {
         if above >= depth {
             break;
         }
         user_ns = M::read(user_ns.0.wrapping_add(parent));
     }
+    let number: u32 = M::read(user_ns.0.wrapping_add(number));
     let owner: u32 = M::read(user_ns.0.wrapping_add(owner));
-    owner ^ (owner ^ uid) & is_initial
+    let is_roots = is_equal(owner.into(), 0) & !is_initial;
+    let container = Owner::of_container(number) & is_roots.wrapping_neg();
+    (owner ^ (owner ^ uid) & (is_initial as u32).wrapping_neg(), container)
 }
 
 /// The control group in an [`Owner`] of the running task.

@@ -36,9 +36,9 @@ impl Payer {
 /// A number for a path. Nobody can choose a path that has the number of another one.
 fn id_of_path(path: &str) -> u64 {
     static HASHER: LazyLock<RandomState> = LazyLock::new(RandomState::new);
-    // No id of the kernel is so large, and a block of uids has the bit above.
+    // No id of the kernel is so large. The bits above and below are those of a block of uids and of a container.
     const PATH: u64 = 1 << 62;
-    HASHER.hash_one(path) >> 2 | PATH
+    HASHER.hash_one(path) >> 3 | PATH
 }
 
 #[cfg(test)]

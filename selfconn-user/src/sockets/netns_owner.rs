@@ -45,16 +45,25 @@ pub fn owner() -> io::Result<u32> {
 /// If the file can't be opened or is no network namespace.
 pub fn owner_at(path: &Path) -> io::Result<(u64, u32)> {
     let (file, opened) = open(path)?.ok_or(io::ErrorKind::NotFound)?;
-    Ok((opened.ino(), owner_of_userns(related(&file, NS_GET_USERNS)?)?))
+    let userns = outermost(related(&file, NS_GET_USERNS)?)?;
+    Ok((opened.ino(), userns.map_or(0, |userns| userns.owner)))
 }
 
-/// The inode of a user namespace, and the user that owns it, as in [`owner_at`].
+/// The outermost user namespace below the initial one that a process is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct OutermostUserns {
+    pub(super) inode: u64,
+    /// The user that made it.
+    pub(super) owner: u32,
+}
+
+/// The inode of a user namespace, and the outermost one that it belongs to. `None`: it is the initial one.
 ///
 /// # Errors
 /// As [`owner_at`].
-pub(super) fn userns_owner_at(path: &Path) -> io::Result<(u64, u32)> {
+pub(super) fn outermost_userns_at(path: &Path) -> io::Result<(u64, Option<OutermostUserns>)> {
     let (file, opened) = open(path)?.ok_or(io::ErrorKind::NotFound)?;
-    Ok((opened.ino(), owner_of_userns(file)?))
+    Ok((opened.ino(), outermost(file)?))
 }
 
 /// include/uapi/linux/nsfs.h at v5.10.
@@ -62,24 +71,26 @@ const NS_GET_USERNS: libc::Ioctl = 0xb701;
 const NS_GET_PARENT: libc::Ioctl = 0xb702;
 const NS_GET_OWNER_UID: libc::Ioctl = 0xb704;
 
-/// The user that owns the outermost user namespace below the initial one that this one belongs to, or root.
-fn owner_of_userns(mut outermost: fs::File) -> io::Result<u32> {
+/// The outermost user namespace below the initial one that this one belongs to.
+fn outermost(mut userns: fs::File) -> io::Result<Option<OutermostUserns>> {
     /// The kernel's inode number of the initial user namespace: include/linux/proc_ns.h at v5.10.
     const INITIAL: u64 = 0xefff_fffd;
-    if outermost.metadata()?.ino() == INITIAL {
-        return Ok(0);
+    let mut inode = userns.metadata()?.ino();
+    if inode == INITIAL {
+        return Ok(None);
     }
     loop {
-        let parent = related(&outermost, NS_GET_PARENT)?;
-        if parent.metadata()?.ino() == INITIAL {
+        let parent = related(&userns, NS_GET_PARENT)?;
+        let parent_inode = parent.metadata()?.ino();
+        if parent_inode == INITIAL {
             break;
         }
-        outermost = parent;
+        (userns, inode) = (parent, parent_inode);
     }
-    let mut uid: libc::uid_t = 0;
+    let mut owner: libc::uid_t = 0;
     // SAFETY: the request writes a user id to this address.
-    match unsafe { libc::ioctl(outermost.as_raw_fd(), NS_GET_OWNER_UID, &raw mut uid) } {
-        0 => Ok(uid),
+    match unsafe { libc::ioctl(userns.as_raw_fd(), NS_GET_OWNER_UID, &raw mut owner) } {
+        0 => Ok(Some(OutermostUserns { inode, owner })),
         _ => Err(io::Error::last_os_error()),
     }
 }

@@ -16,7 +16,7 @@ use std::{
 use selfconn_ebpf::{Owner, owner::OWNER_CGROUP_LEVEL};
 
 use super::{
-    netns_owner::userns_owner_at,
+    netns_owner::{OutermostUserns, outermost_userns_at},
     walk_cost::{self, WalkCost},
 };
 use crate::{
@@ -139,14 +139,14 @@ fn read_list() -> ProcessList {
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let found_until = begin + MAX_LIST;
+    let mut user_namespaces = UserNamespaces::new();
     let found = pids.map(|pid| match Instant::now() < found_until {
-        true => FoundProcess::new(pid),
+        true => FoundProcess::new(pid, &mut user_namespaces),
         // The kernel makes some of these files slow, too, where others change control groups.
-        false => FoundProcess { pid, uid: None, group: None },
+        false => FoundProcess { pid, uid: None, group: None, userns: None },
     });
     let found = found.collect();
-    let mut reader = ProcessReader::new();
-    let mut list = list_in_turns(found, &earlier, Instant::now() + MAX_LIST, |found| reader.read(found));
+    let mut list = list_in_turns(found, &earlier, Instant::now() + MAX_LIST, read_process);
     // With `hidepid` only those are shown that this process may trace. The first process is always there.
     list.is_whole &= list.processes.iter().any(|process| process.pid == 1);
     known().last = Some((begin, list.clone()));
@@ -161,21 +161,62 @@ struct FoundProcess {
     uid: Option<u32>,
     /// The number of its control group in [`Owner`].
     group: Option<u64>,
+    /// `None`: it is in our user namespace, or this is unknown.
+    userns: Option<OutermostUserns>,
 }
 
 impl FoundProcess {
-    fn new(pid: u32) -> Self {
+    fn new(pid: u32, user_namespaces: &mut UserNamespaces) -> Self {
         let uid = fs::metadata(format!("/proc/{pid}")).ok().map(|folder| folder.uid());
         let group = fs::read(format!("/proc/{pid}/cgroup")).ok().and_then(|text| owner_group(&text));
-        Self { pid, uid, group: group.map(|group| group_id(&group)) }
+        Self { pid, uid, group: group.map(|group| group_id(&group)), userns: user_namespaces.outermost(pid) }
     }
 
     /// Who is charged for it if this is its user.
     fn owner(&self, uid: Option<u32>) -> Owner {
+        let uid = match self.userns {
+            // Root there makes control groups and users as it likes.
+            Some(OutermostUserns { inode, owner: 0 }) => {
+                return Owner::new(0, Owner::of_container(u32::try_from(inode).unwrap_or(u32::MAX)));
+            }
+            // A uid there is one of many that the maker of the user namespace has.
+            Some(OutermostUserns { owner, .. }) => Some(owner),
+            None => uid,
+        };
         match self.group {
             None => owner_of_user(uid),
             Some(group) => Owner::new(uid.unwrap_or(u32::MAX), group),
         }
+    }
+}
+
+/// Which user namespaces processes are in.
+struct UserNamespaces {
+    /// The inode of our user namespace. `None`: unknown.
+    own: Option<u64>,
+    /// The outermost ones of other ones, by inode.
+    outermost: HashMap<u64, Option<OutermostUserns>>,
+}
+
+impl UserNamespaces {
+    fn new() -> Self {
+        let own = fs::metadata("/proc/self/ns/user").ok().map(|userns| userns.ino());
+        Self { own, outermost: HashMap::new() }
+    }
+
+    /// The outermost user namespace of a process. `None`: it is in ours, or this is unknown.
+    fn outermost(&mut self, pid: u32) -> Option<OutermostUserns> {
+        let path = format!("/proc/{pid}/ns/user");
+        let inode = fs::metadata(&path).ok()?.ino();
+        if self.own.is_none_or(|own| own == inode) {
+            return None;
+        }
+        if let Some(known) = self.outermost.get(&inode) {
+            return *known;
+        }
+        let (opened, outermost) = outermost_userns_at(Path::new(&path)).ok()?;
+        self.outermost.insert(opened, outermost);
+        outermost
     }
 }
 
@@ -220,45 +261,13 @@ fn list_in_turns(
     ProcessList { processes: processes.into(), is_whole, is_cut }
 }
 
-/// Reads what a list has of a process.
-struct ProcessReader {
-    /// The inode of our user namespace. `None`: unknown.
-    own_userns: Option<u64>,
-    /// Who owns other ones, by inode.
-    userns_owners: HashMap<u64, u32>,
-}
-
-impl ProcessReader {
-    fn new() -> Self {
-        let own_userns = fs::metadata("/proc/self/ns/user").ok().map(|userns| userns.ino());
-        Self { own_userns, userns_owners: HashMap::new() }
-    }
-
-    fn read(&mut self, found: &FoundProcess) -> io::Result<Process> {
-        let pid = found.pid;
-        let status = fs::read(format!("/proc/{pid}/status"))?;
-        // The real user started the process. Its uid in a user namespace is one of many that its maker has.
-        let uid = self.userns_owner(pid).or_else(|| process::uids_in_status(&status).map(|[real, ..]| real));
-        let cost = WalkCost::new(&status, |count| table_sizes(pid, count));
-        Ok(Process { pid, owner: found.owner(uid), cost, listed_at: Instant::now() })
-    }
-
-    /// The user that owns the user namespace of a process. `None`: it is ours, or root made it, or it is unknown.
-    fn userns_owner(&mut self, pid: u32) -> Option<u32> {
-        let path = format!("/proc/{pid}/ns/user");
-        let inode = fs::metadata(&path).ok()?.ino();
-        if self.own_userns.is_none_or(|own| own == inode) {
-            return None;
-        }
-        let owner = if let Some(known) = self.userns_owners.get(&inode) {
-            *known
-        } else {
-            let (opened, owner) = userns_owner_at(Path::new(&path)).ok()?;
-            self.userns_owners.insert(opened, owner);
-            owner
-        };
-        (owner != 0).then_some(owner)
-    }
+/// Reads what a list has of a process. The real user started it.
+fn read_process(found: &FoundProcess) -> io::Result<Process> {
+    let pid = found.pid;
+    let status = fs::read(format!("/proc/{pid}/status"))?;
+    let owner = found.owner(process::uids_in_status(&status).map(|[real, ..]| real));
+    let cost = WalkCost::new(&status, |count| table_sizes(pid, count));
+    Ok(Process { pid, owner, cost, listed_at: Instant::now() })
 }
 
 /// The number of slots of the descriptor tables of so many threads of a process, without the first thread; 0 if it is
@@ -377,8 +386,8 @@ mod tests {
         const INITIAL: Option<u64> = Some(0xefff_fffd);
         let userns = |pid| fs::metadata(format!("/proc/{pid}/ns/user")).ok().map(|userns| userns.ino());
         let own = userns(std::process::id());
-        let mut reader = ProcessReader::new();
-        assert_eq!(reader.userns_owner(std::process::id()), None, "it is ours");
+        let mut user_namespaces = UserNamespaces::new();
+        assert_eq!(user_namespaces.outermost(std::process::id()), None, "it is ours");
         let mut command = Command::new("unshare");
         command.args(["--user", "sleep", "60"]);
         let mut uid = rustix::process::geteuid().as_raw();
@@ -397,21 +406,28 @@ mod tests {
             std::thread::sleep(Duration::from_millis(1));
         }
         let is_in_another = userns(child.id()).is_some_and(|userns| Some(userns) != own);
-        let owner = reader.userns_owner(child.id());
+        let outermost = user_namespaces.outermost(child.id());
         child.kill().unwrap();
         child.wait().unwrap();
         println!("FACT is_in_another_user_namespace={is_in_another}");
         if own == INITIAL && is_in_another {
-            assert_eq!(owner, Some(uid));
+            assert_eq!(outermost.map(|userns| userns.owner), Some(uid));
         }
     }
 
     #[test]
     fn a_process_counts_for_its_user_in_its_control_group() {
-        let found = |group| FoundProcess { pid: 1, uid: None, group };
+        let found = |group| FoundProcess { pid: 1, uid: None, group, userns: None };
         assert_eq!(found(Some(7)).owner(Some(5)), Owner::new(5, 7));
         assert_eq!(found(Some(7)).owner(None), Owner::new(u32::MAX, 7));
         assert_eq!(found(None).owner(Some(5)), owner_of_user(Some(5)));
+        let in_userns = |owner, group| {
+            let userns = Some(OutermostUserns { inode: 0xf000_0001, owner });
+            FoundProcess { userns, ..found(group) }.owner(Some(100_005))
+        };
+        assert_eq!(in_userns(5, Some(7)), Owner::new(5, 7), "the maker of the user namespace");
+        let of_container = Owner::new(0, Owner::of_container(0xf000_0001));
+        assert_eq!([in_userns(0, Some(7)), in_userns(0, Some(8))], [of_container; 2]);
         assert_eq!(group_id(b"a"), group_id(b"a"));
         assert_ne!(group_id(b"a"), group_id(b"b"));
     }
@@ -423,7 +439,10 @@ mod tests {
         limit: Duration,
         takes: impl Fn(u32) -> Duration,
     ) -> (Vec<u32>, ProcessList) {
-        let found = |pid| FoundProcess { pid, uid: Some(if pid <= 100 { 1_000 } else { 0 }), group: None };
+        let found = |pid| {
+            let uid = Some(if pid <= 100 { 1_000 } else { 0 });
+            FoundProcess { pid, uid, group: None, userns: None }
+        };
         let order = RefCell::new(Vec::new());
         let read = |found: &FoundProcess| {
             order.borrow_mut().push(found.pid);

@@ -33,6 +33,11 @@ const CGROUP_ENV: &str = "SELFCONN_TEST_ATTACKER_CGROUP";
 const FIRST_MAPPED_UID: u32 = 100_000;
 const MAPPED_UIDS: u32 = 65_536;
 
+/// How many control groups a container's root makes who makes several, and how much it does before it goes to the next
+/// one.
+const GROUPS: u32 = 64;
+const IN_A_GROUP: u32 = 2;
+
 /// How many sessions a user has who has several, and how much he does before he goes to the next one.
 const SESSIONS: u32 = 8;
 const IN_A_SESSION: u32 = 8;
@@ -51,10 +56,18 @@ pub(crate) enum AttackerKind {
     MappedUids,
     /// Root in a control group, a network, a mount and a pid namespace of its own, without a user namespace.
     ContainerRoot,
+    /// Root of a system container, as LXC makes them: in a user namespace that root made, and in a control group below
+    /// which it makes others, one after another.
+    SystemContainerRoot,
 }
 
 impl AttackerKind {
-    pub(crate) const ALL: [Self; 4] = [Self::Nobody, Self::Sessions, Self::MappedUids, Self::ContainerRoot];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Nobody, Self::Sessions, Self::MappedUids, Self::ContainerRoot, Self::SystemContainerRoot];
+
+    const fn has_user_namespace(self) -> bool {
+        matches!(self, Self::MappedUids | Self::SystemContainerRoot)
+    }
 
     fn name(self) -> String {
         format!("{self:?}")
@@ -70,6 +83,12 @@ impl AttackerKind {
                     enter_session(number / IN_A_SESSION);
                 }
                 return;
+            }
+            Self::SystemContainerRoot => {
+                if number.is_multiple_of(IN_A_GROUP) {
+                    enter_new_group(number / IN_A_GROUP);
+                }
+                1 + number % (MAPPED_UIDS - 1)
             }
             Self::MappedUids => 1 + number % (MAPPED_UIDS - 1),
             Self::ContainerRoot => 1_000 + number % 10_000,
@@ -91,6 +110,13 @@ fn enter_session(number: u32) {
     fs::write(session, "0").unwrap();
 }
 
+/// Moves this process to a control group below its container's.
+fn enter_new_group(number: u32) {
+    let group = format!("{}/group-{}/inner", std::env::var(CGROUP_ENV).unwrap(), number % GROUPS);
+    fs::create_dir_all(&group).unwrap();
+    fs::write(format!("{group}/cgroup.procs"), "0").unwrap();
+}
+
 /// Such a process, after its attack. It ends when this value is dropped.
 pub(crate) struct Attacker {
     child: Child,
@@ -107,6 +133,7 @@ impl Attacker {
         let name = match kind {
             AttackerKind::ContainerRoot => Some("docker/4a5b"),
             AttackerKind::Sessions => Some("user-65534.slice"),
+            AttackerKind::SystemContainerRoot => Some("lxc.payload.web1"),
             AttackerKind::Nobody | AttackerKind::MappedUids => None,
         };
         let cgroup = match name.map(TestCgroup::create).transpose() {
@@ -119,6 +146,9 @@ impl Attacker {
         if let (AttackerKind::Sessions, Some(cgroup)) = (kind, &cgroup) {
             cgroup.delegate();
             (0..SESSIONS).for_each(|session| cgroup.delegate_below(&format!("session-{session}.scope")));
+        }
+        if let (AttackerKind::SystemContainerRoot, Some(cgroup)) = (kind, &cgroup) {
+            cgroup.delegate_to(FIRST_MAPPED_UID);
         }
         let procs: Option<File> = cgroup.as_ref().map(TestCgroup::procs);
         let procs_fd = procs.as_ref().map(std::os::fd::AsRawFd::as_raw_fd);
@@ -138,7 +168,7 @@ impl Attacker {
         unsafe { command.pre_exec(move || confine(kind, procs_fd, map_request, map_done)) };
         // The process waits for its map before spawn() returns.
         let mut child = thread::scope(|scope| {
-            if kind == AttackerKind::MappedUids {
+            if kind.has_user_namespace() {
                 scope.spawn(|| map.write());
             }
             command.spawn().unwrap()
@@ -223,11 +253,13 @@ fn confine(
             return check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL));
         }
         check(libc::setgroups(0, std::ptr::null()))?;
-        check(libc::setgid(NOBODY))?;
-        check(libc::setuid(NOBODY))?;
-        // A change of the user hides /proc/self from it.
-        check(libc::prctl(libc::PR_SET_DUMPABLE, 1))?;
-        if kind == AttackerKind::MappedUids {
+        if kind != AttackerKind::SystemContainerRoot {
+            check(libc::setgid(NOBODY))?;
+            check(libc::setuid(NOBODY))?;
+            // A change of the user hides /proc/self from it.
+            check(libc::prctl(libc::PR_SET_DUMPABLE, 1))?;
+        }
+        if kind.has_user_namespace() {
             check(libc::unshare(libc::CLONE_NEWUSER))?;
             let pid = libc::getpid();
             if libc::write(map_request, (&raw const pid).cast(), 4) != 4 {

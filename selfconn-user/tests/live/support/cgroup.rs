@@ -29,14 +29,18 @@ impl TestCgroup {
 
     /// Gives the directory to the unprivileged user, as systemd does with a `Delegate=yes` unit.
     pub(crate) fn delegate(&self) {
-        delegate(&self.0);
+        self.delegate_to(UNPRIVILEGED);
+    }
+
+    pub(crate) fn delegate_to(&self, uid: u32) {
+        delegate(&self.0, uid);
     }
 
     /// Makes a directory below, and gives it to that user.
     pub(crate) fn delegate_below(&self, name: &str) {
         let below = self.0.join(name);
         fs::create_dir_all(&below).unwrap();
-        delegate(&below);
+        delegate(&below, UNPRIVILEGED);
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -49,9 +53,9 @@ impl TestCgroup {
     }
 }
 
-fn delegate(directory: &Path) {
+fn delegate(directory: &Path, uid: u32) {
     for path in ["", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"] {
-        chown(directory.join(path), Some(UNPRIVILEGED), Some(UNPRIVILEGED)).unwrap();
+        chown(directory.join(path), Some(uid), Some(uid)).unwrap();
     }
 }
 
