@@ -6,7 +6,7 @@ use std::{fs, time::Instant};
 use anyhow::{Context as _, Result};
 
 use crate::{
-    environment, fingerprint,
+    architecture, environment, fingerprint,
     remap::{self, utf8},
     run::{self, say},
     strip,
@@ -53,7 +53,8 @@ pub(crate) fn build(workspace: &Workspace) -> Result<()> {
         say(format!("{}: {size} KiB, sha256 {hash}", here(&path)));
     }
     write_if_changed(&workspace.object("source"), format!("{sources}\n").as_bytes())?;
-    say(format!("eBPF: ready, {}", run::seconds_since(start)));
+    let architectures = architecture::NAMES.join(" and ");
+    say(format!("eBPF: ready, the same objects for {architectures}, {}", run::seconds_since(start)));
     Ok(())
 }
 

@@ -45,8 +45,13 @@ struct XtaskCli {
 enum XtaskCommand {
     /// Build the eBPF object that the daemon embeds
     ///
-    /// Finds or installs a Rust with the sources of its library, LLVM's development files, and bpf-linker.
-    BuildEbpf,
+    /// Finds or installs a Rust with the sources of its library, LLVM's development files, and bpf-linker. One object
+    /// has the programs of all architectures.
+    BuildEbpf {
+        /// The architecture that the object must serve. It is the same object for each
+        #[arg(long, value_name = "NAME", value_parser = architecture::NAMES)]
+        arch: Option<String>,
+    },
     /// Build all, for release: target/release/selfconn
     Build {
         /// Build a static binary for this architecture: target/NAME-unknown-linux-musl/release/selfconn
@@ -102,7 +107,7 @@ fn main() -> ExitCode {
 
 fn dispatch(command: &XtaskCommand, workspace: &Workspace) -> Result<()> {
     match command {
-        XtaskCommand::BuildEbpf => build_ebpf::build(workspace),
+        XtaskCommand::BuildEbpf { arch: _ } => build_ebpf::build(workspace),
         XtaskCommand::Build { arch: Some(name) } => {
             daemon::build_for(workspace, Architecture::named(Some(name))?)
         }
@@ -118,5 +123,25 @@ fn dispatch(command: &XtaskCommand, workspace: &Workspace) -> Result<()> {
         XtaskCommand::Vm(arguments) => vm::run(arguments, workspace),
         XtaskCommand::Suites => suites::run(workspace),
         XtaskCommand::Bench(arguments) => bench::run(arguments, workspace),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_object_can_be_asked_for_by_each_architecture_and_no_other() {
+        let parse = |arguments: &[&str]| {
+            let arguments = [&["xtask", "build-ebpf"], arguments].concat();
+            XtaskCli::try_parse_from(arguments)
+                .map(|cli| matches!(cli.command, XtaskCommand::BuildEbpf { .. }))
+        };
+        assert!(parse(&[]).unwrap());
+        for name in architecture::NAMES {
+            assert!(parse(&["--arch", name]).unwrap(), "{name}");
+        }
+        let error = parse(&["--arch", "riscv64"]).unwrap_err().to_string();
+        assert!(error.contains("[possible values: x86_64, aarch64]"), "{error}");
     }
 }
