@@ -2,6 +2,7 @@
 //! one, and what their test machines are.
 
 use anyhow::{Context as _, Result};
+use object::elf::{EM_AARCH64, EM_X86_64};
 
 use crate::{environment, run};
 
@@ -12,6 +13,8 @@ pub(crate) struct Architecture {
     pub(crate) name: &'static str,
     /// Debian's name.
     pub(crate) debian: &'static str,
+    /// The machine in the ELF header of its programs.
+    pub(crate) elf_machine: u16,
     /// Debian's package of its emulator.
     pub(crate) emulator_package: &'static str,
     /// QEMU's options of the machine.
@@ -21,22 +24,87 @@ pub(crate) struct Architecture {
     /// The second serial line, for the output of tests, and QEMU's options for it with the character device `output`.
     pub(crate) output: &'static str,
     pub(crate) output_line: &'static [&'static str],
-    /// The kernels of `cargo xtask vm`: one of each long-term series since 5.10, and the newest. The oldest is first.
+    /// What QEMU emulates for a kernel: the last of these that is not newer than the kernel.
+    pub(crate) emulations: &'static [Emulation],
+    /// The kernels of `cargo xtask vm`: one of each long-term series since 5.10 that Debian has, and the newest. The
+    /// oldest is first.
     pub(crate) kernels: &'static [&'static str],
+    /// The names of the variants in which `cargo xtask vm --all` boots them. None: all.
+    pub(crate) variants: &'static [&'static str],
+    /// The real-time kernels of `cargo xtask vm --all`, which boots them without changes.
+    pub(crate) real_time_kernels: &'static [&'static str],
+    /// Its kernels that are not made for clouds, on which only the tests run that force the methods.
+    pub(crate) generic_kernels: &'static [&'static str],
     /// The program that links for it on another architecture, and its Debian packages.
     pub(crate) linker: &'static str,
     pub(crate) linker_packages: &'static [&'static str],
 }
 
+/// What QEMU emulates for kernels since a version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Emulation {
+    /// The series of the oldest kernel.
+    pub(crate) since: [u32; 2],
+    /// QEMU's name of the CPU model.
+    pub(crate) cpu: &'static str,
+    pub(crate) max_cpus: u32,
+    /// The same for real-time kernels.
+    pub(crate) max_cpus_real_time: u32,
+    pub(crate) threads: Threads,
+}
+
+/// The threads of the host that run the CPUs of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Threads {
+    OnePerCpu,
+    /// The CPUs take turns.
+    OneForAll,
+}
+
+impl Threads {
+    /// QEMU's option of its translator.
+    pub(crate) fn accelerator(self) -> &'static str {
+        match self {
+            Self::OnePerCpu => "tcg,thread=multi",
+            Self::OneForAll => "tcg,thread=single",
+        }
+    }
+}
+
+/// Two CPUs, each with a thread of the host.
+const TWO_CPUS: Emulation = Emulation {
+    since: [0, 0],
+    cpu: "qemu64",
+    max_cpus: 2,
+    max_cpus_real_time: 2,
+    threads: Threads::OnePerCpu,
+};
+
 pub(crate) static X86_64: Architecture = Architecture {
     name: "x86_64",
     debian: "amd64",
+    elf_machine: EM_X86_64,
     emulator_package: "qemu-system-x86",
     machine: &[],
     console: "ttyS0",
     output: "ttyS1",
     output_line: &["-serial", "chardev:output"],
+    // QEMU 7.2 to 10 without an accelerator makes some kernels crash: 7.x, and real-time ones since 6.12, with more
+    // than one CPU, while they patch their own code; 6.12 in the 16-byte compare-and-exchange of its slab allocator,
+    // which it does not use on a CPU without that instruction. With a thread for each CPU, QEMU 7.2 also executed an
+    // instruction for ever that another CPU had replaced: twice a CPU of 5.10 stood at a NOP or a jump in memory, where
+    // a breakpoint had been while a probe or a static key was switched.
+    emulations: &[
+        Emulation { threads: Threads::OneForAll, ..TWO_CPUS },
+        Emulation { since: [6, 0], ..TWO_CPUS },
+        Emulation { since: [6, 12], cpu: "qemu64,-cx16", max_cpus_real_time: 1, ..TWO_CPUS },
+        Emulation { since: [6, 13], max_cpus_real_time: 1, ..TWO_CPUS },
+        Emulation { since: [7, 0], max_cpus: 1, max_cpus_real_time: 1, ..TWO_CPUS },
+    ],
     kernels: &["5.10", "6.1", "6.12", "6.18", "7"],
+    variants: &[],
+    real_time_kernels: &["6.1-rt", "6.12-rt", "7-rt"],
+    generic_kernels: &["5.10-generic", "7-generic"],
     linker: "x86_64-linux-gnu-gcc",
     linker_packages: &["gcc-x86-64-linux-gnu", "libc6-dev-amd64-cross"],
 };
@@ -44,28 +112,41 @@ pub(crate) static X86_64: Architecture = Architecture {
 pub(crate) static AARCH64: Architecture = Architecture {
     name: "aarch64",
     debian: "arm64",
+    elf_machine: EM_AARCH64,
     emulator_package: "qemu-system-arm",
     machine: &["-machine", "virt"],
     // The machine has one serial line of its own.
     console: "ttyAMA0",
     output: "ttyS0",
     output_line: &["-device", "pci-serial,chardev=output"],
+    // The oldest of QEMU's models with pages of 16 KiB.
+    emulations: &[Emulation { cpu: "neoverse-n1", ..TWO_CPUS }],
     kernels: &["5.10", "6.1", "6.12-16k", "7"],
+    variants: &["default", "confidentiality"],
+    real_time_kernels: &[],
+    generic_kernels: &[],
     linker: "aarch64-linux-gnu-gcc",
     linker_packages: &["gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross"],
 };
 
-/// The names of the architectures.
+/// All architectures.
+pub(crate) static ALL: [&Architecture; 2] = [&X86_64, &AARCH64];
+
+/// Their names.
 pub(crate) const NAMES: [&str; 2] = ["x86_64", "aarch64"];
 
 impl Architecture {
     /// The architecture with this name, or that of this machine.
     pub(crate) fn named(name: Option<&str>) -> Result<&'static Self> {
         let name = name.unwrap_or(std::env::consts::ARCH);
-        [&X86_64, &AARCH64]
-            .into_iter()
+        ALL.into_iter()
             .find(|known| known.name == name)
             .with_context(|| format!("there is nothing for {name}, only for {}", NAMES.join(" and ")))
+    }
+
+    /// The one with this machine in the ELF header of its programs.
+    pub(crate) fn of_elf_machine(machine: u16) -> Option<&'static Self> {
+        ALL.into_iter().find(|known| known.elf_machine == machine)
     }
 
     /// The other one.
@@ -114,6 +195,6 @@ mod tests {
         assert_eq!(arm64.other().name, "x86_64");
         let error = Architecture::named(Some("mips")).unwrap_err().to_string();
         assert_eq!(error, "there is nothing for mips, only for x86_64 and aarch64");
-        assert!(NAMES.iter().all(|name| Architecture::named(Some(name)).is_ok()));
+        assert_eq!(ALL.map(|known| known.name), NAMES);
     }
 }

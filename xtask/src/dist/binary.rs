@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use object::{
     Endianness,
-    elf::{EM_AARCH64, EM_X86_64, FileHeader64, PT_INTERP},
+    elf::{FileHeader64, PT_INTERP},
     read::elf::{FileHeader as _, ProgramHeader as _},
 };
 
@@ -54,12 +54,9 @@ pub(crate) fn build(
 fn check(bytes: &[u8], architecture: &Architecture) -> Result<()> {
     let header = FileHeader64::<Endianness>::parse(bytes).context("parse the ELF header")?;
     let endian = header.endian()?;
-    let machine = match header.e_machine(endian) {
-        EM_X86_64 => "x86_64",
-        EM_AARCH64 => "aarch64",
-        _ => "another architecture",
-    };
-    ensure!(machine == architecture.name, "it is for {machine}");
+    let machine = Architecture::of_elf_machine(header.e_machine(endian));
+    let name = machine.map_or("another architecture", |machine| machine.name);
+    ensure!(machine == Some(architecture), "it is for {name}");
     let segments = header.program_headers(endian, bytes)?;
     let interpreted = segments.iter().any(|segment| segment.p_type(endian) == PT_INTERP);
     ensure!(!interpreted, "it needs the host's dynamic linker");

@@ -12,6 +12,12 @@ pub(super) type Fact = (String, String);
 /// The prefix of facts from `doctor` about the methods of the hooks.
 pub(super) const HOOKS: &str = "hooks.";
 
+/// The same about the methods that observe failed binds.
+pub(super) const BINDS: &str = "binds.";
+
+/// The prefixes of all facts about methods. What follows is the object and the method.
+pub(super) const METHODS: [&str; 4] = [HOOKS, BINDS, "descriptors.", "namespaces."];
+
 /// The prefix of facts from the load tests: a mode and a condition, and how much was lost.
 pub(super) const LOSS: &str = "loss.";
 
@@ -35,20 +41,27 @@ fn doctor_facts(line: &str) -> Vec<Fact> {
     let Some(report) = line.strip_prefix('{').and_then(|_| serde_json::from_str::<Value>(line).ok()) else {
         return Vec::new();
     };
+    let list = |of: &Value| of.as_array().cloned().unwrap_or_default();
     let mut facts = Vec::new();
-    for hook in report["hooks"].as_array().into_iter().flatten() {
-        for method in hook["methods"].as_array().into_iter().flatten() {
-            let text = |key: &str| method[key].as_str().unwrap_or_default();
-            let chosen = if method["would_attach"] == true { " *" } else { "" };
-            let why = if text("why").is_empty() { String::new() } else { format!(": {}", text("why")) };
-            let hook = hook["hook"].as_str().unwrap_or_default();
-            facts.push((
-                format!("{HOOKS}{hook} {}", text("method")),
-                format!("{}{chosen}{why}", text("verdict")),
-            ));
-        }
+    for hook in list(&report["hooks"]) {
+        let name = hook["hook"].as_str().unwrap_or_default();
+        facts.extend(
+            list(&hook["methods"]).iter().map(|method| method_fact(&format!("{HOOKS}{name}"), method)),
+        );
+    }
+    for prefix in &METHODS[1..] {
+        let name = prefix.trim_end_matches('.');
+        facts
+            .extend(list(&report[name]).iter().map(|method| method_fact(&format!("{prefix}{name}"), method)));
     }
     facts
+}
+
+fn method_fact(of: &str, method: &Value) -> Fact {
+    let text = |key: &str| method[key].as_str().unwrap_or_default();
+    let chosen = if method["would_attach"] == true { " *" } else { "" };
+    let why = if text("why").is_empty() { String::new() } else { format!(": {}", text("why")) };
+    (format!("{of} {}", text("method")), format!("{}{chosen}{why}", text("verdict")))
 }
 
 #[cfg(test)]
@@ -59,10 +72,16 @@ mod tests {
     fn facts_are_read_from_lines_and_from_doctor() {
         let output = "selfconn-guest: start doctor\nFACT cpus=2\n\
             {\"hooks\":[{\"hook\":\"h\",\"methods\":[{\"method\":\"a\",\"verdict\":\"ok\",\"why\":null,\"would_attach\":true},\
-            {\"method\":\"b\",\"verdict\":\"refused\",\"why\":\"EPERM\",\"would_attach\":false}]}]}\n\
+            {\"method\":\"b\",\"verdict\":\"refused\",\"why\":\"EPERM\",\"would_attach\":false}]}],\
+            \"binds\":[{\"method\":\"c\",\"verdict\":\"ok\",\"why\":null,\"would_attach\":true}]}\n\
             test x ... FACT loss.rps=3 of 7\nok\n{ not json\nnot a FACT a=b\n";
-        let expected =
-            [("cpus", "2"), ("hooks.h a", "ok *"), ("hooks.h b", "refused: EPERM"), ("loss.rps", "3 of 7")];
+        let expected = [
+            ("cpus", "2"),
+            ("hooks.h a", "ok *"),
+            ("hooks.h b", "refused: EPERM"),
+            ("binds.binds c", "ok *"),
+            ("loss.rps", "3 of 7"),
+        ];
         assert_eq!(parse(output), expected.map(|(key, value)| (key.to_owned(), value.to_owned())));
     }
 }

@@ -1,9 +1,9 @@
-//! The flavours of Debian's kernels, and what QEMU can emulate for them.
+//! The flavours of Debian's kernels.
 
 use anyhow::{Context as _, Result};
 
 use super::apt::numbers;
-use crate::architecture::{AARCH64, Architecture, X86_64};
+use crate::architecture::{AARCH64, Architecture, Emulation, X86_64};
 
 /// A flavour of Debian's kernels.
 #[derive(Debug, PartialEq, Eq)]
@@ -15,12 +15,15 @@ pub(super) struct Flavour {
     pub(super) packages: &'static str,
 }
 
+/// The name of the real-time flavours.
+const REAL_TIME: &str = "rt";
+
 static FLAVOURS: [Flavour; 7] = [
     Flavour { architecture: &X86_64, name: "", packages: "cloud-amd64" },
-    Flavour { architecture: &X86_64, name: "rt", packages: "rt-amd64" },
+    Flavour { architecture: &X86_64, name: REAL_TIME, packages: "rt-amd64" },
     Flavour { architecture: &X86_64, name: "generic", packages: "amd64" },
     Flavour { architecture: &AARCH64, name: "", packages: "cloud-arm64" },
-    Flavour { architecture: &AARCH64, name: "rt", packages: "rt-arm64" },
+    Flavour { architecture: &AARCH64, name: REAL_TIME, packages: "rt-arm64" },
     Flavour { architecture: &AARCH64, name: "16k", packages: "arm64-16k" },
     Flavour { architecture: &AARCH64, name: "generic", packages: "arm64" },
 ];
@@ -37,7 +40,13 @@ impl Flavour {
         })
     }
 
-    /// Of a kernel that was given as a file, and of those for x86-64 that are not named otherwise.
+    /// The flavour of a package or of a release: both end with it.
+    pub(super) fn of_package(architecture: &Architecture, name: &str) -> Option<&'static Self> {
+        let name = name.strip_suffix("-unsigned").unwrap_or(name);
+        FLAVOURS.iter().find(|known| known.architecture == architecture && known.has_package(name))
+    }
+
+    /// Of kernels for x86-64 that are not named otherwise.
     pub(super) fn usual() -> &'static Self {
         &FLAVOURS[0]
     }
@@ -57,56 +66,15 @@ impl Flavour {
         parts.filter(|part| !part.is_empty()).collect::<Vec<_>>().join("-")
     }
 
-    /// What QEMU can emulate. QEMU 7.2 to 10 without an accelerator makes some kernels of x86-64 crash: 7.x, and
-    /// real-time ones since 6.12, with more than one CPU, while they patch their own code; 6.12 in the 16-byte
-    /// compare-and-exchange of its slab allocator, which it does not use on a CPU without that instruction. With a
-    /// thread for each CPU, QEMU 7.2 also executed an instruction for ever that another CPU had replaced: twice a CPU
-    /// of 5.10 stood at a NOP or a jump in memory, where a breakpoint had been while a probe or a static key was
-    /// switched.
+    /// What QEMU emulates for a kernel of this flavour.
     pub(super) fn emulation(&self, version: &str) -> Emulation {
-        if self.architecture.name == AARCH64.name {
-            // The oldest of QEMU's models with pages of 16 KiB.
-            return Emulation { cpu: "neoverse-n1", max_cpus: 2, threads: Threads::OnePerCpu };
-        }
-        let is_real_time = self.name == "rt";
-        let (cpu, max_cpus) = match numbers(version).as_slice() {
-            [7..=u32::MAX, ..] => ("qemu64", 1),
-            [6, 12, ..] if is_real_time => ("qemu64,-cx16", 1),
-            [6, 12, ..] => ("qemu64,-cx16", 2),
-            [6, 13..=u32::MAX, ..] if is_real_time => ("qemu64", 1),
-            _ => ("qemu64", 2),
-        };
-        let threads = match numbers(version).as_slice() {
-            [5, ..] => Threads::OneForAll,
-            _ => Threads::OnePerCpu,
-        };
-        Emulation { cpu, max_cpus, threads }
-    }
-}
-
-/// What QEMU can emulate for a kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Emulation {
-    /// QEMU's name of the CPU model.
-    pub(super) cpu: &'static str,
-    pub(super) max_cpus: u32,
-    pub(super) threads: Threads,
-}
-
-/// The threads of the host that run the CPUs of a machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Threads {
-    OnePerCpu,
-    /// The CPUs take turns.
-    OneForAll,
-}
-
-impl Threads {
-    /// QEMU's option of its translator.
-    pub(super) fn accelerator(self) -> &'static str {
-        match self {
-            Self::OnePerCpu => "tcg,thread=multi",
-            Self::OneForAll => "tcg,thread=single",
+        let version = numbers(version);
+        let all = self.architecture.emulations;
+        let newest = *all.iter().rfind(|known| version >= known.since.into()).unwrap_or(&all[0]);
+        let is_real_time = self.name == REAL_TIME;
+        Emulation {
+            max_cpus: if is_real_time { newest.max_cpus_real_time } else { newest.max_cpus },
+            ..newest
         }
     }
 }
@@ -142,17 +110,36 @@ mod tests {
     }
 
     #[test]
-    fn the_emulator_gets_what_it_can_do_for_a_kernel() {
-        for (version, cpu, max_cpus, accelerator) in [
-            ("5.10.0-46-cloud-amd64", "qemu64", 2, "tcg,thread=single"),
-            ("6.1.192", "qemu64", 2, "tcg,thread=multi"),
-            ("6.12.117+deb13-cloud-amd64", "qemu64,-cx16", 2, "tcg,thread=multi"),
-            ("6.18.15+deb13-cloud-amd64", "qemu64", 2, "tcg,thread=multi"),
-            ("7.3.4+deb13-cloud-amd64", "qemu64", 1, "tcg,thread=multi"),
+    fn a_file_has_the_flavour_of_its_package() {
+        for (architecture, package, name) in [
+            (&X86_64, "linux-image-6.1.0-56-rt-amd64", Some("rt")),
+            (&X86_64, "linux-image-6.1.0-56-cloud-amd64", Some("")),
+            (&X86_64, "linux-image-6.1.0-56-amd64-unsigned", Some("generic")),
+            (&AARCH64, "linux-image-6.12.118+deb13-arm64-16k", Some("16k")),
+            (&AARCH64, "linux-image-6.1.0-56-rt-amd64", None),
+            (&X86_64, "linux-image-6.8.0-45-generic", None),
         ] {
-            let emulation = Flavour::usual().emulation(version);
-            let found = (emulation.cpu, emulation.max_cpus, emulation.threads.accelerator());
-            assert_eq!(found, (cpu, max_cpus, accelerator), "{version}");
+            assert_eq!(Flavour::of_package(architecture, package).map(|found| found.name), name, "{package}");
         }
+    }
+
+    #[test]
+    fn the_emulator_gets_what_it_can_do_for_a_kernel() {
+        for (version, cpu, max_cpus, of_real_time, accelerator) in [
+            ("5.10.0-46-cloud-amd64", "qemu64", 2, 2, "tcg,thread=single"),
+            ("6.1.192", "qemu64", 2, 2, "tcg,thread=multi"),
+            ("6.12.117+deb13-cloud-amd64", "qemu64,-cx16", 2, 1, "tcg,thread=multi"),
+            ("6.18.15+deb13-cloud-amd64", "qemu64", 2, 1, "tcg,thread=multi"),
+            ("7.3.4+deb13-cloud-amd64", "qemu64", 1, 1, "tcg,thread=multi"),
+        ] {
+            for (flavour, max_cpus) in [("", max_cpus), ("-rt", of_real_time)] {
+                let flavour = Flavour::of(&X86_64, &format!("6.1{flavour}")).unwrap();
+                let emulation = flavour.emulation(version);
+                let found = (emulation.cpu, emulation.max_cpus, emulation.threads.accelerator());
+                assert_eq!(found, (cpu, max_cpus, accelerator), "{version} {flavour:?}");
+            }
+        }
+        let arm64 = Flavour::of(&AARCH64, "").unwrap().emulation("5.10.223");
+        assert_eq!((arm64.cpu, arm64.max_cpus), ("neoverse-n1", 2));
     }
 }

@@ -9,11 +9,11 @@ use std::{
 use anyhow::Result;
 
 use super::{
-    facts::{HOOKS, LOSS},
+    facts::{BINDS, HOOKS, LOSS},
     report::{MatrixRow, TestOutcome, line},
     stock::series_of,
 };
-use crate::workspace::rewrite_section;
+use crate::{environment::plain, run, workspace::rewrite_section};
 
 /// The columns of the first table.
 const METHODS: [&str; 4] = ["tp_btf", "perf", "fentry", "kprobe"];
@@ -36,7 +36,8 @@ const MODES: [&str; 10] = [
 const CONDITIONS: [(&str, &str); 4] = [("plain", "p"), ("steered", "s"), ("delayed", "d"), ("beside", "b")];
 
 const LOADS: &str = "\
-Which methods load: each was forced, and the live tests passed with it. *Attached* is the default pair.
+Which methods load: each was forced, and the live tests passed with it. *Attached* is the default pair; *binds* is the
+method that observes failed binds. `?`: the row is older than the column.
 ";
 
 const LOSSES: &str = "\
@@ -47,26 +48,54 @@ socket table finds a lost connection that still exists and counts it as `missed`
 is the number of unknown openers.
 ";
 
+/// The beginning of the line about the last run of the whole matrix.
+const WHOLE_RUN: &str = "The last whole run, `cargo xtask vm --all`, ended on ";
+
 /// Writes the rows of a run into the file.
-pub(super) fn update(file: &Path, rows: &[MatrixRow]) -> Result<()> {
-    rewrite_section(file, "kernels", |old| section(old, rows))
+pub(super) fn update<'a>(file: &Path, today: &str, rows: impl Iterator<Item = &'a MatrixRow>) -> Result<()> {
+    let rows: Vec<_> = rows.collect();
+    rewrite_section(file, "kernels", |old| section(old, today, &rows))
 }
 
-fn section(old: &str, rows: &[MatrixRow]) -> String {
+/// Writes above the tables when the whole matrix ran. Each row has the date of its own boot, so this stays true when
+/// rows are replaced.
+pub(super) fn note_whole_run(file: &Path, today: &str, rows: usize, minutes: u64) -> Result<()> {
+    rewrite_section(file, "kernels", |old| with_whole_run(old, today, rows, minutes))
+}
+
+fn with_whole_run(old: &str, today: &str, rows: usize, minutes: u64) -> String {
+    let tables = old.lines().filter(|line| !line.starts_with(WHOLE_RUN)).map(|line| format!("{line}\n"));
+    let tables: String = tables.collect();
+    let (lead, tables) = ("\n", tables.trim_start_matches('\n'));
+    format!("{lead}{WHOLE_RUN}{today}: {rows} rows in {minutes} minutes.\n\n{tables}")
+}
+
+/// The date in UTC.
+pub(super) fn today() -> Result<String> {
+    Ok(run::output(plain("date").args(["--utc", "+%F"]))?.trim().to_owned())
+}
+
+fn section(old: &str, today: &str, rows: &[&MatrixRow]) -> String {
     let loads = KernelTable::new(
         ["kernel", "lockdown"],
-        METHODS.map(code).into_iter().chain(["attached", "why not"].map(str::to_owned)),
+        METHODS.map(code).into_iter().chain(["attached", "binds", "why not", "date"].map(str::to_owned)),
     );
-    let losses =
-        KernelTable::new(["kernel", "CPUs"], MODES.map(code).into_iter().chain(["unnamed".to_owned()]));
-    [(loads, LOADS, loading_row as fn(&MatrixRow) -> _), (losses, LOSSES, loss_row)]
-        .into_iter()
-        .map(|(mut table, legend, of)| {
-            table.read(old);
-            rows.iter().filter(|row| row.passed()).filter_map(of).for_each(|cells| table.insert(cells));
-            format!("\n{legend}\n{}\n", table.render())
-        })
-        .collect()
+    let losses = KernelTable::new(
+        ["kernel", "CPUs"],
+        MODES.map(code).into_iter().chain(["unnamed", "date"].map(str::to_owned)),
+    );
+    let whole_run = old.lines().find(|line| line.starts_with(WHOLE_RUN));
+    let whole_run = whole_run.map(|line| format!("\n{line}\n")).unwrap_or_default();
+    let tables = [(loads, LOADS, loading_row as fn(&MatrixRow) -> _), (losses, LOSSES, loss_row)];
+    let tables = tables.into_iter().map(|(mut table, legend, of)| {
+        table.read(old);
+        for mut cells in rows.iter().filter(|row| row.passed()).filter_map(|row| of(row)) {
+            cells.push(today.to_owned());
+            table.insert(cells);
+        }
+        format!("\n{legend}\n{}\n", table.render())
+    });
+    whole_run + &tables.collect::<String>()
 }
 
 fn code(name: &str) -> String {
@@ -98,8 +127,18 @@ fn loading_row(row: &MatrixRow) -> Option<Vec<String>> {
     let mut cells = vec![row.kernel.clone(), lockdown.to_owned()];
     cells.extend(verdicts.map(word));
     cells.push(attached.join(" + "));
+    cells.push(bind_method(row));
     cells.push(reasons.into_iter().collect::<Vec<_>>().join("; "));
     Some(cells)
+}
+
+/// The method that would observe failed binds.
+fn bind_method(row: &MatrixRow) -> String {
+    let of_binds = |(key, verdict): &(String, String)| {
+        let method = key.strip_prefix(BINDS)?.split(' ').nth(1)?.to_owned();
+        verdict.starts_with("ok *").then(|| code(&method))
+    };
+    row.facts.iter().rev().find_map(of_binds).unwrap_or_else(|| "none".to_owned())
 }
 
 /// A row of the second table, if the load tests ran.
@@ -210,18 +249,21 @@ mod tests {
             )
         };
         format!(
-            "{{\"hooks\":[{{\"hook\":\"t\",\"methods\":[{},{}]}}]}}\n\
+            "{{\"hooks\":[{{\"hook\":\"t\",\"methods\":[{},{}]}}],\"binds\":[{},{}]}}\n\
              FACT lockdown={lockdown}\nFACT cpus={cpus}\ntest methods::a ... ok\n\
              FACT loss.tp_btf plain=0 lost of 400, 1 of 1 reported, 0 of 1 found, owners 2 right 0 wrong 0 unknown\n\
              FACT loss.tp_btf steered={lost} lost of 400, 1 of 1 reported, 0 of 1 found, owners 0 right 0 wrong 2 unknown\n",
             method("tp_btf", "ok", true),
-            method("perf", verdict, false)
+            method("perf", verdict, false),
+            method("fexit", "unsupported", false),
+            method("perf", verdict, verdict == "ok")
         )
     }
 
     #[test]
     fn a_run_replaces_only_its_own_rows() {
-        let text = section;
+        let text =
+            |old: &str, rows: &[MatrixRow]| section(old, "2026-11-28", &rows.iter().collect::<Vec<_>>());
         let first = text(
             "",
             &[
@@ -234,9 +276,9 @@ mod tests {
         assert_eq!(
             loads,
             [
-                "| 5.10.9 | none | works | works |  |  | `tp_btf` |  |",
-                "| 7.1.4 | none | works | works |  |  | `tp_btf` |  |",
-                "| 7.1.4 | confidentiality | works | refused |  |  | `tp_btf` | the \\| policy |",
+                "| 5.10.9 | none | works | works |  |  | `tp_btf` | `perf` |  | 2026-11-28 |",
+                "| 7.1.4 | none | works | works |  |  | `tp_btf` | `perf` |  | 2026-11-28 |",
+                "| 7.1.4 | confidentiality | works | refused |  |  | `tp_btf` | none | the \\| policy | 2026-11-28 |",
             ]
         );
         assert!(first.contains("\n| 5.10.9 | 2 | 0 |"), "{first}");
@@ -260,8 +302,29 @@ mod tests {
     fn a_failed_run_or_one_without_forced_methods_makes_no_row() {
         let forced = output("ok", "none", 1, 2);
         for bad in [forced.replace("methods::", "other::"), forced.replace("... ok", "... FAILED")] {
-            let new = section("", &[row_of("6.1.1", &bad)]);
+            let new = section("", "2026-11-28", &[&row_of("6.1.1", &bad)]);
             assert!(!new.contains("| 6.1.1 | none"), "{new}");
         }
+    }
+
+    #[test]
+    fn a_row_has_the_date_of_its_boot_and_the_whole_run_its_own() {
+        let row = row_of("6.1.1", &output("ok", "none", 0, 2));
+        let first = with_whole_run(&section("", "2026-11-01", &[&row]), "2026-11-01", 31, 107);
+        let line =
+            "\nThe last whole run, `cargo xtask vm --all`, ended on 2026-11-01: 31 rows in 107 minutes.\n";
+        assert_eq!(first.matches(line).count(), 1, "{first}");
+        let other = row_of("6.12.1", &output("ok", "none", 0, 2));
+        let second = section(&first, "2026-11-02", &[&other]);
+        assert_eq!(second.matches(line).count(), 1, "a run of single rows claims no whole run: {second}");
+        let dates = |kernel: &str| {
+            let rows = second.lines().filter(|row| row.starts_with(&format!("| {kernel} |")));
+            rows.map(|row| row.rsplit(" | ").next().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(dates("6.1.1"), ["2026-11-01 |", "2026-11-01 |"], "{second}");
+        assert_eq!(dates("6.12.1"), ["2026-11-02 |", "2026-11-02 |"], "{second}");
+        let third = with_whole_run(&second, "2026-11-03", 32, 9);
+        assert!(!third.contains(line) && third.contains("2026-11-03: 32 rows in 9 minutes."), "{third}");
+        assert_eq!(section(&third, "2026-11-04", &[]), third, "nothing new changes nothing");
     }
 }

@@ -14,7 +14,7 @@ use self::{
     variant::{VARIANTS, Variant},
 };
 use crate::{
-    architecture::{self, AARCH64, Architecture, X86_64},
+    architecture::{self, Architecture},
     build_ebpf, packages,
     run::{say, seconds_since},
     workspace::{Workspace, write_if_changed},
@@ -49,19 +49,20 @@ const SUBSET_DEADLINE_S: u64 = 1_800;
 /// Options of `cargo xtask vm`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct VmArgs {
-    /// The whole matrix: every kernel and variant of x86_64, its real-time kernels, and the kernels of aarch64
+    /// The whole matrix: every kernel and variant of x86_64, its real-time kernels, two that are not for clouds, and
+    /// the kernels of aarch64. It is an error if a kernel can't be had
     #[arg(long, conflicts_with_all = ["kernel", "arch", "variant", "test_args"])]
     all: bool,
-    /// A kernel image, a kernel package, or a version such as 6.12, 6.12-rt (real-time), 6.12-generic (not for
-    /// clouds) or, on aarch64, 6.12-16k (pages of 16 KiB); by default the newest 5.10, 6.1, 6.12, 6.18 and 7.x that
-    /// Debian has, and on aarch64 5.10, 6.1, 6.12-16k and 7.x
+    /// A kernel image (of aarch64: not compressed), a kernel package, or a version such as 6.12, 6.12-rt (real-time),
+    /// 6.12-generic (not for clouds) or, on aarch64, 6.12-16k (pages of 16 KiB); by default the newest 5.10, 6.1, 6.12,
+    /// 6.18 and 7.x that Debian has, and on aarch64 5.10, 6.1, 6.12-16k and 7.x
     #[arg(long, value_name = "PATH|VERSION")]
     kernel: Vec<String>,
     /// The architecture of the machines; by default this machine's. For another one the programs are cross-compiled
     #[arg(long, value_name = "NAME", value_parser = architecture::NAMES)]
     arch: Option<String>,
-    /// How to boot the kernels and which tests to run there; by default all, and `rest` on the oldest kernel
-    /// only
+    /// How to boot the kernels and which tests to run there; by default all. `rest` is for the architecture's oldest
+    /// kernel only
     #[arg(long, value_name = "NAME", value_parser = VARIANTS.map(|variant| variant.name))]
     variant: Vec<String>,
     /// How many CPUs a machine has, also more than this one; by default two, or what the emulator can do
@@ -95,6 +96,11 @@ impl VmArgs {
             env: Vec::new(),
             test_args,
         }
+    }
+
+    /// True if the rows are those of all tests under the usual conditions.
+    fn has_documented_rows(&self) -> bool {
+        self.test_args.is_empty() && self.cpus.is_none() && self.env.is_empty()
     }
 }
 
@@ -140,8 +146,20 @@ pub(crate) fn run(args: &VmArgs, workspace: &Workspace) -> Result<()> {
     write_if_changed(&file, &serde_json::to_vec_pretty(&all)?)?;
     error.map_or(Ok(()), Err)?;
     all.check()?;
+    if args.all {
+        all.check_complete()?;
+    }
+    if args.all && args.has_documented_rows() {
+        let minutes = start.elapsed().as_secs().div_ceil(60);
+        kernels::note_whole_run(&tables(workspace), &kernels::today()?, all.rows.len(), minutes)?;
+    }
     say(format!("{} rows passed in {}", all.rows.len(), seconds_since(start)));
     Ok(())
+}
+
+/// The file with the tables of the kernels.
+fn tables(workspace: &Workspace) -> PathBuf {
+    workspace.root.join("docs/kernels.md")
 }
 
 /// The rows of one architecture. They are booted together, so that no machine waits for the last one of another group.
@@ -157,9 +175,6 @@ struct KernelGroup {
     variants: Vec<&'static Variant>,
 }
 
-/// The real-time kernels of the matrix.
-const REAL_TIME: [&str; 3] = ["6.1-rt", "6.12-rt", "7-rt"];
-
 impl MatrixPart {
     fn of(args: &VmArgs) -> Result<Vec<Self>> {
         if !args.all {
@@ -168,33 +183,44 @@ impl MatrixPart {
             let groups = vec![KernelGroup { kernels: args.kernel.clone(), variants }];
             return Ok(vec![Self { architecture, groups }]);
         }
-        let group = |kernels: &[&str], names: &[&str]| {
-            let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
-            KernelGroup { kernels: owned(kernels), variants: variant::named(&owned(names)) }
+        let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
+        let of = |architecture: &'static Architecture| {
+            let default = vec![&VARIANTS[0]];
+            let groups = [
+                (architecture.kernels, variant::named(&owned(architecture.variants))),
+                (architecture.real_time_kernels, default),
+                (architecture.generic_kernels, vec![&variant::QUICK]),
+            ];
+            let groups = groups.into_iter().filter(|(kernels, _)| !kernels.is_empty());
+            let group = |(kernels, variants)| KernelGroup { kernels: owned(kernels), variants };
+            Self { architecture, groups: groups.map(group).collect() }
         };
-        Ok(vec![
-            Self { architecture: &X86_64, groups: vec![group(&[], &[]), group(&REAL_TIME, &["default"])] },
-            Self { architecture: &AARCH64, groups: vec![group(&[], &["default", "confidentiality"])] },
-        ])
+        Ok(architecture::ALL.map(of).into())
     }
 
     /// Boots its rows, and writes the rows that passed to docs/kernels.md.
     fn run(&self, args: &VmArgs, workspace: &Workspace) -> Result<VmReport> {
         let Self { architecture, groups } = self;
         Emulator::find_or_fetch(workspace, architecture)?;
-        let stocks: Vec<_> = groups
-            .iter()
-            .map(|group| KernelStock::get_all(&group.kernels, architecture, &directory(workspace)))
-            .collect::<Result<_>>()?;
+        let stock = |group: &KernelGroup| {
+            let (wanted, directory) = (&group.kernels, directory(workspace));
+            if args.all {
+                // A kernel that can't be had is an error after all others ran.
+                return Ok(KernelStock::get_available(wanted, architecture, &directory));
+            }
+            KernelStock::get_all(wanted, architecture, &directory)
+        };
+        let stocks: Vec<_> = groups.iter().map(stock).collect::<Result<_>>()?;
         let mut rows: Vec<_> =
             groups.iter().zip(&stocks).flat_map(|(group, stock)| group.rows(stock, args)).collect();
         // As they stand in the matrix, where the longest come first.
         rows.sort_by_key(|(_, variant)| variant.index());
         let skipped = stocks.iter().flat_map(|stock| stock.skipped.clone()).collect();
         let report = boot(args, architecture, &rows, skipped, workspace)?;
-        // The documented rows are those of all tests; a row that did not pass leaves the documented one.
-        if args.test_args.is_empty() && args.cpus.is_none() {
-            kernels::update(&workspace.root.join("docs/kernels.md"), &report.rows)?;
+        if args.has_documented_rows() {
+            // A kernel that was given as a file may be any; a row that did not pass leaves the documented one.
+            let known = rows.iter().zip(&report.rows).filter(|((kernel, _), _)| kernel.is_known);
+            kernels::update(&tables(workspace), &kernels::today()?, known.map(|(_, row)| row))?;
         }
         Ok(report)
     }
@@ -209,7 +235,7 @@ impl KernelGroup {
             .filter(|(kernel, variant)| !variant.repeats_one_of(variants, kernel))
             // If the user names tests, there are no other tests for the oldest kernel to run.
             .filter(|(kernel, variant)| {
-                !variant.at_oldest || (stock.is_oldest(kernel) && args.test_args.is_empty())
+                !variant.at_oldest || (kernel.is_oldest() && args.test_args.is_empty())
             })
             .collect()
     }
@@ -276,4 +302,56 @@ fn boot(
     let report = VmReport { rows: RowRunner::new(args, architecture, workspace)?.run(rows)?, skipped };
     println!("{}", report.render());
     Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct VmCli {
+        #[command(flatten)]
+        args: VmArgs,
+    }
+
+    fn args(line: &[&str]) -> VmArgs {
+        VmCli::try_parse_from([&["vm"], line].concat()).unwrap().args
+    }
+
+    #[test]
+    fn only_rows_of_all_tests_under_the_usual_conditions_are_documented() {
+        for (line, is_documented) in [
+            ([].as_slice(), true),
+            (&["--all"], true),
+            (&["--kernel", "6.1", "--variant", "default"], true),
+            (&["--env", "SELFCONN_SCALE=100"], false),
+            (&["--cpus", "2"], false),
+            (&["--", "kernel::"], false),
+        ] {
+            assert_eq!(args(line).has_documented_rows(), is_documented, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn the_whole_matrix_has_each_flavour_in_its_variants() {
+        let parts = MatrixPart::of(&args(&["--all"])).unwrap();
+        let groups =
+            parts.iter().flat_map(|part| part.groups.iter().map(|group| (part.architecture.name, group)));
+        let groups: Vec<_> = groups
+            .map(|(name, group)| {
+                let parts = group.variants.iter().map(|variant| (variant.name, variant.parts.len()));
+                (name, group.kernels.join(" "), parts.collect::<Vec<_>>())
+            })
+            .collect();
+        let all = VARIANTS.iter().map(|variant| (variant.name, variant.parts.len())).collect::<Vec<_>>();
+        let expected = [
+            ("x86_64", "5.10 6.1 6.12 6.18 7", all),
+            ("x86_64", "6.1-rt 6.12-rt 7-rt", vec![("default", 2)]),
+            ("x86_64", "5.10-generic 7-generic", vec![("default", 1)]),
+            ("aarch64", "5.10 6.1 6.12-16k 7", vec![("default", 2), ("confidentiality", 1)]),
+        ];
+        assert_eq!(groups, expected.map(|(name, kernels, variants)| (name, kernels.to_owned(), variants)));
+    }
 }

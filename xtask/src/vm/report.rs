@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::{
     boot::{Ending, GUEST_PREFIX, KernelWarnings},
-    facts::{Fact, HOOKS},
+    facts::{Fact, METHODS},
 };
 
 /// The result of a test.
@@ -126,6 +126,13 @@ impl VmReport {
         Ok(())
     }
 
+    /// An error if a kernel could not be had.
+    pub(super) fn check_complete(&self) -> Result<()> {
+        let skipped: Vec<&str> = self.skipped.iter().map(|(kernel, _)| kernel.as_str()).collect();
+        ensure!(skipped.is_empty(), "kernels could not be had: {}", skipped.join(", "));
+        Ok(())
+    }
+
     /// The table of kernels and variants, then the failed tests and what was skipped.
     pub(super) fn render(&self) -> String {
         let (kernels, variants) = (self.each(|row| &row.kernel), self.each(|row| &row.variant));
@@ -229,10 +236,10 @@ pub(super) fn faults(output: &str, tests: &[TestResult], facts: &[Fact]) -> Vec<
         .filter_map(|line| line.strip_prefix(GUEST_PREFIX))
         .filter(|line| line.contains(": failed") && !is_explained)
         .map(str::to_owned);
-    let methods = facts
-        .iter()
-        .filter(|(key, value)| key.starts_with(HOOKS) && value.starts_with("broken"))
-        .map(|(key, value)| format!("{}: {value}", key.trim_start_matches(HOOKS)));
+    let methods = facts.iter().filter(|(_, value)| value.starts_with("broken")).filter_map(|(key, value)| {
+        let name = METHODS.iter().find_map(|prefix| key.strip_prefix(prefix))?;
+        Some(format!("{name}: {value}"))
+    });
     programs.chain(methods).collect()
 }
 
@@ -313,6 +320,14 @@ mod tests {
             ),
             (Ending::Passed, "FACT hooks.h a=broken: x\ntest a ... ok\n", false, "1 passed, h a: broken: x"),
             (
+                Ending::Passed,
+                "FACT binds.bind perf=broken: x\ntest a ... ok\n",
+                false,
+                "1 passed, bind perf: broken: x",
+            ),
+            (Ending::Passed, "FACT binds.bind perf=refused: x\ntest a ... ok\n", true, "1 passed"),
+            (Ending::Passed, "FACT other=broken\ntest a ... ok\n", true, "1 passed"),
+            (
                 Ending::Panicked("BUG: x".into()),
                 "test a ...",
                 false,
@@ -330,6 +345,17 @@ mod tests {
             let row = row("6.1", "default", ending, output);
             assert_eq!((row.passed(), row.summary().as_str()), (passed, summary), "{output:?}");
         }
+    }
+
+    #[test]
+    fn a_kernel_that_could_not_be_had_makes_the_whole_matrix_fail() {
+        let rows = || vec![row("6.1", "default", Ending::Passed, "test a ... ok\n")];
+        let report = |skipped| VmReport { rows: rows(), skipped };
+        assert!(report(Vec::new()).check_complete().is_ok());
+        let missing = report(vec![("7".into(), "no such".into())]);
+        assert!(missing.check().is_ok());
+        let error = missing.check_complete().unwrap_err().to_string();
+        assert_eq!(error, "kernels could not be had: 7");
     }
 
     #[test]

@@ -67,7 +67,7 @@ impl<'a> RowRunner<'a> {
 
     /// Runs the rows, some at a time, and returns the results in their order.
     pub(super) fn run(&self, rows: &[(&Kernel, &Variant)]) -> Result<Vec<MatrixRow>> {
-        ensure!(!rows.is_empty(), "nothing to boot");
+        ensure!(!rows.is_empty(), "nothing to boot: no kernel could be had, or the variant is not for it");
         let next = AtomicUsize::new(0);
         let worker = || {
             let mut results = Vec::new();

@@ -35,7 +35,8 @@ pub(super) struct KernelStock {
 }
 
 impl KernelStock {
-    /// Gets all that are wanted, each a file or a version, or else most of the architecture's.
+    /// Gets all that are wanted, each a file or a version, or else most of the architecture's. It is an error if too
+    /// few can be had.
     pub(super) fn get_all(
         wanted: &[String],
         architecture: &'static Architecture,
@@ -67,10 +68,9 @@ impl KernelStock {
                 archive.kernel(wanted).map(|kernel| Kernel { is_known: true, ..kernel })
             } else {
                 let directory = kept.join(format!("given-{index}"));
-                Flavour::of(architecture, "")
-                    .and_then(|flavour| Kernel::from_file(Path::new(wanted), &directory, flavour))
+                Kernel::from_file(Path::new(wanted), &directory, architecture)
             };
-            match kernel {
+            match kernel.and_then(|kernel| stock.distinct(kernel)) {
                 Ok(kernel) => {
                     say(format!("kernel {wanted}: {}", kernel.label()));
                     stock.kernels.push(kernel);
@@ -84,9 +84,11 @@ impl KernelStock {
         stock
     }
 
-    /// True for the first kernel, which is the oldest of the default set.
-    pub(super) fn is_oldest(&self, kernel: &Kernel) -> bool {
-        self.kernels.first().is_some_and(|first| first.label() == kernel.label())
+    /// This kernel, if its rows and logs have names of their own.
+    fn distinct(&self, kernel: Kernel) -> Result<Kernel> {
+        let label = kernel.label();
+        ensure!(self.kernels.iter().all(|other| other.label() != label), "{label} is named twice");
+        Ok(kernel)
     }
 }
 
@@ -166,4 +168,24 @@ fn fetch_package(
     let kernel = Kernel::from_packages(&packages, &directory, flavour)?;
     fs::remove_dir_all(&packages).with_context(|| format!("remove {}", packages.display()))?;
     Ok(kernel)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_is_named_twice_is_booted_once() {
+        let stock = KernelStock { kernels: vec![Kernel::of_version("6.1.192")], skipped: Vec::new() };
+        let error = stock.distinct(Kernel::of_version("6.1.192")).unwrap_err().to_string();
+        assert_eq!(error, "6.1.192 is named twice");
+        assert!(stock.distinct(Kernel::of_version("6.12.118")).is_ok());
+    }
+
+    #[test]
+    fn the_series_is_the_first_number_of_the_newest_kernels_and_two_of_the_others() {
+        for (version, series) in [("6.12.118", [6, 12].as_slice()), ("7.3.4-rt", &[7]), ("5.10", &[5, 10])] {
+            assert_eq!(series_of(version), series, "{version}");
+        }
+    }
 }

@@ -118,9 +118,7 @@ pub(super) fn named(names: &[String]) -> Vec<&'static Variant> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
-    use super::{super::flavour::Flavour, *};
+    use super::*;
 
     #[test]
     fn one_cpu_is_a_row_of_its_own_only_if_there_can_be_two() {
@@ -135,14 +133,7 @@ mod tests {
             ("7.3.4", &["one-cpu", "default"], &["default"]),
             ("7.3.4", &["one-cpu"], &["one-cpu"]),
         ] {
-            let kernel = Kernel {
-                version: version.into(),
-                image: PathBuf::new(),
-                modules: Vec::new(),
-                flavour: Flavour::usual(),
-                is_known: false,
-                module_names: Vec::new(),
-            };
+            let kernel = Kernel::of_version(version);
             let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
             let variants = named(&names);
             let rows = variants.iter().filter(|variant| !variant.repeats_one_of(&variants, &kernel));

@@ -91,11 +91,10 @@ const SYSTEMS: [System; 5] = [
 pub(super) const GUEST: &str = include_str!("guest.sh");
 
 /// Nobody logs in, and without udev the units of terminals would wait for their devices.
-const KERNEL_ARGS: [&str; 3] = [
-    "systemd.mask=getty.target",
-    "systemd.mask=serial-getty@ttyS0.service",
-    "systemd.mask=serial-getty@ttyAMA0.service",
-];
+fn kernel_args(architecture: &Architecture) -> [String; 3] {
+    let serial = |line: &str| format!("systemd.mask=serial-getty@{line}.service");
+    ["systemd.mask=getty.target".to_owned(), serial(architecture.console), serial(architecture.output)]
+}
 
 /// The whole system is in memory, and during the boot also its archive.
 const MEMORY_MIB: u32 = 2560;
@@ -219,12 +218,13 @@ fn boot(
         "{name}: booting a Debian system ({}) with kernel {} in memory",
         system.suite, kernel.version
     ));
+    let kernel_args = kernel_args(kernel.flavour.architecture);
     let [log, console] = ["log", "console.log"].map(|end| directory.join(format!("{name}.{end}")));
     let boot = Boot {
         emulator,
         kernel,
         initramfs,
-        kernel_args: &KERNEL_ARGS,
+        kernel_args: &kernel_args.each_ref().map(String::as_str),
         cpus: kernel.emulation().max_cpus,
         memory_mib: MEMORY_MIB,
         deadline: Duration::from_secs(deadline),
