@@ -57,6 +57,23 @@ pub struct BindChoice {
 }
 
 impl BindChoice {
+    /// The choice among the outcomes of all methods.
+    #[must_use]
+    pub fn of(outcomes: &[(BindMethod, Result<(), Refusal>)]) -> Self {
+        let live = outcomes.iter().find(|(_, outcome)| outcome.is_ok()).map(|(method, _)| *method);
+        let refused = |(method, outcome): &(BindMethod, Result<(), Refusal>)| {
+            outcome.clone().err().map(|why| (*method, why))
+        };
+        Self { live, refused: outcomes.iter().filter_map(refused).collect() }
+    }
+
+    /// What is missed if no method is attached, as text for people. `None`: one is, or none was asked for.
+    #[must_use]
+    pub fn limit(&self) -> Option<String> {
+        let is_missed = self.live.is_none() && !self.refused.is_empty();
+        is_missed.then(|| "failed binds are not observed, so `blocked` is not reported".to_owned())
+    }
+
     /// Checks that the user's request is met; the error says why not.
     ///
     /// # Errors
@@ -76,6 +93,22 @@ impl BindChoice {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn that_no_method_is_attached_is_a_limit_unless_none_was_asked_for() {
+        let no = |method| (method, Err(Refusal::Unsupported("too old".to_owned())));
+        let limit = "failed binds are not observed, so `blocked` is not reported";
+        for (outcomes, live, refused, expected) in [
+            (vec![no(BindMethod::Fexit), no(BindMethod::Perf)], None, 2, Some(limit)),
+            (vec![no(BindMethod::Fexit), (BindMethod::Perf, Ok(()))], Some(BindMethod::Perf), 1, None),
+            (vec![(BindMethod::Fexit, Ok(())), no(BindMethod::Perf)], Some(BindMethod::Fexit), 1, None),
+            (vec![], None, 0, None),
+        ] {
+            let choice = BindChoice::of(&outcomes);
+            assert_eq!((choice.live, choice.refused.len()), (live, refused), "{outcomes:?}");
+            assert_eq!(choice.limit().as_deref(), expected, "{outcomes:?}");
+        }
+    }
 
     #[test]
     fn only_a_method_that_was_named_must_be_attached() {

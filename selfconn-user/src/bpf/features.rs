@@ -272,10 +272,8 @@ impl KernelFeatures {
                 let text = tracefs::read_format("sock/inet_sock_set_state").map_err(Refusal::Unsupported)?;
                 format::check(&text, format::SET_STATE).map_err(Refusal::Unsupported)
             }
-            Method::Kprobe if names::kprobe(ARCH, true).is_none() => {
-                Err(Refusal::Unsupported(format!("the eBPF object has no kprobe program for {ARCH}")))
-            }
             Method::Kprobe => {
+                check_kprobe_program(ARCH)?;
                 self.kprobes.clone().map_err(Refusal::Unsupported)?;
                 self.check_offsets()?;
                 self.check_probe_read()
@@ -416,6 +414,14 @@ impl KernelFeatures {
     }
 }
 
+/// The object has a kprobe program for this architecture.
+fn check_kprobe_program(arch: &str) -> Result<(), Refusal> {
+    match names::kprobe(arch, true) {
+        Some(_) => Ok(()),
+        None => Err(Refusal::Unsupported(format!("the eBPF object has no kprobe program for {arch}"))),
+    }
+}
+
 /// Why programs may not call `bpf_probe_read_kernel`. `lockdown` is `None` if it can't be read.
 fn probe_read_refusal(lacks_tracing: bool, lockdown: Option<&str>) -> Refusal {
     let why = "bpf_probe_read_kernel may not be called";
@@ -492,6 +498,15 @@ mod tests {
         let is_refused = |lacks, lockdown| matches!(probe_read_refusal(lacks, lockdown), Refusal::Refused(why) if why.contains("lockdown"));
         assert!(is_refused(false, Some("confidentiality")) && is_refused(false, None));
         assert!(!is_refused(false, Some("integrity")) && !is_refused(true, Some("confidentiality")));
+    }
+
+    #[test]
+    fn kprobe_is_refused_on_an_architecture_without_a_program() {
+        for arch in ["x86_64", "aarch64"] {
+            assert_eq!(check_kprobe_program(arch), Ok(()));
+        }
+        let refused = Refusal::Unsupported("the eBPF object has no kprobe program for riscv64".to_owned());
+        assert_eq!(check_kprobe_program("riscv64"), Err(refused));
     }
 
     #[test]

@@ -44,9 +44,9 @@ pub fn find() -> Tracefs {
     }
 }
 
-/// Why there is no mount point for it: `absent`, unless something covers /sys.
-pub fn why_absent(absent: &str) -> String {
-    sysfs::why_missing(MOUNT_POINTS[0], absent)
+/// Why it is not where it should be: `missing`, unless something covers its mount point or /sys.
+pub fn why_missing(missing: &str) -> String {
+    sysfs::why_missing(MOUNT_POINTS[0], missing)
 }
 
 /// The text of a tracepoint's `format` file in the mount namespace of this thread. `event` is, for example,
@@ -65,12 +65,10 @@ pub fn read_format(event: &str) -> Result<String, String> {
             MOUNT_POINTS[0]
         )),
         Tracefs::NotMounted => {
-            let at = MOUNT_POINTS[0];
-            Err(format!(
-                "tracefs is not mounted, so no tracepoints are visible: mount -t tracefs tracefs {at}"
-            ))
+            let (at, why) = (MOUNT_POINTS[0], why_missing("tracefs is not mounted"));
+            Err(format!("{why}, so no tracepoints are visible: mount -t tracefs tracefs {at}"))
         }
-        Tracefs::Absent => Err(why_absent("the kernel was built without tracefs")),
+        Tracefs::Absent => Err(why_missing("the kernel was built without tracefs")),
     }
 }
 

@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::{
     bpf::{
         attach::{Hook, Method, RequestedHooks, choose},
-        bind_method::BindMethod,
+        bind_method::{BindChoice, BindMethod},
         bind_programs, descriptors,
         features::KernelFeatures,
         found_guards::{self, FoundFilter, FoundGuard},
@@ -150,6 +150,8 @@ fn collect(features: &KernelFeatures) -> DoctorReport {
                 .collect(),
         })
         .collect();
+    let bind_outcomes = bind_programs::probe_methods(features);
+    let binds = BindChoice::of(&bind_outcomes);
     DoctorReport {
         version: env!("CARGO_PKG_VERSION"),
         kernel: features.release.clone(),
@@ -157,20 +159,22 @@ fn collect(features: &KernelFeatures) -> DoctorReport {
         checks: checks(features, ring),
         hooks,
         would_attach: choice.live.iter().map(|(method, ())| method.name()).collect(),
-        binds: bind_reports(bind_programs::probe_methods(features)),
+        binds: bind_reports(bind_outcomes, binds.live),
         descriptors: vec![iterator_report(descriptors::NAME, descriptors::probe(features))],
         namespaces: vec![iterator_report(namespaces::NAME, namespaces::probe(features))],
-        limits: features.limits().into_iter().chain(choice.limit()).collect(),
+        limits: features.limits().into_iter().chain(choice.limit()).chain(binds.limit()).collect(),
         memory: MemoryReport::new(),
         live: None,
         fit: !choice.live.is_empty(),
     }
 }
 
-fn bind_reports(outcomes: Vec<(BindMethod, Result<(), Refusal>)>) -> Vec<MethodReport> {
-    let first = outcomes.iter().find(|(_, outcome)| outcome.is_ok()).map(|(method, _)| *method);
+fn bind_reports(
+    outcomes: Vec<(BindMethod, Result<(), Refusal>)>,
+    live: Option<BindMethod>,
+) -> Vec<MethodReport> {
     let report =
-        |(method, outcome): (BindMethod, _)| method_report(method.name(), outcome, first == Some(method));
+        |(method, outcome): (BindMethod, _)| method_report(method.name(), outcome, live == Some(method));
     outcomes.into_iter().map(report).collect()
 }
 
@@ -226,24 +230,22 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
     let tracefs = match features.tracefs {
         Tracefs::At(at) => Ok(format!("mounted on {at}")),
         Tracefs::Denied => Err("only root may read it, and CAP_DAC_READ_SEARCH".to_owned()),
-        Tracefs::NotMounted if features.capabilities.contains(CapabilitySet::SYS_ADMIN) => {
-            Ok("not mounted; selfconn mounts it privately while it attaches".to_owned())
+        Tracefs::NotMounted => {
+            let why = tracefs::why_missing("not mounted");
+            if features.capabilities.contains(CapabilitySet::SYS_ADMIN) {
+                Ok(format!("{why}; selfconn mounts it privately while it attaches"))
+            } else {
+                Err(why)
+            }
         }
-        Tracefs::NotMounted => Err("not mounted".to_owned()),
-        Tracefs::Absent => Err(tracefs::why_absent("not in this kernel")),
+        Tracefs::Absent => Err(tracefs::why_missing("not in this kernel")),
     };
     let lockdown = features.lockdown.as_deref().unwrap_or("unknown (no /sys/kernel/security/lockdown)");
     let missing = capabilities::names(features.missing_capabilities()).join(", ");
     let remedy = sockets::can_destroy().and_then(|()| sockets::can_enter());
     let (guard, guard_hint) = guard_finding(found_guards::find().map_err(|error| error.to_string()));
-    let architectures: Vec<_> = names::KPROBES.iter().map(|(arch, ..)| *arch).collect();
-    let object = format!("{}, kprobes for {}", env!("SELFCONN_OBJECT"), architectures.join(" and "));
-    let object = match names::kprobe(ARCH, true) {
-        Some(_) => Ok(object),
-        None => Err(format!("{object}, none for {ARCH}")),
-    };
     vec![
-        check("object", object, Some("the other methods work on every architecture")),
+        check("object", object_finding(ARCH), Some("the other methods work on every architecture")),
         check("btf", btf, Some(btf_hint)),
         check("tracefs", tracefs, tracefs_hint),
         check("lockdown", Ok(lockdown.to_owned()), None),
@@ -287,6 +289,16 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
             Some("run on the host, or with the host's pid namespace (hostPID, --pid=host)"),
         ),
     ]
+}
+
+/// The object, and the architectures for which it has kprobes. An error if this architecture is not among them.
+fn object_finding(arch: &str) -> Result<String, String> {
+    let architectures: Vec<_> = names::KPROBES.iter().map(|(arch, ..)| *arch).collect();
+    let object = format!("{}, kprobes for {}", env!("SELFCONN_OBJECT"), architectures.join(" and "));
+    match names::kprobe(arch, true) {
+        Some(_) => Ok(object),
+        None => Err(format!("{object}, none for {arch}")),
+    }
 }
 
 /// Where `selfconn exec` would make a control group.
@@ -393,4 +405,18 @@ fn text(report: &DoctorReport) -> String {
         writeln!(out, "\nNot fit to run: no hook can be attached.")
     };
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_object_has_no_kprobe_for_an_unknown_architecture() {
+        for arch in ["x86_64", "aarch64"] {
+            assert!(object_finding(arch).unwrap().ends_with(", kprobes for x86_64 and aarch64"), "{arch}");
+        }
+        let problem = object_finding("riscv64").unwrap_err();
+        assert!(problem.ends_with(", kprobes for x86_64 and aarch64, none for riscv64"), "{problem}");
+    }
 }

@@ -49,7 +49,7 @@ pub(super) fn started(host: &KernelFeatures, tracer: &Tracer, guard: GuardStatus
         descriptors: iterator_status(descriptors::NAME, tracer.descriptors_refusal()),
         namespaces: iterator_status(namespaces::NAME, tracer.namespaces_refusal()),
         guard,
-        limits: host.limits().into_iter().chain(methods.limit()).collect(),
+        limits: host.limits().into_iter().chain(methods.limit()).chain(binds.limit()).collect(),
     }
 }
 

@@ -53,6 +53,18 @@ fn a_hook_without_an_attached_method_has_a_reason_for_each_method() {
 }
 
 #[test]
+fn each_known_architecture_has_kprobe_programs_of_its_own_and_no_other_has_one() {
+    for uses_static_offsets in [true, false] {
+        let [x86, arm64] = ["x86_64", "aarch64"].map(|arch| names::kprobe(arch, uses_static_offsets));
+        assert!(x86.is_some() && arm64.is_some() && x86 != arm64, "{x86:?} {arm64:?}");
+        for unknown in ["riscv64", "x86", "", "x86_64_"] {
+            assert_eq!(names::kprobe(unknown, uses_static_offsets), None, "{unknown}");
+        }
+    }
+    assert_ne!(names::kprobe("x86_64", true), names::kprobe("x86_64", false));
+}
+
+#[test]
 fn a_missing_capability_stops_the_search() {
     let mut attempts = 0;
     let choice: Choice<()> = choose(ANY, |_| {

@@ -96,12 +96,17 @@ pub(crate) fn reads_descriptors() -> bool {
 /// Each method with its verdict by `doctor` and the reason.
 pub(crate) fn method_verdicts() -> Vec<(&'static str, &'static str, &'static str)> {
     let hooks = doctor()["hooks"].as_array().unwrap().iter();
-    let methods = hooks.flat_map(|hook| hook["methods"].as_array().unwrap());
-    let verdict = |method: &'static Value| {
-        let text = |key: &str| method[key].as_str().unwrap_or_default();
-        (text("method"), text("verdict"), text("why"))
-    };
-    methods.map(verdict).collect()
+    hooks.flat_map(|hook| hook["methods"].as_array().unwrap()).map(verdict_of).collect()
+}
+
+/// The same for the methods that observe failed binds.
+pub(crate) fn bind_verdicts() -> Vec<(&'static str, &'static str, &'static str)> {
+    doctor()["binds"].as_array().unwrap().iter().map(verdict_of).collect()
+}
+
+fn verdict_of(method: &'static Value) -> (&'static str, &'static str, &'static str) {
+    let text = |key: &str| method[key].as_str().unwrap_or_default();
+    (text("method"), text("verdict"), text("why"))
 }
 
 /// The options that force this method and attach no other.

@@ -11,20 +11,36 @@ use rustix::{
 use serde_json::Value;
 
 use crate::support::daemon::{
-    HookVariant, TestDaemon, doctor, hook_variants, is_real_time, method_verdicts, options_forcing, selfconn,
+    HookVariant, TestDaemon, bind_verdicts, doctor, hook_variants, is_real_time, method_verdicts,
+    options_forcing, selfconn,
 };
 
-/// The expected method verdicts under a lockdown. There is no difference between kernels of x86-64 from 5.10 to 7.x,
-/// because the programs that read the socket by plain loads need no helper that a lockdown forbids. On arm64, programs
-/// on functions came with 6.4.
+/// The expected verdict of each method of the hooks.
 fn expected_verdicts(kernel: &str, lockdown: &str) -> [(&'static str, &'static str); 4] {
-    let reads_memory = if lockdown == "confidentiality" { "refused" } else { "ok" };
-    let fentry =
-        if cfg!(target_arch = "aarch64") && version_of(kernel) < (6, 4) { "unsupported" } else { "ok" };
+    let (reads_memory, fentry) = (reads_memory(lockdown), on_functions(kernel));
     // The patches, until they became a part of the kernel, put a field before those of each tracepoint
-    // (`common_preempt_lazy_count` in Debian's linux-image-6.1-rt).
-    let perf = if is_real_time() && version_of(kernel) < (6, 12) { "unsupported" } else { reads_memory };
+    // (`common_preempt_lazy_count` in Debian's linux-image-6.1-rt). The fields are read only where the policy allows
+    // the method.
+    let has_other_fields = is_real_time() && version_of(kernel) < (6, 12);
+    let perf = if has_other_fields && reads_memory == "ok" { "unsupported" } else { reads_memory };
     [("tp_btf", "ok"), ("perf", perf), ("fentry", fentry), ("kprobe", reads_memory)]
+}
+
+/// The expected verdict of each method for failed binds. The real-time patches do not move the fields of system calls,
+/// because their additional field fits into the padding before them.
+fn expected_bind_verdicts(kernel: &str, lockdown: &str) -> [(&'static str, &'static str); 2] {
+    [("fexit", on_functions(kernel)), ("perf", reads_memory(lockdown))]
+}
+
+/// The expected verdict of methods whose programs call `bpf_probe_read_kernel`. The other programs read by plain loads
+/// and need no helper that a lockdown forbids.
+fn reads_memory(lockdown: &str) -> &'static str {
+    if lockdown == "confidentiality" { "refused" } else { "ok" }
+}
+
+/// The expected verdict of programs on functions, which came to arm64 with 6.4.
+fn on_functions(kernel: &str) -> &'static str {
+    if cfg!(target_arch = "aarch64") && version_of(kernel) < (6, 4) { "unsupported" } else { "ok" }
 }
 
 /// The first two numbers of a version.
@@ -48,9 +64,13 @@ fn a_kernel_has_the_expected_methods_and_refuses_the_others_by_policy() {
     };
     // If the kernel ignored the requested lockdown, the rest would test something else.
     assert_eq!(lockdown(), std::env::var("SELFCONN_LOCKDOWN").unwrap(), "{kernel}");
-    let found: Vec<_> = method_verdicts().into_iter().map(|(method, verdict, _)| (method, verdict)).collect();
-    assert_eq!(found, expected_verdicts(&kernel, &lockdown()), "{kernel}: {}", doctor());
-    for (method, verdict, why) in method_verdicts() {
+    let found = |verdicts: &[(&'static str, &'static str, &'static str)]| {
+        verdicts.iter().map(|(method, verdict, _)| (*method, *verdict)).collect::<Vec<_>>()
+    };
+    let (hooks, binds) = (method_verdicts(), bind_verdicts());
+    assert_eq!(found(&hooks), expected_verdicts(&kernel, &lockdown()), "{kernel}: {}", doctor());
+    assert_eq!(found(&binds), expected_bind_verdicts(&kernel, &lockdown()), "{kernel}: {}", doctor());
+    for (method, verdict, why) in hooks.into_iter().chain(binds) {
         let names_the_policy = why.contains("lockdown=confidentiality");
         assert!(!why.contains("524"), "{kernel}: {method}: {why:?}");
         if (method, verdict) == ("perf", "unsupported") {
@@ -66,19 +86,54 @@ fn a_kernel_has_the_expected_methods_and_refuses_the_others_by_policy() {
     assert_eq!(names_single_method(&doctor()["limits"]), pair.len() == 1, "{kernel}: {}", doctor());
 }
 
+/// True if a limit says that failed binds are not observed.
+fn names_unobserved_binds(limits: &Value) -> bool {
+    limits.to_string().contains("failed binds are not observed, so `blocked` is not reported")
+}
+
+#[test]
+fn that_no_method_observes_failed_binds_is_a_limit_unless_the_user_wanted_none() {
+    let has_method = bind_verdicts().iter().any(|(_, verdict, _)| *verdict == "ok");
+    assert_eq!(names_unobserved_binds(&doctor()["limits"]), !has_method, "{}", doctor());
+    for (options, is_named) in [
+        ([].as_slice(), !has_method),
+        (&["--bind-method", "off"], false),
+        // Both methods read offsets from the BTF.
+        (&["--without-btf"], true),
+        (&["--without-btf", "--bind-method", "off"], false),
+    ] {
+        let perf = method_verdicts().into_iter().find(|(method, ..)| *method == "perf").unwrap();
+        if options.contains(&"--without-btf") && perf.1 != "ok" {
+            println!("skipped: without BTF only perf works, and it is {}: {}", perf.1, perf.2);
+            continue;
+        }
+        let (events, _) = TestDaemon::start(&HookVariant(vec![]), options).stop();
+        assert_eq!(names_unobserved_binds(&events[0]["limits"]), is_named, "{options:?}: {}", events[0]);
+        assert_eq!(
+            events[0]["binds"]["method"].is_null(),
+            is_named || options.contains(&"off"),
+            "{}",
+            events[0]
+        );
+    }
+}
+
 fn names_single_method(limits: &Value) -> bool {
     limits.to_string().contains(" is attached, so no other method sees a transition that comes while ")
 }
 
-/// The output of `doctor --json` where a tmpfs covers this directory.
-fn doctor_with_masked(directory: &'static str) -> Value {
+/// The output of `doctor --json` where a tmpfs covers each of these directories.
+fn doctor_with_masked(directories: &'static [&'static str]) -> Value {
     let mut command = Command::new(selfconn());
     command.args(["doctor", "--json"]);
     let mask = move || {
         // SAFETY: no other thread shares this process's descriptors and root after fork.
         unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
-        Ok(mount("tmpfs", directory, "tmpfs", MountFlags::empty(), None)?)
+        for directory in directories {
+            mount("tmpfs", *directory, "tmpfs", MountFlags::empty(), None)?;
+        }
+        Ok(())
     };
     // SAFETY: system calls only, between fork and exec.
     unsafe { command.pre_exec(mask) };
@@ -95,7 +150,7 @@ fn what_a_mount_hides_is_called_masked_and_what_the_kernel_lacks_is_not() {
     assert!(!finding["finding"].as_str().unwrap().contains("masked"), "{finding}");
     // A kernel without BTF has no such directory.
     if std::path::Path::new("/sys/kernel/btf").exists() {
-        let masked = check(&doctor_with_masked("/sys/kernel/btf"), "btf");
+        let masked = check(&doctor_with_masked(&["/sys/kernel/btf"]), "btf");
         assert!(masked["finding"].as_str().unwrap().contains("masked: "), "{masked}");
         assert!(masked["hint"].as_str().unwrap().starts_with("unmount"), "{masked}");
     }
@@ -105,15 +160,40 @@ fn what_a_mount_hides_is_called_masked_and_what_the_kernel_lacks_is_not() {
         methods.find(|method| method["method"] == name).unwrap().clone()
     };
     // The method is missing for the same reason, or was before.
-    let why = method(&doctor_with_masked("/sys/bus"), "kprobe")["why"].clone();
+    let why = method(&doctor_with_masked(&["/sys/bus"]), "kprobe")["why"].clone();
     assert!(why.as_str().unwrap().contains("masked: "), "{why}");
     assert!(!method(open, "kprobe")["why"].to_string().contains("masked"), "{open}");
+    assert!(!check(open, "tracefs")["finding"].as_str().unwrap().contains("masked"), "{open}");
+    // Without the directory there is no place for a private mount.
+    let masked = check(&doctor_with_masked(&["/sys/kernel"]), "tracefs");
+    assert!(masked["finding"].as_str().unwrap().starts_with("masked: "), "{masked}");
+    assert_eq!(masked["ok"], false, "{masked}");
     // What the policy refuses is refused also where the policy can't be read.
     if lockdown() == "confidentiality" {
-        let perf = method(&doctor_with_masked("/sys/kernel/security"), "perf");
+        let perf = method(&doctor_with_masked(&["/sys/kernel/security"]), "perf");
         assert_eq!(perf["verdict"], "refused", "{perf}");
         assert!(perf["why"].as_str().unwrap().contains("lockdown"), "{perf}");
     }
+}
+
+/// The two places of tracefs. A kernel without one of them has no such directory.
+const TRACEFS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug"];
+
+#[test]
+fn a_covered_tracefs_is_called_masked_and_hinders_no_method() {
+    if !TRACEFS.iter().all(|directory| std::path::Path::new(directory).exists()) {
+        return println!("skipped: this kernel lacks one of {TRACEFS:?}");
+    }
+    let masked = doctor_with_masked(&TRACEFS);
+    let tracefs =
+        masked["checks"].as_array().unwrap().iter().find(|check| check["name"] == "tracefs").unwrap();
+    let finding = tracefs["finding"].as_str().unwrap();
+    let covered = "masked: something that is not of the kernel is mounted on /sys/kernel/tracing here";
+    assert!(finding.starts_with(covered), "{tracefs}");
+    // With CAP_SYS_ADMIN selfconn mounts it over what covers it, for itself.
+    assert!(finding.ends_with("; selfconn mounts it privately while it attaches"), "{tracefs}");
+    assert_eq!(masked["hooks"], doctor()["hooks"]);
+    assert_eq!(masked["binds"], doctor()["binds"]);
 }
 
 #[test]
