@@ -65,6 +65,14 @@ impl HookVariant {
         self.0.last().is_none_or(is_covered)
     }
 
+    /// True if all of its programs can be preempted, so that a transition may be missed by each of them. The default
+    /// is [lossless](Self::is_lossless) all the same: its two programs miss the same transition seldom, and a snapshot
+    /// finds the connection.
+    pub(crate) fn may_lose_both(&self) -> bool {
+        let default = || doctor()["would_attach"].as_array().unwrap().iter().filter_map(Value::as_str);
+        if self.0.is_empty() { default().all(is_preemptible) } else { !self.is_lossless() }
+    }
+
     /// The forced method, or `default`.
     pub(crate) fn method(&self) -> &'static str {
         self.0.last().copied().unwrap_or("default")
