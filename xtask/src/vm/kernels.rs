@@ -299,6 +299,15 @@ mod tests {
     }
 
     #[test]
+    fn a_run_without_rows_leaves_the_tables_as_they_are() {
+        let text = include_str!("../../../docs/kernels.md");
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        update(file.path(), "2026-11-28", [].into_iter()).unwrap();
+        assert_eq!(std::fs::read_to_string(file.path()).unwrap(), text);
+    }
+
+    #[test]
     fn a_failed_run_or_one_without_forced_methods_makes_no_row() {
         let forced = output("ok", "none", 1, 2);
         for bad in [forced.replace("methods::", "other::"), forced.replace("... ok", "... FAILED")] {
