@@ -66,8 +66,7 @@ pub(super) fn note_whole_run(file: &Path, today: &str, rows: usize, minutes: u64
 fn with_whole_run(old: &str, today: &str, rows: usize, minutes: u64) -> String {
     let tables = old.lines().filter(|line| !line.starts_with(WHOLE_RUN)).map(|line| format!("{line}\n"));
     let tables: String = tables.collect();
-    let (lead, tables) = ("\n", tables.trim_start_matches('\n'));
-    format!("{lead}{WHOLE_RUN}{today}: {rows} rows in {minutes} minutes.\n\n{tables}")
+    format!("\n{WHOLE_RUN}{today}: {rows} rows in {minutes} minutes.\n\n{}", tables.trim_start_matches('\n'))
 }
 
 /// The date in UTC.
