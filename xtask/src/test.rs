@@ -94,8 +94,10 @@ pub(crate) fn test(workspace: &Workspace, filter: Option<&str>, kernels: bool) -
     }
     if may_install() && filter.is_none() {
         match operations::checks(workspace) {
-            Ok(checks) => {
-                for (name, check) in checks {
+            Ok(operations::Checks { all, skipped }) => {
+                skipped.iter().for_each(|what| say(format!("skipped: {what}")));
+                summary.skipped.extend(skipped);
+                for (name, check) in all {
                     summary.check(name, || {
                         say(format!("{name}: {}", check()?));
                         Ok(Vec::new())

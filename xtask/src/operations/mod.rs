@@ -30,10 +30,18 @@ use crate::{
 /// A check, and its name. It returns what it found.
 type NamedCheck<'a> = (&'static str, Box<dyn Fn() -> Result<String> + 'a>);
 
+pub(crate) struct Checks<'a> {
+    pub(crate) all: Vec<NamedCheck<'a>>,
+    /// What can't be checked on this machine, with the reason.
+    pub(crate) skipped: Vec<String>,
+}
+
 /// `cargo xtask operations`: runs all checks, also after a failure.
 pub(crate) fn operations(workspace: &Workspace) -> Result<()> {
     let mut failed = Vec::new();
-    for (name, check) in checks(workspace)? {
+    let Checks { all, skipped } = checks(workspace)?;
+    skipped.iter().for_each(|what| say(format!("skipped: {what}")));
+    for (name, check) in all {
         let start = Instant::now();
         match check().with_context(|| name.to_owned()) {
             Ok(found) => say(format!("{name}: passed, {}: {found}", seconds_since(start))),
@@ -47,7 +55,7 @@ pub(crate) fn operations(workspace: &Workspace) -> Result<()> {
 }
 
 /// Installs what the checks need, and builds the daemon.
-pub(crate) fn checks(workspace: &Workspace) -> Result<Vec<NamedCheck<'_>>> {
+pub(crate) fn checks(workspace: &Workspace) -> Result<Checks<'_>> {
     packages::must_be_root("the daemon needs root", "operations")?;
     packages::install_programs(&[("systemd-analyze", "systemd")])?;
     let tools = Rc::new(prometheus::Prometheus::find_or_fetch(workspace)?);
@@ -64,7 +72,7 @@ pub(crate) fn checks(workspace: &Workspace) -> Result<Vec<NamedCheck<'_>>> {
     let (rules, tests, scrape) = (Rc::clone(&tools), Rc::clone(&tools), Rc::clone(&tools));
     let (shipped, configured) = ((Rc::clone(&mixin), Rc::clone(&tools)), (mixin, Rc::clone(&tools)));
     let (postgresql, kafka, journal) = (Rc::clone(&shipping), Rc::clone(&shipping), shipping);
-    Ok(vec![
+    let all: Vec<NamedCheck<'_>> = vec![
         ("systemd understands the unit", Box::new(|| unit::is_understood(workspace))),
         ("the unit exposes little", Box::new(|| unit::exposes_little(workspace))),
         ("each drop-in is enough", Box::new(|| unit::drop_ins_are_enough(workspace))),
@@ -91,5 +99,6 @@ pub(crate) fn checks(workspace: &Workspace) -> Result<Vec<NamedCheck<'_>>> {
             "journal-upload ships each event to another journal",
             Box::new(move || journal.to_a_journal(workspace)),
         ),
-    ])
+    ];
+    Ok(Checks { all, skipped: kubernetes::skipped().into_iter().collect() })
 }

@@ -1,8 +1,8 @@
-"""Validates the manifests of packaging/kubernetes: `validate.py FOLDER EXAMPLE`.
+"""Validates the manifests of packaging/kubernetes: `validate.py FOLDER`, or `validate.py FOLDER EXAMPLE`.
 
-FOLDER is packaging. EXAMPLE is docs/install.md, whose example of a kustomization is built, too. Unknown fields are
-errors. The objects of Kubernetes are validated for each version from 1.30 on, because the field `appArmorProfile` came
-with it. The last line says what was validated.
+FOLDER is packaging. With EXAMPLE, what kustomize makes of the manifests is validated, too: EXAMPLE is docs/install.md,
+which has an example of a kustomization. Unknown fields are errors. The objects of Kubernetes are validated for each
+version from 1.30 on, because the field `appArmorProfile` came with it. The last line says what was validated.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ import tempfile
 import jsonschema
 import kubernetes_validate
 import kubernetes_validate.utils
-import pykustomize
 import yaml
 from cloudcoil.models.prometheus_operator import v1 as operator
 
@@ -70,8 +69,12 @@ def validate(item, where):
 def build(folder):
     """What kustomize makes of a folder. The library is for x86_64 only; other machines need a kubectl."""
     if platform.machine() == "x86_64":
+        import pykustomize
+
         return asyncio.run(pykustomize.build_json(folder)).resources
-    built = subprocess.run(["kubectl", "kustomize", folder], check=True, stdout=subprocess.PIPE)
+    built = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True)
+    if built.returncode:
+        sys.exit(f"kubectl kustomize: {built.stderr.strip()}")
     return list(yaml.safe_load_all(built.stdout))
 
 
@@ -110,12 +113,17 @@ def check_example(items, plain, rules):
 
 
 def main():
-    folder, document = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+    folder, documents = pathlib.Path(sys.argv[1]), [pathlib.Path(argument) for argument in sys.argv[2:]]
     kubernetes = folder / "kubernetes"
     plain = list(yaml.safe_load_all((kubernetes / "daemonset.yaml").read_text()))
+    for item in plain:
+        validate(item, "daemonset.yaml")
+    if not documents:
+        print(f"{len(plain)} objects pass Kubernetes {' '.join(versions())}")
+        return
     rules = yaml.safe_load((folder / "prometheus/selfconn.rules.yml").read_text())
-    built, complete = build(kubernetes), example(document, kubernetes)
-    for where, items in (("daemonset.yaml", plain), ("kustomization.yaml", built), ("the example", complete)):
+    built, complete = build(kubernetes), example(documents[0], kubernetes)
+    for where, items in (("kustomization.yaml", built), ("the example", complete)):
         for item in items:
             validate(item, where)
     assert by_kind(built) == by_kind(plain), "the kustomization makes other objects than daemonset.yaml"
