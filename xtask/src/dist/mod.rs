@@ -27,6 +27,7 @@ mod deb;
 mod dependencies;
 mod release;
 pub(crate) mod rpm;
+mod signing_key;
 mod staged;
 mod tarball;
 mod tools;
@@ -81,7 +82,7 @@ pub(crate) fn run(args: &DistArgs, workspace: &Workspace) -> Result<()> {
         make(workspace, &architectures)?;
     }
     say(format!("done in {}", seconds_since(start)));
-    Ok(())
+    signing_key::check(workspace)
 }
 
 fn make(workspace: &Workspace, architectures: &[&'static Architecture]) -> Result<()> {
