@@ -24,6 +24,8 @@ mod toolchain;
 #[cfg(test)]
 mod unsafe_code;
 mod vm;
+#[cfg(test)]
+mod workflow;
 mod workspace;
 
 use std::{ffi::OsString, process::ExitCode};
