@@ -51,9 +51,10 @@ connect_to_self() {
     wait_for "the log has its end" has_event closed
 }
 
-# All files, except virtual file systems and what dpkg, rpm and ldconfig note.
+# All files, except virtual file systems and what apt, dpkg, rpm and ldconfig note.
 list_files() {
     find / \( -path /proc -o -path /sys -o -path /dev -o -path /run -o -path /tmp -o -path /var/tmp \
+        -o -path /var/lib/apt -o -path /var/cache/apt -o -path /var/log/apt \
         -o -path /var/lib/dpkg -o -path /var/lib/rpm -o -path /root/.rpmdb -o -path /var/cache/ldconfig \) \
         -prune -o -print | sort
 }
@@ -82,15 +83,39 @@ system_is_up() {
     echo "$(systemctl is-system-running || true), $(systemctl --version | head -n 1)"
 }
 
+# The first installation, as documented. There is no network: it must succeed with what the system has.
+install_as_documented() {
+    case $format in
+    deb)
+        # In a system that was unpacked, dpkg installs with --force-depends (rootfs.rs), which apt-get may not accept.
+        if [ -e /second-stage ]; then
+            by=dpkg
+            install_package first
+        else
+            by=apt-get
+            apt-get --yes install /packages/first.deb
+        fi
+        ;;
+    rpm)
+        # rpm itself provides rpmlib(...), and the package its own config(selfconn).
+        required=$(rpm --query --package --requires /packages/first.rpm |
+            grep -v -e '^rpmlib(' -e '^config(selfconn) = ' | sort --unique)
+        [ "$required" = /bin/sh ] || fail "the package requires: $required"
+        by=rpm
+        install_package first
+        ;;
+    esac
+}
+
 installed() {
-    install_package first
+    install_as_documented
     if [ $format = rpm ]; then
         [ "$(systemctl is-enabled $unit)" = disabled ] || fail "the service is enabled against the preset"
         [ "$(property ActiveState)" = inactive ] || fail "the service is $(property ActiveState)"
         systemctl enable --now $unit
     fi
     [ "$(systemctl is-enabled $unit)" = enabled ] || fail "the service is not enabled"
-    selfconn --version
+    echo "by $by: $(selfconn --version | head -n 1)"
 }
 
 active_when_hooks_are_live() {
