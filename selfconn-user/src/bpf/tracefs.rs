@@ -4,6 +4,7 @@
 use std::{fs, io, path::Path, thread};
 
 use rustix::{
+    fs::{FsWord, statfs},
     mount::{MountFlags, MountPropagationFlags, mount, mount_change},
     thread::{UnshareFlags, unshare_unsafe},
 };
@@ -16,6 +17,9 @@ use crate::system::sysfs;
 /// mount point.
 const MOUNT_POINTS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
+/// The type of the file system (include/uapi/linux/magic.h at v5.10).
+const TRACEFS_MAGIC: FsWord = 0x7472_6163;
+
 /// The state of tracefs on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tracefs {
@@ -25,9 +29,15 @@ pub enum Tracefs {
     Denied,
     /// The kernel has tracefs, but it is not mounted.
     NotMounted,
+    /// It is mounted and has no tracepoints: a lockdown from the kernel's start on disables tracing
+    /// (`tracing_init_dentry`, kernel/trace/trace.c at v5.10).
+    Empty,
     /// The kernel was built without tracefs, or /sys is masked.
     Absent,
 }
+
+/// What [`Tracefs::Empty`] means.
+pub const EMPTY: &str = "mounted, but empty: lockdown disables tracing";
 
 #[must_use]
 pub fn find() -> Tracefs {
@@ -39,6 +49,7 @@ pub fn find() -> Tracefs {
     match MOUNT_POINTS.iter().find(is_mounted) {
         Some(at) => Tracefs::At(at),
         None if is_denied() => Tracefs::Denied,
+        None if statfs(MOUNT_POINTS[0]).is_ok_and(|at| at.f_type == TRACEFS_MAGIC) => Tracefs::Empty,
         None if Path::new(MOUNT_POINTS[0]).is_dir() => Tracefs::NotMounted,
         None => Tracefs::Absent,
     }
@@ -68,6 +79,7 @@ pub fn read_format(event: &str) -> Result<String, String> {
             let (at, why) = (MOUNT_POINTS[0], why_missing("tracefs is not mounted"));
             Err(format!("{why}, so no tracepoints are visible: mount -t tracefs tracefs {at}"))
         }
+        Tracefs::Empty => Err(format!("tracefs is {EMPTY}")),
         Tracefs::Absent => Err(why_missing("the kernel was built without tracefs")),
     }
 }

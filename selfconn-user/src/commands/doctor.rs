@@ -225,7 +225,7 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
     } else {
         "use a kernel with CONFIG_DEBUG_INFO_BTF=y; without BTF, only perf works"
     };
-    let is_mountable = features.tracefs != Tracefs::Absent;
+    let is_mountable = !matches!(features.tracefs, Tracefs::Absent | Tracefs::Empty);
     let tracefs_hint = is_mountable.then_some("mount -t tracefs tracefs /sys/kernel/tracing");
     let tracefs = match features.tracefs {
         Tracefs::At(at) => Ok(format!("mounted on {at}")),
@@ -238,6 +238,7 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
                 Err(why)
             }
         }
+        Tracefs::Empty => Err(tracefs::EMPTY.to_owned()),
         Tracefs::Absent => Err(tracefs::why_missing("not in this kernel")),
     };
     let lockdown = features.lockdown.as_deref().unwrap_or("unknown (no /sys/kernel/security/lockdown)");

@@ -53,7 +53,7 @@ impl KernelGaps {
     fn with_instance<T: Send>(&self, work: impl FnOnce(&Path) -> T + Send) -> Option<T> {
         tracefs::with(|| match tracefs::find() {
             Tracefs::At(at) => Some(work(&[at, "instances", &self.instance].iter().collect::<PathBuf>())),
-            Tracefs::Denied | Tracefs::NotMounted | Tracefs::Absent => None,
+            Tracefs::Denied | Tracefs::NotMounted | Tracefs::Empty | Tracefs::Absent => None,
         })
     }
 }

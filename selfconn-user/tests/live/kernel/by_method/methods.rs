@@ -173,6 +173,8 @@ fn what_a_mount_hides_is_called_masked_and_what_the_kernel_lacks_is_not() {
         let perf = method(&doctor_with_masked(&["/sys/kernel/security"]), "perf");
         assert_eq!(perf["verdict"], "refused", "{perf}");
         assert!(perf["why"].as_str().unwrap().contains("lockdown"), "{perf}");
+        let tracefs = check(open, "tracefs");
+        assert_eq!(tracefs["finding"], "mounted, but empty: lockdown disables tracing", "{tracefs}");
     }
 }
 
@@ -184,6 +186,7 @@ fn a_covered_tracefs_is_called_masked_and_hinders_no_method() {
     if !TRACEFS.iter().all(|directory| std::path::Path::new(directory).exists()) {
         return println!("skipped: this kernel lacks one of {TRACEFS:?}");
     }
+    println!("FACT tracefs={:?}", selfconn::bpf::tracefs::find());
     let masked = doctor_with_masked(&TRACEFS);
     let tracefs =
         masked["checks"].as_array().unwrap().iter().find(|check| check["name"] == "tracefs").unwrap();

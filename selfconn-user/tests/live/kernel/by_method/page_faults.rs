@@ -39,7 +39,7 @@ const HANDLERS: [&str; 2] = ["ex_handler_bpf", "arm64_bpf_fixup_exception"];
 fn in_tracefs<T: Send>(work: impl FnOnce(&Path) -> T + Send) -> Option<T> {
     tracefs::with(|| match tracefs::find() {
         Tracefs::At(at) => Some(work(Path::new(at))),
-        Tracefs::Denied | Tracefs::NotMounted | Tracefs::Absent => None,
+        Tracefs::Denied | Tracefs::NotMounted | Tracefs::Empty | Tracefs::Absent => None,
     })
 }
 
