@@ -1,7 +1,8 @@
-//! The log's budget: which connections an owner may have in the log. Pure: the caller has the clock.
+//! The log's budget: which events an owner may have in the log. Pure: the caller has the clock.
 //!
-//! `log_shares` has the rates. A connection is admitted or suppressed as a whole, at its first event. A reserve beside
-//! the rate is for the first connection of each program and port, and half of it for what the remedy did.
+//! `log_shares` has the rates. A connection is admitted or suppressed as a whole, at its first event, and so is a port
+//! at risk. A reserve beside the rate is for the first connection of each program and port, and half of it for what the
+//! remedy did and for events about no connection.
 
 use std::{
     collections::HashMap,
@@ -12,13 +13,14 @@ use selfconn_ebpf::Owner;
 
 use super::{Payer, RateLimiter, log_shares::LogShares};
 
-/// Events that a connection certainly has: `established` and `closed`.
+/// Events that a connection certainly has: `established` and `closed`; and a port at risk: `at_risk` and
+/// `at_risk_over`.
 const CONNECTION_EVENTS: u64 = 2;
 
 /// Maximum number of owners in one report.
 const REPORTED_OWNERS: usize = 64;
 
-/// What an event is to its connection.
+/// What an event is to its connection, or to its port at risk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     Established,
@@ -31,14 +33,20 @@ pub enum Phase {
     Remedied {
         is_final: bool,
     },
+    /// It has no other event.
+    Alone,
+    AtRisk,
+    AtRiskOver,
 }
 
-/// An event of a connection.
+/// An event of a connection, of a port at risk, or of a process.
 #[derive(Clone, Debug)]
 pub struct LogRequest<'a> {
     pub id: &'a str,
     /// Whose share it takes.
     pub owner: Owner,
+    /// Of `at_risk`: whose share it takes if the first one has no room.
+    pub other_owner: Option<Owner>,
     /// Who is named if it is suppressed.
     pub payer: Payer,
     pub program: Option<&'a str>,
@@ -67,7 +75,7 @@ struct Decision {
 #[derive(Debug)]
 pub struct LogBudget {
     shares: LogShares,
-    /// By the id of each open connection.
+    /// By the id of each open connection, and of each port at risk whose risk is in the log.
     decisions: HashMap<Box<str>, Decision>,
     suppressed: u64,
     unreported: HashMap<Payer, SuppressedEvents>,
@@ -104,7 +112,17 @@ impl LogBudget {
     pub fn admits(&mut self, request: &LogRequest<'_>, now_ns: u64) -> bool {
         let decision = self.decisions.get(request.id).copied();
         let is_admitted = match (request.phase, decision) {
-            (Phase::Established | Phase::State { .. }, None) => self.admits_connection(request, now_ns),
+            (Phase::Established | Phase::State { .. }, None) => {
+                self.admits_first(request, request.owner, CONNECTION_EVENTS, now_ns)
+            }
+            (Phase::Alone, _) => self.admits_alone(request, now_ns),
+            (Phase::AtRisk, decision) => {
+                // The end of a risk is paid with its first event.
+                let events = if decision.is_none() { CONNECTION_EVENTS } else { 1 };
+                let mut owners = [request.owner].into_iter().chain(request.other_owner);
+                owners.any(|owner| self.admits_first(request, owner, events, now_ns))
+            }
+            (Phase::AtRiskOver, decision) => decision.is_some(),
             (Phase::Closed, Some(decision)) => decision.is_admitted,
             (_, Some(Decision { is_admitted: true, .. })) => {
                 // Paid with the connection.
@@ -137,20 +155,35 @@ impl LogBudget {
                 let is_admitted = decision.map_or(is_admitted, |decision| decision.is_admitted);
                 self.decisions.insert(request.id.into(), Decision { is_admitted, is_established });
             }
-            Phase::Remedied { .. } => {}
+            Phase::AtRisk if is_admitted => {
+                self.decisions.insert(request.id.into(), Decision { is_admitted, is_established: false });
+            }
+            Phase::AtRiskOver => _ = self.decisions.remove(request.id),
+            Phase::Remedied { .. } | Phase::Alone | Phase::AtRisk => {}
         }
     }
 
-    fn admits_connection(&mut self, request: &LogRequest<'_>, now_ns: u64) -> bool {
-        let owner = request.owner;
+    /// The first event of a connection or of a risk, with this number of events to pay for.
+    fn admits_first(&mut self, request: &LogRequest<'_>, owner: Owner, events: u64, now_ns: u64) -> bool {
         let what = self.hasher.hash_one((request.program, request.port));
         let is_first = self.shares.is_first(owner, what);
-        if self.shares.all(owner, now_ns, |share| share.events.has(CONNECTION_EVENTS, now_ns)) {
-            self.shares.each(owner, now_ns, |share| share.events.take(CONNECTION_EVENTS, now_ns));
-            return true;
+        self.take_events(owner, events, now_ns)
+            || is_first && self.take_reserve(owner, events, now_ns, |reserve| reserve.is_half_full(now_ns))
+    }
+
+    fn admits_alone(&mut self, request: &LogRequest<'_>, now_ns: u64) -> bool {
+        let owner = request.owner;
+        self.take_events(owner, 1, now_ns)
+            || self.take_reserve(owner, 1, now_ns, |reserve| reserve.has(1, now_ns))
+    }
+
+    /// Takes from the rates of the owner, of its user and of its control group, if each has as much.
+    fn take_events(&mut self, owner: Owner, count: u64, now_ns: u64) -> bool {
+        let is_available = self.shares.all(owner, now_ns, |share| share.events.has(count, now_ns));
+        if is_available {
+            self.shares.each(owner, now_ns, |share| share.events.take(count, now_ns));
         }
-        is_first
-            && self.take_reserve(owner, CONNECTION_EVENTS, now_ns, |reserve| reserve.is_half_full(now_ns))
+        is_available
     }
 
     /// Takes from the reserves of the owner, of its user and of its control group, if this holds for each of them.
@@ -214,7 +247,9 @@ mod tests {
     ) -> bool {
         let (id, payer) = (id.to_string(), owner.clone());
         let owner = payer.owner(0);
-        budget.admits(&LogRequest { id: &id, owner, payer, program: Some("curl"), port, phase }, now_ns)
+        let request =
+            LogRequest { id: &id, owner, other_owner: None, payer, program: Some("curl"), port, phase };
+        budget.admits(&request, now_ns)
     }
 
     /// Numbers of the connections to port 80 that are admitted, of those with these ids.
@@ -327,6 +362,47 @@ mod tests {
     }
 
     #[test]
+    fn events_about_no_connection_take_from_the_rate_and_from_the_reserve() {
+        let mut budget = LogBudget::new(RATE);
+        let (flooder, other) = (owner(1, None), owner(2, None));
+        let events = u64::from(RATE * BURST_SECONDS);
+        let mut admits_alone = |owner, now_ns| {
+            (0..1_000).filter(|id| admits(&mut budget, *id, owner, 80, Phase::Alone, now_ns)).count() as u64
+        };
+        // A tenth more, which is the reserve.
+        assert_eq!(admits_alone(&flooder, 0), events + events / 10);
+        assert_eq!(admits_alone(&flooder, SECOND_NS), u64::from(RATE + RATE / 10));
+        assert_eq!(admits_alone(&other, SECOND_NS), events + events / 10);
+        assert!(budget.decisions.is_empty(), "nothing is kept of them");
+        let [of_flooder, _] = &budget.take_unreported()[..] else { panic!("two owners") };
+        assert_eq!(of_flooder.owner, flooder);
+    }
+
+    #[test]
+    fn a_port_at_risk_is_paid_by_who_connected_last_or_first_and_its_end_follows_its_beginning() {
+        let mut budget = LogBudget::new(RATE);
+        let (flooder, other) = (owner(1, None), owner(2, None));
+        open(&mut budget, &flooder, 0..2 * BURST, 0);
+        for port in 1_000..1_100 {
+            admits(&mut budget, 1_000 + usize::from(port), &flooder, port, Phase::Established, 0);
+        }
+        let mut admits = |id: &str, last: &Payer, first: Option<&Payer>, phase| {
+            let (owner, other_owner) = (last.owner(0), first.map(|owner| owner.owner(0)));
+            let (payer, program) = (last.clone(), Some("curl"));
+            budget.admits(&LogRequest { id, owner, other_owner, payer, program, port: 80, phase }, 0)
+        };
+        assert!(
+            !admits("a", &flooder, None, Phase::AtRisk) && !admits("a", &flooder, None, Phase::AtRiskOver)
+        );
+        for (id, last, first) in [("b", &flooder, &other), ("c", &other, &flooder)] {
+            assert!(admits(id, last, Some(first), Phase::AtRisk), "{id}: the other one pays");
+            assert!(admits(id, last, Some(first), Phase::AtRisk), "{id}: ten times as many connects");
+            assert!(admits(id, &flooder, None, Phase::AtRiskOver), "{id}: paid at its beginning");
+            assert!(!admits(id, &flooder, None, Phase::AtRiskOver), "{id}: only once");
+        }
+    }
+
+    #[test]
     fn the_services_of_root_have_a_rate_each() {
         let services: Vec<_> =
             (0..10).map(|number| owner(0, Some(&format!("/system.slice/{number}.service")))).collect();
@@ -340,7 +416,9 @@ mod tests {
             let payer = Payer { uid: Some(uid), cgroup: None };
             let (id, owner) = (format!("{uid} {cgroup_id}"), payer.owner(cgroup_id));
             let phase = Phase::Established;
-            budget.admits(&LogRequest { id: &id, owner, payer, program: None, port: 80, phase }, 0)
+            let request =
+                LogRequest { id: &id, owner, other_owner: None, payer, program: None, port: 80, phase };
+            budget.admits(&request, 0)
         };
         let admitted = (0..10_000).filter(|uid| admits(*uid, 7)).count();
         // With the reserve.

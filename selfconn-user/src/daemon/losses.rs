@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use crate::{
     bpf::attach::Method,
+    budget::OwnerLosses,
     detect::probe_health::DeadProbes,
     event::{EventKind, LossCause, Losses, Lost},
     output::Outputs,
@@ -70,7 +71,8 @@ impl LossReporter {
 
     /// Emits `lost` for each cause with more losses than reported. `totals` are those of the run so far. `owners` are
     /// asked for only if an owner has lost something; `counted` gives what the daemon counted by owner since the last
-    /// call.
+    /// call. A report names few owners, because a container's root may lose something as any of its users: the other
+    /// losses are in one event.
     pub(super) fn report<I: Iterator<Item = (Owner, OwnerState)>>(
         &mut self,
         totals: &Losses,
@@ -88,24 +90,27 @@ impl LossReporter {
                         out.emit(EventKind::Lost(Lost::suppressed(events)));
                     }
                 } else {
-                    let mut rest = total - reported;
+                    let mut by_owner = OwnerLosses::default();
                     for (owner, count) in counted(cause) {
+                        by_owner.count(owner, count);
+                    }
+                    if let Some(key) = LossKey::of(cause) {
+                        for (owner, state) in owners() {
+                            let count = self.unreported(owner, key, &state);
+                            if count > 0 {
+                                by_owner.count(owner, count);
+                            }
+                        }
+                    }
+                    let mut rest = total - reported;
+                    for (owner, count) in by_owner.take_unreported() {
                         let count = count.min(rest);
                         if owner != Owner::UNKNOWN && count > 0 {
                             rest -= count;
                             out.emit(EventKind::Lost(Lost::of_user(cause, count, owner.uid)));
                         }
                     }
-                    if let Some(key) = LossKey::of(cause) {
-                        for (owner, state) in owners() {
-                            let count = self.unreported(owner, key, &state).min(rest);
-                            rest -= count;
-                            if count > 0 {
-                                out.emit(EventKind::Lost(Lost::of_user(cause, count, owner.uid)));
-                            }
-                        }
-                    }
-                    // Losses of owners whose entries the programs have evicted.
+                    // Also those of owners whose entries the programs have evicted.
                     if rest > 0 {
                         out.emit(EventKind::Lost(Lost::new(cause, rest, None)));
                     }
@@ -147,5 +152,46 @@ impl LossReporter {
     /// Number of methods that no longer observe connections. All are reported.
     pub(super) fn dead_hooks(&self) -> u64 {
         self.reported.get(LossCause::Hooks)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        budget::cmdline::CmdlineLimit,
+        event::Envelope,
+        output::{OutputLimits, log_file::LogFile},
+        system::identity::Identity,
+    };
+
+    #[test]
+    fn a_report_names_few_owners_and_has_the_losses_of_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let envelope = Envelope::new(&Identity::read(None).unwrap());
+        let limits = OutputLimits { rate: 1, cmdline: CmdlineLimit::Off };
+        let mut out = Outputs::new(None, Some(LogFile::open(&path).unwrap()), envelope, limits).unwrap();
+        let mut reporter = LossReporter::default();
+        // A container's root that fails to bind as one user after another.
+        let owners = || {
+            (0..1_000).map(|uid| {
+                let mut state = OwnerState::ZERO;
+                state.lost_bind_failures = 2;
+                (Owner::new(uid, 7), state)
+            })
+        };
+        let totals = Losses::from([(LossCause::Binds, 2_003)]);
+        for _ in 0..2 {
+            reporter.report(&totals, owners, |_| vec![(Owner::new(5_000, 8), 3)], &mut out);
+        }
+        out.flush().unwrap();
+        let lines = std::fs::read_to_string(&path).unwrap();
+        let counts: Vec<u64> = lines
+            .lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["count"].as_u64().unwrap())
+            .collect();
+        assert_eq!((counts.len(), counts.iter().sum::<u64>()), (65, 2_003));
+        assert!(lines.contains(r#""uid":5000"#), "who is counted by the daemon comes first");
     }
 }

@@ -73,13 +73,14 @@ pub struct BindConflicts {
     failures: u64,
 }
 
-/// Server, requested port, and self-connection that holds it. The server is identified by name, not by pid,
-/// because it has another pid after a restart.
+/// Server, requested port, and self-connection that holds it. The server is identified by its user and name, not by
+/// pid or control group, because it has others after a restart.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct BindFailureKey {
     /// Of any family: servers of both families request the same port.
     requested: Endpoint,
     name: [u8; COMM_LEN],
+    uid: u32,
     holder: u64,
 }
 
@@ -265,7 +266,8 @@ impl BindConflicts {
         let (now_ns, failures) = (failure.at_ns, failure.failures);
         self.failures += failures;
         let name = if failure.task.leader[0] == 0 { failure.task.comm } else { failure.task.leader };
-        let key = BindFailureKey { requested: failure.endpoint.any_family(), name, holder };
+        let requested = failure.endpoint.any_family();
+        let key = BindFailureKey { requested, name, uid: failure.owner.uid, holder };
         if !self.bind_failures.contains_key(&key) && !self.take_failure_room(failure.owner, now_ns) {
             self.losses.count(failure.owner, failures);
             return None;
@@ -474,6 +476,7 @@ mod tests {
         assert_eq!(conflicts.losses.take_unreported(), [(Owner::new(2, 2), lost)]);
         assert_eq!(conflicts.record_failure(&of(1, 9, 2), 1), None, "it was reported a moment ago");
         assert!(conflicts.record_failure(&of(3, 9_999, 2), 1).is_some());
+        assert!(conflicts.record_failure(&of(4, 9, 2), 1).is_some(), "the same name, of another user");
         // Servers that fail no more.
         assert!(conflicts.record_failure(&of(2, 9_998, 60), 1).is_some());
         assert_eq!((conflicts.bind_failures.len(), conflicts.failure_shares.used()), (1, 1));

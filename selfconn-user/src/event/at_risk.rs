@@ -4,12 +4,14 @@
 use std::{fmt::Write as _, sync::Arc};
 
 use schemars::JsonSchema;
+use selfconn_ebpf::Owner;
 use serde::Serialize;
 
-use super::connection::process_name;
+use super::connection::{Charged, process_name};
 use super::envelope;
 use super::text::{EventFormat, LogRecord, Severity, duration, escape, subject};
 use crate::{
+    budget::log::{LogRequest, Phase},
     detect::port_risk::{Chance, PortAtRisk, RefusedConnects, RiskEndReason},
     system::process::ProcessInfo,
 };
@@ -42,6 +44,12 @@ pub struct RefusedConnectFields {
     pub refused: u64,
     /// Time from the first of these connects to the newest.
     pub window_ns: u64,
+    /// The process that connected last pays for the event.
+    #[serde(skip)]
+    pub charged: Charged,
+    /// Who connected first.
+    #[serde(skip)]
+    pub first_owner: Option<Owner>,
 }
 
 /// `at_risk`.
@@ -95,6 +103,22 @@ impl RefusedConnectFields {
             dialers: connects.dialers,
             refused: connects.refused,
             window_ns: connects.window_ns,
+            charged: Charged::new(connects.newest.owner, process),
+            first_owner: (connects.owner != connects.newest.owner).then_some(connects.owner),
+        }
+    }
+
+    /// Any user can connect to another's port, first or last. So that nobody suppresses an event about another's port
+    /// by his own storm, one of both pays.
+    pub(super) fn log_request(&self, phase: Phase) -> LogRequest<'_> {
+        LogRequest {
+            id: &self.id,
+            owner: self.charged.owner,
+            other_owner: self.first_owner,
+            payer: self.charged.payer.clone(),
+            program: self.exe.as_deref().or(self.comm.as_deref()),
+            port: self.port,
+            phase,
         }
     }
 }

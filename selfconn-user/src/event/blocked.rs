@@ -7,10 +7,11 @@ use schemars::JsonSchema;
 use selfconn_ebpf::{bind_failure::BindFailure, state};
 use serde::Serialize;
 
-use super::connection::{ConnectionFields, process_name};
+use super::connection::{Charged, ConnectionFields, process_name};
 use super::envelope;
 use super::text::{self, EventFormat, LogRecord, Severity, duration, subject, utc_time};
 use crate::{
+    budget::log::{LogRequest, Phase},
     detect::bind_conflict::{self, PortHolder},
     system::{
         clock::Offset,
@@ -49,6 +50,9 @@ pub struct Blocked {
     pub holder: BlockingConnection,
     /// The process that connected. Null if its connect() was not observed.
     pub opener: Option<BlockingProcess>,
+    /// The process that called bind() pays for the event.
+    #[serde(skip)]
+    pub charged: Charged,
 }
 
 /// The self-connection that holds the port.
@@ -166,6 +170,7 @@ impl Blocked {
             exe: process.exe.clone(),
             unit: process.unit.clone(),
             container: process.container.clone(),
+            charged: Charged::new(failed.owner, process),
             failures: failed.failures,
             opener: tracked.opener.map(|_| BlockingProcess {
                 pid: connection.pid,
@@ -189,6 +194,18 @@ impl Blocked {
 }
 
 impl Blocked {
+    pub(super) fn log_request(&self) -> LogRequest<'_> {
+        LogRequest {
+            id: &self.id,
+            owner: self.charged.owner,
+            other_owner: None,
+            payer: self.charged.payer.clone(),
+            program: self.exe.as_deref().or(self.comm.as_deref()),
+            port: self.port,
+            phase: Phase::Alone,
+        }
+    }
+
     /// Those whose command lines the event has.
     pub fn processes_mut(&mut self) -> impl Iterator<Item = &mut BlockingProcess> {
         std::iter::once(&mut self.holder.process).chain(&mut self.opener)
@@ -280,6 +297,7 @@ mod tests {
             exe: Some(path.as_str().into()),
             unit: Some(file_name.as_str().into()),
             container: Some("f".repeat(64).into()),
+            charged: Charged::default(),
             failures: u64::MAX,
             holder: BlockingConnection {
                 connection: ConnectionFields {

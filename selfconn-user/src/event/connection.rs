@@ -13,7 +13,7 @@ use crate::{
     detect::connection::{Connection, Source, comm},
     system::{
         command_line::CommandLine,
-        process::{Attribution, Holder},
+        process::{Attribution, Holder, ProcessInfo},
     },
 };
 
@@ -209,6 +209,29 @@ impl ConnectionFields {
     }
 }
 
+/// Who pays for an event that is about a process and no connection of its own.
+#[derive(Clone, Debug)]
+pub struct Charged {
+    /// Whose share of the log the event takes.
+    pub owner: Owner,
+    /// Who is named if it is suppressed.
+    pub payer: Payer,
+}
+
+impl Charged {
+    /// `owner` is what the kernel says of the process, whose facts are the other argument.
+    pub(super) fn new(owner: Owner, process: &ProcessInfo) -> Self {
+        let payer = Payer { uid: Some(owner.uid), cgroup: process.owner_cgroup.clone() };
+        Self { owner: payer.owner(owner.cgroup), payer }
+    }
+}
+
+impl Default for Charged {
+    fn default() -> Self {
+        Self { owner: Owner::UNKNOWN, payer: Payer::default() }
+    }
+}
+
 /// The name of the process, if the eBPF program could read it.
 pub(super) fn process_name(task: &Task) -> Option<String> {
     (task.leader[0] != 0 || task.pid == task.tid).then(|| comm(&task.leader))
@@ -221,7 +244,7 @@ mod tests {
     use selfconn_ebpf::Opener;
 
     use super::*;
-    use crate::{detect::samples, system::process::ProcessInfo};
+    use crate::detect::samples;
 
     #[test]
     fn a_holder_is_certain_if_its_user_is_the_only_one_who_can_have_made_the_socket() {

@@ -96,11 +96,15 @@ pub enum EventKind {
 }
 
 impl EventKind {
-    /// The connection that the event is about, and what the event is to it. `None`: events whose number has
-    /// another bound.
+    /// Whose share of the log the event takes, and what it is to the connection or the port that it is about. `None`:
+    /// events whose number has another bound.
     #[must_use]
     pub fn log_request(&self) -> Option<LogRequest<'_>> {
         let (fields, phase) = match self {
+            Self::Blocked(blocked) => return Some(blocked.log_request()),
+            Self::AtRisk(at_risk) => return Some(at_risk.connects.log_request(Phase::AtRisk)),
+            Self::AtRiskOver(over) => return Some(over.connects.log_request(Phase::AtRiskOver)),
+            Self::Prevented(prevented) => (prevented.connection.known()?, Phase::Alone),
             Self::Established(fields) => (&**fields, Phase::Established),
             Self::State(change) => {
                 let ends = change.to == selfconn_ebpf::state::name(selfconn_ebpf::state::CLOSE);
@@ -116,6 +120,7 @@ impl EventKind {
         Some(LogRequest {
             id: fields.id.as_deref()?,
             owner: fields.share_owner(),
+            other_owner: None,
             payer: fields.payer(),
             program: fields.exe.as_deref().or(fields.comm.as_deref()),
             port: fields.port,

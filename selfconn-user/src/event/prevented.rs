@@ -30,6 +30,16 @@ pub enum PreventedFields {
     Unknown(UnknownAttempt),
 }
 
+impl PreventedFields {
+    /// Without them, the number of events has another bound: one each time the programs' counters are read.
+    pub(super) fn known(&self) -> Option<&ConnectionFields> {
+        match self {
+            Self::Known(fields) => Some(fields),
+            Self::Unknown(_) => None,
+        }
+    }
+}
+
 /// The fields of a connection of which nothing is known: those of [`ConnectionFields`], by its schema. A boolean is
 /// false, the rest is null.
 #[derive(Debug)]

@@ -1,7 +1,7 @@
 //! The refused attempts to connect to one port: how many, how often, and when one is expected to connect to itself.
 
 use selfconn_ebpf::{
-    Endpoint, Opener,
+    Endpoint, Opener, Owner,
     refused_connects::{RefusedCount, WINDOW_NS},
 };
 
@@ -39,6 +39,8 @@ pub struct RefusedConnects {
     pub endpoint: Endpoint,
     /// The task that made the newest attempt.
     pub newest: Opener,
+    /// Whose entry of the programs' table it is: who made the first attempt.
+    pub owner: Owner,
     /// Time of the newest attempt: `CLOCK_BOOTTIME`, nanoseconds.
     pub last_ns: u64,
     /// The number of the risk in this run, from the first report until the risk is over. 0: not reported.
@@ -66,6 +68,7 @@ impl RefusedConnects {
         Self {
             endpoint: *destination,
             newest: count.last_opener,
+            owner: count.owner,
             last_ns: count.last_ns,
             risk: 0,
             dialers: count.pid_count(),

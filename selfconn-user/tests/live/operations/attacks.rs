@@ -14,7 +14,7 @@ use crate::support::{
     attacker::{Attacker, AttackerKind},
     client::{assert_opened_by_this_thread, connect_to_self},
     daemon::{HookVariant, TestDaemon, is_event, scaled},
-    helper_process::HelperProcess,
+    helper_process::{HelperProcess, UNPRIVILEGED},
     netns::TestNetns,
     refused_connects::{at, connect_refused, enter_wide_range_netns, is_at_risk},
 };
@@ -150,6 +150,39 @@ fn failed_binds_of_one_owner_hide_no_failed_bind_of_another() {
         let (events, _) = daemon.stop();
         assert!(lost(&events, "binds") > 0, "{kind:?}: the attack's own loss is counted");
     });
+}
+
+#[test]
+fn failed_binds_under_many_names_are_suppressed_and_hide_no_failed_bind_of_another() {
+    const BINDS: u64 = 70;
+    let net = TestNetns::enter_new();
+    // A burst of ten events, and a reserve of as many.
+    let mut daemon = start(&["--log-rate", "1"]);
+    if daemon.expect(1, |event| event["event"] == "started")[0]["binds"]["method"].is_null() {
+        return;
+    }
+    let (_connection, port) = connect_to_self(LOCALHOST);
+    let began = Instant::now();
+    let attack = format!("fail to bind renamed {BINDS} 127.0.0.1:{port}");
+    let mut attacker = HelperProcess::start_unprivileged(&attack, None);
+    assert_eq!(attacker.read_output(), "in use");
+    attacker.finish();
+    let seconds = began.elapsed().as_secs();
+    fail_to_bind(&mut daemon, net);
+    let (events, _) = daemon.stop();
+    let suppressed = lost(&events, "suppressed");
+    let is_attack = |event: &&Value| is_event("blocked", net.inode)(event) && event["uid"] == UNPRIVILEGED;
+    let written = events.iter().filter(is_attack).count() as u64;
+    println!("FACT of {BINDS} failed binds {written} are in events, {suppressed} suppressed");
+    assert_eq!(written + suppressed, BINDS);
+    assert!(written <= 20 + 2 * (seconds + 1), "{written}: the burst, the reserve, and the rates of both");
+    let is_report = |event: &&Value| event["event"] == "lost" && event["where"] == "suppressed";
+    let reports: Vec<_> = events.iter().filter(is_report).collect();
+    let count = |event: &&Value| event["count"].as_u64().unwrap();
+    assert_eq!(reports.iter().map(count).sum::<u64>(), suppressed);
+    for report in reports {
+        assert_eq!((&report["uid"], &report["first_port"]), (&UNPRIVILEGED.into(), &port.into()), "{report}");
+    }
 }
 
 #[test]

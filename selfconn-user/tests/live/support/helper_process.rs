@@ -11,6 +11,7 @@ use std::{
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
 };
 
+use selfconn_ebpf::bind_failure::REPORT_INTERVAL_NS;
 use socket2::Socket;
 
 use super::{
@@ -365,6 +366,18 @@ fn run_task(task: &str) {
                 Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => "in use",
                 Err(error) => panic!("{error}"),
             });
+        }
+        // Under another name each time, and no sooner than the programs report the next failure of a process.
+        bind if bind.starts_with("fail to bind renamed ") => {
+            let (count, address) = bind["fail to bind renamed ".len()..].split_once(' ').unwrap();
+            let (count, address): (u32, std::net::SocketAddr) =
+                (count.parse().unwrap(), address.parse().unwrap());
+            for number in 0..count {
+                set_process_name(&format!("server-{number}"));
+                std::net::TcpListener::bind(address).unwrap_err();
+                std::thread::sleep(std::time::Duration::from_nanos(REPORT_INTERVAL_NS));
+            }
+            print_output("in use");
         }
         // Does not return before the kernel gives up, or somebody kills this process.
         "mount NFS" => {
