@@ -13,9 +13,15 @@ use selfconn_ebpf::Owner;
 
 use super::{Payer, RateLimiter, log_shares::LogShares};
 
+pub use super::log_shares::LogRate;
+
 /// Events that a connection certainly has: `established` and `closed`; and a port at risk: `at_risk` and
 /// `at_risk_over`.
 const CONNECTION_EVENTS: u64 = 2;
+
+/// Bytes of a line that one event of the rate stands for. A longer line takes more of them: an executable's path alone
+/// may have 24 KiB as JSON.
+const EVENT_BYTES: usize = 2 << 10;
 
 /// Maximum number of owners in one report.
 const REPORTED_OWNERS: usize = 64;
@@ -83,9 +89,9 @@ pub struct LogBudget {
 }
 
 impl LogBudget {
-    /// `rate`: events of an owner in a second.
+    /// `rate`: that of an owner.
     #[must_use]
-    pub fn new(rate: u32) -> Self {
+    pub fn new(rate: LogRate) -> Self {
         Self {
             shares: LogShares::new(rate),
             decisions: HashMap::new(),
@@ -141,6 +147,14 @@ impl LogBudget {
             self.count(request);
         }
         is_admitted
+    }
+
+    /// An admitted event of this owner has a line of this length.
+    pub fn on_line(&mut self, owner: Owner, bytes: usize, now_ns: u64) {
+        let more = (bytes.saturating_sub(1) / EVENT_BYTES) as u64;
+        if more > 0 {
+            self.shares.each(owner, now_ns, |share| share.events.take(more, now_ns));
+        }
     }
 
     /// Remembers the decision while the connection is open.
@@ -259,7 +273,7 @@ mod tests {
 
     #[test]
     fn a_storm_is_suppressed_as_whole_connections_and_counted_by_owner() {
-        let mut budget = LogBudget::new(RATE);
+        let mut budget = LogBudget::new(LogRate::new(RATE));
         let flooder = owner(65_534, None);
         let admitted = open(&mut budget, &flooder, 0..1_000, SECOND_NS);
         assert_eq!(admitted, (0..BURST).collect::<Vec<_>>());
@@ -291,7 +305,7 @@ mod tests {
 
     #[test]
     fn the_first_of_each_program_and_port_and_the_remedy_have_a_reserve() {
-        let mut budget = LogBudget::new(RATE);
+        let mut budget = LogBudget::new(LogRate::new(RATE));
         let flooder = owner(1, None);
         open(&mut budget, &flooder, 0..BURST + 1, 0);
         assert!(admits(&mut budget, 700, &flooder, 443, Phase::Established, 0), "another port");
@@ -312,7 +326,7 @@ mod tests {
 
     #[test]
     fn who_changes_uids_in_one_control_group_gains_nothing() {
-        let mut budget = LogBudget::new(RATE);
+        let mut budget = LogBudget::new(LogRate::new(RATE));
         let mut admitted = 0;
         for uid in 0..65_536 {
             let id = uid as usize;
@@ -347,7 +361,7 @@ mod tests {
         let ended = owner(1_000, None);
         let sessions: Vec<_> = (0..10).map(session).chain([ended]).collect();
         let [one, ten] = [vec![session(0); 11], sessions].map(|owners| {
-            let mut budget = LogBudget::new(RATE);
+            let mut budget = LogBudget::new(LogRate::new(RATE));
             let admitted = admitted_of(&mut budget, &owners);
             let remedied = Phase::Remedied { is_final: true };
             let ids = 600_000..600_100;
@@ -363,7 +377,7 @@ mod tests {
 
     #[test]
     fn events_about_no_connection_take_from_the_rate_and_from_the_reserve() {
-        let mut budget = LogBudget::new(RATE);
+        let mut budget = LogBudget::new(LogRate::new(RATE));
         let (flooder, other) = (owner(1, None), owner(2, None));
         let events = u64::from(RATE * BURST_SECONDS);
         let mut admits_alone = |owner, now_ns| {
@@ -380,7 +394,7 @@ mod tests {
 
     #[test]
     fn a_port_at_risk_is_paid_by_who_connected_last_or_first_and_its_end_follows_its_beginning() {
-        let mut budget = LogBudget::new(RATE);
+        let mut budget = LogBudget::new(LogRate::new(RATE));
         let (flooder, other) = (owner(1, None), owner(2, None));
         open(&mut budget, &flooder, 0..2 * BURST, 0);
         for port in 1_000..1_100 {
@@ -403,15 +417,72 @@ mod tests {
     }
 
     #[test]
+    fn an_owner_writes_a_burst_and_then_200_kib_in_a_second_however_long_its_lines_are() {
+        const HOUR_S: u64 = 3_600;
+        const MIB: usize = 1 << 20;
+        for line in [1 << 10, EVENT_BYTES, 24 << 10] {
+            let mut budget = LogBudget::new(LogRate::DEFAULT);
+            let flooder = owner(1_000, None);
+            let (mut id, mut bytes_in_hour) = (0, 0);
+            for second in 0..HOUR_S {
+                let now_ns = second * SECOND_NS;
+                loop {
+                    id += 1;
+                    let mut is_admitted = false;
+                    for phase in [Phase::Established, Phase::Closed] {
+                        is_admitted = admits(&mut budget, id, &flooder, 80, phase, now_ns);
+                        if is_admitted {
+                            bytes_in_hour += line;
+                            budget.on_line(flooder.owner(0), line, now_ns);
+                        }
+                    }
+                    if !is_admitted {
+                        break;
+                    }
+                }
+            }
+            let events = (LogRate::DEFAULT.burst + LogRate::DEFAULT.rate * HOUR_S as u32) as usize;
+            let expected = events * line.min(EVENT_BYTES);
+            assert!((expected / 2..expected * 11 / 10).contains(&bytes_in_hour), "{line}: {bytes_in_hour}");
+            assert!(bytes_in_hour < 900 * MIB, "{line}: {} MiB", bytes_in_hour / MIB);
+        }
+    }
+
+    #[test]
+    fn a_rate_has_a_burst_of_ten_seconds_or_one_of_its_own() {
+        for (text, rate) in [
+            ("20", Some(LogRate { rate: 20, burst: 200 })),
+            ("20/7", Some(LogRate { rate: 20, burst: 7 })),
+            ("4294967295", Some(LogRate { rate: u32::MAX, burst: u32::MAX })),
+            ("0", None),
+            ("7/0", None),
+            ("7/", None),
+            ("/7", None),
+            ("4294967296", None),
+            ("-1", None),
+        ] {
+            assert_eq!(text.parse().ok(), rate, "{text}");
+        }
+        assert_eq!(LogRate::DEFAULT.to_string().parse(), Ok(LogRate::DEFAULT));
+        let mut budget = LogBudget::new(LogRate::DEFAULT);
+        let admitted = open(&mut budget, &owner(1, None), 0..30_000, 0).len();
+        assert!(
+            (25_000..=25_001).contains(&admitted),
+            "{admitted}: half of the burst, and the first of its port"
+        );
+        assert_eq!(open(&mut budget, &owner(1, None), 40_000..40_100, SECOND_NS).len(), 50);
+    }
+
+    #[test]
     fn the_services_of_root_have_a_rate_each() {
         let services: Vec<_> =
             (0..10).map(|number| owner(0, Some(&format!("/system.slice/{number}.service")))).collect();
-        assert_eq!(admitted_of(&mut LogBudget::new(RATE), &services), 10 * BURST);
+        assert_eq!(admitted_of(&mut LogBudget::new(LogRate::new(RATE)), &services), 10 * BURST);
     }
 
     #[test]
     fn uids_of_a_group_whose_processes_have_ended_have_its_rate() {
-        let mut budget = LogBudget::new(RATE);
+        let mut budget = LogBudget::new(LogRate::new(RATE));
         let mut admits = |uid: u32, cgroup_id| {
             let payer = Payer { uid: Some(uid), cgroup: None };
             let (id, owner) = (format!("{uid} {cgroup_id}"), payer.owner(cgroup_id));
@@ -428,7 +499,7 @@ mod tests {
 
     #[test]
     fn a_connection_that_was_never_established_is_forgotten_at_its_end() {
-        let mut budget = LogBudget::new(RATE);
+        let mut budget = LogBudget::new(LogRate::new(RATE));
         let owner = owner(1, None);
         let state = |ends| Phase::State { ends };
         assert!(admits(&mut budget, 1, &owner, 80, state(false), 0));

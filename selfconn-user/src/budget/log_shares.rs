@@ -5,7 +5,9 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    fmt,
     hash::Hash,
+    str::FromStr,
 };
 
 use selfconn_ebpf::Owner;
@@ -14,8 +16,53 @@ use super::{RateLimiter, party::Party};
 
 const SECOND_NS: u64 = 1_000_000_000;
 
-/// A rate's burst. The 2,000 connections that are open at a start are one.
+/// The burst of a rate that has none of its own.
 pub(super) const BURST_SECONDS: u32 = 10;
+
+/// How many events an owner may have in the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogRate {
+    /// In a second.
+    pub rate: u32,
+    /// At once.
+    pub burst: u32,
+}
+
+impl LogRate {
+    /// A storm's beginning is in the log, as whole as at a rate of 5,000, and the rest of it fills no disk. The 2,000
+    /// connections that are open at a start are a burst, too.
+    pub const DEFAULT: Self = Self { rate: 100, burst: 50_000 };
+
+    /// A burst of ten seconds.
+    #[must_use]
+    pub const fn new(rate: u32) -> Self {
+        Self { rate, burst: rate.saturating_mul(BURST_SECONDS) }
+    }
+
+    const fn times(self, factor: u32) -> Self {
+        Self { rate: self.rate.saturating_mul(factor), burst: self.burst.saturating_mul(factor) }
+    }
+}
+
+impl FromStr for LogRate {
+    type Err = &'static str;
+
+    /// Parses `RATE` or `RATE/BURST`.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let number = |digits: &str| digits.parse().ok().filter(|number| *number > 0);
+        let parsed = match text.split_once('/') {
+            Some((rate, burst)) => number(rate).zip(number(burst)).map(|(rate, burst)| Self { rate, burst }),
+            None => number(text).map(Self::new),
+        };
+        parsed.ok_or("must be a number, or RATE/BURST")
+    }
+}
+
+impl fmt::Display for LogRate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.rate, self.burst)
+    }
+}
 
 /// The rate of a user in all control groups together, and of a control group, as a multiple of an owner's rate.
 pub(super) const PARTY_FACTOR: u32 = 4;
@@ -36,10 +83,12 @@ pub(super) struct Share {
 }
 
 impl Share {
-    fn new(rate: u32) -> Self {
+    fn new(rate: LogRate) -> Self {
+        let LogRate { rate, burst } = rate;
+        let part_of_burst = (burst / RESERVE_DIVISOR).max(BURST_SECONDS);
         Self {
-            events: RateLimiter::new(rate, BURST_SECONDS),
-            reserve: RateLimiter::new(rate / RESERVE_DIVISOR, BURST_SECONDS),
+            events: RateLimiter::with_burst(rate, burst),
+            reserve: RateLimiter::with_burst(rate / RESERVE_DIVISOR, part_of_burst),
         }
     }
 
@@ -57,7 +106,7 @@ struct OwnerShare {
 
 #[derive(Debug)]
 pub(super) struct LogShares {
-    rate: u32,
+    rate: LogRate,
     owners: HashMap<Owner, OwnerShare>,
     uids: HashMap<u32, Share>,
     cgroups: HashMap<u64, Share>,
@@ -65,8 +114,8 @@ pub(super) struct LogShares {
 }
 
 impl LogShares {
-    /// `rate`: events of an owner in a second.
-    pub(super) fn new(rate: u32) -> Self {
+    /// `rate`: that of an owner.
+    pub(super) fn new(rate: LogRate) -> Self {
         Self { rate, owners: HashMap::new(), uids: HashMap::new(), cgroups: HashMap::new(), swept_ns: 0 }
     }
 
@@ -80,7 +129,7 @@ impl LogShares {
     /// Calls this for each share from which the owner's events take.
     pub(super) fn each(&mut self, owner: Owner, now_ns: u64, mut f: impl FnMut(&mut Share)) {
         self.sweep_if_full(now_ns);
-        let of_party = self.rate.saturating_mul(PARTY_FACTOR);
+        let of_party = self.rate.times(PARTY_FACTOR);
         for party in Party::of(owner) {
             let share = match party {
                 Party::Owner(owner) => Some(&mut self.of_owner(owner).share),
@@ -135,7 +184,11 @@ impl LogShares {
 }
 
 /// `None`: there are too many.
-fn share_of<K: Copy + Eq + Hash>(shares: &mut HashMap<K, Share>, key: K, rate: u32) -> Option<&mut Share> {
+fn share_of<K: Copy + Eq + Hash>(
+    shares: &mut HashMap<K, Share>,
+    key: K,
+    rate: LogRate,
+) -> Option<&mut Share> {
     if shares.len() >= SHARES && !shares.contains_key(&key) {
         return None;
     }

@@ -11,6 +11,9 @@ pub struct RateLimiter {
     full_ns: u64,
 }
 
+/// The longest debt. A burst may be that of many minutes.
+const MAX_DEBT_NS: u64 = 10 * SECOND_NS;
+
 impl RateLimiter {
     /// The bucket holds the tokens of `burst_seconds`.
     #[must_use]
@@ -20,6 +23,13 @@ impl RateLimiter {
             burst_ns: u64::from(burst_seconds) * SECOND_NS,
             full_ns: 0,
         }
+    }
+
+    /// The bucket holds this many tokens.
+    #[must_use]
+    pub fn with_burst(rate: u32, burst: u32) -> Self {
+        let empty = Self::new(rate, 0);
+        Self { burst_ns: empty.interval_ns * u64::from(burst), ..empty }
     }
 
     /// Time from which a token is available.
@@ -44,10 +54,11 @@ impl RateLimiter {
         self.full_ns.saturating_add(taken_ns).saturating_sub(self.burst_ns) <= now_ns
     }
 
-    /// Takes tokens also if they are not available. The debt is at most one burst.
+    /// Takes tokens also if they are not available. The debt is at most one burst, and that of ten seconds.
     pub fn take(&mut self, count: u64, now_ns: u64) {
         let full_ns = self.full_ns.max(now_ns).saturating_add(self.interval_ns.saturating_mul(count));
-        self.full_ns = full_ns.min(now_ns.saturating_add(self.burst_ns.saturating_mul(2)));
+        let max_ns = self.burst_ns.saturating_add(self.burst_ns.min(MAX_DEBT_NS));
+        self.full_ns = full_ns.min(now_ns.saturating_add(max_ns));
     }
 
     /// True if at least half of the burst is there.
@@ -90,6 +101,10 @@ mod tests {
         limiter.take(u64::MAX, 0);
         assert!(!limiter.has(1, 2 * SECOND_NS) && limiter.has(20, 4 * SECOND_NS));
         assert!(!limiter.is_half_full(2 * SECOND_NS) && limiter.is_half_full(3 * SECOND_NS));
+        let mut large = RateLimiter::with_burst(10, 1_000);
+        assert!(large.has(1_000, 0) && !large.has(1_001, 0));
+        large.take(u64::MAX, 0);
+        assert!(!large.has(1, 10 * SECOND_NS) && large.has(1, 11 * SECOND_NS));
         let mut unlimited = RateLimiter::new(u32::MAX, 1);
         unlimited.take(1 << 40, u64::MAX);
         assert!(unlimited.has(u64::MAX, u64::MAX));

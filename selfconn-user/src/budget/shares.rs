@@ -44,6 +44,12 @@ impl SharedLimit {
         self.used
     }
 
+    /// Number of owners, users and control groups that have something.
+    #[must_use]
+    pub fn parties(&self) -> usize {
+        self.by_party.len()
+    }
+
     /// How much this owner has taken, without what its user and its control group have as other owners.
     #[must_use]
     pub fn used_by(&self, owner: Owner) -> usize {

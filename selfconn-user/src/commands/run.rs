@@ -13,7 +13,7 @@ use crate::{
         loader::{Tracer, TracerOptions},
         object::ObjectOptions,
     },
-    budget::{cmdline::CmdlineLimit, memory::LOG_QUEUE_BYTES},
+    budget::{cmdline::CmdlineLimit, log::LogRate, memory::LOG_QUEUE_BYTES},
     daemon::{
         Daemon, DaemonOptions,
         self_test::{SelfTest, socket::SelfTestSocket},
@@ -48,7 +48,8 @@ pub struct RunArgs {
     /// Append events as JSON lines to FILE
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
-    /// Write no more than this into FILE until it is rotated; further events wait, and then are lost
+    /// Write no more than this into FILE until it is rotated, and at most three quarters of it for one user in one
+    /// session, unit or container; what is beyond is lost, and counted
     #[arg(long, value_name = "BYTES", default_value = "1G", value_parser = log_limit)]
     log_limit: LogLimit,
     /// Also report every state change of a self-connection
@@ -79,10 +80,10 @@ pub struct RunArgs {
     remedy: remedy::RemedyArgs,
     #[command(flatten)]
     guard: guard::GuardArgs,
-    /// Maximum number of events each second of one user in one session, unit or container, four times as many of the
-    /// user in all of them together; more are counted
-    #[arg(long, value_name = "NUMBER", default_value_t = 5_000, value_parser = clap::value_parser!(u32).range(1..))]
-    log_rate: u32,
+    /// Maximum number of events each second, and at once (if not given: of ten seconds), of one user in one session,
+    /// unit or container, four times as many of the user in all of them together; more are counted
+    #[arg(long, value_name = "RATE[/BURST]", default_value_t = LogRate::DEFAULT)]
+    log_rate: LogRate,
     /// How much of a command line events have: full, name (the first argument), off, or bytes as JSON
     #[arg(long, value_name = "BYTES", default_value = "1024")]
     cmdline: CmdlineLimit,

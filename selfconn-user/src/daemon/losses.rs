@@ -91,7 +91,11 @@ impl LossReporter {
                     }
                 } else {
                     let mut by_owner = OwnerLosses::default();
-                    for (owner, count) in counted(cause) {
+                    let counted = match cause {
+                        LossCause::Log => out.take_over_share(),
+                        _ => counted(cause),
+                    };
+                    for (owner, count) in counted {
                         by_owner.count(owner, count);
                     }
                     if let Some(key) = LossKey::of(cause) {
@@ -159,7 +163,7 @@ impl LossReporter {
 mod tests {
     use super::*;
     use crate::{
-        budget::cmdline::CmdlineLimit,
+        budget::{cmdline::CmdlineLimit, log::LogRate},
         event::Envelope,
         output::{OutputLimits, log_file::LogFile},
         system::identity::Identity,
@@ -170,7 +174,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
         let envelope = Envelope::new(&Identity::read(None).unwrap());
-        let limits = OutputLimits { rate: 1, cmdline: CmdlineLimit::Off };
+        let limits = OutputLimits { rate: LogRate::new(1), cmdline: CmdlineLimit::Off };
         let mut out = Outputs::new(None, Some(LogFile::open(&path).unwrap()), envelope, limits).unwrap();
         let mut reporter = LossReporter::default();
         // A container's root that fails to bind as one user after another.

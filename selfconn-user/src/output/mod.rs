@@ -4,11 +4,12 @@
 use std::{io, time::Instant};
 
 use jiff::Timestamp;
+use selfconn_ebpf::Owner;
 
 use crate::{
     budget::{
         cmdline::CmdlineLimit,
-        log::{LogBudget, SuppressedEvents},
+        log::{LogBudget, LogRate, SuppressedEvents},
     },
     event::{Envelope, Event, EventKind, LossCause, Losses, ProgramCounters, Stopped},
 };
@@ -41,8 +42,8 @@ pub struct Outputs {
 /// Limits of the events, whatever the outputs are.
 #[derive(Clone, Copy, Debug)]
 pub struct OutputLimits {
-    /// Events of an owner in a second.
-    pub rate: u32,
+    /// That of an owner.
+    pub rate: LogRate,
     pub cmdline: CmdlineLimit,
 }
 
@@ -85,14 +86,24 @@ impl Outputs {
     pub fn emit_at(&mut self, time: Timestamp, mut kind: EventKind) {
         self.made += 1;
         let now_ns = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        if kind.log_request().is_some_and(|request| !self.budget.admits(&request, now_ns)) {
-            return;
+        let mut owner = None;
+        if let Some(request) = kind.log_request() {
+            if !self.budget.admits(&request, now_ns) {
+                return;
+            }
+            owner = Some(request.owner);
         }
         kind.limit_cmdline(self.cmdline);
         let event = Event { time, seq: self.made, kind };
         self.write_json(&event);
+        if let Some(owner) = owner {
+            self.budget.on_line(owner, self.line.len(), now_ns);
+        }
         if let Some(log) = &mut self.log {
-            log.push(&self.line);
+            match owner {
+                Some(owner) => log.push_of(owner, &self.line),
+                None => log.push(&self.line),
+            }
         }
         if let Some(stdout) = &mut self.stdout {
             stdout.push(&event, &self.envelope, &self.line);
@@ -221,6 +232,11 @@ impl Outputs {
         self.budget.take_unreported()
     }
 
+    /// The events that the log file had no room for since the last call, by owner.
+    pub fn take_over_share(&mut self) -> Vec<(Owner, u64)> {
+        self.log.as_mut().map_or_else(Vec::new, LogFile::take_over_share)
+    }
+
     /// The cause under which losses of stdout are counted: stdout or, if it is connected to the journal, the journal.
     fn stdout_cause(&self) -> LossCause {
         if self.is_journal() { LossCause::Journal } else { LossCause::Stdout }
@@ -317,7 +333,7 @@ mod tests {
         ] {
             let log = has_log.then(|| LogFile::open(&folder.path().join("events.jsonl")).unwrap());
             let envelope = Envelope::new(&Identity::read(None).unwrap());
-            let limits = OutputLimits { rate: 1, cmdline: CmdlineLimit::Off };
+            let limits = OutputLimits { rate: LogRate::new(1), cmdline: CmdlineLimit::Off };
             let mut outputs = Outputs::new(stdout, log, envelope, limits).unwrap();
             outputs.emit(EventKind::Lost(Lost::new(LossCause::Ring, 1, None)));
             assert_eq!(!outputs.line.is_empty(), has_line, "{stdout:?}, log: {has_log}");

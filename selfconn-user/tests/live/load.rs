@@ -337,7 +337,7 @@ fn losses_of_a_method_are_found_and_counted_and_a_guarded_pair_loses_nothing() {
     machine::occupy();
     let conditions = Condition::all();
     for method_set in MethodSet::all() {
-        let options = ["--states", "--ring-size", "32M", "--reconcile", "1"];
+        let options = ["--states", "--ring-size", "32M", "--reconcile", "1", "--log-rate", "4294967295"];
         let mut daemon = TestDaemon::start(&HookVariant(method_set.options.clone()), &options);
         let hooks = daemon.received()[0]["hooks"].as_array().unwrap();
         let live: Vec<_> = hooks.iter().filter_map(|hook| hook["method"].as_str()).collect();
@@ -373,7 +373,8 @@ fn assert_default_loses_nothing(net: TestNetns, condition: &str) {
     const GROUP: u8 = 1;
     let each = scaled(1_800);
     let made = each * usize::from(WORKERS);
-    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--ring-size", "32M"]);
+    let mut daemon =
+        TestDaemon::start(&HookVariant(vec![]), &["--ring-size", "32M", "--log-rate", "4294967295"]);
     let (threads, _) = run_workers(GROUP, each, false);
     daemon.wait_for_pending_events();
     let (events, _) = daemon.stop();

@@ -6,7 +6,8 @@
 //! file at the same path. A partial line is completed in the file that has its beginning. If that file was
 //! removed or truncated, the whole line is written to the new file.
 //!
-//! A file that has reached its limit is like a full disk: lines wait until the file is rotated.
+//! A file that has reached its limit is like a full disk: lines wait until the file is rotated. Owners share what is
+//! below the limit, so that one alone does not reach it.
 
 use std::{
     io::{self, Write as _},
@@ -15,11 +16,15 @@ use std::{
 
 use anyhow::{Error, Result, anyhow};
 
+use selfconn_ebpf::Owner;
+
 use super::write_queue::WriteQueue;
 use crate::budget::memory;
 use place::OpenLogFile;
+use room::Room;
 
 mod place;
+mod room;
 
 /// Bytes in the queue from which it is written without waiting for the next flush.
 const FLUSH_THRESHOLD: usize = 1 << 20;
@@ -31,6 +36,9 @@ pub struct LogFile {
     queue: WriteQueue,
     /// Maximum length of the file. `None`: no limit.
     limit: Option<u64>,
+    room: Room,
+    /// True if the path was looked at since the last flush, because an owner had no room.
+    has_looked: bool,
     /// Length of the file, as far as it was last looked at and written since.
     len: u64,
     /// Length of the file after a partial line was written.
@@ -55,6 +63,8 @@ impl LogFile {
             current,
             queue: WriteQueue::new(memory::LOG_QUEUE_BYTES),
             limit: None,
+            room: Room::default(),
+            has_looked: false,
             len: 0,
             len_after_partial: 0,
             errors: 0,
@@ -66,7 +76,8 @@ impl LogFile {
     /// The same, but the file never grows beyond `limit` bytes. `None`: no limit.
     #[must_use]
     pub fn with_limit(self, limit: Option<u64>) -> Self {
-        Self { limit, ..self }
+        let len = self.current.len().unwrap_or(0);
+        Self { limit, len, room: Room::new(limit, len), ..self }
     }
 
     /// Adds a line, which ends in a newline. It is written at the next flush, or at once if the queue is long:
@@ -78,8 +89,25 @@ impl LogFile {
         self.queue.push(line);
     }
 
+    /// As [`Self::push`], if this owner has room for the line. Otherwise the line is dropped.
+    pub fn push_of(&mut self, owner: Owner, line: &[u8]) {
+        let mut has_room = self.room.try_take(owner, line.len());
+        if !has_room && !std::mem::replace(&mut self.has_looked, true) {
+            // The file may have been rotated since its last line. The next flush reports an error.
+            let _ = self.follow_path();
+            has_room = self.room.try_take(owner, line.len());
+        }
+        if has_room {
+            self.push(line);
+        } else if self.room.count_over_share(owner) {
+            let path = self.path.display();
+            log::warn!("uid {} has filled its share of {path} (--log-limit); rotate it", owner.uid);
+        }
+    }
+
     /// Writes all lines that wait. After an error they continue to wait. A burst of errors is logged once.
     pub fn flush(&mut self) {
+        self.has_looked = false;
         if self.queue.is_empty() {
             return;
         }
@@ -110,6 +138,10 @@ impl LogFile {
     /// Switches to the file that is now at the path. Creates it if it does not exist.
     fn follow_path(&mut self) -> io::Result<()> {
         if let Some(len) = self.current.len_at(&self.path) {
+            if len < self.len {
+                // Truncated.
+                self.room.reset(self.limit, len + self.queue.len() as u64);
+            }
             self.len = len;
             self.is_on_moved_file = false;
             return Ok(());
@@ -119,6 +151,7 @@ impl LogFile {
                 self.complete_partial_line(&next)?;
                 log::info!("the event log {} was moved or removed: reopened", self.path.display());
                 self.len = next.len().unwrap_or(0);
+                self.room.reset(self.limit, self.len + self.queue.len() as u64);
                 self.current = next;
                 self.is_on_moved_file = false;
                 Ok(())
@@ -234,7 +267,12 @@ impl LogFile {
     /// Number of lines that were dropped.
     #[must_use]
     pub fn lost(&self) -> u64 {
-        self.queue.lost()
+        self.queue.lost() + self.room.over_share()
+    }
+
+    /// The lines that were dropped since the last call because their owner has filled its share of the file.
+    pub fn take_over_share(&mut self) -> Vec<(Owner, u64)> {
+        self.room.take_over_share()
     }
 
     /// Number of failed attempts to write or reopen.
@@ -281,5 +319,60 @@ mod tests {
             std::fs::metadata(&path).unwrap().len() as usize,
             2 * memory::LOG_QUEUE_BYTES / 1_000 * 1_000
         );
+    }
+
+    #[test]
+    fn one_owner_fills_three_quarters_of_the_file_and_others_have_the_rest_until_it_is_rotated() {
+        const LIMIT: u64 = 100_000;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let mut log = LogFile::open(&path).unwrap().with_limit(Some(LIMIT));
+        let line = [b"x".repeat(99), b"\n".to_vec()].concat();
+        let (flooder, other) = (Owner::new(1, 1), Owner::new(2, 2));
+        for _ in 0..1_000 {
+            log.push_of(flooder, &line);
+        }
+        log.flush();
+        let len = || std::fs::metadata(&path).unwrap().len();
+        assert_eq!((len(), log.lost()), (75_000, 250));
+        for _ in 0..10 {
+            log.push_of(other, &line);
+            log.push(&line);
+        }
+        log.flush();
+        assert_eq!((len(), log.lost(), log.is_failing()), (77_000, 250, false));
+        assert_eq!(log.take_over_share(), [(flooder, 250)]);
+        // What nobody pays for waits at the limit.
+        for _ in 0..1_000 {
+            log.push(&line);
+        }
+        log.flush();
+        assert_eq!((len(), log.lost(), log.is_failing(), log.has_pending()), (LIMIT, 250, true, true));
+        std::fs::rename(&path, folder.path().join("log.1")).unwrap();
+        log.push_of(flooder, &line);
+        assert!(log.finish() && log.take_over_share().is_empty());
+        assert_eq!((len(), log.lost()), (77_100, 250), "what waited, and the new line");
+    }
+
+    #[test]
+    fn what_the_file_has_at_the_start_is_nobodys_and_a_truncated_file_has_room_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let (owner, line) = (Owner::new(1, 1), b"x".repeat(100));
+        std::fs::write(&path, b"\n".repeat(60_000)).unwrap();
+        let mut log = LogFile::open(&path).unwrap().with_limit(Some(100_000));
+        let fill = |log: &mut LogFile| {
+            let before = log.lost();
+            for _ in 0..1_000 {
+                log.push_of(owner, &line);
+            }
+            log.flush();
+            1_000 - (log.lost() - before)
+        };
+        assert_eq!(fill(&mut log), 300, "three quarters of the rest");
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
+        log.push(b"\n");
+        log.flush();
+        assert_eq!(fill(&mut log), 749, "of the whole");
     }
 }

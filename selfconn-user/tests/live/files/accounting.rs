@@ -1,13 +1,14 @@
-//! A full disk, and a log at its limit: each event that is not written is counted.
+//! A full disk, and a log with a limit: each event that is not written is counted.
 
 use std::fs;
 
-use rustix::process::Signal;
+use serde_json::Value;
 
 use crate::support::{
     accounting::{assert_sums_hold, make_self_connections, missing_events, number, parse_log},
     daemon::{HookVariant, TestDaemon, is_event},
     disk::Disk,
+    helper_process::{HelperProcess, UNPRIVILEGED},
     netns::TestNetns,
 };
 
@@ -38,35 +39,49 @@ fn a_disk_of_sixteen_pages_counts_each_lost_event() {
 }
 
 #[test]
-fn a_log_at_its_limit_counts_each_lost_event_and_says_so_after_the_rotation() {
+fn who_fills_its_share_of_a_log_with_a_limit_loses_its_own_events_and_each_is_counted() {
     const LIMIT: u64 = 16 << 20;
     let net = TestNetns::enter_new();
     let folder = tempfile::tempdir().unwrap();
     let (log, moved) = (folder.path().join("events.jsonl"), folder.path().join("events.jsonl.1"));
     let options = ["--log", log.to_str().unwrap(), "--log-limit", "16M", "--states", "--cmdline", "off"];
     let mut daemon = TestDaemon::start(&HookVariant(vec![]), &options);
-    // More than the file and the queue hold: a batch is 0.8 MB.
-    let (mut batch, mut batches_at_limit) = (0, 0);
-    while batches_at_limit < 16 {
-        batch += 1;
-        make_self_connections(200);
-        daemon.expect(batch * 200, is_event("closed", net.inode));
-        batches_at_limit += usize::from(daemon.stderr_so_far().contains("--log-limit"));
+    // A connection is 4 KB.
+    const STORM: usize = 4_000;
+    let of_user = |kind, uid| move |event: &Value| is_event(kind, net.inode)(event) && event["uid"] == uid;
+    // The batches keep stdout, which is read, from falling behind.
+    for batch in 1..=8 {
+        let mut storm = HelperProcess::start_unprivileged(&format!("connect storm {}", STORM / 8), None);
+        storm.read_output();
+        storm.finish();
+        daemon.expect(batch * STORM / 8, of_user("closed", UNPRIVILEGED));
     }
-    let len = fs::metadata(&log).unwrap().len();
-    assert!(len <= LIMIT && len > LIMIT - 8_192, "{len}");
+    let is_lost = |event: &Value| event["event"] == "lost" && event["where"] == "log";
+    let lost = daemon.expect(1, is_lost).remove(0);
+    assert_eq!(lost["uid"], UNPRIVILEGED, "{lost}");
+    let (len, share) = (fs::metadata(&log).unwrap().len(), LIMIT * 3 / 4);
+    assert!((share - 8_192..share + (64 << 10)).contains(&len), "{len}");
+    assert!(daemon.stderr_so_far().contains("--log-limit"), "{}", daemon.stderr_so_far());
+    // Another user's connections are in the same file.
+    make_self_connections(20);
+    daemon.expect(20, of_user("closed", 0));
+    let text = fs::read_to_string(&log).unwrap();
+    assert_eq!(parse_log(&text).iter().filter(|event| of_user("closed", 0)(event)).count(), 20);
     fs::rename(&log, &moved).unwrap();
-    daemon.signal(Signal::HUP);
-    let lost = daemon.expect(1, |event| event["event"] == "lost" && event["where"] == "log").remove(0);
+    // In the new file there is room again.
+    let mut storm = HelperProcess::start_unprivileged("connect storm 1", None);
+    storm.read_output();
+    storm.finish();
+    daemon.expect(STORM + 1, of_user("closed", UNPRIVILEGED));
     let (events, _) = daemon.stop();
     let stopped = events.last().unwrap();
     assert_sums_hold(stopped);
-    let text = [&moved, &log].map(|path| fs::read_to_string(path).unwrap()).concat();
-    let written = parse_log(&text);
-    assert_eq!(fs::metadata(&moved).unwrap().len(), len);
-    assert!(fs::metadata(&log).unwrap().len() <= LIMIT);
-    assert!(number(&lost, "/count") > 0, "{lost}");
+    let [before, after] = [&moved, &log].map(|path| fs::read_to_string(path).unwrap());
+    assert!(parse_log(&after).iter().any(of_user("closed", UNPRIVILEGED)), "{after}");
+    let written = parse_log(&(before + &after));
     assert_eq!(written.len() as u64, number(stopped, "/written"), "{stopped}");
-    let lost_last = number(stopped, "/seq") - number(written.last().unwrap(), "/seq");
-    assert_eq!(missing_events(&written) + lost_last, number(stopped, "/lost/log"), "{stopped}");
+    let reported: u64 =
+        events.iter().filter(|event| is_lost(event)).map(|event| number(event, "/count")).sum();
+    assert_eq!(reported, number(stopped, "/lost/log"), "{stopped}");
+    assert_eq!(missing_events(&written), reported, "{stopped}");
 }
