@@ -31,16 +31,22 @@ impl Party {
 /// user.
 const MAX_OF_CGROUP: usize = 2;
 
-/// True if this owner has as many of something as it may have: one for a user, two for the users of a control group.
-/// `takers` has the owner of each that is taken.
-pub fn is_share_taken<'a>(takers: impl Iterator<Item = &'a Owner> + Clone, owner: Owner) -> bool {
-    takers.clone().any(|other| is_same_user(*other, owner))
-        || takers.filter(|other| is_same_cgroup(**other, owner)).count() >= MAX_OF_CGROUP
-}
+/// How many must be free for a user who has one already, in another control group: one of them is left for others.
+const MIN_FREE_FOR_USER: usize = 2;
 
-/// True if both are the same user: the same owner, or the same uid unless it is root's.
-fn is_same_user(one: Owner, other: Owner) -> bool {
-    one == other || one.uid != 0 && one.uid == other.uid
+/// True if this owner has as many of something as it may have: one for a user in a control group, two for the users of
+/// a control group. A user other than root has more than one in all control groups together only while two are free,
+/// because services and containers may have the same uid, and one of them must not keep the others out. `takers` has
+/// the owner of each that is taken, and `free` of them are left.
+pub fn is_share_taken<'a>(
+    takers: impl Iterator<Item = &'a Owner> + Clone,
+    owner: Owner,
+    free: usize,
+) -> bool {
+    let mut others = takers.clone();
+    takers.clone().any(|other| *other == owner)
+        || free < MIN_FREE_FOR_USER && others.any(|other| owner.uid != 0 && other.uid == owner.uid)
+        || takers.filter(|other| is_same_cgroup(**other, owner)).count() >= MAX_OF_CGROUP
 }
 
 /// True if both are in the same control group, and it is known.
@@ -70,5 +76,27 @@ pub fn owner_of_user(uid: Option<u32>) -> Owner {
     match uid / UIDS_OF_A_RANGE {
         0 => Owner::new(uid, 0),
         block => Owner::new(uid, BLOCK | u64::from(block)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_in_another_control_group_has_one_more_while_two_are_free() {
+        let taken = [Owner::new(1_000, 7)];
+        for (owner, free, is_taken) in [
+            (Owner::new(1_000, 7), 3, true),
+            (Owner::new(1_000, 8), 2, false),
+            (Owner::new(1_000, 8), 1, true),
+            (Owner::new(1_001, 8), 1, false),
+            (Owner::new(1_001, 7), 1, false),
+        ] {
+            assert_eq!(is_share_taken(taken.iter(), owner, free), is_taken, "{owner:?}, {free} free");
+        }
+        let of_group = [Owner::new(1, 7), Owner::new(2, 7)];
+        assert!(is_share_taken(of_group.iter(), Owner::new(3, 7), 2), "two of a control group");
+        assert!(!is_share_taken([Owner::new(0, 7)].iter(), Owner::new(0, 8), 1), "root's services");
     }
 }

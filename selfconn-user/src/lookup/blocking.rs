@@ -66,7 +66,8 @@ impl BlockingLookups {
     }
 
     fn read_cmdline(&mut self, key: ProcessKey, owner: Owner) -> Option<CommandLine> {
-        if is_share_taken(self.stuck.iter(), owner) || self.stuck.len() >= MAX_STUCK {
+        let free = MAX_STUCK.saturating_sub(self.stuck.len());
+        if free == 0 || is_share_taken(self.stuck.iter(), owner, free) {
             self.given_up += 1;
             return None;
         }

@@ -1,7 +1,7 @@
 //! The threads that read `/proc/PID/cmdline`. A thread whose read does not return in time is abandoned: it
 //! reads nothing else until its read returns. The others do its work. So that nobody takes all of them, one
-//! user has at most one read at a time, the users of a control group two, and a process that hung is not
-//! read again.
+//! user has at most one read at a time in a control group, and one in another only while two readers are free; the users
+//! of a control group have two, and a process that hung is not read again.
 
 use std::{
     collections::VecDeque,
@@ -103,7 +103,8 @@ impl CmdlineReaders {
     fn is_share_taken(&self, owner: Owner, counts: impl Fn(&Reader) -> bool) -> bool {
         let readers = self.readers.iter().filter(|reader| counts(reader));
         let owners = readers.filter_map(|reader| reader.request.as_ref()).map(|request| &request.owner);
-        is_share_taken(owners, owner)
+        let free = self.readers.len() - owners.clone().count();
+        is_share_taken(owners, owner, free)
     }
 
     /// True if no reader will read for this owner before a stuck one returns.

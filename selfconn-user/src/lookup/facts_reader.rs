@@ -79,7 +79,7 @@ impl FactsReader {
         if sent.len() >= MAX_SENT {
             return None;
         }
-        let within_share = waiting.pop_among(|owner| !is_share_taken(sent.iter(), owner));
+        let within_share = waiting.pop_among(|owner| !is_share_taken(sent.iter(), owner, 0));
         within_share.or_else(|| if sent.len() < MIN_SENT { waiting.pop() } else { None })
     }
 

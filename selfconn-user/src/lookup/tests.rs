@@ -63,14 +63,19 @@ fn a_stuck_reader_takes_nothing_from_other_owners() {
         assert_eq!((readers.give_up(1), readers.abandoned()), (vec![2], 1));
         assert_eq!(readers.request(request(4, 9, 1_000)), Err(Refusal::Busy), "one stuck read an owner");
         assert_eq!(readers.request(request(5, HANGING, 3_000)), Err(Refusal::Hung), "it is not asked again");
-        // Another session of the same user gains nothing.
-        let session = CmdlineRequest { owner: Owner::new(1_000, 77), ..request(4, 9, 1_000) };
-        assert_eq!(readers.request(session), Err(Refusal::Busy), "one stuck read a user");
-        // Three more owners take the other readers.
-        for (id, uid) in [(6, 2_000), (7, 3_000), (8, 4_000)] {
-            assert_eq!(readers.request(request(id, HANGING + id as u32, uid)), Ok(()));
+        // A service or container with the same uid is not kept out, and leaves one reader for others.
+        let of_group =
+            |id, pid, cgroup| CmdlineRequest { owner: Owner::new(1_000, cgroup), ..request(id, pid, 1_000) };
+        assert_eq!(readers.request(of_group(4, 9, 77)), Ok(()));
+        assert_eq!(response(&mut readers).await.unwrap().0.id, 4);
+        for (id, cgroup) in [(6, 77), (7, 78)] {
+            assert_eq!(readers.request(of_group(id, HANGING + id as u32, cgroup)), Ok(()));
             assert_eq!(readers.give_up(id), [0; 0]);
         }
+        assert_eq!(readers.request(of_group(8, 9, 79)), Err(Refusal::Busy), "one reader is free");
+        // Another user takes it.
+        assert_eq!(readers.request(request(8, HANGING + 8, 2_000)), Ok(()));
+        assert_eq!(readers.give_up(8), [0; 0]);
         assert_eq!(readers.request(request(9, 10, 5_000)), Err(Refusal::Busy), "all readers are stuck");
         assert_eq!(readers.abandoned(), MAX_STUCK as u64);
         // The processes let their readers go.
