@@ -56,6 +56,12 @@ impl SharedLimit {
         self.by_party.get(&Party::Owner(owner)).copied().unwrap_or(0)
     }
 
+    /// How much this owner, its user in all control groups, or all users of its control group have: the largest.
+    #[must_use]
+    pub fn used_by_party(&self, owner: Owner) -> usize {
+        Party::of(owner).filter_map(|party| self.by_party.get(&party)).max().copied().unwrap_or(0)
+    }
+
     /// False: there is no room, or none for this owner.
     #[must_use]
     pub fn try_take(&mut self, owner: Owner, amount: usize) -> bool {
@@ -116,6 +122,9 @@ mod tests {
         assert_eq!(fill(&mut shares, Owner::new(5, 7)), 750);
         assert_eq!(fill(&mut shares, Owner::new(5, 8)), 125, "another session of the same user");
         assert_eq!(fill(&mut shares, Owner::new(5, 9)), 0, "and a third one");
+        let used =
+            [Owner::new(5, 9), Owner::new(6, 7), Owner::new(6, 9)].map(|one| shares.used_by_party(one));
+        assert_eq!(used, [875, 750, 0], "of the user, of the control group, of neither");
     }
 
     #[test]

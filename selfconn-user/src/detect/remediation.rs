@@ -172,7 +172,7 @@ impl Remedy {
         let due_ns = at_ns.saturating_add(self.policy.grace_ns);
         let owner = fields.share_owner();
         let refused = self.waiting.insert(owner, due_ns, WaitingConnection { fields, request })?;
-        let why = "too many connections of its user or its control group wait already".to_owned();
+        let why = self.waiting.refusal(owner);
         Some(self.finish(refused.fields, RemedyOutcome::Failed, Some(why)))
     }
 

@@ -83,6 +83,14 @@ impl RemedyQueue {
         None
     }
 
+    /// Why there is no room for a connection of this owner.
+    pub(super) fn refusal(&self, owner: Owner) -> String {
+        let (all, own) = (self.shares.used(), self.shares.used_by_party(owner));
+        format!(
+            "no room to wait: {all} connections wait already, {own} of them of its user or its control group"
+        )
+    }
+
     pub(super) fn remove(&mut self, number: u64) -> Option<WaitingConnection> {
         let (owner, due_ns) = self.keys.remove(&number)?;
         let key = (due_ns, number);

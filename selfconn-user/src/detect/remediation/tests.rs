@@ -201,8 +201,25 @@ fn a_connection_for_which_the_queue_has_no_room_is_reported_as_failed() {
     }
     let remedied = remedy.on_established(ConnectionFields::sample(), request(limit + 1), SECOND_NS).unwrap();
     assert_eq!(remedied.result, "failed");
-    assert!(remedied.why.unwrap().contains("too many connections of its user"));
+    let why = remedied.why.unwrap();
+    assert!(
+        why.ends_with("3072 connections wait already, 3072 of them of its user or its control group"),
+        "{why}"
+    );
     assert_eq!(remedy.next_ns(), Some(u64::MAX), "the due time saturates");
+    // Others fill the rest, until there is no room for one who has nothing.
+    let of = |number: u64| {
+        let owner_uid = Some(10_000 + number as u32);
+        ConnectionFields { owner_uid, ..ConnectionFields::sample() }
+    };
+    let mut others = (limit + 1..2 * limit).map(|number| (number, of(number)));
+    let why = others.find_map(|(number, fields)| {
+        remedy.on_established(fields, request(number), SECOND_NS).map(|remedied| remedied.why.unwrap())
+    });
+    assert_eq!(
+        why.unwrap(),
+        "no room to wait: 4095 connections wait already, 0 of them of its user or its control group"
+    );
 }
 
 #[test]
