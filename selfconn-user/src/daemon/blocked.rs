@@ -153,6 +153,11 @@ impl BlockedReports {
         self.worker.ended()
     }
 
+    /// The name of the worker, and how long it has been busy, if it hangs.
+    pub(super) fn overdue_worker(&self) -> Option<(&'static str, Duration)> {
+        self.worker.overdue()
+    }
+
     /// Looks for the holders of this socket. `Some`: there is nothing to look for, or too much waits.
     pub(super) fn request(&mut self, mut blocked: PendingBlocked) -> Option<PendingBlocked> {
         if blocked.socket().is_none() || !self.shares.try_take(blocked.failure.owner, 1) {

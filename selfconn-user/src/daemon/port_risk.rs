@@ -141,6 +141,11 @@ impl PortRiskMonitor {
         self.port_range_worker.ended()
     }
 
+    /// The name of the worker, and how long it has been busy, if it hangs.
+    pub(super) fn overdue_worker(&self) -> Option<(&'static str, Duration)> {
+        self.port_range_worker.overdue()
+    }
+
     /// Checks the ports that waited for the worker's response, if it is there. `guard_in`: what the guard does in a
     /// network namespace.
     pub(super) fn serve_response(

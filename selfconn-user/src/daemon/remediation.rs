@@ -53,6 +53,11 @@ impl Remediation {
         self.0.as_ref()?.1.ended()
     }
 
+    /// The name of the worker, and how long it has been busy, if it hangs.
+    pub(super) fn overdue_worker(&self) -> Option<(&'static str, Duration)> {
+        self.0.as_ref()?.1.overdue()
+    }
+
     /// Number of remedies by outcome. Empty without `--remedy`.
     pub(super) fn counts(&self) -> impl Iterator<Item = (RemedyOutcome, u64)> {
         self.0.iter().flat_map(|(remedy, _)| remedy.counts())

@@ -48,6 +48,11 @@ impl Snapshots {
         self.worker.ended()
     }
 
+    /// The name of the worker, and how long it has been busy, if it hangs.
+    pub(super) fn overdue_worker(&self) -> Option<(&'static str, Duration)> {
+        self.worker.overdue()
+    }
+
     pub(super) fn next_at(&self) -> Option<Instant> {
         self.next_at
     }

@@ -1,5 +1,7 @@
 //! What a run says of itself: its losses, its threads that have ended, its metrics.
 
+use std::time::Duration;
+
 use super::{Daemon, pipeline::Pipeline};
 use crate::{
     bpf::attach::Method,
@@ -59,6 +61,18 @@ impl Daemon {
         others.into_iter().flatten().chain(self.pipeline.reporting.lookups.ended_workers())
     }
 
+    /// Names of the threads that hang, and how long they have been busy. Readers of command lines may hang, and are not
+    /// among them.
+    fn overdue_threads(&self) -> impl Iterator<Item = (&'static str, Duration)> {
+        let overdue = [
+            self.snapshots.overdue_worker(),
+            self.port_risks.overdue_worker(),
+            self.pipeline.remediation.overdue_worker(),
+            self.pipeline.conflicts.reports.overdue_worker(),
+        ];
+        overdue.into_iter().flatten()
+    }
+
     /// Current values of all exported metrics. Every metric gets its value here.
     pub(super) fn collect_metrics(&mut self) -> MetricsSnapshot {
         self.update_counters();
@@ -73,6 +87,10 @@ impl Daemon {
             health_problems.push("log: it can't be written".to_owned());
         }
         health_problems.extend(self.ended_workers().map(|name| format!("thread {name}: it has ended")));
+        let is_busy = |(name, busy): (&str, Duration)| {
+            format!("thread {name}: it has been busy for {} s", busy.as_secs())
+        };
+        health_problems.extend(self.overdue_threads().map(is_busy));
         let hook_and_method = |(method, ()): &(Method, ())| (method.hook().name(), method.name());
         let remedy_counts = self.pipeline.remediation.counts();
         MetricsSnapshot {

@@ -1,6 +1,7 @@
 //! This process and the host around it: other processes' facts from /proc, clocks, capabilities, routes, the
 //! heap, the service manager's socket, diagnostics on stderr.
 
+pub mod busy;
 pub mod capabilities;
 pub mod cgroup;
 pub mod clock;

@@ -7,12 +7,13 @@ use std::{
     io,
     sync::mpsc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use rustix::thread::CapabilitySet;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use super::capabilities;
+use super::{busy::BusyClock, capabilities};
 
 /// The event loop's end of the channels to a worker thread.
 #[derive(Debug)]
@@ -23,6 +24,7 @@ pub struct Worker<Request, Response> {
     /// A response that [`Self::ready`] has received.
     next: Option<Response>,
     has_ended: bool,
+    busy: BusyClock,
 }
 
 impl<Request: Send + 'static, Response: Send + 'static> Worker<Request, Response> {
@@ -37,13 +39,20 @@ impl<Request: Send + 'static, Response: Send + 'static> Worker<Request, Response
     ) -> io::Result<Self> {
         let (requests, request_receiver) = mpsc::channel();
         let (response_sender, responses) = unbounded_channel();
+        let busy = BusyClock::default();
+        let of_thread = busy.clone();
         capabilities::spawn_restricted(name, capability_set, move || {
             // Ends when the daemon drops its end of the channels.
-            while let Ok(request) = request_receiver.recv()
-                && response_sender.send(handle(request)).is_ok()
-            {}
+            while let Ok(request) = request_receiver.recv() {
+                of_thread.begin();
+                let response = handle(request);
+                of_thread.rest();
+                if response_sender.send(response).is_err() {
+                    break;
+                }
+            }
         })?;
-        Ok(Self { name, requests, responses, next: None, has_ended: false })
+        Ok(Self { name, requests, responses, next: None, has_ended: false, busy })
     }
 
     /// Sends a request. The response is in [`Self::try_response`] later.
@@ -90,11 +99,18 @@ impl<Request: Send + 'static, Response: Send + 'static> Worker<Request, Response
     pub fn ended(&self) -> Option<&'static str> {
         self.has_ended.then_some(self.name)
     }
+
+    /// The name of the thread, and how long it has been busy with one request, if it hangs.
+    #[must_use]
+    pub fn overdue(&self) -> Option<(&'static str, Duration)> {
+        let busy = self.busy.overdue().filter(|_| !self.has_ended)?;
+        Some((self.name, busy))
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{panic::resume_unwind, time::Duration};
+    use std::panic::resume_unwind;
 
     use tokio::{runtime, time::timeout};
 

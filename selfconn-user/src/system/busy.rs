@@ -1,0 +1,80 @@
+//! How long a thread has been busy, as another thread sees it. A thread that hangs ends nothing and answers nothing, so
+//! nobody else would notice it.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+/// A thread that is busy for longer hangs. The longest work is a look at the sockets or the processes of a host with
+/// very many, which takes seconds; what takes longer is given up.
+const MAX_BUSY: Duration = Duration::from_secs(60);
+
+/// What a thread notes, and others read. The clock stands still while the host is suspended.
+#[derive(Clone, Debug)]
+pub struct BusyClock {
+    origin: Instant,
+    /// Milliseconds from `origin` to the beginning of what the thread does. `IDLE`: it waits for work.
+    since_ms: Arc<AtomicU64>,
+}
+
+const IDLE: u64 = u64::MAX;
+
+impl Default for BusyClock {
+    fn default() -> Self {
+        Self { origin: Instant::now(), since_ms: Arc::new(AtomicU64::new(IDLE)) }
+    }
+}
+
+impl BusyClock {
+    fn elapsed_ms(&self) -> u64 {
+        u64::try_from(self.origin.elapsed().as_millis()).unwrap_or(IDLE)
+    }
+
+    /// The thread begins with something.
+    pub fn begin(&self) {
+        self.since_ms.store(self.elapsed_ms(), Ordering::Relaxed);
+    }
+
+    /// The thread waits for work.
+    pub fn rest(&self) {
+        self.since_ms.store(IDLE, Ordering::Relaxed);
+    }
+
+    /// How long the thread has been busy, if that is too long.
+    #[must_use]
+    pub fn overdue(&self) -> Option<Duration> {
+        self.busy_beyond(MAX_BUSY)
+    }
+
+    fn busy_beyond(&self, limit: Duration) -> Option<Duration> {
+        let since_ms = self.since_ms.load(Ordering::Relaxed);
+        let busy = Duration::from_millis(self.elapsed_ms().checked_sub(since_ms)?);
+        (since_ms != IDLE && busy >= limit).then_some(busy)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_is_overdue_after_a_minute_of_work_and_not_while_it_waits() {
+        let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
+        let clock = |seconds| BusyClock { origin: ago(seconds), ..BusyClock::default() };
+        for (seconds, is_overdue) in [(59, false), (61, true)] {
+            let clock = clock(seconds);
+            assert_eq!(clock.overdue(), None, "it waits");
+            clock.since_ms.store(0, Ordering::Relaxed);
+            assert_eq!(clock.overdue().is_some(), is_overdue, "{seconds} s");
+            clock.rest();
+            assert_eq!(clock.overdue(), None);
+            clock.begin();
+            assert_eq!(clock.overdue(), None, "its next work");
+            assert!(clock.busy_beyond(Duration::ZERO).is_some());
+        }
+    }
+}
