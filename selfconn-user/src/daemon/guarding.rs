@@ -145,7 +145,7 @@ impl GuardMonitor {
                     }
                 }
                 GuardRecord::FirstConnect(first) => {
-                    if let Some(thread) = &self.thread {
+                    if let Some(thread) = &mut self.thread {
                         thread.on_first_connect(*first);
                     }
                 }
@@ -167,7 +167,8 @@ impl GuardMonitor {
 
     /// `None`: there is no guard.
     pub(super) fn counts(&self) -> Option<GuardCounts> {
-        self.thread.as_ref().map(|_| self.counts)
+        let thread = self.thread.as_ref()?;
+        Some(GuardCounts { failures: self.counts.failures + thread.dropped(), ..self.counts })
     }
 
     /// Waits for a report of the thread.
@@ -195,6 +196,11 @@ impl GuardMonitor {
 
     pub(super) fn ended_thread(&self) -> Option<&'static str> {
         self.thread.as_ref().filter(|thread| thread.has_ended()).map(|_| "guard")
+    }
+
+    /// The name of the thread, and how long it has been busy, if it hangs.
+    pub(super) fn overdue_thread(&self) -> Option<(&'static str, Duration)> {
+        Some(("guard", self.thread.as_ref()?.overdue()?))
     }
 
     /// Turns the program off everywhere. What it has refused is in its ring buffer and its counters now, and does not

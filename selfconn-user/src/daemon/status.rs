@@ -69,6 +69,7 @@ impl Daemon {
             self.port_risks.overdue_worker(),
             self.pipeline.remediation.overdue_worker(),
             self.pipeline.conflicts.reports.overdue_worker(),
+            self.guard.overdue_thread(),
         ];
         overdue.into_iter().flatten()
     }

@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender},
+    sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError},
     time::Duration,
 };
 
@@ -16,11 +16,13 @@ use super::{
 };
 use crate::{
     bpf::guard::{GuardMethod, GuardSwitch},
-    system::capabilities,
+    system::{busy::BusyClock, capabilities},
 };
 
-/// Maximum number of first connects that wait for the thread.
-const MAX_FIRST_CONNECTS: usize = 1_024;
+/// Maximum number of first connects that wait for the thread. Their namespaces' owners are not known yet, so they have no
+/// shares. It is twice as many as the programs remember namespaces, and the thread takes hundreds at a time into its own
+/// queue, which is fair.
+const MAX_FIRST_CONNECTS: usize = 8_192;
 
 /// Maximum number of reports that wait for the daemon.
 const MAX_REPORTS: usize = 64;
@@ -33,11 +35,40 @@ const LINK_TIMEOUT: Duration = Duration::from_millis(300);
 /// process waits as long again.
 const FILTER_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// The first connects on their way to the thread.
+#[derive(Debug)]
+struct FirstConnects {
+    /// `None`: the program is turned off, and the thread is to detach it and to end.
+    sender: Option<SyncSender<FirstConnect>>,
+    /// Number of those for which there was no room.
+    dropped: u64,
+}
+
+impl FirstConnects {
+    fn new() -> (Self, Receiver<FirstConnect>) {
+        let (sender, receiver) = mpsc::sync_channel(MAX_FIRST_CONNECTS);
+        (Self { sender: Some(sender), dropped: 0 }, receiver)
+    }
+
+    fn push(&mut self, first: FirstConnect) {
+        let Some(sender) = &self.sender else { return };
+        // If the thread has ended, `GuardThread::ready` notices that.
+        if let Err(TrySendError::Full(_)) = sender.try_send(first) {
+            if self.dropped == 0 {
+                log::warn!(
+                    "{MAX_FIRST_CONNECTS} network namespaces with a first connect wait for the guard; others \
+                     are guarded after the next walk"
+                );
+            }
+            self.dropped += 1;
+        }
+    }
+}
+
 /// The daemon's end.
 #[derive(Debug)]
 pub struct GuardThread {
-    /// `None`: the program is turned off, and the thread is to detach it and to end.
-    first_connects: Option<SyncSender<FirstConnect>>,
+    first_connects: FirstConnects,
     reports: mpsc_async::Receiver<GuardReport>,
     next: Option<GuardReport>,
     has_ended: bool,
@@ -45,6 +76,7 @@ pub struct GuardThread {
     method: GuardMethod,
     /// Disconnected once the thread has ended.
     end: Receiver<()>,
+    busy: BusyClock,
 }
 
 impl GuardThread {
@@ -53,22 +85,29 @@ impl GuardThread {
     /// # Errors
     /// If it can't be started.
     pub fn start(guard: Guard) -> io::Result<Self> {
-        let (first_connects, receiver) = mpsc::sync_channel(MAX_FIRST_CONNECTS);
+        let (first_connects, receiver) = FirstConnects::new();
         let (report_sender, reports) = mpsc_async::channel(MAX_REPORTS);
         let (ended, end) = mpsc::channel();
         let (switch, method) = (guard.program.switch()?, guard.method());
+        let busy = BusyClock::default();
+        let of_thread = busy.clone();
         capabilities::spawn_restricted("guard", capabilities::GUARD_THREAD, move || {
             let _ended: mpsc::Sender<()> = ended;
-            GuardWork::new(guard, report_sender).run(&receiver);
+            of_thread.begin();
+            GuardWork::new(guard, report_sender).run(&receiver, &of_thread);
         })?;
-        let first_connects = Some(first_connects);
-        Ok(Self { first_connects, reports, next: None, has_ended: false, switch, method, end })
+        Ok(Self { first_connects, reports, next: None, has_ended: false, switch, method, end, busy })
     }
 
     /// A namespace has its first connect to its own address.
-    pub fn on_first_connect(&self, first: FirstConnect) {
-        // Fails if the thread has ended, which `ready` notices, or if too many wait: the walk finds their namespaces.
-        let _ = self.first_connects.as_ref().map(|requests| requests.try_send(first));
+    pub fn on_first_connect(&mut self, first: FirstConnect) {
+        self.first_connects.push(first);
+    }
+
+    /// Number of first connects that the thread has no room for. The next walk finds their namespaces.
+    #[must_use]
+    pub fn dropped(&self) -> u64 {
+        self.first_connects.dropped
     }
 
     /// Waits until a report is there, for ever once the thread has ended. Cancel safe.
@@ -91,6 +130,12 @@ impl GuardThread {
         self.has_ended
     }
 
+    /// How long the thread has been busy, if it hangs.
+    #[must_use]
+    pub fn overdue(&self) -> Option<Duration> {
+        self.busy.overdue().filter(|_| !self.has_ended)
+    }
+
     /// Turns the program off everywhere, so that nothing more is refused, and detaches it. Waits for the filters, and
     /// for links only as long as a run may take to end.
     pub async fn stop(&mut self) {
@@ -105,7 +150,7 @@ impl GuardThread {
     }
 
     fn begin_end(&mut self) {
-        if self.first_connects.take().is_some()
+        if self.first_connects.sender.take().is_some()
             && let Err(error) = self.switch.turn_off()
         {
             log::warn!("the guard goes on until it is detached: {error}");
@@ -129,5 +174,31 @@ impl Drop for GuardThread {
         {
             log::warn!("the guard could not be detached in time");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_first_connect_without_room_is_counted_and_one_that_was_taken_makes_room() {
+        let first = |netns_cookie| FirstConnect {
+            tag: selfconn_ebpf::tag::FIRST_CONNECT,
+            padding: 0,
+            tid: 7,
+            netns_cookie,
+            netns: 1,
+            padding_end: 0,
+        };
+        let (mut first_connects, receiver) = FirstConnects::new();
+        let count = MAX_FIRST_CONNECTS as u64;
+        (0..count + 9).for_each(|cookie| first_connects.push(first(cookie)));
+        assert_eq!((first_connects.dropped, receiver.recv().unwrap().netns_cookie), (9, 0));
+        first_connects.push(first(count + 9));
+        assert_eq!((first_connects.dropped, receiver.try_iter().count() as u64), (9, count));
+        first_connects.sender = None;
+        first_connects.push(first(0));
+        assert_eq!(first_connects.dropped, 9, "the run ends");
     }
 }
