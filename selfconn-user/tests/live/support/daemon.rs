@@ -202,8 +202,10 @@ impl TestDaemon {
     /// here. Not for tests of how a daemon starts, ends or is disturbed.
     pub(crate) fn shared(variant: &HookVariant, options: &[&str]) -> Self {
         let key = PoolKey::of(variant, options);
+        // It reports everything that the tests of a module do, and that may be more than an owner's burst.
+        let unlimited = || [options, &["--log-rate", "4294967295"]].concat();
         let mut daemon = daemon_pool::take_idle(&key)
-            .unwrap_or_else(|| Self::start_with(variant, options, daemon_pool::spawn));
+            .unwrap_or_else(|| Self::start_with(variant, &unlimited(), daemon_pool::spawn));
         // Inode numbers of namespaces are reused, so pending events of the previous namespace must be drained
         // first.
         daemon.wait_for_pending_events();
