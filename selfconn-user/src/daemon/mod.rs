@@ -354,13 +354,13 @@ impl Daemon {
     /// Applies a snapshot. All records from before it must have been drained.
     fn apply_snapshot(&mut self, mut snapshot: SocketSnapshot) {
         let Self { snapshots, tracer, pipeline, port_risks, self_test, .. } = self;
-        let missed = snapshots.apply(&mut snapshot, tracer, pipeline, self_test);
+        let found = snapshots.apply(&mut snapshot, tracer, pipeline, self_test);
         port_risks.on_snapshot(&snapshot, tracer.refused_counts(), &mut pipeline.reporting);
         self.report_losses();
         // A burst since the last snapshot is usually over by now. Its memory is given back.
         memory::trim_heap();
         let listed = snapshot.entries.len();
-        log::debug!("read the socket table: {listed} self-connections, {missed} of them new");
+        log::debug!("read the socket table: {listed} self-connections, {found} of them new");
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use selfconn_ebpf::{Owner, Task, Transition, bind_failure::BindFailure, state};
+use selfconn_ebpf::{Endpoint, Owner, Task, Transition, bind_failure::BindFailure, state};
 use tokio::time::Instant;
 
 use super::{
@@ -369,9 +369,14 @@ impl Pipeline {
         }
     }
 
-    /// Reconciles the connections with a snapshot of the socket table. Returns the number of missed
-    /// self-connections. The events are emitted later, in portions.
-    pub(super) fn reconcile(&mut self, snapshot: &SocketSnapshot, knows_netns: bool) -> u64 {
+    /// Reconciles the connections with a snapshot of the socket table. Returns the number of new self-connections. The
+    /// hooks missed them, unless they may be older than the run. The events are emitted later, in portions.
+    pub(super) fn reconcile(
+        &mut self,
+        snapshot: &SocketSnapshot,
+        knows_netns: bool,
+        may_be_older: impl Fn(&Endpoint) -> bool,
+    ) -> u64 {
         // A connection that the snapshot may have left out is not missing in it.
         let coverage = |connection: &Connection| {
             let coverage = if knows_netns { snapshot.coverage(&connection.endpoint) } else { Coverage::Read };
@@ -385,7 +390,10 @@ impl Pipeline {
         let (began_ns, time) = (snapshot.began_ns, Timestamp::now());
         let mut events = Vec::new();
         self.connections.set_left_out(snapshot.left_out.users());
-        let missed = self.connections.reconcile(&snapshot.entries, began_ns, coverage, |event| {
+        let found = self.connections.reconcile(&snapshot.entries, began_ns, coverage, |event| {
+            if let ConnectionEvent::Established(connection) = &event {
+                self.missed += u64::from(!may_be_older(&connection.endpoint));
+            }
             events.push(QueuedEvent::new(event, began_ns, time));
         });
         for event in events {
@@ -427,7 +435,7 @@ impl Pipeline {
                 attribution.holders = Some(holders);
             }
         }
-        missed
+        found
     }
 
     /// Records the TIME_WAIT sockets of self-connections whose close this run did not observe, and removes those

@@ -1,32 +1,37 @@
 //! The worker that takes snapshots of the socket table.
 
-use std::{cell::RefCell, collections::HashSet, io};
+use std::{cell::RefCell, io, time::Duration};
 
 use crate::{
     bpf::loader::Iterators,
     budget::memory::MAX_SNAPSHOT_SOCKETS,
-    sockets::{self, HolderSearch, SnapshotOptions, SocketSnapshot},
+    sockets::{self, HolderSearch, SnapshotOptions, SocketSnapshot, VisitHistory, VisitTurns},
     system::{capabilities, worker::Worker},
 };
+
+/// How long a snapshot may read the socket tables of network namespaces. With a million sockets on the host one
+/// namespace takes up to 0.2 s, so this is for fifty owners, each with one at least. It is a sixth of the interval, so
+/// that the next snapshot is not late.
+const MAX_VISITS: Duration = Duration::from_secs(10);
 
 /// A request has the threads whose namespaces are to be read as well. At most one may be in progress.
 pub(super) type SnapshotWorker = Worker<Vec<u32>, SocketSnapshot>;
 
 pub(super) fn start(iterators: Iterators) -> io::Result<SnapshotWorker> {
     let capability_set = capabilities::snapshot_worker(iterators.descriptors.is_some());
-    let unfound = RefCell::new(HashSet::new());
+    let history = RefCell::new(VisitHistory::default());
     Worker::start("reader", capability_set, move |netns_hints: Vec<u32>| {
-        let snapshot = take_snapshot(&netns_hints, &iterators, &unfound.borrow());
-        unfound.borrow_mut().clone_from(&snapshot.unfound);
+        let snapshot = take_snapshot(&netns_hints, &iterators, &history.borrow());
+        let visited = snapshot.namespaces.keys().copied();
+        history.borrow_mut().add(visited, &snapshot.unvisited, &snapshot.unfound);
         snapshot
     })
 }
 
 /// Lists the self-connections and their holders: in one pass over descriptors, or else by a search, which may
 /// take long. Reads the socket tables, too.
-/// `netns_hints` are threads that may be the only ones in their namespace; `unfound` are the inodes of namespaces that
-/// the last snapshot found no way to.
-fn take_snapshot(netns_hints: &[u32], iterators: &Iterators, unfound: &HashSet<u32>) -> SocketSnapshot {
+/// `netns_hints` are threads that may be the only ones in their namespace.
+fn take_snapshot(netns_hints: &[u32], iterators: &Iterators, history: &VisitHistory) -> SocketSnapshot {
     let holders = Some(HolderSearch::Complete);
     let options = SnapshotOptions {
         attempts: true,
@@ -34,7 +39,7 @@ fn take_snapshot(netns_hints: &[u32], iterators: &Iterators, unfound: &HashSet<u
         max_sockets: Some(MAX_SNAPSHOT_SOCKETS),
         descriptors: iterators.descriptors.as_deref(),
         namespaces: iterators.namespaces.as_ref(),
-        unfound: Some(unfound),
+        turns: Some(VisitTurns { history, limit: MAX_VISITS }),
         ..SnapshotOptions::default()
     };
     let snapshot = sockets::snapshot(options, netns_hints).unwrap_or_else(|error| {

@@ -1,7 +1,12 @@
 //! The daemon's snapshots of the socket table: when the next one is due, and what one of them changes.
 
-use std::{collections::HashSet, io, time::Duration};
+use std::{
+    collections::{BTreeSet, HashSet},
+    io,
+    time::Duration,
+};
 
+use selfconn_ebpf::Endpoint;
 use tokio::time::Instant;
 
 use super::{
@@ -20,8 +25,8 @@ pub(super) struct Snapshots {
     interval: Duration,
     /// True if the probes can read a socket's network namespace.
     knows_netns: bool,
-    /// True if the socket table has been read in this run.
-    has_one: bool,
+    /// The namespaces from before the run that no snapshot has read yet. `None`: there was no snapshot.
+    unread: Option<BTreeSet<u32>>,
     /// When the next one is due. `None`: one is in progress.
     next_at: Option<Instant>,
     /// True if the last one had, or the daemon tracked, every self-connection.
@@ -31,7 +36,7 @@ pub(super) struct Snapshots {
 impl Snapshots {
     pub(super) fn start(iterators: Iterators, interval: Duration, knows_netns: bool) -> io::Result<Self> {
         let worker = snapshot_worker::start(iterators)?;
-        Ok(Self { worker, interval, knows_netns, has_one: false, next_at: None, had_all: true })
+        Ok(Self { worker, interval, knows_netns, unread: None, next_at: None, had_all: true })
     }
 
     /// Waits until one is taken. Cancel safe.
@@ -84,12 +89,11 @@ impl Snapshots {
         let is_self_test =
             |entry: &SocketEntry| entry.cookie.is_some_and(|cookie| self_test.is_self_test_socket(cookie));
         snapshot.entries.retain(|entry| !is_self_test(entry));
-        let missed = pipeline.reconcile(snapshot, self.knows_netns);
-        // Connections of the first snapshot existed before this run. They do not count as missed.
-        if self.has_one {
-            pipeline.missed += missed;
-        }
-        self.has_one = true;
+        // What is listed for the first time may be from before the run. Then it does not count as missed.
+        let may_be_older =
+            |endpoint: &Endpoint| self.unread.as_ref().is_none_or(|unread| unread.contains(&endpoint.netns));
+        let found = pipeline.reconcile(snapshot, self.knows_netns, may_be_older);
+        self.unread = Some(still_unread(self.unread.take(), &snapshot.unvisited));
         pipeline.record_time_waits(snapshot);
         for (sock, at_ns) in stale_connects {
             tracer.remove_connect(sock, at_ns);
@@ -102,12 +106,21 @@ impl Snapshots {
         // One that is neither tracked nor listed, or its TIME_WAIT, may hold any other port. It is known again after
         // the second snapshot that has all, because a TIME_WAIT is listed, too.
         let has_all = snapshot.left_out.is_empty()
+            && snapshot.unvisited.is_empty()
             && !pipeline.connections.may_lack_open_ones()
             && !binds.may_lack_time_waits(snapshot.began_ns);
         let had_all = std::mem::replace(&mut self.had_all, has_all);
         tracer.update_held_ports(held, snapshot.began_ns, has_all && had_all);
         self.next_at = Some(Instant::now() + self.interval);
-        missed
+        found
+    }
+}
+
+/// The namespaces from before the run that no snapshot has read yet, after a snapshot that had no time for some.
+fn still_unread(unread: Option<BTreeSet<u32>>, unvisited: &BTreeSet<u32>) -> BTreeSet<u32> {
+    match unread {
+        None => unvisited.clone(),
+        Some(unread) => unread.intersection(unvisited).copied().collect(),
     }
 }
 
@@ -116,4 +129,18 @@ fn opener_threads(tracer: &Tracer) -> Vec<u32> {
     let entries = tracer.connect_entries().unwrap_or_default();
     let threads: HashSet<u32> = entries.iter().map(|(_, entry)| entry.opener.task.tid).collect();
     threads.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_first_snapshot_had_no_time_for_stays_unread() {
+        let first = still_unread(None, &[1, 2, 3].into());
+        assert_eq!(first, [1, 2, 3].into());
+        let second = still_unread(Some(first), &[2, 4].into());
+        assert_eq!(second, [2].into(), "4 is new, or was read before");
+        assert_eq!(still_unread(Some(second), &BTreeSet::new()), [].into());
+    }
 }

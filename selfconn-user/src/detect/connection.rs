@@ -163,7 +163,7 @@ struct Tracked {
     last_seen_ns: u64,
     /// True if `established` has been emitted.
     established_emitted: bool,
-    /// True if the last snapshot of the socket table should have listed it and did not.
+    /// True if the last snapshot that should have listed it did not.
     was_absent: bool,
     closed_ns: Option<u64>,
 }

@@ -18,8 +18,10 @@ use rustix::{
 use selfconn_ebpf::Endpoint;
 
 use super::{
-    netns_search::{Lead, NamespaceDescriptors, SearchLimits, mount_points, search},
+    netns_owner,
+    netns_search::{Lead, NamespaceDescriptors, SearchLimits, mount_points, open_again, search},
     netns_selection::{CURRENT_NETNS, NamespaceSelection},
+    netns_turns::{QueuedNamespace, VisitTurns},
 };
 use crate::system::{netns_cookie, process::is_gone};
 
@@ -40,6 +42,8 @@ pub struct VisitResult {
     pub namespaces: HashMap<u32, u64>,
     /// The inodes of namespaces that could not be entered, and the reason.
     pub unentered: BTreeMap<u32, String>,
+    /// The inodes of namespaces for which there was no time.
+    pub unvisited: BTreeSet<u32>,
     /// What could not be visited, and the reason: one line of text for people each.
     pub unseen: Vec<String>,
 }
@@ -132,8 +136,8 @@ pub(super) struct VisitOptions<'a> {
     /// The inodes of all namespaces, or of the needed ones. The search ends when all are visited; without, it finds
     /// what it can.
     pub(super) existing: Option<&'a BTreeSet<u32>>,
-    /// The inodes for which an earlier search was in vain.
-    pub(super) unfound: Option<&'a HashSet<u32>>,
+    /// The order and the time of the visits. `None`: all are visited, as they are found.
+    pub(super) turns: Option<VisitTurns<'a>>,
     /// `None`: no search beyond mounts and the leaders of processes.
     pub(super) search: Option<SearchLimits>,
     /// Lists the descriptors that are namespaces. Called if there is anything that no thread leads to.
@@ -142,8 +146,9 @@ pub(super) struct VisitOptions<'a> {
 
 /// Calls `each` in every network namespace: first in the namespace of the calling thread, which needs no
 /// privilege, then in the mounted namespaces (`/run/netns` and others), then in the namespaces of all
-/// processes and of the threads in `netns_hints`, then in those that a search finds. The thread stays in
-/// the last one. A namespace that disappears meanwhile is not an error.
+/// processes and of the threads in `netns_hints`, then in those that a search finds. With `turns`, all but the
+/// namespaces of the calling thread and of the first process wait until all are found. The thread stays in the last
+/// one. A namespace that disappears meanwhile is not an error.
 pub(super) fn visit(
     options: VisitOptions<'_>,
     mut each: impl FnMut(&Namespace) -> io::Result<()>,
@@ -151,6 +156,10 @@ pub(super) fn visit(
     let netns_hints = options.netns_hints;
     let mut visit = NamespaceVisit { only: options.only, ..NamespaceVisit::default() };
     visit.visit_path(Path::new(CURRENT_NETNS), NamespaceSource::Current, &mut each);
+    if options.turns.is_some() {
+        visit.visit_path(Path::new("/proc/1/ns/net"), NamespaceSource::Process, &mut each);
+        visit.queue = Some(Vec::new());
+    }
     for path in mount_points(&fs::read("/proc/self/mountinfo").unwrap_or_default()) {
         visit.visit_path(&path, NamespaceSource::Mount, &mut each);
     }
@@ -173,11 +182,14 @@ pub(super) fn visit(
         );
     }
     visit.search(options, &mut each);
+    if let (Some(turns), Some(queue)) = (options.turns, visit.queue.take()) {
+        visit.unvisited = turns.visit(queue, |queued| visit.visit_queued(queued, &mut each));
+    }
     visit.finish()
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum NamespaceSource {
+pub(super) enum NamespaceSource {
     Current,
     Mount,
     Process,
@@ -189,12 +201,16 @@ enum NamespaceSource {
 
 #[derive(Default)]
 struct NamespaceVisit {
-    /// The namespaces that were visited or permanently refused: device by inode. All are on one device, nsfs.
+    /// The namespaces that were visited, queued or permanently refused: device by inode. All are on one device, nsfs.
     known: HashMap<u64, u64>,
     /// Visit only the namespace with this inode.
     only: Option<u32>,
+    /// `None`: a namespace is visited when it is found.
+    queue: Option<Vec<QueuedNamespace>>,
     /// The inodes of namespaces that exist, and that nothing leads to.
     unfound: BTreeSet<u32>,
+    /// The inodes of namespaces for which there was no time.
+    unvisited: BTreeSet<u32>,
     /// True if the limits of the search ended it.
     is_incomplete: bool,
     namespaces: HashMap<u32, u64>,
@@ -234,7 +250,8 @@ impl NamespaceVisit {
         let is_missing = |inode: &u32| is_selected(inode) && !visited.contains(&u64::from(*inode));
         let missing: Option<BTreeSet<u32>> =
             options.existing.map(|existing| existing.iter().copied().filter(is_missing).collect());
-        let is_new = |inode: &u32| !options.unfound.is_some_and(|unfound| unfound.contains(inode));
+        let is_new =
+            |inode: &u32| !options.turns.is_some_and(|turns| turns.history.unfound().contains(inode));
         let to_find: Option<HashSet<u64>> = match &missing {
             Some(missing) => Some(missing.iter().copied().filter(is_new).map(u64::from).collect()),
             None => options.only.map(|only| [only].into_iter().filter(is_missing).map(u64::from).collect()),
@@ -269,7 +286,7 @@ impl NamespaceVisit {
         self.unfound = missing.unwrap_or_default().into_iter().filter(is_unknown).collect();
     }
 
-    /// Returns false if the file is not a network namespace.
+    /// Visits the namespace or queues it. Returns false if the file is not a network namespace.
     fn try_visit(
         &mut self,
         path: &Path,
@@ -291,6 +308,53 @@ impl NamespaceVisit {
         if self.known.insert(opened.ino(), opened.dev()).is_some() {
             return Ok(true);
         }
+        if let Some(queue) = &mut self.queue {
+            // The file would keep the namespace.
+            let (owner, path) = (netns_owner::payer(&file), shown.to_owned());
+            queue.push(QueuedNamespace { inode: opened.ino(), owner, path, source });
+            return Ok(true);
+        }
+        self.enter(&file, &opened, shown, source, each)?;
+        Ok(true)
+    }
+
+    /// Visits a namespace whose turn it is. If its file leads to another one by now, it is none that is known.
+    fn visit_queued(
+        &mut self,
+        queued: &QueuedNamespace,
+        each: &mut impl FnMut(&Namespace) -> io::Result<()>,
+    ) {
+        let QueuedNamespace { inode, path, source, .. } = queued;
+        let opened = match source {
+            NamespaceSource::Search => open_again(path, *inode),
+            _ => open(path),
+        };
+        let entered = match opened {
+            Ok(Some((file, opened))) if opened.ino() == *inode => {
+                self.enter(&file, &opened, path, *source, each)
+            }
+            Ok(_) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = entered
+            && !is_gone(&error)
+        {
+            self.add_refusal(error.to_string(), Some(path.display().to_string()));
+        }
+    }
+
+    /// Calls `each` in this namespace.
+    ///
+    /// # Errors
+    /// If the user named the file, and it can't be entered, or `each` fails.
+    fn enter(
+        &mut self,
+        file: &fs::File,
+        opened: &fs::Metadata,
+        shown: &Path,
+        source: NamespaceSource,
+        each: &mut impl FnMut(&Namespace) -> io::Result<()>,
+    ) -> io::Result<()> {
         let is_current = source == NamespaceSource::Current
             || fs::metadata(CURRENT_NETNS)
                 .is_ok_and(|current| (current.dev(), current.ino()) == (opened.dev(), opened.ino()));
@@ -307,7 +371,7 @@ impl NamespaceVisit {
             }
             self.unentered.insert(u32::try_from(inode).unwrap_or(0), why.clone());
             self.add_refusal(why, which);
-            return Ok(true);
+            return Ok(());
         }
         let id = NetnsId {
             inode: u32::try_from(inode).unwrap_or(0),
@@ -324,16 +388,15 @@ impl NamespaceVisit {
                 self.add_refusal(why, which);
             }
         }
-        Ok(true)
+        Ok(())
     }
 
     fn add_refusal(&mut self, why: String, which: Option<String>) {
         self.refused.entry(why).or_insert((0, which)).0 += 1;
     }
 
-    fn finish(self) -> VisitResult {
-        let mut unseen: Vec<_> = self
-            .refused
+    fn finish(mut self) -> VisitResult {
+        let mut unseen: Vec<_> = std::mem::take(&mut self.refused)
             .into_iter()
             .map(|(why, refused)| match refused {
                 (_, None) => why,
@@ -353,23 +416,38 @@ impl NamespaceVisit {
                     .into(),
             );
         }
-        VisitResult { namespaces: self.namespaces, unentered: self.unentered, unseen, unfound: self.unfound }
+        if !self.unvisited.is_empty() {
+            unseen.push(unvisited_text(&self.unvisited));
+        }
+        let Self { namespaces, unentered, unfound, unvisited, .. } = self;
+        VisitResult { unfound, namespaces, unentered, unvisited, unseen }
     }
 }
 
 /// One line of text about namespaces that exist, and that nothing leads to.
 fn unfound_text(inodes: &BTreeSet<u32>, is_incomplete: bool) -> String {
+    let why = match is_incomplete {
+        true => "there are too many descriptors to look for a way to",
+        false => "no process, descriptor or mount leads to",
+    };
+    format!("network namespaces ({}): {why} {}", inodes.len(), named(inodes))
+}
+
+/// One line of text about namespaces for which there was no time.
+fn unvisited_text(inodes: &BTreeSet<u32>) -> String {
+    let (count, named) = (inodes.len(), named(inodes));
+    format!("network namespaces ({count}): there was no time for {named}; they are among the next to be read")
+}
+
+/// The first of these inodes, and the number of the others.
+fn named(inodes: &BTreeSet<u32>) -> String {
     const MAX_NAMED: usize = 8;
     let named: Vec<_> = inodes.iter().take(MAX_NAMED).map(ToString::to_string).collect();
     let more = match inodes.len() - named.len() {
         0 => String::new(),
         more => format!(" and {more} more"),
     };
-    let why = match is_incomplete {
-        true => "there are too many descriptors to look for a way to",
-        false => "no process, descriptor or mount leads to",
-    };
-    format!("network namespaces ({}): {why} {}{more}", inodes.len(), named.join(", "))
+    named.join(", ") + &more
 }
 
 /// Opens a network namespace. `None`: the file is not a namespace, because the process or the mount has
@@ -399,6 +477,7 @@ mod tests {
             many.contains("(12)") && many.ends_with(" 8 and 4 more") && many.contains("too many"),
             "{many}"
         );
+        assert!(unvisited_text(&inodes(12)).contains("(12): there was no time for 1, 2, "));
     }
 
     #[test]

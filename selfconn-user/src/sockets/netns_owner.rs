@@ -9,10 +9,13 @@ use std::{
     path::Path,
 };
 
+use selfconn_ebpf::Owner;
+
 use super::{
     netns::{Namespace, VisitOptions, VisitResult, open, visit, visit_at},
     netns_selection::CURRENT_NETNS,
 };
+use crate::budget::owner_of_user;
 
 /// Calls `each` in every network namespace that mounts or processes lead to. The thread stays in the last one.
 pub fn visit_namespaces(each: impl FnMut(&Namespace) -> io::Result<()>) -> VisitResult {
@@ -55,6 +58,25 @@ pub(super) struct OutermostUserns {
     pub(super) inode: u64,
     /// The user that made it.
     pub(super) owner: u32,
+}
+
+impl OutermostUserns {
+    /// Who is charged if root made it: root there makes control groups and users as it likes.
+    pub(super) fn container(self) -> Option<Owner> {
+        let group = || Owner::of_container(u32::try_from(self.inode).unwrap_or(u32::MAX));
+        (self.owner == 0).then(|| Owner::new(0, group()))
+    }
+}
+
+/// Who is charged for what a network namespace costs: the user that made the outermost user namespace that it belongs
+/// to, a container, or root.
+pub(super) fn payer(netns: &fs::File) -> Owner {
+    match related(netns, NS_GET_USERNS).and_then(outermost) {
+        Ok(Some(userns)) => userns.container().unwrap_or_else(|| owner_of_user(Some(userns.owner))),
+        Ok(None) => owner_of_user(Some(0)),
+        // Our user namespace is not the initial one.
+        Err(_) => owner_of_user(None),
+    }
 }
 
 /// The inode of a user namespace, and the outermost one that it belongs to. `None`: it is the initial one.

@@ -7,15 +7,17 @@
 use std::{
     collections::{HashMap, HashSet},
     ffi::OsString,
-    fs,
+    fs, io,
     os::{
-        fd::AsRawFd as _,
+        fd::{AsRawFd as _, OwnedFd},
         unix::{ffi::OsStringExt as _, fs::MetadataExt as _},
     },
     path::{Path, PathBuf},
 };
 
 use rustix::fs::{Mode, OFlags, open};
+
+use super::netns;
 
 /// How far a search goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,11 +146,29 @@ fn follow(
     is_wanted: &impl Fn(u64) -> bool,
     each: &mut impl FnMut(&Lead) -> bool,
 ) -> bool {
-    let inode_of = |link: &Path| fs::read_link(link).ok().and_then(|target| namespace_inode(&target));
     let Some(inode) = inode_of(&descriptor).filter(|inode| is_wanted(*inode)) else { return false };
-    let Ok(file) = open(&descriptor, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) else { return false };
-    let path = PathBuf::from(format!("/proc/thread-self/fd/{}", file.as_raw_fd()));
-    inode_of(&path) == Some(inode) && each(&Lead { inode, path, shown: descriptor })
+    let Some((_held, path)) = hold(&descriptor, inode) else { return false };
+    each(&Lead { inode, path, shown: descriptor })
+}
+
+/// Opens what [`Lead::shown`] shows, if it is still this namespace.
+pub(super) fn open_again(shown: &Path, inode: u64) -> io::Result<Option<(fs::File, fs::Metadata)>> {
+    match hold(shown, inode) {
+        Some((_held, path)) => netns::open(&path),
+        None => Ok(None),
+    }
+}
+
+/// A handle of this namespace that is no open file, and the path by which it can be opened.
+fn hold(file: &Path, inode: u64) -> Option<(OwnedFd, PathBuf)> {
+    let held = open(file, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    let path = PathBuf::from(format!("/proc/thread-self/fd/{}", held.as_raw_fd()));
+    (inode_of(&path) == Some(inode)).then_some((held, path))
+}
+
+/// The inode of the namespace that this link of `/proc` leads to.
+fn inode_of(link: &Path) -> Option<u64> {
+    fs::read_link(link).ok().and_then(|target| namespace_inode(&target))
 }
 
 /// The entries of a directory whose names are numbers.

@@ -174,15 +174,11 @@ impl FoundProcess {
 
     /// Who is charged for it if this is its user.
     fn owner(&self, uid: Option<u32>) -> Owner {
-        let uid = match self.userns {
-            // Root there makes control groups and users as it likes.
-            Some(OutermostUserns { inode, owner: 0 }) => {
-                return Owner::new(0, Owner::of_container(u32::try_from(inode).unwrap_or(u32::MAX)));
-            }
-            // A uid there is one of many that the maker of the user namespace has.
-            Some(OutermostUserns { owner, .. }) => Some(owner),
-            None => uid,
-        };
+        if let Some(container) = self.userns.and_then(OutermostUserns::container) {
+            return container;
+        }
+        // A uid there is one of many that the maker of the user namespace has.
+        let uid = self.userns.map(|userns| userns.owner).or(uid);
         match self.group {
             None => owner_of_user(uid),
             Some(group) => Owner::new(uid.unwrap_or(u32::MAX), group),

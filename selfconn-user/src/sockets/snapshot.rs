@@ -26,6 +26,7 @@ use super::{
     netns::{self, Namespace, NetnsId, VisitOptions},
     netns_search::SearchLimits,
     netns_selection::NamespaceSelection,
+    netns_turns::VisitTurns,
     table::Tables,
 };
 use crate::{
@@ -55,8 +56,9 @@ pub struct SnapshotOptions<'a> {
     pub namespaces: Option<&'a NamespaceIter>,
     /// The namespaces to read.
     pub selection: Option<&'a NamespaceSelection>,
-    /// The inodes for which an earlier search was in vain. `None`: this is a command, whose search goes further.
-    pub unfound: Option<&'a HashSet<u32>>,
+    /// The order and the time in which the namespaces are visited. `None`: this is a command, which visits all, and whose
+    /// search goes further.
+    pub turns: Option<VisitTurns<'a>>,
 }
 
 /// The self-connections found in the socket tables.
@@ -78,6 +80,8 @@ pub struct SocketSnapshot {
     pub left_out: LeftOut,
     /// The inodes of the namespaces that exist, and that nothing leads to.
     pub unfound: HashSet<u32>,
+    /// The inodes of the namespaces for which there was no time. What has no descriptor there is unknown.
+    pub unvisited: BTreeSet<u32>,
     /// What could not be read, and the reason: one line of text for people each.
     pub unseen: Vec<String>,
     /// The reason why `/proc/net/tcp` was read instead of sock_diag; cookies and interfaces are unknown in
@@ -304,14 +308,14 @@ fn snapshot_all(
     let mut held_by_netns: Option<HashMap<u32, Vec<Endpoint>>> = None;
     let (mut snapshot, mut devices) = (SocketSnapshot::default(), DeviceNames::default());
     let mut tables = Tables::new(options.procfs_only);
-    let search = if options.unfound.is_some() { SearchLimits::DAEMON } else { SearchLimits::COMMAND };
+    let search = if options.turns.is_some() { SearchLimits::DAEMON } else { SearchLimits::COMMAND };
     // Without the list the daemon does not know for what to search.
-    let search = (options.unfound.is_none() || existing.is_some()).then_some(search);
+    let search = (options.turns.is_none() || existing.is_some()).then_some(search);
     let visit = VisitOptions {
         netns_hints,
         only: None,
         existing,
-        unfound: options.unfound,
+        turns: options.turns,
         search,
         descriptors: Some(&descriptors),
     };
@@ -344,6 +348,7 @@ fn snapshot_all(
     })?;
     snapshot.namespaces = visited.namespaces;
     snapshot.unfound = visited.unfound.into_iter().collect();
+    snapshot.unvisited = visited.unvisited;
     snapshot.unseen = visited.unseen;
     snapshot.without_sock_diag = tables.without_diag;
     snapshot.attempts.sort_unstable();

@@ -4,8 +4,8 @@
 //!
 //! A dump of the table is not atomic: the kernel sends it in pieces, and it can skip a socket when other
 //! sockets of the same hash bucket are removed between two pieces. One dump that lists a socket proves that
-//! the socket exists. Only two dumps in a row without the socket prove that it is gone, or one that shows that its
-//! network namespace has ended.
+//! the socket exists. Only two dumps in a row of its network namespace without the socket prove that it is gone, or one
+//! that shows that the namespace has ended.
 //!
 //! When a socket of the table and a tracked connection are the same is decided in `identity.rs`.
 
@@ -122,11 +122,13 @@ impl Connections {
                 tracked.was_absent = false;
                 continue;
             }
-            let coverage = coverage(&tracked.connection);
-            if coverage == Coverage::NetnsEnded || coverage == Coverage::Read && tracked.was_absent {
-                vanished.push(key);
+            match coverage(&tracked.connection) {
+                Coverage::NetnsEnded => vanished.push(key),
+                Coverage::Read if tracked.was_absent => vanished.push(key),
+                Coverage::Read => tracked.was_absent = true,
+                // Where there is not time for all namespaces, not each snapshot reads the same.
+                Coverage::Unknown => {}
             }
-            tracked.was_absent = coverage == Coverage::Read;
         }
         // Some of those that the snapshot left out are tracked.
         let is_unseen = |(key, tracked): &(u64, &Tracked)| tracked.closed_ns.is_none() && !seen.contains(key);

@@ -206,6 +206,35 @@ fn events_with_snapshots(
 }
 
 #[test]
+fn a_connection_has_vanished_after_two_snapshots_that_read_its_namespace_whatever_lies_between() {
+    use Coverage::{Read, Unknown};
+    for (snapshots, closed_in) in [
+        (vec![(Read, false), (Unknown, false), (Unknown, false), (Read, false)], Some(4)),
+        (vec![(Unknown, false), (Read, false), (Unknown, false), (Unknown, false)], None),
+        (vec![(Read, false), (Unknown, true), (Read, false), (Unknown, false)], None),
+    ] {
+        let mut connections = Connections::new(1);
+        connections.apply(&transition(1, 10, SYN_RECV, ESTABLISHED), |_| {});
+        let mut closed = None;
+        for (number, (coverage, is_listed)) in (1..).zip(&snapshots) {
+            let table = is_listed.then(|| listed(40_000, ESTABLISHED));
+            connections.begin_snapshot();
+            connections.reconcile(
+                table.as_slice(),
+                100 * number,
+                |_| *coverage,
+                |event| {
+                    if let ConnectionEvent::Closed(..) = event {
+                        closed = Some(number);
+                    }
+                },
+            );
+        }
+        assert_eq!(closed, closed_in, "{snapshots:?}");
+    }
+}
+
+#[test]
 fn the_socket_table_establishes_missed_connections_and_closes_vanished_ones() {
     let open = transition(1, 10, SYN_RECV, ESTABLISHED);
     let connecting = transition(1, 10, CLOSE, SYN_SENT);

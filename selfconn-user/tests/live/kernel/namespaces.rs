@@ -32,7 +32,7 @@ pub(crate) fn lists_namespaces() -> bool {
 }
 
 /// The iterator, if this kernel has it.
-fn open_namespace_iter() -> Option<NamespaceIter> {
+pub(crate) fn open_namespace_iter() -> Option<NamespaceIter> {
     let features = KernelFeatures::probe(false).unwrap();
     let iter = namespaces::open(&features);
     assert_eq!(iter.is_ok(), lists_namespaces(), "{iter:?}");

@@ -13,6 +13,7 @@ pub(crate) mod faults;
 pub(crate) mod guard;
 pub(crate) mod hostile;
 pub(crate) mod log_budget;
+pub(crate) mod many_namespaces;
 pub(crate) mod memory;
 pub(crate) mod port_risk;
 pub(crate) mod privileges;
