@@ -102,8 +102,9 @@ pub const REFUSED_CONNECTS: &str = "REFUSED_CONNECTS";
 /// Array of `u64`, indexed by [`crate::port_slot`]: when a connect was last refused there (`CLOCK_BOOTTIME`,
 /// nanoseconds), or 0; owned by `refused_connects.rs`.
 pub const REFUSED_AT: &str = "REFUSED_AT";
-/// LRU hash from an [`Owner`](crate::Owner) to the number of its entries in [`REFUSED_CONNECTS`], a `u64`. User space
-/// counts them anew when it removes entries; owned by `refused_connects.rs`.
+/// Hash from an [`Owner`](crate::Owner), or [`EVERYBODY`](crate::refused_connects::EVERYBODY), to the number of its
+/// entries in [`REFUSED_CONNECTS`], a `u64`. User space counts them anew when it removes entries; owned by
+/// `refused_connects.rs`.
 pub const REFUSED_SHARES: &str = "REFUSED_SHARES";
 /// LRU hash from an [`Owner`](crate::Owner) to its [`OwnerState`](crate::owner::OwnerState); owned by `owners.rs`.
 pub const OWNERS: &str = "OWNERS";

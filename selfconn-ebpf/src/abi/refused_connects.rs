@@ -15,14 +15,58 @@ use super::{endpoint::Endpoint, owner::Owner, task::Opener};
 /// times as many, and so on.
 pub const REPORT_THRESHOLD: u64 = 20;
 
-/// One owner may have one entry in this many of the table.
-pub const OWNER_SHARE: u32 = 8;
+/// An owner's entries, together with those of its user in all control groups, may be one in this many of the free
+/// entries. The same holds for an owner's together with those of all users of its control group. So one owner alone
+/// takes a ninth of what is free, and a user or a control group a fifth, whoever came before.
+const FREE_SHARE: u64 = 4;
 
-/// One user in all control groups together may have one entry in this many: he may have several sessions.
-pub const USER_SHARE: u32 = 4;
+/// A control group may have one entry in this many of the table, and at least one, as long as there is a free one:
+/// however few are free, and whatever others took under the same uid.
+const NEWCOMER_SHARE: u32 = 2_048;
 
-/// All users of a control group together may have one entry in this many: a container's root may be any user.
-pub const CGROUP_SHARE: u32 = 2;
+/// By these entries of control groups that have few, a user may have one entry in this many of the table.
+const NEWCOMERS_OF_USER_SHARE: u32 = 2;
+
+/// In place of an owner: everybody. No control group has this id, and no user this uid.
+pub const EVERYBODY: Owner = Owner::new(u32::MAX, u64::MAX);
+
+/// How many entries of the table exist already, of those who pay for a new one.
+#[derive(Clone, Copy, Debug)]
+pub struct UsedEntries {
+    /// Of its owner.
+    pub owner: u64,
+    /// Of its owner's [user](Owner::everywhere). 0: no user pays.
+    pub user: u64,
+    /// Of [all users](Owner::everybody) of its control group.
+    pub cgroup: u64,
+    /// Of [`EVERYBODY`].
+    pub everybody: u64,
+}
+
+impl UsedEntries {
+    /// True if a table of `size` entries has room for one more of this owner.
+    #[inline(always)]
+    #[must_use]
+    pub const fn leave_room(&self, size: u32) -> bool {
+        let free = (size as u64).saturating_sub(self.everybody);
+        if self.cgroup < at_least_one(size / NEWCOMER_SHARE) {
+            return free > 0 && self.user < at_least_one(size / NEWCOMERS_OF_USER_SHARE);
+        }
+        let more = if self.user > self.cgroup { self.user } else { self.cgroup };
+        // The new entry counts twice, as each entry of the owner does.
+        (self.owner + more + 2) * FREE_SHARE <= free
+    }
+}
+
+#[inline(always)]
+const fn at_least_one(entries: u32) -> u64 {
+    if entries == 0 { 1 } else { entries as u64 }
+}
+
+/// All who pay for an entry of this owner.
+pub fn payers(owner: Owner) -> impl Iterator<Item = Owner> {
+    [Some(owner), owner.everywhere(), Some(owner.everybody()), Some(EVERYBODY)].into_iter().flatten()
+}
 
 /// Length of the window for [`REPORT_THRESHOLD`], in nanoseconds. After the same time without an attempt, the
 /// attempts to a port count as finished.
@@ -198,6 +242,8 @@ impl RefusedCount {
 
 #[cfg(test)]
 mod tests {
+    use std::{collections::HashMap, vec::Vec};
+
     use super::*;
 
     const SECOND_NS: u64 = 1_000_000_000;
@@ -205,8 +251,8 @@ mod tests {
 
     /// Records attempts, each with its time in seconds and its pid. Returns the totals at which a report was
     /// due.
-    fn record_all(attempts: impl IntoIterator<Item = (u64, u32)>) -> (std::vec::Vec<u64>, RefusedCount) {
-        let (mut count, mut reported) = (RefusedCount::ZERO, std::vec::Vec::new());
+    fn record_all(attempts: impl IntoIterator<Item = (u64, u32)>) -> (Vec<u64>, RefusedCount) {
+        let (mut count, mut reported) = (RefusedCount::ZERO, Vec::new());
         for (at, pid) in attempts {
             count.total += 1;
             let mut opener = Opener::UNKNOWN;
@@ -239,8 +285,7 @@ mod tests {
 
     #[test]
     fn a_failed_report_is_retried_after_a_delay_and_not_at_each_attempt() {
-        let (mut count, mut failed, mut reported) =
-            (RefusedCount::ZERO, std::vec::Vec::new(), std::vec::Vec::new());
+        let (mut count, mut failed, mut reported) = (RefusedCount::ZERO, Vec::new(), Vec::new());
         // One attempt per millisecond. The ring buffer is full from the 10th to the 309th.
         for attempt in 1..=3_000_u64 {
             count.total += 1;
@@ -282,5 +327,126 @@ mod tests {
         let slow = (0..100).map(|n| (n * 10, 100 + n as u32));
         let (_, count) = record_all(slow.chain([(1_000, 7); 20]));
         assert_eq!(count.pid_count(), 7);
+    }
+
+    const SIZE: u32 = 4_096;
+
+    /// The entries of a table by who pays for them.
+    #[derive(Default)]
+    struct Table(HashMap<Owner, u64>);
+
+    impl Table {
+        fn used(&self, party: Owner) -> u64 {
+            self.0.get(&party).copied().unwrap_or(0)
+        }
+
+        /// Makes entries of this owner as long as there is room, at most `limit`. Returns how many.
+        fn fill(&mut self, owner: Owner, limit: u64) -> u64 {
+            let has_room = |table: &Self| {
+                let used = UsedEntries {
+                    owner: table.used(owner),
+                    user: owner.everywhere().map_or(0, |user| table.used(user)),
+                    cgroup: table.used(owner.everybody()),
+                    everybody: table.used(EVERYBODY),
+                };
+                used.leave_room(SIZE)
+            };
+            let mut count = 0;
+            while count < limit && has_room(self) {
+                for party in payers(owner) {
+                    *self.0.entry(party).or_default() += 1;
+                }
+                count += 1;
+            }
+            count
+        }
+
+        fn fill_all(&mut self, owners: impl IntoIterator<Item = Owner>) -> u64 {
+            owners.into_iter().map(|owner| self.fill(owner, u64::MAX)).sum()
+        }
+    }
+
+    /// The owners of a container whose root takes one uid after another, beginning with this one.
+    fn container(cgroup: u64, first_uid: u32) -> impl Iterator<Item = Owner> {
+        (first_uid..first_uid + 10_000).map(move |uid| Owner::new(uid, cgroup))
+    }
+
+    #[test]
+    fn an_owner_a_user_and_a_control_group_take_a_part_of_what_is_free() {
+        let sessions = |count| (0..count).map(|session| Owner::new(1_000, 100 + session));
+        for (case, owners, expected) in [
+            ("an owner: a ninth", Vec::from([Owner::new(1_000, 7)]), 455),
+            ("a user: a fifth", sessions(8).collect(), 818),
+            ("and two for each further session", sessions(108).collect(), 818 + 2 * 100),
+            ("but never more than half", sessions(1_000).collect(), 2_048),
+            ("a control group: a fifth", container(7, 1).collect(), 818),
+            ("two of them", container(7, 1).chain(container(8, 1)).collect(), 818 + 655),
+        ] {
+            assert_eq!(Table::default().fill_all(owners), expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn many_containers_and_users_leave_entries_to_who_has_none() {
+        for (case, containers, users, free) in
+            [("containers", 30, 0, 9), ("users", 0, 18, 42), ("both", 10, 8, 45)]
+        {
+            let mut table = Table::default();
+            for number in 0..containers {
+                table.fill_all(container(100 + number, 1 + 20_000 * number as u32));
+            }
+            for user in 0..users {
+                table.fill_all(
+                    (0..8)
+                        .map(|session| Owner::new(900_000 + user, 10_000 + 100 * u64::from(user) + session)),
+                );
+            }
+            assert_eq!(u64::from(SIZE) - table.used(EVERYBODY), free, "{case}");
+            for newcomer in [Owner::new(0, 50_000), Owner::new(65_532, 50_001)] {
+                assert_eq!(table.fill(newcomer, 2), 2, "{case}: {newcomer:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn containers_of_one_uid_leave_entries_to_others_of_that_uid() {
+        let mut table = Table::default();
+        // With all of their share under this uid, and then with others, so that less is free.
+        table.fill_all((0..10).map(|pod| Owner::new(65_532, 100 + pod)));
+        table.fill_all((0..10).flat_map(|pod| container(100 + pod, 100_000)));
+        for pod in 200..300 {
+            assert_eq!(table.fill(Owner::new(65_532, pod), 2), 2, "{pod}");
+        }
+    }
+
+    #[test]
+    fn a_container_that_is_refused_uses_up_nothing_of_a_users() {
+        let mut table = Table::default();
+        table.fill_all(container(7, 1));
+        let (user, before) = (Owner::new(20_000, 8), table.0.clone());
+        assert_eq!(table.fill_all((0..1_000).map(|_| Owner::new(20_000, 7))), 0);
+        assert_eq!(table.0, before);
+        assert!(table.fill(user, u64::MAX) > 300);
+    }
+
+    #[test]
+    fn users_of_one_control_group_leave_room_for_the_next() {
+        let mut table = Table::default();
+        let taken: Vec<_> = (1..=10).map(|uid| table.fill(Owner::new(uid, 7), u64::MAX)).collect();
+        assert_eq!(taken, [455, 202, 90, 40, 18, 8, 3, 1, 1, 0]);
+    }
+
+    #[test]
+    fn a_small_table_has_one_entry_for_a_newcomer_and_a_full_one_none() {
+        let used = |cgroup, everybody| UsedEntries { owner: cgroup, user: 0, cgroup, everybody };
+        for (case, used, size, has_room) in [
+            ("the last one", used(0, 0), 1, true),
+            ("none", used(0, 1), 1, false),
+            ("more than all", used(0, 5), 1, false),
+            ("the second of four", used(1, 1), 4, false),
+            ("another control group's", used(0, 3), 4, true),
+        ] {
+            assert_eq!(used.leave_room(size), has_room, "{case}");
+        }
     }
 }

@@ -6,12 +6,12 @@ use aya_ebpf::{
     bindings::BPF_F_MMAPABLE,
     helpers::generated::bpf_ktime_get_boot_ns,
     macros::map,
-    maps::{Array, HashMap, LruHashMap},
+    maps::{Array, HashMap},
 };
 use aya_log_ebpf::warn;
 use selfconn_ebpf::{
     Endpoint, Opener, Owner, PORT_SLOTS, counter, port_slot,
-    refused_connects::{CGROUP_SHARE, OWNER_SHARE, RefusedConnectsReport, RefusedCount, USER_SHARE},
+    refused_connects::{EVERYBODY, RefusedConnectsReport, RefusedCount, UsedEntries},
     tag,
 };
 
@@ -36,9 +36,11 @@ static REFUSED_SIZE: Global<u32> = Global::new(4_096);
 #[map]
 static REFUSED_AT: Array<u64> = Array::with_max_entries(PORT_SLOTS, BPF_F_MMAPABLE);
 
-/// The number of entries of each owner. An LRU: an owner that is evicted begins again at zero, until user space counts.
+/// The number of entries of each payer. A plain hash, because an LRU would forget the count of one who has entries. It
+/// has room for all: each entry has three payers beside [`EVERYBODY`]. The loader sets its size together with that of
+/// [`REFUSED_CONNECTS`].
 #[map]
-static REFUSED_SHARES: LruHashMap<Owner, u64> = LruHashMap::with_max_entries(1_024, 0);
+static REFUSED_SHARES: HashMap<Owner, u64> = HashMap::with_max_entries(3 * 4_096 + 1, 0);
 
 /// The initial value of a share. A static has an address of its own; a reference to a constant may be merged with a
 /// global of the same value, and then the loader sets both.
@@ -60,7 +62,7 @@ pub(crate) fn count_refused<C: EbpfContext, M: KernelRead>(
     let entry = REFUSED_CONNECTS.get_ptr_mut(&destination).or_else(|| {
         /// Do not overwrite an entry that another CPU has just inserted: `include/uapi/linux/bpf.h`.
         const BPF_NOEXIST: u64 = 1;
-        if !take_share(&opener.owner) {
+        if !has_room(&opener.owner) {
             return None;
         }
         let is_new = REFUSED_CONNECTS.insert(&destination, &ZERO, BPF_NOEXIST).is_ok();
@@ -70,6 +72,7 @@ pub(crate) fn count_refused<C: EbpfContext, M: KernelRead>(
         {
             // SAFETY: the pointer is to a value of the map. No other CPU writes to this field.
             unsafe { (*entry).owner = opener.owner };
+            charge(&opener.owner);
         }
         entry
     });
@@ -106,27 +109,44 @@ pub(crate) fn count_refused<C: EbpfContext, M: KernelRead>(
     }
 }
 
-/// Takes an entry from the shares of the owner, of its user and of its control group. False: one of them is full.
+/// True if the table has room for one more entry of this owner. Nothing is charged yet, so a refused one costs nobody.
 #[inline(always)]
-fn take_share(owner: &Owner) -> bool {
-    take_one(owner, OWNER_SHARE)
-        && owner.everywhere().is_none_or(|user| take_one(&user, USER_SHARE))
-        && take_one(&owner.everybody(), CGROUP_SHARE)
+fn has_room(owner: &Owner) -> bool {
+    let used = UsedEntries {
+        owner: used(owner),
+        user: owner.everywhere().map_or(0, |user| used(&user)),
+        cgroup: used(&owner.everybody()),
+        everybody: used(&EVERYBODY),
+    };
+    used.leave_room(REFUSED_SIZE.load())
 }
 
 #[inline(always)]
-fn take_one(owner: &Owner, share: u32) -> bool {
-    const BPF_NOEXIST: u64 = 1;
-    let used = REFUSED_SHARES.get_ptr_mut(owner).or_else(|| {
-        let _ = REFUSED_SHARES.insert(owner, &NO_ENTRIES, BPF_NOEXIST);
-        REFUSED_SHARES.get_ptr_mut(owner)
-    });
-    let Some(used) = used else { return true };
+fn used(party: &Owner) -> u64 {
     // SAFETY: the pointer is to a value of the map.
-    let is_full = unsafe { used.read_volatile() } >= u64::from((REFUSED_SIZE.load() / share).max(1));
-    if !is_full {
-        // SAFETY: as above; it is aligned.
+    REFUSED_SHARES.get_ptr(party).map_or(0, |used| unsafe { used.read_volatile() })
+}
+
+/// Charges a new entry to all who pay for it.
+#[inline(always)]
+fn charge(owner: &Owner) {
+    add_entry(owner);
+    if let Some(user) = owner.everywhere() {
+        add_entry(&user);
+    }
+    add_entry(&owner.everybody());
+    add_entry(&EVERYBODY);
+}
+
+#[inline(always)]
+fn add_entry(party: &Owner) {
+    const BPF_NOEXIST: u64 = 1;
+    let used = REFUSED_SHARES.get_ptr_mut(party).or_else(|| {
+        let _ = REFUSED_SHARES.insert(party, &NO_ENTRIES, BPF_NOEXIST);
+        REFUSED_SHARES.get_ptr_mut(party)
+    });
+    if let Some(used) = used {
+        // SAFETY: the pointer is to a value of the map; it is aligned.
         unsafe { add_one(used) };
     }
-    !is_full
 }

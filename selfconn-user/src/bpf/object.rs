@@ -138,6 +138,7 @@ fn load_maps(features: &KernelFeatures, options: ObjectOptions) -> Result<Ebpf> 
         .map_max_entries(names::CONNECT_TABLE, sets)
         .override_global(names::REFUSED_SIZE, &options.refused_table_size, true)
         .map_max_entries(names::REFUSED_CONNECTS, options.refused_table_size)
+        .map_max_entries(names::REFUSED_SHARES, 3 * options.refused_table_size + 1)
         .load(OBJECT)
         .map_err(|error| ring_memory_error(&error, options.ring_bytes).unwrap_or_else(|| error.into()))
         .context("cannot load the maps")

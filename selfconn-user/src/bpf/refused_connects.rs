@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use aya::maps::{HashMap, Map, MapData};
 use selfconn_ebpf::{
     Endpoint, Owner, PORT_SLOTS, port_slot,
-    refused_connects::{RefusedCount, WINDOW_NS},
+    refused_connects::{RefusedCount, WINDOW_NS, payers},
 };
 
 use super::{mapped::MappedWords, plain::Plain};
@@ -18,7 +18,7 @@ use super::{mapped::MappedWords, plain::Plain};
 #[derive(Debug)]
 pub struct RefusedCounts {
     counts: HashMap<MapData, Plain<Endpoint>, Plain<RefusedCount>>,
-    /// Number of entries by owner.
+    /// Number of entries by [payer](payers).
     shares: HashMap<MapData, Plain<Owner>, u64>,
     /// When a connect was last refused at a port, by [`port_slot`].
     refused_at: MappedWords,
@@ -93,8 +93,7 @@ impl RefusedCounts {
         let mut used: std::collections::HashMap<Owner, u64> =
             self.shares.keys().filter_map(Result::ok).map(|owner| (owner.0, 0)).collect();
         for (_, refused) in self.entries() {
-            let parties = [Some(refused.owner), refused.owner.everywhere(), Some(refused.owner.everybody())];
-            for owner in parties.into_iter().flatten() {
+            for owner in payers(refused.owner) {
                 *used.entry(owner).or_default() += 1;
             }
         }

@@ -92,23 +92,43 @@ fn connects_that_never_end_within_a_share_lose_nothing() {
 #[test]
 fn refused_connects_to_many_ports_take_no_warning_from_others() {
     let net = enter_wide_range_netns();
-    for_each_attacker("refused 200", |kind, mut attacker| {
-        let mut daemon = start(&["--refused-table", "64"]);
+    for_each_attacker("refused from 44000 200", |kind, attacker| {
+        let lost = warn_during_attack(net, vec![attacker]);
+        assert!(lost > 0, "{kind:?}: the attack's own loss is counted");
+    });
+    // Two containers, the sessions of a user, and a system container at once, each at ports of its own.
+    let kinds = [
+        AttackerKind::ContainerRoot,
+        AttackerKind::ContainerRoot,
+        AttackerKind::Sessions,
+        AttackerKind::SystemContainerRoot,
+    ];
+    let attackers = (44_000..)
+        .step_by(1_000)
+        .zip(kinds)
+        .filter_map(|(first, kind)| Attacker::start(kind, &format!("refused from {first} 200")));
+    warn_during_attack(net, attackers.collect());
+}
+
+/// Fails if a port of this process has no warning after these attacks. Returns how many refused connects are lost.
+fn warn_during_attack(net: TestNetns, mut attackers: Vec<Attacker>) -> u64 {
+    let mut daemon = start(&["--refused-table", "64"]);
+    for attacker in &mut attackers {
         attacker.wait();
         attacker.go_on();
         attacker.wait();
-        connect_refused(at(40_000), 400);
-        let warned = daemon.expect(1, is_at_risk(40_000, net)).remove(0);
-        assert_eq!(warned["pid"], std::process::id(), "{warned}");
-        let (events, _) = daemon.stop();
-        assert!(lost(&events, "refused_table") > 0, "{kind:?}: the attack's own loss is counted");
-    });
+    }
+    connect_refused(at(40_000), 400);
+    let warned = daemon.expect(1, is_at_risk(40_000, net)).remove(0);
+    assert_eq!(warned["pid"], std::process::id(), "{warned}");
+    let (events, _) = daemon.stop();
+    lost(&events, "refused_table")
 }
 
 #[test]
 fn refused_connects_within_a_share_lose_nothing() {
     let net = enter_wide_range_netns();
-    for_each_attacker("refused 6", |kind, mut attacker| {
+    for_each_attacker("refused from 44000 6", |kind, mut attacker| {
         let mut daemon = start(&["--refused-table", "64"]);
         attacker.wait();
         attacker.go_on();

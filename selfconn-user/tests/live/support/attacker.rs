@@ -11,7 +11,10 @@ use std::{
     },
     path::Path,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
-    sync::mpsc,
+    sync::{
+        atomic::{AtomicU32, Ordering},
+        mpsc,
+    },
     thread,
 };
 
@@ -42,8 +45,8 @@ const IN_A_GROUP: u32 = 2;
 const SESSIONS: u32 = 8;
 const IN_A_SESSION: u32 = 8;
 
-/// The first of the ports that an attacker connects to. It is in the port range of the tests.
-const FIRST_REFUSED_PORT: u16 = 44_000;
+/// How many containers were started: each has a control group of its own.
+static CONTAINERS: AtomicU32 = AtomicU32::new(0);
 
 /// Who attacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,12 +134,14 @@ impl Attacker {
     /// version 2 for a container, or for sessions.
     pub(crate) fn start(kind: AttackerKind, task: &str) -> Option<Self> {
         let name = match kind {
-            AttackerKind::ContainerRoot => Some("docker/4a5b"),
-            AttackerKind::Sessions => Some("user-65534.slice"),
-            AttackerKind::SystemContainerRoot => Some("lxc.payload.web1"),
+            AttackerKind::ContainerRoot => {
+                Some(format!("docker/4a5b{}", CONTAINERS.fetch_add(1, Ordering::Relaxed)))
+            }
+            AttackerKind::Sessions => Some("user-65534.slice".to_owned()),
+            AttackerKind::SystemContainerRoot => Some("lxc.payload.web1".to_owned()),
             AttackerKind::Nobody | AttackerKind::MappedUids => None,
         };
-        let cgroup = match name.map(TestCgroup::create).transpose() {
+        let cgroup = match name.as_deref().map(TestCgroup::create).transpose() {
             Ok(cgroup) => cgroup,
             Err(why) => {
                 println!("FACT no_{kind:?}={why}");
@@ -293,7 +298,9 @@ fn run_attacker() {
         match what {
             // The connects of the last time end when the new ones are there.
             "unanswered" => held = vec![unanswered(kind, count, &mut uids)],
-            "refused" => refused_ports(kind, count, &mut uids),
+            _ if let Some(first) = what.strip_prefix("refused from ") => {
+                refused_ports(kind, first.parse().unwrap(), count, &mut uids);
+            }
             "binds" => fail_binds(kind, count, &mut uids),
             "connections" => {
                 let connect = |_| {
@@ -373,9 +380,9 @@ fn unanswered(
     (listeners, all)
 }
 
-/// Connects to many closed ports, once to each.
-fn refused_ports(kind: AttackerKind, count: usize, uids: &mut impl Iterator<Item = u32>) {
-    for port in (FIRST_REFUSED_PORT..).step_by(2).take(count) {
+/// Connects to many closed ports, once to each, from this one on.
+fn refused_ports(kind: AttackerKind, first: u16, count: usize, uids: &mut impl Iterator<Item = u32>) {
+    for port in (first..).step_by(2).take(count) {
         kind.become_next(uids);
         // A hit is as good as a refusal, and as rare as one in 14,000.
         let _ = TcpStream::connect((Ipv4Addr::LOCALHOST, port));
