@@ -11,7 +11,7 @@ use selfconn_ebpf::WAYS;
 use serde_json::Value;
 
 use crate::support::{
-    attacker::{Attacker, AttackerKind},
+    attacker::{Attacker, AttackerKind, POD_UID, set_real_uid},
     client::{assert_opened_by_this_thread, connect_to_self},
     daemon::{HookVariant, TestDaemon, is_event, scaled},
     helper_process::{HelperProcess, UNPRIVILEGED},
@@ -108,6 +108,22 @@ fn refused_connects_to_many_ports_take_no_warning_from_others() {
         .zip(kinds)
         .filter_map(|(first, kind)| Attacker::start(kind, &format!("refused from {first} 200")));
     warn_during_attack(net, attackers.collect());
+}
+
+#[test]
+fn refused_connects_of_pods_take_no_warning_from_others_with_their_uid() {
+    let net = enter_wide_range_netns();
+    let attackers: Vec<_> = [44_000, 45_000, 46_000]
+        .into_iter()
+        .filter_map(|first| Attacker::start(AttackerKind::Pod, &format!("refused from {first} 200")))
+        .collect();
+    if attackers.is_empty() {
+        return;
+    }
+    set_real_uid(POD_UID);
+    let lost = warn_during_attack(net, attackers);
+    set_real_uid(0);
+    assert!(lost > 0, "the attack's own loss is counted");
 }
 
 /// Fails if a port of this process has no warning after these attacks. Returns how many refused connects are lost.

@@ -48,6 +48,9 @@ const IN_A_SESSION: u32 = 8;
 /// How many containers were started: each has a control group of its own.
 static CONTAINERS: AtomicU32 = AtomicU32::new(0);
 
+/// The user of each pod, as images without a user of their own have it.
+pub(crate) const POD_UID: u32 = 65_532;
+
 /// Who attacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AttackerKind {
@@ -62,6 +65,8 @@ pub(crate) enum AttackerKind {
     /// Root of a system container, as LXC makes them: in a user namespace that root made, and in a control group below
     /// which it makes others, one after another.
     SystemContainerRoot,
+    /// As [`Self::ContainerRoot`], but always [`POD_UID`]. It is not in [`Self::ALL`].
+    Pod,
 }
 
 impl AttackerKind {
@@ -95,15 +100,20 @@ impl AttackerKind {
             }
             Self::MappedUids => 1 + number % (MAPPED_UIDS - 1),
             Self::ContainerRoot => 1_000 + number % 10_000,
+            Self::Pod => POD_UID,
         };
-        // The effective uid stays 0, and so the thread keeps its capabilities.
-        // SAFETY: no memory is involved. The system call, unlike the function of glibc, is for this thread only.
-        assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, uid, -1, -1) }, 0, "{uid}");
+        set_real_uid(uid);
     }
 
     fn become_next(self, uids: &mut impl Iterator<Item = u32>) {
         self.become_user(uids.next().unwrap());
     }
+}
+
+/// The calling thread gets another real uid, and keeps its effective one and its capabilities.
+pub(crate) fn set_real_uid(uid: u32) {
+    // SAFETY: no memory is involved. The system call, unlike the function of glibc, is for this thread only.
+    assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, uid, -1, -1) }, 0, "{uid}");
 }
 
 /// Moves this process to one of its sessions.
@@ -134,7 +144,7 @@ impl Attacker {
     /// version 2 for a container, or for sessions.
     pub(crate) fn start(kind: AttackerKind, task: &str) -> Option<Self> {
         let name = match kind {
-            AttackerKind::ContainerRoot => {
+            AttackerKind::ContainerRoot | AttackerKind::Pod => {
                 Some(format!("docker/4a5b{}", CONTAINERS.fetch_add(1, Ordering::Relaxed)))
             }
             AttackerKind::Sessions => Some("user-65534.slice".to_owned()),
@@ -245,7 +255,7 @@ fn confine(
         if let Some(procs) = cgroup_procs {
             is_one(libc::write(procs, c"0".as_ptr().cast(), 1))?;
         }
-        if kind == AttackerKind::ContainerRoot {
+        if matches!(kind, AttackerKind::ContainerRoot | AttackerKind::Pod) {
             check(libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID))?;
             // The first child is in the pid namespace. This process stays behind, so that its parent can end both.
             let child = libc::fork();
@@ -286,7 +296,8 @@ fn confine(
 fn run_attacker() {
     let Ok(task) = std::env::var(TASK_ENV) else { return };
     let kind = std::env::var(KIND_ENV).unwrap();
-    let kind = AttackerKind::ALL.into_iter().find(|known| known.name() == kind).unwrap();
+    let kind =
+        AttackerKind::ALL.into_iter().chain([AttackerKind::Pod]).find(|known| known.name() == kind).unwrap();
     let maximum = getrlimit(Resource::Nofile).maximum;
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
     let (what, count) = task.rsplit_once(' ').unwrap();
