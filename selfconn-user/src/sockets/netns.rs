@@ -146,7 +146,7 @@ pub(super) struct VisitOptions<'a> {
 
 /// Calls `each` in every network namespace: first in the namespace of the calling thread, which needs no
 /// privilege, then in the mounted namespaces (`/run/netns` and others), then in the namespaces of all
-/// processes and of the threads in `netns_hints`, then in those that a search finds. With `turns`, all but the
+/// processes and of the threads in `netns_hints`, then where a search leads to. With `turns`, all but the
 /// namespaces of the calling thread and of the first process wait until all are found. The thread stays in the last
 /// one. A namespace that disappears meanwhile is not an error.
 pub(super) fn visit(

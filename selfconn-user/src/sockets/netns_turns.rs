@@ -156,7 +156,7 @@ mod tests {
         let (order, _) = visited(&mut history, (1..=25).map(|inode| (HOSTILE, inode)), 2 * LIMIT);
         assert_eq!(order.len(), 1);
         assert!(longest_ago < history.snapshots && !history.visited_in.values().any(|at| *at < longest_ago));
-        // One that is new comes before those that were visited.
+        // A new namespace comes first.
         let (order, _) = visited(&mut history, (1..=26).map(|inode| (HOSTILE, inode)), 2 * LIMIT);
         assert_eq!(order, [26]);
     }

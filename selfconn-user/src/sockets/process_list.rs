@@ -216,9 +216,9 @@ impl UserNamespaces {
     }
 }
 
-/// Reads these processes until the time is over, in such an order that a user whose processes take long delays no
-/// other's. Those of an owner that were never listed come first, then those that were listed first. What an earlier
-/// list says of the rest is used again.
+/// Reads these processes until the time is over, in an order by which a user whose processes take long delays no other
+/// user. Of one owner, a process that was never listed comes first, then the one whose last reading is the oldest. For
+/// the rest, the earlier list is used again.
 fn list_in_turns(
     found: Vec<FoundProcess>,
     earlier: &[Process],
@@ -266,8 +266,8 @@ fn read_process(found: &FoundProcess) -> io::Result<Process> {
     Ok(Process { pid, owner, cost, listed_at: Instant::now() })
 }
 
-/// The number of slots of the descriptor tables of so many threads of a process, without the first thread; 0 if it is
-/// the first thread's table. `None`: they can't be read, or not in time.
+/// The sizes in slots of the descriptor tables of this number of threads, chosen at random, without the first thread.
+/// A table that is the first thread's has size 0. `None`: they can't be read, or not in time.
 fn table_sizes(pid: u32, count: usize) -> Option<Vec<u64>> {
     let until = Instant::now() + MAX_SAMPLING;
     let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
@@ -471,7 +471,7 @@ mod tests {
             (list, lists) = (next, lists + 1);
         }
         assert!(lists > 1 && list.processes.len() == 50 && !list.is_whole, "{lists} {list:?}");
-        // Then those that were listed first are read again.
+        // Then the process whose last reading is the oldest is read again.
         let first = list.processes.iter().min_by_key(|process| process.listed_at).unwrap().pid;
         let (order, list) =
             listed(1..=50, &list.processes, Duration::from_millis(300), |_| Duration::from_millis(301));

@@ -1,5 +1,5 @@
-//! The room of a log file with a limit, from one rotation to the next. Owners share it, as every limit, so that one who
-//! has written much leaves room for those who have written little. Pure.
+//! The room of a log file with a limit, from one rotation to the next. Owners share it like every limit, so an owner
+//! with many lines leaves room for the others. Pure.
 
 use selfconn_ebpf::Owner;
 
