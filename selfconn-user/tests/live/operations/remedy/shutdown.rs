@@ -16,12 +16,15 @@ fn at_the_end_of_a_run_each_destroyed_connection_is_reported_and_no_other() {
         daemon.expect(remedied_before, is_event("remedied", net.inode));
         let (events, _) = daemon.stop();
         let remedied = events.iter().filter(|event| is_event("remedied", net.inode)(event));
-        let reported: BTreeSet<_> = remedied
-            .map(|event| {
-                assert_eq!(event["result"], "destroyed", "{event}");
-                event["port"].as_u64().unwrap()
-            })
-            .collect();
+        // On a slow machine the burst of 20 is over before the end: the others are reported as waiting.
+        let (destroyed_events, others): (Vec<_>, Vec<_>) =
+            remedied.partition(|event| event["result"] == "destroyed");
+        for event in others {
+            assert_eq!(event["result"], "rate_limited", "{event}");
+        }
+        let reported: BTreeSet<_> =
+            destroyed_events.iter().map(|event| event["port"].as_u64().unwrap()).collect();
+        assert_eq!(reported.len(), destroyed_events.len(), "reported twice");
         let is_destroyed = |(socket, _): &&(_, _)| !is_connected(socket);
         let destroyed: BTreeSet<_> =
             sockets.iter().filter(is_destroyed).map(|(_, port)| u64::from(*port)).collect();
