@@ -53,6 +53,13 @@ pub(crate) struct Emulation {
     pub(crate) threads: Threads,
 }
 
+impl Emulation {
+    /// The threads for this number of CPUs. More of them than usual would not come to an end in one thread.
+    pub(crate) const fn threads_for(self, cpus: u32) -> Threads {
+        if cpus > self.max_cpus { Threads::OnePerCpu } else { self.threads }
+    }
+}
+
 /// The threads of the host that run the CPUs of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Threads {
@@ -71,13 +78,13 @@ impl Threads {
     }
 }
 
-/// Two CPUs, each with a thread of the host.
+/// Two CPUs that take turns.
 const TWO_CPUS: Emulation = Emulation {
     since: [0, 0],
     cpu: "qemu64",
     max_cpus: 2,
     max_cpus_real_time: 2,
-    threads: Threads::OnePerCpu,
+    threads: Threads::OneForAll,
 };
 
 pub(crate) static X86_64: Architecture = Architecture {
@@ -91,12 +98,12 @@ pub(crate) static X86_64: Architecture = Architecture {
     output_line: &["-serial", "chardev:output"],
     // QEMU 7.2 to 10 without an accelerator makes some kernels crash: 7.x, and real-time ones since 6.12, with more
     // than one CPU, while they patch their own code; 6.12 in the 16-byte compare-and-exchange of its slab allocator,
-    // which it does not use on a CPU without that instruction. With a thread for each CPU, QEMU 7.2 also executed an
-    // instruction for ever that another CPU had replaced: twice a CPU of 5.10 stood at a NOP or a jump in memory, where
-    // a breakpoint had been while a probe or a static key was switched.
+    // which it does not use on a CPU without that instruction. With a thread for each CPU, QEMU 7.2 also executed
+    // instructions that another CPU had replaced: twice a CPU of 5.10 stood for ever at a NOP or a jump in memory, where
+    // a breakpoint had been while a probe or a static key was switched, and once one of 6.12 went to address 0 at the
+    // entry of `tcp_set_state`, where a probe can be.
     emulations: &[
-        Emulation { threads: Threads::OneForAll, ..TWO_CPUS },
-        Emulation { since: [6, 0], ..TWO_CPUS },
+        TWO_CPUS,
         Emulation { since: [6, 12], cpu: "qemu64,-cx16", max_cpus_real_time: 1, ..TWO_CPUS },
         Emulation { since: [6, 13], max_cpus_real_time: 1, ..TWO_CPUS },
         Emulation { since: [7, 0], max_cpus: 1, max_cpus_real_time: 1, ..TWO_CPUS },
@@ -120,7 +127,7 @@ pub(crate) static AARCH64: Architecture = Architecture {
     output: "ttyS0",
     output_line: &["-device", "pci-serial,chardev=output"],
     // The oldest of QEMU's models with pages of 16 KiB.
-    emulations: &[Emulation { cpu: "neoverse-n1", ..TWO_CPUS }],
+    emulations: &[Emulation { cpu: "neoverse-n1", threads: Threads::OnePerCpu, ..TWO_CPUS }],
     kernels: &["5.10", "6.1", "6.12-16k", "7"],
     variants: &["default", "confidentiality"],
     real_time_kernels: &[],

@@ -117,7 +117,7 @@ impl Boot<'_> {
         let mut command = self.emulator.command();
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         command.args(architecture.machine).arg("-m").arg(self.memory_mib.to_string());
-        command.args(["-accel", emulation.threads.accelerator()]);
+        command.args(["-accel", emulation.threads_for(self.cpus).accelerator()]);
         command.args(["-cpu", emulation.cpu, "-smp", &self.cpus.to_string()]);
         command.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(self.initramfs);
         // An oops becomes a panic, and a panic a reboot, at which QEMU exits.

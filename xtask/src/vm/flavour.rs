@@ -82,6 +82,7 @@ impl Flavour {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::architecture::Threads;
 
     #[test]
     fn a_kernel_is_named_by_version_architecture_and_flavour() {
@@ -125,21 +126,23 @@ mod tests {
 
     #[test]
     fn the_emulator_gets_what_it_can_do_for_a_kernel() {
-        for (version, cpu, max_cpus, of_real_time, accelerator) in [
-            ("5.10.0-46-cloud-amd64", "qemu64", 2, 2, "tcg,thread=single"),
-            ("6.1.192", "qemu64", 2, 2, "tcg,thread=multi"),
-            ("6.12.117+deb13-cloud-amd64", "qemu64,-cx16", 2, 1, "tcg,thread=multi"),
-            ("6.18.15+deb13-cloud-amd64", "qemu64", 2, 1, "tcg,thread=multi"),
-            ("7.3.4+deb13-cloud-amd64", "qemu64", 1, 1, "tcg,thread=multi"),
+        for (version, cpu, max_cpus, of_real_time) in [
+            ("5.10.0-46-cloud-amd64", "qemu64", 2, 2),
+            ("6.1.192", "qemu64", 2, 2),
+            ("6.12.117+deb13-cloud-amd64", "qemu64,-cx16", 2, 1),
+            ("6.18.15+deb13-cloud-amd64", "qemu64", 2, 1),
+            ("7.3.4+deb13-cloud-amd64", "qemu64", 1, 1),
         ] {
             for (flavour, max_cpus) in [("", max_cpus), ("-rt", of_real_time)] {
                 let flavour = Flavour::of(&X86_64, &format!("6.1{flavour}")).unwrap();
                 let emulation = flavour.emulation(version);
-                let found = (emulation.cpu, emulation.max_cpus, emulation.threads.accelerator());
-                assert_eq!(found, (cpu, max_cpus, accelerator), "{version} {flavour:?}");
+                let found = (emulation.cpu, emulation.max_cpus, emulation.threads_for(max_cpus));
+                assert_eq!(found, (cpu, max_cpus, Threads::OneForAll), "{version} {flavour:?}");
+                assert_eq!(emulation.threads_for(32), Threads::OnePerCpu);
             }
         }
         let arm64 = Flavour::of(&AARCH64, "").unwrap().emulation("5.10.223");
-        assert_eq!((arm64.cpu, arm64.max_cpus), ("neoverse-n1", 2));
+        let found = (arm64.cpu, arm64.max_cpus, arm64.threads_for(2));
+        assert_eq!(found, ("neoverse-n1", 2, Threads::OnePerCpu));
     }
 }
