@@ -4,7 +4,7 @@
 //! Features are probed and never derived from version numbers, because distributions backport features and
 //! policies can forbid a feature that a version has.
 
-use std::{env::consts::ARCH, fs, io, sync::OnceLock};
+use std::{fs, io, sync::OnceLock};
 
 use anyhow::Context as _;
 use aya::{
@@ -12,19 +12,17 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 use rustix::thread::CapabilitySet;
-use selfconn_ebpf::{
-    ABSENT, DEATH_ROW, FIELDS, Field, OTHER_NET_REFS, OWN_PORT_RANGE, PORT_RANGE, cgroup_access, names,
-    task_access, uses_static_offsets,
-};
+use selfconn_ebpf::{ABSENT, FIELDS, Field, cgroup_access, task_access, uses_static_offsets};
 
 use super::{
     attach::Method,
-    bind_method::BindMethod,
     btf::{Btf, BtfKind},
-    refusal::Refusal,
-    tracefs::{self, Tracefs, format},
+    tracefs::{self, Tracefs},
 };
-use crate::system::{capabilities, netns_cookie, process, sysfs};
+use crate::system::{capabilities, process, sysfs};
+
+mod checks;
+mod offsets;
 
 const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
 
@@ -45,32 +43,12 @@ const IDLE_SOCKET_STATE: &str = "TCP_BOUND_INACTIVE";
 /// kernel. The helpers of tracing programs cannot be probed.
 const DESCRIPTOR_TARGETS: [&str; 2] = ["bpf_iter_task_file", "bpf_sock_from_file"];
 
-/// The fields that the iterator over descriptors cannot do without.
-const DESCRIPTOR_FIELDS: [Field; 9] = [
-    Field::SocketSk,
-    Field::TaskTgid,
-    Field::TaskPid,
-    Field::GroupLeader,
-    Field::StartBoottime,
-    Field::FileInode,
-    Field::InodeNumber,
-    Field::InodeSuperBlock,
-    Field::FilesystemMagic,
-];
-
 /// The attach target of the iterator over network namespaces.
 const NAMESPACE_TARGET: &str = "bpf_iter_task";
 
 /// Defined where the programs of tracepoints and kprobes are run (kernel/trace/bpf_trace.c at v5.10). The kernel has it,
 /// and any tracing program, only with `CONFIG_BPF_EVENTS`. The functions there are not in the BTF of 5.10.
 const TRACING_STRUCT: &str = "bpf_trace_sample_data";
-
-/// What a kernel without it answers.
-const WITHOUT_TRACING: &str = "the kernel was built without CONFIG_BPF_EVENTS";
-
-/// The fields that the iterator over network namespaces cannot do without.
-const NAMESPACE_FIELDS: [Field; 5] =
-    [Field::TaskNsproxy, Field::NsproxyNet, Field::NetList, Field::NetOps, Field::NetnsInum];
 
 /// Which lockdown there is. A container often has no securityfs.
 const LOCKDOWN_PATH: &str = "/sys/kernel/security/lockdown";
@@ -180,7 +158,7 @@ impl KernelFeatures {
                 lacks_tracing = !btf.has(BtfKind::Struct, TRACING_STRUCT);
                 socket_cookie = btf.has(BtfKind::Function, SOCKET_COOKIE_HELPER);
                 shows_idle_sockets = btf.has_enumerator(IDLE_SOCKET_STATE);
-                read_offsets(&btf)
+                offsets::read_offsets(&btf)
             }
             Ok(Err(error)) => ([ABSENT; FIELDS], Some(error.to_string())),
             Err(_) => ([ABSENT; FIELDS], None),
@@ -237,134 +215,6 @@ impl KernelFeatures {
         sysfs::masked(BTF_PATH).is_some()
     }
 
-    /// Checks that this process has the capabilities to load and attach programs.
-    ///
-    /// # Errors
-    /// [`Refusal::Denied`], which names the missing capability.
-    pub fn check_capabilities(&self) -> Result<(), Refusal> {
-        match capabilities::names(self.missing_capabilities()).first() {
-            None => Ok(()),
-            Some(name) => {
-                Err(Refusal::Denied(format!("needs {name} (or CAP_SYS_ADMIN): run as root, or grant it")))
-            }
-        }
-    }
-
-    /// The capabilities to load and attach programs that this process does not have.
-    #[must_use]
-    pub fn missing_capabilities(&self) -> CapabilitySet {
-        capabilities::ATTACH.difference(self.capabilities)
-    }
-
-    /// Checks that everything that a method needs is available, before anything is loaded for it. The check
-    /// of the perf method opens the tracepoint's `format` file, so tracefs must be visible to this thread.
-    ///
-    /// # Errors
-    /// The reason why the method is not available.
-    pub fn check_method(&self, method: Method) -> Result<(), Refusal> {
-        self.check_capabilities()?;
-        match method {
-            Method::TpBtf | Method::Fentry => self.check_target(method),
-            Method::Perf => {
-                // This check comes first: under lockdown=confidentiality tracefs has no events either, and
-                // the error must name the policy.
-                self.check_probe_read()?;
-                let text = tracefs::read_format("sock/inet_sock_set_state").map_err(Refusal::Unsupported)?;
-                format::check(&text, format::SET_STATE).map_err(Refusal::Unsupported)
-            }
-            Method::Kprobe => {
-                check_kprobe_program(ARCH)?;
-                self.kprobes.clone().map_err(Refusal::Unsupported)?;
-                self.check_offsets()?;
-                self.check_probe_read()
-            }
-        }
-    }
-
-    /// Checks the same for a method that detects failed binds.
-    ///
-    /// # Errors
-    /// See [`Self::check_method`].
-    pub fn check_bind_method(&self, method: BindMethod) -> Result<(), Refusal> {
-        self.check_capabilities()?;
-        self.check_offsets()?;
-        match method {
-            BindMethod::Fexit => Ok(()),
-            BindMethod::Perf => {
-                self.check_probe_read()?;
-                for (event, fields) in [
-                    ("syscalls/sys_enter_bind", format::BIND_ENTER),
-                    ("syscalls/sys_exit_bind", format::BIND_EXIT),
-                ] {
-                    let text = tracefs::read_format(event).map_err(Refusal::Unsupported)?;
-                    format::check(&text, fields).map_err(Refusal::Unsupported)?;
-                }
-                Ok(())
-            }
-        }
-    }
-
-    /// Checks the same for the iterator over descriptors.
-    ///
-    /// # Errors
-    /// See [`Self::check_method`].
-    pub fn check_descriptors(&self) -> Result<(), Refusal> {
-        self.check_capabilities()?;
-        self.check_offsets()?;
-        let unsupported = |why: String| Err(Refusal::Unsupported(why));
-        if !self.is_initial_pid_ns {
-            // The iterator walks the tasks of the reader's pid namespace.
-            return unsupported(
-                "not in the initial pid namespace, so other processes are not visited".into(),
-            );
-        }
-        if let Some(name) = self.descriptor_targets_missing.first() {
-            return unsupported(format!("the kernel's BTF has no {name}"));
-        }
-        self.check_fields(&DESCRIPTOR_FIELDS)
-    }
-
-    /// Checks the same for the iterator over network namespaces.
-    ///
-    /// # Errors
-    /// See [`Self::check_method`].
-    pub fn check_namespaces(&self) -> Result<(), Refusal> {
-        self.check_capabilities()?;
-        self.check_offsets()?;
-        self.check_probe_read()?;
-        if !self.has_namespace_target {
-            return Err(Refusal::Unsupported(format!("the kernel's BTF has no {NAMESPACE_TARGET}")));
-        }
-        self.check_fields(&NAMESPACE_FIELDS)
-    }
-
-    fn check_fields(&self, fields: &[Field]) -> Result<(), Refusal> {
-        match fields.iter().find(|field| self.offsets[**field as usize] == ABSENT) {
-            Some(field) => {
-                let (_, of, member, _) = Field::ALL[*field as usize];
-                Err(Refusal::Unsupported(format!("the kernel's BTF has no {of}.{member}")))
-            }
-            None => Ok(()),
-        }
-    }
-
-    /// Checks the same for the guard.
-    ///
-    /// # Errors
-    /// See [`Self::check_method`].
-    pub fn check_guard(&self) -> Result<(), Refusal> {
-        self.check_capabilities()?;
-        self.check_offsets()?;
-        // Without it each socket would be root's for the rules about users.
-        self.check_fields(&[Field::SockUid])?;
-        // Packet programs take it (`bpf_prog_load_check_attach`, kernel/bpf/syscall.c at v5.10), and CAP_SYS_ADMIN
-        // includes it there.
-        if self.capabilities.intersects(CapabilitySet::NET_ADMIN) {
-            return Ok(());
-        }
-        Err(Refusal::Denied("needs CAP_NET_ADMIN: run as root, or grant it".to_owned()))
-    }
-
     /// What this process cannot observe or find out, as text for people.
     #[must_use]
     pub fn limits(&self) -> Vec<String> {
@@ -384,103 +234,6 @@ impl KernelFeatures {
         }
         limits
     }
-
-    fn check_offsets(&self) -> Result<(), Refusal> {
-        if let Err(why) = &self.btf {
-            return Err(Refusal::Unsupported(why.clone()));
-        }
-        self.offsets_missing.clone().map_or(Ok(()), |why| Err(Refusal::Unsupported(why)))
-    }
-
-    fn check_target(&self, method: Method) -> Result<(), Refusal> {
-        self.check_offsets()?;
-        if self.btf_targets.contains(&method) {
-            return Ok(());
-        }
-        let name = METHOD_TARGETS.iter().find(|target| target.0 == method).map_or("it", |target| target.2);
-        Err(Refusal::Unsupported(format!("the kernel's BTF has no {name}")))
-    }
-
-    /// A better reason why the kernel does not load a program, if one is known.
-    pub(crate) fn explain(&self, refusal: Refusal) -> Refusal {
-        if self.lacks_tracing { Refusal::Unsupported(WITHOUT_TRACING.to_owned()) } else { refusal }
-    }
-
-    fn check_probe_read(&self) -> Result<(), Refusal> {
-        if self.probe_read {
-            return Ok(());
-        }
-        Err(probe_read_refusal(self.lacks_tracing, self.lockdown.as_deref()))
-    }
-}
-
-/// The object has a kprobe program for this architecture.
-fn check_kprobe_program(arch: &str) -> Result<(), Refusal> {
-    match names::kprobe(arch, true) {
-        Some(_) => Ok(()),
-        None => Err(Refusal::Unsupported(format!("the eBPF object has no kprobe program for {arch}"))),
-    }
-}
-
-/// Why programs may not call `bpf_probe_read_kernel`. `lockdown` is `None` if it can't be read.
-fn probe_read_refusal(lacks_tracing: bool, lockdown: Option<&str>) -> Refusal {
-    let why = "bpf_probe_read_kernel may not be called";
-    match (lacks_tracing, lockdown) {
-        (true, _) => Refusal::Unsupported(WITHOUT_TRACING.to_owned()),
-        (false, Some("confidentiality")) => Refusal::Refused(format!("{why} under lockdown=confidentiality")),
-        (false, Some(_)) => Refusal::Unsupported(why.to_owned()),
-        // Since v5.5 each kernel has it, and nothing else refuses it (`bpf_tracing_func_proto`,
-        // kernel/trace/bpf_trace.c at v5.10).
-        (false, None) => Refusal::Refused(format!(
-            "{why}, as under lockdown=confidentiality; {LOCKDOWN_PATH} can't be read"
-        )),
-    }
-}
-
-/// The offset of every field, and an error text if a field is missing that every BTF-based program needs.
-fn read_offsets(btf: &Btf<'_>) -> ([u32; FIELDS], Option<String>) {
-    let mut offsets = [ABSENT; FIELDS];
-    let mut missing = None;
-    for (field, struct_name, member, is_needed) in Field::ALL {
-        match btf.offset(struct_name, member) {
-            Ok(Some(offset)) => offsets[field as usize] = offset,
-            Ok(None) if is_needed => {
-                missing = Some(format!("the kernel's BTF has no {struct_name}.{member}"));
-            }
-            Ok(None) => {}
-            Err(error) if is_needed => missing = Some(error.to_string()),
-            Err(_) => {}
-        }
-    }
-    let refs = &mut offsets[Field::NetRefs as usize];
-    for other in OTHER_NET_REFS {
-        if *refs == ABSENT
-            && let Ok(Some(offset)) = btf.offset("net", other)
-        {
-            *refs = offset;
-        }
-    }
-    let unused = if btf.is_array("net", PORT_RANGE) { Field::PortRangePacked } else { Field::PortRangePair };
-    offsets[unused as usize] = ABSENT;
-    if !btf.is_number("inet_sock", OWN_PORT_RANGE) {
-        offsets[Field::OwnPortRange as usize] = ABSENT;
-    }
-    let unused = if netns_cookie::current().is_some() { Field::NetnsHashMix } else { Field::NetnsCookie };
-    offsets[unused as usize] = ABSENT;
-    let offset = |of, member| btf.offset(of, member).ok().flatten();
-    // A plain count before v5.19.
-    if let Some(count) = offset(DEATH_ROW, "tw_count.counter") {
-        offsets[Field::TimeWaitCount as usize] = count;
-    }
-    // The struct is a part of `struct net`, but for v6.0 and v6.1, where a pointer to it is.
-    if let Some(max) = offset("net", "ipv4.tcp_death_row.sysctl_max_tw_buckets") {
-        let row = std::mem::replace(&mut offsets[Field::DeathRow as usize], ABSENT);
-        offsets[Field::TimeWaitMax as usize] = max;
-        if offsets[Field::TimeWaitCount as usize] != ABSENT {
-            offsets[Field::TimeWaitCount as usize] += row;
-        }
-    }
-    (offsets, missing)
 }
 
 /// Parses the word in brackets, as in `none [integrity] confidentiality`.
@@ -492,22 +245,6 @@ fn parse_lockdown(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_read_is_refused_by_policy_unless_the_kernel_lacks_it() {
-        let is_refused = |lacks, lockdown| matches!(probe_read_refusal(lacks, lockdown), Refusal::Refused(why) if why.contains("lockdown"));
-        assert!(is_refused(false, Some("confidentiality")) && is_refused(false, None));
-        assert!(!is_refused(false, Some("integrity")) && !is_refused(true, Some("confidentiality")));
-    }
-
-    #[test]
-    fn kprobe_is_refused_on_an_architecture_without_a_program() {
-        for arch in ["x86_64", "aarch64"] {
-            assert_eq!(check_kprobe_program(arch), Ok(()));
-        }
-        let refused = Refusal::Unsupported("the eBPF object has no kprobe program for riscv64".to_owned());
-        assert_eq!(check_kprobe_program("riscv64"), Err(refused));
-    }
 
     #[test]
     fn lockdown_is_the_word_in_brackets() {
