@@ -17,6 +17,7 @@ use crate::{
     },
     sockets::{self, CurrentHolders, SocketEntry, SocketRef},
     system::{
+        busy::ThreadProblem,
         capabilities,
         process::{Attribution, Holder, ProcessInfo},
         worker::Worker,
@@ -148,14 +149,9 @@ impl BlockedReports {
         self.worker.ready().await;
     }
 
-    /// The name of the worker if a panic has ended it.
-    pub(super) fn ended_worker(&self) -> Option<&'static str> {
-        self.worker.ended()
-    }
-
-    /// The name of the worker, and how long it has been busy, if it hangs.
-    pub(super) fn overdue_worker(&self) -> Option<(&'static str, Duration)> {
-        self.worker.overdue()
+    /// The name of the worker, and what is wrong with it.
+    pub(super) fn worker_problem(&self) -> Option<(&'static str, ThreadProblem)> {
+        self.worker.problem()
     }
 
     /// Looks for the holders of this socket. `Some`: there is nothing to look for, or too much waits.

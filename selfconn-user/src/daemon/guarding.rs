@@ -20,6 +20,7 @@ use crate::{
     guard::{GuardMode, thread::GuardThread, unguarded::UnguardedNetns, work::GuardCounts},
     output::Outputs,
     sockets::NetnsId,
+    system::busy::ThreadProblem,
 };
 
 /// Minimum time between a read of the guard's ring buffer that finds something and the next one. The program wakes the
@@ -194,13 +195,9 @@ impl GuardMonitor {
         if self.guarded.contains(&netns) { self.mode } else { GuardMode::Off }
     }
 
-    pub(super) fn ended_thread(&self) -> Option<&'static str> {
-        self.thread.as_ref().filter(|thread| thread.has_ended()).map(|_| "guard")
-    }
-
-    /// The name of the thread, and how long it has been busy, if it hangs.
-    pub(super) fn overdue_thread(&self) -> Option<(&'static str, Duration)> {
-        Some(("guard", self.thread.as_ref()?.overdue()?))
+    /// The name of the thread, and what is wrong with it.
+    pub(super) fn thread_problem(&self) -> Option<(&'static str, ThreadProblem)> {
+        Some(("guard", self.thread.as_ref()?.problem()?))
     }
 
     /// Turns the program off everywhere. What it has refused is in its ring buffer and its counters now, and does not

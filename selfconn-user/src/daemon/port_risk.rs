@@ -28,6 +28,7 @@ use crate::{
     lookup::LookupTarget,
     sockets::{NetnsId, SocketSnapshot},
     system::{
+        busy::ThreadProblem,
         clock::{self, Offset},
         process::{ObservedTask, ProcessInfo},
     },
@@ -136,14 +137,9 @@ impl PortRiskMonitor {
         self.port_range_worker.ready().await;
     }
 
-    /// The name of the worker if a panic has ended it.
-    pub(super) fn ended_worker(&self) -> Option<&'static str> {
-        self.port_range_worker.ended()
-    }
-
-    /// The name of the worker, and how long it has been busy, if it hangs.
-    pub(super) fn overdue_worker(&self) -> Option<(&'static str, Duration)> {
-        self.port_range_worker.overdue()
+    /// The name of the worker, and what is wrong with it.
+    pub(super) fn worker_problem(&self) -> Option<(&'static str, ThreadProblem)> {
+        self.port_range_worker.problem()
     }
 
     /// Checks the ports that waited for the worker's response, if it is there. `guard_in`: what the guard does in a

@@ -15,6 +15,7 @@ use crate::{
     output::Outputs,
     sockets::{Cookie, TargetSocket},
     system::{
+        busy::ThreadProblem,
         clock::{self, Offset},
         process::Attribution,
     },
@@ -48,14 +49,9 @@ impl Remediation {
         self.0.as_mut()?.1.try_response()
     }
 
-    /// The name of the worker if a panic has ended it.
-    pub(super) fn ended_worker(&self) -> Option<&'static str> {
-        self.0.as_ref()?.1.ended()
-    }
-
-    /// The name of the worker, and how long it has been busy, if it hangs.
-    pub(super) fn overdue_worker(&self) -> Option<(&'static str, Duration)> {
-        self.0.as_ref()?.1.overdue()
+    /// The name of the worker, and what is wrong with it.
+    pub(super) fn worker_problem(&self) -> Option<(&'static str, ThreadProblem)> {
+        self.0.as_ref()?.1.problem()
     }
 
     /// Number of remedies by outcome. Empty without `--remedy`.

@@ -17,6 +17,7 @@ use super::{
 use crate::{
     bpf::loader::{Iterators, Tracer},
     sockets::{SocketEntry, SocketSnapshot},
+    system::busy::ThreadProblem,
 };
 
 /// The worker that takes them, and their times.
@@ -48,14 +49,9 @@ impl Snapshots {
         self.worker.try_response()
     }
 
-    /// The name of the worker if a panic has ended it.
-    pub(super) fn ended_worker(&self) -> Option<&'static str> {
-        self.worker.ended()
-    }
-
-    /// The name of the worker, and how long it has been busy, if it hangs.
-    pub(super) fn overdue_worker(&self) -> Option<(&'static str, Duration)> {
-        self.worker.overdue()
+    /// The name of the worker, and what is wrong with it.
+    pub(super) fn worker_problem(&self) -> Option<(&'static str, ThreadProblem)> {
+        self.worker.problem()
     }
 
     pub(super) fn next_at(&self) -> Option<Instant> {

@@ -1,12 +1,11 @@
 //! What a run says of itself: its losses, its threads that have ended, its metrics.
 
-use std::time::Duration;
-
 use super::{Daemon, pipeline::Pipeline};
 use crate::{
     bpf::attach::Method,
     event::{LossCause, Losses},
     metrics::MetricsSnapshot,
+    system::busy::ThreadProblem,
 };
 
 impl Daemon {
@@ -49,29 +48,16 @@ impl Daemon {
         ])
     }
 
-    /// Names of the worker threads that a panic has ended.
-    fn ended_workers(&self) -> impl Iterator<Item = &'static str> {
+    /// Names of the threads that do their work no more, and why.
+    fn thread_problems(&self) -> impl Iterator<Item = (&'static str, ThreadProblem)> {
         let others = [
-            self.snapshots.ended_worker(),
-            self.port_risks.ended_worker(),
-            self.pipeline.remediation.ended_worker(),
-            self.pipeline.conflicts.reports.ended_worker(),
-            self.guard.ended_thread(),
+            self.snapshots.worker_problem(),
+            self.port_risks.worker_problem(),
+            self.pipeline.remediation.worker_problem(),
+            self.pipeline.conflicts.reports.worker_problem(),
+            self.guard.thread_problem(),
         ];
-        others.into_iter().flatten().chain(self.pipeline.reporting.lookups.ended_workers())
-    }
-
-    /// Names of the threads that hang, and how long they have been busy. Readers of command lines may hang, and are not
-    /// among them.
-    fn overdue_threads(&self) -> impl Iterator<Item = (&'static str, Duration)> {
-        let overdue = [
-            self.snapshots.overdue_worker(),
-            self.port_risks.overdue_worker(),
-            self.pipeline.remediation.overdue_worker(),
-            self.pipeline.conflicts.reports.overdue_worker(),
-            self.guard.overdue_thread(),
-        ];
-        overdue.into_iter().flatten()
+        others.into_iter().flatten().chain(self.pipeline.reporting.lookups.worker_problems())
     }
 
     /// Current values of all exported metrics. Every metric gets its value here.
@@ -87,11 +73,8 @@ impl Daemon {
         if !self.pipeline.reporting.out.can_write_log() {
             health_problems.push("log: it can't be written".to_owned());
         }
-        health_problems.extend(self.ended_workers().map(|name| format!("thread {name}: it has ended")));
-        let is_busy = |(name, busy): (&str, Duration)| {
-            format!("thread {name}: it has been busy for {} s", busy.as_secs())
-        };
-        health_problems.extend(self.overdue_threads().map(is_busy));
+        health_problems
+            .extend(self.thread_problems().map(|(name, problem)| format!("thread {name}: {problem}")));
         let hook_and_method = |(method, ()): &(Method, ())| (method.hook().name(), method.name());
         let remedy_counts = self.pipeline.remediation.counts();
         MetricsSnapshot {

@@ -16,7 +16,10 @@ use super::{
 };
 use crate::{
     bpf::guard::{GuardMethod, GuardSwitch},
-    system::{busy::BusyClock, capabilities},
+    system::{
+        busy::{BusyClock, ThreadProblem},
+        capabilities,
+    },
 };
 
 /// Maximum number of first connects that wait for the thread. Their namespaces' owners are not known yet, so they have no
@@ -125,15 +128,10 @@ impl GuardThread {
         self.next.take().or_else(|| self.reports.try_recv().ok())
     }
 
+    /// What is wrong with the thread.
     #[must_use]
-    pub fn has_ended(&self) -> bool {
-        self.has_ended
-    }
-
-    /// How long the thread has been busy, if it hangs.
-    #[must_use]
-    pub fn overdue(&self) -> Option<Duration> {
-        self.busy.overdue().filter(|_| !self.has_ended)
+    pub fn problem(&self) -> Option<ThreadProblem> {
+        self.busy.problem(self.has_ended)
     }
 
     /// Turns the program off everywhere, so that nothing more is refused, and detaches it. Waits for the filters, and

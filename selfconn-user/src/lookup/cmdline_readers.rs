@@ -14,7 +14,9 @@ use selfconn_ebpf::Owner;
 
 use crate::{
     budget::{cmdline::CmdlineLimit, is_share_taken},
-    system::{capabilities, command_line::CommandLine, process::ProcessKey, worker::Worker},
+    system::{
+        busy::ThreadProblem, capabilities, command_line::CommandLine, process::ProcessKey, worker::Worker,
+    },
 };
 
 /// Number of readers, which is the maximum number of reads that can be stuck at the same time. All are started
@@ -81,9 +83,10 @@ impl CmdlineReaders {
         self.abandoned
     }
 
-    /// Names of the threads that a panic has ended.
-    pub(super) fn ended_workers(&self) -> impl Iterator<Item = &'static str> {
-        self.readers.iter().filter_map(|reader| reader.worker.ended())
+    /// Names of the threads that a panic has ended. One that hangs is [abandoned](Self::abandoned), and no problem.
+    pub(super) fn problems(&self) -> impl Iterator<Item = (&'static str, ThreadProblem)> {
+        let problems = self.readers.iter().filter_map(|reader| reader.worker.problem());
+        problems.filter(|(_, problem)| *problem == ThreadProblem::Ended)
     }
 
     /// Queues a read. The response is in [`Self::next_response`] later, unless it is given up before.
@@ -115,7 +118,7 @@ impl CmdlineReaders {
 
     /// Gives queued reads to idle readers. A user's reads follow each other.
     fn dispatch(&mut self) {
-        let is_idle = |reader: &Reader| reader.request.is_none() && reader.worker.ended().is_none();
+        let is_idle = |reader: &Reader| reader.request.is_none() && !reader.worker.has_ended();
         while let Some(idle) = self.readers.iter().position(is_idle) {
             let may_read = |request: &CmdlineRequest| !self.is_share_taken(request.owner, |_| true);
             let Some(next) = self.queue.iter().position(may_read) else { break };

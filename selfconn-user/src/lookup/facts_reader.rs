@@ -14,6 +14,7 @@ use super::LookupTarget;
 use crate::{
     budget::{FairQueue, is_share_taken},
     system::{
+        busy::ThreadProblem,
         capabilities,
         process::{self, ProcessFacts, ProcessProof},
         worker::Worker,
@@ -101,9 +102,9 @@ impl FactsReader {
         Some(response)
     }
 
-    /// The name of the thread if a panic has ended it.
-    pub(super) fn ended(&self) -> Option<&'static str> {
-        self.worker.ended()
+    /// The name of the thread, and what is wrong with it.
+    pub(super) fn problem(&self) -> Option<(&'static str, ThreadProblem)> {
+        self.worker.problem()
     }
 }
 

@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use crate::{
     budget::{SharedLimit, cmdline::CmdlineLimit},
     system::{
+        busy::ThreadProblem,
         clock,
         command_line::CommandLine,
         process::{self, ObservedTask, ProcessFacts, ProcessInfo, ProcessKey},
@@ -214,9 +215,9 @@ impl<W> Lookups<W> {
         self.cmdlines.abandoned()
     }
 
-    /// Names of the workers that a panic has ended.
-    pub fn ended_workers(&self) -> impl Iterator<Item = &'static str> {
-        self.facts.ended().into_iter().chain(self.cmdlines.ended_workers())
+    /// Names of the workers that do their work no more, and why.
+    pub fn worker_problems(&self) -> impl Iterator<Item = (&'static str, ThreadProblem)> {
+        self.facts.problem().into_iter().chain(self.cmdlines.problems())
     }
 
     /// The result, if it is known without a look-up: the process was looked up a moment before `now_ns`

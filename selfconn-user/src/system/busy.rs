@@ -1,7 +1,8 @@
-//! How long a thread has been busy, as another thread sees it. A thread that hangs ends nothing and answers nothing, so
-//! nobody else would notice it.
+//! How long a thread has been busy, as another thread sees it, and what follows from that. A thread that hangs ends
+//! nothing and answers nothing, so nobody else would notice it.
 
 use std::{
+    fmt,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -12,6 +13,24 @@ use std::{
 /// A thread that is busy for longer hangs. The longest work is a look at the sockets or the processes of a host with
 /// very many, which takes seconds; what takes longer is given up.
 const MAX_BUSY: Duration = Duration::from_secs(60);
+
+/// Why a thread does its work no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ThreadProblem {
+    /// A panic has ended it.
+    Ended,
+    /// It has been busy with one thing for this long, so it hangs.
+    Busy(Duration),
+}
+
+impl fmt::Display for ThreadProblem {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ended => out.write_str("it has ended"),
+            Self::Busy(time) => write!(out, "it has been busy for {} s", time.as_secs()),
+        }
+    }
+}
 
 /// What a thread notes, and others read. The clock stands still while the host is suspended.
 #[derive(Clone, Debug)]
@@ -44,10 +63,13 @@ impl BusyClock {
         self.since_ms.store(IDLE, Ordering::Relaxed);
     }
 
-    /// How long the thread has been busy, if that is too long.
+    /// What is wrong with the thread.
     #[must_use]
-    pub fn overdue(&self) -> Option<Duration> {
-        self.busy_beyond(MAX_BUSY)
+    pub fn problem(&self, has_ended: bool) -> Option<ThreadProblem> {
+        if has_ended {
+            return Some(ThreadProblem::Ended);
+        }
+        self.busy_beyond(MAX_BUSY).map(ThreadProblem::Busy)
     }
 
     fn busy_beyond(&self, limit: Duration) -> Option<Duration> {
@@ -67,13 +89,16 @@ mod tests {
         let clock = |seconds| BusyClock { origin: ago(seconds), ..BusyClock::default() };
         for (seconds, is_overdue) in [(59, false), (61, true)] {
             let clock = clock(seconds);
-            assert_eq!(clock.overdue(), None, "it waits");
+            assert_eq!(clock.problem(false), None, "it waits");
             clock.since_ms.store(0, Ordering::Relaxed);
-            assert_eq!(clock.overdue().is_some(), is_overdue, "{seconds} s");
+            let problem = clock.problem(false).map(|problem| problem.to_string());
+            assert_eq!(problem.is_some(), is_overdue, "{seconds} s");
+            assert!(problem.is_none_or(|text| text == "it has been busy for 61 s"));
+            assert_eq!(clock.problem(true), Some(ThreadProblem::Ended));
             clock.rest();
-            assert_eq!(clock.overdue(), None);
+            assert_eq!(clock.problem(false), None);
             clock.begin();
-            assert_eq!(clock.overdue(), None, "its next work");
+            assert_eq!(clock.problem(false), None, "its next work");
             assert!(clock.busy_beyond(Duration::ZERO).is_some());
         }
     }

@@ -7,13 +7,15 @@ use std::{
     io,
     sync::mpsc,
     task::{Context, Poll},
-    time::Duration,
 };
 
 use rustix::thread::CapabilitySet;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use super::{busy::BusyClock, capabilities};
+use super::{
+    busy::{BusyClock, ThreadProblem},
+    capabilities,
+};
 
 /// The event loop's end of the channels to a worker thread.
 #[derive(Debug)]
@@ -94,23 +96,22 @@ impl<Request: Send + 'static, Response: Send + 'static> Worker<Request, Response
         self.next.take().or_else(|| self.responses.try_recv().ok())
     }
 
-    /// The name of the thread if a panic has ended it.
+    /// True if a panic has ended the thread.
     #[must_use]
-    pub fn ended(&self) -> Option<&'static str> {
-        self.has_ended.then_some(self.name)
+    pub fn has_ended(&self) -> bool {
+        self.has_ended
     }
 
-    /// The name of the thread, and how long it has been busy with one request, if it hangs.
+    /// The name of the thread, and what is wrong with it.
     #[must_use]
-    pub fn overdue(&self) -> Option<(&'static str, Duration)> {
-        let busy = self.busy.overdue().filter(|_| !self.has_ended)?;
-        Some((self.name, busy))
+    pub fn problem(&self) -> Option<(&'static str, ThreadProblem)> {
+        Some((self.name, self.busy.problem(self.has_ended)?))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::panic::resume_unwind;
+    use std::{panic::resume_unwind, time::Duration};
 
     use tokio::{runtime, time::timeout};
 
@@ -126,7 +127,7 @@ mod tests {
                 None => resume_unwind(Box::new(())),
             };
             let mut worker = Worker::start("double", CapabilitySet::empty(), double).unwrap();
-            assert_eq!((worker.try_response(), worker.ended()), (None, None));
+            assert_eq!((worker.try_response(), worker.problem()), (None, None));
             for number in [Some(2), Some(3), None, Some(4)] {
                 worker.send(number);
             }
@@ -136,11 +137,11 @@ mod tests {
                 assert_eq!(worker.try_response(), Some(expected), "waiting twice takes one response");
             }
             let mut attempts = 0;
-            while worker.ended().is_none() && attempts < 1_000 {
+            while !worker.has_ended() && attempts < 1_000 {
                 assert!(timeout(Duration::from_millis(10), worker.ready()).await.is_err());
                 attempts += 1;
             }
-            assert_eq!(worker.ended(), Some("double"));
+            assert_eq!(worker.problem(), Some(("double", ThreadProblem::Ended)));
         });
     }
 }
