@@ -6,14 +6,10 @@ use std::{
     fs::{self, Permissions},
     io::{self, BufRead as _, BufReader, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    os::{
-        fd::{AsRawFd as _, OwnedFd},
-        unix::{fs::PermissionsExt as _, process::CommandExt as _},
-    },
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
-    thread,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use rustix::{
@@ -22,6 +18,10 @@ use rustix::{
 };
 
 use super::client::{connect_to_self, socket};
+use hung::OnceHung;
+
+mod descriptors;
+mod hung;
 
 /// The user of these processes.
 pub(crate) const NOBODY: u32 = 65_534;
@@ -34,9 +34,6 @@ const LARGE_TABLE: u64 = 500_000;
 
 const TASK_ENV: &str = "SELFCONN_TEST_NOBODY_TASK";
 const FOLDER_ENV: &str = "SELFCONN_TEST_NOBODY_FOLDER";
-
-/// A process that is hung closes its socket this long after its output.
-const CLOSES_AFTER: Duration = Duration::from_millis(300);
 
 /// The first thread of a process whose other threads share a large table of descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +52,7 @@ pub(crate) struct Nobody {
 
 impl Nobody {
     /// A process whose `/proc/PID/cmdline` cannot be read: whoever tries waits until the process is killed.
-    /// Then it connects a socket to itself, and [`Self::read_output`] returns. `None`: this kernel has no FUSE.
+    /// Then it connects a socket to itself, and [`Self::wait`] returns. `None`: this kernel has no FUSE.
     pub(crate) fn hung() -> Option<Self> {
         Self::hung_at("hang")
     }
@@ -225,16 +222,18 @@ fn run_nobody() {
     let Ok(task) = std::env::var(TASK_ENV) else { return };
     let folder = PathBuf::from(std::env::var_os(FOLDER_ENV).unwrap_or_default());
     if let Some(connections) = task.strip_prefix("hang and make ") {
-        hang(&folder, OnceHung::Make(connections.parse().unwrap()));
+        hung::hang(&folder, OnceHung::Make(connections.parse().unwrap()));
     }
     match task.as_str() {
-        "hang" => hang(&folder, OnceHung::Hold),
-        "hang and close" => hang(&folder, OnceHung::HoldAndClose),
-        "serve" => serve(),
+        "hang" => hung::hang(&folder, OnceHung::Hold),
+        "hang and close" => hung::hang(&folder, OnceHung::HoldAndClose),
+        "serve" => hung::serve(),
         "fail binds" => fail_binds(),
-        "share descriptors" => share_descriptors(),
-        "share a large table without a first thread" => share_large_table(FirstThread::HasEnded),
-        "share a large table beside the first thread" => share_large_table(FirstThread::HasAnotherTable),
+        "share descriptors" => descriptors::share_descriptors(),
+        "share a large table without a first thread" => descriptors::share_large_table(FirstThread::HasEnded),
+        "share a large table beside the first thread" => {
+            descriptors::share_large_table(FirstThread::HasAnotherTable);
+        }
         "connect" => {
             let _held = connect_to_self(Ipv4Addr::LOCALHOST.into());
             print_output("connected");
@@ -249,150 +248,6 @@ fn print_output(text: &str) {
     let mut stdout = io::stdout();
     writeln!(stdout, "nobody: {text}").unwrap();
     stdout.flush().unwrap();
-}
-
-/// What a process does when its memory map is locked.
-#[derive(Clone, Copy)]
-enum OnceHung {
-    /// It holds a self-connection.
-    Hold,
-    /// It holds one for a moment.
-    HoldAndClose,
-    /// It makes this number, one after another.
-    Make(usize),
-}
-
-/// Connects a new socket to this address, or to itself, and resets the connection.
-fn connect_and_reset(to: Option<SocketAddr>) {
-    let client = socket(Ipv4Addr::LOCALHOST.into());
-    client.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
-    let own = client.local_addr().unwrap();
-    client.connect(&to.map_or(own, Into::into)).unwrap();
-    client.set_linger(Some(Duration::ZERO)).unwrap();
-}
-
-/// A page fault on a file that its server never gives holds the `mmap_lock` for reading. munmap() waits to
-/// write, and every later reader waits behind it, such as a reader of `/proc/PID/cmdline`.
-fn hang(folder: &Path, once_hung: OnceHung) -> ! {
-    use rustix::mount::{MountFlags, mount};
-    let device = fs::File::options().read(true).write(true).open(folder.join("fuse")).unwrap();
-    let mount_point = folder.join("mount");
-    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
-    let options = std::ffi::CString::new(options).unwrap();
-    mount("x", &mount_point, "fuse", MountFlags::NOSUID | MountFlags::NODEV, options.as_c_str()).unwrap();
-    let mut server = command("serve");
-    server.stdin(Stdio::from(OwnedFd::from(device))).stdout(Stdio::null());
-    // The server must end with this process: only then the kernel aborts its requests, and this process can end.
-    // SAFETY: prctl is safe to call between fork and exec.
-    unsafe { server.pre_exec(|| check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))) };
-    #[expect(clippy::zombie_processes, reason = "this process ends by SIGKILL, and its child with it")]
-    let _server = server.spawn().unwrap();
-    // The device is closed here, in this process: the command has it.
-    drop(server);
-    let file = fs::File::open(mount_point.join("f")).unwrap();
-    // Everything that runs while the lock is held has run before, because a page fault would wait for it.
-    let (client, listener) = (socket(Ipv4Addr::LOCALHOST.into()), TcpListener::bind("127.0.0.1:0").unwrap());
-    let closed: SocketAddr = listener.local_addr().unwrap();
-    connect_and_reset(Some(closed));
-    drop(listener);
-    assert!(socket(Ipv4Addr::LOCALHOST.into()).connect(&closed.into()).is_err());
-    client.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
-    let own = client.local_addr().unwrap();
-    thread::sleep(Duration::from_millis(1));
-    // SAFETY: a new mapping, which nothing else refers to. The threads below use its address only.
-    let page = unsafe {
-        libc::mmap(std::ptr::null_mut(), 4_096, libc::PROT_READ, libc::MAP_PRIVATE, file.as_raw_fd(), 0)
-    };
-    assert_ne!(page, libc::MAP_FAILED, "{}", io::Error::last_os_error());
-    let address = page as usize;
-    thread::spawn(move || {
-        thread::sleep(Duration::from_millis(700));
-        // SAFETY: the mapping is not used any more, except by the read below, which never returns.
-        unsafe { libc::munmap(address as *mut libc::c_void, 4_096) }
-    });
-    thread::spawn(move || {
-        thread::sleep(Duration::from_millis(100));
-        // SAFETY: the mapping is readable. The read never returns.
-        unsafe { std::ptr::read_volatile(address as *const u8) }
-    });
-    thread::sleep(Duration::from_millis(1_200));
-    match once_hung {
-        OnceHung::Make(connections) => (0..connections).for_each(|_| connect_and_reset(None)),
-        OnceHung::Hold | OnceHung::HoldAndClose => client.connect(&own).unwrap(),
-    }
-    let message = b"nobody: hung\n";
-    // SAFETY: the buffer is valid for the call.
-    unsafe { libc::write(1, message.as_ptr().cast(), message.len()) };
-    if matches!(once_hung, OnceHung::HoldAndClose) {
-        thread::sleep(CLOSES_AFTER);
-        drop(client);
-    }
-    loop {
-        // SAFETY: no arguments.
-        unsafe { libc::pause() };
-    }
-}
-
-/// Serves a filesystem with one file at stdin: two reads fail, and the others get no answer
-/// (`include/uapi/linux/fuse.h`).
-fn serve() {
-    const LOOKUP: u32 = 1;
-    const FORGET: u32 = 2;
-    const GETATTR: u32 = 3;
-    const OPEN: u32 = 14;
-    const READ: u32 = 15;
-    const INIT: u32 = 26;
-    const INTERRUPT: u32 = 36;
-    const BATCH_FORGET: u32 = 42;
-    let mut request = vec![0; 1 << 20];
-    let mut reads = 0;
-    loop {
-        let length = match rustix::io::read(io::stdin(), &mut request[..]) {
-            Ok(length) => length,
-            Err(rustix::io::Errno::INTR | rustix::io::Errno::NOENT) => continue,
-            Err(_) => return,
-        };
-        // struct fuse_in_header: len, opcode, unique, nodeid.
-        let word = |at: usize| u32::from_ne_bytes(request[at..at + 4].try_into().unwrap());
-        let long = |at: usize| u64::from_ne_bytes(request[at..at + 8].try_into().unwrap());
-        assert!(length >= 40);
-        let (opcode, unique, node) = (word(4), long(8), long(16));
-        let words = |words: &[u32]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<u8>>();
-        // struct fuse_attr: ino, size, blocks, three times, their nanoseconds, mode, nlink, uid, gid, rdev,
-        // blksize, flags.
-        let attributes = |node: u64| {
-            let mode = if node == 1 { 0o040_755 } else { 0o100_644 };
-            let mut attributes = [node, 4_096, 0, 0, 0, 0].map(u64::to_ne_bytes).concat();
-            attributes.extend(words(&[0, 0, 0, mode, 1, 0, 0, 0, 0, 0]));
-            attributes
-        };
-        let (error, body) = match opcode {
-            // struct fuse_init_out: major, minor, max_readahead, flags, max_background, max_write, ...
-            INIT => (0, words(&[7, 31, 4_096, 0, 0, 4_096, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])),
-            // struct fuse_entry_out: nodeid, generation, entry_valid, attr_valid, two nanoseconds, attr.
-            LOOKUP => {
-                let entry = [2, 0, 1_000, 1_000, 0].map(u64::to_ne_bytes).concat();
-                (0, [entry, attributes(2)].concat())
-            }
-            // struct fuse_attr_out: attr_valid, nanoseconds and padding, attr.
-            GETATTR => (0, [[1_000, 0].map(u64::to_ne_bytes).concat(), attributes(node)].concat()),
-            // struct fuse_open_out: fh, open_flags, padding.
-            OPEN => (0, [1, 0].map(u64::to_ne_bytes).concat()),
-            READ if reads == 2 => continue,
-            READ => {
-                reads += 1;
-                (-libc::EIO, Vec::new())
-            }
-            FORGET | INTERRUPT | BATCH_FORGET => continue,
-            _ => (-libc::ENOSYS, Vec::new()),
-        };
-        // struct fuse_out_header: len, error, unique.
-        let length = u32::try_from(16 + body.len()).unwrap();
-        let mut reply = [length.to_ne_bytes(), error.to_ne_bytes()].concat();
-        reply.extend(unique.to_ne_bytes());
-        reply.extend(body);
-        let _ = rustix::io::write(io::stdin(), &reply);
-    }
 }
 
 /// Binds the port of a listener, at one address of 127.0.0.0/8 after another.
@@ -410,101 +265,4 @@ fn fail_binds() {
             print_output(&format!("{:?}", began.elapsed()));
         }
     }
-}
-
-/// Has as many descriptors as it may, and shares them with 2,000 processes.
-fn share_descriptors() {
-    const PROCESSES: usize = 2_000;
-    const STACK_BYTES: usize = 16 << 10;
-    extern "C" fn wait(_: *mut libc::c_void) -> libc::c_int {
-        // SAFETY: neither has a pointer. The process ends with the one that made it.
-        unsafe {
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            libc::pause()
-        }
-    }
-    // A duplicate takes no memory but its place in the table.
-    let duplicates = (0..MAX_DESCRIPTORS).map_while(|_| rustix::io::dup(io::stdin()).ok());
-    let count = duplicates.map(std::mem::forget).count() as u64;
-    assert!(count > MAX_DESCRIPTORS / 2, "{count} descriptors");
-    let mut stacks = vec![0_u8; PROCESSES * STACK_BYTES];
-    for stack in stacks.chunks_exact_mut(STACK_BYTES) {
-        let flags = libc::CLONE_VM | libc::CLONE_FILES | libc::SIGCHLD;
-        let top = stack.as_mut_ptr_range().end;
-        // SAFETY: the stack is the new process's own, is aligned as `malloc` aligns, and stays.
-        check(unsafe { libc::clone(wait, top.cast(), flags, std::ptr::null_mut()) }).unwrap();
-    }
-    print_output(&format!("{count} descriptors"));
-    // SAFETY: no arguments.
-    unsafe { libc::pause() };
-}
-
-/// Makes a child with 5,000 threads that share the largest permitted table, without a descriptor.
-fn share_large_table(first_thread: FirstThread) {
-    const THREADS: usize = 5_000;
-    const STACK_BYTES: usize = 16 << 10;
-    extern "C" fn wait(_: *mut libc::c_void) -> libc::c_int {
-        loop {
-            // SAFETY: no arguments.
-            unsafe { libc::pause() };
-        }
-    }
-    let mut stacks = vec![0_u8; THREADS * STACK_BYTES];
-    let slots = getrlimit(Resource::Nofile).current.unwrap();
-    // SAFETY: the child makes system calls only.
-    let child = unsafe { libc::fork() };
-    check(child).unwrap();
-    if child == 0 {
-        let flags = libc::CLONE_VM
-            | libc::CLONE_FS
-            | libc::CLONE_FILES
-            | libc::CLONE_SIGHAND
-            | libc::CLONE_THREAD
-            | libc::CLONE_SYSVSEM;
-        // SAFETY: all arguments are valid. Each stack is its thread's own, is aligned as `malloc` aligns, and stays.
-        unsafe {
-            // The child ends with the process that made it.
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            // A table never shrinks.
-            let last = libc::c_int::try_from(slots - 1).unwrap_or(0);
-            if libc::dup2(0, last) != last || libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) != 0 {
-                libc::_exit(1);
-            }
-            for stack in stacks.chunks_exact_mut(STACK_BYTES) {
-                let top = stack.as_mut_ptr_range().end;
-                if libc::clone(wait, top.cast(), flags, std::ptr::null_mut()) < 0 {
-                    libc::_exit(2);
-                }
-            }
-            if first_thread == FirstThread::HasEnded {
-                libc::syscall(libc::SYS_exit, 0);
-            }
-            // The new table has room for the descriptors that there are: none.
-            libc::unshare(libc::CLONE_FILES);
-        }
-        wait(std::ptr::null_mut());
-    }
-    let until = Instant::now() + Duration::from_secs(30);
-    let is_made = || {
-        let status = fs::read_to_string(format!("/proc/{child}/status")).unwrap();
-        let field = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name));
-            line.and_then(|line| line.split_ascii_whitespace().next()?.parse::<u64>().ok())
-        };
-        let first_slots = match first_thread {
-            FirstThread::HasEnded => 0..1,
-            FirstThread::HasAnotherTable => 1..1_024,
-        };
-        let threads = field("Threads:").unwrap_or(0);
-        // A child that has given up has no other thread.
-        assert!(!status.contains("zombie") || threads > 1, "{status}");
-        threads == THREADS as u64 + 1 && first_slots.contains(&field("FDSize:").unwrap_or(0))
-    };
-    while !is_made() {
-        assert!(Instant::now() < until, "the threads are not made in time");
-        thread::sleep(Duration::from_millis(10));
-    }
-    print_output(&format!("{THREADS} threads of {child}"));
-    // SAFETY: no arguments.
-    unsafe { libc::pause() };
 }
