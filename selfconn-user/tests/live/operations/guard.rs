@@ -1,6 +1,7 @@
 //! The guard in operation.
 
 use std::{
+    io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr},
     os::unix::process::CommandExt as _,
     process::Command,
@@ -10,9 +11,10 @@ use serde_json::Value;
 
 use super::audit::AuditOutput;
 use crate::support::{
-    client::NOBODY,
-    daemon::{HookVariant, TestDaemon, selfconn},
-    guard::{dial_itself, guard_methods},
+    client::{NOBODY, connect_to_self},
+    daemon::{HookVariant, TestDaemon, is_event, selfconn},
+    guard::{count_of, dial_itself, guard_methods, refusing},
+    netns::TestNetns,
     refused_connects::{at, connect_refused, enter_wide_range_netns, is_at_risk},
 };
 
@@ -27,6 +29,23 @@ const LOOPBACK: u32 = 1;
 
 fn is_refused() -> bool {
     !dial_itself(LOCALHOST).is_connected
+}
+
+#[test]
+fn a_self_connection_from_before_the_guard_keeps_working() {
+    let net = TestNetns::enter_new();
+    for method in guard_methods() {
+        let (mut connection, _) = connect_to_self(LOCALHOST);
+        let daemon = refusing(method, &[]);
+        assert!(is_refused(), "{method}");
+        connection.write_all(b"still").unwrap();
+        let mut received = [0; 5];
+        connection.read_exact(&mut received).unwrap();
+        assert_eq!(&received, b"still", "{method}");
+        let (events, _) = daemon.stop();
+        let prevented = events.iter().filter(|event| is_event("prevented", net.inode)(event));
+        assert_eq!(count_of(prevented), 1, "{method}");
+    }
 }
 
 #[test]

@@ -495,7 +495,6 @@ fn an_ordinary_connection_passes_the_guard_unchanged() {
             drop(sender.join().unwrap());
             assert!(received.iter().all(|byte| *byte == 7));
         }
-        // A self-connection that was there before keeps working; see `operations/guard.rs`.
         let (events, _) = daemon.stop();
         assert!(!events.iter().any(is_event("prevented", net.inode)), "{method}");
     }
