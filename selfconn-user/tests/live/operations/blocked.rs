@@ -3,7 +3,6 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
-    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -130,8 +129,8 @@ fn a_failed_bind_is_reported_with_the_self_connection_that_holds_the_port() {
 #[test]
 fn a_failed_bind_at_the_start_of_the_daemon_is_reported_with_its_holder() {
     let net = TestNetns::enter_new();
-    let start_idle = |_| Command::new("sleep").arg("120").spawn().unwrap();
-    let mut idle: Vec<_> = (0..scaled(1_000)).map(start_idle).collect();
+    let mut idle = HelperProcess::start(&format!("wait with children {}", scaled(1_000)));
+    idle.read_output();
     let blocked: Vec<_> = (0..3)
         .map(|_| {
             let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
@@ -142,10 +141,7 @@ fn a_failed_bind_at_the_start_of_the_daemon_is_reported_with_its_holder() {
             blocked
         })
         .collect();
-    for process in &mut idle {
-        process.kill().unwrap();
-        process.wait().unwrap();
-    }
+    idle.finish();
     for blocked in blocked {
         assert_eq!(blocked["holder"]["pid"], std::process::id(), "{blocked}");
         assert_eq!(blocked["holder"]["holders"].as_array().map(Vec::len), Some(1), "{blocked}");

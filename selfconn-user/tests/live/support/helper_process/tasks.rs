@@ -68,6 +68,21 @@ fn end_first_thread() {
     }
 }
 
+/// Makes a process that does nothing. It ends with this one.
+fn start_idle_child() {
+    // SAFETY: the child makes system calls only.
+    unsafe {
+        let child = libc::fork();
+        assert!(child >= 0, "{}", std::io::Error::last_os_error());
+        if child == 0 {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            loop {
+                libc::pause();
+            }
+        }
+    }
+}
+
 /// A connection of 127.0.0.1 to itself between two sockets: its addresses are equal, its ports are not.
 fn ordinary_connection() -> [Socket; 3] {
     let loopback = Ipv4Addr::LOCALHOST;
@@ -357,6 +372,11 @@ pub(super) fn run_task(task: &str) {
             });
         }
         "wait" => {
+            print_output("waiting");
+            wait_for_stdin_eof();
+        }
+        wait if wait.starts_with("wait with children ") => {
+            (0..wait["wait with children ".len()..].parse().unwrap()).for_each(|_: u32| start_idle_child());
             print_output("waiting");
             wait_for_stdin_eof();
         }
