@@ -15,7 +15,7 @@ use crate::support::{
     attacker::{Attacker, AttackerKind},
     client::{become_user, connect_to_self},
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event},
-    dedicated::is_dedicated_machine,
+    dedicated::{event_limit, time_limit},
     guard::{guard_methods, is_refused_within, wait_until},
     netns::TestNetns,
 };
@@ -23,7 +23,7 @@ use crate::support::{
 /// How long it may take after the first connect until a new namespace is guarded. The guard rests many times as long as
 /// an attachment takes, and an emulated one takes long.
 fn guarded_within() -> Duration {
-    Duration::from_secs(if is_dedicated_machine() { 20 } else { 1 })
+    time_limit(Duration::from_secs(1), Duration::from_secs(20))
 }
 
 #[test]
@@ -105,7 +105,7 @@ fn two_thousand_namespaces_of_a_user_delay_nobody() {
         daemon.expect(1, |event| is_event("established", net.inode)(event) && event["port"] == port);
         let took = began.elapsed();
         println!("FACT event_after_ms={}", took.as_millis());
-        assert!(took < Duration::from_millis(250), "round {round}: {took:?}");
+        assert!(took < event_limit(), "round {round}: {took:?}");
         drop(connection);
         // Its new namespace is guarded within a second of the first connect there.
         let took = thread::spawn(|| {
