@@ -39,6 +39,22 @@ fn connect_and_reset(to: Option<SocketAddr>) {
     client.set_linger(Some(Duration::ZERO)).unwrap();
 }
 
+/// Reads each page of the program, so that none is missing later.
+fn map_program() {
+    for line in fs::read_to_string("/proc/self/maps").unwrap().lines() {
+        let words: Vec<_> = line.split_ascii_whitespace().collect();
+        let is_of_file = words.get(5).is_some_and(|path| path.starts_with('/'));
+        if is_of_file && words[1].starts_with('r') {
+            let (start, end) = words[0].split_once('-').unwrap();
+            let address = |text| usize::from_str_radix(text, 16).unwrap();
+            for page in (address(start)..address(end)).step_by(4_096) {
+                // SAFETY: the mapping is readable, and nothing removes a part of the program.
+                unsafe { std::ptr::read_volatile(page as *const u8) };
+            }
+        }
+    }
+}
+
 /// A page fault on a file that its server never gives holds the `mmap_lock` for reading. munmap() waits to
 /// write, and every later reader waits behind it, such as a reader of `/proc/PID/cmdline`.
 pub(super) fn hang(folder: &Path, once_hung: OnceHung) -> ! {
@@ -58,7 +74,9 @@ pub(super) fn hang(folder: &Path, once_hung: OnceHung) -> ! {
     // The device is closed here, in this process: the command has it.
     drop(server);
     let file = fs::File::open(mount_point.join("f")).unwrap();
-    // Everything that runs while the lock is held has run before, because a page fault would wait for it.
+    // Everything that runs while the lock is held has run before, and its pages are there, because a page fault would
+    // wait for the lock. A newer kernel may lock only a part of the map for it; 5.10 doesn't.
+    map_program();
     let (client, listener) = (socket(Ipv4Addr::LOCALHOST.into()), TcpListener::bind("127.0.0.1:0").unwrap());
     let closed: SocketAddr = listener.local_addr().unwrap();
     connect_and_reset(Some(closed));
