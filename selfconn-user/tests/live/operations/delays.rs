@@ -16,13 +16,16 @@ use serde_json::Value;
 use crate::support::{
     client::{connect_to_self, run_self_connection},
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event, is_kernel_at_least, reads_descriptors, selfconn},
-    dedicated::{event_limit, is_emulated},
+    dedicated::is_emulated,
     helper_process::HelperProcess,
     mount_namespace::{mount_proc_with_hidepid, spawn_in_new_mount_namespace},
     netns::TestNetns,
     nobody::{FirstThread, NOBODY, Nobody},
     socket_crowd::{CrowdSockets, SocketCrowd},
 };
+
+/// Other connections' events come within this time.
+const EVENT_LIMIT: Duration = Duration::from_millis(250);
 
 /// The daemon ends within this time after SIGTERM.
 const STOP_LIMIT: Duration = Duration::from_secs(1);
@@ -32,7 +35,7 @@ fn expect_event_in_time(daemon: &mut TestDaemon, netns: u64) -> Value {
     let before = daemon.received().iter().filter(|event| is_event("closed", netns)(event)).count();
     let port = run_self_connection(Ipv4Addr::LOCALHOST.into());
     let began = Instant::now();
-    let until = began + event_limit();
+    let until = began + EVENT_LIMIT;
     let closed = daemon.wait_until(until, before + 1, is_event("closed", netns)).unwrap().pop().unwrap();
     println!("FACT event_after_us={}", began.elapsed().as_micros());
     assert_eq!((&closed["port"], &closed["pid"]), (&port.into(), &std::process::id().into()), "{closed}");
@@ -344,7 +347,7 @@ fn a_flood_of_records_keeps_nobody_from_the_daemon() {
     let (mut is_reported, until) = (false, Instant::now() + DEADLINE);
     while !is_reported && Instant::now() < until {
         drop(connect_to_self(Ipv4Addr::LOCALHOST.into()));
-        let at = Instant::now() + event_limit();
+        let at = Instant::now() + EVENT_LIMIT;
         let is_own =
             |event: &Value| is_event("established", net.inode)(event) && event["pid"] == std::process::id();
         is_reported = daemon.wait_until(at, 1, is_own).is_ok();

@@ -19,10 +19,3 @@ pub(crate) fn is_dedicated_machine() -> bool {
 pub(crate) fn time_limit(usual: Duration, emulated: Duration) -> Duration {
     if is_emulated() { emulated } else { usual }
 }
-
-/// How long the event of another connection may take. The CPUs of an emulator take turns, of up to 100 ms each
-/// (`TCG_KICK_PERIOD`, accel/tcg/tcg-accel-ops-rr.c of QEMU at v7.2.0), and the client, the daemon and the test may be
-/// on different ones.
-pub(crate) fn event_limit() -> Duration {
-    time_limit(Duration::from_millis(250), Duration::from_secs(1))
-}

@@ -1,4 +1,4 @@
-//! Shares of owners: of the connections that are followed, and of those that are closed during a snapshot.
+//! The shares of owners in the tracked connections, and in the list of connections closed during a snapshot.
 
 use super::*;
 use crate::{
