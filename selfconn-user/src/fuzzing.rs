@@ -16,7 +16,7 @@ use crate::{
     sockets,
     system::{
         identity::Identity,
-        process::{self, Attribution, Holder, ProcessInfo},
+        process::{self, Attribution, Holder, ProcessInfo, Subject},
     },
 };
 
@@ -164,6 +164,7 @@ fn connection_fields(names: &[String]) -> ConnectionFields {
         ..Transition::new_zeroed()
     };
     let attribution = Attribution {
+        subject: Subject::Opener,
         device: None,
         refused_before: Some(1),
         process: Rc::new(ProcessInfo {

@@ -30,11 +30,12 @@ use crate::{
     },
     event::{Closed, ConnectionFields, EventKind, StateChange},
     guard::GuardMode,
+    lookup::LookupTarget,
     metrics,
     sockets::{Coverage, NetDevices, SocketSnapshot},
     system::{
         clock::{Offset, SuspendWatch, Suspension},
-        process::{Attribution, Holder, ProcessInfo},
+        process::{Attribution, Holder, ProcessInfo, Subject},
     },
 };
 
@@ -164,23 +165,22 @@ impl Pipeline {
 
     fn on_event(&mut self, event: QueuedEvent, refused: &RefusedCounts, clock: Offset) {
         let number = event.connection.number;
-        if !self.attributions.contains_key(&number) {
-            // Looked up at the first event, while the process still exists. Later events use the same result.
-            let target = opener_target(&event.connection);
-            let known = match &target {
-                Some(target) => self.reporting.lookups.known(target, event.at_ns),
-                None => Some(Rc::default()),
-            };
-            let is_known = known.is_some();
+        // The opener is looked up at the first event, while the process still exists, or at the first event that has it.
+        // Later events use the same result.
+        let is_new = !self.attributions.contains_key(&number);
+        let knew_opener =
+            self.attributions.get(&number).is_some_and(|known| known.subject == Subject::Opener);
+        if is_new {
             let device = self.devices.as_ref().and_then(|devices| devices.name(&event.connection.endpoint));
-            let attribution = Attribution {
-                process: known.unwrap_or_default(),
-                holders: None,
-                device,
-                refused_before: self.refused_before(&event, refused),
-            };
+            let refused_before = self.refused_before(&event, refused);
+            let attribution = Attribution { device, refused_before, ..Attribution::default() };
             self.attributions.insert(number, attribution);
-            if let Some(target) = target.filter(|_| !is_known) {
+        }
+        if let Some(target) = opener_target(&event.connection).filter(|_| !knew_opener) {
+            let known = self.reporting.lookups.known(&target, event.at_ns);
+            let is_known = known.is_some();
+            self.attribute(number, Subject::Opener, known.unwrap_or_default());
+            if !is_known {
                 self.reporting.lookups.begin(target, Waiter::Connection(number));
                 self.push_pending(event);
                 return;
@@ -293,7 +293,7 @@ impl Pipeline {
     fn on_completed(&mut self, waiter: Waiter, process: Rc<ProcessInfo>) {
         match waiter {
             Waiter::Connection(number) => {
-                self.attribute(number, process);
+                self.attribute(number, Subject::Opener, process);
                 // All that one process has done may have waited for this.
                 if self.has_room() {
                     self.emit_pending(number);
@@ -302,8 +302,8 @@ impl Pipeline {
                     self.pending.push_backlog(number);
                 }
             }
-            Waiter::Listed(number) => {
-                self.attribute(number, process);
+            Waiter::Listed(number, subject) => {
+                self.attribute(number, subject, process);
                 self.pending.push_backlog(number);
             }
             Waiter::Blocked(blocked) => {
@@ -329,9 +329,9 @@ impl Pipeline {
         }
     }
 
-    fn attribute(&mut self, number: u64, process: Rc<ProcessInfo>) {
+    fn attribute(&mut self, number: u64, subject: Subject, process: Rc<ProcessInfo>) {
         if let Some(attribution) = self.attributions.get_mut(&number) {
-            attribution.process = process;
+            attribution.set_process(subject, process);
         }
     }
 
@@ -406,20 +406,21 @@ impl Pipeline {
             }
             let mut target = None;
             self.attributions.entry(number).or_insert_with(|| {
-                target = opener_target(connection);
+                target = opener_target(connection).map(|target| (target, Subject::Opener));
                 let mut attribution = Attribution::default();
                 if target.is_none() && can_look_up {
                     attribution.holders = holders_of(connection);
-                    let first = attribution.holders.iter().flatten().next();
-                    target = first.and_then(|holder| holder_target(holder, connection));
+                    target = first_holder_target(&attribution, connection);
                 }
                 attribution
             });
-            match target.map(|target| (target, self.reporting.lookups.known(&target, began_ns))) {
-                Some((target, None)) => self.reporting.lookups.begin(target, Waiter::Listed(number)),
+            match target.map(|target| (self.reporting.lookups.known(&target.0, began_ns), target)) {
+                Some((None, (target, subject))) => {
+                    self.reporting.lookups.begin(target, Waiter::Listed(number, subject));
+                }
                 known => {
-                    if let Some((_, Some(process))) = known {
-                        self.attribute(number, process);
+                    if let Some((Some(process), (_, subject))) = known {
+                        self.attribute(number, subject, process);
                     }
                     self.pending.push_backlog(number);
                 }
@@ -432,7 +433,17 @@ impl Pipeline {
                 (self.attributions.get_mut(&connection.number), holders_of(connection))
                 && (snapshot.holders.complete || attribution.holders.is_none())
             {
+                let is_another = attribution.first_holder() != holders.first();
                 attribution.holders = Some(holders);
+                // Another process is named now, or another program of it.
+                if is_another
+                    && can_look_up
+                    && connection.opener.is_none()
+                    && let Some((target, subject)) = first_holder_target(attribution, connection)
+                {
+                    let waiter = Waiter::Listed(connection.number, subject);
+                    self.reporting.lookups.begin(target, waiter);
+                }
             }
         }
         found
@@ -465,6 +476,15 @@ impl Pipeline {
             );
         }
     }
+}
+
+/// The process that is named if the opener is unknown.
+fn first_holder_target(
+    attribution: &Attribution,
+    connection: &Connection,
+) -> Option<(LookupTarget, Subject)> {
+    let holder = attribution.first_holder()?;
+    Some((holder_target(holder, connection)?, Subject::Holder(Rc::new(holder.clone()))))
 }
 
 /// Records the TIME_WAIT of a self-connection that is closed. `None`: its process is not looked up yet.

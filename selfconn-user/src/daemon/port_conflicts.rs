@@ -19,7 +19,7 @@ use crate::{
     lookup::LookupTarget,
     system::{
         clock::Offset,
-        process::{Attribution, ObservedTask, ProcessInfo},
+        process::{Attribution, ObservedTask, ProcessInfo, Subject},
     },
 };
 
@@ -99,7 +99,7 @@ impl PortConflicts {
             }
             Step::Opener => {
                 if let KnownHolder::Open(_, attribution) = &mut blocked.holder {
-                    attribution.process = process;
+                    attribution.set_process(Subject::Opener, process);
                 }
                 emit(&blocked, known, reporting);
             }

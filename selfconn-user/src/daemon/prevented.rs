@@ -13,7 +13,7 @@ use crate::{
     guard::GuardMode,
     system::{
         clock::Offset,
-        process::{Attribution, ProcessInfo},
+        process::{Attribution, ProcessInfo, Subject},
     },
 };
 
@@ -53,7 +53,7 @@ impl Preventions {
         process: Rc<ProcessInfo>,
         reporting: &mut Reporting,
     ) {
-        let attribution = Attribution { process, ..Attribution::default() };
+        let attribution = Attribution { subject: Subject::Opener, process, ..Attribution::default() };
         let connection = guarding::connection_of(prevention);
         let fields = ConnectionFields::new(&connection, reporting.run_id, &attribution);
         let prevented = self.next(Some(fields), count, reporting.run_id);

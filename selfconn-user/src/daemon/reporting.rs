@@ -10,7 +10,7 @@ use crate::{
     output::Outputs,
     system::{
         cgroup::WatchedGroup,
-        process::{Attribution, Holder, ObservedTask},
+        process::{Attribution, Holder, ObservedTask, Subject},
     },
 };
 
@@ -35,8 +35,8 @@ pub(super) struct Reported {
 pub(super) enum Waiter {
     /// The events of a connection that a probe reported.
     Connection(u64),
-    /// The events of a connection that a snapshot listed.
-    Listed(u64),
+    /// What is known of a connection that a snapshot listed, and its events, if they wait for this process.
+    Listed(u64, Subject),
     Blocked(Box<PendingBlocked>),
     PortRisk(Box<PortRiskEvent>, u64),
     /// A connect to itself that the guard refused, and how many there were.

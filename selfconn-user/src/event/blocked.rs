@@ -123,7 +123,8 @@ impl CurrentHolder {
         let ProcessInfo { comm, exe, cmdline, unit, container, .. } = &*self.process;
         BlockingProcess {
             pid: Some(first.pid),
-            comm: first.comm.clone().or_else(|| comm.clone()),
+            // The name that the process had when its other facts were read.
+            comm: comm.clone().or_else(|| first.comm.clone()),
             exe: exe.clone(),
             cmdline: cmdline.clone(),
             cmdline_truncated: cmdline.as_ref().is_some_and(|cmdline| cmdline.is_cut),

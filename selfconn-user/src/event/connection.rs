@@ -102,10 +102,10 @@ impl ConnectionFields {
     /// run, so that ids stay unique on this boot.
     #[must_use]
     pub fn new(connection: &Connection, run: u64, attribution: &Attribution) -> Self {
-        let (opener, process) = (connection.opener, &attribution.process);
+        let opener = connection.opener;
+        let process = attribution.named_process(opener.is_some());
         // If connect() was not observed, report the first process that has the socket open instead.
-        let holder =
-            attribution.holders.as_ref().and_then(|holders| holders.first()).filter(|_| opener.is_none());
+        let holder = attribution.first_holder().filter(|_| opener.is_none());
         let task = opener.map(|opener| opener.task);
         let is_of_socket_user =
             process.uid.is_some_and(|uid| connection.uid == Some(uid) && !may_be_mapped(uid));
@@ -132,8 +132,9 @@ impl ConnectionFields {
             tid: task.map(|task| task.tid),
             comm: task
                 .and_then(|task| process_name(&task))
-                .or_else(|| holder.and_then(|holder| holder.comm.clone()))
-                .or_else(|| process.comm.clone()),
+                // The name that the process had when its other facts were read.
+                .or_else(|| process.comm.clone())
+                .or_else(|| holder.and_then(|holder| holder.comm.clone())),
             thread_comm: task.map(|task| comm(&task.comm)),
             exe: process.exe.clone(),
             cmdline: process.cmdline.clone(),
@@ -244,7 +245,45 @@ mod tests {
     use selfconn_ebpf::Opener;
 
     use super::*;
-    use crate::detect::samples;
+    use crate::{detect::samples, system::process::Subject};
+
+    #[test]
+    fn facts_are_of_the_process_that_is_named() {
+        let holder = |pid, start_ticks, comm: &str| Holder {
+            pid,
+            comm: Some(comm.to_owned()),
+            start_ticks: Some(start_ticks),
+        };
+        let first = holder(7, 1, "java");
+        let of_first = Subject::Holder(Rc::new(first.clone()));
+        let (other, reused, after_exec) = (holder(8, 1, "java"), holder(7, 2, "java"), holder(7, 1, "sleep"));
+        let opener = Some(Opener::UNKNOWN);
+        for (subject, opener, holders, is_known) in [
+            (Subject::Opener, opener, vec![first.clone()], true),
+            (of_first.clone(), None, vec![first.clone(), other.clone()], true),
+            // It ended, and another one is the first now.
+            (of_first.clone(), None, vec![other.clone(), first.clone()], false),
+            (of_first.clone(), None, vec![reused], false),
+            (of_first.clone(), None, vec![after_exec], false),
+            (of_first.clone(), None, vec![], false),
+            // The opener became known after the look-up.
+            (of_first, opener, vec![first.clone()], false),
+            (Subject::Opener, None, vec![first], false),
+            (Subject::Nobody, None, vec![other], false),
+        ] {
+            let connection =
+                Connection { opener, ..samples::connection(1, samples::endpoint("127.0.0.1", 80)) };
+            let process = ProcessInfo { exe: Some("/usr/bin/java".into()), ..ProcessInfo::default() };
+            let attribution = Attribution {
+                subject: subject.clone(),
+                process: Rc::new(process),
+                holders: Some(holders.clone()),
+                ..Attribution::default()
+            };
+            let fields = ConnectionFields::new(&connection, 1, &attribution);
+            assert_eq!(fields.exe.is_some(), is_known, "{subject:?} {opener:?} {holders:?}");
+        }
+    }
 
     #[test]
     fn a_holder_is_certain_if_its_user_is_the_only_one_who_can_have_made_the_socket() {
@@ -266,8 +305,11 @@ mod tests {
             let endpoint = samples::endpoint("127.0.0.1", 80);
             let connection = Connection { opener, uid: of_socket, ..samples::connection(1, endpoint) };
             let process = Rc::new(ProcessInfo { uid: of_process, ..ProcessInfo::default() });
-            let holders = Some(vec![Holder { pid: 7, comm: None, start_ticks: Some(1) }]);
-            let attribution = Attribution { process, holders, ..Attribution::default() };
+            let holder = Holder { pid: 7, comm: None, start_ticks: Some(1) };
+            let subject =
+                if opener.is_some() { Subject::Opener } else { Subject::Holder(Rc::new(holder.clone())) };
+            let holders = Some(vec![holder]);
+            let attribution = Attribution { subject, process, holders, ..Attribution::default() };
             let fields = ConnectionFields::new(&connection, 1, &attribution);
             assert_eq!(fields.is_process_certain, is_certain, "{opener:?} {of_socket:?} {of_process:?}");
         }

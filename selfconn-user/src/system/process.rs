@@ -89,10 +89,22 @@ impl ProcessInfo {
     }
 }
 
+/// The process that was looked up for a connection.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Subject {
+    /// None was.
+    #[default]
+    Nobody,
+    Opener,
+    /// The first holder, when the opener was unknown.
+    Holder(Rc<Holder>),
+}
+
 /// The process behind a connection, in addition to what the kernel recorded about its opener.
 #[derive(Clone, Debug, Default)]
 pub struct Attribution {
-    /// The opener's process. If the opener is unknown, the first holder's.
+    /// Whose facts `process` are.
+    pub subject: Subject,
     pub process: Rc<ProcessInfo>,
     /// The processes that have the socket open. `None`: not looked up.
     pub holders: Option<Vec<Holder>>,
@@ -101,6 +113,39 @@ pub struct Attribution {
     /// Connects to the same address and port that were refused before. `None`: not counted, because the connection
     /// was found in the socket table.
     pub refused_before: Option<u64>,
+}
+
+impl Attribution {
+    /// The facts about the process that an event names: the opener, or if it is unknown, the first holder. A holder
+    /// may have changed since the look-up, or run another program under another name. Then nothing is known.
+    #[must_use]
+    pub fn named_process(&self, is_opener_known: bool) -> Rc<ProcessInfo> {
+        let is_named = match &self.subject {
+            Subject::Nobody => false,
+            Subject::Opener => is_opener_known,
+            Subject::Holder(holder) => !is_opener_known && self.first_holder() == Some(&**holder),
+        };
+        if is_named { Rc::clone(&self.process) } else { Rc::default() }
+    }
+
+    #[must_use]
+    pub fn first_holder(&self) -> Option<&Holder> {
+        self.holders.iter().flatten().next()
+    }
+
+    /// The look-up of this process has ended. Its result is not used if another process is named meanwhile.
+    pub fn set_process(&mut self, subject: Subject, process: Rc<ProcessInfo>) {
+        let is_outdated = match &subject {
+            Subject::Nobody => true,
+            Subject::Opener => false,
+            Subject::Holder(holder) => {
+                self.subject == Subject::Opener || self.first_holder() != Some(&**holder)
+            }
+        };
+        if !is_outdated {
+            (self.subject, self.process) = (subject, process);
+        }
+    }
 }
 
 /// A process that has a socket open, or that closed it.

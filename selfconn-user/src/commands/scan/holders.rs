@@ -7,7 +7,7 @@ use crate::{
     event::ConnectionFields,
     lookup::blocking::BlockingLookups,
     sockets::{Holders, SocketEntry},
-    system::process::{Attribution, Holder, ProcessInfo},
+    system::process::{Attribution, Holder, ProcessInfo, Subject},
 };
 
 /// The processes that hold the sockets.
@@ -43,8 +43,10 @@ impl SocketHolders {
             };
             self.processes.entry((first.pid, first.start_ticks)).or_insert_with(read).clone()
         });
-        let attribution =
-            Attribution { process: process.unwrap_or_default(), holders, ..Attribution::default() };
+        let mut attribution = Attribution { holders, ..Attribution::default() };
+        if let Some((first, process)) = attribution.first_holder().cloned().zip(process) {
+            attribution.set_process(Subject::Holder(Rc::new(first)), process);
+        }
         let mut fields = ConnectionFields::new(&Connection::from_entry(0, entry), 0, &attribution);
         if entry.inode != 0 && !self.found.complete {
             fields.holders = None;

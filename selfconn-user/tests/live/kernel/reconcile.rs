@@ -14,6 +14,7 @@ use serde_json::Value;
 use socket2::Socket;
 
 use crate::support::{
+    another_program,
     client::{connect_to_self, own_comm, run_self_connection},
     daemon::{HookVariant, TestDaemon, is_event, scaled},
     helper_process::HelperProcess,
@@ -225,6 +226,32 @@ fn holders_are_distinguished_from_the_opener() {
     assert_eq!(closed["pid"], std::process::id(), "the opener: {closed}");
     assert_eq!(closed["holders"], serde_json::json!([{ "pid": pid, "comm": "a-child" }]), "{closed}");
     assert_eq!(closed["closer"]["pid"], pid, "{closed}");
+    daemon.stop();
+    netns_process.finish();
+}
+
+/// Its opener is not known, so its holder is named, and this can be another process at each event.
+#[test]
+fn the_facts_of_a_holder_are_those_of_the_process_that_is_named() {
+    let (net, netns_process) = netns_with_process();
+    let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--reconcile", "1", "-vv"]);
+    let named = |event: &Value| [&event["owner"], &event["pid"], &event["comm"]].map(Clone::clone);
+    let own_arguments: Vec<_> = std::env::args().collect();
+    let established = daemon.expect(1, is_event("established", net.inode)).remove(0);
+    assert_eq!(named(&established), ["holder".into(), std::process::id().into(), own_comm().into()]);
+    assert_eq!(established["cmdline"][0], own_arguments[0], "{established}");
+    let mut child = HelperProcess::start_with_fd("hold and exec", &socket);
+    assert_eq!(child.read_output(), "waiting");
+    drop(socket);
+    // The first may be under way. The second finds the child, which is looked up before the third is there.
+    daemon.run_until_snapshots(3, || thread::sleep(Duration::from_millis(20)));
+    let pid = child.pid();
+    child.finish();
+    let closed = daemon.expect(1, is_event("closed", net.inode)).remove(0);
+    assert_eq!((&closed["owner"], &closed["pid"]), (&"holder".into(), &pid.into()), "{closed}");
+    assert_eq!(closed["cmdline"][0], another_program::NAME, "not the arguments of the first one: {closed}");
+    assert_ne!(closed["exe"], established["exe"], "{closed}");
     daemon.stop();
     netns_process.finish();
 }

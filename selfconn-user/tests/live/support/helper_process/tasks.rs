@@ -300,6 +300,11 @@ pub(super) fn run_task(task: &str) {
             print_output("held");
             wait_for_stdin_eof();
         }
+        "hold and exec" => {
+            set_process_name("before-exec");
+            // The socket is at a descriptor without close-on-exec.
+            execute(&AnotherProgram::new(), "wait");
+        }
         "receive and hold" => {
             set_process_name("a-receiver");
             // SAFETY: the process that starts this task passes it this descriptor, and nothing else in this
