@@ -180,15 +180,19 @@ impl Architecture {
     }
 }
 
-/// Installs the library for a target.
+/// Installs the library for a target of the toolchain that runs us, with which we build for it.
 ///
 /// # Errors
 /// If there is no rustup, or it can't.
 pub(crate) fn add_target(target: &str) -> Result<()> {
     let mut add = environment::plain("rustup");
-    run::step(&format!("adding the target {target}"), add.args(["target", "add", target])).with_context(
-        || format!("Rust's library for {target} is needed: install rustup, or let it reach its server"),
-    )
+    add.args(["target", "add", target]);
+    if let Some(toolchain) = environment::toolchain() {
+        add.args(["--toolchain", &toolchain]);
+    }
+    run::step(&format!("adding the target {target}"), &mut add).with_context(|| {
+        format!("Rust's library for {target} is needed: install rustup, or let it reach its server")
+    })
 }
 
 #[cfg(test)]

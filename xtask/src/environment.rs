@@ -15,6 +15,11 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
+/// rustup's name of the toolchain that runs us. None without rustup.
+pub(crate) fn toolchain() -> Option<String> {
+    env::var("RUSTUP_TOOLCHAIN").ok()
+}
+
 /// A program that must not see the toolchain that runs us.
 pub(crate) fn other(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);

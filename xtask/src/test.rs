@@ -4,7 +4,6 @@
 
 use std::{
     cell::{Cell, RefCell},
-    env,
     io::{BufRead as _, BufReader},
     process::{Command, Stdio},
     sync::mpsc,
@@ -184,7 +183,7 @@ fn add_components() -> Result<()> {
     if has("fmt") && has("clippy") {
         return Ok(());
     }
-    if let Ok(toolchain) = env::var("RUSTUP_TOOLCHAIN") {
+    if let Some(toolchain) = environment::toolchain() {
         let mut rustup = environment::plain("timeout");
         rustup.args(["90", "rustup", "component", "add", "rustfmt", "clippy", "--toolchain", &toolchain]);
         return run::step("adding rustfmt and clippy", &mut rustup)

@@ -1,7 +1,7 @@
 //! Builds the released binary, and its man pages and completions.
 
 use std::{
-    env, fs,
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -76,7 +76,7 @@ pub(super) fn pages(workspace: &Workspace, work: &Path) -> Result<PathBuf> {
 
 fn sysroot() -> Result<PathBuf> {
     let mut rustc = plain("rustc");
-    let toolchain = env::var_os("RUSTUP_TOOLCHAIN").map(|toolchain| ("RUSTUP_TOOLCHAIN", toolchain));
+    let toolchain = environment::toolchain().map(|toolchain| ("RUSTUP_TOOLCHAIN", toolchain));
     rustc.args(["--print", "sysroot"]).envs(toolchain);
     Ok(run::output(&mut rustc).context("ask for the sysroot")?.trim().into())
 }

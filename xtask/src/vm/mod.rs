@@ -177,12 +177,17 @@ struct KernelGroup {
 
 impl MatrixPart {
     fn of(args: &VmArgs) -> Result<Vec<Self>> {
-        if !args.all {
-            let architecture = Architecture::named(args.arch.as_deref())?;
-            let variants = variant::named(&args.variant);
-            let groups = vec![KernelGroup { kernels: args.kernel.clone(), variants }];
-            return Ok(vec![Self { architecture, groups }]);
+        if args.all {
+            return Ok(Self::all());
         }
+        let architecture = Architecture::named(args.arch.as_deref())?;
+        let variants = variant::named(&args.variant);
+        let groups = vec![KernelGroup { kernels: args.kernel.clone(), variants }];
+        Ok(vec![Self { architecture, groups }])
+    }
+
+    /// The whole matrix.
+    fn all() -> Vec<Self> {
         let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
         let of = |architecture: &'static Architecture| {
             let default = vec![&VARIANTS[0]];
@@ -195,7 +200,7 @@ impl MatrixPart {
             let group = |(kernels, variants)| KernelGroup { kernels: owned(kernels), variants };
             Self { architecture, groups: groups.map(group).collect() }
         };
-        Ok(architecture::ALL.map(of).into())
+        architecture::ALL.map(of).into()
     }
 
     /// Boots its rows, and writes the rows that passed to docs/kernels.md.
@@ -302,6 +307,27 @@ fn boot(
     let report = VmReport { rows: RowRunner::new(args, architecture, workspace)?.run(rows)?, skipped };
     println!("{}", report.render());
     Ok(report)
+}
+
+/// The architecture, the kernel and the other arguments of the commands that boot the whole matrix, one for each kernel.
+#[cfg(test)]
+pub(crate) fn arguments_of_all() -> Vec<(&'static str, String, String)> {
+    let mut all = Vec::new();
+    for MatrixPart { architecture, groups } in MatrixPart::all() {
+        for KernelGroup { kernels, variants } in groups {
+            let named = variants.iter().map(|variant| format!("--variant {}", variant.name));
+            let mut arguments: Vec<_> =
+                if variants.len() == VARIANTS.len() { vec![] } else { named.collect() };
+            // One with fewer tests than the documented variant of its name.
+            let has_fewer =
+                |variant: &&&Variant| variant.parts.len() < VARIANTS[variant.index().unwrap()].parts.len();
+            arguments.extend(
+                variants.iter().find(has_fewer).map(|quick| format!("-- {}", quick.parts[0].args.join(" "))),
+            );
+            all.extend(kernels.into_iter().map(|kernel| (architecture.name, kernel, arguments.join(" "))));
+        }
+    }
+    all
 }
 
 #[cfg(test)]
