@@ -135,6 +135,11 @@ pub fn run(args: &ScanArgs) -> Result<ExitCode> {
     logger::init(0, false);
     if args.destroy {
         sockets::can_destroy().map_err(|why| anyhow!("--destroy: {why}"))?;
+        for rule in &args.except {
+            if let Some(warning) = rule.warning_of_exception() {
+                warn(&format!("--except {rule}: {warning}"));
+            }
+        }
     }
     // Outside the initial pid namespace the holders' pids in /proc are not those that the output needs.
     let search = if args.holders { HolderSearch::Complete } else { HolderSearch::Quick };

@@ -221,9 +221,16 @@ impl Rule {
     }
 
     /// True if every process chooses the value of this field itself.
-    #[must_use]
-    pub fn is_chosen_by_process(&self) -> bool {
+    fn is_chosen_by_process(&self) -> bool {
         matches!(self.key, FilterKey::Comm | FilterKey::ThreadComm | FilterKey::Cmdline)
+    }
+
+    /// The warning about this rule as an exception from what is destroyed, or nothing if not every process can claim it.
+    #[must_use]
+    pub fn warning_of_exception(&self) -> Option<&'static str> {
+        self.is_chosen_by_process().then_some(
+            "every process chooses this itself, so any program can exempt itself; uid, unit and port can't be forged",
+        )
     }
 }
 

@@ -82,11 +82,10 @@ impl RemedyArgs {
             host.limitations
                 .push(format!("--remedy works only in the daemon's own network namespace: {why}"));
         }
-        for rule in self.remedy_except.iter().filter(|rule| rule.is_chosen_by_process()) {
-            log::warn!(
-                "--remedy-except {rule}: every process chooses this itself, so any program can exempt itself; \
-                 uid, unit and port can't be forged"
-            );
+        for rule in &self.remedy_except {
+            if let Some(warning) = rule.warning_of_exception() {
+                log::warn!("--remedy-except {rule}: {warning}");
+            }
         }
         let selection = Selection { only: self.remedy_only.clone(), except: self.remedy_except.clone() };
         let grace_ns = u64::try_from(self.remedy_grace.as_nanos()).unwrap_or(u64::MAX);

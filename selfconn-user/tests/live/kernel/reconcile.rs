@@ -236,10 +236,10 @@ fn the_facts_of_a_holder_are_those_of_the_process_that_is_named() {
     let (net, netns_process) = netns_with_process();
     let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
     let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--reconcile", "1", "-vv"]);
-    let named = |event: &Value| [&event["owner"], &event["pid"], &event["comm"]].map(Clone::clone);
     let own_arguments: Vec<_> = std::env::args().collect();
     let established = daemon.expect(1, is_event("established", net.inode)).remove(0);
-    assert_eq!(named(&established), ["holder".into(), std::process::id().into(), own_comm().into()]);
+    assert_eq!((&established["owner"], &established["pid"]), (&"holder".into(), &std::process::id().into()));
+    assert_eq!(established["comm"], own_comm(), "{established}");
     assert_eq!(established["cmdline"][0], own_arguments[0], "{established}");
     let mut child = HelperProcess::start_with_fd("hold and exec", &socket);
     assert_eq!(child.read_output(), "waiting");

@@ -13,6 +13,7 @@ use crate::support::{
     helper_process::{HelperProcess, UNPRIVILEGED},
     netns::TestNetns,
     nobody::Nobody,
+    scan_output::ScanOutput,
 };
 
 #[test]
@@ -142,6 +143,13 @@ fn an_exception_that_every_process_can_claim_is_warned_about_at_start() {
         assert_eq!(stderr.contains(&warning), is_warned, "{rule}: {stderr}");
         let options = ["--remedy", "dry-run", "--remedy-only", &netns, "--remedy-only", rule];
         let (_, stderr) = TestDaemon::start(&HookVariant(vec![]), &options).stop();
+        assert!(!stderr.contains("every process chooses"), "{rule}: {stderr}");
+        // A list destroys nothing.
+        let list = ["--only", &netns, "--except", rule];
+        let ScanOutput { stderr, .. } = ScanOutput::run(&[&list[..], &["--destroy"]].concat());
+        let warning = format!("--except {rule}: every process chooses this itself");
+        assert_eq!(stderr.contains(&warning), is_warned, "{rule}: {stderr}");
+        let ScanOutput { stderr, .. } = ScanOutput::run(&list);
         assert!(!stderr.contains("every process chooses"), "{rule}: {stderr}");
     }
 }
