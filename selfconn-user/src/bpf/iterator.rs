@@ -22,6 +22,7 @@ use super::{
     programs::KernelBtf,
     refusal::{Refusal, refusal, refusal_by_errno},
 };
+use crate::system::interrupt;
 
 /// The size of a read(2) at most. The kernel's own buffer for a pass has 32 KiB.
 const READ_BYTES: usize = 1 << 14;
@@ -91,7 +92,8 @@ fn read_records<R: FromBytes + Immutable>(
         if Instant::now() >= until {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        match from.read(&mut buffer[filled..]) {
+        // The kernel may close a file here that a process has closed meanwhile.
+        match interrupt::bounded(|| from.read(&mut buffer[filled..])) {
             Ok(0) if filled == 0 => return Ok(()),
             Ok(0) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "half a record")),
             Ok(read) => filled += read,

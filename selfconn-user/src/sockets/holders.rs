@@ -18,7 +18,10 @@ use super::{
     by_socket::{BySocket, SocketRef},
     netns::NEEDS_PTRACE,
 };
-use crate::system::process::{self, Holder};
+use crate::system::{
+    interrupt,
+    process::{self, Holder},
+};
 
 /// The size of the buffer for a link target. It is large enough for `socket:[18446744073709551615]`; a longer
 /// target is not a socket.
@@ -94,9 +97,11 @@ fn search_processes(inodes: &HashSet<u64>, min_checked: u64, max_holders: usize)
             break;
         }
         held.clear();
-        let outcome = for_each_descriptor(pid, |inode| {
-            checked += 1;
-            held.extend(inode.filter(|inode| inodes.contains(inode)));
+        let outcome = interrupt::bounded(|| {
+            for_each_descriptor(pid, |inode| {
+                checked += 1;
+                held.extend(inode.filter(|inode| inodes.contains(inode)));
+            })
         });
         // Any other error means that the process has ended.
         denied += usize::from(matches!(outcome, Err(Errno::ACCESS | Errno::PERM)));
@@ -160,7 +165,7 @@ fn parse_socket_link(target: &[u8]) -> Option<u64> {
 fn read_beside(folder: &OwnedFd, path: &str) -> Option<Vec<u8>> {
     let file = openat(folder, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
     let mut bytes = Vec::new();
-    fs::File::from(file).read_to_end(&mut bytes).ok()?;
+    interrupt::bounded(|| fs::File::from(file).read_to_end(&mut bytes)).ok()?;
     Some(bytes)
 }
 

@@ -2,7 +2,9 @@
 //! descriptors, and through mounts in other mount namespaces. Only paths are found here; `netns.rs` enters them.
 //!
 //! No look at another process's file may wait for that process: a descriptor that changes meanwhile may be one of a
-//! FUSE file. So it is opened as a path only, and what it is is read from its name, which the kernel makes.
+//! FUSE file. So it is opened as a path only, and what it is is read from its name, which the kernel makes. The kernel
+//! may close the file of a descriptor that its process has closed meanwhile, so each look is interrupted if it takes
+//! long.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -18,6 +20,7 @@ use std::{
 use rustix::fs::{Mode, OFlags, open};
 
 use super::netns;
+use crate::system::interrupt;
 
 /// How far a search goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,20 +164,20 @@ pub(super) fn open_again(shown: &Path, inode: u64) -> io::Result<Option<(fs::Fil
 
 /// A handle of this namespace that is no open file, and the path by which it can be opened.
 fn hold(file: &Path, inode: u64) -> Option<(OwnedFd, PathBuf)> {
-    let held = open(file, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    let held = interrupt::bounded(|| open(file, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())).ok()?;
     let path = PathBuf::from(format!("/proc/thread-self/fd/{}", held.as_raw_fd()));
     (inode_of(&path) == Some(inode)).then_some((held, path))
 }
 
 /// The inode of the namespace that this link of `/proc` leads to.
 fn inode_of(link: &Path) -> Option<u64> {
-    fs::read_link(link).ok().and_then(|target| namespace_inode(&target))
+    interrupt::bounded(|| fs::read_link(link)).ok().and_then(|target| namespace_inode(&target))
 }
 
 /// The entries of a directory whose names are numbers.
 fn numbered(directory: &Path) -> impl Iterator<Item = PathBuf> + use<> {
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    entries
+    let mut entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    std::iter::from_fn(move || interrupt::bounded(|| entries.next()))
         .filter(|entry| entry.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit))
         .map(|entry| entry.path())
 }

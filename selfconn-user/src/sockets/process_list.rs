@@ -260,7 +260,7 @@ fn list_in_turns(
 /// Reads what a list has of a process. The real user started it.
 fn read_process(found: &FoundProcess) -> io::Result<Process> {
     let pid = found.pid;
-    let status = fs::read(format!("/proc/{pid}/status"))?;
+    let status = process::read_file(&format!("/proc/{pid}/status"))?;
     let owner = found.owner(process::uids_in_status(&status).map(|[real, ..]| real));
     let cost = WalkCost::new(&status, |count| table_sizes(pid, count));
     Ok(Process { pid, owner, cost, listed_at: Instant::now() })
@@ -278,7 +278,7 @@ fn table_sizes(pid: u32, count: usize) -> Option<Vec<u64>> {
     }
     let random = RandomState::new();
     let choose = |number| threads[(random.hash_one(number) % threads.len() as u64) as usize];
-    let size = |tid| match fs::read(format!("/proc/{pid}/task/{tid}/status")) {
+    let size = |tid| match process::read_file(&format!("/proc/{pid}/task/{tid}/status")) {
         Ok(status) => {
             let size = || process::status_field(&status, "FDSize").and_then(|size| size.parse().ok());
             // The kernel passes over a thread that shares the first one's table.

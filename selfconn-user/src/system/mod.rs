@@ -7,6 +7,7 @@ pub mod cgroup;
 pub mod clock;
 pub mod command_line;
 pub mod identity;
+pub mod interrupt;
 pub mod logger;
 pub mod memory;
 pub mod netns_cookie;

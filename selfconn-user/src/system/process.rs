@@ -20,6 +20,7 @@ use serde::Serialize;
 use super::{
     cgroup::{self, CgroupInfo},
     command_line::CommandLine,
+    interrupt,
 };
 use stat::{Stat, memory_folder, read_stat};
 
@@ -325,7 +326,7 @@ pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> O
     });
     let uid = fs::metadata(file("")).map_or(0, |folder| folder.uid());
     let holder_uid = match proof {
-        ProcessProof::Started(_) => fs::read(file("status")).ok().and_then(|text| status::only_uid(&text)),
+        ProcessProof::Started(_) => read_file(&file("status")).ok().and_then(|text| status::only_uid(&text)),
         // The kernel has recorded the user of what it observed.
         ProcessProof::Observed(_) | ProcessProof::None => None,
     };
@@ -403,12 +404,18 @@ pub fn read_cmdline(key: ProcessKey) -> Option<CommandLine> {
     let mut cmdline = Vec::new();
     let folder = memory_folder(pid);
     let file = fs::File::open(format!("{folder}/cmdline")).ok()?;
-    file.take(CMDLINE_LIMIT as u64 + 1).read_to_end(&mut cmdline).ok()?;
+    let read = || file.take(CMDLINE_LIMIT as u64 + 1).read_to_end(&mut cmdline);
+    interrupt::bounded(read).ok()?;
     let is_cut = cmdline.len() > CMDLINE_LIMIT;
     cmdline.truncate(CMDLINE_LIMIT);
     let now = read_stat(pid, &folder)?;
     let is_same = now.start_ticks == start_ticks && runs(now.arg_start, arg_start);
     is_same.then(|| CommandLine::parse(&cmdline, is_cut)).flatten()
+}
+
+/// Reads a file in `/proc` that holds the memory of its process for a moment: `stat` or `status`.
+pub(crate) fn read_file(path: &str) -> io::Result<Vec<u8>> {
+    interrupt::bounded(|| fs::read(path))
 }
 
 /// Runs every parser of this module on arbitrary bytes.
@@ -426,7 +433,7 @@ fn lossy(bytes: &[u8]) -> String {
 /// Start time of the process that has this pid now, in clock ticks since boot.
 #[must_use]
 pub fn start_ticks(pid: u32) -> Option<u64> {
-    start_ticks_in_stat(&fs::read(format!("/proc/{pid}/stat")).ok()?)
+    start_ticks_in_stat(&read_file(&format!("/proc/{pid}/stat")).ok()?)
 }
 
 /// The inode of this process's pid namespace.

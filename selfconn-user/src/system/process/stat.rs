@@ -2,7 +2,7 @@
 
 use std::{fs, io};
 
-use super::lossy;
+use super::{lossy, read_file};
 
 /// What is used of `/proc/PID/stat`.
 #[derive(Debug, PartialEq, Eq)]
@@ -17,11 +17,11 @@ pub(super) struct Stat {
 
 /// `folder` is [`memory_folder`] of the process: the first thread of a process has no arguments once it has ended.
 pub(super) fn read_stat(pid: u32, folder: &str) -> Option<Stat> {
-    let first = parse_stat(&lossy(&fs::read(format!("/proc/{pid}/stat")).ok()?))?;
+    let first = parse_stat(&lossy(&read_file(&format!("/proc/{pid}/stat")).ok()?))?;
     if first.arg_start != 0 {
         return Some(first);
     }
-    let of_thread = fs::read(format!("{folder}/stat")).ok().and_then(|text| parse_stat(&lossy(&text)));
+    let of_thread = read_file(&format!("{folder}/stat")).ok().and_then(|text| parse_stat(&lossy(&text)));
     Some(Stat { arg_start: of_thread.map_or(0, |stat| stat.arg_start), ..first })
 }
 

@@ -7,7 +7,11 @@ use std::{
     fs::File,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     os::fd::AsRawFd as _,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread::{self, sleep},
     time::{Duration, Instant},
 };
@@ -33,6 +37,7 @@ use crate::support::{
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event, is_kernel_at_least, reads_descriptors, scaled},
     helper_process::HelperProcess,
     netns::TestNetns,
+    nobody::Nobody,
 };
 
 /// The iterator, if this kernel has it.
@@ -118,6 +123,41 @@ fn a_pass_can_close_what_a_process_closes_meanwhile() {
     println!("FACT closed_by_the_process={by_client} by_the_pass={by_pass}");
     assert_eq!(by_client + by_pass, count);
     client.finish();
+    daemon.stop();
+}
+
+/// A pass that closes a socket in the place of its process waits as that would: here for an hour.
+#[test]
+fn sockets_that_linger_delay_a_pass_for_a_moment_only() {
+    /// A pass that is interrupted takes longer than this.
+    const INTERRUPTED: Duration = Duration::from_millis(450);
+    let _net = TestNetns::enter_new();
+    let Some(iter) = open_descriptor_iter() else { return };
+    let daemon = TestDaemon::start(&HookVariant(vec![]), &["-vv", "--reconcile", "1"]);
+    // The queue of a listener has no room for more.
+    let mut client = Nobody::closing_lingering(scaled(4_000));
+    let pid = client.pid();
+    let is_done = Arc::new(AtomicBool::new(false));
+    let (passed, passes) = mpsc::channel();
+    let ends = Arc::clone(&is_done);
+    // No scope, so that the test ends, too, if a pass does not.
+    thread::spawn(move || {
+        let mut passes = Vec::new();
+        while !ends.load(Ordering::Relaxed) {
+            let began = Instant::now();
+            let of_process = iter.pass_of_process(pid, began + DEADLINE, |_| {});
+            // Before Linux 6.1 only a pass over all can be made.
+            of_process.or_else(|_| iter.pass(DEADLINE, |_| {})).unwrap();
+            passes.push(began.elapsed());
+        }
+        passed.send(passes).unwrap();
+    });
+    client.wait();
+    is_done.store(true, Ordering::Relaxed);
+    let passes = passes.recv_timeout(DEADLINE).expect("a pass waits for a socket that lingers");
+    let interrupted = passes.iter().filter(|took| **took > INTERRUPTED).count();
+    println!("FACT passes={} interrupted={interrupted} longest={:?}", passes.len(), passes.iter().max());
+    daemon.run_until_snapshots(3, || sleep(Duration::from_millis(20)));
     daemon.stop();
 }
 

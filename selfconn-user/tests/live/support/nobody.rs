@@ -22,6 +22,7 @@ use hung::OnceHung;
 
 mod descriptors;
 mod hung;
+mod lingering;
 
 /// The user of these processes.
 pub(crate) const NOBODY: u32 = 65_534;
@@ -102,6 +103,12 @@ impl Nobody {
         };
         let permitted = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
         Self::start(task, folder(), false, LARGE_TABLE.min(permitted))
+    }
+
+    /// A process that makes this number of sockets whose close waits for an hour, and closes each. Then [`Self::wait`]
+    /// returns.
+    pub(crate) fn closing_lingering(count: usize) -> Self {
+        Self::start(&format!("close lingering {count}"), folder(), false, MAX_DESCRIPTORS)
     }
 
     /// A process that holds a self-connection. In its mount namespace, but nowhere else, the file at this path is the
@@ -223,6 +230,9 @@ fn run_nobody() {
     let folder = PathBuf::from(std::env::var_os(FOLDER_ENV).unwrap_or_default());
     if let Some(connections) = task.strip_prefix("hang and make ") {
         hung::hang(&folder, OnceHung::Make(connections.parse().unwrap()));
+    }
+    if let Some(count) = task.strip_prefix("close lingering ") {
+        lingering::close_lingering(count.parse().unwrap());
     }
     match task.as_str() {
         "hang" => hung::hang(&folder, OnceHung::Hold),
