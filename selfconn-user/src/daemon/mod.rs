@@ -36,6 +36,7 @@ use self_test::SelfTest;
 use signals::{SignalAction, Signals};
 use snapshots::Snapshots;
 use supervision::Supervision;
+use thread_watch::ThreadWatch;
 
 mod blocked;
 mod catch_up;
@@ -59,6 +60,7 @@ mod snapshots;
 mod started;
 mod status;
 pub mod supervision;
+mod thread_watch;
 
 pub use self_test::HooksDead;
 
@@ -101,6 +103,7 @@ pub struct Daemon {
     self_test: SelfTest,
     guard: GuardMonitor,
     loss_reporter: LossReporter,
+    thread_watch: ThreadWatch,
     /// What waits until every record from before it is applied.
     catch_up: CatchUp<AfterRecords>,
     /// Records that were still in the ring buffer at the end of the run.
@@ -158,6 +161,7 @@ impl Daemon {
             self_test: options.self_test,
             guard: GuardMonitor::new(options.guard_mode, guard_thread),
             loss_reporter: LossReporter::default(),
+            thread_watch: ThreadWatch::default(),
             catch_up: CatchUp::default(),
             unread: 0,
             pending_bind_failures: Vec::new(),
@@ -271,6 +275,7 @@ impl Daemon {
             // The end of one that waits for records does not come by waiting for its time.
             self.self_test.next_at().filter(|_| !self.evaluates_self_test()),
             self.loss_reporter.next_at(),
+            Some(self.thread_watch.next_at()),
             self.snapshots.next_at(),
             match (self.is_held_back, self.catch_up.is_empty()) {
                 // A reader that stalls meanwhile wakes nobody.
@@ -325,6 +330,10 @@ impl Daemon {
         }
         if is_due(self.snapshots.next_at()) {
             self.snapshots.request(&self.tracer, &mut self.pipeline);
+        }
+        if is_due(Some(self.thread_watch.next_at())) {
+            let problems: Vec<_> = self.thread_problems().collect();
+            self.thread_watch.look(problems.into_iter());
         }
         if is_due(self.loss_reporter.next_at()) {
             self.report_losses();

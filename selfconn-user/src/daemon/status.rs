@@ -49,7 +49,7 @@ impl Daemon {
     }
 
     /// Names of the threads that do their work no more, and why.
-    fn thread_problems(&self) -> impl Iterator<Item = (&'static str, ThreadProblem)> {
+    pub(super) fn thread_problems(&self) -> impl Iterator<Item = (&'static str, ThreadProblem)> {
         let others = [
             self.snapshots.worker_problem(),
             self.port_risks.worker_problem(),
