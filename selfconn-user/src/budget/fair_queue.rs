@@ -61,6 +61,16 @@ impl<T> FairQueue<T> {
         Some((owner, item))
     }
 
+    /// The owners of all items, each once.
+    pub fn owners(&self) -> impl Iterator<Item = Owner> {
+        self.by_owner.keys().copied()
+    }
+
+    /// All items, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        self.by_owner.values().flat_map(|queue| queue.items.iter().map(|(_, item)| item))
+    }
+
     /// Takes out the items for which `keeps` is false.
     pub fn retain(&mut self, keeps: impl Fn(&T) -> bool) {
         for queue in self.by_owner.values_mut() {
@@ -156,6 +166,8 @@ mod tests {
             queue.push(Owner::new(number % 2, 0), number);
         }
         queue.retain(|item| item % 2 == 1 && *item > 4);
+        assert_eq!(queue.iter().sum::<u32>(), 5 + 7 + 9);
+        assert!(queue.owners().eq([Owner::new(1, 0)]));
         assert_eq!(drain(&mut queue), [5, 7, 9]);
     }
 }

@@ -2,8 +2,8 @@
 //! look-up: a read of `/proc/PID/cmdline` waits for that process's `mmap_lock`, which the process can hold
 //! forever. So the event loop reads nothing of another process, and what is not read in time is null.
 //!
-//! `cmdline` has readers of its own (`cmdline_readers`). Everything else is read by one more thread (`facts_reader`),
-//! where owners take turns. `blocking` does the same for the commands, which have no event loop.
+//! `cmdline` has readers of its own (`cmdline_readers`). Everything else is read by other threads (`facts_readers`).
+//! Both have a thread left when one hangs (`reader_pool`). `blocking` reads for the commands, which have no event loop.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -28,16 +28,18 @@ use crate::{
 };
 use cache::{ProcessCache, TaskKey};
 use cmdline_readers::{CmdlineReaders, CmdlineRequest, Refusal};
-use facts_reader::{FactsReader, FactsRequest};
+use facts_readers::{FactsReaders, FactsRequest};
 use interned::InternedFacts;
+use reader_pool::Busy;
 
 pub mod blocking;
 mod cache;
 mod cmdline_readers;
-mod facts_reader;
+mod facts_readers;
 mod interned;
+mod reader_pool;
 
-pub use cmdline_readers::MAX_STUCK;
+pub use reader_pool::MAX_STUCK;
 
 /// Time after which an event is emitted without what could not be read. Together with the time that a record
 /// waits in the ring buffer it stays below a quarter of a second.
@@ -151,7 +153,7 @@ impl<W> InProgress<W> {
 pub struct Lookups<W> {
     /// True if the pids in `/proc` are those that the probes report.
     is_initial_pid_ns: bool,
-    facts: FactsReader,
+    facts: FactsReaders,
     cmdlines: CmdlineReaders,
     cache: ProcessCache,
     interned: InternedFacts,
@@ -183,7 +185,7 @@ impl<W> Lookups<W> {
     ) -> io::Result<Self> {
         Ok(Self {
             is_initial_pid_ns,
-            facts: FactsReader::start()?,
+            facts: FactsReaders::start()?,
             cmdlines: CmdlineReaders::start(cmdline_limit, read_cmdline)?,
             cache: ProcessCache::default(),
             interned: InternedFacts::default(),
@@ -209,15 +211,15 @@ impl<W> Lookups<W> {
         self.given_up + self.interned.refused()
     }
 
-    /// Number of times that a reader of `cmdline` was abandoned because its process did not let it finish.
+    /// Number of times that a reader was abandoned because its process did not let it finish.
     #[must_use]
     pub fn abandoned(&self) -> u64 {
-        self.cmdlines.abandoned()
+        self.cmdlines.abandoned() + self.facts.abandoned()
     }
 
     /// Names of the workers that do their work no more, and why.
     pub fn worker_problems(&self) -> impl Iterator<Item = (&'static str, ThreadProblem)> {
-        self.facts.problem().into_iter().chain(self.cmdlines.problems())
+        self.facts.problems().chain(self.cmdlines.problems())
     }
 
     /// The result, if it is known without a look-up: the process was looked up a moment before `now_ns`
@@ -263,7 +265,10 @@ impl<W> Lookups<W> {
             },
         );
         self.joinable.insert(joint, id);
-        self.facts.request(owner, FactsRequest { id, target });
+        if let Err(Busy) = self.facts.request(FactsRequest { id, key: target, owner }) {
+            self.give_up(id, Why::NoTime);
+            return;
+        }
         if let Some(key) = key {
             self.request_cmdline(CmdlineRequest { id, key, owner });
         }
@@ -318,6 +323,11 @@ impl<W> Lookups<W> {
             self.on_facts(id, facts);
         }
         self.facts.dispatch();
+        for id in self.facts.give_up_hung() {
+            if self.in_progress.contains_key(&id) {
+                self.give_up(id, Why::NoTime);
+            }
+        }
         while let Some((request, cmdline)) = self.cmdlines.next_response() {
             match self.in_progress.get_mut(&request.id) {
                 Some(lookup) => {

@@ -124,18 +124,17 @@ fn look_ups_beyond_an_owners_share_have_no_result_and_take_nothing_from_another(
         }
         assert_eq!(lookups.in_progress.len(), MAX_IN_PROGRESS * 7 / 8);
         lookups.begin(this_process(5), count);
-        let mut others = 0;
+        let (id, is_waiting) = (lookups.last_id, lookups.facts.waits(lookups.last_id - 1));
+        assert!(is_waiting, "the flood has its share of the threads");
+        assert!(!lookups.facts.waits(id) && !lookups.cmdlines.waits(id), "another owner has threads at once");
         let process = loop {
             let (waiter, process) = completed(&mut lookups).await;
             if waiter == count {
                 break process;
             }
             assert_eq!(process, Rc::default());
-            others += 1;
         };
         assert!(process.exe.is_some() && process.cmdline.is_some(), "{process:?}");
-        // It waited for those beyond the share, which need no reading, and for few others.
-        assert!(others < count - MAX_IN_PROGRESS as u32 / 2, "{others}");
     });
 }
 
@@ -356,13 +355,50 @@ fn after_the_deadline_the_rest_is_unknown() {
 }
 
 #[test]
+fn a_process_whose_facts_hang_is_unknown_and_nothing_more_is_read_of_its_owner() {
+    let (release, released) = mpsc::channel::<()>();
+    run(async || {
+        let mut lookups = Lookups::start(true, CmdlineLimit::Full).unwrap();
+        let released = Mutex::new(released);
+        lookups.facts = FactsReaders::start_with(2 * DEADLINE, move |target| {
+            if target.pid() == HANGING {
+                let _ = released.lock().unwrap().recv();
+                return None;
+            }
+            process::read_facts(target.pid(), &process::ProcessProof::None, true)
+        })
+        .unwrap();
+        let of_owner = |pid| LookupTarget::Holder { pid, start_ticks: 1, owner: Owner::new(1_000, 0) };
+        let own = std::process::id();
+        lookups.begin(of_owner(HANGING), 1);
+        lookups.begin(holder(own), 2);
+        let (waiter, process) = completed(&mut lookups).await;
+        assert!(waiter == 2 && process.comm.is_some(), "{waiter} {process:?}");
+        assert_eq!(completed(&mut lookups).await, (1, Rc::default()));
+        while lookups.abandoned() == 0 {
+            thread::sleep(Duration::from_millis(1));
+            lookups.update();
+        }
+        assert_eq!(lookups.given_up(), 1);
+        lookups.begin(of_owner(own), 3);
+        assert_eq!((lookups.next_completed(), lookups.given_up()), (Some((3, Rc::default())), 2));
+        lookups.begin(holder(own), 4);
+        assert!(completed(&mut lookups).await.1.comm.is_some());
+        assert_eq!(lookups.worker_problems().count(), 0);
+    });
+    drop(release);
+}
+
+#[test]
 fn a_command_line_that_is_proven_is_used_without_the_rest() {
     let (release, released) = mpsc::channel::<()>();
     run(async || {
         let mut lookups = Lookups::start(true, CmdlineLimit::Full).unwrap();
-        lookups.facts = FactsReader::start_with(move |FactsRequest { id, .. }| {
-            let _ = released.recv();
-            (id, None)
+        let released = Mutex::new(released);
+        let never = Duration::from_mins(1);
+        lookups.facts = FactsReaders::start_with(never, move |_| {
+            let _ = released.lock().unwrap().recv();
+            None
         })
         .unwrap();
         let LookupTarget::Observed(observed, owner) = this_process(0) else { unreachable!() };

@@ -12,7 +12,7 @@ use std::{
 
 /// A thread that is busy for longer hangs. The longest work is a look at the sockets or the processes of a host with
 /// very many, which takes seconds; what takes longer is given up.
-const MAX_BUSY: Duration = Duration::from_secs(60);
+pub const MAX_BUSY: Duration = Duration::from_secs(60);
 
 /// Why a thread does its work no more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -227,7 +227,7 @@ pub enum ProcessProof {
     None,
 }
 
-/// What can be read of a process without waiting for it: `exe`, control group, name and start time.
+/// What can be read of a process without waiting for a lock of it: `exe`, control group, name and start time.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProcessFacts {
     /// All but `cmdline`.
@@ -309,9 +309,10 @@ pub fn is_in_initial_pid_ns() -> bool {
     fs::read_link("/proc/self/ns/pid").is_ok_and(|ns| ns.as_os_str() == "pid:[4026531836]")
 }
 
-/// Reads what does not depend on the process's memory. None of these files waits for the process:
-/// `proc_exe_link`, `proc_cgroup_show`, `proc_pid_status` and `do_task_stat` do not take its `mmap_lock` (fs/proc at
-/// v6.12).
+/// Reads all but the arguments. None of these files waits for a lock of the process: `proc_exe_link`,
+/// `proc_cgroup_show`, `proc_pid_status` and `do_task_stat` do not take its `mmap_lock` (fs/proc at v6.12). But the
+/// last two hold its memory. If the process ends in that moment, its memory is taken down here (`mmput`), and a mapping
+/// of a FUSE file can make that last for ever (`fuse_vma_close`, fs/fuse/file.c at v6.12).
 #[must_use]
 pub fn read_facts(pid: u32, proof: &ProcessProof, is_initial_time_ns: bool) -> Option<ProcessFacts> {
     let file = |name: &str| format!("/proc/{pid}/{name}");
