@@ -257,7 +257,8 @@ fn list_in_turns(
     ProcessList { processes: processes.into(), is_whole, is_cut }
 }
 
-/// Reads what a list has of a process. The real user started it.
+/// Reads what a list has of a process. The real user started it. A process that ends in this moment can make this last
+/// for as long as it wants: see [`process::read_facts`].
 fn read_process(found: &FoundProcess) -> io::Result<Process> {
     let pid = found.pid;
     let status = process::read_file(&format!("/proc/{pid}/status"))?;

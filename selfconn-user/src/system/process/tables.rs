@@ -35,7 +35,8 @@ fn compare(one: u32, other: u32) -> bool {
     unsafe { libc::syscall(libc::SYS_kcmp, one, other, KCMP_FILES, 0, 0) == 0 }
 }
 
-/// A thread that compares. If it hangs, nothing is compared until it goes on.
+/// A thread that compares. If it hangs, nothing is compared until it goes on: the sizes of all tables are unknown then,
+/// and [`crate::sockets`] counts each thread as a large one.
 struct Comparer {
     requests: Sender<(u32, u32)>,
     responses: Receiver<bool>,
