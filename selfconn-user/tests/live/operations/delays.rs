@@ -1,5 +1,5 @@
 //! What another process, a service manager or a flood cannot do to the daemon: delay other connections' events,
-//! SIGTERM or the watchdog. The hostile processes run as uid 65534.
+//! SIGTERM or the watchdog. The hostile processes run as uid 65534. `flood` has the flood of records.
 
 use std::{
     fs,
@@ -14,7 +14,7 @@ use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set};
 use serde_json::Value;
 
 use crate::support::{
-    client::{connect_to_self, run_self_connection},
+    client::run_self_connection,
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event, is_kernel_at_least, reads_descriptors, selfconn},
     dedicated::is_emulated,
     helper_process::HelperProcess,
@@ -23,6 +23,8 @@ use crate::support::{
     nobody::{FirstThread, NOBODY, Nobody},
     socket_crowd::{CrowdSockets, SocketCrowd},
 };
+
+mod flood;
 
 /// Other connections' events come within this time.
 const EVENT_LIMIT: Duration = Duration::from_millis(250);
@@ -312,54 +314,6 @@ fn a_service_manager_that_does_not_read_delays_nobody() {
     while receive() != "WATCHDOG=1" {}
     fill();
     stop_in_time(daemon);
-}
-
-#[test]
-fn a_flood_of_records_keeps_nobody_from_the_daemon() {
-    let net = TestNetns::enter_new();
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("notify");
-    let manager = UnixDatagram::bind(&path).unwrap();
-    manager.set_nonblocking(true).unwrap();
-    let options = ["--reconcile", "1", "--self-test", "1"];
-    let mut daemon = TestDaemon::start_with(&HookVariant(vec![]), &options, |command| {
-        command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "1000000").spawn().unwrap()
-    });
-    let mut flood = Nobody::failing_binds();
-    flood.wait();
-    // The watchdog expects a ping in each half second.
-    let (mut last_ping, mut longest) = (Instant::now(), Duration::ZERO);
-    let until = Instant::now() + Duration::from_secs(4);
-    while Instant::now() < until {
-        let mut message = [0; 256];
-        while let Ok(length) = manager.recv(&mut message) {
-            if &message[..length] == b"WATCHDOG=1" {
-                longest = longest.max(last_ping.elapsed());
-                last_ping = Instant::now();
-            }
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-    longest = longest.max(last_ping.elapsed());
-    println!("FACT longest_without_ping_ms={}", longest.as_millis());
-    assert!(longest < Duration::from_secs(1), "{longest:?}");
-    // The ring buffer may be full, so a record may be lost, and is counted then. One is reported in the end.
-    let (mut is_reported, until) = (false, Instant::now() + DEADLINE);
-    while !is_reported && Instant::now() < until {
-        drop(connect_to_self(Ipv4Addr::LOCALHOST.into()));
-        let at = Instant::now() + EVENT_LIMIT;
-        let is_own =
-            |event: &Value| is_event("established", net.inode)(event) && event["pid"] == std::process::id();
-        is_reported = daemon.wait_until(at, 1, is_own).is_ok();
-    }
-    assert!(is_reported, "no self-connection is reported during the flood");
-    let stopped = stop_in_time(daemon).pop().unwrap();
-    let number = |value: &Value| value.as_u64().unwrap();
-    assert_eq!(
-        number(&stopped["matched"]),
-        number(&stopped["delivered"]) + number(&stopped["lost"]["ring"]),
-        "{stopped}"
-    );
 }
 
 #[test]

@@ -23,7 +23,7 @@ use socket2::Socket;
 
 use super::{
     cgroup::TestCgroup,
-    client::{connect_to_self, socket, unanswered_connects},
+    client::{connect_to_self, hold_port_at_every_address, socket, unanswered_connects},
     netns::TestNetns,
     nobody::NOBODY,
 };
@@ -402,17 +402,7 @@ fn refused_ports(kind: AttackerKind, first: u16, count: usize, uids: &mut impl I
 
 /// Fails to bind a port that a self-connection holds, at one address of 127.0.0.0/8 after another.
 fn fail_binds(kind: AttackerKind, count: usize, uids: &mut impl Iterator<Item = u32>) {
-    let sharing = |address: SocketAddr| {
-        let socket = socket(address.ip());
-        socket.set_reuse_address(true).unwrap();
-        socket.bind(&address.into()).unwrap();
-        socket
-    };
-    // It stands in the way at every address.
-    let everywhere = sharing((Ipv4Addr::UNSPECIFIED, 0).into());
-    let port = everywhere.local_addr().unwrap().as_socket().unwrap().port();
-    let connection = sharing((Ipv4Addr::LOCALHOST, port).into());
-    connection.connect(&connection.local_addr().unwrap()).unwrap();
+    let (_held, port) = hold_port_at_every_address();
     let server = socket(Ipv4Addr::LOCALHOST.into());
     for number in (0_u32..).take(count) {
         kind.become_next(uids);

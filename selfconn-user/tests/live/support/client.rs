@@ -39,6 +39,22 @@ pub(crate) fn connect_to_self(address: IpAddr) -> (Socket, u16) {
     (socket, own.as_socket().unwrap().port())
 }
 
+/// A self-connection, and a socket that is bound to its port at every address, so that each bind of the port fails.
+/// Returns both, and the port.
+pub(crate) fn hold_port_at_every_address() -> ([Socket; 2], u16) {
+    let sharing = |address: SocketAddr| {
+        let socket = socket(address.ip());
+        socket.set_reuse_address(true).unwrap();
+        socket.bind(&address.into()).unwrap();
+        socket
+    };
+    let everywhere = sharing((Ipv4Addr::UNSPECIFIED, 0).into());
+    let port = everywhere.local_addr().unwrap().as_socket().unwrap().port();
+    let connection = sharing((Ipv4Addr::LOCALHOST, port).into());
+    connection.connect(&connection.local_addr().unwrap()).unwrap();
+    ([everywhere, connection], port)
+}
+
 /// A socket whose `connect()` to itself has returned, and whose SYN the first send will send. The namespace must
 /// allow TCP Fast Open without a cookie.
 pub(crate) fn deferred_connect_to_self(address: IpAddr) -> Socket {

@@ -5,11 +5,11 @@ use std::{
     ffi::{CStr, OsStr},
     fs::{self, Permissions},
     io::{self, BufRead as _, BufReader, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr},
     os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -17,7 +17,7 @@ use rustix::{
     process::{Resource, getrlimit},
 };
 
-use super::client::{connect_to_self, socket};
+use super::client::{connect_to_self, hold_port_at_every_address, socket};
 use hung::OnceHung;
 
 mod descriptors;
@@ -84,7 +84,12 @@ impl Nobody {
         Some(Self::start(task, folder, true, MAX_DESCRIPTORS))
     }
 
-    /// A process that fails binds as fast as it can, at ever other addresses.
+    /// A process that makes self-connections as fast as it can, and resets each.
+    pub(crate) fn connecting() -> Self {
+        Self::start("connect without end", folder(), false, MAX_DESCRIPTORS)
+    }
+
+    /// A process that fails binds of a port that a self-connection holds, as fast as it can, at ever other addresses.
     pub(crate) fn failing_binds() -> Self {
         Self::start("fail binds", folder(), false, MAX_DESCRIPTORS)
     }
@@ -238,6 +243,7 @@ fn run_nobody() {
         "hang" => hung::hang(&folder, OnceHung::Hold),
         "hang and close" => hung::hang(&folder, OnceHung::HoldAndClose),
         "serve" => hung::serve(),
+        "connect without end" => connect_without_end(),
         "fail binds" => fail_binds(),
         "share descriptors" => descriptors::share_descriptors(),
         "share a large table without a first thread" => descriptors::share_large_table(FirstThread::HasEnded),
@@ -260,18 +266,28 @@ fn print_output(text: &str) {
     stdout.flush().unwrap();
 }
 
-/// Binds the port of a listener, at one address of 127.0.0.0/8 after another.
+/// Makes self-connections, and resets each, because TIME_WAITs would exhaust the ports.
+fn connect_without_end() {
+    let began = Instant::now();
+    for number in 0_u64.. {
+        let (socket, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
+        socket.set_linger(Some(Duration::ZERO)).unwrap();
+        if number == 100 {
+            print_output(&format!("{:?}", began.elapsed()));
+        }
+    }
+}
+
+/// Binds a port that a self-connection holds, at one address of 127.0.0.0/8 after another.
 fn fail_binds() {
-    let (_held, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
-    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
-    let port = listener.local_addr().unwrap().port();
+    let (_held, port) = hold_port_at_every_address();
     let server = socket(Ipv4Addr::LOCALHOST.into());
     let began = Instant::now();
     for number in 0_u32.. {
         let [_, b, c, d] = number.to_be_bytes();
         let address = SocketAddr::from(([127, b, c, d], port));
         assert!(server.bind(&address.into()).is_err());
-        if number == 20_000 {
+        if number == 1_000 {
             print_output(&format!("{:?}", began.elapsed()));
         }
     }

@@ -15,7 +15,7 @@ use crate::support::{
     attacker::{Attacker, AttackerKind},
     client::{become_user, connect_to_self},
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event},
-    dedicated::{is_emulated, time_limit},
+    dedicated::{decisive, time_limit},
     guard::{guard_methods, is_refused_within, wait_until},
     netns::TestNetns,
 };
@@ -121,11 +121,7 @@ fn two_thousand_namespaces_of_a_user_delay_nobody() {
         });
         println!("FACT guarded_after_ms={}", took.join().unwrap().as_millis());
     }
-    events_after.sort_unstable();
-    // The CPUs of an emulator take turns, of up to 100 ms each, and client, daemon and test may be on different ones
-    // (`TCG_KICK_PERIOD`, accel/tcg/tcg-accel-ops-rr.c of QEMU at v7.2.0). There one event may wait for several turns.
-    let decisive = events_after[if is_emulated() { 2 } else { 4 }];
-    assert!(decisive < Duration::from_millis(250), "{events_after:?}");
+    assert!(decisive(events_after.clone()) < Duration::from_millis(250), "{events_after:?}");
     let mut durations = change_durations(net, 50);
     durations.sort_unstable();
     println!("FACT change_ms median={} maximum={}", durations[25].as_millis(), durations[49].as_millis());
