@@ -19,7 +19,8 @@ use socket2::Socket;
 
 use crate::support::{
     client::{assert_aborted, connect_to_self, is_connected, socket},
-    daemon::{HookVariant, TestDaemon, is_event, scaled, selfconn},
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, scaled, selfconn},
+    dedicated::time_limit,
     devices::bind_device,
     helper_process::HelperProcess,
     netns::TestNetns,
@@ -294,44 +295,72 @@ fn a_namespace_with_the_inode_of_one_that_has_ended_inherits_nothing() {
     daemon.stop();
 }
 
-#[test]
-fn a_daemon_keeps_no_namespace_alive() {
-    let here = TestNetns::enter_new();
-    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--reconcile", "1", "-vv"]);
-    let (to_here, from_there) = mpsc::channel();
-    let (finish, wait) = mpsc::channel::<()>();
-    let there = thread::spawn(move || {
-        let net = TestNetns::enter_new();
-        let namespace = fs::File::open("/proc/thread-self/ns/net").unwrap();
-        let mut process = HelperProcess::start("wait");
-        process.read_output();
+/// A thread in a network namespace of its own. It holds a self-connection, and makes one more for each message, until
+/// the channel is closed. Then the namespace ends.
+fn enter_netns_until_closed(entered: &mpsc::Sender<(TestNetns, fs::File)>, connects: &mpsc::Receiver<()>) {
+    let net = TestNetns::enter_new();
+    let namespace = fs::File::open("/proc/thread-self/ns/net").unwrap();
+    let mut process = HelperProcess::start("wait");
+    process.read_output();
+    let connect = || {
         let (client, _) = connect_to_self(Ipv4Addr::LOCALHOST.into());
         client.set_linger(Some(Duration::ZERO)).unwrap();
-        to_here.send((net, namespace)).unwrap();
-        wait.recv().unwrap();
-        drop(client);
-        process.finish();
-    });
-    let (net, namespace) = from_there.recv().unwrap();
-    let added = here.add_device_with_peer_in("toward", namespace.as_raw_fd());
-    drop(namespace);
-    if let Err(error) = added {
-        println!("FACT veth: {error}: whether a namespace ends can't be seen here");
-        finish.send(()).unwrap();
-        there.join().unwrap();
-        return;
-    }
+        client
+    };
+    let held = connect();
+    entered.send((net, namespace)).unwrap();
+    connects.iter().for_each(|()| drop(connect()));
+    drop(held);
+    process.finish();
+}
+
+/// Waits until every part of the daemon that these options start has been in this namespace.
+fn expect_visits(daemon: &mut TestDaemon, options: &[&str], net: TestNetns, connect: &mpsc::Sender<()>) {
     daemon.expect(1, is_event("established", net.inode));
-    // The daemon has visited the namespace.
     daemon.run_until_snapshots(2, || thread::sleep(Duration::from_millis(20)));
-    assert!(here.has_device("toward"));
-    finish.send(()).unwrap();
-    there.join().unwrap();
-    let since = Instant::now();
-    while here.has_device("toward") {
-        assert!(since.elapsed() < Duration::from_secs(5), "something keeps the namespace alive");
-        thread::sleep(Duration::from_millis(10));
+    if options.contains(&"--remedy") {
+        daemon.expect(1, is_event("remedied", net.inode));
     }
-    println!("FACT netns gone_after_ms={}", since.elapsed().as_millis());
-    daemon.stop();
+    if options.contains(&"--guard") {
+        // The first connect adds the namespace to the guard's queue. The guard sees a later one.
+        let until = Instant::now() + DEADLINE;
+        let in_a_moment = || Instant::now() + Duration::from_millis(200);
+        while daemon.wait_until(in_a_moment(), 1, is_event("prevented", net.inode)).is_err() {
+            assert!(Instant::now() < until, "the namespace is never guarded");
+            connect.send(()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_daemon_keeps_no_namespace_alive() {
+    for options in [&[][..], &["--remedy", "dry-run", "--guard", "dry-run"]] {
+        let here = TestNetns::enter_new();
+        let mut daemon =
+            TestDaemon::start(&HookVariant(vec![]), &[&["--reconcile", "1", "-vv"], options].concat());
+        let (entered, from_there) = mpsc::channel();
+        let (connect, connects) = mpsc::channel();
+        let there = thread::spawn(move || enter_netns_until_closed(&entered, &connects));
+        let (net, namespace) = from_there.recv().unwrap();
+        let added = here.add_device_with_peer_in("toward", namespace.as_raw_fd());
+        drop(namespace);
+        if let Err(error) = added {
+            println!("FACT veth: {error}: whether a namespace ends can't be seen here");
+            drop(connect);
+            there.join().unwrap();
+            return;
+        }
+        expect_visits(&mut daemon, options, net, &connect);
+        assert!(here.has_device("toward"));
+        drop(connect);
+        there.join().unwrap();
+        let since = Instant::now();
+        let limit = time_limit(Duration::from_secs(1), Duration::from_secs(5));
+        while here.has_device("toward") {
+            assert!(since.elapsed() < limit, "{options:?}: something keeps the namespace alive");
+            thread::sleep(Duration::from_millis(10));
+        }
+        println!("FACT netns gone_after_ms={} {options:?}", since.elapsed().as_millis());
+        daemon.stop();
+    }
 }

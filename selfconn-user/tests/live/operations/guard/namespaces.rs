@@ -59,7 +59,8 @@ fn a_namespace_made_while_the_daemon_runs_is_guarded_at_its_first_connect_and_no
                 finish.send(()).unwrap();
                 inside.join().unwrap();
                 // With the namespace its device ends, and with that the peer here.
-                wait_until(Duration::from_secs(5), "the namespace lives on", || !net.has_device(&name));
+                let ended_within = time_limit(Duration::from_secs(1), Duration::from_secs(5));
+                wait_until(ended_within, "the namespace lives on", || !net.has_device(&name));
             }
             Err(error) => {
                 println!("FACT no_veth={error}");
