@@ -57,6 +57,11 @@ pub struct RemedyPolicy {
 /// visit every process of the host, and owners take turns only in what the worker does not have yet.
 const MAX_IN_PROGRESS: usize = 2;
 
+/// Why a connection has no other result at the end of a run.
+const LEFT_AT_END: &str = "the run ended before its socket was destroyed";
+const UNKNOWN_AT_END: &str =
+    "the run ended before the kernel answered: whether its socket is destroyed is unknown";
+
 /// Result for one self-connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RemedyOutcome {
@@ -70,7 +75,7 @@ pub enum RemedyOutcome {
     RateLimited,
     /// It was already closed.
     Gone,
-    /// The lookup or SOCK_DESTROY failed.
+    /// The lookup or SOCK_DESTROY failed, or the run ended before its result.
     Failed,
 }
 
@@ -269,6 +274,20 @@ impl Remedy {
             Err(why) => (RemedyOutcome::Failed, Some(why)),
         };
         Some(self.finish(fields, outcome, why))
+    }
+
+    /// The run ends, and from now on nothing is destroyed. Returns the events of the connections whose socket was to be
+    /// destroyed and of which no result has come. `begun`: the last one of which the kernel was asked to destroy the
+    /// socket.
+    pub fn end(&mut self, begun: Option<u64>) -> Vec<Remedied> {
+        let destroying = self.in_progress.extract_if(|_, in_progress| in_progress.is_destroying);
+        let mut destroying: Vec<_> = destroying.collect();
+        destroying.sort_unstable_by_key(|(number, _)| *number);
+        let finish = |(number, ConnectionInProgress { fields, .. })| {
+            let why = if begun == Some(number) { UNKNOWN_AT_END } else { LEFT_AT_END };
+            self.finish(fields, RemedyOutcome::Failed, Some(why.to_owned()))
+        };
+        destroying.into_iter().map(finish).collect()
     }
 
     fn finish(&mut self, fields: ConnectionFields, outcome: RemedyOutcome, why: Option<String>) -> Remedied {

@@ -73,7 +73,20 @@ pub fn look_up(target: &TargetSocket) -> Result<Option<Cookie>, String> {
 /// # Errors
 /// As [`look_up`], and if this process is not permitted to destroy sockets.
 pub fn destroy(target: &TargetSocket, cookie: Cookie) -> Result<bool, String> {
-    run_in_namespace(target, || destroy_here(&target.endpoint, cookie, false))
+    destroy_if(target, cookie, || true)
+}
+
+/// As [`destroy`]. `may_destroy` is called just before the request to the kernel, after the search for the socket's
+/// network namespace, which may take long. If it returns false, nothing is destroyed.
+///
+/// # Errors
+/// As [`destroy`], and if `may_destroy` returns false.
+pub fn destroy_if(
+    target: &TargetSocket,
+    cookie: Cookie,
+    may_destroy: impl FnOnce() -> bool + Send,
+) -> Result<bool, String> {
+    run_in_namespace(target, || destroy_here(&target.endpoint, cookie, false, may_destroy))
 }
 
 fn run_in_namespace<T: Send>(
@@ -107,7 +120,7 @@ pub fn destroy_all(entries: &[SocketEntry]) -> io::Result<Vec<Result<bool, Strin
                         continue;
                     }
                     outcomes[index] = match cookie.and_then(Cookie::new) {
-                        Some(cookie) => destroy_here(&endpoint, cookie, true)
+                        Some(cookie) => destroy_here(&endpoint, cookie, true, || true)
                             .map_err(|error| explain_error_in(&error, state)),
                         None => Err("its cookie is unknown: only sock_diag reports it".to_owned()),
                     };
@@ -151,10 +164,18 @@ pub fn can_enter() -> Result<(), String> {
     entered.map_err(|error| format!("entering another network namespace: {error}: it needs CAP_SYS_ADMIN"))
 }
 
-fn destroy_here(endpoint: &Endpoint, cookie: Cookie, time_wait: bool) -> io::Result<bool> {
+fn destroy_here(
+    endpoint: &Endpoint,
+    cookie: Cookie,
+    time_wait: bool,
+    may_destroy: impl FnOnce() -> bool,
+) -> io::Result<bool> {
     let Some(row) = find(endpoint, cookie)? else { return Ok(false) };
     if !time_wait && row.entry.state == state::TIME_WAIT {
         return Ok(false);
+    }
+    if !may_destroy() {
+        return Err(io::Error::other("it may not be destroyed any more"));
     }
     if exact::destroy(endpoint, cookie)? {
         return Ok(true);

@@ -45,6 +45,7 @@ pub use destroy::can_destroy;
 pub use destroy::can_enter;
 pub use destroy::destroy;
 pub use destroy::destroy_all;
+pub use destroy::destroy_if;
 pub use destroy::look_up;
 pub use devices::NetDevices;
 pub use entry::Coverage;
