@@ -39,7 +39,7 @@ impl Remediation {
     pub(super) fn start(remedy: Option<Remedy>) -> io::Result<Self> {
         let Some(remedy) = remedy else { return Ok(Self(None)) };
         let permission = DestroyPermission::new();
-        let worker = remedy_worker::start(permission.clone())?;
+        let worker = remedy_worker::start(remedy.destroys(), permission.clone())?;
         Ok(Self(Some(Active { remedy, worker, permission })))
     }
 
@@ -258,7 +258,7 @@ mod tests {
             }
             Ok(true)
         };
-        let worker = remedy_worker::start_with(permission.clone(), look_up, destroy).unwrap();
+        let worker = remedy_worker::start_with(true, permission.clone(), look_up, destroy).unwrap();
         (Remediation(Some(Active { remedy, worker, permission })), asked)
     }
 

@@ -59,19 +59,21 @@ impl DestroyPermission {
     }
 }
 
-pub(super) fn start(permission: DestroyPermission) -> io::Result<RemedyWorker> {
-    start_with(permission, sockets::look_up, |target, cookie, may_destroy| {
+/// `destroys`: false for a dry run, whose thread has no privilege to destroy sockets.
+pub(super) fn start(destroys: bool, permission: DestroyPermission) -> io::Result<RemedyWorker> {
+    start_with(destroys, permission, sockets::look_up, |target, cookie, may_destroy| {
         sockets::destroy_if(target, cookie, may_destroy)
     })
 }
 
 /// As [`start`], with other functions in place of [`sockets::look_up`] and [`sockets::destroy_if`].
 pub(super) fn start_with(
+    destroys: bool,
     permission: DestroyPermission,
     look_up: impl Fn(&TargetSocket) -> Result<Option<Cookie>, String> + Send + 'static,
     destroy: impl Fn(&TargetSocket, Cookie, &(dyn Fn() -> bool + Sync)) -> Result<bool, String> + Send + 'static,
 ) -> io::Result<RemedyWorker> {
-    Worker::start("remedy", capabilities::REMEDY_WORKER, move |request| match request {
+    Worker::start("remedy", capabilities::remedy_worker(destroys), move |request| match request {
         SocketRequest::LookUp(RemedyRequest { number, target }) => {
             SocketResponse::LookedUp(number, look_up(&target))
         }

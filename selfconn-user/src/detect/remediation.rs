@@ -150,6 +150,12 @@ impl Remedy {
         }
     }
 
+    /// True unless it is a dry run.
+    #[must_use]
+    pub fn destroys(&self) -> bool {
+        self.policy.mode == RemedyMode::Destroy
+    }
+
     /// Number of reports of each outcome.
     pub fn counts(&self) -> impl Iterator<Item = (RemedyOutcome, u64)> {
         RemedyOutcome::ALL.into_iter().zip(self.counts)
@@ -249,7 +255,7 @@ impl Remedy {
                     && expected_cookie.is_none_or(|expected_cookie| expected_cookie == cookie.get()) =>
             {
                 fields.cookie = Some(cookie.get());
-                if self.policy.mode == RemedyMode::Destroy {
+                if self.destroys() {
                     let step = RemedyStep::Destroy(request.clone(), cookie);
                     self.in_progress.insert(
                         number,

@@ -43,14 +43,18 @@ pub const fn holder_worker(has_iterator: bool) -> CapabilitySet {
     }
 }
 
-/// The capabilities of the remedy worker: it enters other network namespaces, which it finds through processes, and
-/// destroys sockets.
-pub const REMEDY_WORKER: CapabilitySet =
-    CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE).union(CapabilitySet::NET_ADMIN);
+/// The capabilities of the remedy worker: it enters other network namespaces, which it finds through processes. If
+/// it `destroys` sockets, it needs CAP_NET_ADMIN. Looking one up needs no privilege.
+#[must_use]
+pub const fn remedy_worker(destroys: bool) -> CapabilitySet {
+    let always = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE);
+    if destroys { always.union(CapabilitySet::NET_ADMIN) } else { always }
+}
 
 /// The capabilities of the guard's thread: it enters other network namespaces, which it finds through processes, and
 /// asks what is attached there. Attaching by a link needs none of its own; attaching a filter needs CAP_NET_ADMIN.
-pub const GUARD_THREAD: CapabilitySet = REMEDY_WORKER;
+pub const GUARD_THREAD: CapabilitySet =
+    CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE).union(CapabilitySet::NET_ADMIN);
 
 /// The capabilities of the port range worker: it enters other network namespaces, which it finds through
 /// processes.
@@ -138,7 +142,7 @@ pub fn drop_after_attach(
     // The snapshot worker has it only if the loop needs it, too.
     needed_by_workers.remove(CapabilitySet::BPF);
     if plan.destroys {
-        needed_by_workers |= REMEDY_WORKER;
+        needed_by_workers |= remedy_worker(true);
     }
     if plan.guards {
         needed_by_workers |= GUARD_THREAD;
@@ -236,5 +240,14 @@ mod tests {
             assert_eq!(ATTACH.difference(with_included(set)), missing, "{set:?}");
         }
         assert_eq!(names(ATTACH), ["CAP_BPF", "CAP_PERFMON"]);
+    }
+
+    #[test]
+    fn only_a_remedy_that_destroys_has_net_admin() {
+        for destroys in [true, false] {
+            let set = remedy_worker(destroys);
+            assert_eq!(set.contains(CapabilitySet::NET_ADMIN), destroys);
+            assert_eq!(set.difference(CapabilitySet::NET_ADMIN), PORT_RANGE_WORKER);
+        }
     }
 }

@@ -58,15 +58,18 @@ fn thread_capabilities(pid: u32) -> Vec<ThreadCapabilities> {
     fs::read_dir(format!("/proc/{pid}/task")).unwrap().filter_map(of_one).collect()
 }
 
-/// Waits until the daemon has dropped its capabilities, right after `started`. Returns its threads.
-fn wait_for_dropped_capabilities(pid: u32) -> Vec<ThreadCapabilities> {
+/// Waits until the daemon with this `--remedy` has dropped its capabilities, right after `started`. Returns its
+/// threads.
+fn wait_for_dropped_capabilities(pid: u32, remedy: &str) -> Vec<ThreadCapabilities> {
     let until = Instant::now() + DEADLINE;
     loop {
         let threads = thread_capabilities(pid);
         let is_narrow = |thread: &ThreadCapabilities| match thread.name.as_str() {
             "reader" => !thread.permitted.contains(CapabilitySet::DAC_OVERRIDE),
-            // It starts with the capabilities of the reader.
-            "ranges" => thread.permitted.difference(expected_capabilities("ranges")).is_empty(),
+            // They start with the capabilities of all threads.
+            name @ ("ranges" | "remedy" | "guard") => {
+                thread.permitted.difference(expected_capabilities(name, remedy)).is_empty()
+            }
             "stdout" | "metrics" | "selfconn" => !thread.permitted.contains(CapabilitySet::SYS_PTRACE),
             _ => !thread.permitted.contains(CapabilitySet::SYS_ADMIN),
         };
@@ -78,9 +81,9 @@ fn wait_for_dropped_capabilities(pid: u32) -> Vec<ThreadCapabilities> {
     }
 }
 
-/// The capabilities that a thread with this name may keep. The threads that enter network namespaces keep
-/// more than the others.
-fn expected_capabilities(name: &str) -> CapabilitySet {
+/// The capabilities that a thread with this name may keep in a daemon with this `--remedy`. The threads that enter
+/// network namespaces keep more than the others.
+fn expected_capabilities(name: &str, remedy: &str) -> CapabilitySet {
     match name {
         // It lists the open files of other users' processes only if the kernel has no iterator for that.
         "reader" if reads_descriptors() => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE,
@@ -88,7 +91,12 @@ fn expected_capabilities(name: &str) -> CapabilitySet {
         "holders" if !reads_descriptors() => CapabilitySet::SYS_PTRACE | CapabilitySet::DAC_READ_SEARCH,
         // These threads only write data that they are given.
         "stdout" | "metrics" => CapabilitySet::empty(),
-        "ranges" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE,
+        "remedy" if remedy == "destroy" => {
+            CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE | CapabilitySet::NET_ADMIN
+        }
+        "ranges" | "remedy" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE,
+        // It asks what is attached, in every mode.
+        "guard" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE | CapabilitySet::NET_ADMIN,
         name if name == "tables" || name.starts_with("facts-") || name.starts_with("cmdline-") => {
             CapabilitySet::SYS_PTRACE
         }
@@ -102,10 +110,22 @@ fn no_thread_keeps_the_capabilities_for_attaching() {
     let net = TestNetns::enter_new();
     let had = capabilities(None).unwrap().permitted;
     assert!(had.contains(CapabilitySet::BPF | CapabilitySet::PERFMON), "{had:?}");
-    for variant in hook_variants() {
-        let mut daemon = TestDaemon::start(&variant, &["-v", "--metrics", "127.0.0.1:0"]);
-        let threads = wait_for_dropped_capabilities(daemon.pid());
-        for name in ["reader", "holders", "ranges", "facts-1", "cmdline-1", "stdout", "metrics"] {
+    let mut cases: Vec<_> = hook_variants().into_iter().map(|variant| (variant, "off", "off")).collect();
+    // With a guard, whose thread needs CAP_NET_ADMIN, the remedy's must not have it for that.
+    for (remedy, guard) in [("dry-run", "dry-run"), ("dry-run", "refuse"), ("destroy", "refuse")] {
+        cases.push((HookVariant(vec![]), remedy, guard));
+    }
+    for (variant, remedy, guard) in cases {
+        // Neither the remedy nor the guard touches the self-connection of this test.
+        let rules = ["--remedy-only", "uid=31999", "--guard-only", "uid=31999", "--guard-own-netns"];
+        let modes = ["--remedy", remedy, "--guard", guard];
+        let options = [&["-v", "--metrics", "127.0.0.1:0"][..], &modes, &rules].concat();
+        let mut daemon = TestDaemon::start(&variant, &options);
+        let threads = wait_for_dropped_capabilities(daemon.pid(), remedy);
+        let of_modes = [("remedy", remedy), ("guard", guard)];
+        let of_modes = of_modes.iter().filter(|(_, mode)| *mode != "off").map(|(name, _)| *name);
+        let always = ["reader", "holders", "ranges", "facts-1", "cmdline-1", "stdout", "metrics"];
+        for name in always.into_iter().chain(of_modes) {
             assert!(threads.iter().any(|thread| thread.name == name), "{name}: {threads:?}");
         }
         // Without these capabilities the daemon still reports self-connections and their processes.
@@ -118,13 +138,13 @@ fn no_thread_keeps_the_capabilities_for_attaching() {
         let keeps_bpf = stderr.contains("CAP_BPF is kept");
         println!("FACT keeps_cap_bpf={keeps_bpf}");
         for thread in threads {
-            let mut keeps = expected_capabilities(&thread.name) & had;
+            let mut keeps = expected_capabilities(&thread.name, remedy) & had;
             let makes_passes = ["reader", "holders"].contains(&thread.name.as_str()) && reads_descriptors();
             if keeps_bpf && (thread.name == "selfconn" || makes_passes) {
                 keeps |= CapabilitySet::BPF;
             }
-            assert_eq!(thread.permitted, keeps, "{variant:?}: {thread:?}");
-            assert_eq!(thread.effective, keeps, "{variant:?}: {thread:?}");
+            assert_eq!(thread.permitted, keeps, "{variant:?}, {modes:?}: {thread:?}");
+            assert_eq!(thread.effective, keeps, "{variant:?}, {modes:?}: {thread:?}");
             for given_up in [thread.inheritable, thread.ambient, thread.bounding] {
                 assert!(given_up.is_empty(), "{variant:?}: {thread:?}");
             }
@@ -137,7 +157,7 @@ fn no_thread_keeps_the_capabilities_for_attaching() {
 fn the_counters_can_be_read_after_capabilities_are_dropped() {
     let net = TestNetns::enter_new();
     let mut daemon = TestDaemon::start(&HookVariant(vec![]), &["--ring-size", "4K"]);
-    wait_for_dropped_capabilities(daemon.pid());
+    wait_for_dropped_capabilities(daemon.pid(), "off");
     // One page holds about twenty records.
     daemon.signal(rustix::process::Signal::STOP);
     for _ in 0..50 {
@@ -162,7 +182,7 @@ fn cap_dac_override_is_kept_only_for_a_log_that_needs_it() {
         chown(dir.path(), Some(owner), None).unwrap();
         let log = dir.path().join("events.jsonl");
         let daemon = TestDaemon::start(&HookVariant(vec![]), &["--log", log.to_str().unwrap()]);
-        let threads = wait_for_dropped_capabilities(daemon.pid());
+        let threads = wait_for_dropped_capabilities(daemon.pid(), "off");
         let own = threads.iter().find(|thread| thread.name == "selfconn").unwrap();
         assert_eq!(own.permitted & CapabilitySet::DAC_OVERRIDE, keeps, "owner {owner}: {own:?}");
         daemon.stop();
