@@ -4,7 +4,7 @@
 
 use std::{
     collections::HashSet,
-    fs::File,
+    fs::{self, File},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     os::fd::AsRawFd as _,
     sync::{
@@ -35,9 +35,11 @@ use super::namespaces::lists_namespaces;
 use crate::support::{
     client::{connect_to_self, own_comm, socket},
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event, is_kernel_at_least, reads_descriptors, scaled},
+    dedicated::is_dedicated_machine,
     helper_process::HelperProcess,
     netns::TestNetns,
     nobody::Nobody,
+    privileges::{start_as_user, thread_capabilities},
 };
 
 /// The iterator, if this kernel has it.
@@ -338,4 +340,49 @@ fn a_pass_over_many_descriptors_is_faster_than_a_walk_of_proc() {
     by_proc.sort_unstable();
     println!("FACT descriptors={count} iterator={:?} proc={:?}", by_iterator[2], by_proc[1]);
     assert!(by_iterator[2] < by_proc[1], "{by_iterator:?} {by_proc:?}");
+}
+
+#[test]
+fn a_pass_over_descriptors_needs_no_capability() {
+    pass_without_capabilities("as_it_is");
+    // 1 can't be taken back, so it is last, and only in a machine that is made for such tests.
+    if !is_dedicated_machine() {
+        return;
+    }
+    for setting in ["0", "2", "1"] {
+        if fs::write("/proc/sys/kernel/unprivileged_bpf_disabled", setting).is_ok() {
+            pass_without_capabilities(setting);
+        }
+    }
+}
+
+fn pass_without_capabilities(setting: &str) {
+    let _net = TestNetns::enter_new();
+    let mut holder = HelperProcess::start("hold in a namespace that only the sockets keep");
+    let netns: u64 = holder.read_output().parse().unwrap();
+    let (mut daemon, _dir) = start_as_user(
+        CapabilitySet::BPF | CapabilitySet::PERFMON,
+        &["--hooks", "tracepoint", "--tracepoint-method", "tp_btf", "--reconcile", "1", "-vv"],
+    );
+    if reads_descriptors() {
+        // By a thread that has dropped everything, except where the kernel wants CAP_BPF for every bpf(2).
+        let found = daemon.expect(1, is_event("established", netns)).remove(0);
+        assert_eq!((&found["source"], &found["pid"]), (&"scan".into(), &holder.pid().into()), "{found}");
+        assert_eq!(found["comm"], "only-sockets", "{found}");
+        let threads = thread_capabilities(daemon.pid());
+        let reader = threads.iter().find(|thread| thread.name == "reader").unwrap();
+        let has = reader.permitted | reader.effective;
+        println!("FACT pass_needs_{setting}={has:?}");
+        // Before 5.19, every bpf(2) needs it unless the setting is 0.
+        let needs_none = setting == "0" || is_kernel_at_least((5, 19));
+        let may_keep = if needs_none { CapabilitySet::empty() } else { CapabilitySet::BPF };
+        assert!(may_keep.contains(has), "{setting}: {reader:?}");
+        // The next pass, too.
+        daemon.run_until_snapshots(2, || sleep(Duration::from_millis(20)));
+    }
+    let (events, stderr) = daemon.stop();
+    assert!(!stderr.contains("the iterator over descriptors"), "{stderr}");
+    let count = events.iter().filter(|event| is_event("established", netns)(event)).count();
+    assert_eq!(count, usize::from(reads_descriptors()), "the ordinary connection is none: {events:?}");
+    holder.finish();
 }

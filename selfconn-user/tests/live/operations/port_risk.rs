@@ -3,7 +3,6 @@
 
 use std::{
     net::{Ipv4Addr, TcpListener, TcpStream},
-    process::{Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -15,9 +14,10 @@ use socket2::{Domain, Socket, Type};
 
 use crate::support::{
     client::{connect_to_self, connect_until_self, socket},
-    daemon::{DEADLINE, HookVariant, TestDaemon, doctor, is_event, scaled, selfconn},
+    daemon::{DEADLINE, HookVariant, TestDaemon, doctor, is_event, scaled},
     helper_process::HelperProcess,
     netns::TestNetns,
+    privileges::start_as_user,
     refused_connects::{WIDE_PORT_RANGE, at, connect_refused, enter_wide_range_netns, is_at_risk},
     retries::{Missed, PREEMPTED, for_each_variant_retrying},
 };
@@ -236,21 +236,9 @@ fn refused_connects_beyond_the_table_size_are_counted() {
 
 #[test]
 fn a_namespace_that_cannot_be_entered_leaves_the_odds_unknown() {
-    const NOBODY: u32 = 65_534;
     let _outside = TestNetns::enter_new();
-    let dir = tempfile::tempdir().unwrap();
-    std::os::unix::fs::chown(dir.path(), Some(NOBODY), None).unwrap();
-    let program = dir.path().join("selfconn");
-    std::fs::copy(selfconn(), &program).unwrap();
-    let mut daemon = TestDaemon::start_with(&HookVariant(vec![]), &["--hooks", "tracepoint"], |command| {
-        use std::os::unix::process::CommandExt as _;
-        let mut as_nobody = Command::new(&program);
-        as_nobody.args(command.get_args()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let with = CapabilitySet::BPF | CapabilitySet::PERFMON;
-        // SAFETY: only system calls, and none of them allocates.
-        unsafe { as_nobody.pre_exec(move || crate::operations::privileges::become_user(NOBODY, with)) };
-        as_nobody.spawn().unwrap()
-    });
+    let (mut daemon, _dir) =
+        start_as_user(CapabilitySet::BPF | CapabilitySet::PERFMON, &["--hooks", "tracepoint"]);
     let net = enter_wide_range_netns();
     connect_refused(at(40_092), 20);
     let event = daemon.expect(1, is_event("at_risk", net.inode)).remove(0);

@@ -1,62 +1,22 @@
 //! The capabilities of the daemon once its hooks are live, as the kernel shows them for each thread.
 
 use std::{
-    fs, io,
     net::Ipv4Addr,
-    os::unix::{fs::chown, process::CommandExt as _},
-    process::{Command, Stdio},
+    os::unix::fs::chown,
     time::{Duration, Instant},
 };
 
-use rustix::thread::{
-    CapabilitySet, CapabilitySets, capabilities, configure_capability_in_ambient_set, set_capabilities,
-    set_keep_capabilities,
-};
+use rustix::thread::{CapabilitySet, capabilities};
 
 use crate::support::{
     client::{connect_to_self, run_self_connection},
     daemon::{
         DEADLINE, HookVariant, TestDaemon, hook_variants, is_event, method_verdicts, reads_descriptors,
-        selfconn,
     },
-    dedicated::is_dedicated_machine,
     helper_process::HelperProcess,
     netns::TestNetns,
+    privileges::{ThreadCapabilities, start_as_user, thread_capabilities},
 };
-
-/// The fields of `/proc/PID/task/TID/status`.
-#[derive(Debug)]
-struct ThreadCapabilities {
-    name: String,
-    effective: CapabilitySet,
-    permitted: CapabilitySet,
-    inheritable: CapabilitySet,
-    ambient: CapabilitySet,
-    bounding: CapabilitySet,
-    no_new_privs: bool,
-}
-
-fn thread_capabilities(pid: u32) -> Vec<ThreadCapabilities> {
-    let of_one = |task: io::Result<fs::DirEntry>| {
-        // A short-lived thread may have ended.
-        let status = fs::read_to_string(task.ok()?.path().join("status")).ok()?;
-        let field = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
-            line.trim_start_matches(':').trim().to_owned()
-        };
-        let set = |name| CapabilitySet::from_bits_retain(u64::from_str_radix(&field(name), 16).unwrap());
-        Some(ThreadCapabilities {
-            name: field("Name"),
-            effective: set("CapEff"),
-            permitted: set("CapPrm"),
-            inheritable: set("CapInh"),
-            ambient: set("CapAmb"),
-            bounding: set("CapBnd"),
-            no_new_privs: field("NoNewPrivs") == "1",
-        })
-    };
-    fs::read_dir(format!("/proc/{pid}/task")).unwrap().filter_map(of_one).collect()
-}
 
 /// Waits until the daemon with this `--remedy` has dropped its capabilities, right after `started`. Returns its
 /// threads.
@@ -189,25 +149,6 @@ fn cap_dac_override_is_kept_only_for_a_log_that_needs_it() {
     }
 }
 
-/// Starts the daemon as a user other than root with these capabilities, as `AmbientCapabilities` of a service
-/// manager does.
-fn start_as_user(set: CapabilitySet, options: &[&str]) -> (TestDaemon, tempfile::TempDir) {
-    const NOBODY: u32 = 65_534;
-    // A folder in which that user can run it.
-    let dir = tempfile::tempdir().unwrap();
-    chown(dir.path(), Some(NOBODY), None).unwrap();
-    let program = dir.path().join("selfconn");
-    fs::copy(selfconn(), &program).unwrap();
-    let daemon = TestDaemon::start_with(&HookVariant(vec![]), options, |command| {
-        let mut as_nobody = Command::new(&program);
-        as_nobody.args(command.get_args()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        // SAFETY: only system calls, and none of them allocates.
-        unsafe { as_nobody.pre_exec(move || become_user(NOBODY, set)) };
-        as_nobody.spawn().unwrap()
-    });
-    (daemon, dir)
-}
-
 #[test]
 fn a_user_with_two_capabilities_ends_up_with_none() {
     let _net = TestNetns::enter_new();
@@ -229,50 +170,6 @@ fn a_user_with_two_capabilities_ends_up_with_none() {
         assert!(has.difference(keeps).is_empty(), "{thread:?}");
         assert!(thread.no_new_privs, "{thread:?}");
     }
-}
-
-#[test]
-fn a_pass_over_descriptors_needs_no_capability() {
-    pass_without_capabilities("as_it_is");
-    // 1 can't be taken back, so it is last, and only in a machine that is made for such tests.
-    if !is_dedicated_machine() {
-        return;
-    }
-    for setting in ["0", "2", "1"] {
-        if fs::write("/proc/sys/kernel/unprivileged_bpf_disabled", setting).is_ok() {
-            pass_without_capabilities(setting);
-        }
-    }
-}
-
-fn pass_without_capabilities(setting: &str) {
-    let _net = TestNetns::enter_new();
-    let mut holder = HelperProcess::start("hold in a namespace that only the sockets keep");
-    let netns: u64 = holder.read_output().parse().unwrap();
-    let (mut daemon, _dir) = start_as_user(
-        CapabilitySet::BPF | CapabilitySet::PERFMON,
-        &["--hooks", "tracepoint", "--tracepoint-method", "tp_btf", "--reconcile", "1", "-vv"],
-    );
-    if reads_descriptors() {
-        // By a thread that has dropped everything, except where the kernel wants CAP_BPF for every bpf(2).
-        let found = daemon.expect(1, is_event("established", netns)).remove(0);
-        assert_eq!((&found["source"], &found["pid"]), (&"scan".into(), &holder.pid().into()), "{found}");
-        assert_eq!(found["comm"], "only-sockets", "{found}");
-        let threads = thread_capabilities(daemon.pid());
-        let reader = threads.iter().find(|thread| thread.name == "reader").unwrap();
-        let has = reader.permitted | reader.effective;
-        println!("FACT pass_needs_{setting}={has:?}");
-        // Before 5.19, every bpf(2) needs it unless the setting is 0.
-        let may_keep = if setting == "0" { CapabilitySet::empty() } else { CapabilitySet::BPF };
-        assert!(may_keep.contains(has), "{setting}: {reader:?}");
-        // The next pass, too.
-        daemon.run_until_snapshots(2, || std::thread::sleep(Duration::from_millis(20)));
-    }
-    let (events, stderr) = daemon.stop();
-    assert!(!stderr.contains("the iterator over descriptors"), "{stderr}");
-    let count = events.iter().filter(|event| is_event("established", netns)(event)).count();
-    assert_eq!(count, usize::from(reads_descriptors()), "the ordinary connection is none: {events:?}");
-    holder.finish();
 }
 
 #[test]
@@ -330,25 +227,4 @@ fn a_service_user_who_may_not_read_tracefs_is_shown_why_perf_is_missing() {
         assert!(perf["why"].as_str().unwrap().contains("CAP_DAC_READ_SEARCH"), "{started}");
     }
     daemon.stop();
-}
-
-/// Becomes a user with these capabilities, as `AmbientCapabilities` of a service manager does.
-pub(crate) fn become_user(uid: u32, set: CapabilitySet) -> io::Result<()> {
-    use rustix::process::{Resource, Rlimit, setrlimit};
-    // Before v5.11 maps count against this limit. On later kernels the limit does not matter, nor does a
-    // failure to raise it.
-    let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
-    set_keep_capabilities(true)?;
-    // SAFETY: no memory is involved. glibc would set it for all threads, and the new process has only one.
-    if unsafe { libc::setuid(uid) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    set_capabilities(None, CapabilitySets { effective: set, permitted: set, inheritable: set })?;
-    for number in 0..u64::BITS {
-        let one = CapabilitySet::from_bits_retain(1 << number);
-        if set.contains(one) {
-            configure_capability_in_ambient_set(one, true)?;
-        }
-    }
-    Ok(())
 }
