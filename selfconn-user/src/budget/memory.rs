@@ -26,10 +26,16 @@ pub const MAX_TIME_WAITS: usize = 7_168;
 pub const MAX_BIND_FAILURES: usize = 3_584;
 
 /// Maximum number of events that wait for a look-up. Beyond it they are emitted without what is not looked up yet.
-pub const MAX_PENDING_EVENTS: usize = 8_192;
+pub const MAX_PENDING_EVENTS: usize = 7_168;
 
 /// Maximum number of connections that wait for the remedy.
 pub const MAX_REMEDIES: usize = 4_096;
+
+/// The lists of all processes, which their owners share: 12,288 processes, at most 9,216 of one owner.
+pub const PROCESS_LIST_BYTES: usize = 12_288 * LISTED_PROCESS_BYTES;
+
+/// What the user namespaces of processes are remembered in while a list is made.
+pub const USER_NAMESPACES_BYTES: usize = 64 << 10;
 
 /// Facts of processes: paths, names, arguments, control groups.
 pub const PROCESS_FACTS_BYTES: usize = 7 << 20;
@@ -47,9 +53,12 @@ pub const QUEUE_REST_BYTES: usize = 1 << 20;
 pub const CONNECTION_BYTES: usize = 1_024;
 pub const CLOSED_DURING_SNAPSHOT_BYTES: usize = 144;
 pub const SNAPSHOT_SOCKET_BYTES: usize = 640;
+pub const LISTED_PROCESS_BYTES: usize = 128;
+/// Beside its processes, of each owner of processes.
+pub const LISTED_OWNER_BYTES: usize = 640;
 pub const TIME_WAIT_BYTES: usize = 512;
 pub const BIND_FAILURE_BYTES: usize = 256;
-pub const PENDING_EVENT_BYTES: usize = 640;
+pub const PENDING_EVENT_BYTES: usize = 512;
 pub const REMEDY_BYTES: usize = 1_536;
 
 /// A part of the daemon that keeps something for others to cause.
@@ -61,13 +70,14 @@ pub struct MemoryPart {
 }
 
 /// All parts.
-pub const PARTS: [MemoryPart; 11] = [
+pub const PARTS: [MemoryPart; 12] = [
     MemoryPart { name: "connections", bytes: MAX_CONNECTIONS * CONNECTION_BYTES },
     MemoryPart {
         name: "closed in a snapshot",
         bytes: MAX_CLOSED_DURING_SNAPSHOT * CLOSED_DURING_SNAPSHOT_BYTES,
     },
     MemoryPart { name: "snapshot", bytes: MAX_SNAPSHOT_SOCKETS * SNAPSHOT_SOCKET_BYTES },
+    MemoryPart { name: "process list", bytes: PROCESS_LIST_BYTES + USER_NAMESPACES_BYTES },
     MemoryPart { name: "process facts", bytes: PROCESS_FACTS_BYTES },
     MemoryPart { name: "pending events", bytes: MAX_PENDING_EVENTS * PENDING_EVENT_BYTES },
     MemoryPart { name: "TIME_WAIT", bytes: MAX_TIME_WAITS * TIME_WAIT_BYTES },

@@ -61,6 +61,7 @@ pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Resu
         }
     }
     let mut refusal = None;
+    let left_out = list.as_ref().ok().and_then(ProcessList::left_out_text);
     if !is_whole {
         match list.and_then(|list| by_process::pass(iter, &list, MAX_VISITS, || false, each)) {
             Ok(all) => is_whole = all,
@@ -71,7 +72,8 @@ pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Resu
     held.holders.complete = is_whole;
     held.holders.unseen = (!is_whole).then(|| {
         let one_by_one = refusal.map(|error| format!("; one by one: {error}")).unwrap_or_default();
-        format!("descriptors of some processes: a pass over all takes too long, or may{one_by_one}")
+        let left_out = left_out.map(|left_out| format!("; not looked at: {left_out}")).unwrap_or_default();
+        format!("descriptors of some processes: a pass over all takes too long, or may{one_by_one}{left_out}")
     });
     held.namespaces = held.namespaces.filter(|_| is_whole && process::is_in_initial_pid_ns());
     Ok(held)

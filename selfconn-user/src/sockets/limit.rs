@@ -20,7 +20,7 @@ pub struct LeftOut {
 
 impl LeftOut {
     /// Counts a socket that is left out.
-    fn count(&mut self, uid: Option<u32>, is_attempt: bool) {
+    pub(super) fn count(&mut self, uid: Option<u32>, is_attempt: bool) {
         let is_counted_apart =
             uid.is_none() || self.by_uid.contains_key(&uid) || self.by_uid.len() < MAX_OWNERS;
         let self_connections = match is_counted_apart {

@@ -1,9 +1,10 @@
 //! The processes in `/proc`, with their owners and the sizes of their descriptor tables: which of them may be visited,
 //! and whether a pass over all may be made. Owners take turns in making the list, by the time that their processes
-//! take.
+//! take, and share its memory: a process beyond its owner's share is left out, and counted for its user.
 
 use std::{
     collections::HashMap,
+    fmt::Write as _,
     fs,
     hash::{BuildHasher as _, RandomState},
     io,
@@ -16,12 +17,17 @@ use std::{
 use selfconn_ebpf::{Owner, owner::OWNER_CGROUP_LEVEL};
 
 use super::{
+    limit::LeftOut,
     netns_owner::{OutermostUserns, outermost_userns_at},
     walk_cost::{self, WalkCost},
 };
 use crate::{
     bpf::descriptors::DescriptorIter,
-    budget::{LeastSpent, owner_of_user},
+    budget::{
+        LeastSpent, QUEUED_ITEM_BYTES, QUEUED_OWNER_BYTES, SharedLimit,
+        memory::{self, LISTED_OWNER_BYTES, LISTED_PROCESS_BYTES, PROCESS_LIST_BYTES},
+        owner_of_user,
+    },
     system::process,
 };
 
@@ -34,22 +40,83 @@ const MAX_SAMPLING: Duration = Duration::from_millis(100);
 /// How long what is known of a process is used by [`last_list`], and by a list that has no time to read it again.
 const LIST_AGE: Duration = Duration::from_mins(3);
 
+/// For how long an earlier list says which process was listed when. Less than the time after which [`ListedAt`] begins
+/// again.
+const EARLIER_LIST_AGE: Duration = Duration::from_hours(24);
+
+/// Maximum number of user namespaces whose outermost one is remembered while a list is made.
+const MAX_USER_NAMESPACES: usize = 896;
+
+/// Maximum number of users that a text about processes that were left out names.
+const MAX_USERS_IN_TEXT: usize = 8;
+
 /// A process as it was listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Process {
-    pub(super) pid: u32,
     pub(super) owner: Owner,
     pub(super) cost: WalkCost,
-    listed_at: Instant,
+    pub(super) pid: u32,
+    listed_at: ListedAt,
+}
+
+// While a list is made, there are the list before it and, in a thread that looks for the holders of a port, the one before
+// that, with a queue for each owner.
+const _: () = {
+    let of_other_thread = size_of::<Process>() + QUEUED_ITEM_BYTES;
+    let making = size_of::<FoundProcess>() + QUEUED_ITEM_BYTES + size_of::<Process>();
+    assert!(size_of::<Process>() + making + of_other_thread <= LISTED_PROCESS_BYTES);
+    // A table that grows is there twice, too.
+    assert!(2 * QUEUED_OWNER_BYTES + 3 * SharedLimit::OWNER_BYTES <= LISTED_OWNER_BYTES);
+    let user_namespace = size_of::<(u64, Option<OutermostUserns>)>() + 1;
+    assert!(MAX_USER_NAMESPACES * user_namespace * 8 / 7 * 3 / 2 <= memory::USER_NAMESPACES_BYTES);
+};
+
+/// When a process was listed, in milliseconds since the first list was begun. It begins again after 49 days.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct ListedAt(u32);
+
+impl ListedAt {
+    fn now() -> Self {
+        static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
+        Self(FIRST.elapsed().as_millis() as u32)
+    }
+
+    fn elapsed(self) -> Duration {
+        Duration::from_millis(Self::now().0.wrapping_sub(self.0).into())
+    }
+}
+
+/// What owners have of the memory of a list.
+struct ListShares(SharedLimit);
+
+impl ListShares {
+    fn new() -> Self {
+        Self(SharedLimit::new(PROCESS_LIST_BYTES))
+    }
+
+    /// True if there is room for one more process of this owner.
+    fn try_take(&mut self, owner: Owner) -> bool {
+        let of_owner = if self.0.used_by(owner) == 0 { LISTED_OWNER_BYTES } else { 0 };
+        self.0.try_take(owner, LISTED_PROCESS_BYTES + of_owner)
+    }
+
+    /// Gives back what one process of this owner took.
+    fn give_back(&mut self, owner: Owner) {
+        let is_last = self.0.used_by(owner) == LISTED_OWNER_BYTES + LISTED_PROCESS_BYTES;
+        self.0.give_back(owner, LISTED_PROCESS_BYTES + if is_last { LISTED_OWNER_BYTES } else { 0 });
+    }
 }
 
 /// The processes in `/proc`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct ProcessList {
-    pub(super) processes: Arc<[Process]>,
+    /// In the order of their pids.
+    pub(super) processes: Arc<Vec<Process>>,
+    /// The processes beyond the shares of their owners, by user.
+    left_out: Arc<LeftOut>,
     /// True if all were listed just now.
     pub(super) is_whole: bool,
-    /// True if there was no time for some, and an earlier list does not have them either.
+    /// True if there was no time or no room for some, and an earlier list does not have them either.
     is_cut: bool,
 }
 
@@ -58,6 +125,24 @@ impl ProcessList {
     /// not known.
     pub(super) fn permits_pass(&self) -> bool {
         !self.is_cut && walk_cost::permits_pass(self.processes.iter().map(|process| process.cost))
+    }
+
+    /// Which users have more processes than their share of the list: text for people. `None`: no user has.
+    pub(super) fn left_out_text(&self) -> Option<String> {
+        let mut users: Vec<_> = self.left_out.users().collect();
+        // The users that are counted together come last.
+        users.sort_unstable_by_key(|(uid, count)| (uid.is_none(), u64::MAX - count));
+        let of_others = users.iter().skip(MAX_USERS_IN_TEXT).map(|(_, count)| count).sum::<u64>();
+        let mut text = String::new();
+        for (uid, count) in users.iter().take(MAX_USERS_IN_TEXT) {
+            let user = uid.map_or_else(|| "other users".to_owned(), |uid| format!("user {uid}"));
+            let separator = if text.is_empty() { "" } else { ", " };
+            let _ = write!(text, "{separator}{count} of {user}");
+        }
+        if of_others > 0 {
+            let _ = write!(text, ", {of_others} of other users");
+        }
+        (!text.is_empty()).then_some(text)
     }
 }
 
@@ -134,18 +219,20 @@ pub(super) fn nanoseconds(time: Duration) -> u64 {
 /// The processes that `/proc` shows.
 fn read_list() -> ProcessList {
     let begin = Instant::now();
-    let earlier = known().last.clone();
+    let earlier = known().last.clone().filter(|(at, _)| at.elapsed() < EARLIER_LIST_AGE);
     let earlier = earlier.map(|(_, list)| list.processes).unwrap_or_default();
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let found_until = begin + MAX_LIST;
     let mut user_namespaces = UserNamespaces::new();
-    let found = pids.map(|pid| match Instant::now() < found_until {
-        true => FoundProcess::new(pid, &mut user_namespaces),
+    let found = pids.map(|pid| match (Instant::now() < found_until, listed(&earlier, pid)) {
+        (true, _) => FoundProcess::new(pid, &mut user_namespaces),
         // The kernel makes some of these files slow, too, where others change control groups.
-        false => FoundProcess { pid, uid: None, group: None, userns: None },
+        (false, Some(process)) => FoundProcess::as_listed(process),
+        (false, None) => FoundProcess::of(pid, None, None, None),
     });
-    let found = found.collect();
+    let found = FoundProcesses::new(found);
+    drop(user_namespaces);
     let mut list = list_in_turns(found, &earlier, Instant::now() + MAX_LIST, read_process);
     // With `hidepid` only those are shown that this process may trace. The first process is always there.
     list.is_whole &= list.processes.iter().any(|process| process.pid == 1);
@@ -153,36 +240,83 @@ fn read_list() -> ProcessList {
     list
 }
 
+/// The processes for which their owners have room, the others by user, and the shares.
+struct FoundProcesses {
+    processes: Vec<FoundProcess>,
+    left_out: LeftOut,
+    shares: ListShares,
+}
+
+impl FoundProcesses {
+    fn new(all: impl Iterator<Item = FoundProcess>) -> Self {
+        // It does not grow: then it would be twice in memory for a moment. What is not used of it takes no memory.
+        let mut processes = Vec::with_capacity(PROCESS_LIST_BYTES / LISTED_PROCESS_BYTES);
+        let (mut left_out, mut shares) = (LeftOut::default(), ListShares::new());
+        for process in all {
+            let owner = process.owner();
+            match shares.try_take(owner) {
+                true => processes.push(process),
+                false => left_out.count(Some(owner.uid), false),
+            }
+        }
+        Self { processes, left_out, shares }
+    }
+}
+
+/// The process with this pid in a list, which is in the order of the pids.
+fn listed(list: &[Process], pid: u32) -> Option<&Process> {
+    list.binary_search_by_key(&pid, |process| process.pid).ok().and_then(|at| list.get(at))
+}
+
 /// A process before it is listed, by what no process makes slow by itself.
 #[derive(Clone, Copy, Debug)]
 struct FoundProcess {
+    /// The number of its control group in [`Owner`], or of the container. 0: unknown.
+    group: u64,
     pid: u32,
     /// The effective user, also of a process that can't be traced (`task_dump_owner`, fs/proc/base.c at v6.12).
-    uid: Option<u32>,
-    /// The number of its control group in [`Owner`].
-    group: Option<u64>,
-    /// `None`: it is in our user namespace, or this is unknown.
-    userns: Option<OutermostUserns>,
+    /// `u32::MAX`: unknown.
+    uid: u32,
+    /// True if its uids say nothing of who is charged: it is in another user namespace than ours, where a uid is one of
+    /// many that the maker of the user namespace has.
+    is_mapped: bool,
 }
 
 impl FoundProcess {
     fn new(pid: u32, user_namespaces: &mut UserNamespaces) -> Self {
         let uid = fs::metadata(format!("/proc/{pid}")).ok().map(|folder| folder.uid());
         let group = fs::read(format!("/proc/{pid}/cgroup")).ok().and_then(|text| owner_group(&text));
-        Self { pid, uid, group: group.map(|group| group_id(&group)), userns: user_namespaces.outermost(pid) }
+        Self::of(pid, uid, group.map(|group| group_id(&group)), user_namespaces.outermost(pid))
     }
 
-    /// Who is charged for it if this is its user.
-    fn owner(&self, uid: Option<u32>) -> Owner {
-        if let Some(container) = self.userns.and_then(OutermostUserns::container) {
-            return container;
-        }
-        // A uid there is one of many that the maker of the user namespace has.
-        let uid = self.userns.map(|userns| userns.owner).or(uid);
+    /// `userns` is the outermost user namespace that it is in. `None`: it is in ours, or this is unknown.
+    fn of(pid: u32, uid: Option<u32>, group: Option<u64>, userns: Option<OutermostUserns>) -> Self {
+        let container = userns.and_then(OutermostUserns::container);
+        let uid = userns.map(|userns| userns.owner).or(uid).unwrap_or(u32::MAX);
+        let group = container.map(|container| container.cgroup).or(group).unwrap_or(0);
+        Self { group, pid, uid, is_mapped: userns.is_some() }
+    }
+
+    /// With the owner that an earlier list has.
+    fn as_listed(process: &Process) -> Self {
+        let Owner { cgroup, uid, .. } = process.owner;
+        // Of a user without a control group this is the number of a block.
+        let group = if process.owner == owner_of_user(Some(uid)) { 0 } else { cgroup };
+        Self { group, pid: process.pid, uid, is_mapped: true }
+    }
+
+    /// Who is charged for it.
+    fn owner(&self) -> Owner {
         match self.group {
-            None => owner_of_user(uid),
-            Some(group) => Owner::new(uid.unwrap_or(u32::MAX), group),
+            0 => owner_of_user(Some(self.uid)),
+            group => Owner::new(self.uid, group),
         }
+    }
+
+    /// Who is charged for it if its real user started it.
+    fn owner_if_started_by(&self, uid: Option<u32>) -> Owner {
+        let uid = if self.is_mapped { self.uid } else { uid.unwrap_or(u32::MAX) };
+        Self { uid, ..*self }.owner()
     }
 }
 
@@ -190,7 +324,7 @@ impl FoundProcess {
 struct UserNamespaces {
     /// The inode of our user namespace. `None`: unknown.
     own: Option<u64>,
-    /// The outermost ones of other ones, by inode.
+    /// The outermost ones of other ones, by inode: of the first [`MAX_USER_NAMESPACES`].
     outermost: HashMap<u64, Option<OutermostUserns>>,
 }
 
@@ -211,7 +345,9 @@ impl UserNamespaces {
             return *known;
         }
         let (opened, outermost) = outermost_userns_at(Path::new(&path)).ok()?;
-        self.outermost.insert(opened, outermost);
+        if self.outermost.len() < MAX_USER_NAMESPACES {
+            self.outermost.insert(opened, outermost);
+        }
         outermost
     }
 }
@@ -220,50 +356,67 @@ impl UserNamespaces {
 /// user. Of one owner, a process that was never listed comes first, then the one whose last reading is the oldest. For
 /// the rest, the earlier list is used again.
 fn list_in_turns(
-    found: Vec<FoundProcess>,
+    found: FoundProcesses,
     earlier: &[Process],
     until: Instant,
     mut read: impl FnMut(&FoundProcess) -> io::Result<Process>,
 ) -> ProcessList {
-    let first = earlier.iter().map(|process| process.listed_at).min();
-    let earlier: HashMap<u32, &Process> = earlier.iter().map(|process| (process.pid, process)).collect();
-    let listed_since = |pid: u32| match (earlier.get(&pid), first) {
-        (Some(process), Some(first)) => 1 + nanoseconds(process.listed_at - first),
-        _ => 0,
+    let FoundProcesses { processes: found, mut left_out, mut shares } = found;
+    let now = ListedAt::now();
+    let listed_since = |found: &FoundProcess| match listed(earlier, found.pid) {
+        Some(process) => u64::from(u32::MAX) + 1 - u64::from(now.0.wrapping_sub(process.listed_at.0)),
+        None => 0,
     };
-    let in_queue = |found: FoundProcess| (found.owner(found.uid), listed_since(found.pid), found);
-    let mut queue = LeastSpent::new(found.into_iter().map(in_queue).collect());
-    let mut processes = Vec::new();
+    let mut queue = LeastSpent::new(&found, |found| (found.owner(), listed_since(found)));
+    let mut processes = Vec::with_capacity(found.len());
     let (mut is_whole, mut is_cut) = (true, false);
     loop {
         let read_begin = Instant::now();
         let Some((owner, found)) = queue.pop() else { break };
-        if read_begin >= until {
-            is_whole = false;
-            match earlier.get(&found.pid).filter(|process| process.listed_at.elapsed() < LIST_AGE) {
-                Some(process) => processes.push(**process),
-                None => is_cut = true,
+        let process = if read_begin < until {
+            let process = read(found);
+            queue.charge(owner, nanoseconds(read_begin.elapsed()));
+            match process {
+                Ok(process) => process,
+                // It has ended meanwhile, and holds nothing.
+                Err(error) if process::is_gone(&error) => continue,
+                Err(_) => {
+                    is_whole = false;
+                    continue;
+                }
             }
-            continue;
+        } else {
+            is_whole = false;
+            match listed(earlier, found.pid).filter(|process| process.listed_at.elapsed() < LIST_AGE) {
+                Some(process) => *process,
+                None => {
+                    is_cut = true;
+                    continue;
+                }
+            }
+        };
+        // The real user of a process may be another one than its effective user.
+        if process.owner != owner {
+            shares.give_back(owner);
         }
-        match read(&found) {
-            Ok(process) => processes.push(process),
-            // It has ended meanwhile, and holds nothing.
-            Err(error) if process::is_gone(&error) => {}
-            Err(_) => is_whole = false,
+        if process.owner == owner || shares.try_take(process.owner) {
+            processes.push(process);
+        } else {
+            left_out.count(Some(process.owner.uid), false);
         }
-        queue.charge(owner, nanoseconds(read_begin.elapsed()));
     }
-    ProcessList { processes: processes.into(), is_whole, is_cut }
+    processes.sort_unstable_by_key(|process| process.pid);
+    let (is_whole, is_cut) = (is_whole && left_out.is_empty(), is_cut || !left_out.is_empty());
+    ProcessList { processes: Arc::new(processes), left_out: Arc::new(left_out), is_whole, is_cut }
 }
 
 /// Reads what a list has of a process. The real user started it.
 fn read_process(found: &FoundProcess) -> io::Result<Process> {
     let pid = found.pid;
     let status = fs::read(format!("/proc/{pid}/status"))?;
-    let owner = found.owner(process::uids_in_status(&status).map(|[real, ..]| real));
+    let owner = found.owner_if_started_by(process::uids_in_status(&status).map(|[real, ..]| real));
     let cost = WalkCost::new(&status, |count| table_sizes(pid, count));
-    Ok(Process { pid, owner, cost, listed_at: Instant::now() })
+    Ok(Process { owner, cost, pid, listed_at: ListedAt::now() })
 }
 
 /// The sizes in slots of the descriptor tables of this number of threads, chosen at random, without the first thread.
@@ -316,7 +469,7 @@ pub(super) mod samples {
     /// A process with a small table.
     pub(in crate::sockets) fn process(owner: Owner, pid: u32) -> Process {
         let cost = WalkCost::new(b"FDSize:\t64\nThreads:\t1\n", |_| None);
-        Process { pid, owner, cost, listed_at: Instant::now() }
+        Process { owner, cost, pid, listed_at: ListedAt::now() }
     }
 }
 
@@ -413,17 +566,26 @@ mod tests {
 
     #[test]
     fn a_process_counts_for_its_user_in_its_control_group() {
-        let found = |group| FoundProcess { pid: 1, uid: None, group, userns: None };
-        assert_eq!(found(Some(7)).owner(Some(5)), Owner::new(5, 7));
-        assert_eq!(found(Some(7)).owner(None), Owner::new(u32::MAX, 7));
-        assert_eq!(found(None).owner(Some(5)), owner_of_user(Some(5)));
+        let started_by = |uid, group| FoundProcess::of(1, Some(6), group, None).owner_if_started_by(uid);
+        assert_eq!(started_by(Some(5), Some(7)), Owner::new(5, 7));
+        assert_eq!(started_by(None, Some(7)), Owner::new(u32::MAX, 7));
+        assert_eq!(started_by(Some(5), None), owner_of_user(Some(5)));
+        assert_eq!(started_by(Some(100_005), None), owner_of_user(Some(100_005)));
+        assert_eq!(FoundProcess::of(1, None, None, None).owner(), owner_of_user(None));
         let in_userns = |owner, group| {
             let userns = Some(OutermostUserns { inode: 0xf000_0001, owner });
-            FoundProcess { userns, ..found(group) }.owner(Some(100_005))
+            let found = FoundProcess::of(1, Some(100_006), group, userns);
+            let owner = found.owner_if_started_by(Some(100_005));
+            assert_eq!(found.owner(), owner);
+            owner
         };
         assert_eq!(in_userns(5, Some(7)), Owner::new(5, 7), "the maker of the user namespace");
         let of_container = Owner::new(0, Owner::of_container(0xf000_0001));
         assert_eq!([in_userns(0, Some(7)), in_userns(0, Some(8))], [of_container; 2]);
+        for owner in [Owner::new(5, 7), of_container, owner_of_user(Some(5)), owner_of_user(Some(100_005))] {
+            let found = FoundProcess::as_listed(&process(owner, 1));
+            assert_eq!([found.owner(), found.owner_if_started_by(Some(9))], [owner; 2], "{owner:?}");
+        }
         assert_eq!(group_id(b"a"), group_id(b"a"));
         assert_ne!(group_id(b"a"), group_id(b"b"));
     }
@@ -435,17 +597,15 @@ mod tests {
         limit: Duration,
         takes: impl Fn(u32) -> Duration,
     ) -> (Vec<u32>, ProcessList) {
-        let found = |pid| {
-            let uid = Some(if pid <= 100 { 1_000 } else { 0 });
-            FoundProcess { pid, uid, group: None, userns: None }
-        };
+        let found = |pid| FoundProcess::of(pid, Some(if pid <= 100 { 1_000 } else { 0 }), None, None);
         let order = RefCell::new(Vec::new());
         let read = |found: &FoundProcess| {
             order.borrow_mut().push(found.pid);
             std::thread::sleep(takes(found.pid));
-            Ok(process(found.owner(found.uid), found.pid))
+            Ok(process(found.owner(), found.pid))
         };
-        let list = list_in_turns(pids.map(found).collect(), earlier, Instant::now() + limit, read);
+        let found = FoundProcesses::new(pids.map(found));
+        let list = list_in_turns(found, earlier, Instant::now() + limit, read);
         (order.into_inner(), list)
     }
 
@@ -460,7 +620,7 @@ mod tests {
 
     #[test]
     fn a_list_goes_on_where_the_last_one_was_cut_until_all_are_listed() {
-        let mut list = ProcessList { processes: Arc::default(), is_whole: false, is_cut: true };
+        let mut list = ProcessList { is_cut: true, ..ProcessList::default() };
         let mut lists = 0;
         while list.is_cut {
             let known: Vec<_> = list.processes.iter().map(|process| process.pid).collect();
@@ -472,12 +632,54 @@ mod tests {
         }
         assert!(lists > 1 && list.processes.len() == 50 && !list.is_whole, "{lists} {list:?}");
         // Then the process whose last reading is the oldest is read again.
-        let first = list.processes.iter().min_by_key(|process| process.listed_at).unwrap().pid;
+        let first = list.processes.iter().min_by_key(|process| process.listed_at.0).unwrap().pid;
         let (order, list) =
             listed(1..=50, &list.processes, Duration::from_millis(300), |_| Duration::from_millis(301));
         assert_eq!((order, list.processes.len()), (vec![first], 50));
         // One that has ended is in no later list.
         let (_, list) = listed(1..=10, &list.processes, Duration::ZERO, |_| Duration::ZERO);
         assert_eq!((list.processes.len(), list.is_whole, list.is_cut), (10, false, false));
+    }
+
+    #[test]
+    fn processes_beyond_the_share_of_their_owner_are_left_out_and_no_other_owners() {
+        let of =
+            |owner: Owner, pid| FoundProcess { group: owner.cgroup, pid, uid: owner.uid, is_mapped: true };
+        let flood = (10..60_000).map(|pid| of(Owner::new(1_000, 7), pid));
+        let others = (0..500).map(|number| of(Owner::new(0, 100 + number), 70_000 + number as u32));
+        let found = FoundProcesses::new(flood.chain(others));
+        let of_flood = found.processes.iter().filter(|process| process.uid == 1_000).count();
+        assert_eq!(found.processes.len() - of_flood, 500);
+        let share = (PROCESS_LIST_BYTES * 3 / 4 - LISTED_OWNER_BYTES) / LISTED_PROCESS_BYTES;
+        assert!((share - 3..=share).contains(&of_flood), "{of_flood} of {share}");
+        assert_eq!(found.left_out.users().collect::<Vec<_>>(), [(Some(1_000), (59_990 - of_flood) as u64)]);
+        let read = |found: &FoundProcess| Ok(process(found.owner(), found.pid));
+        let until = Instant::now() + Duration::from_secs(600);
+        let list = list_in_turns(found, &[], until, read);
+        assert_eq!(list.processes.len(), of_flood + 500);
+        assert!(list.processes.is_sorted_by_key(|process| process.pid));
+        assert!(!list.is_whole && !list.permits_pass(), "what is left out may have large tables");
+        let text = list.left_out_text().unwrap();
+        assert_eq!(text, format!("{} of user 1000", 59_990 - of_flood));
+        assert_eq!(ProcessList::default().left_out_text(), None);
+    }
+
+    #[test]
+    fn the_list_stays_within_its_bytes_whoever_has_the_processes() {
+        let bytes =
+            |owners: usize, processes: usize| owners * LISTED_OWNER_BYTES + processes * LISTED_PROCESS_BYTES;
+        // A container's root is any user; and a process has another real user than its effective one.
+        let of = |pid| FoundProcess { group: 7, pid, uid: 0, is_mapped: false };
+        let by_effective = FoundProcesses::new((1..60_000).map(of));
+        assert!(bytes(1, by_effective.processes.len()) <= PROCESS_LIST_BYTES * 3 / 4);
+        let read = |found: &FoundProcess| Ok(process(found.owner_if_started_by(Some(found.pid)), found.pid));
+        let until = Instant::now() + Duration::from_secs(600);
+        let list = list_in_turns(by_effective, &[], until, read);
+        let kept = list.processes.len();
+        assert!(bytes(kept, kept) <= PROCESS_LIST_BYTES * 7 / 8 && kept > 1_000, "{kept}");
+        let left_out: u64 = list.left_out.users().map(|(_, count)| count).sum();
+        assert_eq!(kept as u64 + left_out, 59_999);
+        let text = list.left_out_text().unwrap();
+        assert!(text.len() < 300 && text.ends_with(" of other users"), "{text}");
     }
 }
