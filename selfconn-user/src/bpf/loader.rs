@@ -395,20 +395,32 @@ impl Tracer {
         })
     }
 
-    /// All entries of the connect table: connection attempts in progress and self-connections, each with the
+    /// Calls `each` for each entry of the connect table, a connection attempt in progress or a self-connection, with the
     /// address of its socket. Walks the whole table.
     ///
     /// # Errors
     /// If the map cannot be read.
-    pub fn connect_entries(&self) -> Result<Vec<(u64, ConnectEntry)>> {
-        self.connect_table.entries()
+    pub fn for_each_connect(&self, each: impl FnMut(u64, &ConnectEntry)) -> Result<()> {
+        self.connect_table.for_each(each)
     }
 
-    /// Removes a stale entry from the connect table, because its socket is gone.
-    pub fn remove_connect(&mut self, sock: u64, at_ns: u64) {
-        if let Err(error) = self.connect_table.remove(sock, at_ns) {
-            log::debug!("cannot remove a stale entry of the connect table: {error}");
-        }
+    /// As [`Self::for_each_connect`], and removes the entries for which `keep` returns false, because their sockets are
+    /// gone.
+    ///
+    /// # Errors
+    /// If the map cannot be read.
+    pub fn retain_connects(&self, keep: impl FnMut(u64, &ConnectEntry) -> bool) -> Result<()> {
+        self.connect_table.retain(keep)
+    }
+
+    /// A copy of the connect table, for tests: see [`Self::for_each_connect`].
+    ///
+    /// # Errors
+    /// If the map cannot be read.
+    pub fn connect_entries(&self) -> Result<Vec<(u64, ConnectEntry)>> {
+        let mut entries = Vec::new();
+        self.for_each_connect(|sock, entry| entries.push((sock, *entry)))?;
+        Ok(entries)
     }
 }
 

@@ -16,6 +16,10 @@ pub const MAX_CLOSED_DURING_SNAPSHOT: usize = 14_336;
 /// Maximum number of sockets in a snapshot of the socket table.
 pub const MAX_SNAPSHOT_SOCKETS: usize = 12_288;
 
+/// Maximum number of threads that are asked for namespaces because they are openers: as many as the connect table has
+/// entries.
+pub const MAX_OPENER_THREADS: usize = 16_384;
+
 /// Maximum number of holders of a socket that are kept.
 pub const MAX_HOLDERS: usize = 8;
 
@@ -53,6 +57,9 @@ pub const QUEUE_REST_BYTES: usize = 1 << 20;
 pub const CONNECTION_BYTES: usize = 1_024;
 pub const CLOSED_DURING_SNAPSHOT_BYTES: usize = 144;
 pub const SNAPSHOT_SOCKET_BYTES: usize = 640;
+/// What a socket of a snapshot is matched by, with the connect table and with the tracked connections.
+pub const MATCHED_SOCKET_BYTES: usize = 16;
+pub const MATCHED_CONNECTION_BYTES: usize = 8;
 pub const LISTED_PROCESS_BYTES: usize = 128;
 /// Beside its processes, of each owner of processes.
 pub const LISTED_OWNER_BYTES: usize = 640;
@@ -70,13 +77,20 @@ pub struct MemoryPart {
 }
 
 /// All parts.
-pub const PARTS: [MemoryPart; 12] = [
+pub const PARTS: [MemoryPart; 13] = [
     MemoryPart { name: "connections", bytes: MAX_CONNECTIONS * CONNECTION_BYTES },
     MemoryPart {
         name: "closed in a snapshot",
         bytes: MAX_CLOSED_DURING_SNAPSHOT * CLOSED_DURING_SNAPSHOT_BYTES,
     },
     MemoryPart { name: "snapshot", bytes: MAX_SNAPSHOT_SOCKETS * SNAPSHOT_SOCKET_BYTES },
+    MemoryPart {
+        name: "snapshot index",
+        bytes: MAX_SNAPSHOT_SOCKETS * MATCHED_SOCKET_BYTES
+            + MAX_CONNECTIONS * MATCHED_CONNECTION_BYTES
+            // In the loop, and on their way with the holders of sockets to the namespaces.
+            + 3 * MAX_OPENER_THREADS * size_of::<u32>(),
+    },
     MemoryPart { name: "process list", bytes: PROCESS_LIST_BYTES + USER_NAMESPACES_BYTES },
     MemoryPart { name: "process facts", bytes: PROCESS_FACTS_BYTES },
     MemoryPart { name: "pending events", bytes: MAX_PENDING_EVENTS * PENDING_EVENT_BYTES },
@@ -85,8 +99,8 @@ pub const PARTS: [MemoryPart; 12] = [
     MemoryPart { name: "remedy", bytes: MAX_REMEDIES * REMEDY_BYTES },
     MemoryPart { name: "log queue", bytes: LOG_QUEUE_BYTES + QUEUE_REST_BYTES },
     MemoryPart { name: "stdout queue", bytes: STDOUT_QUEUE_BYTES + QUEUE_REST_BYTES },
-    // The code's own data, the stacks of the threads, shares of the log, copies of a table of the programs.
-    MemoryPart { name: "everything else", bytes: 4 << 20 },
+    // The code's own data, the stacks of the threads, shares of the log.
+    MemoryPart { name: "everything else", bytes: 7 << 19 },
 ];
 
 /// What all parts keep at most.

@@ -1,11 +1,7 @@
 //! The pipeline: turns transitions and snapshots of the socket table into events of connections, attributes them to
 //! processes, and emits them.
 
-use std::{
-    collections::{HashMap, HashSet},
-    rc::Rc,
-    time::Duration,
-};
+use std::{collections::HashMap, rc::Rc, time::Duration};
 
 use jiff::Timestamp;
 use selfconn_ebpf::{Endpoint, Owner, Task, Transition, bind_failure::BindFailure, state};
@@ -388,21 +384,20 @@ impl Pipeline {
         let holders_of =
             |connection: &Connection| snapshot.holders_of(connection.socket_ref()).map(<[Holder]>::to_vec);
         let (began_ns, time) = (snapshot.began_ns, Timestamp::now());
-        let mut events = Vec::new();
-        self.connections.set_left_out(snapshot.left_out.users());
-        let found = self.connections.reconcile(&snapshot.entries, began_ns, coverage, |event| {
+        // Each event is queued at once: all of them together would take megabytes beside the queue.
+        let mut connections = std::mem::take(&mut self.connections);
+        connections.set_left_out(snapshot.left_out.users());
+        let found = connections.reconcile(&snapshot.entries, began_ns, coverage, |event| {
             if let ConnectionEvent::Established(connection) = &event {
                 self.missed += u64::from(!may_be_older(&connection.endpoint));
             }
-            events.push(QueuedEvent::new(event, began_ns, time));
-        });
-        for event in events {
+            let event = QueuedEvent::new(event, began_ns, time);
             self.count(&event);
             let connection = &event.connection;
             let number = connection.number;
             if self.pending.contains(number) {
                 self.push_pending(event);
-                continue;
+                return;
             }
             let mut target = None;
             self.attributions.entry(number).or_insert_with(|| {
@@ -425,7 +420,8 @@ impl Pipeline {
                 }
             }
             self.push_pending(event);
-        }
+        });
+        self.connections = connections;
         for connection in self.connections.iter() {
             // What a part of the processes hold does not replace what all held.
             if let (Some(attribution), Some(holders)) =
@@ -441,11 +437,13 @@ impl Pipeline {
     /// Records the TIME_WAIT sockets of self-connections whose close this run did not observe, and removes those
     /// that the kernel does not have any more: they ended early, or with their network namespace.
     pub(super) fn record_time_waits(&mut self, snapshot: &SocketSnapshot) {
-        let listed: HashSet<u64> = snapshot.entries.iter().filter_map(|entry| entry.cookie).collect();
+        let mut listed = Vec::with_capacity(snapshot.entries.len());
+        listed.extend(snapshot.entries.iter().filter_map(|entry| entry.cookie));
+        listed.sort_unstable();
         let is_complete = snapshot.without_sock_diag.is_none() && !snapshot.left_out.has_without_user();
         self.conflicts.binds.remove_ended(|TimeWaitEntry { connection, until_ns, .. }| {
             let began_ns = until_ns.saturating_sub(TIME_WAIT_NS);
-            let is_missing = connection.cookie.is_some_and(|cookie| !listed.contains(&cookie));
+            let is_missing = connection.cookie.is_some_and(|cookie| listed.binary_search(&cookie).is_err());
             began_ns < snapshot.began_ns
                 && match snapshot.coverage(&connection.endpoint) {
                     Coverage::NetnsEnded => true,

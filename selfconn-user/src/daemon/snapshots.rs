@@ -1,10 +1,6 @@
 //! The daemon's snapshots of the socket table: when the next one is due, and what one of them changes.
 
-use std::{
-    collections::{BTreeSet, HashSet},
-    io,
-    time::Duration,
-};
+use std::{collections::BTreeSet, io, time::Duration};
 
 use selfconn_ebpf::Endpoint;
 use tokio::time::Instant;
@@ -16,7 +12,8 @@ use super::{
 };
 use crate::{
     bpf::loader::{Iterators, Tracer},
-    sockets::{SocketEntry, SocketSnapshot},
+    budget::memory::MAX_OPENER_THREADS,
+    sockets::{ConnectMatch, SocketEntry, SocketSnapshot},
     system::busy::ThreadProblem,
 };
 
@@ -75,12 +72,10 @@ impl Snapshots {
         pipeline: &mut Pipeline,
         self_test: &SelfTest,
     ) -> u64 {
-        let entries = tracer.connect_entries().unwrap_or_else(|error| {
+        let mut matching = ConnectMatch::new(snapshot, self.knows_netns);
+        if let Err(error) = tracer.retain_connects(|sock, connect| matching.add(sock, connect)) {
             log::error!("the connect table can't be read: {error:#}");
-            Vec::new()
-        });
-        snapshot.add_connect_entries(&entries, self.knows_netns);
-        let stale_connects = snapshot.stale_connects(&entries);
+        }
         // A self-test in progress is listed, too.
         let is_self_test =
             |entry: &SocketEntry| entry.cookie.is_some_and(|cookie| self_test.is_self_test_socket(cookie));
@@ -91,9 +86,6 @@ impl Snapshots {
         let found = pipeline.reconcile(snapshot, self.knows_netns, may_be_older);
         self.unread = Some(still_unread(self.unread.take(), &snapshot.unvisited));
         pipeline.record_time_waits(snapshot);
-        for (sock, at_ns) in stale_connects {
-            tracer.remove_connect(sock, at_ns);
-        }
         let binds = &mut pipeline.conflicts.binds;
         binds.remove_expired(snapshot.began_ns);
         let connections = pipeline.connections.iter().map(|connection| &connection.endpoint);
@@ -120,16 +112,56 @@ fn still_unread(unread: Option<BTreeSet<u32>>, unvisited: &BTreeSet<u32>) -> BTr
     }
 }
 
-/// Thread ids of the openers in the connect table. Such a thread may be in a namespace that no process is in.
+/// Thread ids of the openers in the connect table. Such a thread may be in a namespace that no process is in. Where the
+/// table is larger than usual, the threads of some openers are left out: their places there are random.
 fn opener_threads(tracer: &Tracer) -> Vec<u32> {
-    let entries = tracer.connect_entries().unwrap_or_default();
-    let threads: HashSet<u32> = entries.iter().map(|(_, entry)| entry.opener.task.tid).collect();
-    threads.into_iter().collect()
+    let mut threads = OpenerThreads::default();
+    if let Err(error) = tracer.for_each_connect(|_, connect| threads.add(connect.opener.task.tid)) {
+        log::error!("the connect table can't be read: {error:#}");
+    }
+    threads.finish()
+}
+
+/// Thread ids, each once.
+#[derive(Default)]
+struct OpenerThreads(Vec<u32>);
+
+impl OpenerThreads {
+    fn add(&mut self, thread: u32) {
+        if self.0.len() == MAX_OPENER_THREADS {
+            self.sort();
+        }
+        if self.0.len() < MAX_OPENER_THREADS {
+            self.0.push(thread);
+        }
+    }
+
+    fn finish(mut self) -> Vec<u32> {
+        self.sort();
+        self.0
+    }
+
+    fn sort(&mut self) {
+        self.0.sort_unstable();
+        self.0.dedup();
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_opener_is_kept_once_and_no_more_than_there_is_room_for() {
+        let mut threads = OpenerThreads::default();
+        for thread in (1..=9).cycle().take(3 * MAX_OPENER_THREADS) {
+            threads.add(thread);
+        }
+        assert_eq!(threads.finish(), (1..=9).collect::<Vec<_>>());
+        let mut threads = OpenerThreads::default();
+        (0..3 * MAX_OPENER_THREADS as u32).for_each(|thread| threads.add(thread));
+        assert_eq!(threads.finish().len(), MAX_OPENER_THREADS);
+    }
 
     #[test]
     fn only_what_the_first_snapshot_had_no_time_for_stays_unread() {

@@ -163,6 +163,8 @@ struct Tracked {
     last_seen_ns: u64,
     /// True if `established` has been emitted.
     established_emitted: bool,
+    /// True if the snapshot that is compared lists it.
+    is_listed: bool,
     /// True if the last snapshot that should have listed it did not.
     was_absent: bool,
     closed_ns: Option<u64>,
@@ -371,6 +373,7 @@ impl Tracked {
             reported_by: 0,
             last_seen_ns: t.at_ns,
             established_emitted: false,
+            is_listed: false,
             was_absent: false,
             closed_ns: None,
         }

@@ -13,6 +13,7 @@
 
 mod by_process;
 mod by_socket;
+mod connect_match;
 mod current_holders;
 mod descriptor_pass;
 mod destroy;
@@ -39,6 +40,7 @@ mod table;
 mod walk_cost;
 
 pub use by_socket::{BySocket, SocketRef};
+pub use connect_match::ConnectMatch;
 pub use current_holders::{CurrentHolders, find_current_holders};
 pub use destroy::TargetSocket;
 pub use destroy::can_destroy;

@@ -19,7 +19,7 @@ use crate::{
 const MAX_RECENT: usize = 64;
 
 // Beside it: the attribution with its holders, the decision of the log, the id in both, and half of the tables again
-// while they grow.
+// while they grow, or the keys by which a snapshot is compared (`identity.rs`).
 const _: () = assert!(size_of::<Tracked>() * 3 / 2 + 400 <= memory::CONNECTION_BYTES);
 
 #[derive(Debug)]
@@ -58,7 +58,7 @@ impl TrackedTable {
         self.by_sock.get_mut(&sock)
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &Tracked)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &Tracked)> + Clone {
         self.by_sock.iter().map(|(sock, tracked)| (*sock, tracked))
     }
 
@@ -66,8 +66,8 @@ impl TrackedTable {
         self.by_sock.iter_mut().map(|(sock, tracked)| (*sock, tracked))
     }
 
-    #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
+    /// Number of tracked sockets.
+    pub(super) fn count(&self) -> usize {
         self.by_sock.len()
     }
 

@@ -77,7 +77,7 @@ fn listed_connections_without_room_are_counted_once_in_all_snapshots() {
         connections.begin_snapshot();
         connections.reconcile(&[], round * 60_000, |_| Coverage::Read, |_| {});
     }
-    assert_eq!(connections.tracked.len(), 0);
+    assert_eq!(connections.tracked.count(), 0);
     connections.begin_snapshot();
     assert_eq!(connections.reconcile(&entries[..5_000], 300_000, |_| Coverage::Read, |_| {}), 5_000);
     assert_eq!(connections.untracked(), MAX_CONNECTIONS as u64 - share);
