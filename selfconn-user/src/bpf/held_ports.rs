@@ -1,10 +1,10 @@
 //! The ports that self-connections hold, as the programs know them: they report a failed bind only of such a port.
 
-use std::{collections::HashSet, io, sync::atomic::Ordering::Relaxed};
+use std::{io, sync::atomic::Ordering::Relaxed};
 
 use anyhow::{Result, bail};
 use aya::maps::{Map, MapData};
-use selfconn_ebpf::{ANY_HELD_PORT_SLOT, Endpoint, held_port_slot};
+use selfconn_ebpf::ANY_HELD_PORT_SLOT;
 
 use super::mapped::MappedWords;
 
@@ -19,22 +19,23 @@ impl HeldPorts {
         }
     }
 
-    /// Sets the slots of these endpoints, and clears all others that were set before `before_ns`. Sockets of the
-    /// endpoints exist, or are in TIME_WAIT. `are_all`: no other self-connection exists; else nothing is cleared.
-    pub(crate) fn update<'a>(
+    /// Sets these slots, and clears all others that were set before `before_ns`: no self-connection, and none in
+    /// TIME_WAIT, needs them. `are_all`: the slots are all that may be needed; else nothing is cleared.
+    pub(crate) fn update(
         &self,
-        held: impl Iterator<Item = &'a Endpoint>,
+        needed: impl Iterator<Item = u32>,
         before_ns: u64,
         are_all: bool,
     ) -> io::Result<()> {
-        let mut held: HashSet<u32> = held.map(held_port_slot).collect();
-        if !held.is_empty() {
-            held.insert(ANY_HELD_PORT_SLOT);
+        let mut is_needed = vec![false; ANY_HELD_PORT_SLOT as usize + 1];
+        for slot in needed {
+            is_needed[slot as usize] = true;
+            is_needed[ANY_HELD_PORT_SLOT as usize] = true;
         }
         let mapped = MappedWords::of(&self.0, 0..ANY_HELD_PORT_SLOT as usize + 1)?;
-        for (slot, word) in (0..).zip(mapped.words()) {
+        for (is_needed, word) in is_needed.into_iter().zip(mapped.words()) {
             let since_ns = word.load(Relaxed);
-            let value = match held.contains(&slot) {
+            let value = match is_needed {
                 true => before_ns.max(1),
                 false if are_all => 0,
                 false => continue,

@@ -321,14 +321,10 @@ impl Tracer {
         records
     }
 
-    /// Updates the programs' table of held ports. Slots that a program has set since `before_ns` are kept.
-    pub fn update_held_ports<'a>(
-        &self,
-        held: impl Iterator<Item = &'a Endpoint>,
-        before_ns: u64,
-        are_all: bool,
-    ) {
-        if let Err(error) = self.held_ports.update(held, before_ns, are_all) {
+    /// Updates the programs' table of held ports: sets the `needed` slots and, if these are all, clears the others. Slots
+    /// that a program has set since `before_ns` are kept.
+    pub fn update_held_ports(&self, needed: impl Iterator<Item = u32>, before_ns: u64, are_all: bool) {
+        if let Err(error) = self.held_ports.update(needed, before_ns, are_all) {
             log::error!("the table of held ports can't be mapped: {error}");
         }
     }

@@ -20,6 +20,10 @@ pub const MAX_SNAPSHOT_SOCKETS: usize = 12_288;
 /// entries.
 pub const MAX_OPENER_THREADS: usize = 16_384;
 
+/// Number of sets of ports: of untracked connections, of those since the snapshot, of what the snapshot left out with
+/// its marks, of TIME_WAITs without room, and of what the last snapshot did not list.
+pub const PORT_SETS: usize = 9;
+
 /// Maximum number of holders of a socket that are kept.
 pub const MAX_HOLDERS: usize = 8;
 
@@ -57,6 +61,7 @@ pub const QUEUE_REST_BYTES: usize = 1 << 20;
 pub const CONNECTION_BYTES: usize = 1_024;
 pub const CLOSED_DURING_SNAPSHOT_BYTES: usize = 144;
 pub const SNAPSHOT_SOCKET_BYTES: usize = 640;
+pub const PORT_SET_BYTES: usize = 12 << 10;
 /// What a socket of a snapshot is matched by, with the connect table and with the tracked connections.
 pub const MATCHED_SOCKET_BYTES: usize = 16;
 pub const MATCHED_CONNECTION_BYTES: usize = 8;
@@ -88,6 +93,7 @@ pub const PARTS: [MemoryPart; 13] = [
         name: "snapshot index",
         bytes: MAX_SNAPSHOT_SOCKETS * MATCHED_SOCKET_BYTES
             + MAX_CONNECTIONS * MATCHED_CONNECTION_BYTES
+            + PORT_SETS * PORT_SET_BYTES
             // In the loop, and on their way with the holders of sockets to the namespaces.
             + 3 * MAX_OPENER_THREADS * size_of::<u32>(),
     },

@@ -386,7 +386,7 @@ impl Pipeline {
         let (began_ns, time) = (snapshot.began_ns, Timestamp::now());
         // Each event is queued at once: all of them together would take megabytes beside the queue.
         let mut connections = std::mem::take(&mut self.connections);
-        connections.set_left_out(snapshot.left_out.users());
+        connections.set_left_out(&snapshot.left_out);
         let found = connections.reconcile(&snapshot.entries, began_ns, coverage, |event| {
             if let ConnectionEvent::Established(connection) = &event {
                 self.missed += u64::from(!may_be_older(&connection.endpoint));

@@ -54,7 +54,8 @@ impl PortConflicts {
         reporting: &mut Reporting,
     ) {
         let Some(holder) = self.binds.find_holder(failure, known.connections.iter()) else {
-            return self.binds.record_unexplained(failure, known.connections.may_lack_open_ones());
+            let lacks_open_one = known.connections.may_lack_open_at(&failure.endpoint);
+            return self.binds.record_unexplained(failure, lacks_open_one);
         };
         let number = holder.connection().number;
         let attribution = known.attributions.get(&number).cloned().unwrap_or_default();

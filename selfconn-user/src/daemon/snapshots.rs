@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, io, time::Duration};
 
-use selfconn_ebpf::Endpoint;
+use selfconn_ebpf::{Endpoint, held_port_slot};
 use tokio::time::Instant;
 
 use super::{
@@ -13,6 +13,7 @@ use super::{
 use crate::{
     bpf::loader::{Iterators, Tracer},
     budget::memory::MAX_OPENER_THREADS,
+    detect::port_set::PortSet,
     sockets::{ConnectMatch, SocketEntry, SocketSnapshot},
     system::busy::ThreadProblem,
 };
@@ -27,14 +28,24 @@ pub(super) struct Snapshots {
     unread: Option<BTreeSet<u32>>,
     /// When the next one is due. `None`: one is in progress.
     next_at: Option<Instant>,
-    /// True if the last one had, or the daemon tracked, every self-connection.
+    /// True if the last one visited every namespace.
     had_all: bool,
+    /// The ports of self-connections that the last one did not list and the daemon did not track.
+    other_ports: PortSet,
 }
 
 impl Snapshots {
     pub(super) fn start(iterators: Iterators, interval: Duration, knows_netns: bool) -> io::Result<Self> {
         let worker = snapshot_worker::start(iterators)?;
-        Ok(Self { worker, interval, knows_netns, unread: None, next_at: None, had_all: true })
+        Ok(Self {
+            worker,
+            interval,
+            knows_netns,
+            unread: None,
+            next_at: None,
+            had_all: true,
+            other_ports: PortSet::default(),
+        })
     }
 
     /// Waits until one is taken. Cancel safe.
@@ -83,6 +94,7 @@ impl Snapshots {
         // What is listed for the first time may be from before the run. Then it does not count as missed.
         let may_be_older =
             |endpoint: &Endpoint| self.unread.as_ref().is_none_or(|unread| unread.contains(&endpoint.netns));
+        let untracked_before = pipeline.connections.untracked_ports();
         let found = pipeline.reconcile(snapshot, self.knows_netns, may_be_older);
         self.unread = Some(still_unread(self.unread.take(), &snapshot.unvisited));
         pipeline.record_time_waits(snapshot);
@@ -90,15 +102,20 @@ impl Snapshots {
         binds.remove_expired(snapshot.began_ns);
         let connections = pipeline.connections.iter().map(|connection| &connection.endpoint);
         let listed = snapshot.entries.iter().map(|entry| &entry.endpoint);
-        let held = connections.chain(listed).chain(binds.time_wait_endpoints());
-        // One that is neither tracked nor listed, or its TIME_WAIT, may hold any other port. It is known again after
-        // the second snapshot that has all, because a TIME_WAIT is listed, too.
-        let has_all = snapshot.left_out.is_empty()
-            && snapshot.unvisited.is_empty()
-            && !pipeline.connections.may_lack_open_ones()
-            && !binds.may_lack_time_waits(snapshot.began_ns);
+        let held = connections.chain(listed).chain(binds.time_wait_endpoints()).map(held_port_slot);
+        // The ports of the others: of what is not tracked, of what the snapshot left out, TIME_WAIT included, and of
+        // TIME_WAITs for which there was no room.
+        let mut others = pipeline.connections.untracked_ports();
+        others.extend(snapshot.left_out.ports());
+        others.extend(&binds.unkept_ports(snapshot.began_ns));
+        // A dump can skip a socket, so a slot of one that is not tracked is needed until two snapshots do not list it.
+        let earlier = untracked_before.slots().chain(self.other_ports.slots());
+        let needed = held.chain(others.slots()).chain(earlier);
+        // What is in a namespace that was not visited may hold any other port.
+        let has_all = snapshot.unvisited.is_empty();
         let had_all = std::mem::replace(&mut self.had_all, has_all);
-        tracer.update_held_ports(held, snapshot.began_ns, has_all && had_all);
+        tracer.update_held_ports(needed, snapshot.began_ns, has_all && had_all);
+        self.other_ports = others;
         self.next_at = Some(Instant::now() + self.interval);
         found
     }

@@ -152,7 +152,7 @@ mod tests {
         assert_eq!(snapshot.entries[0].connect_entry.as_ref().map(|entry| entry.0), Some(7));
         for (uid, stale) in [(Opener::UNKNOWN.uid, vec![]), (1_000, vec![8])] {
             let mut limit = SnapshotLimit::new(Some(0));
-            assert!(!limit.take(Some(uid), true));
+            assert!(!limit.take(Some(uid), true, &other));
             snapshot.left_out = limit.left_out;
             assert_eq!(add(&mut snapshot, &connects, true), stale, "an attempt of {uid} was left out");
         }

@@ -103,7 +103,7 @@ impl<'a> Collector<'a> {
             hash_map::Entry::Vacant(new) => {
                 // An attempt becomes an entry, too, if its ports are equal.
                 let is_attempt = record.endpoint.port != record.destination_port;
-                if !self.limit.take(Some(record.uid), is_attempt) {
+                if !self.limit.take(Some(record.uid), is_attempt, &record.endpoint) {
                     return;
                 }
                 new.insert(HeldSocket { record: *record, holders: Vec::with_capacity(1) })

@@ -265,6 +265,7 @@ fn snapshot_all(
             let held = held.borrow();
             socket.zip(held.as_ref()).is_some_and(|(socket, held)| held.holders.by_socket.may_have(&socket))
         };
+        limit.begin_netns(id.inode);
         tables.read(options.attempts, limit, &is_held)?;
         let mut cookies = HashSet::new();
         let listed_before = snapshot.entries.len();

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     budget::{memory, owner_of_user},
-    sockets::{Coverage, SocketEntry},
+    sockets::{Coverage, LeftOut, SocketEntry},
 };
 
 // Of a snapshot the owners of untracked sockets, and of the tracked connections the keys of vanished ones.
@@ -44,10 +44,11 @@ impl Connections {
         self.tracked.begin_snapshot();
     }
 
-    /// The numbers of self-connections that the snapshot has left out, by user (`None`: all others). Must be called
-    /// before [`Self::reconcile`], for which `is_covered` must be false where one may have been left out.
-    pub fn set_left_out(&mut self, left_out: impl Iterator<Item = (Option<u32>, u64)>) {
-        self.left_out = left_out.collect();
+    /// The self-connections that the snapshot has left out. Must be called before [`Self::reconcile`], for which
+    /// `coverage` must be `Unknown` where one may have been left out.
+    pub fn set_left_out(&mut self, left_out: &LeftOut) {
+        self.left_out = left_out.users().collect();
+        self.left_out_ports = left_out.ports().clone();
     }
 
     /// Compares the tracked connections with a snapshot of the socket table. Every transition until the
@@ -64,6 +65,8 @@ impl Connections {
     ) -> u64 {
         let closed_during_snapshot = self.closed_during_snapshot.take().unwrap_or_default();
         let left_out = std::mem::take(&mut self.left_out);
+        // Some of them may be tracked. Then it is known all the same who holds the port.
+        let mut untracked_ports = std::mem::take(&mut self.left_out_ports);
         self.tracked.iter_mut().for_each(|(_, tracked)| tracked.is_listed = false);
         let open = self.tracked.iter().filter(|(_, tracked)| tracked.closed_ns.is_none());
         let known = TrackedKeys::of(open.map(|(key, tracked)| (key, &tracked.connection)));
@@ -107,6 +110,7 @@ impl Connections {
                         untracked.reserve_exact(entries.len());
                     }
                     untracked.push(payer);
+                    untracked_ports.insert(&entry.endpoint);
                     continue;
                 }
                 missed += 1;
@@ -157,7 +161,7 @@ impl Connections {
             (uid.map_or(Owner::UNKNOWN, |uid| owner_of_user(Some(uid))), count.saturating_sub(tracked))
         });
         let found = untracked.into_iter().map(|owner| (owner, 1)).chain(left_out);
-        self.tracked.on_listed_untracked(found);
+        self.tracked.on_listed_untracked(found, untracked_ports);
         for tracked in vanished.into_iter().filter_map(|key| self.tracked.remove(key)) {
             let connection = &tracked.connection;
             for id in SocketId::all_of(connection.cookie, &connection.endpoint) {
