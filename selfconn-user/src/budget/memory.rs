@@ -27,6 +27,9 @@ pub const PORT_SETS: usize = 9;
 /// Maximum number of holders of a socket that are kept.
 pub const MAX_HOLDERS: usize = 8;
 
+/// Maximum number of holders in a snapshot beside one of each socket, which the users of the sockets share.
+pub const MAX_MORE_HOLDERS: usize = 2_560;
+
 /// Maximum number of connections in TIME_WAIT that are kept to explain failed binds.
 pub const MAX_TIME_WAITS: usize = 7_168;
 
@@ -60,7 +63,8 @@ pub const QUEUE_REST_BYTES: usize = 1 << 20;
 /// Bytes of an entry, with its share of the tables that lead to it.
 pub const CONNECTION_BYTES: usize = 1_024;
 pub const CLOSED_DURING_SNAPSHOT_BYTES: usize = 144;
-pub const SNAPSHOT_SOCKET_BYTES: usize = 640;
+pub const SNAPSHOT_SOCKET_BYTES: usize = 616;
+pub const MORE_HOLDER_BYTES: usize = 112;
 pub const PORT_SET_BYTES: usize = 12 << 10;
 /// What a socket of a snapshot is matched by, with the connect table and with the tracked connections.
 pub const MATCHED_SOCKET_BYTES: usize = 16;
@@ -88,7 +92,10 @@ pub const PARTS: [MemoryPart; 13] = [
         name: "closed in a snapshot",
         bytes: MAX_CLOSED_DURING_SNAPSHOT * CLOSED_DURING_SNAPSHOT_BYTES,
     },
-    MemoryPart { name: "snapshot", bytes: MAX_SNAPSHOT_SOCKETS * SNAPSHOT_SOCKET_BYTES },
+    MemoryPart {
+        name: "snapshot",
+        bytes: MAX_SNAPSHOT_SOCKETS * SNAPSHOT_SOCKET_BYTES + MAX_MORE_HOLDERS * MORE_HOLDER_BYTES,
+    },
     MemoryPart {
         name: "snapshot index",
         bytes: MAX_SNAPSHOT_SOCKETS * MATCHED_SOCKET_BYTES

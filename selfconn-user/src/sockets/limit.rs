@@ -7,7 +7,7 @@ use selfconn_ebpf::Endpoint;
 
 use super::entry::{DumpedSocket, SocketEntry};
 use crate::{
-    budget::{SharedLimit, owner_of_user},
+    budget::{SharedLimit, memory::MAX_MORE_HOLDERS, owner_of_user},
     detect::port_set::PortSet,
 };
 
@@ -91,6 +91,8 @@ impl LeftOut {
 #[derive(Debug)]
 pub(super) struct SnapshotLimit {
     shares: SharedLimit,
+    /// For the holders of each socket beside the first one. A user can have each socket in any number of processes.
+    more_holders: SharedLimit,
     pub(super) left_out: LeftOut,
     /// What an earlier pass left out, which the next one finds again.
     counted: LeftOut,
@@ -102,9 +104,10 @@ impl SnapshotLimit {
     /// `None`: no limit.
     pub(super) fn new(max_sockets: Option<usize>) -> Self {
         // A share is a multiple of what is free.
-        let max_sockets = max_sockets.unwrap_or(usize::MAX >> 4);
+        const UNLIMITED: usize = usize::MAX >> 4;
         Self {
-            shares: SharedLimit::new(max_sockets),
+            shares: SharedLimit::new(max_sockets.unwrap_or(UNLIMITED)),
+            more_holders: SharedLimit::new(max_sockets.map_or(UNLIMITED, |_| MAX_MORE_HOLDERS)),
             left_out: LeftOut::default(),
             counted: LeftOut::default(),
             netns: 0,
@@ -128,6 +131,11 @@ impl SnapshotLimit {
             self.left_out.ports.insert(endpoint);
         }
         has_room
+    }
+
+    /// True if there is room for one more holder of a socket of this user, beside its first one.
+    pub(super) fn take_holder(&mut self, uid: u32) -> bool {
+        self.more_holders.try_take(owner_of_user(Some(uid)), 1)
     }
 
     /// The next pass finds the sockets of this one again.
