@@ -474,7 +474,7 @@ fn record_time_wait(
     if let ConnectionEvent::Closed(connection, end) = event.event()
         && let Some(until_ns) = end.port_blocked_until_ns
     {
-        let attribution = attribution.cloned().unwrap_or_default();
+        let attribution = attribution.map(Attribution::of_closed).unwrap_or_default();
         let entry = TimeWaitEntry { connection: connection.clone(), attribution, until_ns };
         bind_conflicts.insert_time_wait(entry, event.at_ns);
     }

@@ -29,8 +29,15 @@ const FIRST_REPORT_INTERVAL_NS: u64 = 10 * SECOND_NS;
 /// Maximum time between two reports of a server that keeps retrying.
 const MAX_REPORT_INTERVAL_NS: u64 = 3_600 * SECOND_NS;
 
-// Beside an entry: the table that leads to it, with its key.
-const _: () = assert!(size_of::<TimeWaitEntry>() + 128 <= memory::TIME_WAIT_BYTES);
+// Beside an entry: the table that leads to it, with its key, up to 16 bytes of the allocation, and the share of an owner.
+// It has no holders, which could be more than the entry.
+const _: () = assert!(
+    size_of::<TimeWaitEntry>()
+        + 16
+        + (size_of::<(SocketId, Box<TimeWaitEntry>)>() + 1) * 8 / 7
+        + SharedLimit::OWNER_BYTES
+        <= memory::TIME_WAIT_BYTES
+);
 const _: () =
     assert!(2 * (size_of::<BindFailureKey>() + size_of::<BindFailureState>()) <= memory::BIND_FAILURE_BYTES);
 
@@ -195,7 +202,7 @@ impl BindConflicts {
     pub fn attribute_time_wait(&mut self, connection: &Connection, attribution: &Attribution) {
         let entry = self.time_waits.get_mut(&SocketId::new(connection.cookie, &connection.endpoint));
         if let Some(entry) = entry.filter(|entry| entry.connection.number == connection.number) {
-            entry.attribution = attribution.clone();
+            entry.attribution = attribution.of_closed();
         }
     }
 
@@ -343,7 +350,7 @@ mod tests {
     use selfconn_ebpf::{BindOptions, held_port_slot};
 
     use super::*;
-    use crate::detect::samples;
+    use crate::{detect::samples, system::process::Holder};
 
     fn connection(number: u64, addr: &str, port: u16) -> Connection {
         samples::connection(number, samples::endpoint(addr, port))
@@ -441,6 +448,17 @@ mod tests {
             let got = number(conflicts.find_holder(&failure("127.0.0.1", port, at_s), std::iter::empty()));
             assert_eq!(got, holder, "{port} at {at_s}");
         }
+    }
+
+    #[test]
+    fn a_time_wait_keeps_no_holders() {
+        let mut conflicts = BindConflicts::default();
+        conflicts.insert_time_wait(entry(1, "127.0.0.1", 80, 60), 0);
+        let holders = Some(vec![Holder { pid: 7, comm: None, start_ticks: None }]);
+        let attribution = Attribution { holders, refused_before: Some(3), ..Attribution::default() };
+        conflicts.attribute_time_wait(&connection(1, "127.0.0.1", 80), &attribution);
+        let kept = &conflicts.time_waits.values().next().unwrap().attribution;
+        assert_eq!((kept.refused_before, &kept.holders), (Some(3), &None));
     }
 
     #[test]

@@ -103,6 +103,20 @@ pub struct Attribution {
     pub refused_before: Option<u64>,
 }
 
+impl Attribution {
+    /// What still holds of a socket that is closed: no process has it open.
+    #[must_use]
+    pub fn of_closed(&self) -> Self {
+        let Self { process, holders: _, device, refused_before } = self;
+        Self {
+            process: process.clone(),
+            holders: None,
+            device: device.clone(),
+            refused_before: *refused_before,
+        }
+    }
+}
+
 /// A process that has a socket open, or that closed it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Holder {
