@@ -20,6 +20,7 @@ mod destroy;
 mod devices;
 mod entry;
 mod existing;
+mod found_process;
 mod held;
 mod holders;
 mod limit;
