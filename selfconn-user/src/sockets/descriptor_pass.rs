@@ -17,7 +17,7 @@ use super::{
     limit::SnapshotLimit,
     process_list::{self, ProcessList},
 };
-use crate::{bpf::descriptors::DescriptorIter, system::process};
+use crate::{bpf::descriptors::DescriptorIter, budget::memory::PROCESS_LIST_BYTES, system::process};
 
 /// How long a pass may take: 100,000 descriptors take 32 ms on 6.18. A user can have more than he could open: of
 /// processes that share one table of descriptors the kernel visits each (`task_seq_get_next`, kernel/bpf/task_iter.c
@@ -41,10 +41,11 @@ const MAX_WAIT_FOR_LIST: Duration = Duration::from_millis(500);
 /// Makes a pass. If it takes too long, what it had found by then is kept, and the processes are visited one by one,
 /// also while passes are paused, and whenever the kernel might not come back from a pass for long.
 pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Result<HeldSockets> {
+    let max_list_bytes = if limit.is_of_command() { process_list::UNLIMITED } else { PROCESS_LIST_BYTES };
     let collector = RefCell::new(Collector::new(limit));
     let mut each = |record: &SocketDescriptor| collector.borrow_mut().add_any(record, |_| true);
     // An error: the processes can't be visited one by one.
-    let list = process_list::list(iter);
+    let list = process_list::list(iter, max_list_bytes);
     let permits_pass =
         list.as_ref().map_or_else(|_| process_list::last_list_permits_pass(), ProcessList::permits_pass);
     if !permits_pass {

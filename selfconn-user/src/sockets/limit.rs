@@ -98,6 +98,7 @@ pub(super) struct SnapshotLimit {
     counted: LeftOut,
     /// The inode of the network namespace whose table is being read.
     netns: u32,
+    is_of_command: bool,
 }
 
 impl SnapshotLimit {
@@ -111,7 +112,13 @@ impl SnapshotLimit {
             left_out: LeftOut::default(),
             counted: LeftOut::default(),
             netns: 0,
+            is_of_command: max_sockets.is_none(),
         }
+    }
+
+    /// True if this is a command, which has no limit.
+    pub(super) fn is_of_command(&self) -> bool {
+        self.is_of_command
     }
 
     /// The table of the network namespace with this inode is read next.

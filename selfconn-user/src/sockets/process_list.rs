@@ -82,8 +82,8 @@ impl ListedAt {
 struct ListShares(SharedLimit);
 
 impl ListShares {
-    fn new() -> Self {
-        Self(SharedLimit::new(PROCESS_LIST_BYTES))
+    fn new(max_bytes: usize) -> Self {
+        Self(SharedLimit::new(max_bytes))
     }
 
     /// True if there is room for one more process of this owner.
@@ -157,19 +157,22 @@ fn known() -> MutexGuard<'static, Known> {
     KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Lists the processes.
+/// The memory of a list that a command makes: a share is a multiple of what is free.
+pub(super) const UNLIMITED: usize = usize::MAX >> 4;
+
+/// Lists the processes. All of them together take at most `max_bytes`.
 ///
 /// # Errors
 /// If the kernel can't make a pass over one process, as before Linux 6.1, or if `/proc` is of another pid namespace
 /// than this process.
-pub(super) fn list(iter: &DescriptorIter) -> io::Result<ProcessList> {
-    let list = try_list(iter);
+pub(super) fn list(iter: &DescriptorIter, max_bytes: usize) -> io::Result<ProcessList> {
+    let list = try_list(iter, max_bytes);
     known().was_tried = true;
     FIRST_TRY.notify_all();
     list
 }
 
-fn try_list(iter: &DescriptorIter) -> io::Result<ProcessList> {
+fn try_list(iter: &DescriptorIter, max_bytes: usize) -> io::Result<ProcessList> {
     let own = std::process::id();
     if fs::read_link("/proc/self")? != Path::new(&own.to_string()) {
         known().has_none = true;
@@ -180,7 +183,7 @@ fn try_list(iter: &DescriptorIter) -> io::Result<ProcessList> {
     if probe.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::E2BIG)) {
         known().has_none = true;
     }
-    probe.map(|()| read_list())
+    probe.map(|()| read_list(max_bytes))
 }
 
 /// Waits until another thread has made the first list, or has failed to, but not longer than `limit`. Without a list
@@ -209,7 +212,7 @@ pub(super) fn nanoseconds(time: Duration) -> u64 {
 }
 
 /// The processes that `/proc` shows.
-fn read_list() -> ProcessList {
+fn read_list(max_bytes: usize) -> ProcessList {
     let begin = Instant::now();
     let earlier = known().last.clone().filter(|(at, _)| at.elapsed() < EARLIER_LIST_AGE);
     let earlier = earlier.map(|(_, list)| list.processes).unwrap_or_default();
@@ -223,7 +226,7 @@ fn read_list() -> ProcessList {
         (false, Some(process)) => FoundProcess::charged_to(pid, process.owner),
         (false, None) => FoundProcess::of(pid, None, None, None),
     });
-    let found = FoundProcesses::new(found);
+    let found = FoundProcesses::new(found, max_bytes);
     drop(user_namespaces);
     let mut list = list_in_turns(found, &earlier, Instant::now() + MAX_LIST, read_process);
     // With `hidepid` only those are shown that this process may trace. The first process is always there.
@@ -240,10 +243,11 @@ struct FoundProcesses {
 }
 
 impl FoundProcesses {
-    fn new(all: impl Iterator<Item = FoundProcess>) -> Self {
-        // It does not grow: then it would be twice in memory for a moment. What is not used of it takes no memory.
-        let mut processes = Vec::with_capacity(PROCESS_LIST_BYTES / LISTED_PROCESS_BYTES);
-        let (mut left_out, mut shares) = (LeftOut::default(), ListShares::new());
+    fn new(all: impl Iterator<Item = FoundProcess>, max_bytes: usize) -> Self {
+        // In the daemon it does not grow: then it would be twice in memory for a moment. What is not used of it takes no
+        // memory.
+        let mut processes = Vec::with_capacity(max_bytes.min(PROCESS_LIST_BYTES) / LISTED_PROCESS_BYTES);
+        let (mut left_out, mut shares) = (LeftOut::default(), ListShares::new(max_bytes));
         for process in all {
             let owner = process.owner();
             match shares.try_take(owner) {
@@ -376,7 +380,7 @@ mod tests {
     fn this_process_is_listed_with_its_user_and_its_table_and_then_in_the_last_list() {
         let uid = rustix::process::getuid().as_raw();
         let is_own = |process: &&Process| process.pid == std::process::id();
-        let now = read_list();
+        let now = read_list(PROCESS_LIST_BYTES);
         assert!(now.is_whole && !now.is_cut, "{now:?}");
         let own = now.processes.iter().find(is_own).unwrap();
         assert_eq!((own.owner.uid, own.cost.visit()), (uid, walk_cost::Visit::AllThreads));
@@ -419,7 +423,7 @@ mod tests {
             std::thread::sleep(takes(found.pid));
             Ok(process(found.owner(), found.pid))
         };
-        let found = FoundProcesses::new(pids.map(found));
+        let found = FoundProcesses::new(pids.map(found), PROCESS_LIST_BYTES);
         let list = list_in_turns(found, earlier, Instant::now() + limit, read);
         (order.into_inner(), list)
     }
@@ -461,7 +465,9 @@ mod tests {
         let of = |owner, pid| FoundProcess::charged_to(pid, owner);
         let flood = (10..60_000).map(|pid| of(Owner::new(1_000, 7), pid));
         let others = (0..500).map(|number| of(Owner::new(0, 100 + number), 70_000 + number as u32));
-        let found = FoundProcesses::new(flood.chain(others));
+        let of_command = FoundProcesses::new(flood.clone().chain(others.clone()), UNLIMITED);
+        assert_eq!((of_command.processes.len(), of_command.left_out.is_empty()), (59_990 + 500, true));
+        let found = FoundProcesses::new(flood.chain(others), PROCESS_LIST_BYTES);
         let of_flood = found.processes.iter().filter(|process| process.owner().uid == 1_000).count();
         assert_eq!(found.processes.len() - of_flood, 500);
         let share = (PROCESS_LIST_BYTES * 3 / 4 - LISTED_OWNER_BYTES) / LISTED_PROCESS_BYTES;
@@ -484,7 +490,7 @@ mod tests {
             |owners: usize, processes: usize| owners * LISTED_OWNER_BYTES + processes * LISTED_PROCESS_BYTES;
         // A container's root is any user; and a process has another real user than its effective one.
         let of = |pid| FoundProcess::of(pid, Some(0), Some(7), None);
-        let by_effective = FoundProcesses::new((1..60_000).map(of));
+        let by_effective = FoundProcesses::new((1..60_000).map(of), PROCESS_LIST_BYTES);
         assert!(bytes(1, by_effective.processes.len()) <= PROCESS_LIST_BYTES * 3 / 4);
         let read = |found: &FoundProcess| Ok(process(found.owner_if_started_by(Some(found.pid)), found.pid));
         let until = Instant::now() + Duration::from_secs(600);
