@@ -31,8 +31,8 @@ impl ConnectTable {
         Ok(Self { map, sets })
     }
 
-    /// Calls `each` for each valid entry, with the address of its socket. Walks the whole table, and copies one set at a
-    /// time, because the table has megabytes.
+    /// Calls `each` for each valid entry, with the address of its socket. Walks the whole table, and copies one set at
+    /// a time, because the table has megabytes.
     pub(crate) fn for_each(&self, mut each: impl FnMut(u64, &ConnectEntry)) -> Result<()> {
         self.retain(|sock, entry| {
             each(sock, entry);

@@ -321,8 +321,8 @@ impl Tracer {
         records
     }
 
-    /// Updates the programs' table of held ports: sets the `needed` slots and, if these are all, clears the others. Slots
-    /// that a program has set since `before_ns` are kept.
+    /// Updates the programs' table of held ports: sets the `needed` slots and, if these are all, clears the others.
+    /// Slots that a program has set since `before_ns` are kept.
     pub fn update_held_ports(&self, needed: impl Iterator<Item = u32>, before_ns: u64, are_all: bool) {
         if let Err(error) = self.held_ports.update(needed, before_ns, are_all) {
             log::error!("the table of held ports can't be mapped: {error}");
@@ -391,8 +391,8 @@ impl Tracer {
         })
     }
 
-    /// Calls `each` for each entry of the connect table, a connection attempt in progress or a self-connection, with the
-    /// address of its socket. Walks the whole table.
+    /// Calls `each` for each entry of the connect table, a connection attempt in progress or a self-connection, with
+    /// the address of its socket. Walks the whole table.
     ///
     /// # Errors
     /// If the map cannot be read.

@@ -29,8 +29,8 @@ const FIRST_REPORT_INTERVAL_NS: u64 = 10 * SECOND_NS;
 /// Maximum time between two reports of a server that keeps retrying.
 const MAX_REPORT_INTERVAL_NS: u64 = 3_600 * SECOND_NS;
 
-// Beside an entry: the table that leads to it, with its key, up to 16 bytes of the allocation, and the share of an owner.
-// It has no holders, which could be more than the entry.
+// Beside an entry: the table that leads to it, with its key, up to 16 bytes of the allocation, and the share of an
+// owner. It has no holders, which could be more than the entry.
 const _: () = assert!(
     size_of::<TimeWaitEntry>()
         + 16

@@ -47,8 +47,8 @@ fn places(count: usize) -> impl Iterator<Item = u32> {
 }
 
 impl<'a> ConnectMatch<'a> {
-    /// If the probes do not know the network namespace of a socket, it becomes unknown in the snapshot, too: transitions
-    /// of these sockets have none.
+    /// If the probes do not know the network namespace of a socket, it becomes unknown in the snapshot, too:
+    /// transitions of these sockets have none.
     pub fn new(snapshot: &'a mut SocketSnapshot, knows_netns: bool) -> Self {
         for entry in &mut snapshot.entries {
             entry.connect_entry = None;
@@ -81,8 +81,9 @@ impl<'a> ConnectMatch<'a> {
     }
 
     /// Adds an entry of the connect table, with the kernel address of its socket, to the socket of the snapshot. False:
-    /// that socket no longer exists. Then the entry is older than the snapshot, its namespace was read, and the snapshot
-    /// lists neither a self-connection nor a connection attempt for it, and left out nothing of the user.
+    /// that socket no longer exists. Then the entry is older than the snapshot, its namespace was read, and the
+    /// snapshot lists neither a self-connection nor a connection attempt for it, and left out nothing of the user. Or
+    /// its namespace has ended.
     ///
     /// Anybody can connect to the address and port of a self-connection at any time. An entry is that of a listed
     /// socket only if it is from before the snapshot and has the socket's kernel address; where that is unknown, only

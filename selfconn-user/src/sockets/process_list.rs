@@ -53,8 +53,8 @@ pub(super) struct Process {
     listed_at: ListedAt,
 }
 
-// While a list is made, there are the list before it and, in a thread that looks for the holders of a port, the one before
-// that, with a queue for each owner.
+// While a list is made, there are the list before it and, in a thread that looks for the holders of a port, the one
+// before that. Both threads have a queue.
 const _: () = {
     let of_other_thread = size_of::<Process>() + QUEUED_ITEM_BYTES;
     let making = size_of::<FoundProcess>() + QUEUED_ITEM_BYTES + size_of::<Process>();
@@ -244,8 +244,8 @@ struct FoundProcesses {
 
 impl FoundProcesses {
     fn new(all: impl Iterator<Item = FoundProcess>, max_bytes: usize) -> Self {
-        // In the daemon it does not grow: then it would be twice in memory for a moment. What is not used of it takes no
-        // memory.
+        // In the daemon it does not grow: then it would be twice in memory for a moment. What is not used of it takes
+        // no memory.
         let mut processes = Vec::with_capacity(max_bytes.min(PROCESS_LIST_BYTES) / LISTED_PROCESS_BYTES);
         let (mut left_out, mut shares) = (LeftOut::default(), ListShares::new(max_bytes));
         for process in all {

@@ -25,8 +25,8 @@ const _: () = assert!(
         <= memory::CLOSED_DURING_SNAPSHOT_BYTES
 );
 
-// The keys of tracked connections are there only while a snapshot is compared. In the worst case no cookie is known. They
-// have the room that the table of connections takes beside itself while it grows: a table that is full does not grow.
+// The keys of tracked connections are there only while a snapshot is compared. In the worst case no cookie is known.
+// They have the room that the table of connections takes beside itself while it grows: a full table does not grow.
 const _: () = assert!(2 * (size_of::<(Endpoint, u64)>() + 1) * 8 / 7 <= size_of::<Tracked>() / 2);
 
 /// What a socket is found by.
