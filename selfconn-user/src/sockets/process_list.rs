@@ -127,7 +127,11 @@ impl ProcessList {
         let of_others = users.iter().skip(MAX_USERS_IN_TEXT).map(|(_, count)| count).sum::<u64>();
         let mut text = String::new();
         for (uid, count) in users.iter().take(MAX_USERS_IN_TEXT) {
-            let user = uid.map_or_else(|| "other users".to_owned(), |uid| format!("user {uid}"));
+            let user = match uid {
+                None => "other users".to_owned(),
+                Some(u32::MAX) => "unknown users".to_owned(),
+                Some(uid) => format!("user {uid}"),
+            };
             let separator = if text.is_empty() { "" } else { ", " };
             let _ = write!(text, "{separator}{count} of {user}");
         }
@@ -482,6 +486,10 @@ mod tests {
         let text = list.left_out_text().unwrap();
         assert_eq!(text, format!("{} of user 1000", 59_990 - of_flood));
         assert_eq!(ProcessList::default().left_out_text(), None);
+        let unknown = (1..60_000).map(|pid| FoundProcess::of(pid, None, None, None));
+        let left_out = FoundProcesses::new(unknown, PROCESS_LIST_BYTES).left_out;
+        let list = ProcessList { left_out: Arc::new(left_out), ..ProcessList::default() };
+        assert!(list.left_out_text().unwrap().ends_with(" of unknown users"), "{list:?}");
     }
 
     #[test]
