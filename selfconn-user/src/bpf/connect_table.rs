@@ -7,11 +7,14 @@
 //! CPU until the caller runs again. A walk over the table needs thousands of such operations, so this would
 //! happen often.
 
-use std::{ops::Range, sync::atomic::Ordering::Relaxed};
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
 
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{Map, MapData};
-use selfconn_ebpf::{ConnectEntry, ConnectSet, WAYS, set_index};
+use selfconn_ebpf::{ConnectEntry, ConnectSet, WAYS};
 
 use super::mapped::MappedWords;
 
@@ -28,35 +31,27 @@ impl ConnectTable {
         Ok(Self { map, sets })
     }
 
-    /// All valid entries, each with the address of its socket. Walks the whole table.
-    pub(crate) fn entries(&self) -> Result<Vec<(u64, ConnectEntry)>> {
-        let view = self.map_sets(0..self.sets)?;
-        let mut valid = Vec::new();
-        for set in view.words().as_chunks::<{ ConnectSet::WORDS }>().0 {
-            let (socks, _) = set.split_at(WAYS);
-            if socks.iter().all(|sock| sock.load(Relaxed) == 0) {
-                continue;
-            }
-            let ConnectSet { socks, entries } =
-                ConnectSet::from_words(set.each_ref().map(|word| word.load(Relaxed)));
-            let slots = socks.into_iter().zip(entries);
-            valid.extend(slots.filter(|(sock, entry)| *sock != 0 && entry.is_valid_for(*sock as u32)));
-        }
-        Ok(valid)
+    /// Calls `each` for each valid entry, with the address of its socket. Walks the whole table, and copies one set at
+    /// a time, because the table has megabytes.
+    pub(crate) fn for_each(&self, mut each: impl FnMut(u64, &ConnectEntry)) -> Result<()> {
+        self.retain(|sock, entry| {
+            each(sock, entry);
+            true
+        })
     }
 
-    /// Removes the entry of a socket whose connect was at this time. An entry of a later socket at the same kernel
-    /// address stays.
-    pub(crate) fn remove(&mut self, sock: u64, at_ns: u64) -> Result<()> {
-        let index = set_index(sock as u32, self.sets);
-        let view = self.map_sets(index..index + 1)?;
-        let Some(set) = view.words().first_chunk::<{ ConnectSet::WORDS }>() else { return Ok(()) };
-        let ConnectSet { socks, entries } =
-            ConnectSet::from_words(set.each_ref().map(|word| word.load(Relaxed)));
-        for ((slot, known), entry) in set.iter().zip(socks).zip(entries) {
-            if known == sock && entry.opener.at_ns == at_ns {
-                // If a program has reused the slot for another socket in the meantime, the slot does not change.
-                let _ = slot.compare_exchange(sock, 0, Relaxed, Relaxed);
+    /// As [`Self::for_each`], and removes the entries for which `keep` returns false.
+    pub(crate) fn retain(&self, mut keep: impl FnMut(u64, &ConnectEntry) -> bool) -> Result<()> {
+        let view = self.map_sets(0..self.sets)?;
+        for set in view.words().as_chunks::<{ ConnectSet::WORDS }>().0 {
+            if set.iter().take(WAYS).all(|sock| sock.load(Relaxed) == 0) {
+                continue;
+            }
+            let ConnectSet { socks, entries } = read(set);
+            for (at, (sock, entry)) in socks.iter().zip(&entries).enumerate() {
+                if *sock != 0 && entry.is_valid_for(*sock as u32) && !keep(*sock, entry) {
+                    remove(set, at, *sock, entry.opener.at_ns);
+                }
             }
         }
         Ok(())
@@ -65,5 +60,19 @@ impl ConnectTable {
     fn map_sets(&self, sets: Range<u32>) -> Result<MappedWords> {
         let [from, to] = [sets.start, sets.end].map(|set| set as usize * ConnectSet::WORDS);
         MappedWords::of(&self.map, from..to).context("the connect table cannot be mapped")
+    }
+}
+
+fn read(set: &[AtomicU64; ConnectSet::WORDS]) -> ConnectSet {
+    ConnectSet::from_words(set.each_ref().map(|word| word.load(Relaxed)))
+}
+
+/// Removes the entry of a socket whose connect was at this time. An entry of a later socket at the same kernel address
+/// stays.
+fn remove(set: &[AtomicU64; ConnectSet::WORDS], at: usize, sock: u64, at_ns: u64) {
+    let now = read(set);
+    if now.entries[at].opener.at_ns == at_ns {
+        // If a program has reused the slot for another socket in the meantime, the slot does not change.
+        let _ = set[at].compare_exchange(sock, 0, Relaxed, Relaxed);
     }
 }

@@ -321,14 +321,10 @@ impl Tracer {
         records
     }
 
-    /// Updates the programs' table of held ports. Slots that a program has set since `before_ns` are kept.
-    pub fn update_held_ports<'a>(
-        &self,
-        held: impl Iterator<Item = &'a Endpoint>,
-        before_ns: u64,
-        are_all: bool,
-    ) {
-        if let Err(error) = self.held_ports.update(held, before_ns, are_all) {
+    /// Updates the programs' table of held ports: sets the `needed` slots and, if these are all, clears the others.
+    /// Slots that a program has set since `before_ns` are kept.
+    pub fn update_held_ports(&self, needed: impl Iterator<Item = u32>, before_ns: u64, are_all: bool) {
+        if let Err(error) = self.held_ports.update(needed, before_ns, are_all) {
             log::error!("the table of held ports can't be mapped: {error}");
         }
     }
@@ -395,20 +391,32 @@ impl Tracer {
         })
     }
 
-    /// All entries of the connect table: connection attempts in progress and self-connections, each with the
-    /// address of its socket. Walks the whole table.
+    /// Calls `each` for each entry of the connect table, a connection attempt in progress or a self-connection, with
+    /// the address of its socket. Walks the whole table.
+    ///
+    /// # Errors
+    /// If the map cannot be read.
+    pub fn for_each_connect(&self, each: impl FnMut(u64, &ConnectEntry)) -> Result<()> {
+        self.connect_table.for_each(each)
+    }
+
+    /// As [`Self::for_each_connect`], and removes the entries for which `keep` returns false, because their sockets are
+    /// gone.
+    ///
+    /// # Errors
+    /// If the map cannot be read.
+    pub fn retain_connects(&self, keep: impl FnMut(u64, &ConnectEntry) -> bool) -> Result<()> {
+        self.connect_table.retain(keep)
+    }
+
+    /// A copy of the connect table, for tests: see [`Self::for_each_connect`].
     ///
     /// # Errors
     /// If the map cannot be read.
     pub fn connect_entries(&self) -> Result<Vec<(u64, ConnectEntry)>> {
-        self.connect_table.entries()
-    }
-
-    /// Removes a stale entry from the connect table, because its socket is gone.
-    pub fn remove_connect(&mut self, sock: u64, at_ns: u64) {
-        if let Err(error) = self.connect_table.remove(sock, at_ns) {
-            log::debug!("cannot remove a stale entry of the connect table: {error}");
-        }
+        let mut entries = Vec::new();
+        self.for_each_connect(|sock, entry| entries.push((sock, *entry)))?;
+        Ok(entries)
     }
 }
 

@@ -1,11 +1,7 @@
 //! The pipeline: turns transitions and snapshots of the socket table into events of connections, attributes them to
 //! processes, and emits them.
 
-use std::{
-    collections::{HashMap, HashSet},
-    rc::Rc,
-    time::Duration,
-};
+use std::{collections::HashMap, rc::Rc, time::Duration};
 
 use jiff::Timestamp;
 use selfconn_ebpf::{Endpoint, Owner, Task, Transition, bind_failure::BindFailure, state};
@@ -35,7 +31,7 @@ use crate::{
     sockets::{Coverage, NetDevices, SocketSnapshot},
     system::{
         clock::{Offset, SuspendWatch, Suspension},
-        process::{Attribution, Holder, ProcessInfo, Subject},
+        process::{Attribution, ClosedAttribution, Holder, ProcessInfo, Subject},
     },
 };
 
@@ -388,21 +384,20 @@ impl Pipeline {
         let holders_of =
             |connection: &Connection| snapshot.holders_of(connection.socket_ref()).map(<[Holder]>::to_vec);
         let (began_ns, time) = (snapshot.began_ns, Timestamp::now());
-        let mut events = Vec::new();
-        self.connections.set_left_out(snapshot.left_out.users());
-        let found = self.connections.reconcile(&snapshot.entries, began_ns, coverage, |event| {
+        // Each event is queued at once: all of them together would take megabytes beside the queue.
+        let mut connections = std::mem::take(&mut self.connections);
+        connections.set_left_out(&snapshot.left_out);
+        let found = connections.reconcile(&snapshot.entries, began_ns, coverage, |event| {
             if let ConnectionEvent::Established(connection) = &event {
                 self.missed += u64::from(!may_be_older(&connection.endpoint));
             }
-            events.push(QueuedEvent::new(event, began_ns, time));
-        });
-        for event in events {
+            let event = QueuedEvent::new(event, began_ns, time);
             self.count(&event);
             let connection = &event.connection;
             let number = connection.number;
             if self.pending.contains(number) {
                 self.push_pending(event);
-                continue;
+                return;
             }
             let mut target = None;
             self.attributions.entry(number).or_insert_with(|| {
@@ -426,7 +421,8 @@ impl Pipeline {
                 }
             }
             self.push_pending(event);
-        }
+        });
+        self.connections = connections;
         for connection in self.connections.iter() {
             // What a part of the processes hold does not replace what all held.
             if let (Some(attribution), Some(holders)) =
@@ -452,11 +448,13 @@ impl Pipeline {
     /// Records the TIME_WAIT sockets of self-connections whose close this run did not observe, and removes those
     /// that the kernel does not have any more: they ended early, or with their network namespace.
     pub(super) fn record_time_waits(&mut self, snapshot: &SocketSnapshot) {
-        let listed: HashSet<u64> = snapshot.entries.iter().filter_map(|entry| entry.cookie).collect();
+        let mut listed = Vec::with_capacity(snapshot.entries.len());
+        listed.extend(snapshot.entries.iter().filter_map(|entry| entry.cookie));
+        listed.sort_unstable();
         let is_complete = snapshot.without_sock_diag.is_none() && !snapshot.left_out.has_without_user();
         self.conflicts.binds.remove_ended(|TimeWaitEntry { connection, until_ns, .. }| {
             let began_ns = until_ns.saturating_sub(TIME_WAIT_NS);
-            let is_missing = connection.cookie.is_some_and(|cookie| !listed.contains(&cookie));
+            let is_missing = connection.cookie.is_some_and(|cookie| listed.binary_search(&cookie).is_err());
             began_ns < snapshot.began_ns
                 && match snapshot.coverage(&connection.endpoint) {
                     Coverage::NetnsEnded => true,
@@ -471,7 +469,7 @@ impl Pipeline {
             let time_left_ns = u64::try_from(time_left.as_nanos()).unwrap_or(u64::MAX);
             let until_ns = snapshot.began_ns.saturating_add(time_left_ns);
             self.conflicts.binds.insert_listed_time_wait(
-                TimeWaitEntry { connection, attribution: Attribution::default(), until_ns },
+                TimeWaitEntry { connection, attribution: ClosedAttribution::default(), until_ns },
                 snapshot.began_ns,
             );
         }
@@ -496,7 +494,7 @@ fn record_time_wait(
     if let ConnectionEvent::Closed(connection, end) = event.event()
         && let Some(until_ns) = end.port_blocked_until_ns
     {
-        let attribution = attribution.cloned().unwrap_or_default();
+        let attribution = attribution.map(ClosedAttribution::from).unwrap_or_default();
         let entry = TimeWaitEntry { connection: connection.clone(), attribution, until_ns };
         bind_conflicts.insert_time_wait(entry, event.at_ns);
     }

@@ -54,7 +54,8 @@ impl PortConflicts {
         reporting: &mut Reporting,
     ) {
         let Some(holder) = self.binds.find_holder(failure, known.connections.iter()) else {
-            return self.binds.record_unexplained(failure, known.connections.may_lack_open_ones());
+            let lacks_open_one = known.connections.may_lack_open_at(&failure.endpoint);
+            return self.binds.record_unexplained(failure, lacks_open_one);
         };
         let number = holder.connection().number;
         let attribution = known.attributions.get(&number).cloned().unwrap_or_default();
@@ -159,12 +160,16 @@ fn on_holder_process_known(
 }
 
 fn emit(blocked: &PendingBlocked, known: KnownConnections<'_>, reporting: &mut Reporting) {
+    let of_closed: Attribution;
     let (holder, attribution) = match &blocked.holder {
         KnownHolder::Open(connection, at_failure) => {
             let now = known.attributions.get(&connection.number).unwrap_or(at_failure);
             (PortHolder::Open(connection), now)
         }
-        KnownHolder::TimeWait(entry) => (PortHolder::TimeWait(entry), &entry.attribution),
+        KnownHolder::TimeWait(entry) => {
+            of_closed = (&entry.attribution).into();
+            (PortHolder::TimeWait(entry), &of_closed)
+        }
     };
     let connection = holder.connection();
     if !reporting.is_of_reported(&blocked.failure.owner) && !reporting.is_reported(connection, attribution) {

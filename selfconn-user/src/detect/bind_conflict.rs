@@ -6,13 +6,16 @@ use std::collections::HashMap;
 
 use selfconn_ebpf::{COMM_LEN, Endpoint, Owner, bind_failure::BindFailure};
 
-use super::connection::{Connection, SocketId, TIME_WAIT_NS};
+use super::{
+    connection::{Connection, SocketId, TIME_WAIT_NS},
+    port_set::PortSet,
+};
 use crate::{
     budget::{
         OwnerLosses, SharedLimit,
         memory::{self, MAX_BIND_FAILURES, MAX_TIME_WAITS},
     },
-    system::process::Attribution,
+    system::process::{Attribution, ClosedAttribution},
 };
 use rules::{BindParty, refuses};
 
@@ -26,8 +29,15 @@ const FIRST_REPORT_INTERVAL_NS: u64 = 10 * SECOND_NS;
 /// Maximum time between two reports of a server that keeps retrying.
 const MAX_REPORT_INTERVAL_NS: u64 = 3_600 * SECOND_NS;
 
-// Beside an entry: the table that leads to it, with its key.
-const _: () = assert!(size_of::<TimeWaitEntry>() + 128 <= memory::TIME_WAIT_BYTES);
+// Beside an entry: the table that leads to it, with its key, up to 16 bytes of the allocation, and the share of an
+// owner. It has no holders, which could be more than the entry.
+const _: () = assert!(
+    size_of::<TimeWaitEntry>()
+        + 16
+        + (size_of::<(SocketId, Box<TimeWaitEntry>)>() + 1) * 8 / 7
+        + SharedLimit::OWNER_BYTES
+        <= memory::TIME_WAIT_BYTES
+);
 const _: () =
     assert!(2 * (size_of::<BindFailureKey>() + size_of::<BindFailureState>()) <= memory::BIND_FAILURE_BYTES);
 
@@ -37,7 +47,7 @@ pub struct TimeWaitEntry {
     /// The connection. Its number is 0 if it was closed before this run.
     pub connection: Connection,
     /// The process behind it.
-    pub attribution: Attribution,
+    pub attribution: ClosedAttribution,
     /// When TIME_WAIT ends: `CLOCK_BOOTTIME`, nanoseconds.
     pub until_ns: u64,
 }
@@ -59,8 +69,8 @@ pub struct BindConflicts {
     time_waits: HashMap<SocketId, Box<TimeWaitEntry>>,
     /// How many an owner has of them.
     time_wait_shares: SharedLimit,
-    /// When the last TIME_WAIT ends for which there was no room: `CLOCK_BOOTTIME`, nanoseconds.
-    unkept_until_ns: u64,
+    /// The TIME_WAITs for which there was no room: the newest ones, and those before.
+    unkept: [UnkeptTimeWaits; 2],
     /// When expired entries were last removed.
     last_sweep_ns: u64,
     bind_failures: HashMap<BindFailureKey, BindFailureState>,
@@ -71,6 +81,14 @@ pub struct BindConflicts {
     /// Number of conflicts so far.
     conflicts: u64,
     failures: u64,
+}
+
+/// TIME_WAITs for which there was no room.
+#[derive(Clone, Debug, Default)]
+struct UnkeptTimeWaits {
+    ports: PortSet,
+    /// When the last one ends: `CLOCK_BOOTTIME`, nanoseconds.
+    until_ns: u64,
 }
 
 /// Server, requested port, and self-connection that holds it. The server is identified by its user and name, not by
@@ -138,7 +156,7 @@ impl Default for BindConflicts {
         Self {
             time_waits: HashMap::new(),
             time_wait_shares: SharedLimit::new(MAX_TIME_WAITS),
-            unkept_until_ns: 0,
+            unkept: Default::default(),
             last_sweep_ns: 0,
             bind_failures: HashMap::new(),
             failure_shares: SharedLimit::new(MAX_BIND_FAILURES),
@@ -163,18 +181,28 @@ impl BindConflicts {
                 self.time_wait_shares.give_back(other, 1);
             }
             if !self.time_wait_shares.try_take(owner, 1) {
-                self.unkept_until_ns = self.unkept_until_ns.max(entry.until_ns);
+                self.insert_unkept(&entry, now_ns);
                 return;
             }
         }
         self.time_waits.insert(id, Box::new(entry));
     }
 
+    fn insert_unkept(&mut self, entry: &TimeWaitEntry, now_ns: u64) {
+        // A set forgets nothing by itself. In a flood each of the two is that of a minute.
+        if self.unkept[1].until_ns <= now_ns {
+            self.unkept[1] = std::mem::take(&mut self.unkept[0]);
+        }
+        let newest = &mut self.unkept[0];
+        newest.ports.insert(&entry.connection.endpoint);
+        newest.until_ns = newest.until_ns.max(entry.until_ns);
+    }
+
     /// Sets the process behind a connection in TIME_WAIT, because its look-up has ended after the close.
     pub fn attribute_time_wait(&mut self, connection: &Connection, attribution: &Attribution) {
         let entry = self.time_waits.get_mut(&SocketId::new(connection.cookie, &connection.endpoint));
         if let Some(entry) = entry.filter(|entry| entry.connection.number == connection.number) {
-            entry.attribution = attribution.clone();
+            entry.attribution = attribution.into();
         }
     }
 
@@ -187,7 +215,9 @@ impl BindConflicts {
     /// The host was suspended for `duration_ns`, at some time after `after_ns`. TIME_WAIT did not go on meanwhile.
     pub fn on_suspension(&mut self, after_ns: u64, duration_ns: u64) {
         self.remove_expired(after_ns);
-        self.unkept_until_ns = self.unkept_until_ns.saturating_add(duration_ns);
+        for unkept in &mut self.unkept {
+            unkept.until_ns = unkept.until_ns.saturating_add(duration_ns);
+        }
         for entry in self.time_waits.values_mut() {
             entry.until_ns = entry.until_ns.saturating_add(duration_ns);
         }
@@ -246,16 +276,22 @@ impl BindConflicts {
         time_waits.max_by_key(|entry| entry.until_ns).map(PortHolder::TimeWait)
     }
 
-    /// True if there was no room for a TIME_WAIT that lasts until later than this.
+    /// The ports of the TIME_WAITs for which there was no room, and that last until later than this.
     #[must_use]
-    pub fn may_lack_time_waits(&self, at_ns: u64) -> bool {
-        at_ns < self.unkept_until_ns
+    pub fn unkept_ports(&self, at_ns: u64) -> PortSet {
+        let mut ports = PortSet::default();
+        self.unkept.iter().filter(|unkept| at_ns < unkept.until_ns).for_each(|one| ports.extend(&one.ports));
+        ports
     }
 
-    /// A bind has failed, and [`Self::find_holder`] knows no holder. That proves nothing while there are TIME_WAITs for
-    /// which there was no room, or, as `lacks_open_ones` says, open self-connections.
-    pub fn record_unexplained(&mut self, failure: &BindFailure, lacks_open_ones: bool) {
-        if lacks_open_ones || self.may_lack_time_waits(failure.at_ns) {
+    /// A bind has failed, and [`Self::find_holder`] knows no holder. That proves nothing if there was no room for a
+    /// TIME_WAIT that may hold the port, or, as `lacks_open_one` says, for an open self-connection that may. With
+    /// another port, or in another namespace, such a one is no cause.
+    pub fn record_unexplained(&mut self, failure: &BindFailure, lacks_open_one: bool) {
+        let may_hold = |unkept: &UnkeptTimeWaits| {
+            failure.at_ns < unkept.until_ns && unkept.ports.may_have(&failure.endpoint)
+        };
+        if lacks_open_one || self.unkept.iter().any(may_hold) {
             self.losses.count(failure.owner, failure.failures);
         }
     }
@@ -311,7 +347,7 @@ impl BindConflicts {
 
 #[cfg(test)]
 mod tests {
-    use selfconn_ebpf::BindOptions;
+    use selfconn_ebpf::{BindOptions, held_port_slot};
 
     use super::*;
     use crate::detect::samples;
@@ -326,7 +362,7 @@ mod tests {
 
     fn entry(number: u64, addr: &str, port: u16, until_s: u64) -> TimeWaitEntry {
         let connection = connection(number, addr, port);
-        TimeWaitEntry { connection, attribution: Attribution::default(), until_ns: until_s * SECOND_NS }
+        TimeWaitEntry { connection, attribution: ClosedAttribution::default(), until_ns: until_s * SECOND_NS }
     }
 
     fn number(holder: Option<PortHolder<'_>>) -> Option<u64> {
@@ -501,5 +537,38 @@ mod tests {
             conflicts.record_unexplained(&failure, false);
         }
         assert_eq!(conflicts.losses.total(), 3);
+        // Another port, and the same port in another namespace.
+        let other = failure("127.0.0.1", 9_998, 69);
+        let mut elsewhere = failure("127.0.0.1", 9_999, 69);
+        elsewhere.endpoint.netns += 1;
+        conflicts.record_unexplained(&other, false);
+        conflicts.record_unexplained(&elsewhere, false);
+        assert_eq!(conflicts.losses.total(), 3);
+        let slot = held_port_slot(&failure("127.0.0.1", 9_999, 0).endpoint);
+        assert_eq!(conflicts.unkept_ports(69 * SECOND_NS).slots().collect::<Vec<_>>(), [slot]);
+        assert!(conflicts.unkept_ports(70 * SECOND_NS).is_empty());
+    }
+
+    #[test]
+    fn the_ports_of_time_waits_without_room_are_forgotten_when_these_have_ended() {
+        let mut conflicts = BindConflicts::default();
+        let share = MAX_TIME_WAITS as u64 * 3 / 4;
+        for number in 1..=share {
+            conflicts.insert_time_wait(entry(number, "127.0.0.1", number as u16, 100_000), 0);
+        }
+        // One more each second, for ten minutes.
+        let port = |second: u64| 10_000 + second as u16;
+        for second in 0..600 {
+            let unkept = entry(share + second, "127.0.0.1", port(second), second + 60);
+            conflicts.insert_time_wait(unkept, second * SECOND_NS);
+            let ports = conflicts.unkept_ports(second * SECOND_NS);
+            for earlier in second.saturating_sub(59)..=second {
+                assert!(
+                    ports.may_have(&failure("127.0.0.1", port(earlier), second).endpoint),
+                    "{earlier} {second}"
+                );
+            }
+            assert!(ports.slots().count() <= 122, "of two minutes: {} at {second}", ports.slots().count());
+        }
     }
 }

@@ -16,6 +16,7 @@ use std::{
 
 use selfconn_ebpf::{BindOptions, COMM_LEN, Endpoint, Opener, Owner, Task, Transition, socket_file, state};
 
+use super::port_set::PortSet;
 use crate::sockets::{SocketEntry, SocketRef};
 use identity::ClosedSockets;
 use table::TrackedTable;
@@ -145,6 +146,7 @@ pub struct Connections {
     awaiting_duplicates: HashSet<u64>,
     /// See [`Self::set_left_out`].
     left_out: HashMap<Option<u32>, u64>,
+    left_out_ports: PortSet,
     probe_count: u8,
     /// See [`Self::with_own_pid`].
     own_pid: Option<u32>,
@@ -163,6 +165,8 @@ struct Tracked {
     last_seen_ns: u64,
     /// True if `established` has been emitted.
     established_emitted: bool,
+    /// True if the snapshot that is compared lists it.
+    is_listed: bool,
     /// True if the last snapshot that should have listed it did not.
     was_absent: bool,
     closed_ns: Option<u64>,
@@ -266,10 +270,16 @@ impl Connections {
         self.tracked.untracked.total()
     }
 
-    /// True if a self-connection that is not tracked may still be open.
+    /// True if a self-connection that is not tracked, and may still be open, may hold this port.
     #[must_use]
-    pub fn may_lack_open_ones(&self) -> bool {
-        self.tracked.may_lack_open_ones()
+    pub fn may_lack_open_at(&self, endpoint: &Endpoint) -> bool {
+        self.tracked.may_lack_open_at(endpoint)
+    }
+
+    /// The ports of the self-connections that are not tracked, and may still be open.
+    #[must_use]
+    pub fn untracked_ports(&self) -> PortSet {
+        self.tracked.untracked_ports()
     }
 
     /// Those since the last call, by owner.
@@ -371,6 +381,7 @@ impl Tracked {
             reported_by: 0,
             last_seen_ns: t.at_ns,
             established_emitted: false,
+            is_listed: false,
             was_absent: false,
             closed_ns: None,
         }

@@ -5,6 +5,7 @@ pub mod bind_conflict;
 pub mod connection;
 pub mod filter;
 pub mod port_risk;
+pub mod port_set;
 pub mod probe_health;
 pub mod remediation;
 #[cfg(test)]

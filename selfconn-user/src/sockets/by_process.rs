@@ -47,8 +47,7 @@ fn visit_all(
     mut visit: impl FnMut(&Process, Instant) -> io::Result<bool>,
 ) -> io::Result<bool> {
     let begin = Instant::now();
-    let with_cost = |process: &Process| (process.owner, process.cost.slots(), *process);
-    let mut queue = LeastSpent::new(processes.iter().map(with_cost).collect());
+    let mut queue = LeastSpent::new(processes, |process| (process.owner, process.cost.slots()));
     let mut visited = 0;
     while !is_done() {
         let visit_begin = Instant::now();
@@ -56,7 +55,7 @@ fn visit_all(
             break;
         }
         let Some((owner, process)) = queue.pop() else { break };
-        match visit(&process, until.min(visit_begin + MAX_VISIT)) {
+        match visit(process, until.min(visit_begin + MAX_VISIT)) {
             Ok(all) => visited += usize::from(all),
             Err(error) if error.kind() == io::ErrorKind::TimedOut => {}
             Err(error) => return Err(error),

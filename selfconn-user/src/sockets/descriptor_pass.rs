@@ -17,7 +17,7 @@ use super::{
     limit::SnapshotLimit,
     process_list::{self, ProcessList},
 };
-use crate::{bpf::descriptors::DescriptorIter, system::process};
+use crate::{bpf::descriptors::DescriptorIter, budget::memory::PROCESS_LIST_BYTES, system::process};
 
 /// How long a pass may take: 100,000 descriptors take 32 ms on 6.18. A user can have more than he could open: of
 /// processes that share one table of descriptors the kernel visits each (`task_seq_get_next`, kernel/bpf/task_iter.c
@@ -41,10 +41,11 @@ const MAX_WAIT_FOR_LIST: Duration = Duration::from_millis(500);
 /// Makes a pass. If it takes too long, what it had found by then is kept, and the processes are visited one by one,
 /// also while passes are paused, and whenever the kernel might not come back from a pass for long.
 pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Result<HeldSockets> {
+    let max_list_bytes = if limit.is_of_command() { process_list::UNLIMITED } else { PROCESS_LIST_BYTES };
     let collector = RefCell::new(Collector::new(limit));
     let mut each = |record: &SocketDescriptor| collector.borrow_mut().add_any(record, |_| true);
     // An error: the processes can't be visited one by one.
-    let list = process_list::list(iter);
+    let list = process_list::list(iter, max_list_bytes);
     let permits_pass =
         list.as_ref().map_or_else(|_| process_list::last_list_permits_pass(), ProcessList::permits_pass);
     if !permits_pass {
@@ -61,6 +62,7 @@ pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Resu
         }
     }
     let mut refusal = None;
+    let left_out = list.as_ref().ok().and_then(ProcessList::left_out_text);
     if !is_whole {
         match list.and_then(|list| by_process::pass(iter, &list, MAX_VISITS, || false, each)) {
             Ok(all) => is_whole = all,
@@ -71,7 +73,8 @@ pub(super) fn read(iter: &DescriptorIter, limit: &mut SnapshotLimit) -> io::Resu
     held.holders.complete = is_whole;
     held.holders.unseen = (!is_whole).then(|| {
         let one_by_one = refusal.map(|error| format!("; one by one: {error}")).unwrap_or_default();
-        format!("descriptors of some processes: a pass over all takes too long, or may{one_by_one}")
+        let left_out = left_out.map(|left_out| format!("; not looked at: {left_out}")).unwrap_or_default();
+        format!("descriptors of some processes: a pass over all takes too long, or may{one_by_one}{left_out}")
     });
     held.namespaces = held.namespaces.filter(|_| is_whole && process::is_in_initial_pid_ns());
     Ok(held)

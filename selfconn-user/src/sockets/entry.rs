@@ -26,7 +26,7 @@ pub struct SocketEntry {
     /// Only the iterator over descriptors knows them.
     pub options: BindOptions,
     /// The socket's kernel address and its opener, if the probes' connect table has an entry for it. Only
-    /// [`super::SocketSnapshot::add_connect_entries`] sets it.
+    /// [`super::ConnectMatch`] sets it.
     pub connect_entry: Option<Box<(u64, Opener)>>,
     /// True if a process is known to have the socket open. The tables don't say so.
     pub is_held: bool,

@@ -12,7 +12,7 @@ use super::{
     netns_search::NamespaceDescriptors,
 };
 use crate::{
-    budget::memory::MAX_HOLDERS,
+    budget::memory::{self, MAX_HOLDERS},
     system::process::{self, Holder},
 };
 
@@ -21,6 +21,16 @@ const MAX_TASKS: usize = 4_096;
 
 /// Maximum number of namespaces of which a descriptor is kept.
 const MAX_NAMESPACES: usize = 16_384;
+
+// At the end of a pass a socket is in the table of the pass, which is three quarters full with as many as there may be,
+// and in two lists that have grown. A holder has a name. An allocation has up to 16 bytes more.
+const _: () = {
+    let collected = (size_of::<((u64, u64), HeldSocket)>() + 1) * 4 / 3;
+    let listed = (size_of::<SocketEntry>() + size_of::<(SocketRef, Vec<Holder>)>()) * 4 / 3;
+    let holder = size_of::<Holder>() + COMM_LEN + 16;
+    assert!(collected + listed + holder + 16 <= memory::SNAPSHOT_SOCKET_BYTES);
+    assert!(size_of::<HolderRecord>() + holder <= memory::MORE_HOLDER_BYTES);
+};
 
 /// The result of a pass.
 #[derive(Debug, Default)]
@@ -103,7 +113,7 @@ impl<'a> Collector<'a> {
             hash_map::Entry::Vacant(new) => {
                 // An attempt becomes an entry, too, if its ports are equal.
                 let is_attempt = record.endpoint.port != record.destination_port;
-                if !self.limit.take(Some(record.uid), is_attempt) {
+                if !self.limit.take(Some(record.uid), is_attempt, &record.endpoint) {
                     return;
                 }
                 new.insert(HeldSocket { record: *record, holders: Vec::with_capacity(1) })
@@ -113,7 +123,11 @@ impl<'a> Collector<'a> {
         if self.tasks.len() < MAX_TASKS {
             self.tasks.insert(record.tid);
         }
-        if held.holders.len() < MAX_HOLDERS && held.holders.iter().all(|known| known.pid != pid) {
+        if held.holders.len() < MAX_HOLDERS
+            && held.holders.iter().all(|known| known.pid != pid)
+            && (held.holders.is_empty() || self.limit.take_holder(record.uid))
+        {
+            held.holders.reserve_exact(1);
             held.holders.push(HolderRecord { start_ns, pid, comm });
         }
     }
@@ -189,6 +203,7 @@ mod tests {
     use zerocopy::FromZeros as _;
 
     use super::*;
+    use crate::budget::memory::{MAX_MORE_HOLDERS, MAX_SNAPSHOT_SOCKETS};
 
     fn record(sock: u64, pid: u32, fd: u32) -> SocketDescriptor {
         let mut record = SocketDescriptor {
@@ -210,7 +225,10 @@ mod tests {
     }
 
     fn collect(records: &[SocketDescriptor]) -> HeldSockets {
-        let limit = &mut SnapshotLimit::new(None);
+        collect_within(&mut SnapshotLimit::new(None), records)
+    }
+
+    fn collect_within(limit: &mut SnapshotLimit, records: &[SocketDescriptor]) -> HeldSockets {
         let mut collector = Collector::new(limit);
         records.iter().for_each(|record| collector.add(record));
         collector.finish()
@@ -234,6 +252,25 @@ mod tests {
         assert_eq!(held.holders.of(&SocketRef::of_inode(32)).unwrap()[0].start_ticks, Some(ticks));
         assert!(held.attempts.is_empty());
         assert_eq!(held.tasks, [7, 8, 71].into());
+    }
+
+    #[test]
+    fn sockets_in_many_processes_take_the_second_holders_of_their_users_sockets_only() {
+        let of = |uid, sock, pid| SocketDescriptor { uid, ..record(sock, pid, 9) };
+        let mut records = Vec::new();
+        for sock in 1..=1_000 {
+            records.extend((1..=20).map(|pid| of(1_000, sock, pid)));
+        }
+        records.extend((1..=3).map(|pid| of(0, 2_000, pid)));
+        let held = collect_within(&mut SnapshotLimit::new(Some(MAX_SNAPSHOT_SOCKETS)), &records);
+        let holders = |sock: u64| held.holders.of(&SocketRef::of_inode(sock + 2)).unwrap().len();
+        let of_flood: usize = (1..=1_000).map(holders).sum();
+        assert_eq!(of_flood, 1_000 + MAX_MORE_HOLDERS * 3 / 4);
+        assert!((1..=1_000).all(|sock| (1..=MAX_HOLDERS).contains(&holders(sock))));
+        assert_eq!(holders(2_000), 3, "another user's");
+        let of_command = collect(&records).holders;
+        let all = of_command.of(&SocketRef::of_inode(1_002)).unwrap().len();
+        assert_eq!(all, MAX_HOLDERS, "a command has no such limit");
     }
 
     #[test]

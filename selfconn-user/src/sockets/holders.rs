@@ -18,9 +18,12 @@ use super::{
     by_socket::{BySocket, SocketRef},
     netns::NEEDS_PTRACE,
 };
-use crate::system::{
-    interrupt,
-    process::{self, Holder},
+use crate::{
+    budget::memory::MAX_MORE_HOLDERS,
+    system::{
+        interrupt,
+        process::{self, Holder},
+    },
 };
 
 /// The size of the buffer for a link target. It is large enough for `socket:[18446744073709551615]`; a longer
@@ -91,6 +94,8 @@ fn search_processes(inodes: &HashSet<u64>, min_checked: u64, max_holders: usize)
     let (mut checked, mut denied) = (0, 0);
     let mut by_inode: HashMap<u64, Vec<Holder>> = HashMap::new();
     let mut held = Vec::new();
+    // A command keeps all.
+    let mut more_holders = if max_holders == usize::MAX { usize::MAX } else { MAX_MORE_HOLDERS };
     for (expected, pid) in list_processes() {
         if checked + expected > min_checked && by_inode.len() == inodes.len() {
             holders.complete = false;
@@ -112,7 +117,10 @@ fn search_processes(inodes: &HashSet<u64>, min_checked: u64, max_holders: usize)
         for inode in &held {
             let holder = Holder { pid, comm: comm.clone(), start_ticks };
             let of_socket = by_inode.entry(*inode).or_default();
-            if of_socket.len() < max_holders {
+            let is_more = usize::from(!of_socket.is_empty());
+            if of_socket.len() < max_holders && is_more <= more_holders {
+                more_holders -= is_more;
+                of_socket.reserve_exact(1);
                 of_socket.push(holder);
             }
         }

@@ -13,12 +13,14 @@
 
 mod by_process;
 mod by_socket;
+mod connect_match;
 mod current_holders;
 mod descriptor_pass;
 mod destroy;
 mod devices;
 mod entry;
 mod existing;
+mod found_process;
 mod held;
 mod holders;
 mod limit;
@@ -39,6 +41,7 @@ mod table;
 mod walk_cost;
 
 pub use by_socket::{BySocket, SocketRef};
+pub use connect_match::ConnectMatch;
 pub use current_holders::{CurrentHolders, find_current_holders};
 pub use destroy::TargetSocket;
 pub use destroy::can_destroy;

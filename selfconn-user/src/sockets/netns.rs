@@ -183,7 +183,7 @@ pub(super) fn visit(
     }
     visit.search(options, &mut each);
     if let (Some(turns), Some(queue)) = (options.turns, visit.queue.take()) {
-        visit.unvisited = turns.visit(queue, |queued| visit.visit_queued(queued, &mut each));
+        visit.unvisited = turns.visit(&queue, |queued| visit.visit_queued(queued, &mut each));
     }
     visit.finish()
 }

@@ -70,13 +70,12 @@ impl VisitTurns<'_> {
     /// Calls `visit` for these namespaces in turns until the time is over. Returns the inodes of the rest.
     pub(super) fn visit(
         self,
-        queued: Vec<QueuedNamespace>,
+        queued: &[QueuedNamespace],
         mut visit: impl FnMut(&QueuedNamespace),
     ) -> BTreeSet<u32> {
-        let with_turn = |namespace: QueuedNamespace| {
-            (namespace.owner, self.history.visited_in(namespace.inode), namespace)
-        };
-        let mut queue = LeastSpent::new(queued.into_iter().map(with_turn).collect());
+        let turn_of =
+            |namespace: &QueuedNamespace| (namespace.owner, self.history.visited_in(namespace.inode));
+        let mut queue = LeastSpent::new(queued, turn_of);
         let mut unvisited = BTreeSet::new();
         let begin = Instant::now();
         loop {
@@ -86,7 +85,7 @@ impl VisitTurns<'_> {
                 unvisited.extend(u32::try_from(namespace.inode));
                 continue;
             }
-            visit(&namespace);
+            visit(namespace);
             queue.charge(owner, nanoseconds(visit_begin.elapsed()));
         }
     }
@@ -115,7 +114,8 @@ mod tests {
             source: NamespaceSource::Process,
         });
         let mut order = Vec::new();
-        let unvisited = VisitTurns { history, limit: LIMIT }.visit(queued.collect(), |namespace| {
+        let queued: Vec<_> = queued.collect();
+        let unvisited = VisitTurns { history, limit: LIMIT }.visit(&queued, |namespace| {
             order.push(u32::try_from(namespace.inode).unwrap());
             if namespace.owner == HOSTILE {
                 sleep(takes);

@@ -1,27 +1,30 @@
 //! The processes in `/proc`, with their owners and the sizes of their descriptor tables: which of them may be visited,
 //! and whether a pass over all may be made. Owners take turns in making the list, by the time that their processes
-//! take.
+//! take, and share its memory: a process beyond its owner's share is left out, and counted for its user.
 
 use std::{
-    collections::HashMap,
+    fmt::Write as _,
     fs,
     hash::{BuildHasher as _, RandomState},
     io,
-    os::unix::fs::MetadataExt as _,
     path::Path,
     sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use selfconn_ebpf::{Owner, owner::OWNER_CGROUP_LEVEL};
+use selfconn_ebpf::Owner;
 
 use super::{
-    netns_owner::{OutermostUserns, outermost_userns_at},
+    found_process::{FoundProcess, UserNamespaces},
+    limit::LeftOut,
     walk_cost::{self, WalkCost},
 };
 use crate::{
     bpf::descriptors::DescriptorIter,
-    budget::{LeastSpent, owner_of_user},
+    budget::{
+        LeastSpent, QUEUED_ITEM_BYTES, QUEUED_OWNER_BYTES, SharedLimit,
+        memory::{LISTED_OWNER_BYTES, LISTED_PROCESS_BYTES, PROCESS_LIST_BYTES},
+    },
     system::process,
 };
 
@@ -34,22 +37,78 @@ const MAX_SAMPLING: Duration = Duration::from_millis(100);
 /// How long what is known of a process is used by [`last_list`], and by a list that has no time to read it again.
 const LIST_AGE: Duration = Duration::from_mins(3);
 
+/// For how long an earlier list says which process was listed when. Less than the time after which [`ListedAt`] begins
+/// again.
+const EARLIER_LIST_AGE: Duration = Duration::from_hours(24);
+
+/// Maximum number of users that a text about processes that were left out names.
+const MAX_USERS_IN_TEXT: usize = 8;
+
 /// A process as it was listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Process {
-    pub(super) pid: u32,
     pub(super) owner: Owner,
     pub(super) cost: WalkCost,
-    listed_at: Instant,
+    pub(super) pid: u32,
+    listed_at: ListedAt,
+}
+
+// While a list is made, there are the list before it and, in a thread that looks for the holders of a port, the one
+// before that. Both threads have a queue.
+const _: () = {
+    let of_other_thread = size_of::<Process>() + QUEUED_ITEM_BYTES;
+    let making = size_of::<FoundProcess>() + QUEUED_ITEM_BYTES + size_of::<Process>();
+    assert!(size_of::<Process>() + making + of_other_thread <= LISTED_PROCESS_BYTES);
+    // A table that grows is there twice, too.
+    assert!(2 * QUEUED_OWNER_BYTES + 3 * SharedLimit::OWNER_BYTES <= LISTED_OWNER_BYTES);
+};
+
+/// When a process was listed, in milliseconds since the first list was begun. It begins again after 49 days.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct ListedAt(u32);
+
+impl ListedAt {
+    fn now() -> Self {
+        static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
+        Self(FIRST.elapsed().as_millis() as u32)
+    }
+
+    fn elapsed(self) -> Duration {
+        Duration::from_millis(Self::now().0.wrapping_sub(self.0).into())
+    }
+}
+
+/// What owners have of the memory of a list.
+struct ListShares(SharedLimit);
+
+impl ListShares {
+    fn new(max_bytes: usize) -> Self {
+        Self(SharedLimit::new(max_bytes))
+    }
+
+    /// True if there is room for one more process of this owner.
+    fn try_take(&mut self, owner: Owner) -> bool {
+        let of_owner = if self.0.used_by(owner) == 0 { LISTED_OWNER_BYTES } else { 0 };
+        self.0.try_take(owner, LISTED_PROCESS_BYTES + of_owner)
+    }
+
+    /// Gives back what one process of this owner took.
+    fn give_back(&mut self, owner: Owner) {
+        let is_last = self.0.used_by(owner) == LISTED_OWNER_BYTES + LISTED_PROCESS_BYTES;
+        self.0.give_back(owner, LISTED_PROCESS_BYTES + if is_last { LISTED_OWNER_BYTES } else { 0 });
+    }
 }
 
 /// The processes in `/proc`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct ProcessList {
-    pub(super) processes: Arc<[Process]>,
+    /// In the order of their pids.
+    pub(super) processes: Arc<Vec<Process>>,
+    /// The processes beyond the shares of their owners, by user.
+    left_out: Arc<LeftOut>,
     /// True if all were listed just now.
     pub(super) is_whole: bool,
-    /// True if there was no time for some, and an earlier list does not have them either.
+    /// True if there was no time or no room for some, and an earlier list does not have them either.
     is_cut: bool,
 }
 
@@ -58,6 +117,28 @@ impl ProcessList {
     /// not known.
     pub(super) fn permits_pass(&self) -> bool {
         !self.is_cut && walk_cost::permits_pass(self.processes.iter().map(|process| process.cost))
+    }
+
+    /// Which users have more processes than their share of the list: text for people. `None`: no user has.
+    pub(super) fn left_out_text(&self) -> Option<String> {
+        let mut users: Vec<_> = self.left_out.users().collect();
+        // The users that are counted together come last.
+        users.sort_unstable_by_key(|(uid, count)| (uid.is_none(), u64::MAX - count));
+        let of_others = users.iter().skip(MAX_USERS_IN_TEXT).map(|(_, count)| count).sum::<u64>();
+        let mut text = String::new();
+        for (uid, count) in users.iter().take(MAX_USERS_IN_TEXT) {
+            let user = match uid {
+                None => "other users".to_owned(),
+                Some(u32::MAX) => "unknown users".to_owned(),
+                Some(uid) => format!("user {uid}"),
+            };
+            let separator = if text.is_empty() { "" } else { ", " };
+            let _ = write!(text, "{separator}{count} of {user}");
+        }
+        if of_others > 0 {
+            let _ = write!(text, ", {of_others} of other users");
+        }
+        (!text.is_empty()).then_some(text)
     }
 }
 
@@ -80,19 +161,22 @@ fn known() -> MutexGuard<'static, Known> {
     KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Lists the processes.
+/// The memory of a list that a command makes: a share is a multiple of what is free.
+pub(super) const UNLIMITED: usize = usize::MAX >> 4;
+
+/// Lists the processes. All of them together take at most `max_bytes`.
 ///
 /// # Errors
 /// If the kernel can't make a pass over one process, as before Linux 6.1, or if `/proc` is of another pid namespace
 /// than this process.
-pub(super) fn list(iter: &DescriptorIter) -> io::Result<ProcessList> {
-    let list = try_list(iter);
+pub(super) fn list(iter: &DescriptorIter, max_bytes: usize) -> io::Result<ProcessList> {
+    let list = try_list(iter, max_bytes);
     known().was_tried = true;
     FIRST_TRY.notify_all();
     list
 }
 
-fn try_list(iter: &DescriptorIter) -> io::Result<ProcessList> {
+fn try_list(iter: &DescriptorIter, max_bytes: usize) -> io::Result<ProcessList> {
     let own = std::process::id();
     if fs::read_link("/proc/self")? != Path::new(&own.to_string()) {
         known().has_none = true;
@@ -103,7 +187,7 @@ fn try_list(iter: &DescriptorIter) -> io::Result<ProcessList> {
     if probe.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::E2BIG)) {
         known().has_none = true;
     }
-    probe.map(|()| read_list())
+    probe.map(|()| read_list(max_bytes))
 }
 
 /// Waits until another thread has made the first list, or has failed to, but not longer than `limit`. Without a list
@@ -132,20 +216,22 @@ pub(super) fn nanoseconds(time: Duration) -> u64 {
 }
 
 /// The processes that `/proc` shows.
-fn read_list() -> ProcessList {
+fn read_list(max_bytes: usize) -> ProcessList {
     let begin = Instant::now();
-    let earlier = known().last.clone();
+    let earlier = known().last.clone().filter(|(at, _)| at.elapsed() < EARLIER_LIST_AGE);
     let earlier = earlier.map(|(_, list)| list.processes).unwrap_or_default();
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let found_until = begin + MAX_LIST;
     let mut user_namespaces = UserNamespaces::new();
-    let found = pids.map(|pid| match Instant::now() < found_until {
-        true => FoundProcess::new(pid, &mut user_namespaces),
+    let found = pids.map(|pid| match (Instant::now() < found_until, listed(&earlier, pid)) {
+        (true, _) => FoundProcess::new(pid, &mut user_namespaces),
         // The kernel makes some of these files slow, too, where others change control groups.
-        false => FoundProcess { pid, uid: None, group: None, userns: None },
+        (false, Some(process)) => FoundProcess::charged_to(pid, process.owner),
+        (false, None) => FoundProcess::of(pid, None, None, None),
     });
-    let found = found.collect();
+    let found = FoundProcesses::new(found, max_bytes);
+    drop(user_namespaces);
     let mut list = list_in_turns(found, &earlier, Instant::now() + MAX_LIST, read_process);
     // With `hidepid` only those are shown that this process may trace. The first process is always there.
     list.is_whole &= list.processes.iter().any(|process| process.pid == 1);
@@ -153,108 +239,91 @@ fn read_list() -> ProcessList {
     list
 }
 
-/// A process before it is listed, by what no process makes slow by itself.
-#[derive(Clone, Copy, Debug)]
-struct FoundProcess {
-    pid: u32,
-    /// The effective user, also of a process that can't be traced (`task_dump_owner`, fs/proc/base.c at v6.12).
-    uid: Option<u32>,
-    /// The number of its control group in [`Owner`].
-    group: Option<u64>,
-    /// `None`: it is in our user namespace, or this is unknown.
-    userns: Option<OutermostUserns>,
+/// The processes for which their owners have room, the others by user, and the shares.
+struct FoundProcesses {
+    processes: Vec<FoundProcess>,
+    left_out: LeftOut,
+    shares: ListShares,
 }
 
-impl FoundProcess {
-    fn new(pid: u32, user_namespaces: &mut UserNamespaces) -> Self {
-        let uid = fs::metadata(format!("/proc/{pid}")).ok().map(|folder| folder.uid());
-        let group = fs::read(format!("/proc/{pid}/cgroup")).ok().and_then(|text| owner_group(&text));
-        Self { pid, uid, group: group.map(|group| group_id(&group)), userns: user_namespaces.outermost(pid) }
-    }
-
-    /// Who is charged for it if this is its user.
-    fn owner(&self, uid: Option<u32>) -> Owner {
-        if let Some(container) = self.userns.and_then(OutermostUserns::container) {
-            return container;
+impl FoundProcesses {
+    fn new(all: impl Iterator<Item = FoundProcess>, max_bytes: usize) -> Self {
+        // In the daemon it does not grow: then it would be twice in memory for a moment. What is not used of it takes
+        // no memory.
+        let mut processes = Vec::with_capacity(max_bytes.min(PROCESS_LIST_BYTES) / LISTED_PROCESS_BYTES);
+        let (mut left_out, mut shares) = (LeftOut::default(), ListShares::new(max_bytes));
+        for process in all {
+            let owner = process.owner();
+            match shares.try_take(owner) {
+                true => processes.push(process),
+                false => left_out.count(Some(owner.uid), false),
+            }
         }
-        // A uid there is one of many that the maker of the user namespace has.
-        let uid = self.userns.map(|userns| userns.owner).or(uid);
-        match self.group {
-            None => owner_of_user(uid),
-            Some(group) => Owner::new(uid.unwrap_or(u32::MAX), group),
-        }
+        Self { processes, left_out, shares }
     }
 }
 
-/// Which user namespaces processes are in.
-struct UserNamespaces {
-    /// The inode of our user namespace. `None`: unknown.
-    own: Option<u64>,
-    /// The outermost ones of other ones, by inode.
-    outermost: HashMap<u64, Option<OutermostUserns>>,
-}
-
-impl UserNamespaces {
-    fn new() -> Self {
-        let own = fs::metadata("/proc/self/ns/user").ok().map(|userns| userns.ino());
-        Self { own, outermost: HashMap::new() }
-    }
-
-    /// The outermost user namespace of a process. `None`: it is in ours, or this is unknown.
-    fn outermost(&mut self, pid: u32) -> Option<OutermostUserns> {
-        let path = format!("/proc/{pid}/ns/user");
-        let inode = fs::metadata(&path).ok()?.ino();
-        if self.own.is_none_or(|own| own == inode) {
-            return None;
-        }
-        if let Some(known) = self.outermost.get(&inode) {
-            return *known;
-        }
-        let (opened, outermost) = outermost_userns_at(Path::new(&path)).ok()?;
-        self.outermost.insert(opened, outermost);
-        outermost
-    }
+/// The process with this pid in a list, which is in the order of the pids.
+fn listed(list: &[Process], pid: u32) -> Option<&Process> {
+    list.binary_search_by_key(&pid, |process| process.pid).ok().and_then(|at| list.get(at))
 }
 
 /// Reads these processes until the time is over, in an order by which a user whose processes take long delays no other
 /// user. Of one owner, a process that was never listed comes first, then the one whose last reading is the oldest. For
 /// the rest, the earlier list is used again.
 fn list_in_turns(
-    found: Vec<FoundProcess>,
+    found: FoundProcesses,
     earlier: &[Process],
     until: Instant,
     mut read: impl FnMut(&FoundProcess) -> io::Result<Process>,
 ) -> ProcessList {
-    let first = earlier.iter().map(|process| process.listed_at).min();
-    let earlier: HashMap<u32, &Process> = earlier.iter().map(|process| (process.pid, process)).collect();
-    let listed_since = |pid: u32| match (earlier.get(&pid), first) {
-        (Some(process), Some(first)) => 1 + nanoseconds(process.listed_at - first),
-        _ => 0,
+    let FoundProcesses { processes: found, mut left_out, mut shares } = found;
+    let now = ListedAt::now();
+    let listed_since = |found: &FoundProcess| match listed(earlier, found.pid) {
+        Some(process) => u64::from(u32::MAX) + 1 - u64::from(now.0.wrapping_sub(process.listed_at.0)),
+        None => 0,
     };
-    let in_queue = |found: FoundProcess| (found.owner(found.uid), listed_since(found.pid), found);
-    let mut queue = LeastSpent::new(found.into_iter().map(in_queue).collect());
-    let mut processes = Vec::new();
+    let mut queue = LeastSpent::new(&found, |found| (found.owner(), listed_since(found)));
+    let mut processes = Vec::with_capacity(found.len());
     let (mut is_whole, mut is_cut) = (true, false);
     loop {
         let read_begin = Instant::now();
         let Some((owner, found)) = queue.pop() else { break };
-        if read_begin >= until {
-            is_whole = false;
-            match earlier.get(&found.pid).filter(|process| process.listed_at.elapsed() < LIST_AGE) {
-                Some(process) => processes.push(**process),
-                None => is_cut = true,
+        let process = if read_begin < until {
+            let process = read(found);
+            queue.charge(owner, nanoseconds(read_begin.elapsed()));
+            match process {
+                Ok(process) => process,
+                // It has ended meanwhile, and holds nothing.
+                Err(error) if process::is_gone(&error) => continue,
+                Err(_) => {
+                    is_whole = false;
+                    continue;
+                }
             }
-            continue;
+        } else {
+            is_whole = false;
+            match listed(earlier, found.pid).filter(|process| process.listed_at.elapsed() < LIST_AGE) {
+                Some(process) => *process,
+                None => {
+                    is_cut = true;
+                    continue;
+                }
+            }
+        };
+        // The real user of a process may be another one than its effective user.
+        if process.owner != owner {
+            shares.give_back(owner);
         }
-        match read(&found) {
-            Ok(process) => processes.push(process),
-            // It has ended meanwhile, and holds nothing.
-            Err(error) if process::is_gone(&error) => {}
-            Err(_) => is_whole = false,
+        if process.owner == owner || shares.try_take(process.owner) {
+            processes.push(process);
+        } else {
+            left_out.count(Some(process.owner.uid), false);
         }
-        queue.charge(owner, nanoseconds(read_begin.elapsed()));
     }
-    ProcessList { processes: processes.into(), is_whole, is_cut }
+    processes.sort_unstable_by_key(|process| process.pid);
+    let (is_whole, is_cut) = (is_whole && left_out.is_empty(), is_cut || !left_out.is_empty());
+    ProcessList { processes: Arc::new(processes), left_out: Arc::new(left_out), is_whole, is_cut }
 }
 
 /// Reads what a list has of a process. The real user started it. A process that ends in this moment can make this last
@@ -262,9 +331,9 @@ fn list_in_turns(
 fn read_process(found: &FoundProcess) -> io::Result<Process> {
     let pid = found.pid;
     let status = process::read_file(&format!("/proc/{pid}/status"))?;
-    let owner = found.owner(process::uids_in_status(&status).map(|[real, ..]| real));
+    let owner = found.owner_if_started_by(process::uids_in_status(&status).map(|[real, ..]| real));
     let cost = WalkCost::new(&status, |count| table_sizes(pid, count));
-    Ok(Process { pid, owner, cost, listed_at: Instant::now() })
+    Ok(Process { owner, cost, pid, listed_at: ListedAt::now() })
 }
 
 /// The sizes in slots of the descriptor tables of this number of threads, chosen at random, without the first thread.
@@ -292,21 +361,6 @@ fn table_sizes(pid: u32, count: usize) -> Option<Vec<u64>> {
     (0..count).map(|number| (Instant::now() < until).then(|| size(choose(number)))?).collect()
 }
 
-/// The number of a control group in [`Owner`]. Two groups have the same number only by chance.
-fn group_id(group: &[u8]) -> u64 {
-    static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
-    // 0 is no group, and the highest bit is a block of users.
-    KEY.hash_one(group) >> 1 | 1
-}
-
-/// The control group of an owner, as in [`Owner`]: below its level users make groups as they like. `None`: the process
-/// is in the root group, or the host does not have the unified hierarchy.
-fn owner_group(text: &[u8]) -> Option<Vec<u8>> {
-    let path = text.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"0::/"))?;
-    let names = path.split(|byte| *byte == b'/').take(OWNER_CGROUP_LEVEL as usize);
-    Some(names.collect::<Vec<_>>().join(&b'/')).filter(|group| !group.is_empty())
-}
-
 #[cfg(test)]
 pub(super) mod samples {
     use super::*;
@@ -317,7 +371,7 @@ pub(super) mod samples {
     /// A process with a small table.
     pub(in crate::sockets) fn process(owner: Owner, pid: u32) -> Process {
         let cost = WalkCost::new(b"FDSize:\t64\nThreads:\t1\n", |_| None);
-        Process { pid, owner, cost, listed_at: Instant::now() }
+        Process { owner, cost, pid, listed_at: ListedAt::now() }
     }
 }
 
@@ -328,26 +382,10 @@ mod tests {
     use super::{samples::*, *};
 
     #[test]
-    fn a_group_that_a_user_can_make_is_none_of_its_own() {
-        let group = |text: &str| owner_group(text.as_bytes()).map(|group| String::from_utf8(group).unwrap());
-        for (text, expected) in [
-            (
-                "0::/user.slice/user-1000.slice/user@1000.service/a/b\n",
-                Some("user.slice/user-1000.slice/user@1000.service"),
-            ),
-            ("1:name=systemd:/x\n0::/system.slice/ssh.service\n", Some("system.slice/ssh.service")),
-            ("0::/\n", None),
-            ("4:cpu:/a\n", None),
-        ] {
-            assert_eq!(group(text).as_deref(), expected, "{text}");
-        }
-    }
-
-    #[test]
     fn this_process_is_listed_with_its_user_and_its_table_and_then_in_the_last_list() {
         let uid = rustix::process::getuid().as_raw();
         let is_own = |process: &&Process| process.pid == std::process::id();
-        let now = read_list();
+        let now = read_list(PROCESS_LIST_BYTES);
         assert!(now.is_whole && !now.is_cut, "{now:?}");
         let own = now.processes.iter().find(is_own).unwrap();
         assert_eq!((own.owner.uid, own.cost.visit()), (uid, walk_cost::Visit::AllThreads));
@@ -376,59 +414,6 @@ mod tests {
         assert_eq!(table_sizes(u32::MAX, 1), None);
     }
 
-    #[test]
-    fn a_process_in_a_user_namespace_counts_for_the_user_that_owns_it() {
-        use std::{os::unix::process::CommandExt as _, process::Command};
-        // From another one than the initial one an owner can't be found.
-        const INITIAL: Option<u64> = Some(0xefff_fffd);
-        let userns = |pid| fs::metadata(format!("/proc/{pid}/ns/user")).ok().map(|userns| userns.ino());
-        let own = userns(std::process::id());
-        let mut user_namespaces = UserNamespaces::new();
-        assert_eq!(user_namespaces.outermost(std::process::id()), None, "it is ours");
-        let mut command = Command::new("unshare");
-        command.args(["--user", "sleep", "60"]);
-        let mut uid = rustix::process::geteuid().as_raw();
-        if uid == 0 {
-            uid = 65_534;
-            command.uid(uid);
-        }
-        let spawned = command.spawn().inspect_err(|error| println!("FACT unshare={error}"));
-        let Ok(mut child) = spawned else { return };
-        let until = Instant::now() + Duration::from_secs(10);
-        while own == INITIAL
-            && userns(child.id()) == own
-            && child.try_wait().unwrap().is_none()
-            && Instant::now() < until
-        {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let is_in_another = userns(child.id()).is_some_and(|userns| Some(userns) != own);
-        let outermost = user_namespaces.outermost(child.id());
-        child.kill().unwrap();
-        child.wait().unwrap();
-        println!("FACT is_in_another_user_namespace={is_in_another}");
-        if own == INITIAL && is_in_another {
-            assert_eq!(outermost.map(|userns| userns.owner), Some(uid));
-        }
-    }
-
-    #[test]
-    fn a_process_counts_for_its_user_in_its_control_group() {
-        let found = |group| FoundProcess { pid: 1, uid: None, group, userns: None };
-        assert_eq!(found(Some(7)).owner(Some(5)), Owner::new(5, 7));
-        assert_eq!(found(Some(7)).owner(None), Owner::new(u32::MAX, 7));
-        assert_eq!(found(None).owner(Some(5)), owner_of_user(Some(5)));
-        let in_userns = |owner, group| {
-            let userns = Some(OutermostUserns { inode: 0xf000_0001, owner });
-            FoundProcess { userns, ..found(group) }.owner(Some(100_005))
-        };
-        assert_eq!(in_userns(5, Some(7)), Owner::new(5, 7), "the maker of the user namespace");
-        let of_container = Owner::new(0, Owner::of_container(0xf000_0001));
-        assert_eq!([in_userns(0, Some(7)), in_userns(0, Some(8))], [of_container; 2]);
-        assert_eq!(group_id(b"a"), group_id(b"a"));
-        assert_ne!(group_id(b"a"), group_id(b"b"));
-    }
-
     /// Lists these processes, each of which takes this long, after an earlier list.
     fn listed(
         pids: impl Iterator<Item = u32>,
@@ -436,17 +421,15 @@ mod tests {
         limit: Duration,
         takes: impl Fn(u32) -> Duration,
     ) -> (Vec<u32>, ProcessList) {
-        let found = |pid| {
-            let uid = Some(if pid <= 100 { 1_000 } else { 0 });
-            FoundProcess { pid, uid, group: None, userns: None }
-        };
+        let found = |pid| FoundProcess::of(pid, Some(if pid <= 100 { 1_000 } else { 0 }), None, None);
         let order = RefCell::new(Vec::new());
         let read = |found: &FoundProcess| {
             order.borrow_mut().push(found.pid);
             std::thread::sleep(takes(found.pid));
-            Ok(process(found.owner(found.uid), found.pid))
+            Ok(process(found.owner(), found.pid))
         };
-        let list = list_in_turns(pids.map(found).collect(), earlier, Instant::now() + limit, read);
+        let found = FoundProcesses::new(pids.map(found), PROCESS_LIST_BYTES);
+        let list = list_in_turns(found, earlier, Instant::now() + limit, read);
         (order.into_inner(), list)
     }
 
@@ -461,7 +444,7 @@ mod tests {
 
     #[test]
     fn a_list_goes_on_where_the_last_one_was_cut_until_all_are_listed() {
-        let mut list = ProcessList { processes: Arc::default(), is_whole: false, is_cut: true };
+        let mut list = ProcessList { is_cut: true, ..ProcessList::default() };
         let mut lists = 0;
         while list.is_cut {
             let known: Vec<_> = list.processes.iter().map(|process| process.pid).collect();
@@ -473,12 +456,59 @@ mod tests {
         }
         assert!(lists > 1 && list.processes.len() == 50 && !list.is_whole, "{lists} {list:?}");
         // Then the process whose last reading is the oldest is read again.
-        let first = list.processes.iter().min_by_key(|process| process.listed_at).unwrap().pid;
+        let first = list.processes.iter().min_by_key(|process| process.listed_at.0).unwrap().pid;
         let (order, list) =
             listed(1..=50, &list.processes, Duration::from_millis(300), |_| Duration::from_millis(301));
         assert_eq!((order, list.processes.len()), (vec![first], 50));
         // One that has ended is in no later list.
         let (_, list) = listed(1..=10, &list.processes, Duration::ZERO, |_| Duration::ZERO);
         assert_eq!((list.processes.len(), list.is_whole, list.is_cut), (10, false, false));
+    }
+
+    #[test]
+    fn processes_beyond_the_share_of_their_owner_are_left_out_and_no_other_owners() {
+        let of = |owner, pid| FoundProcess::charged_to(pid, owner);
+        let flood = (10..60_000).map(|pid| of(Owner::new(1_000, 7), pid));
+        let others = (0..500).map(|number| of(Owner::new(0, 100 + number), 70_000 + number as u32));
+        let of_command = FoundProcesses::new(flood.clone().chain(others.clone()), UNLIMITED);
+        assert_eq!((of_command.processes.len(), of_command.left_out.is_empty()), (59_990 + 500, true));
+        let found = FoundProcesses::new(flood.chain(others), PROCESS_LIST_BYTES);
+        let of_flood = found.processes.iter().filter(|process| process.owner().uid == 1_000).count();
+        assert_eq!(found.processes.len() - of_flood, 500);
+        let share = (PROCESS_LIST_BYTES * 3 / 4 - LISTED_OWNER_BYTES) / LISTED_PROCESS_BYTES;
+        assert!((share - 3..=share).contains(&of_flood), "{of_flood} of {share}");
+        assert_eq!(found.left_out.users().collect::<Vec<_>>(), [(Some(1_000), (59_990 - of_flood) as u64)]);
+        let read = |found: &FoundProcess| Ok(process(found.owner(), found.pid));
+        let until = Instant::now() + Duration::from_secs(600);
+        let list = list_in_turns(found, &[], until, read);
+        assert_eq!(list.processes.len(), of_flood + 500);
+        assert!(list.processes.is_sorted_by_key(|process| process.pid));
+        assert!(!list.is_whole && !list.permits_pass(), "what is left out may have large tables");
+        let text = list.left_out_text().unwrap();
+        assert_eq!(text, format!("{} of user 1000", 59_990 - of_flood));
+        assert_eq!(ProcessList::default().left_out_text(), None);
+        let unknown = (1..60_000).map(|pid| FoundProcess::of(pid, None, None, None));
+        let left_out = FoundProcesses::new(unknown, PROCESS_LIST_BYTES).left_out;
+        let list = ProcessList { left_out: Arc::new(left_out), ..ProcessList::default() };
+        assert!(list.left_out_text().unwrap().ends_with(" of unknown users"), "{list:?}");
+    }
+
+    #[test]
+    fn the_list_stays_within_its_bytes_whoever_has_the_processes() {
+        let bytes =
+            |owners: usize, processes: usize| owners * LISTED_OWNER_BYTES + processes * LISTED_PROCESS_BYTES;
+        // A container's root is any user; and a process has another real user than its effective one.
+        let of = |pid| FoundProcess::of(pid, Some(0), Some(7), None);
+        let by_effective = FoundProcesses::new((1..60_000).map(of), PROCESS_LIST_BYTES);
+        assert!(bytes(1, by_effective.processes.len()) <= PROCESS_LIST_BYTES * 3 / 4);
+        let read = |found: &FoundProcess| Ok(process(found.owner_if_started_by(Some(found.pid)), found.pid));
+        let until = Instant::now() + Duration::from_secs(600);
+        let list = list_in_turns(by_effective, &[], until, read);
+        let kept = list.processes.len();
+        assert!(bytes(kept, kept) <= PROCESS_LIST_BYTES * 7 / 8 && kept > 1_000, "{kept}");
+        let left_out: u64 = list.left_out.users().map(|(_, count)| count).sum();
+        assert_eq!(kept as u64 + left_out, 59_999);
+        let text = list.left_out_text().unwrap();
+        assert!(text.len() < 300 && text.ends_with(" of other users"), "{text}");
     }
 }

@@ -2,9 +2,6 @@
 //! attempts in progress, and the processes that hold the self-connections. What a process holds comes from the
 //! iterator over descriptors where it is attached; sock_diag lists the rest, such as TIME_WAIT, in the
 //! namespaces that can be entered.
-//!
-//! Where sockets are matched with the connect table and with tracked connections, the family does not count:
-//! an IPv4 socket and an IPv6 socket with a v4-mapped address cannot have the same endpoint at the same time.
 
 use std::{
     cell::RefCell,
@@ -12,7 +9,7 @@ use std::{
     io, panic, thread,
 };
 
-use selfconn_ebpf::{ConnectEntry, Endpoint, Opener};
+use selfconn_ebpf::Endpoint;
 
 use super::{
     by_socket::{BySocket, SocketRef, unique_inodes},
@@ -153,69 +150,11 @@ impl SocketSnapshot {
         }
     }
 
-    /// Adds the entries of the probes' connect table to the sockets. If the probes do not know the network
-    /// namespace of a socket, it becomes unknown in the snapshot, too: transitions of these sockets have
-    /// none.
-    ///
-    /// Anybody can connect to the address and port of a self-connection at any time. An entry is that of a listed
-    /// socket only if it is from before the snapshot and has the socket's kernel address; where that is unknown, only
-    /// if neither another socket nor an attempt is there.
-    pub fn add_connect_entries(&mut self, connects: &[(u64, ConnectEntry)], knows_netns: bool) {
-        let key_of = |endpoint: &Endpoint| {
-            let known =
-                if knows_netns { *endpoint } else { Endpoint { netns: 0, netns_cookie: 0, ..*endpoint } };
-            known.table_key()
-        };
-        for entry in self.entries.iter_mut().filter(|_| !knows_netns) {
-            (entry.endpoint.netns, entry.endpoint.netns_cookie) = (0, 0);
-        }
-        let mut listed: HashMap<Endpoint, usize> = HashMap::new();
-        for entry in &self.entries {
-            *listed.entry(key_of(&entry.endpoint)).or_default() += 1;
-        }
-        let attempts: HashSet<Endpoint> = self.attempts.iter().map(key_of).collect();
-        let mut by_sock = HashMap::new();
-        // `None`: more than one socket has this endpoint.
-        let mut by_endpoint: HashMap<Endpoint, Option<(u64, Opener)>> = HashMap::new();
-        for (sock, connect) in connects {
-            let (key, opener) = (key_of(&connect.endpoint), (*sock, connect.opener));
-            by_sock.insert((*sock, key), opener);
-            by_endpoint.entry(key).and_modify(|known| *known = None).or_insert(Some(opener));
-        }
-        for entry in &mut self.entries {
-            let key = key_of(&entry.endpoint);
-            let is_alone = listed.get(&key) == Some(&1) && !attempts.contains(&key);
-            let connect = match entry.sock {
-                Some(sock) => by_sock.get(&(sock, key)).copied(),
-                None => by_endpoint.get(&key).copied().flatten().filter(|_| is_alone),
-            };
-            entry.connect_entry = connect.filter(|(_, opener)| opener.at_ns < self.began_ns).map(Box::new);
-        }
-    }
-
     /// The processes that have this socket open. `None`: there is no such process, none was found, or it is not certain
     /// which socket it is.
     #[must_use]
     pub fn holders_of(&self, socket: Option<SocketRef>) -> Option<&[Holder]> {
         self.holders.of(&socket?)
-    }
-
-    /// Kernel addresses in the connect table whose sockets no longer exist, and the times of their connects:
-    /// the entry is older than the snapshot, its namespace was read, and the snapshot lists neither a
-    /// self-connection nor a connection attempt for it, and left out nothing of the user.
-    #[must_use]
-    pub fn stale_connects(&self, connects: &[(u64, ConnectEntry)]) -> Vec<(u64, u64)> {
-        let sockets = self.entries.iter().map(|entry| &entry.endpoint).chain(&self.attempts);
-        let existing: HashSet<Endpoint> = sockets.map(Endpoint::table_key).collect();
-        let is_stale = |connect: &ConnectEntry| {
-            connect.opener.at_ns < self.began_ns
-                && (self.proves_end_of_netns(&connect.endpoint)
-                    || self.covers(&connect.endpoint)
-                        && !self.left_out.may_have(Some(connect.opener.uid))
-                        && !existing.contains(&connect.endpoint.table_key()))
-        };
-        let stale = connects.iter().filter(|(_, connect)| is_stale(connect));
-        stale.map(|(sock, connect)| (*sock, connect.opener.at_ns)).collect()
     }
 }
 
@@ -326,6 +265,7 @@ fn snapshot_all(
             let held = held.borrow();
             socket.zip(held.as_ref()).is_some_and(|(socket, held)| held.holders.by_socket.may_have(&socket))
         };
+        limit.begin_netns(id.inode);
         tables.read(options.attempts, limit, &is_held)?;
         let mut cookies = HashSet::new();
         let listed_before = snapshot.entries.len();
@@ -363,69 +303,6 @@ mod tests {
 
     use super::*;
     use crate::detect::samples;
-
-    fn connect(sock: u64, endpoint: Endpoint, at_ns: u64) -> (u64, ConnectEntry) {
-        (sock, ConnectEntry::new(sock as u32, endpoint, Opener { at_ns, ..Opener::UNKNOWN }, 0))
-    }
-
-    #[test]
-    fn a_socket_and_its_connect_match_in_either_family_and_an_old_connect_without_a_socket_is_stale() {
-        let [v4, mapped] = [false, true].map(|is_ipv6| Endpoint::new(1, [127, 0, 0, 1].into(), 4, is_ipv6));
-        let other = samples::endpoint("::1", 4);
-        let elsewhere = Endpoint { netns: 2, ..other };
-        let connects = [connect(7, mapped, 5), connect(8, other, 5), connect(9, elsewhere, 5)];
-        let mut snapshot = SocketSnapshot {
-            entries: vec![samples::entry(v4, state::ESTABLISHED)],
-            namespaces: [(1, 0)].into(),
-            began_ns: 6,
-            ..SocketSnapshot::default()
-        };
-        snapshot.add_connect_entries(&connects, true);
-        assert_eq!(snapshot.entries[0].connect_entry.as_ref().map(|entry| entry.0), Some(7));
-        assert_eq!(snapshot.stale_connects(&connects), [(8, 5)], "9 is in a namespace that was not read");
-        for (uid, stale) in [(Opener::UNKNOWN.uid, vec![]), (1_000, vec![(8, 5)])] {
-            let mut limit = SnapshotLimit::new(Some(0));
-            assert!(!limit.take(Some(uid), true));
-            snapshot.left_out = limit.left_out;
-            assert_eq!(snapshot.stale_connects(&connects), stale, "an attempt of {uid} was left out");
-        }
-        snapshot.attempts.push(other);
-        assert_eq!(snapshot.stale_connects(&connects), [], "8 is still connecting");
-        // Without BTF.
-        snapshot.add_connect_entries(&[connect(7, Endpoint { netns: 0, ..v4 }, 5)], false);
-        let entry = &snapshot.entries[0];
-        assert_eq!((entry.endpoint.netns, entry.connect_entry.as_ref().map(|entry| entry.0)), (0, Some(7)));
-    }
-
-    #[test]
-    fn who_connects_to_the_port_of_a_listed_socket_is_not_its_opener() {
-        let endpoint = samples::endpoint("127.0.0.1", 4);
-        let at_device = Endpoint { ifindex: 1, ..endpoint };
-        let listed = |sock| SocketEntry { sock, ..samples::entry(endpoint, state::ESTABLISHED) };
-        let other = samples::entry(at_device, state::ESTABLISHED);
-        let own = connect(7, endpoint, 5);
-        let (of_other, later) = (connect(8, endpoint, 5), connect(7, endpoint, 6));
-        // (listed sockets, attempts, connect table, the first socket has the opener)
-        for (entries, attempts, connects, is_known) in [
-            (vec![listed(Some(7))], vec![], vec![own], true),
-            (vec![listed(Some(7))], vec![endpoint], vec![of_other, own], true),
-            (vec![listed(Some(7))], vec![endpoint], vec![of_other], false),
-            (vec![listed(Some(7))], vec![], vec![later], false),
-            (vec![listed(Some(7))], vec![], vec![connect(7, at_device, 5)], false),
-            // The address is unknown.
-            (vec![listed(None)], vec![], vec![own], true),
-            (vec![listed(None), other], vec![at_device], vec![own], true),
-            (vec![listed(None)], vec![endpoint], vec![of_other], false),
-            (vec![listed(None)], vec![], vec![of_other, own], false),
-            (vec![listed(None)], vec![], vec![later], false),
-            (vec![listed(None), listed(None)], vec![], vec![own], false),
-        ] {
-            let mut snapshot = SocketSnapshot { entries, attempts, began_ns: 6, ..SocketSnapshot::default() };
-            snapshot.add_connect_entries(&connects, true);
-            let opener = snapshot.entries[0].connect_entry.as_deref();
-            assert_eq!(opener, is_known.then_some(&(7, own.1.opener)), "{snapshot:?} {connects:?}");
-        }
-    }
 
     #[test]
     fn a_held_socket_is_listed_once_and_one_without_a_descriptor_stays() {

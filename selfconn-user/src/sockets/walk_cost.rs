@@ -14,6 +14,12 @@ const MAX_VISIT_SLOTS: u64 = 64 * DEFAULT_NR_OPEN;
 /// The kernel's default of `fs.nr_open`, the maximum number of descriptors of a process (fs/file.c at v6.12).
 const DEFAULT_NR_OPEN: u64 = 1 << 20;
 
+// A larger number of slots than this says no more.
+const _: () = {
+    assert!(MAX_PASS_SLOTS < u32::MAX as u64);
+    assert!(MAX_VISIT_SLOTS < u32::MAX as u64);
+};
+
 /// Of this many threads the size of one more table is read.
 const THREADS_PER_SAMPLE: usize = 64;
 
@@ -30,15 +36,13 @@ pub(super) enum Visit {
     Nothing,
 }
 
-/// The descriptor tables of one process.
+/// The descriptor tables of one process. Few bytes, because lists of all processes have it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct WalkCost {
-    /// The slots of the first thread's table. 0: the thread has ended.
-    first_slots: u64,
-    /// The number of other threads.
-    others: u64,
-    /// The slots of the table of each other thread, on average of some. `None`: unknown.
-    other_slots: Option<u64>,
+    /// How many slots the kernel may look at, or the largest number.
+    slots: u32,
+    /// False: it has ended, or has no table.
+    has_first_thread: bool,
 }
 
 impl WalkCost {
@@ -54,25 +58,26 @@ impl WalkCost {
             0 => Some(0),
             count => sample(count).map(|sizes| average(&sizes)),
         };
-        Self { first_slots, others, other_slots }
+        // That the tables of other threads are the first thread's is not known, so each counts.
+        let other_slots = match other_slots {
+            // Without the first thread the other threads' table is looked at for each, and may grow at any time.
+            Some(slots) if first_slots == 0 => slots.max(DEFAULT_NR_OPEN),
+            Some(slots) => slots,
+            None => DEFAULT_NR_OPEN.max(first_slots),
+        };
+        let slots = first_slots.saturating_add(others.saturating_mul(other_slots));
+        Self { slots: u32::try_from(slots).unwrap_or(u32::MAX), has_first_thread: first_slots != 0 }
     }
 
-    /// How many slots the kernel may look at. That the tables of other threads are the first thread's is not known, so
-    /// each counts.
+    /// How many slots the kernel may look at: `u32::MAX` if there are more.
     pub(super) fn slots(&self) -> u64 {
-        let other_slots = match self.other_slots {
-            // Without the first thread the other threads' table is looked at for each, and may grow at any time.
-            Some(slots) if self.first_slots == 0 => slots.max(DEFAULT_NR_OPEN),
-            Some(slots) => slots,
-            None => DEFAULT_NR_OPEN.max(self.first_slots),
-        };
-        self.first_slots.saturating_add(self.others.saturating_mul(other_slots))
+        self.slots.into()
     }
 
     pub(super) fn visit(&self) -> Visit {
         match self.slots() {
             0..=MAX_VISIT_SLOTS => Visit::AllThreads,
-            _ if self.first_slots == 0 => Visit::Nothing,
+            _ if !self.has_first_thread => Visit::Nothing,
             _ => Visit::FirstThread,
         }
     }
@@ -108,6 +113,7 @@ mod tests {
     #[test]
     fn a_process_costs_its_tables_and_one_whose_first_thread_has_ended_a_large_one_for_each_thread() {
         const MI: u64 = 1 << 20;
+        const MAX: u64 = u32::MAX as u64;
         for (of, slots, visit) in [
             (cost(64, 1, None), 64, Visit::AllThreads),
             // A zombie.
@@ -117,19 +123,22 @@ mod tests {
             (cost(MI, 64, Some(MI)), 64 * MI, Visit::AllThreads),
             (cost(MI, 65, Some(MI)), 65 * MI, Visit::FirstThread),
             // The first thread has a small table for itself.
-            (cost(64, 10_000, Some(MI)), 64 + 9_999 * MI, Visit::FirstThread),
-            (cost(64, 10_000, None), 64 + 9_999 * MI, Visit::FirstThread),
+            (cost(64, 4_000, Some(MI)), 64 + 3_999 * MI, Visit::FirstThread),
+            (cost(64, 4_000, None), 64 + 3_999 * MI, Visit::FirstThread),
+            (cost(64, 10_000, Some(MI)), MAX, Visit::FirstThread),
+            (cost(64, 10_000, None), MAX, Visit::FirstThread),
             // The first thread has ended.
             (cost(0, 65, Some(64)), 64 * MI, Visit::AllThreads),
             (cost(0, 66, Some(64)), 65 * MI, Visit::Nothing),
-            (cost(0, 10_000, Some(MI / 2)), 9_999 * MI, Visit::Nothing),
+            (cost(0, 4_000, Some(MI / 2)), 3_999 * MI, Visit::Nothing),
+            (cost(0, 10_000, Some(MI / 2)), MAX, Visit::Nothing),
             (cost(0, 3, Some(1_000 * MI)), 2_000 * MI, Visit::Nothing),
-            (cost(u64::MAX, u64::MAX, Some(u64::MAX)), u64::MAX, Visit::FirstThread),
+            (cost(u64::MAX, u64::MAX, Some(u64::MAX)), MAX, Visit::FirstThread),
         ] {
             assert_eq!((of.slots(), of.visit()), (slots, visit), "{of:?}");
         }
         let without_a_size = WalkCost::new(b"Name:\ta\nThreads:\t3\n", |count| Some(vec![64; count]));
-        assert_eq!(without_a_size.first_slots, 0);
+        assert!(!without_a_size.has_first_thread);
     }
 
     #[test]

@@ -149,6 +149,29 @@ impl Attribution {
     }
 }
 
+/// What still holds of the attribution of a socket that is closed: no process has it open.
+#[derive(Clone, Debug, Default)]
+pub struct ClosedAttribution {
+    process: Rc<ProcessInfo>,
+    device: Option<Arc<str>>,
+    refused_before: Option<u64>,
+}
+
+impl From<&Attribution> for ClosedAttribution {
+    fn from(of_open: &Attribution) -> Self {
+        let Attribution { subject: _, process, holders: _, device, refused_before } = of_open;
+        Self { process: Rc::clone(process), device: device.clone(), refused_before: *refused_before }
+    }
+}
+
+impl From<&ClosedAttribution> for Attribution {
+    /// Only an opener can be named.
+    fn from(of_closed: &ClosedAttribution) -> Self {
+        let ClosedAttribution { process, device, refused_before } = of_closed.clone();
+        Self { subject: Subject::Opener, process, holders: None, device, refused_before }
+    }
+}
+
 /// A process that has a socket open, or that closed it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Holder {

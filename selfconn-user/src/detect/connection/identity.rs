@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 
 use selfconn_ebpf::Endpoint;
 
-use super::Connection;
+use super::{Connection, Tracked};
 use crate::{
     budget::{
         SharedLimit, USER_SET_BYTES, UserSet,
@@ -24,6 +24,10 @@ const _: () = assert!(
         + USER_SET_BYTES / MAX_CLOSED_DURING_SNAPSHOT
         <= memory::CLOSED_DURING_SNAPSHOT_BYTES
 );
+
+// The keys of tracked connections are there only while a snapshot is compared. In the worst case no cookie is known.
+// They have the room that the table of connections takes beside itself while it grows: a full table does not grow.
+const _: () = assert!(2 * (size_of::<(Endpoint, u64)>() + 1) * 8 / 7 <= size_of::<Tracked>() / 2);
 
 /// What a socket is found by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -124,7 +128,6 @@ impl ClosedSockets {
 }
 
 /// Keys of tracked connections, by what the entries of a snapshot can be matched with.
-#[derive(Default)]
 pub(super) struct TrackedKeys {
     by_cookie: HashMap<u64, u64>,
     /// Those whose cookies are unknown.
@@ -133,7 +136,20 @@ pub(super) struct TrackedKeys {
 }
 
 impl TrackedKeys {
-    pub(super) fn insert(&mut self, connection: &Connection, key: u64) {
+    /// Of these connections. The tables have their size at once, because one that grows is there twice.
+    pub(super) fn of<'a>(connections: impl Iterator<Item = (u64, &'a Connection)> + Clone) -> Self {
+        let count = connections.clone().count();
+        let with_cookie = connections.clone().filter(|(_, connection)| connection.cookie.is_some()).count();
+        let mut keys = Self {
+            by_cookie: HashMap::with_capacity(with_cookie),
+            without_cookie: HashMap::with_capacity(count - with_cookie),
+            by_endpoint: HashMap::with_capacity(count),
+        };
+        connections.for_each(|(key, connection)| keys.insert(connection, key));
+        keys
+    }
+
+    fn insert(&mut self, connection: &Connection, key: u64) {
         match connection.cookie {
             Some(cookie) => self.by_cookie.insert(cookie, key),
             None => self.without_cookie.insert(connection.endpoint.table_key(), key),

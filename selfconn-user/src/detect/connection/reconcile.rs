@@ -9,7 +9,7 @@
 //!
 //! When a socket of the table and a tracked connection are the same is decided in `identity.rs`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use selfconn_ebpf::{Owner, Transition, state};
 
@@ -20,9 +20,15 @@ use super::{
     table::payer_of_entry,
 };
 use crate::{
-    budget::owner_of_user,
-    sockets::{Coverage, SocketEntry},
+    budget::{memory, owner_of_user},
+    sockets::{Coverage, LeftOut, SocketEntry},
 };
+
+// Of a snapshot the owners of untracked sockets, and of the tracked connections the keys of vanished ones.
+const _: () = assert!(
+    size_of::<Owner>() <= memory::MATCHED_SOCKET_BYTES
+        && size_of::<u64>() <= memory::MATCHED_CONNECTION_BYTES
+);
 
 /// ESTABLISHED or later. A socket that is still connecting is not a self-connection yet. One in TIME_WAIT is
 /// not a self-connection any more.
@@ -38,10 +44,11 @@ impl Connections {
         self.tracked.begin_snapshot();
     }
 
-    /// The numbers of self-connections that the snapshot has left out, by user (`None`: all others). Must be called
-    /// before [`Self::reconcile`], for which `is_covered` must be false where one may have been left out.
-    pub fn set_left_out(&mut self, left_out: impl Iterator<Item = (Option<u32>, u64)>) {
-        self.left_out = left_out.collect();
+    /// The self-connections that the snapshot has left out. Must be called before [`Self::reconcile`], for which
+    /// `coverage` must be `Unknown` where one may have been left out.
+    pub fn set_left_out(&mut self, left_out: &LeftOut) {
+        self.left_out = left_out.users().collect();
+        self.left_out_ports = left_out.ports().clone();
     }
 
     /// Compares the tracked connections with a snapshot of the socket table. Every transition until the
@@ -58,18 +65,18 @@ impl Connections {
     ) -> u64 {
         let closed_during_snapshot = self.closed_during_snapshot.take().unwrap_or_default();
         let left_out = std::mem::take(&mut self.left_out);
-        let mut known = TrackedKeys::default();
-        for (key, tracked) in self.tracked.iter().filter(|(_, tracked)| tracked.closed_ns.is_none()) {
-            known.insert(&tracked.connection, key);
-        }
-        let mut seen = HashSet::new();
+        // Some of them may be tracked. Then it is known all the same who holds the port.
+        let mut untracked_ports = std::mem::take(&mut self.left_out_ports);
+        self.tracked.iter_mut().for_each(|(_, tracked)| tracked.is_listed = false);
+        let open = self.tracked.iter().filter(|(_, tracked)| tracked.closed_ns.is_none());
+        let known = TrackedKeys::of(open.map(|(key, tracked)| (key, &tracked.connection)));
         let mut missed = 0;
         let mut untracked = Vec::new();
         for entry in entries.iter().filter(|entry| is_open(entry)) {
-            let tracked = known.find(entry).and_then(|key| Some((key, self.tracked.get_mut(key)?)));
-            let found = tracked.map(|(key, tracked)| (key, agreement(&tracked.connection, entry), tracked));
-            if let Some((key, agreement @ (Agreement::Proven | Agreement::Possible), tracked)) = found {
-                seen.insert(key);
+            let tracked = known.find(entry).and_then(|key| self.tracked.get_mut(key));
+            let found = tracked.map(|tracked| (agreement(&tracked.connection, entry), tracked));
+            if let Some((agreement @ (Agreement::Proven | Agreement::Possible), tracked)) = found {
+                tracked.is_listed = true;
                 let connection = &mut tracked.connection;
                 if agreement == Agreement::Proven {
                     connection.cookie = connection.cookie.or(entry.cookie);
@@ -98,7 +105,12 @@ impl Connections {
                 let payer = payer_of_entry(entry);
                 // What may be closed already makes no event, and may be a loss.
                 if listed == ListedSocket::Uncertain || !self.tracked.take_room(payer) {
+                    if untracked.is_empty() {
+                        // A vector that grows is there twice.
+                        untracked.reserve_exact(entries.len());
+                    }
                     untracked.push(payer);
+                    untracked_ports.insert(&entry.endpoint);
                     continue;
                 }
                 missed += 1;
@@ -113,25 +125,32 @@ impl Connections {
                     }
                 }
                 self.tracked.insert(key, tracked);
-                seen.insert(key);
             }
         }
-        let mut vanished = Vec::new();
+        drop(known);
+        let (count, mut vanished) = (self.tracked.count(), Vec::new());
         for (key, tracked) in self.tracked.iter_mut().filter(|(_, tracked)| tracked.closed_ns.is_none()) {
-            if tracked.last_seen_ns >= began_ns || seen.contains(&key) {
+            if tracked.last_seen_ns >= began_ns || tracked.is_listed {
                 tracked.was_absent = false;
                 continue;
             }
+            let mut has_vanished = false;
             match coverage(&tracked.connection) {
-                Coverage::NetnsEnded => vanished.push(key),
-                Coverage::Read if tracked.was_absent => vanished.push(key),
+                Coverage::NetnsEnded => has_vanished = true,
+                Coverage::Read if tracked.was_absent => has_vanished = true,
                 Coverage::Read => tracked.was_absent = true,
                 // Where there is not time for all namespaces, not each snapshot reads the same.
                 Coverage::Unknown => {}
             }
+            if has_vanished {
+                if vanished.is_empty() {
+                    vanished.reserve_exact(count);
+                }
+                vanished.push(key);
+            }
         }
         // Some of those that the snapshot left out are tracked.
-        let is_unseen = |(key, tracked): &(u64, &Tracked)| tracked.closed_ns.is_none() && !seen.contains(key);
+        let is_unseen = |(_, tracked): &(u64, &Tracked)| tracked.closed_ns.is_none() && !tracked.is_listed;
         let mut unseen: HashMap<Option<u32>, u64> = HashMap::new();
         for (_, tracked) in self.tracked.iter().filter(is_unseen).filter(|_| !left_out.is_empty()) {
             let uid = Some(tracked.connection.uid.unwrap_or_default());
@@ -142,7 +161,7 @@ impl Connections {
             (uid.map_or(Owner::UNKNOWN, |uid| owner_of_user(Some(uid))), count.saturating_sub(tracked))
         });
         let found = untracked.into_iter().map(|owner| (owner, 1)).chain(left_out);
-        self.tracked.on_listed_untracked(found);
+        self.tracked.on_listed_untracked(found, untracked_ports);
         for tracked in vanished.into_iter().filter_map(|key| self.tracked.remove(key)) {
             let connection = &tracked.connection;
             for id in SocketId::all_of(connection.cookie, &connection.endpoint) {
@@ -188,6 +207,7 @@ impl Tracked {
             reported_by: u8::MAX,
             last_seen_ns: at_ns,
             established_emitted: true,
+            is_listed: true,
             was_absent: false,
             closed_ns: None,
         }

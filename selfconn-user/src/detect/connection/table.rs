@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use selfconn_ebpf::{Opener, Owner, Transition, state};
+use selfconn_ebpf::{Endpoint, Opener, Owner, Transition, state};
 
 use super::Tracked;
 use crate::{
@@ -12,6 +12,7 @@ use crate::{
         memory::{self, MAX_CONNECTIONS},
         owner_of_user,
     },
+    detect::port_set::PortSet,
     sockets::SocketEntry,
 };
 
@@ -19,7 +20,7 @@ use crate::{
 const MAX_RECENT: usize = 64;
 
 // Beside it: the attribution with its holders, the decision of the log, the id in both, and half of the tables again
-// while they grow.
+// while they grow, or the keys by which a snapshot is compared (`identity.rs`).
 const _: () = assert!(size_of::<Tracked>() * 3 / 2 + 400 <= memory::CONNECTION_BYTES);
 
 #[derive(Debug)]
@@ -30,10 +31,11 @@ pub(super) struct TrackedTable {
     pub(super) untracked: OwnerLosses,
     /// Kernel address, states and probe of the last untracked transitions.
     recent: VecDeque<(u64, (u8, u8), u8)>,
-    /// Untracked connections that may still be open.
+    /// Untracked connections that may still be open, and their ports.
     maybe_open: u64,
-    /// Those since the last snapshot began, which it may not have.
-    since_snapshot: u64,
+    maybe_open_ports: PortSet,
+    /// The ports of those since the last snapshot began, which it may not have.
+    ports_since_snapshot: PortSet,
 }
 
 impl Default for TrackedTable {
@@ -44,7 +46,8 @@ impl Default for TrackedTable {
             untracked: OwnerLosses::default(),
             recent: VecDeque::new(),
             maybe_open: 0,
-            since_snapshot: 0,
+            maybe_open_ports: PortSet::default(),
+            ports_since_snapshot: PortSet::default(),
         }
     }
 }
@@ -58,7 +61,7 @@ impl TrackedTable {
         self.by_sock.get_mut(&sock)
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &Tracked)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &Tracked)> + Clone {
         self.by_sock.iter().map(|(sock, tracked)| (*sock, tracked))
     }
 
@@ -66,8 +69,8 @@ impl TrackedTable {
         self.by_sock.iter_mut().map(|(sock, tracked)| (*sock, tracked))
     }
 
-    #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
+    /// Number of tracked sockets.
+    pub(super) fn count(&self) -> usize {
         self.by_sock.len()
     }
 
@@ -114,23 +117,31 @@ impl TrackedTable {
         }
         self.recent.push_back((t.sock, (t.old, t.new), t.probe_id));
         self.maybe_open += 1;
-        self.since_snapshot += 1;
+        self.maybe_open_ports.insert(&t.endpoint);
+        self.ports_since_snapshot.insert(&t.endpoint);
         self.untracked.count(owner, 1);
     }
 
-    /// True if a connection that is not tracked may still be open.
-    pub(super) fn may_lack_open_ones(&self) -> bool {
-        self.maybe_open + self.since_snapshot > 0
+    /// True if a connection that is not tracked, and may still be open, may hold this port.
+    pub(super) fn may_lack_open_at(&self, endpoint: &Endpoint) -> bool {
+        self.maybe_open_ports.may_have(endpoint) || self.ports_since_snapshot.may_have(endpoint)
+    }
+
+    /// The ports of the connections that are not tracked, and may still be open.
+    pub(super) fn untracked_ports(&self) -> PortSet {
+        let mut ports = self.maybe_open_ports.clone();
+        ports.extend(&self.ports_since_snapshot);
+        ports
     }
 
     /// A snapshot begins.
     pub(super) fn begin_snapshot(&mut self) {
-        self.since_snapshot = 0;
+        self.ports_since_snapshot.clear();
     }
 
     /// How many connections of each owner a snapshot has found that are not tracked. Those that may have been counted
-    /// before are not counted again.
-    pub(super) fn on_listed_untracked(&mut self, found: impl Iterator<Item = (Owner, u64)>) {
+    /// before are not counted again. `ports` has their ports.
+    pub(super) fn on_listed_untracked(&mut self, found: impl Iterator<Item = (Owner, u64)>, ports: PortSet) {
         let (mut known, mut total) = (self.maybe_open, 0);
         for (owner, count) in found {
             total += count;
@@ -140,7 +151,7 @@ impl TrackedTable {
                 self.untracked.count(owner, new);
             }
         }
-        self.maybe_open = total;
+        (self.maybe_open, self.maybe_open_ports) = (total, ports);
     }
 }
 

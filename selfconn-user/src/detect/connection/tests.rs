@@ -54,7 +54,11 @@ fn a_flood_at_few_addresses_queues_each_address_once_and_expires_it() {
     // Long after the last close.
     connections.apply(&transition(SOCKS, 2 * DUPLICATE_WINDOW_NS, CLOSE, SYN_SENT), |_| {});
     assert_eq!(
-        (connections.tracked.len(), connections.duplicate_queue.len(), connections.awaiting_duplicates.len()),
+        (
+            connections.tracked.count(),
+            connections.duplicate_queue.len(),
+            connections.awaiting_duplicates.len()
+        ),
         (1, 0, 0)
     );
 }

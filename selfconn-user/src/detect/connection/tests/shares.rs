@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     budget::memory::{MAX_CLOSED_DURING_SNAPSHOT, MAX_CONNECTIONS},
-    sockets::Coverage,
+    sockets::{Coverage, LeftOut},
 };
 
 /// A transition of a socket whose opener has this owner.
@@ -56,6 +56,44 @@ fn connections_beyond_an_owners_share_are_counted_once_and_another_owner_finds_r
 }
 
 #[test]
+fn an_untracked_connection_may_hold_its_port_in_its_namespace_and_no_other() {
+    let share = MAX_CONNECTIONS as u64 * 3 / 4;
+    let mut connections = Connections::new(1);
+    let established = |sock| of_owner(Owner::new(1_000, 7), sock, SYN_RECV, ESTABLISHED);
+    for sock in 1..=share {
+        connections.apply(&established(sock), |_| {});
+    }
+    assert!(connections.untracked_ports().is_empty(), "all are tracked");
+    let untracked = established(share + 1);
+    let at = untracked.endpoint;
+    let other_port = Endpoint { port: at.port + 1, ..at };
+    let elsewhere = Endpoint { netns: at.netns + 1, ..at };
+    let wildcard = Endpoint { addr: [0; 4], ..at };
+    connections.begin_snapshot();
+    connections.apply(&untracked, |_| {});
+    assert!(connections.may_lack_open_at(&at) && connections.may_lack_open_at(&wildcard));
+    assert!(!connections.may_lack_open_at(&other_port) && !connections.may_lack_open_at(&elsewhere));
+    // It was established after the snapshot began, which may not have it; the next one shows that it has ended.
+    for is_open in [true, false] {
+        connections.reconcile(&[], 1, |_| Coverage::Unknown, |_| {});
+        assert_eq!(connections.may_lack_open_at(&at), is_open);
+        connections.begin_snapshot();
+    }
+    // A snapshot lists another one of this user, who has no more room in all sessions together, and leaves one out.
+    for sock in 20_000..23_000 {
+        connections.apply(&of_owner(Owner::new(1_000, 8), sock, SYN_RECV, ESTABLISHED), |_| {});
+    }
+    let another = listed_of_user(Some(1_000), 1 << 40);
+    for listed in [&[][..], std::slice::from_ref(&another)] {
+        connections.begin_snapshot();
+        connections.set_left_out(&LeftOut::sample(1_001, &elsewhere));
+        connections.reconcile(listed, 1, |_| Coverage::Unknown, |_| {});
+        assert_eq!(connections.may_lack_open_at(&another.endpoint), !listed.is_empty());
+        assert!(connections.may_lack_open_at(&elsewhere) && !connections.may_lack_open_at(&at));
+    }
+}
+
+#[test]
 fn listed_connections_without_room_are_counted_once_in_all_snapshots() {
     let entries: Vec<_> = (1..=MAX_CONNECTIONS as u64)
         .map(|cookie| {
@@ -77,7 +115,7 @@ fn listed_connections_without_room_are_counted_once_in_all_snapshots() {
         connections.begin_snapshot();
         connections.reconcile(&[], round * 60_000, |_| Coverage::Read, |_| {});
     }
-    assert_eq!(connections.tracked.len(), 0);
+    assert_eq!(connections.tracked.count(), 0);
     connections.begin_snapshot();
     assert_eq!(connections.reconcile(&entries[..5_000], 300_000, |_| Coverage::Read, |_| {}), 5_000);
     assert_eq!(connections.untracked(), MAX_CONNECTIONS as u64 - share);
