@@ -16,14 +16,15 @@ use crate::support::{
     accounting::{assert_sums_hold, number},
     client::connect_to_self,
     daemon::{HookVariant, TestDaemon, is_event, scaled},
-    dedicated::decisive,
+    dedicated::{decisive, is_emulated, time_limit},
     netns::TestNetns,
     nobody::{NOBODY, Nobody},
 };
 
-/// Processes that make self-connections. On a quiet machine with two CPUs, two of them overflow the ring buffer now and
-/// then.
-const CONNECTING: usize = 2;
+/// Number of processes that make self-connections. In an emulator one makes it slow enough.
+fn connecting_processes() -> usize {
+    if is_emulated() { 1 } else { 2 }
+}
 
 /// How long the flood is watched.
 const WATCHED: Duration = Duration::from_secs(4);
@@ -93,7 +94,7 @@ fn a_flood_of_records_keeps_nobody_from_the_daemon() {
         command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "1000000").spawn().unwrap()
     });
     let observes_binds = !daemon.received()[0]["binds"]["method"].is_null();
-    let connecting = (0..CONNECTING).map(|_| Nobody::connecting());
+    let connecting = (0..connecting_processes()).map(|_| Nobody::connecting());
     let mut flood: Vec<_> = connecting.chain([Nobody::failing_binds()]).collect();
     flood.iter_mut().for_each(Nobody::wait);
     // From here on nearly all of the flood's events are suppressed.
@@ -141,5 +142,8 @@ fn a_flood_of_records_keeps_nobody_from_the_daemon() {
         lost as u64 <= number(stopped, "/lost/ring"),
         "{lost} are not reported and not counted: {stopped}"
     );
-    assert!(decisive(durations.clone()) < EVENT_LIMIT, "{durations:?}");
+    // In an emulator the flood leaves no CPU free, and a CPU takes turns of up to 100 ms with the other one, so that each
+    // wakeup of the client, of the daemon and of this test waits for turns, however few records there are.
+    let limit = time_limit(EVENT_LIMIT, Duration::from_secs(1));
+    assert!(decisive(durations.clone()) < limit, "{durations:?}");
 }
