@@ -163,9 +163,9 @@ impl Pipeline {
         let number = event.connection.number;
         // The opener is looked up at the first event, while the process still exists, or at the first event that has it.
         // Later events use the same result.
-        let is_new = !self.attributions.contains_key(&number);
-        let knew_opener =
-            self.attributions.get(&number).is_some_and(|known| known.subject == Subject::Opener);
+        let known = self.attributions.get(&number);
+        let is_new = known.is_none();
+        let knew_opener = known.is_some_and(|known| known.subject == Subject::Opener);
         if is_new {
             let device = self.devices.as_ref().and_then(|devices| devices.name(&event.connection.endpoint));
             let refused_before = self.refused_before(&event, refused);

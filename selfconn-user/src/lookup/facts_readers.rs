@@ -245,7 +245,7 @@ mod tests {
                 answered(&mut readers).await;
                 before += 1;
             }
-            // Those that the threads have, and then one of each owner that was there before.
+            // The requests that the threads have, and then one of each owner whose requests waited longer.
             assert!(before <= MAX_STUCK * (MAX_SENT + 1), "{before}");
         });
     }
