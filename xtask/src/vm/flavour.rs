@@ -143,6 +143,6 @@ mod tests {
         }
         let arm64 = Flavour::of(&AARCH64, "").unwrap().emulation("5.10.223");
         let found = (arm64.cpu, arm64.max_cpus, arm64.threads_for(2));
-        assert_eq!(found, ("neoverse-n1", 2, Threads::OnePerCpu));
+        assert_eq!(found, ("neoverse-n1", 2, Threads::OneForAll));
     }
 }
