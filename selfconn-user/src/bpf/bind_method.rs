@@ -1,5 +1,7 @@
 //! The methods that detect a failed TCP bind, as data: what the user can ask for, and what was attached.
 
+use selfconn_ebpf::names;
+
 use super::refusal::Refusal;
 
 /// A method that detects a failed bind.
@@ -22,6 +24,15 @@ impl BindMethod {
         match self {
             Self::Fexit => "fexit",
             Self::Perf => "perf",
+        }
+    }
+
+    /// The names of its programs.
+    #[must_use]
+    pub const fn programs(self) -> &'static [&'static str] {
+        match self {
+            Self::Fexit => &[names::BIND_FEXIT],
+            Self::Perf => &[names::BIND_ENTER, names::BIND_EXIT],
         }
     }
 

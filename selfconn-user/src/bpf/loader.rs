@@ -240,17 +240,23 @@ impl Tracer {
     /// and `kprobe` the kernel counts only since v6.7 (`trace_call_bpf`, kernel/trace/bpf_trace.c).
     #[must_use]
     pub fn not_examined(&self) -> Option<u64> {
-        let misses_of = |(method, ()): &(Method, ())| {
-            let fd = self
-                .programs
-                .program(method.program(self.uses_static_offsets))?
-                .fd()
-                .ok()?
-                .as_fd()
-                .as_raw_fd();
-            recursion_misses(&fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?)
-        };
-        self.methods.live.iter().map(misses_of).sum()
+        let programs = self.methods.live.iter().map(|(method, ())| method.program(self.uses_static_offsets));
+        self.not_run(programs)
+    }
+
+    /// The same for the programs of failed binds, which also see the binds that succeed. `None`: also if none is
+    /// attached.
+    #[must_use]
+    pub fn binds_not_examined(&self) -> Option<u64> {
+        self.not_run(self.binds.live?.programs().iter().copied())
+    }
+
+    fn not_run<'a>(&self, mut programs: impl Iterator<Item = &'a str>) -> Option<u64> {
+        programs.try_fold(0, |sum, name| {
+            let fd = self.programs.program(name)?.fd().ok()?.as_fd().as_raw_fd();
+            let fdinfo = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
+            Some(sum + recursion_misses(&fdinfo)?)
+        })
     }
 
     /// The attached methods, and the reasons why the others are not attached.

@@ -139,6 +139,7 @@ impl Daemon {
                     matched,
                     delivered,
                     not_examined: self.tracer.not_examined(),
+                    binds_not_examined: self.tracer.binds_not_examined(),
                     not_remembered: connect_table_full,
                 };
             }

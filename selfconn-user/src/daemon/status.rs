@@ -97,6 +97,7 @@ impl Daemon {
             remedies: remedy_counts.map(|(outcome, count)| (outcome.name(), count)).collect(),
             lost: self.losses().plus(self.pipeline.reporting.out.lost()),
             transitions_not_examined: self.tracer.not_examined(),
+            binds_not_examined: self.tracer.binds_not_examined(),
             lookups_abandoned: self.pipeline.reporting.lookups.abandoned(),
             log_write_errors: self.pipeline.reporting.out.log_write_errors(),
             hooks: self.tracer.methods().live.iter().map(hook_and_method).collect(),

@@ -33,8 +33,10 @@ pub struct ProgramCounters {
     pub matched: u64,
     /// Records that the daemon read from the ring buffer.
     pub delivered: u64,
-    /// Number of times the kernel skipped a program. `None` if the kernel does not count it.
+    /// Number of times the kernel skipped a program of a hook. `None` if the kernel does not count it.
     pub not_examined: Option<u64>,
+    /// The same for the programs of failed binds. `None` also if there are none.
+    pub binds_not_examined: Option<u64>,
     /// Connection attempts that were not inserted because the connect table was full. `lost` events have them
     /// as the facts of `opener_table`.
     pub not_remembered: u64,

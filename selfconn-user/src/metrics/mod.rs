@@ -49,6 +49,8 @@ pub struct MetricsSnapshot {
     pub lost: Losses,
     /// Transitions that a program did not examine. `None` if the kernel does not count them.
     pub transitions_not_examined: Option<u64>,
+    /// The same for the binds of TCP ports, nearly all of which succeed.
+    pub binds_not_examined: Option<u64>,
     /// Look-ups of a process whose reader was abandoned, because the process did not let it finish.
     pub lookups_abandoned: u64,
     /// Failed attempts to write or reopen the event log.
@@ -162,6 +164,11 @@ impl MetricsSnapshot {
                 "TCP transitions that one program did not examine; another may have. A lower bound.",
             )
             .value(self.transitions_not_examined),
+            Family::counter(
+                "selfconn_binds_not_examined_total",
+                "Binds of ports that the program for failed ones did not examine. A lower bound.",
+            )
+            .value(self.binds_not_examined),
             Family::counter(
                 "selfconn_lookups_abandoned_total",
                 "Look-ups of a process that were abandoned because the process did not let them finish.",

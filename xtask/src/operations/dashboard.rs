@@ -6,12 +6,13 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 /// Queries with one of these find nothing on a daemon without options, on some kernels, or after the self-connection.
-const MAY_BE_EMPTY: [&str; 7] = [
+const MAY_BE_EMPTY: [&str; 8] = [
     "selfconn_remedies_total",
     "selfconn_prevented_total",
     "selfconn_guard_failures_total",
     "guarded_namespaces",
     "selfconn_transitions_not_examined_total",
+    "selfconn_binds_not_examined_total",
     "(selfconn_connections_open{job=~\"$job\",instance=~\"$instance\"}) > 0",
     "(selfconn_ports_at_risk{job=~\"$job\",instance=~\"$instance\"}) > 0",
 ];

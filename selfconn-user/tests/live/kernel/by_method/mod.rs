@@ -4,6 +4,7 @@
 pub(crate) mod accident;
 pub(crate) mod attribution;
 pub(crate) mod bind_matrix;
+pub(crate) mod bind_preemption;
 pub(crate) mod detection;
 pub(crate) mod early_warning;
 pub(crate) mod guard;
