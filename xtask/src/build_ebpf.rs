@@ -67,7 +67,7 @@ fn rustflags(workspace: &Workspace, rust: &Rust, linker: &Linker) -> Result<Vec<
         "--cfg=bpf_target_arch=\"x86_64\"".to_owned(),
     ];
     // BTF contains the paths of source files.
-    flags.extend(remap::flags(&workspace.root, &rust.sysroot)?);
+    flags.extend(remap::flags(&workspace.root, &rust.sysroot, "/rust")?);
     Ok(flags)
 }
 

@@ -34,7 +34,9 @@ pub(crate) fn build(
     let target = architecture.release_target();
     architecture::add_target(&target)?;
     let mut flags = LINKING.map(ToOwned::to_owned).to_vec();
-    flags.extend(remap::flags(&workspace.root, &sysroot()?)?);
+    let sysroot = PathBuf::from(ask_rustc(&["--print", "sysroot"])?.trim());
+    let library = remap::name_of_library(&ask_rustc(&["--version", "--verbose"])?)?;
+    flags.extend(remap::flags(&workspace.root, &sysroot, &library)?);
     let mut cargo = environment::cargo();
     cargo
         .args(["build", "--release", "--locked", "--package", "selfconn-user", "--bin", "selfconn"])
@@ -74,11 +76,11 @@ pub(super) fn pages(workspace: &Workspace, work: &Path) -> Result<PathBuf> {
     Ok(pages)
 }
 
-fn sysroot() -> Result<PathBuf> {
+fn ask_rustc(args: &[&str]) -> Result<String> {
     let mut rustc = plain("rustc");
     let toolchain = environment::toolchain().map(|toolchain| ("RUSTUP_TOOLCHAIN", toolchain));
-    rustc.args(["--print", "sysroot"]).envs(toolchain);
-    Ok(run::output(&mut rustc).context("ask for the sysroot")?.trim().into())
+    rustc.args(args).envs(toolchain);
+    run::output(&mut rustc).with_context(|| format!("rustc {}", args.join(" ")))
 }
 
 #[cfg(test)]
