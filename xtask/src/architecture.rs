@@ -26,8 +26,8 @@ pub(crate) struct Architecture {
     pub(crate) output_line: &'static [&'static str],
     /// What QEMU emulates for a kernel: the last of these that is not newer than the kernel.
     pub(crate) emulations: &'static [Emulation],
-    /// The kernels of `cargo xtask vm`: one of each long-term series since 5.10 that Debian has, and the newest. The
-    /// oldest is first.
+    /// The kernels of `cargo xtask vm`, of long-term series since 5.10 and the newest that Debian has. The oldest is
+    /// first.
     pub(crate) kernels: &'static [&'static str],
     /// The names of the variants in which `cargo xtask vm --all` boots them. None: all.
     pub(crate) variants: &'static [&'static str],
@@ -209,5 +209,17 @@ mod tests {
         let error = Architecture::named(Some("mips")).unwrap_err().to_string();
         assert_eq!(error, "there is nothing for mips, only for x86_64 and aarch64");
         assert_eq!(ALL.map(|known| known.name), NAMES);
+    }
+
+    #[test]
+    fn the_licences_of_what_each_architecture_links_are_checked() {
+        for (file, text) in [
+            ("deny.toml", include_str!("../../deny.toml")),
+            ("packaging/about.toml", include_str!("../../packaging/about.toml")),
+        ] {
+            for target in ALL.map(Architecture::release_target) {
+                assert!(text.contains(&format!("\"{target}\"")), "{file} has no target {target}");
+            }
+        }
     }
 }

@@ -16,7 +16,11 @@ use crate::{
 pub(super) fn run(workspace: &Workspace, architectures: &[&'static Architecture]) -> Result<()> {
     let git = |arguments: &[&str]| run::output(plain("git").arg("-C").arg(&workspace.root).args(arguments));
     let changed = git(&["status", "--porcelain"])?;
-    ensure!(changed.is_empty(), "a clone has only committed files, and these are not: {}", changed.trim());
+    ensure!(
+        changed.is_empty(),
+        "a clone has only committed files; commit or remove these: {}",
+        changed.trim()
+    );
     // The clone is made first, because somebody may commit during the build.
     let clone = workspace.target.join("dist-check/clone-elsewhere");
     Tree::empty(&clone)?;

@@ -71,7 +71,7 @@ impl DebianArchive {
             sources = ask()?;
         }
         Self::find(&sources)
-            .context("no source of Debian packages in /etc/apt: name the kernels by --kernel PATH")
+            .context("no source of Debian's packages in /etc/apt: add one, or name kernels by --kernel PATH")
     }
 
     /// Finds it among lines of an address and a suite.

@@ -146,7 +146,7 @@ fn check_machine(architecture: &str) -> Result<()> {
     let wanted = X86_64.name;
     ensure!(
         architecture == wanted,
-        "the reduced kernels are of {wanted}, and this machine is {architecture}"
+        "the reduced kernels are of {wanted}, and this machine is {architecture}: build them on one of {wanted}"
     );
     Ok(())
 }
@@ -248,7 +248,10 @@ mod tests {
     fn kernels_are_built_on_their_own_architecture_only() {
         assert!(check_machine("x86_64").is_ok());
         let error = check_machine("aarch64").unwrap_err().to_string();
-        assert_eq!(error, "the reduced kernels are of x86_64, and this machine is aarch64");
+        assert_eq!(
+            error,
+            "the reduced kernels are of x86_64, and this machine is aarch64: build them on one of x86_64"
+        );
     }
 
     #[test]

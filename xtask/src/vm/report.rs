@@ -243,6 +243,17 @@ pub(super) fn faults(output: &str, tests: &[TestResult], facts: &[Fact]) -> Vec<
     programs.chain(methods).collect()
 }
 
+/// What should have run and did not: the parts of names by which these arguments of libtest select tests, if no test
+/// with such a name passed or failed.
+pub(super) fn without_tests<'a>(args: impl Iterator<Item = &'a str>, tests: &[TestResult]) -> Vec<String> {
+    let has_run = |part: &str| {
+        let ran = |test: &&TestResult| matches!(test.outcome, TestOutcome::Passed | TestOutcome::Failed);
+        tests.iter().filter(ran).any(|test| test.name.contains(part))
+    };
+    let parts = args.filter(|arg| !arg.starts_with('-'));
+    parts.filter(|part| !has_run(part)).map(|part| format!("no test {part} ran")).collect()
+}
+
 /// The row of a boot that printed this and ended well.
 #[cfg(test)]
 pub(super) fn row_of(kernel: &str, output: &str) -> MatrixRow {
@@ -271,6 +282,17 @@ mod tests {
         let output = "test a ... RETRY test=a method=perf attempt=1 reason=\"r\" missed=\"m\"\nok\n";
         assert!(row("6.1", "default", Ending::Passed, output).summary().ends_with("1 passed, 1 repeated"));
         assert_eq!(row("6.1", "default", Ending::Passed, "test a ... ok\n").summary(), "1 passed");
+    }
+
+    #[test]
+    fn each_part_of_names_must_have_run_a_test() {
+        let tests = parse_tests("test kernel::a ... ok\ntest load::b ... ignored\ntest load::c ... FAILED\n");
+        let without = |args: &[&str]| without_tests(args.iter().copied(), &tests);
+        assert!(without(&["--nocapture", "kernel::", "load::"]).is_empty());
+        assert_eq!(
+            without(&["kernel::", "load::b", "rest::"]),
+            ["no test load::b ran", "no test rest:: ran"]
+        );
     }
 
     #[test]

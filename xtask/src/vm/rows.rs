@@ -12,12 +12,12 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
     VmArgs, binaries,
-    boot::{Boot, BootResult, KernelWarnings},
+    boot::{Boot, BootResult, Ending, KernelWarnings},
     emulator::Emulator,
     facts,
     guest::{self, GuestRun},
     kernel::Kernel,
-    report::{MatrixRow, count_retries, faults, parse_tests},
+    report::{MatrixRow, count_retries, faults, parse_tests, without_tests},
     variant::{EVERYTHING, Variant},
 };
 use crate::{
@@ -33,6 +33,9 @@ const SHOWN_LINES: usize = 60;
 /// One test at a time, because all of them use the same kernel; and with output, for the facts in it. It is not
 /// captured until the end, which a machine may not reach.
 const TEST_ARGS: [&str; 2] = ["--test-threads=1", "--nocapture"];
+
+/// The program of the live tests in a machine.
+const LIVE: &str = "/bin/live";
 
 /// The tests may set this machine's clock, and take its CPUs away.
 const OWN_MACHINE: (&str, &str) = ("SELFCONN_OWN_MACHINE", "1");
@@ -111,10 +114,15 @@ impl<'a> RowRunner<'a> {
         let result = boot.run(&log, &console)?;
         fs::remove_file(&initramfs).with_context(|| format!("remove {}", initramfs.display()))?;
         let (tests, facts) = (parse_tests(&result.output), facts::parse(&result.output));
+        let mut faults = faults(&result.output, &tests, &facts);
+        if result.ending == Ending::Passed {
+            let args = runs.iter().filter(|run| run.program == LIVE).flat_map(|run| &run.args);
+            faults.extend(without_tests(args.map(String::as_str), &tests));
+        }
         let row = MatrixRow {
             kernel: kernel.label(),
             variant: variant.name.to_owned(),
-            faults: faults(&result.output, &tests, &facts),
+            faults,
             tests,
             facts,
             retries: count_retries(&result.output),
@@ -156,7 +164,7 @@ impl<'a> RowRunner<'a> {
                 // The user's variables come last, so they win.
                 env: [env.clone(), vec![variable(("SELFCONN_SCALE", &scale))], self.args.env.clone()]
                     .concat(),
-                program: "/bin/live".into(),
+                program: LIVE.into(),
                 args: [owned(&TEST_ARGS), owned(part.args), self.args.test_args.clone()].concat(),
             }
         });
