@@ -99,6 +99,13 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_version_names_the_architectures_of_the_object() {
+        let architectures =
+            selfconn_ebpf::names::KPROBES.map(|(architecture, ..)| architecture).join(" and ");
+        assert!(VERSION.ends_with(&format!(" for {architectures})")), "{VERSION}");
+    }
+
+    #[test]
     fn a_usage_error_is_one_line() {
         for (arguments, expected) in [
             (&["frob"][..], "unrecognized subcommand 'frob': see selfconn --help"),

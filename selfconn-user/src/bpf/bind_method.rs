@@ -94,7 +94,10 @@ impl BindChoice {
             RequestedBindMethod::Only(method) if self.live != Some(method) => {
                 let reason = self.refused.iter().find(|(refused, _)| *refused == method);
                 let reason = reason.map_or("it was not tried".to_owned(), |(_, why)| why.to_string());
-                Err(format!("failed binds cannot be observed by {} ({reason})", method.name()))
+                Err(format!(
+                    "failed binds cannot be observed by {} ({reason}); without --bind-method another is tried",
+                    method.name()
+                ))
             }
             _ => Ok(()),
         }
@@ -134,7 +137,10 @@ mod tests {
             (
                 &by_none,
                 RequestedBindMethod::Only(BindMethod::Fexit),
-                Some("failed binds cannot be observed by fexit (unsupported: too old)"),
+                Some(
+                    "failed binds cannot be observed by fexit (unsupported: too old); without --bind-method another \
+                     is tried",
+                ),
             ),
         ] {
             assert_eq!(choice.satisfies(requested).err().as_deref(), error, "{choice:?} {requested:?}");

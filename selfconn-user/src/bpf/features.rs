@@ -215,6 +215,12 @@ impl KernelFeatures {
         sysfs::masked(BTF_PATH).is_some()
     }
 
+    /// True if the kernel may have this method, and a mount hides whether it does.
+    #[must_use]
+    pub fn is_masked(&self, method: Method) -> bool {
+        method == Method::Kprobe && sysfs::masked(KPROBE_TYPE).is_some()
+    }
+
     /// What this process cannot observe or find out, as text for people.
     #[must_use]
     pub fn limits(&self) -> Vec<String> {

@@ -60,6 +60,12 @@ pub fn why_missing(missing: &str) -> String {
     sysfs::why_missing(MOUNT_POINTS[0], missing)
 }
 
+/// True if something covers its mount point or /sys.
+#[must_use]
+pub fn is_masked() -> bool {
+    sysfs::masked(MOUNT_POINTS[0]).is_some()
+}
+
 /// The text of a tracepoint's `format` file in the mount namespace of this thread. `event` is, for example,
 /// `sock/inet_sock_set_state`.
 ///

@@ -24,7 +24,7 @@ use crate::{
     },
     event::text::escape,
     sockets,
-    system::{capabilities, cgroup, logger},
+    system::{capabilities, cgroup, logger, sysfs},
 };
 
 use live::LiveMethod;
@@ -146,7 +146,12 @@ fn collect(features: &KernelFeatures) -> DoctorReport {
             methods: hook
                 .candidates()
                 .iter()
-                .map(|method| method_report(method.name(), outcome(*method), would_attach(*method)))
+                .map(|method| {
+                    let mut report = method_report(method.name(), outcome(*method), would_attach(*method));
+                    let is_masked = report.verdict == "unsupported" && features.is_masked(*method);
+                    report.hint = report.hint.or(is_masked.then_some(sysfs::MASKED_HINT));
+                    report
+                })
                 .collect(),
         })
         .collect();
@@ -220,13 +225,16 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
         (Ok(bytes), None) => Ok(format!("{} KiB, every offset found", bytes.len() / 1024)),
         (Ok(_), Some(why)) | (Err(why), _) => Err(why.clone()),
     };
-    let btf_hint = if features.is_btf_masked() {
-        "unmount what covers it, or run where the host's sysfs is mounted on /sys; without BTF, only perf works"
-    } else {
-        "use a kernel with CONFIG_DEBUG_INFO_BTF=y; without BTF, only perf works"
+    let get_btf = match features.is_btf_masked() {
+        true => sysfs::MASKED_HINT,
+        false => "use a kernel with CONFIG_DEBUG_INFO_BTF=y",
     };
-    let is_mountable = !matches!(features.tracefs, Tracefs::Absent | Tracefs::Empty);
-    let tracefs_hint = is_mountable.then_some("mount -t tracefs tracefs /sys/kernel/tracing");
+    let btf_hint = format!("{get_btf}; without BTF, only perf works");
+    let tracefs_hint = match features.tracefs {
+        Tracefs::Absent => tracefs::is_masked().then_some(sysfs::MASKED_HINT),
+        Tracefs::Empty => None,
+        _ => Some("mount -t tracefs tracefs /sys/kernel/tracing"),
+    };
     let tracefs = match features.tracefs {
         Tracefs::At(at) => Ok(format!("mounted on {at}")),
         Tracefs::Denied => Err("only root may read it, and CAP_DAC_READ_SEARCH".to_owned()),
@@ -247,7 +255,7 @@ fn checks(features: &KernelFeatures, ring: Result<(), String>) -> Vec<DoctorChec
     let (guard, guard_hint) = guard_finding(found_guards::find().map_err(|error| error.to_string()));
     vec![
         check("object", object_finding(ARCH), Some("the other methods work on every architecture")),
-        check("btf", btf, Some(btf_hint)),
+        check("btf", btf, Some(&btf_hint)),
         check("tracefs", tracefs, tracefs_hint),
         check("lockdown", Ok(lockdown.to_owned()), None),
         check(

@@ -44,7 +44,7 @@ pub struct ConnectionFields {
     pub cause: Option<&'static str>,
     /// Connects to the same address and port that were refused before.
     pub refused_before: Option<u64>,
-    /// The process that connected, in the initial pid namespace.
+    /// The process, in the initial pid namespace. `owner` says whether it connected or holds the socket.
     pub pid: Option<u32>,
     /// Thread id of the connecting thread.
     pub tid: Option<u32>,
@@ -59,7 +59,7 @@ pub struct ConnectionFields {
     pub cmdline: Option<Arc<CommandLine>>,
     /// True if `cmdline` has only a part of the arguments, or none because events shall have none.
     pub cmdline_truncated: bool,
-    /// Real user id of the process.
+    /// Real user id of the process, or the user of the socket.
     pub uid: Option<u32>,
     /// Path of the control group.
     pub cgroup: Option<Arc<str>>,

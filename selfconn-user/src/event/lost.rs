@@ -22,8 +22,8 @@ pub struct Lost {
     pub count: u64,
     /// With `hooks`: the method that no longer observes connections.
     pub method: Option<&'static str>,
-    /// With `suppressed`, `opener_table`, `refused_table`, `binds` and `untracked`: the owner's user. Null:
-    /// several owners, or an unknown one.
+    /// With `suppressed`, `opener_table`, `refused_table`, `binds` and `untracked`, and with `log` if the owner's share
+    /// of the file was full: the owner's user. Null: several owners, or an unknown one.
     pub uid: Option<u32>,
     /// With `suppressed`: the owner's control group.
     pub cgroup: Option<String>,

@@ -88,8 +88,11 @@ fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
         write!(out, " [{pid}]")?;
     }
     write!(out, " on kernel {}", escape(record.text("kernel").unwrap_or("?")))?;
-    match record.text("machine") {
-        Some(machine) => write!(out, " ({})", escape(machine)),
+    if let Some(machine) = record.text("machine") {
+        write!(out, " ({})", escape(machine))?;
+    }
+    match record.text("object") {
+        Some(object) => write!(out, ", eBPF object {}", escape(object)),
         None => Ok(()),
     }
 }
@@ -158,13 +161,13 @@ mod tests {
     #[test]
     fn a_line_mentions_only_known_fields() {
         assert_rendered(&[(
-            r#"{"event":"started","version":"0.1.0","pid":7,"kernel":"6.1\u001b","machine":"x86_64","hooks":[{"hook":"h","method":
+            r#"{"event":"started","version":"0.1.0","pid":7,"kernel":"6.1\u001b","machine":"x86_64","object":"0a1b","hooks":[{"hook":"h","method":
                     "tp_btf","refused":[]},{"hook":"h","method":"perf","refused":[]},{"hook":"g","method":null,
                     "refused":[{"method":"fentry","why":"refused"}]}],"binds":{"method":null,"refused":[{"method":
                     "perf","why":"no"}]},"descriptors":{"method":null,"refused":[{"method":"task_file","why":"old"}]},
                     "namespaces":{"method":null,"refused":[{"method":"task","why":"policy"}]},
                     "guard":{"mode":"refuse","method":"tcx","is_second":true},"limits":["one"]}"#,
-            "started      selfconn 0.1.0 [7] on kernel 6.1\\u{1b} (x86_64)\n    h: attached by tp_btf and perf\n    g: not \
+            "started      selfconn 0.1.0 [7] on kernel 6.1\\u{1b} (x86_64), eBPF object 0a1b\n    h: attached by tp_btf and perf\n    g: not \
                  attached\n        fentry refused\n    failed binds: not observed\n        perf no\n    descriptors: read from /proc\n        \
                  task_file old\n    namespaces: not listed\n        task policy\n    guard: refuse by tcx; another guard refuses \
                  first, and this one goes on when that one ends\n    limit: one",

@@ -117,7 +117,7 @@ impl MetricsSnapshot {
             .value(self.ports_at_risk),
             Family::counter(
                 "selfconn_blocked_binds_total",
-                "Servers that could not bind a port because a self-connection held it.",
+                "Binds that failed because a self-connection, or its TIME_WAIT, held the port.",
             )
             .value(self.blocked_binds),
             Family::counter("selfconn_remedies_total", "Actions of --remedy, by result.")
@@ -166,7 +166,7 @@ impl MetricsSnapshot {
             .value(self.transitions_not_examined),
             Family::counter(
                 "selfconn_binds_not_examined_total",
-                "Binds of ports that the program for failed ones did not examine. A lower bound.",
+                "Number of times that the kernel did not run a program for a bind, whether it failed or succeeded.",
             )
             .value(self.binds_not_examined),
             Family::counter(

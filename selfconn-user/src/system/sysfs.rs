@@ -7,6 +7,9 @@ use rustix::fs::{FsWord, statfs};
 /// The type of the file system (include/uapi/linux/magic.h at v5.10).
 const SYSFS_MAGIC: FsWord = 0x6265_6572;
 
+/// What to do about a mount that hides a part of sysfs.
+pub const MASKED_HINT: &str = "unmount what covers it, or run where the host's sysfs is mounted on /sys";
+
 /// Why this path of sysfs is not visible here although the kernel may have it. `None`: nothing hides it.
 #[must_use]
 pub fn masked(path: &str) -> Option<String> {

@@ -22,7 +22,7 @@ use crate::support::{
     },
     daemon::{HookVariant, TestDaemon, is_event, scaled},
     direct_tracer::{entry_count, with_object, with_tracer},
-    guard::dial_itself,
+    guard::connect_itself,
     helper_process::HelperProcess,
     netns::TestNetns,
 };
@@ -52,7 +52,7 @@ fn a_connect_to_itself_that_fails_leaves_no_entry_and_has_no_record_unless_all_s
             let program = tracer.take_guard().unwrap();
             let rules = GuardRules::default();
             let guard = Guard::start(program, None, rules, true).unwrap();
-            assert!(!dial_itself(Ipv4Addr::LOCALHOST.into()).is_connected);
+            assert!(!connect_itself(Ipv4Addr::LOCALHOST.into()).is_connected);
             drop(guard);
             assert_eq!(entry_count(tracer, net), 0);
             let mut seen = BTreeSet::new();

@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::support::{
     client::connect_to_self,
     daemon::selfconn,
-    guard::dial_itself,
+    guard::connect_itself,
     helper_process::{HelperProcess, command_below},
     netns::TestNetns,
     schema::parse_line,
@@ -103,9 +103,9 @@ fn a_guarded_command_cannot_connect_to_itself_and_its_neighbour_can() {
     for (mode, expected) in [("refuse", "refused"), ("dry-run", "connected")] {
         let mut runner = Command::new(selfconn());
         runner.args(["exec", "--guard", mode, "--json", "--report"]).arg(&report).arg("--");
-        let mut guarded = HelperProcess::start_below(runner, "dial itself twice");
+        let mut guarded = HelperProcess::start_below(runner, "connect itself twice");
         assert_eq!([guarded.read_output(), guarded.read_output()], [expected, expected], "{mode}");
-        assert!(dial_itself(LOCALHOST).is_connected, "the neighbour of {mode}");
+        assert!(connect_itself(LOCALHOST).is_connected, "the neighbour of {mode}");
         guarded.finish();
         let events = events_in(&report);
         let prevented = events.iter().filter(|event| event["event"] == "prevented");
@@ -117,7 +117,7 @@ fn a_guarded_command_cannot_connect_to_itself_and_its_neighbour_can() {
         let established = if mode == "refuse" { 0 } else { 2 };
         assert_eq!(count(&events, "established"), established, "{mode}: {events:#?}");
     }
-    assert!(dial_itself(LOCALHOST).is_connected, "the guard is gone");
+    assert!(connect_itself(LOCALHOST).is_connected, "the guard is gone");
 }
 
 /// In the control group of this process.

@@ -13,7 +13,7 @@ use super::audit::AuditOutput;
 use crate::support::{
     client::{NOBODY, connect_to_self},
     daemon::{HookVariant, TestDaemon, is_event, selfconn},
-    guard::{count_of, dial_itself, guard_methods, refusing},
+    guard::{connect_itself, count_of, guard_methods, refusing},
     netns::TestNetns,
     refused_connects::{at, connect_refused, enter_wide_range_netns, is_at_risk},
 };
@@ -28,7 +28,7 @@ const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const LOOPBACK: u32 = 1;
 
 fn is_refused() -> bool {
-    !dial_itself(LOCALHOST).is_connected
+    !connect_itself(LOCALHOST).is_connected
 }
 
 #[test]

@@ -34,7 +34,7 @@ pub(crate) fn refusing(method: &str, options: &[&str]) -> TestDaemon {
 
 /// What a program sees of a connect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct DialOutcome {
+pub(crate) struct ConnectOutcome {
     /// The errno of connect(2). 0: none.
     pub(crate) errno: i32,
     /// The events of poll(2), at once for a blocking socket, and once there are any for another.
@@ -44,14 +44,14 @@ pub(crate) struct DialOutcome {
     pub(crate) is_connected: bool,
 }
 
-impl fmt::Display for DialOutcome {
+impl fmt::Display for ConnectOutcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(if self.is_connected { "connected" } else { "refused" })
     }
 }
 
 /// Connects, and asks everything that a program can ask then.
-pub(crate) fn dial(socket: &Socket, target: SocketAddr) -> DialOutcome {
+pub(crate) fn connect(socket: &Socket, target: SocketAddr) -> ConnectOutcome {
     let errno = match socket.connect(&target.into()) {
         Ok(()) => 0,
         Err(error) => error.raw_os_error().unwrap(),
@@ -59,22 +59,22 @@ pub(crate) fn dial(socket: &Socket, target: SocketAddr) -> DialOutcome {
     outcome_of(socket, errno)
 }
 
-pub(crate) fn outcome_of(socket: &Socket, errno: i32) -> DialOutcome {
+pub(crate) fn outcome_of(socket: &Socket, errno: i32) -> ConnectOutcome {
     const EINPROGRESS: i32 = 115;
     let mut polled = [PollFd::new(socket, PollFlags::IN | PollFlags::OUT)];
     let timeout = if errno == EINPROGRESS { Duration::from_secs(10) } else { Duration::ZERO };
     poll(&mut polled, Some(&timeout.try_into().unwrap())).unwrap();
     let poll = polled[0].revents();
     let error = socket_error(socket.as_fd()).unwrap().err().map_or(0, rustix::io::Errno::raw_os_error);
-    DialOutcome { errno, poll, error, is_connected: socket.peer_addr().is_ok() }
+    ConnectOutcome { errno, poll, error, is_connected: socket.peer_addr().is_ok() }
 }
 
 /// Binds a port that the kernel chooses, and connects to it.
-pub(crate) fn dial_itself(address: IpAddr) -> DialOutcome {
+pub(crate) fn connect_itself(address: IpAddr) -> ConnectOutcome {
     let socket = socket(address);
     socket.bind(&SocketAddr::new(address, 0).into()).unwrap();
     let own = socket.local_addr().unwrap().as_socket().unwrap();
-    dial(&socket, own)
+    connect(&socket, own)
 }
 
 /// True if a connect to itself is refused within this time. One whose SYN is lost is not: the kernel repeats it after a

@@ -1,5 +1,5 @@
 //! Failed binds for which the kernel runs no program, because another task was preempted within a call of bpf() on that
-//! CPU. The kernel counts them, and the daemon tells it.
+//! CPU. The kernel counts them, and the daemon reports the count.
 
 use std::{
     collections::BTreeSet,

@@ -17,7 +17,7 @@ use crate::support::{
     },
     daemon::{HookVariant, TestDaemon, is_event, scaled},
     guard::{
-        DialOutcome, closed_port, count_of, dial, dial_itself, guard_methods, outcome_of, refusing,
+        ConnectOutcome, closed_port, connect, connect_itself, count_of, guard_methods, outcome_of, refusing,
         tcp_counter, wait_until,
     },
     netns::TestNetns,
@@ -30,7 +30,7 @@ const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 struct Client {
     name: &'static str,
     socket: fn(IpAddr) -> Socket,
-    dial: fn(&Socket, SocketAddr) -> DialOutcome,
+    connect: fn(&Socket, SocketAddr) -> ConnectOutcome,
 }
 
 fn blocking(address: IpAddr) -> Socket {
@@ -50,7 +50,7 @@ fn fastopen(address: IpAddr) -> Socket {
 }
 
 /// The SYN has the data.
-fn dial_by_send(mut socket: &Socket, target: SocketAddr) -> DialOutcome {
+fn connect_by_send(mut socket: &Socket, target: SocketAddr) -> ConnectOutcome {
     let connected = socket.connect(&target.into());
     let sent = connected.and_then(|()| socket.write(b"data").map(|_| ()));
     outcome_of(socket, sent.err().map_or(0, |error| error.raw_os_error().unwrap()))
@@ -94,7 +94,7 @@ fn in_another_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 }
 
 /// The connect is made by a worker thread of the kernel, as its caller.
-fn dial_by_io_uring(socket: &Socket, target: SocketAddr) -> DialOutcome {
+fn connect_by_io_uring(socket: &Socket, target: SocketAddr) -> ConnectOutcome {
     let connect = || {
         let mut ring = io_uring::IoUring::new(2).unwrap();
         let target = socket2::SockAddr::from(target);
@@ -111,17 +111,17 @@ fn dial_by_io_uring(socket: &Socket, target: SocketAddr) -> DialOutcome {
 
 fn clients() -> Vec<Client> {
     let mut clients = vec![
-        Client { name: "blocking", socket: blocking, dial },
-        Client { name: "non-blocking", socket: non_blocking, dial },
-        Client { name: "fast open", socket: fastopen, dial: dial_by_send },
-        Client { name: "with IP options", socket: with_ip_options, dial },
+        Client { name: "blocking", socket: blocking, connect },
+        Client { name: "non-blocking", socket: non_blocking, connect },
+        Client { name: "fast open", socket: fastopen, connect: connect_by_send },
+        Client { name: "with IP options", socket: with_ip_options, connect },
     ];
     match in_another_thread(|| io_uring::IoUring::new(2).map(drop)) {
-        Ok(()) => clients.push(Client { name: "io_uring", socket: blocking, dial: dial_by_io_uring }),
+        Ok(()) => clients.push(Client { name: "io_uring", socket: blocking, connect: connect_by_io_uring }),
         Err(error) => println!("FACT no_io_uring={error}"),
     }
     if Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP)).is_ok() {
-        clients.push(Client { name: "MPTCP", socket: mptcp, dial });
+        clients.push(Client { name: "MPTCP", socket: mptcp, connect });
     }
     clients
 }
@@ -147,17 +147,17 @@ fn a_refused_connect_to_itself_looks_like_a_closed_port() {
         let mut daemon = refusing(method, &[]);
         let mut refused = 0;
         for address in addresses {
-            for Client { name, socket, dial } in clients() {
+            for Client { name, socket, connect } in clients() {
                 let to_itself = socket(address.ip());
                 to_itself.bind(&address.into()).unwrap();
                 let mut own = to_itself.local_addr().unwrap().as_socket().unwrap();
                 own.set_ip(address.ip());
-                let (began, outcome) = (Instant::now(), dial(&to_itself, own));
+                let (began, outcome) = (Instant::now(), connect(&to_itself, own));
                 let took = began.elapsed();
                 refused += 1;
                 let closed = socket(address.ip());
                 closed.bind(&address.into()).unwrap();
-                let expected = dial(&closed, closed_port(address));
+                let expected = connect(&closed, closed_port(address));
                 assert_eq!(
                     outcome, expected,
                     "{method}, {name} to {address}: left refused, right closed port"
@@ -184,7 +184,7 @@ fn a_refused_connect_to_itself_looks_like_a_closed_port() {
         }
         assert_eq!(tcp_counter("InCsumErrors").unwrap(), 0, "{method}");
         // The unguarded twin.
-        assert!(addresses[..4].iter().all(|address| dial_itself(address.ip()).is_connected), "{method}");
+        assert!(addresses[..4].iter().all(|address| connect_itself(address.ip()).is_connected), "{method}");
     }
 }
 
@@ -211,7 +211,7 @@ fn a_dry_run_reports_what_would_be_refused_and_refuses_nothing() {
 fn without_the_guard_nothing_is_refused_and_nothing_reported() {
     let net = TestNetns::enter_new();
     let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
-    assert!(dial_itself(LOCALHOST).is_connected);
+    assert!(connect_itself(LOCALHOST).is_connected);
     daemon.expect(1, is_event("established", net.inode));
     let (events, _) = daemon.stop();
     assert_eq!(count_of(&events), 0);
@@ -234,9 +234,9 @@ fn a_connect_that_takes_over_a_time_wait_is_refused_at_once() {
         wait_until(Duration::from_secs(20), "the TIME_WAIT is never taken over", || {
             const EADDRNOTAVAIL: i32 = 99;
             let began = Instant::now();
-            let dialled = dial(&socket(LOCALHOST), (LOCALHOST, port).into());
-            (took, outcome) = (began.elapsed(), Some(dialled));
-            dialled.errno != EADDRNOTAVAIL
+            let attempt = connect(&socket(LOCALHOST), (LOCALHOST, port).into());
+            (took, outcome) = (began.elapsed(), Some(attempt));
+            attempt.errno != EADDRNOTAVAIL
         });
         assert_eq!(outcome.unwrap().errno, ECONNREFUSED, "{method}: {outcome:?}");
         // A SYN whose answer the socket drops is sent again for two minutes, the first time after a second.
@@ -285,7 +285,7 @@ fn the_counts_of_the_events_are_the_clients_own() {
         // The daemon reads nothing meanwhile, so the ring buffer is full.
         daemon.signal(rustix::process::Signal::STOP);
         for _ in 0..count {
-            assert!(!dial_itself(LOCALHOST).is_connected);
+            assert!(!connect_itself(LOCALHOST).is_connected);
         }
         daemon.signal(rustix::process::Signal::CONT);
         thread::sleep(Duration::from_millis(1_500));
@@ -309,14 +309,14 @@ fn a_flood_of_refused_connects_takes_no_name_of_another_user() {
         // second.
         daemon.signal(rustix::process::Signal::STOP);
         // While it is stopped, the rate of one user alone fills the ring buffer in 30 seconds.
-        let (began, mut dials) = (Instant::now(), 0);
-        while dials < 5_000 && began.elapsed() < Duration::from_secs(10) {
-            assert!(!dial_itself(LOCALHOST).is_connected);
-            dials += 1;
+        let (began, mut attempts) = (Instant::now(), 0);
+        while attempts < 5_000 && began.elapsed() < Duration::from_secs(10) {
+            assert!(!connect_itself(LOCALHOST).is_connected);
+            attempts += 1;
         }
         let other = thread::spawn(|| {
             become_user(NOBODY);
-            assert!(!dial_itself(LOCALHOST).is_connected);
+            assert!(!connect_itself(LOCALHOST).is_connected);
         });
         other.join().unwrap();
         daemon.signal(rustix::process::Signal::CONT);
@@ -325,7 +325,7 @@ fn a_flood_of_refused_connects_takes_no_name_of_another_user() {
         };
         daemon.expect(1, is_others);
         let (events, _) = daemon.stop();
-        assert_eq!(count_of(&events), dials + 1, "{method}");
+        assert_eq!(count_of(&events), attempts + 1, "{method}");
     }
 }
 
@@ -339,7 +339,7 @@ fn names_are_right_if_packets_wait_in_a_queue_and_on_another_cpu() {
     for method in guard_methods() {
         let mut daemon = refusing(method, &[]);
         for _ in 0..scaled(50) {
-            assert!(!dial_itself(LOCALHOST).is_connected);
+            assert!(!connect_itself(LOCALHOST).is_connected);
         }
         daemon.expect(scaled(50), is_event("prevented", net.inode));
         let (events, _) = daemon.stop();
@@ -445,19 +445,19 @@ fn authenticate(socket: &Socket, peer: Ipv4Addr) -> bool {
 #[test]
 fn a_signed_connect_passes_because_a_rewritten_one_would_fail_its_signature() {
     TestNetns::enter_new();
-    let dial_signed = |sign: fn(&Socket, Ipv4Addr) -> bool| {
+    let connect_signed = |sign: fn(&Socket, Ipv4Addr) -> bool| {
         let socket = socket(LOCALHOST);
         socket.bind(&SocketAddr::new(LOCALHOST, 0).into()).unwrap();
         if !sign(&socket, Ipv4Addr::LOCALHOST) {
             return Err(std::io::Error::last_os_error());
         }
         let own = socket.local_addr().unwrap().as_socket().unwrap();
-        Ok(dial(&socket, own))
+        Ok(connect(&socket, own))
     };
     for method in guard_methods() {
         let daemon = refusing(method, &[]);
         for (name, sign) in [("md5", sign as fn(&Socket, Ipv4Addr) -> bool), ("ao", authenticate)] {
-            match dial_signed(sign) {
+            match connect_signed(sign) {
                 Err(error) => println!("FACT no_{name}={error}"),
                 Ok(outcome) => {
                     println!("FACT signed_by={name}");
@@ -466,7 +466,7 @@ fn a_signed_connect_passes_because_a_rewritten_one_would_fail_its_signature() {
             }
         }
         // The unsigned neighbour.
-        assert!(!dial_itself(LOCALHOST).is_connected);
+        assert!(!connect_itself(LOCALHOST).is_connected);
         let (events, _) = daemon.stop();
         assert_eq!(count_of(&events), 1);
     }

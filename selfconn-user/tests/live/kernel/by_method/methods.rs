@@ -160,13 +160,15 @@ fn what_a_mount_hides_is_called_masked_and_what_the_kernel_lacks_is_not() {
         methods.find(|method| method["method"] == name).unwrap().clone()
     };
     // The method is missing for the same reason, or was before.
-    let why = method(&doctor_with_masked(&["/sys/bus"]), "kprobe")["why"].clone();
-    assert!(why.as_str().unwrap().contains("masked: "), "{why}");
+    let masked = method(&doctor_with_masked(&["/sys/bus"]), "kprobe");
+    assert!(masked["why"].as_str().unwrap().contains("masked: "), "{masked}");
+    assert!(masked["hint"].as_str().unwrap().starts_with("unmount"), "{masked}");
     assert!(!method(open, "kprobe")["why"].to_string().contains("masked"), "{open}");
     assert!(!check(open, "tracefs")["finding"].as_str().unwrap().contains("masked"), "{open}");
     // Without the directory there is no place for a private mount.
     let masked = check(&doctor_with_masked(&["/sys/kernel"]), "tracefs");
     assert!(masked["finding"].as_str().unwrap().starts_with("masked: "), "{masked}");
+    assert!(masked["hint"].as_str().unwrap().starts_with("unmount"), "{masked}");
     assert_eq!(masked["ok"], false, "{masked}");
     // What the policy refuses is refused also where the policy can't be read.
     if lockdown() == "confidentiality" {

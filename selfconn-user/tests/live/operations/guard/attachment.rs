@@ -42,7 +42,7 @@ fn lost_until_guarded(begun: &Sender<()>) -> usize {
         if sent == 1 {
             begun.send(()).unwrap();
         }
-        // Now and then, because each dial before that makes a self-connection.
+        // Now and then, because each connect before that makes a self-connection.
         if sent.is_multiple_of(64) && is_refused_within(LOCALHOST, Duration::from_millis(1)) {
             break;
         }

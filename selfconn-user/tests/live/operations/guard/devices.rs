@@ -11,7 +11,7 @@ use crate::support::{
     client::{become_user, connect_to_self, socket},
     daemon::{HookVariant, TestDaemon, is_event},
     devices::bind_device,
-    guard::{count_of, dial, guard_methods, refusing, wait_until},
+    guard::{connect, count_of, guard_methods, refusing, wait_until},
     helper_process::HelperProcess,
     netns::TestNetns,
 };
@@ -38,7 +38,7 @@ fn is_refused_in(device: &str) -> bool {
     bind_device(&socket, device);
     socket.bind(&std::net::SocketAddr::new(VRF_ADDRESS, 0).into()).unwrap();
     socket.set_linger(Some(Duration::ZERO)).unwrap();
-    !dial(&socket, socket.local_addr().unwrap().as_socket().unwrap()).is_connected
+    !connect(&socket, socket.local_addr().unwrap().as_socket().unwrap()).is_connected
 }
 
 /// The guards on devices of this network namespace.

@@ -7,7 +7,7 @@ use crate::support::{
     cgroup::TestCgroup,
     client::{NOBODY, become_user, socket},
     daemon::selfconn,
-    guard::{count_of, dial, guard_methods, refusing, wait_until},
+    guard::{connect, count_of, guard_methods, refusing, wait_until},
     helper_process::HelperProcess,
     netns::TestNetns,
 };
@@ -18,7 +18,7 @@ fn is_refused_at(port: u16) -> bool {
     socket.set_reuse_address(true).unwrap();
     socket.bind(&std::net::SocketAddr::new(LOCALHOST, port).into()).unwrap();
     socket.set_linger(Some(Duration::ZERO)).unwrap();
-    !dial(&socket, (LOCALHOST, port).into()).is_connected
+    !connect(&socket, (LOCALHOST, port).into()).is_connected
 }
 
 #[test]
@@ -74,10 +74,10 @@ fn repro_says_that_it_is_refused_and_which_exemption_lets_it_pass() {
 #[test]
 fn a_unit_is_exempt_when_it_appears_and_only_if_root_gave_it_its_name() {
     TestNetns::enter_new();
-    let dial_in = |group: &TestCgroup, below: &str| {
+    let connect_in = |group: &TestCgroup, below: &str| {
         let directory = group.path().join(below);
         fs::create_dir_all(&directory).unwrap();
-        let mut client = HelperProcess::start(&format!("dial itself in cgroup {}", directory.display()));
+        let mut client = HelperProcess::start(&format!("connect itself in cgroup {}", directory.display()));
         let outcome = client.read_output();
         client.finish();
         outcome
@@ -90,17 +90,17 @@ fn a_unit_is_exempt_when_it_appears_and_only_if_root_gave_it_its_name() {
             Err(why) => return println!("skipped: {why}"),
         };
         wait_until(Duration::from_secs(10), "the unit is never exempt", || {
-            dial_in(&group, "") == "connected"
+            connect_in(&group, "") == "connected"
         });
-        assert_eq!(dial_in(&group, "below"), "connected", "a group of the unit, {restart}");
+        assert_eq!(connect_in(&group, "below"), "connected", "a group of the unit, {restart}");
     }
     let neighbour = TestCgroup::create("neighbour.service").unwrap();
-    assert_eq!(dial_in(&neighbour, ""), "refused");
+    assert_eq!(connect_in(&neighbour, ""), "refused");
     let delegated = TestCgroup::create("user@65534.service").unwrap();
     delegated.delegate();
     fs::create_dir_all(delegated.path().join("exempt-2.service")).unwrap();
     thread::sleep(Duration::from_millis(2_500));
-    assert_eq!(dial_in(&delegated, "exempt-2.service"), "refused", "a name that a user gave");
+    assert_eq!(connect_in(&delegated, "exempt-2.service"), "refused", "a name that a user gave");
     daemon.stop();
 }
 

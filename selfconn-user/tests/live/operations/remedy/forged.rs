@@ -65,9 +65,9 @@ fn who_connects_to_the_port_of_a_connection_does_not_become_its_opener() {
     // A client without cookies.
     net.set_sysctl("tcp_fastopen", "5");
     let (socket, port) = connect_to_self(LOCALHOST);
-    let task = format!("keep dialling {}", SocketAddr::new(LOCALHOST, port));
-    let mut dialler = HelperProcess::start_unprivileged(&task, None);
-    assert_eq!(dialler.read_output(), "dialling");
+    let task = format!("keep connecting {}", SocketAddr::new(LOCALHOST, port));
+    let mut client = HelperProcess::start_unprivileged(&task, None);
+    assert_eq!(client.read_output(), "connecting");
     for _ in 0..5 {
         for (option, rule) in [("--remedy-except", "uid=0"), ("--remedy-only", "uid=65534")] {
             let mut daemon = start(net, &HookVariant(vec![]), &["--remedy", "destroy", option, rule]);
@@ -86,7 +86,7 @@ fn who_connects_to_the_port_of_a_connection_does_not_become_its_opener() {
         }
     }
     assert!(is_connected(&socket));
-    dialler.finish();
+    client.finish();
 }
 
 /// The connection is from before the daemon, so only the process that has the socket open is known.

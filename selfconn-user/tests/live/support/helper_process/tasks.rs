@@ -16,7 +16,7 @@ use super::{HelperProcess, PASSED_FD, command, receive_fd, with_task};
 use crate::support::{
     another_program::AnotherProgram,
     client::{self, connect_to_self, socket},
-    guard::dial_itself,
+    guard::connect_itself,
     netns::TestNetns,
 };
 
@@ -147,17 +147,17 @@ pub(super) fn run_task(task: &str) {
             // A process that has exited has no ancestors to ask for.
             std::thread::sleep(std::time::Duration::from_secs(3));
         }
-        "dial itself twice" => {
+        "connect itself twice" => {
             for _ in 0..2 {
-                print_output(&dial_itself(Ipv4Addr::LOCALHOST.into()).to_string());
+                print_output(&connect_itself(Ipv4Addr::LOCALHOST.into()).to_string());
             }
             wait_for_stdin_eof();
         }
-        "dial itself" => print_output(&dial_itself(Ipv4Addr::LOCALHOST.into()).to_string()),
-        dial if dial.starts_with("dial itself in cgroup ") => {
-            let directory = std::path::Path::new(&dial["dial itself in cgroup ".len()..]);
+        "connect itself" => print_output(&connect_itself(Ipv4Addr::LOCALHOST.into()).to_string()),
+        connect if connect.starts_with("connect itself in cgroup ") => {
+            let directory = std::path::Path::new(&connect["connect itself in cgroup ".len()..]);
             std::fs::write(directory.join("cgroup.procs"), "0").unwrap();
-            print_output(&dial_itself(Ipv4Addr::LOCALHOST.into()).to_string());
+            print_output(&connect_itself(Ipv4Addr::LOCALHOST.into()).to_string());
         }
         connect if connect.starts_with("connect in cgroup ") => {
             let directory = std::path::Path::new(&connect["connect in cgroup ".len()..]);
@@ -188,8 +188,8 @@ pub(super) fn run_task(task: &str) {
             wait_for_stdin_eof();
         }
         // The SYN is deferred, so each connect is in progress until its socket is closed.
-        dial if dial.starts_with("keep dialling ") => {
-            let target: std::net::SocketAddr = dial["keep dialling ".len()..].parse().unwrap();
+        connect if connect.starts_with("keep connecting ") => {
+            let target: std::net::SocketAddr = connect["keep connecting ".len()..].parse().unwrap();
             std::thread::spawn(move || {
                 loop {
                     let socket = socket(target.ip());
@@ -198,7 +198,7 @@ pub(super) fn run_task(task: &str) {
                     std::thread::sleep(std::time::Duration::from_millis(5));
                 }
             });
-            print_output("dialling");
+            print_output("connecting");
             wait_for_stdin_eof();
         }
         connect if connect.starts_with("connect refused ") => {
