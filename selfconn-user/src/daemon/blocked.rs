@@ -1,11 +1,18 @@
 //! The failed binds whose event is being prepared: who holds the port is looked up at that moment, because a
-//! descriptor can be inherited, passed and closed. One pass answers for all that wait, and the worker rests four
-//! times as long as a pass takes, so that failed binds cannot keep it busy.
+//! descriptor can be inherited, passed and closed. One pass answers for all that wait. After it the worker rests as long
+//! as it took, and for the owners of these events four times as long, so that failed binds cannot keep it busy, and
+//! those of one owner delay those of others by a pass at most.
 
-use std::{collections::HashSet, io, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
 use jiff::Timestamp;
-use selfconn_ebpf::bind_failure::BindFailure;
+use selfconn_ebpf::{BindOptions, Owner, bind_failure::BindFailure};
 use tokio::time::Instant;
 
 use crate::{
@@ -38,6 +45,28 @@ pub(super) enum KnownHolder {
     TimeWait(Box<TimeWaitEntry>),
 }
 
+impl KnownHolder {
+    pub(super) fn connection(&self) -> &Connection {
+        match self {
+            Self::Open(connection, _) => connection,
+            Self::TimeWait(entry) => &entry.connection,
+        }
+    }
+}
+
+/// How it is known that the self-connection refuses the bind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Proof {
+    /// By what was known of its socket when the bind failed.
+    Known,
+    /// It is not known: see [`bind_conflict::BindConflicts::find_possible_holder`].
+    Missing,
+    /// By its socket now. It was not known before.
+    Found,
+    /// Its socket does not refuse it now, and has these options. `was_known`: it did, by what was known before.
+    Refuted { options: BindOptions, was_known: bool },
+}
+
 /// What is looked up next.
 pub(super) enum Step {
     /// The process that called bind().
@@ -53,7 +82,10 @@ pub(super) struct PendingBlocked {
     /// The number of the conflict.
     pub(super) conflict: u64,
     pub(super) failure: BindFailure,
+    /// How often the server has failed, this failure included.
+    pub(super) reported_failures: u64,
     pub(super) holder: KnownHolder,
+    pub(super) proof: Proof,
     pub(super) step: Step,
     pub(super) binder: Option<Rc<ProcessInfo>>,
     /// The processes that have the socket open now. `None`: unknown.
@@ -81,7 +113,9 @@ impl PendingBlocked {
         Self {
             conflict: 0,
             failure,
+            reported_failures: 0,
             holder,
+            proof: Proof::Known,
             step: Step::Binder,
             binder: None,
             holders,
@@ -89,6 +123,17 @@ impl PendingBlocked {
             time,
             deadline: Instant::now() + DEADLINE,
         }
+    }
+
+    /// The same if it is not known that the self-connection refuses the bind.
+    pub(super) fn without_proof(
+        failure: BindFailure,
+        connection: &Connection,
+        attribution: Attribution,
+        time: Timestamp,
+    ) -> Self {
+        let holder = PortHolder::Open(connection);
+        Self { proof: Proof::Missing, ..Self::new(failure, &holder, attribution, time) }
     }
 
     /// The socket whose holders have to be looked up.
@@ -99,16 +144,19 @@ impl PendingBlocked {
         }
     }
 
-    /// Adds what is known of the socket now. False: it does not refuse the bind. Its options were changed since
-    /// its last transition.
-    fn update(&mut self, now: &CurrentHolders) -> bool {
-        let Some(socket) = self.socket() else { return true };
+    /// Adds what is known of the socket now. Its options may have been changed since its last transition.
+    fn update(&mut self, now: &CurrentHolders) {
+        let Some(socket) = self.socket() else { return };
         self.holders = now.of_socket(&socket);
-        let refuses = |SocketEntry { endpoint, options, uid, .. }: &SocketEntry| {
-            let held = rules::BindParty { endpoint: *endpoint, options: *options, uid: *uid };
-            rules::refuses(&held, &bind_conflict::requested_by(&self.failure))
+        let known = now.entry(&socket).filter(|entry| entry.options.is_known());
+        let Some(&SocketEntry { endpoint, options, uid, .. }) = known else { return };
+        let held = rules::BindParty { endpoint, options, uid };
+        let was_known = self.proof == Proof::Known;
+        self.proof = match rules::refuses(&held, &bind_conflict::requested_by(&self.failure)) {
+            true if was_known => Proof::Known,
+            true => Proof::Found,
+            false => Proof::Refuted { options, was_known },
         };
-        now.entry(&socket).filter(|entry| entry.options.is_known()).is_none_or(refuses)
     }
 }
 
@@ -123,17 +171,23 @@ pub(super) struct BlockedReports {
     shares: SharedLimit,
     /// When the request in progress was sent. `None`: there is none.
     requested_at: Option<Instant>,
+    /// When the next one may be sent, and for whom not yet.
     next_request_at: Instant,
+    resting: HashMap<Owner, Instant>,
+    /// The owners of the events in the request in progress, also of those that wait no longer.
+    in_request: HashSet<Owner>,
+    has_iterator: bool,
 }
 
 impl BlockedReports {
     pub(super) fn start(descriptors: Option<Arc<DescriptorIter>>) -> io::Result<Self> {
-        let capability_set = capabilities::holder_worker(descriptors.is_some());
+        let has_iterator = descriptors.is_some();
+        let capability_set = capabilities::holder_worker(has_iterator);
         let find = move |wanted| sockets::find_current_holders(&wanted, descriptors.as_deref());
-        Ok(Self::with(Worker::start("holders", capability_set, find)?))
+        Ok(Self::with(Worker::start("holders", capability_set, find)?, has_iterator))
     }
 
-    fn with(worker: HolderWorker) -> Self {
+    fn with(worker: HolderWorker, has_iterator: bool) -> Self {
         Self {
             worker,
             waiting: Vec::new(),
@@ -141,7 +195,15 @@ impl BlockedReports {
             shares: SharedLimit::new(MAX_WAITING),
             requested_at: None,
             next_request_at: Instant::now(),
+            resting: HashMap::new(),
+            in_request: HashSet::new(),
+            has_iterator,
         }
+    }
+
+    /// True if a look shows the options of a socket.
+    pub(super) fn can_prove(&self) -> bool {
+        self.has_iterator
     }
 
     /// Waits until the worker has a response. Cancel safe.
@@ -167,8 +229,15 @@ impl BlockedReports {
     /// When [`Self::serve`] has something to do.
     pub(super) fn next_at(&self) -> Option<Instant> {
         let deadlines = self.requested.iter().chain(&self.waiting).map(|blocked| blocked.deadline);
-        let can_request = self.requested_at.is_none() && !self.waiting.is_empty();
-        deadlines.chain(can_request.then_some(self.next_request_at)).min()
+        let is_idle = self.requested_at.is_none();
+        let requests = self.waiting.iter().filter(|_| is_idle).map(|blocked| self.request_at(blocked));
+        deadlines.chain(requests).min()
+    }
+
+    /// When this event can be in a request.
+    fn request_at(&self, blocked: &PendingBlocked) -> Instant {
+        let rested_at = self.resting.get(&blocked.failure.owner);
+        rested_at.map_or(self.next_request_at, |rested_at| self.next_request_at.max(*rested_at))
     }
 
     /// Sends a request if one is due, and returns the events whose holders are known, or were looked for too long.
@@ -177,18 +246,28 @@ impl BlockedReports {
         let mut known = Vec::new();
         if let Some(current) = self.worker.try_response() {
             let took = self.requested_at.take().map_or(Duration::ZERO, |requested_at| now - requested_at);
-            self.next_request_at = now + 4 * took;
+            self.next_request_at = now + took;
+            self.resting.retain(|_, rested_at| now < *rested_at);
+            for owner in std::mem::take(&mut self.in_request) {
+                self.resting.insert(owner, now + 4 * took);
+            }
             known = self.take(|_, requested| std::mem::take(requested));
-            known.retain_mut(|blocked| blocked.update(&current));
+            known.iter_mut().for_each(|blocked| blocked.update(&current));
         }
         let is_overdue = |blocked: &mut PendingBlocked| blocked.deadline <= now;
         known.extend(self.take(|waiting, requested| {
             requested.extract_if(.., is_overdue).chain(waiting.extract_if(.., is_overdue)).collect()
         }));
-        if self.requested_at.is_none() && self.next_request_at <= now && !self.waiting.is_empty() {
-            self.requested = std::mem::take(&mut self.waiting);
-            self.worker.send(self.requested.iter().filter_map(PendingBlocked::socket).collect());
-            self.requested_at = Some(now);
+        if self.requested_at.is_none() {
+            let can_request: Vec<_> =
+                self.waiting.iter().map(|blocked| self.request_at(blocked) <= now).collect();
+            if can_request.contains(&true) {
+                let mut can_request = can_request.into_iter();
+                self.requested = self.waiting.extract_if(.., |_| can_request.next() == Some(true)).collect();
+                self.in_request = self.requested.iter().map(|blocked| blocked.failure.owner).collect();
+                self.worker.send(self.requested.iter().filter_map(PendingBlocked::socket).collect());
+                self.requested_at = Some(now);
+            }
         }
         known
     }
@@ -217,13 +296,13 @@ mod tests {
     use crate::detect::samples;
 
     fn reports(find: impl Fn(HashSet<SocketRef>) -> CurrentHolders + Send + 'static) -> BlockedReports {
-        BlockedReports::with(Worker::start("holders", capabilities::holder_worker(true), find).unwrap())
+        BlockedReports::with(Worker::start("holders", capabilities::holder_worker(true), find).unwrap(), true)
     }
 
     fn blocked(uid: u32) -> PendingBlocked {
         let endpoint = samples::endpoint("127.0.0.1", 80);
         let connection = Connection { inode: Some(7), ..samples::connection(1, endpoint) };
-        let owner = selfconn_ebpf::Owner::new(uid, 0);
+        let owner = Owner::new(uid, 0);
         let failure = BindFailure { owner, ..samples::bind_failure(endpoint, 0) };
         let holder = PortHolder::Open(&connection);
         PendingBlocked::new(failure, &holder, Attribution::default(), Timestamp::UNIX_EPOCH)
@@ -246,6 +325,60 @@ mod tests {
         let emitted = reports.serve();
         assert_eq!((emitted.len(), reports.shares.used(), reports.next_at()), (2, 0, None));
         assert!(emitted.iter().all(|blocked| blocked.holders.is_none()), "unknown");
+    }
+
+    /// Serves until an event is known. Returns its owner's uid, and how long that took.
+    fn served(reports: &mut BlockedReports) -> (u32, Duration) {
+        let began = Instant::now();
+        loop {
+            if let Some(known) = reports.serve().pop() {
+                return (known.failure.owner.uid, began.elapsed());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn the_worker_rests_longer_for_the_owners_of_its_last_request_than_for_others() {
+        const PASS: Duration = Duration::from_millis(100);
+        let mut reports = reports(|_| {
+            std::thread::sleep(PASS);
+            CurrentHolders::default()
+        });
+        assert!(reports.request(blocked(1)).is_none());
+        assert_eq!(served(&mut reports).0, 1);
+        for uid in [1, 2] {
+            assert!(reports.request(blocked(uid)).is_none());
+        }
+        let (first, took) = served(&mut reports);
+        assert!(first == 2 && took >= 2 * PASS, "{first} {took:?}");
+        let (second, took) = served(&mut reports);
+        assert!(second == 1 && took >= 2 * PASS, "{second} {took:?}");
+    }
+
+    #[test]
+    fn what_a_look_shows_proves_or_refutes_that_the_socket_refuses_the_bind() {
+        let entry = |options| {
+            let connection = blocked(1).holder.connection().clone();
+            let entry = samples::entry(connection.endpoint, selfconn_ebpf::state::ESTABLISHED);
+            let entry = SocketEntry { inode: 7, cookie: connection.cookie, options, ..entry };
+            CurrentHolders::of_entry(entry)
+        };
+        let [plain, reuse] = [false, true].map(|reuse| BindOptions::new(reuse, false, false));
+        for (before, now, proof) in [
+            (Proof::Known, plain, Proof::Known),
+            (Proof::Known, reuse, Proof::Refuted { options: reuse, was_known: true }),
+            (Proof::Missing, plain, Proof::Found),
+            (Proof::Missing, reuse, Proof::Refuted { options: reuse, was_known: false }),
+            (Proof::Known, BindOptions::UNKNOWN, Proof::Known),
+            (Proof::Missing, BindOptions::UNKNOWN, Proof::Missing),
+        ] {
+            let mut blocked = blocked(1);
+            blocked.failure.options = reuse;
+            blocked.proof = before;
+            blocked.update(&entry(now));
+            assert_eq!(blocked.proof, proof, "{before:?} {now:?}");
+        }
     }
 
     #[test]

@@ -109,7 +109,9 @@ impl Pipeline {
     /// Goes on with the `blocked` events whose holders are known.
     pub(super) fn serve_blocked(&mut self) {
         let (conflicts, known, reporting) = self.conflicts();
-        conflicts.serve(known, reporting);
+        for (number, options) in conflicts.serve(known, reporting) {
+            self.connections.set_options(number, options);
+        }
     }
 
     /// The guard has refused connects to itself.

@@ -3,17 +3,17 @@
 
 use std::{collections::HashMap, rc::Rc};
 
-use selfconn_ebpf::bind_failure::BindFailure;
+use selfconn_ebpf::{BindOptions, bind_failure::BindFailure};
 
 use super::{
-    blocked::{BlockedReports, KnownHolder, PendingBlocked, Step},
+    blocked::{BlockedReports, KnownHolder, PendingBlocked, Proof, Step},
     pending::PendingEvents,
     reporting::{Reporting, Waiter, holder_target, opener_target},
 };
 use crate::{
     detect::{
         bind_conflict::{BindConflicts, PortHolder},
-        connection::Connections,
+        connection::{Connection, Connections},
     },
     event::{self, ConnectionFields, EventKind},
     lookup::LookupTarget,
@@ -53,17 +53,43 @@ impl PortConflicts {
         known: KnownConnections<'_>,
         reporting: &mut Reporting,
     ) {
-        let Some(holder) = self.binds.find_holder(failure, known.connections.iter()) else {
-            let lacks_open_one = known.connections.may_lack_open_at(&failure.endpoint);
-            return self.binds.record_unexplained(failure, lacks_open_one);
+        let attribution = |number| known.attributions.get(&number).cloned().unwrap_or_default();
+        let time = clock.wall(failure.at_ns);
+        let mut blocked = match self.binds.find_holder(failure, known.connections.iter()) {
+            Some(holder) => {
+                let number = holder.connection().number;
+                PendingBlocked::new(*failure, &holder, attribution(number), time)
+            }
+            None => {
+                let possible = BindConflicts::find_possible_holder(failure, known.connections.iter());
+                let can_prove =
+                    |connection: &&Connection| self.reports.can_prove() && connection.socket_ref().is_some();
+                match possible.filter(can_prove) {
+                    Some(connection) => {
+                        let attribution = attribution(connection.number);
+                        PendingBlocked::without_proof(*failure, connection, attribution, time)
+                    }
+                    None => {
+                        let lacks_open_one = known.connections.may_lack_open_at(&failure.endpoint);
+                        return self.binds.record_unexplained(failure, lacks_open_one);
+                    }
+                }
+            }
         };
-        let number = holder.connection().number;
-        let attribution = known.attributions.get(&number).cloned().unwrap_or_default();
-        let mut blocked = PendingBlocked::new(*failure, &holder, attribution, clock.wall(failure.at_ns));
-        let Some(conflict) = self.binds.record_failure(failure, number) else { return };
-        (blocked.conflict, blocked.failure.failures) = (conflict.number, conflict.failures);
+        if blocked.proof == Proof::Known && !self.record(&mut blocked) {
+            return;
+        }
         let target = LookupTarget::Observed(ObservedTask::from_bind_failure(failure), failure.owner);
         self.look_up(blocked, target, known, reporting);
+    }
+
+    /// Counts the failure. False: no report is due.
+    fn record(&mut self, blocked: &mut PendingBlocked) -> bool {
+        let conflict = self.binds.record_failure(&blocked.failure, blocked.holder.connection().number);
+        if let Some(conflict) = conflict {
+            (blocked.conflict, blocked.reported_failures) = (conflict.number, conflict.failures);
+        }
+        conflict.is_some()
     }
 
     fn look_up(
@@ -91,7 +117,7 @@ impl PortConflicts {
             Step::Binder => {
                 blocked.binder = Some(process);
                 if let Some(blocked) = self.reports.request(blocked) {
-                    self.on_holders_known(blocked, known, reporting);
+                    self.on_looked_at(blocked, known, reporting);
                 }
             }
             Step::Holder => {
@@ -107,18 +133,53 @@ impl PortConflicts {
         }
     }
 
-    /// Goes on with the events whose holders are known.
-    pub(super) fn serve(&mut self, known: KnownConnections<'_>, reporting: &mut Reporting) {
+    /// Goes on with the events whose holders are known. Returns the options of self-connections that have changed, with
+    /// the number of each.
+    pub(super) fn serve(
+        &mut self,
+        known: KnownConnections<'_>,
+        reporting: &mut Reporting,
+    ) -> Vec<(u64, BindOptions)> {
+        let mut changed = Vec::new();
         for blocked in self.reports.serve() {
-            self.on_holders_known(blocked, known, reporting);
+            if let Proof::Refuted { options, .. } = blocked.proof {
+                changed.push((blocked.holder.connection().number, options));
+            }
+            self.on_looked_at(blocked, known, reporting);
         }
+        changed
     }
 
     /// Goes on without the holders: the run ends.
     pub(super) fn give_up_holders(&mut self, known: KnownConnections<'_>, reporting: &mut Reporting) {
         for blocked in self.reports.give_up_all() {
-            self.on_holders_known(blocked, known, reporting);
+            self.on_looked_at(blocked, known, reporting);
         }
+    }
+
+    /// The socket was looked at, or there was no time for it.
+    fn on_looked_at(
+        &mut self,
+        mut blocked: PendingBlocked,
+        known: KnownConnections<'_>,
+        reporting: &mut Reporting,
+    ) {
+        let failure = &blocked.failure;
+        match blocked.proof {
+            Proof::Known => {}
+            Proof::Found => {
+                if !self.record(&mut blocked) {
+                    return;
+                }
+            }
+            Proof::Missing => return self.binds.losses.count(failure.owner, failure.failures),
+            Proof::Refuted { was_known: true, .. } => {
+                return self.binds.take_back(failure, blocked.holder.connection().number);
+            }
+            // Something else holds the port.
+            Proof::Refuted { .. } => return,
+        }
+        self.on_holders_known(blocked, known, reporting);
     }
 
     fn on_holders_known(
@@ -127,10 +188,7 @@ impl PortConflicts {
         known: KnownConnections<'_>,
         reporting: &mut Reporting,
     ) {
-        let connection = match &blocked.holder {
-            KnownHolder::Open(connection, _) => connection,
-            KnownHolder::TimeWait(entry) => &entry.connection,
-        };
+        let connection = blocked.holder.connection();
         let first = blocked.holders.iter().flatten().next();
         match first.and_then(|holder| holder_target(holder, connection)) {
             Some(target) if reporting.lookups.can_look_up() => {
@@ -183,6 +241,7 @@ fn emit(blocked: &PendingBlocked, known: KnownConnections<'_>, reporting: &mut R
     };
     let binder = blocked.binder.clone().unwrap_or_default();
     let id = event::blocked_id(run_id, blocked.conflict);
-    let report = event::Blocked::new(id, &blocked.failure, &binder, &holder, fields, current, Offset::now());
+    let failure = BindFailure { failures: blocked.reported_failures, ..blocked.failure };
+    let report = event::Blocked::new(id, &failure, &binder, &holder, fields, current, Offset::now());
     reporting.out.emit_at(blocked.time, EventKind::Blocked(Box::new(report)));
 }

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use selfconn_ebpf::{COMM_LEN, Endpoint, Owner, bind_failure::BindFailure};
+use selfconn_ebpf::{BindOptions, COMM_LEN, Endpoint, Owner, bind_failure::BindFailure};
 
 use super::{
     connection::{Connection, SocketId, TIME_WAIT_NS},
@@ -102,6 +102,13 @@ struct BindFailureKey {
     holder: u64,
 }
 
+impl BindFailureKey {
+    fn new(failure: &BindFailure, holder: u64) -> Self {
+        let name = if failure.task.leader[0] == 0 { failure.task.comm } else { failure.task.leader };
+        Self { requested: failure.endpoint.any_family(), name, uid: failure.owner.uid, holder }
+    }
+}
+
 #[derive(Debug)]
 struct BindFailureState {
     owner: Owner,
@@ -143,6 +150,16 @@ impl PortHolder<'_> {
 fn is_refused_by(failure: &BindFailure, connection: &Connection, uid: Option<u32>) -> bool {
     let held = BindParty { endpoint: connection.endpoint, options: connection.options, uid };
     refuses(&held, &requested_by(failure))
+}
+
+/// True if the kernel may refuse this bind because of this self-connection: it would, had the user of the
+/// self-connection changed its options and its device since they were last known.
+fn may_be_refused_by(failure: &BindFailure, connection: &Connection) -> bool {
+    // IPV6_V6ONLY of a socket that has a port does not change.
+    let unshared = |ipv6only| BindOptions::new(false, false, ipv6only);
+    let options = connection.options.is_ipv6only().map_or(BindOptions::UNKNOWN, unshared);
+    let endpoint = Endpoint { ifindex: 0, ..connection.endpoint };
+    refuses(&BindParty { endpoint, options, uid: connection.uid }, &requested_by(failure))
 }
 
 /// What the kernel compares of the socket that was to be bound.
@@ -276,6 +293,15 @@ impl BindConflicts {
         time_waits.max_by_key(|entry| entry.until_ns).map(PortHolder::TimeWait)
     }
 
+    /// The open self-connection that may hold the requested port if [`Self::find_holder`] knows none: what is known of
+    /// its options does not say so, and its user may have changed them since.
+    pub fn find_possible_holder<'a>(
+        failure: &BindFailure,
+        mut open: impl Iterator<Item = &'a Connection>,
+    ) -> Option<&'a Connection> {
+        open.find(|connection| may_be_refused_by(failure, connection))
+    }
+
     /// The ports of the TIME_WAITs for which there was no room, and that last until later than this.
     #[must_use]
     pub fn unkept_ports(&self, at_ns: u64) -> PortSet {
@@ -301,9 +327,7 @@ impl BindConflicts {
     pub fn record_failure(&mut self, failure: &BindFailure, holder: u64) -> Option<BindConflict> {
         let (now_ns, failures) = (failure.at_ns, failure.failures);
         self.failures += failures;
-        let name = if failure.task.leader[0] == 0 { failure.task.comm } else { failure.task.leader };
-        let requested = failure.endpoint.any_family();
-        let key = BindFailureKey { requested, name, uid: failure.owner.uid, holder };
+        let key = BindFailureKey::new(failure, holder);
         if !self.bind_failures.contains_key(&key) && !self.take_failure_room(failure.owner, now_ns) {
             self.losses.count(failure.owner, failures);
             return None;
@@ -327,6 +351,17 @@ impl BindConflicts {
         state.next_report_ns = now_ns.saturating_add(state.report_interval_ns);
         state.report_interval_ns = (state.report_interval_ns * 2).min(MAX_REPORT_INTERVAL_NS);
         Some(BindConflict { number: state.conflict, failures: state.failures })
+    }
+
+    /// The report of this failure is not made: the self-connection does not refuse such a bind any more. Whether it did
+    /// is unknown, so it counts as lost, and the next failure is reported at once.
+    pub fn take_back(&mut self, failure: &BindFailure, holder: u64) {
+        self.failures = self.failures.saturating_sub(failure.failures);
+        self.losses.count(failure.owner, failure.failures);
+        if let Some(state) = self.bind_failures.get_mut(&BindFailureKey::new(failure, holder)) {
+            state.failures = state.failures.saturating_sub(failure.failures);
+            (state.next_report_ns, state.report_interval_ns) = (0, FIRST_REPORT_INTERVAL_NS);
+        }
     }
 
     /// False: there is no room for one more server of this owner. Servers that fail no more give theirs back.
@@ -393,6 +428,32 @@ mod tests {
         assert!(BindConflicts::default().find_holder(&elsewhere, open.iter()).is_none());
         let v6 = [connection(2, "::1", 80)];
         assert!(BindConflicts::default().find_holder(&failure("0.0.0.0", 80, 0), v6.iter()).is_none());
+    }
+
+    #[test]
+    fn a_self_connection_may_hold_the_port_whatever_its_options_were() {
+        let reuse = BindOptions::new(true, true, false);
+        let shared = [Connection { options: reuse, ..connection(1, "127.0.0.1", 80) }];
+        for (requested, port, may_hold) in
+            [("127.0.0.1", 80, true), ("0.0.0.0", 80, true), ("127.0.0.2", 80, false), ("0.0.0.0", 81, false)]
+        {
+            let failure = BindFailure { options: reuse, ..failure(requested, port, 0) };
+            assert!(BindConflicts::default().find_holder(&failure, shared.iter()).is_none());
+            let possible = BindConflicts::find_possible_holder(&failure, shared.iter());
+            assert_eq!(possible.is_some(), may_hold, "{requested}:{port}");
+        }
+    }
+
+    #[test]
+    fn a_report_that_is_not_made_is_a_loss_and_the_next_failure_is_reported() {
+        let mut conflicts = BindConflicts::default();
+        let at = |at_s| failure("127.0.0.1", 80, at_s);
+        assert!(conflicts.record_failure(&at(0), 1).is_some());
+        conflicts.take_back(&at(0), 1);
+        assert_eq!((conflicts.losses.total(), conflicts.failures()), (1, 0));
+        let next = conflicts.record_failure(&at(1), 1);
+        assert_eq!(next, Some(BindConflict { number: 1, failures: 1 }));
+        assert_eq!(conflicts.record_failure(&at(2), 1), None, "the interval has begun");
     }
 
     #[test]

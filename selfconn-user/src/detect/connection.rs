@@ -263,6 +263,14 @@ impl Connections {
         self.tracked.iter().map(|(_, tracked)| tracked).filter(is_open).map(|tracked| &tracked.connection)
     }
 
+    /// The socket of this self-connection has these options now.
+    pub fn set_options(&mut self, number: u64, options: BindOptions) {
+        let mut tracked = self.tracked.iter_mut().map(|(_, tracked)| &mut tracked.connection);
+        if let Some(connection) = tracked.find(|connection| connection.number == number) {
+            connection.options = options;
+        }
+    }
+
     /// Number of self-connections for which there was no room. They have no event, unless there is room when they are
     /// closed or listed.
     #[must_use]

@@ -28,6 +28,16 @@ impl CurrentHolders {
         self.holders.of(socket).map(<[Holder]>::to_vec).or_else(|| has_none().then(Vec::new))
     }
 
+    /// One socket that nobody holds.
+    #[cfg(test)]
+    pub(crate) fn of_entry(entry: SocketEntry) -> Self {
+        let socket = entry.socket_ref();
+        Self {
+            holders: Holders::default(),
+            entries: socket.map(|socket| (socket, entry)).into_iter().collect(),
+        }
+    }
+
     /// The socket as it is now. `None`: unknown.
     #[must_use]
     pub fn entry(&self, socket: &SocketRef) -> Option<&SocketEntry> {

@@ -1,9 +1,9 @@
 //! Destroys a self-connection with SOCK_DESTROY, and never any other socket.
 //!
 //! The socket is known by its cookie. If only the programs' record describes it, its cookie is taken from the socket
-//! table of its network namespace, if exactly one socket there agrees with the record. The request has the socket's own
-//! device. That the kernel does not find a socket proves nothing, because another one with the same addresses can
-//! hide it: a second look goes through the whole table.
+//! table of its network namespace, if exactly one socket there agrees with the record. The request has the device that
+//! the socket is bound to now: its user may bind it to one at any time. That the kernel does not find a socket proves
+//! nothing, because another one with the same addresses can hide it: a second look goes through the whole table.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -35,6 +35,9 @@ const NEEDS_NET_ADMIN: &str =
 /// Why a socket that exists could not be destroyed.
 const HIDDEN: &str = "another socket with the same addresses and ports, which is not bound to a device, hides it \
                       from SOCK_DESTROY";
+
+/// Number of requests for a socket that is bound to another device each time.
+const MAX_REQUESTS: usize = 3;
 
 /// What is known about a self-connection that is to be destroyed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -170,20 +173,27 @@ fn destroy_here(
     time_wait: bool,
     may_destroy: impl FnOnce() -> bool,
 ) -> io::Result<bool> {
-    let Some(row) = find(endpoint, cookie)? else { return Ok(false) };
+    let Some(mut row) = find(endpoint, cookie)? else { return Ok(false) };
     if !time_wait && row.entry.state == state::TIME_WAIT {
         return Ok(false);
     }
     if !may_destroy() {
         return Err(io::Error::other("it may not be destroyed any more"));
     }
-    if exact::destroy(endpoint, cookie)? {
-        return Ok(true);
+    for _ in 0..MAX_REQUESTS {
+        let Endpoint { ifindex, .. } = row.entry.endpoint;
+        if exact::destroy(&Endpoint { ifindex, ..*endpoint }, cookie)? {
+            return Ok(true);
+        }
+        match find(endpoint, cookie)? {
+            Some(now) if time_wait || now.entry.state != state::TIME_WAIT => row = now,
+            _ => return Ok(false),
+        }
+        if row.entry.endpoint.ifindex == ifindex {
+            break;
+        }
     }
-    match find(endpoint, cookie)? {
-        Some(row) if time_wait || row.entry.state != state::TIME_WAIT => Err(io::Error::other(HIDDEN)),
-        _ => Ok(false),
-    }
+    Err(io::Error::other(HIDDEN))
 }
 
 /// The self-connection with this cookie, in the network namespace of the calling thread. `None`: it does not exist.
@@ -224,11 +234,13 @@ fn find_in_table(is_match: impl Fn(&DumpedSocket) -> bool) -> io::Result<Option<
     Ok(first.found)
 }
 
-/// True if this socket is the self-connection at this endpoint. The kernel may also return a listener here.
-/// The family counts: the sockets of the two families are different sockets to destroy.
+/// True if this socket is a self-connection of the addresses and ports of this endpoint, bound to whatever device. The
+/// kernel may also return a listener here. The family counts: the sockets of the two families are different sockets to
+/// destroy.
 fn is_at(row: &DumpedSocket, endpoint: &Endpoint) -> bool {
     // The kernel reports no namespace: the thread is in the namespace of the endpoint.
-    row.is_self_connection() && row.entry.endpoint == Endpoint { netns: 0, netns_cookie: 0, ..*endpoint }
+    let at = Endpoint { netns: 0, netns_cookie: 0, ifindex: row.entry.endpoint.ifindex, ..*endpoint };
+    row.is_self_connection() && row.entry.endpoint == at
 }
 
 fn explain_error(error: &io::Error) -> String {
@@ -274,7 +286,11 @@ mod tests {
             let row = super::super::entry::tests::row(source, destination, state);
             let case = format!("{source} {destination} {}", state::name(state));
             assert_eq!((is_at(&row, &v4), is_at(&row, &mapped)), (plain, v6), "{case}");
-            assert!(!is_at(&row, &Endpoint { ifindex: 3, ..v4 }), "bound to a device: {case}");
+            assert_eq!(
+                is_at(&row, &Endpoint { ifindex: 3, ..v4 }),
+                plain,
+                "bound to a device before: {case}"
+            );
         }
     }
 

@@ -13,8 +13,8 @@ use socket2::{Domain, Socket, Type};
 
 use crate::support::{
     bind_methods::{bind_methods, start},
-    client::{connect_to_self, own_comm, run_self_connection},
-    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, is_name_or_unknown, scaled},
+    client::{NOBODY, become_user, connect_to_self, own_comm, run_self_connection, socket},
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, is_kernel_at_least, is_name_or_unknown, scaled},
     helper_process::HelperProcess,
     netns::TestNetns,
 };
@@ -126,6 +126,46 @@ fn a_failed_bind_is_reported_with_the_self_connection_that_holds_the_port() {
 }
 
 /// The daemon lists the processes of the host before it looks for holders.
+/// Nothing of a self-connection is recorded when its user changes the options of its socket.
+#[test]
+fn a_failed_bind_is_reported_also_if_the_options_of_the_self_connection_were_changed() {
+    let net = TestNetns::enter_new();
+    for method in bind_methods() {
+        if !is_kernel_at_least((5, 11)) {
+            return;
+        }
+        let mut daemon = start(method, &[]);
+        let connect = || {
+            become_user(NOBODY);
+            let client = socket(LOCALHOST);
+            // The kernel compares each socket that has the port, because of the first one's options.
+            client.bind(&SocketAddr::new(LOCALHOST, 0).into()).unwrap();
+            client.set_reuse_address(true).unwrap();
+            client.connect(&client.local_addr().unwrap()).unwrap();
+            client
+        };
+        let client = thread::spawn(connect).join().unwrap();
+        let port = client.local_addr().unwrap().as_socket().unwrap().port();
+        daemon.expect(1, is_event("established", net.inode));
+        client.set_reuse_address(false).unwrap();
+        // A server of Rust has SO_REUSEADDR, as nearly all have.
+        assert_in_use(Ipv4Addr::UNSPECIFIED.into(), port);
+        let blocked = daemon.expect(1, is_event("blocked", net.inode)).remove(0);
+        assert_eq!(blocked["port"], port, "{blocked}");
+        assert_eq!(blocked["holder"]["pid"], std::process::id(), "{blocked}");
+        // From now on both share the port.
+        client.set_reuse_address(true).unwrap();
+        let server = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
+        // The next one fails because of that server.
+        assert_in_use(LOCALHOST, port);
+        thread::sleep(Duration::from_millis(500));
+        drop(server);
+        let (events, _) = daemon.stop();
+        let count = events.iter().filter(|event| is_event("blocked", net.inode)(event)).count();
+        assert_eq!(count, 1, "{events:?}");
+    }
+}
+
 #[test]
 fn a_failed_bind_at_the_start_of_the_daemon_is_reported_with_its_holder() {
     let net = TestNetns::enter_new();

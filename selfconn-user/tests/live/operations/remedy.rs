@@ -15,8 +15,8 @@ use socket2::Socket;
 
 use crate::support::{
     client::{
-        assert_aborted, assert_opened_by_this_thread, connect_to_self, connect_until_self, is_connected,
-        own_comm, socket,
+        NOBODY, assert_aborted, assert_opened_by_this_thread, become_user, connect_to_self,
+        connect_until_self, is_connected, own_comm, socket,
     },
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event},
     helper_process::{HelperProcess, UNPRIVILEGED},
@@ -152,6 +152,30 @@ fn every_kind_of_self_connection_is_destroyed() {
         assert_eq!(remedied["result"], "destroyed", "{address} {to_interface}: {remedied}");
         assert_aborted(&client);
     }
+    daemon.stop();
+}
+
+/// SO_BINDTODEVICE needs no privilege, in any state. The kernel then finds the socket by its new device only.
+#[test]
+fn a_self_connection_that_its_user_binds_to_a_device_later_is_destroyed() {
+    let net = TestNetns::enter_new();
+    let mut daemon = start(
+        net,
+        &HookVariant(vec![]),
+        &["--remedy", "destroy", "--remedy-grace", "1s", "--reconcile", "1"],
+    );
+    let connect = || {
+        become_user(NOBODY);
+        let (client, _) = connect_to_self(LOCALHOST);
+        client.bind_device(Some(b"lo")).unwrap();
+        client
+    };
+    let client = thread::spawn(connect).join().unwrap();
+    let remedied = daemon.expect(1, is_event("remedied", net.inode)).remove(0);
+    assert_eq!(remedied["result"], "destroyed", "{remedied}");
+    assert_aborted(&client);
+    let closed = daemon.expect(1, is_event("closed", net.inode)).remove(0);
+    assert_eq!(closed["how"], "destroyed", "{closed}");
     daemon.stop();
 }
 
