@@ -28,7 +28,7 @@ pub const PORT_SETS: usize = 9;
 pub const MAX_HOLDERS: usize = 8;
 
 /// Maximum number of holders in a snapshot beside one of each socket, which the users of the sockets share.
-pub const MAX_MORE_HOLDERS: usize = 2_560;
+pub const MAX_MORE_HOLDERS: usize = 1_280;
 
 /// Maximum number of connections in TIME_WAIT that are kept to explain failed binds.
 pub const MAX_TIME_WAITS: usize = 7_168;
@@ -87,7 +87,10 @@ pub struct MemoryPart {
 
 /// All parts.
 pub const PARTS: [MemoryPart; 13] = [
-    MemoryPart { name: "connections", bytes: MAX_CONNECTIONS * CONNECTION_BYTES },
+    MemoryPart {
+        name: "connections",
+        bytes: MAX_CONNECTIONS * CONNECTION_BYTES + MAX_MORE_HOLDERS * MORE_HOLDER_BYTES,
+    },
     MemoryPart {
         name: "closed in a snapshot",
         bytes: MAX_CLOSED_DURING_SNAPSHOT * CLOSED_DURING_SNAPSHOT_BYTES,

@@ -19,7 +19,10 @@ use super::{
 };
 use crate::{
     bpf::refused_connects::RefusedCounts,
-    budget::{SharedRate, memory::MAX_PENDING_EVENTS},
+    budget::{
+        SharedRate,
+        memory::{MAX_MORE_HOLDERS, MAX_PENDING_EVENTS},
+    },
     detect::{
         bind_conflict::{BindConflicts, TimeWaitEntry},
         connection::{Connection, ConnectionEvent, Connections, TIME_WAIT_NS},
@@ -425,14 +428,19 @@ impl Pipeline {
             self.push_pending(event);
         });
         self.connections = connections;
+        let (mut of_snapshot, mut older) = (0, Vec::new());
         for connection in self.connections.iter() {
+            let Some(attribution) = self.attributions.get_mut(&connection.number) else { continue };
             // What a part of the processes hold does not replace what all held.
-            if let (Some(attribution), Some(holders)) =
-                (self.attributions.get_mut(&connection.number), holders_of(connection))
-                && (snapshot.holders.complete || attribution.holders.is_none())
-            {
+            let holders =
+                holders_of(connection).filter(|_| snapshot.holders.complete || attribution.holders.is_none());
+            if holders.is_none() && attribution.more_holders() > 0 {
+                older.push(connection.number);
+            }
+            if let Some(holders) = holders {
                 let is_another = attribution.first_holder() != holders.first();
                 attribution.holders = Some(holders);
+                of_snapshot += attribution.more_holders();
                 // Another process is named now, or another program of it.
                 if is_another
                     && can_look_up
@@ -442,6 +450,14 @@ impl Pipeline {
                     let waiter = Waiter::Listed(connection.number, subject);
                     self.reporting.lookups.begin(target, waiter);
                 }
+            }
+        }
+        // An incomplete pass replaces none, so they would add up from one to the next.
+        let mut room = MAX_MORE_HOLDERS.saturating_sub(of_snapshot);
+        for number in older {
+            if let Some(attribution) = self.attributions.get_mut(&number) {
+                attribution.limit_more_holders(room);
+                room -= attribution.more_holders();
             }
         }
         found

@@ -32,21 +32,43 @@ const FIRST_AFTER: Duration = Duration::from_millis(500);
 const AGAIN_AFTER: Duration = Duration::from_millis(100);
 
 thread_local! {
-    /// `None`: the kernel permits none.
-    static TIMER: OnceCell<Option<Timer>> = const { OnceCell::new() };
+    static TIMER: ThreadTimer = const { ThreadTimer { timer: OnceCell::new(), has_warned: Cell::new(false) } };
+}
+
+/// The timer of a thread.
+struct ThreadTimer {
+    /// Empty: the kernel has permitted none yet. All processes of a user share a number of them (`RLIMIT_SIGPENDING`).
+    timer: OnceCell<Timer>,
+    has_warned: Cell<bool>,
+}
+
+impl ThreadTimer {
+    fn get(&self) -> Option<&Timer> {
+        if self.timer.get().is_none() {
+            match Timer::new() {
+                Ok(timer) => drop(self.timer.set(timer)),
+                Err(error) if !self.has_warned.replace(true) => {
+                    log::warn!("a socket that lingers for long may stop this thread: no timer: {error}");
+                }
+                Err(_) => {}
+            }
+        }
+        self.timer.get()
+    }
+}
+
+/// Makes the timer of this thread now, and not when it is needed, when other processes of this user may have taken all.
+pub fn prepare() {
+    TIMER.with(|timer| {
+        timer.get();
+    });
 }
 
 /// Runs `call`, which looks at files of another process. While it runs, its system calls are interrupted as described
 /// above. A system call that waits for something else, such as poll(2), may fail with `EINTR`.
 pub fn bounded<T>(call: impl FnOnce() -> T) -> T {
     TIMER.with(|timer| {
-        let timer = timer.get_or_init(|| {
-            let refused = |error: &io::Error| {
-                log::warn!("a socket that lingers for long may stop this thread: no timer: {error}");
-            };
-            Timer::new().inspect_err(refused).ok()
-        });
-        let _running = timer.as_ref().and_then(Timer::start);
+        let _running = timer.get().and_then(Timer::start);
         call()
     })
 }
@@ -142,6 +164,7 @@ mod tests {
     use std::{
         io::Write as _,
         net::{TcpListener, TcpStream},
+        sync::Mutex,
         thread,
         time::Instant,
     };
@@ -149,6 +172,7 @@ mod tests {
     use rustix::{
         event::{PollFd, PollFlags, Timespec, poll},
         io::Errno,
+        process::{Resource, Rlimit, getrlimit, setrlimit},
     };
     use socket2::SockRef;
 
@@ -161,9 +185,28 @@ mod tests {
         poll(&mut [PollFd::new(&reader, PollFlags::IN)], Some(&limit))
     }
 
+    /// The limit on timers is the process's, so a test that changes it runs alone.
+    static ALONE: Mutex<()> = Mutex::new(());
+
+    const LONG: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn a_thread_that_got_no_timer_gets_one_as_soon_as_the_kernel_permits_it() {
+        let _alone = ALONE.lock();
+        let limit = getrlimit(Resource::Sigpending);
+        let test = move || {
+            setrlimit(Resource::Sigpending, Rlimit { current: Some(0), ..limit }).unwrap();
+            prepare();
+            let without = bounded(|| wait_for_pipe(FIRST_AFTER + 2 * AGAIN_AFTER));
+            setrlimit(Resource::Sigpending, limit).unwrap();
+            (without, bounded(|| wait_for_pipe(LONG)))
+        };
+        assert_eq!(thread::spawn(test).join().unwrap(), (Ok(0), Err(Errno::INTR)));
+    }
+
     #[test]
     fn a_long_call_is_interrupted_again_and_again_and_one_of_another_thread_is_not() {
-        const LONG: Duration = Duration::from_secs(30);
+        let _alone = ALONE.lock();
         let other = thread::spawn(|| wait_for_pipe(FIRST_AFTER + 4 * AGAIN_AFTER));
         let began = Instant::now();
         bounded(|| {
@@ -184,6 +227,7 @@ mod tests {
     #[test]
     fn a_socket_that_lingers_is_closed_in_a_moment_and_without_an_interruption_when_its_time_is_over() {
         const LINGER: Duration = Duration::from_secs(5);
+        let _alone = ALONE.lock();
         /// Closes a socket whose data nobody acknowledges.
         fn close(closes: impl FnOnce(TcpStream)) -> Duration {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();

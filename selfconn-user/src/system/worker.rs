@@ -14,7 +14,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::{
     busy::{BusyClock, ThreadProblem},
-    capabilities,
+    capabilities, interrupt,
 };
 
 /// The event loop's end of the channels to a worker thread.
@@ -44,6 +44,7 @@ impl<Request: Send + 'static, Response: Send + 'static> Worker<Request, Response
         let busy = BusyClock::default();
         let of_thread = busy.clone();
         capabilities::spawn_restricted(name, capability_set, move || {
+            interrupt::prepare();
             // Ends when the daemon drops its end of the channels.
             while let Ok(request) = request_receiver.recv() {
                 of_thread.begin();

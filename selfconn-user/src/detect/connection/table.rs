@@ -16,8 +16,12 @@ use crate::{
     sockets::SocketEntry,
 };
 
-/// Number of untracked transitions that are remembered, because a second probe may report them a moment later.
+/// Number of untracked transitions that are kept, because a second probe may report them a moment later.
 const MAX_RECENT: usize = 64;
+
+/// Number of users whose untracked connections are counted apart. All others are [`OTHER_USERS`].
+const MAX_USERS: usize = 64;
+const OTHER_USERS: u32 = u32::MAX;
 
 // Beside it: the attribution with its holders, the decision of the log, the id in both, and half of the tables again
 // while they grow, or the keys by which a snapshot is compared (`identity.rs`).
@@ -31,8 +35,8 @@ pub(super) struct TrackedTable {
     pub(super) untracked: OwnerLosses,
     /// Kernel address, states and probe of the last untracked transitions.
     recent: VecDeque<(u64, (u8, u8), u8)>,
-    /// Untracked connections that may still be open, and their ports.
-    maybe_open: u64,
+    /// Untracked connections that may still be open, by user, and their ports.
+    maybe_open: HashMap<u32, u64>,
     maybe_open_ports: PortSet,
     /// The ports of those since the last snapshot began, which it may not have.
     ports_since_snapshot: PortSet,
@@ -45,7 +49,7 @@ impl Default for TrackedTable {
             shares: SharedLimit::new(MAX_CONNECTIONS),
             untracked: OwnerLosses::default(),
             recent: VecDeque::new(),
-            maybe_open: 0,
+            maybe_open: HashMap::new(),
             maybe_open_ports: PortSet::default(),
             ports_since_snapshot: PortSet::default(),
         }
@@ -116,7 +120,7 @@ impl TrackedTable {
             self.recent.pop_front();
         }
         self.recent.push_back((t.sock, (t.old, t.new), t.probe_id));
-        self.maybe_open += 1;
+        count_open(&mut self.maybe_open, owner.uid, 1);
         self.maybe_open_ports.insert(&t.endpoint);
         self.ports_since_snapshot.insert(&t.endpoint);
         self.untracked.count(owner, 1);
@@ -139,20 +143,27 @@ impl TrackedTable {
         self.ports_since_snapshot.clear();
     }
 
-    /// How many connections of each owner a snapshot has found that are not tracked. Those that may have been counted
-    /// before are not counted again. `ports` has their ports.
+    /// How many connections of each owner a snapshot has found that are not tracked. Those of a user that may have been
+    /// counted before are not counted again. `ports` has their ports.
     pub(super) fn on_listed_untracked(&mut self, found: impl Iterator<Item = (Owner, u64)>, ports: PortSet) {
-        let (mut known, mut total) = (self.maybe_open, 0);
+        let (mut known, mut open) = (std::mem::take(&mut self.maybe_open), HashMap::new());
         for (owner, count) in found {
-            total += count;
-            let new = count.saturating_sub(known);
-            known = known.saturating_sub(count);
+            count_open(&mut open, owner.uid, count);
+            let uid = if known.contains_key(&owner.uid) { owner.uid } else { OTHER_USERS };
+            let known = known.entry(uid).or_default();
+            let new = count.saturating_sub(*known);
+            *known = known.saturating_sub(count);
             if new > 0 {
                 self.untracked.count(owner, new);
             }
         }
-        (self.maybe_open, self.maybe_open_ports) = (total, ports);
+        (self.maybe_open, self.maybe_open_ports) = (open, ports);
     }
+}
+
+fn count_open(counts: &mut HashMap<u32, u64>, uid: u32, count: u64) {
+    let is_apart = counts.contains_key(&uid) || counts.len() < MAX_USERS;
+    *counts.entry(if is_apart { uid } else { OTHER_USERS }).or_default() += count;
 }
 
 /// Who pays for a socket.
@@ -173,6 +184,24 @@ pub(super) fn payer(opener: Option<&Opener>, uid: u32) -> Owner {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_counted_of_one_user_hides_no_connection_of_another() {
+        let (attacker, victim) = (Owner::new(65_534, 0), Owner::new(1_000, 0));
+        let mut table = TrackedTable::default();
+        let mut list = |found: &[(Owner, u64)]| {
+            table.on_listed_untracked(found.iter().copied(), PortSet::default());
+            table.untracked.take_unreported()
+        };
+        assert_eq!(list(&[(attacker, 300_000)]), [(attacker, 300_000)]);
+        assert_eq!(list(&[(attacker, 10), (victim, 1)]), [(victim, 1)]);
+        // In another session, the user is the same.
+        assert_eq!(list(&[(Owner::new(1_000, 9), 2), (attacker, 10)]), [(Owner::new(1_000, 9), 1)]);
+        // Many users.
+        let users: Vec<_> = (0..100).map(|uid| (Owner::new(100_000 + uid, 0), 1)).collect();
+        assert_eq!(list(&users).iter().map(|(_, count)| count).sum::<u64>(), 100);
+        assert!(list(&users).is_empty());
+    }
 
     #[test]
     fn many_uids_of_a_user_namespace_whose_openers_are_unknown_leave_room() {

@@ -52,6 +52,20 @@ impl Attribution {
         self.holders.iter().flatten().next()
     }
 
+    /// Number of holders beside the first one.
+    #[must_use]
+    pub fn more_holders(&self) -> usize {
+        self.holders.as_ref().map_or(0, |holders| holders.len().saturating_sub(1))
+    }
+
+    /// Keeps no more than this number of holders beside the first one.
+    pub fn limit_more_holders(&mut self, limit: usize) {
+        if let Some(holders) = &mut self.holders {
+            holders.truncate(limit.saturating_add(1));
+            holders.shrink_to_fit();
+        }
+    }
+
     /// The look-up of this process has ended. Its result is not used if another process is named meanwhile.
     pub fn set_process(&mut self, subject: Subject, process: Rc<ProcessInfo>) {
         let is_outdated = match &subject {
@@ -100,4 +114,23 @@ pub struct Holder {
     /// When it started, in clock ticks since boot. `None`: unknown, so nothing about it can be looked up.
     #[serde(skip)]
     pub start_ticks: Option<u64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_holder_is_kept_whatever_the_limit() {
+        let holder = |pid| Holder { pid, comm: None, start_ticks: None };
+        for (count, limit, kept) in
+            [(8, 3, 4), (8, 7, 8), (8, 0, 1), (1, 0, 1), (0, 0, 0), (8, usize::MAX, 8)]
+        {
+            let holders = Some((0..count).map(holder).collect());
+            let mut attribution = Attribution { holders, ..Attribution::default() };
+            attribution.limit_more_holders(limit);
+            assert_eq!(attribution.holders.unwrap().len(), kept, "{count} {limit}");
+        }
+        assert_eq!(Attribution::default().more_holders(), 0, "not looked up");
+    }
 }
