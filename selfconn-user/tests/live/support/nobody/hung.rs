@@ -5,10 +5,11 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
     os::{
         fd::{AsRawFd as _, OwnedFd},
-        unix::process::CommandExt as _,
+        unix::{fs::FileExt as _, process::CommandExt as _},
     },
     path::Path,
     process::Stdio,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     thread,
     time::Duration,
 };
@@ -55,6 +56,51 @@ fn map_program() {
     }
 }
 
+/// What the threads do that lock the memory map.
+#[derive(Default)]
+struct Progress {
+    is_reading: AtomicBool,
+    is_unmapping: AtomicBool,
+    /// How often the arguments of this process were read.
+    looks: AtomicUsize,
+}
+
+/// Reads the page at this address, which never returns, and unmaps it. Returns when whoever reads the arguments of this
+/// process waits.
+fn lock_memory_map(address: usize) {
+    let progress: &Progress = Box::leak(Box::default());
+    thread::spawn(move || {
+        while !progress.is_reading.load(Relaxed) {
+            thread::sleep(Duration::from_millis(10));
+        }
+        thread::sleep(Duration::from_millis(600));
+        progress.is_unmapping.store(true, Relaxed);
+        // SAFETY: the mapping is not used any more, except by the read below, which never returns.
+        unsafe { libc::munmap(address as *mut libc::c_void, 4_096) }
+    });
+    thread::spawn(move || {
+        thread::sleep(Duration::from_millis(100));
+        progress.is_reading.store(true, Relaxed);
+        // SAFETY: the mapping is readable. The read never returns.
+        unsafe { std::ptr::read_volatile(address as *const u8) }
+    });
+    let arguments = fs::File::open("/proc/self/cmdline").unwrap();
+    thread::spawn(move || {
+        let mut first = [0; 1];
+        while arguments.read_at(&mut first, 0).is_ok() {
+            progress.looks.fetch_add(1, Relaxed);
+            thread::sleep(Duration::from_millis(5));
+        }
+    });
+    loop {
+        let before = progress.looks.load(Relaxed);
+        thread::sleep(Duration::from_millis(500));
+        if progress.is_unmapping.load(Relaxed) && progress.looks.load(Relaxed) == before {
+            return;
+        }
+    }
+}
+
 /// A page fault on a file that its server never gives holds the `mmap_lock` for reading. munmap() waits to
 /// write, and every later reader waits behind it, such as a reader of `/proc/PID/cmdline`.
 pub(super) fn hang(folder: &Path, once_hung: OnceHung) -> ! {
@@ -90,18 +136,7 @@ pub(super) fn hang(folder: &Path, once_hung: OnceHung) -> ! {
         libc::mmap(std::ptr::null_mut(), 4_096, libc::PROT_READ, libc::MAP_PRIVATE, file.as_raw_fd(), 0)
     };
     assert_ne!(page, libc::MAP_FAILED, "{}", io::Error::last_os_error());
-    let address = page as usize;
-    thread::spawn(move || {
-        thread::sleep(Duration::from_millis(700));
-        // SAFETY: the mapping is not used any more, except by the read below, which never returns.
-        unsafe { libc::munmap(address as *mut libc::c_void, 4_096) }
-    });
-    thread::spawn(move || {
-        thread::sleep(Duration::from_millis(100));
-        // SAFETY: the mapping is readable. The read never returns.
-        unsafe { std::ptr::read_volatile(address as *const u8) }
-    });
-    thread::sleep(Duration::from_millis(1_200));
+    lock_memory_map(page as usize);
     match once_hung {
         OnceHung::Make(connections) => (0..connections).for_each(|_| connect_and_reset(None)),
         OnceHung::Hold | OnceHung::HoldAndClose => client.connect(&own).unwrap(),
