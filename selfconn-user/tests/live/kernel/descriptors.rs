@@ -34,7 +34,10 @@ use socket2::Socket;
 use super::namespaces::lists_namespaces;
 use crate::support::{
     client::{connect_to_self, own_comm, socket},
-    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, is_kernel_at_least, reads_descriptors, scaled},
+    daemon::{
+        DEADLINE, HookVariant, TestDaemon, is_event, is_kernel_at_least, is_preemptible, reads_descriptors,
+        scaled,
+    },
     dedicated::is_dedicated_machine,
     helper_process::HelperProcess,
     netns::TestNetns,
@@ -122,8 +125,10 @@ fn a_pass_can_close_what_a_process_closes_meanwhile() {
     let closed = daemon.expect(count, is_event("closed", net.inode));
     let by = |pid: u32| closed.iter().filter(|event| event["closer"]["pid"] == pid).count();
     let (by_client, by_pass) = (by(pid), by(std::process::id()));
-    println!("FACT closed_by_the_process={by_client} by_the_pass={by_pass}");
-    assert_eq!(by_client + by_pass, count);
+    let unseen = closed.iter().filter(|event| event["closer"].is_null()).count();
+    println!("FACT closed_by_the_process={by_client} by_the_pass={by_pass} unseen={unseen}");
+    assert_eq!(by_client + by_pass + unseen, count);
+    assert!(unseen == 0 || is_preemptible("tp_btf"), "{unseen} closes were seen by no program");
     client.finish();
     daemon.stop();
 }

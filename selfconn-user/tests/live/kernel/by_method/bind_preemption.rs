@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::{
+    process::{Resource, Rlimit, setrlimit},
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
+};
 
 use crate::support::{
     bind_methods::{bind_methods, start},
@@ -36,6 +39,8 @@ impl LargeMap {
     fn new() -> io::Result<Self> {
         const BPF_MAP_CREATE: libc::c_int = 0;
         const BPF_MAP_TYPE_ARRAY: u32 = 2;
+        // Before Linux 5.11 a map counts as locked memory.
+        setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None })?;
         // Type, bytes of a key and of a value, and number of entries.
         let mut attributes = [BPF_MAP_TYPE_ARRAY, 4, VALUE_BYTES, 1];
         // SAFETY: the kernel reads this many bytes of `attributes`.
