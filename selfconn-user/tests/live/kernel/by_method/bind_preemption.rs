@@ -39,8 +39,9 @@ impl LargeMap {
     fn new() -> io::Result<Self> {
         const BPF_MAP_CREATE: libc::c_int = 0;
         const BPF_MAP_TYPE_ARRAY: u32 = 2;
-        // Before Linux 5.11 a map counts as locked memory.
-        setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None })?;
+        // Before Linux 5.11 a map counts as locked memory. Where the limit can't be raised, it doesn't matter, or the map
+        // can't be made.
+        let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
         // Type, bytes of a key and of a value, and number of entries.
         let mut attributes = [BPF_MAP_TYPE_ARRAY, 4, VALUE_BYTES, 1];
         // SAFETY: the kernel reads this many bytes of `attributes`.
