@@ -59,7 +59,7 @@ impl KnownHolder {
 pub(super) enum Proof {
     /// By what was known of its socket when the bind failed.
     Known,
-    /// It is not known: see [`bind_conflict::BindConflicts::find_possible_holder`].
+    /// It is not known: see [`bind_conflict::BindConflicts::possible_holders`].
     Missing,
     /// By its socket now. It was not known before.
     Found,
@@ -86,6 +86,8 @@ pub(super) struct PendingBlocked {
     pub(super) reported_failures: u64,
     pub(super) holder: KnownHolder,
     pub(super) proof: Proof,
+    /// True if there are more self-connections that may hold the port. Only one is looked at.
+    pub(super) has_others: bool,
     pub(super) step: Step,
     pub(super) binder: Option<Rc<ProcessInfo>>,
     /// The processes that have the socket open now. `None`: unknown.
@@ -116,6 +118,7 @@ impl PendingBlocked {
             reported_failures: 0,
             holder,
             proof: Proof::Known,
+            has_others: false,
             step: Step::Binder,
             binder: None,
             holders,
@@ -129,11 +132,12 @@ impl PendingBlocked {
     pub(super) fn without_proof(
         failure: BindFailure,
         connection: &Connection,
+        has_others: bool,
         attribution: Attribution,
         time: Timestamp,
     ) -> Self {
         let holder = PortHolder::Open(connection);
-        Self { proof: Proof::Missing, ..Self::new(failure, &holder, attribution, time) }
+        Self { proof: Proof::Missing, has_others, ..Self::new(failure, &holder, attribution, time) }
     }
 
     /// The socket whose holders have to be looked up.
@@ -174,7 +178,7 @@ pub(super) struct BlockedReports {
     /// When the next one may be sent, and for whom not yet.
     next_request_at: Instant,
     resting: HashMap<Owner, Instant>,
-    /// The owners of the events in the request in progress, also of those that wait no longer.
+    /// The owners of the events in the request in progress, also if their deadline has passed.
     in_request: HashSet<Owner>,
     has_iterator: bool,
 }

@@ -61,13 +61,14 @@ impl PortConflicts {
                 PendingBlocked::new(*failure, &holder, attribution(number), time)
             }
             None => {
-                let possible = BindConflicts::find_possible_holder(failure, known.connections.iter());
+                let mut possible = BindConflicts::possible_holders(failure, known.connections.iter());
+                let (possible, has_others) = (possible.next(), possible.next().is_some());
                 let can_prove =
                     |connection: &&Connection| self.reports.can_prove() && connection.socket_ref().is_some();
                 match possible.filter(can_prove) {
                     Some(connection) => {
                         let attribution = attribution(connection.number);
-                        PendingBlocked::without_proof(*failure, connection, attribution, time)
+                        PendingBlocked::without_proof(*failure, connection, has_others, attribution, time)
                     }
                     None => {
                         let lacks_open_one = known.connections.may_lack_open_at(&failure.endpoint);
@@ -175,6 +176,10 @@ impl PortConflicts {
             Proof::Missing => return self.binds.losses.count(failure.owner, failure.failures),
             Proof::Refuted { was_known: true, .. } => {
                 return self.binds.take_back(failure, blocked.holder.connection().number);
+            }
+            // One that was not looked at may hold the port.
+            Proof::Refuted { .. } if blocked.has_others => {
+                return self.binds.losses.count(failure.owner, failure.failures);
             }
             // Something else holds the port.
             Proof::Refuted { .. } => return,

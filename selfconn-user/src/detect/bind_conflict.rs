@@ -293,13 +293,13 @@ impl BindConflicts {
         time_waits.max_by_key(|entry| entry.until_ns).map(PortHolder::TimeWait)
     }
 
-    /// The open self-connection that may hold the requested port if [`Self::find_holder`] knows none: what is known of
-    /// its options does not say so, and its user may have changed them since.
-    pub fn find_possible_holder<'a>(
+    /// The open self-connections that may hold the requested port if [`Self::find_holder`] knows none: what is known of
+    /// their options does not say so, and their users may have changed them since.
+    pub fn possible_holders<'a>(
         failure: &BindFailure,
-        mut open: impl Iterator<Item = &'a Connection>,
-    ) -> Option<&'a Connection> {
-        open.find(|connection| may_be_refused_by(failure, connection))
+        open: impl Iterator<Item = &'a Connection>,
+    ) -> impl Iterator<Item = &'a Connection> {
+        open.filter(|connection| may_be_refused_by(failure, connection))
     }
 
     /// The ports of the TIME_WAITs for which there was no room, and that last until later than this.
@@ -439,8 +439,8 @@ mod tests {
         {
             let failure = BindFailure { options: reuse, ..failure(requested, port, 0) };
             assert!(BindConflicts::default().find_holder(&failure, shared.iter()).is_none());
-            let possible = BindConflicts::find_possible_holder(&failure, shared.iter());
-            assert_eq!(possible.is_some(), may_hold, "{requested}:{port}");
+            let possible = BindConflicts::possible_holders(&failure, shared.iter()).count();
+            assert_eq!(possible, usize::from(may_hold), "{requested}:{port}");
         }
     }
 
