@@ -86,7 +86,8 @@ impl PortConflicts {
 
     /// Counts the failure. False: no report is due.
     fn record(&mut self, blocked: &mut PendingBlocked) -> bool {
-        let conflict = self.binds.record_failure(&blocked.failure, blocked.holder.connection().number);
+        let conflict =
+            self.binds.servers.record_failure(&blocked.failure, blocked.holder.connection().number);
         if let Some(conflict) = conflict {
             (blocked.conflict, blocked.reported_failures) = (conflict.number, conflict.failures);
         }
@@ -173,13 +174,13 @@ impl PortConflicts {
                     return;
                 }
             }
-            Proof::Missing => return self.binds.losses.count(failure.owner, failure.failures),
+            Proof::Missing => return self.binds.servers.losses.count(failure.owner, failure.failures),
             Proof::Refuted { was_known: true, .. } => {
-                return self.binds.take_back(failure, blocked.holder.connection().number);
+                return self.binds.servers.take_back(failure, blocked.holder.connection().number);
             }
             // One that was not looked at may hold the port.
             Proof::Refuted { .. } if blocked.has_others => {
-                return self.binds.losses.count(failure.owner, failure.failures);
+                return self.binds.servers.losses.count(failure.owner, failure.failures);
             }
             // Something else holds the port.
             Proof::Refuted { .. } => return,

@@ -18,7 +18,7 @@ impl Daemon {
         let owners = || tracer.owners_with_losses();
         let counted = |cause| match cause {
             LossCause::Untracked => connections.take_untracked(),
-            LossCause::Binds => conflicts.binds.losses.take_unreported(),
+            LossCause::Binds => conflicts.binds.servers.losses.take_unreported(),
             _ => Vec::new(),
         };
         self.loss_reporter.report(&totals, owners, counted, &mut reporting.out);
@@ -37,7 +37,7 @@ impl Daemon {
             (LossCause::Ring, self.counters.ring_full + self.unread),
             (
                 LossCause::Binds,
-                self.counters.bind_failures_over_rate + self.pipeline.conflicts.binds.losses.total(),
+                self.counters.bind_failures_over_rate + self.pipeline.conflicts.binds.servers.losses.total(),
             ),
             (LossCause::Missed, self.pipeline.missed),
             (LossCause::RefusedTable, self.counters.refused_table_full),
@@ -86,7 +86,7 @@ impl Daemon {
                 .self_test
                 .counts()
                 .map_or_else(Vec::new, |counts| vec![("passed", counts.passed), ("failed", counts.failed)]),
-            blocked_binds: Some(self.pipeline.conflicts.binds.failures()),
+            blocked_binds: Some(self.pipeline.conflicts.binds.servers.failures()),
             prevented: self
                 .guard
                 .counts()

@@ -1,10 +1,10 @@
-//! Finds the self-connection that keeps a server from binding its port, and decides when to report it. Pure:
-//! the input is failed binds, open connections and connections in TIME_WAIT; the output is the holder of the
-//! port and the number of failures to report.
+//! Finds the self-connection that keeps a server from binding its port. Pure: the input is failed binds, open
+//! connections and connections in TIME_WAIT; the output is the holder of the port. When it is reported, and how often a
+//! server has failed, is in [`servers`].
 
 use std::collections::HashMap;
 
-use selfconn_ebpf::{BindOptions, COMM_LEN, Endpoint, Owner, bind_failure::BindFailure};
+use selfconn_ebpf::{BindOptions, Endpoint, bind_failure::BindFailure};
 
 use super::{
     connection::{Connection, SocketId, TIME_WAIT_NS},
@@ -12,22 +12,18 @@ use super::{
 };
 use crate::{
     budget::{
-        OwnerLosses, SharedLimit,
-        memory::{self, MAX_BIND_FAILURES, MAX_TIME_WAITS},
+        SharedLimit,
+        memory::{self, MAX_TIME_WAITS},
     },
     system::process::{Attribution, ClosedAttribution},
 };
 use rules::{BindParty, refuses};
+use servers::FailedServers;
 
 pub mod rules;
+pub mod servers;
 
 const SECOND_NS: u64 = 1_000_000_000;
-
-/// Time between the first two reports of a server that keeps retrying. Every report doubles the interval.
-const FIRST_REPORT_INTERVAL_NS: u64 = 10 * SECOND_NS;
-
-/// Maximum time between two reports of a server that keeps retrying.
-const MAX_REPORT_INTERVAL_NS: u64 = 3_600 * SECOND_NS;
 
 // Beside an entry: the table that leads to it, with its key, up to 16 bytes of the allocation, and the share of an
 // owner. It has no holders, which could be more than the entry.
@@ -38,9 +34,6 @@ const _: () = assert!(
         + SharedLimit::OWNER_BYTES
         <= memory::TIME_WAIT_BYTES
 );
-const _: () =
-    assert!(2 * (size_of::<BindFailureKey>() + size_of::<BindFailureState>()) <= memory::BIND_FAILURE_BYTES);
-
 /// A self-connection in TIME_WAIT.
 #[derive(Clone, Debug)]
 pub struct TimeWaitEntry {
@@ -73,14 +66,8 @@ pub struct BindConflicts {
     unkept: [UnkeptTimeWaits; 2],
     /// When expired entries were last removed.
     last_sweep_ns: u64,
-    bind_failures: HashMap<BindFailureKey, BindFailureState>,
-    /// How many an owner has of them: the owner whose bind failed first.
-    failure_shares: SharedLimit,
-    /// Failed binds that have no report, although a self-connection holds the port, or may hold it.
-    pub losses: OwnerLosses,
-    /// Number of conflicts so far.
-    conflicts: u64,
-    failures: u64,
+    /// The servers that fail.
+    pub servers: FailedServers,
 }
 
 /// TIME_WAITs for which there was no room.
@@ -89,45 +76,6 @@ struct UnkeptTimeWaits {
     ports: PortSet,
     /// When the last one ends: `CLOCK_BOOTTIME`, nanoseconds.
     until_ns: u64,
-}
-
-/// Server, requested port, and self-connection that holds it. The server is identified by its user and name, not by
-/// pid or control group, because it has others after a restart.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct BindFailureKey {
-    /// Of any family: servers of both families request the same port.
-    requested: Endpoint,
-    name: [u8; COMM_LEN],
-    uid: u32,
-    holder: u64,
-}
-
-impl BindFailureKey {
-    fn new(failure: &BindFailure, holder: u64) -> Self {
-        let name = if failure.task.leader[0] == 0 { failure.task.comm } else { failure.task.leader };
-        Self { requested: failure.endpoint.any_family(), name, uid: failure.owner.uid, holder }
-    }
-}
-
-#[derive(Debug)]
-struct BindFailureState {
-    owner: Owner,
-    /// The number of the conflict.
-    conflict: u64,
-    failures: u64,
-    last_ns: u64,
-    /// Time of the next report, and the interval to the one after that.
-    next_report_ns: u64,
-    report_interval_ns: u64,
-}
-
-/// A server that can't bind its port because of a self-connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BindConflict {
-    /// Its number in this run: the same in each report of the same server and self-connection.
-    pub number: u64,
-    /// How often the server has failed because of the self-connection.
-    pub failures: u64,
 }
 
 impl TimeWaitEntry {
@@ -175,11 +123,7 @@ impl Default for BindConflicts {
             time_wait_shares: SharedLimit::new(MAX_TIME_WAITS),
             unkept: Default::default(),
             last_sweep_ns: 0,
-            bind_failures: HashMap::new(),
-            failure_shares: SharedLimit::new(MAX_BIND_FAILURES),
-            losses: OwnerLosses::default(),
-            conflicts: 0,
-            failures: 0,
+            servers: FailedServers::default(),
         }
     }
 }
@@ -266,12 +210,6 @@ impl BindConflicts {
         self.time_waits.values().map(|entry| &entry.connection.endpoint)
     }
 
-    /// Number of binds that failed because of a self-connection.
-    #[must_use]
-    pub fn failures(&self) -> u64 {
-        self.failures
-    }
-
     /// The self-connection that holds the requested port. `None`: no known self-connection; something else
     /// holds it.
     pub fn find_holder<'a>(
@@ -318,64 +256,7 @@ impl BindConflicts {
             failure.at_ns < unkept.until_ns && unkept.ports.may_have(&failure.endpoint)
         };
         if lacks_open_one || self.unkept.iter().any(may_hold) {
-            self.losses.count(failure.owner, failure.failures);
-        }
-    }
-
-    /// Counts a bind that failed because of the self-connection with number `holder`. `Some`: a report is
-    /// due.
-    pub fn record_failure(&mut self, failure: &BindFailure, holder: u64) -> Option<BindConflict> {
-        let (now_ns, failures) = (failure.at_ns, failure.failures);
-        self.failures += failures;
-        let key = BindFailureKey::new(failure, holder);
-        if !self.bind_failures.contains_key(&key) && !self.take_failure_room(failure.owner, now_ns) {
-            self.losses.count(failure.owner, failures);
-            return None;
-        }
-        let state = self.bind_failures.entry(key).or_insert_with(|| {
-            self.conflicts += 1;
-            BindFailureState {
-                owner: failure.owner,
-                conflict: self.conflicts,
-                failures: 0,
-                last_ns: 0,
-                next_report_ns: 0,
-                report_interval_ns: FIRST_REPORT_INTERVAL_NS,
-            }
-        });
-        state.failures += failures;
-        state.last_ns = now_ns;
-        if now_ns < state.next_report_ns {
-            return None;
-        }
-        state.next_report_ns = now_ns.saturating_add(state.report_interval_ns);
-        state.report_interval_ns = (state.report_interval_ns * 2).min(MAX_REPORT_INTERVAL_NS);
-        Some(BindConflict { number: state.conflict, failures: state.failures })
-    }
-
-    /// The report of this failure is not made: the self-connection does not refuse such a bind any more. Whether it did
-    /// is unknown, so it counts as lost, and the next failure is reported at once.
-    pub fn take_back(&mut self, failure: &BindFailure, holder: u64) {
-        self.failures = self.failures.saturating_sub(failure.failures);
-        self.losses.count(failure.owner, failure.failures);
-        if let Some(state) = self.bind_failures.get_mut(&BindFailureKey::new(failure, holder)) {
-            state.failures = state.failures.saturating_sub(failure.failures);
-            (state.next_report_ns, state.report_interval_ns) = (0, FIRST_REPORT_INTERVAL_NS);
-        }
-    }
-
-    /// False: there is no room for one more server of this owner. Servers that fail no more give theirs back.
-    fn take_failure_room(&mut self, owner: Owner, now_ns: u64) -> bool {
-        let Self { bind_failures, failure_shares, .. } = self;
-        failure_shares.try_take(owner, 1) || {
-            bind_failures.retain(|_, state| {
-                let is_failing = now_ns.saturating_sub(state.last_ns) < state.report_interval_ns;
-                if !is_failing {
-                    failure_shares.give_back(state.owner, 1);
-                }
-                is_failing
-            });
-            failure_shares.try_take(owner, 1)
+            self.servers.losses.count(failure.owner, failure.failures);
         }
     }
 }
@@ -445,18 +326,6 @@ mod tests {
     }
 
     #[test]
-    fn a_report_that_is_not_made_is_a_loss_and_the_next_failure_is_reported() {
-        let mut conflicts = BindConflicts::default();
-        let at = |at_s| failure("127.0.0.1", 80, at_s);
-        assert!(conflicts.record_failure(&at(0), 1).is_some());
-        conflicts.take_back(&at(0), 1);
-        assert_eq!((conflicts.losses.total(), conflicts.failures()), (1, 0));
-        let next = conflicts.record_failure(&at(1), 1);
-        assert_eq!(next, Some(BindConflict { number: 1, failures: 1 }));
-        assert_eq!(conflicts.record_failure(&at(2), 1), None, "the interval has begun");
-    }
-
-    #[test]
     fn a_time_wait_entry_holds_its_port_until_it_expires() {
         let mut conflicts = BindConflicts::default();
         conflicts.insert_time_wait(entry(1, "127.0.0.1", 80, 60), 0);
@@ -512,28 +381,6 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_retries_is_reported_at_growing_intervals_and_its_failures_are_counted() {
-        let mut conflicts = BindConflicts::default();
-        let reports: Vec<_> = (0..200)
-            .filter_map(|at_s| Some((at_s, conflicts.record_failure(&failure("127.0.0.1", 80, at_s), 1)?)))
-            .collect();
-        let report = |number, failures| Some(BindConflict { number, failures });
-        let expected = [(0, 1), (10, 11), (30, 31), (70, 71), (150, 151)];
-        assert_eq!(reports, expected.map(|(at_s, failures)| (at_s, BindConflict { number: 1, failures })));
-        // Another port, another self-connection, another name.
-        let again = failure("127.0.0.1", 80, 200);
-        assert_eq!(conflicts.record_failure(&failure("127.0.0.1", 81, 200), 1), report(2, 1));
-        assert_eq!(conflicts.record_failure(&again, 2), report(3, 1));
-        let mut other = again;
-        other.task.leader[0] = b'N';
-        assert_eq!(conflicts.record_failure(&other, 1), report(4, 1));
-        // Failures that the probe aggregated are counted, too.
-        let burst = BindFailure { failures: 40, ..failure("127.0.0.1", 82, 200) };
-        assert_eq!(conflicts.record_failure(&burst, 1), report(5, 40));
-        assert_eq!(conflicts.failures(), 243);
-    }
-
-    #[test]
     fn expired_entries_are_removed_long_before_the_limit() {
         let mut conflicts = BindConflicts::default();
         for second in 0..600_u64 {
@@ -546,38 +393,14 @@ mod tests {
     }
 
     #[test]
-    fn the_number_of_entries_is_bounded() {
+    fn the_number_of_time_waits_is_bounded() {
         let mut conflicts = BindConflicts::default();
         for port in 1..=u16::try_from(MAX_TIME_WAITS).unwrap() + 9 {
             conflicts.insert_time_wait(entry(1, "127.0.0.1", port, 60), 0);
-            conflicts.record_failure(&failure("127.0.0.1", port, 0), 1);
         }
         assert_eq!(conflicts.time_waits.len(), MAX_TIME_WAITS * 3 / 4, "the share of one owner");
-        assert_eq!(conflicts.bind_failures.len(), MAX_BIND_FAILURES * 3 / 4);
         conflicts.insert_time_wait(entry(2, "127.0.0.1", 9_999, 120), 61 * SECOND_NS);
         assert_eq!(conflicts.time_waits.len(), 1, "expired entries are removed first");
-    }
-
-    #[test]
-    fn one_owner_neither_repeats_nor_ends_the_reports_of_another() {
-        let of = |uid, port, at_s| {
-            let owner = Owner::new(uid, uid.into());
-            BindFailure { owner, ..failure("127.0.0.1", port, at_s) }
-        };
-        let mut conflicts = BindConflicts::default();
-        assert!(conflicts.record_failure(&of(1, 9, 0), 1).is_some());
-        let ports = 10..10 + u16::try_from(MAX_BIND_FAILURES).unwrap();
-        let reports = ports.filter(|port| conflicts.record_failure(&of(2, *port, 1), 1).is_some()).count();
-        assert_eq!(reports, (MAX_BIND_FAILURES - 1) * 3 / 4);
-        let lost = (MAX_BIND_FAILURES - reports) as u64;
-        assert_eq!(conflicts.losses.take_unreported(), [(Owner::new(2, 2), lost)]);
-        assert_eq!(conflicts.record_failure(&of(1, 9, 2), 1), None, "it was reported a moment ago");
-        assert!(conflicts.record_failure(&of(3, 9_999, 2), 1).is_some());
-        assert!(conflicts.record_failure(&of(4, 9, 2), 1).is_some(), "the same name, of another user");
-        // Servers that fail no more.
-        assert!(conflicts.record_failure(&of(2, 9_998, 60), 1).is_some());
-        assert_eq!((conflicts.bind_failures.len(), conflicts.failure_shares.used()), (1, 1));
-        assert_eq!(conflicts.losses.total(), lost);
     }
 
     #[test]
@@ -590,21 +413,21 @@ mod tests {
         conflicts.record_unexplained(&failure("127.0.0.1", 9_999, 1), false);
         // The same socket takes no more room.
         conflicts.insert_time_wait(entry(1, "127.0.0.1", 1, 61), 0);
-        assert_eq!((conflicts.time_wait_shares.used(), conflicts.losses.total()), (share.into(), 0));
+        assert_eq!((conflicts.time_wait_shares.used(), conflicts.servers.losses.total()), (share.into(), 0));
         assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 1, 60), std::iter::empty())), Some(1));
         conflicts.insert_time_wait(entry(9_999, "127.0.0.1", 9_999, 70), 0);
         for at_s in [69, 70] {
             let failure = BindFailure { failures: 3, ..failure("127.0.0.1", 9_999, at_s) };
             conflicts.record_unexplained(&failure, false);
         }
-        assert_eq!(conflicts.losses.total(), 3);
+        assert_eq!(conflicts.servers.losses.total(), 3);
         // Another port, and the same port in another namespace.
         let other = failure("127.0.0.1", 9_998, 69);
         let mut elsewhere = failure("127.0.0.1", 9_999, 69);
         elsewhere.endpoint.netns += 1;
         conflicts.record_unexplained(&other, false);
         conflicts.record_unexplained(&elsewhere, false);
-        assert_eq!(conflicts.losses.total(), 3);
+        assert_eq!(conflicts.servers.losses.total(), 3);
         let slot = held_port_slot(&failure("127.0.0.1", 9_999, 0).endpoint);
         assert_eq!(conflicts.unkept_ports(69 * SECOND_NS).slots().collect::<Vec<_>>(), [slot]);
         assert!(conflicts.unkept_ports(70 * SECOND_NS).is_empty());
