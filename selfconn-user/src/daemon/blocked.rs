@@ -1,5 +1,6 @@
 //! The failed binds whose event is being prepared: who holds the port is looked up at that moment, because a
-//! descriptor can be inherited, passed and closed. One pass answers for all that wait. After it the worker rests as long
+//! descriptor can be inherited, passed and closed, and the options of a socket changed. One pass answers for all that
+//! wait. After it the worker rests as long
 //! as it took, and for the owners of these events four times as long, so that failed binds cannot keep it busy, and
 //! those of one owner delay those of others by a pass at most.
 
@@ -17,12 +18,12 @@ use tokio::time::Instant;
 
 use crate::{
     bpf::descriptors::DescriptorIter,
-    budget::SharedLimit,
+    budget::{FairQueue, SharedLimit},
     detect::{
-        bind_conflict::{self, PortHolder, TimeWaitEntry, rules},
+        bind_conflict::{self, PortHolder, TimeWaitEntry},
         connection::Connection,
     },
-    sockets::{self, CurrentHolders, SocketEntry, SocketRef},
+    sockets::{self, CurrentHolders, SocketRef},
     system::{
         busy::ThreadProblem,
         capabilities,
@@ -34,8 +35,13 @@ use crate::{
 /// Maximum time that an event waits for the holders. Then it is emitted without them.
 const DEADLINE: Duration = Duration::from_secs(1);
 
-/// Maximum number of events that wait for the holders, which the owners of the processes that called bind() share.
-const MAX_WAITING: usize = 256;
+/// Maximum number of sockets that are looked at for events that wait, which the owners of the processes that called
+/// bind() share.
+const MAX_SOCKETS: usize = 256;
+
+/// Maximum number of self-connections that are looked at for one event, beside the one that holds the port by what is
+/// known.
+const MAX_OTHERS: usize = 16;
 
 type HolderWorker = Worker<HashSet<SocketRef>, CurrentHolders>;
 
@@ -59,12 +65,15 @@ impl KnownHolder {
 pub(super) enum Proof {
     /// By what was known of its socket when the bind failed.
     Known,
-    /// It is not known: see [`bind_conflict::BindConflicts::possible_holders`].
+    /// It is not known: see [`bind_conflict::possible_holders`]. Not all that may hold the port were looked at, and of
+    /// those that were none refuses the bind.
     Missing,
     /// By its socket now. It was not known before.
     Found,
-    /// Its socket does not refuse it now, and has these options. `was_known`: it did, by what was known before.
-    Refuted { options: BindOptions, was_known: bool },
+    /// It does not: the self-connection with this number does, by its socket now.
+    FoundOther(u64),
+    /// All that may hold the port were looked at, and none of them refuses the bind now.
+    Refuted,
 }
 
 /// What is looked up next.
@@ -86,8 +95,12 @@ pub(super) struct PendingBlocked {
     pub(super) reported_failures: u64,
     pub(super) holder: KnownHolder,
     pub(super) proof: Proof,
-    /// True if there are more self-connections that may hold the port. Only one is looked at.
-    pub(super) has_others: bool,
+    /// The other self-connections that may hold the port: their numbers and sockets.
+    others: Vec<(u64, SocketRef)>,
+    /// True if there are more than are looked at.
+    has_more: bool,
+    /// The options of the self-connections that were looked at and do not refuse the bind, with the number of each.
+    pub(super) options_now: Vec<(u64, BindOptions)>,
     pub(super) step: Step,
     pub(super) binder: Option<Rc<ProcessInfo>>,
     /// The processes that have the socket open now. `None`: unknown.
@@ -118,7 +131,9 @@ impl PendingBlocked {
             reported_failures: 0,
             holder,
             proof: Proof::Known,
-            has_others: false,
+            others: Vec::new(),
+            has_more: false,
+            options_now: Vec::new(),
             step: Step::Binder,
             binder: None,
             holders,
@@ -128,19 +143,33 @@ impl PendingBlocked {
         }
     }
 
-    /// The same if it is not known that the self-connection refuses the bind.
-    pub(super) fn without_proof(
-        failure: BindFailure,
-        connection: &Connection,
-        has_others: bool,
-        attribution: Attribution,
-        time: Timestamp,
-    ) -> Self {
-        let holder = PortHolder::Open(connection);
-        Self { proof: Proof::Missing, has_others, ..Self::new(failure, &holder, attribution, time) }
+    /// Adds the other self-connections that may hold the port. They are looked at, too: the kernel does not say which of
+    /// them refuses the bind, and what is known of the holder may be wrong by now.
+    pub(super) fn add_others(&mut self, mut possible: FairQueue<&Connection>) {
+        let holder = self.holder.connection().number;
+        let others = std::iter::from_fn(|| possible.pop()).map(|(_, connection)| connection);
+        let mut others = others.filter(|connection| connection.number != holder);
+        let sockets = others.by_ref().take(MAX_OTHERS);
+        self.others = sockets.filter_map(|other| Some((other.number, other.socket_ref()?))).collect();
+        self.has_more = others.next().is_some();
     }
 
-    /// The socket whose holders have to be looked up.
+    /// True if the failure is counted as one because of the holder.
+    pub(super) fn is_recorded(&self) -> bool {
+        self.conflict != 0
+    }
+
+    /// The self-connection that refuses the bind is another one.
+    pub(super) fn set_holder(&mut self, holder: KnownHolder) {
+        if matches!(holder, KnownHolder::TimeWait(_)) {
+            // Nobody holds what is in TIME_WAIT.
+            self.holders = Some(Vec::new());
+        }
+        self.holder = holder;
+        (self.conflict, self.reported_failures) = (0, 0);
+    }
+
+    /// The socket of the holder. `None`: nobody has it open.
     fn socket(&self) -> Option<SocketRef> {
         match &self.holder {
             KnownHolder::Open(connection, _) => connection.socket_ref(),
@@ -148,19 +177,50 @@ impl PendingBlocked {
         }
     }
 
-    /// Adds what is known of the socket now. Its options may have been changed since its last transition.
+    /// The sockets that are looked at.
+    fn sockets(&self) -> impl Iterator<Item = SocketRef> {
+        self.socket().into_iter().chain(self.others.iter().map(|(_, socket)| *socket))
+    }
+
+    /// Adds what is known of the sockets now. Options may have been changed since the last transition.
     fn update(&mut self, now: &CurrentHolders) {
         let Some(socket) = self.socket() else { return };
+        let is_known = self.proof == Proof::Known;
         self.holders = now.of_socket(&socket);
-        let known = now.entry(&socket).filter(|entry| entry.options.is_known());
-        let Some(&SocketEntry { endpoint, options, uid, .. }) = known else { return };
-        let held = rules::BindParty { endpoint, options, uid };
-        let was_known = self.proof == Proof::Known;
-        self.proof = match rules::refuses(&held, &bind_conflict::requested_by(&self.failure)) {
-            true if was_known => Proof::Known,
-            true => Proof::Found,
-            false => Proof::Refuted { options, was_known },
+        let refuses = self.look_at(self.holder.connection().number, &socket, now);
+        if is_known && refuses.is_none() {
+            return;
+        }
+        self.proof = match refuses {
+            Some(true) if is_known => Proof::Known,
+            Some(true) => Proof::Found,
+            _ => self.look_at_others(refuses.is_some(), now),
         };
+    }
+
+    fn look_at_others(&mut self, is_holder_seen: bool, now: &CurrentHolders) -> Proof {
+        let mut are_seen = is_holder_seen && !self.has_more;
+        for (number, socket) in std::mem::take(&mut self.others) {
+            match self.look_at(number, &socket, now) {
+                Some(true) => {
+                    self.holders = now.of_socket(&socket);
+                    return Proof::FoundOther(number);
+                }
+                Some(false) => {}
+                None => are_seen = false,
+            }
+        }
+        if are_seen { Proof::Refuted } else { Proof::Missing }
+    }
+
+    /// True if the kernel refuses the bind because of this socket now. `None`: the socket was not seen.
+    fn look_at(&mut self, number: u64, socket: &SocketRef, now: &CurrentHolders) -> Option<bool> {
+        let entry = now.entry(socket)?;
+        let refuses = bind_conflict::is_refused_by_entry(&self.failure, entry)?;
+        if !refuses {
+            self.options_now.push((number, entry.options));
+        }
+        Some(refuses)
     }
 }
 
@@ -171,7 +231,7 @@ pub(super) struct BlockedReports {
     waiting: Vec<PendingBlocked>,
     /// They are in the request in progress.
     requested: Vec<PendingBlocked>,
-    /// How many an owner has in both.
+    /// How many sockets an owner has in both.
     shares: SharedLimit,
     /// When the request in progress was sent. `None`: there is none.
     requested_at: Option<Instant>,
@@ -196,7 +256,7 @@ impl BlockedReports {
             worker,
             waiting: Vec::new(),
             requested: Vec::new(),
-            shares: SharedLimit::new(MAX_WAITING),
+            shares: SharedLimit::new(MAX_SOCKETS),
             requested_at: None,
             next_request_at: Instant::now(),
             resting: HashMap::new(),
@@ -220,10 +280,18 @@ impl BlockedReports {
         self.worker.problem()
     }
 
-    /// Looks for the holders of this socket. `Some`: there is nothing to look for, or too much waits.
+    /// Looks at the sockets, and for the holders. `Some`: there is nothing to look at, or too much waits.
     pub(super) fn request(&mut self, mut blocked: PendingBlocked) -> Option<PendingBlocked> {
-        if blocked.socket().is_none() || !self.shares.try_take(blocked.failure.owner, 1) {
+        let owner = blocked.failure.owner;
+        if blocked.socket().is_none() {
             return Some(blocked);
+        }
+        if !self.shares.try_take(owner, blocked.sockets().count()) {
+            blocked.has_more |= !blocked.others.is_empty();
+            blocked.others = Vec::new();
+            if !self.shares.try_take(owner, 1) {
+                return Some(blocked);
+            }
         }
         blocked.deadline = Instant::now() + DEADLINE;
         self.waiting.push(blocked);
@@ -269,7 +337,7 @@ impl BlockedReports {
                 let mut can_request = can_request.into_iter();
                 self.requested = self.waiting.extract_if(.., |_| can_request.next() == Some(true)).collect();
                 self.in_request = self.requested.iter().map(|blocked| blocked.failure.owner).collect();
-                self.worker.send(self.requested.iter().filter_map(PendingBlocked::socket).collect());
+                self.worker.send(self.requested.iter().flat_map(PendingBlocked::sockets).collect());
                 self.requested_at = Some(now);
             }
         }
@@ -288,7 +356,7 @@ impl BlockedReports {
     ) -> Vec<PendingBlocked> {
         let taken = of(&mut self.waiting, &mut self.requested);
         for blocked in &taken {
-            self.shares.give_back(blocked.failure.owner, 1);
+            self.shares.give_back(blocked.failure.owner, blocked.sockets().count());
         }
         taken
     }
@@ -297,7 +365,7 @@ impl BlockedReports {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::detect::samples;
+    use crate::{detect::samples, sockets::SocketEntry};
 
     fn reports(find: impl Fn(HashSet<SocketRef>) -> CurrentHolders + Send + 'static) -> BlockedReports {
         BlockedReports::with(Worker::start("holders", capabilities::holder_worker(true), find).unwrap(), true)
@@ -360,36 +428,102 @@ mod tests {
         assert!(second == 1 && took >= 2 * PASS, "{second} {took:?}");
     }
 
+    const PLAIN: BindOptions = BindOptions::new(false, false, false);
+    const REUSE: BindOptions = BindOptions::new(true, false, false);
+
+    /// The number is the inode, the cookie, and the last byte of the address.
+    fn connection(number: u64) -> Connection {
+        let endpoint = samples::endpoint(&format!("127.0.0.{number}"), 80);
+        Connection { inode: Some(number), cookie: Some(number), ..samples::connection(number, endpoint) }
+    }
+
+    /// What a look shows of these connections.
+    fn look(options: &[(u64, BindOptions)]) -> CurrentHolders {
+        let entries = options.iter().map(|(number, options)| {
+            let connection = connection(*number);
+            let entry = samples::entry(connection.endpoint, selfconn_ebpf::state::ESTABLISHED);
+            SocketEntry { inode: *number, cookie: connection.cookie, options: *options, ..entry }
+        });
+        CurrentHolders::of_entries(entries)
+    }
+
+    /// A server of any address that has SO_REUSEADDR.
+    fn blocked_by(holder: u64, others: impl Iterator<Item = u64>) -> PendingBlocked {
+        let failure =
+            BindFailure { options: REUSE, ..samples::bind_failure(samples::endpoint("0.0.0.0", 80), 0) };
+        let holder = connection(holder);
+        let holder = PortHolder::Open(&holder);
+        let mut blocked =
+            PendingBlocked::new(failure, &holder, Attribution::default(), Timestamp::UNIX_EPOCH);
+        let others: Vec<_> = others.map(connection).collect();
+        blocked.add_others(bind_conflict::possible_holders(&failure, others.iter()));
+        blocked
+    }
+
     #[test]
     fn what_a_look_shows_proves_or_refutes_that_the_socket_refuses_the_bind() {
-        let entry = |options| {
-            let connection = blocked(1).holder.connection().clone();
-            let entry = samples::entry(connection.endpoint, selfconn_ebpf::state::ESTABLISHED);
-            let entry = SocketEntry { inode: 7, cookie: connection.cookie, options, ..entry };
-            CurrentHolders::of_entry(entry)
-        };
-        let [plain, reuse] = [false, true].map(|reuse| BindOptions::new(reuse, false, false));
         for (before, now, proof) in [
-            (Proof::Known, plain, Proof::Known),
-            (Proof::Known, reuse, Proof::Refuted { options: reuse, was_known: true }),
-            (Proof::Missing, plain, Proof::Found),
-            (Proof::Missing, reuse, Proof::Refuted { options: reuse, was_known: false }),
+            (Proof::Known, PLAIN, Proof::Known),
+            (Proof::Known, REUSE, Proof::Refuted),
+            (Proof::Missing, PLAIN, Proof::Found),
+            (Proof::Missing, REUSE, Proof::Refuted),
             (Proof::Known, BindOptions::UNKNOWN, Proof::Known),
             (Proof::Missing, BindOptions::UNKNOWN, Proof::Missing),
         ] {
-            let mut blocked = blocked(1);
-            blocked.failure.options = reuse;
-            blocked.proof = before;
-            blocked.update(&entry(now));
+            let mut blocked = PendingBlocked { proof: before, ..blocked_by(1, std::iter::empty()) };
+            blocked.update(&look(&[(1, now)]));
             assert_eq!(blocked.proof, proof, "{before:?} {now:?}");
+            let changed = (proof == Proof::Refuted).then_some((1, now));
+            assert_eq!(blocked.options_now, changed.into_iter().collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn all_that_may_hold_the_port_are_looked_at() {
+        let reuse = |numbers: std::ops::RangeInclusive<u64>| numbers.map(|number| (number, REUSE));
+        let many = 2 + MAX_OTHERS as u64;
+        for (before, others, now, proof) in [
+            (Proof::Known, 3, vec![(1, REUSE), (2, REUSE), (3, PLAIN)], Proof::FoundOther(3)),
+            (Proof::Missing, 3, vec![(1, REUSE), (3, PLAIN)], Proof::FoundOther(3)),
+            (Proof::Missing, 3, vec![(3, PLAIN)], Proof::FoundOther(3)),
+            // The holder was not seen.
+            (Proof::Known, 3, vec![(3, PLAIN)], Proof::Known),
+            (Proof::Missing, 3, vec![(2, REUSE), (3, REUSE)], Proof::Missing),
+            // Another one was not.
+            (Proof::Known, 3, vec![(1, REUSE), (3, REUSE)], Proof::Missing),
+            (Proof::Known, 3, reuse(1..=3).collect(), Proof::Refuted),
+            (Proof::Missing, many - 1, reuse(1..=many).collect(), Proof::Refuted),
+            (Proof::Missing, many, reuse(1..=many).collect(), Proof::Missing),
+        ] {
+            // The holder may be among them.
+            let mut blocked = PendingBlocked { proof: before, ..blocked_by(1, 1..=others) };
+            assert_eq!(blocked.sockets().count(), (others as usize).min(1 + MAX_OTHERS));
+            blocked.update(&look(&now));
+            assert_eq!(blocked.proof, proof, "{before:?} {others} {now:?}");
+        }
+    }
+
+    #[test]
+    fn an_event_takes_room_for_each_socket_and_waits_with_one_if_there_is_none_for_all() {
+        let mut reports = reports(|_| CurrentHolders::default());
+        let all = 1 + MAX_OTHERS;
+        let mut waiting = 0;
+        while reports.shares.used() + all <= MAX_SOCKETS * 3 / 4 {
+            assert!(reports.request(blocked_by(1, 1..=all as u64)).is_none());
+            waiting += 1;
+            assert_eq!(reports.shares.used(), waiting * all);
+        }
+        assert!(reports.request(blocked_by(1, 1..=all as u64)).is_none());
+        assert_eq!(reports.shares.used(), waiting * all + 1);
+        assert!(reports.waiting.last().is_some_and(|blocked| blocked.has_more));
+        assert_eq!((reports.give_up_all().len(), reports.shares.used()), (waiting + 1, 0));
     }
 
     #[test]
     fn one_owner_leaves_room_for_the_events_of_the_next() {
         let mut reports = reports(|_| CurrentHolders::default());
-        let mut waiting = |uid| (0..MAX_WAITING).filter(|_| reports.request(blocked(uid)).is_none()).count();
-        assert_eq!([waiting(1), waiting(2)], [MAX_WAITING * 3 / 4, MAX_WAITING * 3 / 16]);
-        assert_eq!((reports.give_up_all().len(), reports.shares.used()), (MAX_WAITING * 15 / 16, 0));
+        let mut waiting = |uid| (0..MAX_SOCKETS).filter(|_| reports.request(blocked(uid)).is_none()).count();
+        assert_eq!([waiting(1), waiting(2)], [MAX_SOCKETS * 3 / 4, MAX_SOCKETS * 3 / 16]);
+        assert_eq!((reports.give_up_all().len(), reports.shares.used()), (MAX_SOCKETS * 15 / 16, 0));
     }
 }

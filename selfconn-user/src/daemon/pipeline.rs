@@ -112,9 +112,8 @@ impl Pipeline {
     /// Goes on with the `blocked` events whose holders are known.
     pub(super) fn serve_blocked(&mut self) {
         let (conflicts, known, reporting) = self.conflicts();
-        for (number, options) in conflicts.serve(known, reporting) {
-            self.connections.set_options(number, options);
-        }
+        let options = conflicts.serve(known, reporting);
+        self.connections.set_options(&options);
     }
 
     /// The guard has refused connects to itself.

@@ -11,8 +11,9 @@ use super::{
     reporting::{Reporting, Waiter, holder_target, opener_target},
 };
 use crate::{
+    budget::FairQueue,
     detect::{
-        bind_conflict::{BindConflicts, PortHolder},
+        bind_conflict::{self, BindConflicts, PortHolder},
         connection::{Connection, Connections},
     },
     event::{self, ConnectionFields, EventKind},
@@ -39,6 +40,18 @@ pub(super) struct KnownConnections<'a> {
     pub(super) pending: &'a PendingEvents,
 }
 
+impl KnownConnections<'_> {
+    fn attribution(&self, connection: &Connection) -> Attribution {
+        self.attributions.get(&connection.number).cloned().unwrap_or_default()
+    }
+
+    /// The self-connection with this number, if it is still open.
+    fn open_holder(&self, number: u64) -> Option<KnownHolder> {
+        let connection = self.connections.iter().find(|connection| connection.number == number)?;
+        Some(KnownHolder::Open(Box::new(connection.clone()), self.attribution(connection)))
+    }
+}
+
 impl PortConflicts {
     pub(super) fn new(reports: BlockedReports) -> Self {
         Self { binds: BindConflicts::default(), reports }
@@ -53,33 +66,36 @@ impl PortConflicts {
         known: KnownConnections<'_>,
         reporting: &mut Reporting,
     ) {
-        let attribution = |number| known.attributions.get(&number).cloned().unwrap_or_default();
         let time = clock.wall(failure.at_ns);
-        let mut blocked = match self.binds.find_holder(failure, known.connections.iter()) {
+        let possible = || {
+            let open = known.connections.iter().filter(|connection| connection.socket_ref().is_some());
+            bind_conflict::possible_holders(failure, open)
+        };
+        let blocked = match self.binds.find_holder(failure, known.connections.iter()) {
             Some(holder) => {
-                let number = holder.connection().number;
-                PendingBlocked::new(*failure, &holder, attribution(number), time)
+                let attribution = known.attribution(holder.connection());
+                let mut blocked = PendingBlocked::new(*failure, &holder, attribution, time);
+                if !self.record(&mut blocked) {
+                    return;
+                }
+                if self.reports.can_prove() && matches!(blocked.holder, KnownHolder::Open(..)) {
+                    blocked.add_others(possible());
+                }
+                blocked
             }
             None => {
-                let mut possible = BindConflicts::possible_holders(failure, known.connections.iter());
-                let (possible, has_others) = (possible.next(), possible.next().is_some());
-                let can_prove =
-                    |connection: &&Connection| self.reports.can_prove() && connection.socket_ref().is_some();
-                match possible.filter(can_prove) {
-                    Some(connection) => {
-                        let attribution = attribution(connection.number);
-                        PendingBlocked::without_proof(*failure, connection, has_others, attribution, time)
-                    }
-                    None => {
-                        let lacks_open_one = known.connections.may_lack_open_at(&failure.endpoint);
-                        return self.binds.record_unexplained(failure, lacks_open_one);
-                    }
-                }
+                let mut possible = if self.reports.can_prove() { possible() } else { FairQueue::default() };
+                let Some((_, connection)) = possible.pop() else {
+                    let lacks_open_one = known.connections.may_lack_open_at(&failure.endpoint);
+                    return self.binds.record_unexplained(failure, lacks_open_one);
+                };
+                let (holder, attribution) = (PortHolder::Open(connection), known.attribution(connection));
+                let mut blocked = PendingBlocked::new(*failure, &holder, attribution, time);
+                blocked.proof = Proof::Missing;
+                blocked.add_others(possible);
+                blocked
             }
         };
-        if blocked.proof == Proof::Known && !self.record(&mut blocked) {
-            return;
-        }
         let target = LookupTarget::Observed(ObservedTask::from_bind_failure(failure), failure.owner);
         self.look_up(blocked, target, known, reporting);
     }
@@ -135,18 +151,16 @@ impl PortConflicts {
         }
     }
 
-    /// Goes on with the events whose holders are known. Returns the options of self-connections that have changed, with
-    /// the number of each.
+    /// Goes on with the events whose holders are known. Returns the options of self-connections that do not refuse a
+    /// bind, by the number of each.
     pub(super) fn serve(
         &mut self,
         known: KnownConnections<'_>,
         reporting: &mut Reporting,
-    ) -> Vec<(u64, BindOptions)> {
-        let mut changed = Vec::new();
-        for blocked in self.reports.serve() {
-            if let Proof::Refuted { options, .. } = blocked.proof {
-                changed.push((blocked.holder.connection().number, options));
-            }
+    ) -> HashMap<u64, BindOptions> {
+        let mut changed = HashMap::new();
+        for mut blocked in self.reports.serve() {
+            changed.extend(std::mem::take(&mut blocked.options_now));
             self.on_looked_at(blocked, known, reporting);
         }
         changed
@@ -159,33 +173,47 @@ impl PortConflicts {
         }
     }
 
-    /// The socket was looked at, or there was no time for it.
+    /// The sockets were looked at, or there was no time for it.
     fn on_looked_at(
         &mut self,
         mut blocked: PendingBlocked,
         known: KnownConnections<'_>,
         reporting: &mut Reporting,
     ) {
-        let failure = &blocked.failure;
-        match blocked.proof {
-            Proof::Known => {}
-            Proof::Found => {
-                if !self.record(&mut blocked) {
-                    return;
+        let (proof, was_recorded) = (blocked.proof, blocked.is_recorded());
+        if was_recorded && proof != Proof::Known {
+            self.binds.servers.take_back(&blocked.failure, blocked.holder.connection().number);
+        }
+        let other = match proof {
+            Proof::Known => return self.on_holders_known(blocked, known, reporting),
+            Proof::Found => None,
+            // It may have been closed meanwhile.
+            Proof::FoundOther(number) => match known.open_holder(number) {
+                Some(holder) => Some(holder),
+                None => return self.count_lost(&blocked.failure),
+            },
+            // A TIME_WAIT was not looked for, because this one was known.
+            Proof::Missing | Proof::Refuted if was_recorded => {
+                match self.binds.find_time_wait(&blocked.failure) {
+                    Some(entry) => Some(KnownHolder::TimeWait(Box::new(entry.clone()))),
+                    // Whether it has refused the bind is unknown: its options may be newer than that.
+                    None => return self.count_lost(&blocked.failure),
                 }
             }
-            Proof::Missing => return self.binds.servers.losses.count(failure.owner, failure.failures),
-            Proof::Refuted { was_known: true, .. } => {
-                return self.binds.servers.take_back(failure, blocked.holder.connection().number);
-            }
-            // One that was not looked at may hold the port.
-            Proof::Refuted { .. } if blocked.has_others => {
-                return self.binds.servers.losses.count(failure.owner, failure.failures);
-            }
+            Proof::Missing => return self.count_lost(&blocked.failure),
             // Something else holds the port.
-            Proof::Refuted { .. } => return,
+            Proof::Refuted => return,
+        };
+        if let Some(other) = other {
+            blocked.set_holder(other);
         }
-        self.on_holders_known(blocked, known, reporting);
+        if self.record(&mut blocked) {
+            self.on_holders_known(blocked, known, reporting);
+        }
+    }
+
+    fn count_lost(&mut self, failure: &BindFailure) {
+        self.binds.servers.losses.count(failure.owner, failure.failures);
     }
 
     fn on_holders_known(

@@ -12,9 +12,10 @@ use super::{
 };
 use crate::{
     budget::{
-        SharedLimit,
+        FairQueue, SharedLimit,
         memory::{self, MAX_TIME_WAITS},
     },
+    sockets::SocketEntry,
     system::process::{Attribution, ClosedAttribution},
 };
 use rules::{BindParty, refuses};
@@ -110,9 +111,33 @@ fn may_be_refused_by(failure: &BindFailure, connection: &Connection) -> bool {
     refuses(&BindParty { endpoint, options, uid: connection.uid }, &requested_by(failure))
 }
 
-/// What the kernel compares of the socket that was to be bound.
+/// The open self-connections that may hold the requested port, also if what is known of their options does not say so:
+/// their users may have changed them since. Their payers take turns, so that nobody's self-connections stand before all
+/// of another's. Of a payer those come first that hold the port by what is known, and of these the oldest.
 #[must_use]
-pub fn requested_by(failure: &BindFailure) -> BindParty {
+pub fn possible_holders<'a>(
+    failure: &BindFailure,
+    open: impl Iterator<Item = &'a Connection>,
+) -> FairQueue<&'a Connection> {
+    let mut possible: Vec<_> = open.filter(|connection| may_be_refused_by(failure, connection)).collect();
+    possible.sort_by_cached_key(|connection| {
+        (!is_refused_by(failure, connection, connection.uid), connection.number)
+    });
+    let mut queue = FairQueue::default();
+    possible.into_iter().for_each(|connection| queue.push(connection.payer(), connection));
+    queue
+}
+
+/// True if the kernel refuses this bind because of this socket, as it is now. `None`: its options are unknown.
+#[must_use]
+pub fn is_refused_by_entry(failure: &BindFailure, entry: &SocketEntry) -> Option<bool> {
+    let &SocketEntry { endpoint, options, uid, .. } = entry;
+    let held = BindParty { endpoint, options, uid };
+    options.is_known().then(|| refuses(&held, &requested_by(failure)))
+}
+
+/// What the kernel compares of the socket that was to be bound.
+fn requested_by(failure: &BindFailure) -> BindParty {
     BindParty { endpoint: failure.endpoint, options: failure.options, uid: Some(failure.sock_uid) }
 }
 
@@ -210,17 +235,21 @@ impl BindConflicts {
         self.time_waits.values().map(|entry| &entry.connection.endpoint)
     }
 
-    /// The self-connection that holds the requested port. `None`: no known self-connection; something else
-    /// holds it.
+    /// The self-connection that holds the requested port: the oldest of the open ones, or the TIME_WAIT that ends last.
+    /// `None`: no known self-connection; something else holds it.
     pub fn find_holder<'a>(
         &'a self,
         failure: &BindFailure,
-        mut open: impl Iterator<Item = &'a Connection>,
+        open: impl Iterator<Item = &'a Connection>,
     ) -> Option<PortHolder<'a>> {
-        if let Some(connection) = open.find(|connection| is_refused_by(failure, connection, connection.uid)) {
-            return Some(PortHolder::Open(connection));
-        }
-        // The entry that expires last.
+        let open = open.filter(|connection| is_refused_by(failure, connection, connection.uid));
+        let oldest = open.min_by_key(|connection| connection.number).map(PortHolder::Open);
+        oldest.or_else(|| self.find_time_wait(failure).map(PortHolder::TimeWait))
+    }
+
+    /// The connection in TIME_WAIT that holds the requested port.
+    #[must_use]
+    pub fn find_time_wait(&self, failure: &BindFailure) -> Option<&TimeWaitEntry> {
         let time_waits = self.time_waits.values().map(|entry| &**entry);
         let time_waits = time_waits.filter(|entry| {
             // A failure that is handled after the close may be of before it, when the socket had its owner.
@@ -228,16 +257,7 @@ impl BindConflicts {
             let uid = entry.connection.uid.filter(|_| was_open);
             entry.until_ns > failure.at_ns && is_refused_by(failure, &entry.connection, uid)
         });
-        time_waits.max_by_key(|entry| entry.until_ns).map(PortHolder::TimeWait)
-    }
-
-    /// The open self-connections that may hold the requested port if [`Self::find_holder`] knows none: what is known of
-    /// their options does not say so, and their users may have changed them since.
-    pub fn possible_holders<'a>(
-        failure: &BindFailure,
-        open: impl Iterator<Item = &'a Connection>,
-    ) -> impl Iterator<Item = &'a Connection> {
-        open.filter(|connection| may_be_refused_by(failure, connection))
+        time_waits.max_by_key(|entry| entry.until_ns)
     }
 
     /// The ports of the TIME_WAITs for which there was no room, and that last until later than this.
@@ -320,9 +340,32 @@ mod tests {
         {
             let failure = BindFailure { options: reuse, ..failure(requested, port, 0) };
             assert!(BindConflicts::default().find_holder(&failure, shared.iter()).is_none());
-            let possible = BindConflicts::possible_holders(&failure, shared.iter()).count();
+            let possible = possible_holders(&failure, shared.iter()).iter().count();
             assert_eq!(possible, usize::from(may_hold), "{requested}:{port}");
         }
+    }
+
+    #[test]
+    fn what_one_user_has_at_a_port_does_not_stand_before_all_of_another() {
+        let reuse = BindOptions::new(true, false, false);
+        let of = |number, uid, options| {
+            let addr = format!("127.0.0.{number}");
+            Connection { uid: Some(uid), options, ..connection(number, &addr, 80) }
+        };
+        let plain = BindOptions::new(false, false, false);
+        let open = [
+            of(1, 7, reuse),
+            of(2, 7, plain),
+            of(3, 7, plain),
+            of(4, 8, plain),
+            of(5, 9, reuse),
+            of(6, 9, plain),
+        ];
+        let failure = BindFailure { options: reuse, ..failure("0.0.0.0", 80, 0) };
+        let mut possible = possible_holders(&failure, open.iter().rev());
+        let order: Vec<_> = std::iter::from_fn(|| possible.pop()).map(|(_, one)| one.number).collect();
+        assert_eq!(order, [2, 4, 6, 3, 5, 1]);
+        assert_eq!(number(BindConflicts::default().find_holder(&failure, open.iter().rev())), Some(2));
     }
 
     #[test]

@@ -263,11 +263,15 @@ impl Connections {
         self.tracked.iter().map(|(_, tracked)| tracked).filter(is_open).map(|tracked| &tracked.connection)
     }
 
-    /// The socket of this self-connection has these options now.
-    pub fn set_options(&mut self, number: u64, options: BindOptions) {
-        let mut tracked = self.tracked.iter_mut().map(|(_, tracked)| &mut tracked.connection);
-        if let Some(connection) = tracked.find(|connection| connection.number == number) {
-            connection.options = options;
+    /// The sockets of the self-connections with these numbers have these options now.
+    pub fn set_options(&mut self, options: &HashMap<u64, BindOptions>) {
+        if options.is_empty() {
+            return;
+        }
+        for (_, Tracked { connection, .. }) in self.tracked.iter_mut() {
+            if let Some(now) = options.get(&connection.number) {
+                connection.options = *now;
+            }
         }
     }
 

@@ -28,14 +28,11 @@ impl CurrentHolders {
         self.holders.of(socket).map(<[Holder]>::to_vec).or_else(|| has_none().then(Vec::new))
     }
 
-    /// One socket that nobody holds.
+    /// Sockets that nobody holds.
     #[cfg(test)]
-    pub(crate) fn of_entry(entry: SocketEntry) -> Self {
-        let socket = entry.socket_ref();
-        Self {
-            holders: Holders::default(),
-            entries: socket.map(|socket| (socket, entry)).into_iter().collect(),
-        }
+    pub(crate) fn of_entries(entries: impl Iterator<Item = SocketEntry>) -> Self {
+        let entries = entries.filter_map(|entry| Some((entry.socket_ref()?, entry))).collect();
+        Self { holders: Holders::default(), entries }
     }
 
     /// The socket as it is now. `None`: unknown.

@@ -121,11 +121,10 @@ impl FailedServers {
         Some(BindConflict { number: state.conflict, failures: state.failures })
     }
 
-    /// The report of this failure is not made: the self-connection does not refuse such a bind any more. Whether it did
-    /// is unknown, so it counts as lost, and the next failure is reported at once.
+    /// The report of this failure is not made: the self-connection does not refuse such a bind any more, and the failure
+    /// has another cause, or is lost. The next one is reported at once.
     pub fn take_back(&mut self, failure: &BindFailure, holder: u64) {
         self.failures = self.failures.saturating_sub(failure.failures);
-        self.losses.count(failure.owner, failure.failures);
         if let Some(state) = self.by_key.get_mut(&ServerKey::new(failure, holder)) {
             state.failures = state.failures.saturating_sub(failure.failures);
             (state.next_report_ns, state.report_interval_ns) = (0, FIRST_REPORT_INTERVAL_NS);
@@ -158,12 +157,12 @@ mod tests {
     }
 
     #[test]
-    fn a_report_that_is_not_made_is_a_loss_and_the_next_failure_is_reported() {
+    fn a_report_that_is_not_made_is_taken_back_and_the_next_failure_is_reported() {
         let mut servers = FailedServers::default();
         let at = |at_s| failure("127.0.0.1", 80, at_s);
         assert!(servers.record_failure(&at(0), 1).is_some());
         servers.take_back(&at(0), 1);
-        assert_eq!((servers.losses.total(), servers.failures()), (1, 0));
+        assert_eq!(servers.failures(), 0);
         let next = servers.record_failure(&at(1), 1);
         assert_eq!(next, Some(BindConflict { number: 1, failures: 1 }));
         assert_eq!(servers.record_failure(&at(2), 1), None, "the interval has begun");

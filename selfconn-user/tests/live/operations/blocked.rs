@@ -19,6 +19,8 @@ use crate::support::{
     netns::TestNetns,
 };
 
+mod decoys;
+
 const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// Starts a server that fails to bind. Returns its pid.
@@ -125,7 +127,6 @@ fn a_failed_bind_is_reported_with_the_self_connection_that_holds_the_port() {
     }
 }
 
-/// The daemon lists the processes of the host before it looks for holders.
 /// Nothing of a self-connection is recorded when its user changes the options of its socket.
 #[test]
 fn a_failed_bind_is_reported_also_if_the_options_of_the_self_connection_were_changed() {
@@ -166,6 +167,7 @@ fn a_failed_bind_is_reported_also_if_the_options_of_the_self_connection_were_cha
     }
 }
 
+/// The daemon lists the processes of the host before it looks for holders.
 #[test]
 fn a_failed_bind_at_the_start_of_the_daemon_is_reported_with_its_holder() {
     let net = TestNetns::enter_new();
