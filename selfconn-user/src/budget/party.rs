@@ -66,6 +66,12 @@ pub fn may_be_mapped(uid: u32) -> bool {
     uid >= UIDS_OF_A_RANGE
 }
 
+/// The first uid of the range that this uid is in, if it may be mapped: all of a range are one user.
+#[must_use]
+pub fn user_of_range(uid: u32) -> u32 {
+    if may_be_mapped(uid) { uid - uid % UIDS_OF_A_RANGE } else { uid }
+}
+
 /// Who pays for the sockets of this user, if the kernel says no more of them. TIME_WAIT and a socket whose process has
 /// closed it have no user.
 #[must_use]

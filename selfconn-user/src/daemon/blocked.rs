@@ -18,9 +18,9 @@ use tokio::time::Instant;
 
 use crate::{
     bpf::descriptors::DescriptorIter,
-    budget::{FairQueue, SharedLimit},
+    budget::SharedLimit,
     detect::{
-        bind_conflict::{self, PortHolder, TimeWaitEntry},
+        bind_conflict::{self, PortHolder, PossibleHolders, TimeWaitEntry, servers::BindConflict},
         connection::Connection,
     },
     sockets::{self, CurrentHolders, SocketRef},
@@ -35,13 +35,14 @@ use crate::{
 /// Maximum time that an event waits for the holders. Then it is emitted without them.
 const DEADLINE: Duration = Duration::from_secs(1);
 
-/// Maximum number of sockets that are looked at for events that wait, which the owners of the processes that called
-/// bind() share.
-const MAX_SOCKETS: usize = 256;
+/// Maximum number of events that wait for the holders, which the owners of the processes that called bind() share.
+const MAX_WAITING: usize = 256;
 
-/// Maximum number of self-connections that are looked at for one event, beside the one that holds the port by what is
-/// known.
-const MAX_OTHERS: usize = 16;
+/// Maximum number of self-connections that are looked at for one event beside the recorded holder.
+pub(super) const MAX_OTHERS: usize = 8;
+
+/// The same for all events that wait, which their owners share.
+const MAX_WAITING_OTHERS: usize = 512;
 
 type HolderWorker = Worker<HashSet<SocketRef>, CurrentHolders>;
 
@@ -65,14 +66,14 @@ impl KnownHolder {
 pub(super) enum Proof {
     /// By what was known of its socket when the bind failed.
     Known,
-    /// It is not known: see [`bind_conflict::possible_holders`]. Not all that may hold the port were looked at, and of
-    /// those that were none refuses the bind.
+    /// It is not known: see [`bind_conflict::possible_holders`]. None of the self-connections that were looked at refuses
+    /// the bind now, and there are others that may hold the port.
     Missing,
     /// By its socket now. It was not known before.
     Found,
-    /// It does not: the self-connection with this number does, by its socket now.
+    /// The holder does not refuse the bind. The self-connection with this number does, by its socket now.
     FoundOther(u64),
-    /// All that may hold the port were looked at, and none of them refuses the bind now.
+    /// All self-connections that may hold the port were looked at, and none refuses the bind now.
     Refuted,
 }
 
@@ -88,16 +89,16 @@ pub(super) enum Step {
 
 /// A `blocked` event in preparation.
 pub(super) struct PendingBlocked {
-    /// The number of the conflict.
-    pub(super) conflict: u64,
     pub(super) failure: BindFailure,
-    /// How often the server has failed, this failure included.
-    pub(super) reported_failures: u64,
+    /// True if the failure is recorded as one because of the holder.
+    pub(super) is_recorded: bool,
+    /// What is reported. `None`: nothing yet, or no report is due.
+    pub(super) conflict: Option<BindConflict>,
     pub(super) holder: KnownHolder,
     pub(super) proof: Proof,
     /// The other self-connections that may hold the port: their numbers and sockets.
     others: Vec<(u64, SocketRef)>,
-    /// True if there are more than are looked at.
+    /// True if not all possible holders are looked at.
     has_more: bool,
     /// The options of the self-connections that were looked at and do not refuse the bind, with the number of each.
     pub(super) options_now: Vec<(u64, BindOptions)>,
@@ -126,9 +127,9 @@ impl PendingBlocked {
         // Nobody holds what is in TIME_WAIT.
         let holders = matches!(holder, KnownHolder::TimeWait(_)).then(Vec::new);
         Self {
-            conflict: 0,
             failure,
-            reported_failures: 0,
+            is_recorded: false,
+            conflict: None,
             holder,
             proof: Proof::Known,
             others: Vec::new(),
@@ -144,19 +145,19 @@ impl PendingBlocked {
     }
 
     /// Adds the other self-connections that may hold the port. They are looked at, too: the kernel does not say which of
-    /// them refuses the bind, and what is known of the holder may be wrong by now.
-    pub(super) fn add_others(&mut self, mut possible: FairQueue<&Connection>) {
+    /// them refuses the bind, and the record of the holder may be wrong by now.
+    pub(super) fn add_others(&mut self, possible: &PossibleHolders<'_>) {
         let holder = self.holder.connection().number;
-        let others = std::iter::from_fn(|| possible.pop()).map(|(_, connection)| connection);
-        let mut others = others.filter(|connection| connection.number != holder);
-        let sockets = others.by_ref().take(MAX_OTHERS);
-        self.others = sockets.filter_map(|other| Some((other.number, other.socket_ref()?))).collect();
-        self.has_more = others.next().is_some();
+        let others = possible.connections.iter().filter(|connection| connection.number != holder);
+        self.others = others.filter_map(|other| Some((other.number, other.socket_ref()?))).collect();
+        self.has_more = !possible.are_all;
+        self.limit_others(MAX_OTHERS);
     }
 
-    /// True if the failure is counted as one because of the holder.
-    pub(super) fn is_recorded(&self) -> bool {
-        self.conflict != 0
+    /// Looks at no more than this number of them.
+    fn limit_others(&mut self, max: usize) {
+        self.has_more |= self.others.len() > max;
+        self.others.truncate(max);
     }
 
     /// The self-connection that refuses the bind is another one.
@@ -166,7 +167,7 @@ impl PendingBlocked {
             self.holders = Some(Vec::new());
         }
         self.holder = holder;
-        (self.conflict, self.reported_failures) = (0, 0);
+        (self.is_recorded, self.conflict) = (false, None);
     }
 
     /// The socket of the holder. `None`: nobody has it open.
@@ -188,12 +189,14 @@ impl PendingBlocked {
         let is_known = self.proof == Proof::Known;
         self.holders = now.of_socket(&socket);
         let refuses = self.look_at(self.holder.connection().number, &socket, now);
-        if is_known && refuses.is_none() {
-            return;
-        }
         self.proof = match refuses {
             Some(true) if is_known => Proof::Known,
             Some(true) => Proof::Found,
+            // No pass sees a descriptor that is in flight through a unix socket.
+            None if is_known => match self.look_at_others(false, now) {
+                Proof::Missing => Proof::Known,
+                proof => proof,
+            },
             _ => self.look_at_others(refuses.is_some(), now),
         };
     }
@@ -231,8 +234,10 @@ pub(super) struct BlockedReports {
     waiting: Vec<PendingBlocked>,
     /// They are in the request in progress.
     requested: Vec<PendingBlocked>,
-    /// How many sockets an owner has in both.
+    /// How many an owner has in both.
     shares: SharedLimit,
+    /// How many self-connections beside the holders are looked at for an owner.
+    shares_of_others: SharedLimit,
     /// When the request in progress was sent. `None`: there is none.
     requested_at: Option<Instant>,
     /// When the next one may be sent, and for whom not yet.
@@ -256,7 +261,8 @@ impl BlockedReports {
             worker,
             waiting: Vec::new(),
             requested: Vec::new(),
-            shares: SharedLimit::new(MAX_SOCKETS),
+            shares: SharedLimit::new(MAX_WAITING),
+            shares_of_others: SharedLimit::new(MAX_WAITING_OTHERS),
             requested_at: None,
             next_request_at: Instant::now(),
             resting: HashMap::new(),
@@ -283,16 +289,12 @@ impl BlockedReports {
     /// Looks at the sockets, and for the holders. `Some`: there is nothing to look at, or too much waits.
     pub(super) fn request(&mut self, mut blocked: PendingBlocked) -> Option<PendingBlocked> {
         let owner = blocked.failure.owner;
-        if blocked.socket().is_none() {
+        if blocked.socket().is_none() || !self.shares.try_take(owner, 1) {
             return Some(blocked);
         }
-        if !self.shares.try_take(owner, blocked.sockets().count()) {
-            blocked.has_more |= !blocked.others.is_empty();
-            blocked.others = Vec::new();
-            if !self.shares.try_take(owner, 1) {
-                return Some(blocked);
-            }
-        }
+        let counts = (1..=blocked.others.len()).rev();
+        let room = counts.into_iter().find(|count| self.shares_of_others.try_take(owner, *count));
+        blocked.limit_others(room.unwrap_or(0));
         blocked.deadline = Instant::now() + DEADLINE;
         self.waiting.push(blocked);
         None
@@ -356,7 +358,8 @@ impl BlockedReports {
     ) -> Vec<PendingBlocked> {
         let taken = of(&mut self.waiting, &mut self.requested);
         for blocked in &taken {
-            self.shares.give_back(blocked.failure.owner, blocked.sockets().count());
+            self.shares.give_back(blocked.failure.owner, 1);
+            self.shares_of_others.give_back(blocked.failure.owner, blocked.others.len());
         }
         taken
     }
@@ -456,7 +459,7 @@ mod tests {
         let mut blocked =
             PendingBlocked::new(failure, &holder, Attribution::default(), Timestamp::UNIX_EPOCH);
         let others: Vec<_> = others.map(connection).collect();
-        blocked.add_others(bind_conflict::possible_holders(&failure, others.iter()));
+        blocked.add_others(&bind_conflict::possible_holders(&failure, others.iter(), 1 + MAX_OTHERS));
         blocked
     }
 
@@ -486,8 +489,10 @@ mod tests {
             (Proof::Known, 3, vec![(1, REUSE), (2, REUSE), (3, PLAIN)], Proof::FoundOther(3)),
             (Proof::Missing, 3, vec![(1, REUSE), (3, PLAIN)], Proof::FoundOther(3)),
             (Proof::Missing, 3, vec![(3, PLAIN)], Proof::FoundOther(3)),
-            // The holder was not seen.
-            (Proof::Known, 3, vec![(3, PLAIN)], Proof::Known),
+            // The holder was not seen, because its descriptor is in flight.
+            (Proof::Known, 3, vec![(2, REUSE), (3, PLAIN)], Proof::FoundOther(3)),
+            (Proof::Known, 3, vec![(2, REUSE), (3, REUSE)], Proof::Known),
+            (Proof::Known, 3, vec![], Proof::Known),
             (Proof::Missing, 3, vec![(2, REUSE), (3, REUSE)], Proof::Missing),
             // Another one was not.
             (Proof::Known, 3, vec![(1, REUSE), (3, REUSE)], Proof::Missing),
@@ -504,26 +509,32 @@ mod tests {
     }
 
     #[test]
-    fn an_event_takes_room_for_each_socket_and_waits_with_one_if_there_is_none_for_all() {
+    fn as_many_others_are_looked_at_as_there_is_room_for() {
         let mut reports = reports(|_| CurrentHolders::default());
-        let all = 1 + MAX_OTHERS;
-        let mut waiting = 0;
-        while reports.shares.used() + all <= MAX_SOCKETS * 3 / 4 {
-            assert!(reports.request(blocked_by(1, 1..=all as u64)).is_none());
-            waiting += 1;
-            assert_eq!(reports.shares.used(), waiting * all);
+        let all = 1 + MAX_OTHERS as u64;
+        let share = MAX_WAITING_OTHERS * 3 / 4;
+        assert!(share.is_multiple_of(MAX_OTHERS));
+        // One of three others leaves room for five of the last.
+        assert!(reports.request(blocked_by(1, 2..=4)).is_none());
+        for waiting in 1..=share / MAX_OTHERS {
+            assert!(reports.request(blocked_by(1, 1..=all)).is_none());
+            assert_eq!(reports.shares_of_others.used(), (3 + waiting * MAX_OTHERS).min(share));
         }
-        assert!(reports.request(blocked_by(1, 1..=all as u64)).is_none());
-        assert_eq!(reports.shares.used(), waiting * all + 1);
-        assert!(reports.waiting.last().is_some_and(|blocked| blocked.has_more));
-        assert_eq!((reports.give_up_all().len(), reports.shares.used()), (waiting + 1, 0));
+        let last = reports.waiting.last().unwrap();
+        assert_eq!((last.others.len(), last.has_more), (5, true));
+        assert!(reports.request(blocked_by(1, 1..=all)).is_none());
+        let last = reports.waiting.last().unwrap();
+        assert_eq!((last.others.len(), last.has_more), (0, true));
+        let waiting = reports.waiting.len();
+        assert_eq!((reports.give_up_all().len(), reports.shares.used()), (waiting, 0));
+        assert_eq!(reports.shares_of_others.used(), 0);
     }
 
     #[test]
     fn one_owner_leaves_room_for_the_events_of_the_next() {
         let mut reports = reports(|_| CurrentHolders::default());
-        let mut waiting = |uid| (0..MAX_SOCKETS).filter(|_| reports.request(blocked(uid)).is_none()).count();
-        assert_eq!([waiting(1), waiting(2)], [MAX_SOCKETS * 3 / 4, MAX_SOCKETS * 3 / 16]);
-        assert_eq!((reports.give_up_all().len(), reports.shares.used()), (MAX_SOCKETS * 15 / 16, 0));
+        let mut waiting = |uid| (0..MAX_WAITING).filter(|_| reports.request(blocked(uid)).is_none()).count();
+        assert_eq!([waiting(1), waiting(2)], [MAX_WAITING * 3 / 4, MAX_WAITING * 3 / 16]);
+        assert_eq!((reports.give_up_all().len(), reports.shares.used()), (MAX_WAITING * 15 / 16, 0));
     }
 }

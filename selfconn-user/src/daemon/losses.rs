@@ -58,8 +58,8 @@ impl LossReporter {
         self.report_at
     }
 
-    /// Schedules a report, because records were drained.
-    pub(super) fn on_records(&mut self) {
+    /// Schedules a report, because something has happened of which a part may be lost.
+    pub(super) fn schedule(&mut self) {
         self.report_at.get_or_insert_with(|| Instant::now() + LOSS_REPORT_DELAY);
     }
 

@@ -227,7 +227,7 @@ impl Daemon {
             // The guard's records don't wait for stdout: with them come the namespaces that must be guarded.
             let has_more_guarded = self.serve_guard();
             if self.pipeline.serve_lookups() || drained > 0 {
-                self.loss_reporter.on_records();
+                self.loss_reporter.schedule();
             }
             self.serve_workers();
             hooks_dead = self.serve_caught_up(drained == 0 && !is_held_back);
@@ -259,6 +259,8 @@ impl Daemon {
         let program_counters = self.drain_remaining().await;
         self.emit_due_preventions(true);
         self.pipeline.emit_all_pending().await;
+        // What waited may be lost.
+        self.report_losses();
         let (losses, open) = (self.losses(), self.pipeline.connections.iter().count());
         self.pipeline.reporting.out.stop(losses, open as u64, program_counters).await;
         Ok(hooks_dead)
@@ -297,7 +299,9 @@ impl Daemon {
 
     /// Takes the responses of the workers that are there.
     fn serve_workers(&mut self) {
-        self.pipeline.serve_blocked();
+        if self.pipeline.serve_blocked() {
+            self.loss_reporter.schedule();
+        }
         if let Some(snapshot) = self.snapshots.try_take() {
             self.wait_for_records(AfterRecords::Reconcile(Box::new(snapshot)));
         }

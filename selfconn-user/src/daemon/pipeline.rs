@@ -20,7 +20,7 @@ use super::{
 use crate::{
     bpf::refused_connects::RefusedCounts,
     budget::{
-        SharedRate,
+        SharedLimit, SharedRate,
         memory::{MAX_MORE_HOLDERS, MAX_PENDING_EVENTS},
     },
     detect::{
@@ -109,11 +109,14 @@ impl Pipeline {
         conflicts.on_bind_failure(failure, clock, known, reporting);
     }
 
-    /// Goes on with the `blocked` events whose holders are known.
-    pub(super) fn serve_blocked(&mut self) {
+    /// Goes on with the `blocked` events whose holders are known. True if one of them is lost.
+    pub(super) fn serve_blocked(&mut self) -> bool {
         let (conflicts, known, reporting) = self.conflicts();
+        let lost_before = conflicts.binds.servers.losses.total();
         let options = conflicts.serve(known, reporting);
+        let has_lost = conflicts.binds.servers.losses.total() > lost_before;
         self.connections.set_options(&options);
+        has_lost
     }
 
     /// The guard has refused connects to itself.
@@ -434,7 +437,7 @@ impl Pipeline {
             let holders =
                 holders_of(connection).filter(|_| snapshot.holders.complete || attribution.holders.is_none());
             if holders.is_none() && attribution.more_holders() > 0 {
-                older.push(connection.number);
+                older.push((connection.number, connection.payer()));
             }
             if let Some(holders) = holders {
                 let is_another = attribution.first_holder() != holders.first();
@@ -452,11 +455,12 @@ impl Pipeline {
             }
         }
         // An incomplete pass replaces none, so they would add up from one to the next.
-        let mut room = MAX_MORE_HOLDERS.saturating_sub(of_snapshot);
-        for number in older {
-            if let Some(attribution) = self.attributions.get_mut(&number) {
-                attribution.limit_more_holders(room);
-                room -= attribution.more_holders();
+        let mut room = SharedLimit::new(MAX_MORE_HOLDERS.saturating_sub(of_snapshot));
+        for (number, payer) in older {
+            if let Some(attribution) = self.attributions.get_mut(&number)
+                && !room.try_take(payer, attribution.more_holders())
+            {
+                attribution.limit_more_holders(0);
             }
         }
         found

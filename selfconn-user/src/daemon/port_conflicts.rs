@@ -6,14 +6,13 @@ use std::{collections::HashMap, rc::Rc};
 use selfconn_ebpf::{BindOptions, bind_failure::BindFailure};
 
 use super::{
-    blocked::{BlockedReports, KnownHolder, PendingBlocked, Proof, Step},
+    blocked::{BlockedReports, KnownHolder, MAX_OTHERS, PendingBlocked, Proof, Step},
     pending::PendingEvents,
     reporting::{Reporting, Waiter, holder_target, opener_target},
 };
 use crate::{
-    budget::FairQueue,
     detect::{
-        bind_conflict::{self, BindConflicts, PortHolder},
+        bind_conflict::{self, BindConflicts, PortHolder, PossibleHolders},
         connection::{Connection, Connections},
     },
     event::{self, ConnectionFields, EventKind},
@@ -67,32 +66,36 @@ impl PortConflicts {
         reporting: &mut Reporting,
     ) {
         let time = clock.wall(failure.at_ns);
+        let can_prove = self.reports.can_prove();
         let possible = || {
             let open = known.connections.iter().filter(|connection| connection.socket_ref().is_some());
-            bind_conflict::possible_holders(failure, open)
+            bind_conflict::possible_holders(failure, open, 1 + MAX_OTHERS)
         };
         let blocked = match self.binds.find_holder(failure, known.connections.iter()) {
             Some(holder) => {
                 let attribution = known.attribution(holder.connection());
                 let mut blocked = PendingBlocked::new(*failure, &holder, attribution, time);
-                if !self.record(&mut blocked) {
-                    return;
+                let can_look = can_prove && matches!(holder, PortHolder::Open(_));
+                let number = holder.connection().number;
+                if !self.record(&mut blocked)
+                    && !(can_look && self.binds.servers.is_look_due(failure, number))
+                {
+                    return self.binds.servers.confirm(failure);
                 }
-                if self.reports.can_prove() && matches!(blocked.holder, KnownHolder::Open(..)) {
-                    blocked.add_others(possible());
+                if can_look {
+                    blocked.add_others(&possible());
                 }
                 blocked
             }
             None => {
-                let mut possible = if self.reports.can_prove() { possible() } else { FairQueue::default() };
-                let Some((_, connection)) = possible.pop() else {
-                    let lacks_open_one = known.connections.may_lack_open_at(&failure.endpoint);
-                    return self.binds.record_unexplained(failure, lacks_open_one);
+                let possible = if can_prove { possible() } else { PossibleHolders::default() };
+                let Some(first) = possible.connections.first() else {
+                    return self.record_unexplained(failure, known);
                 };
-                let (holder, attribution) = (PortHolder::Open(connection), known.attribution(connection));
+                let (holder, attribution) = (PortHolder::Open(first), known.attribution(first));
                 let mut blocked = PendingBlocked::new(*failure, &holder, attribution, time);
                 blocked.proof = Proof::Missing;
-                blocked.add_others(possible);
+                blocked.add_others(&possible);
                 blocked
             }
         };
@@ -100,14 +103,18 @@ impl PortConflicts {
         self.look_up(blocked, target, known, reporting);
     }
 
-    /// Counts the failure. False: no report is due.
+    /// Records the failure as one because of the holder. False: no report is due.
     fn record(&mut self, blocked: &mut PendingBlocked) -> bool {
-        let conflict =
-            self.binds.servers.record_failure(&blocked.failure, blocked.holder.connection().number);
-        if let Some(conflict) = conflict {
-            (blocked.conflict, blocked.reported_failures) = (conflict.number, conflict.failures);
-        }
-        conflict.is_some()
+        let number = blocked.holder.connection().number;
+        blocked.is_recorded = true;
+        blocked.conflict = self.binds.servers.record_failure(&blocked.failure, number);
+        blocked.conflict.is_some()
+    }
+
+    /// No known self-connection has refused the bind.
+    fn record_unexplained(&mut self, failure: &BindFailure, known: KnownConnections<'_>) {
+        let lacks_open_one = known.connections.may_lack_open_at(&failure.endpoint);
+        self.binds.record_unexplained(failure, lacks_open_one);
     }
 
     fn look_up(
@@ -180,40 +187,38 @@ impl PortConflicts {
         known: KnownConnections<'_>,
         reporting: &mut Reporting,
     ) {
-        let (proof, was_recorded) = (blocked.proof, blocked.is_recorded());
+        let (proof, was_recorded) = (blocked.proof, blocked.is_recorded);
         if was_recorded && proof != Proof::Known {
             self.binds.servers.take_back(&blocked.failure, blocked.holder.connection().number);
         }
-        let other = match proof {
-            Proof::Known => return self.on_holders_known(blocked, known, reporting),
-            Proof::Found => None,
-            // It may have been closed meanwhile.
-            Proof::FoundOther(number) => match known.open_holder(number) {
-                Some(holder) => Some(holder),
-                None => return self.count_lost(&blocked.failure),
-            },
-            // A TIME_WAIT was not looked for, because this one was known.
-            Proof::Missing | Proof::Refuted if was_recorded => {
-                match self.binds.find_time_wait(&blocked.failure) {
-                    Some(entry) => Some(KnownHolder::TimeWait(Box::new(entry.clone()))),
-                    // Whether it has refused the bind is unknown: its options may be newer than that.
-                    None => return self.count_lost(&blocked.failure),
+        if !matches!(proof, Proof::Known | Proof::Found) {
+            let other = match proof {
+                Proof::FoundOther(number) => known.open_holder(number),
+                _ => None,
+            };
+            // The self-connection may have been closed meanwhile. And with a recorded holder, no TIME_WAIT was looked for.
+            let Some(other) = other.or_else(|| self.time_wait_holder(&blocked.failure)) else {
+                // Something else holds the port, or a self-connection that is not tracked.
+                if proof == Proof::Refuted && !was_recorded {
+                    return self.record_unexplained(&blocked.failure, known);
                 }
-            }
-            Proof::Missing => return self.count_lost(&blocked.failure),
-            // Something else holds the port.
-            Proof::Refuted => return,
-        };
-        if let Some(other) = other {
+                // Whether a self-connection has refused the bind is unknown: its options may be newer than that.
+                return self.binds.servers.losses.count(blocked.failure.owner, blocked.failure.failures);
+            };
             blocked.set_holder(other);
         }
-        if self.record(&mut blocked) {
+        self.binds.servers.confirm(&blocked.failure);
+        if proof != Proof::Known {
+            self.record(&mut blocked);
+        }
+        if blocked.conflict.is_some() {
             self.on_holders_known(blocked, known, reporting);
         }
     }
 
-    fn count_lost(&mut self, failure: &BindFailure) {
-        self.binds.servers.losses.count(failure.owner, failure.failures);
+    fn time_wait_holder(&self, failure: &BindFailure) -> Option<KnownHolder> {
+        let entry = self.binds.find_time_wait(failure)?;
+        Some(KnownHolder::TimeWait(Box::new(entry.clone())))
     }
 
     fn on_holders_known(
@@ -252,6 +257,7 @@ fn on_holder_process_known(
 }
 
 fn emit(blocked: &PendingBlocked, known: KnownConnections<'_>, reporting: &mut Reporting) {
+    let Some(conflict) = blocked.conflict else { return };
     let of_closed: Attribution;
     let (holder, attribution) = match &blocked.holder {
         KnownHolder::Open(connection, at_failure) => {
@@ -274,8 +280,8 @@ fn emit(blocked: &PendingBlocked, known: KnownConnections<'_>, reporting: &mut R
         process: blocked.holder_process.clone().unwrap_or_default(),
     };
     let binder = blocked.binder.clone().unwrap_or_default();
-    let id = event::blocked_id(run_id, blocked.conflict);
-    let failure = BindFailure { failures: blocked.reported_failures, ..blocked.failure };
+    let id = event::blocked_id(run_id, conflict.number);
+    let failure = BindFailure { failures: conflict.failures, ..blocked.failure };
     let report = event::Blocked::new(id, &failure, &binder, &holder, fields, current, Offset::now());
     reporting.out.emit_at(blocked.time, EventKind::Blocked(Box::new(report)));
 }

@@ -39,7 +39,7 @@ impl Daemon {
         let bind_failure_count = bind_failures.len();
         pending_bind_failures.extend(bind_failures);
         if !pending_bind_failures.is_empty() {
-            loss_reporter.on_records();
+            loss_reporter.schedule();
         }
         let drained = tracer.drain(MAX_BATCH, |record, refused| match record {
             Record::Transition(transition) if self_test.consume(transition) => {}

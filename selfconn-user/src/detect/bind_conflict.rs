@@ -2,9 +2,9 @@
 //! connections and connections in TIME_WAIT; the output is the holder of the port. When it is reported, and how often a
 //! server has failed, is in [`servers`].
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
-use selfconn_ebpf::{BindOptions, Endpoint, bind_failure::BindFailure};
+use selfconn_ebpf::{BindOptions, Endpoint, Owner, bind_failure::BindFailure};
 
 use super::{
     connection::{Connection, SocketId, TIME_WAIT_NS},
@@ -111,21 +111,40 @@ fn may_be_refused_by(failure: &BindFailure, connection: &Connection) -> bool {
     refuses(&BindParty { endpoint, options, uid: connection.uid }, &requested_by(failure))
 }
 
-/// The open self-connections that may hold the requested port, also if what is known of their options does not say so:
-/// their users may have changed them since. Their payers take turns, so that nobody's self-connections stand before all
-/// of another's. Of a payer those come first that hold the port by what is known, and of these the oldest.
+/// The open self-connections that may hold the requested port, `max` at most, also if by the record of their options
+/// they do not: their users may have changed the options since. The payers take turns, so that one user's
+/// self-connections do not keep another's out. The recorded holders of a payer come before its others, and the oldest of
+/// each first.
 #[must_use]
 pub fn possible_holders<'a>(
     failure: &BindFailure,
     open: impl Iterator<Item = &'a Connection>,
-) -> FairQueue<&'a Connection> {
-    let mut possible: Vec<_> = open.filter(|connection| may_be_refused_by(failure, connection)).collect();
-    possible.sort_by_cached_key(|connection| {
-        (!is_refused_by(failure, connection, connection.uid), connection.number)
-    });
+    max: usize,
+) -> PossibleHolders<'a> {
+    let mut by_payer: HashMap<Owner, BTreeMap<_, &Connection>> = HashMap::new();
+    let mut count = 0;
+    for connection in open.filter(|connection| may_be_refused_by(failure, connection)) {
+        count += 1;
+        let of_payer = by_payer.entry(connection.payer()).or_default();
+        of_payer.insert((!is_refused_by(failure, connection, connection.uid), connection.number), connection);
+        if of_payer.len() > max {
+            of_payer.pop_last();
+        }
+    }
+    let mut ordered: Vec<_> = by_payer.into_values().flatten().collect();
+    ordered.sort_by_key(|(order, _)| *order);
     let mut queue = FairQueue::default();
-    possible.into_iter().for_each(|connection| queue.push(connection.payer(), connection));
-    queue
+    ordered.into_iter().for_each(|(_, connection)| queue.push(connection.payer(), connection));
+    let connections: Vec<_> = std::iter::from_fn(|| queue.pop()).map(|(_, one)| one).take(max).collect();
+    PossibleHolders { are_all: connections.len() == count, connections }
+}
+
+/// The self-connections that may hold a port.
+#[derive(Debug, Default)]
+pub struct PossibleHolders<'a> {
+    pub connections: Vec<&'a Connection>,
+    /// False if there are more.
+    pub are_all: bool,
 }
 
 /// True if the kernel refuses this bind because of this socket, as it is now. `None`: its options are unknown.
@@ -340,7 +359,7 @@ mod tests {
         {
             let failure = BindFailure { options: reuse, ..failure(requested, port, 0) };
             assert!(BindConflicts::default().find_holder(&failure, shared.iter()).is_none());
-            let possible = possible_holders(&failure, shared.iter()).iter().count();
+            let possible = possible_holders(&failure, shared.iter(), 8).connections.len();
             assert_eq!(possible, usize::from(may_hold), "{requested}:{port}");
         }
     }
@@ -362,9 +381,13 @@ mod tests {
             of(6, 9, plain),
         ];
         let failure = BindFailure { options: reuse, ..failure("0.0.0.0", 80, 0) };
-        let mut possible = possible_holders(&failure, open.iter().rev());
-        let order: Vec<_> = std::iter::from_fn(|| possible.pop()).map(|(_, one)| one.number).collect();
-        assert_eq!(order, [2, 4, 6, 3, 5, 1]);
+        for (max, are_all, expected) in
+            [(7, true, &[2, 4, 6, 3, 5, 1][..]), (6, true, &[2, 4, 6, 3, 5, 1]), (4, false, &[2, 4, 6, 3])]
+        {
+            let possible = possible_holders(&failure, open.iter().rev(), max);
+            let order: Vec<_> = possible.connections.iter().map(|one| one.number).collect();
+            assert_eq!((possible.are_all, &order[..]), (are_all, expected));
+        }
         assert_eq!(number(BindConflicts::default().find_holder(&failure, open.iter().rev())), Some(2));
     }
 

@@ -250,7 +250,13 @@ pub(super) fn without_tests<'a>(args: impl Iterator<Item = &'a str>, tests: &[Te
         let ran = |test: &&TestResult| matches!(test.outcome, TestOutcome::Passed | TestOutcome::Failed);
         tests.iter().filter(ran).any(|test| test.name.contains(part))
     };
-    let parts = args.filter(|arg| !arg.starts_with('-'));
+    // The argument after one of these is its value.
+    const WITH_VALUE: [&str; 5] = ["--skip", "--test-threads", "--format", "--color", "--shuffle-seed"];
+    let mut is_value = false;
+    let parts = args.filter(|arg| {
+        let is_part = !std::mem::replace(&mut is_value, WITH_VALUE.contains(arg)) && !arg.starts_with('-');
+        is_part
+    });
     parts.filter(|part| !has_run(part)).map(|part| format!("no test {part} ran")).collect()
 }
 
@@ -289,6 +295,7 @@ mod tests {
         let tests = parse_tests("test kernel::a ... ok\ntest load::b ... ignored\ntest load::c ... FAILED\n");
         let without = |args: &[&str]| without_tests(args.iter().copied(), &tests);
         assert!(without(&["--nocapture", "kernel::", "load::"]).is_empty());
+        assert!(without(&["--skip", "rest::", "kernel::", "--test-threads", "1"]).is_empty());
         assert_eq!(
             without(&["kernel::", "load::b", "rest::"]),
             ["no test load::b ran", "no test rest:: ran"]

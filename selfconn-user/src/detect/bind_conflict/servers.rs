@@ -12,10 +12,13 @@ use crate::budget::{
 };
 
 /// Time between the first two reports of a server that keeps retrying. Every report doubles the interval.
-const FIRST_REPORT_INTERVAL_NS: u64 = 10 * SECOND_NS;
+const FIRST_REPORT_INTERVAL_S: u32 = 10;
+
+/// Time between two looks at the self-connection because of which a server keeps failing, if no report is due.
+const LOOK_INTERVAL_S: u32 = 10;
 
 /// Maximum time between two reports of a server that keeps retrying.
-const MAX_REPORT_INTERVAL_NS: u64 = 3_600 * SECOND_NS;
+const MAX_REPORT_INTERVAL_S: u32 = 3_600;
 
 const _: () = assert!(2 * (size_of::<ServerKey>() + size_of::<ServerState>()) <= memory::BIND_FAILURE_BYTES);
 
@@ -59,7 +62,20 @@ struct ServerState {
     last_ns: u64,
     /// Time of the next report, and the interval to the one after that.
     next_report_ns: u64,
-    report_interval_ns: u64,
+    report_interval_s: u32,
+    /// When the self-connection was last looked at: `CLOCK_BOOTTIME`, seconds.
+    looked_at_s: u32,
+}
+
+impl ServerState {
+    fn report_interval_ns(&self) -> u64 {
+        u64::from(self.report_interval_s) * SECOND_NS
+    }
+}
+
+/// Seconds of `CLOCK_BOOTTIME`, for a hundred years.
+fn seconds(boottime_ns: u64) -> u32 {
+    u32::try_from(boottime_ns / SECOND_NS).unwrap_or(u32::MAX)
 }
 
 /// A server that can't bind its port because of a self-connection.
@@ -90,11 +106,27 @@ impl FailedServers {
         self.failures
     }
 
-    /// Counts a bind that failed because of the self-connection with number `holder`. `Some`: a report is
+    /// A self-connection has refused this bind, by the most that can be known.
+    pub fn confirm(&mut self, failure: &BindFailure) {
+        self.failures += failure.failures;
+    }
+
+    /// True if the self-connection that is known as the holder is to be looked at, although no report is due: it may
+    /// refuse such binds no more, while another one does.
+    pub fn is_look_due(&mut self, failure: &BindFailure, holder: u64) -> bool {
+        let Some(state) = self.by_key.get_mut(&ServerKey::new(failure, holder)) else { return false };
+        let now_s = seconds(failure.at_ns);
+        let is_due = now_s.saturating_sub(state.looked_at_s) >= LOOK_INTERVAL_S;
+        if is_due {
+            state.looked_at_s = now_s;
+        }
+        is_due
+    }
+
+    /// Counts a failure of this server, as one because of the self-connection with number `holder`. `Some`: a report is
     /// due.
     pub fn record_failure(&mut self, failure: &BindFailure, holder: u64) -> Option<BindConflict> {
         let (now_ns, failures) = (failure.at_ns, failure.failures);
-        self.failures += failures;
         let key = ServerKey::new(failure, holder);
         if !self.by_key.contains_key(&key) && !self.take_room(failure.owner, now_ns) {
             self.losses.count(failure.owner, failures);
@@ -108,7 +140,8 @@ impl FailedServers {
                 failures: 0,
                 last_ns: 0,
                 next_report_ns: 0,
-                report_interval_ns: FIRST_REPORT_INTERVAL_NS,
+                report_interval_s: FIRST_REPORT_INTERVAL_S,
+                looked_at_s: 0,
             }
         });
         state.failures += failures;
@@ -116,18 +149,18 @@ impl FailedServers {
         if now_ns < state.next_report_ns {
             return None;
         }
-        state.next_report_ns = now_ns.saturating_add(state.report_interval_ns);
-        state.report_interval_ns = (state.report_interval_ns * 2).min(MAX_REPORT_INTERVAL_NS);
+        state.looked_at_s = seconds(now_ns);
+        state.next_report_ns = now_ns.saturating_add(state.report_interval_ns());
+        state.report_interval_s = (state.report_interval_s * 2).min(MAX_REPORT_INTERVAL_S);
         Some(BindConflict { number: state.conflict, failures: state.failures })
     }
 
-    /// The report of this failure is not made: the self-connection does not refuse such a bind any more, and the failure
-    /// has another cause, or is lost. The next one is reported at once.
+    /// The self-connection does not refuse such a bind any more: the failure has another cause, or is lost. If it does
+    /// again, the next failure is reported at once.
     pub fn take_back(&mut self, failure: &BindFailure, holder: u64) {
-        self.failures = self.failures.saturating_sub(failure.failures);
         if let Some(state) = self.by_key.get_mut(&ServerKey::new(failure, holder)) {
             state.failures = state.failures.saturating_sub(failure.failures);
-            (state.next_report_ns, state.report_interval_ns) = (0, FIRST_REPORT_INTERVAL_NS);
+            (state.next_report_ns, state.report_interval_s) = (0, FIRST_REPORT_INTERVAL_S);
         }
     }
 
@@ -136,7 +169,7 @@ impl FailedServers {
         let Self { by_key, shares, .. } = self;
         shares.try_take(owner, 1) || {
             by_key.retain(|_, state| {
-                let is_failing = now_ns.saturating_sub(state.last_ns) < state.report_interval_ns;
+                let is_failing = now_ns.saturating_sub(state.last_ns) < state.report_interval_ns();
                 if !is_failing {
                     shares.give_back(state.owner, 1);
                 }
@@ -162,7 +195,6 @@ mod tests {
         let at = |at_s| failure("127.0.0.1", 80, at_s);
         assert!(servers.record_failure(&at(0), 1).is_some());
         servers.take_back(&at(0), 1);
-        assert_eq!(servers.failures(), 0);
         let next = servers.record_failure(&at(1), 1);
         assert_eq!(next, Some(BindConflict { number: 1, failures: 1 }));
         assert_eq!(servers.record_failure(&at(2), 1), None, "the interval has begun");
@@ -187,7 +219,19 @@ mod tests {
         // Failures that the probe aggregated are counted, too.
         let burst = BindFailure { failures: 40, ..failure("127.0.0.1", 82, 200) };
         assert_eq!(servers.record_failure(&burst, 1), report(5, 40));
-        assert_eq!(servers.failures(), 243);
+    }
+
+    #[test]
+    fn the_self_connection_is_looked_at_every_ten_seconds_while_a_server_fails() {
+        let mut servers = FailedServers::default();
+        let looks: Vec<_> = (0..60)
+            .filter(|at_s| {
+                let failure = failure("127.0.0.1", 80, *at_s);
+                servers.record_failure(&failure, 1).is_some() || servers.is_look_due(&failure, 1)
+            })
+            .collect();
+        assert_eq!(looks, [0, 10, 20, 30, 40, 50]);
+        assert!(!servers.is_look_due(&failure("127.0.0.1", 80, 60), 2), "no server failed because of it");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::{
     budget::{
         OwnerLosses, SharedLimit,
         memory::{self, MAX_CONNECTIONS},
-        owner_of_user,
+        owner_of_user, user_of_range,
     },
     detect::port_set::PortSet,
     sockets::SocketEntry,
@@ -19,8 +19,9 @@ use crate::{
 /// Number of untracked transitions that are kept, because a second probe may report them a moment later.
 const MAX_RECENT: usize = 64;
 
-/// Number of users whose untracked connections are counted apart. All others are [`OTHER_USERS`].
-const MAX_USERS: usize = 64;
+/// Number of users whose untracked connections are counted apart: all that a user namespace may map are one. All others
+/// are [`OTHER_USERS`].
+const MAX_USERS: usize = 512;
 const OTHER_USERS: u32 = u32::MAX;
 
 // Beside it: the attribution with its holders, the decision of the log, the id in both, and half of the tables again
@@ -149,8 +150,9 @@ impl TrackedTable {
         let (mut known, mut open) = (std::mem::take(&mut self.maybe_open), HashMap::new());
         for (owner, count) in found {
             count_open(&mut open, owner.uid, count);
-            let uid = if known.contains_key(&owner.uid) { owner.uid } else { OTHER_USERS };
-            let known = known.entry(uid).or_default();
+            let user = user_of_range(owner.uid);
+            let user = if known.contains_key(&user) { user } else { OTHER_USERS };
+            let known = known.entry(user).or_default();
             let new = count.saturating_sub(*known);
             *known = known.saturating_sub(count);
             if new > 0 {
@@ -162,8 +164,9 @@ impl TrackedTable {
 }
 
 fn count_open(counts: &mut HashMap<u32, u64>, uid: u32, count: u64) {
-    let is_apart = counts.contains_key(&uid) || counts.len() < MAX_USERS;
-    *counts.entry(if is_apart { uid } else { OTHER_USERS }).or_default() += count;
+    let user = user_of_range(uid);
+    let is_apart = counts.contains_key(&user) || counts.len() < MAX_USERS;
+    *counts.entry(if is_apart { user } else { OTHER_USERS }).or_default() += count;
 }
 
 /// Who pays for a socket.
@@ -197,10 +200,15 @@ mod tests {
         assert_eq!(list(&[(attacker, 10), (victim, 1)]), [(victim, 1)]);
         // In another session, the user is the same.
         assert_eq!(list(&[(Owner::new(1_000, 9), 2), (attacker, 10)]), [(Owner::new(1_000, 9), 1)]);
-        // Many users.
-        let users: Vec<_> = (0..100).map(|uid| (Owner::new(100_000 + uid, 0), 1)).collect();
-        assert_eq!(list(&users).iter().map(|(_, count)| count).sum::<u64>(), 100);
+        // More users than are counted apart.
+        let many = MAX_USERS as u32 + 100;
+        let users: Vec<_> = (2_000..2_000 + many).map(|uid| (Owner::new(uid, 0), 1)).collect();
+        assert_eq!(list(&users).iter().map(|(_, count)| count).sum::<u64>(), u64::from(many));
         assert!(list(&users).is_empty());
+        // All that a user namespace maps are one.
+        let mapped = |per_uid| (0..many).map(move |uid| (Owner::new(131_072 + uid, 0), per_uid));
+        list(&mapped(3).collect::<Vec<_>>());
+        assert_eq!(list(&mapped(1).chain([(victim, 1)]).collect::<Vec<_>>()), [(victim, 1)]);
     }
 
     #[test]
