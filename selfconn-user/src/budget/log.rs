@@ -114,6 +114,11 @@ impl LogBudget {
         events
     }
 
+    /// Forgets the connections that have ended without an event of their end. `is_open` has the id of each.
+    pub fn retain(&mut self, is_open: impl Fn(&str) -> bool) {
+        self.decisions.retain(|id, _| is_open(id));
+    }
+
     /// True if the event may be written. A suppressed one is counted.
     pub fn admits(&mut self, request: &LogRequest<'_>, now_ns: u64) -> bool {
         let decision = self.decisions.get(request.id).copied();
@@ -509,6 +514,8 @@ mod tests {
             assert!(admits(&mut budget, 2, &owner, 80, phase, 0));
         }
         assert_eq!(budget.decisions.len(), 1, "its `closed` follows");
+        budget.retain(|id| id != "2");
+        assert!(budget.decisions.is_empty());
         assert!(admits(&mut budget, 2, &owner, 80, Phase::Closed, 0));
         assert!(budget.decisions.is_empty());
     }

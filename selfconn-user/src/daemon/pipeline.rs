@@ -463,6 +463,12 @@ impl Pipeline {
                 attribution.limit_more_holders(0);
             }
         }
+        // Some have ended without an event: their connect() failed, and the record of it was lost.
+        let Self { connections, attributions, pending, reporting, .. } = self;
+        let numbers = connections.numbers();
+        let is_open = |number: u64| numbers.binary_search(&number).is_ok() || pending.contains(number);
+        attributions.retain(|number, _| is_open(*number));
+        reporting.out.retain_connections(is_open);
         found
     }
 

@@ -191,7 +191,7 @@ impl Connections {
     /// Applies one transition. Calls `each` for every resulting event.
     pub fn apply(&mut self, t: &Transition, mut each: impl FnMut(ConnectionEvent<'_>)) {
         self.expire_duplicates(t.at_ns);
-        self.assign_socket(t);
+        self.assign_socket(t, &mut each);
         if let Some(tracked) = self.tracked.get_mut(t.sock) {
             if tracked.is_duplicate(t) {
                 tracked.reported_by |= 1 << t.probe_id;
@@ -204,18 +204,7 @@ impl Connections {
                 return;
             }
             if !tracked.can_follow(t) {
-                let missed = self
-                    .tracked
-                    .remove(t.sock)
-                    .filter(|tracked| tracked.established_emitted && tracked.closed_ns.is_none());
-                if let Some(tracked) = missed {
-                    close(
-                        &mut self.closed_during_snapshot,
-                        &tracked.connection,
-                        ConnectionEnd::default(),
-                        &mut each,
-                    );
-                }
+                self.close_missed(t.sock, &mut each);
             }
         }
         if self.tracked.get(t.sock).is_none() {
@@ -255,6 +244,24 @@ impl Connections {
                 self.tracked.remove(t.sock);
             }
         }
+    }
+
+    /// This kernel address is that of another socket now. If the one before is still tracked as open, its close was
+    /// missed.
+    fn close_missed(&mut self, sock: u64, mut each: impl FnMut(ConnectionEvent<'_>)) {
+        let tracked = self.tracked.remove(sock);
+        if let Some(tracked) = tracked.filter(|one| one.established_emitted && one.closed_ns.is_none()) {
+            close(&mut self.closed_during_snapshot, &tracked.connection, ConnectionEnd::default(), &mut each);
+        }
+    }
+
+    /// The numbers of all connections that are tracked, in order, with those that are not established yet.
+    #[must_use]
+    pub fn numbers(&self) -> Vec<u64> {
+        let mut numbers = Vec::with_capacity(self.tracked.count());
+        numbers.extend(self.tracked.iter().map(|(_, tracked)| tracked.connection.number));
+        numbers.sort_unstable();
+        numbers
     }
 
     /// All open self-connections.

@@ -17,7 +17,7 @@ pub use at_risk::{AtRisk, AtRiskOver};
 pub use blocked::{Blocked, CurrentHolder, blocked_id};
 pub use closed::Closed;
 pub use connection::ConnectionFields;
-pub use envelope::{Envelope, EventNumber};
+pub use envelope::{Envelope, EventNumber, connection_number};
 pub use loss::{LossCause, LossKind, Losses};
 pub use lost::Lost;
 pub use prevented::{Prevented, PreventedFields};

@@ -11,7 +11,7 @@ use crate::{
         cmdline::CmdlineLimit,
         log::{LogBudget, LogRate, SuppressedEvents},
     },
-    event::{Envelope, Event, EventKind, LossCause, Losses, ProgramCounters, Stopped},
+    event::{self, Envelope, Event, EventKind, LossCause, Losses, ProgramCounters, Stopped},
 };
 use log_file::LogFile;
 use stdout::Stdout;
@@ -75,6 +75,11 @@ impl Outputs {
     #[must_use]
     pub fn run(&self) -> u64 {
         self.envelope.run()
+    }
+
+    /// Forgets what is kept of connections other than these, by number.
+    pub fn retain_connections(&mut self, is_open: impl Fn(u64) -> bool) {
+        self.budget.retain(|id| event::connection_number(id).is_none_or(&is_open));
     }
 
     /// Emits an event with the current time.

@@ -115,10 +115,11 @@ impl Connections {
                 }
                 missed += 1;
                 self.last_number += 1;
-                let tracked = Tracked::from_entry(self.last_number, payer, entry, began_ns);
-                each(ConnectionEvent::Established(&tracked.connection));
                 // The numbers of connections are no kernel addresses.
                 let key = entry.connect_entry.as_ref().map_or(self.last_number, |entry| entry.0);
+                self.close_missed(key, &mut each);
+                let tracked = Tracked::from_entry(self.last_number, payer, entry, began_ns);
+                each(ConnectionEvent::Established(&tracked.connection));
                 if entry.connect_entry.is_none() {
                     for id in SocketId::all_of(entry.cookie, &entry.endpoint) {
                         self.provisional_keys.insert(id, key);
@@ -175,7 +176,7 @@ impl Connections {
     }
 
     /// Assigns the kernel address of a transition to a connection that only the socket table has listed so far.
-    pub(super) fn assign_socket(&mut self, t: &Transition) {
+    pub(super) fn assign_socket(&mut self, t: &Transition, each: impl FnMut(ConnectionEvent<'_>)) {
         if self.provisional_keys.is_empty() {
             return;
         }
@@ -191,6 +192,9 @@ impl Connections {
             let connection = &tracked.connection;
             for id in SocketId::all_of(connection.cookie, &connection.endpoint) {
                 self.provisional_keys.remove(&id);
+            }
+            if key != t.sock {
+                self.close_missed(t.sock, each);
             }
             self.tracked.change_key(key, t.sock);
         }

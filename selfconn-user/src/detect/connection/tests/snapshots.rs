@@ -76,6 +76,12 @@ fn the_socket_table_establishes_missed_connections_and_closes_vanished_ones() {
     let table = [listed(40_000, ESTABLISHED)];
     let with_entry =
         [SocketEntry { connect_entry: Some(Box::new((1, open.opener))), ..listed(40_000, ESTABLISHED) }];
+    let first = Transition { cookie: 7, ..open };
+    let second = [SocketEntry { cookie: Some(8), ..listed(40_001, ESTABLISHED) }];
+    let second_at_its_address =
+        second.clone().map(|entry| SocketEntry { connect_entry: Some(Box::new((1, open.opener))), ..entry });
+    let of_second =
+        Transition { cookie: 8, endpoint: second[0].endpoint, ..transition(1, 310, ESTABLISHED, CLOSE) };
     use Coverage::{NetnsEnded, Read, Unknown};
     // (before, during, table, after, what an absence means, events, missed)
     type ReconcileCase<'a> = (
@@ -87,7 +93,7 @@ fn the_socket_table_establishes_missed_connections_and_closes_vanished_ones() {
         &'a [&'a str],
         u64,
     );
-    let rows: [ReconcileCase<'_>; 13] = [
+    let rows: [ReconcileCase<'_>; 15] = [
         // the hooks and the table agree: both have it, neither has it
         (&[open], &[], &table, &[], Read, &["+1"], 0),
         (&[], &[], &[], &[], Read, &[], 0),
@@ -105,6 +111,10 @@ fn the_socket_table_establishes_missed_connections_and_closes_vanished_ones() {
         (&[open], &[], &[], &[], NetnsEnded, &["+1", "-1"], 0),
         (&[], &[opened_during], &[], &[], NetnsEnded, &["+1", "-1"], 0),
         (&[open], &[], &table, &[], NetnsEnded, &["+1"], 0),
+        // its close was missed, and so was the next connection, whose socket has the same address
+        (&[first], &[], &second_at_its_address, &[], Read, &["+1", "-1", "+2scan"], 1),
+        // the same, and only a transition shows the address
+        (&[first], &[], &second, &[of_second], Unknown, &["+1", "+2scan", "-1", "-2"], 1),
         // it was established while the table was read
         (&[], &[opened_during], &table, &[], Read, &["+1"], 0),
     ];
