@@ -349,13 +349,32 @@ impl Tracer {
 
     /// Reads at most `limit` records from the ring buffer. Returns how many were read.
     pub fn drain(&mut self, limit: usize, mut each: impl FnMut(&Record, &RefusedCounts)) -> usize {
+        self.drain_while(limit, |record, refused| {
+            each(record, refused);
+            true
+        })
+    }
+
+    /// Reads records from the ring buffer, at most `limit`, and none after one for which `each` returns false. Returns how
+    /// many were read, or `limit` if there may be more.
+    pub fn drain_while(
+        &mut self,
+        limit: usize,
+        mut each: impl FnMut(&Record, &RefusedCounts) -> bool,
+    ) -> usize {
         let ring = self.ring.get_mut();
         for read in 0..limit {
             let Some(item) = ring.next() else { return read };
             self.delivered += 1;
-            match Record::from_bytes(&item) {
+            let goes_on = match Record::from_bytes(&item) {
                 Some(record) => each(&record, &self.refused_counts),
-                None => log::error!("invalid record of {} bytes in the ring buffer", item.len()),
+                None => {
+                    log::error!("invalid record of {} bytes in the ring buffer", item.len());
+                    true
+                }
+            };
+            if !goes_on {
+                break;
             }
         }
         limit

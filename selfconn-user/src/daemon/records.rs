@@ -27,8 +27,8 @@ pub(super) const RECORD_POLL_INTERVAL: Duration = Duration::from_millis(1);
 const MAX_DEFERRED: usize = 4;
 
 impl Daemon {
-    /// Drains and handles at most [`MAX_BATCH`] records of each ring buffer. Returns their number, or
-    /// [`MAX_BATCH`] if there may be more.
+    /// Drains and handles at most [`MAX_BATCH`] records of each ring buffer, and none more when stdout is filling. Returns
+    /// their number, or [`MAX_BATCH`] if there may be more.
     pub(super) fn drain_batch(&mut self) -> usize {
         self.pipeline.begin_batch();
         let clock = Offset::now();
@@ -41,12 +41,16 @@ impl Daemon {
         if !pending_bind_failures.is_empty() {
             loss_reporter.schedule();
         }
-        let drained = tracer.drain(MAX_BATCH, |record, refused| match record {
-            Record::Transition(transition) if self_test.consume(transition) => {}
-            Record::Transition(transition) => pipeline.apply(transition, refused, clock),
-            Record::RefusedConnects(destination) => port_risks.on_threshold(*destination),
-            Record::ListenerClosed(endpoint) => port_risks.on_listener_closed(endpoint),
-            Record::BindFailure(failure) => pipeline.on_bind_failure(failure, clock),
+        let drained = tracer.drain_while(MAX_BATCH, |record, refused| {
+            match record {
+                Record::Transition(transition) if self_test.consume(transition) => {}
+                Record::Transition(transition) => pipeline.apply(transition, refused, clock),
+                Record::RefusedConnects(destination) => port_risks.on_threshold(*destination),
+                Record::ListenerClosed(endpoint) => port_risks.on_listener_closed(endpoint),
+                Record::BindFailure(failure) => pipeline.on_bind_failure(failure, clock),
+            }
+            // The events of a batch can be longer than all that may wait for stdout.
+            !pipeline.reporting.out.holds_back_records()
         });
         // Every transition from before these failed binds is applied now, if the ring buffer was emptied.
         // Earlier failed binds that still wait for records are handled first.

@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io::{BufRead as _, BufReader, Read as _},
     net::Ipv4Addr,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
     sync::mpsc::Receiver,
     thread::JoinHandle,
@@ -167,6 +167,48 @@ fn a_slow_reader_without_a_log_loses_nothing() {
     assert_eq!(stopped["made"], events.len());
     let is_ours = |event: &&Value| event["event"] == "closed" && event["netns"] == net.inode;
     assert_eq!(events.iter().filter(is_ours).count(), COUNT);
+}
+
+/// A program whose path takes 22 KB in an event. Returns the path.
+fn program_with_a_long_path(folder: &Path) -> PathBuf {
+    let mut path = folder.to_owned();
+    path.extend(std::iter::repeat_n("\u{1}".repeat(250), 15));
+    fs::create_dir_all(&path).unwrap();
+    path.push("program");
+    let own = std::env::current_exe().unwrap();
+    if fs::hard_link(&own, &path).is_err() {
+        fs::copy(&own, &path).unwrap();
+    }
+    path
+}
+
+#[test]
+fn many_long_events_at_once_are_not_lost_without_a_log() {
+    let net = TestNetns::enter_new();
+    let folder = tempfile::tempdir().unwrap();
+    let program = program_with_a_long_path(folder.path());
+    let mut child = start_without_log(&[]);
+    let (reader, is_live) = read_slowly(child.stdout.take().unwrap(), 1 << 20);
+    is_live.recv_timeout(DEADLINE).unwrap();
+    drop(is_live);
+    let pid = Pid::from_child(&child);
+    let mut process = HelperProcess::start_program(&program, "connect once and a moment later often");
+    assert_eq!(process.read_output(), "connected");
+    // So that all records are in one batch.
+    std::thread::sleep(Duration::from_millis(10));
+    kill_process(pid, Signal::STOP).unwrap();
+    assert_eq!(process.read_output(), "connected often");
+    kill_process(pid, Signal::CONT).unwrap();
+    process.finish();
+    terminate(&mut child);
+    let text = reader.join().unwrap();
+    assert!(text.len() > 10 << 20, "{} bytes fit into the queue", text.len());
+    let events = parse_log(&text);
+    let stopped = events.last().unwrap();
+    assert_eq!((&stopped["lost"]["stdout"], &stopped["lost"]["ring"]), (&0.into(), &0.into()), "{stopped}");
+    assert_eq!(stopped["made"], events.len());
+    let is_ours = |event: &&Value| event["event"] == "closed" && event["netns"] == net.inode;
+    assert_eq!(events.iter().filter(is_ours).count(), 151);
 }
 
 #[test]

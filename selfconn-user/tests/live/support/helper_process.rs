@@ -58,6 +58,11 @@ impl HelperProcess {
         Self::start_unprivileged_with(task, cgroup_procs, &[])
     }
 
+    /// Starts this program, which is a copy or a link of this binary.
+    pub(crate) fn start_program(program: &std::path::Path, task: &str) -> Self {
+        Self::spawn(&mut with_task(Command::new(program), task))
+    }
+
     /// As [`Self::start_unprivileged`]; the process has these arguments besides its own.
     pub(crate) fn start_unprivileged_with(
         task: &str,

@@ -135,6 +135,17 @@ pub(super) fn run_task(task: &str) {
             });
             wait_for_stdin_eof();
         }
+        // The second time while the process is known from the first.
+        "connect once and a moment later often" => {
+            let _ = connect();
+            print_output("connected");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            for _ in 0..150 {
+                connect().0.set_linger(Some(std::time::Duration::ZERO)).unwrap();
+            }
+            print_output("connected often");
+            wait_for_stdin_eof();
+        }
         "connect by an orphan" => {
             let mut parent = HelperProcess::start("leave an orphan");
             assert_eq!(parent.read_output(), "done");
