@@ -23,7 +23,7 @@ mod user_set;
 pub use fair_queue::FairQueue;
 pub use least_spent::{LeastSpent, QUEUED_ITEM_BYTES, QUEUED_OWNER_BYTES};
 pub use owner_losses::OwnerLosses;
-pub use party::{is_share_taken, may_be_mapped, owner_of_user, user_of_range};
+pub use party::{is_share_taken, largest_owner, may_be_mapped, owner_of_user, user_of_range};
 pub use payer::Payer;
 pub use rate::RateLimiter;
 pub use shared_rate::SharedRate;

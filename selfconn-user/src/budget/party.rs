@@ -1,6 +1,8 @@
 //! Who shares a limit or takes turns. An owner alone is not enough: a user may have several sessions, and a container's
 //! root may be many users.
 
+use std::collections::HashMap;
+
 use selfconn_ebpf::Owner;
 
 /// Users in the same block of this many uids are one party, too, where no control group is known: the range that a user
@@ -49,6 +51,18 @@ pub fn is_share_taken<'a>(
         || takers.filter(|other| is_same_cgroup(**other, owner)).count() >= MAX_OF_CGROUP
 }
 
+/// The owner that has the most, together with its user's others and with its control group. Of owners for whom that is
+/// equal, the one that has the most itself.
+pub fn largest_owner(amounts: impl Iterator<Item = (Owner, usize)> + Clone) -> Option<Owner> {
+    let mut by_party: HashMap<Party, usize> = HashMap::new();
+    for (owner, amount) in amounts.clone() {
+        Party::of(owner).for_each(|party| *by_party.entry(party).or_default() += amount);
+    }
+    let of = |party| by_party.get(&party).copied().unwrap_or_default();
+    let order = |owner: &Owner| (Party::of(*owner).map(of).max(), of(Party::Owner(*owner)));
+    amounts.map(|(owner, _)| owner).max_by_key(order)
+}
+
 /// True if both are in the same control group, and it is known.
 fn is_same_cgroup(one: Owner, other: Owner) -> bool {
     is_group(one.cgroup) && one.cgroup == other.cgroup
@@ -88,6 +102,19 @@ pub fn owner_of_user(uid: Option<u32>) -> Owner {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_largest_owner_is_of_the_user_or_the_control_group_that_has_the_most_together() {
+        let largest = |amounts: &[(Owner, usize)]| largest_owner(amounts.iter().copied());
+        let victim = (Owner::new(1_000, 1), 4);
+        let sessions = [(Owner::new(1_001, 2), 3), (Owner::new(1_001, 3), 2), victim];
+        let uids = [(Owner::new(100_001, 4), 2), (Owner::new(100_002, 4), 3), victim];
+        assert_eq!(largest(&sessions), Some(Owner::new(1_001, 2)));
+        assert_eq!(largest(&uids), Some(Owner::new(100_002, 4)));
+        // Root's services are not one user.
+        assert_eq!(largest(&[(Owner::new(0, 2), 3), (Owner::new(0, 3), 3), victim]), Some(victim.0));
+        assert_eq!(largest(&[]), None);
+    }
 
     #[test]
     fn a_user_in_another_control_group_has_one_more_while_two_are_free() {

@@ -18,7 +18,7 @@ use selfconn_ebpf::Owner;
 use tokio::time::Instant;
 
 use crate::{
-    budget::{SharedLimit, cmdline::CmdlineLimit},
+    budget::{SharedLimit, cmdline::CmdlineLimit, largest_owner},
     system::{
         busy::ThreadProblem,
         clock,
@@ -424,10 +424,12 @@ impl<W> Lookups<W> {
         }
     }
 
-    /// Ends the look-up for which the most wait: they are too many.
+    /// Too many wait: ends the look-up for which the most wait, of the owner for whose look-ups the most wait.
     pub fn give_up_one(&mut self) {
-        let waiting = |(_, lookup): &(&u64, &InProgress<W>)| lookup.waiters.len();
-        if let Some((&id, _)) = self.in_progress.iter().max_by_key(waiting) {
+        let waiting = self.in_progress.values().map(|lookup| (lookup.target.owner(), lookup.waiters.len()));
+        let Some(owner) = largest_owner(waiting) else { return };
+        let of_owner = self.in_progress.iter().filter(|(_, lookup)| lookup.target.owner() == owner);
+        if let Some((&id, _)) = of_owner.max_by_key(|(_, lookup)| lookup.waiters.len()) {
             self.give_up(id, Why::NoTime);
         }
     }

@@ -138,6 +138,27 @@ fn look_ups_beyond_an_owners_share_have_no_result_and_take_nothing_from_another(
     });
 }
 
+#[test]
+fn if_too_many_wait_a_look_up_of_the_user_with_the_most_is_given_up() {
+    run(async || {
+        let mut lookups = Lookups::start(true, CmdlineLimit::Full).unwrap();
+        let victim = LookupTarget::Holder { pid: HANGING, start_ticks: 1, owner: Owner::new(2_000, 0) };
+        (0..8).for_each(|_| lookups.begin(victim, 0));
+        // A session has fewer than the victim.
+        for session in 1..=20 {
+            let owner = Owner::new(1_000, 10 + u64::from(session));
+            let target = LookupTarget::Holder { pid: HANGING + session, start_ticks: 1, owner };
+            (0..5).for_each(|_| lookups.begin(target, session));
+        }
+        for _ in 0..15 {
+            lookups.give_up_one();
+        }
+        let given_up: Vec<_> = std::iter::from_fn(|| lookups.next_completed()).collect();
+        assert_eq!(given_up.len(), 15 * 5);
+        assert!(given_up.iter().all(|(session, _)| *session > 0));
+    });
+}
+
 fn this_process(uid: u32) -> LookupTarget {
     let pid = std::process::id();
     let start_ns = process::start_time_ns(pid).unwrap();
