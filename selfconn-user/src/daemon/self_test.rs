@@ -17,6 +17,10 @@ use socket::SelfTestSocket;
 pub mod recognition;
 pub mod socket;
 
+/// What to say if the host has dropped the packets of a self-test: one line of text for people.
+pub const NOT_CONNECTED: &str = "the self-test has shown nothing: its socket was not connected within two seconds. Packets \
+    of loopback were dropped, perhaps because net.core.netdev_max_backlog is too small for this load";
+
 /// The schedule of the self-tests, and their socket. Without the privileges to create the socket there are no
 /// self-tests, but the self-tests of other daemons are recognized nevertheless.
 pub struct SelfTest {
@@ -90,7 +94,7 @@ impl SelfTest {
         let now = Instant::now();
         let (health, test) = self.health.as_mut()?;
         let outcome = match counters {
-            Ok(after) => Some(health.evaluate(&after, now)?),
+            Ok(after) => Some(health.evaluate(&after, test.is_connected(), now)?),
             Err(error) => {
                 log::error!("the probes' counters can't be read: {error:#}");
                 health.postpone(now);
@@ -103,6 +107,7 @@ impl SelfTest {
             Some(SelfTestOutcome::Passed) => log::debug!("self-test passed"),
             Some(SelfTestOutcome::Failed(dead)) => log::warn!("self-test failed: {dead:?}"),
             Some(SelfTestOutcome::HooksDead(dead)) => return Some(dead),
+            Some(SelfTestOutcome::NotConnected) => log::warn!("{NOT_CONNECTED}"),
             None => {}
         }
         None

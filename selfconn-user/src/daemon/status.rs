@@ -82,10 +82,13 @@ impl Daemon {
             connections_open: self.pipeline.connections.iter().count() as u64,
             refused_self_dials: Some(self.counters.refused_connects),
             ports_at_risk: Some(self.port_risks.at_risk() as u64),
-            self_tests: self
-                .self_test
-                .counts()
-                .map_or_else(Vec::new, |counts| vec![("passed", counts.passed), ("failed", counts.failed)]),
+            self_tests: self.self_test.counts().map_or_else(Vec::new, |counts| {
+                vec![
+                    ("passed", counts.passed),
+                    ("failed", counts.failed),
+                    ("not_connected", counts.not_connected),
+                ]
+            }),
             blocked_binds: Some(self.pipeline.conflicts.binds.servers.failures()),
             prevented: self
                 .guard

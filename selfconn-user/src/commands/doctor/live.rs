@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use schemars::JsonSchema;
 use selfconn_ebpf::{Record, state};
 use serde::Serialize;
@@ -18,7 +18,7 @@ use crate::{
         object::ObjectOptions,
         refused_connects::RefusedCounts,
     },
-    daemon::self_test::{recognition::Recognition, socket::SelfTestSocket},
+    daemon::self_test::{NOT_CONNECTED, recognition::Recognition, socket::SelfTestSocket},
     detect::probe_health::{DeadProbes, ProbeHealth, SelfTestOutcome},
 };
 
@@ -41,6 +41,9 @@ pub(super) struct LiveMethod {
     pub(super) method: &'static str,
     pub(super) sees: bool,
 }
+
+/// After how many tests whose socket was not connected the command gives up.
+const MAX_NOT_CONNECTED: u64 = 3;
 
 /// Runs the test. A failed test is repeated, as in the daemon.
 pub(super) fn test(features: &KernelFeatures) -> Result<LiveTest> {
@@ -68,7 +71,8 @@ pub(super) fn test(features: &KernelFeatures) -> Result<LiveTest> {
                     }
                 };
                 while tracer.drain(1_024, &mut handle_record) > 0 {}
-                if let Some(outcome) = probe_health.evaluate(&tracer.counters()?, Instant::now()) {
+                let counters = tracer.counters()?;
+                if let Some(outcome) = probe_health.evaluate(&counters, test.is_connected(), Instant::now()) {
                     break outcome;
                 }
                 tokio::time::sleep(DRAIN_INTERVAL).await;
@@ -78,6 +82,8 @@ pub(super) fn test(features: &KernelFeatures) -> Result<LiveTest> {
                 SelfTestOutcome::Passed => break DeadProbes::default(),
                 SelfTestOutcome::Failed(_) => {}
                 SelfTestOutcome::HooksDead(dead) => break dead,
+                SelfTestOutcome::NotConnected if probe_health.counts().not_connected < MAX_NOT_CONNECTED => {}
+                SelfTestOutcome::NotConnected => bail!("{NOT_CONNECTED}"),
             }
         };
         let sees =
