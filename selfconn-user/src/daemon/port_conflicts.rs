@@ -77,9 +77,9 @@ impl PortConflicts {
                 let mut blocked = PendingBlocked::new(*failure, &holder, attribution, time);
                 let can_look = can_prove && matches!(holder, PortHolder::Open(_));
                 let number = holder.connection().number;
-                if !self.record(&mut blocked)
-                    && !(can_look && self.binds.servers.is_look_due(failure, number))
-                {
+                let is_due = self.record(&mut blocked);
+                let is_looked_at = is_due || can_look && self.binds.servers.is_look_due(failure, number);
+                if !is_looked_at {
                     return self.binds.servers.confirm(failure);
                 }
                 if can_look {

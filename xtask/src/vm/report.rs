@@ -253,10 +253,8 @@ pub(super) fn without_tests<'a>(args: impl Iterator<Item = &'a str>, tests: &[Te
     // The argument after one of these is its value.
     const WITH_VALUE: [&str; 5] = ["--skip", "--test-threads", "--format", "--color", "--shuffle-seed"];
     let mut is_value = false;
-    let parts = args.filter(|arg| {
-        let is_part = !std::mem::replace(&mut is_value, WITH_VALUE.contains(arg)) && !arg.starts_with('-');
-        is_part
-    });
+    let parts = args
+        .filter(|arg| !std::mem::replace(&mut is_value, WITH_VALUE.contains(arg)) && !arg.starts_with('-'));
     parts.filter(|part| !has_run(part)).map(|part| format!("no test {part} ran")).collect()
 }
 

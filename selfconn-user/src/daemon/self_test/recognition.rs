@@ -33,7 +33,7 @@ pub struct Recognition {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SelfTestId {
     Cookie(u64),
-    /// The kernel address, on a kernel without BTF.
+    /// The kernel address: without BTF, and of a socket that has no cookie yet.
     Address(u64),
 }
 
@@ -59,13 +59,18 @@ impl Recognition {
         if t.endpoint.ip() != *ENDPOINT.ip() || t.endpoint.port != ENDPOINT.port() {
             return false;
         }
-        let id = if t.cookie == 0 { SelfTestId::Address(t.sock) } else { SelfTestId::Cookie(t.cookie) };
+        let address = SelfTestId::Address(t.sock);
+        let id = if t.cookie == 0 { address } else { SelfTestId::Cookie(t.cookie) };
         if t.opener.at_ns == 0 {
-            return self.others.iter().any(|(other, seen_ns)| {
-                *other == id && (t.cookie != 0 || t.at_ns.saturating_sub(*seen_ns) < ADDRESS_TTL_NS)
+            // The socket may have got its cookie after its last record.
+            return self.others.iter().any(|(other, seen_ns)| match other {
+                SelfTestId::Cookie(_) => *other == id,
+                SelfTestId::Address(_) => {
+                    *other == address && t.at_ns.saturating_sub(*seen_ns) < ADDRESS_TTL_NS
+                }
             });
         }
-        self.others.retain(|(other, _)| *other != id);
+        self.others.retain(|(other, _)| *other != id && *other != address);
         if ![0, self.uid].contains(&t.opener.uid) {
             return false;
         }
@@ -161,6 +166,17 @@ mod tests {
         assert!(recognition.is_other(&record(0, 1, 11, None)));
         assert!(!recognition.is_other(&record(0, 2, 11, None)));
         assert!(!recognition.is_other(&record(0, 1, 10 + ADDRESS_TTL_NS, None)));
+    }
+
+    #[test]
+    fn a_socket_that_got_its_cookie_after_its_last_record_is_known_by_its_address() {
+        let mut recognition = recognition();
+        assert!(recognition.is_other(&record(0, 1, 10, Some(0))));
+        assert!(recognition.is_other(&record(9, 1, 11, None)));
+        assert!(!recognition.is_other(&record(9, 2, 11, None)));
+        // Another user has the address now.
+        assert!(!recognition.is_other(&record(10, 1, 12, Some(1_000))));
+        assert!(!recognition.is_other(&record(10, 1, 13, None)));
     }
 
     #[test]
