@@ -19,7 +19,7 @@
 //! privileged. `ip_local_port_step_width` (not every kernel has it; v7.3 does) keeps the parity, and only
 //! distributes the share of the reserved ports among the others.
 
-use std::fmt;
+use std::{fmt, ops::RangeInclusive, sync::Arc};
 
 mod odds;
 pub mod sysctl;
@@ -36,9 +36,24 @@ pub struct PortRange {
 }
 
 /// The ports of `ip_local_reserved_ports`: the kernel never chooses them, but a program may name them in
-/// `bind()`. The spans are in ascending order and do not touch.
+/// `bind()`. The spans are in ascending order and do not touch. Any user can reserve every second port in a network
+/// namespace of his own, so a copy copies no span, and no question walks over all of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ReservedPorts(Vec<(u16, u16)>);
+pub struct ReservedPorts(Arc<[ReservedSpan]>);
+
+/// Reserved ports that follow each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct ReservedSpan {
+    first: u16,
+    last: u16,
+    /// Number of reserved ports below `first`: of the even ones, and of the odd ones.
+    before: [u16; 2],
+}
+
+/// Number of ports of this parity (0: even, 1: odd) below `end`.
+const fn count_below(end: u32, parity: u32) -> u32 {
+    (end + 1 - parity) / 2
+}
 
 /// The source ports that the kernel may choose in a network namespace: the range without the reserved ports.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -149,19 +164,26 @@ impl ReservedPorts {
                 _ => merged.push((first, last)),
             }
         }
-        Self(merged)
+        let mut before = [0; 2];
+        let spans = merged.into_iter().map(|(first, last)| {
+            let span = ReservedSpan { first, last, before };
+            // At most 32,768 of each parity.
+            before = [0, 1].map(|parity| span.count_below(u32::from(last) + 1, parity) as u16);
+            span
+        });
+        Self(spans.collect())
     }
 
     /// Returns these reserved ports and the additional `ports`.
     #[must_use]
     pub fn with(&self, ports: impl IntoIterator<Item = u16>) -> Self {
         let ports = ports.into_iter().map(|port| (port, port));
-        Self::merged(self.0.iter().copied().chain(ports).collect())
+        Self::merged(self.0.iter().map(|span| (span.first, span.last)).chain(ports).collect())
     }
 
     /// The ports in ascending order.
     pub fn ports(&self) -> impl Iterator<Item = u16> + '_ {
-        self.0.iter().flat_map(|&(first, last)| first..=last)
+        self.0.iter().flat_map(|span| span.first..=span.last)
     }
 
     /// True if no port is reserved.
@@ -171,15 +193,34 @@ impl ReservedPorts {
 
     /// True if the port is reserved.
     pub fn contains(&self, port: u16) -> bool {
-        let after = self.0.partition_point(|&(first, _)| first <= port);
-        after.checked_sub(1).is_some_and(|at| port <= self.0[at].1)
+        self.last_span_below(u32::from(port) + 1).is_some_and(|span| port <= span.last)
+    }
+
+    /// The last span that begins below `end`.
+    fn last_span_below(&self, end: u32) -> Option<&ReservedSpan> {
+        let after = self.0.partition_point(|span| u32::from(span.first) < end);
+        after.checked_sub(1).map(|at| &self.0[at])
+    }
+
+    /// Number of reserved ports of this parity among these ports.
+    fn count(&self, ports: RangeInclusive<u16>, parity: u32) -> u32 {
+        let below = |end| self.last_span_below(end).map_or(0, |span| span.count_below(end, parity));
+        below(u32::from(*ports.end()) + 1) - below((*ports.start()).into())
+    }
+}
+
+impl ReservedSpan {
+    /// Number of reserved ports of this parity below `end`, if no later span begins below it.
+    fn count_below(&self, end: u32, parity: u32) -> u32 {
+        let of_span = count_below(end.min(u32::from(self.last) + 1), parity);
+        u32::from(self.before[parity as usize]) + of_span - count_below(self.first.into(), parity)
     }
 }
 
 /// The format that the kernel prints and accepts.
 impl fmt::Display for ReservedPorts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, (first, last)) in self.0.iter().enumerate() {
+        for (index, ReservedSpan { first, last, .. }) in self.0.iter().enumerate() {
             let comma = if index == 0 { "" } else { "," };
             match first == last {
                 true => write!(f, "{comma}{first}")?,
@@ -224,7 +265,7 @@ impl LocalPorts {
             Reach::Reserved
         } else if self.ignores_parity || self.range.is_first(port) || self.is_behind_reserved(port) {
             Reach::First
-        } else if (port - self.range.low).is_multiple_of(2) || self.first_ports().next().is_some() {
+        } else if (port - self.range.low).is_multiple_of(2) || self.expected_connects() > 0 {
             Reach::Last
         } else {
             Reach::First
@@ -250,9 +291,17 @@ impl LocalPorts {
 
     /// The mean number of connects to one closed port of [`Reach::First`] until a connect hits itself. It
     /// equals the number of such ports: (high - low + 1) / 2 if none of them is reserved, 0 if all of them
-    /// are.
+    /// are. Takes no walk over the ports.
     pub fn expected_connects(&self) -> u32 {
-        self.first_ports().count() as u32
+        let PortRange { low, high } = self.range;
+        if self.ignores_parity {
+            let reserved = self.reserved.count(low..=high, 0) + self.reserved.count(low..=high, 1);
+            return u32::from(high - low) + 1 - reserved;
+        }
+        let first_ports = self.range.first_ports().len() as u32;
+        // The last of them has the parity of the lowest. It is within the range, hence within u16.
+        let last = u32::from(low) + 2 * (first_ports - 1);
+        first_ports - self.reserved.count(low..=last as u16, u32::from(low) % 2)
     }
 }
 
@@ -427,6 +476,64 @@ mod tests {
         ];
         for (range, reserved, want) in rows {
             assert_eq!(ports(range, reserved).expected_connects(), want, "{range} less {reserved:?}");
+        }
+    }
+
+    /// The next number of a pseudo-random sequence, below `end`.
+    fn random(seed: &mut u64, end: u64) -> u64 {
+        *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (*seed >> 33) % end
+    }
+
+    #[test]
+    fn the_number_of_expected_connects_is_that_of_a_walk_over_all_ports() {
+        let mut seed = 4_711;
+        for round in 0..3_000 {
+            // Small ranges, and all that there are. Ports at both ends of u16, too.
+            let width = [8, 300, 65_536][round % 3];
+            let base = [0, 40_000, 65_536 - width][round / 3 % 3].min(65_536 - width);
+            let mut port = || (base + random(&mut seed, width)) as u16;
+            let (one, other) = (port(), port());
+            let mut spans: Vec<_> = (0..round % 40).map(|_| (port(), port())).collect();
+            for (first, last) in &mut spans {
+                // Short ones, so that something is free.
+                *last = first.saturating_add(*last % 5);
+            }
+            if round % 50 == 0 {
+                // Every second port.
+                spans = (base..base + width)
+                    .skip(round % 4)
+                    .step_by(2)
+                    .map(|at| (at as u16, at as u16))
+                    .collect();
+            }
+            let shared = LocalPorts {
+                range: PortRange { low: one.min(other), high: one.max(other) },
+                reserved: ReservedPorts::merged(spans),
+                step_width: 0,
+                ignores_parity: false,
+            };
+            let (low, high) = (port(), port());
+            let own = shared.for_socket(PortRange { low: low.min(high), high: low.max(high) });
+            for ports in [own, shared] {
+                let walked: Vec<u16> = ports.first_ports().collect();
+                assert_eq!(ports.expected_connects() as usize, walked.len(), "{ports:?}");
+                let is_any_first = !walked.is_empty();
+                for port in [ports.range.low, ports.range.high, one, other] {
+                    let reach = if !ports.range.contains(port) {
+                        Reach::Outside
+                    } else if ports.reserved.ports().any(|reserved| reserved == port) {
+                        Reach::Reserved
+                    } else if walked.contains(&port) || ports.is_behind_reserved(port) {
+                        Reach::First
+                    } else if (port - ports.range.low).is_multiple_of(2) || is_any_first {
+                        Reach::Last
+                    } else {
+                        Reach::First
+                    };
+                    assert_eq!(ports.reach(port), reach, "{ports:?}: {port}");
+                }
+            }
         }
     }
 
