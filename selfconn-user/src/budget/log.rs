@@ -1,7 +1,7 @@
 //! The log's budget: which events an owner may have in the log. Pure: the caller has the clock.
 //!
-//! `log_shares` has the rates. A connection is admitted or suppressed as a whole, at its first event, and so is a port
-//! at risk. A reserve beside the rate is for the first connection of each program and port, and half of it for what the
+//! `log_shares` has the rates. A connection is admitted or suppressed as a whole, at its first event. So is a port at
+//! risk, which takes from the rate of warnings only: no storm of connections suppresses a warning. A reserve beside the rate is for the first connection of each program and port, and half of it for what the
 //! remedy did and for events about no connection.
 
 use std::{
@@ -131,7 +131,7 @@ impl LogBudget {
                 // The end of a risk is paid with its first event.
                 let events = if decision.is_none() { CONNECTION_EVENTS } else { 1 };
                 let mut owners = [request.owner].into_iter().chain(request.other_owner);
-                owners.any(|owner| self.admits_first(request, owner, events, now_ns))
+                owners.any(|owner| self.take_warnings(owner, events, now_ns))
             }
             (Phase::AtRiskOver, decision) => decision.is_some(),
             (Phase::Closed, Some(decision)) => decision.is_admitted,
@@ -155,10 +155,13 @@ impl LogBudget {
     }
 
     /// An admitted event of this owner has a line of this length.
-    pub fn on_line(&mut self, owner: Owner, bytes: usize, now_ns: u64) {
+    pub fn on_line(&mut self, owner: Owner, phase: Phase, bytes: usize, now_ns: u64) {
         let more = (bytes.saturating_sub(1) / EVENT_BYTES) as u64;
         if more > 0 {
-            self.shares.each(owner, now_ns, |share| share.events.take(more, now_ns));
+            self.shares.each(owner, now_ns, |share| match phase {
+                Phase::AtRisk | Phase::AtRiskOver => share.warnings.take(more, now_ns),
+                _ => share.events.take(more, now_ns),
+            });
         }
     }
 
@@ -182,7 +185,7 @@ impl LogBudget {
         }
     }
 
-    /// The first event of a connection or of a risk, with this number of events to pay for.
+    /// The first event of a connection, with this number of events to pay for.
     fn admits_first(&mut self, request: &LogRequest<'_>, owner: Owner, events: u64, now_ns: u64) -> bool {
         let what = self.hasher.hash_one((request.program, request.port));
         let is_first = self.shares.is_first(owner, what);
@@ -201,6 +204,15 @@ impl LogBudget {
         let is_available = self.shares.all(owner, now_ns, |share| share.events.has(count, now_ns));
         if is_available {
             self.shares.each(owner, now_ns, |share| share.events.take(count, now_ns));
+        }
+        is_available
+    }
+
+    /// The same for warnings about ports at risk.
+    fn take_warnings(&mut self, owner: Owner, count: u64, now_ns: u64) -> bool {
+        let is_available = self.shares.all(owner, now_ns, |share| share.warnings.has(count, now_ns));
+        if is_available {
+            self.shares.each(owner, now_ns, |share| share.warnings.take(count, now_ns));
         }
         is_available
     }
@@ -401,9 +413,8 @@ mod tests {
     fn a_port_at_risk_is_paid_by_who_connected_last_or_first_and_its_end_follows_its_beginning() {
         let mut budget = LogBudget::new(LogRate::new(RATE));
         let (flooder, other) = (owner(1, None), owner(2, None));
-        open(&mut budget, &flooder, 0..2 * BURST, 0);
-        for port in 1_000..1_100 {
-            admits(&mut budget, 1_000 + usize::from(port), &flooder, port, Phase::Established, 0);
+        for id in 1_000..1_000 + 2 * BURST {
+            admits(&mut budget, id, &flooder, 80, Phase::AtRisk, 0);
         }
         let mut admits = |id: &str, last: &Payer, first: Option<&Payer>, phase| {
             let (owner, other_owner) = (last.owner(0), first.map(|owner| owner.owner(0)));
@@ -419,6 +430,96 @@ mod tests {
             assert!(admits(id, &flooder, None, Phase::AtRiskOver), "{id}: paid at its beginning");
             assert!(!admits(id, &flooder, None, Phase::AtRiskOver), "{id}: only once");
         }
+    }
+
+    /// All that an owner's connections may have is taken, the reserve, too.
+    fn drain_by_connections(budget: &mut LogBudget, owner: &Payer, now_ns: u64) {
+        let is_admitted = |id| {
+            let port = (id % 60_000) as u16;
+            admits(budget, id, owner, port, Phase::Established, now_ns)
+        };
+        let suppressed = (0..200_000).map(is_admitted).skip_while(|is_admitted| *is_admitted).count();
+        assert!(suppressed > 1_000);
+        assert!(!admits(budget, 300_000, owner, 80, Phase::Established, now_ns));
+    }
+
+    #[test]
+    fn a_storm_of_connections_suppresses_no_warning_about_a_port_at_risk() {
+        let mut budget = LogBudget::new(LogRate::DEFAULT);
+        let flooder = owner(1_000, Some("/user.slice/user-1000.slice/session-1.scope"));
+        drain_by_connections(&mut budget, &flooder, 0);
+        let suppressed = budget.suppressed();
+        // He is the first and the last to connect to the port of another user.
+        for (phase, is_admitted) in
+            [(Phase::AtRisk, true), (Phase::AtRiskOver, true), (Phase::AtRiskOver, false)]
+        {
+            assert_eq!(admits(&mut budget, 400_000, &flooder, 80, phase, 0), is_admitted, "{phase:?}");
+        }
+        assert_eq!(budget.suppressed(), suppressed + 1);
+        // Nor from another session.
+        let session = owner(1_000, Some("/user.slice/user-1000.slice/session-2.scope"));
+        drain_by_connections(&mut budget, &session, 0);
+        assert!(admits(&mut budget, 400_001, &session, 80, Phase::AtRisk, 0));
+    }
+
+    #[test]
+    fn a_flood_of_warnings_is_bounded_and_counted_and_takes_nothing_else() {
+        let mut budget = LogBudget::new(LogRate::DEFAULT);
+        let (flooder, other) = (owner(1_000, None), owner(1_001, None));
+        let flood = |budget: &mut LogBudget, now_ns| {
+            let ids = 0..10_000;
+            let admitted = |id: &usize| {
+                let id = *id + now_ns as usize;
+                let is_admitted = admits(budget, id, &flooder, 80, Phase::AtRisk, now_ns);
+                if is_admitted {
+                    assert!(admits(budget, id, &flooder, 80, Phase::AtRiskOver, now_ns), "paid");
+                }
+                is_admitted
+            };
+            ids.filter(admitted).count()
+        };
+        assert_eq!([flood(&mut budget, 0), flood(&mut budget, SECOND_NS)], [2_048, 10]);
+        assert_eq!(budget.suppressed(), 20_000 - 2_058);
+        let [of_flooder] = &budget.take_unreported()[..] else { panic!("one owner") };
+        assert_eq!(of_flooder.owner, flooder);
+        assert!(admits(&mut budget, 1, &other, 80, Phase::AtRisk, SECOND_NS));
+        assert_eq!(open(&mut budget, &flooder, 50_000..60_000, SECOND_NS).len(), 10_000, "connections");
+        // A long line takes as much as several warnings.
+        let mut budget = LogBudget::new(LogRate::DEFAULT);
+        budget.on_line(flooder.owner(0), Phase::AtRisk, 4_000 * EVENT_BYTES, 0);
+        assert!(flood(&mut budget, 0) < 60);
+    }
+
+    #[test]
+    fn the_ports_that_an_owner_may_have_at_risk_are_all_in_the_log() {
+        /// Of an owner, and of a user in all sessions: `an_owner_a_user_and_a_control_group_take_a_part_of_what_is_free`.
+        const PORTS: [(u32, usize); 2] = [(1, 455), (1_000, 2_048)];
+        for (sessions, ports) in PORTS {
+            let mut budget = LogBudget::new(LogRate::DEFAULT);
+            let session = |port: usize| {
+                let number = port as u32 % sessions;
+                owner(1_000, Some(&format!("/user.slice/user-1000.slice/session-{number}.scope")))
+            };
+            // All at once, at 20 attempts and at each tenfold count up to 200 million.
+            for _ in 0..8 {
+                for id in 0..ports.min(455 * 4) {
+                    assert!(admits(&mut budget, id, &session(id), id as u16, Phase::AtRisk, 0), "{id}");
+                }
+            }
+        }
+        // And others in each minute after that.
+        let mut budget = LogBudget::new(LogRate::DEFAULT);
+        let owner = owner(1_000, None);
+        for minute in 0..60 {
+            for port in 0..455 {
+                let id = 1_000 * (minute + 1) + port;
+                for phase in [Phase::AtRisk, Phase::AtRiskOver] {
+                    let now_ns = 60 * SECOND_NS * minute as u64;
+                    assert!(admits(&mut budget, id, &owner, port as u16, phase, now_ns), "{minute}: {port}");
+                }
+            }
+        }
+        assert_eq!(budget.suppressed(), 0);
     }
 
     #[test]
@@ -438,7 +539,7 @@ mod tests {
                         is_admitted = admits(&mut budget, id, &flooder, 80, phase, now_ns);
                         if is_admitted {
                             bytes_in_hour += line;
-                            budget.on_line(flooder.owner(0), line, now_ns);
+                            budget.on_line(flooder.owner(0), phase, line, now_ns);
                         }
                     }
                     if !is_admitted {

@@ -1,7 +1,7 @@
 //! The rates of the log. An event takes from that of its owner, and from larger ones of its user in all control groups
 //! together and of all users of its control group. So a user with many sessions, or a container with many uids, has
 //! four times the rate of an owner, and one container that floods takes nothing from another one with the same uid.
-//! Pure: the caller has the clock.
+//! Warnings about ports at risk have a rate of their own. Pure: the caller has the clock.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -39,6 +39,17 @@ impl LogRate {
         Self { rate, burst: rate.saturating_mul(BURST_SECONDS) }
     }
 
+    /// The rate of warnings about ports at risk beside this rate. A user without sessions of his own has 455 ports in
+    /// the table of refused connects (`selfconn_ebpf::refused_connects`). The burst is enough if all of them are at risk
+    /// at the same moment and are reported at eight counts, and the rate if they all end and others begin each minute.
+    const fn of_warnings(self) -> Self {
+        const MAX: LogRate = LogRate { rate: 20, burst: 4_096 };
+        Self {
+            rate: if self.rate < MAX.rate { self.rate } else { MAX.rate },
+            burst: if self.burst < MAX.burst { self.burst } else { MAX.burst },
+        }
+    }
+
     const fn times(self, factor: u32) -> Self {
         Self { rate: self.rate.saturating_mul(factor), burst: self.burst.saturating_mul(factor) }
     }
@@ -73,27 +84,32 @@ const RESERVE_DIVISOR: u32 = 10;
 /// Maximum number of owners, of users, and of control groups that have a share of their own.
 pub(super) const SHARES: usize = 1_024;
 
-/// Maximum number of programs and ports that are remembered of an owner.
-const PROGRAMS: usize = 64;
+/// Maximum number of programs and ports that are remembered of an owner. A table of the standard library with 64 places
+/// has room for as many.
+const PROGRAMS: usize = 56;
 
 #[derive(Clone, Debug)]
 pub(super) struct Share {
     pub(super) events: RateLimiter,
     pub(super) reserve: RateLimiter,
+    pub(super) warnings: RateLimiter,
 }
 
 impl Share {
-    fn new(rate: LogRate) -> Self {
-        let LogRate { rate, burst } = rate;
+    /// `rate`: that of an owner. `factor`: how many owners the share is for.
+    fn new(rate: LogRate, factor: u32) -> Self {
+        let warnings = rate.of_warnings().times(factor);
+        let LogRate { rate, burst } = rate.times(factor);
         let part_of_burst = (burst / RESERVE_DIVISOR).max(BURST_SECONDS);
         Self {
             events: RateLimiter::with_burst(rate, burst),
             reserve: RateLimiter::with_burst(rate / RESERVE_DIVISOR, part_of_burst),
+            warnings: RateLimiter::with_burst(warnings.rate, warnings.burst),
         }
     }
 
     fn is_idle(&self, now_ns: u64) -> bool {
-        self.events.is_full(now_ns) && self.reserve.is_full(now_ns)
+        [&self.events, &self.reserve, &self.warnings].iter().all(|limiter| limiter.is_full(now_ns))
     }
 }
 
@@ -129,12 +145,12 @@ impl LogShares {
     /// Calls this for each share from which the owner's events take.
     pub(super) fn each(&mut self, owner: Owner, now_ns: u64, mut f: impl FnMut(&mut Share)) {
         self.sweep_if_full(now_ns);
-        let of_party = self.rate.times(PARTY_FACTOR);
+        let rate = self.rate;
         for party in Party::of(owner) {
             let share = match party {
                 Party::Owner(owner) => Some(&mut self.of_owner(owner).share),
-                Party::Uid(uid) => share_of(&mut self.uids, uid, of_party),
-                Party::Cgroup(cgroup) => share_of(&mut self.cgroups, cgroup, of_party),
+                Party::Uid(uid) => share_of(&mut self.uids, uid, rate),
+                Party::Cgroup(cgroup) => share_of(&mut self.cgroups, cgroup, rate),
             };
             // Where there is none, the owner's own share is still a bound.
             if let Some(share) = share {
@@ -160,7 +176,7 @@ impl LogShares {
             len if len < 2 * SHARES => owner.everybody(),
             _ => Owner::UNKNOWN.everybody(),
         };
-        let new = || OwnerShare { share: Share::new(self.rate), seen: HashSet::new() };
+        let new = || OwnerShare { share: Share::new(self.rate, 1), seen: HashSet::new() };
         self.owners.entry(key).or_insert_with(new)
     }
 
@@ -183,7 +199,7 @@ impl LogShares {
     }
 }
 
-/// `None`: there are too many.
+/// The share of a user or of a control group. `rate`: that of an owner. `None`: there are too many.
 fn share_of<K: Copy + Eq + Hash>(
     shares: &mut HashMap<K, Share>,
     key: K,
@@ -192,5 +208,5 @@ fn share_of<K: Copy + Eq + Hash>(
     if shares.len() >= SHARES && !shares.contains_key(&key) {
         return None;
     }
-    Some(shares.entry(key).or_insert_with(|| Share::new(rate)))
+    Some(shares.entry(key).or_insert_with(|| Share::new(rate, PARTY_FACTOR)))
 }
