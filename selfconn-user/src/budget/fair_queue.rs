@@ -71,10 +71,10 @@ impl<T> FairQueue<T> {
         self.by_owner.values().flat_map(|queue| queue.items.iter().map(|(_, item)| item))
     }
 
-    /// Takes out the items for which `keeps` is false.
-    pub fn retain(&mut self, keeps: impl Fn(&T) -> bool) {
+    /// Takes out the items for which `keeps` is false. It may change an item.
+    pub fn retain(&mut self, keeps: impl Fn(&mut T) -> bool) {
         for queue in self.by_owner.values_mut() {
-            queue.items.retain(|(_, item)| keeps(item));
+            queue.items.retain_mut(|(_, item)| keeps(item));
         }
         self.by_owner.retain(|_, queue| !queue.items.is_empty());
     }
@@ -165,7 +165,7 @@ mod tests {
         for number in 0..10 {
             queue.push(Owner::new(number % 2, 0), number);
         }
-        queue.retain(|item| item % 2 == 1 && *item > 4);
+        queue.retain(|item| *item % 2 == 1 && *item > 4);
         assert_eq!(queue.iter().sum::<u32>(), 5 + 7 + 9);
         assert!(queue.owners().eq([Owner::new(1, 0)]));
         assert_eq!(drain(&mut queue), [5, 7, 9]);

@@ -61,6 +61,7 @@ mod started;
 mod status;
 pub mod supervision;
 mod thread_watch;
+mod waiting_ports;
 
 pub use self_test::HooksDead;
 

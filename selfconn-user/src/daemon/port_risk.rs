@@ -1,27 +1,23 @@
 //! Early warning of self-connections: a probe reports a port with many refused connects, the worker reads the
 //! port range of its namespace, and `crate::detect::port_risk` decides which event to emit. No timer runs
-//! while there is no such port. The worker looks at a few ports of one owner at a time, and owners take turns: to
-//! find a namespace may take long, and an owner may have many.
+//! while there is no such port. The worker looks at a few ports of one owner at a time, and owners take turns
+//! (`super::waiting_ports`): to find a namespace may take long, and an owner may have many.
 
-use std::{
-    collections::{HashMap, HashSet},
-    io,
-    time::Duration,
-};
+use std::{collections::HashSet, io, time::Duration};
 
-use selfconn_ebpf::{Endpoint, Owner};
+use selfconn_ebpf::Endpoint;
 use tokio::time::Instant;
 
 use super::{
     port_ranges::{self, PortRangeRequest, PortRangeWorker},
     reporting::{Reporting, Waiter},
+    waiting_ports::WaitingPorts,
 };
 use crate::{
     bpf::loader::{RefusedCounts, Tracer},
-    budget::FairQueue,
     detect::{
         connection::Connections,
-        port_risk::{PortAtRisk, PortLook, PortRiskEvent, PortRisks},
+        port_risk::{PortAtRisk, PortChoices, PortLook, PortRiskEvent, PortRisks},
     },
     event::{AtRisk, AtRiskOver, EventKind},
     guard::GuardMode,
@@ -34,16 +30,17 @@ use crate::{
     },
 };
 
-/// Maximum number of ports that are checked together, in one turn of the loop. Each may need a simulation of the
-/// kernel's walk over the ports.
-const MAX_TOGETHER: usize = 8;
+/// Interval between two looks at who connects to the ports that wait for the worker.
+const OWNER_LOOK_INTERVAL_NS: u64 = 200_000_000;
 
 /// The ports with many refused connects, and the worker that reads port ranges.
 pub(super) struct PortRiskMonitor {
     risks: PortRisks,
     port_range_worker: PortRangeWorker,
-    /// The ports that the worker must look at, a few of one namespace in each request.
-    waiting: FairQueue<PortRangeRequest>,
+    /// The ports that the worker must look at.
+    waiting: WaitingPorts,
+    /// Time of the last look at who connects to them: `CLOCK_BOOTTIME`, nanoseconds.
+    owners_looked_ns: u64,
     /// The ports that wait for the worker's response.
     awaiting_ranges: Vec<Endpoint>,
     /// True if the socket table shows sockets that are bound and idle.
@@ -55,7 +52,8 @@ impl PortRiskMonitor {
         Ok(Self {
             risks: PortRisks::default(),
             port_range_worker: port_ranges::start()?,
-            waiting: FairQueue::default(),
+            waiting: WaitingPorts::default(),
+            owners_looked_ns: 0,
             awaiting_ranges: Vec::new(),
             shows_idle,
         })
@@ -78,32 +76,28 @@ impl PortRiskMonitor {
 
     /// Time of the next check. `None`: no check before the next record or response.
     pub(super) fn next_at(&self) -> Option<Instant> {
-        let until_check_ns = self.risks.next_check_ns()?.saturating_sub(clock::boot_ns());
-        Some(Instant::now() + Duration::from_nanos(until_check_ns))
+        let owner_look_ns =
+            (!self.waiting.is_empty()).then_some(self.owners_looked_ns + OWNER_LOOK_INTERVAL_NS);
+        let due_ns = self.risks.next_check_ns().into_iter().chain(owner_look_ns).min()?;
+        Some(Instant::now() + Duration::from_nanos(due_ns.saturating_sub(clock::boot_ns())))
     }
 
     /// If a check is due, stops tracking ports without recent attempts, and requests the port ranges for the
     /// ports that are due.
     pub(super) fn check_due_ports(&mut self, tracer: &mut Tracer, reporting: &mut Reporting) {
         let now_ns = clock::boot_ns();
+        self.look_at_owners(tracer.refused_counts(), now_ns);
         if self.risks.next_check_ns().is_none_or(|check_ns| check_ns > now_ns) {
             return;
         }
         let refused_counts = tracer.refused_counts();
-        let mut due: HashMap<(Owner, NetnsId), PortRangeRequest> = HashMap::new();
+        let mut due = Vec::new();
         for destination in self.risks.begin_check(now_ns) {
             let count = refused_counts.get(&destination);
             match (self.risks.expire(&destination, count.as_ref(), now_ns), count) {
+                // Any user can make the first attempt, or the last one.
                 (None, Some(count)) => {
-                    // The owner of the entry pays, because any other user can make the last attempt.
-                    let (owner, hint) = (count.owner, count.last_opener.task.pid);
-                    let netns = NetnsId::from(&destination);
-                    let new = || PortRangeRequest { netns, hint, destinations: Vec::new() };
-                    let request = due.entry((owner, netns)).or_insert_with(new);
-                    request.destinations.push(destination);
-                    if request.destinations.len() == MAX_TOGETHER {
-                        self.waiting.push(owner, std::mem::replace(request, new()));
-                    }
+                    due.extend([count.owner, count.last_opener.owner].map(|owner| (destination, owner)));
                 }
                 (expired, _) => {
                     refused_counts.remove(&destination);
@@ -113,22 +107,47 @@ impl PortRiskMonitor {
                 }
             }
         }
-        for ((owner, _), request) in due {
-            if !request.destinations.is_empty() {
-                self.waiting.push(owner, request);
-            }
-        }
-        self.send_next();
+        self.waiting.push(due);
+        self.send_next(refused_counts);
         tracer.update_watched_ports(self.risks.tracked());
     }
 
+    /// Gives the ports that wait a turn of whoever connected to them last.
+    fn look_at_owners(&mut self, refused_counts: &RefusedCounts, now_ns: u64) {
+        if self.waiting.is_empty() || now_ns < self.owners_looked_ns + OWNER_LOOK_INTERVAL_NS {
+            return;
+        }
+        self.owners_looked_ns = now_ns;
+        let newest = |destination: &Endpoint| {
+            refused_counts.get(destination).map(|count| (*destination, count.last_opener.owner))
+        };
+        let newest: Vec<_> = self.waiting.iter().filter_map(newest).collect();
+        self.waiting.push(newest);
+    }
+
     /// Gives the worker the next ports, if it has none.
-    fn send_next(&mut self) {
-        if self.awaiting_ranges.is_empty()
-            && let Some((_, request)) = self.waiting.pop()
+    fn send_next(&mut self, refused_counts: &RefusedCounts) {
+        while self.awaiting_ranges.is_empty()
+            && let Some(of_turn) = self.waiting.pop()
         {
-            self.awaiting_ranges.clone_from(&request.destinations);
-            self.port_range_worker.send(request);
+            let mut request: Option<PortRangeRequest> = None;
+            for destination in of_turn {
+                let Some(count) = refused_counts.get(&destination) else {
+                    self.risks.end_check(&destination);
+                    continue;
+                };
+                let new = || PortRangeRequest {
+                    netns: NetnsId::from(&destination),
+                    hint: count.last_opener.task.pid,
+                    destinations: Vec::new(),
+                };
+                let request = request.get_or_insert_with(new);
+                request.destinations.push((destination, PortChoices::of(&count)));
+                self.awaiting_ranges.push(destination);
+            }
+            if let Some(request) = request {
+                self.port_range_worker.send(request);
+            }
         }
     }
 
@@ -156,24 +175,28 @@ impl PortRiskMonitor {
         let destinations = std::mem::take(&mut self.awaiting_ranges);
         // A self-connection holds the port. A connect of either family can have this destination.
         let keys: HashSet<Endpoint> = destinations.iter().map(Endpoint::table_key).collect();
-        let held = connections.iter().map(|connection| connection.endpoint.table_key());
+        // There may be thousands of connections, and a key takes longer than a port.
+        let may_be_held = |endpoint: &Endpoint| destinations.iter().any(|at| at.port == endpoint.port);
+        let held = connections.iter().map(|connection| &connection.endpoint).filter(|at| may_be_held(at));
+        let held = held.map(Endpoint::table_key);
         let taken: HashSet<Endpoint> = held.filter(|key| keys.contains(key)).collect();
         for destination in destinations {
-            let Some(count) = refused_counts.get(&destination) else {
+            let seen = response.as_ref().map(|seen| seen.get(&destination));
+            let (Some(count), Some(seen)) = (refused_counts.get(&destination), seen.transpose()) else {
                 self.risks.end_check(&destination);
                 continue;
             };
             let guard = guard_in(NetnsId::from(&destination));
-            let look = match &response {
+            let look = match seen {
                 Ok(seen) => PortLook {
-                    ports: Ok(&seen.ports),
-                    port_use: seen.uses.get(&destination).copied(),
+                    reach: Ok(seen.reach),
+                    port_use: seen.port_use,
                     shows_idle: self.shows_idle,
                     guard,
                 },
                 Err(why) => {
                     log::info!("whether connect() can choose port {} is unknown: {why}", destination.port);
-                    PortLook { ports: Err(why), port_use: None, shows_idle: false, guard }
+                    PortLook { reach: Err(why), port_use: None, shows_idle: false, guard }
                 }
             };
             let is_taken = taken.contains(&destination.table_key());
@@ -181,7 +204,7 @@ impl PortRiskMonitor {
                 report(event, now_ns, reporting);
             }
         }
-        self.send_next();
+        self.send_next(refused_counts);
         log::debug!("ports at risk: {}", self.at_risk());
     }
 

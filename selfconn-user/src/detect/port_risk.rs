@@ -13,12 +13,13 @@ use selfconn_ebpf::{
     refused_connects::{REPORT_THRESHOLD, RefusedCount, WINDOW_NS},
 };
 
-use crate::{guard::GuardMode, ports::LocalPorts, sockets::PortUse};
-use attempts::OddsCache;
+use crate::{guard::GuardMode, sockets::PortUse};
 
 pub use attempts::RefusedConnects;
+pub use reach::{OddsCache, PortChoices, PortReach};
 
 mod attempts;
+mod reach;
 #[cfg(test)]
 mod tests;
 
@@ -71,8 +72,8 @@ pub struct PortAtRisk {
 /// What is known of a port now.
 #[derive(Clone, Copy, Debug)]
 pub struct PortLook<'a> {
-    /// The local port range of its namespace, or the reason why that is unknown.
-    pub ports: Result<&'a LocalPorts, &'a str>,
+    /// How `connect()` comes to it, or the reason why that is unknown.
+    pub reach: Result<PortReach, &'a str>,
     /// What has the port. `None`: unknown.
     pub port_use: Option<PortUse>,
     /// True if the kernel shows sockets that are bound and idle.
@@ -111,7 +112,6 @@ pub struct PortRisks {
     last_check_ns: u64,
     /// True if the programs do not wait for the ends of exactly the listeners at [`Self::tracked`].
     is_watch_stale: bool,
-    odds: OddsCache,
 }
 
 #[derive(Debug)]
@@ -258,12 +258,16 @@ impl PortRisks {
     ) -> Option<PortRiskEvent> {
         let port = self.ports.get_mut(destination)?;
         port.is_in_check = false;
-        let connects =
+        let mut connects =
             RefusedConnects { risk: port.risk.unwrap_or(0), ..RefusedConnects::new(destination, count) };
+        if let Ok(reach) = &look.reach {
+            // Of the moment in which the worker was asked.
+            connects.choices = reach.choices;
+        }
         let before = port.last_connects.replace(connects);
         let expiry_ns = connects.last_ns.saturating_add(WINDOW_NS + 1);
         port.next_check_ns = expiry_ns;
-        let can_be_chosen = look.ports.map_or(true, |ports| connects.can_be_chosen(ports));
+        let can_be_chosen = look.reach.map_or(true, |reach| reach.can_be_chosen);
         let port_use = look.port_use.unwrap_or_default();
         if port_use.is_bound {
             port.bound_ns = now_ns;
@@ -279,7 +283,7 @@ impl PortRisks {
             MIN_BOUND_CHECK_INTERVAL_NS
         };
         if port.is_bound || !can_be_chosen {
-            let expected = look.ports.map_or(1, |ports| connects.expected_connects(ports));
+            let expected = look.reach.map_or(1, |reach| reach.expected_connects);
             let interval_ns =
                 connects.gap_ns(before.as_ref()).saturating_mul(expected) / CHECKS_PER_EXPECTED_HIT;
             let interval_ns = match min_interval_ns {
@@ -307,10 +311,10 @@ impl PortRisks {
             port.next_check_ns = expiry_ns.min(report_ns);
             return None;
         }
-        let chance = match look.ports {
+        let chance = match look.reach {
             Err(why) => Chance::Unknown(why.to_owned()),
-            Ok(ports) => match connects.chance(ports, &mut self.odds) {
-                Some(chance) => chance,
+            Ok(PortReach { one_in, .. }) => match one_in {
+                Some(one_in) => Chance::OneIn(one_in),
                 // `connect()` never comes to it, because all ports at which it begins are reserved.
                 None => {
                     port.next_check_ns = expiry_ns.min(now_ns.saturating_add(MIN_BOUND_CHECK_INTERVAL_NS));

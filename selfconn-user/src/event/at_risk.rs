@@ -137,7 +137,7 @@ impl AtRisk {
             eta_seconds: connects.eta_seconds(chance),
             may_be_bound: *may_be_bound,
             range_unknown,
-            own_range: connects.own_range.map(|range| range.to_string()),
+            own_range: connects.choices.own_range.map(|range| range.to_string()),
             guard: guard.name(),
         }
     }

@@ -1,6 +1,7 @@
 //! Unit tests of the ports at risk.
 
 use super::*;
+use crate::ports::{LocalPorts, Odds, PortRange, Reach};
 
 const NOW_NS: u64 = 100_000 * SECOND_NS;
 /// ::ffff:127.0.0.1, port 40000.
@@ -24,9 +25,18 @@ fn ports(range: &str, reserved: &str) -> Result<LocalPorts, String> {
     LocalPorts::parse(range, reserved).map_err(|error| error.to_string())
 }
 
+/// Attempts that choose from the range of the namespace.
 fn look(ports: &Result<LocalPorts, String>) -> PortLook<'_> {
-    let ports = ports.as_ref().map_err(String::as_str);
-    PortLook { ports, port_use: Some(PortUse::default()), shows_idle: true, guard: GuardMode::Off }
+    look_of(&count(20, SECOND_NS, NOW_NS), ports)
+}
+
+fn look_of<'a>(count: &RefusedCount, ports: &'a Result<LocalPorts, String>) -> PortLook<'a> {
+    let port_use = Some(PortUse::default());
+    let reach_in = |ports| {
+        PortReach::of(PortChoices::of(count), ports, DESTINATION.port, port_use, &mut OddsCache::default())
+    };
+    let reach = ports.as_ref().map(reach_in).map_err(String::as_str);
+    PortLook { reach, port_use, shows_idle: true, guard: GuardMode::Off }
 }
 
 fn check_now(
@@ -119,9 +129,9 @@ fn a_range_of_the_sockets_own_decides_for_its_attempts() {
         count.set_range(own, NOW_NS - own_age_ns);
         let mut risks = PortRisks::default();
         risks.on_threshold(DESTINATION);
-        let chance = match risks.check(&DESTINATION, &count, &look(netns), false, NOW_NS) {
+        let chance = match risks.check(&DESTINATION, &count, &look_of(&count, netns), false, NOW_NS) {
             Some(PortRiskEvent::AtRisk(PortAtRisk { connects, chance: Chance::OneIn(one_in), .. })) => {
-                assert_eq!(connects.own_range.is_some(), own_age_ns == 0, "{what}");
+                assert_eq!(connects.choices.own_range.is_some(), own_age_ns == 0, "{what}");
                 Some(one_in)
             }
             event => {
@@ -130,6 +140,95 @@ fn a_range_of_the_sockets_own_decides_for_its_attempts() {
             }
         };
         assert_eq!(chance, expected, "{what}");
+    }
+}
+
+/// How `connect()` comes to a port, by a walk over all ports of the range: if it can choose it, the mean number of
+/// attempts until a certain port is chosen, and until this one is.
+fn walked_reach(choices: PortChoices, ports: &LocalPorts, port: u16) -> (bool, u64, Option<u32>) {
+    let shared = choices.uses_netns_range.then(|| ports.clone());
+    let among: Vec<_> =
+        shared.into_iter().chain(choices.own_range.map(|own| ports.for_socket(own))).collect();
+    let count = |ports: &LocalPorts| ports.first_ports().count();
+    let can_choose = |ports: &&LocalPorts| match ports.reach(port) {
+        Reach::First => true,
+        Reach::Last => count(ports) == 0,
+        Reach::Reserved | Reach::Outside => false,
+    };
+    let expected = among.iter().map(count).min().map_or(1, |least| least.max(1) as u64);
+    let chosen = among.iter().filter(can_choose);
+    let one_in = chosen.filter_map(|ports| Odds::of(ports).expected_connects(port)).min();
+    (among.iter().any(|ports| can_choose(&ports)), expected, one_in)
+}
+
+#[test]
+fn the_reach_of_a_port_is_that_of_a_walk_over_all_ports() {
+    let mut seed = 4_711_u64;
+    let mut random = |end: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((seed >> 33) % end) as u16
+    };
+    let mut odds = OddsCache::default();
+    let (mut reached, mut unreached) = (0, 0);
+    for round in 0..2_000 {
+        let mut pair = || {
+            let (one, other) = (40_000 + random(60), 40_000 + random(60));
+            (one.min(other), one.max(other))
+        };
+        let ((low, high), (own_low, own_high)) = (pair(), pair());
+        let spans: Vec<_> = (0..round % 12)
+            .map(|_| pair())
+            .map(|(from, to)| format!("{from}-{}", to.min(from + 9)))
+            .collect();
+        let ports = LocalPorts::parse(&format!("{low} {high}"), &spans.join(",")).unwrap();
+        let ports = LocalPorts { step_width: u32::from(round % 7 == 0), ..ports };
+        let own_range = (round % 3 != 0).then_some(PortRange { low: own_low, high: own_high });
+        let choices = PortChoices { own_range, uses_netns_range: round % 5 != 0 };
+        for port in [low, high, own_low, own_high, low + (high - low) / 2] {
+            let reach = PortReach::of(choices, &ports, port, None, &mut odds);
+            let expected = walked_reach(choices, &ports, port);
+            let actual = (reach.can_be_chosen, reach.expected_connects, reach.one_in);
+            assert_eq!(actual, expected, "{ports:?} {choices:?}: {port}");
+            *if reach.can_be_chosen { &mut reached } else { &mut unreached } += 1;
+            let bound = Some(PortUse { is_bound: true, ..PortUse::default() });
+            let of_bound = PortReach::of(choices, &ports, port, bound, &mut odds);
+            assert_eq!(of_bound, PortReach { one_in: None, ..reach });
+        }
+    }
+    assert!(reached > 1_000 && unreached > 1_000, "{reached} {unreached}");
+}
+
+#[test]
+#[ignore = "a measurement: cargo test --release -p selfconn-user --lib check_of_a_port_takes -- --ignored --nocapture"]
+fn a_check_of_a_port_takes() {
+    let reserved = |first: u32| -> String { (0..32_767).map(|n| format!("{},", first + 2 * n)).collect() };
+    let (even, odd) = (reserved(2), reserved(1));
+    for (what, range, reserved, port, own) in [
+        ("the default range", "32768 60999", "", 40_000, None),
+        ("the same, and the port is reserved", "32768 60999", "40000", 40_000, None),
+        ("every even port is reserved", "1 65535", even.as_str(), 40_000, None),
+        ("every odd port is reserved", "1 65535", odd.as_str(), 40_000, None),
+        ("a range of the socket's own", "1 65535", &even, 40_000, Some((1, 65_535))),
+        ("the same, and the port is at risk", "1 65535", &even, 40_001, Some((1, 65_534))),
+    ] {
+        let (ports, destination) = (ports(range, reserved).unwrap(), Endpoint { port, ..DESTINATION });
+        let mut count = count(20, SECOND_NS, NOW_NS);
+        count.set_range(own.map_or(0, |(low, high)| high << 16 | low), NOW_NS);
+        let choices = PortChoices::of(&count);
+        let mut times: Vec<_> = (0..40)
+            .map(|_| {
+                let (mut risks, started) = (PortRisks::default(), std::time::Instant::now());
+                risks.on_threshold(destination);
+                let port_use = Some(PortUse::default());
+                let reach = PortReach::of(choices, &ports, port, port_use, &mut OddsCache::default());
+                let of_worker = started.elapsed();
+                let look = PortLook { reach: Ok(reach), port_use, shows_idle: true, guard: GuardMode::Off };
+                std::hint::black_box(risks.check(&destination, &count, &look, false, NOW_NS));
+                (started.elapsed() - of_worker, of_worker)
+            })
+            .collect();
+        times.sort();
+        println!("{what}: loop {:?}, worker {:?} (medians)", times[20].0, times[20].1);
     }
 }
 
@@ -215,7 +314,7 @@ fn an_unknown_port_range_is_reported_with_its_reason() {
     let event = {
         let (mut risks, why) = (PortRisks::default(), "no way in");
         risks.on_threshold(DESTINATION);
-        let look = PortLook { ports: Err(why), port_use: None, shows_idle: false, guard: GuardMode::Off };
+        let look = PortLook { reach: Err(why), port_use: None, shows_idle: false, guard: GuardMode::Off };
         risks.check(&DESTINATION, &count(20, SECOND_NS, NOW_NS), &look, false, NOW_NS)
     };
     let Some(PortRiskEvent::AtRisk(PortAtRisk { connects, chance, may_be_bound: true, .. })) = event else {
