@@ -1,8 +1,9 @@
 //! The log's budget: which events an owner may have in the log. Pure: the caller has the clock.
 //!
 //! `log_shares` has the rates. A connection is admitted or suppressed as a whole, at its first event. So is a port at
-//! risk, which takes from the rate of warnings only: no storm of connections suppresses a warning. A reserve beside the rate is for the first connection of each program and port, and half of it for what the
-//! remedy did and for events about no connection.
+//! risk, which takes from the rate of warnings only: no storm of connections suppresses a warning. A reserve beside the
+//! rate is for the first connection of each program and port, and half of it for what the remedy did and for events
+//! about no connection.
 
 use std::{
     collections::HashMap,
@@ -492,7 +493,8 @@ mod tests {
 
     #[test]
     fn the_ports_that_an_owner_may_have_at_risk_are_all_in_the_log() {
-        /// Of an owner, and of a user in all sessions: `an_owner_a_user_and_a_control_group_take_a_part_of_what_is_free`.
+        /// Of an owner, and of a user in all sessions:
+        /// `an_owner_a_user_and_a_control_group_take_a_part_of_what_is_free`.
         const PORTS: [(u32, usize); 2] = [(1, 455), (1_000, 2_048)];
         for (sessions, ports) in PORTS {
             let mut budget = LogBudget::new(LogRate::DEFAULT);

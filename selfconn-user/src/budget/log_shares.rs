@@ -39,9 +39,9 @@ impl LogRate {
         Self { rate, burst: rate.saturating_mul(BURST_SECONDS) }
     }
 
-    /// The rate of warnings about ports at risk beside this rate. A user without sessions of his own has 455 ports in
-    /// the table of refused connects (`selfconn_ebpf::refused_connects`). The burst is enough if all of them are at risk
-    /// at the same moment and are reported at eight counts, and the rate if they all end and others begin each minute.
+    /// The rate of warnings about ports at risk beside this rate. A user in one session has 455 ports in the table of
+    /// refused connects (`selfconn_ebpf::refused_connects`). The burst is enough if all of them are at risk at the same
+    /// moment and are reported at eight counts, and the rate if they all end and others begin each minute.
     const fn of_warnings(self) -> Self {
         const MAX: LogRate = LogRate { rate: 20, burst: 4_096 };
         Self {

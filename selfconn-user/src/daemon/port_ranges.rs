@@ -1,7 +1,6 @@
 //! The worker that looks at ports in a network namespace: its local port range, what that means for the ports, and what
-//! has them. The worker
-//! that reads the socket table can be busy for longer than the report of a port at risk may take, so this is a
-//! separate thread.
+//! has them. The worker that reads the socket table can be busy for longer than the report of a port at risk may take,
+//! so this is a separate thread.
 
 use std::{cell::RefCell, collections::HashMap, io};
 

@@ -1,6 +1,6 @@
 //! The ports that wait for a look into their network namespace. Any user can connect to another's port, and be the
-//! first there whose connect is refused. So a port waits for a turn of each owner that is known to connect to it, and the
-//! first of these turns serves it. Pure.
+//! first there whose connect is refused. So a port waits for a turn of each owner that is known to connect to it, and
+//! the first of these turns serves it. Pure.
 
 use std::collections::HashMap;
 

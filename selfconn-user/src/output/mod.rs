@@ -96,17 +96,17 @@ impl Outputs {
             if !self.budget.admits(&request, now_ns) {
                 return;
             }
-            owner = Some((request.owner, request.phase));
+            owner = Some((request.owner, request.other_owner, request.phase));
         }
         kind.limit_cmdline(self.cmdline);
         let event = Event { time, seq: self.made, kind };
         self.write_json(&event);
-        if let Some((owner, phase)) = owner {
+        if let Some((owner, _, phase)) = owner {
             self.budget.on_line(owner, phase, self.line.len(), now_ns);
         }
         if let Some(log) = &mut self.log {
             match owner {
-                Some((owner, _)) => log.push_of(owner, &self.line),
+                Some((owner, other, _)) => log.push_of(owner, other, &self.line),
                 None => log.push(&self.line),
             }
         }

@@ -89,13 +89,15 @@ impl LogFile {
         self.queue.push(line);
     }
 
-    /// As [`Self::push`], if this owner has room for the line. Otherwise the line is dropped.
-    pub fn push_of(&mut self, owner: Owner, line: &[u8]) {
-        let mut has_room = self.room.try_take(owner, line.len());
+    /// As [`Self::push`], if this owner has room for the line, or the other one. Otherwise the line is dropped.
+    pub fn push_of(&mut self, owner: Owner, other: Option<Owner>, line: &[u8]) {
+        let try_take =
+            |room: &mut Room| [owner].into_iter().chain(other).any(|owner| room.try_take(owner, line.len()));
+        let mut has_room = try_take(&mut self.room);
         if !has_room && !std::mem::replace(&mut self.has_looked, true) {
             // The file may have been rotated since its last line. The next flush reports an error.
             let _ = self.follow_path();
-            has_room = self.room.try_take(owner, line.len());
+            has_room = try_take(&mut self.room);
         }
         if has_room {
             self.push(line);
@@ -330,18 +332,22 @@ mod tests {
         let line = [b"x".repeat(99), b"\n".to_vec()].concat();
         let (flooder, other) = (Owner::new(1, 1), Owner::new(2, 2));
         for _ in 0..1_000 {
-            log.push_of(flooder, &line);
+            log.push_of(flooder, None, &line);
         }
         log.flush();
         let len = || std::fs::metadata(&path).unwrap().len();
         assert_eq!((len(), log.lost()), (75_000, 250));
         for _ in 0..10 {
-            log.push_of(other, &line);
+            log.push_of(other, None, &line);
             log.push(&line);
         }
         log.flush();
         assert_eq!((len(), log.lost(), log.is_failing()), (77_000, 250, false));
         assert_eq!(log.take_over_share(), [(flooder, 250)]);
+        // A warning about a port to which both connect.
+        log.push_of(flooder, Some(other), &line);
+        log.flush();
+        assert_eq!((len(), log.lost()), (77_100, 250));
         // What nobody pays for waits at the limit.
         for _ in 0..1_000 {
             log.push(&line);
@@ -349,9 +355,9 @@ mod tests {
         log.flush();
         assert_eq!((len(), log.lost(), log.is_failing(), log.has_pending()), (LIMIT, 250, true, true));
         std::fs::rename(&path, folder.path().join("log.1")).unwrap();
-        log.push_of(flooder, &line);
+        log.push_of(flooder, None, &line);
         assert!(log.finish() && log.take_over_share().is_empty());
-        assert_eq!((len(), log.lost()), (77_100, 250), "what waited, and the new line");
+        assert_eq!((len(), log.lost()), (77_200, 250), "what waited, and the new line");
     }
 
     #[test]
@@ -364,7 +370,7 @@ mod tests {
         let fill = |log: &mut LogFile| {
             let before = log.lost();
             for _ in 0..1_000 {
-                log.push_of(owner, &line);
+                log.push_of(owner, None, &line);
             }
             log.flush();
             1_000 - (log.lost() - before)
