@@ -1,11 +1,20 @@
 //! The HTTP server for Prometheus (`/metrics`) and for health checks (`/healthz`). It runs on a separate
 //! thread without capabilities, owns no state of the daemon, and opens no file that a request names.
 //!
-//! A client may be hostile, so everything is bounded: the number of connections (a new one replaces the
-//! oldest), their age, the size of a request, the requests of a connection (one), and the rate of requests to
+//! A client may be hostile, so everything is bounded: the number of connections (a new one replaces an old
+//! one), their age, the size of a request, the requests of a connection (one), and the rate of requests to
 //! the event loop.
 
-use std::{collections::VecDeque, convert::Infallible, io, net::SocketAddr};
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+};
 
 use anyhow::{Result, anyhow};
 use http_body_util::Full;
@@ -23,21 +32,33 @@ use tokio::{
     net::{TcpListener, TcpStream},
     runtime,
     sync::{mpsc, oneshot},
-    task::AbortHandle,
+    task::{AbortHandle, yield_now},
     time::{Duration, Instant, sleep, timeout},
 };
 
 use super::MetricsSnapshot;
 use crate::system::capabilities;
 
-/// Maximum number of open connections.
-const MAX_CONNECTIONS: usize = 64;
+/// Maximum number of open connections. A client sends its request a moment after connect(). This many connections of
+/// others must be accepted in that moment before its connection is replaced.
+const MAX_CONNECTIONS: usize = 256;
+
+/// Maximum number of open connections without a whole request, while there are others that can be replaced.
+const MAX_WITHOUT_REQUEST: usize = MAX_CONNECTIONS / 2;
+
+/// Maximum number of connections that the kernel keeps until they are accepted. `net.core.somaxconn` limits it, too.
+/// The kernel drops the SYN of a client that finds no room, and the client waits for a second.
+const LISTEN_BACKLOG: i32 = 4_096;
+
+/// Number of connections that are accepted before the open ones are served again. It is small compared with
+/// [`MAX_WITHOUT_REQUEST`], so that no connection is replaced before its request is looked for.
+const ACCEPT_BATCH: usize = 32;
+
+/// Delay before a connection is replaced while none can be, because their responses are being made.
+const REPLACE_BACKOFF: Duration = Duration::from_millis(1);
 
 /// Maximum age of a connection.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Delay before a new connection is accepted while the maximum number is open. It bounds the cost of a flood.
-const ACCEPT_BACKOFF: Duration = Duration::from_millis(1);
 
 /// Delay after accept() failed.
 const ACCEPT_ERROR_BACKOFF: Duration = Duration::from_millis(200);
@@ -69,6 +90,8 @@ impl MetricsListener {
     pub fn bind(address: SocketAddr) -> Result<Self> {
         let bind = || -> io::Result<Self> {
             let listener = std::net::TcpListener::bind(address)?;
+            // std listens with a backlog of 128.
+            rustix::net::listen(&listener, LISTEN_BACKLOG)?;
             listener.set_nonblocking(true)?;
             let address = listener.local_addr()?;
             Ok(Self { listener, address })
@@ -111,7 +134,8 @@ async fn serve(
     let listener = TcpListener::from_std(listener)?;
     let (page_requests, requests) = mpsc::channel(MAX_CONNECTIONS);
     tokio::spawn(serve_pages(requests, loop_requests));
-    let mut open: VecDeque<AbortHandle> = VecDeque::new();
+    let mut open: VecDeque<Connection> = VecDeque::new();
+    let mut accepted = 0_usize;
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -122,25 +146,87 @@ async fn serve(
                 continue;
             }
         };
-        open.retain(|task| !task.is_finished());
-        if open.len() == MAX_CONNECTIONS {
-            if let Some(oldest) = open.pop_front() {
-                oldest.abort();
+        while open.len() >= MAX_CONNECTIONS {
+            open.retain(|connection| !connection.task.is_finished());
+            if open.len() < MAX_CONNECTIONS {
+                break;
             }
-            sleep(ACCEPT_BACKOFF).await;
+            match replaceable(&open.iter().map(|connection| connection.phase.get())) {
+                Some(index) => open.remove(index).into_iter().for_each(|connection| connection.task.abort()),
+                None => sleep(REPLACE_BACKOFF).await,
+            }
         }
-        open.push_back(
-            tokio::spawn(timeout(CONNECTION_TIMEOUT, serve_connection(stream, page_requests.clone())))
-                .abort_handle(),
-        );
+        let phase = SharedPhase::default();
+        let task = serve_connection(stream, page_requests.clone(), phase.clone());
+        open.push_back(Connection {
+            phase,
+            task: tokio::spawn(timeout(CONNECTION_TIMEOUT, task)).abort_handle(),
+        });
+        accepted += 1;
+        if accepted.is_multiple_of(ACCEPT_BATCH) {
+            yield_now().await;
+        }
     }
 }
 
+/// An open connection.
+struct Connection {
+    phase: SharedPhase,
+    task: AbortHandle,
+}
+
+/// How far a connection is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Phase {
+    /// The whole request has not arrived yet.
+    NoRequest,
+    /// The response is being made.
+    Requested,
+    /// The response is being sent.
+    Responded,
+}
+
+/// The [`Phase`] of a connection, which its task sets.
+#[derive(Clone, Default)]
+struct SharedPhase(Arc<AtomicU8>);
+
+impl SharedPhase {
+    fn set(&self, phase: Phase) {
+        self.0.store(phase as u8, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> Phase {
+        match self.0.load(Ordering::Relaxed) {
+            0 => Phase::NoRequest,
+            1 => Phase::Requested,
+            _ => Phase::Responded,
+        }
+    }
+}
+
+/// The index of the connection that the next one replaces, in a full list that begins with the oldest. A connection
+/// without a whole request comes first, because a scraper sends its request at once. It does not come first while
+/// such connections are few: otherwise clients that do not read their responses would leave no time to send a request.
+///
+/// `None`: wait. A connection whose response is being made is never replaced; the response takes [`LOOP_TIMEOUT`] at
+/// most.
+fn replaceable(phases: &(impl Iterator<Item = Phase> + Clone)) -> Option<usize> {
+    let without_request = phases.clone().filter(|phase| *phase == Phase::NoRequest).count();
+    let replaced = if without_request > MAX_WITHOUT_REQUEST { Phase::NoRequest } else { Phase::Responded };
+    phases.clone().position(|phase| phase == replaced)
+}
+
 /// Serves one request. Errors are only logged, because the peer causes them.
-async fn serve_connection(stream: TcpStream, page_requests: mpsc::Sender<PageRequest>) {
+async fn serve_connection(stream: TcpStream, page_requests: mpsc::Sender<PageRequest>, phase: SharedPhase) {
     let respond = |request: Request<Incoming>| {
-        let page_requests = page_requests.clone();
-        async move { Ok::<_, Infallible>(respond(request.method(), request.uri().path(), &page_requests).await) }
+        let (page_requests, phase) = (page_requests.clone(), phase.clone());
+        async move {
+            phase.set(Phase::Requested);
+            let response = respond(request.method(), request.uri().path(), &page_requests).await;
+            phase.set(Phase::Responded);
+            Ok::<_, Infallible>(response)
+        }
     };
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -274,6 +360,26 @@ mod tests {
         });
         let healthy = health(address);
         assert!(healthy.starts_with("HTTP/1.0 200") && healthy.ends_with("ok\n"), "{healthy}");
+    }
+
+    #[test]
+    fn a_connection_whose_response_is_being_made_is_not_replaced() {
+        use Phase::{NoRequest, Requested, Responded};
+        let most = MAX_WITHOUT_REQUEST;
+        // From the oldest to the newest, and which one is replaced.
+        let rows = [
+            (vec![(NoRequest, MAX_CONNECTIONS)], Some(0)),
+            (vec![(Requested, 3), (Responded, 2), (NoRequest, most + 1)], Some(5)),
+            // Clients that do not read their responses leave time to send a request.
+            (vec![(Requested, 3), (NoRequest, most), (Responded, 2)], Some(most + 3)),
+            (vec![(Responded, MAX_CONNECTIONS - 1), (NoRequest, 1)], Some(0)),
+            (vec![(Requested, MAX_CONNECTIONS - most), (NoRequest, most)], None),
+            (vec![(Requested, MAX_CONNECTIONS)], None),
+        ];
+        for (phases, expected) in rows {
+            let all = phases.iter().flat_map(|(phase, count)| std::iter::repeat_n(*phase, *count));
+            assert_eq!(replaceable(&all), expected, "{phases:?}");
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::support::{
     client::{connect_to_self, connect_until_self, run_self_connection},
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event, selfconn},
     netns::TestNetns,
+    nobody::Nobody,
     retries::{Missed, PREEMPTED, for_each_variant_retrying},
 };
 
@@ -233,6 +234,30 @@ fn hostile_clients_block_neither_events_nor_scrapes() {
     let (events, _) = daemon.stop();
     let lost = &events.last().unwrap()["lost"];
     assert_eq!((&lost["ring"], &lost["missed"]), (&0.into(), &0.into()), "{lost}");
+}
+
+#[test]
+fn a_user_who_connects_thousands_of_times_a_second_keeps_no_scrape_out() {
+    const SCRAPES: u32 = 20;
+    const MOST: Duration = Duration::from_secs(2);
+    let _net = TestNetns::enter_new();
+    let (daemon, at) = start_with_metrics(&HookVariant(vec![]), &[]);
+    let mut flood = Nobody::flooding(at);
+    flood.wait();
+    let mut longest = Duration::ZERO;
+    for number in 0..SCRAPES {
+        let began = Instant::now();
+        let status = get(at, ["/metrics", "/healthz"][number as usize % 2]).map(|(status, _)| status);
+        let took = began.elapsed();
+        assert!(
+            status.as_ref().is_ok_and(|status| *status == 200) && took < MOST,
+            "{status:?} after {took:?}"
+        );
+        longest = longest.max(took);
+    }
+    println!("FACT metrics_flood longest_ms={}", longest.as_millis());
+    drop(flood);
+    daemon.stop();
 }
 
 #[test]

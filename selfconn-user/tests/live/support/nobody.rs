@@ -21,6 +21,7 @@ use super::client::{connect_to_self, hold_port_at_every_address, socket};
 use hung::OnceHung;
 
 mod descriptors;
+mod flood;
 mod hung;
 mod lingering;
 
@@ -87,6 +88,11 @@ impl Nobody {
     /// A process that makes self-connections as fast as it can, and resets each.
     pub(crate) fn connecting() -> Self {
         Self::start("connect without end", folder(), false, MAX_DESCRIPTORS)
+    }
+
+    /// A process that connects to this server some thousand times a second.
+    pub(crate) fn flooding(server: SocketAddr) -> Self {
+        Self::start(&format!("flood {server}"), folder(), false, MAX_DESCRIPTORS)
     }
 
     /// A process that fails binds of a port that a self-connection holds, as fast as it can, at ever other addresses.
@@ -238,6 +244,9 @@ fn run_nobody() {
     }
     if let Some(count) = task.strip_prefix("close lingering ") {
         lingering::close_lingering(count.parse().unwrap());
+    }
+    if let Some(server) = task.strip_prefix("flood ") {
+        flood::flood(server.parse().unwrap(), b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
     }
     match task.as_str() {
         "hang" => hung::hang(&folder, OnceHung::Hold),
