@@ -38,10 +38,10 @@ pub(super) fn fix(info: &NamespaceInfo, rows: &[PortAssessment], options: &str) 
         return None;
     }
     let reservation = Reservation::new(&info.local_ports.reserved, rows);
-    let netns = netns_path(info);
     let persistent = match info.persistence {
         Some(Persistence::SysctlD) => {
-            let netns = netns.as_deref().unwrap_or("self");
+            // It is the namespace of process 1. Another process may end before the command is run.
+            let netns = if info.namespace.is_current { "self" } else { "/proc/1/ns/net" };
             Some(format!("selfconn audit --netns {netns}{options} --sysctl > {SYSCTL_D_FILE}"))
         }
         Some(Persistence::Pod) => Some(format!(
@@ -62,24 +62,35 @@ pub(super) fn fix(info: &NamespaceInfo, rows: &[PortAssessment], options: &str) 
             }
         })
     });
-    Some(Fix { immediate: command(&reservation.all, netns.as_deref()), persistent, note })
-}
-
-/// The path of a namespace as a word of the shell. `None`: the namespace that audit runs in.
-fn netns_path(info: &NamespaceInfo) -> Option<String> {
-    let Namespace { path, is_current, .. } = &info.namespace;
-    (!is_current).then(|| shell_quoted(&path.display().to_string()).into_owned())
+    Some(Fix { immediate: command(&reservation.all, &info.namespace), persistent, note })
 }
 
 /// The command that reserves exactly these ports. What one write does not take, dd writes next, on the same
 /// descriptor, and the kernel adds it. sysctl(8) writes once.
-fn command(ports: &ReservedPorts, netns: Option<&str>) -> String {
+fn command(ports: &ReservedPorts, namespace: &Namespace) -> String {
     let list = ports.to_string();
-    let enter = netns.map_or_else(String::new, |path| format!("nsenter --net={path} "));
     match list.len() <= reservation::WRITE_BYTES {
-        true => format!("{enter}sysctl -w {RESERVED_KEY}={list}"),
-        false => format!("echo {list} | {enter}dd of={RESERVED_FILE} bs=1M iflag=fullblock status=none"),
+        true => run_in(namespace, &format!("sysctl -w {RESERVED_KEY}={list}")),
+        false => {
+            let dd = format!("dd of={RESERVED_FILE} bs=1M iflag=fullblock status=none");
+            format!("echo {list} | {}", run_in(namespace, &dd))
+        }
     }
+}
+
+/// The command, to be run in this namespace. Until then the process that leads to the namespace may have ended, and
+/// another user may have a process with its pid, in the namespace of the host. So the shell that has entered a
+/// namespace compares the inode before it writes. Nobody can exchange the namespace after that.
+fn run_in(Namespace { id, path, is_current }: &Namespace, command: &str) -> String {
+    if *is_current {
+        return command.to_owned();
+    }
+    let (path, inode) = (path.display().to_string(), id.inode);
+    format!(
+        "nsenter --net={} sh -c '[ $(stat -Lc %i /proc/self/ns/net) = {inode} ] || {{ echo The path does not lead to \
+         network namespace {inode} any more, so nothing is written. >&2; exit 1; }}; {command}'",
+        shell_quoted(&path)
+    )
 }
 
 /// How many ports one write leaves out.
@@ -115,7 +126,7 @@ pub(super) fn sysctl_d(info: &NamespaceInfo, rows: &[PortAssessment]) -> String 
         let _ = writeln!(out, "# Not set below, because {}:", left_out(&reservation));
         let _ = writeln!(out, "# {}", reservation.left_out);
         let _ = writeln!(out, "# This sets all ports. Run it as root after each boot:");
-        let _ = writeln!(out, "# {}", command(&reservation.all, netns_path(info).as_deref()));
+        let _ = writeln!(out, "# {}", command(&reservation.all, &info.namespace));
     }
     // Without a setting, because some sysctl programs reject an empty value.
     let _ = match reservation.fitting.is_empty() {
@@ -176,7 +187,9 @@ mod tests {
         let set = "sysctl -w net.ipv4.ip_local_reserved_ports=8080,40102-40104";
         let rows = assess(&info);
         let made = |info: &NamespaceInfo| fix(info, &rows, "").unwrap();
-        assert_eq!(made(&info).immediate, format!("nsenter --net=/run/netns/blue {set}"));
+        let check = "[ $(stat -Lc %i /proc/self/ns/net) = 7 ] || { echo The path does not lead to network namespace 7 \
+                     any more, so nothing is written. >&2; exit 1; }";
+        assert_eq!(made(&info).immediate, format!("nsenter --net=/run/netns/blue sh -c '{check}; {set}'"));
         assert_eq!(made(&info).persistent, None);
         let safe =
             namespace("40000 40199", "", vec![audited(Some("127.0.0.1"), 22, RouteSource::Same, java())]);
@@ -187,6 +200,8 @@ mod tests {
             "securityContext: {sysctls: [{name: net.ipv4.ip_local_reserved_ports, value: \"8080,40102-40104\"}]}"
         );
         info.persistence = Some(Persistence::SysctlD);
+        let persistent = made(&info).persistent.unwrap();
+        assert!(persistent.starts_with("selfconn audit --netns /proc/1/ns/net --sysctl >"), "{persistent}");
         info.namespace.is_current = true;
         assert_eq!(made(&info).immediate, set);
         assert!(
@@ -214,8 +229,8 @@ mod tests {
         let long = |info: &NamespaceInfo| fix(info, &rows, "").unwrap();
         let Fix { immediate, persistent, note } = long(&info);
         assert!(immediate.starts_with("echo 30000,30004,"), "{immediate}");
-        let end = ",33996 | nsenter --net=/run/netns/blue dd of=/proc/sys/net/ipv4/ip_local_reserved_ports \
-                   bs=1M iflag=fullblock status=none";
+        assert!(immediate.contains(",33996 | nsenter --net=/run/netns/blue sh -c '[ "), "{immediate}");
+        let end = "; dd of=/proc/sys/net/ipv4/ip_local_reserved_ports bs=1M iflag=fullblock status=none'";
         assert!(immediate.ends_with(end), "{immediate}");
         assert_eq!(persistent, None);
         let not_fitting = "318 of 1,000 ports do not fit in one write of 4,092 bytes";

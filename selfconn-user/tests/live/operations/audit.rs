@@ -337,7 +337,12 @@ fn another_namespace_is_audited_and_its_fix_works_from_outside() {
             caller_netns.inode
         );
         let one = AuditOutput::run(&["--netns", &path]);
-        let fix = format!("nsenter --net={path} sysctl -w {RESERVED_PORTS_KEY}=40102");
+        let inode = net.inode;
+        let fix = format!(
+            "nsenter --net={path} sh -c '[ $(stat -Lc %i /proc/self/ns/net) = {inode} ] || {{ echo The path does not \
+             lead to network namespace {inode} any more, so nothing is written. >&2; exit 1; }}; \
+             sysctl -w {RESERVED_PORTS_KEY}=40102'"
+        );
         assert_eq!(
             one.summary["namespaces"],
             json!([{"netns": net.inode, "path": path, "range": "40000-40199", "reserved": "", "fix": fix,

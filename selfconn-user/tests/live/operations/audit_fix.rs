@@ -6,7 +6,10 @@ use std::{
     io::{ErrorKind, Write as _},
     net::{Ipv4Addr, TcpListener},
     ops::RangeInclusive,
-    os::{fd::AsRawFd as _, unix::process::CommandExt as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::{fs::symlink, process::CommandExt as _},
+    },
     process::{Command, Output, Stdio},
     thread,
 };
@@ -99,6 +102,68 @@ fn the_command_reserves_every_port_whatever_their_number() {
         let after = AuditOutput::run(&options);
         assert_eq!((after.code, after.summary["namespaces"][0]["fix"].is_null()), (Some(0), true));
     }
+}
+
+/// A user can end the process that leads to his namespace, and get its pid again in another namespace.
+#[test]
+fn nothing_is_written_if_the_path_leads_to_another_namespace_by_then() {
+    let _net = TestNetns::enter_new();
+    if !["nsenter", "sysctl", "dd"].into_iter().all(has_program) {
+        return println!("skipped: nsenter, sysctl or dd is not installed");
+    }
+    let start = || {
+        TestNetns::with_new_in_helper(|net| {
+            net.set_sysctl("ip_local_port_range", PORT_RANGE);
+            net.set_sysctl("ip_local_reserved_ports", "8080");
+            (net, HelperProcess::start("wait"))
+        })
+    };
+    let reserved_of = |process: &HelperProcess| {
+        let pid = process.pid();
+        thread::spawn(move || {
+            TestNetns::enter_of_process(pid);
+            reserved()
+        })
+        .join()
+        .unwrap()
+    };
+    let ((audited, process), (_, other)) = (start(), start());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("net");
+    let lead_to = |process: &HelperProcess| {
+        let _ = fs::remove_file(&path);
+        symlink(format!("/proc/{}/ns/net", process.pid()), &path).unwrap();
+    };
+    let long = services(long_list().map(|port| port.to_string()));
+    for (options, expected) in [
+        (["--port", "40001"], [8080, 40_001].into_iter().collect::<BTreeSet<u16>>()),
+        (
+            ["--services", long.path().to_str().unwrap()],
+            [8080, 40_001].into_iter().chain(long_list()).collect(),
+        ),
+    ] {
+        lead_to(&process);
+        let audit = AuditOutput::run(&[&["--netns", path.to_str().unwrap()], &options[..]].concat());
+        let fix = fix_of(&audit);
+        let before = reserved_of(&process);
+        lead_to(&other);
+        let output = Command::new("sh").args(["-c", fix]).output().unwrap();
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{output:?}");
+        assert_eq!(
+            String::from_utf8_lossy(&output.stderr),
+            format!(
+                "The path does not lead to network namespace {} any more, so nothing is written.\n",
+                audited.inode
+            )
+        );
+        assert_eq!((reserved_of(&other), reserved_of(&process)), ([8080].into(), before));
+        // The negative twin.
+        lead_to(&process);
+        run_in_shell(fix);
+        assert_eq!((reserved_of(&other), reserved_of(&process)), ([8080].into(), expected));
+    }
+    process.finish();
+    other.finish();
 }
 
 /// The negative twin: what a program sets that writes once.
