@@ -11,9 +11,9 @@ use super::{entry::DumpedSocket, limit::RowSink, table::Tables};
 pub struct PortUse {
     /// A listener, or a socket that is bound and idle, at any address and of either family.
     pub is_bound: bool,
-    /// A connection, or what is left of one (TIME_WAIT).
+    /// A connection, or a TIME_WAIT, also that of a self-connection.
     pub is_connected: bool,
-    /// A self-connection at the address in question, or its TIME_WAIT.
+    /// An open self-connection at the address in question.
     pub is_self_connected: bool,
 }
 
@@ -22,6 +22,9 @@ impl PortUse {
         match row.entry.state {
             // Idle sockets are in CLOSE.
             state::LISTEN | state::CLOSE => self.is_bound = true,
+            // connect() takes over a TIME_WAIT of a loopback address after a second (`tcp_twsk_unique`,
+            // net/ipv4/tcp_ipv4.c at v6.12; tcp_tw_reuse is 2 by default). So the port can be hit again.
+            state::TIME_WAIT => self.is_connected = true,
             _ if row.is_self_connection() && row.entry.endpoint.addr == destination.addr => {
                 self.is_self_connected = true;
             }
@@ -92,12 +95,27 @@ mod tests {
         assert_eq!(sink.port_use, PortUse { is_connected: true, ..PortUse::default() });
         let connected = sink.mark();
         sink.push(row("127.0.0.9:4", "0.0.0.0:0", state::LISTEN));
-        sink.push(row("127.0.0.1:4", "127.0.0.1:4", state::TIME_WAIT));
+        sink.push(row("127.0.0.1:4", "127.0.0.1:4", state::ESTABLISHED));
         assert_eq!(sink.port_use, PortUse { is_bound: true, is_connected: true, is_self_connected: true });
         sink.restore(&connected);
         assert!(!sink.is_unused() && sink.port_use == connected);
         sink.restore(&unused);
         assert!(sink.is_unused());
+    }
+
+    #[test]
+    fn a_self_connection_has_the_port_until_it_is_closed() {
+        let of_state = |state| {
+            let destination = Endpoint::new(1, Ipv4Addr::LOCALHOST.into(), 4, false);
+            let mut port_use = PortUse::default();
+            port_use.add(&row("127.0.0.1:4", "127.0.0.1:4", state), &destination);
+            (port_use.is_self_connected, port_use.is_connected)
+        };
+        for open in [state::ESTABLISHED, state::FIN_WAIT1, state::CLOSE_WAIT, state::LAST_ACK, state::CLOSING]
+        {
+            assert_eq!(of_state(open), (true, false), "{open:?}");
+        }
+        assert_eq!(of_state(state::TIME_WAIT), (false, true));
     }
 
     fn look(port: u16) -> PortUse {

@@ -127,6 +127,33 @@ fn a_port_that_is_no_longer_reserved_is_at_risk_and_then_hit() {
     panic!("a connect hit before the port was reported, ten times");
 }
 
+/// A user can make a self-connection each minute at a port to which another one connects.
+#[test]
+fn the_time_wait_of_a_self_connection_withholds_no_warning() {
+    const PORT: u16 = 40_100;
+    // The TIME_WAIT takes 60 seconds.
+    const BEFORE_ITS_END: Duration = Duration::from_secs(45);
+    let net = TestNetns::enter_new();
+    let hit_until = |until| {
+        net.set_sysctl("ip_local_port_range", "40000 40199");
+        let hit = std::iter::from_fn(|| (Instant::now() < until).then(|| connect_until_self(at(PORT), 1)));
+        let hit = hit.flatten().next().expect("the port is hit");
+        net.set_sysctl("ip_local_port_range", WIDE_PORT_RANGE);
+        hit
+    };
+    // Before the daemon starts, so that it counts none of these attempts.
+    drop(hit_until(Instant::now() + DEADLINE));
+    let closed = Instant::now();
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
+    connect_refused(at(PORT), 20);
+    let event = daemon.expect(1, is_at_risk(PORT, net)).remove(0);
+    assert!(closed.elapsed() < BEFORE_ITS_END, "{event}");
+    assert_eq!(event["may_be_bound"], true, "a TIME_WAIT does not show whether its port was bound: {event}");
+    // The warning is right, because connect() takes over the TIME_WAIT.
+    drop(hit_until(closed + BEFORE_ITS_END));
+    daemon.stop();
+}
+
 #[test]
 fn a_risk_is_over_after_a_minute_of_silence_or_when_the_port_is_reserved() {
     let net = enter_wide_range_netns();
