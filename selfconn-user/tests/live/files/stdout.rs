@@ -188,20 +188,28 @@ fn many_long_events_at_once_are_not_lost_without_a_log() {
     let folder = tempfile::tempdir().unwrap();
     let program = program_with_a_long_path(folder.path());
     let mut child = start_without_log(&[]);
-    let (reader, is_live) = read_slowly(child.stdout.take().unwrap(), 1 << 20);
-    is_live.recv_timeout(DEADLINE).unwrap();
-    drop(is_live);
-    let pid = Pid::from_child(&child);
-    let mut process = HelperProcess::start_program(&program, "connect once and a moment later often");
+    let (lines, events) = std::sync::mpsc::channel();
+    let stdout = BufReader::new(child.stdout.take().unwrap());
+    let reader = std::thread::spawn(move || {
+        stdout.lines().map_while(Result::ok).for_each(|line| lines.send(line + "\n").unwrap());
+    });
+    let mut text = events.recv_timeout(DEADLINE).unwrap();
+    let mut process = HelperProcess::start_program(&program, "connect once, and then often");
     assert_eq!(process.read_output(), "connected");
-    // So that all records are in one batch.
-    std::thread::sleep(Duration::from_millis(10));
-    kill_process(pid, Signal::STOP).unwrap();
+    let is_known = format!("\"pid\":{},", process.pid());
+    while !text.contains(&is_known) {
+        text += &events.recv_timeout(DEADLINE).unwrap();
+    }
+    // The process is known for a moment, and all records are in one batch.
+    let pids = [child.id(), process.pid()].map(|pid| Pid::from_raw(pid.cast_signed()).unwrap());
+    kill_process(pids[0], Signal::STOP).unwrap();
+    kill_process(pids[1], Signal::CONT).unwrap();
     assert_eq!(process.read_output(), "connected often");
-    kill_process(pid, Signal::CONT).unwrap();
+    kill_process(pids[0], Signal::CONT).unwrap();
     process.finish();
     terminate(&mut child);
-    let text = reader.join().unwrap();
+    reader.join().unwrap();
+    text.extend(events.try_iter());
     assert!(text.len() > 10 << 20, "{} bytes fit into the queue", text.len());
     let events = parse_log(&text);
     let stopped = events.last().unwrap();

@@ -135,11 +135,11 @@ pub(super) fn run_task(task: &str) {
             });
             wait_for_stdin_eof();
         }
-        // The second time while the process is known from the first.
-        "connect once and a moment later often" => {
+        // It stops in between.
+        "connect once, and then often" => {
             let _ = connect();
             print_output("connected");
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP).unwrap();
             for _ in 0..150 {
                 connect().0.set_linger(Some(std::time::Duration::ZERO)).unwrap();
             }
