@@ -1,8 +1,7 @@
 //! The failed binds whose event is being prepared: who holds the port is looked up at that moment, because a
 //! descriptor can be inherited, passed and closed, and the options of a socket changed. One pass answers for all that
-//! wait. After it the worker rests as long
-//! as it took, and for the owners of these events four times as long, so that failed binds cannot keep it busy, and
-//! those of one owner delay those of others by a pass at most.
+//! wait. After it the worker rests as long as it took, and for the owners of these events four times as long, so that
+//! failed binds cannot keep it busy, and those of one owner delay those of others by a pass at most.
 
 use std::{
     collections::{HashMap, HashSet},
