@@ -115,9 +115,9 @@ impl LogBudget {
         events
     }
 
-    /// Forgets the connections that have ended without an event of their end. `is_open` has the id of each.
-    pub fn retain(&mut self, is_open: impl Fn(&str) -> bool) {
-        self.decisions.retain(|id, _| is_open(id));
+    /// The connection with this id has ended without an event of its end.
+    pub fn forget(&mut self, id: &str) {
+        self.decisions.remove(id);
     }
 
     /// True if the event may be written. A suppressed one is counted.
@@ -617,7 +617,7 @@ mod tests {
             assert!(admits(&mut budget, 2, &owner, 80, phase, 0));
         }
         assert_eq!(budget.decisions.len(), 1, "its `closed` follows");
-        budget.retain(|id| id != "2");
+        budget.forget("2");
         assert!(budget.decisions.is_empty());
         assert!(admits(&mut budget, 2, &owner, 80, Phase::Closed, 0));
         assert!(budget.decisions.is_empty());

@@ -466,9 +466,13 @@ impl Pipeline {
         // Some have ended without an event: their connect() failed, and the record of it was lost.
         let Self { connections, attributions, pending, reporting, .. } = self;
         let numbers = connections.numbers();
-        let is_open = |number: u64| numbers.binary_search(&number).is_ok() || pending.contains(number);
-        attributions.retain(|number, _| is_open(*number));
-        reporting.out.retain_connections(is_open);
+        attributions.retain(|number, _| {
+            let is_open = numbers.binary_search(number).is_ok() || pending.contains(*number);
+            if !is_open {
+                reporting.out.forget_connection(*number);
+            }
+            is_open
+        });
         found
     }
 

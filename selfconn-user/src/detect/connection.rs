@@ -255,7 +255,7 @@ impl Connections {
         }
     }
 
-    /// The numbers of all connections that are tracked, in order, with those that are not established yet.
+    /// The numbers of all tracked connections, established or not, in order.
     #[must_use]
     pub fn numbers(&self) -> Vec<u64> {
         let mut numbers = Vec::with_capacity(self.tracked.count());

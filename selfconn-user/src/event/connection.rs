@@ -97,6 +97,12 @@ pub struct ConnectionFields {
     pub owner_cgroup_id: u64,
 }
 
+/// The id of the connection with this number.
+#[must_use]
+pub fn connection_id(run: u64, number: u64) -> String {
+    envelope::id(run, "", number)
+}
+
 impl ConnectionFields {
     /// Combines a connection with the information that `/proc` has about its process. `run` identifies this
     /// run, so that ids stay unique on this boot.
@@ -110,7 +116,7 @@ impl ConnectionFields {
         let is_of_socket_user =
             process.uid.is_some_and(|uid| connection.uid == Some(uid) && !may_be_mapped(uid));
         Self {
-            id: (connection.number != 0).then(|| envelope::id(run, "", connection.number)),
+            id: (connection.number != 0).then(|| connection_id(run, connection.number)),
             cookie: connection.cookie,
             source: match connection.source {
                 Source::Live => "live",

@@ -110,24 +110,7 @@ impl Envelope {
     }
 }
 
-/// The number of the connection or of the failed binds with this id. `None`: it is the id of a port at risk.
-pub fn connection_number(id: &str) -> Option<u64> {
-    let (_, number) = id.rsplit_once('-')?;
-    u64::from_str_radix(number, 16).ok()
-}
-
 /// The id of something that events are about: unique on this boot. `kind` is empty for a connection.
 pub(super) fn id(run: u64, kind: &str, number: u64) -> String {
     format!("{run:x}-{kind}{number:x}")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_id_of_a_connection_has_its_number() {
-        assert_eq!(connection_number(&id(0xab, "", 0x1f)), Some(0x1f));
-        assert_eq!(connection_number(&id(0xab, "r", 0x1f)), None, "a port at risk");
-    }
 }

@@ -77,9 +77,9 @@ impl Outputs {
         self.envelope.run()
     }
 
-    /// Forgets what is kept of connections other than these, by number.
-    pub fn retain_connections(&mut self, is_open: impl Fn(u64) -> bool) {
-        self.budget.retain(|id| event::connection_number(id).is_none_or(&is_open));
+    /// The connection with this number has ended without an event of its end.
+    pub fn forget_connection(&mut self, number: u64) {
+        self.budget.forget(&event::connection_id(self.run(), number));
     }
 
     /// Emits an event with the current time.
