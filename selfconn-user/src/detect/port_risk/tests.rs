@@ -1,5 +1,7 @@
 //! Unit tests of the ports at risk.
 
+use proptest::{collection::vec, option, prelude::*};
+
 use super::*;
 use crate::ports::{LocalPorts, Odds, PortRange, Reach};
 
@@ -161,74 +163,36 @@ fn walked_reach(choices: PortChoices, ports: &LocalPorts, port: u16) -> (bool, u
     (among.iter().any(|ports| can_choose(&ports)), expected, one_in)
 }
 
-#[test]
-fn the_reach_of_a_port_is_that_of_a_walk_over_all_ports() {
-    let mut seed = 4_711_u64;
-    let mut random = |end: u64| {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((seed >> 33) % end) as u16
-    };
-    let mut odds = OddsCache::default();
-    let (mut reached, mut unreached) = (0, 0);
-    for round in 0..2_000 {
-        let mut pair = || {
-            let (one, other) = (40_000 + random(60), 40_000 + random(60));
-            (one.min(other), one.max(other))
-        };
-        let ((low, high), (own_low, own_high)) = (pair(), pair());
-        let spans: Vec<_> = (0..round % 12)
-            .map(|_| pair())
-            .map(|(from, to)| format!("{from}-{}", to.min(from + 9)))
-            .collect();
-        let ports = LocalPorts::parse(&format!("{low} {high}"), &spans.join(",")).unwrap();
-        let ports = LocalPorts { step_width: u32::from(round % 7 == 0), ..ports };
-        let own_range = (round % 3 != 0).then_some(PortRange { low: own_low, high: own_high });
-        let choices = PortChoices { own_range, uses_netns_range: round % 5 != 0 };
-        for port in [low, high, own_low, own_high, low + (high - low) / 2] {
-            let reach = PortReach::of(choices, &ports, port, None, &mut odds);
-            let expected = walked_reach(choices, &ports, port);
-            let actual = (reach.can_be_chosen, reach.expected_connects, reach.one_in);
-            assert_eq!(actual, expected, "{ports:?} {choices:?}: {port}");
-            *if reach.can_be_chosen { &mut reached } else { &mut unreached } += 1;
-            let bound = Some(PortUse { is_bound: true, ..PortUse::default() });
-            let of_bound = PortReach::of(choices, &ports, port, bound, &mut odds);
-            assert_eq!(of_bound, PortReach { one_in: None, ..reach });
-        }
-    }
-    assert!(reached > 1_000 && unreached > 1_000, "{reached} {unreached}");
+/// A range of few ports, so that two of them overlap.
+fn arbitrary_range() -> impl Strategy<Value = PortRange> {
+    let port = || 40_000..40_060_u16;
+    (port(), port()).prop_map(|(one, other)| PortRange { low: one.min(other), high: one.max(other) })
 }
 
-#[test]
-#[ignore = "a measurement: cargo test --release -p selfconn-user --lib check_of_a_port_takes -- --ignored --nocapture"]
-fn a_check_of_a_port_takes() {
-    let reserved = |first: u32| -> String { (0..32_767).map(|n| format!("{},", first + 2 * n)).collect() };
-    let (even, odd) = (reserved(2), reserved(1));
-    for (what, range, reserved, port, own) in [
-        ("the default range", "32768 60999", "", 40_000, None),
-        ("the same, and the port is reserved", "32768 60999", "40000", 40_000, None),
-        ("every even port is reserved", "1 65535", even.as_str(), 40_000, None),
-        ("every odd port is reserved", "1 65535", odd.as_str(), 40_000, None),
-        ("a range of the socket's own", "1 65535", &even, 40_000, Some((1, 65_535))),
-        ("the same, and the port is at risk", "1 65535", &even, 40_001, Some((1, 65_534))),
-    ] {
-        let (ports, destination) = (ports(range, reserved).unwrap(), Endpoint { port, ..DESTINATION });
-        let mut count = count(20, SECOND_NS, NOW_NS);
-        count.set_range(own.map_or(0, |(low, high)| high << 16 | low), NOW_NS);
-        let choices = PortChoices::of(&count);
-        let mut times: Vec<_> = (0..40)
-            .map(|_| {
-                let (mut risks, started) = (PortRisks::default(), std::time::Instant::now());
-                risks.on_threshold(destination);
-                let port_use = Some(PortUse::default());
-                let reach = PortReach::of(choices, &ports, port, port_use, &mut OddsCache::default());
-                let of_worker = started.elapsed();
-                let look = PortLook { reach: Ok(reach), port_use, shows_idle: true, guard: GuardMode::Off };
-                std::hint::black_box(risks.check(&destination, &count, &look, false, NOW_NS));
-                (started.elapsed() - of_worker, of_worker)
-            })
-            .collect();
-        times.sort();
-        println!("{what}: loop {:?}, worker {:?} (medians)", times[20].0, times[20].1);
+proptest! {
+    #[test]
+    fn the_reach_of_a_port_is_that_of_a_walk_over_all_ports(
+        range in arbitrary_range(),
+        reserved in vec((40_000..40_060_u16, 0..10_u16), 0..12),
+        step_width in 0..2_u32,
+        own_range in option::of(arbitrary_range()),
+        uses_netns_range in any::<bool>(),
+        other in 39_990..40_070_u16,
+    ) {
+        let spans: Vec<_> = reserved.iter().map(|(from, more)| format!("{from}-{}", from + more)).collect();
+        let PortRange { low, high } = range;
+        let ports = LocalPorts::parse(&format!("{low} {high}"), &spans.join(",")).unwrap();
+        let ports = LocalPorts { step_width, ..ports };
+        let choices = PortChoices { own_range, uses_netns_range };
+        let mut odds = OddsCache::default();
+        for port in [low, high, low + (high - low) / 2, other] {
+            let reach = PortReach::of(choices, &ports, port, None, &mut odds);
+            let actual = (reach.can_be_chosen, reach.expected_connects, reach.one_in);
+            prop_assert_eq!(actual, walked_reach(choices, &ports, port), "{}", port);
+            let bound = Some(PortUse { is_bound: true, ..PortUse::default() });
+            let of_bound = PortReach::of(choices, &ports, port, bound, &mut odds);
+            prop_assert_eq!(of_bound, PortReach { one_in: None, ..reach });
+        }
     }
 }
 
