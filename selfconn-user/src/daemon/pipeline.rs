@@ -24,7 +24,7 @@ use crate::{
         memory::{MAX_MORE_HOLDERS, MAX_PENDING_EVENTS},
     },
     detect::{
-        bind_conflict::{BindConflicts, TimeWaitEntry},
+        bind_conflict::{TimeWaitEntry, TimeWaits},
         connection::{Connection, ConnectionEvent, Connections, TIME_WAIT_NS},
     },
     event::{Closed, ConnectionFields, EventKind, StateChange},
@@ -127,7 +127,7 @@ impl Pipeline {
     /// Must be called before records are applied.
     pub(super) fn begin_batch(&mut self) {
         if let Some(Suspension { after_ns, duration_ns, .. }) = self.suspend_watch.check() {
-            self.conflicts.binds.on_suspension(after_ns, duration_ns);
+            self.conflicts.binds.time_waits.on_suspension(after_ns, duration_ns);
         }
     }
 
@@ -192,7 +192,7 @@ impl Pipeline {
         if self.pending.contains(number) {
             self.push_pending(event);
         } else {
-            record_time_wait(&mut self.conflicts.binds, &event, self.attributions.get(&number));
+            record_time_wait(&mut self.conflicts.binds.time_waits, &event, self.attributions.get(&number));
             self.emit(&event, clock);
         }
     }
@@ -212,7 +212,7 @@ impl Pipeline {
     fn push_pending(&mut self, event: QueuedEvent) {
         // A server may fail to bind the port before that.
         let attribution = self.attributions.get(&event.connection.number);
-        record_time_wait(&mut self.conflicts.binds, &event, attribution);
+        record_time_wait(&mut self.conflicts.binds.time_waits, &event, attribution);
         self.pending.push(event);
         while self.pending.len() > MAX_PENDING_EVENTS {
             match self.pending.pop_backlog(false) {
@@ -258,7 +258,7 @@ impl Pipeline {
             if let (ConnectionEvent::Closed(connection, _), Some(attribution)) =
                 (event.event(), self.attributions.get(&number))
             {
-                self.conflicts.binds.attribute_time_wait(connection, attribution);
+                self.conflicts.binds.time_waits.attribute(connection, attribution);
             }
             self.emit(&event, clock);
         }
@@ -327,7 +327,7 @@ impl Pipeline {
         let Some(attribution) = self.attributions.get(&number) else { return };
         for event in self.pending.of_connection(number) {
             if let ConnectionEvent::Closed(connection, _) = event.event() {
-                self.conflicts.binds.attribute_time_wait(connection, attribution);
+                self.conflicts.binds.time_waits.attribute(connection, attribution);
             }
         }
     }
@@ -483,7 +483,7 @@ impl Pipeline {
         listed.extend(snapshot.entries.iter().filter_map(|entry| entry.cookie));
         listed.sort_unstable();
         let is_complete = snapshot.without_sock_diag.is_none() && !snapshot.left_out.has_without_user();
-        self.conflicts.binds.remove_ended(|TimeWaitEntry { connection, until_ns, .. }| {
+        self.conflicts.binds.time_waits.remove_ended(|TimeWaitEntry { connection, until_ns, .. }| {
             let began_ns = until_ns.saturating_sub(TIME_WAIT_NS);
             let is_missing = connection.cookie.is_some_and(|cookie| listed.binary_search(&cookie).is_err());
             began_ns < snapshot.began_ns
@@ -499,7 +499,7 @@ impl Pipeline {
             let connection = Connection::from_entry(0, entry);
             let time_left_ns = u64::try_from(time_left.as_nanos()).unwrap_or(u64::MAX);
             let until_ns = snapshot.began_ns.saturating_add(time_left_ns);
-            self.conflicts.binds.insert_listed_time_wait(
+            self.conflicts.binds.time_waits.insert_listed(
                 TimeWaitEntry { connection, attribution: ClosedAttribution::default(), until_ns },
                 snapshot.began_ns,
             );
@@ -517,17 +517,13 @@ fn first_holder_target(
 }
 
 /// Records the TIME_WAIT of a self-connection that is closed. `None`: its process is not looked up yet.
-fn record_time_wait(
-    bind_conflicts: &mut BindConflicts,
-    event: &QueuedEvent,
-    attribution: Option<&Attribution>,
-) {
+fn record_time_wait(time_waits: &mut TimeWaits, event: &QueuedEvent, attribution: Option<&Attribution>) {
     if let ConnectionEvent::Closed(connection, end) = event.event()
         && let Some(until_ns) = end.port_blocked_until_ns
     {
         let attribution = attribution.map(ClosedAttribution::from).unwrap_or_default();
         let entry = TimeWaitEntry { connection: connection.clone(), attribution, until_ns };
-        bind_conflicts.insert_time_wait(entry, event.at_ns);
+        time_waits.insert(entry, event.at_ns);
     }
 }
 

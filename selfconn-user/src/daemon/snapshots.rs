@@ -99,15 +99,15 @@ impl Snapshots {
         self.unread = Some(still_unread(self.unread.take(), &snapshot.unvisited));
         pipeline.record_time_waits(snapshot);
         let binds = &mut pipeline.conflicts.binds;
-        binds.remove_expired(snapshot.began_ns);
+        binds.time_waits.remove_expired(snapshot.began_ns);
         let connections = pipeline.connections.iter().map(|connection| &connection.endpoint);
         let listed = snapshot.entries.iter().map(|entry| &entry.endpoint);
-        let held = connections.chain(listed).chain(binds.time_wait_endpoints()).map(held_port_slot);
+        let held = connections.chain(listed).chain(binds.time_waits.endpoints()).map(held_port_slot);
         // The ports of the others: of what is not tracked, of what the snapshot left out, TIME_WAIT included, and of
         // TIME_WAITs for which there was no room.
         let mut others = pipeline.connections.untracked_ports();
         others.extend(snapshot.left_out.ports());
-        others.extend(&binds.unkept_ports(snapshot.began_ns));
+        others.extend(&binds.time_waits.unkept_ports(snapshot.began_ns));
         // A dump can skip a socket, so a slot of one that is not tracked is needed until two snapshots do not list it.
         let earlier = untracked_before.slots().chain(self.other_ports.slots());
         let needed = held.chain(others.slots()).chain(earlier);

@@ -1,50 +1,23 @@
 //! Finds the self-connection that keeps a server from binding its port. Pure: the input is failed binds, open
-//! connections and connections in TIME_WAIT; the output is the holder of the port. When it is reported, and how often a
-//! server has failed, is in [`servers`].
+//! connections and connections in TIME_WAIT ([`TimeWaits`]); the output is the holder of the port. When it is reported,
+//! and how often a server has failed, is in [`servers`].
 
 use std::collections::{BTreeMap, HashMap};
 
 use selfconn_ebpf::{BindOptions, Endpoint, Owner, bind_failure::BindFailure};
 
-use super::{
-    connection::{Connection, SocketId, TIME_WAIT_NS},
-    port_set::PortSet,
-};
-use crate::{
-    budget::{
-        FairQueue, SharedLimit,
-        memory::{self, MAX_TIME_WAITS},
-    },
-    sockets::SocketEntry,
-    system::process::{Attribution, ClosedAttribution},
-};
+use super::connection::{Connection, TIME_WAIT_NS};
+use crate::{budget::FairQueue, sockets::SocketEntry};
 use rules::{BindParty, refuses};
 use servers::FailedServers;
 
+pub use time_waits::{TimeWaitEntry, TimeWaits};
+
 pub mod rules;
 pub mod servers;
+mod time_waits;
 
 const SECOND_NS: u64 = 1_000_000_000;
-
-// Beside an entry: the table that leads to it, with its key, up to 16 bytes of the allocation, and the share of an
-// owner. It has no holders, which could be more than the entry.
-const _: () = assert!(
-    size_of::<TimeWaitEntry>()
-        + 16
-        + (size_of::<(SocketId, Box<TimeWaitEntry>)>() + 1) * 8 / 7
-        + SharedLimit::OWNER_BYTES
-        <= memory::TIME_WAIT_BYTES
-);
-/// A self-connection in TIME_WAIT.
-#[derive(Clone, Debug)]
-pub struct TimeWaitEntry {
-    /// The connection. Its number is 0 if it was closed before this run.
-    pub connection: Connection,
-    /// The process behind it.
-    pub attribution: ClosedAttribution,
-    /// When TIME_WAIT ends: `CLOCK_BOOTTIME`, nanoseconds.
-    pub until_ns: u64,
-}
 
 /// The self-connection that holds a port.
 #[derive(Clone, Copy, Debug)]
@@ -56,33 +29,11 @@ pub enum PortHolder<'a> {
 }
 
 /// Failed binds, and the TIME_WAIT entries that can cause them.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct BindConflicts {
-    /// By socket: a TIME_WAIT has the cookie of its socket (`inet_twsk_alloc`, net/ipv4/inet_timewait_sock.c at
-    /// v5.10). Boxed, so that empty slots of the table take little memory.
-    time_waits: HashMap<SocketId, Box<TimeWaitEntry>>,
-    /// How many an owner has of them.
-    time_wait_shares: SharedLimit,
-    /// The TIME_WAITs for which there was no room: the newest ones, and those before.
-    unkept: [UnkeptTimeWaits; 2],
-    /// When expired entries were last removed.
-    last_sweep_ns: u64,
+    pub time_waits: TimeWaits,
     /// The servers that fail.
     pub servers: FailedServers,
-}
-
-/// TIME_WAITs for which there was no room.
-#[derive(Clone, Debug, Default)]
-struct UnkeptTimeWaits {
-    ports: PortSet,
-    /// When the last one ends: `CLOCK_BOOTTIME`, nanoseconds.
-    until_ns: u64,
-}
-
-impl TimeWaitEntry {
-    fn id(&self) -> SocketId {
-        SocketId::new(self.connection.cookie, &self.connection.endpoint)
-    }
 }
 
 impl PortHolder<'_> {
@@ -160,100 +111,7 @@ fn requested_by(failure: &BindFailure) -> BindParty {
     BindParty { endpoint: failure.endpoint, options: failure.options, uid: Some(failure.sock_uid) }
 }
 
-impl Default for BindConflicts {
-    fn default() -> Self {
-        Self {
-            time_waits: HashMap::new(),
-            time_wait_shares: SharedLimit::new(MAX_TIME_WAITS),
-            unkept: Default::default(),
-            last_sweep_ns: 0,
-            servers: FailedServers::default(),
-        }
-    }
-}
-
 impl BindConflicts {
-    /// Adds a self-connection that was closed and is in TIME_WAIT now.
-    pub fn insert_time_wait(&mut self, entry: TimeWaitEntry, now_ns: u64) {
-        // At most once a second, because this visits all entries.
-        if now_ns.saturating_sub(self.last_sweep_ns) >= SECOND_NS {
-            self.remove_expired(now_ns);
-        }
-        let (id, owner) = (entry.id(), entry.connection.payer());
-        let replaced = self.time_waits.remove(&id).map(|replaced| replaced.connection.payer());
-        if replaced != Some(owner) {
-            if let Some(other) = replaced {
-                self.time_wait_shares.give_back(other, 1);
-            }
-            if !self.time_wait_shares.try_take(owner, 1) {
-                self.insert_unkept(&entry, now_ns);
-                return;
-            }
-        }
-        self.time_waits.insert(id, Box::new(entry));
-    }
-
-    fn insert_unkept(&mut self, entry: &TimeWaitEntry, now_ns: u64) {
-        // A set forgets nothing by itself. In a flood each of the two is that of a minute.
-        if self.unkept[1].until_ns <= now_ns {
-            self.unkept[1] = std::mem::take(&mut self.unkept[0]);
-        }
-        let newest = &mut self.unkept[0];
-        newest.ports.insert(&entry.connection.endpoint);
-        newest.until_ns = newest.until_ns.max(entry.until_ns);
-    }
-
-    /// Sets the process behind a connection in TIME_WAIT, because its look-up has ended after the close.
-    pub fn attribute_time_wait(&mut self, connection: &Connection, attribution: &Attribution) {
-        let entry = self.time_waits.get_mut(&SocketId::new(connection.cookie, &connection.endpoint));
-        if let Some(entry) = entry.filter(|entry| entry.connection.number == connection.number) {
-            entry.attribution = attribution.into();
-        }
-    }
-
-    /// Removes the connections that are not in TIME_WAIT any more.
-    pub fn remove_expired(&mut self, now_ns: u64) {
-        self.remove_ended(|entry| entry.until_ns <= now_ns);
-        self.last_sweep_ns = now_ns;
-    }
-
-    /// The host was suspended for `duration_ns`, at some time after `after_ns`. TIME_WAIT did not go on meanwhile.
-    pub fn on_suspension(&mut self, after_ns: u64, duration_ns: u64) {
-        self.remove_expired(after_ns);
-        for unkept in &mut self.unkept {
-            unkept.until_ns = unkept.until_ns.saturating_add(duration_ns);
-        }
-        for entry in self.time_waits.values_mut() {
-            entry.until_ns = entry.until_ns.saturating_add(duration_ns);
-        }
-    }
-
-    /// Adds a self-connection that the socket table lists in TIME_WAIT, unless it is known.
-    pub fn insert_listed_time_wait(&mut self, entry: TimeWaitEntry, now_ns: u64) {
-        let known = self.time_waits.get(&entry.id());
-        if known.is_none_or(|known| known.until_ns < now_ns) {
-            self.insert_time_wait(entry, now_ns);
-        }
-    }
-
-    /// Removes the TIME_WAIT entries that have ended early. `has_ended` returns true if the kernel does not have this
-    /// one any more.
-    pub fn remove_ended(&mut self, has_ended: impl Fn(&TimeWaitEntry) -> bool) {
-        let Self { time_waits, time_wait_shares, .. } = self;
-        time_waits.retain(|_, entry| {
-            let has_ended = has_ended(entry);
-            if has_ended {
-                time_wait_shares.give_back(entry.connection.payer(), 1);
-            }
-            !has_ended
-        });
-    }
-
-    /// Where the connections in TIME_WAIT are.
-    pub fn time_wait_endpoints(&self) -> impl Iterator<Item = &Endpoint> {
-        self.time_waits.values().map(|entry| &entry.connection.endpoint)
-    }
-
     /// The self-connection that holds the requested port: the oldest of the open ones, or the TIME_WAIT that ends last.
     /// `None`: no known self-connection; something else holds it.
     pub fn find_holder<'a>(
@@ -269,8 +127,7 @@ impl BindConflicts {
     /// The connection in TIME_WAIT that holds the requested port.
     #[must_use]
     pub fn find_time_wait(&self, failure: &BindFailure) -> Option<&TimeWaitEntry> {
-        let time_waits = self.time_waits.values().map(|entry| &**entry);
-        let time_waits = time_waits.filter(|entry| {
+        let time_waits = self.time_waits.iter().filter(|entry| {
             // A failure that is handled after the close may be of before it, when the socket had its owner.
             let was_open = failure.at_ns < entry.until_ns.saturating_sub(TIME_WAIT_NS);
             let uid = entry.connection.uid.filter(|_| was_open);
@@ -279,22 +136,11 @@ impl BindConflicts {
         time_waits.max_by_key(|entry| entry.until_ns)
     }
 
-    /// The ports of the TIME_WAITs for which there was no room, and that last until later than this.
-    #[must_use]
-    pub fn unkept_ports(&self, at_ns: u64) -> PortSet {
-        let mut ports = PortSet::default();
-        self.unkept.iter().filter(|unkept| at_ns < unkept.until_ns).for_each(|one| ports.extend(&one.ports));
-        ports
-    }
-
     /// A bind has failed, and [`Self::find_holder`] knows no holder. That proves nothing if there was no room for a
     /// TIME_WAIT that may hold the port, or, as `lacks_open_one` says, for an open self-connection that may. With
     /// another port, or in another namespace, such a one is no cause.
     pub fn record_unexplained(&mut self, failure: &BindFailure, lacks_open_one: bool) {
-        let may_hold = |unkept: &UnkeptTimeWaits| {
-            failure.at_ns < unkept.until_ns && unkept.ports.may_have(&failure.endpoint)
-        };
-        if lacks_open_one || self.unkept.iter().any(may_hold) {
+        if lacks_open_one || self.time_waits.may_lack_one_at(&failure.endpoint, failure.at_ns) {
             self.servers.losses.count(failure.owner, failure.failures);
         }
     }
@@ -305,7 +151,7 @@ mod tests {
     use selfconn_ebpf::{BindOptions, held_port_slot};
 
     use super::*;
-    use crate::detect::samples;
+    use crate::{budget::memory::MAX_TIME_WAITS, detect::samples, system::process::ClosedAttribution};
 
     fn connection(number: u64, addr: &str, port: u16) -> Connection {
         samples::connection(number, samples::endpoint(addr, port))
@@ -394,8 +240,8 @@ mod tests {
     #[test]
     fn a_time_wait_entry_holds_its_port_until_it_expires() {
         let mut conflicts = BindConflicts::default();
-        conflicts.insert_time_wait(entry(1, "127.0.0.1", 80, 60), 0);
-        conflicts.insert_time_wait(entry(2, "127.0.0.2", 80, 70), 0);
+        conflicts.time_waits.insert(entry(1, "127.0.0.1", 80, 60), 0);
+        conflicts.time_waits.insert(entry(2, "127.0.0.2", 80, 70), 0);
         for (requested, at_s, holder) in [
             ("127.0.0.1", 59, Some(1)),
             ("127.0.0.1", 60, None),
@@ -410,9 +256,9 @@ mod tests {
         let open = [connection(3, "127.0.0.1", 80)];
         assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 80, 59), open.iter())), Some(3));
         // An entry from the socket table does not replace a known one.
-        conflicts.insert_listed_time_wait(entry(0, "127.0.0.1", 80, 61), 59 * SECOND_NS);
+        conflicts.time_waits.insert_listed(entry(0, "127.0.0.1", 80, 61), 59 * SECOND_NS);
         assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 80, 59), std::iter::empty())), Some(1));
-        conflicts.insert_listed_time_wait(entry(0, "127.0.0.1", 80, 90), 61 * SECOND_NS);
+        conflicts.time_waits.insert_listed(entry(0, "127.0.0.1", 80, 90), 61 * SECOND_NS);
         assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 80, 62), std::iter::empty())), Some(0));
     }
 
@@ -422,7 +268,7 @@ mod tests {
         let mut held = entry(1, "127.0.0.1", 80, 100);
         (held.connection.options, held.connection.uid) = (shared, Some(1_000));
         let mut conflicts = BindConflicts::default();
-        conflicts.insert_time_wait(held, 0);
+        conflicts.time_waits.insert(held, 0);
         // It was closed at 40 s. Users do not share a port; nobody owns what is in TIME_WAIT.
         for (at_s, uid, holder) in [(39, 0, Some(1)), (39, 1_000, None), (40, 0, None)] {
             let mut failure = failure("127.0.0.1", 80, at_s);
@@ -434,10 +280,10 @@ mod tests {
     #[test]
     fn a_time_wait_entry_lasts_longer_by_a_suspend_and_an_expired_one_does_not_come_back() {
         let mut conflicts = BindConflicts::default();
-        conflicts.insert_time_wait(entry(1, "127.0.0.1", 80, 60), 0);
-        conflicts.insert_time_wait(entry(2, "127.0.0.1", 81, 70), 0);
+        conflicts.time_waits.insert(entry(1, "127.0.0.1", 80, 60), 0);
+        conflicts.time_waits.insert(entry(2, "127.0.0.1", 81, 70), 0);
         // It has ended by the last check before the suspend.
-        conflicts.on_suspension(65 * SECOND_NS, 1_000 * SECOND_NS);
+        conflicts.time_waits.on_suspension(65 * SECOND_NS, 1_000 * SECOND_NS);
         for (port, at_s, holder) in
             [(80, 66, None), (81, 1_066, Some(2)), (81, 1_069, Some(2)), (81, 1_070, None)]
         {
@@ -447,41 +293,21 @@ mod tests {
     }
 
     #[test]
-    fn expired_entries_are_removed_long_before_the_limit() {
-        let mut conflicts = BindConflicts::default();
-        for second in 0..600_u64 {
-            let port = u16::try_from(second).unwrap() + 1;
-            conflicts.insert_time_wait(entry(second, "127.0.0.1", port, second + 60), second * SECOND_NS);
-            assert!(conflicts.time_waits.len() <= 60, "{} after {second} s", conflicts.time_waits.len());
-        }
-        conflicts.remove_expired(700 * SECOND_NS);
-        assert!(conflicts.time_waits.is_empty());
-    }
-
-    #[test]
-    fn the_number_of_time_waits_is_bounded() {
-        let mut conflicts = BindConflicts::default();
-        for port in 1..=u16::try_from(MAX_TIME_WAITS).unwrap() + 9 {
-            conflicts.insert_time_wait(entry(1, "127.0.0.1", port, 60), 0);
-        }
-        assert_eq!(conflicts.time_waits.len(), MAX_TIME_WAITS * 3 / 4, "the share of one owner");
-        conflicts.insert_time_wait(entry(2, "127.0.0.1", 9_999, 120), 61 * SECOND_NS);
-        assert_eq!(conflicts.time_waits.len(), 1, "expired entries are removed first");
-    }
-
-    #[test]
     fn a_failed_bind_is_lost_if_a_time_wait_without_room_may_hold_the_port() {
         let mut conflicts = BindConflicts::default();
         let share = u16::try_from(MAX_TIME_WAITS * 3 / 4).unwrap();
         for port in 1..=share {
-            conflicts.insert_time_wait(entry(port.into(), "127.0.0.1", port, 60), 0);
+            conflicts.time_waits.insert(entry(port.into(), "127.0.0.1", port, 60), 0);
         }
         conflicts.record_unexplained(&failure("127.0.0.1", 9_999, 1), false);
         // The same socket takes no more room.
-        conflicts.insert_time_wait(entry(1, "127.0.0.1", 1, 61), 0);
-        assert_eq!((conflicts.time_wait_shares.used(), conflicts.servers.losses.total()), (share.into(), 0));
+        conflicts.time_waits.insert(entry(1, "127.0.0.1", 1, 61), 0);
+        assert_eq!(
+            (conflicts.time_waits.iter().count(), conflicts.servers.losses.total()),
+            (usize::from(share), 0)
+        );
         assert_eq!(number(conflicts.find_holder(&failure("127.0.0.1", 1, 60), std::iter::empty())), Some(1));
-        conflicts.insert_time_wait(entry(9_999, "127.0.0.1", 9_999, 70), 0);
+        conflicts.time_waits.insert(entry(9_999, "127.0.0.1", 9_999, 70), 0);
         for at_s in [69, 70] {
             let failure = BindFailure { failures: 3, ..failure("127.0.0.1", 9_999, at_s) };
             conflicts.record_unexplained(&failure, false);
@@ -495,30 +321,7 @@ mod tests {
         conflicts.record_unexplained(&elsewhere, false);
         assert_eq!(conflicts.servers.losses.total(), 3);
         let slot = held_port_slot(&failure("127.0.0.1", 9_999, 0).endpoint);
-        assert_eq!(conflicts.unkept_ports(69 * SECOND_NS).slots().collect::<Vec<_>>(), [slot]);
-        assert!(conflicts.unkept_ports(70 * SECOND_NS).is_empty());
-    }
-
-    #[test]
-    fn the_ports_of_time_waits_without_room_are_forgotten_when_these_have_ended() {
-        let mut conflicts = BindConflicts::default();
-        let share = MAX_TIME_WAITS as u64 * 3 / 4;
-        for number in 1..=share {
-            conflicts.insert_time_wait(entry(number, "127.0.0.1", number as u16, 100_000), 0);
-        }
-        // One more each second, for ten minutes.
-        let port = |second: u64| 10_000 + second as u16;
-        for second in 0..600 {
-            let unkept = entry(share + second, "127.0.0.1", port(second), second + 60);
-            conflicts.insert_time_wait(unkept, second * SECOND_NS);
-            let ports = conflicts.unkept_ports(second * SECOND_NS);
-            for earlier in second.saturating_sub(59)..=second {
-                assert!(
-                    ports.may_have(&failure("127.0.0.1", port(earlier), second).endpoint),
-                    "{earlier} {second}"
-                );
-            }
-            assert!(ports.slots().count() <= 122, "of two minutes: {} at {second}", ports.slots().count());
-        }
+        assert_eq!(conflicts.time_waits.unkept_ports(69 * SECOND_NS).slots().collect::<Vec<_>>(), [slot]);
+        assert!(conflicts.time_waits.unkept_ports(70 * SECOND_NS).is_empty());
     }
 }
