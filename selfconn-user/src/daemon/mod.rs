@@ -39,6 +39,7 @@ use supervision::Supervision;
 use thread_watch::ThreadWatch;
 
 mod blocked;
+mod blocked_event;
 mod catch_up;
 mod gathering;
 mod guarding;

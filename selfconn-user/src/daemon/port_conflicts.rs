@@ -6,7 +6,8 @@ use std::{collections::HashMap, rc::Rc};
 use selfconn_ebpf::{BindOptions, bind_failure::BindFailure};
 
 use super::{
-    blocked::{BlockedReports, KnownHolder, MAX_OTHERS, PendingBlocked, Proof, Step},
+    blocked::BlockedReports,
+    blocked_event::{KnownHolder, MAX_OTHERS, PendingBlocked, Proof, Step},
     pending::PendingEvents,
     reporting::{Reporting, Waiter, holder_target, opener_target},
 };

@@ -2,7 +2,7 @@
 
 use selfconn_ebpf::{Owner, guard::Prevention};
 
-use super::blocked::PendingBlocked;
+use super::blocked_event::PendingBlocked;
 use crate::{
     budget::owner_of_user,
     detect::{connection::Connection, port_risk::PortRiskEvent},
