@@ -355,8 +355,8 @@ impl Tracer {
         })
     }
 
-    /// Reads records from the ring buffer, at most `limit`, and none after one for which `each` returns false. Returns how
-    /// many were read, or `limit` if there may be more.
+    /// Reads records from the ring buffer, at most `limit`, and none after one for which `each` returns false. Returns
+    /// how many were read, or `limit` if there may be more.
     pub fn drain_while(
         &mut self,
         limit: usize,

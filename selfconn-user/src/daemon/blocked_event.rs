@@ -42,8 +42,8 @@ impl KnownHolder {
 pub(super) enum Proof {
     /// By what was known of its socket when the bind failed.
     Known,
-    /// It is not known: see [`bind_conflict::possible_holders`]. None of the self-connections that were looked at refuses
-    /// the bind now, and there are others that may hold the port.
+    /// It is not known: see [`bind_conflict::possible_holders`]. No self-connection that was looked at refuses the bind
+    /// now, and there are others that may hold the port.
     Missing,
     /// By its socket now. It was not known before.
     Found,
@@ -120,8 +120,8 @@ impl PendingBlocked {
         }
     }
 
-    /// Adds the other self-connections that may hold the port. They are looked at, too: the kernel does not say which of
-    /// them refuses the bind, and the record of the holder may be wrong by now.
+    /// Adds the other self-connections that may hold the port. They are looked at, too: the kernel does not say which
+    /// one refuses the bind, and the record of the holder may be wrong by now.
     pub(super) fn add_others(&mut self, possible: &PossibleHolders<'_>) {
         let holder = self.holder.connection().number;
         let others = possible.connections.iter().filter(|connection| connection.number != holder);

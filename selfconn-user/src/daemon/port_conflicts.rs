@@ -197,7 +197,7 @@ impl PortConflicts {
                 Proof::FoundOther(number) => known.open_holder(number),
                 _ => None,
             };
-            // The self-connection may have been closed meanwhile. And with a recorded holder, no TIME_WAIT was looked for.
+            // The self-connection may have been closed meanwhile. With a recorded holder, no TIME_WAIT was looked for.
             let Some(other) = other.or_else(|| self.time_wait_holder(&blocked.failure)) else {
                 // Something else holds the port, or a self-connection that is not tracked.
                 if proof == Proof::Refuted && !was_recorded {

@@ -27,7 +27,7 @@ pub(super) const RECORD_POLL_INTERVAL: Duration = Duration::from_millis(1);
 const MAX_DEFERRED: usize = 4;
 
 impl Daemon {
-    /// Drains and handles at most [`MAX_BATCH`] records of each ring buffer, and none more when stdout is filling. Returns
+    /// Drains and handles at most [`MAX_BATCH`] records of each ring buffer, and no more when stdout is filling. Returns
     /// their number, or [`MAX_BATCH`] if there may be more.
     pub(super) fn drain_batch(&mut self) -> usize {
         self.pipeline.begin_batch();

@@ -18,8 +18,8 @@ pub mod recognition;
 pub mod socket;
 
 /// What to say if the host has dropped the packets of a self-test: one line of text for people.
-pub const NOT_CONNECTED: &str = "the self-test has shown nothing: its socket was not connected within two seconds. Packets \
-    of loopback were dropped, perhaps because net.core.netdev_max_backlog is too small for this load";
+pub const NOT_CONNECTED: &str = "the self-test has shown nothing: its socket was not connected within two seconds. \
+    Packets of loopback were dropped, perhaps because net.core.netdev_max_backlog is too small for this load";
 
 /// The schedule of the self-tests, and their socket. Without the privileges to create the socket there are no
 /// self-tests, but the self-tests of other daemons are recognized nevertheless.

@@ -64,8 +64,8 @@ fn may_be_refused_by(failure: &BindFailure, connection: &Connection) -> bool {
 
 /// The open self-connections that may hold the requested port, `max` at most, also if by the record of their options
 /// they do not: their users may have changed the options since. The payers take turns, so that one user's
-/// self-connections do not keep another's out. The recorded holders of a payer come before its others, and the oldest of
-/// each first.
+/// self-connections do not keep another's out. The recorded holders of a payer come before its others, and the oldest
+/// first.
 #[must_use]
 pub fn possible_holders<'a>(
     failure: &BindFailure,

@@ -134,8 +134,8 @@ impl ProbeHealth {
         matches!(self.phase, TestPhase::Testing { until, record_arrived, .. } if record_arrived || until <= now)
     }
 
-    /// Outcome of the test. All records so far must have been drained before. `is_connected`: the test's socket is. A full
-    /// backlog of the CPU (`net.core.netdev_max_backlog`) drops its SYN, also on loopback. `None`: the test goes on.
+    /// Outcome of the test. All records so far must have been drained before. `is_connected`: the test's socket is. A
+    /// full backlog of the CPU (`net.core.netdev_max_backlog`) drops its SYN, also on loopback. `None`: the test goes on.
     pub fn evaluate(
         &mut self,
         after: &Counters,

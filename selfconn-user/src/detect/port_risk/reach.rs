@@ -1,5 +1,5 @@
 //! How `connect()` comes to a port, in a network namespace with certain settings. A user can make that expensive in a
-//! namespace of his own, by a wide range and many reserved ports, so the worker that reads the settings computes it, and
+//! namespace of his own, by a wide range and many reserved ports. So the worker that reads the settings computes it, and
 //! the event loop has the results only.
 
 use selfconn_ebpf::refused_connects::{RefusedCount, WINDOW_NS};

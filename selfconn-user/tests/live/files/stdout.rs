@@ -147,6 +147,17 @@ fn start_without_log(options: &[&str]) -> Child {
     command.stderr(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap()
 }
 
+/// Asserts that a run that wrote more than the queues hold wrote every event, and this many closed self-connections.
+fn assert_nothing_lost(text: &str, net: TestNetns, closed: usize) {
+    assert!(text.len() > 10 << 20, "{} bytes fit into the queues", text.len());
+    let events = parse_log(text);
+    let stopped = events.last().unwrap();
+    assert_eq!((&stopped["lost"]["stdout"], &stopped["lost"]["ring"]), (&0.into(), &0.into()), "{stopped}");
+    assert_eq!(stopped["made"], events.len());
+    let is_ours = |event: &&Value| event["event"] == "closed" && event["netns"] == net.inode;
+    assert_eq!(events.iter().filter(is_ours).count(), closed);
+}
+
 #[test]
 fn a_slow_reader_without_a_log_loses_nothing() {
     let net = TestNetns::enter_new();
@@ -160,13 +171,7 @@ fn a_slow_reader_without_a_log_loses_nothing() {
     }
     terminate(&mut child);
     let text = reader.join().unwrap();
-    assert!(text.len() > 10 << 20, "{} bytes fit into the queues", text.len());
-    let events = parse_log(&text);
-    let stopped = events.last().unwrap();
-    assert_eq!((&stopped["lost"]["stdout"], &stopped["lost"]["ring"]), (&0.into(), &0.into()), "{stopped}");
-    assert_eq!(stopped["made"], events.len());
-    let is_ours = |event: &&Value| event["event"] == "closed" && event["netns"] == net.inode;
-    assert_eq!(events.iter().filter(is_ours).count(), COUNT);
+    assert_nothing_lost(&text, net, COUNT);
 }
 
 /// A program whose path takes 22 KB in an event. Returns the path.
@@ -203,6 +208,8 @@ fn many_long_events_at_once_are_not_lost_without_a_log() {
     // The process is known for a moment, and all records are in one batch.
     let pids = [child.id(), process.pid()].map(|pid| Pid::from_raw(pid.cast_signed()).unwrap());
     kill_process(pids[0], Signal::STOP).unwrap();
+    let stat = || fs::read_to_string(format!("/proc/{}/stat", process.pid())).unwrap();
+    wait_until(DEADLINE, "it does not stop", || stat().rsplit(") ").next().unwrap().starts_with('T'));
     kill_process(pids[1], Signal::CONT).unwrap();
     assert_eq!(process.read_output(), "connected often");
     kill_process(pids[0], Signal::CONT).unwrap();
@@ -210,13 +217,7 @@ fn many_long_events_at_once_are_not_lost_without_a_log() {
     terminate(&mut child);
     reader.join().unwrap();
     text.extend(events.try_iter());
-    assert!(text.len() > 10 << 20, "{} bytes fit into the queue", text.len());
-    let events = parse_log(&text);
-    let stopped = events.last().unwrap();
-    assert_eq!((&stopped["lost"]["stdout"], &stopped["lost"]["ring"]), (&0.into(), &0.into()), "{stopped}");
-    assert_eq!(stopped["made"], events.len());
-    let is_ours = |event: &&Value| event["event"] == "closed" && event["netns"] == net.inode;
-    assert_eq!(events.iter().filter(is_ours).count(), 151);
+    assert_nothing_lost(&text, net, 151);
 }
 
 #[test]
