@@ -73,15 +73,13 @@ fn rustflags(workspace: &Workspace, rust: &Rust, linker: &Linker) -> Result<Vec<
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use object::{Object as _, ObjectSection as _, ObjectSymbol as _, read::elf::ElfFile64};
 
     use super::*;
 
-    /// The offsets of the first two loads of a program through its context, which is in the first register when
-    /// it begins.
-    fn first_loads(object: &ElfFile64<'_>, program: &str) -> BTreeSet<i16> {
+    /// The offsets, in order, of the first two loads of a program through its context, which is in the first register
+    /// when it begins.
+    fn first_loads(object: &ElfFile64<'_>, program: &str) -> Vec<i16> {
         const CLASS_LDX: u8 = 1;
         const DOUBLE_WORD: u8 = 0x79;
         let symbol = object.symbols().find(|symbol| symbol.name() == Ok(program)).expect(program);
@@ -111,7 +109,7 @@ mod tests {
             ("selfconn_kprobe_arm64", [0, 8]),
             ("selfconn_kprobe_arm64_btf_offsets", [0, 8]),
         ] {
-            assert_eq!(first_loads(&object, program), registers.into(), "{program}");
+            assert_eq!(first_loads(&object, program), registers, "{program}");
         }
     }
 }

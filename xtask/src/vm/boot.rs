@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{emulator::Emulator, kernel::Kernel};
 
@@ -53,7 +53,7 @@ pub(super) struct BootResult {
 }
 
 /// How a boot ended.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Ending {
     /// Everything ran and passed.
     Passed,
@@ -163,7 +163,7 @@ fn crash_message(console: &str) -> Option<&str> {
 }
 
 /// The kernel's warnings after which it continues.
-#[derive(Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct KernelWarnings {
     /// Each different one once, with the number of times.
     pub(super) messages: Vec<String>,

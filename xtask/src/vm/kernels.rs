@@ -59,14 +59,14 @@ pub(super) fn update<'a>(file: &Path, today: &str, rows: impl Iterator<Item = &'
 
 /// Writes above the tables when the whole matrix ran. Each row has the date of its own boot, so this stays true when
 /// rows are replaced.
-pub(super) fn note_whole_run(file: &Path, today: &str, rows: usize, minutes: u64) -> Result<()> {
-    rewrite_section(file, "kernels", |old| with_whole_run(old, today, rows, minutes))
+pub(super) fn note_whole_run(file: &Path, today: &str, summary: &str) -> Result<()> {
+    rewrite_section(file, "kernels", |old| with_whole_run(old, today, summary))
 }
 
-fn with_whole_run(old: &str, today: &str, rows: usize, minutes: u64) -> String {
+fn with_whole_run(old: &str, today: &str, summary: &str) -> String {
     let tables = old.lines().filter(|line| !line.starts_with(WHOLE_RUN)).map(|line| format!("{line}\n"));
     let tables: String = tables.collect();
-    format!("\n{WHOLE_RUN}{today}: {rows} rows in {minutes} minutes.\n\n{}", tables.trim_start_matches('\n'))
+    format!("\n{WHOLE_RUN}{today}: {summary}.\n\n{}", tables.trim_start_matches('\n'))
 }
 
 /// The date in UTC.
@@ -318,7 +318,7 @@ mod tests {
     #[test]
     fn a_row_has_the_date_of_its_boot_and_the_whole_run_its_own() {
         let row = row_of("6.1.1", &output("ok", "none", 0, 2));
-        let first = with_whole_run(&section("", "2026-11-01", &[&row]), "2026-11-01", 31, 107);
+        let first = with_whole_run(&section("", "2026-11-01", &[&row]), "2026-11-01", "31 rows in 107 minutes");
         let line =
             "\nThe last whole run, `cargo xtask vm --all`, ended on 2026-11-01: 31 rows in 107 minutes.\n";
         assert_eq!(first.matches(line).count(), 1, "{first}");
@@ -331,7 +331,7 @@ mod tests {
         };
         assert_eq!(dates("6.1.1"), ["2026-11-01 |", "2026-11-01 |"], "{second}");
         assert_eq!(dates("6.12.1"), ["2026-11-02 |", "2026-11-02 |"], "{second}");
-        let third = with_whole_run(&second, "2026-11-03", 32, 9);
+        let third = with_whole_run(&second, "2026-11-03", "32 rows in 9 minutes");
         assert!(!third.contains(line) && third.contains("2026-11-03: 32 rows in 9 minutes."), "{third}");
         assert_eq!(section(&third, "2026-11-04", &[]), third, "nothing new changes nothing");
     }

@@ -1,17 +1,18 @@
 //! `cargo xtask vm`: the live tests on other kernels, in virtual machines without an accelerator. A row of
 //! the matrix is a kernel in a variant, and one boot.
 
-use std::{path::PathBuf, time::Instant};
+use std::{path::PathBuf, sync::Mutex, time::Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use self::{
     emulator::Emulator,
     kernel::Kernel,
-    report::VmReport,
+    report::{MatrixRow, VmReport},
     rows::RowRunner,
     stock::KernelStock,
     variant::{VARIANTS, Variant},
+    whole_run::WholeRun,
 };
 use crate::{
     architecture::{self, Architecture},
@@ -36,6 +37,7 @@ mod rows;
 pub(crate) mod service;
 mod stock;
 mod variant;
+mod whole_run;
 
 pub(crate) use bench::measure;
 
@@ -53,6 +55,10 @@ pub(crate) struct VmArgs {
     /// the kernels of aarch64. It is an error if a kernel can't be had
     #[arg(long, conflicts_with_all = ["kernel", "arch", "variant", "test_args"])]
     all: bool,
+    /// Boot only the rows that have not passed in the last run of `--all`, which was stopped or in which a row failed.
+    /// The daemon and its programs must be those of that run
+    #[arg(long = "continue", requires = "all")]
+    continues: bool,
     /// A kernel image (of aarch64: not compressed), a kernel package, or a version such as 6.12, 6.12-rt (real-time),
     /// 6.12-generic (not for clouds) or, on aarch64, 6.12-16k (pages of 16 KiB); by default the newest 5.10, 6.1, 6.12,
     /// 6.18 and 7.x that Debian has, and on aarch64 5.10, 6.1, 6.12-16k and 7.x
@@ -87,6 +93,7 @@ impl VmArgs {
     fn for_tests(kernel: Vec<String>, test_args: Vec<String>) -> Self {
         Self {
             all: false,
+            continues: false,
             kernel,
             arch: None,
             variant: Vec::new(),
@@ -124,10 +131,16 @@ pub(crate) fn run(args: &VmArgs, workspace: &Workspace) -> Result<()> {
     let start = Instant::now();
     packages::install_programs(&PROGRAMS)?;
     let parts = MatrixPart::of(args)?;
+    let whole = match (args.all && args.has_documented_rows(), args.continues) {
+        (true, true) => Some(WholeRun::of_last(&directory(workspace), workspace)?),
+        (true, false) => Some(WholeRun::begin(&directory(workspace), workspace)?),
+        (false, true) => bail!("--continue is for the rows of all tests under the usual conditions"),
+        (false, false) => None,
+    };
     let mut all = VmReport::default();
     let mut error = None;
     for part in &parts {
-        match part.run(args, workspace) {
+        match part.run(args, whole.as_ref(), workspace) {
             Ok(report) => {
                 all.rows.extend(report.rows);
                 all.skipped.extend(report.skipped);
@@ -149,9 +162,8 @@ pub(crate) fn run(args: &VmArgs, workspace: &Workspace) -> Result<()> {
     if args.all {
         all.check_complete()?;
     }
-    if args.all && args.has_documented_rows() {
-        let minutes = start.elapsed().as_secs().div_ceil(60);
-        kernels::note_whole_run(&tables(workspace), &kernels::today()?, all.rows.len(), minutes)?;
+    if let Some(whole) = whole {
+        kernels::note_whole_run(&tables(workspace), &kernels::today()?, &whole.summary())?;
     }
     say(format!("{} rows passed in {}", all.rows.len(), seconds_since(start)));
     Ok(())
@@ -203,8 +215,8 @@ impl MatrixPart {
         architecture::ALL.map(of).into()
     }
 
-    /// Boots its rows, and writes the rows that passed to docs/kernels.md.
-    fn run(&self, args: &VmArgs, workspace: &Workspace) -> Result<VmReport> {
+    /// Boots its rows but those that the whole run has already passed. A row that passes is written to docs/kernels.md.
+    fn run(&self, args: &VmArgs, whole: Option<&WholeRun>, workspace: &Workspace) -> Result<VmReport> {
         let Self { architecture, groups } = self;
         Emulator::find_or_fetch(workspace, architecture)?;
         let stock = |group: &KernelGroup| {
@@ -220,14 +232,31 @@ impl MatrixPart {
             groups.iter().zip(&stocks).flat_map(|(group, stock)| group.rows(stock, args)).collect();
         // As they stand in the matrix, where the longest come first.
         rows.sort_by_key(|(_, variant)| variant.index());
-        let skipped = stocks.iter().flat_map(|stock| stock.skipped.clone()).collect();
-        let report = boot(args, architecture, &rows, skipped, workspace)?;
-        if args.has_documented_rows() {
-            // A kernel that was given as a file may be any; a row that did not pass leaves the documented one.
-            let known = rows.iter().zip(&report.rows).filter(|((kernel, _), _)| kernel.is_known);
-            kernels::update(&tables(workspace), &kernels::today()?, known.map(|(_, row)| row))?;
+        let passed = |(kernel, variant): &(&Kernel, &Variant)| whole?.passed(&kernel.label(), variant.name);
+        let (mut results, mut left) = (Vec::new(), Vec::new());
+        for row in rows {
+            match passed(&row) {
+                Some(result) => results.push(result),
+                None => left.push(row),
+            }
         }
-        Ok(report)
+        let skipped = stocks.iter().flat_map(|stock| stock.skipped.clone()).collect();
+        if left.is_empty() && !results.is_empty() {
+            return Ok(VmReport { rows: results, skipped });
+        }
+        let writing = Mutex::new(());
+        let report = boot(args, architecture, &left, skipped, workspace, |kernel, row| {
+            // One at a time, because the rows of a table are replaced by a new file.
+            let _guard = writing.lock();
+            whole.map_or(Ok(()), |whole| whole.add(row))?;
+            // A kernel that was given as a file may be any; a row that did not pass leaves the documented one.
+            if args.has_documented_rows() && kernel.is_known {
+                kernels::update(&tables(workspace), &kernels::today()?, [row].into_iter())?;
+            }
+            Ok(())
+        })?;
+        results.extend(report.rows);
+        Ok(VmReport { rows: results, skipped: report.skipped })
     }
 }
 
@@ -280,7 +309,8 @@ fn boot_subset(
     let locked = stock.kernels.last().filter(|_| lockdown).map(|newest| (newest, &variant::STRICTEST));
     let rows: Vec<_> = unchanged.chain(locked).collect();
     if !rows.is_empty() {
-        boot(&args, architecture, &rows, stock.skipped.clone(), workspace)?.check()?;
+        let ended = |_: &Kernel, _: &MatrixRow| Ok(());
+        boot(&args, architecture, &rows, stock.skipped.clone(), workspace, ended)?.check()?;
     }
     Ok(skipped)
 }
@@ -295,16 +325,17 @@ fn directory(workspace: &Workspace) -> PathBuf {
     workspace.target.join("vm")
 }
 
-/// Boots the rows, and prints the report.
+/// Boots the rows, and prints the report. `ended` is called at the end of each.
 fn boot(
     args: &VmArgs,
     architecture: &'static Architecture,
     rows: &[(&Kernel, &Variant)],
     skipped: Vec<(String, String)>,
     workspace: &Workspace,
+    ended: impl Fn(&Kernel, &MatrixRow) -> Result<()> + Sync,
 ) -> Result<VmReport> {
     build_ebpf::build(workspace)?;
-    let report = VmReport { rows: RowRunner::new(args, architecture, workspace)?.run(rows)?, skipped };
+    let report = VmReport { rows: RowRunner::new(args, architecture, workspace)?.run(rows, ended)?, skipped };
     println!("{}", report.render());
     Ok(report)
 }

@@ -118,7 +118,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
         let tests = reduced.tests.iter().map(|name| (*name).to_owned()).collect();
         let args = VmArgs::for_tests(vec![kernel.version.clone()], tests);
         let quick: &Variant = &variant::QUICK;
-        let report = boot(&args, &X86_64, &[(&kernel, quick)], Vec::new(), workspace)?;
+        let report = boot(&args, &X86_64, &[(&kernel, quick)], Vec::new(), workspace, |_, _| Ok(()))?;
         let row = report.rows.first().context("no row")?;
         let doctor = report_of_doctor(row)?;
         // An unfit kernel fails `doctor`, and must fail nothing else.

@@ -4,7 +4,7 @@
 use std::{fmt::Write as _, path::PathBuf, time::Duration};
 
 use anyhow::{Result, ensure};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     boot::{Ending, GUEST_PREFIX, KernelWarnings},
@@ -12,7 +12,7 @@ use super::{
 };
 
 /// The result of a test.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum TestOutcome {
     Passed,
     Failed,
@@ -33,14 +33,14 @@ impl TestOutcome {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct TestResult {
     pub(super) name: String,
     pub(super) outcome: TestOutcome,
 }
 
 /// A kernel in a variant, and its result.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct MatrixRow {
     pub(super) kernel: String,
     pub(super) variant: String,

@@ -68,8 +68,12 @@ impl<'a> RowRunner<'a> {
         Ok(Self { args, logs, emulator, busybox, programs })
     }
 
-    /// Runs the rows, some at a time, and returns the results in their order.
-    pub(super) fn run(&self, rows: &[(&Kernel, &Variant)]) -> Result<Vec<MatrixRow>> {
+    /// Runs the rows, some at a time, and returns the results in their order. `ended` is called for each at its end.
+    pub(super) fn run(
+        &self,
+        rows: &[(&Kernel, &Variant)],
+        ended: impl Fn(&Kernel, &MatrixRow) -> Result<()> + Sync,
+    ) -> Result<Vec<MatrixRow>> {
         ensure!(!rows.is_empty(), "nothing to boot: no kernel could be had, or the variant is not for it");
         let next = AtomicUsize::new(0);
         let worker = || {
@@ -79,7 +83,9 @@ impl<'a> RowRunner<'a> {
                 rows.get(index).map(|row| (index, *row))
             } {
                 let row = self.run_row(kernel, variant);
-                results.push((index, row.with_context(|| format!("{} {}", kernel.label(), variant.name))?));
+                let row = row.with_context(|| format!("{} {}", kernel.label(), variant.name))?;
+                ended(kernel, &row)?;
+                results.push((index, row));
             }
             Ok(results)
         };
