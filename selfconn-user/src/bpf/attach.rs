@@ -217,7 +217,8 @@ impl<T> Choice<T> {
         let missed = match only.recursion_guard() {
             RecursionGuard::PerProgram => "its program already runs on the same CPU",
             RecursionGuard::PerCpu => {
-                "a program of a kprobe, tracepoint or perf event, also of another agent, runs on the same CPU"
+                "a program of a kprobe, tracepoint or perf event, also of another agent, runs on the same CPU, or while a \
+                 call of bpf() is preempted there"
             }
         };
         Some(format!(

@@ -21,7 +21,8 @@ use socket2::Socket;
 use crate::support::{
     client::connect_to_self,
     daemon::{
-        HookVariant, TestDaemon, doctor, is_event, is_preemptible, method_verdicts, options_forcing, scaled,
+        HookVariant, TestDaemon, doctor, is_event, is_preemptible, may_be_missed_by, method_verdicts,
+        options_forcing, scaled,
     },
     helper_process::HelperProcess,
     kernel_gaps::KernelGaps,
@@ -241,13 +242,15 @@ impl MethodSet {
         self.methods.len() == 2 && self.methods.iter().filter(share).count() == 1
     }
 
-    /// True if no transition may be lost. A single method that cannot be preempted is blocked only by an
-    /// interrupt, either of its own program or of a program of another agent with the same recursion guard.
+    /// True if no transition may be lost. A single method whose program no preempted task keeps from running is blocked
+    /// only by an interrupt, either of its own program or of a program of another agent with the same recursion guard.
     /// In a guarded pair one method always sees the transition, unless one method is preempted and the other
     /// interrupted at the same moment.
     fn is_lossless(&self, condition: &Condition) -> bool {
         match self.methods.as_slice() {
-            ["perf" | "kprobe"] => !condition.runs_in_softirqs() && !condition.has_other_agent,
+            [method @ ("perf" | "kprobe")] => {
+                !may_be_missed_by(method) && !condition.runs_in_softirqs() && !condition.has_other_agent
+            }
             methods => {
                 let may_be_both =
                     condition.runs_in_softirqs() && methods.iter().any(|one| is_preemptible(one));

@@ -19,7 +19,7 @@ use crate::support::{
 };
 
 /// How a namespace is kept, and whether it can be entered.
-const KEPT: [(&str, bool); 5] = [
+const NAMESPACE_KEEPERS: [(&str, bool); 5] = [
     ("hold in a namespace that only the sockets keep", false),
     ("hold in a namespace that a descriptor keeps", true),
     ("hold in a namespace that a thread is in", true),
@@ -47,7 +47,7 @@ fn wait_until_each_is_named() {
 fn scan_looks_into_a_namespace_whatever_keeps_it_or_lists_it_as_unseen() {
     let _net = TestNetns::enter_new();
     wait_until_each_is_named();
-    let helpers = KEPT.map(|(task, can_be_entered)| {
+    let helpers = NAMESPACE_KEEPERS.map(|(task, can_be_entered)| {
         let mut helper = HelperProcess::start(task);
         let netns: u64 = helper.read_output().parse().unwrap();
         (helper, netns, task, can_be_entered)

@@ -56,13 +56,10 @@ pub(crate) fn scaled(count: usize) -> usize {
 pub(crate) struct HookVariant(pub(crate) Vec<&'static str>);
 
 impl HookVariant {
-    /// True unless this is a single method on a kernel that preempts BPF programs, or the daemon within a call of
-    /// `bpf()`: `perf` and `kprobe` see nothing on that CPU until the call ends. The module `load` measures what that
-    /// loses.
+    /// True unless this is a single method that [may miss a transition](may_be_missed_by) on this kernel. The module
+    /// `load` measures what that loses.
     pub(crate) fn is_lossless(&self) -> bool {
-        let is_covered =
-            |method: &&str| !is_preemptible("tp_btf") && !is_preemptible(method) && !is_real_time();
-        self.0.last().is_none_or(is_covered)
+        self.0.last().is_none_or(|method| !may_be_missed_by(method))
     }
 
     /// True if all of its programs can be preempted, so that a transition may be missed by each of them. The default
@@ -156,6 +153,14 @@ pub(crate) fn is_preemptible(method: &str) -> bool {
         "fentry" => is_kernel_at_least((6, 13)),
         _ => false,
     }
+}
+
+/// True if the program of this method may not run, because a task was preempted on that CPU: in the program itself, or,
+/// for `perf` and `kprobe`, within a call of `bpf()` about a map, such as the daemon's own. Until 6.12 only real-time
+/// kernels preempt a task within such a call.
+pub(crate) fn may_be_missed_by(method: &str) -> bool {
+    let is_guarded_by_cpu = ["perf", "kprobe"].contains(&method);
+    is_real_time() || is_preemptible(method) || (is_guarded_by_cpu && is_kernel_at_least((6, 13)))
 }
 
 /// The expected name of a process whose name the programs must find through one of its threads, without a

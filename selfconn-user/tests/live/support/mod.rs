@@ -23,6 +23,7 @@ pub(crate) mod mount_namespace;
 pub(crate) mod netns;
 pub(crate) mod nobody;
 pub(crate) mod pid_namespace;
+pub(crate) mod preempted_calls;
 pub(crate) mod privileges;
 pub(crate) mod refused_connects;
 pub(crate) mod retries;

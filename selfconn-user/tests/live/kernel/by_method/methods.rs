@@ -8,7 +8,7 @@ use rustix::{
     mount::{MountFlags, MountPropagationFlags, mount, mount_change},
     thread::{UnshareFlags, unshare_unsafe},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::daemon::{
     HookVariant, TestDaemon, bind_verdicts, doctor, hook_variants, is_real_time, method_verdicts,
@@ -82,7 +82,7 @@ fn a_kernel_has_the_expected_methods_and_refuses_the_others_by_policy() {
     let has = |method| expected_verdicts(&kernel, &lockdown()).contains(&(method, "ok"));
     let second = ["kprobe", "fentry"].into_iter().find(|method| has(method));
     let pair: Vec<_> = ["tp_btf"].into_iter().chain(second).collect();
-    assert_eq!(doctor()["would_attach"], serde_json::json!(pair), "{kernel}");
+    assert_eq!(doctor()["would_attach"], json!(pair), "{kernel}");
     assert_eq!(names_single_method(&doctor()["limits"]), pair.len() == 1, "{kernel}: {}", doctor());
 }
 
@@ -206,7 +206,7 @@ fn started_lists_the_live_methods_and_why_the_others_are_not() {
     let (events, _) = TestDaemon::start(&HookVariant(vec![]), &[]).stop();
     let hooks = events[0]["hooks"].as_array().unwrap();
     let live: Vec<_> = hooks.iter().filter_map(|hook| hook["method"].as_str()).collect();
-    assert_eq!(serde_json::json!(live), doctor()["would_attach"], "{}", events[0]);
+    assert_eq!(json!(live), doctor()["would_attach"], "{}", events[0]);
     assert_eq!(names_single_method(&events[0]["limits"]), live.len() == 1, "{}", events[0]);
     for (method, verdict, why) in method_verdicts().into_iter().filter(|(_, verdict, _)| *verdict != "ok") {
         // Only methods that were tried are listed: all methods of a hook without a live method, and for a
@@ -309,6 +309,7 @@ fn the_object_and_its_architecture_are_shown() {
     let version = String::from_utf8(version.stdout).unwrap();
     let object = events[0]["object"].as_str().unwrap();
     assert!(version.contains(&format!("eBPF object {object} for x86_64 and aarch64)")), "{version}");
+    assert_eq!(events[0]["object_architectures"], json!(["x86_64", "aarch64"]));
     assert_eq!(events[0]["machine"], doctor()["machine"]);
     assert!(["x86_64", "aarch64"].contains(&events[0]["machine"].as_str().unwrap()), "{}", events[0]);
     let check = doctor()["checks"].as_array().unwrap()[0].clone();

@@ -13,3 +13,4 @@ pub(crate) mod methods;
 pub(crate) mod page_faults;
 pub(crate) mod port_range;
 pub(crate) mod programs;
+pub(crate) mod transition_preemption;
