@@ -1,5 +1,7 @@
 //! Builds the `started` event from the attached and refused methods.
 
+use selfconn_ebpf::names;
+
 use crate::{
     bpf::{
         attach::{Hook, Method},
@@ -36,6 +38,7 @@ pub(super) fn started(host: &KernelFeatures, tracer: &Tracer, guard: GuardStatus
         kernel: host.release.clone(),
         machine: host.machine.clone(),
         object: env!("SELFCONN_OBJECT"),
+        object_architectures: names::KPROBES.iter().map(|(architecture, ..)| *architecture).collect(),
         pid: std::process::id(),
         hooks,
         binds: MethodStatus {

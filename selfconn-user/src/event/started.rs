@@ -16,8 +16,10 @@ pub struct Started {
     pub kernel: String,
     /// Architecture of the kernel, as `uname -m` prints it.
     pub machine: String,
-    /// Checksum of the eBPF object, as `--version` prints it. It has programs for each architecture.
+    /// Checksum of the eBPF object, as `--version` prints it.
     pub object: &'static str,
+    /// The architectures for which the object has kprobes, as in `machine`.
+    pub object_architectures: Vec<&'static str>,
     /// Process id of the daemon.
     pub pid: u32,
     /// One entry for each attached method, and one for each hook without a method.
@@ -91,10 +93,10 @@ fn message(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
     if let Some(machine) = record.text("machine") {
         write!(out, " ({})", escape(machine))?;
     }
-    match record.text("object") {
-        Some(object) => write!(out, ", eBPF object {}", escape(object)),
-        None => Ok(()),
-    }
+    let Some(object) = record.text("object") else { return Ok(()) };
+    write!(out, ", eBPF object {}", escape(object))?;
+    let architectures = record.texts("object_architectures").collect::<Vec<_>>().join(" and ");
+    if architectures.is_empty() { Ok(()) } else { write!(out, " for {}", escape(&architectures)) }
 }
 
 fn details(record: LogRecord<'_>, out: &mut String) -> std::fmt::Result {
@@ -161,13 +163,15 @@ mod tests {
     #[test]
     fn a_line_mentions_only_known_fields() {
         assert_rendered(&[(
-            r#"{"event":"started","version":"0.1.0","pid":7,"kernel":"6.1\u001b","machine":"x86_64","object":"0a1b","hooks":[{"hook":"h","method":
+            r#"{"event":"started","version":"0.1.0","pid":7,"kernel":"6.1\u001b","machine":"x86_64","object":"0a1b",
+                    "object_architectures":["x86_64","aarch64"],"hooks":[{"hook":"h","method":
                     "tp_btf","refused":[]},{"hook":"h","method":"perf","refused":[]},{"hook":"g","method":null,
                     "refused":[{"method":"fentry","why":"refused"}]}],"binds":{"method":null,"refused":[{"method":
                     "perf","why":"no"}]},"descriptors":{"method":null,"refused":[{"method":"task_file","why":"old"}]},
                     "namespaces":{"method":null,"refused":[{"method":"task","why":"policy"}]},
                     "guard":{"mode":"refuse","method":"tcx","is_second":true},"limits":["one"]}"#,
-            "started      selfconn 0.1.0 [7] on kernel 6.1\\u{1b} (x86_64), eBPF object 0a1b\n    h: attached by tp_btf and perf\n    g: not \
+            "started      selfconn 0.1.0 [7] on kernel 6.1\\u{1b} (x86_64), eBPF object 0a1b for x86_64 and \
+                 aarch64\n    h: attached by tp_btf and perf\n    g: not \
                  attached\n        fentry refused\n    failed binds: not observed\n        perf no\n    descriptors: read from /proc\n        \
                  task_file old\n    namespaces: not listed\n        task policy\n    guard: refuse by tcx; another guard refuses \
                  first, and this one goes on when that one ends\n    limit: one",

@@ -16,6 +16,7 @@ pub(super) struct Filter {
     pub(super) events: Vec<String>,
     pub(super) units: Vec<String>,
     pub(super) containers: Vec<String>,
+    pub(super) hosts: Vec<String>,
     /// Inodes.
     pub(super) namespaces: Vec<u64>,
 }
@@ -29,6 +30,7 @@ impl Filter {
             && self.since.is_none_or(|since| record.time().is_none_or(|time| time >= since))
             && matches_any(&self.ports, |port| record.number("port") == Some(u64::from(*port)))
             && matches_any(&self.namespaces, |netns| record.number("netns") == Some(*netns))
+            && matches_any(&self.hosts, |host| record.text("host") == Some(host))
             && matches_any(&self.units, |unit| {
                 in_event_or_nested(record, |part| part.text("unit") == Some(unit))
             })
@@ -144,6 +146,22 @@ mod tests {
             assert_eq!(is_shown(line, &filter), is_expected, "{filter:?}");
             assert!(!is_shown(br#"{"event":"stopped"}"#, &filter));
         }
+    }
+
+    #[test]
+    fn a_host_selects_all_of_its_events_by_its_whole_name() {
+        let of = |host: &str| Filter { hosts: vec![host.to_owned()], ..Filter::default() };
+        for line in
+            [br#"{"event":"closed","host":"web-1"}"#.as_slice(), br#"{"event":"stopped","host":"web-1"}"#]
+        {
+            assert!(is_shown(line, &of("web-1")));
+            assert!(!is_shown(line, &of("web")));
+            assert!(is_shown(
+                line,
+                &Filter { hosts: vec!["web-2".into(), "web-1".into()], ..Filter::default() }
+            ));
+        }
+        assert!(!is_shown(br#"{"event":"stopped"}"#, &of("web-1")), "a line of before the field");
     }
 
     #[test]

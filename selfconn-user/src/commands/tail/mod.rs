@@ -79,6 +79,9 @@ pub struct TailArgs {
     /// Only events that name the container whose id begins so
     #[arg(long, value_name = "ID")]
     container: Vec<String>,
+    /// Only events of the host of this name
+    #[arg(long, value_name = "NAME")]
+    host: Vec<String>,
     /// Only events of this network namespace: the current one, that of a file such as /run/netns/NAME or
     /// /proc/PID/ns/net, or the one with this inode; all are shown without it
     #[arg(long, value_name = "self|PATH|INODE|all")]
@@ -111,6 +114,7 @@ pub fn run(args: &TailArgs) -> Result<ExitCode> {
         events: args.event.clone(),
         units: args.unit.clone(),
         containers: args.container.clone(),
+        hosts: args.host.clone(),
         namespaces: namespaces(&args.netns)?,
     };
     let count = args.lines.unwrap_or(if args.since.is_some() { usize::MAX } else { DEFAULT_LINES });

@@ -330,17 +330,17 @@ fn a_pods_security_context_is_printed_on_the_host_and_inside_a_pod() {
 
     let of_one_pod = start([40_102, 40_104]);
     of_one_pod.iter().for_each(|process| move_to(&groups[0], process));
-    let cure =
+    let expected_fix =
         "securityContext: {sysctls: [{name: net.ipv4.ip_local_reserved_ports, value: \"40102,40104\"}]}";
     let is_known = may_inspect_all_processes();
     for audit in run(&path(&of_one_pod[0])) {
         let unseen = audit.summary["unseen"].to_string();
         assert_eq!(unseen.contains("whether a network namespace is of one pod"), !is_known, "{unseen}");
-        let expected = if is_known { cure.into() } else { Value::Null };
+        let expected = if is_known { expected_fix.into() } else { Value::Null };
         assert_eq!(lasting(&audit), &expected, "{audit:?}");
     }
     // What the kubelet sets by it removes the risk.
-    let value = cure.split('"').nth(1).unwrap();
+    let value = expected_fix.split('"').nth(1).unwrap();
     let pid = of_one_pod[0].pid();
     thread::spawn(move || {
         TestNetns::enter_of_process(pid).set_sysctl("ip_local_reserved_ports", value);
