@@ -13,8 +13,18 @@ pub struct PortUse {
     pub is_bound: bool,
     /// A connection, or a TIME_WAIT, also that of a self-connection.
     pub is_connected: bool,
-    /// An open self-connection at the address in question.
+    /// An open self-connection at the address in question, so that `connect()` can't make another one.
     pub is_self_connected: bool,
+}
+
+/// True if a socket with the destination's device can't connect to the address and port that this one has at both ends:
+/// one that is bound to a device is another connection for a socket that is bound to none (`inet_match`,
+/// include/net/inet_hashtables.h at v6.12).
+fn excludes(row: &DumpedSocket, destination: &Endpoint) -> bool {
+    let endpoint = &row.entry.endpoint;
+    row.is_self_connection()
+        && endpoint.addr == destination.addr
+        && (endpoint.ifindex == 0 || endpoint.ifindex == destination.ifindex)
 }
 
 impl PortUse {
@@ -25,9 +35,7 @@ impl PortUse {
             // connect() takes over a TIME_WAIT of a loopback address after a second (`tcp_twsk_unique`,
             // net/ipv4/tcp_ipv4.c at v6.12; tcp_tw_reuse is 2 by default). So the port can be hit again.
             state::TIME_WAIT => self.is_connected = true,
-            _ if row.is_self_connection() && row.entry.endpoint.addr == destination.addr => {
-                self.is_self_connected = true;
-            }
+            _ if excludes(row, destination) => self.is_self_connected = true,
             _ => self.is_connected = true,
         }
     }
@@ -116,6 +124,24 @@ mod tests {
             assert_eq!(of_state(open), (true, false), "{open:?}");
         }
         assert_eq!(of_state(state::TIME_WAIT), (false, true));
+    }
+
+    #[test]
+    fn a_self_connection_of_another_device_does_not_keep_the_port_from_being_hit() {
+        for (of_connection, of_connect, is_excluded) in
+            [(0, 0, true), (0, 1, true), (1, 1, true), (1, 0, false), (1, 2, false)]
+        {
+            let unbound = Endpoint::new(1, Ipv4Addr::LOCALHOST.into(), 4, false);
+            let destination = Endpoint { ifindex: of_connect, ..unbound };
+            let mut open = row("127.0.0.1:4", "127.0.0.1:4", state::ESTABLISHED);
+            open.entry.endpoint.ifindex = of_connection;
+            open.destination = open.entry.endpoint;
+            let mut port_use = PortUse::default();
+            port_use.add(&open, &destination);
+            let expected =
+                PortUse { is_self_connected: is_excluded, is_connected: !is_excluded, is_bound: false };
+            assert_eq!(port_use, expected, "{of_connection} {of_connect}");
+        }
     }
 
     fn look(port: u16) -> PortUse {

@@ -13,7 +13,7 @@ use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 
 use crate::support::{
-    client::{connect_to_self, connect_until_self, socket},
+    client::{connect_to_self, connect_until_self, is_connected, socket},
     daemon::{DEADLINE, HookVariant, TestDaemon, doctor, is_event, scaled},
     helper_process::HelperProcess,
     netns::TestNetns,
@@ -151,6 +151,33 @@ fn the_time_wait_of_a_self_connection_withholds_no_warning() {
     assert_eq!(event["may_be_bound"], true, "a TIME_WAIT does not show whether its port was bound: {event}");
     // The warning is right, because connect() takes over the TIME_WAIT.
     drop(hit_until(closed + BEFORE_ITS_END));
+    daemon.stop();
+}
+
+/// A socket that is bound to a device is no obstacle for one that is not, so any user can make it, and keep it.
+#[test]
+fn a_self_connection_of_a_device_withholds_no_warning() {
+    const PORT: u16 = 40_100;
+    const MAX_ATTEMPTS: usize = 20_000;
+    let net = TestNetns::enter_new();
+    net.set_sysctl("ip_local_port_range", "40000 40199");
+    let of_device = connect_until_self(at(PORT), MAX_ATTEMPTS).expect("the port is hit");
+    of_device.bind_device(Some(b"lo")).unwrap();
+    net.set_sysctl("ip_local_port_range", WIDE_PORT_RANGE);
+    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
+    connect_refused(at(PORT), 20);
+    let event = daemon.expect(1, is_at_risk(PORT, net)).remove(0);
+    assert_eq!(event["may_be_bound"], true, "{event}");
+    // The warning is right.
+    net.set_sysctl("ip_local_port_range", "40000 40199");
+    let hit = connect_until_self(at(PORT), MAX_ATTEMPTS).expect("the port is hit again");
+    net.set_sysctl("ip_local_port_range", WIDE_PORT_RANGE);
+    assert!(is_connected(&of_device) && is_connected(&hit));
+    drop(hit);
+    // One that is bound to no device has the port alone.
+    of_device.bind_device(None).unwrap();
+    net.set_sysctl("ip_local_port_range", "40000 40199");
+    assert!(connect_until_self(at(PORT), 2_000).is_none(), "the port is taken");
     daemon.stop();
 }
 
