@@ -314,7 +314,7 @@ impl Pipeline {
                 conflicts.on_process(*blocked, process, known, reporting);
             }
             Waiter::PortRisk(event, now_ns) => {
-                port_risk::emit(&event, now_ns, &process, &mut self.reporting);
+                port_risk::on_process(&event, now_ns, &process, &mut self.reporting);
             }
             Waiter::Prevented(prevention, count) => {
                 self.preventions.emit(&prevention, count, process, &mut self.reporting);

@@ -17,7 +17,7 @@ use crate::{
     bpf::loader::{RefusedCounts, Tracer},
     detect::{
         connection::Connections,
-        port_risk::{PortAtRisk, PortChoices, PortLook, PortRiskEvent, PortRisks},
+        port_risk::{PortChoices, PortLook, PortRiskEvent, PortRisks, RefusedConnects},
     },
     event::{AtRisk, AtRiskOver, EventKind},
     guard::GuardMode,
@@ -229,11 +229,15 @@ impl PortRiskMonitor {
     }
 }
 
-/// Looks up the newest connecting process of a port at risk, and emits the event.
+/// Looks up the newest connecting process of a port at risk, and emits the event, after those of the same risk from
+/// before.
 fn report(event: PortRiskEvent, now_ns: u64, reporting: &mut Reporting) {
-    let (PortRiskEvent::AtRisk(PortAtRisk { connects, .. }) | PortRiskEvent::Over(connects, _)) = &event;
-    let newest = connects.newest;
+    let RefusedConnects { newest, risk, .. } = *event.connects();
     if !reporting.is_of_reported(&newest.owner) {
+        return;
+    }
+    if let Some(following) = reporting.following_port_risks.get_mut(&risk) {
+        following.push((event, now_ns));
         return;
     }
     // If two CPUs wrote to the count at the same time, the task may be mixed from two attempts. Only a
@@ -244,12 +248,29 @@ fn report(event: PortRiskEvent, now_ns: u64, reporting: &mut Reporting) {
     let target = LookupTarget::Observed(ObservedTask::from_opener(&newest), newest.owner);
     match reporting.lookups.known(&target, now_ns) {
         Some(process) => emit(&event, now_ns, &process, reporting),
-        None => reporting.lookups.begin(target, Waiter::PortRisk(Box::new(event), now_ns)),
+        None => {
+            reporting.following_port_risks.insert(risk, Vec::new());
+            reporting.lookups.begin(target, Waiter::PortRisk(Box::new(event), now_ns));
+        }
+    }
+}
+
+/// The newest connecting process of this event is looked up.
+pub(super) fn on_process(
+    event: &PortRiskEvent,
+    now_ns: u64,
+    process: &ProcessInfo,
+    reporting: &mut Reporting,
+) {
+    emit(event, now_ns, process, reporting);
+    let following = reporting.following_port_risks.remove(&event.connects().risk);
+    for (event, now_ns) in following.unwrap_or_default() {
+        report(event, now_ns, reporting);
     }
 }
 
 /// Emits the event. `process` is the newest connecting one.
-pub(super) fn emit(event: &PortRiskEvent, now_ns: u64, process: &ProcessInfo, reporting: &mut Reporting) {
+fn emit(event: &PortRiskEvent, now_ns: u64, process: &ProcessInfo, reporting: &mut Reporting) {
     let run = reporting.run_id;
     let kind = match event {
         PortRiskEvent::AtRisk(at_risk) => EventKind::AtRisk(Box::new(AtRisk::new(at_risk, run, process))),
@@ -258,4 +279,66 @@ pub(super) fn emit(event: &PortRiskEvent, now_ns: u64, process: &ProcessInfo, re
         }
     };
     reporting.out.emit_at(Offset::now().wall(now_ns), kind);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use selfconn_ebpf::refused_connects::RefusedCount;
+
+    use super::*;
+    use crate::{
+        budget::{cmdline::CmdlineLimit, log::LogRate},
+        daemon::reporting::Reported,
+        detect::{
+            port_risk::{Chance, PortAtRisk, RiskEndReason},
+            samples,
+        },
+        event::Envelope,
+        lookup::Lookups,
+        output::{OutputLimits, Outputs, log_file::LogFile},
+        system::identity::Identity,
+    };
+
+    #[test]
+    fn the_end_of_a_risk_waits_for_the_process_of_its_beginning() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let envelope = Envelope::new(&Identity::read(None).unwrap());
+        let limits = OutputLimits { rate: LogRate::DEFAULT, cmdline: CmdlineLimit::Off };
+        let out = Outputs::new(None, Some(LogFile::open(&path).unwrap()), envelope, limits).unwrap();
+        let lookups = Lookups::start(true, CmdlineLimit::Full).unwrap();
+        let mut reporting = Reporting::new(lookups, Reported { states: false, group: None }, out);
+        let connects = |start_ns| {
+            let mut connects = RefusedConnects::new(&samples::endpoint("127.0.0.1", 80), &RefusedCount::ZERO);
+            connects.risk = 1;
+            // Of no process; and without a start time there is nothing to look up.
+            (connects.newest.task.pid, connects.newest.start_ns) = (u32::MAX >> 1, start_ns);
+            connects
+        };
+        let at_risk = PortAtRisk {
+            connects: connects(1),
+            chance: Chance::OneIn(100),
+            may_be_bound: false,
+            guard: GuardMode::Off,
+        };
+        report(PortRiskEvent::AtRisk(at_risk), 0, &mut reporting);
+        report(PortRiskEvent::Over(connects(0), RiskEndReason::Silence), 0, &mut reporting);
+        let (waiter, process) = loop {
+            reporting.lookups.update();
+            if let Some(completed) = reporting.lookups.next_completed() {
+                break completed;
+            }
+            thread::sleep(Duration::from_millis(1));
+        };
+        let Waiter::PortRisk(event, now_ns) = waiter else { panic!("another look-up") };
+        on_process(&event, now_ns, &process, &mut reporting);
+        assert!(reporting.following_port_risks.is_empty());
+        reporting.out.flush().unwrap();
+        let lines = std::fs::read_to_string(&path).unwrap();
+        let kinds = lines.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let kinds: Vec<_> = kinds.map(|event| event["event"].as_str().unwrap().to_owned()).collect();
+        assert_eq!(kinds, ["at_risk", "at_risk_over"]);
+    }
 }

@@ -1,5 +1,7 @@
 //! What all events need: the look-ups of processes, what is to be reported, and the outputs.
 
+use std::collections::HashMap;
+
 use selfconn_ebpf::{Owner, guard::Prevention};
 
 use super::blocked_event::PendingBlocked;
@@ -21,6 +23,9 @@ pub(super) struct Reporting {
     pub(super) lookups: Lookups<Waiter>,
     pub(super) reported: Reported,
     pub(super) out: Outputs,
+    /// The events of ports at risk that follow one whose process is being looked up, by the number of the risk, with
+    /// their times. So the end of a risk does not come before its beginning.
+    pub(super) following_port_risks: HashMap<u64, Vec<(PortRiskEvent, u64)>>,
 }
 
 /// What is reported.
@@ -45,7 +50,7 @@ pub(super) enum Waiter {
 
 impl Reporting {
     pub(super) fn new(lookups: Lookups<Waiter>, reported: Reported, out: Outputs) -> Self {
-        Self { run_id: out.run(), lookups, reported, out }
+        Self { run_id: out.run(), lookups, reported, out, following_port_risks: HashMap::new() }
     }
 
     /// False: only one control group's processes are reported, and the connection is of another one.

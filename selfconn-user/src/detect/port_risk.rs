@@ -37,8 +37,8 @@ const MIN_BOUND_CHECK_INTERVAL_NS: u64 = SECOND_NS;
 const RELEASE_CHECK_INTERVAL_NS: u64 = SECOND_NS / 50;
 const RELEASE_CHECKS: u8 = 4;
 
-/// How long connections from a port are taken for those of a listener that has ended. Anybody can connect from a port
-/// that nobody has.
+/// How long connections from a port are taken for those of a listener that has ended, at first. It halves with each
+/// listener that follows such a time: anybody can connect from a port that nobody has, and listen there now and then.
 const MAX_RELEASE_NS: u64 = 60 * SECOND_NS;
 
 /// How soon a port is reported again after the end of its risk: at first, and at most. It doubles each time, because
@@ -56,6 +56,17 @@ pub enum PortRiskEvent {
     AtRisk(PortAtRisk),
     /// The port is not at risk any more.
     Over(RefusedConnects, RiskEndReason),
+}
+
+impl PortRiskEvent {
+    /// The attempts until then.
+    #[must_use]
+    pub fn connects(&self) -> &RefusedConnects {
+        match self {
+            Self::AtRisk(at_risk) => &at_risk.connects,
+            Self::Over(connects, _) => connects,
+        }
+    }
 }
 
 /// A port at risk.
@@ -128,6 +139,10 @@ struct PortState {
     is_bound: bool,
     /// When somebody was last seen to have bound it: `CLOCK_BOOTTIME`, nanoseconds.
     bound_ns: u64,
+    /// True if it was taken for bound at the last check because of connections only.
+    is_by_connections: bool,
+    /// How long connections are taken for those of a listener that has ended: nanoseconds.
+    release_ns: u64,
     /// When the last risk was over, and how soon it is reported again: nanoseconds.
     over_ns: u64,
     pause_ns: u64,
@@ -148,6 +163,8 @@ impl PortRisks {
             risk: None,
             is_bound: false,
             bound_ns: 0,
+            is_by_connections: false,
+            release_ns: MAX_RELEASE_NS,
             over_ns: 0,
             pause_ns: 0,
             release_checks: 0,
@@ -271,9 +288,12 @@ impl PortRisks {
         let port_use = look.port_use.unwrap_or_default();
         if port_use.is_bound {
             port.bound_ns = now_ns;
+            port.release_ns >>= u8::from(port.is_by_connections);
         }
-        let may_be_released = now_ns.saturating_sub(port.bound_ns) >= MAX_RELEASE_NS;
-        port.is_bound = port_use.is_bound || port.is_bound && port_use.is_connected && !may_be_released;
+        let may_be_released = now_ns.saturating_sub(port.bound_ns) >= port.release_ns;
+        port.is_by_connections =
+            !port_use.is_bound && port.is_bound && port_use.is_connected && !may_be_released;
+        port.is_bound = port_use.is_bound || port.is_by_connections;
         let min_interval_ns = if !port.is_bound || !can_be_chosen {
             MIN_CHECK_INTERVAL_NS
         } else if port.release_checks > 0 {
@@ -291,8 +311,8 @@ impl PortRisks {
                 min => interval_ns.max(min),
             };
             port.next_check_ns = expiry_ns.min(now_ns.saturating_add(interval_ns));
-            if port.is_bound && !port_use.is_bound {
-                port.next_check_ns = port.next_check_ns.min(port.bound_ns.saturating_add(MAX_RELEASE_NS));
+            if port.is_by_connections {
+                port.next_check_ns = port.next_check_ns.min(port.bound_ns.saturating_add(port.release_ns));
             }
             port.risk.take()?;
             let is_calm = now_ns.saturating_sub(port.over_ns) > port.pause_ns + MAX_PAUSE_NS;

@@ -274,6 +274,22 @@ fn who_connects_from_a_port_keeps_it_from_being_reported_for_a_minute_at_most() 
 }
 
 #[test]
+fn who_listens_now_and_then_and_connects_meanwhile_keeps_a_port_from_being_reported_ever_shorter() {
+    let ports = ports("40000 40199", "");
+    let mut risks = PortRisks::default();
+    // Ten times a second for twenty minutes; in each minute somebody listens once, and is connected else.
+    let reported = (0..12_000).find(|tick| {
+        risks.on_threshold(DESTINATION);
+        let port_use = PortUse { is_bound: tick % 590 == 0, is_connected: true, ..PortUse::default() };
+        let look = PortLook { port_use: Some(port_use), ..look(&ports) };
+        let now_ns = NOW_NS + tick * SECOND_NS / 10;
+        risks.check(&DESTINATION, &count(20, SECOND_NS, now_ns), &look, false, now_ns).is_some()
+    });
+    // At first a minute, then half of it after the second listener.
+    assert_eq!(reported, Some(590 + 300));
+}
+
+#[test]
 fn an_unknown_port_range_is_reported_with_its_reason() {
     let event = {
         let (mut risks, why) = (PortRisks::default(), "no way in");
