@@ -28,5 +28,5 @@ pub use payer::Payer;
 pub use rate::RateLimiter;
 pub use shared_rate::SharedRate;
 pub use shares::SharedLimit;
-pub use turns::Turns;
+pub use turns::{Turns, first_in_turns};
 pub use user_set::{USER_SET_BYTES, UserSet};

@@ -63,6 +63,11 @@ pub fn largest_owner(amounts: impl Iterator<Item = (Owner, usize)> + Clone) -> O
     amounts.map(|(owner, _)| owner).max_by_key(order)
 }
 
+/// True if the owners have a party in common.
+pub(super) fn have_common_party(one: Owner, other: Owner) -> bool {
+    one == other || one.uid != 0 && one.uid == other.uid || is_same_cgroup(one, other)
+}
+
 /// True if both are in the same control group, and it is known.
 fn is_same_cgroup(one: Owner, other: Owner) -> bool {
     is_group(one.cgroup) && one.cgroup == other.cgroup

@@ -2,7 +2,7 @@
 //! nothing is locked. Each part holds its state, and the loop calls it; no part knows the daemon. Work that
 //! blocks or changes the network namespace runs on worker threads, which own no state of the daemon.
 
-use std::{io, time::Duration};
+use std::{collections::VecDeque, io, time::Duration};
 
 use selfconn_ebpf::{ABSENT, Field, bind_failure::BindFailure};
 use tokio::time::Instant;
@@ -113,6 +113,8 @@ pub struct Daemon {
     unread: u64,
     /// Failed binds that wait until every earlier transition is applied.
     pending_bind_failures: Vec<BindFailure>,
+    /// Failed binds that wait for their turn only.
+    ready_bind_failures: VecDeque<BindFailure>,
     /// The probes' counters, as last read.
     counters: Counters,
     gathering: Gathering,
@@ -168,6 +170,7 @@ impl Daemon {
             catch_up: CatchUp::default(),
             unread: 0,
             pending_bind_failures: Vec::new(),
+            ready_bind_failures: VecDeque::new(),
             counters: Counters::default(),
             gathering: Gathering::default(),
             is_held_back: false,
@@ -233,6 +236,7 @@ impl Daemon {
             }
             self.serve_workers();
             hooks_dead = self.serve_caught_up(drained == 0 && !is_held_back);
+            let has_more_failures = self.serve_bind_failures();
             self.serve_timers();
             // A connection may be closed by a record that is not drained yet. A flood must not stop the remedy.
             if drained < MAX_BATCH || remedied_at.elapsed() > RECORD_TIMEOUT {
@@ -246,7 +250,7 @@ impl Daemon {
             // The ring buffer wakes nobody for what was in it while it was held back.
             self.is_held_back = self.pipeline.reporting.out.holds_back_records();
             let can_read = is_held_back && !self.is_held_back;
-            has_more = drained == MAX_BATCH || has_more_guarded || can_emit || can_read;
+            has_more = drained == MAX_BATCH || has_more_failures || has_more_guarded || can_emit || can_read;
         }
         self.supervision.stopping();
         let Pipeline { remediation, reporting, .. } = &mut self.pipeline;

@@ -4,6 +4,7 @@
 use std::{collections::HashMap, rc::Rc};
 
 use selfconn_ebpf::{BindOptions, bind_failure::BindFailure};
+use tokio::time::Instant;
 
 use super::{
     blocked::BlockedReports,
@@ -12,6 +13,7 @@ use super::{
     reporting::{Reporting, Waiter, holder_target, opener_target},
 };
 use crate::{
+    budget::SharedRate,
     detect::{
         bind_conflict::{self, BindConflicts, PortHolder, PossibleHolders},
         connection::{Connection, Connections},
@@ -24,10 +26,20 @@ use crate::{
     },
 };
 
+/// Microseconds of a second in which self-connections are searched for the holders of ports. The owners of the failed
+/// binds share them: thousands of self-connections may be open at the port of an attacker's failed binds.
+const SEARCH_US: usize = 200_000;
+
+/// The highest estimate of the next search. The thread may have been preempted in the last one.
+const MAX_ESTIMATE_US: usize = 5_000;
+
 /// The ports that self-connections hold, and the events about them in preparation.
 pub(super) struct PortConflicts {
     pub(super) binds: BindConflicts,
     pub(super) reports: BlockedReports,
+    search_time: SharedRate,
+    /// How long the last search took: the estimate for the next one.
+    last_search_us: usize,
 }
 
 /// What is known of the open connections.
@@ -54,11 +66,16 @@ impl KnownConnections<'_> {
 
 impl PortConflicts {
     pub(super) fn new(reports: BlockedReports) -> Self {
-        Self { binds: BindConflicts::default(), reports }
+        Self {
+            binds: BindConflicts::default(),
+            reports,
+            search_time: SharedRate::new(SEARCH_US),
+            last_search_us: 1,
+        }
     }
 
     /// Handles a failed bind: if a self-connection holds the port and a report is due, looks up the processes, and
-    /// emits the event.
+    /// emits the event. Beyond its owner's share of the time it is counted as lost.
     pub(super) fn on_bind_failure(
         &mut self,
         failure: &BindFailure,
@@ -66,6 +83,26 @@ impl PortConflicts {
         known: KnownConnections<'_>,
         reporting: &mut Reporting,
     ) {
+        let began = Instant::now();
+        if self.search_time.try_take_many(failure.owner, self.last_search_us, began).is_err() {
+            return self.binds.servers.losses.count(failure.owner, failure.failures);
+        }
+        let found = self.find_possible_holder(failure, clock, known);
+        let took_us = usize::try_from(began.elapsed().as_micros()).unwrap_or(usize::MAX);
+        self.last_search_us = took_us.clamp(1, MAX_ESTIMATE_US);
+        if let Some(blocked) = found {
+            let target = LookupTarget::Observed(ObservedTask::from_bind_failure(failure), failure.owner);
+            self.look_up(blocked, target, known, reporting);
+        }
+    }
+
+    /// The self-connection that holds the port of a failed bind, or may. `None`: there is none, or no report is due.
+    fn find_possible_holder(
+        &mut self,
+        failure: &BindFailure,
+        clock: Offset,
+        known: KnownConnections<'_>,
+    ) -> Option<PendingBlocked> {
         let time = clock.wall(failure.at_ns);
         let can_prove = self.reports.can_prove();
         let possible = || {
@@ -81,7 +118,8 @@ impl PortConflicts {
                 let is_due = self.record(&mut blocked);
                 let is_looked_at = is_due || can_look && self.binds.servers.is_look_due(failure, number);
                 if !is_looked_at {
-                    return self.binds.servers.confirm(failure);
+                    self.binds.servers.confirm(failure);
+                    return None;
                 }
                 if can_look {
                     blocked.add_others(&possible());
@@ -91,7 +129,8 @@ impl PortConflicts {
             None => {
                 let possible = if can_prove { possible() } else { PossibleHolders::default() };
                 let Some(first) = possible.connections.first() else {
-                    return self.record_unexplained(failure, known);
+                    self.record_unexplained(failure, known);
+                    return None;
                 };
                 let (holder, attribution) = (PortHolder::Open(first), known.attribution(first));
                 let mut blocked = PendingBlocked::new(*failure, &holder, attribution, time);
@@ -100,8 +139,7 @@ impl PortConflicts {
                 blocked
             }
         };
-        let target = LookupTarget::Observed(ObservedTask::from_bind_failure(failure), failure.owner);
-        self.look_up(blocked, target, known, reporting);
+        Some(blocked)
     }
 
     /// Records the failure as one because of the holder. False: no report is due.
@@ -285,4 +323,53 @@ fn emit(blocked: &PendingBlocked, known: KnownConnections<'_>, reporting: &mut R
     let failure = BindFailure { failures: conflict.failures, ..blocked.failure };
     let report = event::Blocked::new(id, &failure, &binder, &holder, fields, current, Offset::now());
     reporting.out.emit_at(blocked.time, EventKind::Blocked(Box::new(report)));
+}
+
+#[cfg(test)]
+mod tests {
+    use selfconn_ebpf::Owner;
+
+    use super::*;
+    use crate::{
+        budget::{cmdline::CmdlineLimit, log::LogRate},
+        daemon::reporting::Reported,
+        detect::samples,
+        event::Envelope,
+        lookup::Lookups,
+        output::{OutputLimits, Outputs},
+        system::identity::Identity,
+    };
+
+    #[test]
+    fn the_time_of_searches_for_one_owner_leaves_some_for_the_next() {
+        let envelope = Envelope::new(&Identity::read(None).unwrap());
+        let limits = OutputLimits { rate: LogRate::DEFAULT, cmdline: CmdlineLimit::Off };
+        let out = Outputs::new(None, None, envelope, limits).unwrap();
+        let lookups = Lookups::start(true, CmdlineLimit::Off).unwrap();
+        let mut reporting = Reporting::new(lookups, Reported { states: false, group: None }, out);
+        let mut conflicts = PortConflicts::new(BlockedReports::start(None).unwrap());
+        let known = KnownConnections {
+            connections: &Connections::default(),
+            attributions: &HashMap::new(),
+            pending: &PendingEvents::default(),
+        };
+        let (flood, next) = (Owner::new(1_000, 7), Owner::new(1_001, 8));
+        let mut lost = |owner: Owner| {
+            let failure = BindFailure {
+                owner,
+                failures: 1,
+                ..samples::bind_failure(samples::endpoint("127.0.0.1", 80), 0)
+            };
+            let before = conflicts.binds.servers.losses.total();
+            for _ in 0..100 {
+                // Of each search, as if thousands of self-connections were open.
+                conflicts.last_search_us = MAX_ESTIMATE_US;
+                conflicts.on_bind_failure(&failure, Offset::now(), known, &mut reporting);
+            }
+            conflicts.binds.servers.losses.total() - before
+        };
+        let most = (SEARCH_US * 3 / 4 / MAX_ESTIMATE_US) as u64;
+        assert_eq!(lost(flood), 100 - most);
+        assert_eq!(lost(next), 100 - (SEARCH_US * 3 / 16 / MAX_ESTIMATE_US) as u64);
+    }
 }

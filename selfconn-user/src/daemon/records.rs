@@ -23,6 +23,9 @@ pub(super) const RECORD_TIMEOUT: Duration = Duration::from_millis(100);
 /// Time between two looks at the ring buffer while such a record is missing.
 pub(super) const RECORD_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
+/// How long failed binds are handled before every other source gets its turn.
+const MAX_BIND_FAILURES_TIME: Duration = Duration::from_millis(10);
+
 /// Maximum number of times that failed binds wait for records at the same time. More stay in the ring buffer.
 const MAX_DEFERRED: usize = 4;
 
@@ -33,8 +36,9 @@ impl Daemon {
         self.pipeline.begin_batch();
         let clock = Offset::now();
         let has_deferred = self.deferred_bind_failures() > 0;
-        let Self { tracer, pipeline, port_risks, self_test, pending_bind_failures, loss_reporter, .. } = self;
-        let room = MAX_BATCH.saturating_sub(pending_bind_failures.len());
+        let Self { tracer, pipeline, port_risks, self_test, loss_reporter, .. } = self;
+        let Self { pending_bind_failures, ready_bind_failures, .. } = self;
+        let room = MAX_BATCH.saturating_sub(pending_bind_failures.len() + ready_bind_failures.len());
         let bind_failures = tracer.drain_bind_failures(room);
         let bind_failure_count = bind_failures.len();
         pending_bind_failures.extend(bind_failures);
@@ -47,7 +51,7 @@ impl Daemon {
                 Record::Transition(transition) => pipeline.apply(transition, refused, clock),
                 Record::RefusedConnects(destination) => port_risks.on_threshold(*destination),
                 Record::ListenerClosed(endpoint) => port_risks.on_listener_closed(endpoint),
-                Record::BindFailure(failure) => pipeline.on_bind_failure(failure, clock),
+                Record::BindFailure(failure) => ready_bind_failures.push_back(*failure),
             }
             // The events of a batch can be longer than all that may wait for stdout.
             !pipeline.reporting.out.holds_back_records()
@@ -55,11 +59,24 @@ impl Daemon {
         // Every transition from before these failed binds is applied now, if the ring buffer was emptied.
         // Earlier failed binds that still wait for records are handled first.
         if drained < MAX_BATCH && !has_deferred {
-            for failure in pending_bind_failures.drain(..) {
-                pipeline.on_bind_failure(&failure, clock);
-            }
+            ready_bind_failures.extend(pending_bind_failures.drain(..));
         }
         if bind_failure_count == room { MAX_BATCH } else { MAX_BATCH.min(drained + bind_failure_count) }
+    }
+
+    /// Handles failed binds whose earlier records are applied, for [`MAX_BIND_FAILURES_TIME`] at most. True: there are
+    /// more.
+    pub(super) fn serve_bind_failures(&mut self) -> bool {
+        let Self { pipeline, ready_bind_failures, .. } = self;
+        let (clock, began) = (Offset::now(), Instant::now());
+        while !pipeline.reporting.out.holds_back_records() {
+            if began.elapsed() > MAX_BIND_FAILURES_TIME {
+                return !ready_bind_failures.is_empty();
+            }
+            let Some(failure) = ready_bind_failures.pop_front() else { break };
+            pipeline.on_bind_failure(&failure, clock);
+        }
+        false
     }
 
     /// How many times failed binds wait for records.
@@ -88,12 +105,7 @@ impl Daemon {
             match then {
                 AfterRecords::Reconcile(snapshot) => self.apply_snapshot(*snapshot),
                 AfterRecords::LookedUp(number, cookie_result) => self.on_looked_up(number, cookie_result),
-                AfterRecords::BindFailures(failures) => {
-                    let clock = Offset::now();
-                    for failure in failures {
-                        self.pipeline.on_bind_failure(&failure, clock);
-                    }
-                }
+                AfterRecords::BindFailures(failures) => self.ready_bind_failures.extend(failures),
                 AfterRecords::EvaluateSelfTest => {
                     if let Some(dead) = self.self_test.evaluate(self.tracer.counters()) {
                         self.loss_reporter.report_dead_hooks(&dead, &mut self.pipeline.reporting.out);
@@ -129,14 +141,17 @@ impl Daemon {
             }
             let began = Instant::now();
             let drained = self.drain_batch();
+            self.serve_bind_failures();
             self.pipeline.serve_lookups();
             worked += began.elapsed();
-            if drained > 0 && worked < FINAL_DRAIN_TIMEOUT {
+            let has_more = drained > 0 || !self.ready_bind_failures.is_empty();
+            if has_more && worked < FINAL_DRAIN_TIMEOUT {
                 continue;
             }
             self.report_losses();
             let Counters { matched, ring_full, connect_table_full, .. } = self.counters;
-            let delivered = self.tracer.delivered() - self.pending_bind_failures.len() as u64;
+            let unserved = self.pending_bind_failures.len() + self.ready_bind_failures.len();
+            let delivered = self.tracer.delivered() - unserved as u64;
             if matched == delivered + ring_full || Instant::now() > until {
                 self.unread = matched.saturating_sub(delivered + ring_full);
                 return ProgramCounters {

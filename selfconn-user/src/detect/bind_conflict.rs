@@ -2,12 +2,10 @@
 //! connections and connections in TIME_WAIT ([`TimeWaits`]); the output is the holder of the port. When it is reported,
 //! and how often a server has failed, is in [`servers`].
 
-use std::collections::{BTreeMap, HashMap};
-
-use selfconn_ebpf::{BindOptions, Endpoint, Owner, bind_failure::BindFailure};
+use selfconn_ebpf::{BindOptions, Endpoint, bind_failure::BindFailure};
 
 use super::connection::{Connection, TIME_WAIT_NS};
-use crate::{budget::FairQueue, sockets::SocketEntry};
+use crate::{budget::first_in_turns, sockets::SocketEntry};
 use rules::{BindParty, refuses};
 use servers::FailedServers;
 
@@ -72,22 +70,15 @@ pub fn possible_holders<'a>(
     open: impl Iterator<Item = &'a Connection>,
     max: usize,
 ) -> PossibleHolders<'a> {
-    let mut by_payer: HashMap<Owner, BTreeMap<_, &Connection>> = HashMap::new();
-    let mut count = 0;
-    for connection in open.filter(|connection| may_be_refused_by(failure, connection)) {
-        count += 1;
-        let of_payer = by_payer.entry(connection.payer()).or_default();
-        of_payer.insert((!is_refused_by(failure, connection, connection.uid), connection.number), connection);
-        if of_payer.len() > max {
-            of_payer.pop_last();
-        }
-    }
-    let mut ordered: Vec<_> = by_payer.into_values().flatten().collect();
-    ordered.sort_by_key(|(order, _)| *order);
-    let mut queue = FairQueue::default();
-    ordered.into_iter().for_each(|(_, connection)| queue.push(connection.payer(), connection));
-    let connections: Vec<_> = std::iter::from_fn(|| queue.pop()).map(|(_, one)| one).take(max).collect();
-    PossibleHolders { are_all: connections.len() == count, connections }
+    let may_hold = open.filter(|connection| may_be_refused_by(failure, connection));
+    let of_payer = |connection: &'a Connection| {
+        let order = (!is_refused_by(failure, connection, connection.uid), connection.number);
+        (order, connection.payer(), connection)
+    };
+    // There may be thousands, each of another payer.
+    let may_hold: Vec<_> = may_hold.map(of_payer).collect();
+    let are_all = may_hold.len() <= max;
+    PossibleHolders { are_all, connections: first_in_turns(may_hold, max) }
 }
 
 /// The self-connections that may hold a port.

@@ -318,7 +318,8 @@ mod tests {
     #[test]
     fn a_row_has_the_date_of_its_boot_and_the_whole_run_its_own() {
         let row = row_of("6.1.1", &output("ok", "none", 0, 2));
-        let first = with_whole_run(&section("", "2026-11-01", &[&row]), "2026-11-01", "31 rows in 107 minutes");
+        let first =
+            with_whole_run(&section("", "2026-11-01", &[&row]), "2026-11-01", "31 rows in 107 minutes");
         let line =
             "\nThe last whole run, `cargo xtask vm --all`, ended on 2026-11-01: 31 rows in 107 minutes.\n";
         assert_eq!(first.matches(line).count(), 1, "{first}");

@@ -54,8 +54,9 @@ impl WholeRun {
     /// The last one. It is an error if there is none, or if it tested another daemon or other programs.
     pub(super) fn of_last(directory: &Path, workspace: &Workspace) -> Result<Self> {
         let file = file(directory);
-        let last = fs::read(&file)
-            .with_context(|| format!("there is no run to continue ({}): leave --continue out", here(&file)))?;
+        let last = fs::read(&file).with_context(|| {
+            format!("there is no run to continue ({}): leave --continue out", here(&file))
+        })?;
         let last: Record = serde_json::from_slice(&last).with_context(|| {
             format!("{} is of another version of cargo xtask: leave --continue out", here(&file))
         })?;

@@ -4,6 +4,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -219,6 +220,31 @@ fn failed_binds_under_many_names_are_suppressed_and_hide_no_failed_bind_of_anoth
     for report in reports {
         assert_eq!((&report["uid"], &report["first_port"]), (&UNPRIVILEGED.into(), &port.into()), "{report}");
     }
+}
+
+/// Each failed bind may be because of any of thousands of self-connections, each of another user.
+#[test]
+fn failed_binds_at_a_port_of_thousands_of_connections_delay_nothing_of_others() {
+    let net = TestNetns::enter_new();
+    let Some(mut attacker) =
+        Attacker::start(AttackerKind::ContainerRoot, &format!("binds at a crowded port {}", scaled(12_000)))
+    else {
+        return;
+    };
+    attacker.wait();
+    let mut daemon = start(&["--ring-size", "8M"]);
+    if daemon.expect(1, |event| event["event"] == "started")[0]["binds"]["method"].is_null() {
+        return;
+    }
+    attacker.go_on();
+    attacker.wait();
+    thread::sleep(Duration::from_secs(5));
+    let (_, took) = fail_to_bind(&mut daemon, net);
+    let began = Instant::now();
+    let (events, _) = daemon.stop();
+    println!("FACT crowded port: blocked after {took:?}, ended after {:?}", began.elapsed());
+    assert_eq!(lost(&events, "ring"), 0, "failed binds of others are lost with those of the attacker");
+    assert!(lost(&events, "binds") > 0, "the attack's own loss is counted");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::{
     fs::{self, File},
     io::{self, BufRead as _, BufReader, PipeReader, PipeWriter, Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     os::{
         fd::{AsRawFd as _, RawFd},
         unix::process::CommandExt as _,
@@ -16,6 +16,7 @@ use std::{
         mpsc,
     },
     thread,
+    time::Duration,
 };
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -290,6 +291,62 @@ fn confine(
     Ok(())
 }
 
+/// The port of [`crowd_at_a_port`].
+const CROWDED_PORT: u16 = 7_777;
+
+fn shared_socket(address: SocketAddr) -> Socket {
+    let socket = socket(address.ip());
+    socket.set_reuse_address(true).unwrap();
+    socket
+}
+
+/// Self-connections at one port of as many addresses, and maybe of as many users, and a listener there. They share
+/// their port, so that only the listener keeps a server out that shares it, too.
+fn crowd_at_a_port(
+    kind: AttackerKind,
+    count: usize,
+    uids: &mut impl Iterator<Item = u32>,
+) -> (Vec<TcpListener>, Vec<Socket>) {
+    let listener_at = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), CROWDED_PORT);
+    let listener = shared_socket(listener_at);
+    listener.bind(&listener_at.into()).unwrap();
+    listener.listen(1).unwrap();
+    let first = u32::from(Ipv4Addr::new(127, 1, 0, 0));
+    let connect = |number| {
+        kind.become_next(uids);
+        let at = SocketAddr::new(Ipv4Addr::from(first + number).into(), CROWDED_PORT);
+        let connection = shared_socket(at);
+        connection.bind(&at.into()).unwrap();
+        connection.connect(&at.into()).unwrap();
+        connection
+    };
+    (vec![listener.into()], (0..u32::try_from(count).unwrap()).map(connect).collect())
+}
+
+/// Processes of several users that fail to bind that port at every address until this one ends.
+fn fail_to_bind_crowded_port(kind: AttackerKind, uids: &mut impl Iterator<Item = u32>) {
+    const PROCESSES: u32 = 20;
+    for _ in 0..PROCESSES {
+        kind.become_next(uids);
+        // SAFETY: the child makes system calls only.
+        if unsafe { libc::fork() } != 0 {
+            continue;
+        }
+        // SAFETY: no memory is involved. The child must not hold the connections, too.
+        unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0);
+        }
+        loop {
+            for any in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
+                let at = SocketAddr::new(any, CROWDED_PORT);
+                let _ = shared_socket(at).bind(&at.into());
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
 /// Not a test: what these processes do.
 #[test]
 #[ignore = "runs in processes that other tests start"]
@@ -313,6 +370,10 @@ fn run_attacker() {
                 refused_ports(kind, first.parse().unwrap(), count, &mut uids);
             }
             "binds" => fail_binds(kind, count, &mut uids),
+            "binds at a crowded port" if held.is_empty() => {
+                held.push(crowd_at_a_port(kind, count, &mut uids));
+            }
+            "binds at a crowded port" => fail_to_bind_crowded_port(kind, &mut uids),
             "connections" => {
                 let connect = |_| {
                     kind.become_next(&mut uids);
