@@ -342,7 +342,8 @@ fn fail_to_bind_crowded_port(kind: AttackerKind, uids: &mut impl Iterator<Item =
                 let at = SocketAddr::new(any, CROWDED_PORT);
                 let _ = shared_socket(at).bind(&at.into());
             }
-            thread::sleep(Duration::from_millis(2));
+            // The programs report one in 100 ms of each.
+            thread::sleep(Duration::from_millis(50));
         }
     }
 }
