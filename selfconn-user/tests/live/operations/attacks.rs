@@ -244,7 +244,6 @@ fn failed_binds_at_a_port_of_thousands_of_connections_delay_nothing_of_others() 
     let (events, _) = daemon.stop();
     println!("FACT crowded port: blocked after {took:?}, ended after {:?}", began.elapsed());
     assert_eq!(lost(&events, "ring"), 0, "failed binds of others are lost with those of the attacker");
-    assert!(lost(&events, "binds") > 0, "the attack's own loss is counted");
 }
 
 #[test]

@@ -343,7 +343,7 @@ fn fail_to_bind_crowded_port(kind: AttackerKind, uids: &mut impl Iterator<Item =
                 let _ = shared_socket(at).bind(&at.into());
             }
             // The programs report one in 100 ms of each.
-            thread::sleep(Duration::from_millis(50));
+            thread::sleep(Duration::from_millis(10));
         }
     }
 }
