@@ -23,19 +23,9 @@ impl SharedRate {
         Self { limit, taken: SharedLimit::new(limit), ends_at: None }
     }
 
-    /// Takes one.
-    ///
     /// # Errors
     /// When the owner may have the next one.
     pub fn try_take(&mut self, owner: Owner, now: Instant) -> Result<(), Instant> {
-        self.try_take_many(owner, 1, now)
-    }
-
-    /// Takes as many as this at once, or none.
-    ///
-    /// # Errors
-    /// When the owner may have some again.
-    pub fn try_take_many(&mut self, owner: Owner, count: usize, now: Instant) -> Result<(), Instant> {
         let ends_at = match self.ends_at {
             Some(ends_at) if now < ends_at => ends_at,
             _ => {
@@ -43,7 +33,7 @@ impl SharedRate {
                 *self.ends_at.insert(now + INTERVAL)
             }
         };
-        if self.taken.try_take(owner, count) { Ok(()) } else { Err(ends_at) }
+        if self.taken.try_take(owner, 1) { Ok(()) } else { Err(ends_at) }
     }
 }
 
@@ -59,8 +49,5 @@ mod tests {
         assert_eq!([taken(flood, now), taken(flood, now)], [75, 0]);
         assert!(taken(victim, now) > 0);
         assert_eq!(taken(flood, now + INTERVAL), 75);
-        let later = now + 2 * INTERVAL;
-        assert!(rate.try_take_many(flood, 70, later).is_ok() && rate.try_take_many(flood, 6, later).is_err());
-        assert!(rate.try_take_many(flood, 5, later).is_ok());
     }
 }

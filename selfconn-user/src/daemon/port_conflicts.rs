@@ -1,8 +1,9 @@
 //! `blocked` events: a failed bind, the self-connection that holds its port, and up to three processes, which are
 //! looked up one after another: the one that called bind(), the holder, and the opener.
 
-use std::{collections::HashMap, rc::Rc};
+use std::{collections::HashMap, rc::Rc, time::Duration};
 
+use rustix::time::{ClockId, clock_gettime};
 use selfconn_ebpf::{BindOptions, bind_failure::BindFailure};
 use tokio::time::Instant;
 
@@ -13,7 +14,7 @@ use super::{
     reporting::{Reporting, Waiter, holder_target, opener_target},
 };
 use crate::{
-    budget::SharedRate,
+    budget::PartyTime,
     detect::{
         bind_conflict::{self, BindConflicts, PortHolder, PossibleHolders},
         connection::{Connection, Connections},
@@ -26,20 +27,15 @@ use crate::{
     },
 };
 
-/// Microseconds of a second in which self-connections are searched for the holders of ports. The owners of the failed
-/// binds share them: thousands of self-connections may be open at the port of an attacker's failed binds.
-const SEARCH_US: usize = 200_000;
-
-/// The highest estimate of the next search. The thread may have been preempted in the last one.
-const MAX_ESTIMATE_US: usize = 5_000;
+/// How long in a second self-connections are searched for what holds the ports of one party's failed binds: thousands
+/// may be open at the port of an attacker's.
+const SEARCH_TIME: Duration = Duration::from_millis(40);
 
 /// The ports that self-connections hold, and the events about them in preparation.
 pub(super) struct PortConflicts {
     pub(super) binds: BindConflicts,
     pub(super) reports: BlockedReports,
-    search_time: SharedRate,
-    /// How long the last search took: the estimate for the next one.
-    last_search_us: usize,
+    search_time: PartyTime,
 }
 
 /// What is known of the open connections.
@@ -66,16 +62,11 @@ impl KnownConnections<'_> {
 
 impl PortConflicts {
     pub(super) fn new(reports: BlockedReports) -> Self {
-        Self {
-            binds: BindConflicts::default(),
-            reports,
-            search_time: SharedRate::new(SEARCH_US),
-            last_search_us: 1,
-        }
+        Self { binds: BindConflicts::default(), reports, search_time: PartyTime::new(SEARCH_TIME) }
     }
 
     /// Handles a failed bind: if a self-connection holds the port and a report is due, looks up the processes, and
-    /// emits the event. Beyond its owner's share of the time it is counted as lost.
+    /// emits the event. Beyond the time of its owner's parties it is counted as lost.
     pub(super) fn on_bind_failure(
         &mut self,
         failure: &BindFailure,
@@ -83,13 +74,12 @@ impl PortConflicts {
         known: KnownConnections<'_>,
         reporting: &mut Reporting,
     ) {
-        let began = Instant::now();
-        if self.search_time.try_take_many(failure.owner, self.last_search_us, began).is_err() {
+        if !self.search_time.has_some(failure.owner, Instant::now()) {
             return self.binds.servers.losses.count(failure.owner, failure.failures);
         }
+        let began = thread_time();
         let found = self.find_possible_holder(failure, clock, known);
-        let took_us = usize::try_from(began.elapsed().as_micros()).unwrap_or(usize::MAX);
-        self.last_search_us = took_us.clamp(1, MAX_ESTIMATE_US);
+        self.search_time.take(failure.owner, thread_time().saturating_sub(began));
         if let Some(blocked) = found {
             let target = LookupTarget::Observed(ObservedTask::from_bind_failure(failure), failure.owner);
             self.look_up(blocked, target, known, reporting);
@@ -278,6 +268,12 @@ impl PortConflicts {
     }
 }
 
+/// How long the calling thread has run: whatever preempts it takes none of the owner's time.
+fn thread_time() -> Duration {
+    let now = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs().try_into().unwrap_or(0))
+}
+
 /// Emits the event, unless the look-up of the opener is in progress.
 fn on_holder_process_known(
     mut blocked: PendingBlocked,
@@ -355,21 +351,16 @@ mod tests {
         };
         let (flood, next) = (Owner::new(1_000, 7), Owner::new(1_001, 8));
         let mut lost = |owner: Owner| {
-            let failure = BindFailure {
-                owner,
-                failures: 1,
-                ..samples::bind_failure(samples::endpoint("127.0.0.1", 80), 0)
-            };
+            let endpoint = samples::endpoint("127.0.0.1", 80);
+            let failure = BindFailure { owner, failures: 1, ..samples::bind_failure(endpoint, 0) };
             let before = conflicts.binds.servers.losses.total();
-            for _ in 0..100 {
-                // Of each search, as if thousands of self-connections were open.
-                conflicts.last_search_us = MAX_ESTIMATE_US;
+            for _ in 0..3 {
                 conflicts.on_bind_failure(&failure, Offset::now(), known, &mut reporting);
+                // As if thousands of self-connections were open.
+                conflicts.search_time.take(owner, SEARCH_TIME);
             }
             conflicts.binds.servers.losses.total() - before
         };
-        let most = (SEARCH_US * 3 / 4 / MAX_ESTIMATE_US) as u64;
-        assert_eq!(lost(flood), 100 - most);
-        assert_eq!(lost(next), 100 - (SEARCH_US * 3 / 16 / MAX_ESTIMATE_US) as u64);
+        assert_eq!([lost(flood), lost(next)], [2, 2]);
     }
 }
