@@ -173,6 +173,8 @@ fn a_self_connection_of_a_device_withholds_no_warning() {
     let hit = connect_until_self(at(PORT), MAX_ATTEMPTS).expect("the port is hit again");
     net.set_sysctl("ip_local_port_range", WIDE_PORT_RANGE);
     assert!(is_connected(&of_device) && is_connected(&hit));
+    // A TIME_WAIT there would be taken over before the kernel comes to the other connection.
+    hit.set_linger(Some(Duration::ZERO)).unwrap();
     drop(hit);
     // One that is bound to no device has the port alone.
     of_device.bind_device(None).unwrap();
