@@ -68,6 +68,9 @@ impl Daemon {
     /// more.
     pub(super) fn serve_bind_failures(&mut self) -> bool {
         let Self { pipeline, ready_bind_failures, .. } = self;
+        if ready_bind_failures.is_empty() {
+            return false;
+        }
         let (clock, began) = (Offset::now(), Instant::now());
         while !pipeline.reporting.out.holds_back_records() {
             if began.elapsed() > MAX_BIND_FAILURES_TIME {

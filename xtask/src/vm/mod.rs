@@ -215,7 +215,7 @@ impl MatrixPart {
         architecture::ALL.map(of).into()
     }
 
-    /// Boots its rows but those that the whole run has already passed. A row that passes is written to docs/kernels.md.
+    /// Boots the rows that have not passed yet in the whole run. A row that passes is written to docs/kernels.md.
     fn run(&self, args: &VmArgs, whole: Option<&WholeRun>, workspace: &Workspace) -> Result<VmReport> {
         let Self { architecture, groups } = self;
         Emulator::find_or_fetch(workspace, architecture)?;

@@ -24,7 +24,7 @@ const TESTED: [&str; 3] = ["selfconn-ebpf", "selfconn-user/src", "Cargo.lock"];
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Record {
-    /// The version of what is tested. None: it was changed and not committed, so the run can't be continued.
+    /// The version of what is tested. None: it is unknown, so the run can't be continued.
     tested: Option<String>,
     /// How long the run took before it was continued the last time.
     before: Duration,
@@ -45,9 +45,11 @@ pub(super) struct WholeRun {
 }
 
 impl WholeRun {
-    /// A new one.
+    /// A new one, in place of the last. It needs no git; without, it can't be continued.
     pub(super) fn begin(directory: &Path, workspace: &Workspace) -> Result<Self> {
-        let record = Record { tested: tested(workspace)?, ..Record::default() };
+        let record = Record { tested: tested(workspace).ok().flatten(), ..Record::default() };
+        fs::create_dir_all(directory).with_context(|| format!("create {}", directory.display()))?;
+        write_if_changed(&file(directory), &serde_json::to_vec_pretty(&record)?)?;
         Ok(Self::of(directory, record))
     }
 
@@ -126,7 +128,9 @@ fn continued(last: Record, tested: Option<&str>) -> Result<Record> {
         (Some(_), Some(_)) => {
             bail!("{paths} have changed since the last run: leave --continue out, and boot all rows")
         }
-        _ => bail!("{paths} have, or had in the last run, changes without a commit: leave --continue out"),
+        _ => bail!(
+            "{paths} have, or had in the last run, changes without a commit, or there is no git: leave --continue out"
+        ),
     }
 }
 
