@@ -149,7 +149,7 @@ impl Pipeline {
         let ended: Vec<u64> =
             events.iter().filter(|event| event.is_last()).map(|event| event.connection.number).collect();
         for event in events.drain(..) {
-            self.count(&event);
+            self.on_established(&event);
             self.on_event(event, refused, clock);
         }
         self.events = events;
@@ -160,9 +160,10 @@ impl Pipeline {
         }
     }
 
-    fn count(&mut self, event: &QueuedEvent) {
+    fn on_established(&mut self, event: &QueuedEvent) {
         if let ConnectionEvent::Established(connection) = event.event() {
             self.established_counts.count(connection);
+            self.conflicts.binds.time_waits.on_established(&connection.endpoint, event.at_ns);
         }
     }
 
@@ -399,7 +400,7 @@ impl Pipeline {
                 self.missed += u64::from(!may_be_older(&connection.endpoint));
             }
             let event = QueuedEvent::new(event, began_ns, time);
-            self.count(&event);
+            self.on_established(&event);
             let connection = &event.connection;
             let number = connection.number;
             if self.pending.contains(number) {

@@ -1,6 +1,9 @@
 //! The self-connections in TIME_WAIT, which hold their ports. Of the ones for which there is no room, the ports. Pure.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    hash::{BuildHasher as _, RandomState},
+};
 
 use selfconn_ebpf::Endpoint;
 
@@ -11,18 +14,19 @@ use crate::{
         memory::{self, MAX_TIME_WAITS},
     },
     detect::{
-        connection::{Connection, SocketId},
+        connection::{Connection, SocketId, TIME_WAIT_NS},
         port_set::PortSet,
     },
     system::process::{Attribution, ClosedAttribution},
 };
 
-// Beside an entry: the table that leads to it, with its key, up to 16 bytes of the allocation, and the share of an
-// owner. It has no holders, which could be more than the entry.
+// Beside an entry: the two tables that lead to it, with their keys, up to 16 bytes of the allocation, and the share of
+// an owner. It has no holders, which could be more than the entry.
 const _: () = assert!(
     size_of::<TimeWaitEntry>()
         + 16
         + (size_of::<(SocketId, Box<TimeWaitEntry>)>() + 1) * 8 / 7
+        + (size_of::<(u64, u64)>() + 1) * 8 / 7
         + SharedLimit::OWNER_BYTES
         <= memory::TIME_WAIT_BYTES
 );
@@ -44,6 +48,10 @@ pub struct TimeWaits {
     /// By socket: a TIME_WAIT has the cookie of its socket (`inet_twsk_alloc`, net/ipv4/inet_timewait_sock.c at
     /// v5.10). Boxed, so that empty slots of the table take little memory.
     by_socket: HashMap<SocketId, Box<TimeWaitEntry>>,
+    /// The cookies of the newest ones, by a hash of the [key](Endpoint::table_key) of the endpoint. Who reads one looks
+    /// at the endpoint that it leads to.
+    cookies: HashMap<u64, u64>,
+    hashes: RandomState,
     /// How many an owner has of them.
     shares: SharedLimit,
     /// The TIME_WAITs for which there was no room: the newest ones, and those before.
@@ -70,6 +78,8 @@ impl Default for TimeWaits {
     fn default() -> Self {
         Self {
             by_socket: HashMap::new(),
+            cookies: HashMap::new(),
+            hashes: RandomState::new(),
             shares: SharedLimit::new(MAX_TIME_WAITS),
             unkept: Default::default(),
             last_sweep_ns: 0,
@@ -85,7 +95,7 @@ impl TimeWaits {
             self.remove_expired(now_ns);
         }
         let (id, owner) = (entry.id(), entry.connection.payer());
-        let replaced = self.by_socket.remove(&id).map(|replaced| replaced.connection.payer());
+        let replaced = self.take(id).map(|replaced| replaced.connection.payer());
         if replaced != Some(owner) {
             if let Some(other) = replaced {
                 self.shares.give_back(other, 1);
@@ -95,7 +105,44 @@ impl TimeWaits {
                 return;
             }
         }
+        if let SocketId::Cookie(cookie) = id {
+            self.cookies.insert(self.hashes.hash_one(entry.connection.endpoint.table_key()), cookie);
+        }
         self.by_socket.insert(id, Box::new(entry));
+    }
+
+    /// Takes an entry out of the tables. It keeps its share.
+    fn take(&mut self, id: SocketId) -> Option<Box<TimeWaitEntry>> {
+        let entry = self.by_socket.remove(&id)?;
+        let key = self.hashes.hash_one(entry.connection.endpoint.table_key());
+        if let SocketId::Cookie(cookie) = id
+            && self.cookies.get(&key) == Some(&cookie)
+        {
+            self.cookies.remove(&key);
+        }
+        Some(entry)
+    }
+
+    fn remove(&mut self, id: SocketId) {
+        if let Some(entry) = self.take(id) {
+            self.shares.give_back(entry.connection.payer(), 1);
+        }
+    }
+
+    /// A self-connection was established at this time. It has taken over the TIME_WAIT that was at the same endpoint
+    /// (`__inet_check_established`, net/ipv4/inet_hashtables.c at v6.12): there is one socket at most.
+    pub fn on_established(&mut self, endpoint: &Endpoint, at_ns: u64) {
+        let key = endpoint.table_key();
+        let cookie = self.cookies.get(&self.hashes.hash_one(key)).copied().map(SocketId::Cookie);
+        for id in cookie.into_iter().chain([SocketId::Endpoint(key)]) {
+            let is_taken_over = self.by_socket.get(&id).is_some_and(|entry| {
+                let began_ns = entry.until_ns.saturating_sub(TIME_WAIT_NS);
+                entry.connection.endpoint.table_key() == key && began_ns < at_ns
+            });
+            if is_taken_over {
+                self.remove(id);
+            }
+        }
     }
 
     fn insert_unkept(&mut self, entry: &TimeWaitEntry, now_ns: u64) {
@@ -144,14 +191,10 @@ impl TimeWaits {
     /// Removes the TIME_WAIT entries that have ended early. `has_ended` returns true if the kernel does not have this
     /// one any more.
     pub fn remove_ended(&mut self, has_ended: impl Fn(&TimeWaitEntry) -> bool) {
-        let Self { by_socket, shares, .. } = self;
-        by_socket.retain(|_, entry| {
-            let has_ended = has_ended(entry);
-            if has_ended {
-                shares.give_back(entry.connection.payer(), 1);
-            }
-            !has_ended
-        });
+        let ended = self.by_socket.iter().filter(|(_, entry)| has_ended(entry)).map(|(id, _)| *id);
+        for id in ended.collect::<Vec<_>>() {
+            self.remove(id);
+        }
     }
 
     /// Where the connections in TIME_WAIT are.
@@ -209,6 +252,48 @@ mod tests {
         assert_eq!(time_waits.by_socket.len(), MAX_TIME_WAITS * 3 / 4, "the share of one owner");
         time_waits.insert(entry(2, "127.0.0.1", 9_999, 120), 61 * SECOND_NS);
         assert_eq!(time_waits.by_socket.len(), 1, "expired entries are removed first");
+    }
+
+    #[test]
+    fn two_sockets_at_one_endpoint_have_a_time_wait_each() {
+        let mut time_waits = TimeWaits::default();
+        let of = |number, cookie| {
+            let mut entry = entry(number, "127.0.0.1", 80, 60 + number);
+            entry.connection.cookie = Some(cookie);
+            entry
+        };
+        for (number, cookie) in [(1, 11), (2, 12)] {
+            time_waits.insert(of(number, cookie), 0);
+        }
+        // The snapshot lists the second one, and not the first.
+        time_waits.insert_listed(of(0, 12), SECOND_NS);
+        time_waits.remove_ended(|entry| entry.connection.cookie == Some(11));
+        let left: Vec<_> = time_waits.iter().map(|entry| entry.connection.number).collect();
+        assert_eq!((left, time_waits.shares.used()), (vec![2], 1));
+    }
+
+    #[test]
+    fn a_self_connection_takes_over_the_time_wait_at_its_endpoint_and_no_other() {
+        for cookies in [[Some(11), Some(12), Some(13)], [None; 3]] {
+            let mut time_waits = TimeWaits::default();
+            for (number, cookie) in (1..).zip(cookies) {
+                let mut entry = entry(number, "127.0.0.1", if number == 3 { 81 } else { 80 }, 60 + number);
+                entry.connection.cookie = cookie;
+                entry.connection.endpoint.ifindex = u32::from(number == 2);
+                time_waits.insert(entry, 0);
+            }
+            let mut left = |at_s: u64| {
+                time_waits.on_established(&samples::endpoint("127.0.0.1", 80), at_s * SECOND_NS);
+                let mut left: Vec<_> = time_waits.iter().map(|entry| entry.connection.number).collect();
+                left.sort_unstable();
+                (left, time_waits.shares.used(), time_waits.cookies.len())
+            };
+            let has_cookies = usize::from(cookies[0].is_some());
+            // The first one began after a second. What a snapshot of before found was not established after it.
+            assert_eq!(left(1), (vec![1, 2, 3], 3, 3 * has_cookies));
+            assert_eq!(left(2), (vec![2, 3], 2, 2 * has_cookies));
+            assert_eq!(left(3), (vec![2, 3], 2, 2 * has_cookies));
+        }
     }
 
     #[test]

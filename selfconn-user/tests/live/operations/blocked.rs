@@ -20,6 +20,7 @@ use crate::support::{
 };
 
 mod decoys;
+mod time_wait;
 
 const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
