@@ -235,12 +235,12 @@ fn find_in_table(is_match: impl Fn(&DumpedSocket) -> bool) -> io::Result<Option<
 }
 
 /// True if this socket is a self-connection of the addresses and ports of this endpoint, bound to whatever device. The
-/// kernel may also return a listener here. The family counts: the sockets of the two families are different sockets to
-/// destroy.
+/// kernel may also return a listener here. The family does not count: a socket with v4-mapped addresses can become one
+/// of IPv4 (IPV6_ADDRFORM, `do_ipv6_setsockopt`, net/ipv6/ipv6_sockglue.c at v5.10), and the kernel finds it by either.
 fn is_at(row: &DumpedSocket, endpoint: &Endpoint) -> bool {
     // The kernel reports no namespace: the thread is in the namespace of the endpoint.
     let at = Endpoint { netns: 0, netns_cookie: 0, ifindex: row.entry.endpoint.ifindex, ..*endpoint };
-    row.is_self_connection() && row.entry.endpoint == at
+    row.is_self_connection() && row.entry.endpoint.any_family() == at.any_family()
 }
 
 fn explain_error(error: &io::Error) -> String {
@@ -269,28 +269,27 @@ mod tests {
     fn only_the_self_connection_at_the_endpoint_is_destroyed() {
         let [v4, mapped] =
             [false, true].map(|is_ipv6| Endpoint::new(1, Ipv4Addr::LOCALHOST.into(), 4, is_ipv6));
-        for (source, destination, state, plain, v6) in [
-            ("127.0.0.1:4", "127.0.0.1:4", state::ESTABLISHED, true, false),
-            ("127.0.0.1:4", "127.0.0.1:4", state::TIME_WAIT, true, false),
-            ("[::ffff:127.0.0.1]:4", "[::ffff:127.0.0.1]:4", state::ESTABLISHED, false, true),
+        for (source, destination, state, is_destroyed) in [
+            ("127.0.0.1:4", "127.0.0.1:4", state::ESTABLISHED, true),
+            ("127.0.0.1:4", "127.0.0.1:4", state::TIME_WAIT, true),
+            ("[::ffff:127.0.0.1]:4", "[::ffff:127.0.0.1]:4", state::ESTABLISHED, true),
             // Other sockets that the kernel may return instead.
-            ("127.0.0.1:4", "0.0.0.0:0", state::LISTEN, false, false),
-            ("0.0.0.0:4", "0.0.0.0:0", state::LISTEN, false, false),
-            ("127.0.0.1:4", "127.0.0.1:4", state::LISTEN, false, false),
-            ("127.0.0.1:4", "127.0.0.1:4", state::CLOSE, false, false),
-            ("127.0.0.1:4", "127.0.0.1:5", state::ESTABLISHED, false, false),
-            ("127.0.0.1:5", "127.0.0.1:5", state::ESTABLISHED, false, false),
-            ("127.0.0.2:4", "127.0.0.2:4", state::ESTABLISHED, false, false),
-            ("127.0.0.1:4", "127.0.0.2:4", state::ESTABLISHED, false, false),
+            ("127.0.0.1:4", "0.0.0.0:0", state::LISTEN, false),
+            ("0.0.0.0:4", "0.0.0.0:0", state::LISTEN, false),
+            ("127.0.0.1:4", "127.0.0.1:4", state::LISTEN, false),
+            ("127.0.0.1:4", "127.0.0.1:4", state::CLOSE, false),
+            ("127.0.0.1:4", "127.0.0.1:5", state::ESTABLISHED, false),
+            ("127.0.0.1:5", "127.0.0.1:5", state::ESTABLISHED, false),
+            ("127.0.0.2:4", "127.0.0.2:4", state::ESTABLISHED, false),
+            ("127.0.0.1:4", "127.0.0.2:4", state::ESTABLISHED, false),
+            ("[::1]:4", "[::1]:4", state::ESTABLISHED, false),
         ] {
             let row = super::super::entry::tests::row(source, destination, state);
-            let case = format!("{source} {destination} {}", state::name(state));
-            assert_eq!((is_at(&row, &v4), is_at(&row, &mapped)), (plain, v6), "{case}");
-            assert_eq!(
-                is_at(&row, &Endpoint { ifindex: 3, ..v4 }),
-                plain,
-                "bound to a device before: {case}"
-            );
+            // Bound to a device before, or of another family.
+            for endpoint in [v4, mapped, Endpoint { ifindex: 3, ..v4 }] {
+                let case = format!("{source} {destination} {} {endpoint:?}", state::name(state));
+                assert_eq!(is_at(&row, &endpoint), is_destroyed, "{case}");
+            }
         }
     }
 

@@ -6,6 +6,8 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener},
+    os::fd::AsRawFd as _,
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -18,7 +20,7 @@ use crate::support::{
         NOBODY, assert_aborted, assert_opened_by_this_thread, become_user, connect_to_self,
         connect_until_self, is_connected, own_comm, socket,
     },
-    daemon::{DEADLINE, HookVariant, TestDaemon, is_event},
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, selfconn},
     helper_process::{HelperProcess, UNPRIVILEGED},
     netns::TestNetns,
     retries::{Missed, PREEMPTED, for_each_variant_retrying},
@@ -177,6 +179,53 @@ fn a_self_connection_that_its_user_binds_to_a_device_later_is_destroyed() {
     let closed = daemon.expect(1, is_event("closed", net.inode)).remove(0);
     assert_eq!(closed["how"], "destroyed", "{closed}");
     daemon.stop();
+}
+
+/// IPV6_ADDRFORM needs no privilege either.
+#[test]
+fn a_self_connection_that_its_user_makes_one_of_ipv4_later_is_destroyed() {
+    let net = TestNetns::enter_new();
+    let only = format!("netns={}", net.inode);
+    let connect = || {
+        become_user(NOBODY);
+        let (client, _) = connect_to_self(Ipv4Addr::LOCALHOST.to_ipv6_mapped().into());
+        make_ipv4(&client);
+        client
+    };
+    let client = thread::spawn(connect).join().unwrap();
+    let scan = Command::new(selfconn()).args(["scan", "--json", "--only", &only]).output().unwrap();
+    let rows = String::from_utf8(scan.stdout).unwrap();
+    assert!(rows.contains(r#""family":"ipv4""#), "the kernel lists it so: {rows}");
+    drop(client);
+
+    let mut daemon = start(net, &HookVariant(vec![]), &["--remedy", "destroy", "--remedy-grace", "1s"]);
+    let client = thread::spawn(connect).join().unwrap();
+    let remedied = daemon.expect(1, is_event("remedied", net.inode)).remove(0);
+    assert_eq!(
+        (&remedied["result"], &remedied["family"]),
+        (&"destroyed".into(), &"ipv6".into()),
+        "{remedied}"
+    );
+    assert_aborted(&client);
+    let closed = daemon.expect(1, is_event("closed", net.inode)).remove(0);
+    assert_eq!((&closed["how"], &closed["id"]), (&"destroyed".into(), &remedied["id"]), "{closed}");
+    daemon.stop();
+}
+
+/// Makes a connected IPv6 socket with v4-mapped addresses one of IPv4.
+fn make_ipv4(socket: &Socket) {
+    let family = libc::AF_INET;
+    // SAFETY: the option takes a pointer to an int and its size.
+    let outcome = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IPV6,
+            libc::IPV6_ADDRFORM,
+            (&raw const family).cast(),
+            size_of_val(&family) as libc::socklen_t,
+        )
+    };
+    assert_eq!(outcome, 0, "{}", io::Error::last_os_error());
 }
 
 #[test]
