@@ -73,7 +73,7 @@ fn is_roots(is: &fs::Metadata) -> bool {
 }
 
 /// Calls `each` for every control group of the unified hierarchy whose directory only root can have made, down to the
-/// level that rules of the guard can match.
+/// level that rules of the guard can match. What is below a container is left out: its root may be uid 0, too.
 ///
 /// # Errors
 /// If the hierarchy is not mounted here, or a directory can't be read. One that was removed meanwhile is no error.
@@ -129,9 +129,11 @@ fn visit_below(
         let Some(is) = unless_removed(entry.metadata())?.filter(fs::Metadata::is_dir) else { continue };
         names.push(entry.file_name().to_string_lossy().into_owned());
         let components: Vec<_> = names.iter().map(|name| Component { name, maker: Maker::Root }).collect();
-        let unit = CgroupInfo::new(&components).unit;
+        let CgroupInfo { unit, container, .. } = CgroupInfo::new(&components);
         each(NamedGroup { path: format!("/{}", names.join("/")), unit, id: is.ino() });
-        visit_below(&entry.path(), names, each)?;
+        if container.is_none() {
+            visit_below(&entry.path(), names, each)?;
+        }
         names.pop();
     }
     Ok(())
@@ -247,6 +249,35 @@ broken
             assert!(!is_by_root[made_by_root..].contains(&true));
             assert_eq!(looks, made_by_root + usize::from(users.is_some()));
         }
+    }
+
+    #[test]
+    fn no_group_below_a_container_is_visited() {
+        let folder = tempfile::tempdir().unwrap();
+        let docker = format!("docker-{}.scope", "7e".repeat(32));
+        let paths = [
+            "a.slice/b.service/worker".to_owned(),
+            format!("a.slice/{docker}/batch-1"),
+            "machine.slice/machine-web.scope/payload/batch-1".to_owned(),
+        ];
+        for path in paths {
+            fs::DirBuilder::new().recursive(true).mode(0o755).create(folder.path().join(path)).unwrap();
+        }
+        let mut visited = Vec::new();
+        visit_below(folder.path(), &mut Vec::new(), &mut |group| visited.push(group.path)).unwrap();
+        visited.sort();
+        // Without root, all directories are a user's.
+        let is_root = fs::metadata(folder.path()).unwrap().uid() == 0;
+        let expected = [
+            "/a.slice",
+            "/a.slice/b.service",
+            "/a.slice/b.service/worker",
+            &format!("/a.slice/{docker}"),
+            "/machine.slice",
+            "/machine.slice/machine-web.scope",
+            "/machine.slice/machine-web.scope/payload",
+        ];
+        assert_eq!(visited, if is_root { expected.to_vec() } else { Vec::new() });
     }
 
     #[test]

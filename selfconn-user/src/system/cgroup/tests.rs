@@ -104,6 +104,8 @@ fn other_names_of_engines_and_near_misses() {
         // A container in a container: the outer one, which the host's engine knows.
         (format!("/system.slice/{docker}/docker/{}", ID.replace('7', "8")), [Some(&docker), Some(ID), None]),
         (format!("/kubepods/burstable/pod{POD}/{ID}"), [None, Some(ID), Some(POD)]),
+        // Its root may be uid 0 without a user namespace.
+        (format!("/system.slice/{docker}/pod{POD}"), [Some(&docker), Some(ID), None]),
         (format!("/kubepods/pod{}/{ID}", &ID[..32]), [None, Some(ID), Some(&ID[..32])]),
         (format!("/kubepods.slice/kubepods-pod1.slice/{crio}"), [Some(&crio), Some(ID), None]),
         // podman, and the container's own groups below.

@@ -11,6 +11,7 @@ use crate::support::{
 
 const ID: &str = "7eb263389e5eea068ad3d0c208ea4dd02ba86fa0b2ebd44f63adc391351fba6d";
 const POD: &str = "2b7f2ae1-66c6-4a1b-9e3c-0a0b0c0d0e0f";
+const OTHER_POD: &str = "12345678-1234-1234-1234-123456789abc";
 
 /// The event of a self-connection of an unprivileged process that is started in the first group, makes the
 /// directory and moves there.
@@ -63,6 +64,8 @@ fn a_control_group_that_root_made_names_unit_container_and_pod() {
     let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
     let scope = format!("cri-containerd-{ID}.scope");
     let docker = format!("docker-{ID}.scope");
+    let ecs = format!("{}-1234567890", &ID[..32]);
+    let ecs_path = format!("ecs/{}/{ecs}", &ID[32..]);
     for (path, expected) in [
         ("nginx.service".to_owned(), [Some("nginx.service"), None, None]),
         (docker.clone(), [Some(docker.as_str()), Some(ID), None]),
@@ -72,11 +75,25 @@ fn a_control_group_that_root_made_names_unit_container_and_pod() {
         ),
         (format!("kubepods/burstable/pod{POD}/{ID}"), [None, Some(ID), Some(POD)]),
         ("lxc.payload.web".to_owned(), [None, Some("web"), None]),
+        ("machine-web.scope/payload".to_owned(), [Some("machine-web.scope"), Some("web"), None]),
+        (ecs_path, [None, Some(&*ecs), None]),
+        (
+            format!("kubepods-pod{}.slice:cri-containerd:{ID}", POD.replace('-', "_")),
+            [None, Some(ID), Some(POD)],
+        ),
     ] {
         let group = match TestCgroup::create(&path) {
             Ok(group) => group,
             Err(why) => return println!("skipped: {why}"),
         };
+        // Those below a container are the word of its root, who may be uid 0, too. What is below a unit is root's.
+        let _below = expected[1].map(|_| {
+            let below = TestCgroup::create(&format!("{path}/pod{OTHER_POD}")).unwrap();
+            below.delegate();
+            let event = established_in(net, &mut daemon, &below, "");
+            assert_eq!(names(&event), expected.map(|name| name.map_or(Value::Null, Into::into)), "{event}");
+            below
+        });
         // The container's own directories below change nothing: the user owns the group itself.
         group.delegate();
         for below in ["", "nginx.service", "system.slice/nginx.service"] {
