@@ -412,7 +412,8 @@ impl NamespaceVisit {
             unseen.push(unfound_text(&self.unfound, self.is_incomplete));
         } else if self.is_incomplete {
             unseen.push(
-                "network namespaces that only an open descriptor leads to: there are too many descriptors"
+                "network namespaces that only an open descriptor leads to: there are too many descriptors, or \
+                 tables of them"
                     .into(),
             );
         }
@@ -427,7 +428,7 @@ impl NamespaceVisit {
 /// One line of text about namespaces that exist, and that nothing leads to.
 fn unfound_text(inodes: &BTreeSet<u32>, is_incomplete: bool) -> String {
     let why = match is_incomplete {
-        true => "there are too many descriptors to look for a way to",
+        true => "there are too many descriptors, or tables of them, to look for a way to",
         false => "no process, descriptor or mount leads to",
     };
     format!("network namespaces ({}): {why} {}", inodes.len(), named(inodes))

@@ -97,10 +97,15 @@ fn enter(netns: u32, netns_hints: &[u32], searches_all: bool, was_in_vain: &Atom
     let processes = std::iter::once_with(|| fs::read_dir("/proc").into_iter().flatten().flatten());
     let all =
         hinted.chain(mounts.flatten()).chain(processes.flatten().map(|entry| entry.path().join("ns/net")));
+    let mut refusal = None;
     for path in all.filter(|path| leads_there(path)) {
         let opened = match open(&path) {
-            // The process has ended. Another one may lead there.
+            // The process has ended, or does just now. Another one may lead there.
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                refusal = Some(error);
+                None
+            }
             opened => opened?,
         };
         if let Some((file, opened)) = opened
@@ -110,11 +115,14 @@ fn enter(netns: u32, netns_hints: &[u32], searches_all: bool, was_in_vain: &Atom
             return entered.map_err(|error| refused(netns, error));
         }
     }
+    if let Some(error) = refusal {
+        return Err(error);
+    }
     let is_wanted = |inode: u64| inode == u64::from(netns);
-    let mut outcome = None;
+    let (mut outcome, mut is_complete) = (None, true);
     if searches_all {
-        search(
-            SearchLimits::DAEMON,
+        is_complete = search(
+            SearchLimits::ONE,
             || None,
             is_wanted,
             |Lead { path, .. }| {
@@ -131,7 +139,10 @@ fn enter(netns: u32, netns_hints: &[u32], searches_all: bool, was_in_vain: &Atom
         return entered.map_err(|error| refused(netns, error));
     }
     was_in_vain.store(searches_all, Ordering::Relaxed);
-    let why = format!("no process, descriptor or mount leads to network namespace {netns}");
+    let mut why = format!("no process, descriptor or mount leads to network namespace {netns}");
+    if !is_complete {
+        why += ", as far as a search came in its time";
+    }
     Err(io::Error::new(io::ErrorKind::NotFound, why))
 }
 

@@ -15,6 +15,7 @@ use std::{
         unix::{ffi::OsStringExt as _, fs::MetadataExt as _},
     },
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use rustix::fs::{Mode, OFlags, open};
@@ -27,6 +28,9 @@ use crate::system::interrupt;
 pub(super) struct SearchLimits {
     /// The maximum number of descriptors that are looked at. A look takes about 3 µs.
     pub(super) descriptors: usize,
+    /// How long the threads and descriptors of all processes are looked at. An empty table can have a million slots, of
+    /// which each takes a nanosecond or two, and thousands of processes can share it or have one each.
+    pub(super) time: Duration,
     /// True if the mounts of other mount namespaces are looked at, too: their paths lead through directories that may
     /// be anybody's file system.
     pub(super) mounts: bool,
@@ -34,9 +38,13 @@ pub(super) struct SearchLimits {
 
 impl SearchLimits {
     /// For a command, which may take a few seconds where it must.
-    pub(super) const COMMAND: Self = Self { descriptors: 1_000_000, mounts: true };
-    /// For the daemon, which searches again only for a namespace that is new.
-    pub(super) const DAEMON: Self = Self { descriptors: 100_000, mounts: false };
+    pub(super) const COMMAND: Self =
+        Self { descriptors: 1_000_000, time: Duration::from_secs(30), mounts: true };
+    /// For the daemon's snapshots, which search again only for a namespace that is new.
+    pub(super) const DAEMON: Self =
+        Self { descriptors: 100_000, time: Duration::from_secs(2), mounts: false };
+    /// For one namespace, while other look-ups wait for the same thread.
+    pub(super) const ONE: Self = Self { time: Duration::from_millis(300), ..Self::DAEMON };
 }
 
 /// By inode: the thread and the number of a descriptor that is a namespace of this inode.
@@ -66,8 +74,12 @@ pub(super) fn search(
         inode.filter(|inode| is_wanted(*inode))
     };
     let processes: Vec<PathBuf> = numbered(Path::new("/proc")).collect();
+    let until = Instant::now() + limits.time;
     for process in &processes {
         for thread in numbered(&process.join("task")) {
+            if Instant::now() >= until {
+                return false;
+            }
             let path = thread.join("ns/net");
             let is_other = thread.file_name() != process.file_name();
             if is_other
@@ -86,7 +98,7 @@ pub(super) fn search(
             }
         }
     } else {
-        match search_descriptors(&processes, limits.descriptors, &is_wanted, &mut each) {
+        match search_descriptors(&processes, limits.descriptors, until, &is_wanted, &mut each) {
             None => return false,
             Some(true) => return true,
             Some(false) => {}
@@ -116,15 +128,21 @@ pub(super) fn search(
     true
 }
 
-/// Looks at the descriptors of these processes. Returns true if `each` did, and `None` if there are more than `max`.
+/// Looks at the descriptors of these processes. Returns true if `each` did, and `None` if there are more than `max`, or
+/// if it takes longer.
 fn search_descriptors(
     processes: &[PathBuf],
     max: usize,
+    until: Instant,
     is_wanted: &impl Fn(u64) -> bool,
     each: &mut impl FnMut(&Lead) -> bool,
 ) -> Option<bool> {
     let mut left = max;
     for process in processes {
+        // A table without a descriptor takes its time, too.
+        if Instant::now() >= until {
+            return None;
+        }
         let mut descriptors: Box<dyn Iterator<Item = PathBuf>> = Box::new(numbered(&process.join("fd")));
         // The first thread has ended, or has no descriptor. The others may have.
         let mut first = descriptors.next();
@@ -135,6 +153,9 @@ fn search_descriptors(
         }
         for descriptor in first.into_iter().chain(descriptors) {
             left = left.checked_sub(1)?;
+            if Instant::now() >= until {
+                return None;
+            }
             if follow(descriptor, is_wanted, each) {
                 return Some(true);
             }
@@ -227,6 +248,30 @@ mod tests {
         ] {
             assert_eq!(namespace_inode(Path::new(target)), inode, "{target}");
         }
+    }
+
+    #[test]
+    fn a_search_ends_when_its_time_is_over() {
+        let own = fs::metadata("/proc/self/ns/net").unwrap().ino();
+        // Another thread of this process leads there.
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let other = std::thread::spawn(move || ended.recv());
+        for (time, is_found) in [(Duration::from_secs(30), true), (Duration::ZERO, false)] {
+            let mut found = 0;
+            let limits = SearchLimits { time, ..SearchLimits::COMMAND };
+            let is_complete = search(
+                limits,
+                || None,
+                |inode| inode == own,
+                |_| {
+                    found += 1;
+                    true
+                },
+            );
+            assert_eq!((is_complete, found), (is_found, usize::from(is_found)), "{time:?}");
+        }
+        drop(end);
+        let _ = other.join();
     }
 
     #[test]
