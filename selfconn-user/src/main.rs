@@ -1,15 +1,13 @@
 //! `selfconn`: parses the command line, runs a command, and prints an error in one line with exit code 2.
 
-use std::{
-    io::{self, Write as _},
-    process::ExitCode,
-};
+use std::{io, process::ExitCode};
 
 use clap::Parser as _;
 use selfconn::{
     cli::{self, Cli, Command},
     commands::{audit, doctor, exec, repro, run, scan, schema, tail},
     event::text::escape,
+    system::logger,
 };
 
 fn main() -> ExitCode {
@@ -33,8 +31,7 @@ fn main() -> ExitCode {
         if error.chain().any(is_broken_pipe) {
             return ExitCode::SUCCESS;
         }
-        // The reader of stderr may be gone as well. The exit code still reports the error.
-        let _ = writeln!(io::stderr(), "selfconn: {}", escape(&format!("{error:#}")));
+        logger::write_last_line(&escape(&format!("{error:#}")));
         ExitCode::from(2)
     })
 }

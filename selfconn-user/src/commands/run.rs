@@ -266,6 +266,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
             guards: args.guard.is_on(),
         };
         let kept = capabilities::drop_after_attach(plan, || tracer.counters().is_ok())?;
+        logger::write_by_thread().context("cannot start the thread that writes to stderr")?;
         let metrics_requests =
             listener.map(MetricsListener::serve).transpose().context("cannot serve metrics")?;
         let supervision = Supervision::new(manager, metrics_requests);
@@ -291,7 +292,9 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         kept.restrict_thread().context("cannot give up capabilities")?;
         drop(host);
         memory::trim_heap();
-        match daemon.run().await.context("cannot wait for events")? {
+        let outcome = daemon.run().await;
+        log::logger().flush();
+        match outcome.context("cannot wait for events")? {
             None => Ok(ExitCode::SUCCESS),
             Some(hooks_dead) => bail!("{hooks_dead}"),
         }

@@ -68,10 +68,10 @@ pub use self_test::HooksDead;
 
 /// The most threads that a daemon has at the same time. The unit's `TasksMax` must not be below it.
 ///
-/// The loop; `metrics`; the writer of stdout or the journal; `holders`; `tables`; `reader`, `ranges`, `remedy` and
-/// `guard`, each with a thread that enters a namespace; and the readers of facts and of command lines, all of which may
-/// be stuck.
-pub const MAX_THREADS: usize = 1 + 1 + 1 + 1 + 1 + 4 * 2 + 2 * crate::lookup::MAX_STUCK;
+/// The loop; `metrics`; the writer of stdout or the journal; `stderr`; `holders`; `tables`; `reader`, `ranges`, `remedy`
+/// and `guard`, each with a thread that enters a namespace; and the readers of facts and of command lines, all of which
+/// may be stuck.
+pub const MAX_THREADS: usize = 6 + 4 * 2 + 2 * crate::lookup::MAX_STUCK;
 
 /// Maximum time between two looks at stdout while events of a snapshot wait for room.
 const BACKLOG_POLL_INTERVAL: Duration = Duration::from_millis(10);

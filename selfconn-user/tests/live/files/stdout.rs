@@ -1,9 +1,10 @@
-//! A slow, stopped or absent reader of stdout must not affect the log.
+//! A slow, stopped or absent reader of stdout or stderr must not affect the log.
 
 use std::{
     fs::{self, File},
-    io::{BufRead as _, BufReader, Read as _},
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::Ipv4Addr,
+    os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
     sync::mpsc::Receiver,
@@ -19,15 +20,21 @@ use crate::support::{
     accounting::{missing_events, parse_log},
     client::{become_user, connect_to_self, run_self_connection},
     daemon::{DEADLINE, selfconn},
+    dedicated::time_limit,
     guard::{is_refused_within, wait_until},
     helper_process::HelperProcess,
     netns::TestNetns,
+    nobody::Nobody,
 };
 
 fn start(log: &Path, stdout: impl Into<Stdio>) -> Child {
+    start_with(log, &["--states"], stdout, Stdio::null())
+}
+
+fn start_with(log: &Path, options: &[&str], stdout: impl Into<Stdio>, stderr: impl Into<Stdio>) -> Child {
     let mut command = Command::new(selfconn());
-    command.args(["run", "--json", "--states", "--log"]).arg(log).stdout(stdout);
-    let child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    command.args(["run", "--json", "--log"]).arg(log).args(options).stdout(stdout).stderr(stderr);
+    let child = command.stdin(Stdio::null()).spawn().unwrap();
     let until = Instant::now() + DEADLINE;
     while !fs::read_to_string(log).is_ok_and(|text| text.contains("started")) {
         assert!(Instant::now() < until, "the daemon did not start");
@@ -340,6 +347,33 @@ fn a_frozen_reader_without_a_log_does_not_prevent_the_run_from_ending() {
     // Half a second without progress, and what there is to do.
     assert!(asked.elapsed() < Duration::from_secs(5), "{:?} in {}", asked.elapsed(), net.inode);
     drop(stdout);
+}
+
+/// As `2>&1 | less` leaves it, or a service manager that hangs.
+#[test]
+fn a_reader_of_stderr_that_does_not_read_blocks_nothing() {
+    let net = TestNetns::enter_new();
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("events.jsonl");
+    let (reader, writer) = io::pipe().unwrap();
+    let of_test = format!("/proc/self/fd/{}", writer.as_raw_fd());
+    let mut of_test = File::options().write(true).custom_flags(libc::O_NONBLOCK).open(of_test).unwrap();
+    let mut daemon = start_with(&log, &[], Stdio::null(), writer);
+    while of_test.write(b"x").is_ok() {}
+    // The loop has a line about each process that hangs.
+    let Some(mut hung) = Nobody::hung() else { return terminate(&mut daemon) };
+    hung.wait();
+    for count in 1..=10 {
+        run_self_connection(Ipv4Addr::LOCALHOST.into());
+        let began = Instant::now();
+        wait_for_closed(&log, net, count);
+        assert!(began.elapsed() < time_limit(Duration::from_millis(300), Duration::from_secs(2)));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let began = Instant::now();
+    terminate(&mut daemon);
+    assert!(began.elapsed() < time_limit(Duration::from_secs(1), Duration::from_secs(5)));
+    drop((of_test, reader));
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::{
 };
 
 use rustix::thread::{CapabilitySet, capabilities};
+use selfconn::daemon::MAX_THREADS;
 
 use crate::support::{
     client::{connect_to_self, run_self_connection},
@@ -30,7 +31,9 @@ fn wait_for_dropped_capabilities(pid: u32, remedy: &str) -> Vec<ThreadCapabiliti
             name @ ("ranges" | "remedy" | "guard") => {
                 thread.permitted.difference(expected_capabilities(name, remedy)).is_empty()
             }
-            "stdout" | "metrics" | "selfconn" => !thread.permitted.contains(CapabilitySet::SYS_PTRACE),
+            "stdout" | "stderr" | "metrics" | "selfconn" => {
+                !thread.permitted.contains(CapabilitySet::SYS_PTRACE)
+            }
             _ => !thread.permitted.contains(CapabilitySet::SYS_ADMIN),
         };
         if threads.len() > 2 && threads.iter().all(is_narrow) {
@@ -50,7 +53,7 @@ fn expected_capabilities(name: &str, remedy: &str) -> CapabilitySet {
         "reader" => CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE | CapabilitySet::DAC_READ_SEARCH,
         "holders" if !reads_descriptors() => CapabilitySet::SYS_PTRACE | CapabilitySet::DAC_READ_SEARCH,
         // These threads only write data that they are given.
-        "stdout" | "metrics" => CapabilitySet::empty(),
+        "stdout" | "stderr" | "metrics" => CapabilitySet::empty(),
         "remedy" if remedy == "destroy" => {
             CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_PTRACE | CapabilitySet::NET_ADMIN
         }
@@ -84,10 +87,16 @@ fn no_thread_keeps_the_capabilities_for_attaching() {
         let threads = wait_for_dropped_capabilities(daemon.pid(), remedy);
         let of_modes = [("remedy", remedy), ("guard", guard)];
         let of_modes = of_modes.iter().filter(|(_, mode)| *mode != "off").map(|(name, _)| *name);
-        let always = ["reader", "holders", "ranges", "facts-1", "cmdline-1", "stdout", "metrics"];
+        let always = ["reader", "holders", "ranges", "facts-1", "cmdline-1", "stdout", "stderr", "metrics"];
         for name in always.into_iter().chain(of_modes) {
             assert!(threads.iter().any(|thread| thread.name == name), "{name}: {threads:?}");
         }
+        // With each of the four threads that enter a namespace now and then, it has a thread more.
+        let is_steady = |thread: &&ThreadCapabilities| {
+            !["namespace", "namespaces", "guard-netns"].contains(&thread.name.as_str())
+        };
+        let steady = threads.iter().filter(is_steady).count();
+        assert!(steady + 4 <= MAX_THREADS, "{steady}: {threads:?}");
         // Without these capabilities the daemon still reports self-connections and their processes.
         let port = run_self_connection(Ipv4Addr::LOCALHOST.into());
         let closed = daemon.expect(1, is_event("closed", net.inode)).remove(0);
