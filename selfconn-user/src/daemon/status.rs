@@ -5,7 +5,7 @@ use crate::{
     bpf::attach::Method,
     event::{LossCause, Losses},
     metrics::MetricsSnapshot,
-    system::busy::ThreadProblem,
+    system::busy::{self, ThreadProblem},
 };
 
 impl Daemon {
@@ -57,7 +57,12 @@ impl Daemon {
             self.pipeline.conflicts.reports.worker_problem(),
             self.guard.thread_problem(),
         ];
-        others.into_iter().flatten().chain(self.pipeline.reporting.lookups.worker_problems())
+        let lookups = self.pipeline.reporting.lookups.worker_problems();
+        let mut problems: Vec<_> = others.into_iter().flatten().chain(lookups).collect();
+        let mut panicked = busy::panicked_threads();
+        panicked.retain(|name| !problems.iter().any(|(known, _)| known == name));
+        problems.extend(panicked.into_iter().map(|name| (name, ThreadProblem::Ended)));
+        problems.into_iter()
     }
 
     /// Current values of all exported metrics. Every metric gets its value here.

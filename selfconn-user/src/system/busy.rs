@@ -2,11 +2,13 @@
 //! nothing and answers nothing, so nobody else would notice it.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -28,6 +30,26 @@ impl fmt::Display for ThreadProblem {
         match self {
             Self::Ended => out.write_str("it has ended"),
             Self::Busy(time) => write!(out, "it has been busy for {} s", time.as_secs()),
+        }
+    }
+}
+
+/// The threads of this process that a panic has ended.
+static PANICKED: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+
+/// Names of the threads that a panic has ended, of all that [`super::capabilities::spawn_restricted`] has started.
+#[must_use]
+pub fn panicked_threads() -> BTreeSet<&'static str> {
+    PANICKED.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+/// Notes the end of its thread if that is a panic.
+pub(super) struct PanicNote(pub(super) &'static str);
+
+impl Drop for PanicNote {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            PANICKED.lock().unwrap_or_else(PoisonError::into_inner).insert(self.0);
         }
     }
 }
@@ -81,7 +103,26 @@ impl BusyClock {
 
 #[cfg(test)]
 mod tests {
+    use rustix::thread::CapabilitySet;
+
     use super::*;
+    use crate::system::capabilities;
+
+    #[test]
+    fn a_panic_of_any_thread_is_noted_and_an_orderly_end_is_not() {
+        let start = |name, run: fn()| {
+            capabilities::spawn_restricted(name, CapabilitySet::empty(), run).unwrap();
+        };
+        let until = Instant::now() + Duration::from_secs(10);
+        start("ends", || ());
+        // A panic without a message.
+        start("panics", || std::panic::resume_unwind(Box::new(())));
+        while !panicked_threads().contains("panics") {
+            assert!(Instant::now() < until, "{:?}", panicked_threads());
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(!panicked_threads().contains("ends"));
+    }
 
     #[test]
     fn a_thread_is_overdue_after_a_minute_of_work_and_not_while_it_waits() {

@@ -18,6 +18,8 @@ use rustix::{
     },
 };
 
+use super::busy::PanicNote;
+
 /// The capabilities to load and attach the programs: CAP_BPF for the maps and programs, CAP_PERFMON because
 /// tracing programs read kernel memory.
 pub const ATTACH: CapabilitySet = CapabilitySet::BPF.union(CapabilitySet::PERFMON);
@@ -173,7 +175,7 @@ pub fn restrict_to(capability_set: CapabilitySet) -> io::Result<()> {
 }
 
 /// Starts a thread with this name and only these capabilities, as far as this thread has them. If they cannot
-/// be dropped, the thread runs nevertheless.
+/// be dropped, the thread runs nevertheless. A panic that ends it is in [`busy::panicked_threads`].
 ///
 /// # Errors
 /// If the thread cannot be started.
@@ -183,6 +185,7 @@ pub fn spawn_restricted(
     run: impl FnOnce() + Send + 'static,
 ) -> io::Result<()> {
     thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let _note = PanicNote(name);
         if let Err(error) = restrict_to(capability_set) {
             log::error!("the thread {name} keeps too many privileges: {error}");
         }
