@@ -1,6 +1,7 @@
 //! Nobody's share is everybody's: what one owner fills takes nothing from others. Each attack is made by uid 65534, by
-//! 65,536 uids of a user namespace in hundreds of network namespaces, and by the root of a container that changes
-//! its uid at will. Each has a twin of the same kind within its share, which loses nothing.
+//! 65,536 uids of a user namespace in hundreds of network namespaces (but for those on the remedy and the crowded port,
+//! which are in one), and by the root of a container that changes its uid at will. Each has a twin of the same kind
+//! within its share, which loses nothing.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -14,7 +15,8 @@ use serde_json::Value;
 use crate::support::{
     attacker::{Attacker, AttackerKind, POD_UID, set_real_uid},
     client::{assert_opened_by_this_thread, connect_to_self},
-    daemon::{HookVariant, TestDaemon, is_event, scaled},
+    daemon::{DEADLINE, HookVariant, TestDaemon, is_event, scaled},
+    dedicated::time_limit,
     helper_process::{HelperProcess, UNPRIVILEGED},
     netns::TestNetns,
     refused_connects::{at, connect_refused, enter_wide_range_netns, is_at_risk},
@@ -189,6 +191,29 @@ fn failed_binds_of_one_owner_hide_no_failed_bind_of_another() {
     });
 }
 
+/// No program of ours reports them, whoever has the port, and however many there are.
+#[test]
+fn failed_binds_at_ports_that_no_self_connection_holds_cost_nothing() {
+    let net = TestNetns::enter_new();
+    for_each_attacker(&format!("binds at a server's port {}", scaled(30_000)), |kind, mut attacker| {
+        let mut daemon = start(&[]);
+        if daemon.expect(1, |event| event["event"] == "started")[0]["binds"]["method"].is_null() {
+            return;
+        }
+        // Ports are held meanwhile, but others.
+        let (_connection, _) = connect_to_self(LOCALHOST);
+        daemon.expect(1, is_event("established", net.inode));
+        attacker.wait();
+        attacker.go_on();
+        attacker.wait();
+        fail_to_bind(&mut daemon, net);
+        let (events, _) = daemon.stop();
+        assert_eq!(lost(&events, "binds"), 0, "{kind:?}");
+        let blocked = events.iter().filter(|event| event["event"] == "blocked").count();
+        assert_eq!(blocked, 1, "{kind:?}");
+    });
+}
+
 #[test]
 fn failed_binds_under_many_names_are_suppressed_and_hide_no_failed_bind_of_another() {
     const BINDS: u64 = 70;
@@ -243,6 +268,8 @@ fn failed_binds_at_a_port_of_thousands_of_connections_delay_nothing_of_others() 
     let began = Instant::now();
     let (events, _) = daemon.stop();
     println!("FACT crowded port: blocked after {took:?}, ended after {:?}", began.elapsed());
+    // The server and this test, too, wait for a CPU beside the attacker's processes.
+    assert!(took < time_limit(Duration::from_secs(2), DEADLINE), "{took:?}");
     assert_eq!(lost(&events, "ring"), 0, "failed binds of others are lost with those of the attacker");
 }
 

@@ -61,7 +61,7 @@ pub(crate) enum AttackerKind {
     Sessions,
     /// 65,536 uids of a user namespace that uid 65534 made, as a subordinate range gives them.
     MappedUids,
-    /// Root in a control group, a network, a mount and a pid namespace of its own, without a user namespace.
+    /// Root in a control group, a mount and a pid namespace of its own, without a user namespace.
     ContainerRoot,
     /// Root of a system container, as LXC makes them: in a user namespace that root made, and in a control group below
     /// which it makes others, one after another.
@@ -370,7 +370,8 @@ fn run_attacker() {
             _ if let Some(first) = what.strip_prefix("refused from ") => {
                 refused_ports(kind, first.parse().unwrap(), count, &mut uids);
             }
-            "binds" => fail_binds(kind, count, &mut uids),
+            "binds" => fail_binds(kind, count, &mut uids, hold_port_at_every_address),
+            "binds at a server's port" => fail_binds(kind, count, &mut uids, listen_at_every_address),
             "binds at a crowded port" if held.is_empty() => {
                 held.push(crowd_at_a_port(kind, count, &mut uids));
             }
@@ -453,22 +454,60 @@ fn unanswered(
     (listeners, all)
 }
 
-/// Connects to many closed ports, once to each, from this one on.
-fn refused_ports(kind: AttackerKind, first: u16, count: usize, uids: &mut impl Iterator<Item = u32>) {
-    for port in (first..).step_by(2).take(count) {
-        kind.become_next(uids);
-        // A hit is as good as a refusal, and as rare as one in 14,000.
-        let _ = TcpStream::connect((Ipv4Addr::LOCALHOST, port));
+/// Does as much of something. Who has many uids does it in one network namespace after another, so much in each; all of
+/// them are there until the end.
+fn in_namespaces(kind: AttackerKind, count: usize, in_each: usize, mut work: impl FnMut(usize) + Send) {
+    if kind != AttackerKind::MappedUids {
+        return work(count);
+    }
+    let mut namespaces = Vec::new();
+    for begin in (0..count).step_by(in_each) {
+        namespaces.push(TestNetns::with_new_in_helper(|_| {
+            work(in_each.min(count - begin));
+            File::open("/proc/thread-self/ns/net").unwrap()
+        }));
     }
 }
 
-/// Fails to bind a port that a self-connection holds, at one address of 127.0.0.0/8 after another.
-fn fail_binds(kind: AttackerKind, count: usize, uids: &mut impl Iterator<Item = u32>) {
-    let (_held, port) = hold_port_at_every_address();
-    let server = socket(Ipv4Addr::LOCALHOST.into());
-    for number in (0_u32..).take(count) {
-        kind.become_next(uids);
-        let [_, b, c, d] = number.to_be_bytes();
-        assert!(server.bind(&SocketAddr::from(([127, b, c, d], port)).into()).is_err());
-    }
+/// Connects to many closed ports, once to each, from this one on.
+fn refused_ports(
+    kind: AttackerKind,
+    first: u16,
+    count: usize,
+    uids: &mut (impl Iterator<Item = u32> + Send),
+) {
+    let mut ports = (first..).step_by(2);
+    in_namespaces(kind, count, 2, |count| {
+        for port in ports.by_ref().take(count) {
+            kind.become_next(uids);
+            // A hit is as good as a refusal, and as rare as one in 14,000.
+            let _ = TcpStream::connect((Ipv4Addr::LOCALHOST, port));
+        }
+    });
+}
+
+/// A server that keeps others from its port at every address, and the port.
+fn listen_at_every_address() -> (TcpListener, u16) {
+    let server = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+    let port = server.local_addr().unwrap().port();
+    (server, port)
+}
+
+/// Fails to bind a port that is held so, at one address of 127.0.0.0/8 after another.
+fn fail_binds<Holder>(
+    kind: AttackerKind,
+    count: usize,
+    uids: &mut (impl Iterator<Item = u32> + Send),
+    hold: impl Fn() -> (Holder, u16) + Sync,
+) {
+    let mut numbers = 0_u32..;
+    in_namespaces(kind, count, 60, |count| {
+        let (_held, port) = hold();
+        let server = socket(Ipv4Addr::LOCALHOST.into());
+        for number in numbers.by_ref().take(count) {
+            kind.become_next(uids);
+            let [_, b, c, d] = number.to_be_bytes();
+            assert!(server.bind(&SocketAddr::from(([127, b, c, d], port)).into()).is_err());
+        }
+    });
 }
