@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    net::{Ipv4Addr, TcpListener},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     os::unix::net::UnixDatagram,
     process::Command,
     thread,
@@ -14,14 +14,14 @@ use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set};
 use serde_json::Value;
 
 use crate::support::{
-    client::run_self_connection,
+    client::{assert_aborted, run_self_connection, socket},
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event, is_kernel_at_least, reads_descriptors, selfconn},
     dedicated::is_emulated,
     helper_process::HelperProcess,
     mount_namespace::{mount_proc_with_hidepid, spawn_in_new_mount_namespace},
     netns::TestNetns,
     nobody::{FirstThread, NOBODY, Nobody},
-    socket_crowd::{CrowdSockets, SocketCrowd},
+    watchdog::Watchdog,
 };
 
 mod flood;
@@ -42,6 +42,12 @@ fn expect_event_in_time(daemon: &mut TestDaemon, netns: u64) -> Value {
     println!("FACT event_after_us={}", began.elapsed().as_micros());
     assert_eq!((&closed["port"], &closed["pid"]), (&port.into(), &std::process::id().into()), "{closed}");
     closed
+}
+
+/// As [`stop_in_time`], of a daemon that has fed its watchdog until then.
+fn stop_fed_in_time(daemon: TestDaemon, watchdog: Watchdog) -> Vec<Value> {
+    watchdog.assert_fed();
+    stop_in_time(daemon)
 }
 
 /// Ends the daemon by SIGTERM. Returns its events.
@@ -69,7 +75,7 @@ fn expect_hung_process(daemon: &mut TestDaemon, netns: u64, pid: u32) {
 #[test]
 fn a_process_whose_command_line_cannot_be_read_delays_nobody() {
     let net = TestNetns::enter_new();
-    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
+    let (mut daemon, watchdog) = Watchdog::start_daemon(&[]);
     let Some(mut hung) = Nobody::hung() else { return };
     hung.wait();
     let closed = expect_event_in_time(&mut daemon, net.inode);
@@ -80,11 +86,11 @@ fn a_process_whose_command_line_cannot_be_read_delays_nobody() {
     assert_eq!((&lost["kind"], &lost["count"]), (&"fact".into(), &1.into()), "{lost}");
 
     // A new daemon finds it in the socket table.
-    let mut second = TestDaemon::start(&HookVariant(vec![]), &[]);
+    let (mut second, watchdog_of_second) = Watchdog::start_daemon(&[]);
     expect_hung_process(&mut second, net.inode, hung.pid());
     expect_event_in_time(&mut second, net.inode);
-    stop_in_time(second);
-    let stopped = stop_in_time(daemon).pop().unwrap();
+    stop_fed_in_time(second, watchdog_of_second);
+    let stopped = stop_fed_in_time(daemon, watchdog).pop().unwrap();
     assert_eq!((&stopped["event"], &stopped["open"]), (&"stopped".into(), &1.into()), "{stopped}");
 
     for arguments in [&["scan", "--json"][..], &["scan"], &["audit"], &["doctor"]] {
@@ -125,7 +131,7 @@ fn events_that_waited_for_a_look_up_are_not_lost_on_stdout() {
 #[test]
 fn ten_hung_processes_of_one_user_take_nothing_from_another() {
     let net = TestNetns::enter_new();
-    let mut daemon = TestDaemon::start(&HookVariant(vec![]), &[]);
+    let (mut daemon, watchdog) = Watchdog::start_daemon(&[]);
     let mut hung: Vec<_> = (0..10).map_while(|_| Nobody::hung()).collect();
     hung.iter_mut().for_each(Nobody::wait);
     if hung.is_empty() {
@@ -145,7 +151,7 @@ fn ten_hung_processes_of_one_user_take_nothing_from_another() {
     };
     let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap().flatten();
     assert_eq!(tasks.filter_map(stuck).count(), 1, "one stuck thread for one user");
-    stop_in_time(daemon);
+    stop_fed_in_time(daemon, watchdog);
 }
 
 /// A pass over the descriptors of all processes would take longer than anybody may wait.
@@ -254,8 +260,12 @@ fn behind_crowd(
             Ok(remove_capability_from_bounding_set(CapabilitySet::SYS_PTRACE)?)
         }),
     };
-    let mut daemon = TestDaemon::start_with(&HookVariant(vec![]), &["-vv", "--reconcile", "1"], spawn);
+    let only = format!("port={REMEDIED_PORT}");
+    let options = ["-vv", "--reconcile", "1", "--remedy", "destroy", "--remedy-only", &only];
+    let (mut daemon, watchdog) = Watchdog::start_daemon_with(&options, spawn);
     expect_event_in_time(&mut daemon, net.inode);
+    // The remedy does not wait for the reading of the table either.
+    expect_remedy_in_time(&mut daemon, net.inode);
     let is_held = |event: &Value| is_event("established", net.inode)(event) && event["port"] == port;
     let until = began + MAX_PASS + Duration::from_secs(4);
     let found = daemon.wait_until(until, 1, is_held).unwrap().pop().unwrap();
@@ -282,7 +292,23 @@ fn behind_crowd(
     assert_eq!(blocked["holder"]["pid"], holder, "{blocked}");
     assert_eq!(blocked["holder"]["holders"].is_null(), holder.is_null(), "{blocked}");
     holder_process.finish();
-    stop_in_time(daemon);
+    stop_fed_in_time(daemon, watchdog);
+}
+
+/// No other self-connection here has this port: it is below the range of ports that the kernel chooses.
+const REMEDIED_PORT: u16 = 7_201;
+
+/// Makes a self-connection at that port, which must be destroyed in time.
+fn expect_remedy_in_time(daemon: &mut TestDaemon, netns: u64) {
+    let client = socket(Ipv4Addr::LOCALHOST.into());
+    client.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, REMEDIED_PORT)).into()).unwrap();
+    client.connect(&client.local_addr().unwrap()).unwrap();
+    let until = Instant::now() + EVENT_LIMIT;
+    // The others are `excepted` at once.
+    let is_this = |event: &Value| is_event("remedied", netns)(event) && event["port"] == REMEDIED_PORT;
+    let remedied = daemon.wait_until(until, 1, is_this).unwrap().pop().unwrap();
+    assert_eq!(remedied["result"], "destroyed", "{remedied}");
+    assert_aborted(&client);
 }
 
 #[test]
@@ -322,16 +348,17 @@ fn two_thousand_connections_found_at_the_start_lose_no_event() {
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("events.jsonl");
     // Each event has some 9 KB, because its process has 2,000 arguments.
-    let address = Ipv4Addr::LOCALHOST.into();
-    let crowd = SocketCrowd::start_with_arguments(CrowdSockets::SelfConnections(2_000, address), 2_000);
-    let mut daemon =
-        TestDaemon::start(&HookVariant(vec![]), &["--log", log.to_str().unwrap(), "--cmdline", "full"]);
+    let mut crowd = HelperProcess::start_unprivileged_with("connect and hold 2000", None, &vec!["x"; 2_000]);
+    crowd.read_output();
+    let (mut daemon, watchdog) =
+        Watchdog::start_daemon(&["--log", log.to_str().unwrap(), "--cmdline", "full"]);
     expect_event_in_time(&mut daemon, net.inode);
     let found = daemon.expect(2_000, |event| event["source"] == "scan" && event["pid"] == crowd.pid());
     assert!(found[0]["cmdline"].as_array().unwrap().len() > 1_000, "{}", found[0]);
-    let events = stop_in_time(daemon);
+    let events = stop_fed_in_time(daemon, watchdog);
     let lost: Vec<_> = events.iter().filter(|event| event["event"] == "lost").collect();
     assert!(lost.is_empty(), "{lost:?}");
     let written = fs::read_to_string(&log).unwrap().lines().count();
     assert_eq!(written, events.len(), "the log has them all");
+    crowd.finish();
 }

@@ -30,3 +30,4 @@ pub(crate) mod retries;
 pub(crate) mod scan_output;
 pub(crate) mod schema;
 pub(crate) mod socket_crowd;
+pub(crate) mod watchdog;

@@ -50,11 +50,6 @@ pub(crate) struct SocketCrowd {
 
 impl SocketCrowd {
     pub(crate) fn start(sockets: CrowdSockets) -> Self {
-        Self::start_with_arguments(sockets, 0)
-    }
-
-    /// As [`Self::start`]; the command line has this many arguments of one letter, which libtest ignores.
-    pub(crate) fn start_with_arguments(sockets: CrowdSockets, arguments: usize) -> Self {
         let task = match sockets {
             CrowdSockets::SelfConnections(count, address) => json!(["self-connections", count, address]),
             CrowdSockets::Ordinary(count) => json!(["ordinary", count]),
@@ -65,7 +60,6 @@ impl SocketCrowd {
         let (_, module) = module_path!().split_once("::").unwrap();
         let mut child = Command::new("/proc/self/exe")
             .args(["--exact", &format!("{module}::run_crowd_process"), "--ignored", "--nocapture"])
-            .args(vec!["x"; arguments])
             .env(CROWD_ENV, task.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -4,7 +4,6 @@
 use std::{
     collections::HashMap,
     net::Ipv4Addr,
-    os::unix::net::UnixDatagram,
     thread,
     time::{Duration, Instant},
 };
@@ -15,10 +14,11 @@ use super::{EVENT_LIMIT, stop_in_time};
 use crate::support::{
     accounting::{assert_sums_hold, number},
     client::connect_to_self,
-    daemon::{HookVariant, TestDaemon, is_event, scaled},
+    daemon::{TestDaemon, is_event, scaled},
     dedicated::{decisive, is_emulated, time_limit},
     netns::TestNetns,
     nobody::{NOBODY, Nobody},
+    watchdog::Watchdog,
 };
 
 /// Number of processes that make self-connections. In an emulator one makes it slow enough.
@@ -34,20 +34,6 @@ const MIN_RECORDS: usize = 50_000;
 
 /// Time between two self-connections of this process.
 const PAUSE: Duration = Duration::from_millis(50);
-
-/// The longest time without a ping for the watchdog, until `until`.
-fn longest_without_ping(manager: &UnixDatagram, until: Instant) -> Duration {
-    manager.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
-    let (mut last_ping, mut longest) = (Instant::now(), Duration::ZERO);
-    let mut message = [0; 256];
-    while Instant::now() < until {
-        if manager.recv(&mut message).is_ok_and(|length| &message[..length] == b"WATCHDOG=1") {
-            longest = longest.max(last_ping.elapsed());
-            last_ping = Instant::now();
-        }
-    }
-    longest.max(last_ping.elapsed())
-}
 
 /// Makes self-connections of this process until `until`, each at an address of its own. Returns the address of each,
 /// and when it began.
@@ -85,14 +71,9 @@ fn receive_until(
 #[test]
 fn a_flood_of_records_keeps_nobody_from_the_daemon() {
     let net = TestNetns::enter_new();
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("notify");
-    let manager = UnixDatagram::bind(&path).unwrap();
     // The flood is of records. An owner's events are few, because this process checks each.
     let options = ["--reconcile", "1", "--self-test", "1", "--log-rate", "20/400"];
-    let mut daemon = TestDaemon::start_with(&HookVariant(vec![]), &options, |command| {
-        command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "1000000").spawn().unwrap()
-    });
+    let (mut daemon, watchdog) = Watchdog::start_daemon(&options);
     let observes_binds = !daemon.received()[0]["binds"]["method"].is_null();
     let connecting = (0..connecting_processes()).map(|_| Nobody::connecting());
     let mut flood: Vec<_> = connecting.chain([Nobody::failing_binds()]).collect();
@@ -106,21 +87,18 @@ fn a_flood_of_records_keeps_nobody_from_the_daemon() {
             && event["source"] == "live"
     };
     let until = Instant::now() + WATCHED;
-    let (longest, connects, came) = thread::scope(|scope| {
-        let longest = scope.spawn(|| longest_without_ping(&manager, until));
+    let (connects, came) = thread::scope(|scope| {
         let connects = scope.spawn(|| connect_until(until));
         let came = receive_until(&mut daemon, until + EVENT_LIMIT, is_own);
-        (longest.join().unwrap(), connects.join().unwrap(), came)
+        (connects.join().unwrap(), came)
     });
+    watchdog.assert_fed();
     let events = stop_in_time(daemon);
     let stopped = events.last().unwrap();
     println!("FACT flood_matched={} lost_ring={}", stopped["matched"], stopped["lost"]["ring"]);
     assert_sums_hold(stopped);
     assert!(number(stopped, "/matched") >= scaled(MIN_RECORDS) as u64, "it was no flood: {stopped}");
     assert_eq!(number(stopped, "/lost/binds") > 0, observes_binds, "failed binds beyond the rate: {stopped}");
-    // The watchdog expects a ping in each half second.
-    println!("FACT longest_without_ping_ms={}", longest.as_millis());
-    assert!(longest < Duration::from_secs(1), "{longest:?}");
     // An event of this process is missing only if its record was lost: it has the rate of its own owner.
     for report in events.iter().filter(|event| is_suppressed(event)) {
         assert_eq!(report["uid"], NOBODY, "{report}");
