@@ -18,7 +18,7 @@ use serde_json::Value;
 use socket2::Socket;
 
 use crate::support::{
-    client::{assert_aborted, connect_to_self, is_connected, socket},
+    client::{NOBODY, assert_aborted, become_user, connect_to_self, is_connected, socket},
     daemon::{DEADLINE, HookVariant, TestDaemon, is_event, scaled, selfconn},
     dedicated::time_limit,
     devices::bind_device,
@@ -57,17 +57,21 @@ fn connect_on(device: Option<&str>, address: SocketAddr) -> Socket {
     client
 }
 
-/// The same, where the remedy may destroy it at once.
+/// The same, where the remedy may destroy it at once. A user without privileges makes it.
 fn connect_unchecked(device: Option<&str>, address: SocketAddr) -> Socket {
-    let client = socket(address.ip());
-    client.set_reuse_address(true).unwrap();
-    if let Some(device) = device {
-        bind_device(&client, device);
-    }
-    client.bind(&address.into()).unwrap();
-    client.connect(&address.into()).unwrap();
-    client.set_linger(Some(Duration::ZERO)).unwrap();
-    client
+    let connect = || {
+        become_user(NOBODY);
+        let client = socket(address.ip());
+        client.set_reuse_address(true).unwrap();
+        if let Some(device) = device {
+            bind_device(&client, device);
+        }
+        client.bind(&address.into()).unwrap();
+        client.connect(&address.into()).unwrap();
+        client.set_linger(Some(Duration::ZERO)).unwrap();
+        client
+    };
+    thread::scope(|scope| scope.spawn(connect).join().unwrap())
 }
 
 fn addresses(indices: [u32; 2]) -> [(IpAddr, [SocketAddr; 2]); 2] {
@@ -121,7 +125,7 @@ fn sockets_on_two_devices_from_before_the_daemon_have_their_own_processes() {
         let mut held: Vec<_> = [0, 1]
             .map(|at| {
                 let client = connect_on(Some(DEVICES[at]), on_device[at]);
-                let mut holder = HelperProcess::start_with_fd("hold", &client);
+                let mut holder = HelperProcess::start_unprivileged_with_fd("hold", &client);
                 holder.read_output();
                 (holder, client.cookie().unwrap())
             })
@@ -218,11 +222,19 @@ fn a_twin_survives_ten_thousand_races_between_destroy_and_close() {
     let twin = connect_on(Some(DEVICES[0]), address);
     let mut endpoint = Endpoint::new(u32::try_from(net.inode).unwrap(), address.ip(), address.port(), false);
     endpoint.ifindex = indices[1];
-    let (to_closer, sockets_to_close) = mpsc::channel::<Socket>();
-    let closer = thread::spawn(move || sockets_to_close.iter().for_each(drop));
-    let (mut destroyed, mut gone) = (0, 0);
+    let (to_closer, sockets_to_close) = mpsc::channel::<(Socket, Duration)>();
+    let close = |(socket, delay): (Socket, Duration)| {
+        // Shorter than a sleep can be.
+        let until = Instant::now() + delay;
+        while Instant::now() < until {}
+        drop(socket);
+    };
+    let closer = thread::spawn(move || sockets_to_close.iter().for_each(close));
+    let (mut destroyed, mut gone, mut refused) = (0, 0, 0);
     for round in 0..scaled(10_000) {
         let client = connect_on(Some(DEVICES[1]), address);
+        // The kernel finds this one instead, for as long as it is there.
+        let hiding = (round / 100 % 2 == 1).then(|| connect_on(None, address));
         let cookie = Cookie::new(client.cookie().unwrap()).unwrap();
         let inode = fs::metadata(format!("/proc/self/fd/{}", client.as_raw_fd())).unwrap().ino();
         // Every other round as on a kernel whose programs can't read the cookie.
@@ -231,21 +243,28 @@ fn a_twin_survives_ten_thousand_races_between_destroy_and_close() {
             endpoint,
             cookie: known,
             inode: Some(inode),
-            uid: Some(0),
+            uid: Some(NOBODY),
             netns_hints: Vec::new(),
         };
-        match round % 4 {
-            0 | 1 => drop(client),
-            _ => to_closer.send(client).unwrap(),
-        }
-        match sockets::look_up(&target).unwrap() {
-            Some(found) => {
-                assert_eq!(found, cookie, "round {round}: another socket");
-                if sockets::destroy(&target, found).unwrap() { destroyed += 1 } else { gone += 1 }
+        // Before the look-up, in the middle of it, or after the request.
+        let delay = Duration::from_micros(10 * (round as u64 % 100));
+        to_closer.send((client, delay)).unwrap();
+        let outcome = sockets::look_up(&target).and_then(|found| {
+            let Some(found) = found else { return Ok(false) };
+            assert_eq!(found, cookie, "round {round}: another socket");
+            sockets::destroy(&target, found)
+        });
+        match outcome {
+            Ok(true) => destroyed += 1,
+            Ok(false) => gone += 1,
+            Err(why) => {
+                assert!(hiding.is_some() && why.contains("hides it"), "round {round}: {why}");
+                refused += 1;
             }
-            None => gone += 1,
         }
-        assert!(is_connected(&twin), "round {round}: the wrong socket is destroyed");
+        let is_right = is_connected(&twin) && hiding.as_ref().is_none_or(is_connected);
+        assert!(is_right, "round {round}: the wrong socket is destroyed");
+        drop(hiding);
         // The port has one client at a time.
         let until = Instant::now() + Duration::from_secs(10);
         while sockets::look_up(&TargetSocket { cookie: Some(cookie), ..target.clone() }).unwrap().is_some() {
@@ -255,8 +274,8 @@ fn a_twin_survives_ten_thousand_races_between_destroy_and_close() {
     }
     drop(to_closer);
     closer.join().unwrap();
-    println!("FACT twins destroyed={destroyed} gone={gone} wrong=0");
-    assert!(gone > 0);
+    println!("FACT twins destroyed={destroyed} gone={gone} refused={refused} wrong=0");
+    assert!(destroyed > 0 && gone > 0 && refused > 0);
 }
 
 #[test]
@@ -266,6 +285,7 @@ fn a_namespace_with_the_inode_of_one_that_has_ended_inherits_nothing() {
     // A thread is alone in its namespace, which ends with it. The kernel gives the lowest free inode to the next one.
     let ended = thread::spawn(move || {
         let net = TestNetns::enter_new();
+        become_user(NOBODY);
         let client = socket(address.ip());
         client.bind(&address.into()).unwrap();
         client.connect(&address.into()).unwrap();

@@ -38,18 +38,14 @@ impl HelperProcess {
 
     /// Starts this binary with a task, and passes it a socket as descriptor [`PASSED_FD`].
     pub(crate) fn start_with_fd(task: &str, descriptor: &Socket) -> Self {
-        let fd = descriptor.as_raw_fd();
+        Self::spawn(pass_fd(&mut command(task), descriptor))
+    }
+
+    /// As [`Self::start_with_fd`], as an unprivileged user.
+    pub(crate) fn start_unprivileged_with_fd(task: &str, descriptor: &Socket) -> Self {
         let mut command = command(task);
-        // SAFETY: dup2 is safe to call between fork and exec; `descriptor` outlives the spawn.
-        unsafe {
-            command.pre_exec(move || {
-                if libc::dup2(fd, PASSED_FD) == PASSED_FD {
-                    Ok(())
-                } else {
-                    Err(std::io::Error::last_os_error())
-                }
-            });
-        }
+        command.current_dir("/");
+        become_unprivileged(pass_fd(&mut command, descriptor), None);
         Self::spawn(&mut command)
     }
 
@@ -69,20 +65,9 @@ impl HelperProcess {
         cgroup_procs: Option<&std::fs::File>,
         arguments: &[&str],
     ) -> Self {
-        let procs = cgroup_procs.map(std::os::fd::AsRawFd::as_raw_fd);
         let mut command = command(task);
         command.args(arguments).current_dir("/");
-        // SAFETY: write, setgroups, setgid and setuid are safe to call between fork and exec; the file
-        // outlives the spawn.
-        unsafe {
-            command.pre_exec(move || {
-                let is_done = procs.is_none_or(|fd| libc::write(fd, c"0".as_ptr().cast(), 1) == 1)
-                    && libc::setgroups(0, std::ptr::null()) == 0
-                    && libc::setgid(UNPRIVILEGED) == 0
-                    && libc::setuid(UNPRIVILEGED) == 0;
-                if is_done { Ok(()) } else { Err(std::io::Error::last_os_error()) }
-            });
-        }
+        become_unprivileged(&mut command, cgroup_procs);
         Self::spawn(&mut command)
     }
 
@@ -124,6 +109,34 @@ impl HelperProcess {
     pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+}
+
+/// Lets the process have this socket as descriptor [`PASSED_FD`]. The socket must outlive the start.
+fn pass_fd<'a>(command: &'a mut Command, descriptor: &Socket) -> &'a mut Command {
+    let fd = descriptor.as_raw_fd();
+    let pass = move || {
+        // SAFETY: the call takes numbers only.
+        let passed = unsafe { libc::dup2(fd, PASSED_FD) };
+        if passed == PASSED_FD { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    };
+    // SAFETY: dup2 is safe to call between fork and exec.
+    unsafe { command.pre_exec(pass) }
+}
+
+/// Lets the process be of an unprivileged user, in the control group of this `cgroup.procs`, which must outlive the
+/// start.
+fn become_unprivileged(command: &mut Command, cgroup_procs: Option<&std::fs::File>) {
+    let procs = cgroup_procs.map(std::os::fd::AsRawFd::as_raw_fd);
+    // SAFETY: write, setgroups, setgid and setuid are safe to call between fork and exec.
+    unsafe {
+        command.pre_exec(move || {
+            let is_done = procs.is_none_or(|fd| libc::write(fd, c"0".as_ptr().cast(), 1) == 1)
+                && libc::setgroups(0, std::ptr::null()) == 0
+                && libc::setgid(UNPRIVILEGED) == 0
+                && libc::setuid(UNPRIVILEGED) == 0;
+            if is_done { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+        });
     }
 }
 
