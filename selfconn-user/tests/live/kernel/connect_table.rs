@@ -137,6 +137,26 @@ fn self_connections_already_reported_make_room_for_new_connects() {
     daemon.stop();
 }
 
+/// A reported entry makes room for others, because user space has its opener.
+#[test]
+fn a_state_whose_record_the_ring_buffer_did_not_take_is_not_marked_as_reported() {
+    let net = TestNetns::enter_new();
+    let daemon = TestDaemon::start(&HookVariant(vec![]), &["--ring-size", "4K"]);
+    // A stopped daemon drains no ring buffer. One page holds about twenty records.
+    daemon.signal(Signal::STOP);
+    let sockets: Vec<_> = (0..60).map(|_| connect_to_self(Ipv4Addr::LOCALHOST.into())).collect();
+    let table = DaemonConnectTable::open(&daemon);
+    let is_reported = |port| {
+        let (_, entry) = table.find_by_port(net, port).expect("the connect table has the entry");
+        entry.has_flags(1 << state::ESTABLISHED)
+    };
+    let (first, last) = (sockets[0].1, sockets[59].1);
+    assert_eq!([is_reported(first), is_reported(last)], [true, false]);
+    daemon.signal(Signal::CONT);
+    drop(sockets);
+    daemon.stop();
+}
+
 /// The connect table of a running daemon.
 struct DaemonConnectTable(Array<MapData, [u8; size_of::<ConnectSet>()]>);
 

@@ -186,13 +186,15 @@ pub(super) fn run_task(task: &str) {
             print_output("done");
             wait_for_stdin_eof();
         }
-        connect if connect.starts_with("connect and hold ") => {
+        // Until its stdin is closed. The first one leaves no TIME_WAIT.
+        connect if connect.starts_with("connect and hold ") || connect.starts_with("connect and close ") => {
             use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
             let maximum = getrlimit(Resource::Nofile).maximum;
             setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
-            let count: usize = connect["connect and hold ".len()..].parse().unwrap();
-            let sockets: Vec<_> = (0..count).map(|_| connect_to_self(Ipv4Addr::LOCALHOST.into()).0).collect();
-            for socket in &sockets {
+            let (what, count) = connect.rsplit_once(' ').unwrap();
+            let connect = |_| connect_to_self(Ipv4Addr::LOCALHOST.into()).0;
+            let sockets: Vec<_> = (0..count.parse::<usize>().unwrap()).map(connect).collect();
+            for socket in sockets.iter().filter(|_| what == "connect and hold") {
                 socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
             }
             print_output("connected");
