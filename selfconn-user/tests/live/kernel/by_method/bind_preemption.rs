@@ -43,17 +43,20 @@ fn a_failed_bind_that_the_kernel_runs_no_program_for_is_counted() {
         let blocked: BTreeSet<u64> =
             events.iter().filter(is_blocked).filter_map(|event| event["port"].as_u64()).collect();
         let missing = held.iter().filter(|(_, port)| !blocked.contains(&u64::from(*port))).count();
-        let counted = events.last().unwrap()["binds_not_examined"].as_u64();
+        let stopped = events.last().unwrap();
+        let counted = stopped["binds_not_examined"].as_u64();
+        // Each search for what holds the port takes a while on an emulated CPU, and has a share of the loop's time.
+        let lost = stopped["lost"]["binds"].as_u64().unwrap();
         println!(
             "FACT bind_preemption method={method} real_time_thread={is_real_time_thread} \
-             missing={missing} counted={counted:?}"
+             missing={missing} counted={counted:?} lost={lost}"
         );
         assert_eq!(counted.is_some(), is_kernel_at_least((5, 12)));
         let is_counted = method != "perf" || is_kernel_at_least((6, 7));
         if is_counted {
             assert!(
-                missing as u64 <= counted.unwrap_or(0),
-                "{method}: {missing} missing, {counted:?} counted"
+                missing as u64 <= counted.unwrap_or(0) + lost,
+                "{method}: {missing} missing, {counted:?} and {lost} counted: {stopped}"
             );
         }
         // From 7.2 on a call of bpf() keeps no program of a system call from running (`trace_call_bpf_faultable`,
