@@ -100,8 +100,9 @@ fn enter(netns: u32, netns_hints: &[u32], searches_all: bool, was_in_vain: &Atom
     let mut refusal = None;
     for path in all.filter(|path| leads_there(path)) {
         let opened = match open(&path) {
-            // The process has ended, or does just now. Another one may lead there.
+            // The process has ended. Another one may lead there.
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            // It may not be looked at, or ends just now.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 refusal = Some(error);
                 None
@@ -114,9 +115,6 @@ fn enter(netns: u32, netns_hints: &[u32], searches_all: bool, was_in_vain: &Atom
             let entered = move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network));
             return entered.map_err(|error| refused(netns, error));
         }
-    }
-    if let Some(error) = refusal {
-        return Err(error);
     }
     let is_wanted = |inode: u64| inode == u64::from(netns);
     let (mut outcome, mut is_complete) = (None, true);
@@ -139,6 +137,9 @@ fn enter(netns: u32, netns_hints: &[u32], searches_all: bool, was_in_vain: &Atom
         return entered.map_err(|error| refused(netns, error));
     }
     was_in_vain.store(searches_all, Ordering::Relaxed);
+    if let Some(error) = refusal {
+        return Err(error);
+    }
     let mut why = format!("no process, descriptor or mount leads to network namespace {netns}");
     if !is_complete {
         why += ", as far as a search came in its time";

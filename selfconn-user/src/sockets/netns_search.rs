@@ -15,6 +15,7 @@ use std::{
         unix::{ffi::OsStringExt as _, fs::MetadataExt as _},
     },
     path::{Path, PathBuf},
+    sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
 
@@ -37,7 +38,7 @@ pub(super) struct SearchLimits {
 }
 
 impl SearchLimits {
-    /// For a command, which may take a few seconds where it must.
+    /// For a command, which may take its time where it must.
     pub(super) const COMMAND: Self =
         Self { descriptors: 1_000_000, time: Duration::from_secs(30), mounts: true };
     /// For the daemon's snapshots, which search again only for a namespace that is new.
@@ -46,6 +47,10 @@ impl SearchLimits {
     /// For one namespace, while other look-ups wait for the same thread.
     pub(super) const ONE: Self = Self { time: Duration::from_millis(300), ..Self::DAEMON };
 }
+
+/// Where the next search begins: a search that its limits ended goes on there, so that nobody's processes keep others'
+/// from being looked at.
+static NEXT_PROCESS: AtomicUsize = AtomicUsize::new(0);
 
 /// By inode: the thread and the number of a descriptor that is a namespace of this inode.
 pub(super) type NamespaceDescriptors = HashMap<u32, (u32, u32)>;
@@ -73,13 +78,17 @@ pub(super) fn search(
         let inode = fs::metadata(path).ok().map(|namespace| namespace.ino());
         inode.filter(|inode| is_wanted(*inode))
     };
-    let processes: Vec<PathBuf> = numbered(Path::new("/proc")).collect();
-    let until = Instant::now() + limits.time;
-    for process in &processes {
+    let mut processes: Vec<PathBuf> = numbered(Path::new("/proc")).collect();
+    let first = NEXT_PROCESS.load(Ordering::Relaxed) % processes.len().max(1);
+    processes.rotate_left(first);
+    let (mut until, mut looked_at) = (Instant::now() + limits.time / 2, processes.len());
+    for (number, process) in processes.iter().enumerate() {
+        // At least one, so that each search comes further than the last.
+        if number > 0 && Instant::now() >= until {
+            looked_at = number;
+            break;
+        }
         for thread in numbered(&process.join("task")) {
-            if Instant::now() >= until {
-                return false;
-            }
             let path = thread.join("ns/net");
             let is_other = thread.file_name() != process.file_name();
             if is_other
@@ -90,6 +99,7 @@ pub(super) fn search(
             }
         }
     }
+    until += limits.time / 2;
     if let Some(known) = list() {
         for (inode, (thread, descriptor)) in &known {
             let path = PathBuf::from(format!("/proc/{thread}/fd/{descriptor}"));
@@ -99,10 +109,13 @@ pub(super) fn search(
         }
     } else {
         match search_descriptors(&processes, limits.descriptors, until, &is_wanted, &mut each) {
-            None => return false,
-            Some(true) => return true,
-            Some(false) => {}
+            Descriptors::Found => return true,
+            Descriptors::LookedAt(processes) => looked_at = looked_at.min(processes),
         }
+    }
+    if looked_at < processes.len() {
+        NEXT_PROCESS.store(first + looked_at.max(1), Ordering::Relaxed);
+        return false;
     }
     if limits.mounts {
         let mut known = HashSet::new();
@@ -128,20 +141,27 @@ pub(super) fn search(
     true
 }
 
-/// Looks at the descriptors of these processes. Returns true if `each` did, and `None` if there are more than `max`, or
-/// if it takes longer.
+/// What has come of a search of descriptors.
+enum Descriptors {
+    /// `each` returned true.
+    Found,
+    /// Of so many processes, of all or until there was no more time or room.
+    LookedAt(usize),
+}
+
+/// Looks at the descriptors of these processes, `max` at most, and at those of one process at least.
 fn search_descriptors(
     processes: &[PathBuf],
     max: usize,
     until: Instant,
     is_wanted: &impl Fn(u64) -> bool,
     each: &mut impl FnMut(&Lead) -> bool,
-) -> Option<bool> {
+) -> Descriptors {
     let mut left = max;
-    for process in processes {
+    for (number, process) in processes.iter().enumerate() {
         // A table without a descriptor takes its time, too.
-        if Instant::now() >= until {
-            return None;
+        if number > 0 && Instant::now() >= until {
+            return Descriptors::LookedAt(number);
         }
         let mut descriptors: Box<dyn Iterator<Item = PathBuf>> = Box::new(numbered(&process.join("fd")));
         // The first thread has ended, or has no descriptor. The others may have.
@@ -152,16 +172,16 @@ fn search_descriptors(
             first = descriptors.next();
         }
         for descriptor in first.into_iter().chain(descriptors) {
-            left = left.checked_sub(1)?;
-            if Instant::now() >= until {
-                return None;
+            if left == 0 || number > 0 && Instant::now() >= until {
+                return Descriptors::LookedAt(number);
             }
+            left -= 1;
             if follow(descriptor, is_wanted, each) {
-                return Some(true);
+                return Descriptors::Found;
             }
         }
     }
-    Some(false)
+    Descriptors::LookedAt(processes.len())
 }
 
 /// Calls `each` if this descriptor is a namespace whose inode is wanted.
@@ -251,24 +271,34 @@ mod tests {
     }
 
     #[test]
-    fn a_search_ends_when_its_time_is_over() {
+    fn a_search_ends_when_its_time_is_over_and_the_next_goes_on_there() {
         let own = fs::metadata("/proc/self/ns/net").unwrap().ino();
         // Another thread of this process leads there.
         let (end, ended) = std::sync::mpsc::channel::<()>();
         let other = std::thread::spawn(move || ended.recv());
-        for (time, is_found) in [(Duration::from_secs(30), true), (Duration::ZERO, false)] {
-            let mut found = 0;
+        let once = |time| {
+            let mut is_found = false;
             let limits = SearchLimits { time, ..SearchLimits::COMMAND };
             let is_complete = search(
                 limits,
                 || None,
                 |inode| inode == own,
                 |_| {
-                    found += 1;
+                    is_found = true;
                     true
                 },
             );
-            assert_eq!((is_complete, found), (is_found, usize::from(is_found)), "{time:?}");
+            (is_complete, is_found)
+        };
+        assert_eq!(once(Duration::from_secs(30)), (true, true));
+        // One process at a time.
+        let processes = numbered(Path::new("/proc")).count();
+        let searches = (0..).take_while(|_| once(Duration::ZERO) == (false, false)).count();
+        println!("found after {searches} searches of one of {processes} processes");
+        assert!(searches < 10 * processes, "{searches}");
+        if processes > 2 {
+            NEXT_PROCESS.store(0, Ordering::Relaxed);
+            assert!(once(Duration::ZERO) == (false, false) || once(Duration::ZERO) == (false, false));
         }
         drop(end);
         let _ = other.join();
