@@ -57,6 +57,9 @@ pub const LOG_QUEUE_BYTES: usize = 8 << 20;
 /// Lines that wait for a slow reader of stdout, or for the journal.
 pub const STDOUT_QUEUE_BYTES: usize = 4 << 20;
 
+/// The daemon's own lines that wait for a reader of stderr.
+pub const STDERR_QUEUE_BYTES: usize = 256 << 10;
+
 /// Written bytes that a queue has not given back yet, and what an idle queue keeps.
 pub const QUEUE_REST_BYTES: usize = 1 << 20;
 
@@ -115,7 +118,7 @@ pub const PARTS: [MemoryPart; 13] = [
     MemoryPart { name: "remedy", bytes: MAX_REMEDIES * REMEDY_BYTES },
     MemoryPart { name: "log queue", bytes: LOG_QUEUE_BYTES + QUEUE_REST_BYTES },
     MemoryPart { name: "stdout queue", bytes: STDOUT_QUEUE_BYTES + QUEUE_REST_BYTES },
-    // The code's own data, the stacks of the threads, shares of the log.
+    // The code's own data, the stacks of the threads, shares of the log, the lines for stderr.
     MemoryPart { name: "everything else", bytes: 7 << 19 },
 ];
 

@@ -6,7 +6,7 @@ use std::{
     sync::{
         OnceLock,
         atomic::{AtomicU64, AtomicUsize, Ordering},
-        mpsc::{SyncSender, sync_channel},
+        mpsc::{Sender, channel},
     },
     thread,
     time::{Duration, Instant},
@@ -16,13 +16,13 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 use rustix::thread::CapabilitySet;
 
 use super::capabilities;
-use crate::{event::text::escape, output::journald};
+use crate::{budget::memory::STDERR_QUEUE_BYTES, event::text::escape, output::journald};
 
-/// How many lines wait for a reader that does not read. Beyond it they are dropped, and counted.
-const MAX_WAITING: usize = 4_096;
-
-/// How long the end of a run waits for the reader.
+/// How long the end of a run waits for a reader that reads nothing.
 const END_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// How long a command that fails waits for it.
+const LAST_LINE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A logger that writes to stderr. If stderr is the journal, each line begins with its syslog priority, which
 /// the journal removes.
@@ -35,8 +35,8 @@ static STDERR: Stderr = Stderr { is_journal: OnceLock::new(), queue: LineQueue::
 
 /// The lines that a thread writes. Without the thread each line is written at once.
 struct LineQueue {
-    lines: OnceLock<SyncSender<String>>,
-    /// How many wait, with the one that is being written.
+    lines: OnceLock<Sender<String>>,
+    /// How many bytes wait, with the line that is being written.
     waiting: AtomicUsize,
     dropped: AtomicU64,
 }
@@ -48,7 +48,7 @@ impl LineQueue {
 
     /// Starts the thread. `write` may block.
     fn start(&'static self, mut write: impl FnMut(&str) + Send + 'static) -> io::Result<()> {
-        let (lines, to_write) = sync_channel::<String>(MAX_WAITING);
+        let (lines, to_write) = channel::<String>();
         capabilities::spawn_restricted("stderr", CapabilitySet::empty(), move || {
             for line in to_write {
                 write(&line);
@@ -57,28 +57,35 @@ impl LineQueue {
                     let text = format!("{dropped} lines of this log are lost, because nobody read stderr");
                     write(&STDERR.line(Level::Warn, &text));
                 }
-                self.waiting.fetch_sub(1, Ordering::Relaxed);
+                self.waiting.fetch_sub(line.len(), Ordering::Relaxed);
             }
         })?;
         let _ = self.lines.set(lines);
         Ok(())
     }
 
-    /// Adds a line. False: nobody will write it, because there is no thread.
+    /// Adds a line, or drops and counts it if there is no room. False: there is no thread.
     fn push(&self, line: &str) -> bool {
         let Some(lines) = self.lines.get() else { return false };
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        if lines.try_send(line.to_owned()).is_err() {
-            self.waiting.fetch_sub(1, Ordering::Relaxed);
+        let waiting = self.waiting.fetch_add(line.len(), Ordering::Relaxed);
+        if waiting + line.len() > STDERR_QUEUE_BYTES || lines.send(line.to_owned()).is_err() {
+            self.waiting.fetch_sub(line.len(), Ordering::Relaxed);
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
         true
     }
 
-    /// Waits until all lines are written, but not long.
-    fn flush(&self) {
-        let until = Instant::now() + END_TIMEOUT;
-        while self.waiting.load(Ordering::Relaxed) > 0 && Instant::now() < until {
+    /// Waits until at most so many bytes wait, while the reader reads.
+    fn wait_for_reader(&self, max_waiting: usize, timeout: Duration) {
+        let (mut least, mut until) = (usize::MAX, Instant::now() + timeout);
+        loop {
+            let waiting = self.waiting.load(Ordering::Relaxed);
+            if waiting <= max_waiting || Instant::now() >= until {
+                return;
+            }
+            if waiting < least {
+                (least, until) = (waiting, Instant::now() + timeout);
+            }
             thread::sleep(Duration::from_millis(1));
         }
     }
@@ -107,8 +114,10 @@ pub fn write_by_thread() -> io::Result<()> {
 
 /// Writes the last line of a command that fails, and waits for it, but not for ever.
 pub fn write_last_line(text: &str) {
-    STDERR.write(&format!("selfconn: {text}\n"));
-    STDERR.queue.flush();
+    let line = format!("selfconn: {text}\n");
+    STDERR.queue.wait_for_reader(STDERR_QUEUE_BYTES.saturating_sub(line.len()), LAST_LINE_TIMEOUT);
+    STDERR.write(&line);
+    STDERR.queue.wait_for_reader(0, LAST_LINE_TIMEOUT);
 }
 
 /// A write error is ignored, because the daemon must not end if the reader of its stderr has gone.
@@ -148,7 +157,7 @@ impl Log for Stderr {
     }
 
     fn flush(&self) {
-        self.queue.flush();
+        self.queue.wait_for_reader(0, END_TIMEOUT);
     }
 }
 
@@ -164,7 +173,7 @@ fn priority(level: Level) -> u8 {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex, mpsc};
+    use std::sync::{Arc, Mutex};
 
     use super::*;
 
@@ -172,7 +181,7 @@ mod tests {
     fn a_reader_that_does_not_read_delays_nobody_and_learns_how_much_it_missed() {
         let queue: &'static LineQueue = Box::leak(Box::new(LineQueue::new()));
         assert!(!queue.push("written at once"));
-        let (read, may_write) = mpsc::channel::<()>();
+        let (read, may_write) = channel::<()>();
         let written = Arc::new(Mutex::new(Vec::new()));
         let of_thread = Arc::clone(&written);
         let write = move |line: &str| {
@@ -180,21 +189,19 @@ mod tests {
             of_thread.lock().unwrap().push(line.to_owned());
         };
         queue.start(write).unwrap();
+        let (line, room) = ("x".repeat(1_023) + "\n", STDERR_QUEUE_BYTES / 1_024);
         let began = Instant::now();
-        for number in 0..MAX_WAITING + 9 {
-            assert!(queue.push(&format!("line {number}\n")));
+        for _ in 0..room + 9 {
+            assert!(queue.push(&line));
         }
-        queue.flush();
-        assert!(began.elapsed() < 10 * END_TIMEOUT, "{:?}", began.elapsed());
+        queue.wait_for_reader(0, END_TIMEOUT);
+        assert!((END_TIMEOUT..10 * END_TIMEOUT).contains(&began.elapsed()), "{:?}", began.elapsed());
         assert!(written.lock().unwrap().is_empty());
         drop(read);
-        while queue.waiting.load(Ordering::Relaxed) > 0 {
-            queue.flush();
-        }
+        queue.wait_for_reader(0, LAST_LINE_TIMEOUT);
         let written = written.lock().unwrap();
-        // One more may have been taken from the queue while the others were added.
-        let lost = written.iter().find(|line| line.contains("of this log are lost")).unwrap();
-        assert!(lost.contains(" 8 lines") || lost.contains(" 9 lines"), "{lost}");
-        assert_eq!((&*written[0], written.len() > MAX_WAITING), ("line 0\n", true));
+        assert_eq!(written.iter().filter(|written| **written == line).count(), room);
+        let lost: Vec<_> = written.iter().filter(|line| line.contains("of this log are lost")).collect();
+        assert!(lost.len() == 1 && lost[0].contains(" 9 lines"), "{lost:?}");
     }
 }
