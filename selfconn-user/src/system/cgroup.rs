@@ -129,14 +129,14 @@ impl CgroupInfo {
         let leaf = container.as_ref().map(|(at, _)| *at).or(unit_at);
         let levels = leaf.map_or(OWNER_LEVELS, |at| at + 1).min(trusted.len());
         // The root of a container may make directories below its own that look like root's.
-        let above_container = container.as_ref().map_or(trusted.len(), |(at, _)| at + 1);
+        let down_to_container = container.as_ref().map_or(trusted.len(), |(at, _)| at + 1);
         let is_engine = unit_at
             .zip(container.as_ref())
             .is_some_and(|(unit_at, (at, _))| unit_at < *at && !trusted[*at].starts_with("libpod-"));
         Self {
             unit: unit.filter(|_| !is_engine).map(|name| name.strip_prefix('_').unwrap_or(name).to_owned()),
             container: container.map(|(_, id)| id),
-            pod: trusted[..above_container].iter().find_map(|name| pod(name)),
+            pod: trusted[..down_to_container].iter().find_map(|name| pod(name)),
             owner: (levels > 0).then(|| format!("/{}", trusted[..levels].join("/"))),
         }
     }

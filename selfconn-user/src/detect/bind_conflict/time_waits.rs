@@ -48,8 +48,8 @@ pub struct TimeWaits {
     /// By socket: a TIME_WAIT has the cookie of its socket (`inet_twsk_alloc`, net/ipv4/inet_timewait_sock.c at
     /// v5.10). Boxed, so that empty slots of the table take little memory.
     by_socket: HashMap<SocketId, Box<TimeWaitEntry>>,
-    /// The cookies of the newest ones, by a hash of the [key](Endpoint::table_key) of the endpoint. Who reads one looks
-    /// at the endpoint that it leads to.
+    /// The cookies of the newest ones, by a hash of the [key](Endpoint::table_key) of the endpoint. A reader must compare
+    /// the endpoint of the entry, because hashes can collide.
     cookies: HashMap<u64, u64>,
     hashes: RandomState,
     /// How many an owner has of them.

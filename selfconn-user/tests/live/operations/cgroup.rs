@@ -86,7 +86,7 @@ fn a_control_group_that_root_made_names_unit_container_and_pod() {
             Ok(group) => group,
             Err(why) => return println!("skipped: {why}"),
         };
-        // Those below a container are the word of its root, who may be uid 0, too. What is below a unit is root's.
+        // The root of a container gives the names below it, and may be uid 0, too. Names below a unit are root's.
         let _below = expected[1].map(|_| {
             let below = TestCgroup::create(&format!("{path}/pod{OTHER_POD}")).unwrap();
             below.delegate();

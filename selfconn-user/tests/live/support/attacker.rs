@@ -454,8 +454,8 @@ fn unanswered(
     (listeners, all)
 }
 
-/// Does as much of something. Who has many uids does it in one network namespace after another, so much in each; all of
-/// them are there until the end.
+/// Calls `work` until `count` is done. [`AttackerKind::MappedUids`] uses a new network namespace for each `in_each` of
+/// them; all of the namespaces are there until the end.
 fn in_namespaces(kind: AttackerKind, count: usize, in_each: usize, mut work: impl FnMut(usize) + Send) {
     if kind != AttackerKind::MappedUids {
         return work(count);
@@ -493,7 +493,7 @@ fn listen_at_every_address() -> (TcpListener, u16) {
     (server, port)
 }
 
-/// Fails to bind a port that is held so, at one address of 127.0.0.0/8 after another.
+/// Fails to bind the port that `hold` returns, at one address of 127.0.0.0/8 after another.
 fn fail_binds<Holder>(
     kind: AttackerKind,
     count: usize,

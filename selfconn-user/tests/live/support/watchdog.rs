@@ -21,7 +21,8 @@ const WATCHDOG: Duration = Duration::from_secs(1);
 /// Reads the pings of one daemon.
 pub(crate) struct Watchdog {
     is_over: Arc<AtomicBool>,
-    reader: JoinHandle<Duration>,
+    /// `None`: it has ended.
+    reader: Option<JoinHandle<Duration>>,
     _folder: TempDir,
 }
 
@@ -46,16 +47,22 @@ impl Watchdog {
         let is_over = Arc::new(AtomicBool::new(false));
         let of_reader = Arc::clone(&is_over);
         let reader = thread::spawn(move || longest_without_ping(&manager, &of_reader));
-        (daemon, Self { is_over, reader, _folder: folder })
+        (daemon, Self { is_over, reader: Some(reader), _folder: folder })
     }
 
     /// Fails if the daemon was late once. To be called before the daemon is told to end.
     #[track_caller]
-    pub(crate) fn assert_fed(self) {
+    pub(crate) fn assert_fed(mut self) {
         self.is_over.store(true, Ordering::Relaxed);
-        let longest = self.reader.join().unwrap();
+        let longest = self.reader.take().unwrap().join().unwrap();
         println!("FACT longest_without_ping_ms={}", longest.as_millis());
         assert!(longest < WATCHDOG, "{longest:?}");
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
     }
 }
 
