@@ -141,6 +141,16 @@ fn sockets_on_two_devices_from_before_the_daemon_have_their_own_processes() {
                 "{event}"
             );
         }
+        let only = format!("netns={}", net.inode);
+        let output =
+            Command::new(selfconn()).args(["scan", "--json", "--holders", "--only", &only]).output().unwrap();
+        let rows = String::from_utf8(output.stdout).unwrap();
+        for (at, (holder, cookie)) in held.iter().enumerate() {
+            let mut rows = rows.lines().map(|row| serde_json::from_str::<Value>(row).unwrap());
+            let row = rows.find(|row| row["cookie"] == *cookie).expect("a row of its own");
+            let of_row = (&row["pid"], &row["ifindex"], &row["device"]);
+            assert_eq!(of_row, (&holder.pid().into(), &indices[at].into(), &DEVICES[at].into()), "{row}");
+        }
         // Later snapshots keep them apart, too.
         daemon.run_until_snapshots(2, || thread::sleep(Duration::from_millis(20)));
         let (last, cookie) = held.pop().unwrap();
