@@ -145,7 +145,7 @@ pub(super) fn search(
 enum Descriptors {
     /// `each` returned true.
     Found,
-    /// Of so many processes, of all or until there was no more time or room.
+    /// The number of processes whose descriptors were looked at: all of them, unless the limits ended the search.
     LookedAt(usize),
 }
 

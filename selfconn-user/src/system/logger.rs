@@ -75,7 +75,7 @@ impl LineQueue {
         true
     }
 
-    /// Waits until at most so many bytes wait, while the reader reads.
+    /// Waits until the queue has at most `max_waiting` bytes, or the reader has read nothing for `timeout`.
     fn wait_for_reader(&self, max_waiting: usize, timeout: Duration) {
         let (mut least, mut until) = (usize::MAX, Instant::now() + timeout);
         loop {

@@ -2,10 +2,7 @@
 
 use serde_json::Value;
 
-use super::{
-    daemon::{HookVariant, TestDaemon, doctor},
-    dedicated::is_emulated,
-};
+use super::daemon::{HookVariant, TestDaemon, doctor};
 
 /// The bind methods that `doctor` says can be attached here. If there is none, `started` must say why.
 pub(crate) fn bind_methods() -> Vec<&'static str> {
@@ -34,12 +31,4 @@ pub(crate) fn start(method: &str, options: &[&str]) -> TestDaemon {
     let started = daemon.expect(1, |event| event["event"] == "started").remove(0);
     assert_eq!(started["binds"]["method"], method, "{started}");
     daemon
-}
-
-/// Number of failed binds of which a run says in the end that it may have missed them. In an emulator the search for what
-/// holds a port takes so long that failed binds in quick succession take more than their share of the loop's time.
-pub(crate) fn failed_binds_missed(stopped: &Value) -> u64 {
-    let number = |value: &Value| value.as_u64().unwrap_or(0);
-    let beyond_time = if is_emulated() { number(&stopped["lost"]["binds"]) } else { 0 };
-    number(&stopped["binds_not_examined"]) + beyond_time
 }

@@ -50,7 +50,7 @@ impl Watchdog {
         (daemon, Self { is_over, reader: Some(reader), _folder: folder })
     }
 
-    /// Fails if the daemon was late once. To be called before the daemon is told to end.
+    /// Fails if there was no ping for as long as the service manager allows. Must be called before the daemon ends.
     #[track_caller]
     pub(crate) fn assert_fed(mut self) {
         self.is_over.store(true, Ordering::Relaxed);
