@@ -31,6 +31,10 @@ use crate::{
 /// may be open at the port of an attacker's.
 const SEARCH_TIME: Duration = Duration::from_millis(40);
 
+/// The most that a search takes of this time for each self-connection, open or in TIME_WAIT: ten times what it needs.
+/// The rest of a longer search is not its own: interrupts, and on a virtual machine what the host gave to another one.
+const MAX_TIME_FOR_ONE: Duration = Duration::from_micros(2);
+
 /// The ports that self-connections hold, and the events about them in preparation.
 pub(super) struct PortConflicts {
     pub(super) binds: BindConflicts,
@@ -79,7 +83,9 @@ impl PortConflicts {
         }
         let began = thread_time();
         let found = self.find_possible_holder(failure, clock, known);
-        self.search_time.take(failure.owner, thread_time().saturating_sub(began));
+        let took = thread_time().saturating_sub(began);
+        let searched = known.connections.iter().count() + self.binds.time_waits.endpoints().count();
+        self.search_time.take(failure.owner, own_time(took, searched));
         if let Some(blocked) = found {
             let target = LookupTarget::Observed(ObservedTask::from_bind_failure(failure), failure.owner);
             self.look_up(blocked, target, known, reporting);
@@ -268,6 +274,11 @@ impl PortConflicts {
     }
 }
 
+/// What a search among this number of self-connections takes of its owner's time.
+fn own_time(took: Duration, searched: usize) -> Duration {
+    took.min(MAX_TIME_FOR_ONE * u32::try_from(searched).unwrap_or(u32::MAX))
+}
+
 /// How long the calling thread has run: whatever preempts it takes none of the owner's time.
 fn thread_time() -> Duration {
     let now = clock_gettime(ClockId::ThreadCPUTime);
@@ -335,6 +346,20 @@ mod tests {
         output::{OutputLimits, Outputs},
         system::identity::Identity,
     };
+
+    #[test]
+    fn a_search_among_few_self_connections_takes_little_of_its_owners_time_however_long_it_takes() {
+        let [short, long] = [1, 40].map(Duration::from_millis);
+        for (took, searched, own) in [
+            (long, 0, Duration::ZERO),
+            (long, 100, Duration::from_micros(200)),
+            (short, 12_000, short),
+            (long, 12_000, Duration::from_millis(24)),
+            (long, usize::MAX, long),
+        ] {
+            assert_eq!(own_time(took, searched), own, "{took:?} {searched}");
+        }
+    }
 
     #[test]
     fn the_time_of_searches_for_one_owner_leaves_some_for_the_next() {
