@@ -17,8 +17,8 @@ use crate::support::{
     },
     daemon::{HookVariant, TestDaemon, is_event, scaled},
     guard::{
-        ConnectOutcome, closed_port, connect, connect_itself, count_of, guard_methods, outcome_of, refusing,
-        tcp_counter, wait_until,
+        ConnectOutcome, closed_port, connect, connect_itself, count_of, guard_methods, opened, outcome_of,
+        refusing, tcp_counter, wait_until,
     },
     netns::TestNetns,
 };
@@ -173,7 +173,7 @@ fn a_refused_connect_to_itself_looks_like_a_closed_port() {
         let (events, _) = daemon.stop();
         assert_eq!(count_of(&events), refused as u64);
         assert!(!events.iter().any(is_event("established", net.inode)), "{method}");
-        for event in events.iter().filter(|event| is_event("prevented", net.inode)(event)) {
+        for event in opened(&events, net.inode) {
             match event["thread_comm"].as_str() {
                 // The worker of io_uring is another thread of this process.
                 Some(name) if name.starts_with("iou-wrk-") => assert_eq!(event["pid"], std::process::id()),
@@ -294,7 +294,7 @@ fn the_counts_of_the_events_are_the_clients_own() {
         let unknown = |event: &&serde_json::Value| event["event"] == "prevented" && event["pid"].is_null();
         let lost: u64 = events.iter().filter(unknown).map(|event| event["count"].as_u64().unwrap()).sum();
         assert!(count < 10_000 || lost > 0, "the ring buffer was not full");
-        for event in events.iter().filter(|event| is_event("prevented", net.inode)(event)) {
+        for event in opened(&events, net.inode) {
             assert_opened_by_this_thread(event);
         }
     }
@@ -343,7 +343,7 @@ fn names_are_right_if_packets_wait_in_a_queue_and_on_another_cpu() {
         }
         daemon.expect(scaled(50), is_event("prevented", net.inode));
         let (events, _) = daemon.stop();
-        for event in events.iter().filter(|event| is_event("prevented", net.inode)(event)) {
+        for event in opened(&events, net.inode) {
             assert_opened_by_this_thread(event);
         }
     }
