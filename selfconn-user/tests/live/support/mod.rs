@@ -28,8 +28,6 @@ pub(crate) mod privileges;
 pub(crate) mod refused_connects;
 pub(crate) mod retries;
 pub(crate) mod scan_output;
-pub(crate) mod scheduling;
 pub(crate) mod schema;
 pub(crate) mod socket_crowd;
-pub(crate) mod standstill;
 pub(crate) mod watchdog;

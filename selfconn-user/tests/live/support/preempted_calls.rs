@@ -9,9 +9,10 @@ use std::{
     thread,
 };
 
-use rustix::process::{Resource, Rlimit, setrlimit};
-
-use super::scheduling::{allowed_cpus, stay_on, take_real_time_priority};
+use rustix::{
+    process::{Resource, Rlimit, setrlimit},
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
+};
 
 /// Bytes of the value of the map. The kernel copies it within the call while it runs no other program.
 const VALUE_BYTES: u32 = 1 << 20;
@@ -66,18 +67,34 @@ impl LargeMap {
     }
 }
 
+/// The calling thread runs on the first CPU only.
+fn stay_on_first_cpu() {
+    let allowed = sched_getaffinity(None).unwrap();
+    let first = (0..CpuSet::MAX_CPU).find(|cpu| allowed.is_set(*cpu)).unwrap();
+    let mut only = CpuSet::new();
+    only.set(first);
+    sched_setaffinity(None, &only).unwrap();
+}
+
+/// The calling thread preempts every thread without a real-time priority. False: the host does not allow it.
+fn take_real_time_priority() -> bool {
+    let parameters = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the kernel reads `parameters`.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters) == 0 }
+}
+
 /// Runs this in a thread that preempts another one, which calls `bpf()` all the time on the same CPU. False beside its
 /// result: the host allows no real-time priority, so the thread preempts the other one only now and then.
 pub(crate) fn preempting_calls_of_bpf<T: Send>(run: impl FnOnce() -> T + Send) -> (T, bool) {
     let map = LargeMap::new().unwrap();
-    let (is_over, first_cpu) = (AtomicBool::new(false), allowed_cpus()[0]);
+    let is_over = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
-            stay_on(first_cpu);
+            stay_on_first_cpu();
             map.read_until(&is_over);
         });
         let preempting = scope.spawn(|| {
-            stay_on(first_cpu);
+            stay_on_first_cpu();
             let is_real_time_thread = take_real_time_priority();
             (run(), is_real_time_thread)
         });

@@ -9,6 +9,7 @@ use std::{
     thread,
 };
 
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use selfconn::bpf::tracefs::{self, Tracefs};
 use serde_json::Value;
 
@@ -17,7 +18,6 @@ use crate::support::{
     daemon::{TestDaemon, lossless_variants},
     netns::TestNetns,
     nobody::Nobody,
-    scheduling::{allowed_cpus, stay_on},
 };
 
 /// True for `closed` of a connection that this process opened. Without BTF the namespace is unknown, so it is not
@@ -119,11 +119,14 @@ fn a_process_that_closes_its_socket_while_its_memory_map_is_locked_blinds_no_pro
         let Some(mut hung) = Nobody::hung_closing() else { return };
         hung.wait();
         daemon.expect(1, is_end_of(hung.pid()));
-        let cpus = allowed_cpus();
+        let allowed = sched_getaffinity(None).unwrap();
+        let cpus: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect();
         thread::scope(|scope| {
             for cpu in &cpus {
                 scope.spawn(|| {
-                    stay_on(*cpu);
+                    let mut only = CpuSet::new();
+                    only.set(*cpu);
+                    sched_setaffinity(None, &only).unwrap();
                     run_self_connection(Ipv4Addr::LOCALHOST.into());
                 });
             }
