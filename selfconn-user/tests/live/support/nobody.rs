@@ -101,8 +101,10 @@ impl Nobody {
     }
 
     /// Many processes with one table of many descriptors, each of which a walk over all tasks visits for each process.
+    /// They end in order: if process 1 had to wait for each, it would be busy while the next test runs.
     pub(crate) fn sharing_descriptors() -> Self {
-        Self::start("share descriptors", folder(), false, MAX_DESCRIPTORS)
+        let (command, folder) = confined("share descriptors", folder(), false, MAX_DESCRIPTORS);
+        Self::spawn(command, folder, Stdio::piped())
     }
 
     /// A process that has no descriptor, but many threads with one large table. A walk over all tasks goes through it
@@ -138,19 +140,17 @@ impl Nobody {
                 become_nobody(false, MAX_DESCRIPTORS)
             });
         }
-        Self::spawn(command, folder())
+        Self::spawn(command, folder(), Stdio::null())
     }
 
     fn start(task: &str, folder: tempfile::TempDir, has_user_namespace: bool, max_descriptors: u64) -> Self {
-        let mut command = command(task);
-        command.env(FOLDER_ENV, folder.path());
-        // SAFETY: the closure only makes system calls.
-        unsafe { command.pre_exec(move || become_nobody(has_user_namespace, max_descriptors)) };
-        Self::spawn(command, folder)
+        let (command, folder) = confined(task, folder, has_user_namespace, max_descriptors);
+        Self::spawn(command, folder, Stdio::null())
     }
 
-    fn spawn(mut command: Command, folder: tempfile::TempDir) -> Self {
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
+    /// Starts the process. With a pipe as its stdin, it ends when the pipe does.
+    fn spawn(mut command: Command, folder: tempfile::TempDir, stdin: Stdio) -> Self {
+        command.stdin(stdin).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         Self { child, stdout, _folder: folder }
@@ -172,7 +172,10 @@ impl Nobody {
 
 impl Drop for Nobody {
     fn drop(&mut self) {
-        let _ = self.child.kill();
+        if self.child.stdin.is_none() {
+            let _ = self.child.kill();
+        }
+        // Ends the pipe first.
         let _ = self.child.wait();
     }
 }
@@ -182,6 +185,20 @@ fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
     folder
+}
+
+/// The command of a process without any privilege, and the folder that it may use.
+fn confined(
+    task: &str,
+    folder: tempfile::TempDir,
+    has_user_namespace: bool,
+    max_descriptors: u64,
+) -> (Command, tempfile::TempDir) {
+    let mut command = command(task);
+    command.env(FOLDER_ENV, folder.path());
+    // SAFETY: the closure only makes system calls.
+    unsafe { command.pre_exec(move || become_nobody(has_user_namespace, max_descriptors)) };
+    (command, folder)
 }
 
 fn command(task: &str) -> Command {

@@ -1,7 +1,9 @@
 //! Processes and threads that share tables of many descriptors.
 
 use std::{
-    fs, io, thread,
+    fs,
+    io::{self, Read as _},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -9,7 +11,7 @@ use rustix::process::{Resource, getrlimit};
 
 use super::{FirstThread, MAX_DESCRIPTORS, check, print_output};
 
-/// Has as many descriptors as it may, and shares them with 2,000 processes.
+/// Has as many descriptors as it may, and shares them with 2,000 processes. Ends them all when stdin ends.
 pub(super) fn share_descriptors() {
     const PROCESSES: usize = 2_000;
     const STACK_BYTES: usize = 16 << 10;
@@ -25,15 +27,24 @@ pub(super) fn share_descriptors() {
     let count = duplicates.map(std::mem::forget).count() as u64;
     assert!(count > MAX_DESCRIPTORS / 2, "{count} descriptors");
     let mut stacks = vec![0_u8; PROCESSES * STACK_BYTES];
+    let mut processes = Vec::with_capacity(PROCESSES);
     for stack in stacks.chunks_exact_mut(STACK_BYTES) {
         let flags = libc::CLONE_VM | libc::CLONE_FILES | libc::SIGCHLD;
         let top = stack.as_mut_ptr_range().end;
         // SAFETY: the stack is the new process's own, is aligned as `malloc` aligns, and stays.
-        check(unsafe { libc::clone(wait, top.cast(), flags, std::ptr::null_mut()) }).unwrap();
+        let process = unsafe { libc::clone(wait, top.cast(), flags, std::ptr::null_mut()) };
+        check(process).unwrap();
+        processes.push(process);
     }
     print_output(&format!("{count} descriptors"));
-    // SAFETY: no arguments.
-    unsafe { libc::pause() };
+    io::stdin().read_to_end(&mut Vec::new()).unwrap();
+    for process in processes {
+        // SAFETY: no memory is involved. The process is a child of this one until it is waited for.
+        unsafe {
+            libc::kill(process, libc::SIGKILL);
+            libc::waitpid(process, std::ptr::null_mut(), 0);
+        }
+    }
 }
 
 /// Makes a child with 5,000 threads that share the largest permitted table, without a descriptor.
