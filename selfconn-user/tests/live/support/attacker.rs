@@ -370,8 +370,10 @@ fn run_attacker() {
             _ if let Some(first) = what.strip_prefix("refused from ") => {
                 refused_ports(kind, first.parse().unwrap(), count, &mut uids);
             }
-            "binds" => fail_binds(kind, count, &mut uids, hold_port_at_every_address),
-            "binds at a server's port" => fail_binds(kind, count, &mut uids, listen_at_every_address),
+            "binds" => fail_binds(kind, count, 60, &mut uids, hold_port_at_every_address),
+            // The slot of one of hundreds of ports may be that of a held one in another namespace. Fifty failed binds in
+            // a second are within the rate of a user.
+            "binds at a server's port" => fail_binds(kind, count, 50, &mut uids, listen_at_every_address),
             "binds at a crowded port" if held.is_empty() => {
                 held.push(crowd_at_a_port(kind, count, &mut uids));
             }
@@ -493,15 +495,17 @@ fn listen_at_every_address() -> (TcpListener, u16) {
     (server, port)
 }
 
-/// Fails to bind the port that `hold` returns, at one address of 127.0.0.0/8 after another.
+/// Fails to bind the port that `hold` returns, at one address of 127.0.0.0/8 after another, at most `in_each` times in
+/// a namespace.
 fn fail_binds<Holder>(
     kind: AttackerKind,
     count: usize,
+    in_each: usize,
     uids: &mut (impl Iterator<Item = u32> + Send),
     hold: impl Fn() -> (Holder, u16) + Sync,
 ) {
     let mut numbers = 0_u32..;
-    in_namespaces(kind, count, 60, |count| {
+    in_namespaces(kind, count, in_each, |count| {
         let (_held, port) = hold();
         let server = socket(Ipv4Addr::LOCALHOST.into());
         for number in numbers.by_ref().take(count) {
