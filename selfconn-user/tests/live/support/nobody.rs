@@ -103,8 +103,8 @@ impl Nobody {
     /// Many processes with one table of many descriptors, each of which a walk over all tasks visits for each process.
     /// They end in order: if process 1 had to wait for each, it would be busy while the next test runs.
     pub(crate) fn sharing_descriptors() -> Self {
-        let (command, folder) = confined("share descriptors", folder(), false, MAX_DESCRIPTORS);
-        Self::spawn(command, folder, Stdio::piped())
+        let folder = folder();
+        Self::spawn(confined("share descriptors", &folder, false, MAX_DESCRIPTORS), folder, Stdio::piped())
     }
 
     /// A process that has no descriptor, but many threads with one large table. A walk over all tasks goes through it
@@ -144,7 +144,7 @@ impl Nobody {
     }
 
     fn start(task: &str, folder: tempfile::TempDir, has_user_namespace: bool, max_descriptors: u64) -> Self {
-        let (command, folder) = confined(task, folder, has_user_namespace, max_descriptors);
+        let command = confined(task, &folder, has_user_namespace, max_descriptors);
         Self::spawn(command, folder, Stdio::null())
     }
 
@@ -187,18 +187,18 @@ fn folder() -> tempfile::TempDir {
     folder
 }
 
-/// The command of a process without any privilege, and the folder that it may use.
+/// The command of a process without any privilege, which may use this folder.
 fn confined(
     task: &str,
-    folder: tempfile::TempDir,
+    folder: &tempfile::TempDir,
     has_user_namespace: bool,
     max_descriptors: u64,
-) -> (Command, tempfile::TempDir) {
+) -> Command {
     let mut command = command(task);
     command.env(FOLDER_ENV, folder.path());
     // SAFETY: the closure only makes system calls.
     unsafe { command.pre_exec(move || become_nobody(has_user_namespace, max_descriptors)) };
-    (command, folder)
+    command
 }
 
 fn command(task: &str) -> Command {
